@@ -1,0 +1,181 @@
+"""From a reference to files: local paths, hub ids, and which files of a directory hold the weights."""
+
+import json
+import os
+import re
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from probes.sources import SafetensorsSource, Source, TorchSource
+
+HUB_ID = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*(?:@[\w./-]+)?")
+TORCH_SUFFIXES = (".bin", ".pt", ".pth")
+MODEL_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+# Configuration, tokenizer and weights at the top of a repository; never code, and never another framework's copy.
+WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken", "*.jinja"]
+UNWANTED = ["*/*", "consolidated*"]
+WANTED_TORCH = ["pytorch_model*.bin", "adapter_model.bin"]
+
+
+def locate(ref: str | Path, *, revision: str | None = None) -> Path:
+    """The file or directory that a reference means; a hub id is downloaded unless the cache has it.
+
+    Raises:
+        ValueError: nothing is there, or the hub has no such repository or revision.
+    """
+    path = Path(ref).expanduser()
+    if path.exists():
+        if revision is not None:
+            raise ValueError(f"{ref}: is a local path, and those have no revision; leave revision out")
+        return path
+    text = str(ref)
+    if (
+        isinstance(ref, Path)
+        or not HUB_ID.fullmatch(text)
+        or ".." in text
+        or path.suffix in (".safetensors", *TORCH_SUFFIXES)
+    ):
+        raise ValueError(f"{ref}: no such file or directory")
+    repository, _, named = text.partition("@")
+    if named and revision is not None and named != revision:
+        raise ValueError(
+            f"{ref}: names revision {named!r}, but revision={revision!r} was given; give one of them"
+        )
+    return _download(repository, revision or named or None)
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    what = f"{repository}@{revision}" if revision else repository
+    try:
+        directory = Path(
+            snapshot_download(repository, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED)
+        )
+        if not any(directory.glob("*.safetensors")):
+            snapshot_download(repository, revision=revision, allow_patterns=WANTED_TORCH)
+    except GatedRepoError as error:
+        raise ValueError(
+            f"{what}: its owner lets in only accepted users; accept its terms and `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ValueError(f"{what}: the hub has no such revision of {repository}") from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"{what}: no such local path, and the hub has no such repository (or it is private)"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ValueError(
+            f"{what}: no such local path, and not in the Hugging Face cache; the hub cannot be reached: check the "
+            "spelling, or download it while online"
+        ) from error
+    return directory
+
+
+def open_files(path: Path) -> Source:
+    """The weights of a file, or of a model directory.
+
+    Raises:
+        ValueError: no weights there, an index that names what is not there or lies outside, a damaged file.
+    """
+    if path.is_file():
+        return _open([path])
+    if not path.is_dir():
+        raise ValueError(f"{path}: neither a file nor a directory")
+    for name in MODEL_FILES:
+        if (path / name).is_file():
+            return _indexed(path, path / name) if name.endswith(".json") else _open([path / name])
+    found = sorted(path.glob("*.safetensors"))
+    if len(found) == 1:
+        return _open(found)
+    if found:
+        names = ", ".join(file.name for file in found[:3])
+        raise ValueError(
+            f"{path}: {len(found)} safetensors files ({names}…) and no index; name one of the files"
+        )
+    raise ValueError(f"{path}: no weights (none of {', '.join(MODEL_FILES)}); is it a model directory?")
+
+
+def _open(paths: list[Path]) -> Source:
+    suffixes = {path.suffix for path in paths}
+    if suffixes == {".safetensors"}:
+        return SafetensorsSource(paths)
+    if suffixes <= set(TORCH_SUFFIXES):
+        return TorchSource(paths)
+    raise ValueError(f"{paths[0]}: weights are read from .safetensors, .bin, .pt or .pth files")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ValueError: not JSON, or not an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: should hold a JSON object, holds a {type(content).__name__}")
+    return content
+
+
+def _indexed(directory: Path, index: Path) -> Source:
+    """The shards that an index names, held against it."""
+    weights = read_json(index).get("weight_map")
+    if (
+        not isinstance(weights, dict)
+        or not weights
+        or not all(isinstance(file, str) for file in weights.values())
+    ):
+        raise ValueError(f"{index}: has no weight_map from tensors to files")
+    shards = {file: inside(directory, file, index) for file in sorted(set(weights.values()))}
+    source = _open(list(shards.values()))
+    for name, file in weights.items():
+        if name not in source.headers or source.file(name).name != Path(file).name:
+            raise ValueError(
+                f"{index}: says that {file} holds {name!r}, but it does not; copy the checkpoint again"
+            )
+    return source
+
+
+def inside(directory: Path, name: str, index: Path) -> Path:
+    """The file called `name` in a directory, followed through links, which must not lead elsewhere.
+
+    A snapshot in the Hugging Face cache is made of links to the blobs beside it; only these may leave.
+    """
+    if (
+        PurePosixPath(name).is_absolute()
+        or ".." in PurePosixPath(name).parts
+        or "\\" in name
+        or os.path.isabs(name)
+    ):
+        raise ValueError(f"{index}: names the file {name!r}, which is outside of the checkpoint; not opened")
+    path = directory / name
+    if not path.exists():
+        raise ValueError(f"{index}: names {name!r}, which is missing from {directory}; copy or download it")
+    allowed = [directory.resolve()]
+    snapshots = directory.absolute().parent
+    if snapshots.name == "snapshots":
+        allowed.append((snapshots.parent / "blobs").resolve())
+    if not any(path.resolve().is_relative_to(root) for root in allowed):
+        raise ValueError(
+            f"{index}: {name!r} is a link to {path.resolve()}, outside of the checkpoint; not opened"
+        )
+    if not path.is_file():
+        raise ValueError(f"{index}: names {name!r}, which is not a file")
+    return path

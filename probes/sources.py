@@ -1,0 +1,263 @@
+"""Where tensors come from: names, shapes and dtypes at once, bytes only when a tensor is asked for.
+
+A source holds no open file: each read maps the bytes of that tensor alone, so that memory is that of the tensors
+in use, and a source can be pickled and used in another process.
+"""
+
+import hashlib
+import json
+import mmap
+import os
+import struct
+from collections.abc import Hashable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from probes.layout import Header
+
+# The names that the safetensors format gives to dtypes.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+# A state dict is often saved inside a dict of other things; these keys hold it.
+NESTED = ("state_dict", "model_state_dict", "model", "module")
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A set of named tensors that are read one at a time."""
+
+    headers: Mapping[str, Header]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as stored: its dtype, its layout. Must not be written to."""
+        ...
+
+    def location(self, name: str) -> Hashable:
+        """Where its bytes lie; equal locations hold the same bytes."""
+        ...
+
+    def stamp(self) -> str:
+        """What changes when the files do, without reading them."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Hash of every name, shape, dtype and byte; the same however the tensors are spread over files."""
+        ...
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor in row order, without a copy where it is contiguous."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def fingerprint(source: Source) -> str:
+    """Content hash of a source: blake2b over each tensor, then over these in the order of names."""
+
+    def digest(name: str) -> bytes:
+        header = source.headers[name]
+        content = hashlib.blake2b(f"{name}\0{header.dtype}\0{list(header.shape)}\0".encode(), digest_size=32)
+        content.update(raw(source.read(name)))  # hashlib lets other threads run meanwhile
+        return content.digest()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = pool.map(digest, sorted(source.headers))
+        return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
+
+
+def stamp(paths: list[Path]) -> str:
+    """Resolved path, size and time of change of each file, hashed."""
+    facts = [(str(path.resolve()), *_state(path)) for path in sorted(paths)]
+    return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
+
+
+def _state(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+class SafetensorsSource:
+    """Tensors of one safetensors file or of the shards of one checkpoint.
+
+    Raises:
+        ValueError: a file is missing, truncated or not safetensors; a tensor is stored twice.
+    """
+
+    def __init__(self, paths: list[Path]):
+        self.paths = [path.absolute() for path in paths]
+        self.headers: dict[str, Header] = {}
+        self._where: dict[str, tuple[int, int]] = {}
+        self._states = [_state(path) for path in self.paths]
+        for shard, path in enumerate(self.paths):
+            for header, offset in _layout(path):
+                if header.name in self.headers:
+                    first = self.paths[self._where[header.name][0]]
+                    raise ValueError(
+                        f"{path}: tensor {header.name!r} is also in {first.name}; which one is meant?"
+                    )
+                self.headers[header.name] = header
+                self._where[header.name] = (shard, offset)
+
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self.paths[self._where[name][0]]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, mapped from its file: bytes are read as they are touched."""
+        header = self.headers[name]
+        shard, offset = self._where[name]
+        path = self.paths[shard]
+        with path.open("rb") as file:
+            found = os.fstat(file.fileno())
+            if (found.st_size, found.st_mtime_ns) != self._states[shard]:
+                raise ValueError(f"{path}: changed since it was opened; start again when it is complete")
+            if header.bytes == 0:
+                return torch.empty(header.shape, dtype=header.dtype)
+            page = offset - offset % mmap.ALLOCATIONGRANULARITY
+            # Copy on write: torch warns of read-only memory, and the file must stay as it is.
+            pages = mmap.mmap(
+                file.fileno(), offset - page + header.bytes, access=mmap.ACCESS_COPY, offset=page
+            )
+        values = torch.frombuffer(pages, dtype=header.dtype, count=header.entries, offset=offset - page)
+        return values.reshape(header.shape)
+
+    def location(self, name: str) -> Hashable:
+        """File and offset."""
+        shard, offset = self._where[name]
+        return str(self.paths[shard].resolve()), self._states[shard], offset
+
+    def stamp(self) -> str:
+        """Path, size and time of change of every file."""
+        return stamp(self.paths)
+
+    def fingerprint(self) -> str:
+        """Content hash."""
+        return fingerprint(self)
+
+
+def _layout(path: Path) -> Iterator[tuple[Header, int]]:
+    """Headers of one safetensors file and the offset of each tensor's bytes."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt"):  # the library holds sizes, offsets and dtypes against the file
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path}: not a whole safetensors file ({error}); truncated or corrupt? copy or download it again"
+        ) from error
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        entries = json.loads(file.read(length))
+    entries.pop("__metadata__", None)
+    for name, entry in entries.items():
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{path}: tensor {name!r} is of dtype {entry['dtype']}, which torch cannot read")
+        header = Header(name, tuple(entry["shape"]), DTYPES[entry["dtype"]])
+        yield header, 8 + length + entry["data_offsets"][0]
+
+
+class TorchSource:
+    """Tensors of `torch.save` files, read with `weights_only=True` and mapped where the format allows.
+
+    Raises:
+        ValueError: a file is corrupt, holds code, or is no state dict.
+    """
+
+    def __init__(self, paths: list[Path]):
+        self.paths = [path.absolute() for path in paths]
+        self.headers: dict[str, Header] = {}
+        self._shard: dict[str, int] = {}
+        self._storage: dict[str, Hashable] = {}
+        self._whole: tuple[int, dict[str, Tensor]] | None = None
+        for shard, path in enumerate(self.paths):
+            for name, tensor in self._load(shard).items():
+                if name in self.headers:
+                    raise ValueError(f"{path}: tensor {name!r} is also in another shard; which one is meant?")
+                self.headers[name] = Header(name, tuple(tensor.shape), tensor.dtype)
+                self._shard[name] = shard
+                self._storage[name] = (
+                    tensor.untyped_storage().data_ptr(),
+                    tensor.storage_offset(),
+                    tensor.stride(),
+                )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_whole": None}
+
+    def _load(self, shard: int) -> dict[str, Tensor]:
+        if self._whole is not None and self._whole[0] == shard:
+            return self._whole[1]
+        tensors, mapped = _state_dict(self.paths[shard])
+        # A mapped file costs nothing to open again, and letting it go gives its pages back.
+        self._whole = None if mapped else (shard, tensors)
+        return tensors
+
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self.paths[self._shard[name]]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as stored."""
+        return self._load(self._shard[name])[name]
+
+    def location(self, name: str) -> Hashable:
+        """File and storage: tied weights share it."""
+        path = self.file(name)
+        return str(path.resolve()), _state(path), self._storage[name]
+
+    def stamp(self) -> str:
+        """Path, size and time of change of every file."""
+        return stamp(self.paths)
+
+    def fingerprint(self) -> str:
+        """Content hash."""
+        return fingerprint(self)
+
+
+def _state_dict(path: Path) -> tuple[dict[str, Tensor], bool]:
+    """The tensors of a `torch.save` file, and whether they are mapped from it."""
+    import pickle
+    import zipfile
+
+    mapped = zipfile.is_zipfile(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: holds pickled code or objects besides tensors and is not opened, because opening it "
+            "would run that code; save it again as safetensors"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path}: not a whole torch file; truncated or corrupt? copy or download it again"
+        ) from error
+    for key in NESTED:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path}: holds no state dict (names with tensors); save `model.state_dict()`")
+    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}, mapped
