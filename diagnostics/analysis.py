@@ -8,7 +8,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ class Result:
         metrics: plain numbers; a unit ends the name (`rise_nats`). What could not be measured is left out.
         tables: tidy frames: a row an observation, a column a variable; not measured is NaN.
         notes: what a reader must know: skipped, dropped, approximated.
-        analysis, parameters: filled in by `@analysis`; parameters as used, defaults included.
+        analysis, parameters: filled in by `@analysis`; parameters as used, defaults included, as JSON keeps
+            them (a tuple is a list), so that a saved result equals a fresh one.
     """
 
     metrics: Mapping[str, float | int]
@@ -42,16 +43,31 @@ class Result:
         """The pictures of this result by name."""
         return find(self.analysis).draw(self)
 
+    def summary(self) -> str:
+        """The result in one line."""
+        return find(self.analysis).summary(self)
+
     def findings(self, policy: "Policy | None" = None) -> "list[Finding]":
         """What is wrong, how badly, by which threshold and source; the default policy unless one is given."""
         from diagnostics.policy import default_policy, judge
 
-        return judge(self, policy or default_policy())
+        return judge(self, default_policy() if policy is None else policy)
+
+
+def metrics_in_a_line(result: Result) -> str:
+    """The first metrics of a result, as `name value` with commas between."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in list(result.metrics.items())[:4])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Analysis:
-    """The registry's record of one analysis."""
+    """The registry's record of one analysis; the attributes are explained at `analysis`.
+
+    Attributes:
+        inputs: what an audit must supply for it to run.
+        optional: what it uses when supplied.
+        parameters: its keyword-only arguments.
+    """
 
     name: str
     function: Callable[..., Result]
@@ -60,7 +76,10 @@ class Analysis:
     paper: str
     cost: str
     draw: "Callable[[Result], dict[str, go.Figure]]"
+    summary: Callable[[Result], str]
+    metrics: Mapping[str, str]
     inputs: tuple[str, ...]
+    optional: tuple[str, ...]
     parameters: Mapping[str, inspect.Parameter]
 
 
@@ -75,11 +94,13 @@ def analysis(
     paper: str,
     cost: str,
     draw: "Callable[[Result], dict[str, go.Figure]]",
+    summary: Callable[[Result], str] = metrics_in_a_line,
+    metrics: Mapping[str, str] | None = None,
 ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """Register a function as the analysis `name`.
 
-    Its positional arguments are the inputs that an audit must supply (`pair`, `task`, `series`…); its
-    keyword-only ones are parameters, recorded as used.
+    Its positional arguments are the inputs that an audit supplies (`pair`, `task`, `series`…; one with a
+    default is optional); its keyword-only ones are parameters, recorded as used.
 
     Args:
         question: the one-line question it answers.
@@ -87,23 +108,29 @@ def analysis(
         paper: source, as an arXiv number or a citation.
         cost: what it costs to run, in words.
         draw: from a result to its figures by name.
+        summary: from a result to the one line that a reader wants first.
+        metrics: every metric it can give and what it says, in a line; a policy may name these. Left out, any
+            name is taken and none is checked.
     """
 
     def register(function: Callable[..., Result]) -> Callable[..., Result]:
-        signature = inspect.signature(function)
-        inputs = tuple(p.name for p in signature.parameters.values() if p.kind is not p.KEYWORD_ONLY)
-        parameters = {p.name: p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
+        arguments = inspect.signature(function).parameters.values()
+        parameters = {p.name: p for p in arguments if p.kind is p.KEYWORD_ONLY}
+        inputs = [p for p in arguments if p.kind is not p.KEYWORD_ONLY]
 
         @functools.wraps(function)
         def measured(*args: Any, **kwargs: Any) -> Result:
-            unknown = sorted(set(kwargs) - set(signature.parameters))
+            unknown = sorted(set(kwargs) - {p.name for p in arguments})
             if unknown:
                 known = ", ".join(parameters)
                 raise LookupError(f"{name} has no parameter {unknown[0]!r}; it has: {known}")
-            bound = signature.bind(*args, **kwargs)
+            bound = inspect.signature(function).bind(*args, **kwargs)
             bound.apply_defaults()
             used = {k: v for k, v in bound.arguments.items() if k in parameters and k not in EXECUTION}
-            return replace(function(*args, **kwargs), analysis=name, parameters=used)
+            result = function(*args, **kwargs)
+            undeclared = sorted(set(result.metrics) - set(metrics)) if metrics else []
+            assert not undeclared, f"{name} gave metrics that its registration does not list: {undeclared}"
+            return replace(result, analysis=name, parameters=plain(used))
 
         REGISTRY[name] = Analysis(
             name=name,
@@ -113,7 +140,10 @@ def analysis(
             paper=paper,
             cost=cost,
             draw=draw,
-            inputs=inputs,
+            summary=summary,
+            metrics=metrics or {},
+            inputs=tuple(p.name for p in inputs if p.default is p.empty),
+            optional=tuple(p.name for p in inputs if p.default is not p.empty),
             parameters=parameters,
         )
         return measured
@@ -121,23 +151,56 @@ def analysis(
     return register
 
 
+def plain(value: Any) -> Any:
+    """The value as JSON keeps it: tuples are lists; what JSON lacks (a dtype, a path) is its name."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(map(plain, value))
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return str(value)
+
+
+def installed() -> list[str]:
+    """The names of every analysis that is installed, without importing any."""
+    return sorted({entry.name for entry in entry_points(group="tunescope.analyses")} | set(REGISTRY))
+
+
 def analyses() -> dict[str, Analysis]:
     """Every analysis that is installed, by name, ours and those of other packages."""
-    for entry in entry_points(group="tunescope.analyses"):
-        if entry.name not in REGISTRY:
-            entry.load()
-    return dict(REGISTRY)
+    return {name: find(name) for name in installed()}
 
 
 def find(name: str) -> Analysis:
-    """The analysis called `name`.
+    """The analysis called `name`; only its own module is imported.
 
     Raises:
-        LookupError: unknown name; the message lists the known ones.
+        LookupError: unknown name (the message lists the known ones), or its package is broken.
     """
-    if name in REGISTRY:
-        return REGISTRY[name]
-    known = analyses()
-    if name not in known:
-        raise LookupError(f"unknown analysis {name!r}; known: {', '.join(sorted(known))}")
-    return known[name]
+    if name not in REGISTRY:
+        for entry in entry_points(group="tunescope.analyses", name=name):
+            load(entry)
+    if name not in REGISTRY:
+        raise LookupError(f"unknown analysis {name!r}; known: {', '.join(installed())}")
+    return REGISTRY[name]
+
+
+def load(entry: EntryPoint) -> None:
+    """Import the module behind an entry point, which registers its analysis.
+
+    Raises:
+        LookupError: it cannot be imported, or registers another name.
+    """
+    package = entry.dist.name if entry.dist else "an unknown package"
+    try:
+        entry.load()
+    except Exception as error:  # any plug-in may fail in any way; its name is what the user needs
+        raise LookupError(
+            f"analysis {entry.name!r} of {package} cannot be loaded ({type(error).__name__}: {error}); "
+            f"mend or uninstall that package, or leave it out with --skip {entry.name}"
+        ) from error
+    if entry.name not in REGISTRY:
+        raise LookupError(f"{entry.value} of {package} registers no analysis called {entry.name!r}")

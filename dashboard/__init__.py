@@ -1,0 +1,1 @@
+"""What is seen: the Dash app that explores audits."""

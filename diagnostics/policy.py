@@ -1,0 +1,243 @@
+"""What is too much: thresholds with their sources, kept apart from the analyses, which only measure.
+
+A policy is a TOML file with a table for each analysis and in it a rule for each metric::
+
+    [intruders]
+    intruders_per_matrix = {warn = 0.5, fail = 2.0, source = "our release gate"}
+
+A value beyond a threshold is a finding: above it, or below it where the rule says `below = true`. `per = "k"`
+multiplies both thresholds by that parameter of the analysis. `{}` switches a rule off.
+"""
+
+import math
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from diagnostics.analysis import Result, find, installed
+
+Severity = Literal["warn", "fail"]
+Verdict = Literal["pass", "warn", "fail"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One metric beyond one threshold."""
+
+    analysis: str
+    severity: Severity
+    metric: str
+    value: float
+    threshold: float
+    message: str
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """The thresholds of one metric.
+
+    Attributes:
+        warn, fail: a value beyond it is a finding; None: never.
+        below: whether small values are the bad ones.
+        per: a numeric parameter of the analysis that both thresholds are multiplied by.
+        message: what such a value means; the comparison itself when empty.
+        source: where the thresholds come from.
+    """
+
+    warn: float | None = None
+    fail: float | None = None
+    below: bool = False
+    per: str = ""
+    message: str = ""
+    source: str = ""
+
+    @property
+    def off(self) -> bool:
+        """Whether it has no threshold at all."""
+        return self.warn is None and self.fail is None
+
+    def beyond(self, value: float, scale: float = 1.0) -> tuple[Severity, float] | None:
+        """The severest threshold, times `scale`, that the value is beyond; equal to it is not beyond."""
+        steps: tuple[tuple[Severity, float | None], ...] = (("fail", self.fail), ("warn", self.warn))
+        for severity, threshold in steps:
+            if threshold is None:
+                continue
+            limit = threshold * scale
+            if value < limit if self.below else value > limit:
+                return severity, limit
+        return None
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Rules by analysis and metric, and where they were read."""
+
+    rules: Mapping[str, Mapping[str, Rule]]
+    origin: str
+
+    def plain(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """The rules as JSON and TOML have them; what a rule leaves at its default is left out."""
+        return {
+            name: {
+                metric: {
+                    k: v for k, v in asdict(rule).items() if v is not None and v != "" and v is not False
+                }
+                for metric, rule in rules.items()
+            }
+            for name, rules in self.rules.items()
+        }
+
+
+@cache
+def default_policy() -> Policy:
+    """The policy that ships with the package; every rule names its source or says that there is none."""
+    text = files("diagnostics").joinpath("default_policy.toml").read_text(encoding="utf-8")
+    return parse(tomllib.loads(text), origin="default policy")
+
+
+def load_policy(path: str | Path) -> Policy:
+    """The default policy with the rules of a file in place of its own, metric by metric.
+
+    Raises:
+        ValueError: the file is missing or not TOML, or a rule makes no sense.
+        LookupError: an unknown analysis, metric, key or parameter; the message lists the known ones.
+    """
+    try:
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"policy {path}: cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"policy {path}: not a TOML file: {error}") from error
+    given = parse(tables, origin=f"policy {path}")
+    check_names(given)
+    default = default_policy()
+    names = {*default.rules, *given.rules}
+    rules = {name: {**default.rules.get(name, {}), **given.rules.get(name, {})} for name in sorted(names)}
+    return Policy(rules, origin=given.origin)
+
+
+def parse(tables: Mapping[str, Any], origin: str) -> Policy:
+    """Rules out of nested tables, as TOML and audit.json hold them.
+
+    Raises:
+        ValueError, LookupError: as `load_policy`, but names of analyses and metrics are not looked up.
+    """
+    rules: dict[str, dict[str, Rule]] = {}
+    for name, metrics in tables.items():
+        if not isinstance(metrics, Mapping):
+            raise ValueError(
+                f"{origin}: {name} = {metrics!r} stands outside a table; write [ANALYSIS] above it"
+            )
+        rules[name] = {metric: rule(value, f"{origin}: {name}.{metric}") for metric, value in metrics.items()}
+        for metric, made in rules[name].items():
+            if not made.source:
+                rules[name][metric] = Rule(**{**asdict(made), "source": origin})
+    return Policy(rules, origin=origin)
+
+
+def rule(table: Any, where: str) -> Rule:
+    """One rule out of its inline table; `where` begins every message."""
+    if not isinstance(table, Mapping):
+        raise ValueError(f"{where} = {table!r} is not a rule; write {{warn = …, fail = …}}")
+    kinds = {
+        field.name: str if field.type is str else bool if field.type is bool else float
+        for field in fields(Rule)
+    }
+    for key, value in table.items():
+        if key not in kinds:
+            raise LookupError(f"{where}: unknown key {key!r}; known: {', '.join(kinds)}")
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not (number if kinds[key] is float else isinstance(value, kinds[key])):
+            word = {float: "a finite number", bool: "true or false", str: "a text"}[kinds[key]]
+            raise ValueError(f"{where}: {key} = {value!r} is not {word}")
+    made = Rule(**table)
+    if made.warn is not None and made.fail is not None:
+        first, second = (made.fail, made.warn) if made.below else (made.warn, made.fail)
+        if first > second:
+            order = "below" if made.below else "above"
+            raise ValueError(
+                f"{where}: fail = {made.fail:g} would be met before warn = {made.warn:g}; "
+                f"this rule judges values {order} its thresholds"
+            )
+    return made
+
+
+def check_names(policy: Policy) -> None:
+    """Refuse rules for what is not installed or not measured.
+
+    Raises:
+        LookupError: an unknown analysis, metric or parameter; the message lists the known ones.
+    """
+    for name, rules in policy.rules.items():
+        if name not in installed():
+            raise LookupError(f"{policy.origin}: unknown analysis {name!r}; known: {', '.join(installed())}")
+        record = find(name)
+        for metric, made in rules.items():
+            if record.metrics and metric not in record.metrics:
+                known = ", ".join(record.metrics)
+                raise LookupError(f"{policy.origin}: {name} has no metric {metric!r}; it has: {known}")
+            if made.per and made.per not in record.parameters:
+                known = ", ".join(record.parameters) or "none"
+                raise LookupError(f"{policy.origin}: {name} has no parameter {made.per!r}; it has: {known}")
+
+
+def judge(result: Result, policy: Policy) -> list[Finding]:
+    """The findings of one result, the severest first."""
+    findings = []
+    for metric, made in policy.rules.get(result.analysis, {}).items():
+        if made.off or unjudged(result, metric, made):
+            continue
+        value = result.metrics[metric]
+        found = made.beyond(value, scale(result, made))
+        if found is None:
+            continue
+        severity, threshold = found
+        comparison = f"{metric} is {value:.4g}, {'below' if made.below else 'above'} {threshold:.4g}"
+        findings.append(
+            Finding(
+                analysis=result.analysis,
+                severity=severity,
+                metric=metric,
+                value=value,
+                threshold=threshold,
+                message=made.message or comparison,
+                source=made.source,
+            )
+        )
+    return sorted(findings, key=lambda finding: finding.severity != "fail")
+
+
+def not_measured(result: Result, policy: Policy) -> dict[str, str]:
+    """The rules that a result gives nothing to judge by, as metric -> why; such a rule is not passed."""
+    rules = policy.rules.get(result.analysis, {})
+    reasons = {metric: unjudged(result, metric, made) for metric, made in rules.items() if not made.off}
+    return {metric: reason for metric, reason in reasons.items() if reason}
+
+
+def verdict(findings: Iterable[Finding]) -> Verdict:
+    """The severest of the findings; `pass` when there is none."""
+    severities = {finding.severity for finding in findings}
+    return "fail" if "fail" in severities else "warn" if "warn" in severities else "pass"
+
+
+def scale(result: Result, made: Rule) -> float:
+    """What the thresholds of a rule are multiplied by."""
+    return float(result.parameters[made.per]) if made.per else 1.0
+
+
+def unjudged(result: Result, metric: str, made: Rule) -> str:
+    """Why a rule cannot be applied to a result; empty when it can."""
+    value = result.metrics.get(metric)
+    if value is None:
+        return "the analysis left it out"
+    if math.isnan(value):
+        return "it came out as not a number"
+    factor = result.parameters.get(made.per) if made.per else 1.0
+    if isinstance(factor, bool) or not isinstance(factor, int | float):
+        return f"its thresholds are per {made.per}, which is {factor!r} here"
+    return ""

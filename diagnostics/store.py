@@ -1,0 +1,328 @@
+"""The audit on disk: what was found, how it came about, and enough to go on after a kill.
+
+`audit.json` is everything but the tables, which lie beside it as parquet. Each file is replaced in one step, so
+that nobody ever sees half of one. A finished analysis carries a key of all that it depends on and is used again
+only under the same key.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from filelock import FileLock, Timeout
+
+from diagnostics.analysis import Result, plain
+from diagnostics.disk import number, read_table, replacing, to_json, write_table, writing
+from diagnostics.policy import Finding, Policy, Verdict, judge, not_measured, parse, verdict
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of one analysis.
+
+    Attributes:
+        status: whether it has a result.
+        reason: why not, in one line.
+        fault: of a failed one, whether the input was wrong, the analysis crashed, or it was not finished.
+        seconds: wall clock of its run.
+        peak_rss_mb: largest resident memory of this process during the run, MB (1e6 bytes); None if unknown.
+        device: where it ran.
+        key: hash of all that the result depends on.
+        question, paper: as registered when it ran, so that an audit reads without the package.
+        reused: whether the result was taken over from an earlier run.
+    """
+
+    status: Literal["ok", "skipped", "failed"]
+    reason: str | None = None
+    fault: Literal["input", "crash", "unfinished"] | None = None
+    seconds: float = 0.0
+    peak_rss_mb: float | None = None
+    device: str | None = None
+    key: str | None = None
+    question: str = ""
+    paper: str = ""
+    reused: bool = False
+    result: Result | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """Two checkpoints, what was measured on them, and the policy that it is judged by.
+
+    Attributes:
+        base, tuned: `Checkpoint.describe()`; the fingerprint is None until it has been computed.
+        data: the files of each role: name, ref, fingerprint, rows.
+        environment: versions, device, seed, threads.
+        options: how the audit was asked for.
+        analyses: outcome of every installed analysis by name.
+        kept: results of earlier runs on the same checkpoints that were not asked for this time.
+        unmatched: tensors that do not align: tensor, reason, base_shape, tuned_shape.
+        notes: what a reader must know about the audit as a whole.
+        created: when it began, UTC, ISO 8601.
+        path: its directory, if it has one.
+    """
+
+    base: Mapping[str, Any]
+    tuned: Mapping[str, Any]
+    policy: Policy
+    analyses: Mapping[str, Outcome]
+    created: str
+    tunescope: str
+    data: Mapping[str, list[Mapping[str, Any]]] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    kept: Mapping[str, Outcome] = field(default_factory=dict)
+    unmatched: tuple[Mapping[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
+    path: Path | None = None
+
+    @property
+    def results(self) -> dict[str, Result]:
+        """The results of the analyses that have one, by name."""
+        return {name: made.result for name, made in self.analyses.items() if made.result is not None}
+
+    @cached_property
+    def findings(self) -> list[Finding]:
+        """Everything beyond a threshold of the policy, the severest first."""
+        found = [finding for result in self.results.values() for finding in judge(result, self.policy)]
+        return sorted(found, key=lambda finding: finding.severity != "fail")
+
+    @cached_property
+    def not_measured(self) -> dict[str, dict[str, str]]:
+        """The rules that could not be applied: analysis -> metric -> why."""
+        reasons = {name: not_measured(result, self.policy) for name, result in self.results.items()}
+        return {name: found for name, found in reasons.items() if found}
+
+    @property
+    def failed(self) -> dict[str, Outcome]:
+        """The analyses that have no result although they should, by name."""
+        return {name: made for name, made in self.analyses.items() if made.status == "failed"}
+
+    @property
+    def verdict(self) -> Verdict:
+        """The severest finding; `fail` also when an analysis failed, for then nothing says that it passes."""
+        return "fail" if self.failed else verdict(self.findings)
+
+    @property
+    def exit_code(self) -> int:
+        """0 the policy passes, 1 it fails, 2 an analysis refused its input, 3 one crashed or is unfinished."""
+        faults = {made.fault for made in self.failed.values()}
+        if faults:
+            return 2 if faults == {"input"} else 3
+        return 1 if self.verdict == "fail" else 0
+
+    def record(self) -> dict[str, Any]:
+        """The contents of audit.json, as plain values."""
+        return {
+            "schema": SCHEMA,
+            "tunescope": self.tunescope,
+            "created": self.created,
+            "base": plain(self.base),
+            "tuned": plain(self.tuned),
+            "data": plain(self.data),
+            "environment": plain(self.environment),
+            "options": plain(self.options),
+            "verdict": self.verdict,
+            "exit_code": self.exit_code,
+            "findings": [asdict(finding) for finding in self.findings],
+            "not_measured": self.not_measured,
+            "policy": {"origin": self.policy.origin, "rules": self.policy.plain()},
+            "analyses": {name: outcome_record(name, made) for name, made in self.analyses.items()},
+            "kept": {name: outcome_record(name, made) for name, made in self.kept.items()},
+            "unmatched": plain(self.unmatched),
+            "notes": list(self.notes),
+        }
+
+
+def outcome_record(name: str, made: Outcome) -> dict[str, Any]:
+    """One entry under `analyses` in audit.json."""
+    record = {k: getattr(made, k) for k in Outcome.__dataclass_fields__ if k != "result"}
+    result = made.result
+    if result is not None:
+        record |= {
+            "parameters": result.parameters,
+            "metrics": dict(result.metrics),
+            "notes": list(result.notes),
+            "tables": {table: table_file(name, table) for table in result.tables},
+        }
+    return record
+
+
+def table_file(name: str, table: str) -> str:
+    """Where a table lies inside an audit.
+
+    Raises:
+        ValueError: a name that is not safe as a part of a file name.
+    """
+    for word in (name, table):
+        if not re.fullmatch(r"[\w-]+", word):
+            raise ValueError(f"{word!r} cannot name an analysis or a table; use letters, digits, _ and -")
+    return f"tables/{name}.{table}.parquet"
+
+
+class Store:
+    """One audit's directory while an audit runs; entered, it is locked against other writers.
+
+    Raises:
+        ValueError: on construction, when `out` cannot be an audit's directory.
+    """
+
+    def __init__(self, out: str | Path):
+        self.out = Path(out)
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"--out {self.out}: is a file, not a directory; name another place")
+
+    def __enter__(self) -> Self:
+        with writing(self.out):
+            (self.out / "tables").mkdir(parents=True, exist_ok=True)
+            self.lock = FileLock(self.out / ".lock", blocking=False)
+            try:
+                self.lock.acquire()
+            except Timeout:
+                raise ValueError(
+                    f"--out {self.out}: another tunescope is writing there; wait for it or name another place"
+                ) from None
+            for left in [*self.out.glob(".*.part"), *self.out.glob("tables/.*.part")]:
+                left.unlink()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+
+    def earlier(self) -> Audit | None:
+        """What an earlier run left here; a result whose tables are damaged counts as not there.
+
+        Raises:
+            ValueError: audit.json is damaged.
+        """
+        if not (self.out / "audit.json").exists():
+            return None
+        try:
+            return load(self.out, damaged="drop")
+        except ValueError as error:
+            raise ValueError(f"{error}; start over with --fresh") from error
+
+    def clear(self) -> None:
+        """Remove what audits write here, and nothing else."""
+        with writing(self.out):
+            for path in [self.out / name for name in ("audit.json", "report.html", "audit.log")]:
+                path.unlink(missing_ok=True)
+            for path in self.out.glob("tables/*.parquet"):
+                path.unlink()
+
+    def write_tables(self, name: str, result: Result) -> None:
+        """Write the tables of one result, each in one step."""
+        for table, frame in result.tables.items():
+            write_table(self.out / table_file(name, table), frame)
+
+    def write(self, audit: Audit) -> None:
+        """Write audit.json in one step, and drop the tables that it no longer names."""
+        with replacing(self.out / "audit.json") as part:
+            part.write_text(to_json(audit.record()), encoding="utf-8")
+        named = {
+            self.out / table_file(name, table)
+            for made in (audit.analyses, audit.kept)
+            for name, outcome in made.items()
+            if outcome.result is not None
+            for table in outcome.result.tables
+        }
+        for path in set(self.out.glob("tables/*.parquet")) - named:
+            path.unlink(missing_ok=True)
+
+    def log(self, text: str) -> None:
+        """Append to audit.log, where tracebacks go."""
+        with writing(self.out / "audit.log") as path, path.open("a", encoding="utf-8") as log:
+            log.write(text.rstrip() + "\n\n")
+
+
+def load(path: str | Path, *, damaged: Literal["refuse", "drop"] = "refuse") -> Audit:
+    """Open a saved audit; everything that a fresh one shows can be drawn and judged again.
+
+    Args:
+        path: the directory of an audit, or its audit.json.
+        damaged: whether a result whose table cannot be read makes the audit unreadable or is left out.
+
+    Raises:
+        ValueError: no audit there, a damaged one, or one of a newer schema.
+    """
+    directory = Path(path).parent if Path(path).name == "audit.json" else Path(path)
+    file = directory / "audit.json"
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no audit here (there is no audit.json)") from error
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{file}: damaged, not JSON: {error}") from error
+    schema = record.get("schema") if isinstance(record, dict) else None
+    if not isinstance(schema, int):
+        raise ValueError(f"{file}: not an audit of tunescope")
+    if schema > SCHEMA:
+        raise ValueError(
+            f"{file}: schema {schema} is newer than this tunescope reads ({SCHEMA}); upgrade tunescope"
+        )
+    try:
+        return audit_of(record, directory, damaged)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: damaged: {type(error).__name__} {error}") from error
+
+
+def audit_of(record: Mapping[str, Any], directory: Path, damaged: str) -> Audit:
+    """The audit that audit.json holds."""
+    policy = parse(record["policy"]["rules"], origin=record["policy"]["origin"])
+
+    def outcomes(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Outcome]:
+        made = {}
+        for name, entry in entries.items():
+            outcome = Outcome(**{k: entry[k] for k in Outcome.__dataclass_fields__ if k in entry})
+            if outcome.status == "ok":
+                try:
+                    outcome = replace(outcome, result=result_of(name, entry, directory))
+                except ValueError:
+                    if damaged == "refuse":
+                        raise
+                    continue
+            made[name] = outcome
+        return made
+
+    return Audit(
+        base=record["base"],
+        tuned=record["tuned"],
+        policy=policy,
+        analyses=outcomes(record["analyses"]),
+        created=record["created"],
+        tunescope=record["tunescope"],
+        data=record["data"],
+        environment=record["environment"],
+        options=record["options"],
+        kept=outcomes(record["kept"]),
+        unmatched=tuple(record["unmatched"]),
+        notes=tuple(record["notes"]),
+        path=directory,
+    )
+
+
+def result_of(name: str, entry: Mapping[str, Any], directory: Path) -> Result:
+    """The result that an entry under `analyses` holds, its tables read."""
+    tables = {}
+    for table, file in entry["tables"].items():
+        # An audit from elsewhere must not make us open what lies outside it.
+        if file != table_file(name, table):
+            raise ValueError(
+                f"{directory / 'audit.json'}: damaged: table {table} of {name} is said to be {file!r}"
+            )
+        tables[table] = read_table(directory / file)
+    return Result(
+        metrics={k: number(v) for k, v in entry["metrics"].items()},
+        tables=tables,
+        notes=tuple(entry["notes"]),
+        analysis=name,
+        parameters=entry["parameters"],
+    )
