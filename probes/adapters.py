@@ -1,0 +1,289 @@
+"""PEFT adapters as low-rank deltas: LoRA, rsLoRA, DoRA, and what is saved beside them.
+
+An adapter is read as the checkpoint that it makes of its base: tensors that it leaves alone are the base's,
+the others are merged in float32 when asked for, one at a time. Source of the rules: PEFT's `merge_and_unload`
+(peft/tuners/lora/layer.py, variants.py), against which the tests hold them.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from probes.layout import Matrix
+from probes.sources import Source
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A delta of one matrix, kept as its factors: scaling · B @ A."""
+
+    A: Float[Tensor, "r in"]
+    B: Float[Tensor, "out r"]
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        """Number of factors; the delta's rank is at most this."""
+        return self.A.shape[0]
+
+    def dense(self) -> Float[Tensor, "out in"]:
+        """The delta itself, in float32."""
+        return (self.B.float() @ self.A.float()) * self.scaling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """One pair of factors and the place in the base that they change.
+
+    Attributes:
+        module: the adapted module, as the adapter names it.
+        tensor: the base's stored tensor that the whole delta is for; or
+        matrix, part: the one matrix of it, and the part of the delta that belongs there.
+        A, B, magnitude: names in the adapter's file.
+        embedding: A is (r, vocabulary) and B (width, r), so that the delta is (B @ A)ᵀ.
+        experts: how many experts' factors lie in A and B; 0 for a plain pair.
+    """
+
+    module: str
+    tensor: str
+    A: str
+    B: str
+    scaling: float
+    magnitude: str | None = None
+    matrix: Matrix | None = None
+    part: Matrix | None = None
+    embedding: bool = False
+    experts: int = 0
+
+
+@dataclass(kw_only=True)
+class Targets:
+    """What every tensor of an adapter's file means for its base (found by `probes.targets`).
+
+    Attributes:
+        updates: stored tensor -> the factors that change it.
+        replaced: stored tensor -> the tensor that takes its place (`modules_to_save`, biases).
+        tokens: embedding -> the trained rows, and which they are.
+        shifts: bias -> what LoRA adds to it (`lora_bias`), and the scaling.
+        notes: what a reader must know.
+    """
+
+    updates: dict[str, list[Update]] = field(default_factory=dict)
+    replaced: dict[str, str] = field(default_factory=dict)
+    tokens: dict[str, tuple[str, list[int]]] = field(default_factory=dict)
+    shifts: dict[str, tuple[str, float]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+class Adapter:
+    """A source: the tensors of a base with an adapter merged in.
+
+    Attributes:
+        headers: the tensors of the merged model: the base's, and what the adapter brings besides.
+        targets: what each tensor of the adapter changes.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        weights: Source,
+        base: Source,
+        matrices: Mapping[str, Matrix],
+        *,
+        where: str = "adapter",
+        of: str = "its base",
+    ):
+        """Find the tensor of the base that each tensor of an adapter changes; reads none of them.
+
+        Args:
+            config: adapter_config.json.
+            weights: the adapter's own tensors.
+            base: the tensors that it was trained on.
+            matrices: the base's matrices by name.
+            where, of: what messages call the adapter and its base.
+
+        Raises:
+            ValueError: a kind of adapter that is not read, or one that does not fit this base.
+        """
+        from probes.targets import find_targets
+
+        self.config = config
+        self.weights = weights
+        self.base = base
+        self.targets = find_targets(config, weights.headers, base.headers, matrices, where=where, of=of)
+        self.headers = dict(base.headers)
+        for name, key in self.targets.replaced.items():
+            self.headers[name] = replace(weights.headers[key], name=name)
+        self._transposed = {m.tensor for m in matrices.values() if m.transposed and m.experts is None}
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Type, rank, alpha and variant, as plain values."""
+        config, targets = self.config, self.targets
+        return {
+            "type": "LORA",
+            "r": config.get("r", 8),
+            "alpha": config.get("lora_alpha", 8),
+            "rslora": bool(config.get("use_rslora")),
+            "dora": bool(config.get("use_dora")),
+            "rank_pattern": dict(config.get("rank_pattern") or {}),
+            "alpha_pattern": dict(config.get("alpha_pattern") or {}),
+            "updated": len(targets.updates),
+            "replaced": sorted(targets.replaced),
+            "notes": list(targets.notes),
+        }
+
+    def stamp(self) -> str:
+        """What changes when the files of base or adapter do."""
+        return self._hash(self.base.stamp(), self.weights.stamp())
+
+    def fingerprint(self) -> str:
+        """Hash of the content of base and adapter."""
+        return self._hash(self.base.fingerprint(), self.weights.fingerprint())
+
+    def _hash(self, *parts: str) -> str:
+        facts = json.dumps([*parts, self.summary], sort_keys=True)
+        return hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
+
+    def location(self, name: str) -> Hashable:
+        """Where a tensor's bytes lie: the base's own place if the adapter leaves it alone."""
+        if not self.changes(name):
+            return self.base.location(name)
+        if name in self.targets.replaced and name not in self.targets.updates:
+            return self.weights.location(self.targets.replaced[name])
+        return "merged", name, self.stamp()
+
+    def changes(self, name: str) -> bool:
+        """Whether a stored tensor is not the base's own."""
+        targets = self.targets
+        return any(
+            name in kind for kind in (targets.updates, targets.replaced, targets.tokens, targets.shifts)
+        )
+
+    def touched(self, matrix: Matrix) -> bool:
+        """Whether the adapter changes a matrix."""
+        whole = matrix.tensor in self.targets.replaced or matrix.tensor in self.targets.tokens
+        return whole or bool(self._updates(matrix))
+
+    def delta(self, matrix: Matrix) -> LowRank | None:
+        """What is added to a matrix; None if nothing, or if it is no product of factors (DoRA, replaced)."""
+        updates = self._updates(matrix)
+        if not updates or any(u.magnitude for u in updates) or matrix.tensor in self.targets.tokens:
+            return None
+        if matrix.tensor in self.targets.replaced and not self._carried(matrix.tensor):
+            return None
+        lows = [self._factors(update, matrix) for update in updates]
+        if len(lows) == 1:
+            return lows[0]
+        A = torch.cat([low.A.float() for low in lows])
+        B = torch.cat([low.B.float() * low.scaling for low in lows], dim=1)
+        return LowRank(A, B, 1.0)
+
+    def matrix(self, matrix: Matrix) -> Float[Tensor, "out in"]:
+        """One matrix as (out, in): merged in float32 where factors change it, else in its stored dtype."""
+        value = matrix.take(self._stored(matrix.tensor))
+        for update in self._updates(matrix):
+            value = self._merge(update, matrix, value)
+        return value
+
+    def read(self, name: str) -> Tensor:
+        """A tensor in its stored layout: merged in float32 where factors change it, else as stored."""
+        stored = self._stored(name)
+        for update in self.targets.updates.get(name, ()):
+            stored = stored.to(_wide(stored.dtype), copy=True)
+            if update.matrix is not None:
+                stored = update.matrix.put(
+                    stored, self._merge(update, update.matrix, update.matrix.take(stored))
+                )
+                continue
+            for whole in self._wholes(update):
+                view = whole.take(stored)
+                view.copy_(self._merge(update, whole, view))
+        return stored
+
+    def _stored(self, name: str) -> Tensor:
+        """The tensor that factors are added to: the base's, or what the adapter puts in its place."""
+        targets = self.targets
+        stored = (
+            self.weights.read(targets.replaced[name]) if name in targets.replaced else self.base.read(name)
+        )
+        if name in targets.tokens:
+            key, rows = targets.tokens[name]
+            stored = stored.index_copy(0, torch.tensor(rows), self.weights.read(key).to(stored.dtype))
+        if name in targets.shifts:
+            key, scaling = targets.shifts[name]
+            stored = stored.to(_wide(stored.dtype)) + self.weights.read(key).float() * scaling
+        return stored
+
+    def _carried(self, name: str) -> bool:
+        """Whether a tensor that came along is the base's own: PEFT saves an adapted embedding whole."""
+        if name not in self.base.headers or self.base.headers[name].shape != self.headers[name].shape:
+            return False
+        return torch.equal(self.base.read(name), self.weights.read(self.targets.replaced[name]))
+
+    def _merge(self, update: Update, matrix: Matrix, value: Tensor) -> Tensor:
+        low = self._factors(update, matrix)
+        merged = value.to(_wide(value.dtype)) + low.dense()
+        if update.magnitude is None:
+            return merged
+        # DoRA gives each output a length of its own; an embedding's outputs are the columns of its table.
+        lengths = self.weights.read(update.magnitude).float().flatten()
+        if update.embedding:
+            return merged * (lengths / torch.linalg.vector_norm(merged, dim=0))
+        lengths = _rows(update.part or matrix, lengths[:, None]).flatten()
+        return merged * (lengths / torch.linalg.vector_norm(merged, dim=1))[:, None]
+
+    def _updates(self, matrix: Matrix) -> list[Update]:
+        return [
+            update
+            for update in self.targets.updates.get(matrix.tensor, ())
+            if update.matrix is None or update.matrix.name == matrix.name
+        ]
+
+    def _factors(self, update: Update, matrix: Matrix) -> LowRank:
+        """What an update adds to a matrix, in the order (r, in), (out, r)."""
+        A, B = self.weights.read(update.A), self.weights.read(update.B)
+        if update.embedding:
+            A, B = B.mT, A.mT
+        A, B = A.flatten(1), B.flatten(1)  # convolutions
+        chosen = update.part or matrix
+        if update.experts:
+            # (experts · r, in) is expert after expert, (out, r · experts) has the experts innermost.
+            assert chosen.expert is not None
+            r = A.shape[0] // update.experts
+            A, B = A[chosen.expert * r : (chosen.expert + 1) * r], B[:, chosen.expert :: update.experts]
+        elif chosen.experts is not None:  # the whole stack is one matrix to PEFT
+            assert chosen.expert is not None
+            B = B.unflatten(0, (chosen.experts, -1))[chosen.expert]
+            if chosen.transposed:
+                A, B = B.mT, A.mT
+        return LowRank(A, _rows(chosen, B), update.scaling)
+
+    def _wholes(self, update: Update) -> list[Matrix]:
+        """The undivided (out, in) matrices of a tensor that an update changes: one, or one an expert."""
+        header = self.headers[update.tensor]
+        A, B = self.weights.headers[update.A].shape, self.weights.headers[update.B].shape
+        out, columns = (A[1], B[0]) if update.embedding else (B[0], math.prod(A[1:]))
+        whole = Matrix(
+            name=update.tensor, tensor=update.tensor, layer=None, component="", part="other",
+            rows=out, columns=columns, dtype=header.dtype,
+            transposed=update.tensor in self._transposed,
+        )  # fmt: skip
+        return [replace(whole, expert=e) for e in range(header.shape[0])] if update.experts else [whole]
+
+
+def _rows(matrix: Matrix, whole: Tensor) -> Tensor:
+    """The rows of an undivided (out, …) matrix that belong to a part of it."""
+    return replace(matrix, expert=None, experts=None, transposed=False).take(whole)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """float32, or the dtype itself where that is wider."""
+    return torch.promote_types(dtype, torch.float32)

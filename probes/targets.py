@@ -1,0 +1,400 @@
+"""Which tensor of a base each tensor of a PEFT adapter means.
+
+An adapter names modules as the model in memory does. A checkpoint's file may leave out or reorder the names
+of sub-models, may keep experts apart that memory stacks, and stores tied weights once. Differences end here.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from math import prod, sqrt
+from typing import Any
+
+from probes.adapters import Targets, Update
+from probes.layout import Header, Matrix
+from probes.naming import matrices as name_matrices
+
+# Adapters that put something before the text or between the layers and leave every weight as it is.
+WEIGHTLESS = frozenset(
+    (
+        "PROMPT_TUNING",
+        "PREFIX_TUNING",
+        "P_TUNING",
+        "MULTITASK_PROMPT_TUNING",
+        "ADAPTION_PROMPT",
+        "CPT",
+        "CARTRIDGE",
+    )
+)
+# Fields of LoraConfig that give the factors another meaning.
+VARIANTS = {
+    "layer_replication": "it repeats layers of its base",
+    "use_qalora": "it is a QA-LoRA",
+    "use_bdlora": "it is a BD-LoRA",
+    "kasa_config": "it is a KaSA, which cuts the smallest singular values of its base",
+    "monteclora_config": "it is a MonteCLoRA",
+    "arrow_config": "it routes between adapters",
+    "alora_invocation_tokens": "it is an aLoRA, switched on by tokens",
+}
+# Initialisations that also move the base's weights, so that the factors are no delta to the base on disk.
+MOVED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+MERGE = (
+    "merge it where it was trained (`model.merge_and_unload().save_pretrained(DIR)`) and give that directory"
+)
+
+_FACTOR = re.compile(
+    r"(?P<module>.+)\.(?P<factor>lora_(?:embedding_)?[AB]|lora_magnitude_vector)"
+    r"(?:\.(?!(?:weight|bias)$)(?P<name>[^.]+))?(?:\.(?P<leaf>weight|bias))?"
+)
+_TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?")
+# What PEFT's wrappers insert into the names of tensors that are saved whole.
+_WRAPPED = re.compile(r"\.token_adapter(?=\.)|\.base_layer(?=\.)|\.modules_to_save(?:\.[^.]+)?(?=\.[^.]+$)")
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+# Names of sub-models that one file has and another leaves out or reorders.
+_WRAPPERS = frozenset({"model", "transformer", "language_model", "base_model"})
+
+
+def refuse(config: Mapping[str, Any], where: str) -> None:
+    """Accept only adapters whose factors are a delta to the base on disk.
+
+    Raises:
+        ValueError: another kind; the message names it and says how to mend it.
+    """
+    kind = str(config.get("peft_type", "unknown")).upper()
+    if kind in WEIGHTLESS:
+        raise ValueError(f"{where}: a {kind} adapter changes no weights, so there is nothing to compare")
+    if kind != "LORA":
+        raise ValueError(
+            f"{where}: adapter of type {kind}; LoRA, rsLoRA and DoRA are read as they are: {MERGE}"
+        )
+    for name, meaning in VARIANTS.items():
+        if config.get(name):
+            raise ValueError(f"{where}: {name} is set ({meaning}); {MERGE}")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(MOVED_BASE):
+        raise ValueError(
+            f"{where}: init_lora_weights={start!r} also changed the base's weights in training; save it "
+            f"again with `path_initial_model_for_weight_conversion`, or {MERGE}"
+        )
+
+
+def find_targets(
+    config: Mapping[str, Any],
+    weights: Mapping[str, Header],
+    base: Mapping[str, Header],
+    matrices: Mapping[str, Matrix],
+    *,
+    where: str,
+    of: str,
+) -> Targets:
+    """What every tensor of an adapter's file means for its base.
+
+    Args:
+        config: adapter_config.json.
+        weights, base: the tensors of adapter and base, by name.
+        matrices: the base's matrices.
+        where, of: what messages call the two.
+
+    Raises:
+        ValueError: a kind of adapter that is not read; a module that the base lacks, or has in another shape.
+    """
+    refuse(config, where)
+    return _Search(config, weights, base, matrices, where, of).targets
+
+
+class _Search:
+    """The work of `find_targets`, one kind of tensor after the other."""
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        weights: Mapping[str, Header],
+        base: Mapping[str, Header],
+        matrices: Mapping[str, Matrix],
+        where: str,
+        of: str,
+    ):
+        self.config = config
+        self.weights = weights
+        self.names = _Names(base, matrices)
+        self.where = where
+        self.of = of
+        self.shapes = {name: header.shape for name, header in base.items()}
+        self.targets = Targets()
+
+        factors: dict[str, dict[str, str]] = defaultdict(dict)
+        adapters: set[str] = set()
+        for key in weights:
+            name = key.removeprefix("base_model.model.")
+            if found := _FACTOR.fullmatch(name):
+                adapters.add(found["name"] or "default")
+                leaf = found["factor"] + (".bias" if found["leaf"] == "bias" else "")
+                factors[found["module"]][leaf] = key
+            elif found := _TOKENS.fullmatch(name):
+                self._tokens(found["module"], key)
+            elif ".lora_" in name:
+                raise ValueError(
+                    f"{where}: tensor {key!r} belongs to a variant of LoRA that is not read; {MERGE}"
+                )
+            elif ".original_module." not in name:
+                self._whole(_WRAPPED.sub("", name), key)
+        if len(adapters) > 1:
+            raise ValueError(
+                f"{where}: holds several adapters ({', '.join(sorted(adapters))}); save the one that is meant"
+            )
+        if not factors and not self.targets.replaced and not self.targets.tokens:
+            raise ValueError(f"{where}: holds no tensor of an adapter; is it the adapter's own directory?")
+        for module, keys in factors.items():
+            self._factors(module, keys)
+
+    def _fail(self, module: str, problem: str) -> ValueError:
+        return ValueError(
+            f"{self.where}: {module}: {problem}; was it trained on another model than {self.of}?"
+        )
+
+    # Tensors saved whole
+
+    def _whole(self, name: str, key: str) -> None:
+        """`modules_to_save`, biases, and embeddings that PEFT saves beside their factors."""
+        stored = self.names.find(name)
+        if stored is None and ".base_layer." in key:
+            stored = self.names.tied.get(name)  # a copy of the weight that its factors are added to
+        modules = self.config.get("modules_to_save") or ()
+        if stored is None:
+            if not any(re.search(rf"(?:^|\.){re.escape(module)}(?:\.|$)", name) for module in modules):
+                raise self._fail(name, "is not in the base")
+            stored = name
+        for alias, tensor in self.names.tied.items():
+            alone = ".base_layer." not in key and not any(alias in other for other in self.weights)
+            if tensor == stored and alone:
+                self.targets.notes.append(
+                    f"{stored} is tied to {alias} in the base; here it is trained alone, and {alias} stays"
+                )
+        self.targets.replaced[stored] = key
+        self.shapes[stored] = self.weights[key].shape
+
+    def _tokens(self, module: str, key: str) -> None:
+        """`trainable_token_indices`: some rows of an embedding."""
+        stored = self.names.find(f"{module}.weight") or self.names.tied.get(f"{module}.weight")
+        rows = self.config.get("trainable_token_indices") or []
+        if isinstance(rows, Mapping):
+            fitting = [chosen for name, chosen in rows.items() if _ends(module, name)]
+            rows = fitting[0] if fitting else []
+        if stored is None or len(self.shapes[stored]) != 2:
+            raise self._fail(module, "has trained tokens, but the base has no such embedding")
+        height, width = self.shapes[stored]
+        if self.weights[key].shape != (len(rows), width) or max(rows) >= height:
+            raise self._fail(
+                module,
+                f"{len(rows)} tokens in {_by(self.weights[key].shape)}, the embedding is {height}x{width}",
+            )
+        self.targets.tokens[stored] = key, list(rows)
+
+    # Factors
+
+    def _factors(self, module: str, keys: Mapping[str, str]) -> None:
+        embedding = "lora_embedding_A" in keys
+        A, B = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+        if A not in keys or B not in keys:
+            raise ValueError(
+                f"{self.where}: {module}: has {', '.join(keys)} but not both {A} and {B}; saved whole?"
+            )
+        if self.config.get("use_dora") and "lora_magnitude_vector" not in keys:
+            raise ValueError(f"{self.where}: {module}: use_dora is set, but lora_magnitude_vector is missing")
+        path = _WRAPPED.sub("", module + ".").removesuffix(".")
+        plain = Update(
+            module=path, tensor="", A=keys[A], B=keys[B], scaling=0.0,
+            magnitude=keys.get("lora_magnitude_vector"), embedding=embedding,
+        )  # fmt: skip
+        parameters = sorted(
+            {
+                parameter.rpartition(".")[2]
+                for parameter in self.config.get("target_parameters") or ()
+                if _ends(path, parameter.rpartition(".")[0])
+            }
+        )
+        updates = self._parameter(plain, parameters) if parameters else self._module(plain)
+        for update in updates:
+            self.targets.updates.setdefault(update.tensor, []).append(update)
+        if "lora_B.bias" in keys:
+            bias = self.names.find(f"{path}.bias")
+            if bias is None:
+                raise self._fail(path, "adds to a bias that the base lacks")
+            self.targets.shifts[bias] = keys["lora_B.bias"], updates[0].scaling
+
+    def _module(self, update: Update) -> list[Update]:
+        """Factors of a linear layer, a convolution or an embedding."""
+        path = update.module
+        out, columns = self._shape(update)
+        update = replace(update, scaling=self._scaling(path, path, self._rank(update)))
+        for name in (f"{path}.weight", f"{path}.in_proj_weight"):
+            stored = self.names.find(name) or self.names.tied.get(name)
+            if stored is not None:
+                shape = self._oriented(stored)
+                if shape != (out, columns):
+                    raise self._fail(path, f"the adapter is for {out}x{columns}, the base holds {_by(shape)}")
+                self._note_tied(stored)
+                return [replace(update, tensor=stored)]
+        probe = Header(f"{path}.weight", (out, columns), next(iter(self.weights.values())).dtype)
+        for theirs in name_matrices({probe.name: probe}, {}).values():
+            ours = self.names.alike(theirs)
+            if ours is not None:
+                if (ours.rows, ours.columns) != (out, columns):
+                    raise self._fail(
+                        path, f"the adapter is for {out}x{columns}, the base holds {ours.rows}x{ours.columns}"
+                    )
+                return [replace(update, tensor=ours.tensor, matrix=ours, part=theirs)]
+        raise self._fail(path, "is not in the base")
+
+    def _parameter(self, update: Update, parameters: list[str]) -> list[Update]:
+        """Factors of an `nn.Parameter` (`target_parameters`): a matrix, or the stacked experts of a layer.
+
+        PEFT nests one wrapper for each parameter of a module and saves how deep, not which; shapes tell.
+        """
+        path = update.module
+        fitting = {name: found for name in parameters if (found := self._stack(update, name))}
+        if len(fitting) != 1:
+            known = ", ".join(
+                f"{name} {_by(shape)}" for name in parameters for shape in self._known(f"{path}.{name}")
+            )
+            problem = "fits several of" if fitting else "fits none of"
+            raise self._fail(
+                path, f"a delta of {_by(self._shape(update))} {problem} target_parameters ({known})"
+            )
+        ((name, found),) = fitting.items()
+        experts = max(found[0].experts, 1)
+        scaling = self._scaling(path, f"{path}.{name}", self._rank(update) // experts)
+        return [replace(one, scaling=scaling) for one in found]
+
+    def _stack(self, update: Update, parameter: str) -> list[Update]:
+        """The places of `update` if it is for this parameter; nothing if its shape says otherwise."""
+        name = f"{update.module}.{parameter}"
+        delta = self._shape(update)
+        stored = self.names.find(name)
+        if stored is not None:
+            shape = self._oriented(stored)
+            experts = shape[0] if len(shape) == 3 else 0
+            fits = shape[-2:] == delta and self._rank(update) % max(experts, 1) == 0
+            return [replace(update, tensor=stored, experts=experts)] if fits else []
+        # In memory the experts are one tensor, in the file each has its own.
+        experts = self.names.experts(name)
+        found = []
+        probe = Header(name, (experts, *delta), next(iter(self.weights.values())).dtype)
+        for theirs in name_matrices({name: probe}, {}).values() if experts else ():
+            ours = self.names.alike(theirs)
+            if ours is None or (ours.rows, ours.columns) != (theirs.rows, theirs.columns):
+                return []
+            found.append(replace(update, tensor=ours.tensor, matrix=ours, part=theirs, experts=experts))
+        return found if self._rank(update) % max(experts, 1) == 0 else []
+
+    def _known(self, name: str) -> Iterable[tuple[int, ...]]:
+        stored = self.names.find(name)
+        return [self._oriented(stored)] if stored is not None else []
+
+    def _rank(self, update: Update) -> int:
+        return self.weights[update.A].shape[0]
+
+    def _shape(self, update: Update) -> tuple[int, int]:
+        """(out, in) of the product of the factors."""
+        A, B = self.weights[update.A].shape, self.weights[update.B].shape
+        if A[0] != prod(B[1:]):
+            raise ValueError(f"{self.where}: {update.module}: factors {_by(A)} and {_by(B)} do not multiply")
+        return (A[1], B[0]) if update.embedding else (B[0], prod(A[1:]))
+
+    def _oriented(self, stored: str) -> tuple[int, ...]:
+        """Shape of a stored tensor as (out, in) or (experts, out, in)."""
+        shape = self.shapes[stored]
+        shape = shape if stored in self.names.stacked else (shape[0], prod(shape[1:]))
+        return (*shape[:-2], shape[-1], shape[-2]) if stored in self.names.transposed else shape
+
+    def _scaling(self, module: str, key: str, rank: int) -> float:
+        """alpha/r, or alpha/√r for rsLoRA."""
+        config = self.config
+        expected = _pattern(config.get("rank_pattern"), key, config.get("r", 8))
+        if rank != expected:
+            raise ValueError(
+                f"{self.where}: {module}: factors of rank {rank}, but adapter_config.json says {expected}; "
+                "are the two files of one adapter?"
+            )
+        alpha = _pattern(config.get("alpha_pattern"), key, config.get("lora_alpha", 8))
+        return alpha / (sqrt(rank) if config.get("use_rslora") else rank)
+
+    def _note_tied(self, stored: str) -> None:
+        for alias, tensor in self.names.tied.items():
+            if tensor == stored:
+                self.targets.notes.append(
+                    f"{stored} is tied to {alias}: merged, both change; unmerged, only the adapted one"
+                )
+
+
+class _Names:
+    """Look-up of a base's tensors by the names that a model in memory gives them."""
+
+    def __init__(self, headers: Mapping[str, Header], matrices: Mapping[str, Matrix]):
+        self.headers = headers
+        self.tied = {alias: m.tensor for m in matrices.values() for alias in m.tied if alias not in headers}
+        own = [m for m in matrices.values() if m.experts is None]
+        self.transposed = {m.tensor for m in own if m.transposed}
+        self.stacked = {m.tensor for m in own if m.expert is not None}
+        self.routed = {place: m for m in matrices.values() if (place := _place(m)) is not None}
+        self.endings: dict[str, list[str]] = defaultdict(list)
+        self.bare: dict[str, list[str]] = defaultdict(list)
+        for name in headers:
+            self.bare[_bare(name)].append(name)
+            segments = name.split(".")
+            for start in range(1, len(segments)):
+                self.endings[".".join(segments[start:])].append(name)
+
+    def find(self, name: str) -> str | None:
+        """The stored tensor called `name`, up to a model's prefix."""
+        if name in self.headers:
+            return name
+        for known in (self.endings.get(name, ()), self.bare.get(_bare(name), ())):
+            if len(known) == 1:
+                return known[0]
+        prefix, _, shorter = name.partition(".")  # `roberta.encoder…`, saved from the bare encoder
+        return shorter if shorter in self.headers and not prefix.isdigit() else None
+
+    def alike(self, theirs: Matrix) -> Matrix | None:
+        """The base's matrix of the same expert, or the same router, under whatever name."""
+        place = _place(theirs)
+        return None if place is None else self.routed.get(place)
+
+    def experts(self, name: str) -> int:
+        """How many experts the base has where the stacked parameter `name` stands."""
+        probe = Header(name, (1, 2, 2), next(iter(self.headers.values())).dtype)
+        places = {_place(m) for m in name_matrices({name: probe}, {}).values()} - {None}
+        return max(
+            (sum(known[:2] == place[:2] for known in self.routed) for place in places if place is not None),
+            default=0,
+        )
+
+
+def _place(matrix: Matrix) -> tuple[int | None, str, int | None] | None:
+    """Layer, component and expert of a routed expert or a router; None for anything else."""
+    if matrix.part == "router":
+        return matrix.layer, matrix.component, None
+    named = _EXPERT.search(matrix.name)
+    expert = matrix.expert if named is None else int(named[1])
+    return None if expert is None else (matrix.layer, matrix.component, expert)
+
+
+def _bare(name: str) -> str:
+    return ".".join(segment for segment in name.split(".") if segment not in _WRAPPERS)
+
+
+def _by(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _ends(path: str, ending: str) -> bool:
+    return path == ending or path.endswith(f".{ending}")
+
+
+def _pattern(patterns: Mapping[str, Any] | None, key: str, default: Any) -> Any:
+    """Value of the first pattern that matches the end of a name (peft.utils.other.get_pattern_key)."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", key):
+            return value
+    return default
