@@ -1,22 +1,22 @@
 """Any reference to weights becomes a `Checkpoint`: headers now, one tensor when asked.
 
-An adapter checkpoint presents the tensors of its base with the adapter merged in, one tensor at a time.
+An adapter is opened as the model that it makes of its base, with the adapter merged in one tensor at a time.
 """
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
+from probes.adapters import Adapter, LowRank
 from probes.layout import Header, Matrix
-from probes.locate import ADAPTER_FILES, MODEL_FILES, locate, open_files, read_json
+from probes.locate import adapter_files, locate, open_files, read_json
+from probes.quantised import refuse_quantised
 from probes.sources import Source
-
-if TYPE_CHECKING:
-    from probes.adapters import Adapter, LowRank
 
 
 class Checkpoint:
@@ -24,9 +24,10 @@ class Checkpoint:
 
     Attributes:
         ref: what it was opened by.
-        directory: where its files lie, if they do and belong together; configuration and tokenizer are there.
-        config: its config.json, or {}.
-        base: what an adapter was trained on.
+        source: where its tensors come from; of an adapter, its base with the adapter merged in.
+        config: config.json of the model, or {}.
+        directory: where its own files lie, if they lie in one: configuration and tokenizer are there.
+        base: what an adapter is applied to; None for full weights.
     """
 
     def __init__(
@@ -36,20 +37,34 @@ class Checkpoint:
         config: Mapping[str, Any],
         *,
         directory: Path | None = None,
-        adapter: "Adapter | None" = None,
         base: "Checkpoint | None" = None,
     ):
+        """Take a source as a checkpoint.
+
+        Raises:
+            ValueError: it holds no tensor, or its weights are quantised.
+        """
+        if not source.headers:
+            raise ValueError(f"{ref}: holds no tensors")
+        refuse_quantised(ref, source.headers, config)
         self.ref = ref
         self.source = source
         self.config = config
         self.directory = directory
         self.base = base
-        self._adapter = adapter
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint {self.ref}: {self.kind}, {self.architecture}, {len(self.headers)} tensors>"
 
     @property
     def kind(self) -> Literal["full", "adapter"]:
-        """Whether it stores every weight or what is added to a base."""
-        return "full" if self._adapter is None else "adapter"
+        """Whether it stores every weight, or what is added to a base."""
+        return "full" if self.base is None else "adapter"
+
+    @property
+    def adapter(self) -> Mapping[str, Any] | None:
+        """Type, rank, alpha and variant of an adapter; None for full weights."""
+        return self.source.summary if isinstance(self.source, Adapter) else None
 
     @property
     def headers(self) -> Mapping[str, Header]:
@@ -58,10 +73,19 @@ class Checkpoint:
 
     @cached_property
     def matrices(self) -> dict[str, Matrix]:
-        """Every two-dimensional weight, presented as (out, in)."""
+        """Every two-dimensional weight, presented as (out, in); what shares its bytes with another, once."""
         from probes.naming import matrices
 
-        return matrices(self.headers, self.config)
+        found = matrices(self.headers, self.config)
+        first: dict[Any, Matrix] = {}
+        # The embedding gives its name to a tied pair.
+        for matrix in sorted(found.values(), key=lambda matrix: matrix.part != "embedding"):
+            place = self.source.location(matrix.tensor), matrix.expert, matrix.start, matrix.stop
+            kept = first.setdefault(place, matrix)
+            if kept is not matrix:
+                found[kept.name] = first[place] = replace(kept, tied=(*kept.tied, matrix.tensor))
+                del found[matrix.name]
+        return found
 
     @property
     def architecture(self) -> str:
@@ -71,37 +95,41 @@ class Checkpoint:
 
     @cached_property
     def parameters(self) -> int:
-        """Scalars stored; weights that share their bytes count once."""
+        """Scalars of the model; weights that share their bytes count once."""
         unique = {self.source.location(name): header.entries for name, header in self.headers.items()}
         return sum(unique.values())
 
     @cached_property
     def dtype(self) -> str:
-        """The dtype of most scalars."""
+        """The dtype of most scalars, such as "bfloat16"."""
         entries: Counter[str] = Counter()
         for header in self.headers.values():
             entries[str(header.dtype).removeprefix("torch.")] += header.entries
         return entries.most_common(1)[0][0]
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor as stored."""
+        """A tensor as stored; merged in float32 where an adapter changes it. Must not be written to."""
+        if name not in self.headers:
+            raise LookupError(f"{self.ref}: has no tensor {name!r}; {nearest(name, self.headers)}")
         return self.source.read(name)
 
     def matrix(self, name: str) -> Tensor:
-        """A matrix as (out, in), in the stored dtype."""
-        matrix = self.matrices[name]
-        return matrix.take(self.tensor(matrix.tensor))
+        """A matrix as (out, in) in the stored dtype; merged in float32 where an adapter changes it."""
+        matrix = self._find(name)
+        if isinstance(self.source, Adapter):
+            return self.source.matrix(matrix)
+        return matrix.take(self.source.read(matrix.tensor))
 
-    def delta(self, name: str) -> "LowRank | None":
-        """What the adapter adds to a matrix, as factors; None when it leaves it alone or has no such factors."""
-        return None
+    def delta(self, name: str) -> LowRank | None:
+        """What an adapter adds to a matrix; None if nothing, or if it is no product of two factors."""
+        return self.source.delta(self._find(name)) if isinstance(self.source, Adapter) else None
 
     def touched(self, name: str) -> bool:
-        """Whether the adapter changes a matrix."""
-        return False
+        """Whether an adapter changes a matrix."""
+        return isinstance(self.source, Adapter) and self.source.touched(self._find(name))
 
     def stamp(self) -> str:
-        """What changes when the files do, without reading them."""
+        """Changes when the files do; reads none of their tensors."""
         return self.source.stamp()
 
     @cached_property
@@ -109,7 +137,7 @@ class Checkpoint:
         return self.source.fingerprint()
 
     def fingerprint(self) -> str:
-        """Hash of the content, the same however it is sharded; reads everything once."""
+        """Hash of names, shapes, dtypes and bytes, the same however sharded; reads everything once."""
         return self._fingerprint
 
     def describe(self) -> dict[str, Any]:
@@ -121,8 +149,25 @@ class Checkpoint:
             "parameters": self.parameters,
             "dtype": self.dtype,
             "architecture": self.architecture,
-            "adapter": None,
+            "adapter": None if self.adapter is None else dict(self.adapter),
         }
+
+    def described_by(self, config: Mapping[str, Any]) -> "Checkpoint":
+        """This checkpoint, read by another's config.json."""
+        return Checkpoint(self.ref, self.source, config, directory=self.directory, base=self.base)
+
+    def _find(self, name: str) -> Matrix:
+        if name not in self.matrices:
+            raise LookupError(f"{self.ref}: has no matrix {name!r}; {nearest(name, self.matrices)}")
+        return self.matrices[name]
+
+
+def nearest(name: str, known: Mapping[str, Any]) -> str:
+    """The known names that are most like an unknown one, in words."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, known, n=3, cutoff=0)
+    return f"the nearest of its {len(known)}: {', '.join(close)}"
 
 
 def open_checkpoint(
@@ -131,9 +176,9 @@ def open_checkpoint(
     """Open a checkpoint by any reference.
 
     Args:
-        ref: a model directory, an adapter directory, a .safetensors, .bin or .pt file, a hub id (`org/name`,
-            `org/name@revision`), or in memory an `nn.Module`, `PeftModel`, TransformerLens model or state dict.
-        base: what an adapter is applied to; otherwise its configuration names it.
+        ref: a model or adapter directory; a .safetensors, .bin or .pt file; a hub id (`org/name`,
+            `org/name@revision`); in memory an `nn.Module`, `PeftModel`, TransformerLens model or state dict.
+        base: what an adapter is applied to; without it, what the adapter's configuration names.
         revision: of a hub id.
 
     Raises:
@@ -141,8 +186,34 @@ def open_checkpoint(
     """
     if isinstance(ref, Checkpoint):
         return ref
+    if not isinstance(ref, str | Path):
+        from probes.memory import open_memory
+
+        return open_memory(ref, base=base)
     path = locate(ref, revision=revision)
+    adapter = adapter_files(path)
+    if adapter is not None:
+        return _open_adapter(str(ref), *adapter, base)
     directory = path if path.is_dir() else path.parent
     config = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
-    source = open_files(path)
-    return Checkpoint(str(ref), source, config, directory=directory if path.is_dir() or config else None)
+    alone = path.is_file() and not config
+    return Checkpoint(str(ref), open_files(path), config, directory=None if alone else directory)
+
+
+def _open_adapter(
+    ref: str, settings: Path, weights: Path, base: "Checkpoint | str | Path | None"
+) -> Checkpoint:
+    config = read_json(settings)
+    if base is None:
+        named = config.get("base_model_name_or_path")
+        if not named:
+            raise ValueError(f"{ref}: is an adapter, and {settings.name} names no base; give one with base=")
+        try:
+            base = open_checkpoint(named, revision=config.get("revision"))
+        except ValueError as error:
+            raise ValueError(f"{ref}: cannot open the base that this adapter names: {error}") from error
+    base = open_checkpoint(base)
+    own = open_files(weights)
+    refuse_quantised(ref, own.headers, {})
+    source = Adapter(config, own, base.source, base.matrices, where=ref, of=base.ref)
+    return Checkpoint(ref, source, base.config, directory=settings.parent, base=base)

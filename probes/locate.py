@@ -17,7 +17,7 @@ MODEL_FILES = (
     "pytorch_model.bin.index.json",
 )
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-# Configuration, tokenizer and weights at the top of a repository; never code, and never another framework's copy.
+# Configuration, tokenizer and weights at the top of a repository; no code, no copies for other frameworks.
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken", "*.jinja"]
 UNWANTED = ["*/*", "consolidated*"]
 WANTED_TORCH = ["pytorch_model*.bin", "adapter_model.bin"]
@@ -80,8 +80,8 @@ def _download(repository: str, revision: str | None) -> Path:
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise ValueError(
-            f"{what}: no such local path, and not in the Hugging Face cache; the hub cannot be reached: check the "
-            "spelling, or download it while online"
+            f"{what}: no such local path, not in the Hugging Face cache, and the hub cannot be reached; "
+            "check the spelling, or download it while online"
         ) from error
     return directory
 
@@ -110,13 +110,42 @@ def open_files(path: Path) -> Source:
     raise ValueError(f"{path}: no weights (none of {', '.join(MODEL_FILES)}); is it a model directory?")
 
 
-def _open(paths: list[Path]) -> Source:
+def _open(paths: list[Path]) -> SafetensorsSource | TorchSource:
     suffixes = {path.suffix for path in paths}
     if suffixes == {".safetensors"}:
         return SafetensorsSource(paths)
     if suffixes <= set(TORCH_SUFFIXES):
         return TorchSource(paths)
     raise ValueError(f"{paths[0]}: weights are read from .safetensors, .bin, .pt or .pth files")
+
+
+def adapter_files(path: Path) -> tuple[Path, Path] | None:
+    """Configuration and weights of an adapter, if that is what a directory or a file is.
+
+    Raises:
+        ValueError: half an adapter, or an adapter and a model in one directory.
+    """
+    directory = path if path.is_dir() else path.parent
+    settings = directory / "adapter_config.json"
+    weights = next((directory / name for name in ADAPTER_FILES if (directory / name).is_file()), None)
+    if path.is_file():
+        if path.name not in ADAPTER_FILES:
+            return None
+        weights = path
+    if weights is None and not settings.is_file():
+        return None
+    model = [name for name in MODEL_FILES if (directory / name).is_file()]
+    if path.is_dir() and model and weights is not None:
+        raise ValueError(
+            f"{path}: holds a model and an adapter; name the file that is meant, {model[0]} or {weights.name}"
+        )
+    if path.is_dir() and model:
+        return None
+    if weights is None:
+        raise ValueError(f"{path}: has adapter_config.json but no weights ({' or '.join(ADAPTER_FILES)})")
+    if not settings.is_file():
+        raise ValueError(f"{path}: has adapter weights but no adapter_config.json, which says what they mean")
+    return settings, weights
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,23 +1,33 @@
 """Two checkpoints side by side: which matrices are the same weight, and what does not align."""
 
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from probes.checkpoint import open_checkpoint
-from probes.layout import Matrix
-from probes.sources import raw
+from probes.adapters import LowRank
+from probes.align import align, renamed
+from probes.checkpoint import Checkpoint, nearest, open_checkpoint
+from probes.layout import Header, Matrix
+from probes.sources import finite, raw
 
-if TYPE_CHECKING:
-    from probes.adapters import LowRank
+Side = Literal["base", "tuned"]
 
 
 @dataclass(frozen=True)
 class Unmatched:
-    """A tensor that has no counterpart, or one of another shape."""
+    """A tensor without a counterpart, or with one of another shape.
+
+    Attributes:
+        tensor: its name in the base, or in tuned if only that has it.
+        reason: why it does not align, in words.
+        base_shape, tuned_shape: None where there is none.
+    """
 
     tensor: str
     reason: str
@@ -25,65 +35,252 @@ class Unmatched:
     tuned_shape: tuple[int, ...] | None
 
 
-def finite(checkpoint: str, name: str, tensor: Tensor) -> None:
-    """Refuse NaN and infinite weights.
-
-    Raises:
-        ValueError: names the checkpoint, the tensor, how many and where the first is.
-    """
-    # A sum is not finite if an entry is not; it may also overflow, so that only then each entry is looked at.
-    if bool(torch.isfinite(tensor.sum(dtype=torch.float32 if tensor.is_floating_point() else None))):
-        return
-    bad = ~torch.isfinite(tensor)
-    count = int(bad.sum())
-    if count:
-        first = tuple(bad.nonzero()[0].tolist())
-        raise ValueError(
-            f"{checkpoint}: {name} holds {count} NaN or infinite values, the first at {first}; "
-            "this checkpoint is damaged or its training diverged"
-        )
-
-
 class CheckpointPair:
-    """Base and tuned, aligned.
+    """Base and tuned, aligned by tensor name.
 
     Attributes:
         base, tuned: the checkpoints.
-        matrices: what both have, as the base names it, by layer.
-        unmatched: every tensor that does not align, and why.
-        resized: vocabulary matrices of unequal length, as (base rows, tuned rows); they keep the common rows.
+        matrices: what both have, by the base's name and in the base's view; by layer, then by name.
+        resized: vocabulary matrices of unequal length, as (base rows, tuned rows). They keep the common rows.
+        prefixes: what was taken off the names of each side to align them.
     """
 
     def __init__(self, base: Any, tuned: Any):
-        self.base = open_checkpoint(base)
-        self.tuned = open_checkpoint(tuned, base=self.base)
-        self.unmatched: list[Unmatched] = []
-        self.resized: dict[str, tuple[int, int]] = {}
+        """Open and align two checkpoints.
 
-    @cached_property
-    def matrices(self) -> dict[str, Matrix]:
-        """What both have, by layer and then as in the file."""
-        theirs = self.tuned.matrices
-        common = [
-            m
-            for name, m in self.base.matrices.items()
-            if name in theirs and (theirs[name].rows, theirs[name].columns) == (m.rows, m.columns)
-        ]
-        common.sort(key=lambda m: (m.layer is not None, m.layer or 0))
-        return {m.name: m for m in common}
+        Args:
+            base, tuned: what `open_checkpoint` takes. A tuned adapter is applied to this base, or, where the
+                base is an adapter too, to what that one is applied to; open it yourself to have it otherwise.
+
+        Raises:
+            ValueError: one cannot be opened, or they have no matrix in common.
+        """
+        self.base = open_checkpoint(base)
+        self.tuned = open_checkpoint(tuned, base=self.base.base or self.base)
+        if not self.base.config:
+            self.base = self.base.described_by(self.tuned.config)
+        elif not self.tuned.config:
+            self.tuned = self.tuned.described_by(self.base.config)
+        self.resized: dict[str, tuple[int, int]] = {}
+        self._tensors, self.prefixes = align(self.base.headers, self.tuned.headers)
+        self._names = self._aligned()
+        self._shared = self.tuned.base is not None and (
+            self.tuned.base.stamp() == (self.base.base or self.base).stamp()
+        )
+        self.matrices: dict[str, Matrix] = {}
+        for name in sorted(self._names, key=lambda name: _order(self.base.matrices[name])):
+            matrix = self.base.matrices[name]
+            self.matrices[name] = replace(matrix, rows=min(self.resized.get(name, (matrix.rows,))))
+        self._refuse_strangers()
 
     def read(self, name: str) -> tuple[Tensor, Tensor]:
-        """A matrix of base and tuned as (out, in)."""
-        base, tuned = self.base.matrix(name), self.tuned.matrix(name)
+        """A matrix of base and tuned, both (out, in): as stored, or float32 where an adapter changes it.
+
+        Raises:
+            LookupError: not a matrix of both.
+            ValueError: NaN or infinite weights.
+        """
+        other, rows = self._other(name), self.matrices[name].rows
+        base = self.base.matrix(name)[:rows]
         finite(self.base.ref, name, base)
-        finite(self.tuned.ref, name, tuned)
+        low = self.delta(name) if self.base.kind == "full" else None
+        tuned = self.tuned.matrix(other)[:rows] if low is None else base.float() + low.dense()
+        finite(self.tuned.ref, other, tuned)
         return base, tuned
 
     def identical(self, name: str) -> bool:
-        """Whether tuning left a matrix bit for bit as it was."""
-        base, tuned = self.base.matrix(name), self.tuned.matrix(name)
-        return base.dtype == tuned.dtype and raw(base) == raw(tuned)
+        """Whether a matrix is bit for bit the same in both; what an adapter leaves alone is not read."""
+        other, rows = self._other(name), self.matrices[name].rows
+        ours, theirs = self.base.matrices[name], self.tuned.matrices[other]
+        places = self.base.source.location(ours.tensor), self.tuned.source.location(theirs.tensor)
+        if places[0] == places[1] and _view(ours) == _view(theirs):
+            return True
+        if self._shared and not self.base.touched(name) and not self.tuned.touched(other):
+            return True
+        return _same(self.base.matrix(name)[:rows], self.tuned.matrix(other)[:rows])
 
-    def delta(self, name: str) -> "LowRank | None":
-        """What an adapter adds to a matrix, as factors."""
-        return self.tuned.delta(name)
+    def delta(self, name: str) -> LowRank | None:
+        """What adapters add to the base's matrix, as factors; None if nothing, or if it is no product."""
+        other, rows = self._other(name), self.matrices[name].rows
+        if not self._shared:
+            return None
+        plus, minus = self.tuned.delta(other), self.base.delta(name)
+        if (plus is None and self.tuned.touched(other)) or (minus is None and self.base.touched(name)):
+            return None
+        if minus is not None:  # two adapters of one base: their deltas differ by a product of joined factors
+            signed = LowRank(minus.A, minus.B, -minus.scaling)
+            plus = signed if plus is None else _joined(plus, signed)
+        return None if plus is None else replace(plus, B=plus.B[:rows])
+
+    @cached_property
+    def unmatched(self) -> list[Unmatched]:
+        """Every tensor that does not align, and why; reads those that may be renamed or tied copies."""
+        base, tuned = self.base.headers, self.tuned.headers
+        missing = self._alone("base", base, set(self._tensors), set(self._names))
+        extra = self._alone("tuned", tuned, set(self._tensors.values()), set(self._names.values()))
+        hints = renamed(missing, extra, self._head, self._same_tensor)
+        found = [Unmatched(n, "extra in tuned", None, h.shape) for n, h in extra.items()]
+        for name, header in missing.items():
+            hint = f"; {hints[name]}" if name in hints else ""
+            found.append(Unmatched(name, f"missing from tuned{hint}", header.shape, None))
+        rows = {self.base.matrices[name].tensor: rows for name, rows in self.resized.items()}
+        for name, other in self._tensors.items():
+            if base[name].shape != tuned[other].shape:
+                reason = "another shape"
+                if name in rows:
+                    reason = "vocabulary resized from {} to {} rows".format(*rows[name])
+                    reason += f"; the first {min(rows[name])} are compared"
+                found.append(Unmatched(name, reason, base[name].shape, tuned[other].shape))
+        return sorted(found, key=lambda unmatched: _natural(unmatched.tensor))
+
+    def _aligned(self) -> dict[str, str]:
+        """Tuned name of each base matrix that has an equal in tuned, by its tensor's name or by its place."""
+        names: dict[str, str] = {}
+        for name, matrix in self.base.matrices.items():
+            tensor = self._tensors.get(matrix.tensor)
+            other = None if tensor is None else tensor + name.removeprefix(matrix.tensor)
+            theirs = self.tuned.matrices.get(other) if other else None
+            if other and theirs and self._fits(matrix, theirs):
+                names[name] = other
+        # One side may keep in one tensor what the other keeps apart: fused projections, stacked experts.
+        places: dict[Any, list[Matrix]] = {}
+        taken = set(names.values())
+        for matrix in self.tuned.matrices.values():
+            if matrix.name not in taken:
+                places.setdefault(_place(matrix), []).append(matrix)
+        ours = [matrix for matrix in self.base.matrices.values() if matrix.name not in names]
+        counts = Counter(_place(matrix) for matrix in ours)
+        for matrix in ours:
+            candidates = places.get(_place(matrix), [])
+            if counts[_place(matrix)] == len(candidates) == 1 and _divided(matrix) != _divided(candidates[0]):
+                names[matrix.name] = candidates[0].name
+        return names
+
+    def _fits(self, ours: Matrix, theirs: Matrix) -> bool:
+        """Whether two matrices are of one shape, or of one but for the length of the vocabulary."""
+        if (ours.rows, ours.columns) == (theirs.rows, theirs.columns):
+            return True
+        if ours.columns == theirs.columns and ours.component == theirs.component in ("embed", "lm_head"):
+            self.resized[ours.name] = (ours.rows, theirs.rows)
+            return True
+        return False
+
+    def _refuse_strangers(self) -> None:
+        """Raise if no block matrix, or no matrix at all, is common."""
+        sides = (self.base, self.tuned)
+        blocks = [[m for m in side.matrices.values() if m.part == "block"] for side in sides]
+        common = [m for m in self.matrices.values() if m.part == "block" or not all(blocks)]
+        if common:
+            return
+        named = [
+            f"{role} {side.ref} ({side.architecture})"
+            for role, side in zip(("base", "tuned"), sides, strict=True)
+        ]
+        for side, label in zip(sides, named, strict=True):
+            if not side.matrices:
+                raise ValueError(f"{label} holds no matrix, only {_some(list(side.headers.values()))}")
+        for name, matrix in self.base.matrices.items():
+            other = self._tensors.get(matrix.tensor, "") + name.removeprefix(matrix.tensor)
+            if matrix in (blocks[0] or [matrix]) and other in self.tuned.matrices:
+                theirs = self.tuned.matrices[other]
+                raise ValueError(
+                    f"{name}: base is {matrix.rows}x{matrix.columns}, tuned {theirs.rows}x{theirs.columns}, "
+                    f"and no other matrix fits either; {named[0]}, {named[1]}: are these of one architecture?"
+                )
+        shown = [
+            _some([side.headers[m.tensor] for m in some or side.matrices.values()])
+            for side, some in zip(sides, blocks, strict=True)
+        ]
+        raise ValueError(
+            f"no matrix in common: {named[0]} has {shown[0]}, {named[1]} has {shown[1]}; are these of one "
+            "architecture?"
+        )
+
+    def _other(self, name: str) -> str:
+        if name not in self.matrices:
+            raise LookupError(f"{name!r} is not a matrix of both; {nearest(name, self.matrices)}")
+        return self._names[name]
+
+    def _alone(
+        self, role: Side, headers: Mapping[str, Header], aligned: set[str], names: set[str]
+    ) -> dict[str, Header]:
+        """Tensors of a side without a counterpart, but for copies of what is tied to one that has it."""
+        side = self.base if role == "base" else self.tuned
+        covered = {side.matrices[name].tensor for name in names}
+        covered |= {tied for name in names for tied in side.matrices[name].tied}
+        alone = {n: h for n, h in headers.items() if n not in aligned and n not in covered}
+        embeds = [side.matrices[name].tensor for name in names if side.matrices[name].component == "embed"]
+        return {
+            n: h
+            for n, h in alone.items()
+            if not any(
+                h.shape == headers[e].shape
+                and h.dtype == headers[e].dtype
+                and _is_head(side, n)
+                and _same(side.tensor(n), side.tensor(e))
+                for e in embeds
+            )
+        }
+
+    def _head(self, role: Side, name: str) -> bytes:
+        side = self.base if role == "base" else self.tuned
+        return bytes(raw(side.tensor(name).reshape(-1)[:1024]))
+
+    def _same_tensor(self, missing: str, extra: str) -> bool:
+        return _same(self.base.tensor(missing), self.tuned.tensor(extra))
+
+
+def _same(base: Tensor, tuned: Tensor) -> bool:
+    """Whether two tensors hold the same bytes: NaN equals itself, and 0 is not -0."""
+    if base.dtype != tuned.dtype or base.shape != tuned.shape:
+        return False
+    codes = _CODES.get(base.dtype.itemsize)
+    if base.ndim == 0 or codes is None:
+        return raw(base) == raw(tuned)
+    # Tuning changes entries everywhere, so that the first rows nearly always decide.
+    parts = (slice(0, 2), slice(2, None))
+    return all(torch.equal(base[part].view(codes), tuned[part].view(codes)) for part in parts)
+
+
+# Floats are compared as integers of their size.
+_CODES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _joined(first: LowRank, second: LowRank) -> LowRank:
+    """The sum of two products as one."""
+    A = torch.cat([first.A.float(), second.A.float()])
+    B = torch.cat([first.B.float() * first.scaling, second.B.float() * second.scaling], dim=1)
+    return LowRank(A, B, 1.0)
+
+
+def _view(matrix: Matrix) -> Matrix:
+    """How a matrix lies in its tensor, whatever both are called."""
+    return replace(matrix, name="", tensor="", layer=None, component="", part="other", tied=(), missing=())
+
+
+def _divided(matrix: Matrix) -> bool:
+    return matrix.name != matrix.tensor
+
+
+def _place(matrix: Matrix) -> tuple[Any, ...]:
+    return matrix.part, matrix.layer, matrix.component, matrix.expert, matrix.rows, matrix.columns
+
+
+def _is_head(side: Checkpoint, name: str) -> bool:
+    return name in side.matrices and side.matrices[name].part == "head"
+
+
+def _some(headers: list[Header]) -> str:
+    first = headers[0]
+    return f"{len(headers)} such as {first.name} ({'x'.join(map(str, first.shape)) or 'a scalar'})"
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts block 10 after block 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _order(matrix: Matrix) -> tuple[Any, ...]:
+    """By layer, what stands before the blocks first; never by the order in a file, which means nothing."""
+    layer = -1 if matrix.layer is None else matrix.layer
+    return layer, _natural(matrix.tensor), matrix.expert or 0, matrix.start, matrix.name

@@ -1,13 +1,14 @@
 """Where tensors come from: names, shapes and dtypes at once, bytes only when a tensor is asked for.
 
-A source holds no open file: each read maps the bytes of that tensor alone, so that memory is that of the tensors
-in use, and a source can be pickled and used in another process.
+A source holds no open file: each read maps the bytes of that tensor alone, so that memory is that of the
+tensors in use, and a source can be pickled and used in another process.
 """
 
 import hashlib
 import json
 import mmap
 import os
+import pickle
 import struct
 from collections.abc import Hashable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -49,7 +50,10 @@ NESTED = ("state_dict", "model_state_dict", "model", "module")
 class Source(Protocol):
     """A set of named tensors that are read one at a time."""
 
-    headers: Mapping[str, Header]
+    @property
+    def headers(self) -> Mapping[str, Header]:
+        """Every tensor by name."""
+        ...
 
     def read(self, name: str) -> Tensor:
         """The tensor as stored: its dtype, its layout. Must not be written to."""
@@ -71,7 +75,27 @@ class Source(Protocol):
 def raw(tensor: Tensor) -> memoryview:
     """The bytes of a tensor in row order, without a copy where it is contiguous."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
+
+
+def finite(checkpoint: str, name: str, tensor: Tensor) -> None:
+    """Refuse NaN and infinite weights, in one pass and without a copy.
+
+    Raises:
+        ValueError: says in which checkpoint and tensor, how many, and where the first is.
+    """
+    if tensor.numel() == 0:
+        return
+    # Row order is an order of magnitude faster; a NaN becomes both extremes, an infinity one of them.
+    in_order = tensor.mT if tensor.ndim > 1 and tensor.stride(-1) != 1 else tensor
+    if all(torch.isfinite(extreme) for extreme in torch.aminmax(in_order)):
+        return
+    bad = ~torch.isfinite(tensor)
+    first = tuple(bad.nonzero()[0].tolist())
+    raise ValueError(
+        f"{checkpoint}: {name} holds {int(bad.sum())} NaN or infinite values, the first at {first}; the file "
+        "is damaged or its training diverged: take another checkpoint"
+    )
 
 
 def fingerprint(source: Source) -> str:
@@ -99,6 +123,12 @@ def _state(path: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
+def _same(path: Path, found: tuple[int, int], opened: tuple[int, int]) -> None:
+    """Refuse a file that has changed: half of it would be from each version."""
+    if found != opened:
+        raise ValueError(f"{path}: changed since it was opened; start again when it is complete")
+
+
 class SafetensorsSource:
     """Tensors of one safetensors file or of the shards of one checkpoint.
 
@@ -115,9 +145,7 @@ class SafetensorsSource:
             for header, offset in _layout(path):
                 if header.name in self.headers:
                     first = self.paths[self._where[header.name][0]]
-                    raise ValueError(
-                        f"{path}: tensor {header.name!r} is also in {first.name}; which one is meant?"
-                    )
+                    raise ValueError(f"{path}: {header.name!r} is also in {first.name}; which is meant?")
                 self.headers[header.name] = header
                 self._where[header.name] = (shard, offset)
 
@@ -132,8 +160,7 @@ class SafetensorsSource:
         path = self.paths[shard]
         with path.open("rb") as file:
             found = os.fstat(file.fileno())
-            if (found.st_size, found.st_mtime_ns) != self._states[shard]:
-                raise ValueError(f"{path}: changed since it was opened; start again when it is complete")
+            _same(path, (found.st_size, found.st_mtime_ns), self._states[shard])
             if header.bytes == 0:
                 return torch.empty(header.shape, dtype=header.dtype)
             page = offset - offset % mmap.ALLOCATIONGRANULARITY
@@ -165,10 +192,12 @@ def _layout(path: Path) -> Iterator[tuple[Header, int]]:
     try:
         with safe_open(path, "pt"):  # the library holds sizes, offsets and dtypes against the file
             pass
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise ValueError(
             f"{path}: not a whole safetensors file ({error}); truncated or corrupt? copy or download it again"
         ) from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from error
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         entries = json.loads(file.read(length))
@@ -183,27 +212,29 @@ def _layout(path: Path) -> Iterator[tuple[Header, int]]:
 class TorchSource:
     """Tensors of `torch.save` files, read with `weights_only=True` and mapped where the format allows.
 
+    Files in torch's format from before 1.6 cannot be mapped; of these one is in memory at a time.
+
     Raises:
-        ValueError: a file is corrupt, holds code, or is no state dict.
+        ValueError: a file is damaged, holds code, or is no state dict.
     """
 
     def __init__(self, paths: list[Path]):
         self.paths = [path.absolute() for path in paths]
         self.headers: dict[str, Header] = {}
         self._shard: dict[str, int] = {}
-        self._storage: dict[str, Hashable] = {}
+        self._first: dict[str, str] = {}
+        self._states = [_state(path) for path in self.paths]
         self._whole: tuple[int, dict[str, Tensor]] | None = None
         for shard, path in enumerate(self.paths):
+            shared: dict[Hashable, str] = {}
             for name, tensor in self._load(shard).items():
                 if name in self.headers:
-                    raise ValueError(f"{path}: tensor {name!r} is also in another shard; which one is meant?")
+                    raise ValueError(f"{path}: {name!r} is also in another shard; which one is meant?")
                 self.headers[name] = Header(name, tuple(tensor.shape), tensor.dtype)
                 self._shard[name] = shard
-                self._storage[name] = (
-                    tensor.untyped_storage().data_ptr(),
-                    tensor.storage_offset(),
-                    tensor.stride(),
-                )
+                view = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+                # Pointers mean nothing once the file is let go; the first name that had it stays.
+                self._first[name] = shared.setdefault(view, name) if tensor.numel() else name
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_whole": None}
@@ -211,8 +242,9 @@ class TorchSource:
     def _load(self, shard: int) -> dict[str, Tensor]:
         if self._whole is not None and self._whole[0] == shard:
             return self._whole[1]
+        _same(self.paths[shard], _state(self.paths[shard]), self._states[shard])
         tensors, mapped = _state_dict(self.paths[shard])
-        # A mapped file costs nothing to open again, and letting it go gives its pages back.
+        # A mapped file costs little to open again, and letting it go gives its pages back.
         self._whole = None if mapped else (shard, tensors)
         return tensors
 
@@ -225,9 +257,9 @@ class TorchSource:
         return self._load(self._shard[name])[name]
 
     def location(self, name: str) -> Hashable:
-        """File and storage: tied weights share it."""
-        path = self.file(name)
-        return str(path.resolve()), _state(path), self._storage[name]
+        """File and the first name of the storage: tied weights share it."""
+        shard = self._shard[name]
+        return str(self.paths[shard].resolve()), self._states[shard], self._first[name]
 
     def stamp(self) -> str:
         """Path, size and time of change of every file."""
@@ -240,24 +272,31 @@ class TorchSource:
 
 def _state_dict(path: Path) -> tuple[dict[str, Tensor], bool]:
     """The tensors of a `torch.save` file, and whether they are mapped from it."""
-    import pickle
-    import zipfile
-
-    mapped = zipfile.is_zipfile(path)
+    with path.open("rb") as file:
+        zipped = file.read(2) == b"PK"
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path}: holds pickled code or objects besides tensors and is not opened, because opening it "
-            "would run that code; save it again as safetensors"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
+        reason = str(error)
+        if "Unsupported" in reason or "GLOBAL" in reason or "TorchScript" in reason:
+            raise ValueError(
+                f"{path}: holds code or objects besides tensors and is not opened, because that could run "
+                "the code; where you trust it, save its tensors again as safetensors"
+            ) from error
         raise ValueError(
             f"{path}: not a whole torch file; truncated or corrupt? copy or download it again"
         ) from error
     for key in NESTED:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
+    tensors = (
+        {str(k): v.detach() for k, v in content.items() if isinstance(v, Tensor)}
+        if isinstance(content, dict)
+        else {}
+    )
+    if not tensors:
         raise ValueError(f"{path}: holds no state dict (names with tensors); save `model.state_dict()`")
-    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}, mapped
+    for name, tensor in tensors.items():
+        if tensor.layout is not torch.strided:
+            raise ValueError(f"{path}: {name!r} is a {tensor.layout} tensor; save it dense")
+    return tensors, zipped
