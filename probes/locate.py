@@ -104,9 +104,8 @@ def open_files(path: Path) -> Source:
         return _open(found)
     if found:
         names = ", ".join(file.name for file in found[:3])
-        raise ValueError(
-            f"{path}: {len(found)} safetensors files ({names}…) and no index; name one of the files"
-        )
+        more = ", …" if len(found) > 3 else ""
+        raise ValueError(f"{path}: {len(found)} safetensors files ({names}{more}) and no index; name one")
     raise ValueError(f"{path}: no weights (none of {', '.join(MODEL_FILES)}); is it a model directory?")
 
 

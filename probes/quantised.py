@@ -32,7 +32,7 @@ _BACK = {
     "without scales": "nothing in the file says what its numbers stand for; get the unquantised checkpoint",
     "bitsandbytes": "load it with transformers, then `model.dequantize().save_pretrained(DIR)`",
     "mxfp4": "load it by transformers with `Mxfp4Config(dequantize=True)`, then `save_pretrained(DIR)`",
-    "fp8": "load it by transformers with `FineGrainedFP8Config(dequantize=True)`, then `save_pretrained(DIR)`",
+    "fp8": "load it by transformers with `FineGrainedFP8Config(dequantize=True)`, `save_pretrained(DIR)`",
     "compressed-tensors": "load it by transformers with `CompressedTensorsConfig(dequantize=True)`, then "
     "`save_pretrained(DIR)`",
 }

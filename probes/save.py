@@ -57,16 +57,16 @@ def write_checkpoint(
     Args:
         source: what to write.
         out: a directory that does not exist yet, or is empty.
-        change: from a tensor's name and value to its new value, of the same shape; called once a tensor, in no
-            particular order. A tensor that is given back as it came is copied byte for byte.
+        change: from a tensor's name and value to its new value, of the same shape; called in any order. A
+            tensor that is given back as it came is copied byte for byte.
         progress: called with tensors written, tensors in all, and the last one's name.
 
     Returns:
         The directory.
 
     Raises:
-        ValueError: `out` is a file, is not empty or cannot be written; the disk is full; a change gives another
-            shape, or NaN or infinite values.
+        ValueError: `out` is a file, is not empty or cannot be written; the disk is full; a change gives
+            another shape, or NaN or infinite values.
     """
     shards = _plan(source)
     total, done = sum(map(len, shards.values())), 0

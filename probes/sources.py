@@ -8,8 +8,8 @@ import hashlib
 import json
 import mmap
 import os
-import pickle
 import struct
+import warnings
 from collections.abc import Hashable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -227,7 +227,10 @@ class TorchSource:
         self._whole: tuple[int, dict[str, Tensor]] | None = None
         for shard, path in enumerate(self.paths):
             shared: dict[Hashable, str] = {}
-            for name, tensor in self._load(shard).items():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of an unusual pickle: it is read, or refused just below
+                tensors = self._load(shard)
+            for name, tensor in tensors.items():
                 if name in self.headers:
                     raise ValueError(f"{path}: {name!r} is also in another shard; which one is meant?")
                 self.headers[name] = Header(name, tuple(tensor.shape), tensor.dtype)
@@ -273,12 +276,14 @@ class TorchSource:
 def _state_dict(path: Path) -> tuple[dict[str, Tensor], bool]:
     """The tensors of a `torch.save` file, and whether they are mapped from it."""
     with path.open("rb") as file:
-        zipped = file.read(2) == b"PK"
+        magic = file.read(2)
+    zipped, pickled = magic == b"PK", magic[:1] == b"\x80"
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
+    except Exception as error:  # a damaged pickle raises anything
         reason = str(error)
-        if "Unsupported" in reason or "GLOBAL" in reason or "TorchScript" in reason:
+        foreign = "Unsupported", "GLOBAL", "allowlist", "TorchScript"  # in what torch says of them
+        if (zipped or pickled) and any(word in reason for word in foreign):
             raise ValueError(
                 f"{path}: holds code or objects besides tensors and is not opened, because that could run "
                 "the code; where you trust it, save its tensors again as safetensors"
