@@ -82,6 +82,20 @@ class Analysis:
     optional: tuple[str, ...]
     parameters: Mapping[str, inspect.Parameter]
 
+    def describe(self) -> dict[str, Any]:
+        """The record as JSON keeps it: what a person needs to choose it and to set it."""
+        defaults = {name: p.default for name, p in self.parameters.items() if name not in EXECUTION}
+        return {
+            "question": self.question,
+            "reading": self.reading,
+            "needs": list(self.inputs),
+            "uses": list(self.optional),
+            "parameters": plain(defaults),
+            "metrics": dict(self.metrics),
+            "cost": self.cost,
+            "paper": self.paper,
+        }
+
 
 REGISTRY: dict[str, Analysis] = {}
 

@@ -12,18 +12,24 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+class CannotWriteError(OSError):
+    """A file could not be written; the text says where, why and how to mend it."""
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
     """Turn what goes wrong on the disk into one line that says where, and how to mend it.
 
     Raises:
-        OSError: with that line as its text.
+        CannotWriteError: with that line as its text.
     """
     try:
         yield path
+    except CannotWriteError:
+        raise
     except OSError as error:
         reason = error.strerror or str(error)
-        raise OSError(
+        raise CannotWriteError(
             f"cannot write {path}: {reason}; mend that and run it again, finished analyses are kept"
         ) from error
 
@@ -33,7 +39,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary file that takes the place of `path` when the block ends well, and vanishes otherwise.
 
     Raises:
-        OSError: it cannot be written; the old `path` is untouched.
+        CannotWriteError: the old `path` is untouched.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     with writing(path):

@@ -14,7 +14,6 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,7 +95,7 @@ class Policy:
 @cache
 def default_policy() -> Policy:
     """The policy that ships with the package; every rule names its source or says that there is none."""
-    text = files("diagnostics").joinpath("default_policy.toml").read_text(encoding="utf-8")
+    text = Path(__file__).with_name("default_policy.toml").read_text(encoding="utf-8")
     return parse(tomllib.loads(text), origin="default policy")
 
 
@@ -189,9 +188,7 @@ def check_names(policy: Policy) -> None:
 def judge(result: Result, policy: Policy) -> list[Finding]:
     """The findings of one result, the severest first."""
     findings = []
-    for metric, made in policy.rules.get(result.analysis, {}).items():
-        if made.off or unjudged(result, metric, made):
-            continue
+    for metric, made in judged(result, policy).items():
         value = result.metrics[metric]
         found = made.beyond(value, scale(result, made))
         if found is None:
@@ -210,6 +207,13 @@ def judge(result: Result, policy: Policy) -> list[Finding]:
             )
         )
     return sorted(findings, key=lambda finding: finding.severity != "fail")
+
+
+def judged(result: Result, policy: Policy) -> dict[str, Rule]:
+    """The rules that a result has a number for, by metric."""
+    lacking = not_measured(result, policy)
+    rules = policy.rules.get(result.analysis, {})
+    return {metric: made for metric, made in rules.items() if not made.off and metric not in lacking}
 
 
 def not_measured(result: Result, policy: Policy) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """The audit on disk: what was found, how it came about, and enough to go on after a kill.
 
-`audit.json` is everything but the tables, which lie beside it as parquet. Each file is replaced in one step, so
-that nobody ever sees half of one. A finished analysis carries a key of all that it depends on and is used again
-only under the same key.
+`audit.json` is everything but the tables, which lie beside it as parquet. Each file is replaced in one step,
+so that nobody ever sees half of one. A finished analysis carries a key of all that it depends on and is used
+again only under the same key.
 """
 
 import json
@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from diagnostics.analysis import Result, plain
 from diagnostics.disk import number, read_table, replacing, to_json, write_table, writing
-from diagnostics.policy import Finding, Policy, Verdict, judge, not_measured, parse, verdict
+from diagnostics.policy import Finding, Policy, Verdict, judge, judged, not_measured, parse, verdict
 
 SCHEMA = 1
 
@@ -100,6 +100,11 @@ class Audit:
         return {name: found for name, found in reasons.items() if found}
 
     @property
+    def judged(self) -> int:
+        """How many rules of the policy had a number to judge."""
+        return sum(len(judged(result, self.policy)) for result in self.results.values())
+
+    @property
     def failed(self) -> dict[str, Outcome]:
         """The analyses that have no result although they should, by name."""
         return {name: made for name, made in self.analyses.items() if made.status == "failed"}
@@ -111,7 +116,7 @@ class Audit:
 
     @property
     def exit_code(self) -> int:
-        """0 the policy passes, 1 it fails, 2 an analysis refused its input, 3 one crashed or is unfinished."""
+        """0 the policy passes, 1 it fails, 2 an analysis refused its input, 3 one broke or is unfinished."""
         faults = {made.fault for made in self.failed.values()}
         if faults:
             return 2 if faults == {"input"} else 3
@@ -143,14 +148,13 @@ class Audit:
 def outcome_record(name: str, made: Outcome) -> dict[str, Any]:
     """One entry under `analyses` in audit.json."""
     record = {k: getattr(made, k) for k in Outcome.__dataclass_fields__ if k != "result"}
-    result = made.result
-    if result is not None:
-        record |= {
-            "parameters": result.parameters,
-            "metrics": dict(result.metrics),
-            "notes": list(result.notes),
-            "tables": {table: table_file(name, table) for table in result.tables},
-        }
+    result = made.result or Result(metrics={}, tables={})
+    record |= {
+        "parameters": dict(result.parameters),
+        "metrics": dict(result.metrics),
+        "notes": list(result.notes),
+        "tables": {table: table_file(name, table) for table in result.tables},
+    }
     return record
 
 
@@ -215,6 +219,12 @@ class Store:
                 path.unlink(missing_ok=True)
             for path in self.out.glob("tables/*.parquet"):
                 path.unlink()
+
+    def begin(self, audit: Audit) -> None:
+        """Write an audit that is about to run; a report of the one before would contradict it."""
+        with writing(self.out):
+            (self.out / "report.html").unlink(missing_ok=True)
+        self.write(audit)
 
     def write_tables(self, name: str, result: Result) -> None:
         """Write the tables of one result, each in one step."""

@@ -1,0 +1,324 @@
+"""The audit: runs the analyses whose inputs are there, one by one, and keeps each as soon as it is done."""
+
+import time
+import traceback
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diagnostics import machine
+from diagnostics.analysis import EXECUTION, Analysis, find, installed
+from diagnostics.disk import CannotWriteError
+from diagnostics.inputs import OPTIONS, open_roles
+from diagnostics.policy import Policy, default_policy, load_policy
+from diagnostics.provenance import Described, digest, key, one_line
+from diagnostics.store import Audit, Outcome, Store
+
+if TYPE_CHECKING:
+    from probes import CheckpointPair
+
+UNFINISHED = "not finished; run the same command again to go on"
+Progress = Callable[[str, int, int, str], None]
+
+
+def audit(
+    base: Any,
+    tuned: Any,
+    *,
+    out: str | Path = "audit",
+    only: Collection[str] = (),
+    skip: Collection[str] = (),
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    policy: Policy | str | Path | None = None,
+    device: str = "auto",
+    dtype: str | None = None,
+    seed: int = 0,
+    engine: str = "local",
+    fresh: bool = False,
+    progress: Progress | None = None,
+    task: Iterable[str | Path] = (),
+    keep: Iterable[str | Path] = (),
+    guard: Iterable[str | Path] = (),
+    ood: Iterable[str | Path] = (),
+) -> Audit:
+    """Measure what tuning did, judge it, and write the audit and its report into a directory.
+
+    Each finished analysis is written at once; the same call continues after a kill. A result is used again
+    only when the checkpoints, rows, parameters, versions and sources that it depends on are the same.
+
+    Args:
+        base, tuned: whatever `probes.open_checkpoint` opens.
+        out: the audit's directory, made if need be.
+        only, skip: names of analyses to run, or to leave out; all that have their inputs otherwise.
+        settings: parameters by analysis, in place of their defaults.
+        policy: thresholds, or a TOML file of them; the default policy otherwise.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        dtype: of the arithmetic, for the analyses that take one; each one's default otherwise.
+        seed: for the analyses that take one.
+        engine: where work that splits runs: `local`, `local:N`, `dask://HOST:PORT`, `ray://HOST:PORT`.
+        fresh: forget what an earlier run left in `out`.
+        progress: called with (analysis, done, total, what is being done).
+        task, keep, guard, ood: files of rows by role; `NAME=F` names one of `ood`.
+
+    Raises:
+        ValueError, LookupError: the input is wrong; nothing has been run or written.
+        OSError: `out` cannot be written; what was finished is kept.
+        RuntimeError: the report could not be drawn; all else is written.
+    """
+    names = chosen(only, skip)
+    rules = policy if isinstance(policy, Policy) else load_policy(policy) if policy else default_policy()
+    where = machine.device(device)
+    common = {"dtype": machine.dtype(dtype), "seed": seed}
+    rows = open_roles({"task": task, "keep": keep, "guard": guard, "ood": ood})
+    plan = {name: parameters(find(name), settings or {}, common) for name in names}
+    check_settings(settings or {})
+    lacking = {name: missing(find(name), {"pair", *rows}) for name in names}
+    if all(lacking.values()):
+        reasons = (
+            "; ".join(f"{name} {reason}" for name, reason in lacking.items()) or "every analysis is left out"
+        )
+        raise ValueError(f"nothing to run: {reasons}")
+    store = Store(out)
+    from probes import CheckpointPair
+
+    pair = CheckpointPair(base, tuned)
+    with machine.engine(engine), store:
+        return run(
+            store,
+            pair,
+            plan,
+            supplied={"pair": pair, **rows},
+            skipped={
+                **{name: not_chosen(name, only) for name in installed() if name not in names},
+                **{name: reason for name, reason in lacking.items() if reason},
+            },
+            policy=rules,
+            device=where,
+            fresh=fresh,
+            progress=progress,
+            options={"only": only, "skip": skip, "settings": settings or {}, "engine": engine, **common},
+            notes=unread(rows, names),
+        )
+
+
+def run(
+    store: Store,
+    pair: "CheckpointPair",
+    plan: Mapping[str, Mapping[str, Any]],
+    *,
+    supplied: Mapping[str, Any],
+    skipped: Mapping[str, str],
+    policy: Policy,
+    device: str,
+    fresh: bool,
+    progress: Progress | None,
+    options: Mapping[str, Any],
+    notes: tuple[str, ...],
+) -> Audit:
+    """The audit once its inputs are known to be right and its directory is ours."""
+    earlier = None if fresh else store.earlier()
+    if fresh:
+        store.clear()
+    stamps = {side: digest(getattr(pair, side).stamp()) for side in ("base", "tuned")}
+    rows = {role: [made.describe() for made in value] for role, value in supplied.items() if role != "pair"}
+    keys = {name: key(find(name), used, stamps, rows) for name, used in plan.items() if name not in skipped}
+    same = earlier is not None and all(stamps[s] == getattr(earlier, s).get("stamp") for s in stamps)
+    done = {**earlier.kept, **earlier.analyses} if earlier is not None and same else {}
+    done = {name: made for name, made in done.items() if made.result is not None}
+
+    outcomes = {
+        name: Outcome(status="skipped", reason=reason, **(about(name) if name in plan else {}))
+        for name, reason in skipped.items()
+    }
+    for name, expected in keys.items():
+        if name in done and done[name].key == expected:
+            outcomes[name] = replace(done[name], reused=True)
+        else:
+            outcomes[name] = Outcome(status="failed", fault="unfinished", reason=UNFINISHED, **about(name))
+    state = Audit(
+        base={"ref": pair.base.ref, "kind": pair.base.kind, "fingerprint": None, "stamp": stamps["base"]},
+        tuned={"ref": pair.tuned.ref, "kind": pair.tuned.kind, "fingerprint": None, "stamp": stamps["tuned"]},
+        data=rows,
+        environment={**machine.environment(device), "seed": options["seed"]},
+        options=options,
+        policy=policy,
+        analyses=dict(sorted(outcomes.items())),
+        kept={name: made for name, made in done.items() if name not in keys},
+        unmatched=tuple(asdict(each) for each in pair.unmatched),
+        notes=notes,
+        created=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        tunescope=version("tunescope"),
+        path=store.out,
+    )
+    store.begin(state)
+    described = Described(pair, earlier if same else None)
+    for name in [name for name in keys if outcomes[name].result is None]:
+        outcome = run_one(store, find(name), plan[name], supplied, device=device, progress=progress)
+        state = replace(state, analyses={**state.analyses, name: replace(outcome, key=keys[name])})
+        store.write(state)
+    base, tuned, trouble = described.wait()
+    state = replace(
+        state, base={**state.base, **base}, tuned={**state.tuned, **tuned}, notes=(*state.notes, *trouble)
+    )
+    store.write(state)
+    write_report(store, state)
+    return state
+
+
+def run_one(
+    store: Store,
+    record: Analysis,
+    used: Mapping[str, Any],
+    supplied: Mapping[str, Any],
+    *,
+    device: str,
+    progress: Progress | None,
+) -> Outcome:
+    """Run one analysis and write its tables; whatever goes wrong in it stays in it."""
+    place = {"device": device, "progress": partial(progress, record.name) if progress else None}
+    inputs = {name: supplied[name] for name in (*record.inputs, *record.optional) if name in supplied}
+    memory = machine.PeakMemory()
+    memory.start()
+    began = time.perf_counter()
+    try:
+        result = record.function(
+            **inputs, **used, **{name: value for name, value in place.items() if name in record.parameters}
+        )
+        seconds = time.perf_counter() - began
+        outcome = Outcome(status="ok", result=result)
+        store.write_tables(record.name, result)
+    except CannotWriteError:
+        raise
+    except Exception as error:
+        seconds = time.perf_counter() - began
+        outcome = (
+            refused(error) if type(error) in (ValueError, LookupError) else crashed(store, record.name, error)
+        )
+    return replace(
+        outcome,
+        seconds=round(seconds, 3),
+        peak_rss_mb=memory.megabytes(),
+        device=device,
+        **about(record.name),
+    )
+
+
+def refused(error: Exception) -> Outcome:
+    """What becomes of an analysis that finds its input wrong; `ValueError` and `LookupError` say so."""
+    return Outcome(status="failed", fault="input", reason=one_line(error))
+
+
+def crashed(store: Store, name: str, error: Exception) -> Outcome:
+    """What becomes of an analysis that breaks: one line here, the traceback in audit.log."""
+    text = "".join(traceback.format_exception(error))
+    store.log(f"{datetime.now(UTC).isoformat(timespec='seconds')} {name}\n{text}")
+    return Outcome(
+        status="failed",
+        fault="crash",
+        reason=f"{type(error).__name__}: {one_line(error)} (traceback in audit.log)",
+    )
+
+
+def write_report(store: Store, state: Audit) -> None:
+    """Write report.html.
+
+    Raises:
+        RuntimeError: it could not be drawn.
+    """
+    from diagnostics.report import write_html
+
+    try:
+        write_html(state, store.out / "report.html")
+    except CannotWriteError:
+        raise
+    except Exception as error:
+        store.log("report.html\n" + "".join(traceback.format_exception(error)))
+        raise RuntimeError(
+            f"{store.out / 'report.html'} could not be drawn: {type(error).__name__}: {one_line(error)}; "
+            "audit.json and the tables are complete, the traceback is in audit.log"
+        ) from error
+
+
+def chosen(only: Collection[str], skip: Collection[str]) -> list[str]:
+    """The names of the analyses that are asked for.
+
+    Raises:
+        LookupError: one is not installed; the message lists those that are.
+    """
+    known = installed()
+    for option, names in (("--only", only), ("--skip", skip)):
+        for name in names:
+            if name not in known:
+                raise LookupError(f"{option}: unknown analysis {name!r}; known: {', '.join(known)}")
+    return [name for name in known if (not only or name in only) and name not in skip]
+
+
+def not_chosen(name: str, only: Collection[str]) -> str:
+    """Why an analysis is not run although it could be."""
+    return f"not asked for: --only {','.join(only)}" if only and name not in only else f"--skip {name}"
+
+
+def missing(record: Analysis, supplied: Collection[str]) -> str:
+    """Which option would let an analysis run; empty when nothing is missing."""
+    lacking = [name for name in record.inputs if name not in supplied]
+    if any(name not in OPTIONS for name in lacking):
+        unknown = next(name for name in lacking if name not in OPTIONS)
+        return f"needs {unknown!r}, which this tunescope cannot supply"
+    return "needs " + " and ".join(OPTIONS[name] for name in lacking) if lacking else ""
+
+
+def unread(rows: Collection[str], names: Collection[str]) -> tuple[str, ...]:
+    """Notes on the roles that were given and that nothing reads."""
+    records = []
+    for name in installed() if rows else ():
+        with suppress(LookupError):  # a broken package reads nothing; asked for by name, it is refused
+            records.append(find(name))
+    notes = []
+    for role in rows:
+        readers = {record.name for record in records if role in (*record.inputs, *record.optional)}
+        if not readers:
+            notes.append(
+                f"no installed analysis reads --{role}; the file is recorded and has no other effect"
+            )
+        elif not readers & set(names):
+            notes.append(f"none of the analyses asked for reads --{role}; {', '.join(sorted(readers))} would")
+    return tuple(notes)
+
+
+def check_settings(settings: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse settings of what is not installed.
+
+    Raises:
+        LookupError: the message lists what is.
+    """
+    for name in settings:
+        if name not in installed():
+            raise LookupError(f"--set {name}.…: unknown analysis {name!r}; known: {', '.join(installed())}")
+
+
+def parameters(
+    record: Analysis, settings: Mapping[str, Mapping[str, Any]], common: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The parameters that an analysis will run with, defaults included, without those of its execution.
+
+    Raises:
+        LookupError: a setting that it does not have; the message lists those that it has.
+    """
+    own = {name: p.default for name, p in record.parameters.items() if name not in EXECUTION}
+    given = settings.get(record.name, {})
+    for name in given:
+        if name not in own:
+            raise LookupError(f"{record.name} has no parameter {name!r}; it has: {', '.join(own)}")
+    shared = {name: value for name, value in common.items() if name in own and value is not None}
+    return {**own, **shared, **given}
+
+
+def about(name: str) -> dict[str, Any]:
+    """What an audit keeps of the registry, so that it reads without the package."""
+    record = find(name)
+    return {"question": record.question, "paper": record.paper}

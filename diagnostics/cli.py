@@ -1,0 +1,319 @@
+"""The command `tunescope`: parses, calls one function, prints.
+
+Commands of other packages are entry points in the group `tunescope.commands`: a Typer app or a function. They
+are imported when they are run; the list of commands shows the first line of their module's docstring.
+"""
+
+import ast
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from importlib.metadata import EntryPoint, entry_points, version
+from inspect import Signature, signature
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
+
+GROUP = "tunescope.commands"
+
+
+class Commands(TyperGroup):
+    """The commands here and those of entry points; every error is one line, never a traceback."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Ours in the order of this file, then the others by name."""
+        ours = list(super().list_commands(ctx))
+        return ours + sorted({entry.name for entry in entry_points(group=GROUP)} - set(ours))
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command, or for one of another package what stands for it in the list."""
+        if cmd_name in self.commands:
+            return self.commands[cmd_name]
+        for entry in entry_points(group=GROUP, name=cmd_name):
+            return TyperCommand(name=cmd_name, callback=None, help=first_line(entry))
+        return None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command to run: now that of another package is imported."""
+        if args and args[0] not in self.commands:
+            for entry in entry_points(group=GROUP, name=args[0]):
+                self.add_command(loaded(entry), args[0])
+        return super().resolve_command(ctx, args)
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run, and end the process with the exit code."""
+        code = 0
+        try:
+            code = super().main(*args, **{**kwargs, "standalone_mode": False})
+        except (Exception, KeyboardInterrupt) as error:
+            if os.environ.get("TUNESCOPE_TRACEBACK"):
+                raise
+            code = explain(error)
+        raise SystemExit(code if isinstance(code, int) else 0)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run, and let an interrupt through that Typer would swallow."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise Interrupted("interrupted") from error
+
+
+class Interrupted(Exception):  # noqa: N818
+    """Ctrl-C; the text says what is kept."""
+
+
+def explain(error: BaseException) -> int:
+    """Say in one line what went wrong; the exit code that it means."""
+    from diagnostics.terminal import trouble
+
+    if isinstance(error, Interrupted | KeyboardInterrupt):
+        trouble(str(error) or "interrupted")
+        return 130
+    if hasattr(error, "format_message"):  # usage, by Typer
+        command = getattr(getattr(error, "ctx", None), "command_path", "tunescope")
+        trouble(f"{error.format_message()} (see {command} --help)")
+        return 2
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if isinstance(error, ValueError | LookupError | OSError):
+        trouble(text)
+        return 2
+    trouble(f"{type(error).__name__}: {text} (TUNESCOPE_TRACEBACK=1 shows where)")
+    return 3
+
+
+def first_line(entry: EntryPoint) -> str:
+    """What the module behind an entry point says of itself, read without running it."""
+    try:
+        spec = importlib.util.find_spec(entry.module)
+        text = Path(str(spec.origin)).read_text(encoding="utf-8") if spec else ""
+        return (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+    except (ImportError, OSError, SyntaxError, ValueError):
+        return "(cannot be read)"
+
+
+def loaded(entry: EntryPoint) -> Any:
+    """The command behind an entry point.
+
+    Raises:
+        LookupError: it cannot be imported.
+    """
+    try:
+        found = entry.load()
+    except ImportError as error:
+        package = entry.dist.name if entry.dist else entry.value
+        raise LookupError(f"the command {entry.name} of {package} cannot be loaded: {error}") from error
+    if isinstance(found, typer.Typer):
+        return get_command(found)
+    if callable(found) and not hasattr(found, "make_context"):
+        made = typer.Typer(add_completion=False)
+        made.command(entry.name)(found)
+        return get_command(made)
+    return found
+
+
+main = typer.Typer(
+    cls=Commands,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="What fine-tuning did to a transformer, and whether the result is fit to ship.",
+    subcommand_metavar="COMMAND …",
+    epilog="Exit codes: 0 the policy passes, 1 it fails, 2 wrong input or usage, 3 an analysis crashed.",
+)
+
+
+@main.callback(invoke_without_command=True)
+def top(
+    context: typer.Context,
+    show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """What `tunescope` does without a command."""
+    if show:
+        typer.echo(f"tunescope {version('tunescope')}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+Texts = list[str] | None
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to write; made if need be.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the JSON and nothing else.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", help="Print nothing: the exit code and the files say it all.")
+]
+Base = Annotated[str, typer.Argument(metavar="BASE", help="Directory, file or hub id (`org/name@revision`).")]
+Tuned = Annotated[str, typer.Argument(metavar="TUNED", help="The same, or an adapter.")]
+
+
+def run_options(
+    task: Annotated[Texts, typer.Option(metavar="F", help="Rows of what was trained, held out.")] = None,
+    keep: Annotated[Texts, typer.Option(metavar="F", help="Rows of what must survive.")] = None,
+    guard: Annotated[Texts, typer.Option(metavar="F", help="Rows of what must never fail.")] = None,
+    ood: Annotated[Texts, typer.Option(metavar="NAME=F", help="Rows that it was not made for.")] = None,
+    only: Annotated[Texts, typer.Option(metavar="NAMES", help="Run these analyses alone.")] = None,
+    skip: Annotated[Texts, typer.Option(metavar="NAMES", help="Leave these analyses out.")] = None,
+    settings: Annotated[
+        Texts,
+        typer.Option("--set", metavar="ANALYSIS.PARAM=VALUE", help="A parameter in place of its default."),
+    ] = None,
+    policy: Annotated[str | None, typer.Option(metavar="F", help="A TOML file of thresholds.")] = None,
+    device: Annotated[str, typer.Option(metavar="D", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str | None, typer.Option(metavar="D", help="Of the arithmetic.")] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="For what is drawn at random.")] = 0,
+    engine: Annotated[
+        str, typer.Option(metavar="E", help="local, local:N, dask://HOST:PORT or ray://HOST:PORT.")
+    ] = "local",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what an earlier run left in --out.")] = False,
+) -> dict[str, Any]:
+    """What every command that audits takes, as `diagnostics.audit.audit` takes it."""
+    from diagnostics.settings import parse
+
+    def names(texts: Texts) -> list[str]:
+        return [name.strip() for text in texts or () for name in text.split(",") if name.strip()]
+
+    return {
+        "task": task or (),
+        "keep": keep or (),
+        "guard": guard or (),
+        "ood": ood or (),
+        "only": names(only),
+        "skip": names(skip),
+        "settings": parse(settings or ()),
+        "policy": policy,
+        "device": device,
+        "dtype": dtype,
+        "seed": seed,
+        "engine": engine,
+        "fresh": fresh,
+    }
+
+
+def audits(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command `run_options` in place of its `**options`."""
+    own = [p for p in signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        mine = {p.name: given.pop(p.name) for p in own}
+        command(**mine, **run_options(**given))
+
+    arguments = [*own, *signature(run_options).parameters.values()]
+    # Positional arguments first, as a signature must; each is passed by name.
+    run.__signature__ = Signature([p.replace(kind=p.KEYWORD_ONLY) for p in arguments])  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in arguments}
+    return run
+
+
+@main.command("audit")
+@audits
+def run_audit(
+    base: Base,
+    tuned: Tuned,
+    out: Out = Path("audit"),
+    as_json: Json = False,
+    quiet: Quiet = False,
+    **options: Any,
+) -> None:
+    """Measure and judge what tuning did to a base."""
+    from diagnostics import terminal
+    from diagnostics.audit import audit
+
+    with interruptible(out), terminal.bars(show=not quiet) as progress:
+        made = audit(base, tuned, out=out, progress=progress, **options)
+    if as_json:
+        typer.echo((out / "audit.json").read_text(encoding="utf-8"), nl=False)
+    elif not quiet:
+        terminal.closing(made)
+    terminal.failures(made)
+    raise typer.Exit(made.exit_code)
+
+
+@main.command("series")
+@audits
+def run_series(
+    checkpoints: Annotated[list[str], typer.Argument(metavar="CKPT CKPT…", help="In order, the base first.")],
+    steps: Annotated[str, typer.Option(metavar="N,N,…", help="The step of each checkpoint.")] = "",
+    out: Out = Path("series"),
+    as_json: Json = False,
+    quiet: Quiet = False,
+    **options: Any,
+) -> None:
+    """Audit a run: each checkpoint against the first and the previous."""
+    from diagnostics import terminal
+    from diagnostics.series import series
+
+    labels = [step.strip() for step in steps.split(",")] if steps else ()
+    with interruptible(out), terminal.bars(show=not quiet) as progress:
+        made = series(checkpoints, out=out, labels=labels, progress=progress, **options)
+    if as_json:
+        typer.echo((out / "series.json").read_text(encoding="utf-8"), nl=False)
+    elif not quiet:
+        terminal.comparisons(made, out)
+    for audit in made.audits:
+        terminal.failures(audit)
+    raise typer.Exit(made.exit_code)
+
+
+@main.command("report")
+def write_report(
+    audit: Annotated[Path, typer.Argument(metavar="AUDIT", help="An audit's directory.")],
+    form: Annotated[
+        Literal["html", "md", "json"], typer.Option("--format", help="Form of the report.")
+    ] = "html",
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="F", help="Else AUDIT/report.html, or standard output.")
+    ] = None,
+) -> None:
+    """Write the report of a saved audit: html, md or json."""
+    from diagnostics import report
+    from diagnostics.disk import replacing
+    from diagnostics.store import load
+
+    made = load(audit)
+    if form == "html":
+        assert made.path is not None
+        out = out or made.path / "report.html"
+        report.write_html(made, out)
+    else:
+        text = report.to_markdown(made) if form == "md" else report.to_json(made)
+        if out is None:
+            typer.echo(text, nl=False)
+            return
+        with replacing(out) as part:
+            part.write_text(text, encoding="utf-8")
+    typer.echo(out)
+
+
+@main.command("analyses")
+def list_analyses(as_json: Json = False) -> None:
+    """List the installed analyses: questions, needs, settings."""
+    from diagnostics import terminal
+    from diagnostics.analysis import analyses
+    from diagnostics.disk import to_json
+
+    records = analyses()
+    if as_json:
+        typer.echo(to_json({name: record.describe() for name, record in records.items()}), nl=False)
+    else:
+        terminal.registry(records)
+
+
+@contextmanager
+def interruptible(out: Path) -> Iterator[None]:
+    """Say on Ctrl-C what is kept in `out`."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        from diagnostics.store import load
+
+        done = 0
+        for file in (out / "audit.json", *out.glob("*/audit.json")):
+            with suppress(ValueError):
+                done += len(load(file, damaged="drop").results)
+        kept = f"{done} finished analyses are kept in {out}; the same command goes on from there"
+        raise Interrupted(f"interrupted; {kept}" if done else "interrupted; nothing was finished") from error
