@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -121,6 +122,8 @@ class Adapter:
         self.headers = dict(base.headers)
         for name, key in self.targets.replaced.items():
             self.headers[name] = replace(weights.headers[key], name=name)
+        # A file that holds both copies of a tied weight has the change in one of them.
+        self._tied = {alias: matrix.tensor for matrix in matrices.values() for alias in matrix.tied}
         self._transposed = {m.tensor for m in matrices.values() if m.transposed and m.experts is None}
 
     @property
@@ -158,10 +161,22 @@ class Adapter:
             return self.base.location(name)
         if name in self.targets.replaced and name not in self.targets.updates:
             return self.weights.location(self.targets.replaced[name])
-        return "merged", name, self.stamp()
+        return name, self._identity
+
+    @cached_property
+    def _identity(self) -> Hashable:
+        """Which adapter on which base."""
+        own = tuple(self.weights.location(key) for key in self.weights.headers)
+        return (
+            own,
+            json.dumps(self.summary, sort_keys=True),
+            tuple(map(self.base.location, self.base.headers)),
+        )
 
     def changes(self, name: str) -> bool:
         """Whether a stored tensor is not the base's own."""
+        if name not in self.targets.replaced:
+            name = self._tied.get(name, name)
         targets = self.targets
         return any(
             name in kind for kind in (targets.updates, targets.replaced, targets.tokens, targets.shifts)
@@ -195,6 +210,8 @@ class Adapter:
 
     def read(self, name: str) -> Tensor:
         """A tensor in its stored layout: merged in float32 where factors change it, else as stored."""
+        if name not in self.targets.replaced:
+            name = self._tied.get(name, name)
         stored = self._stored(name)
         for update in self.targets.updates.get(name, ()):
             stored = stored.to(_wide(stored.dtype), copy=True)

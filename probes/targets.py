@@ -11,6 +11,8 @@ from dataclasses import replace
 from math import prod, sqrt
 from typing import Any
 
+import torch
+
 from probes.adapters import Targets, Update
 from probes.layout import Header, Matrix
 from probes.naming import matrices as name_matrices
@@ -157,9 +159,8 @@ class _Search:
 
     def _whole(self, name: str, key: str) -> None:
         """`modules_to_save`, biases, and embeddings that PEFT saves beside their factors."""
-        stored = self.names.find(name)
-        if stored is None and ".base_layer." in key:
-            stored = self.names.tied.get(name)  # a copy of the weight that its factors are added to
+        # Under `base_layer` stands a copy of the weight that the factors are added to.
+        stored = self.names.weight(name) if ".base_layer." in key else self.names.find(name)
         modules = self.config.get("modules_to_save") or ()
         if stored is None:
             if not any(re.search(rf"(?:^|\.){re.escape(module)}(?:\.|$)", name) for module in modules):
@@ -176,7 +177,7 @@ class _Search:
 
     def _tokens(self, module: str, key: str) -> None:
         """`trainable_token_indices`: some rows of an embedding."""
-        stored = self.names.find(f"{module}.weight") or self.names.tied.get(f"{module}.weight")
+        stored = self.names.weight(f"{module}.weight")
         rows = self.config.get("trainable_token_indices") or []
         if isinstance(rows, Mapping):
             fitting = [chosen for name, chosen in rows.items() if _ends(module, name)]
@@ -229,15 +230,14 @@ class _Search:
         out, columns = self._shape(update)
         update = replace(update, scaling=self._scaling(path, path, self._rank(update)))
         for name in (f"{path}.weight", f"{path}.in_proj_weight"):
-            stored = self.names.find(name) or self.names.tied.get(name)
+            stored = self.names.weight(name)
             if stored is not None:
                 shape = self._oriented(stored)
                 if shape != (out, columns):
                     raise self._fail(path, f"the adapter is for {out}x{columns}, the base holds {_by(shape)}")
                 self._note_tied(stored)
                 return [replace(update, tensor=stored)]
-        probe = Header(f"{path}.weight", (out, columns), next(iter(self.weights.values())).dtype)
-        for theirs in name_matrices({probe.name: probe}, {}).values():
+        for theirs in _probe(f"{path}.weight", out, columns):
             ours = self.names.alike(theirs)
             if ours is not None:
                 if (ours.rows, ours.columns) != (out, columns):
@@ -277,11 +277,10 @@ class _Search:
             experts = shape[0] if len(shape) == 3 else 0
             fits = shape[-2:] == delta and self._rank(update) % max(experts, 1) == 0
             return [replace(update, tensor=stored, experts=experts)] if fits else []
-        # In memory the experts are one tensor, in the file each has its own.
+        # In memory the experts are one tensor, in the file each has its own; routers differ in name.
         experts = self.names.experts(name)
         found = []
-        probe = Header(name, (experts, *delta), next(iter(self.weights.values())).dtype)
-        for theirs in name_matrices({name: probe}, {}).values() if experts else ():
+        for theirs in _probe(name, *([experts] if experts else []), *delta):
             ours = self.names.alike(theirs)
             if ours is None or (ours.rows, ours.columns) != (theirs.rows, theirs.columns):
                 return []
@@ -333,7 +332,8 @@ class _Names:
 
     def __init__(self, headers: Mapping[str, Header], matrices: Mapping[str, Matrix]):
         self.headers = headers
-        self.tied = {alias: m.tensor for m in matrices.values() for alias in m.tied if alias not in headers}
+        self.tied = {alias: matrix.tensor for matrix in matrices.values() for alias in matrix.tied}
+        self.embeddings = [m.tensor for m in matrices.values() if m.component == "embed"]
         own = [m for m in matrices.values() if m.experts is None]
         self.transposed = {m.tensor for m in own if m.transposed}
         self.stacked = {m.tensor for m in own if m.expert is not None}
@@ -356,28 +356,41 @@ class _Names:
         prefix, _, shorter = name.partition(".")  # `roberta.encoder…`, saved from the bare encoder
         return shorter if shorter in self.headers and not prefix.isdigit() else None
 
+    def weight(self, name: str) -> str | None:
+        """The stored tensor whose values the model uses as `name`, which may be tied to another."""
+        stored = self.tied.get(name) or self.find(name)
+        if stored is None and len(self.embeddings) == 1 and _probe(name)[0].component == "lm_head":
+            return self.embeddings[0]  # a file without its own unembedding: the model ties it
+        return stored
+
     def alike(self, theirs: Matrix) -> Matrix | None:
         """The base's matrix of the same expert, or the same router, under whatever name."""
         place = _place(theirs)
         return None if place is None else self.routed.get(place)
 
     def experts(self, name: str) -> int:
-        """How many experts the base has where the stacked parameter `name` stands."""
-        probe = Header(name, (1, 2, 2), next(iter(self.headers.values())).dtype)
-        places = {_place(m) for m in name_matrices({name: probe}, {}).values()} - {None}
-        return max(
-            (sum(known[:2] == place[:2] for known in self.routed) for place in places if place is not None),
-            default=0,
-        )
+        """How many experts the base has where the stacked parameter `name` stands; 0 if it is no stack."""
+        stacked = [known[:3] for known in self.routed if known[3] is not None]
+        places = {_place(matrix) for matrix in _probe(name, 1, 2, 2)} - {None}
+        return max((stacked.count(place[:3]) for place in places if place), default=0)
 
 
-def _place(matrix: Matrix) -> tuple[int | None, str, int | None] | None:
-    """Layer, component and expert of a routed expert or a router; None for anything else."""
-    if matrix.part == "router":
-        return matrix.layer, matrix.component, None
+Place = tuple[int | None, str, bool, int | None]
+
+
+def _place(matrix: Matrix) -> Place | None:
+    """Layer, component, whether shared, expert: of an expert or a router; None for anything else."""
     named = _EXPERT.search(matrix.name)
     expert = matrix.expert if named is None else int(named[1])
-    return None if expert is None else (matrix.layer, matrix.component, expert)
+    if expert is None and matrix.part != "router":
+        return None
+    return matrix.layer, matrix.component, "shared" in matrix.name, expert
+
+
+def _probe(name: str, *shape: int) -> list[Matrix]:
+    """What matrices a tensor of this name would hold."""
+    header = Header(name, shape or (1, 1), torch.float32)
+    return list(name_matrices({name: header}, {}).values())
 
 
 def _bare(name: str) -> str:
