@@ -40,9 +40,9 @@ Part = Literal["block", "embedding", "head", "router", "other"]
 class Matrix:
     """One weight as (out_features, in_features), wherever and however it is stored.
 
-    A stored tensor is read as: expert `expert` of a stack (first axis), then transposed if the file keeps
-    (in, out), then the rows `start:stop` of each of `heads` equal groups.  For a plain matrix nothing of this
-    applies.
+    A stored tensor is read as: expert `expert` of a stack, its trailing axes flattened into one, then
+    transposed if the file keeps (in, out), then the rows `start:stop` of each of `heads` equal groups of rows.
+    For a plain matrix nothing of this applies.
 
     Attributes:
         name: the tensor's name in the file; a part adds `:q`, `:k`, `:v`, `:gate`, `:up` or `:<expert>`
@@ -52,6 +52,14 @@ class Matrix:
         component: the field's name of the weight (`q_proj`, `down_proj`, `embed`…).
         part: where in the model it stands; weight analyses read `block` unless told otherwise.
         rows, columns: out_features and in_features.
+        dtype: of the stored tensor.
+        expert: index in a stack of experts (or on a batch axis of length one); None if the tensor is no stack.
+        experts: how many experts share the first axis of a stack whose experts have no axis of their own.
+        transposed: the file keeps (in, out).
+        start, stop, heads: the rows that a part has in each of `heads` equal groups; `stop` is None for all.
+        tied: other tensors that the model overwrites with this one, and that are therefore not given.
+        missing: config keys without which a fused tensor cannot be divided; it is then one matrix
+            (`qkv_proj`, `gate_up_proj`), and this is empty for everything else.
     """
 
     name: str
@@ -63,38 +71,35 @@ class Matrix:
     columns: int
     dtype: torch.dtype
     expert: int | None = None
+    experts: int | None = None
     transposed: bool = False
     start: int = 0
     stop: int | None = None
     heads: int = 1
-    interleave: int = 1
     tied: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
 
     def take(self, stored: Tensor) -> Tensor:
         """The (rows, columns) matrix out of the stored tensor, a view wherever strides allow."""
-        matrix = stored if self.expert is None else stored[self.expert]
-        if self.transposed:
-            matrix = matrix.mT
-        matrix = matrix.flatten(1)  # convolutions: (out, rest)
+        matrix = self._whole(stored)
         if self.stop is None:
             return matrix
-        if self.interleave > 1:
-            return matrix[self.start :: self.interleave]
-        grouped = matrix.unflatten(0, (self.heads, -1))
-        return grouped[:, self.start : self.stop].flatten(0, 1)
+        return matrix.unflatten(0, (self.heads, -1))[:, self.start : self.stop].flatten(0, 1)
 
     def put(self, stored: Tensor, matrix: Tensor) -> Tensor:
-        """A copy of the stored tensor in which this matrix is replaced; dtype and layout stay."""
-        changed = stored.clone()
-        view = changed if self.expert is None else changed[self.expert]
-        if self.transposed:
-            view = view.mT
-        value = matrix.to(stored.dtype)
+        """A copy of the stored tensor in which this matrix is replaced; dtype and shape stay."""
+        # Contiguous, for in a strided copy the flattened axes would be a copy again, and the edit lost.
+        changed = stored.clone(memory_format=torch.contiguous_format)
+        view = self._whole(changed)
         if self.stop is None:
-            view.copy_(value.reshape(view.shape))
-        elif self.interleave > 1:
-            view[self.start :: self.interleave] = value
+            view.copy_(matrix)
         else:
             grouped = view.unflatten(0, (self.heads, -1))
-            grouped[:, self.start : self.stop] = value.unflatten(0, (self.heads, -1))
+            grouped[:, self.start : self.stop] = matrix.unflatten(0, (self.heads, -1)).to(stored.dtype)
         return changed
+
+    def _whole(self, stored: Tensor) -> Tensor:
+        """(out, in) with all rows that this matrix's tensor, or its expert, has."""
+        stack = stored if self.experts is None else stored.unflatten(0, (self.experts, -1))
+        matrix = (stack if self.expert is None else stack[self.expert]).flatten(1)
+        return matrix.mT if self.transposed else matrix

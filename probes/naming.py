@@ -1,106 +1,317 @@
 """From a checkpoint's tensor names and shapes to (out, in) matrices with layer and component.
 
-Architectures differ here and nowhere else, as data: which leaf name means which component, which tensors are
-fused and in what order, which are stored transposed.  The tables follow the modelling code of transformers.
+Architectures differ as data, in `probes.families`.  Shapes decide wherever they can; config.json is asked
+only where they cannot: for the heads of a fused tensor, and which of two orders its parts have.
 """
 
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+from typing import Any, NamedTuple, cast
 
+from probes import families
+from probes.families import FUSED, IN_BLOCK, Fused
 from probes.layout import Header, Matrix, Part
-
-_COMPONENTS = {
-    "q_proj": "q_proj query q_lin query_proj wq SelfAttention.q EncDecAttention.q q_attn",
-    "k_proj": "k_proj key k_lin key_proj wk SelfAttention.k EncDecAttention.k",
-    "v_proj": "v_proj value v_lin value_proj wv SelfAttention.v EncDecAttention.v",
-    "o_proj": "o_proj attn.c_proj crossattention.c_proj attention.output.dense crossattention.output.dense "
-    "out_lin self_attn.out_proj encoder_attn.out_proj attn.out_proj attention.out_proj attention.dense "
-    "self_attention.dense self_attn.dense attention.wo SelfAttention.o EncDecAttention.o attn.Wo",
-    "gate_proj": "gate_proj wi_0 w1",
-    "up_proj": "up_proj c_fc fc1 fc_in intermediate.dense lin1 dense_h_to_4h wi wi_1 w3 mlp.w1",
-    "down_proj": "down_proj mlp.c_proj fc2 fc_out output.dense lin2 dense_4h_to_h wo w2 mlp.Wo",
-    "router": "mlp.gate block_sparse_moe.gate moe.gate feed_forward.gate router mlp.shared_expert_gate",
-}
-_COMPONENT = {suffix: component for component, suffixes in _COMPONENTS.items() for suffix in suffixes.split()}
-
-_EMBEDDINGS = {
-    "embed": "embed_tokens wte word_embeddings embed_in tok_embeddings shared token_embedding embeddings",
-    "position_embed": "wpe position_embeddings embed_positions position_embedding",
-    "token_type_embed": "token_type_embeddings",
-}
-_EMBEDDING = {leaf: component for component, leaves in _EMBEDDINGS.items() for leaf in leaves.split()}
-_HEADS = ["lm_head", "embed_out", "output_layer", "score", "classifier", "qa_outputs", "pooler", "cls", "output"]
-
-
-class _Fused(NamedTuple):
-    """How the rows of one stored tensor divide: `groups` equal groups, each of the parts in `order`."""
-
-    order: tuple[str, ...]
-    grouping: str = "one"
-
-
-_QKV = _Fused(("q", "k", "v"))
-_FUSED = {"c_attn": _QKV, "qkv_proj": _QKV, "Wqkv": _QKV, "gate_up_proj": _Fused(("gate", "up"))}
-
-_BLOCK = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
-_BUFFERS = re.compile(r"(?:^|[._])(?:bias|masked_bias|inv_freq|cos_cached|sin_cached|causal_mask)$")
 
 
 def matrices(headers: Mapping[str, Header], config: Mapping[str, Any]) -> dict[str, Matrix]:
-    """Every two-dimensional weight of a checkpoint, by its name.
+    """Every two-dimensional weight of a checkpoint by its name, in the order of the headers.
+
+    Biases, normalisation weights, buffers, integers, and vectors with axes of length one are no matrices.
+    Convolutions are given as (out, rest).  A fused tensor that only an absent config.json could divide is one
+    matrix, and names the keys in `Matrix.missing`.  Where the config ties the unembedding to the embedding
+    and the file holds both, the embedding alone is given, and names the other in `Matrix.tied`.
 
     Args:
         headers: the tensors of the file by name.
         config: the checkpoint's config.json; may be empty.
+
+    Raises:
+        ValueError: the config's number of heads does not divide a fused tensor.
     """
-    transposed = any(
-        name.endswith("attn.c_attn.weight") and h.shape[1] == 3 * h.shape[0] for name, h in headers.items()
-    )
-    found: dict[str, Matrix] = {}
-    for header in headers.values():
-        if len(header.shape) < 2 or not header.dtype.is_floating_point or _BUFFERS.search(header.name):
-            continue
-        conv1d = transposed and bool(re.search(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$", header.name))
-        found.update((m.name, m) for m in _parts(header, _place(header.name), conv1d))
-    return found
+    places = _places([name for name, header in headers.items() if is_weight(header)])
+    file = _File(headers, places, config)
+    return file.without_copies({matrix.name: matrix for name in places for matrix in file.parts(name)})
 
 
-def _place(name: str) -> tuple[int | None, str, Part]:
-    path = name.removesuffix(".weight")
-    block = _BLOCK.search(path)
-    if block is None:
-        segments = path.split(".")
-        if segments[-1] in _EMBEDDING:
-            return None, _EMBEDDING[segments[-1]], "embedding"
-        if any(segment in _HEADS for segment in segments):
-            return None, segments[-1], "head"
-        return None, segments[-1], "other"
-    segments = path[block.end() :].split(".")
-    for start in range(len(segments)):
-        component = _COMPONENT.get(".".join(segments[start:]))
-        if component is not None:
-            return int(block[1]), component, "router" if component == "router" else "block"
-    return int(block[1]), segments[-1], "block"
+def is_weight(header: Header) -> bool:
+    """Whether a tensor holds matrices: floating, two-dimensional or more, and no bias, scale or buffer."""
+    long = sum(length > 1 for length in header.shape)
+    matrix_like = len(header.shape) == 2 or (len(header.shape) > 2 and long > 1)
+    return matrix_like and header.dtype.is_floating_point and not re.search(families.NOT_WEIGHTS, header.name)
 
 
-def _parts(header: Header, place: tuple[int | None, str, Part], transposed: bool) -> Iterator[Matrix]:
-    layer, component, part = place
-    rows, columns = header.shape[0], header.entries // header.shape[0]
-    if transposed:
-        rows, columns = columns, rows
-    whole = Matrix(
-        name=header.name, tensor=header.name, layer=layer, component=component, part=part,
-        rows=rows, columns=columns, dtype=header.dtype, transposed=transposed,
-    )  # fmt: skip
-    fused = _FUSED.get(component)
-    if layer is None or fused is None or rows % len(fused.order):
-        yield whole
-        return
-    size = rows // len(fused.order)
-    for index, letter in enumerate(fused.order):
-        yield Matrix(
-            name=f"{header.name}:{letter}", tensor=header.name, layer=layer, component=f"{letter}_proj", part=part,
-            rows=size, columns=columns, dtype=header.dtype, transposed=transposed,
-            start=index * size, stop=(index + 1) * size,
-        )  # fmt: skip
+class _Place(NamedTuple):
+    """Where a tensor stands: its block, its module's parent, and what the tables say of it."""
+
+    layer: int | None
+    parent: str
+    path: str  # its entry in IN_BLOCK or FUSED; empty outside the blocks and for what neither knows
+    role: str  # the component without `cross_` or `shared_`
+    prefix: str
+    part: Part
+
+
+def _places(names: Iterable[str]) -> dict[str, _Place]:
+    blocks = {name: re.search(families.BLOCK, name) for name in names}
+    indices = {
+        name: (name[: block.start()], tuple(int(number) for number in re.findall(r"\.(\d+)", block[1])))
+        for name, block in blocks.items()
+        if block
+    }
+    # The first block of stage 1 follows the last of stage 0.
+    stacks: dict[str, list[tuple[int, ...]]] = {}
+    for stack, index in sorted(set(indices.values())):
+        stacks.setdefault(stack, []).append(index)
+    places = {}
+    for name, block in blocks.items():
+        if block is None:
+            places[name] = _outside(name)
+        else:
+            stack, index = indices[name]
+            layer = index[0] if len(index) == 1 else stacks[stack].index(index)
+            module = _module(name)
+            beside_c_proj = f"{module.rpartition('.')[0]}.c_proj.weight" in blocks
+            places[name] = _inside(layer, module, module[block.end() :], beside_c_proj)
+    return places
+
+
+def _outside(name: str) -> _Place:
+    path = _module(name)
+    parent, _, leaf = path.rpartition(".")
+    role, part = _leaf(path), cast(Part, "other")
+    if re.search(families.UNEMBEDDING, path):
+        role, part = "lm_head", "head"
+    elif head := re.search(families.HEAD, path):
+        role, part = path[path.rfind(".", 0, head.start() + 1) + 1 :], "head"
+    elif leaf in families.EMBEDDINGS:
+        role, part = families.EMBEDDINGS[leaf], "embedding"
+    elif "emb" in path:
+        role, part = path[path.rfind(".", 0, path.rfind("emb")) + 1 :], "embedding"
+    return _Place(None, parent, "", role, "", part)
+
+
+def _inside(layer: int, module: str, rest: str, beside_c_proj: bool) -> _Place:
+    segments = rest.split(".")
+    suffixes = (".".join(segments[start:]) for start in range(len(segments)))
+    path = next((suffix for suffix in suffixes if suffix in IN_BLOCK or suffix in FUSED), "")
+    if beside_c_proj and path in families.BESIDE_C_PROJ:
+        role = families.BESIDE_C_PROJ[path]
+    elif path:
+        role = IN_BLOCK.get(path) or families.WHOLE[frozenset(FUSED[path][0].order)]
+    else:
+        role = _leaf(rest)
+    part = families.PARTS.get(role, "embedding" if not path and "emb" in role else "block")
+    variants = (prefix for prefix, modules in families.VARIANTS.items() if not modules.isdisjoint(segments))
+    prefix = "".join(variants) if path and part == "block" else ""
+    return _Place(layer, module.rpartition(".")[0], path, role, prefix, part)
+
+
+def _module(name: str) -> str:
+    """The module that owns the tensor; the parameter's own name where that is not `weight`."""
+    return re.sub(r"(?:\.parametrizations)?\.weight(?:\.original\d)?$", "", name)
+
+
+def _leaf(path: str) -> str:
+    """The last name of a path, with the numbers behind it: `fc`, `net.3`."""
+    match = re.search(r"[^.]*[^.\d][^.]*(?:\.\d+)*$", path)
+    return match[0] if match else path
+
+
+class _Stored(NamedTuple):
+    """How a tensor keeps its matrix, or its stack of them; rows and columns are those of one, (out, in)."""
+
+    rows: int
+    columns: int
+    transposed: bool
+    stack: int | None
+    experts: int | None
+
+
+@dataclass(frozen=True)
+class _File:
+    """What the tensors of one file, and its config, tell about each other."""
+
+    headers: Mapping[str, Header]
+    places: Mapping[str, _Place]
+    config: Mapping[str, Any]
+
+    @cached_property
+    def siblings(self) -> dict[tuple[str, str], str]:
+        """Tensors by parent module and role: the output projection beside a fused input, and so on."""
+        return {(place.parent, place.role): name for name, place in self.places.items()}
+
+    @cached_property
+    def conv1d(self) -> bool:
+        """Whether the file keeps (in, out): c_attn, or c_fc, widens columns; without them, c_proj rows."""
+        for ending, axis in ((".c_attn.weight", 1), (".c_fc.weight", 1), (".mlp.c_proj.weight", 0)):
+            shapes = (self.headers[name].shape for name in self.places if name.endswith(ending))
+            for shape in shapes:
+                if shape[0] != shape[1]:
+                    return shape[axis] > shape[1 - axis]
+        return False
+
+    @cached_property
+    def configs(self) -> list[Mapping[str, Any]]:
+        """The config and those nested in it (text_config, ffn_config…), outermost first."""
+        found = [self.config]
+        for config in found:  # grows while it is read
+            found += [value for value in config.values() if isinstance(value, Mapping)]
+        return found
+
+    def ask(self, layout: Fused, keys: Iterable[str]) -> Any:
+        """The first of the keys that the config of this layout's model has; None if it has none of them."""
+        own = [config for config in self.configs if config.get("model_type") in layout.types]
+        values = (config.get(key) for key in keys for config in own or self.configs)
+        return next((value for value in values if value is not None), None)
+
+    def parts(self, name: str) -> Iterator[Matrix]:
+        """The matrices of one tensor: itself, its experts, the parts fused in it."""
+        place, stored = self.places[name], self.stored(name)
+        whole = Matrix(
+            name=name,
+            tensor=name,
+            layer=place.layer,
+            component=place.prefix + place.role,
+            part=place.part,
+            rows=stored.rows,
+            columns=stored.columns,
+            dtype=self.headers[name].dtype,
+            transposed=stored.transposed,
+            experts=stored.experts,
+        )
+        if stored.stack is None:
+            yield from self.divided(whole)
+        elif not re.search(families.STACK, name):
+            yield replace(whole, expert=0)
+        else:
+            for expert in range(stored.stack):
+                yield from self.divided(replace(whole, name=f"{name}:{expert}", expert=expert))
+
+    def stored(self, name: str) -> _Stored:
+        """Stack and orientation of a tensor, from its name and shape and from those of its siblings."""
+        shape = self.headers[name].shape
+        conv1d = self.conv1d and re.search(families.CONV1D, name)
+        transposed = bool(conv1d or re.search(families.TRANSPOSED, name))
+        stack = experts = None
+        if re.search(families.ROWS_OF_EXPERTS, name):
+            router = self.headers.get(name.partition(".experts.")[0] + ".router.layer.weight")
+            if router is not None:
+                stack = experts = router.shape[0]
+                shape = (shape[0] // experts, *shape[1:])
+        elif len(shape) > 2 and re.search(families.STACK, name):
+            stack, shape = shape[0], shape[1:]
+            transposed = self.swapped(self.places[name].parent)
+        elif len(shape) > 2 and shape[0] == 1 and not name.endswith(".weight"):
+            stack, shape = 1, shape[1:]  # a parameter's axis to broadcast over the batch
+        rows, columns = shape[0], prod(shape[1:])
+        if transposed:
+            rows, columns = columns, rows
+        return _Stored(rows, columns, transposed, stack, experts)
+
+    def swapped(self, experts: str) -> bool:
+        """Whether stacked experts are (in, out): gate_up (hidden, 2 inner) beside down (inner, hidden)."""
+        gate_up, down = (self.siblings.get((experts, role)) for role in ("gate_up_proj", "down_proj"))
+        if gate_up is None or down is None:
+            return False
+        (*_, a, b), (*_, c, d) = self.headers[gate_up].shape, self.headers[down].shape
+        return a == d and b == 2 * c
+
+    def divided(self, whole: Matrix) -> Iterator[Matrix]:
+        """The parts fused in a matrix, or the matrix itself."""
+        place = self.places[whole.tensor]
+        biased = families.FUSED_WITH_BIAS if f"{whole.tensor}_bias" in self.headers else FUSED
+        layout = next(filter(self.applies, biased.get(place.path, FUSED.get(place.path, ()))), None)
+        if layout is None or whole.rows % len(layout.order) or not self.doubled(layout, whole):
+            yield whole
+            return
+        groups, shares = self.grouping(layout, whole)
+        if not groups:
+            missing = "model_type" if layout.per == "unknown" else families.HEAD_KEYS[0]
+            yield replace(whole, missing=(missing,))
+            return
+        unit, rest = divmod(whole.rows, groups * sum(shares))
+        if rest:
+            raise ValueError(
+                f"{whole.tensor}: its {whole.rows} rows are no multiple of {groups} x {sum(shares)} "
+                f"({', '.join(layout.order)} of every {layout.per}); is config.json that of another model?"
+            )
+        start = 0
+        for letter, share in zip(layout.order, shares, strict=True):
+            stop = start + share * unit
+            yield replace(
+                whole,
+                name=f"{whole.name}:{letter}",
+                component=f"{place.prefix}{letter}_proj",
+                rows=groups * (stop - start),
+                start=start,
+                stop=stop,
+                heads=groups,
+            )
+            start = stop
+
+    def applies(self, layout: Fused) -> bool:
+        """Whether a layout is that of this checkpoint's model."""
+        types = {config.get("model_type") for config in self.configs}
+        known = not layout.types or not types.isdisjoint(layout.types)
+        return known and (layout.when is None or self.ask(layout, layout.when[:1]) is layout.when[1])
+
+    def doubled(self, layout: Fused, whole: Matrix) -> bool:
+        """Whether a gated tensor is twice as high as its down projection is wide; if not, it is no such."""
+        down = self.siblings.get((self.places[whole.tensor].parent, "down_proj"))
+        if "gate" not in layout.order or whole.expert is not None or down is None:
+            return True
+        return whole.rows == 2 * self.stored(down).columns
+
+    def grouping(self, layout: Fused, whole: Matrix) -> tuple[int, tuple[int, ...]]:
+        """Number of equal groups of rows, and each part's share of one; 0 groups if the config must tell."""
+        equal = (1,) * len(layout.order)
+        heads = self.ask(layout, families.HEAD_KEYS) or 0
+        kv_heads = self.ask(layout, families.KV_HEAD_KEYS) or heads
+        if layout.per == "head":
+            return heads, equal
+        if layout.per == "kv head":
+            return kv_heads, (heads // kv_heads, 1, 1) if heads else equal
+        if layout.per == "rank":
+            return families.CODEGEN_RANKS, equal
+        if layout.per == "row":
+            return whole.rows // len(equal), equal
+        if layout.per == "unknown":
+            return 0, equal
+        # The output projection has a column for every row of q.
+        output = (
+            self.siblings.get((self.places[whole.tensor].parent, "o_proj")) if "q" in layout.order else None
+        )
+        queries = self.stored(output).columns if output else 0
+        others, odd = divmod(whole.rows - queries, 2)
+        if queries and others > 0 and not odd:
+            return 1, (queries, others, others)
+        if "q" not in layout.order or whole.rows == 3 * whole.columns:
+            return 1, equal
+        return int(heads > 0), (heads, kv_heads, kv_heads)
+
+    def without_copies(self, found: dict[str, Matrix]) -> dict[str, Matrix]:
+        """The matrices without those that the model overwrites with its embedding when it is loaded."""
+        if not any(config.get("tie_word_embeddings") for config in self.configs):
+            return found
+        embeds = [matrix for matrix in found.values() if matrix.component == "embed" and matrix.layer is None]
+        shared = [matrix for matrix in embeds if _module(matrix.name).endswith("shared")]
+        copies: dict[str, list[str]] = {}
+        for matrix in found.values():
+            if matrix.component == "lm_head" or (shared and matrix in embeds):
+                alike = (
+                    embed
+                    for embed in shared or embeds
+                    if (embed.rows, embed.columns) == (matrix.rows, matrix.columns) and embed is not matrix
+                )
+                for original in alike:
+                    copies.setdefault(original.name, []).append(matrix.name)
+                    break
+        dropped = {name for names in copies.values() for name in names}
+        return {
+            name: replace(matrix, tied=tuple(copies.get(name, ())))
+            for name, matrix in found.items()
+            if name not in dropped
+        }
