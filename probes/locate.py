@@ -54,7 +54,6 @@ def _download(repository: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
@@ -62,36 +61,55 @@ def _download(repository: str, revision: str | None) -> Path:
     )
 
     what = f"{repository}@{revision}" if revision else repository
-    try:
-        directory = Path(
-            snapshot_download(repository, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED)
+
+    def fetch(wanted: list[str]) -> Path:
+        return Path(
+            snapshot_download(repository, revision=revision, allow_patterns=wanted, ignore_patterns=UNWANTED)
         )
-        if not any(directory.glob("*.safetensors")):
-            snapshot_download(repository, revision=revision, allow_patterns=WANTED_TORCH)
+
+    try:
+        directory = fetch(WANTED)
+        return directory if any(directory.glob("*.safetensors")) else fetch([*WANTED, *WANTED_TORCH])
     except GatedRepoError as error:
-        raise ValueError(
-            f"{what}: its owner lets in only accepted users; accept its terms and `hf auth login`"
-        ) from error
+        raise ValueError(f"{what}: is open to accepted users only; accept its terms, then log in") from error
     except RevisionNotFoundError as error:
-        raise ValueError(f"{what}: the hub has no such revision of {repository}") from error
+        raise ValueError(f"{what}: {repository} has no such revision on the hub") from error
     except RepositoryNotFoundError as error:
         raise ValueError(
-            f"{what}: no such local path, and the hub has no such repository (or it is private)"
+            f"{what}: no such local path, and no such repository on the hub, or private"
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+    except (HFValidationError, LocalEntryNotFoundError) as error:
+        cached = _cached(repository, revision) if isinstance(error, LocalEntryNotFoundError) else None
+        if cached is not None:
+            return cached
         raise ValueError(
             f"{what}: no such local path, not in the Hugging Face cache, and the hub cannot be reached; "
             "check the spelling, or download it while online"
         ) from error
-    return directory
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{what}: cannot be downloaded ({type(error).__name__}: {reason})") from error
+
+
+def _cached(repository: str, revision: str | None) -> Path | None:
+    """What another program left in the cache: maybe less than all that we would fetch, and yet enough."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in ("config.json", "adapter_config.json", *MODEL_FILES):
+        found = try_to_load_from_cache(repository, name, revision=revision)
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
 
 
 def open_files(path: Path) -> Source:
-    """The weights of a file, or of a model directory.
+    """The weights of a file, of an index and its shards, or of a model directory.
 
     Raises:
         ValueError: no weights there, an index that names what is not there or lies outside, a damaged file.
     """
+    if path.name.endswith(".index.json"):
+        return _indexed(path.parent, path)
     if path.is_file():
         return _open([path])
     if not path.is_dir():

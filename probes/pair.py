@@ -64,9 +64,9 @@ class CheckpointPair:
         self.resized: dict[str, tuple[int, int]] = {}
         self._tensors, self.prefixes = align(self.base.headers, self.tuned.headers)
         self._names = self._aligned()
-        self._shared = self.tuned.base is not None and (
-            self.tuned.base.stamp() == (self.base.base or self.base).stamp()
-        )
+        # An adapter on what it is compared with, or beside another on one base: factors are the whole delta.
+        self._child = _same_weights(self.tuned.base, self.base)
+        self._sibling = not self._child and _same_weights(self.tuned.base, self.base.base)
         self.matrices: dict[str, Matrix] = {}
         for name in sorted(self._names, key=lambda name: _order(self.base.matrices[name])):
             matrix = self.base.matrices[name]
@@ -83,7 +83,7 @@ class CheckpointPair:
         other, rows = self._other(name), self.matrices[name].rows
         base = self.base.matrix(name)[:rows]
         finite(self.base.ref, name, base)
-        low = self.delta(name) if self.base.kind == "full" else None
+        low = self.delta(name) if self._child else None
         tuned = self.tuned.matrix(other)[:rows] if low is None else base.float() + low.dense()
         finite(self.tuned.ref, other, tuned)
         return base, tuned
@@ -92,25 +92,27 @@ class CheckpointPair:
         """Whether a matrix is bit for bit the same in both; what an adapter leaves alone is not read."""
         other, rows = self._other(name), self.matrices[name].rows
         ours, theirs = self.base.matrices[name], self.tuned.matrices[other]
-        places = self.base.source.location(ours.tensor), self.tuned.source.location(theirs.tensor)
-        if places[0] == places[1] and _view(ours) == _view(theirs):
-            return True
-        if self._shared and not self.base.touched(name) and not self.tuned.touched(other):
-            return True
+        if not self.tuned.touched(other) and (self._child or not self.base.touched(name)):
+            places = self.base.source.location(ours.tensor), self.tuned.source.location(theirs.tensor)
+            if self._child or self._sibling or (places[0] == places[1] and _view(ours) == _view(theirs)):
+                return True
         return _same(self.base.matrix(name)[:rows], self.tuned.matrix(other)[:rows])
 
     def delta(self, name: str) -> LowRank | None:
         """What adapters add to the base's matrix, as factors; None if nothing, or if it is no product."""
         other, rows = self._other(name), self.matrices[name].rows
-        if not self._shared:
+        if not self._child and not self._sibling:
             return None
-        plus, minus = self.tuned.delta(other), self.base.delta(name)
-        if (plus is None and self.tuned.touched(other)) or (minus is None and self.base.touched(name)):
+        low = self.tuned.delta(other)
+        if low is None and self.tuned.touched(other):
             return None
-        if minus is not None:  # two adapters of one base: their deltas differ by a product of joined factors
-            signed = LowRank(minus.A, minus.B, -minus.scaling)
-            plus = signed if plus is None else _joined(plus, signed)
-        return None if plus is None else replace(plus, B=plus.B[:rows])
+        if self._sibling and self.base.touched(name):
+            minus = self.base.delta(name)
+            if minus is None:
+                return None
+            minus = replace(minus, scaling=-minus.scaling)
+            low = minus if low is None else _joined(low, minus)
+        return None if low is None else replace(low, B=low.B[:rows])
 
     @cached_property
     def unmatched(self) -> list[Unmatched]:
@@ -228,6 +230,12 @@ class CheckpointPair:
 
     def _same_tensor(self, missing: str, extra: str) -> bool:
         return _same(self.base.tensor(missing), self.tuned.tensor(extra))
+
+
+def _same_weights(first: Checkpoint | None, second: Checkpoint | None) -> bool:
+    if first is None or second is None:
+        return False
+    return first is second or first.stamp() == second.stamp()
 
 
 def _same(base: Tensor, tuned: Tensor) -> bool:
