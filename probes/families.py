@@ -29,8 +29,9 @@ IN_BLOCK = _by_path(
             EncDecAttention.v LocalSelfAttention.v TransientGlobalSelfAttention.v""",
         "o_proj": """
             o_proj out_lin linear_out to_out post_proj attn_out attn.o attn.Wo attn.proj attn.c_proj
-            attn.out_proj self_attn.Wo self_attn.dense self_attn.output self_attn.out_proj self_attn.projection
-            cross_attn.out_proj encoder_attn.out_proj crossattention.c_proj crossattention.output.dense
+            attn.out_proj self_attn.Wo self_attn.dense self_attn.output self_attn.out_proj
+            self_attn.projection cross_attn.out_proj encoder_attn.out_proj crossattention.c_proj
+            crossattention.output.dense
             attention.wo attention.dense attention.output attention.output.dense attention.out_proj
             attention.proj attention.projection_layer self_attention.dense multi_head_attention.dense
             rel_attn.o SelfAttention.o EncDecAttention.o LocalSelfAttention.o TransientGlobalSelfAttention.o

@@ -41,8 +41,8 @@ class Matrix:
     """One weight as (out_features, in_features), wherever and however it is stored.
 
     A stored tensor is read as: expert `expert` of a stack, its trailing axes flattened into one, then
-    transposed if the file keeps (in, out), then the rows `start:stop` of each of `heads` equal groups of rows.
-    For a plain matrix nothing of this applies.
+    transposed if the file keeps (in, out), then the rows `start:stop` of each of `heads` equal groups.  For a
+    plain matrix nothing of this applies.
 
     Attributes:
         name: the tensor's name in the file; a part adds `:q`, `:k`, `:v`, `:gate`, `:up` or `:<expert>`
@@ -53,7 +53,7 @@ class Matrix:
         part: where in the model it stands; weight analyses read `block` unless told otherwise.
         rows, columns: out_features and in_features.
         dtype: of the stored tensor.
-        expert: index in a stack of experts (or on a batch axis of length one); None if the tensor is no stack.
+        expert: index in a stack of experts (or on an axis of length one); None if the tensor is no stack.
         experts: how many experts share the first axis of a stack whose experts have no axis of their own.
         transposed: the file keeps (in, out).
         start, stop, heads: the rows that a part has in each of `heads` equal groups; `stop` is None for all.

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from probes import families
 from probes.families import FUSED, IN_BLOCK, Fused
@@ -81,7 +81,8 @@ def _places(names: Iterable[str]) -> dict[str, _Place]:
 def _outside(name: str) -> _Place:
     path = _module(name)
     parent, _, leaf = path.rpartition(".")
-    role, part = _leaf(path), cast(Part, "other")
+    role = _leaf(path)
+    part: Part = "other"
     if re.search(families.UNEMBEDDING, path):
         role, part = "lm_head", "head"
     elif head := re.search(families.HEAD, path):
