@@ -4,7 +4,7 @@ An adapter is opened as the model that it makes of its base, with the adapter me
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -162,11 +162,15 @@ class Checkpoint:
         return self.matrices[name]
 
 
-def nearest(name: str, known: Mapping[str, Any]) -> str:
+def nearest(name: str, known: Collection[str]) -> str:
     """The known names that are most like an unknown one, in words."""
     from difflib import get_close_matches
 
-    close = get_close_matches(name, known, n=3, cutoff=0)
+    parts = set(name.split("."))
+    shared = {other: len(parts.intersection(other.split("."))) for other in known}
+    most = max(shared.values(), default=0)
+    alike = [other for other, count in shared.items() if count == most]
+    close = get_close_matches(name, alike, n=3, cutoff=0)
     return f"the nearest of its {len(known)}: {', '.join(close)}"
 
 

@@ -127,7 +127,7 @@ class CheckpointPair:
             found.append(Unmatched(name, f"missing from tuned{hint}", header.shape, None))
         rows = {self.base.matrices[name].tensor: rows for name, rows in self.resized.items()}
         for name, other in self._tensors.items():
-            if base[name].shape != tuned[other].shape:
+            if not self._alike(name):
                 reason = "another shape"
                 if name in rows:
                     reason = "vocabulary resized from {} to {} rows".format(*rows[name])
@@ -144,7 +144,10 @@ class CheckpointPair:
             theirs = self.tuned.matrices.get(other) if other else None
             if other and theirs and self._fits(matrix, theirs):
                 names[name] = other
-        # One side may keep in one tensor what the other keeps apart: fused projections, stacked experts.
+        # One side may keep in one tensor what the other keeps apart: fused projections, stacked experts. Blocks
+        # that share no name at all, not even their norms', only happen to have matrices of equal shape.
+        if not any(self._alike(name) and re.search(r"\.\d+\.", name) for name in self._tensors):
+            return names
         places: dict[Any, list[Matrix]] = {}
         taken = set(names.values())
         for matrix in self.tuned.matrices.values():
@@ -157,6 +160,9 @@ class CheckpointPair:
             if counts[_place(matrix)] == len(candidates) == 1 and _divided(matrix) != _divided(candidates[0]):
                 names[matrix.name] = candidates[0].name
         return names
+
+    def _alike(self, name: str) -> bool:
+        return self.base.headers[name].shape == self.tuned.headers[self._tensors[name]].shape
 
     def _fits(self, ours: Matrix, theirs: Matrix) -> bool:
         """Whether two matrices are of one shape, or of one but for the length of the vocabulary."""
@@ -271,7 +277,10 @@ def _divided(matrix: Matrix) -> bool:
 
 
 def _place(matrix: Matrix) -> tuple[Any, ...]:
-    return matrix.part, matrix.layer, matrix.component, matrix.expert, matrix.rows, matrix.columns
+    """What a matrix is in its model, whatever it is called and however it is kept."""
+    apart = re.search(r"\bexperts\.(\d+)\.", matrix.tensor)
+    expert = int(apart[1]) if apart else matrix.expert
+    return matrix.part, matrix.layer, matrix.component, expert, matrix.rows, matrix.columns
 
 
 def _is_head(side: Checkpoint, name: str) -> bool:
