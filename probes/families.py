@@ -139,6 +139,7 @@ FUSED: dict[str, tuple[Fused, ...]] = {
     **dict.fromkeys(
         ("gate_up_proj", "experts.gate_up_proj", "Wi", "input_linear", "weights_in"), (Fused(_GATED),)
     ),
+    "experts.fc1": (Fused(_GATED),),  # Aria
     "feed_forward_in.gate_up_proj": (Fused(("up", "gate")),),  # Phi-4's audio encoder
     "feed_forward_out.gate_up_proj": (Fused(("up", "gate")),),
     "ff_proj": (Fused(("up", "gate")),),  # OLMo before it came to transformers

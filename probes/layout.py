@@ -88,6 +88,11 @@ class Matrix:
 
     def put(self, stored: Tensor, matrix: Tensor) -> Tensor:
         """A copy of the stored tensor in which this matrix is replaced; dtype and shape stay."""
+        if matrix.shape != (self.rows, self.columns):
+            raise ValueError(
+                f"{self.name}: a tensor of shape {tuple(matrix.shape)} is put where "
+                f"a {self.rows} x {self.columns} matrix stands"
+            )
         # Contiguous, for in a strided copy the flattened axes would be a copy again, and the edit lost.
         changed = stored.clone(memory_format=torch.contiguous_format)
         view = self._whole(changed)
