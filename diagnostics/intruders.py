@@ -1,0 +1,505 @@
+"""Intruder dimensions: leading singular vectors of a tuned matrix that the base lacks.
+
+A left singular vector of the tuned matrix is an intruder when its largest absolute cosine with every left
+singular vector of the base stays below epsilon.
+Source: Shuttleworth et al., arXiv:2410.21228 v3, Algorithm 1; k and epsilon as in its released code.
+"""
+
+import logging
+import math
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diagnostics import linalg
+from diagnostics.analysis import Result, analysis
+from diagnostics.decide import SMALL, Decision, decide, decide_exactly
+from diagnostics.intruder_figures import draw
+from probes import CheckpointPair
+from probes.adapters import LowRank
+from probes.layout import Matrix, Part
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+log = logging.getLogger(__name__)
+
+# The random floor may reach this share of epsilon; above it chance alone passes for "near the base".
+LARGEST_FLOOR = 0.8
+SWEEP_DEPTH = 50
+EPSILONS = tuple(round(0.05 * i, 2) for i in range(2, 19))
+# A cosine this near epsilon is within what float64 and the choice of a basis leave open.
+ON_THRESHOLD = 1e-6
+# A run of so many matrices or more decides some of them twice.
+VERIFIED_FROM = 10
+# Tuned and base with a smaller cosine between their entries have nothing in common.
+UNRELATED = 0.1
+
+
+@dataclass(frozen=True)
+class Update:
+    """The size and shape of the delta of one matrix.
+
+    Attributes:
+        norm, base_norm: Frobenius norms of delta and base.
+        alignment: cosine of base and tuned as vectors of entries; near 0 for unrelated matrices.
+        spectral_norm: largest singular value of the delta.
+        effective_rank: `exp` of the entropy of its singular values, with a 95 % interval where estimated.
+    """
+
+    norm: float
+    base_norm: float
+    alignment: float
+    spectral_norm: float
+    effective_rank: float
+    effective_rank_low: float
+    effective_rank_high: float
+
+
+def update_of(
+    base: Float[Tensor, "out in"],
+    tuned: Float[Tensor, "out in"],
+    low: LowRank | None,
+    generator: torch.Generator,
+) -> Update:
+    """Measure the delta: exactly from an adapter's factors or a small matrix, else by Lanczos quadrature."""
+    delta = tuned - base
+    base_norm, norm = (float(torch.linalg.vector_norm(W, dtype=torch.float64)) for W in (base, delta))
+    tuned_norm = float(torch.linalg.vector_norm(tuned, dtype=torch.float64))
+    product = base_norm * tuned_norm
+    # From the three norms: a second pass over both matrices would tell no more.
+    alignment = (base_norm**2 + tuned_norm**2 - norm**2) / (2 * product) if product else math.nan
+    if low is not None and low.rank < min(base.shape):
+        S = linalg.product_values(low.B, low.A) * abs(low.scaling)
+    elif min(base.shape) < SMALL:
+        S = torch.linalg.eigvalsh(linalg.gram(delta)).clamp(min=0).sqrt().flip(0)
+    else:
+        return Update(norm, base_norm, alignment, *_estimated(delta, norm, generator))
+    rank = linalg.effective_rank(S)
+    return Update(norm, base_norm, alignment, float(S[0]) if len(S) else 0.0, rank, rank, rank)
+
+
+def _estimated(
+    delta: Float[Tensor, "out in"], norm: float, generator: torch.Generator
+) -> tuple[float, float, float, float]:
+    """Spectral norm, effective rank and its 95 % interval from a block Krylov space with a random start."""
+    wide = delta if delta.shape[0] <= delta.shape[1] else delta.mT
+    start = torch.randn(1, wide.shape[0], 16, generator=generator, dtype=wide.dtype, device=wide.device)
+    krylov = linalg.BlockKrylov(wide[None], start)
+    krylov.extend(7)
+    ritz = krylov.ritz(1)
+    values, weights = ritz.values[0].cpu(), ritz.weights[0].cpu()
+    S = values.sqrt()
+    if values.sum() >= (1 - 1e-6) * norm**2:  # the space holds the whole delta: nothing to estimate
+        rank = linalg.effective_rank(S)
+        return float(S[0]), rank, rank, rank
+    sizes, entropies = S, torch.special.entr(S)
+    size, _ = linalg.spectral_sum(sizes, weights, wide.shape[0])
+    entropy, _ = linalg.spectral_sum(entropies, weights, wide.shape[0])
+    # ln Σs − Σ s ln s / Σs, and its error from the same probes by linearising.
+    rank = math.exp(math.log(size) + entropy / size)
+    _, error = linalg.spectral_sum(
+        sizes * (1 - entropy / size) / size + entropies / size, weights, wide.shape[0]
+    )
+    return float(S[0]), rank, rank * math.exp(-1.96 * error), rank * math.exp(1.96 * error)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examined:
+    """One matrix, measured or not.
+
+    Attributes:
+        status: `measured`; `frozen`, its bytes are the base's; `not applicable`, too small for epsilon or k.
+        verified: whether the full decomposition agreed; None where it was not asked.
+    """
+
+    matrix: Matrix
+    status: Literal["measured", "frozen", "not applicable"]
+    decision: Decision | None = None
+    update: Update | None = None
+    verified: bool | None = None
+
+    def below(self, k: int, epsilon: float) -> tuple[int, int]:
+        """How many of the k leading vectors lie below epsilon, at least and at most."""
+        if self.decision is None:
+            return 0, 0
+        return int((self.decision.high[:k] < epsilon).sum()), int((self.decision.low[:k] < epsilon).sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What `examine` needs to know, small enough to be sent to a worker."""
+
+    k: int
+    depth: int
+    epsilon: float
+    side: str
+    method: str
+    device: str
+    dtype: str
+    seed: int
+
+
+def floor_of(matrix: Matrix, side: str) -> float:
+    """Largest cosine that a random vector reaches against the base's vectors of that side."""
+    return linalg.random_floor(matrix.rows if side == "left" else matrix.columns)
+
+
+def examine(pair: CheckpointPair, name: str, settings: Settings, verify: bool) -> Examined:
+    """Decide one matrix of a pair: reads it, so that only its name travels to a worker.
+
+    Raises:
+        ValueError: NaN or infinite weights.
+    """
+    matrix = pair.matrices[name]
+    if pair.tuned.kind == "adapter" and pair.identical(name):  # known without reading
+        return Examined(matrix=matrix, status="frozen")
+    stored = pair.read(name)
+    if stored[0].dtype == stored[1].dtype and torch.equal(*stored):
+        return Examined(matrix=matrix, status="frozen")
+    base, tuned = (W.to(settings.device, getattr(torch, settings.dtype)) for W in stored)
+    generator = torch.Generator(settings.device).manual_seed(zlib.crc32(name.encode()) ^ settings.seed)
+    update = update_of(base, tuned, pair.delta(name), generator)
+    if settings.side == "right":
+        base, tuned = base.mT.contiguous(), tuned.mT.contiguous()
+    depth = min(settings.depth, *base.shape)
+    applicable = depth >= settings.k and floor_of(matrix, settings.side) <= LARGEST_FLOOR * settings.epsilon
+    if settings.method == "exact" or not applicable:
+        decision = decide_exactly(base, tuned, depth)
+    else:
+        decision = decide(base, tuned, depth, settings.epsilon, generator)
+    verified = None
+    if verify and applicable:
+        exact = decide_exactly(base, tuned, depth)
+        verified = agrees(decision, exact, settings.epsilon)
+        if not verified:
+            log.warning("%s: the certified decision and the full decomposition differ; kept the latter", name)
+            decision = exact
+    status: Literal["measured", "not applicable"] = "measured" if applicable else "not applicable"
+    return Examined(matrix=matrix, status=status, decision=decision, update=update, verified=verified)
+
+
+def agrees(decision: Decision, exact: Decision, epsilon: float) -> bool:
+    """Whether a decision says what the full decomposition does, up to vectors on the threshold."""
+    near = np.abs(exact.low - epsilon) < ON_THRESHOLD
+    same = (decision.high < epsilon) == (exact.low < epsilon)
+    held = (decision.low <= exact.low + ON_THRESHOLD) & (exact.low <= decision.high + ON_THRESHOLD)
+    return bool(((same & held) | near | np.isnan(exact.low)).all())
+
+
+@analysis(
+    "intruders",
+    question="Did tuning add dominant directions that the base does not have?",
+    reading=(
+        "Every changed matrix gives its k leading singular vectors; one that no base vector comes near "
+        "(|cosine| below epsilon) is an intruder. 0 is what full fine-tuning gave in the paper. More intruders "
+        "went with more forgetting there, but they are one cause among several and full fine-tuning forgets "
+        "without any: measure what must survive before you decide. A cosine near the random floor is chance."
+    ),
+    paper="arXiv:2410.21228",
+    cost="two passes over the weights and seconds for a matrix of 4096 rows; no data, no model run",
+    draw=draw,
+)
+def intruder_dimensions(
+    pair: CheckpointPair,
+    *,
+    k: int = 10,
+    epsilon: float = 0.5,
+    side: Literal["left", "right"] = "left",
+    method: Literal["certified", "exact"] = "certified",
+    sweep: bool = False,
+    verify: float = 0.01,
+    parts: tuple[Part, ...] = ("block",),
+    full_finetune: bool = False,
+    device: str = "cpu",
+    dtype: Literal["float32", "float64"] = "float32",
+    seed: int = 0,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Result:
+    """Count the intruder dimensions of every matrix of a pair.
+
+    The count of the default method equals that of the full decomposition: every vector is decided by a bound
+    that holds, or by the decomposition itself (`tier`). `cosine_low` and `cosine_high` enclose the cosine and
+    are equal where it is exact. Estimates, with their intervals: `effective_rank` of a large dense delta.
+    `critical_spike` is a law of random matrices, to be trusted within a factor of 2.
+
+    Args:
+        pair: base and tuned.
+        k: leading singular vectors examined per matrix (paper: 10).
+        epsilon: cosine in (0, 1] under which a vector counts as new (paper: 0.5).
+        side: singular vectors of the output (`left`, the paper's) or of the input (`right`).
+        method: `certified` decides in tiers; `exact` decomposes every matrix in float64.
+        sweep: exact cosines of up to 50 vectors a matrix, so that every (k, epsilon) is known.
+        verify: share of the measured matrices decided again by the full decomposition, at least one, in a run of
+            ten or more.
+        parts: of the model: `block` (the paper's), `embedding`, `head`, `router`, `other`.
+        full_finetune: say that tuned is a full fine-tune: then any intruder is a finding.
+        device: where the arithmetic runs.
+        dtype: of the products in the certified tiers; small and exact arithmetic is float64.
+        seed: of the random starting blocks and of the choice of matrices to verify.
+        progress: called with (done, total, name).
+
+    Metrics: `intruders` (count), `intruders_per_matrix` (mean over `matrices`, frozen ones included),
+        `intruders_per_changed_matrix`, `rate` (share of the directions examined), `matrices`, `changed`,
+        `frozen`, `not_applicable`, `verified`, `disagreements`, `on_threshold`, `descendant` (0: tuned does not
+        descend from this base, and nothing else is counted).
+    Tables: `matrices`, `vectors`, `layers`, `components`, `sweep`, `spectra`, `cosines`.
+
+    Raises:
+        ValueError: a parameter out of range, no matrix to examine, NaN or infinite weights.
+    """
+    from joblib import Parallel, delayed
+
+    _check(k, epsilon, verify, side, method, dtype)
+    names = [name for name, matrix in pair.matrices.items() if matrix.part in parts]
+    if not names:
+        present = sorted({matrix.part for matrix in pair.matrices.values()})
+        raise ValueError(f"no matrix in parts {', '.join(parts)}; this pair has: {', '.join(present)}")
+    sides = [min(pair.matrices[name].rows, pair.matrices[name].columns) for name in names]
+    if k > max(sides):
+        raise ValueError(
+            f"k is {k}, but the largest matrix has only {max(sides)} singular vectors; choose k <= {max(sides)}"
+        )
+    settings = Settings(
+        k=k,
+        depth=max(k, SWEEP_DEPTH) if sweep else k,
+        epsilon=epsilon,
+        side=side,
+        method="exact" if sweep else method,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+    )
+    shuffled = np.random.default_rng(seed).permutation(names)
+    chosen = set(shuffled[: math.ceil(verify * len(names))])
+    if len(names) < VERIFIED_FROM or settings.method == "exact":
+        chosen = set()
+    results: list[Examined] = []
+    jobs = (delayed(examine)(pair, name, settings, name in chosen) for name in names)
+    for examined in Parallel(return_as="generator")(jobs):
+        results.append(examined)
+        if progress:
+            progress(len(results), len(names), examined.matrix.name)
+    if chosen and not any(each.verified is not None for each in results):
+        # Those chosen were all frozen or too small: take the first that was measured.
+        measured = [i for i, each in enumerate(results) if each.status == "measured"]
+        for i in measured[:1]:
+            results[i] = examine(pair, results[i].matrix.name, settings, verify=True)
+    return summarise(results, k=k, epsilon=epsilon, side=side, full_finetune=full_finetune)
+
+
+def _check(k: int, epsilon: float, verify: float, side: str, method: str, dtype: str) -> None:
+    if k < 1:
+        raise ValueError(f"k is {k}; it counts the leading singular vectors examined and starts at 1")
+    if not 0 < epsilon <= 1:
+        raise ValueError(f"epsilon is {epsilon}; it is a cosine and lies in (0, 1]")
+    if not 0 <= verify <= 1:
+        raise ValueError(f"verify is {verify}; it is a share of the matrices and lies in [0, 1]")
+    for name, value, known in (
+        ("side", side, ("left", "right")),
+        ("method", method, ("certified", "exact")),
+        ("dtype", dtype, ("float32", "float64")),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}; it is one of: {', '.join(known)}")
+
+
+def summarise(results: list[Examined], *, k: int, epsilon: float, side: str, full_finetune: bool) -> Result:
+    """Metrics, tables and notes of the matrices of one pair."""
+    import pandas as pd
+
+    matrices = pd.DataFrame([_matrix_row(each, k, epsilon, side) for each in results])
+    vectors = pd.DataFrame(
+        [row for each in results for row in _vector_rows(each, k, epsilon)], columns=VECTOR_COLUMNS
+    )
+    tables = {"matrices": matrices, "vectors": vectors}
+    counted = matrices[matrices["status"] != "not applicable"]
+    measured = matrices[matrices["status"] == "measured"]
+    metrics: dict[str, float | int] = {
+        "matrices": len(counted),
+        "changed": len(measured),
+        "frozen": len(counted) - len(measured),
+        "not_applicable": len(matrices) - len(counted),
+    }
+    notes = []
+    if metrics["not_applicable"]:
+        notes.append(
+            f"{metrics['not_applicable']} matrices are too small: they have fewer than k = {k} vectors, or a random "
+            f"vector comes near {LARGEST_FLOOR:g} of epsilon = {epsilon:g} by chance. They are not counted; a "
+            "larger epsilon admits more."
+        )
+    checked = [each.verified for each in results if each.verified is not None]
+    if checked:
+        metrics |= {"verified": len(checked), "disagreements": checked.count(False)}
+        notes.append(
+            f"{len(checked)} of {len(measured)} changed matrices were decided again by the full decomposition in "
+            f"float64; {checked.count(False) or 'none'} differed."
+        )
+    descends = _descends(measured, vectors, k)
+    metrics["descendant"] = int(descends)
+    if not descends:
+        notes.append(
+            "Tuned is not a descendant of this base: its entries do not correlate with the base's and its leading "
+            "directions lie where chance puts them. Intruders are not counted; give the base it was tuned from."
+        )
+        return Result(metrics=metrics, tables=tables, notes=tuple(notes))
+    if len(counted):
+        found = int(measured["intruders"].sum())
+        examined = int(measured["examined"].sum())
+        metrics |= {
+            "intruders": found,
+            "intruders_per_matrix": found / len(counted),
+            "intruders_per_changed_matrix": found / len(measured) if len(measured) else 0.0,
+            "rate": found / examined if examined else 0.0,
+            "on_threshold": int(vectors["on_threshold"].sum()),
+        }
+        if full_finetune:
+            metrics["intruders_in_full_finetune"] = found
+    for table, column in (("layers", "layer"), ("components", "component")):
+        tables[table] = _grouped(counted, column)
+    tables |= _pictures(results, k, epsilon)
+    tables["sweep"] = _sweep(results, epsilon)
+    return Result(metrics=metrics, tables=tables, notes=tuple(notes))
+
+
+VECTOR_COLUMNS = [
+    "matrix", "layer", "component", "rank", "singular_value", "cosine_low", "cosine_high", "tier", "intruder",
+    "on_threshold",
+]  # fmt: skip
+
+
+def _matrix_row(each: Examined, k: int, epsilon: float, side: str) -> dict[str, Any]:
+    matrix, decision, update = each.matrix, each.decision, each.update
+    row: dict[str, Any] = {
+        "matrix": matrix.name,
+        "layer": math.nan if matrix.layer is None else matrix.layer,
+        "component": matrix.component,
+        "rows": matrix.rows,
+        "columns": matrix.columns,
+        "status": each.status,
+        "intruders": each.below(k, epsilon)[0] if each.status != "not applicable" else math.nan,
+        "examined": 0,
+        "floor": floor_of(matrix, side),
+    }
+    if decision is not None and update is not None:
+        present = ~np.isnan(decision.low[:k])
+        row |= {
+            "examined": int(present.sum()) if each.status == "measured" else 0,
+            "min_cosine_low": np.nanmin(decision.low[:k], initial=1.0),
+            "min_cosine_high": np.nanmin(decision.high[:k], initial=1.0),
+            "leading_ratio": decision.singular_values[0] / decision.base_values[0],
+            "update_norm": update.norm,
+            "relative_update": update.norm / update.base_norm if update.base_norm else math.nan,
+            "alignment": update.alignment,
+            "update_spectral_norm": update.spectral_norm,
+            "effective_rank": update.effective_rank,
+            "effective_rank_low": update.effective_rank_low,
+            "effective_rank_high": update.effective_rank_high,
+            "critical_spike": decision.critical,
+            "critical_ratio": update.spectral_norm / decision.critical if decision.critical else math.nan,
+        }
+    return row
+
+
+def _vector_rows(each: Examined, k: int, epsilon: float) -> Iterable[dict[str, Any]]:
+    if each.decision is None:
+        return
+    d, matrix = each.decision, each.matrix
+    for j in range(len(d.low)):
+        yield {
+            "matrix": matrix.name,
+            "layer": math.nan if matrix.layer is None else matrix.layer,
+            "component": matrix.component,
+            "rank": j + 1,
+            "singular_value": d.singular_values[j],
+            "cosine_low": d.low[j],
+            "cosine_high": d.high[j],
+            "tier": str(d.tier[j]),
+            "intruder": bool(d.high[j] < epsilon and j < k and each.status == "measured"),
+            "on_threshold": bool(
+                d.low[j] == d.high[j] and abs(d.low[j] - epsilon) < ON_THRESHOLD and each.status == "measured"
+            ),
+        }
+
+
+def _descends(measured: "pd.DataFrame", vectors: "pd.DataFrame", k: int) -> bool:
+    """Whether tuned descends from base; two matrices or slots that agree by more than chance suffice.
+
+    The methods' rule, median of cosine over floor below 2, alone would disown a small model whose adapter put
+    intruders in most slots: there twice the floor is above epsilon. Unrelated matrices have uncorrelated
+    entries as well.
+    """
+    if not len(measured):
+        return True
+    seen = vectors[vectors["rank"] <= k].merge(measured[["matrix", "floor"]], on="matrix")
+    near = (seen["cosine_low"] / seen["floor"]).median()
+    return not (near < 2 and measured["alignment"].median() < UNRELATED)
+
+
+def _grouped(counted: "pd.DataFrame", column: str) -> "pd.DataFrame":
+    groups = counted.groupby(column, sort=column == "layer")
+    table = groups.agg(
+        intruders=("intruders", "sum"), examined=("examined", "sum"), matrices=("matrix", "size")
+    ).reset_index()
+    table["intruders_per_matrix"] = table["intruders"] / table["matrices"]
+    return table.assign(
+        rate=(table["intruders"] / table["examined"].where(table["examined"] > 0)).fillna(0.0)
+    )
+
+
+def _pictures(results: list[Examined], k: int, epsilon: float) -> "dict[str, pd.DataFrame]":
+    """Singular values and cosine maps of the flagged matrices."""
+    import pandas as pd
+
+    spectra, cosines = [], []
+    for each in results:
+        if each.decision is None or each.status != "measured" or not each.below(k, epsilon)[0]:
+            continue
+        d, name = each.decision, each.matrix.name
+        length = min(len(d.base_values), len(d.tuned_values))
+        spectra.append(
+            pd.DataFrame(
+                {
+                    "matrix": name,
+                    "rank": np.arange(1, length + 1),
+                    "base": d.base_values[:length],
+                    "tuned": d.tuned_values[:length],
+                }
+            )
+        )
+        tuned, base = np.indices(d.overlap.shape)
+        cosines.append(
+            pd.DataFrame(
+                {
+                    "matrix": name,
+                    "tuned_rank": tuned.ravel() + 1,
+                    "base_rank": base.ravel() + 1,
+                    "cosine": d.overlap.ravel(),
+                }
+            )
+        )
+    return {
+        name: pd.concat(frames, ignore_index=True)
+        for name, frames in (("spectra", spectra), ("cosines", cosines))
+        if frames
+    }
+
+
+def _sweep(results: list[Examined], epsilon: float) -> "pd.DataFrame":
+    """Counts for other k and epsilon: at least and at most what the intervals allow."""
+    import pandas as pd
+
+    measured = [each for each in results if each.status == "measured" and each.decision is not None]
+    depth = max((len(each.decision.low) for each in measured if each.decision), default=0)
+    rows = []
+    for k in range(1, depth + 1):
+        for threshold in sorted({*EPSILONS, epsilon}):
+            counts = [each.below(k, threshold) for each in measured]
+            rows.append((k, threshold, sum(low for low, _ in counts), sum(high for _, high in counts)))
+    return pd.DataFrame(rows, columns=["k", "epsilon", "intruders_low", "intruders_high"])

@@ -1,0 +1,262 @@
+"""Singular vectors: exact ones in float64, leading ones from block Krylov spaces with their residuals.
+
+Everything speaks of the left singular vectors of an (out, in) matrix `W`, that is of the eigenvectors of
+`W Wᵀ`; pass the transpose for right vectors.  Shapes may carry a leading batch of equal matrices.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+# Squaring the condition number costs half the digits: below this ratio of the smallest to the largest
+# singular value a float64 Gram matrix no longer separates the small vectors.
+GRAM_CONDITION = 1e-6
+# Base singular values closer than this share of the largest one have no vectors of their own.
+DEGENERATE = 1e-6
+
+
+def random_floor(rows: int) -> float:
+    """Largest |cosine| that a random unit vector in R^rows reaches against an orthonormal basis, about."""
+    return math.sqrt(2 * math.log(rows) / rows) if rows > 1 else 1.0
+
+
+def gram(W: Float[Tensor, "out in"]) -> Float[Tensor, "side side"]:
+    """`W Wᵀ` or `Wᵀ W` in float64, whichever is smaller, accumulated so that no float64 copy of W exists."""
+    wide = W if W.shape[0] <= W.shape[1] else W.mT
+    total = torch.zeros(wide.shape[0], wide.shape[0], dtype=torch.float64, device=W.device)
+    for part in wide.split(2048, dim=1):
+        part = part.double()
+        total.addmm_(part, part.mT)
+    return total
+
+
+def left_singular(
+    W: Float[Tensor, "out in"],
+) -> tuple[Float[Tensor, "out rank"], Float[Tensor, " rank"]]:
+    """All left singular vectors and values, descending, in float64.
+
+    By the Gram matrix of the smaller side, or by the SVD where squaring would lose the small vectors.
+    """
+    values, Q = torch.linalg.eigh(gram(W))
+    values, Q = values.flip(0).clamp(min=0), Q.flip(1)
+    S = values.sqrt()
+    if S[-1] <= GRAM_CONDITION * S[0]:
+        if W.shape[0] >= W.shape[1]:
+            U, S, _ = torch.linalg.svd(W.double(), full_matrices=False)
+            return U, S
+        # LAPACK is about 2.6 times faster on the tall orientation.
+        _, S, Vh = torch.linalg.svd(W.double().mT.contiguous(), full_matrices=False)
+        return Vh.mT, S
+    if W.shape[0] <= W.shape[1]:
+        return Q, S
+    return (W.double() @ Q) / S, S
+
+
+def grouped_cosines(
+    U: Float[Tensor, "out rank"],
+    S: Float[Tensor, " rank"],
+    vectors: Float[Tensor, "out count"],
+    columns: int,
+) -> Float[Tensor, " count"]:
+    """For each vector the largest |cosine| with the base's left singular vectors, both guards applied.
+
+    Rank guard: vectors with `s <= max(out, in) · eps · s_1` span an arbitrary null space and are dropped.
+    Degeneracy guard: around each base value the vectors within 1e-6 s_1 count as one subspace, since
+    inside it the basis is arbitrary.
+
+    Args:
+        U, S: the base's left singular vectors and values, descending, float64.
+        vectors: unit vectors, float64.
+        columns: in_features of the base.
+    """
+    kept = S > max(U.shape[0], columns) * torch.finfo(torch.float64).eps * S[0]
+    if not kept.any():  # a base of zeros has no direction at all
+        return torch.zeros(vectors.shape[1], dtype=vectors.dtype, device=vectors.device)
+    U, S = U[:, kept], S[kept]
+    mass = torch.zeros(len(S) + 1, vectors.shape[1], dtype=U.dtype, device=U.device)
+    torch.cumsum((U.mT @ vectors).square(), dim=0, out=mass[1:])
+    width = DEGENERATE * S[0]
+    rising = S.flip(0).contiguous()
+    first = len(S) - torch.searchsorted(rising, S + width, right=True)
+    last = len(S) - torch.searchsorted(rising, S - width)
+    # A difference of running sums loses what is far below 1: take single vectors from their own cosine.
+    alone = (last - first == 1).unsqueeze(1)
+    single = (U.mT @ vectors).square()
+    best = torch.where(alone, single, mass[last] - mass[first]).amax(dim=0)
+    return best.clamp(0, 1).sqrt()
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The decomposition of a pair in float64.
+
+    Attributes:
+        cosines: of each of the k leading tuned vectors, NaN where the tuned matrix has no such direction.
+        base_values, tuned_values: all singular values, descending.
+        overlap: |cosine| of the leading tuned (rows) with the leading base vectors (columns).
+    """
+
+    cosines: Float[Tensor, " k"]
+    base_values: Float[Tensor, " rank"]
+    tuned_values: Float[Tensor, " rank"]
+    overlap: Float[Tensor, "shown shown"]
+    vectors: Float[Tensor, "out k"]
+
+
+def exact_cosines(
+    base: Float[Tensor, "out in"], tuned: Float[Tensor, "out in"], k: int, shown: int = 30
+) -> Exact:
+    """c_j of the k leading tuned left singular vectors against every base left singular vector, in float64.
+
+    Source: arXiv:2410.21228 v3, Algorithm 1, with the rank and degeneracy guards of `grouped_cosines`.
+    """
+    U0, S0 = left_singular(base)
+    U1, S1 = left_singular(tuned)
+    cosines = grouped_cosines(U0, S0, U1[:, :k], base.shape[1])
+    absent = S1[:k] <= max(tuned.shape) * torch.finfo(torch.float64).eps * S1[0]
+    overlap = (U1[:, :shown].mT @ U0[:, :shown]).abs()
+    return Exact(cosines.masked_fill(absent, torch.nan), S0, S1, overlap, U1[:, :k])
+
+
+@dataclass(frozen=True)
+class Ritz:
+    """Approximate eigenpairs of `W Wᵀ`, largest first.
+
+    Attributes:
+        values: all Ritz values of the space, in units of a squared singular value.
+        weights: squared share of every Ritz vector in each column of the starting block.
+        vectors: the leading unit Ritz vectors, float64.
+        residuals: of these `‖W Wᵀ v − θ v‖`, rounding allowed for.
+    """
+
+    values: Float[Tensor, "batch space"]
+    weights: Float[Tensor, "batch start space"]
+    vectors: Float[Tensor, "batch out count"]
+    residuals: Float[Tensor, "batch count"]
+
+    def errors(self) -> Float[Tensor, "batch count"]:
+        """Sine of the angle between each leading Ritz vector and its eigenvector, at most; 1 where nothing holds.
+
+        Davis & Kahan: residual over the distance to every other eigenvalue, itself known to a residual.
+        """
+        count = self.residuals.shape[-1]
+        values = self.values[..., :count]
+        apart = (values.unsqueeze(-1) - values.unsqueeze(-2)).abs() - self.residuals.unsqueeze(-2)
+        apart.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
+        gap = apart.amin(dim=-1)
+        errors = torch.where(gap > self.residuals, self.residuals / gap.clamp(min=1e-300), 1.0)
+        errors[..., -1] = 1.0  # nothing is known of the next one
+        return errors
+
+
+def rounding(
+    W: Float[Tensor, "batch out in"], size: Float[Tensor, "batch count"]
+) -> Float[Tensor, "batch count"]:
+    """Bound on the rounding error of `W (Wᵀ q)` for a unit q, in the norm.
+
+    The errors of both products are proportional to `u ‖W‖_F ‖Wᵀ q‖`; the probabilistic model of Higham and Mary
+    (SIAM J. Sci. Comput. 2019) makes the constant about 1, and a test holds their sum below the 4 eps taken here.
+
+    Args:
+        size: `‖Wᵀ q‖`, at most σ_1.
+    """
+    return 4 * torch.finfo(W.dtype).eps * torch.linalg.matrix_norm(W).double().unsqueeze(-1) * size.double()
+
+
+class BlockKrylov:
+    """A growing orthonormal basis of span{X, (W Wᵀ) X, (W Wᵀ)² X, …} and its products with W Wᵀ."""
+
+    def __init__(self, W: Float[Tensor, "batch out in"], start: Float[Tensor, "batch out start"]) -> None:
+        self.W = W
+        self.start = start.shape[-1]
+        self.basis = torch.empty(*W.shape[:2], 0, dtype=W.dtype, device=W.device)
+        self.products = self.basis
+        self._append(start)
+
+    @property
+    def full(self) -> bool:
+        """Whether another block would not fit into the space."""
+        return self.basis.shape[-1] + self.start > self.basis.shape[-2]
+
+    def _append(self, block: Tensor) -> None:
+        # Twice, the second time on normalised columns: a block that the basis nearly holds is mostly rounding.
+        for _ in range(2):
+            block = block - self.basis @ (self.basis.mT @ block)
+            block = torch.linalg.qr(block).Q
+        self.basis = torch.cat([self.basis, block], dim=-1)
+        self.products = torch.cat([self.products, self.W @ (self.W.mT @ block)], dim=-1)
+
+    def extend(self, steps: int) -> None:
+        """Add `steps` blocks, or as many as fit."""
+        for _ in range(steps):
+            if self.full:
+                return
+            self._append(self.products[..., -self.start :])
+
+    def ritz(self, count: int) -> Ritz:
+        """The `count` leading Ritz pairs, small arithmetic in float64."""
+        Q, P = self.basis.double(), self.products.double()
+        T = Q.mT @ P
+        values, S = torch.linalg.eigh((T + T.mT) / 2)
+        values, S = values.flip(-1).clamp(min=0), S.flip(-1)
+        leading = S[..., :count]
+        vectors = Q @ leading
+        vectors = vectors / torch.linalg.vector_norm(vectors, dim=-2, keepdim=True)
+        residuals = torch.linalg.vector_norm(P @ leading - vectors * values[..., None, :count], dim=-2)
+        residuals = residuals + rounding(self.W, values[..., :1].sqrt())
+        return Ritz(values, S[..., : self.start, :].square(), vectors, residuals)
+
+
+def spectral_sum(
+    f: Float[Tensor, " space"], weights: Float[Tensor, "start space"], size: int
+) -> tuple[float, float]:
+    """Estimate of `tr f(W Wᵀ)` and its standard error, from a Krylov space with a random start.
+
+    Stochastic Lanczos quadrature (Ubaru, Chen & Saad, SIAM J. Matrix Anal. 2017) with the starting block's
+    columns as the probes.
+
+    Args:
+        f: the function at the Ritz values.
+        weights: of the Ritz pairs, `Ritz.weights` of one matrix.
+        size: order of W Wᵀ.
+    """
+    samples = size * (weights @ f)
+    return samples.mean().item(), samples.std().item() / math.sqrt(len(samples))
+
+
+def effective_rank(S: Float[Tensor, " rank"]) -> float:
+    """`exp(−Σ p ln p)` with `p = s / Σ s` (Roy & Vetterli 2007); 0 for a matrix of zeros."""
+    S = S[S > 0].double()
+    if not len(S):
+        return 0.0
+    p = S / S.sum()
+    return math.exp(-(p * p.log()).sum().item())
+
+
+def product_values(B: Float[Tensor, "out r"], A: Float[Tensor, "r in"]) -> Float[Tensor, " r"]:
+    """Singular values of `B A`, descending, float64, without forming it."""
+    left = torch.linalg.qr(B.double()).R
+    right = torch.linalg.qr(A.double().mT).R
+    return torch.linalg.svdvals(left @ right.mT)
+
+
+def critical_spike(S: Float[Tensor, " rank"], k: int, rows: int, columns: int) -> float:
+    """Size that an added random rank-one spike needs to enter the k leading singular values.
+
+    θ̄_k = D(s_k)^(−1/2) with the D-transform of the spectrum below rank k (Benaych-Georges & Nadakuditi 2012,
+    J. Multivariate Anal.), the rule of arXiv:2607.23711 in our form: trust it within a factor of 2.
+    """
+    z, rest = S[k - 1].double(), S[k:].double()
+    if z <= 0:
+        return 0.0
+    total = (z / (z.square() - rest.square())).sum().item()
+    return critical_from_sum(total, float(z), len(rest), rows, columns)
+
+
+def critical_from_sum(total: float, z: float, rest: int, rows: int, columns: int) -> float:
+    """θ̄ from `Σ z/(z² − s_i²)` over the `rest` singular values below rank k; NaN where z is not above them."""
+    product = (total + (rows - rest) / z) / rows * ((total + (columns - rest) / z) / columns)
+    return product**-0.5 if 0 < product < math.inf else math.nan
