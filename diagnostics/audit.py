@@ -128,8 +128,8 @@ def run(
     rows = {role: [made.describe() for made in value] for role, value in supplied.items() if role != "pair"}
     keys = {name: key(find(name), used, stamps, rows) for name, used in plan.items() if name not in skipped}
     same = earlier is not None and all(stamps[s] == getattr(earlier, s).get("stamp") for s in stamps)
-    done = {**earlier.kept, **earlier.analyses} if earlier is not None and same else {}
-    done = {name: made for name, made in done.items() if made.result is not None}
+    known = [*earlier.kept.items(), *earlier.analyses.items()] if earlier is not None and same else []
+    done = {name: made for name, made in known if made.result is not None}
 
     outcomes = {
         name: Outcome(status="skipped", reason=reason, **(about(name) if name in plan else {}))

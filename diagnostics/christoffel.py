@@ -117,7 +117,7 @@ def largest_cosines(
         # Only a cell that would raise the vector's bound is worth tightening.
         fine = (bound < target[vector]) & (bound <= best[vector] + slack)
         np.maximum.at(best, vector[fine], bound[fine])
-        vector, a, b, bound = (each[~fine] for each in (vector, a, b, bound))
+        vector, a, b, bound = vector[~fine], a[~fine], b[~fine], bound[~fine]
         middle = np.where((a > 0) & (b > 4 * a), np.sqrt(a * b), (a + b) / 2)
         point = _least(recurrences, vector, middle, middle) + extra.at(vector, middle, middle)
         fine = (bound < target[vector]) & (bound <= point + slack)

@@ -45,6 +45,10 @@ class Commands(TyperGroup):
                 self.add_command(loaded(entry), args[0])
         return super().resolve_command(ctx, args)
 
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """The arguments; without any, the help is shown."""
+        return super().parse_args(ctx, args or ["--help"])
+
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run, and end the process with the exit code."""
         code = 0
@@ -128,16 +132,20 @@ main = typer.Typer(
 )
 
 
-@main.callback(invoke_without_command=True)
-def top(
-    context: typer.Context,
-    show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-) -> None:
-    """What `tunescope` does without a command."""
-    if show:
+def show_version(wanted: bool) -> None:
+    """Print the version and end."""
+    if wanted:
         typer.echo(f"tunescope {version('tunescope')}")
-    elif context.invoked_subcommand is None:
-        typer.echo(context.get_help())
+        raise typer.Exit
+
+
+@main.callback()
+def top(
+    show: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=show_version)
+    ] = False,
+) -> None:
+    """Nothing beside the options that stand before a command."""
 
 
 Texts = list[str] | None

@@ -181,8 +181,8 @@ class _Search:
         span = (0.0, largest)
         tall = self.base.shape[0] > self.base.shape[1]
         direct = Lanczos(self._apply, start)
-        # What a vector has outside the column space of a tall matrix lies at eigenvalue 0, which no power of W Wᵀ
-        # tells from the smallest ones: that takes coordinates inside it.
+        # What a vector has outside the column space of a tall matrix lies at eigenvalue 0, which no power of
+        # W Wᵀ tells from the smallest ones: that takes coordinates inside it.
         if not tall and not self._run([direct], DIRECT_STEPS, "direct", open_, extra, span, window):
             return True
         factor = Factor.of(self.base, self.random(min(self.base.shape), BLOCK)[0].double())
@@ -272,8 +272,8 @@ class _Search:
 class Factor:
     """Cholesky factor of the smaller Gram matrix: coordinates in the column space, and the inverse there.
 
-    With `G = L Lᵀ` of a wide matrix the coordinates are those of R^out and the operator is G⁻¹.  A tall one is
-    `W = Q Lᵀ` with orthonormal Q: the coordinates are `L⁻¹ Wᵀ x`, and `W Wᵀ` acts on them as `Lᵀ L`.
+    With `G = L Lᵀ` of a wide matrix the coordinates are those of R^out and the operator is G⁻¹.  A tall one
+    is `W = Q Lᵀ` with orthonormal Q: the coordinates are `L⁻¹ Wᵀ x`, and `W Wᵀ` acts on them as `Lᵀ L`.
 
     Attributes:
         smallest: a lower bound on the smallest eigenvalue of G.

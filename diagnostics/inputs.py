@@ -6,6 +6,7 @@ file of rows is checked line by line and recorded; its fields are for the analys
 
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ def open_rows(role: str, ref: str) -> Rows:
         raise ValueError(f"--{role} {ref}: there is no such file; rows are read from .jsonl and .csv files")
     data = path.read_bytes()
     try:
-        count = sum(1 for _ in (csv_rows if path.suffix == ".csv" else json_rows)(data.decode("utf-8"), path))
+        count = sum(1 for _ in (csv_rows if path.suffix == ".csv" else json_rows)(data.decode("utf-8-sig"), path))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from error
     if not count:
@@ -104,11 +105,12 @@ def json_rows(text: str, path: Path) -> Iterator[dict[str, Any]]:
 
 def csv_rows(text: str, path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a CSV file with a header line."""
-    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         for row in reader:
             if None in row or None in row.values():
                 raise ValueError(f"{path}:{reader.line_num}: not as many fields as the header has")
             yield row
     except csv.Error as error:
-        raise ValueError(f"{path}:{reader.line_num}: not CSV: {error}") from error
+        line = min(reader.line_num + 1, len(text.splitlines()))  # the line under way is not counted yet
+        raise ValueError(f"{path}:{line}: not CSV: {error}") from error

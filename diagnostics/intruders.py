@@ -175,7 +175,7 @@ def examine(pair: CheckpointPair, name: str, settings: Settings, verify: bool) -
     else:
         decision = decide(base, tuned, depth, settings.epsilon, generator)
     verified = None
-    if verify and applicable:
+    if verify and applicable and (decision.tier != "exact").any():
         exact = decide_exactly(base, tuned, depth)
         verified = agrees(decision, exact, settings.epsilon)
         if not verified:
@@ -198,9 +198,10 @@ def agrees(decision: Decision, exact: Decision, epsilon: float) -> bool:
     question="Did tuning add dominant directions that the base does not have?",
     reading=(
         "Every changed matrix gives its k leading singular vectors; one that no base vector comes near "
-        "(|cosine| below epsilon) is an intruder. 0 is what full fine-tuning gave in the paper. More intruders "
-        "went with more forgetting there, but they are one cause among several and full fine-tuning forgets "
-        "without any: measure what must survive before you decide. A cosine near the random floor is chance."
+        "(|cosine| below epsilon) is an intruder. 0 is what full fine-tuning gave in the paper. There, more "
+        "intruders went with more forgetting, but they are one cause among several, and full fine-tuning "
+        "forgets without any: measure what must survive before you decide. A cosine near the random floor is "
+        "chance."
     ),
     paper="arXiv:2410.21228",
     cost="two passes over the weights and seconds for a matrix of 4096 rows; no data, no model run",
@@ -236,8 +237,8 @@ def intruder_dimensions(
         side: singular vectors of the output (`left`, the paper's) or of the input (`right`).
         method: `certified` decides in tiers; `exact` decomposes every matrix in float64.
         sweep: exact cosines of up to 50 vectors a matrix, so that every (k, epsilon) is known.
-        verify: share of the measured matrices decided again by the full decomposition, at least one, in a run of
-            ten or more.
+        verify: share of the matrices decided again by the full decomposition, at least one, in a run of ten
+            or more.
         parts: of the model: `block` (the paper's), `embedding`, `head`, `router`, `other`.
         full_finetune: say that tuned is a full fine-tune: then any intruder is a finding.
         device: where the arithmetic runs.
@@ -247,8 +248,8 @@ def intruder_dimensions(
 
     Metrics: `intruders` (count), `intruders_per_matrix` (mean over `matrices`, frozen ones included),
         `intruders_per_changed_matrix`, `rate` (share of the directions examined), `matrices`, `changed`,
-        `frozen`, `not_applicable`, `verified`, `disagreements`, `on_threshold`, `descendant` (0: tuned does not
-        descend from this base, and nothing else is counted).
+        `frozen`, `not_applicable`, `verified`, `disagreements`, `on_threshold`, `descendant` (0: tuned does
+        not descend from this base, and no intruders are counted).
     Tables: `matrices`, `vectors`, `layers`, `components`, `sweep`, `spectra`, `cosines`.
 
     Raises:
@@ -264,7 +265,7 @@ def intruder_dimensions(
     sides = [min(pair.matrices[name].rows, pair.matrices[name].columns) for name in names]
     if k > max(sides):
         raise ValueError(
-            f"k is {k}, but the largest matrix has only {max(sides)} singular vectors; choose k <= {max(sides)}"
+            f"k is {k}, but the largest matrix has only {max(sides)} singular vectors; choose a smaller k"
         )
     settings = Settings(
         k=k,
@@ -287,10 +288,11 @@ def intruder_dimensions(
         if progress:
             progress(len(results), len(names), examined.matrix.name)
     if chosen and not any(each.verified is not None for each in results):
-        # Those chosen were all frozen or too small: take the first that was measured.
-        measured = [i for i, each in enumerate(results) if each.status == "measured"]
-        for i in measured[:1]:
-            results[i] = examine(pair, results[i].matrix.name, settings, verify=True)
+        # Those chosen were frozen or small enough to be decomposed anyway: take one decided in tiers.
+        for i, each in enumerate(results):
+            if each.decision is not None and (each.decision.tier != "exact").any():
+                results[i] = examine(pair, each.matrix.name, settings, verify=True)
+                break
     return summarise(results, k=k, epsilon=epsilon, side=side, full_finetune=full_finetune)
 
 
@@ -330,23 +332,24 @@ def summarise(results: list[Examined], *, k: int, epsilon: float, side: str, ful
     notes = []
     if metrics["not_applicable"]:
         notes.append(
-            f"{metrics['not_applicable']} matrices are too small: they have fewer than k = {k} vectors, or a random "
-            f"vector comes near {LARGEST_FLOOR:g} of epsilon = {epsilon:g} by chance. They are not counted; a "
-            "larger epsilon admits more."
+            f"{metrics['not_applicable']} matrices are too small: they have fewer than k = {k} vectors, or "
+            f"chance alone reaches {LARGEST_FLOOR:g} of epsilon = {epsilon:g}. They are not counted; a larger "
+            "epsilon admits more."
         )
     checked = [each.verified for each in results if each.verified is not None]
     if checked:
         metrics |= {"verified": len(checked), "disagreements": checked.count(False)}
         notes.append(
-            f"{len(checked)} of {len(measured)} changed matrices were decided again by the full decomposition in "
-            f"float64; {checked.count(False) or 'none'} differed."
+            f"{len(checked)} of {len(measured)} changed matrices were decided again by the full "
+            f"decomposition in float64; {checked.count(False) or 'none'} differed."
         )
     descends = _descends(measured, vectors, k)
     metrics["descendant"] = int(descends)
     if not descends:
         notes.append(
-            "Tuned is not a descendant of this base: its entries do not correlate with the base's and its leading "
-            "directions lie where chance puts them. Intruders are not counted; give the base it was tuned from."
+            "Tuned is not a descendant of this base: its entries do not correlate with the base's, and its "
+            "leading directions lie where chance puts them. Intruders are not counted; give the base that it "
+            "was tuned from."
         )
         return Result(metrics=metrics, tables=tables, notes=tuple(notes))
     if len(counted):
@@ -429,7 +432,7 @@ def _vector_rows(each: Examined, k: int, epsilon: float) -> Iterable[dict[str, A
 
 
 def _descends(measured: "pd.DataFrame", vectors: "pd.DataFrame", k: int) -> bool:
-    """Whether tuned descends from base; two matrices or slots that agree by more than chance suffice.
+    """Whether tuned descends from base.
 
     The methods' rule, median of cosine over floor below 2, alone would disown a small model whose adapter put
     intruders in most slots: there twice the floor is above epsilon. Unrelated matrices have uncorrelated

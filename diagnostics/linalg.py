@@ -72,7 +72,8 @@ def grouped_cosines(
         vectors: unit vectors, float64.
         columns: in_features of the base.
     """
-    kept = S > max(U.shape[0], columns) * torch.finfo(torch.float64).eps * S[0]
+    null = max(U.shape[0], columns) * torch.finfo(torch.float64).eps * S[0]
+    kept = S > null
     if not kept.any():  # a base of zeros has no direction at all
         return torch.zeros(vectors.shape[1], dtype=vectors.dtype, device=vectors.device)
     U, S = U[:, kept], S[kept]
@@ -138,7 +139,7 @@ class Ritz:
     residuals: Float[Tensor, "batch count"]
 
     def errors(self) -> Float[Tensor, "batch count"]:
-        """Sine of the angle between each leading Ritz vector and its eigenvector, at most; 1 where nothing holds.
+        """Sine of the angle of each leading Ritz vector to its eigenvector, at most; 1 where nothing holds.
 
         Davis & Kahan: residual over the distance to every other eigenvalue, itself known to a residual.
         """
@@ -157,8 +158,8 @@ def rounding(
 ) -> Float[Tensor, "batch count"]:
     """Bound on the rounding error of `W (Wᵀ q)` for a unit q, in the norm.
 
-    The errors of both products are proportional to `u ‖W‖_F ‖Wᵀ q‖`; the probabilistic model of Higham and Mary
-    (SIAM J. Sci. Comput. 2019) makes the constant about 1, and a test holds their sum below the 4 eps taken here.
+    The errors of both products are proportional to `u ‖W‖_F ‖Wᵀ q‖`; the probabilistic model of Higham and
+    Mary (SIAM J. Sci. Comput. 2019) makes the constant about 1; a test holds their sum below 4 eps.
 
     Args:
         size: `‖Wᵀ q‖`, at most σ_1.
@@ -182,7 +183,7 @@ class BlockKrylov:
         return self.basis.shape[-1] + self.start > self.basis.shape[-2]
 
     def _append(self, block: Tensor) -> None:
-        # Twice, the second time on normalised columns: a block that the basis nearly holds is mostly rounding.
+        # Twice, then on normalised columns: of a block that the basis nearly holds, rounding is the most.
         for _ in range(2):
             block = block - self.basis @ (self.basis.mT @ block)
             block = torch.linalg.qr(block).Q
@@ -257,6 +258,6 @@ def critical_spike(S: Float[Tensor, " rank"], k: int, rows: int, columns: int) -
 
 
 def critical_from_sum(total: float, z: float, rest: int, rows: int, columns: int) -> float:
-    """θ̄ from `Σ z/(z² − s_i²)` over the `rest` singular values below rank k; NaN where z is not above them."""
+    """θ̄ from `Σ z/(z² − s_i²)` over the `rest` values below rank k; NaN where z is not above them."""
     product = (total + (rows - rest) / z) / rows * ((total + (columns - rest) / z) / columns)
     return product**-0.5 if 0 < product < math.inf else math.nan

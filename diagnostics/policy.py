@@ -30,7 +30,7 @@ class Finding:
     analysis: str
     severity: Severity
     metric: str
-    value: float
+    value: float | int
     threshold: float
     message: str
     source: str
@@ -60,7 +60,7 @@ class Rule:
         """Whether it has no threshold at all."""
         return self.warn is None and self.fail is None
 
-    def beyond(self, value: float, scale: float = 1.0) -> tuple[Severity, float] | None:
+    def beyond(self, value: float | int, scale: float = 1.0) -> tuple[Severity, float] | None:
         """The severest threshold, times `scale`, that the value is beyond; equal to it is not beyond."""
         steps: tuple[tuple[Severity, float | None], ...] = (("fail", self.fail), ("warn", self.warn))
         for severity, threshold in steps:
@@ -154,7 +154,7 @@ def rule(table: Any, where: str) -> Rule:
         if not (number if kinds[key] is float else isinstance(value, kinds[key])):
             word = {float: "a finite number", bool: "true or false", str: "a text"}[kinds[key]]
             raise ValueError(f"{where}: {key} = {value!r} is not {word}")
-    made = Rule(**table)
+    made = Rule(**{k: float(v) if kinds[k] is float else v for k, v in table.items()})
     if made.warn is not None and made.fail is not None:
         first, second = (made.fail, made.warn) if made.below else (made.warn, made.fail)
         if first > second:

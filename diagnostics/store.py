@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
@@ -182,7 +182,7 @@ class Store:
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"--out {self.out}: is a file, not a directory; name another place")
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Store":
         with writing(self.out):
             (self.out / "tables").mkdir(parents=True, exist_ok=True)
             self.lock = FileLock(self.out / ".lock", blocking=False)
