@@ -144,8 +144,8 @@ class CheckpointPair:
             theirs = self.tuned.matrices.get(other) if other else None
             if other and theirs and self._fits(matrix, theirs):
                 names[name] = other
-        # One side may keep in one tensor what the other keeps apart: fused projections, stacked experts. Blocks
-        # that share no name at all, not even their norms', only happen to have matrices of equal shape.
+        # One side may keep in one tensor what the other keeps apart: fused projections, stacked experts.
+        # Blocks that share no name, not even that of a norm, only happen to have matrices of equal shape.
         if not any(self._alike(name) and re.search(r"\.\d+\.", name) for name in self._tensors):
             return names
         places: dict[Any, list[Matrix]] = {}
