@@ -203,7 +203,7 @@ class Adapter:
 
     def matrix(self, matrix: Matrix) -> Float[Tensor, "out in"]:
         """One matrix as (out, in): merged in float32 where factors change it, else in its stored dtype."""
-        value = matrix.take(self._stored(matrix.tensor))
+        value = matrix.take(self.stored(matrix.tensor))
         for update in self._updates(matrix):
             value = self._merge(update, matrix, value)
         return value
@@ -212,7 +212,7 @@ class Adapter:
         """A tensor in its stored layout: merged in float32 where factors change it, else as stored."""
         if name not in self.targets.replaced:
             name = self._tied.get(name, name)
-        stored = self._stored(name)
+        stored = self.stored(name)
         for update in self.targets.updates.get(name, ()):
             stored = stored.to(_wide(stored.dtype), copy=True)
             if update.matrix is not None:
@@ -220,12 +220,12 @@ class Adapter:
                     stored, self._merge(update, update.matrix, update.matrix.take(stored))
                 )
                 continue
-            for whole in self._wholes(update):
+            for whole in self.wholes(update):
                 view = whole.take(stored)
                 view.copy_(self._merge(update, whole, view))
         return stored
 
-    def _stored(self, name: str) -> Tensor:
+    def stored(self, name: str) -> Tensor:
         """The tensor that factors are added to: the base's, or what the adapter puts in its place."""
         targets = self.targets
         stored = (
@@ -254,7 +254,7 @@ class Adapter:
         lengths = self.weights.read(update.magnitude).float().flatten()
         if update.embedding:
             return merged * (lengths / torch.linalg.vector_norm(merged, dim=0))
-        lengths = _rows(update.part or matrix, lengths[:, None]).flatten()
+        lengths = rows_of(update.part or matrix, lengths[:, None]).flatten()
         return merged * (lengths / torch.linalg.vector_norm(merged, dim=1))[:, None]
 
     def _updates(self, matrix: Matrix) -> list[Update]:
@@ -266,24 +266,30 @@ class Adapter:
 
     def _factors(self, update: Update, matrix: Matrix) -> LowRank:
         """What an update adds to a matrix, in the order (r, in), (out, r)."""
-        A, B = self.weights.read(update.A), self.weights.read(update.B)
-        if update.embedding:
-            A, B = B.mT, A.mT
-        A, B = A.flatten(1), B.flatten(1)  # convolutions
         chosen = update.part or matrix
-        if update.experts:
-            # (experts · r, in) is expert after expert, (out, r · experts) has the experts innermost.
-            assert chosen.expert is not None
-            r = A.shape[0] // update.experts
-            A, B = A[chosen.expert * r : (chosen.expert + 1) * r], B[:, chosen.expert :: update.experts]
-        elif chosen.experts is not None:  # the whole stack is one matrix to PEFT
+        low = self.factors(update, chosen.expert)
+        A, B = low.A, low.B
+        if chosen.experts is not None:  # the whole stack is one matrix to PEFT
             assert chosen.expert is not None
             B = B.unflatten(0, (chosen.experts, -1))[chosen.expert]
             if chosen.transposed:
                 A, B = B.mT, A.mT
-        return LowRank(A, _rows(chosen, B), update.scaling)
+        return LowRank(A, rows_of(chosen, B), update.scaling)
 
-    def _wholes(self, update: Update) -> list[Matrix]:
+    def factors(self, update: Update, expert: int | None = None) -> LowRank:
+        """The whole of an update, in the order (r, in), (out, r); of a stack, that of one expert."""
+        A, B = self.weights.read(update.A), self.weights.read(update.B)
+        if update.embedding:
+            A, B = B.mT, A.mT
+        A, B = A.flatten(1), B.flatten(1)  # convolutions
+        if update.experts:
+            # (experts · r, in) is expert after expert, (out, r · experts) has the experts innermost.
+            assert expert is not None
+            r = A.shape[0] // update.experts
+            A, B = A[expert * r : (expert + 1) * r], B[:, expert :: update.experts]
+        return LowRank(A, B, update.scaling)
+
+    def wholes(self, update: Update) -> list[Matrix]:
         """The undivided (out, in) matrices of a tensor that an update changes: one, or one an expert."""
         header = self.headers[update.tensor]
         A, B = self.weights.headers[update.A].shape, self.weights.headers[update.B].shape
@@ -296,7 +302,7 @@ class Adapter:
         return [replace(whole, expert=e) for e in range(header.shape[0])] if update.experts else [whole]
 
 
-def _rows(matrix: Matrix, whole: Tensor) -> Tensor:
+def rows_of(matrix: Matrix, whole: Tensor) -> Tensor:
     """The rows of an undivided (out, …) matrix that belong to a part of it."""
     return replace(matrix, expert=None, experts=None, transposed=False).take(whole)
 

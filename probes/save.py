@@ -89,7 +89,7 @@ def write_checkpoint(
         return final
 
     size = sum(header.bytes for header in source.headers.values())
-    with _whole_or_nothing(Path(out).expanduser(), size) as directory:
+    with whole_or_nothing(Path(out).expanduser(), size) as directory:
         for file, headers in shards.items():
             (directory / file).parent.mkdir(parents=True, exist_ok=True)
             _write(directory / file, headers, value)
@@ -172,12 +172,12 @@ def _carry(source: Checkpoint, out: Path) -> None:
     while model.base is not None:
         model = model.base
     if model.directory is not None:
-        for file in _beside(model.directory):
-            _copy(model.directory, file, out)
+        for file in beside(model.directory):
+            carry_file(model.directory, file, out)
     if source is not model and source.directory is not None:
-        for file in _beside(source.directory):
+        for file in beside(source.directory):
             if file.startswith(_TOKENIZER) or file.endswith(".jinja"):
-                _copy(source.directory, file, out)
+                carry_file(source.directory, file, out)
     config = dict(source.config)
     before, after = (
         {m.component: m.rows for m in side.matrices.values() if m.part == "embedding"}.get("embed")
@@ -188,7 +188,8 @@ def _carry(source: Checkpoint, out: Path) -> None:
         _write_json(out / "config.json", config | ({"vocab_size": after} if resized else {}))
 
 
-def _beside(directory: Path) -> Iterator[str]:
+def beside(directory: Path) -> Iterator[str]:
+    """What of a checkpoint's directory belongs to a copy of it, besides the weights: names within it."""
     templates = "additional_chat_templates"
     for path in sorted(directory.iterdir()) + sorted((directory / templates).glob("*.jinja")):
         kept = (
@@ -200,7 +201,8 @@ def _beside(directory: Path) -> Iterator[str]:
             yield str(path.relative_to(directory))
 
 
-def _copy(directory: Path, name: str, out: Path) -> None:
+def carry_file(directory: Path, name: str, out: Path) -> None:
+    """Copy one file of a checkpoint's directory to another directory."""
     target = out / name
     target.parent.mkdir(exist_ok=True)
     shutil.copyfile(inside(directory, name, directory), target)
@@ -211,7 +213,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _whole_or_nothing(out: Path, size: int) -> Iterator[Path]:
+def whole_or_nothing(out: Path, size: int) -> Iterator[Path]:
     """A hidden directory beside `out` that takes its name when all went well, and otherwise is removed.
 
     Args:
