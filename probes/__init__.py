@@ -18,7 +18,7 @@ EXPORTS = {
     "Matrix": "probes.layout",
     "open_checkpoint": "probes.checkpoint",
 }
-__all__ = sorted(EXPORTS)  # noqa: PLE0605
+__all__ = sorted(EXPORTS)
 
 
 def __getattr__(name: str) -> Any:

@@ -76,7 +76,10 @@ class Checkpoint:
         """Every two-dimensional weight, presented as (out, in); what shares its bytes with another, once."""
         from probes.naming import matrices
 
-        found = matrices(self.headers, self.config)
+        try:
+            found = matrices(self.headers, self.config)
+        except ValueError as error:
+            raise ValueError(f"{self.ref}: {error}") from error
         first: dict[Any, Matrix] = {}
         # The embedding gives its name to a tied pair.
         for matrix in sorted(found.values(), key=lambda matrix: matrix.part != "embedding"):

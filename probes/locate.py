@@ -215,7 +215,7 @@ def inside(directory: Path, name: str, index: Path) -> Path:
     if not path.exists():
         raise ValueError(f"{index}: names {name!r}, which is missing from {directory}; copy or download it")
     allowed = [directory.resolve()]
-    snapshots = directory.absolute().parent
+    snapshots = directory.resolve().parent
     if snapshots.name == "snapshots":
         allowed.append((snapshots.parent / "blobs").resolve())
     if not any(path.resolve().is_relative_to(root) for root in allowed):

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -251,6 +252,40 @@ def test_a_hub_id_that_is_not_cached_is_an_error_without_network(cache):
     refuse("gpt2@v9: no such local path, not in the Hugging Face cache", "gpt2@v9")
 
 
+def test_what_another_program_left_in_the_cache_is_enough(cache, directory, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def incomplete(*args, **options):
+        raise LocalEntryNotFoundError("the cached snapshot lacks merges.txt")
+
+    put(cache, "org/name", directory)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", incomplete)
+    assert open_checkpoint("org/name").fingerprint() == open_checkpoint(directory).fingerprint()
+    (cache / "models--org--name/snapshots" / ("a" * 40) / "model.safetensors").unlink()
+    refuse("no weights", "org/name")
+
+
+@pytest.mark.parametrize(
+    ("kind", "match"),
+    [
+        ("GatedRepoError", "org/name@v1: is open to accepted users only; accept its terms, then log in"),
+        ("RevisionNotFoundError", "org/name@v1: org/name has no such revision on the hub"),
+        ("RepositoryNotFoundError", "org/name@v1: no such local path, and no such repository on the hub"),
+        ("HfHubHTTPError", r"org/name@v1: cannot be downloaded \(HfHubHTTPError: busy\)"),
+    ],
+)
+def test_what_the_hub_answers_is_said_in_one_line(cache, monkeypatch, kind, match):
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def answer(*args, **options):
+        raise getattr(errors, kind)("busy\nand more", response=SimpleNamespace(headers={}, request=None))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", answer)
+    refuse(match, "org/name@v1")
+
+
 def test_only_configuration_tokenizer_and_weights_are_fetched():
     from huggingface_hub.utils import filter_repo_objects
 
@@ -259,11 +294,12 @@ def test_only_configuration_tokenizer_and_weights_are_fetched():
         "tokenizer.json", "tokenizer.model", "merges.txt", "vocab.txt", "chat_template.jinja",
         "adapter_config.json", "adapter_model.safetensors",
     ]  # fmt: skip
-    left = ["pytorch_model.bin", "README.md", "modeling_x.py", "original/model.safetensors", "onnx/model.onnx",
-            "consolidated.00.safetensors", "tf_model.h5", "model.gguf", "optimizer.pt", "training_args.bin"]  # fmt: skip
-    assert (
-        list(filter_repo_objects([*files, *left], allow_patterns=WANTED, ignore_patterns=UNWANTED)) == files
-    )
+    left = [
+        "pytorch_model.bin", "README.md", "modeling_x.py", "original/model.safetensors", "onnx/model.onnx",
+        "consolidated.00.safetensors", "tf_model.h5", "model.gguf", "optimizer.pt", "training_args.bin",
+    ]  # fmt: skip
+    found = filter_repo_objects([*files, *left], allow_patterns=WANTED, ignore_patterns=UNWANTED)
+    assert list(found) == files
     torch_files = ["pytorch_model-00001-of-00002.bin", "pytorch_model.bin", "adapter_model.bin"]
     found = filter_repo_objects([*torch_files, *left], allow_patterns=WANTED_TORCH, ignore_patterns=UNWANTED)
     assert sorted(found) == sorted([*torch_files, "pytorch_model.bin"])

@@ -124,8 +124,8 @@ def test_the_source_is_left_as_it_was(directory, tmp_path):
 
 def test_what_lies_beside_the_weights_is_carried_over_and_training_state_is_not(directory, tmp_path):
     carried = [
-        "tokenizer.json", "tokenizer_config.json", "merges.txt", "spiece.model", "chat_template.jinja", "LICENSE",
-        "special_tokens_map.json", "README.md", "modeling_x.py", "preprocessor_config.json",
+        "tokenizer.json", "tokenizer_config.json", "merges.txt", "spiece.model", "chat_template.jinja",
+        "LICENSE", "special_tokens_map.json", "README.md", "modeling_x.py", "preprocessor_config.json",
     ]  # fmt: skip
     left = ["optimizer.pt", "trainer_state.json", "training_args.bin", "model.gguf", "tf_model.h5", ".secret"]
     for name in [*carried, *left]:
