@@ -132,11 +132,12 @@ main = typer.Typer(
 )
 
 
-def show_version(wanted: bool) -> None:
-    """Print the version and end."""
+def show_version(wanted: bool) -> bool:
+    """Print the version and end, if wanted."""
     if wanted:
         typer.echo(f"tunescope {version('tunescope')}")
         raise typer.Exit
+    return wanted
 
 
 @main.callback()

@@ -78,7 +78,9 @@ def open_rows(role: str, ref: str) -> Rows:
         raise ValueError(f"--{role} {ref}: there is no such file; rows are read from .jsonl and .csv files")
     data = path.read_bytes()
     try:
-        count = sum(1 for _ in (csv_rows if path.suffix == ".csv" else json_rows)(data.decode("utf-8-sig"), path))
+        count = sum(
+            1 for _ in (csv_rows if path.suffix == ".csv" else json_rows)(data.decode("utf-8-sig"), path)
+        )
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from error
     if not count:

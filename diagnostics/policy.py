@@ -154,7 +154,8 @@ def rule(table: Any, where: str) -> Rule:
         if not (number if kinds[key] is float else isinstance(value, kinds[key])):
             word = {float: "a finite number", bool: "true or false", str: "a text"}[kinds[key]]
             raise ValueError(f"{where}: {key} = {value!r} is not {word}")
-    made = Rule(**{k: float(v) if kinds[k] is float else v for k, v in table.items()})
+    values: dict[str, Any] = {k: float(v) if kinds[k] is float else v for k, v in table.items()}
+    made = Rule(**values)
     if made.warn is not None and made.fail is not None:
         first, second = (made.fail, made.warn) if made.below else (made.warn, made.fail)
         if first > second:

@@ -1,0 +1,120 @@
+import os
+import sys
+from types import ModuleType, SimpleNamespace
+
+import joblib
+import numpy as np
+import pytest
+import torch
+
+from diagnostics import machine
+
+without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+
+
+def test_the_cpu_is_the_cpu():
+    assert machine.device("cpu") == "cpu"
+
+
+@without_cuda
+def test_auto_is_the_cpu_where_there_is_nothing_else():
+    assert machine.device("auto") == "cpu"
+
+
+@without_cuda
+def test_a_device_that_is_not_here_is_refused_with_what_to_do():
+    with pytest.raises(
+        ValueError, match=r"--device cuda: this torch \(.*\) sees no CUDA device; use --device cpu"
+    ):
+        machine.device("cuda")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "CPU", ""])
+def test_an_unknown_device_is_refused_with_the_known_ones(name):
+    with pytest.raises(ValueError, match="unknown; known: auto, cpu, cuda, cuda:N"):
+        machine.device(name)
+
+
+def test_a_device_number_that_does_not_exist_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert machine.device("cuda:1") == "cuda:1"
+    with pytest.raises(ValueError, match=r"--device cuda:2: there are 2, counted from cuda:0"):
+        machine.device("cuda:2")
+
+
+def test_an_unknown_dtype_is_refused_with_the_known_ones():
+    assert machine.dtype("float64") == "float64"
+    with pytest.raises(ValueError, match="--dtype int8: unknown; known: float32, float64"):
+        machine.dtype("int8")
+
+
+def test_a_local_engine_with_workers_runs_elsewhere():
+    with machine.engine("local:2"):
+        there = joblib.Parallel()(joblib.delayed(os.getpid)() for _ in range(4))
+    assert os.getpid() not in there
+    assert joblib.Parallel()(joblib.delayed(os.getpid)() for _ in range(2)) == [os.getpid()] * 2
+
+
+def test_the_default_engine_is_this_process():
+    with machine.engine("local"):
+        assert joblib.Parallel()(joblib.delayed(os.getpid)() for _ in range(2)) == [os.getpid()] * 2
+
+
+@pytest.mark.parametrize("name", ["slurm", "local:0", "local:x", "dask", "ray:HOST", ""])
+def test_an_unknown_engine_is_refused_with_the_known_ones(name):
+    with (
+        pytest.raises(ValueError, match="unknown; known: local, local:N, dask://HOST:PORT, ray://HOST:PORT"),
+        machine.engine(name),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("dask://h:1", r"dask\[distributed\]"), ("ray://h:1", r"ray\[client\]")]
+)
+def test_an_engine_whose_package_is_not_here_names_it(monkeypatch, name, package):
+    for module in ("dask", "dask.distributed", "ray"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with (
+        pytest.raises(ValueError, match=f"--engine {name}: needs .*pip install '{package}'"),
+        machine.engine(name),
+    ):
+        pass
+
+
+def test_a_scheduler_that_does_not_answer_is_refused(monkeypatch):
+    def unreachable(address, timeout):
+        raise OSError(f"timed out at {address}")
+
+    monkeypatch.setitem(sys.modules, "dask", ModuleType("dask"))
+    monkeypatch.setitem(sys.modules, "dask.distributed", SimpleNamespace(Client=unreachable))
+    with (
+        pytest.raises(ValueError, match=r"no scheduler answers there: timed out at tcp://h:1"),
+        machine.engine("dask://h:1"),
+    ):
+        pass
+
+
+def test_the_peak_of_memory_counts_what_was_freed_again():
+    memory = machine.PeakMemory()
+    memory.start()
+    before = memory.megabytes()
+    assert before is not None
+    held = np.ones(25_000_000)  # 200 MB, touched
+    del held
+    after = memory.megabytes()
+    assert after is not None
+    assert after > before + 150
+
+
+def test_the_environment_names_versions_and_no_person_or_machine():
+    import getpass
+    import platform
+
+    told = machine.environment("cpu")
+    assert told["torch"] == torch.__version__
+    assert told["device"] == "cpu"
+    assert "numpy" in told["packages"]
+    assert platform.node() not in told.values()
+    assert getpass.getuser() not in told.values()
