@@ -209,6 +209,11 @@ def _layout(path: Path) -> Iterator[tuple[Header, int]]:
         yield header, 8 + length + entry["data_offsets"][0]
 
 
+# What is touched of a mapped torch file stays in memory until the file is let go; opening it again costs
+# unpickling, some 0.2 ms a tensor of it.
+MAPPED_BYTES = 2**28
+
+
 class TorchSource:
     """Tensors of `torch.save` files, read with `weights_only=True` and mapped where the format allows.
 
@@ -224,7 +229,8 @@ class TorchSource:
         self._shard: dict[str, int] = {}
         self._first: dict[str, str] = {}
         self._states = [_state(path) for path in self.paths]
-        self._whole: tuple[int, dict[str, Tensor]] | None = None
+        self._open: tuple[int, dict[str, Tensor], bool] | None = None
+        self._touched = 0
         for shard, path in enumerate(self.paths):
             shared: dict[Hashable, str] = {}
             with warnings.catch_warnings():
@@ -240,16 +246,16 @@ class TorchSource:
                 self._first[name] = shared.setdefault(view, name) if tensor.numel() else name
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_whole": None}
+        return self.__dict__ | {"_open": None}
 
     def _load(self, shard: int) -> dict[str, Tensor]:
-        if self._whole is not None and self._whole[0] == shard:
-            return self._whole[1]
-        _same(self.paths[shard], _state(self.paths[shard]), self._states[shard])
-        tensors, mapped = _state_dict(self.paths[shard])
-        # A mapped file costs little to open again, and letting it go gives its pages back.
-        self._whole = None if mapped else (shard, tensors)
-        return tensors
+        """The tensors of one file; only the last one is kept open."""
+        opened = self._open
+        if opened is None or opened[0] != shard:
+            _same(self.paths[shard], _state(self.paths[shard]), self._states[shard])
+            self._open, self._touched = None, 0  # let go of one before the next
+            opened = self._open = (shard, *_state_dict(self.paths[shard]))
+        return opened[1]
 
     def file(self, name: str) -> Path:
         """The file that holds a tensor."""
@@ -257,7 +263,11 @@ class TorchSource:
 
     def read(self, name: str) -> Tensor:
         """The tensor as stored."""
-        return self._load(self._shard[name])[name]
+        tensor = self._load(self._shard[name])[name]
+        self._touched += self.headers[name].bytes
+        if self._open is not None and self._open[2] and self._touched > MAPPED_BYTES:
+            self._open = None
+        return tensor
 
     def location(self, name: str) -> Hashable:
         """File and the first name of the storage: tied weights share it."""

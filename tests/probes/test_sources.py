@@ -208,6 +208,19 @@ def test_a_torch_file_in_the_old_format_is_read(tmp_path):
     assert all(same(source.read(name), value) for name, value in tensors().items())
 
 
+def test_a_mapped_torch_file_is_let_go_of_when_enough_of_it_was_touched(tmp_path, monkeypatch):
+    torch.save({name: torch.full((10,), float(name)) for name in "012345"}, tmp_path / "w.pt")
+    source = open_files(tmp_path / "w.pt")
+    opened = []
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **options: opened.append(args) or load(*args, **options))
+    monkeypatch.setattr("probes.sources.MAPPED_BYTES", 100)  # two and a half tensors of 40 bytes
+    values = [source.read(name) for name in "012345"]
+    assert [float(value.sum()) for value in values] == [0, 10, 20, 30, 40, 50]
+    # The first three are read from the file as it was opened, the others after opening it once more.
+    assert len(opened) == 1
+
+
 def test_a_state_dict_is_found_inside_a_training_checkpoint(tmp_path):
     content = {"epoch": 3, "state_dict": tensors(), "optimizer": {"lr": 0.1}}
     torch.save(content, tmp_path / "w.ckpt.pt")
