@@ -6,7 +6,8 @@ A policy is a TOML file with a table for each analysis and in it a rule for each
     intruders_per_matrix = {warn = 0.5, fail = 2.0, source = "our release gate"}
 
 A value beyond a threshold is a finding: above it, or below it where the rule says `below = true`. `per = "k"`
-multiplies both thresholds by that parameter of the analysis. `{}` switches a rule off.
+multiplies both thresholds by that parameter of the analysis; `when = "full_finetune"` applies the rule only
+where that parameter or metric is true. `{}` switches a rule off.
 """
 
 import math
@@ -44,6 +45,7 @@ class Rule:
         warn, fail: a value beyond it is a finding; None: never.
         below: whether small values are the bad ones.
         per: a numeric parameter of the analysis that both thresholds are multiplied by.
+        when: a parameter or metric of the analysis without which, or with 0 for it, the rule does not apply.
         message: what such a value means; the comparison itself when empty.
         source: where the thresholds come from.
     """
@@ -52,6 +54,7 @@ class Rule:
     fail: float | None = None
     below: bool = False
     per: str = ""
+    when: str = ""
     message: str = ""
     source: str = ""
 
@@ -184,6 +187,10 @@ def check_names(policy: Policy) -> None:
             if made.per and made.per not in record.parameters:
                 known = ", ".join(record.parameters) or "none"
                 raise LookupError(f"{policy.origin}: {name} has no parameter {made.per!r}; it has: {known}")
+            conditions = {**record.parameters, **record.metrics}
+            if made.when and record.metrics and made.when not in conditions:
+                known = ", ".join(conditions)
+                raise LookupError(f"{policy.origin}: {name} has no {made.when!r}; it has: {known}")
 
 
 def judge(result: Result, policy: Policy) -> list[Finding]:
@@ -212,16 +219,22 @@ def judge(result: Result, policy: Policy) -> list[Finding]:
 
 def judged(result: Result, policy: Policy) -> dict[str, Rule]:
     """The rules that a result has a number for, by metric."""
-    lacking = not_measured(result, policy)
-    rules = policy.rules.get(result.analysis, {})
-    return {metric: made for metric, made in rules.items() if not made.off and metric not in lacking}
+    return {metric: made for metric, made in applying(result, policy) if not unjudged(result, metric, made)}
 
 
 def not_measured(result: Result, policy: Policy) -> dict[str, str]:
     """The rules that a result gives nothing to judge by, as metric -> why; such a rule is not passed."""
-    rules = policy.rules.get(result.analysis, {})
-    reasons = {metric: unjudged(result, metric, made) for metric, made in rules.items() if not made.off}
+    reasons = {metric: unjudged(result, metric, made) for metric, made in applying(result, policy)}
     return {metric: reason for metric, reason in reasons.items() if reason}
+
+
+def applying(result: Result, policy: Policy) -> list[tuple[str, Rule]]:
+    """The rules that are not switched off and whose condition holds, with their metrics."""
+    facts = {**result.parameters, **result.metrics}
+    rules = policy.rules.get(result.analysis, {}).items()
+    return [
+        (metric, made) for metric, made in rules if not made.off and (not made.when or facts.get(made.when))
+    ]
 
 
 def verdict(findings: Iterable[Finding]) -> Verdict:

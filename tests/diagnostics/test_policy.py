@@ -89,6 +89,19 @@ def test_thresholds_per_parameter_are_multiplied_by_it():
     assert found.threshold == pytest.approx(0.2)
 
 
+@pytest.mark.parametrize(("facts", "applies"), [({}, False), ({"checked": 0}, False), ({"checked": 2}, True)])
+def test_a_rule_with_a_condition_applies_only_where_it_holds(facts, applies):
+    rules = policy(m={"fail": 0, "when": "checked"})
+    assert len(judge(result(m=1, **facts), rules)) == applies
+    # Where the condition fails, the rule is neither passed nor missed: there is nothing to say.
+    assert list(not_measured(result(**facts), rules)) == (["m"] if applies else [])
+
+
+def test_a_condition_may_be_a_parameter():
+    assert judge(result(m=1), policy(m={"fail": 0, "when": "k"}))
+    assert not judge(result(m=1), policy(m={"fail": 0, "when": "absent"}))
+
+
 def test_a_parameter_that_is_no_number_leaves_the_rule_unjudged():
     rules = policy(m={"fail": 0.1, "per": "layers"})
     assert judge(result(m=5.0), rules) == []
@@ -173,6 +186,7 @@ def test_a_policy_survives_being_written_as_plain_values():
         ("[mode]\na = {warn = 1}", r"unknown analysis 'mode'; known: made, other"),
         ("[made]\nb = {warn = 1}", r"made has no metric 'b'; it has: a"),
         ("[made]\na = {warn = 1, per = 'q'}", r"made has no parameter 'q'; it has: k"),
+        ("[made]\na = {warn = 1, when = 'q'}", r"made has no 'q'; it has: k, a"),
     ],
 )
 def test_names_in_a_policy_file_must_exist(register, tmp_path, text, message):
