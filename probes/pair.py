@@ -98,6 +98,10 @@ class CheckpointPair:
                 return True
         return _same(self.base.matrix(name)[:rows], self.tuned.matrix(other)[:rows])
 
+    def counterpart(self, name: str) -> Matrix:
+        """A matrix as the tuned checkpoint names and stores it."""
+        return self.tuned.matrices[self._other(name)]
+
     def delta(self, name: str) -> LowRank | None:
         """What adapters add to the base's matrix, as factors; None if nothing, or if it is no product."""
         other, rows = self._other(name), self.matrices[name].rows
@@ -241,7 +245,8 @@ class CheckpointPair:
 def _same_weights(first: Checkpoint | None, second: Checkpoint | None) -> bool:
     if first is None or second is None:
         return False
-    return first is second or first.stamp() == second.stamp()
+    # The stamp of weights in memory is their hash: not worth taking where it cannot be equal.
+    return first is second or (type(first.source) is type(second.source) and first.stamp() == second.stamp())
 
 
 def _same(base: Tensor, tuned: Tensor) -> bool:
