@@ -41,7 +41,6 @@ class Recurrence:
         residual: (vectors,) bound on the norm of what the recurrence leaves over, rounding included.
         norm: (vectors,) length of the starting vector.
         inverse: whether the operator is the inverse of A, so that its eigenvalues are 1/x.
-        window: singular values closer than this count as one group (`linalg.DEGENERATE` times the largest).
     """
 
     alpha: NDArray[np.float64]
@@ -49,7 +48,6 @@ class Recurrence:
     residual: NDArray[np.float64]
     norm: NDArray[np.float64]
     inverse: bool = False
-    window: float = 0.0
 
     def bound(self, vector: NDArray[np.intp], low: NDArray, high: NDArray) -> NDArray[np.float64]:
         """|⟨u, y⟩| at most, for eigenvectors of A with eigenvalue in [low, high], elementwise.
@@ -58,8 +56,6 @@ class Recurrence:
             vector: row of the recurrence for each cell.
             low, high: the cell, eigenvalues of A, low <= high; low > 0 for the inverse.
         """
-        low = np.maximum(np.sqrt(low) - self.window, 0) ** 2
-        high = (np.sqrt(high) + self.window) ** 2
         unbounded = self.inverse & (low == 0)
         if self.inverse:
             low, high = 1 / high, 1 / np.where(unbounded, high, low)
@@ -90,18 +86,21 @@ def largest_cosines(
     extra: "Extra",
     span: tuple[float, float],
     target: NDArray[np.float64],
+    window: float,
     slack: float = 0.02,
 ) -> NDArray[np.float64]:
     """An upper bound on every |cosine|, for each vector; `inf` where it exceeds the vector's target.
 
-    At each cell the smallest of the recurrences' bounds holds.  A cell is accepted once its bound is below
-    the target and no more than `slack` above what its midpoint alone would give.
+    At each cell the smallest of the recurrences' bounds holds.  Cells are halved until each has a bound below
+    the target, and none that raises the vector's bound lies more than `slack` above its own midpoint's.
 
     Args:
         recurrences: one or more of the same vectors.
         extra: what deflated directions may add at an eigenvalue.
         span: smallest and largest eigenvalue that can occur.
         target: cosine per vector below which a decision is wanted.
+        window: singular values closer than this count as one group.
+        slack: what a bound may lie above the best that its cell allows.
     """
     low, high = span
     edges = np.concatenate([[low], np.geomspace(max(low, 1e-7 * high), high, 65)])
@@ -113,13 +112,13 @@ def largest_cosines(
     spent = 0
     while len(vector):
         spent += len(vector)
-        bound = _least(recurrences, vector, a, b) + extra.at(vector, a, b)
+        bound = _least(recurrences, extra, vector, a, b, window)
         # Only a cell that would raise the vector's bound is worth tightening.
         fine = (bound < target[vector]) & (bound <= best[vector] + slack)
         np.maximum.at(best, vector[fine], bound[fine])
         vector, a, b, bound = vector[~fine], a[~fine], b[~fine], bound[~fine]
         middle = np.where((a > 0) & (b > 4 * a), np.sqrt(a * b), (a + b) / 2)
-        point = _least(recurrences, vector, middle, middle) + extra.at(vector, middle, middle)
+        point = _least(recurrences, extra, vector, middle, middle, window)
         fine = (bound < target[vector]) & (bound <= point + slack)
         np.maximum.at(best, vector[fine], bound[fine])
         best[vector[~fine & ((point >= target[vector]) | (b - a <= 1e-13 * high))]] = np.inf
@@ -131,9 +130,17 @@ def largest_cosines(
     return best
 
 
-def _least(recurrences: list[Recurrence], vector: NDArray[np.intp], low: NDArray, high: NDArray) -> NDArray:
+def _least(
+    recurrences: list[Recurrence],
+    extra: "Extra",
+    vector: NDArray[np.intp],
+    low: NDArray,
+    high: NDArray,
+    window: float,
+) -> NDArray[np.float64]:
+    low, high = np.maximum(np.sqrt(low) - window, 0) ** 2, (np.sqrt(high) + window) ** 2
     bounds = [recurrence.bound(vector, low, high) for recurrence in recurrences]
-    return np.minimum.reduce(bounds)
+    return np.minimum.reduce(bounds) + extra.at(vector, low, high)
 
 
 @dataclass(frozen=True)
@@ -218,7 +225,7 @@ class Lanczos:
             rest = torch.where(exhausted[:, None], fresh, rest)
         return rest / torch.linalg.vector_norm(rest, dim=1, keepdim=True)
 
-    def recurrence(self, rows: list[int], window: float, inverse: bool = False) -> Recurrence:
+    def recurrence(self, rows: list[int], inverse: bool = False) -> Recurrence:
         """The coefficients so far of the vectors `rows`."""
         alpha, beta = torch.stack(self.alpha, dim=1)[rows], torch.stack(self.beta, dim=1)[rows]
         residual = self.leftover[rows].sqrt() + self.rounding[rows].sqrt()
@@ -229,5 +236,4 @@ class Lanczos:
             residual=np.maximum(residual.cpu().numpy(), LEAST_RESIDUAL * scale),
             norm=self.norm[rows].cpu().numpy(),
             inverse=inverse,
-            window=window,
         )

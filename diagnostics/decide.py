@@ -42,7 +42,7 @@ class Decision:
     singular_values: NDArray[np.float64]
     low: NDArray[np.float64]
     high: NDArray[np.float64]
-    tier: NDArray[np.str_]
+    tier: list[str]
     base_values: NDArray[np.float64]
     tuned_values: NDArray[np.float64]
     overlap: NDArray[np.float64]
@@ -59,7 +59,7 @@ def decide_exactly(
         singular_values=exact.tuned_values[:k].cpu().numpy(),
         low=cosines,
         high=cosines,
-        tier=np.full(k, "exact", dtype="<U8"),
+        tier=["exact"] * k,
         base_values=exact.base_values[:shown].cpu().numpy(),
         tuned_values=exact.tuned_values[:shown].cpu().numpy(),
         overlap=exact.overlap.cpu().numpy(),
@@ -104,7 +104,7 @@ class _Search:
         self.width = 2 * BLOCK * (1 + (k + BLOCK - 1) // (2 * BLOCK))
         self.low = np.zeros(k)
         self.high = np.ones(k)
-        self.tier = np.full(k, "", dtype="<U8")
+        self.tier = [""] * k
 
     def random(self, rows: int, columns: int) -> Tensor:
         return torch.randn(
@@ -157,7 +157,7 @@ class _Search:
         own = np.cos(np.maximum(angle - slack, 0))[at, np.arange(self.k)]
         # The squares of all cosines add up to at most 1.
         self.high = np.maximum(own, np.sqrt(np.maximum(1 - self.low**2, 0)))
-        self.tier[:] = np.where(self.low >= self.epsilon, "subspace", "")
+        self.tier = ["subspace" if cosine >= self.epsilon else "" for cosine in self.low]
         self.cosines, self.sine = cosines, sine
 
     def certify(self) -> bool:
@@ -221,10 +221,10 @@ class _Search:
         for most in steps:
             for run in runs:
                 run.extend(most - len(run.alpha))
-            recurrences = [run.recurrence(left, window, inverse=i > 0) for i, run in enumerate(runs)]
+            recurrences = [run.recurrence(left, inverse=i > 0) for i, run in enumerate(runs)]
             rows = Extra(extra.values, extra.residuals, extra.cosines[left], extra.error[left])
             target = np.full(len(left), self.epsilon)
-            bound = christoffel.largest_cosines(recurrences, rows, span, target)
+            bound = christoffel.largest_cosines(recurrences, rows, span, target, window)
             for row, cosine in zip(left, bound, strict=True):
                 if cosine < self.epsilon:
                     self.high[open_[row]] = max(cosine, self.low[open_[row]])

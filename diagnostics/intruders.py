@@ -175,7 +175,7 @@ def examine(pair: CheckpointPair, name: str, settings: Settings, verify: bool) -
     else:
         decision = decide(base, tuned, depth, settings.epsilon, generator)
     verified = None
-    if verify and applicable and (decision.tier != "exact").any():
+    if verify and applicable and not set(decision.tier) <= {"exact"}:
         exact = decide_exactly(base, tuned, depth)
         verified = agrees(decision, exact, settings.epsilon)
         if not verified:
@@ -290,7 +290,7 @@ def intruder_dimensions(
     if chosen and not any(each.verified is not None for each in results):
         # Those chosen were frozen or small enough to be decomposed anyway: take one decided in tiers.
         for i, each in enumerate(results):
-            if each.decision is not None and (each.decision.tier != "exact").any():
+            if each.decision is not None and not set(each.decision.tier) <= {"exact"}:
                 results[i] = examine(pair, each.matrix.name, settings, verify=True)
                 break
     return summarise(results, k=k, epsilon=epsilon, side=side, full_finetune=full_finetune)
@@ -423,7 +423,7 @@ def _vector_rows(each: Examined, k: int, epsilon: float) -> Iterable[dict[str, A
             "singular_value": d.singular_values[j],
             "cosine_low": d.low[j],
             "cosine_high": d.high[j],
-            "tier": str(d.tier[j]),
+            "tier": d.tier[j],
             "intruder": bool(d.high[j] < epsilon and j < k and each.status == "measured"),
             "on_threshold": bool(
                 d.low[j] == d.high[j] and abs(d.low[j] - epsilon) < ON_THRESHOLD and each.status == "measured"
