@@ -86,8 +86,8 @@ def draw_where(matrices: pd.DataFrame, k: int) -> "go.Figure":
             figure.add_trace(trace.update(colorscale=[(0, grey), (1, grey)], showscale=False))
     part = cells[cells["status"] == MEASURED]
     part = part.assign(sign=part["intruders"].astype(str))
-    top = max(k, int(part["intruders"].max())) if len(part) else k
-    trace = heatmap(part, layers, components, name="intruders", zmin=0, zmax=top)
+    most = max([k, *part["intruders"]])
+    trace = heatmap(part, layers, components, name="intruders", zmin=0, zmax=most)
     figure.add_trace(trace.update(colorbar_title_text="intruders"))
     figure.update_xaxes(type="category", categoryorder="array", categoryarray=layers, showgrid=False)
     figure.update_yaxes(type="category", autorange="reversed", showgrid=False)
@@ -99,18 +99,21 @@ def heatmap(cells: pd.DataFrame, layers: list[str], components: list[str], **loo
     import plotly.graph_objects as go
 
     def grid(column: str) -> pd.DataFrame:
-        return cells.pivot(index="component", columns="layer", values=column).reindex(
-            index=components, columns=layers
-        )
+        table = cells.pivot(index="component", columns="layer", values=column)
+        return table.reindex(index=components, columns=layers)
+
+    def texts(column: str) -> pd.DataFrame:
+        table = grid(column).astype(object)
+        return table.where(table.notna(), "")
 
     signs = len(layers) * len(components) <= 700  # beyond that they no longer fit into the cells
     return go.Heatmap(
         z=grid("intruders"),
         x=layers,
         y=[theme.verbatim(component) for component in components],
-        text=grid("sign").fillna(""),
+        text=texts("sign"),
         texttemplate="%{text}" if signs else None,
-        customdata=grid("label").fillna(""),
+        customdata=texts("label"),
         hovertemplate="%{customdata}<extra></extra>",
         xgap=2,
         ygap=2,
@@ -118,7 +121,7 @@ def heatmap(cells: pd.DataFrame, layers: list[str], components: list[str], **loo
     )
 
 
-def label(row: Mapping[str, Any]) -> str:
+def label(row: Mapping[Any, Any]) -> str:
     """What a matrix says when pointed at."""
     text = f"<b>{theme.verbatim(row['matrix'])}</b>"
     if row["status"] != MEASURED:
@@ -145,11 +148,8 @@ def draw_cosines(vectors: pd.DataFrame, matrices: pd.DataFrame, epsilon: float) 
     seen = vectors.dropna(subset=["cosine_low", "cosine_high"]).reset_index(drop=True)
     intruder = seen["intruder"].astype(bool)
     title = f"{intruder.sum():,} of {len(seen):,} leading tuned directions come near no base direction"
-    title += (
-        "; lines: what a certified interval leaves open"
-        if (seen["cosine_low"] < seen["cosine_high"]).any()
-        else ""
-    )
+    if (seen["cosine_low"] < seen["cosine_high"]).any():
+        title += "; lines: what a certified interval leaves open"
     x, y = "rank of the tuned singular value", "|cosine| with nearest base vector"
     figure = theme.figure(title=title, x=x, y=y)
     # Matrices lie side by side within a rank, in file order: the same matrix lines up across ranks.
