@@ -1,1 +1,42 @@
-"""What is concluded from models: one module an analysis, and the audit that runs them."""
+"""What is concluded from models: one module an analysis, and the audit that runs them.
+
+`diagnostics.audit.audit` runs them all; each can be called alone.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diagnostics.analysis import Result as Result
+    from diagnostics.analysis import analyses as analyses
+    from diagnostics.intruders import intruder_dimensions as intruder_dimensions
+    from diagnostics.policy import Finding as Finding
+    from diagnostics.policy import Policy as Policy
+    from diagnostics.policy import default_policy as default_policy
+    from diagnostics.policy import load_policy as load_policy
+    from diagnostics.store import Audit as Audit
+    from diagnostics.store import load as load
+
+# Loaded when asked for: the command line imports this package and must not wait for torch.
+EXPORTS = {
+    "Audit": "diagnostics.store",
+    "Finding": "diagnostics.policy",
+    "Policy": "diagnostics.policy",
+    "Result": "diagnostics.analysis",
+    "analyses": "diagnostics.analysis",
+    "default_policy": "diagnostics.policy",
+    "intruder_dimensions": "diagnostics.intruders",
+    "load": "diagnostics.store",
+    "load_policy": "diagnostics.policy",
+}
+__all__ = sorted(EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in EXPORTS:
+        raise AttributeError(f"module 'diagnostics' has no attribute {name!r}")
+    return getattr(import_module(EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(EXPORTS)

@@ -123,8 +123,8 @@ def analysis(
         cost: what it costs to run, in words.
         draw: from a result to its figures by name.
         summary: from a result to the one line that a reader wants first.
-        metrics: every metric it can give and what it says, in a line; a policy may name these. Left out, any
-            name is taken and none is checked.
+        metrics: every metric it can give, the most telling first, and what it says; a policy may name these.
+            Left out, any name is taken and none is checked.
     """
 
     def register(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -142,8 +142,13 @@ def analysis(
             bound.apply_defaults()
             used = {k: v for k, v in bound.arguments.items() if k in parameters and k not in EXECUTION}
             result = function(*args, **kwargs)
-            undeclared = sorted(set(result.metrics) - set(metrics)) if metrics else []
-            assert not undeclared, f"{name} gave metrics that its registration does not list: {undeclared}"
+            if metrics is not None:
+                undeclared = sorted(set(result.metrics) - set(metrics))
+                assert not undeclared, (
+                    f"{name} gave metrics that its registration does not list: {undeclared}"
+                )
+                ordered = {metric: result.metrics[metric] for metric in metrics if metric in result.metrics}
+                result = replace(result, metrics=ordered)
             return replace(result, analysis=name, parameters=plain(used))
 
         REGISTRY[name] = Analysis(

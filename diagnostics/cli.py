@@ -155,6 +155,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print the JSON and nothing e
 Quiet = Annotated[
     bool, typer.Option("--quiet", help="Print nothing: the exit code and the files say it all.")
 ]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Forget what an earlier run left in --out.")]
+Device = Annotated[str, typer.Option(metavar="D", help="auto, cpu, cuda or cuda:N.")]
 Base = Annotated[str, typer.Argument(metavar="BASE", help="Directory, file or hub id (`org/name@revision`).")]
 Tuned = Annotated[str, typer.Argument(metavar="TUNED", help="The same, or an adapter.")]
 
@@ -171,13 +173,13 @@ def run_options(
         typer.Option("--set", metavar="ANALYSIS.PARAM=VALUE", help="A parameter in place of its default."),
     ] = None,
     policy: Annotated[str | None, typer.Option(metavar="F", help="A TOML file of thresholds.")] = None,
-    device: Annotated[str, typer.Option(metavar="D", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
     dtype: Annotated[str | None, typer.Option(metavar="D", help="Of the arithmetic.")] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="For what is drawn at random.")] = 0,
     engine: Annotated[
         str, typer.Option(metavar="E", help="local, local:N, dask://HOST:PORT or ray://HOST:PORT.")
     ] = "local",
-    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what an earlier run left in --out.")] = False,
+    fresh: Fresh = False,
 ) -> dict[str, Any]:
     """What every command that audits takes, as `diagnostics.audit.audit` takes it."""
     from diagnostics.settings import parse
@@ -266,6 +268,60 @@ def run_series(
     for audit in made.audits:
         terminal.failures(audit)
     raise typer.Exit(made.exit_code)
+
+
+@main.command("mitigate")
+def run_mitigate(
+    base: Base,
+    tuned: Tuned,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A directory that does not exist yet.")],
+    scale: Annotated[float, typer.Option(help="0 removes an intruder, 1 leaves it.")] = 0.7,
+    mode: Annotated[
+        Literal["top", "all", "update", "neighbour"],
+        typer.Option(
+            help="The highest-ranked intruder of each matrix (the paper's), all of them, or a control: the "
+            "whole update, a neighbouring direction."
+        ),
+    ] = "top",
+    k: Annotated[int, typer.Option("--k", help="Leading directions looked at in each matrix.")] = 10,
+    epsilon: Annotated[float, typer.Option(help="Cosine under which a direction counts as new.")] = 0.5,
+    full: Annotated[bool, typer.Option("--full", help="Write full weights even of an adapter.")] = False,
+    device: Device = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a tuned checkpoint with its intruders damped."""
+    from diagnostics import machine, terminal
+    from diagnostics.disk import to_json
+    from diagnostics.mitigate import mitigate
+
+    place = machine.device(device)
+    with terminal.bars(show=not quiet) as progress:
+        shown = functools.partial(progress, "mitigate") if progress else None
+        made = mitigate(
+            base, tuned, out, scale=scale, mode=mode, k=k, epsilon=epsilon, full=full or None, device=place,
+            progress=shown,
+        )  # fmt: skip
+    if as_json:
+        typer.echo(to_json(made.describe()), nl=False)
+    elif not quiet:
+        terminal.say(made.summary(), *made.notes, f"written  {made.out}")
+
+
+@main.command("demo")
+def run_demo(out: Out = Path("demo-audit"), fresh: Fresh = False, quiet: Quiet = False) -> None:
+    """Audit the bundled checkpoints and explain what was found."""
+    from diagnostics import terminal
+    from diagnostics.demo import demo
+
+    with interruptible(out), terminal.bars(show=not quiet) as progress:
+        made = demo(out, fresh=fresh, progress=progress)
+    if not quiet:
+        terminal.explanation(made)
+    for audit in made.values():
+        terminal.failures(audit)
+    # That a model is found unfit is what the demonstration is about.
+    raise typer.Exit(max(code for code in (0, *(audit.exit_code for audit in made.values())) if code != 1))
 
 
 @main.command("report")

@@ -148,6 +148,33 @@ def failures(audit: "Audit") -> None:
         trouble(f"{name}: {made.reason}")
 
 
+def explanation(audits: "Mapping[str, Audit]") -> None:
+    """Several models tuned from one base: what each is found to be, and how to read it."""
+    from diagnostics.analysis import find
+
+    width = max(map(len, audits), default=0)
+    say(f"{len(audits)} models tuned from one small base, each against it:", "")
+    for name, made in audits.items():
+        say(Text.assemble("  ", name.ljust(width), "  ", coloured(made.verdict.upper(), 4)))
+        for analysis, result in made.results.items():
+            say(f"  {' ' * width}  {analysis}: {plain(result.summary())}")
+    for analysis in dict.fromkeys(name for made in audits.values() for name in made.results):
+        record = find(analysis)
+        say("", Text.assemble((analysis, "bold"), f": {record.question}"), f"  {record.reading}")
+        say(f"  Source: {record.paper}")
+    told: dict[tuple[str, str, str, str], list[str]] = {}
+    for name, made in audits.items():
+        for each in made.findings:
+            told.setdefault((each.severity, each.metric, each.message, each.source), []).append(
+                f"{name} {each.value:.4g}"
+            )
+    for (severity, metric, message, source), names in told.items():
+        say("", Text.assemble("  ", coloured(severity), f"  {metric}: {', '.join(names)}"))
+        say(f"        {plain(message)}", Text(f"        threshold: {plain(source)}", style="dim"))
+    say("", *(f"report   {made.path / 'report.html'}" for made in audits.values() if made.path is not None))
+    say("", "The same for yours:  tunescope audit BASE TUNED")
+
+
 def registry(records: "Mapping[str, Analysis]") -> None:
     """The analyses that are installed."""
     from diagnostics.inputs import OPTIONS

@@ -47,6 +47,14 @@ def test_a_metric_that_the_registration_does_not_list_is_a_mistake_of_the_analys
         measure()
 
 
+def test_metrics_come_in_the_order_of_the_registration(register):
+    given = {"a": 1, "b": 2}
+    measure = register(
+        "made", lambda: Result(metrics=given, tables={}), metrics={"b": "…", "c": "…", "a": "…"}
+    )
+    assert list(measure().metrics) == ["b", "a"]
+
+
 def test_an_unknown_analysis_is_refused_with_the_installed_ones(register):
     register("one", nothing)
     register("two", nothing)
@@ -144,3 +152,21 @@ def test_what_json_has_no_word_for_is_kept_by_its_name(tmp_path):
         "out": str(tmp_path),
         "names": ["a", "b"],
     }
+
+
+def test_everything_that_the_package_exports_is_there():
+    import diagnostics
+
+    for name in dir(diagnostics):
+        assert getattr(diagnostics, name).__name__ == name
+    with pytest.raises(AttributeError, match="module 'diagnostics' has no attribute 'nothing'"):
+        _ = diagnostics.nothing
+
+
+def test_every_installed_analysis_is_exported_by_its_function():
+    import diagnostics
+
+    functions = [record.function for record in analyses().values()]
+    ours = {each.__name__ for each in functions if each.__module__.startswith("diagnostics.")}
+    assert "intruder_dimensions" in ours
+    assert ours <= set(dir(diagnostics))

@@ -6,8 +6,10 @@ import subprocess
 import sys
 import time
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from diagnostics import cli, disk
@@ -400,6 +402,55 @@ def test_a_series_is_a_table_of_both_comparisons(norms, checkpoints, tmp_path):
     ]
     told = json.loads(run("series", base, tuned, base, "--out", tmp_path / "out", "--json").stdout)
     assert [each["against_first"]["metrics"]["norms"]["norm"] for each in told["checkpoints"]] == [4.0, 0.0]
+
+
+def test_a_mitigated_checkpoint_is_written_where_it_was_asked_for(checkpoints, tmp_path):
+    from safetensors.torch import load_file
+
+    arguments = ("mitigate", *checkpoints, "--out", tmp_path / "out", "--mode", "update", "--scale", "0.5")
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.endswith(f"written  {tmp_path / 'out'}\n")
+    base, made = (load_file(f"{place}/model.safetensors") for place in (checkpoints[0], tmp_path / "out"))
+    for name, value in base.items():
+        torch.testing.assert_close(made[name], value + 0.25)  # half of the 0.5 that tuning added
+    assert "is not empty" in told(run(*arguments))
+    described = json.loads(run(*arguments[:4], tmp_path / "other", *arguments[5:], "--json").stdout)
+    assert (described["mode"], described["scale"]) == ("update", 0.5)
+
+
+@pytest.fixture
+def bundled(checkpoints, norms, monkeypatch):
+    from diagnostics import demo
+    from diagnostics.policy import parse
+
+    rules = parse({"norms": {"norm": {"fail": 1, "source": "made up"}}}, "a test")
+    monkeypatch.setattr("diagnostics.audit.default_policy", lambda: rules)
+    monkeypatch.setattr(demo, "BUNDLED", Path(checkpoints[0]).parent)
+
+
+def test_the_demonstration_explains_what_it_found_and_ends_well(bundled, tmp_path):
+    result = run("demo", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output  # although the model fails its policy
+    assert "tuned  FAIL" in result.stdout
+    assert "norms: What does norms find?\n  0 is nothing." in result.stdout
+    assert "fail  norm: tuned 4\n        norm is 4, above 1\n        threshold: made up" in result.stdout
+    assert f"report   {tmp_path / 'out/tuned/report.html'}" in result.stdout
+
+
+def test_a_demonstration_that_breaks_does_not_end_well(bundled, register, tmp_path):
+    def broken(pair):
+        raise RuntimeError("boom")
+
+    register("broken", broken)
+    assert run("demo", "--out", tmp_path / "out").exit_code == 3
+
+
+def test_a_demonstration_without_its_checkpoints_says_so(bundled, tmp_path, monkeypatch):
+    monkeypatch.setattr("diagnostics.demo.BUNDLED", tmp_path / "nowhere")
+    assert "the bundled checkpoints are missing from this installation" in told(
+        run("demo", "--out", tmp_path)
+    )
 
 
 # --- commands of other packages ---
