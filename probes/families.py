@@ -79,7 +79,7 @@ EMBEDDINGS = _by_path(
 )
 UNEMBEDDING = (
     r"(?:^|\.)(?:(?:generator_)?lm_head(?:\.decoder|\.out_proj)?|embed_out|output_layer|predictions\.decoder"
-    r"|vocab_projector|pred_layer\.proj)$|^(?:output|proj_out|output_projection)$"
+    r"|vocab_projector|pred_layer\.proj)$|^(?:output|decoder|lm_loss|proj_out|output_projection)$"
 )
 HEAD = r"(?:^|[._])(?:heads?|score|classifier|pooler|qa_outputs|cls|predictions|vocab_\w+|logits)(?:\.|$)"
 
@@ -156,7 +156,7 @@ FUSED_WITH_BIAS = {
 }
 CODEGEN_RANKS = 4  # the accelerators that CodeGen was trained on, frozen into its layout
 HEAD_KEYS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
-KV_HEAD_KEYS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num")
+KV_HEAD_KEYS = ("num_kv_heads", "n_head_kv", "multi_query_group_num", "num_key_value_heads")
 
 # Stored as (in, out): Conv1D of GPT-2 and its kin (where the shapes say so), and products written x @ W.
 CONV1D = r"\.(?:c_attn|c_proj|c_fc|q_attn)\.weight$"

@@ -61,17 +61,18 @@ def _places(names: Iterable[str]) -> dict[str, _Place]:
         for name, block in blocks.items()
         if block
     }
-    # The first block of stage 1 follows the last of stage 0.
-    stacks: dict[str, list[tuple[int, ...]]] = {}
+    # The first block of stage 1 follows the last of stage 0; what a stage has beside its blocks is in none.
+    stages: dict[str, list[tuple[int, ...]]] = {}
     for stack, index in sorted(set(indices.values())):
-        stacks.setdefault(stack, []).append(index)
+        if len(index) > 1:
+            stages.setdefault(stack, []).append(index)
     places = {}
     for name, block in blocks.items():
-        if block is None:
+        stack, index = indices.get(name, ("", ()))
+        if block is None or (stack in stages and index not in stages[stack]):
             places[name] = _outside(name)
         else:
-            stack, index = indices[name]
-            layer = index[0] if len(index) == 1 else stacks[stack].index(index)
+            layer = stages[stack].index(index) if stack in stages else index[0]
             module = _module(name)
             beside_c_proj = f"{module.rpartition('.')[0]}.c_proj.weight" in blocks
             places[name] = _inside(layer, module, module[block.end() :], beside_c_proj)
@@ -155,9 +156,9 @@ class _File:
         return False
 
     @cached_property
-    def configs(self) -> list[Mapping[str, Any]]:
+    def configs(self) -> list[Mapping[Any, Any]]:
         """The config and those nested in it (text_config, ffn_config…), outermost first."""
-        found = [self.config]
+        found: list[Mapping[Any, Any]] = [self.config]
         for config in found:  # grows while it is read
             found += [value for value in config.values() if isinstance(value, Mapping)]
         return found
@@ -225,7 +226,7 @@ class _File:
         place = self.places[whole.tensor]
         biased = families.FUSED_WITH_BIAS if f"{whole.tensor}_bias" in self.headers else FUSED
         layout = next(filter(self.applies, biased.get(place.path, FUSED.get(place.path, ()))), None)
-        if layout is None or whole.rows % len(layout.order) or not self.doubled(layout, whole):
+        if layout is None or not self.doubled(layout, whole):
             yield whole
             return
         groups, shares = self.grouping(layout, whole)
@@ -261,10 +262,10 @@ class _File:
 
     def doubled(self, layout: Fused, whole: Matrix) -> bool:
         """Whether a gated tensor is twice as high as its down projection is wide; if not, it is no such."""
-        down = self.siblings.get((self.places[whole.tensor].parent, "down_proj"))
-        if "gate" not in layout.order or whole.expert is not None or down is None:
+        if "gate" not in layout.order:
             return True
-        return whole.rows == 2 * self.stored(down).columns
+        down = self.siblings.get((self.places[whole.tensor].parent, "down_proj"))
+        return whole.rows == 2 * self.stored(down).columns if down else whole.rows % 2 == 0
 
     def grouping(self, layout: Fused, whole: Matrix) -> tuple[int, tuple[int, ...]]:
         """Number of equal groups of rows, and each part's share of one; 0 groups if the config must tell."""
