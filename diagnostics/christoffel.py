@@ -23,6 +23,8 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diagnostics.linalg import DEGENERATE
+
 # Share of the constraint ‖z‖ ≤ 1 in the combined one: 0.95 costs 2.6 % of the bound when φ vanishes.
 SHARE = 0.95
 # Relative to the largest eigenvalue; below it the recursion's own float64 rounding would show.
@@ -86,7 +88,6 @@ def largest_cosines(
     extra: "Extra",
     span: tuple[float, float],
     target: NDArray[np.float64],
-    window: float,
     slack: float = 0.02,
 ) -> NDArray[np.float64]:
     """An upper bound on every |cosine|, for each vector; `inf` where it exceeds the vector's target.
@@ -99,7 +100,6 @@ def largest_cosines(
         extra: what deflated directions may add at an eigenvalue.
         span: smallest and largest eigenvalue that can occur.
         target: cosine per vector below which a decision is wanted.
-        window: singular values closer than this count as one group.
         slack: what a bound may lie above the best that its cell allows.
     """
     low, high = span
@@ -112,13 +112,13 @@ def largest_cosines(
     spent = 0
     while len(vector):
         spent += len(vector)
-        bound = _least(recurrences, extra, vector, a, b, window)
+        bound = _least(recurrences, extra, vector, a, b)
         # Only a cell that would raise the vector's bound is worth tightening.
         fine = (bound < target[vector]) & (bound <= best[vector] + slack)
         np.maximum.at(best, vector[fine], bound[fine])
         vector, a, b, bound = vector[~fine], a[~fine], b[~fine], bound[~fine]
         middle = np.where((a > 0) & (b > 4 * a), np.sqrt(a * b), (a + b) / 2)
-        point = _least(recurrences, extra, vector, middle, middle, window)
+        point = _least(recurrences, extra, vector, middle, middle)
         fine = (bound < target[vector]) & (bound <= point + slack)
         np.maximum.at(best, vector[fine], bound[fine])
         best[vector[~fine & ((point >= target[vector]) | (b - a <= 1e-13 * high))]] = np.inf
@@ -136,9 +136,9 @@ def _least(
     vector: NDArray[np.intp],
     low: NDArray,
     high: NDArray,
-    window: float,
 ) -> NDArray[np.float64]:
-    low, high = np.maximum(np.sqrt(low) - window, 0) ** 2, (np.sqrt(high) + window) ** 2
+    # Near-degenerate base vectors count as one direction: let no group be cut by a cell's edge.
+    low, high = low * (1 - DEGENERATE) ** 2, high * (1 + DEGENERATE) ** 2
     bounds = [recurrence.bound(vector, low, high) for recurrence in recurrences]
     return np.minimum.reduce(bounds) + extra.at(vector, low, high)
 

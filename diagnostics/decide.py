@@ -170,7 +170,6 @@ class _Search:
         start = self.vectors[:, open_]
         start = start - deflated @ (deflated.mT @ start)
         largest = float(self.ritz0.values[0, 0] + self.ritz0.residuals[0, 0])
-        window = linalg.DEGENERATE * largest**0.5
         extra = Extra(
             values=self.ritz0.values[0, kept].cpu().numpy(),
             residuals=self.ritz0.residuals[0, kept].cpu().numpy(),
@@ -183,7 +182,7 @@ class _Search:
         direct = Lanczos(self._apply, start)
         # What a vector has outside the column space of a tall matrix lies at eigenvalue 0, which no power of
         # W Wᵀ tells from the smallest ones: that takes coordinates inside it.
-        if not tall and not self._run([direct], DIRECT_STEPS, "direct", open_, extra, span, window):
+        if not tall and not self._run([direct], DIRECT_STEPS, "direct", open_, extra, span):
             return True
         factor = Factor.of(self.base, self.random(min(self.base.shape), BLOCK)[0].double())
         if factor is None:
@@ -194,7 +193,7 @@ class _Search:
             direct = Lanczos(factor.apply, inside)
         extra = Extra(extra.values, extra.residuals, extra.cosines, extra.error + factor.coordinate_error)
         span = (factor.smallest, largest)
-        return not self._run([direct, inverse], FACTOR_STEPS, "factor", open_, extra, span, window)
+        return not self._run([direct, inverse], FACTOR_STEPS, "factor", open_, extra, span)
 
     def _apply(self, block: Tensor) -> tuple[Tensor, Tensor]:
         columns = block.shape[1]
@@ -214,7 +213,6 @@ class _Search:
         open_: list[int],
         extra: Extra,
         span: tuple[float, float],
-        window: float,
     ) -> list[int]:
         """Take steps until every open vector is certified; the vectors that are left."""
         left = [row for row, j in enumerate(open_) if self.tier[j] == ""]
@@ -224,7 +222,7 @@ class _Search:
             recurrences = [run.recurrence(left, inverse=i > 0) for i, run in enumerate(runs)]
             rows = Extra(extra.values, extra.residuals, extra.cosines[left], extra.error[left])
             target = np.full(len(left), self.epsilon)
-            bound = christoffel.largest_cosines(recurrences, rows, span, target, window)
+            bound = christoffel.largest_cosines(recurrences, rows, span, target)
             for row, cosine in zip(left, bound, strict=True):
                 if cosine < self.epsilon:
                     self.high[open_[row]] = max(cosine, self.low[open_[row]])

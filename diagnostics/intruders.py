@@ -333,8 +333,8 @@ def summarise(results: list[Examined], *, k: int, epsilon: float, side: str, ful
     if metrics["not_applicable"]:
         notes.append(
             f"{metrics['not_applicable']} matrices are too small: they have fewer than k = {k} vectors, or "
-            f"chance alone reaches {LARGEST_FLOOR:g} of epsilon = {epsilon:g}. They are not counted; a larger "
-            "epsilon admits more."
+            f"chance alone reaches {LARGEST_FLOOR:g} of epsilon = {epsilon:g}. They are not counted; a "
+            "larger epsilon admits more."
         )
     checked = [each.verified for each in results if each.verified is not None]
     if checked:

@@ -14,7 +14,7 @@ from torch import Tensor
 # Squaring the condition number costs half the digits: below this ratio of the smallest to the largest
 # singular value a float64 Gram matrix no longer separates the small vectors.
 GRAM_CONDITION = 1e-6
-# Base singular values closer than this share of the largest one have no vectors of their own.
+# Base singular values closer than this share of themselves have no vectors of their own.
 DEGENERATE = 1e-6
 
 
@@ -64,25 +64,26 @@ def grouped_cosines(
     """For each vector the largest |cosine| with the base's left singular vectors, both guards applied.
 
     Rank guard: vectors with `s <= max(out, in) · eps · s_1` span an arbitrary null space and are dropped.
-    Degeneracy guard: around each base value the vectors within 1e-6 s_1 count as one subspace, since
-    inside it the basis is arbitrary.
+    Degeneracy guard: around each base value s the vectors within 1e-6 s count as one subspace, since inside
+    it the basis is arbitrary. (Within 1e-6 s_1, everything that small would be one subspace, and a float32
+    matrix of low rank would own every direction.)
 
     Args:
         U, S: the base's left singular vectors and values, descending, float64.
         vectors: unit vectors, float64.
         columns: in_features of the base.
     """
-    null = max(U.shape[0], columns) * torch.finfo(torch.float64).eps * S[0]
-    kept = S > null
+    kept = (S / S[0].clamp(min=torch.finfo(S.dtype).tiny)) > max(U.shape[0], columns) * torch.finfo(
+        S.dtype
+    ).eps
     if not kept.any():  # a base of zeros has no direction at all
         return torch.zeros(vectors.shape[1], dtype=vectors.dtype, device=vectors.device)
     U, S = U[:, kept], S[kept]
     mass = torch.zeros(len(S) + 1, vectors.shape[1], dtype=U.dtype, device=U.device)
     torch.cumsum((U.mT @ vectors).square(), dim=0, out=mass[1:])
-    width = DEGENERATE * S[0]
     rising = S.flip(0).contiguous()
-    first = len(S) - torch.searchsorted(rising, S + width, right=True)
-    last = len(S) - torch.searchsorted(rising, S - width)
+    first = len(S) - torch.searchsorted(rising, S * (1 + DEGENERATE), right=True)
+    last = len(S) - torch.searchsorted(rising, S * (1 - DEGENERATE))
     # A difference of running sums loses what is far below 1: take single vectors from their own cosine.
     alone = (last - first == 1).unsqueeze(1)
     single = (U.mT @ vectors).square()

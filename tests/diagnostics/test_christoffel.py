@@ -26,7 +26,6 @@ def bounds(W, vectors, steps, *, deflated=None, target=NEVER, factor=None):
     W = W.double()
     U, S = linalg.left_singular(W)
     largest = float(S[0] ** 2) * (1 + 1e-9)
-    window = linalg.DEGENERATE * float(S[0])
     V = torch.zeros(W.shape[0], 0, dtype=W.dtype) if deflated is None else U[:, :deflated]
     start = vectors - V @ (V.mT @ vectors)
     extra = Extra(
@@ -45,7 +44,7 @@ def bounds(W, vectors, steps, *, deflated=None, target=NEVER, factor=None):
     for run in runs:
         run.extend(steps)
     recurrences = [run.recurrence(rows, inverse=i > 0) for i, run in enumerate(runs)]
-    found = largest_cosines(recurrences, extra, (low, largest), np.full(len(rows), target), window)
+    found = largest_cosines(recurrences, extra, (low, largest), np.full(len(rows), target))
     return found, linalg.grouped_cosines(U, S, vectors, W.shape[1]).numpy()
 
 

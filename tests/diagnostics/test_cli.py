@@ -19,6 +19,7 @@ from diagnostics.cli import main
 # A program that has one made-up analysis in place of the installed ones: as slow as its environment says.
 DRIVER = """
 import os, resource, signal, sys, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from diagnostics import analysis
 from diagnostics.analysis import Result
@@ -38,6 +39,14 @@ def slow():
 def quick():
     with open(os.environ["RUNS"], "a") as runs:
         runs.write("x")
+
+def endless(self):
+    with ThreadPoolExecutor(1) as pool:
+        list(pool.map(time.sleep, [600]))
+
+if "HASHING" in os.environ:
+    from probes.checkpoint import Checkpoint
+    Checkpoint.describe = endless
 
 register("a_quick", quick)
 register("b_slow", slow)
@@ -317,6 +326,13 @@ def test_an_interrupt_is_one_line_that_says_what_is_kept(driver, checkpoints, tm
     code, out, err = finish(process)
     kept = "1 finished analyses are kept in audit; the same command goes on from there"
     assert (code, out, err) == (130, "", f"tunescope: interrupted; {kept}\n")
+
+
+def test_an_interrupt_does_not_wait_for_the_fingerprint_of_a_large_checkpoint(driver, checkpoints, tmp_path):
+    process = driver("audit", *checkpoints, "--quiet", slow=600, HASHING="1")
+    wait_for(tmp_path / "started")
+    process.send_signal(signal.SIGINT)
+    assert finish(process)[0] == 130
 
 
 def test_two_audits_into_one_directory_are_refused(driver, checkpoints, tmp_path):
