@@ -8,6 +8,8 @@ import ast
 import functools
 import importlib.util
 import os
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import EntryPoint, entry_points, version
@@ -58,7 +60,13 @@ class Commands(TyperGroup):
             if os.environ.get("TUNESCOPE_TRACEBACK"):
                 raise
             code = explain(error)
-        raise SystemExit(code if isinstance(code, int) else 0)
+        code = code if isinstance(code, int) else 0
+        if any(thread.name == "fingerprints" for thread in threading.enumerate()):
+            # Stopped early: Python would wait for the hashing of what may be many gigabytes.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        raise SystemExit(code)
 
     def invoke(self, ctx: Any) -> Any:
         """Run, and let an interrupt through that Typer would swallow."""
