@@ -193,6 +193,39 @@ def agrees(decision: Decision, exact: Decision, epsilon: float) -> bool:
     return bool(((same & held) | near | np.isnan(exact.low)).all())
 
 
+METRICS = {
+    "intruders": "leading directions of tuned that no base vector comes near, all matrices together",
+    "intruders_per_matrix": "their mean over the matrices counted, frozen ones included",
+    "intruders_per_changed_matrix": "their mean over the matrices that tuning changed",
+    "rate": "their share of the directions examined",
+    "matrices": "matrices counted, changed or frozen",
+    "changed": "matrices that tuning changed",
+    "frozen": "matrices that are bit for bit those of the base",
+    "not_applicable": "matrices too small to tell a new direction from chance; not counted",
+    "on_threshold": "directions so near epsilon that rounding decides",
+    "verified": "matrices decided again by the full decomposition",
+    "disagreements": "of these, matrices decided otherwise; 0 unless this program is at fault",
+    "descendant": "0 when tuned does not descend from this base, and no intruders are counted",
+    "intruders_in_full_finetune": "the intruders again, of a run said to be a full fine-tune",
+}
+
+
+def summary(result: Result) -> str:
+    """How many of the directions examined are new, in how many matrices, and where most."""
+    metrics, matrices = result.metrics, result.tables["matrices"]
+    if not metrics["descendant"]:
+        return "tuned does not descend from this base"
+    if not metrics["changed"]:
+        return f"none of the {metrics['matrices']} matrices that can be examined was changed"
+    text = f"{metrics['intruders']} of {int(matrices['examined'].sum())} leading directions are new"
+    flagged = matrices[matrices["intruders"] > 0]
+    if len(flagged):
+        worst = flagged["matrix"].iloc[int(flagged["intruders"].argmax())]
+        text += f", in {len(flagged)} of {metrics['matrices']} matrices, most in {worst}"
+    floor = matrices.loc[matrices["status"] == "measured", "floor"].max()
+    return f"{text} (epsilon {result.parameters['epsilon']:g}, random floor at most {floor:.2g})"
+
+
 @analysis(
     "intruders",
     question="Did tuning add dominant directions that the base does not have?",
@@ -206,6 +239,8 @@ def agrees(decision: Decision, exact: Decision, epsilon: float) -> bool:
     paper="arXiv:2410.21228",
     cost="two passes over the weights and seconds for a matrix of 4096 rows; no data, no model run",
     draw=draw,
+    summary=summary,
+    metrics=METRICS,
 )
 def intruder_dimensions(
     pair: CheckpointPair,
