@@ -14,19 +14,27 @@ if TYPE_CHECKING:
 MEASURED = "measured"
 # Cells that hold no count: how strong their grey is, and the sign that tells them apart without colour.
 UNCOUNTED = {"frozen": (0.15, "="), "not applicable": (0.4, "×")}
+# Components in the order in which a block computes them; others follow by name.
+FLOW = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def draw(result: Result) -> "dict[str, go.Figure]":
     """The pictures; one whose table is missing or empty is left out."""
     tables = {name: table for name, table in result.tables.items() if len(table)}
-    if not {"matrices", "vectors"} <= set(tables):
-        return {}
-    matrices, vectors = tables["matrices"], tables["vectors"]
     k, epsilon = result.parameters["k"], result.parameters["epsilon"]
-    figures = {
-        "where": draw_where(matrices, k),
-        "cosines": draw_cosines(vectors, matrices, epsilon),
-    }
+    matrices = result.tables["matrices"]
+    measured = matrices[matrices["status"] == MEASURED]
+    vectors = result.tables["vectors"]
+    vectors = vectors[vectors["matrix"].isin(measured["matrix"]) & (vectors["rank"] <= k)]
+    if not result.metrics.get("descendant", 1):
+        return {
+            "cosines": draw_cosines(vectors, measured, epsilon, title="Tuned does not descend from this base")
+        }
+    figures = {}
+    if len(matrices):
+        figures["where"] = draw_where(matrices, k)
+    if len(vectors):
+        figures["cosines"] = draw_cosines(vectors, measured, epsilon)
     if "sweep" in tables:
         figures["sweep"] = draw_sweep(tables["sweep"], k, epsilon)
     if "spectra" in tables:
@@ -57,7 +65,7 @@ def draw_where(matrices: pd.DataFrame, k: int) -> "go.Figure":
     """Intruders by layer and component; matrices that hold no count have their own grey and sign."""
     counted = matrices[matrices["status"] == MEASURED]
     found = int(counted["intruders"].sum())
-    title = f"{found:,} intruders in {(counted['intruders'] > 0).sum()} of {len(counted)} matrices"
+    title = f"{found:,} intruder{'s' * (found != 1)} in {(counted['intruders'] > 0).sum()} of {len(counted)} matrices"
     if found:
         top = ranked(counted).iloc[0]
         layer = "" if pd.isna(top["layer"]) else f"layer {top['layer']:.0f} "
@@ -77,7 +85,7 @@ def draw_where(matrices: pd.DataFrame, k: int) -> "go.Figure":
         .drop_duplicates(["component", "layer"])
     )
     layers = sorted(set(cells["layer"]), key=lambda layer: (layer == "none", layer.zfill(9)))
-    components = list(dict.fromkeys(matrices["component"]))
+    components = sorted(set(matrices["component"]), key=lambda name: (*(name != each for each in FLOW), name))
     for status, (strength, sign) in UNCOUNTED.items():
         if (cells["status"] == status).any():
             grey = theme.faint(theme.NEUTRAL, strength)
@@ -85,7 +93,7 @@ def draw_where(matrices: pd.DataFrame, k: int) -> "go.Figure":
             trace = heatmap(part, layers, components, name=f"{sign} {status}", showlegend=True)
             figure.add_trace(trace.update(colorscale=[(0, grey), (1, grey)], showscale=False))
     part = cells[cells["status"] == MEASURED]
-    part = part.assign(sign=part["intruders"].astype(str))
+    part = part.assign(sign=[f"{count:.0f}" for count in part["intruders"]])
     most = max([k, *part["intruders"]])
     trace = heatmap(part, layers, components, name="intruders", zmin=0, zmax=most)
     figure.add_trace(trace.update(colorbar_title_text="intruders"))
@@ -126,7 +134,7 @@ def label(row: Mapping[Any, Any]) -> str:
     text = f"<b>{theme.verbatim(row['matrix'])}</b>"
     if row["status"] != MEASURED:
         return f"{text}<br>{row['status']}"
-    text += f"<br>{row['intruders']} of {row['examined']} directions are intruders"
+    text += f"<br>{row['intruders']:.0f} of {row['examined']} directions are intruders"
     if pd.notna(row["min_cosine_low"]):
         text += f"<br>lowest cosine from {row['min_cosine_low']:.3f}; random floor {row['floor']:.3f}"
     return text
@@ -138,7 +146,9 @@ def joined(labels: pd.Series) -> str:
     return "<br>".join(labels.iloc[:5]) + more
 
 
-def draw_cosines(vectors: pd.DataFrame, matrices: pd.DataFrame, epsilon: float) -> "go.Figure":
+def draw_cosines(
+    vectors: pd.DataFrame, measured: pd.DataFrame, epsilon: float, title: str = ""
+) -> "go.Figure":
     """Cosine of each leading tuned vector with its nearest base vector.
 
     What is known of a cosine is an interval: the mark is its end nearest epsilon, the line the rest.
@@ -147,7 +157,9 @@ def draw_cosines(vectors: pd.DataFrame, matrices: pd.DataFrame, epsilon: float) 
 
     seen = vectors.dropna(subset=["cosine_low", "cosine_high"]).reset_index(drop=True)
     intruder = seen["intruder"].astype(bool)
-    title = f"{intruder.sum():,} of {len(seen):,} leading tuned directions come near no base direction"
+    title = (
+        title or f"{intruder.sum():,} of {len(seen):,} leading tuned directions come near no base direction"
+    )
     if (seen["cosine_low"] < seen["cosine_high"]).any():
         title += "; lines: what a certified interval leaves open"
     x, y = "rank of the tuned singular value", "|cosine| with nearest base vector"
@@ -182,7 +194,7 @@ def draw_cosines(vectors: pd.DataFrame, matrices: pd.DataFrame, epsilon: float) 
             )
         )
     theme.threshold(figure, f"epsilon {epsilon:g}: intruders lie below", y=epsilon)
-    floors = matrices.loc[matrices["matrix"].isin(seen["matrix"]), "floor"]
+    floors = measured["floor"]
     name = f"random floor {floors.min():.2f}" + (f" to {floors.max():.2f}" if floors.nunique() > 1 else "")
     look = {"fillcolor": theme.faint(theme.NEUTRAL, 0.18), "line_width": 0, "layer": "below"}
     figure.add_hrect(y0=0, y1=floors.max(), name=name, showlegend=True, **look)

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from diagnostics import embed
 from diagnostics.analysis import Analysis, Result, find
-from diagnostics.policy import Finding, Rule, scale
+from diagnostics.policy import Finding, Rule, judged, scale
 from diagnostics.store import Audit, Outcome, table_file
 
 if TYPE_CHECKING:
@@ -142,15 +142,15 @@ def registered(name: str) -> tuple[Analysis | None, list[str]]:
 def metrics(audit: Audit, name: str, record: Analysis | None) -> list[Metric]:
     """Each number of an analysis in its own order, then those that the policy asks for in vain."""
     result = audit.results[name]
-    rules = audit.policy.rules.get(name, {})
+    rules = judged(result, audit.policy)
     lacking = audit.not_measured.get(name, {})
     shown = []
     for metric in dict.fromkeys([*result.metrics, *lacking]):
-        rule = rules.get(metric)
         judgement = {}
         if metric in lacking:
             judgement = {"threshold": f"not judged: {lacking[metric]}"}
-        elif rule is not None and (rule.warn is not None or rule.fail is not None):
+        elif metric in rules:
+            rule = rules[metric]
             factor = scale(result, rule)
             beyond = rule.beyond(result.metrics[metric], factor)
             judgement = {
@@ -183,10 +183,10 @@ def side(audit: Audit, finding: Finding) -> str:
 
 def headline(audit: Audit, shown: Iterable[Section]) -> str:
     """The verdict in a sentence or two."""
-    judged = sum(bool(metric.verdict) for section in shown for metric in section.metrics)
+    numbers = sum(bool(metric.verdict) for section in shown for metric in section.metrics)
     fails = sum(finding.severity == "fail" for finding in audit.findings)
     warns = len(audit.findings) - fails
-    of = f"of {counted(judged, 'judged number')}"
+    of = f"of {counted(numbers, 'judged number')}"
     said = []
     if audit.failed:
         said.append(
@@ -199,8 +199,8 @@ def headline(audit: Audit, shown: Iterable[Section]) -> str:
         said.append(
             f"{warns} {of} {'asks' if warns == 1 else 'ask'} for a second look; none is beyond the limit."
         )
-    elif judged:
-        said.append(f"{counted(judged, 'number')} judged, none beyond a threshold.")
+    elif numbers:
+        said.append(f"{counted(numbers, 'number')} judged, none beyond a threshold.")
     else:
         said.append("Nothing was judged: the policy has no threshold for what was measured.")
     return " ".join(said)
