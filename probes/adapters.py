@@ -185,14 +185,14 @@ class Adapter:
     def touched(self, matrix: Matrix) -> bool:
         """Whether the adapter changes a matrix."""
         whole = matrix.tensor in self.targets.replaced or matrix.tensor in self.targets.tokens
-        return whole or bool(self._updates(matrix))
+        return whole or bool(self.updates(matrix))
 
     def delta(self, matrix: Matrix) -> LowRank | None:
         """What is added to a matrix; None if nothing, or if it is no product of factors (DoRA, replaced)."""
-        updates = self._updates(matrix)
+        updates = self.updates(matrix)
         if not updates or any(u.magnitude for u in updates) or matrix.tensor in self.targets.tokens:
             return None
-        if matrix.tensor in self.targets.replaced and not self._carried(matrix.tensor):
+        if matrix.tensor in self.targets.replaced and not self.carried(matrix.tensor):
             return None
         lows = [self._factors(update, matrix) for update in updates]
         if len(lows) == 1:
@@ -204,7 +204,7 @@ class Adapter:
     def matrix(self, matrix: Matrix) -> Float[Tensor, "out in"]:
         """One matrix as (out, in): merged in float32 where factors change it, else in its stored dtype."""
         value = matrix.take(self.stored(matrix.tensor))
-        for update in self._updates(matrix):
+        for update in self.updates(matrix):
             value = self._merge(update, matrix, value)
         return value
 
@@ -239,7 +239,7 @@ class Adapter:
             stored = stored.to(_wide(stored.dtype)) + self.weights.read(key).float() * scaling
         return stored
 
-    def _carried(self, name: str) -> bool:
+    def carried(self, name: str) -> bool:
         """Whether a tensor that came along is the base's own: PEFT saves an adapted embedding whole."""
         if name not in self.base.headers or self.base.headers[name].shape != self.headers[name].shape:
             return False
@@ -257,7 +257,8 @@ class Adapter:
         lengths = rows_of(update.part or matrix, lengths[:, None]).flatten()
         return merged * (lengths / torch.linalg.vector_norm(merged, dim=1))[:, None]
 
-    def _updates(self, matrix: Matrix) -> list[Update]:
+    def updates(self, matrix: Matrix) -> list[Update]:
+        """The factors that change a matrix."""
         return [
             update
             for update in self.targets.updates.get(matrix.tensor, ())

@@ -212,6 +212,14 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def refuse_occupied(out: Path) -> None:
+    """Raise ValueError unless a new directory can stand here; ask before the work, not after it."""
+    if out.is_file():
+        raise ValueError(f"{out}: is a file; name a new directory")
+    if out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out}: is not empty; name a new directory")
+
+
 @contextmanager
 def whole_or_nothing(out: Path, size: int) -> Iterator[Path]:
     """A hidden directory beside `out` that takes its name when all went well, and otherwise is removed.
@@ -219,10 +227,7 @@ def whole_or_nothing(out: Path, size: int) -> Iterator[Path]:
     Args:
         size: bytes that will be written.
     """
-    if out.is_file():
-        raise ValueError(f"{out}: is a file; name a new directory")
-    if out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"{out}: is not empty; name a new directory")
+    refuse_occupied(out)
     partial = out.resolve().parent / f".{out.name}.{os.getpid()}.partial"
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
