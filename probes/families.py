@@ -162,5 +162,5 @@ KV_HEAD_KEYS = ("num_kv_heads", "n_head_kv", "multi_query_group_num", "num_key_v
 CONV1D = r"\.(?:c_attn|c_proj|c_fc|q_attn)\.weight$"
 TRANSPOSED = r"rel_attn\.[qkvr]$|experts\.mlp\.w2$|mm_input_projection_weight$"
 # Stacks of experts with an axis of their own, and DBRX's, one expert below the other.
-STACK = r"\.experts\.|\.(?:in|out)put_linear\.weight$"
+STACK = r"\.(?:shared_)?experts\.|\.(?:in|out)put_linear\.weight$"
 ROWS_OF_EXPERTS = r"\.experts\.mlp\.(?:w1|v1|w2)$"

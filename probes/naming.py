@@ -163,11 +163,11 @@ class _File:
             found += [value for value in config.values() if isinstance(value, Mapping)]
         return found
 
-    def ask(self, layout: Fused, keys: Iterable[str]) -> Any:
-        """The first of the keys that the config of this layout's model has; None if it has none of them."""
+    def ask(self, layout: Fused, keys: Iterable[str]) -> int | None:
+        """The first number or switch under these keys in the config of this layout's model; None if none."""
         own = [config for config in self.configs if config.get("model_type") in layout.types]
         values = (config.get(key) for key in keys for config in own or self.configs)
-        return next((value for value in values if value is not None), None)
+        return next((value for value in values if isinstance(value, int)), None)
 
     def parts(self, name: str) -> Iterator[Matrix]:
         """The matrices of one tensor: itself, its experts, the parts fused in it."""
@@ -275,7 +275,7 @@ class _File:
         if layout.per == "head":
             return heads, equal
         if layout.per == "kv head":
-            return kv_heads, (heads // kv_heads, 1, 1) if heads else equal
+            return (kv_heads, (heads // kv_heads, 1, 1)) if heads else (0, equal)
         if layout.per == "rank":
             return families.CODEGEN_RANKS, equal
         if layout.per == "row":
@@ -296,21 +296,20 @@ class _File:
 
     def without_copies(self, found: dict[str, Matrix]) -> dict[str, Matrix]:
         """The matrices without those that the model overwrites with its embedding when it is loaded."""
-        if not any(config.get("tie_word_embeddings") for config in self.configs):
+        stated = (config["tie_word_embeddings"] for config in self.configs if "tie_word_embeddings" in config)
+        if not next(stated, False):
             return found
         embeds = [matrix for matrix in found.values() if matrix.component == "embed" and matrix.layer is None]
-        shared = [matrix for matrix in embeds if _module(matrix.name).endswith("shared")]
+        originals = [matrix for matrix in embeds if _module(matrix.name).endswith("shared")]
+        tied = [matrix for matrix in found.values() if matrix.component == "lm_head"]
+        if originals:  # one table for encoder, decoder and head
+            tied = [matrix for matrix in embeds if matrix not in originals] + tied
         copies: dict[str, list[str]] = {}
-        for matrix in found.values():
-            if matrix.component == "lm_head" or (shared and matrix in embeds):
-                alike = (
-                    embed
-                    for embed in shared or embeds
-                    if (embed.rows, embed.columns) == (matrix.rows, matrix.columns) and embed is not matrix
-                )
-                for original in alike:
-                    copies.setdefault(original.name, []).append(matrix.name)
-                    break
+        for matrix in tied:
+            shape = matrix.rows, matrix.columns
+            alike = (embed for embed in originals or embeds if (embed.rows, embed.columns) == shape)
+            if original := next(alike, None):
+                copies.setdefault(original.name, []).append(matrix.name)
         dropped = {name for names in copies.values() for name in names}
         return {
             name: replace(matrix, tied=tuple(copies.get(name, ())))

@@ -230,6 +230,13 @@ def test_what_only_the_config_could_divide_stays_whole_and_says_what_is_missing(
     assert not any(m.missing for m in found.values() if m.component != component)
 
 
+@pytest.mark.parametrize("heads", [{}, {"num_kv_heads": 2}])
+def test_a_config_without_heads_leaves_fused_attention_whole(heads):
+    headers = shapes_to_headers({"transformer.h.0.self_attention.query_key_value.weight": (32, 16)})
+    (whole,) = matrices(headers, {"model_type": "falcon", "new_decoder_architecture": True} | heads).values()
+    assert (whole.component, whole.rows, whole.missing) == ("qkv_proj", 32, ("num_attention_heads",))
+
+
 def test_heads_that_do_not_divide_a_fused_tensor_are_refused():
     headers = shapes_to_headers({"gpt_neox.layers.0.attention.query_key_value.weight": (48, 16)})
     with pytest.raises(
@@ -239,6 +246,48 @@ def test_heads_that_do_not_divide_a_fused_tensor_are_refused():
 
 
 # Names.
+
+
+def test_gpt2_as_the_hub_has_it_is_recognised_without_prefix_and_config():
+    shapes = {
+        "wte.weight": (37, 16),
+        "h.1.attn.bias": (1, 1, 8, 8),
+        "h.1.attn.c_attn.weight": (16, 48),
+        "h.1.attn.c_proj.weight": (16, 16),
+        "h.1.mlp.c_fc.weight": (16, 64),
+        "h.1.mlp.c_proj.weight": (64, 16),
+    }
+    found = matrices(shapes_to_headers(shapes), {})
+    assert [(m.name, m.component, m.layer, m.rows, m.columns, m.transposed) for m in found.values()] == [
+        ("wte.weight", "embed", None, 37, 16, False),
+        ("h.1.attn.c_attn.weight:q", "q_proj", 1, 16, 16, True),
+        ("h.1.attn.c_attn.weight:k", "k_proj", 1, 16, 16, True),
+        ("h.1.attn.c_attn.weight:v", "v_proj", 1, 16, 16, True),
+        ("h.1.attn.c_proj.weight", "o_proj", 1, 16, 16, True),
+        ("h.1.mlp.c_fc.weight", "up_proj", 1, 64, 16, True),
+        ("h.1.mlp.c_proj.weight", "down_proj", 1, 16, 64, True),
+    ]
+
+
+def test_an_unknown_weight_of_a_block_goes_by_its_own_name():
+    shapes = {"model.layers.3.mixer.novel_proj.weight": (4, 6), "model.layers.3.adapter.net.2.weight": (6, 4)}
+    found = matrices(shapes_to_headers(shapes), {})
+    assert [(m.layer, m.component, m.part) for m in found.values()] == [
+        (3, "novel_proj", "block"),
+        (3, "net.2", "block"),
+    ]
+
+
+def test_fused_attention_whose_heads_differ_by_layer_divides_by_its_output_projection():
+    # Query heads of 4 rows: 2 in the first layer and 3 in the second, beside one for k and one for v.
+    shapes = {
+        "layers.0.attn.qkv_proj.weight": (16, 12),
+        "layers.0.attn.out_proj.weight": (12, 8),
+        "layers.1.attn.qkv_proj.weight": (20, 12),
+        "layers.1.attn.out_proj.weight": (12, 12),
+    }
+    found = matrices(shapes_to_headers(shapes), {"model_type": "openelm", "num_kv_heads": [1, 1]})
+    assert [m.rows for m in found.values() if ":" in m.name] == [8, 4, 4, 12, 4, 4]
 
 
 def test_parts_of_stacked_and_fused_tensors_are_named_by_expert_and_part():
@@ -306,8 +355,9 @@ def test_a_tied_embedding_is_given_once_and_names_its_copies(family, embedding, 
     state, found = found_in(family)
     assert found[embedding].tied == tied
     assert not set(tied) & set(found)
-    # Where the config does not tie them, each may have gone its own way.
-    loose = matrices(headers_of(state), {"tie_word_embeddings": False})
+    # Where the config does not tie them, each may have gone its own way; the outer of two configs is heard.
+    config = {"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True}}
+    loose = matrices(headers_of(state), config)
     assert set(tied) < set(loose)
 
 
