@@ -49,8 +49,8 @@ class Matrix:
             (a stacked and fused part adds both: `…:3:gate`).
         tensor: the stored tensor's name.
         layer: block index from 0; None outside the blocks.
-        component: the field's name of the weight (`q_proj`, `down_proj`, `embed`…); a block's second
-            attention or feed-forward has a prefix (`cross_q_proj`, `shared_up_proj`), and what has no such name
+        component: the field's name of the weight (`q_proj`, `down_proj`, `embed`…). A block's second
+            attention or feed-forward has a prefix (`cross_q_proj`, `shared_up_proj`); what has no such name
             goes by its own (`kv_a_proj_with_mqa`).
         part: where in the model it stands; weight analyses read `block` unless told otherwise.
         rows, columns: out_features and in_features.
