@@ -161,7 +161,7 @@ def test_unmatched_tensors_are_counted_and_listed(reported):
         for i in range(250)
     )
     page = Page(report.to_html(reported(unmatched=unmatched)))
-    assert "250 tensors of one checkpoint have no counterpart" in page.text
+    assert "250 tensors do not align; what has no counterpart" in page.text
     assert "extra.199 – 199 × 3 only in tuned" in page.text
     assert "extra.200" not in page.text
     assert "The first 200; audit.json lists all." in page.text
