@@ -114,7 +114,7 @@ def heatmap(cells: pd.DataFrame, layers: list[str], components: list[str], **loo
         table = grid(column).astype(object)
         return table.where(table.notna(), "")
 
-    signs = len(layers) * len(components) <= 700  # beyond that they no longer fit into the cells
+    signs = len(layers) <= 48  # in more columns they cannot be read
     return go.Heatmap(
         z=grid("intruders"),
         x=layers,
