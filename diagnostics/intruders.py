@@ -20,13 +20,13 @@ from torch import Tensor
 from diagnostics import linalg
 from diagnostics.analysis import Result, analysis
 from diagnostics.decide import SMALL, Decision, decide, decide_exactly
-from diagnostics.intruder_figures import draw
 from probes import CheckpointPair
 from probes.adapters import LowRank
 from probes.layout import Matrix, Part
 
 if TYPE_CHECKING:
     import pandas as pd
+    import plotly.graph_objects as go
 
 log = logging.getLogger(__name__)
 
@@ -224,6 +224,13 @@ def summary(result: Result) -> str:
         text += f", in {len(flagged)} of {metrics['matrices']} matrices, most in {worst}"
     floor = matrices.loc[matrices["status"] == "measured", "floor"].max()
     return f"{text} (epsilon {result.parameters['epsilon']:g}, random floor at most {floor:.2g})"
+
+
+def draw(result: Result) -> "dict[str, go.Figure]":
+    """The pictures of a result; their module is loaded when something is drawn."""
+    from diagnostics import intruder_figures
+
+    return intruder_figures.draw(result)
 
 
 @analysis(
