@@ -91,7 +91,6 @@ class Section:
     question: str
     reading: str
     paper: str
-    cost: str
     summary: str
     verdict: str
     metrics: list[Metric]
@@ -123,7 +122,6 @@ def section(audit: Audit, name: str) -> Section:
         question=record.question if record else outcome.question,
         reading=record.reading if record else "",
         paper=record.paper if record else outcome.paper,
-        cost=record.cost if record else "",
         summary=summary,
         verdict=next((verdict for verdict in ("fail", "warn", "pass") if verdict in verdicts), ""),
         metrics=shown,
