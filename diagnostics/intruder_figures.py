@@ -64,8 +64,8 @@ def worst(matrices: pd.DataFrame, kept: pd.DataFrame) -> str:
 def draw_where(matrices: pd.DataFrame, k: int) -> "go.Figure":
     """Intruders by layer and component; matrices that hold no count have their own grey and sign."""
     counted = matrices[matrices["status"] == MEASURED]
-    found = int(counted["intruders"].sum())
-    title = f"{found:,} intruder{'s' * (found != 1)} in {(counted['intruders'] > 0).sum()} of {len(counted)} matrices"
+    found, flagged = int(counted["intruders"].sum()), int((counted["intruders"] > 0).sum())
+    title = f"{found:,} intruder{'s' * (found != 1)} in {flagged} of {len(counted)} matrices"
     if found:
         top = ranked(counted).iloc[0]
         layer = "" if pd.isna(top["layer"]) else f"layer {top['layer']:.0f} "
