@@ -314,7 +314,9 @@ class Factor:
 
     def apply(self, block: Tensor) -> tuple[Tensor, Tensor]:
         """`W Wᵀ` on unit columns of coordinates of a tall W, and the bound on its error for each."""
-        return self.L.mT @ (self.L @ block), torch.full_like(block[0], self.rounding * self.smallest**2)
+        # As rows: CPU BLAS takes five times as long on a few columns.
+        rows = (block.mT.contiguous() @ self.L.mT) @ self.L
+        return rows.mT, torch.full_like(block[0], self.rounding * self.smallest**2)
 
     def solve(self, block: Tensor) -> Tensor:
         """The inverse of `W Wᵀ` on columns of coordinates."""

@@ -1,0 +1,25 @@
+"""Every benchmark in one command: `make bench`, or `python -m tests.benchmarks NAME…` for some of them."""
+
+import sys
+
+import torch
+
+from tests.benchmarks import decision, seven_b, startup
+
+ALL = {"decision": decision.main, "startup": startup.main, "7b": seven_b.main}
+
+
+def main() -> None:
+    names = sys.argv[1:] or list(ALL)
+    unknown = [name for name in names if name not in ALL]
+    if unknown:
+        raise SystemExit(f"unknown benchmark {unknown[0]!r}; known: {', '.join(ALL)}")
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads; ratios are of one run on one machine"
+    )
+    for name in names:
+        ALL[name]()
+
+
+if __name__ == "__main__":
+    main()

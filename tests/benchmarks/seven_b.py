@@ -1,0 +1,116 @@
+"""An audit of a pair of 7B shape, sharded bfloat16: time, bytes, peak memory, and how the time splits."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+LAYERS = int(os.environ.get("BENCH_LAYERS", "32"))
+SHAPES = {
+    "self_attn.q_proj": (4096, 4096),
+    "self_attn.k_proj": (4096, 4096),
+    "self_attn.v_proj": (4096, 4096),
+    "self_attn.o_proj": (4096, 4096),
+    "mlp.gate_proj": (11008, 4096),
+    "mlp.up_proj": (11008, 4096),
+    "mlp.down_proj": (4096, 11008),
+}
+MEASURE = """
+import json, resource, sys, time
+from probes import CheckpointPair
+reading, size = 0.0, 0
+read = CheckpointPair.read
+def timed(self, name):
+    global reading, size
+    begun = time.perf_counter()
+    pair = read(self, name)
+    reading += time.perf_counter() - begun
+    size += sum(W.numel() * W.element_size() for W in pair)
+    return pair
+CheckpointPair.read = timed
+from diagnostics.intruders import intruder_dimensions
+begun = time.perf_counter()
+result = intruder_dimensions(CheckpointPair(*sys.argv[1:3]))
+total = time.perf_counter() - begun
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+print(json.dumps({"total": total, "reading": reading, "bytes": size, "peak_gb": peak,
+                  "tiers": result.tables["vectors"]["tier"].value_counts().to_dict(), **result.metrics}))
+"""
+
+
+def write(directory: Path, tuned: bool) -> None:
+    """One shard a layer; layers share their draws, rolled, so that writing takes less than auditing."""
+    directory.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    weight_map = {}
+    drawn = {}
+    for name, (rows, columns) in SHAPES.items():
+        W = torch.randn(rows, columns, generator=generator) / columns**0.5
+        W *= torch.logspace(0, -0.4, columns)
+        for i in range(40):
+            u, v = (
+                torch.nn.functional.normalize(torch.randn(n, generator=generator), dim=0)
+                for n in (rows, columns)
+            )
+            W += 4 * (1 + i) ** -0.7 * torch.outer(u, v)
+        if tuned:
+            for size in (3.5, 2.2, 1.7, 1.4):
+                u, v = (
+                    torch.nn.functional.normalize(torch.randn(n, generator=generator), dim=0)
+                    for n in (rows, columns)
+                )
+                W += size * torch.outer(u, v)
+        else:
+            torch.randn(4 * (rows + columns), generator=generator)  # keep both sides on the same draws
+        drawn[name] = W.bfloat16()
+    for layer in range(LAYERS):
+        shard = f"model-{layer + 1:05}-of-{LAYERS:05}.safetensors"
+        tensors = {
+            f"model.layers.{layer}.{name}.weight": W.roll(97 * layer, 0).contiguous()
+            for name, W in drawn.items()
+        }
+        save_file(tensors, directory / shard, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, shard)
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
+    (directory / "config.json").write_text(
+        json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama"})
+    )
+
+
+def main() -> None:
+    parameters = LAYERS * sum(rows * columns for rows, columns in SHAPES.values())
+    needed = 2 * 2 * parameters
+    folder = Path(tempfile.mkdtemp(prefix="tunescope-7b-", dir=os.environ.get("BENCH_DIR")))
+    try:
+        free = shutil.disk_usage(folder).free
+        if free < 1.1 * needed:
+            print(f"7B pair left out: it needs {needed / 1e9:.0f} GB of disk, {folder} has {free / 1e9:.0f}")
+            return
+        for name in ("base", "tuned"):
+            write(folder / name, tuned=name == "tuned")
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURE, str(folder / "base"), str(folder / "tuned")],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        seen = json.loads(done.stdout.splitlines()[-1])
+    finally:
+        shutil.rmtree(folder)
+    print(
+        f"pair of {parameters / 1e9:.1f} B parameters, {LAYERS} shards each, bfloat16: {seen['total']:.0f} s, "
+        f"of which reading {seen['reading']:.0f} s ({seen['bytes'] / 1e9:.1f} GB), arithmetic "
+        f"{seen['total'] - seen['reading']:.0f} s; peak RSS {seen['peak_gb']:.2f} GB (limit 3)"
+    )
+    print(
+        f"  {seen['intruders']} intruders in {seen['matrices']} matrices; vectors by tier: {seen['tiers']}; "
+        f"{seen['verified']} matrices decided again, {seen['disagreements']} differed"
+    )
