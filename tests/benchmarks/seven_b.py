@@ -106,7 +106,7 @@ def main() -> None:
     finally:
         shutil.rmtree(folder)
     print(
-        f"pair of {parameters / 1e9:.1f} B parameters, {LAYERS} shards each, bfloat16: {seen['total']:.0f} s, "
+        f"pair of {parameters / 1e9:.1f} B parameters, {LAYERS} bfloat16 shards each: {seen['total']:.0f} s, "
         f"of which reading {seen['reading']:.0f} s ({seen['bytes'] / 1e9:.1f} GB), arithmetic "
         f"{seen['total'] - seen['reading']:.0f} s; peak RSS {seen['peak_gb']:.2f} GB (limit 3)"
     )
