@@ -11,11 +11,10 @@ from dataclasses import replace
 from math import prod, sqrt
 from typing import Any
 
-import torch
-
 from probes.adapters import Targets, Update
+from probes.align import unwrapped
 from probes.layout import Header, Matrix
-from probes.naming import matrices as name_matrices
+from probes.lookup import Lookup, probe
 
 # Adapters that put something before the text or between the layers and leave every weight as it is.
 WEIGHTLESS = frozenset(
@@ -52,9 +51,6 @@ _FACTOR = re.compile(
 _TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?")
 # What PEFT's wrappers insert into the names of tensors that are saved whole.
 _WRAPPED = re.compile(r"\.token_adapter(?=\.)|\.base_layer(?=\.)|\.modules_to_save(?:\.[^.]+)?(?=\.[^.]+$)")
-_EXPERT = re.compile(r"\.experts\.(\d+)\.")
-# Names of sub-models that one file has and another leaves out or reorders.
-_WRAPPERS = frozenset({"model", "transformer", "language_model", "base_model"})
 
 
 def refuse(config: Mapping[str, Any], where: str) -> None:
@@ -119,16 +115,17 @@ class _Search:
     ):
         self.config = config
         self.weights = weights
-        self.names = _Names(base, matrices)
+        self.names = Lookup(base, matrices)
         self.where = where
         self.of = of
         self.shapes = {name: header.shape for name, header in base.items()}
         self.targets = Targets()
+        self.moved: list[str] = []
 
         factors: dict[str, dict[str, str]] = defaultdict(dict)
         adapters: set[str] = set()
         for key in weights:
-            name = key.removeprefix("base_model.model.")
+            name = unwrapped(key.removeprefix("base_model.model."))
             if found := _FACTOR.fullmatch(name):
                 adapters.add(found["name"] or "default")
                 leaf = found["factor"] + (".bias" if found["leaf"] == "bias" else "")
@@ -149,6 +146,11 @@ class _Search:
             raise ValueError(f"{where}: holds no tensor of an adapter; is it the adapter's own directory?")
         for module, keys in factors.items():
             self._factors(module, keys)
+        if self.moved:
+            self.targets.notes.append(
+                f"{len(self.moved)} modules are called otherwise in the base's file and are taken by "
+                f"layer and component, such as {self.moved[0]}"
+            )
 
     def _fail(self, module: str, problem: str) -> ValueError:
         return ValueError(
@@ -162,16 +164,16 @@ class _Search:
         # Under `base_layer` stands a copy of the weight that the factors are added to.
         stored = self.names.weight(name) if ".base_layer." in key else self.names.find(name)
         modules = self.config.get("modules_to_save") or ()
+        if stored is None and self.config.get("ensure_weight_tying") and self.names.weight(name):
+            return  # a tied copy of what is saved under its own name
         if stored is None:
             if not any(re.search(rf"(?:^|\.){re.escape(module)}(?:\.|$)", name) for module in modules):
                 raise self._fail(name, "is not in the base")
             stored = name
-        for alias, tensor in self.names.tied.items():
-            alone = ".base_layer." not in key and not any(alias in other for other in self.weights)
-            if tensor == stored and alone:
-                self.targets.notes.append(
-                    f"{stored} is tied to {alias} in the base; here it is trained alone, and {alias} stays"
-                )
+        if stored in self.names.shared and ".base_layer." not in key:
+            self.targets.notes.append(
+                f"{stored} was trained as a copy; unmerged, a head tied to it keeps the base's values"
+            )
         self.targets.replaced[stored] = key
         self.shapes[stored] = self.weights[key].shape
 
@@ -184,12 +186,10 @@ class _Search:
             rows = fitting[0] if fitting else []
         if stored is None or len(self.shapes[stored]) != 2:
             raise self._fail(module, "has trained tokens, but the base has no such embedding")
-        height, width = self.shapes[stored]
-        if self.weights[key].shape != (len(rows), width) or max(rows) >= height:
-            raise self._fail(
-                module,
-                f"{len(rows)} tokens in {_by(self.weights[key].shape)}, the embedding is {height}x{width}",
-            )
+        (height, width), own = self.shapes[stored], self.weights[key].shape
+        if not rows or own != (len(rows), width) or max(rows) >= height:
+            which = f"tokens {min(rows)} to {max(rows)}" if rows else "tokens that its config does not name,"
+            raise self._fail(module, f"trained {which} in {_by(own)}, the base has {height}x{width}")
         self.targets.tokens[stored] = key, list(rows)
 
     # Factors
@@ -237,15 +237,18 @@ class _Search:
                     raise self._fail(path, f"the adapter is for {out}x{columns}, the base holds {_by(shape)}")
                 self._note_tied(stored)
                 return [replace(update, tensor=stored)]
-        for theirs in _probe(f"{path}.weight", out, columns):
+        # Memory may name, stack and fuse otherwise than the file: what stands in the same place is meant.
+        found = []
+        for theirs in probe(f"{path}.weight", out, columns):
             ours = self.names.alike(theirs)
-            if ours is not None:
-                if (ours.rows, ours.columns) != (out, columns):
-                    raise self._fail(
-                        path, f"the adapter is for {out}x{columns}, the base holds {ours.rows}x{ours.columns}"
-                    )
-                return [replace(update, tensor=ours.tensor, matrix=ours, part=theirs)]
-        raise self._fail(path, "is not in the base")
+            if ours is None:
+                raise self._fail(path, "is not in the base")
+            if (ours.rows, ours.columns) != (theirs.rows, theirs.columns):
+                shapes = f"{theirs.rows}x{theirs.columns}, the base holds {ours.rows}x{ours.columns}"
+                raise self._fail(path, f"the adapter is for {shapes} in {ours.name}")
+            found.append(replace(update, tensor=ours.tensor, matrix=ours, part=theirs))
+        self.moved.append(f"{path} for {found[0].matrix and found[0].matrix.name}")
+        return found
 
     def _parameter(self, update: Update, parameters: list[str]) -> list[Update]:
         """Factors of an `nn.Parameter` (`target_parameters`): a matrix, or the stacked experts of a layer.
@@ -280,7 +283,7 @@ class _Search:
         # In memory the experts are one tensor, in the file each has its own; routers differ in name.
         experts = self.names.experts(name)
         found = []
-        for theirs in _probe(name, *([experts] if experts else []), *delta):
+        for theirs in probe(name, *([experts] if experts else []), *delta):
             ours = self.names.alike(theirs)
             if ours is None or (ours.rows, ours.columns) != (theirs.rows, theirs.columns):
                 return []
@@ -320,81 +323,10 @@ class _Search:
         return alpha / (sqrt(rank) if config.get("use_rslora") else rank)
 
     def _note_tied(self, stored: str) -> None:
-        for alias, tensor in self.names.tied.items():
-            if tensor == stored:
-                self.targets.notes.append(
-                    f"{stored} is tied to {alias}: merged, both change; unmerged, only the adapted one"
-                )
-
-
-class _Names:
-    """Look-up of a base's tensors by the names that a model in memory gives them."""
-
-    def __init__(self, headers: Mapping[str, Header], matrices: Mapping[str, Matrix]):
-        self.headers = headers
-        self.tied = {alias: matrix.tensor for matrix in matrices.values() for alias in matrix.tied}
-        self.embeddings = [m.tensor for m in matrices.values() if m.component == "embed"]
-        own = [m for m in matrices.values() if m.experts is None]
-        self.transposed = {m.tensor for m in own if m.transposed}
-        self.stacked = {m.tensor for m in own if m.expert is not None}
-        self.routed = {place: m for m in matrices.values() if (place := _place(m)) is not None}
-        self.endings: dict[str, list[str]] = defaultdict(list)
-        self.bare: dict[str, list[str]] = defaultdict(list)
-        for name in headers:
-            self.bare[_bare(name)].append(name)
-            segments = name.split(".")
-            for start in range(1, len(segments)):
-                self.endings[".".join(segments[start:])].append(name)
-
-    def find(self, name: str) -> str | None:
-        """The stored tensor called `name`, up to a model's prefix."""
-        if name in self.headers:
-            return name
-        for known in (self.endings.get(name, ()), self.bare.get(_bare(name), ())):
-            if len(known) == 1:
-                return known[0]
-        prefix, _, shorter = name.partition(".")  # `roberta.encoder…`, saved from the bare encoder
-        return shorter if shorter in self.headers and not prefix.isdigit() else None
-
-    def weight(self, name: str) -> str | None:
-        """The stored tensor whose values the model uses as `name`, which may be tied to another."""
-        stored = self.tied.get(name) or self.find(name)
-        if stored is None and len(self.embeddings) == 1 and _probe(name)[0].component == "lm_head":
-            return self.embeddings[0]  # a file without its own unembedding: the model ties it
-        return stored
-
-    def alike(self, theirs: Matrix) -> Matrix | None:
-        """The base's matrix of the same expert, or the same router, under whatever name."""
-        place = _place(theirs)
-        return None if place is None else self.routed.get(place)
-
-    def experts(self, name: str) -> int:
-        """How many experts the base has where the stacked parameter `name` stands; 0 if it is no stack."""
-        stacked = [known[:3] for known in self.routed if known[3] is not None]
-        places = {_place(matrix) for matrix in _probe(name, 1, 2, 2)} - {None}
-        return max((stacked.count(place[:3]) for place in places if place), default=0)
-
-
-Place = tuple[int | None, str, bool, int | None]
-
-
-def _place(matrix: Matrix) -> Place | None:
-    """Layer, component, whether shared, expert: of an expert or a router; None for anything else."""
-    named = _EXPERT.search(matrix.name)
-    expert = matrix.expert if named is None else int(named[1])
-    if expert is None and matrix.part != "router":
-        return None
-    return matrix.layer, matrix.component, "shared" in matrix.name, expert
-
-
-def _probe(name: str, *shape: int) -> list[Matrix]:
-    """What matrices a tensor of this name would hold."""
-    header = Header(name, shape or (1, 1), torch.float32)
-    return list(name_matrices({name: header}, {}).values())
-
-
-def _bare(name: str) -> str:
-    return ".".join(segment for segment in name.split(".") if segment not in _WRAPPERS)
+        if stored in self.names.shared:
+            self.targets.notes.append(
+                f"{stored} serves a tied head too: merged, both change; unmerged, only the adapted one"
+            )
 
 
 def _by(shape: Iterable[int]) -> str:
