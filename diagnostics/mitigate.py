@@ -144,7 +144,11 @@ class Mitigation:
         what = f"the whole update of {len(self.edits)} tensors"
         if self.mode != "update":
             kind = "base-like neighbour" if self.mode == "neighbour" else "intruder dimension"
-            what = f"{len(self.triples)} {kind}{'s' * (len(self.triples) > 1)} in {len(self.edits)} matrices"
+            kinds, where = (
+                kind + "s" * (len(self.triples) > 1),
+                "matrix" if len(self.edits) == 1 else "matrices",
+            )
+            what = f"{len(self.triples)} {kinds} in {len(self.edits)} {where}"
         size = f"{self.norm:.3g}, {self.relative:.1%} of the update"
         text = f"Scaled {what} by {self.scale:g}: an edit of norm {size}."
         if self.kind == "adapter":
