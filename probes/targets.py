@@ -208,13 +208,7 @@ class _Search:
             module=path, tensor="", A=keys[A], B=keys[B], scaling=0.0,
             magnitude=keys.get("lora_magnitude_vector"), embedding=embedding,
         )  # fmt: skip
-        parameters = sorted(
-            {
-                parameter.rpartition(".")[2]
-                for parameter in self.config.get("target_parameters") or ()
-                if _ends(path, parameter.rpartition(".")[0])
-            }
-        )
+        parameters = self._parameters(path)
         updates = self._parameter(plain, parameters) if parameters else self._module(plain)
         for update in updates:
             self.targets.updates.setdefault(update.tensor, []).append(update)
@@ -223,6 +217,17 @@ class _Search:
             if bias is None:
                 raise self._fail(path, "adds to a bias that the base lacks")
             self.targets.shifts[bias] = keys["lora_B.bias"], updates[0].scaling
+
+    def _parameters(self, path: str) -> list[str]:
+        """Which parameters of a module are adapted themselves (`target_parameters`), by their own names."""
+        found = set()
+        for parameter in self.config.get("target_parameters") or ():
+            owner, _, name = parameter.rpartition(".")
+            # PEFT writes the bare name where it turned the modules of experts into their stack.
+            bare = not owner and (_ends(path, "experts") or self.names.find(f"{path}.{name}") is not None)
+            if bare or (owner and _ends(path, owner)):
+                found.add(name)
+        return sorted(found)
 
     def _module(self, update: Update) -> list[Update]:
         """Factors of a linear layer, a convolution or an embedding."""

@@ -138,6 +138,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "router": ("mixtral", {"target_modules": ["q_proj"], "target_parameters": ["mlp.gate.weight"]}),
     "experts": ("mixtral", {"target_modules": [], "target_parameters": EXPERTS}),
     "square experts": ("square mixtral", {"target_modules": [], "target_parameters": EXPERTS}),
+    # PEFT turns these modules, which transformers stacked, into parameters called by their bare names.
+    "experts as modules": ("mixtral", {"target_modules": ["q_proj", "w1", "w2", "w3"]}),
+    "every linear layer": ("qwen", {"target_modules": "all-linear"}),
     "one kind of expert": ("mixtral", {"target_modules": ["q_proj"], "target_parameters": EXPERTS[1:]}),
     "shared expert": (
         "qwen",
