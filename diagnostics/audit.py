@@ -16,7 +16,7 @@ from diagnostics.analysis import EXECUTION, Analysis, find, installed
 from diagnostics.disk import CannotWriteError
 from diagnostics.inputs import OPTIONS, open_roles
 from diagnostics.policy import Policy, default_policy, load_policy
-from diagnostics.provenance import Described, digest, key, one_line
+from diagnostics.provenance import described, digest, key, one_line
 from diagnostics.store import Audit, Outcome, Store
 
 if TYPE_CHECKING:
@@ -156,12 +156,11 @@ def run(
         path=store.out,
     )
     store.begin(state)
-    described = Described(pair, earlier if same else None)
     for name in [name for name in keys if outcomes[name].result is None]:
         outcome = run_one(store, find(name), plan[name], supplied, device=device, progress=progress)
         state = replace(state, analyses={**state.analyses, name: replace(outcome, key=keys[name])})
         store.write(state)
-    base, tuned, trouble = described.wait()
+    base, tuned, trouble = described(pair, earlier if same else None)
     state = replace(
         state, base={**state.base, **base}, tuned={**state.tuned, **tuned}, notes=(*state.notes, *trouble)
     )

@@ -163,6 +163,14 @@ def examine(pair: CheckpointPair, name: str, settings: Settings, verify: bool) -
     stored = pair.read(name)
     if stored[0].dtype == stored[1].dtype and torch.equal(*stored):
         return Examined(matrix=matrix, status="frozen")
+    with linalg.threads_for(min(stored[0].shape)):
+        return _measure(pair, matrix, stored, settings, verify)
+
+
+def _measure(
+    pair: CheckpointPair, matrix: Matrix, stored: tuple[Tensor, Tensor], settings: Settings, verify: bool
+) -> Examined:
+    name = matrix.name
     base, tuned = (W.to(settings.device, getattr(torch, settings.dtype)) for W in stored)
     generator = torch.Generator(settings.device).manual_seed(zlib.crc32(name.encode()) ^ settings.seed)
     update = update_of(base, tuned, pair.delta(name), generator)

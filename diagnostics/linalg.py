@@ -5,6 +5,8 @@ Everything speaks of the left singular vectors of an (out, in) matrix `W`, that 
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +18,26 @@ from torch import Tensor
 GRAM_CONDITION = 1e-6
 # Base singular values closer than this share of themselves have no vectors of their own.
 DEGENERATE = 1e-6
+# Smaller side from which a second BLAS thread pays, and BLAS outside of torch as well.
+TWO_THREADS = 1024
+
+
+@contextmanager
+def threads_for(side: int) -> Iterator[None]:
+    """One BLAS thread for matrices so small that several would mostly wait for each other.
+
+    On a busy machine the waiting makes a decomposition many times slower, not faster.
+
+    Args:
+        side: smaller side of the matrices.
+    """
+    before = torch.get_num_threads()
+    if side < TWO_THREADS:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def random_floor(rows: int) -> float:
@@ -29,15 +51,15 @@ def gram(W: Float[Tensor, "out in"]) -> Float[Tensor, "side side"]:
     total = torch.zeros(wide.shape[0], wide.shape[0], dtype=torch.float64, device=W.device)
     for part in wide.split(2048, dim=1):
         part = part.double()
-        if W.is_cuda:
+        if W.is_cuda or len(total) < TWO_THREADS:
             total.addmm_(part, part.mT)
         else:
             _add_symmetric(total, part)
-    return total if W.is_cuda else total.tril() + total.tril(-1).mT
+    return total.tril() + total.tril(-1).mT
 
 
 def _add_symmetric(total: Float[Tensor, "side side"], part: Float[Tensor, "side some"]) -> None:
-    """Add `part partᵀ` to the lower triangle: BLAS has a product for it, at half the work, that torch lacks."""
+    """Add `part partᵀ` to the lower triangle, by the BLAS product of half the work that torch lacks."""
     from scipy.linalg.blas import dsyrk
 
     # BLAS counts by columns: a row-major array is to it the transpose, and a lower triangle the upper one.

@@ -248,7 +248,8 @@ def damp(
 
     s vᵀ is taken as uᵀ W: then ‖W‖² falls by exactly (1 − λ²) s² a triple, however well u is known.
     """
-    U = leading(W, max(ranks))[:, [rank - 1 for rank in ranks]]
+    with linalg.threads_for(min(W.shape)):
+        U = leading(W, max(ranks))[:, [rank - 1 for rank in ranks]]
     rows = torch.cat([part.double().mT @ U for part in W.split(4096, dim=1)]).mT
     return U, (scale - 1) * rows, torch.linalg.vector_norm(rows, dim=1)
 

@@ -4,7 +4,6 @@ import hashlib
 import json
 import marshal
 import sys
-import threading
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -61,37 +60,22 @@ def digest(*parts: str | bytes) -> str:
     return made.hexdigest()
 
 
-class Described(threading.Thread):
-    """Describes the two checkpoints while analyses run: the fingerprint of a large one takes minutes.
+def described(
+    pair: "CheckpointPair", earlier: Audit | None
+) -> tuple[Mapping[str, Any], Mapping[str, Any], tuple[str, ...]]:
+    """What base and tuned are, and what went wrong in finding out; hashes both, which takes minutes if large.
 
-    What an earlier audit of the same files says is taken over.
+    To be called after the analyses: threads that hash beside them make both many times slower.
+
+    Args:
+        earlier: an audit of the same files, whose answer is taken over.
     """
-
-    def __init__(self, pair: "CheckpointPair", earlier: Audit | None):
-        # A daemon: an interrupted audit must not wait for it.
-        super().__init__(name="fingerprints", daemon=True)
-        self.pair = pair
-        self.trouble: tuple[str, ...] = ()
-        known = (
-            earlier is not None and bool(earlier.base["fingerprint"]) and bool(earlier.tuned["fingerprint"])
-        )
-        self.described = (earlier.base, earlier.tuned) if earlier is not None and known else None
-        if self.described is None:
-            self.start()
-
-    def run(self) -> None:
-        """Describe both; called by the thread."""
-        try:
-            self.described = (self.pair.base.describe(), self.pair.tuned.describe())
-        except Exception as error:  # a file that vanishes meanwhile must not cost the results
-            self.trouble = (f"the checkpoints could not be fingerprinted: {one_line(error)}",)
-
-    def wait(self) -> tuple[Mapping[str, Any], Mapping[str, Any], tuple[str, ...]]:
-        """What base and tuned are, and what went wrong in finding out."""
-        if self.ident is not None:
-            self.join()
-        base, tuned = self.described or ({}, {})
-        return base, tuned, self.trouble
+    if earlier is not None and earlier.base["fingerprint"] and earlier.tuned["fingerprint"]:
+        return earlier.base, earlier.tuned, ()
+    try:
+        return pair.base.describe(), pair.tuned.describe(), ()
+    except Exception as error:  # a file that vanishes meanwhile must not cost the results
+        return {}, {}, (f"the checkpoints could not be fingerprinted: {one_line(error)}",)
 
 
 def one_line(error: BaseException) -> str:
