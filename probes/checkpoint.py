@@ -16,7 +16,7 @@ from probes.adapters import Adapter, LowRank
 from probes.layout import Header, Matrix
 from probes.locate import adapter_files, locate, open_files, read_json
 from probes.quantised import refuse_quantised
-from probes.sources import Source
+from probes.sources import Source, same_bytes
 
 
 class Checkpoint:
@@ -78,6 +78,9 @@ class Checkpoint:
 
         try:
             found = matrices(self.headers, self.config)
+            if own := [name for one in found.values() for name in one.tied if self._differ(name, one.tensor)]:
+                # transformers does not tie what the file holds with other values, whatever the config says.
+                found = matrices(self.headers, self.config, untied=own)
         except ValueError as error:
             raise ValueError(f"{self.ref}: {error}") from error
         first: dict[Any, Matrix] = {}
@@ -158,6 +161,12 @@ class Checkpoint:
     def described_by(self, config: Mapping[str, Any]) -> "Checkpoint":
         """This checkpoint, read by another's config.json."""
         return Checkpoint(self.ref, self.source, config, directory=self.directory, base=self.base)
+
+    def _differ(self, name: str, other: str) -> bool:
+        """Whether two tensors of the same shape hold other values."""
+        if self.source.location(name) == self.source.location(other):
+            return False
+        return not same_bytes(self.source.read(name), self.source.read(other))
 
     def _find(self, name: str) -> Matrix:
         if name not in self.matrices:

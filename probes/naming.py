@@ -5,7 +5,7 @@ only where they cannot: for the heads of a fused tensor, and which of two orders
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -16,7 +16,9 @@ from probes.families import FUSED, IN_BLOCK, Fused
 from probes.layout import Header, Matrix, Part
 
 
-def matrices(headers: Mapping[str, Header], config: Mapping[str, Any]) -> dict[str, Matrix]:
+def matrices(
+    headers: Mapping[str, Header], config: Mapping[str, Any], *, untied: Collection[str] = ()
+) -> dict[str, Matrix]:
     """Every two-dimensional weight of a checkpoint by its name, in the order of the headers.
 
     Biases, normalisation weights, buffers, integers, and vectors with axes of length one are no matrices.
@@ -27,13 +29,15 @@ def matrices(headers: Mapping[str, Header], config: Mapping[str, Any]) -> dict[s
     Args:
         headers: the tensors of the file by name.
         config: the checkpoint's config.json; may be empty.
+        untied: tensors that are no copies, whatever the config says.
 
     Raises:
         ValueError: the config's number of heads does not divide a fused tensor.
     """
     places = _places([name for name, header in headers.items() if is_weight(header)])
     file = _File(headers, places, config)
-    return file.without_copies({matrix.name: matrix for name in places for matrix in file.parts(name)})
+    found = {matrix.name: matrix for name in places for matrix in file.parts(name)}
+    return file.without_copies(found, untied)
 
 
 def is_weight(header: Header) -> bool:
@@ -294,7 +298,7 @@ class _File:
             return 1, equal
         return int(heads > 0), (heads, kv_heads, kv_heads)
 
-    def without_copies(self, found: dict[str, Matrix]) -> dict[str, Matrix]:
+    def without_copies(self, found: dict[str, Matrix], untied: Collection[str]) -> dict[str, Matrix]:
         """The matrices without those that the model overwrites with its embedding when it is loaded."""
         stated = (config["tie_word_embeddings"] for config in self.configs if "tie_word_embeddings" in config)
         if not next(stated, False):
@@ -305,7 +309,7 @@ class _File:
         if originals:  # one table for encoder, decoder and head
             tied = [matrix for matrix in embeds if matrix not in originals] + tied
         copies: dict[str, list[str]] = {}
-        for matrix in tied:
+        for matrix in (each for each in tied if each.tensor not in untied):
             shape = matrix.rows, matrix.columns
             alike = (embed for embed in originals or embeds if (embed.rows, embed.columns) == shape)
             if original := next(alike, None):

@@ -14,7 +14,7 @@ from probes.adapters import LowRank
 from probes.align import align, renamed
 from probes.checkpoint import Checkpoint, nearest, open_checkpoint
 from probes.layout import Header, Matrix
-from probes.sources import finite, raw
+from probes.sources import finite, raw, same_bytes
 
 Side = Literal["base", "tuned"]
 
@@ -96,7 +96,7 @@ class CheckpointPair:
             places = self.base.source.location(ours.tensor), self.tuned.source.location(theirs.tensor)
             if self._child or self._sibling or (places[0] == places[1] and _view(ours) == _view(theirs)):
                 return True
-        return _same(self.base.matrix(name)[:rows], self.tuned.matrix(other)[:rows])
+        return same_bytes(self.base.matrix(name)[:rows], self.tuned.matrix(other)[:rows])
 
     def counterpart(self, name: str) -> Matrix:
         """A matrix as the tuned checkpoint names and stores it."""
@@ -229,7 +229,7 @@ class CheckpointPair:
                 h.shape == headers[e].shape
                 and h.dtype == headers[e].dtype
                 and _is_head(side, n)
-                and _same(side.tensor(n), side.tensor(e))
+                and same_bytes(side.tensor(n), side.tensor(e))
                 for e in embeds
             )
         }
@@ -239,7 +239,7 @@ class CheckpointPair:
         return bytes(raw(side.tensor(name).reshape(-1)[:1024]))
 
     def _same_tensor(self, missing: str, extra: str) -> bool:
-        return _same(self.base.tensor(missing), self.tuned.tensor(extra))
+        return same_bytes(self.base.tensor(missing), self.tuned.tensor(extra))
 
 
 def _same_weights(first: Checkpoint | None, second: Checkpoint | None) -> bool:
@@ -247,22 +247,6 @@ def _same_weights(first: Checkpoint | None, second: Checkpoint | None) -> bool:
         return False
     # The stamp of weights in memory is their hash: not worth taking where it cannot be equal.
     return first is second or (type(first.source) is type(second.source) and first.stamp() == second.stamp())
-
-
-def _same(base: Tensor, tuned: Tensor) -> bool:
-    """Whether two tensors hold the same bytes: NaN equals itself, and 0 is not -0."""
-    if base.dtype != tuned.dtype or base.shape != tuned.shape:
-        return False
-    codes = _CODES.get(base.dtype.itemsize)
-    if base.ndim == 0 or codes is None:
-        return raw(base) == raw(tuned)
-    # Tuning changes entries everywhere, so that the first rows nearly always decide.
-    parts = (slice(0, 2), slice(2, None))
-    return all(torch.equal(base[part].view(codes), tuned[part].view(codes)) for part in parts)
-
-
-# Floats are compared as integers of their size.
-_CODES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _joined(first: LowRank, second: LowRank) -> LowRank:

@@ -120,6 +120,7 @@ class _Search:
         self.of = of
         self.shapes = {name: header.shape for name, header in base.items()}
         self.targets = Targets()
+        self.copied: set[str] = set()
         self.moved: list[str] = []
 
         factors: dict[str, dict[str, str]] = defaultdict(dict)
@@ -171,6 +172,7 @@ class _Search:
                 raise self._fail(name, "is not in the base")
             stored = name
         if stored in self.names.shared and ".base_layer." not in key:
+            self.copied.add(stored)
             self.targets.notes.append(
                 f"{stored} was trained as a copy; unmerged, a head tied to it keeps the base's values"
             )
@@ -240,6 +242,11 @@ class _Search:
                 shape = self._oriented(stored)
                 if shape != (out, columns):
                     raise self._fail(path, f"the adapter is for {out}x{columns}, the base holds {_by(shape)}")
+                if stored in self.copied and self.names.find(name) != stored:
+                    raise ValueError(
+                        f"{self.where}: {path} is tied to {stored}, of which a copy was trained besides, so "
+                        f"that they end as two weights; {MERGE}"
+                    )
                 self._note_tied(stored)
                 return [replace(update, tensor=stored)]
         # Memory may name, stack and fuse otherwise than the file: what stands in the same place is meant.

@@ -126,6 +126,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "tied",
         {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
     ),
+    "a head of its own": ("tied", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
     "conv1d dora": ("gpt2", {"target_modules": ["c_attn", "attn.c_proj"], "use_dora": True}),
     "conv1d embedding": ("gpt2", {"target_modules": ["wte", "wpe"]}),
@@ -462,6 +463,13 @@ def test_a_damaged_adapter_is_refused_with_what_is_wrong(change, message, tmp_pa
     tensors = load_file(path)
     change(tensors)
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
+    with pytest.raises(ValueError, match=message):
+        open_checkpoint(tmp_path / "adapter", base=tmp_path / "base")
+
+
+def test_factors_of_a_tied_head_beside_a_copy_of_its_embedding_are_refused(tmp_path):
+    save(tmp_path, "tied", target_modules=["lm_head"], modules_to_save=["embed_tokens"])
+    message = r"lm_head is tied to model.embed_tokens.weight, of which a copy was trained .*; merge it where"
     with pytest.raises(ValueError, match=message):
         open_checkpoint(tmp_path / "adapter", base=tmp_path / "base")
 

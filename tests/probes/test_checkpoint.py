@@ -165,6 +165,18 @@ def test_weights_that_share_their_bytes_are_given_and_counted_once(tmp_path):
     assert checkpoint.parameters == 40
 
 
+def test_a_head_with_values_of_its_own_is_given_whatever_the_config_ties(tmp_path):
+    """As transformers 5 loads it: "different values, so we will NOT tie them"."""
+    (tmp_path / "config.json").write_text('{"tie_word_embeddings": true}')
+    embed = torch.randn(10, 4)
+    for head, copies in ((embed.clone(), ("lm_head.weight",)), (embed + 1, ())):
+        tensors = {"model.embed_tokens.weight": embed, "lm_head.weight": head}
+        save_file(tensors, tmp_path / "model.safetensors")
+        found = open_checkpoint(tmp_path).matrices
+        assert set(found) == set(tensors) - set(copies)
+        assert found["model.embed_tokens.weight"].tied == copies
+
+
 def test_an_unknown_tensor_or_matrix_is_answered_with_the_nearest(directory):
     checkpoint = open_checkpoint(directory)
     with pytest.raises(
