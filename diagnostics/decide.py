@@ -169,7 +169,8 @@ class _Search:
         deflated = self.ritz0.vectors[0][:, kept]
         start = self.vectors[:, open_]
         start = start - deflated @ (deflated.mT @ start)
-        largest = float(self.ritz0.values[0, 0] + self.ritz0.residuals[0, 0])
+        # No eigenvalue lies above the sum of all, whatever the Ritz values have missed.
+        largest = float(torch.linalg.vector_norm(self.base, dtype=torch.float64)) ** 2
         extra = Extra(
             values=self.ritz0.values[0, kept].cpu().numpy(),
             residuals=self.ritz0.residuals[0, kept].cpu().numpy(),
