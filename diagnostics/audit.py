@@ -102,7 +102,7 @@ def audit(
             fresh=fresh,
             progress=progress,
             options={"only": only, "skip": skip, "settings": settings or {}, "engine": engine, **common},
-            notes=unread(rows, names),
+            notes=(*unread(rows, names), *of_adapters(pair)),
         )
 
 
@@ -287,6 +287,21 @@ def unread(rows: Collection[str], names: Collection[str]) -> tuple[str, ...]:
         elif not readers & set(names):
             notes.append(f"none of the analyses asked for reads --{role}; {', '.join(sorted(readers))} would")
     return tuple(notes)
+
+
+def of_adapters(pair: "CheckpointPair") -> tuple[str, ...]:
+    """Notes on the adapters among the checkpoints: how they are read, and whether they name another base."""
+    notes = []
+    for side in (pair.base, pair.tuned):
+        facts = side.adapter or {}
+        notes += [f"{side.ref}: {note}" for note in facts.get("notes", ())]
+        named, base = facts.get("base"), side.base
+        # Directories are moved and hub ids downloaded: the last part of the name is what stays.
+        if named and base and base.directory and Path(named).name not in str(base.directory.resolve()):
+            notes.append(
+                f"{side.ref} was trained on {named!r} and is applied to {base.ref}: is that the same model?"
+            )
+    return tuple(dict.fromkeys(notes))
 
 
 def check_settings(settings: Mapping[str, Mapping[str, Any]]) -> None:

@@ -45,6 +45,8 @@ class Commands(TyperGroup):
         if args and args[0] not in self.commands:
             for entry in entry_points(group=GROUP, name=args[0]):
                 self.add_command(loaded(entry), args[0])
+            if args[0] not in self.commands:
+                ctx.fail(f"No such command {args[0]!r}; known: {', '.join(self.list_commands(ctx))}")
         return super().resolve_command(ctx, args)
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:

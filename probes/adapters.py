@@ -128,10 +128,11 @@ class Adapter:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Type, rank, alpha and variant, as plain values."""
+        """Type, the base that it names, rank, alpha and variant, as plain values."""
         config, targets = self.config, self.targets
         return {
             "type": "LORA",
+            "base": config.get("base_model_name_or_path"),
             "r": config.get("r", 8),
             "alpha": config.get("lora_alpha", 8),
             "rslora": bool(config.get("use_rslora")),

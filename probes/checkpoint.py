@@ -223,7 +223,10 @@ def _open_adapter(
     if base is None:
         named = config.get("base_model_name_or_path")
         if not named:
-            raise ValueError(f"{ref}: is an adapter, and {settings.name} names no base; give one with base=")
+            raise ValueError(
+                f"{ref}: is an adapter, and {settings.name} names no base; name it there as "
+                "base_model_name_or_path, or in Python give base="
+            )
         try:
             base = open_checkpoint(named, revision=config.get("revision"))
         except ValueError as error:

@@ -394,6 +394,29 @@ def test_files_that_nothing_reads_are_recorded_and_said_to_have_no_effect(
     )
 
 
+@pytest.mark.parametrize("named", ["org/other", "runs/base"])
+def test_an_adapter_that_names_another_base_is_said_to(norms, out, tmp_path, named):
+    """A path that ends as the base's own directory does may be the same model elsewhere."""
+    from safetensors.torch import save_file
+
+    name = "model.layers.0.self_attn.q_proj"
+    for directory in ("base", "tuned"):
+        (tmp_path / directory).mkdir()
+    (tmp_path / "base/config.json").write_text("{}")
+    save_file({f"{name}.weight": torch.eye(8)}, tmp_path / "base/model.safetensors")
+    factors = {"A": torch.ones(2, 8), "B": torch.ones(8, 2)}
+    factors = {f"base_model.model.{name}.lora_{key}.weight": value for key, value in factors.items()}
+    save_file(factors, tmp_path / "tuned/adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": named}
+    (tmp_path / "tuned/adapter_config.json").write_text(json.dumps(config))
+    made = audit(tmp_path / "base", tmp_path / "tuned", out=out)
+    # delta = alpha / r * B A = 2 everywhere: its norm is 2 * 8
+    assert made.results["norms"].metrics["norm"] == pytest.approx(16.0)
+    assert record(out)["tuned"]["adapter"]["base"] == named
+    expected = f"trained on 'org/other' and is applied to {tmp_path / 'base'}: is that the same model?"
+    assert [expected in note for note in made.notes] == ([True] if named == "org/other" else [])
+
+
 def test_an_audit_with_nothing_to_run_is_refused(register, checkpoints, out):
     register("needy", lambda pair, task: nothing())
     with pytest.raises(ValueError, match="nothing to run: needy needs --task F"):

@@ -355,7 +355,7 @@ def test_a_file_without_tensors_is_refused(tmp_path):
 def test_an_adapter_without_a_base_says_what_to_give(adapter, tmp_path):
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
-    refuse("is an adapter, and adapter_config.json names no base; give one with base=", adapter)
+    refuse("is an adapter, and adapter_config.json names no base; name it there as base_model_name", adapter)
     missing = str(tmp_path / "gone" / "model")
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": missing}))
     refuse("cannot open the base that this adapter names: .*gone/model: no such file or directory", adapter)
