@@ -1,8 +1,10 @@
 """The pictures of intruder dimensions, drawn from the tables alone, so that a saved result redraws."""
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from diagnostics import theme
@@ -69,7 +71,10 @@ def draw_where(matrices: pd.DataFrame, k: int) -> "go.Figure":
     if found:
         top = ranked(counted).iloc[0]
         layer = "" if pd.isna(top["layer"]) else f"layer {top['layer']:.0f} "
-        title += f"; most in {layer}{top['component']}"
+        alone = (counted["intruders"] == top["intruders"]).sum() == 1
+        title += (
+            f"; most in {layer}{top['component']}" if alone else f"; at most {top['intruders']:.0f} in one"
+        )
     figure = theme.figure(title=theme.verbatim(title), x="layer", y="component")
 
     # Several experts share a cell: their counts add up, and those without a count do not hide the others'.
@@ -250,7 +255,8 @@ def draw_spectra(spectra: pd.DataFrame, vectors: pd.DataFrame, matrix: str) -> "
     import plotly.graph_objects as go
 
     intruders = vectors[vectors["intruder"].astype(bool)]
-    title = f"Where the {len(intruders)} intruders of {matrix} stand among its singular values"
+    subject = "the intruder" if len(intruders) == 1 else f"the {len(intruders)} intruders"
+    title = f"Where {subject} of {matrix} stand{'s' * (len(intruders) == 1)} among its singular values"
     figure = theme.figure(title=theme.verbatim(title), x="rank", y="singular value (log scale)")
     for name, color, dash in (("base", theme.BASE, "dash"), ("tuned", theme.TUNED, "solid")):
         line = {"color": color, "width": 2, "dash": dash}
@@ -266,9 +272,18 @@ def draw_spectra(spectra: pd.DataFrame, vectors: pd.DataFrame, matrix: str) -> "
             hovertemplate="%{y:.4g}, cosine from %{customdata[0]:.3f} to %{customdata[1]:.3f}",
         )
     )
-    figure.update_yaxes(type="log", dtick="D2")
+    sizes = spectra[["base", "tuned"]].to_numpy()
+    ticks = decades(float(np.nanmin(sizes[sizes > 0])), float(np.nanmax(sizes)))
+    figure.update_yaxes(type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     figure.update_xaxes(range=[spectra["rank"].min() - 0.5, spectra["rank"].max() + 0.5])
     return figure.update_layout(height=420, hovermode="x unified")
+
+
+def decades(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times the powers of ten of a range; of a long one the powers alone."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = (1, 2, 5) if len(powers) < 5 else (1,)
+    return [float(f"{step}e{power}") for power in powers for step in steps]
 
 
 def draw_similarity(cosines: pd.DataFrame, vectors: pd.DataFrame, matrix: str) -> "go.Figure":

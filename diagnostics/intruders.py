@@ -228,8 +228,10 @@ def summary(result: Result) -> str:
     text = f"{metrics['intruders']} of {int(matrices['examined'].sum())} leading directions are new"
     flagged = matrices[matrices["intruders"] > 0]
     if len(flagged):
-        worst = flagged["matrix"].iloc[int(flagged["intruders"].argmax())]
-        text += f", in {len(flagged)} of {metrics['matrices']} matrices, most in {worst}"
+        most = int(flagged["intruders"].max())
+        top = flagged.loc[flagged["intruders"] == most, "matrix"]
+        where = f"most in {top.iloc[0]}" if len(top) == 1 else f"at most {most} in one"
+        text += f", in {len(flagged)} of {metrics['matrices']} matrices, {where}"
     floor = matrices.loc[matrices["status"] == "measured", "floor"].max()
     return f"{text} (epsilon {result.parameters['epsilon']:g}, random floor at most {floor:.2g})"
 

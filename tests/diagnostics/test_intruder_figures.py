@@ -6,7 +6,7 @@ import pytest
 
 from diagnostics import theme
 from diagnostics.analysis import Result
-from diagnostics.intruder_figures import draw
+from diagnostics.intruder_figures import decades, draw
 
 
 def result(tables, **metrics):
@@ -115,10 +115,39 @@ def test_an_exact_sweep_has_no_band(intruder_tables):
     assert "band" not in figure.layout.title.text
 
 
+def test_of_matrices_with_equally_many_intruders_none_is_called_the_worst(intruder_tables):
+    from diagnostics.intruders import summary
+
+    tables = intruder_tables()
+    matrices = tables["matrices"]
+    tables["matrices"] = matrices.assign(intruders=matrices["intruders"].clip(upper=2))
+    made = result(tables, intruders=5, matrices=6, changed=6, descendant=1)
+    # 1, 2 and 2 of the 10 directions of each of the 6 measured matrices
+    assert draw(made)["where"].layout.title.text == "5 intruders in 3 of 6 matrices; at most 2 in one"
+    assert summary(made).startswith(
+        "5 of 60 leading directions are new, in 3 of 6 matrices, at most 2 in one ("
+    )
+    made = result(intruder_tables(), intruders=6, matrices=6, changed=6, descendant=1)
+    assert ", most in model.layers.3.self_attn.o_proj.weight (" in summary(made)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.7, 30.0, [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500]),
+        (1e-4, 1.0, [1e-4, 1e-3, 1e-2, 0.1, 1]),
+    ],
+)
+def test_the_logarithmic_axis_names_whole_numbers(low, high, expected):
+    assert decades(low, high) == expected
+
+
 def test_the_worst_matrix_is_shown_with_its_intruders_marked(figures):
     spectra, similarity = figures["spectra"], figures["similarity"]
     assert "3 intruders of model.layers.3.self_attn.o_proj.weight" in spectra.layout.title.text
     assert spectra.layout.yaxis.type == "log"
+    # Values from 20 / 20 to 20 / 1.
+    assert {"1", "2", "5", "10", "20"} <= set(spectra.layout.yaxis.ticktext)
     assert (named(spectra, "base").line.color, named(spectra, "tuned").line.color) == (
         theme.BASE,
         theme.TUNED,
