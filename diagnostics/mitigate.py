@@ -205,6 +205,8 @@ def mitigate(
         triples, edits, notes = _scale_triples(
             pair, out, scale, mode, full, device, progress, k=k, epsilon=epsilon, parts=parts
         )
+    if full and pair.tuned.adapter:
+        notes = [*notes, *pair.tuned.adapter["notes"]]
     result = Mitigation(
         out=out, kind="full" if full else "adapter", mode=mode, scale=scale, k=k, epsilon=epsilon,
         triples=tuple(triples), edits=tuple(edits), notes=tuple(notes),

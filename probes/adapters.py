@@ -73,6 +73,7 @@ class Targets:
         replaced: stored tensor -> the tensor that takes its place (`modules_to_save`, biases).
         tokens: embedding -> the trained rows, and which they are.
         shifts: bias -> what LoRA adds to it (`lora_bias`), and the scaling.
+        untied: embeddings trained as a copy, which a head tied to them in the base does not follow.
         notes: what a reader must know.
     """
 
@@ -80,6 +81,7 @@ class Targets:
     replaced: dict[str, str] = field(default_factory=dict)
     tokens: dict[str, tuple[str, list[int]]] = field(default_factory=dict)
     shifts: dict[str, tuple[str, float]] = field(default_factory=dict)
+    untied: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
 
 
@@ -123,7 +125,8 @@ class Adapter:
         for name, key in self.targets.replaced.items():
             self.headers[name] = replace(weights.headers[key], name=name)
         # A file that holds both copies of a tied weight has the change in one of them.
-        self._tied = {alias: matrix.tensor for matrix in matrices.values() for alias in matrix.tied}
+        tied = {alias: matrix.tensor for matrix in matrices.values() for alias in matrix.tied}
+        self._tied = {alias: name for alias, name in tied.items() if name not in self.targets.untied}
         self._transposed = {m.tensor for m in matrices.values() if m.transposed and m.experts is None}
 
     @property

@@ -130,6 +130,7 @@ class CheckpointPair:
             hint = f"; {hints[name]}" if name in hints else ""
             found.append(Unmatched(name, f"missing from tuned{hint}", header.shape, None))
         rows = {self.base.matrices[name].tensor: rows for name, rows in self.resized.items()}
+        tied = [{alias: m.tensor for m in s.matrices.values() for alias in m.tied} for s in self._sides]
         for name, other in self._tensors.items():
             if not self._alike(name):
                 reason = "another shape"
@@ -137,7 +138,15 @@ class CheckpointPair:
                     reason = "vocabulary resized from {} to {} rows".format(*rows[name])
                     reason += f"; the first {min(rows[name])} are compared"
                 found.append(Unmatched(name, reason, base[name].shape, tuned[other].shape))
+            elif (name in tied[0]) != (other in tied[1]):
+                role, to = ("base", tied[0][name]) if name in tied[0] else ("tuned", tied[1][other])
+                reason = f"tied to {to} in {role} alone; not compared"
+                found.append(Unmatched(name, reason, base[name].shape, tuned[other].shape))
         return sorted(found, key=lambda unmatched: _natural(unmatched.tensor))
+
+    @property
+    def _sides(self) -> tuple[Checkpoint, Checkpoint]:
+        return self.base, self.tuned
 
     def _aligned(self) -> dict[str, str]:
         """Tuned name of each base matrix that has an equal in tuned, by its tensor's name or by its place."""
@@ -179,7 +188,7 @@ class CheckpointPair:
 
     def _refuse_strangers(self) -> None:
         """Raise if no block matrix, or no matrix at all, is common."""
-        sides = (self.base, self.tuned)
+        sides = self._sides
         blocks = [[m for m in side.matrices.values() if m.part == "block"] for side in sides]
         common = [m for m in self.matrices.values() if m.part == "block" or not all(blocks)]
         if common:

@@ -120,7 +120,6 @@ class _Search:
         self.of = of
         self.shapes = {name: header.shape for name, header in base.items()}
         self.targets = Targets()
-        self.copied: set[str] = set()
         self.moved: list[str] = []
 
         factors: dict[str, dict[str, str]] = defaultdict(dict)
@@ -171,10 +170,12 @@ class _Search:
             if not any(re.search(rf"(?:^|\.){re.escape(module)}(?:\.|$)", name) for module in modules):
                 raise self._fail(name, "is not in the base")
             stored = name
-        if stored in self.names.shared and ".base_layer." not in key:
-            self.copied.add(stored)
+        alone = ".base_layer." not in key and not self.config.get("ensure_weight_tying")
+        if stored in self.names.shared and alone:
+            self.targets.untied.add(stored)
             self.targets.notes.append(
-                f"{stored} was trained as a copy; unmerged, a head tied to it keeps the base's values"
+                f"{stored} was trained as a copy: a head tied to it keeps the base's values, but follows the "
+                "copy once full weights are loaded that have no head of their own"
             )
         self.targets.replaced[stored] = key
         self.shapes[stored] = self.weights[key].shape
@@ -242,7 +243,7 @@ class _Search:
                 shape = self._oriented(stored)
                 if shape != (out, columns):
                     raise self._fail(path, f"the adapter is for {out}x{columns}, the base holds {_by(shape)}")
-                if stored in self.copied and self.names.find(name) != stored:
+                if stored in self.targets.untied and self.names.find(name) != stored:
                     raise ValueError(
                         f"{self.where}: {path} is tied to {stored}, of which a copy was trained besides, so "
                         f"that they end as two weights; {MERGE}"

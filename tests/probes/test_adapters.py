@@ -467,6 +467,17 @@ def test_a_damaged_adapter_is_refused_with_what_is_wrong(change, message, tmp_pa
         open_checkpoint(tmp_path / "adapter", base=tmp_path / "base")
 
 
+def test_a_head_stored_beside_the_embedding_does_not_follow_a_trained_copy_of_it(tmp_path):
+    save(tmp_path, "tied", target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    path = tmp_path / "base" / "model.safetensors"
+    embed = load_file(path)["model.embed_tokens.weight"]
+    save_file(load_file(path) | {"lm_head.weight": embed.clone()}, path)
+    tuned = open_checkpoint(tmp_path / "adapter", base=tmp_path / "base")
+    assert torch.equal(tuned.matrix("lm_head.weight"), embed)
+    assert not tuned.touched("lm_head.weight")
+    assert not torch.equal(tuned.matrix("model.embed_tokens.weight"), embed)
+
+
 def test_factors_of_a_tied_head_beside_a_copy_of_its_embedding_are_refused(tmp_path):
     save(tmp_path, "tied", target_modules=["lm_head"], modules_to_save=["embed_tokens"])
     message = r"lm_head is tied to model.embed_tokens.weight, of which a copy was trained .*; merge it where"

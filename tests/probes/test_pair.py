@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -298,6 +299,19 @@ def test_a_head_that_differs_from_the_embedding_is_not_tied(llama, directory, tm
     llama(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
     pair = CheckpointPair(tmp_path / "tied", directory)
     assert shapes(pair) == {"lm_head.weight": ("extra in tuned", None, (50, 32))}
+
+
+@pytest.mark.parametrize("role", ["base", "tuned"])
+def test_a_head_that_only_one_side_ties_is_listed(llama, tmp_path, role):
+    llama(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    state = load_file(tmp_path / "tied" / "model.safetensors")
+    save_file(state | {"lm_head.weight": state[EMBED].clone()}, tmp_path / "tied" / "model.safetensors")
+    shutil.copytree(tmp_path / "tied", tmp_path / "loose")
+    save_file(state | {"lm_head.weight": state[EMBED] + 1}, tmp_path / "loose" / "model.safetensors")
+    sides = [tmp_path / "tied", tmp_path / "loose"]
+    pair = CheckpointPair(*(sides if role == "base" else sides[::-1]))
+    reason = f"tied to {EMBED} in {role} alone; not compared"
+    assert shapes(pair) == {"lm_head.weight": (reason, (50, 32), (50, 32))}
 
 
 @pytest.mark.parametrize("rows", [53, 47])
