@@ -1,0 +1,46 @@
+"""The README says what is true: its Python runs, its commands exist, and it names every analysis."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_it_names_every_analysis_with_its_question():
+    from diagnostics.analysis import analyses
+
+    for name, record in analyses().items():
+        row = next(line for line in README.splitlines() if line.startswith(f"| `{name}` |"))
+        assert record.question in row
+        assert record.paper.removeprefix("arXiv:") in row
+
+
+def test_its_python_prints_what_it_says(monkeypatch, capsys):
+    import plotly.graph_objects as go
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(go.Figure, "show", lambda figure: None)
+    code, printed = re.search(r"```python\n(from probes.*?)```\s+```\n(.*?)```", README, re.S).groups()
+    exec(code, {})
+    said, meant = (re.sub(r"\d+\.\d+", "#", text).split() for text in (capsys.readouterr().out, printed))
+    assert said == meant
+
+
+def test_its_shell_example_prints_what_it_says(tmp_path, capsys, monkeypatch):
+    from diagnostics.cli import main
+
+    monkeypatch.chdir(ROOT / "diagnostics" / "bundled")
+    monkeypatch.setattr(
+        "sys.argv", ["tunescope", "audit", "base", "lora-r8", "--out", str(tmp_path / "audit")]
+    )
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert not left.value.code
+    said = capsys.readouterr().out
+    assert "worth a look before it ships" in said
+    meant = re.search(r"\$ cd diagnostics/bundled && tunescope audit.*?\n(.*?)```", README, re.S).group(1)
+    counted = re.search(r"\d+ of \d+ leading directions are new, in \d+ of \d+ matrices", meant).group(0)
+    assert counted in " ".join(said.split())
