@@ -23,6 +23,7 @@ Metric: TypeAlias = Literal["auroc", "aupr_ood", "aupr_id", "fpr95", "ood_missed
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 KEPT = Fraction(95, 100)
+ROUNDING = 1e-12  # a narrower interval is none
 
 
 class Scores(NamedTuple):
@@ -38,9 +39,6 @@ class Interval(NamedTuple):
     value: float
     low: float
     high: float
-
-
-# --- counts ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -185,7 +183,7 @@ def average_precision(inside: ArrayLike, outside: ArrayLike) -> float:
 def fpr95(inside: ArrayLike, outside: ArrayLike) -> float:
     """Share of in-distribution rows flagged when 95 % of the OOD rows are caught; chance is 0.95.
 
-    Linear between the points of the ROC. Many papers mean `ood_missed_at_95_id_kept` by this name.
+    Linear between the points of the ROC. Other papers mean `ood_missed_at_95_id_kept` by this name.
     """
     return false_alarm(one_way(Scores(inside, outside)))
 
@@ -238,7 +236,7 @@ def auroc_interval(inside: ArrayLike, outside: ArrayLike, *, level: float = 0.95
     arrays = [np.sort(array) for array in checked(Scores(inside, outside), least=2)]
     value = auroc(*arrays)
     spread = deviation(level) * math.sqrt(delong(*placements(*arrays)))
-    if spread == 0 and value in (0.0, 1.0):
+    if spread < ROUNDING and value in (0.0, 1.0):
         width = 1 - lowest(len(arrays[0]), len(arrays[1]), level)
         return Interval(value, max(0.0, value - width), min(1.0, value + width))
     return Interval(value, max(0.0, value - spread), min(1.0, value + spread))
@@ -257,7 +255,7 @@ def auroc_difference(first: Scores, second: Scores, *, level: float = 0.95) -> I
     value = auroc(*one) - auroc(*two)
     pairs = zip(placements(*one), placements(*two), strict=True)
     spread = deviation(level) * math.sqrt(delong(*(a - b for a, b in pairs)))
-    if spread == 0 and value != 0:
+    if spread < ROUNDING < abs(value):
         a, b = auroc_interval(*one, level=level), auroc_interval(*two, level=level)
         low, high = (
             math.hypot(a.value - a.low, b.high - b.value),
@@ -283,6 +281,8 @@ def bootstrap(
     Raises:
         ValueError: fewer than 2 rows of either kind, or not the same number for both scores.
     """
+    if draws < 1:
+        raise ValueError(f"draws is {draws}; at least 1, and some hundreds for bounds worth the name")
     given = [checked(each, least=2) for each in (scores, against) if each is not None]
     same_rows(given[0], given[-1])
     formula, way = METRICS[metric]
