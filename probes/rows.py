@@ -176,10 +176,12 @@ def shape_of(fields: Any, expected: Shape | None) -> Shape:
     close = [expected] if expected else [shape for shape, needed in SHAPES.items() if given < set(needed)]
     missing = [field for field in SHAPES[close[0]] if field not in given] if len(close) == 1 else []
     if missing:
-        raise ValueError(f"{quoted(missing)} is missing")
+        raise ValueError(f"the row lacks {quoted(missing)}")
     if expected:
         surplus = sorted(given - set(SHAPES[expected]))
-        raise ValueError(f"{quoted(surplus)} is not in the rows before it; a task has rows of one shape")
+        raise ValueError(
+            f"the row has {quoted(surplus)}, which the rows before it lack; a task has one shape"
+        )
     has = quoted(sorted(given)) if given else "none of these fields"
     raise ValueError(f"a row is one of {ALLOWED}; this one has {has}")
 
@@ -309,9 +311,10 @@ def split_rows(ref: str, name: str, revision: str | None, split: str) -> Numbere
     try:
         data = datasets.load_dataset(where, configuration, split=split, revision=revision)
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
+        cause = error.__cause__ or error  # the library says only that something went wrong
+        reason = str(cause).strip().partition("\n")[0]
         raise ValueError(
-            f"{ref}: neither a file nor a split that can be loaded ({type(error).__name__}: {reason})"
+            f"{ref}: neither a file nor a split that can be loaded ({type(cause).__name__}: {reason})"
         ) from error
     wanted = [column for column in data.column_names if column in FIELDS | {"group"}]
     # Other columns may hold pictures or sound, which take long to decode.
