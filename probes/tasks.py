@@ -243,7 +243,7 @@ def chats(task: Task, tokenizer: Any) -> Iterator[Piece]:
         whole = render(content or "", task.where(index))
         inner = whole.removeprefix(before).removesuffix(after)
         if before + inner + after != whole or inner.strip() != (content or "").strip():
-            raise ValueError(f"{task.where(index)}: the chat template changes this row's text")
+            raise ValueError(f"{task.where(index)}: the template changes this row's text")
         if row.text is not None:
             yield Piece(row=index, choice=None, text=whole, start=len(before), stop=len(whole) - len(after))
         else:
