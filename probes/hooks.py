@@ -97,17 +97,18 @@ class Capture:
         """Each batch with its activations; one that is too large for memory is halved."""
         return halving(self.activations, batches)
 
-    def see(self, name: str, value: Tensor) -> None:
+    def see(self, name: str, value: Any) -> None:
         """Take an activation; called by the hooks."""
+        value = value[0] if isinstance(value, tuple) else value
+        if not isinstance(value, Tensor):
+            return
         self._fired.add(name)
         if self._batch is None:
             return
         value, shape = value.detach(), self._batch.ids.shape
-        if name.rpartition(".")[2] in RESIDUALS and value.shape[:2] != shape:
+        if _inside(name) in RESIDUALS and value.shape[:2] != shape:
             kind, sizes = type(unwrapped(self.model)).__name__, "x".join(map(str, value.shape))
-            raise ValueError(
-                f"{kind}: {name} is {sizes}, where {shape[0]} rows of {shape[1]} tokens were given"
-            )
+            raise ValueError(f"{kind}: {name} is {sizes}, not {shape[0]} rows of {shape[1]} tokens")
         value = _routed(name, value, self._batch)
         self._found[name] = self._keep(name, value, self._batch) if self._keep else value
 
@@ -189,7 +190,7 @@ def _parts(names: Iterable[str]) -> set[str] | None:
     """The components inside of blocks that names need; None if they need the whole bridge."""
     parts: set[str] = set()
     for name in names:
-        inside = re.sub(r"^blocks\.\d+\.", "", name)
+        inside = _inside(name)
         part, dot, _ = inside.partition(".")
         if inside in RESIDUALS:
             continue
@@ -197,6 +198,11 @@ def _parts(names: Iterable[str]) -> set[str] | None:
             return None
         parts.add(part)
     return parts
+
+
+def _inside(name: str) -> str:
+    """A name without its block."""
+    return re.sub(r"^blocks\.\d+\.", "", name)
 
 
 def _layer(name: str) -> int:
@@ -216,10 +222,8 @@ def _bridged(
     model: nn.Module, names_filter: NamesFilter, layers: Sequence[int], keep: Keep | None, stack: ExitStack
 ) -> Capture:
     """Capture through the bridge, built into a shadow of the model."""
-    where = type(unwrapped(model)).__name__
-    if callable(
-        names_filter
-    ):  # asked of the names of a whole bridge; then only what it chose is put in place
+    where, asked = type(unwrapped(model)).__name__, callable(names_filter)
+    if callable(names_filter):  # of a whole bridge's names; only what it chose is then put in place
         names_filter = expanded(names_filter, layers, _bridge(unwrapped(shadow(model)), None)[1], where)
     given = [names_filter] if isinstance(names_filter, str) else list(names_filter)
     hooked = shadow(model)
@@ -230,11 +234,15 @@ def _bridged(
     for name in names:
         try:
             bridge.add_hook(name, lambda value, hook, name=name: captured.see(name, value))
-        except ValueError as error:
-            raise ValueError(f"{where}: {name} is not captured ({error})") from error
+        except ValueError as error:  # computed on request only
+            if not asked:
+                raise ValueError(f"{where}: {name} is not captured ({error})") from error
     _same_logits(model, hooked)
-    if captured.silent():
-        raise _NoBridgeError(f"the bridge does not compute {captured.silent()[0]}")
+    silent = captured.silent()
+    if asked:
+        captured.names = tuple(name for name in names if name not in silent)
+    elif silent:
+        raise _NoBridgeError(f"the bridge does not compute {silent[0]}")
     return captured
 
 
@@ -352,7 +360,7 @@ def _plain(
         raise ValueError(f"{where}: only the residual stream can be captured, as {reason}") from error
     captured = Capture("modules", model, names, keep=keep, reason=reason)
     for name in names:
-        hook = _residual(captured, name, RESIDUALS[name.rpartition(".")[2]])
+        hook = _residual(captured, name, RESIDUALS[_inside(name)])
         stack.callback(found[_layer(name)].register_forward_hook(hook, with_kwargs=True).remove)
     return captured
 
