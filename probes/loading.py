@@ -93,12 +93,15 @@ class Loading:
         """A checkpoint as a model."""
         memory = memory_of(checkpoint)
         untrained: tuple[str, ...] = ()
-        if memory is not None:
-            model = self._moved(checkpoint.ref, memory)
-        elif checkpoint.base is None:
-            model = self._read(checkpoint, kind)
-        else:
-            model, untrained = self._adapted(checkpoint, kind)
+        # What has no trained weights is random, and the same each time.
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(0)
+            if memory is not None:
+                model = self._moved(checkpoint.ref, memory)
+            elif checkpoint.base is None:
+                model = self._read(checkpoint, kind)
+            else:
+                model, untrained = self._adapted(checkpoint, kind)
         config = unwrapped(model).config
         return Runnable(
             ref=checkpoint.ref,
@@ -175,9 +178,7 @@ class Loading:
             "output_loading_info": True,
         }
         try:
-            # What has no trained weights is random, and the same each time.
-            with _silence(), torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
+            with _silence():
                 if own_code:
                     model, info = auto.from_pretrained(
                         **_repository(checkpoint), trust_remote_code=True, **options

@@ -18,6 +18,7 @@ from probes.loading import (
     Kind,
     Loading,
     Runnable,
+    brought_by,
     context_of,
     device_of,
     dtype_of,
@@ -191,12 +192,13 @@ def _switched(checkpoint: Checkpoint) -> bool:
     if source.config.get("bias", "none") != "none":
         return False
     copies = source.config.get("modules_to_save") or ()
-    for name in source.targets.replaced:
+    for name, header in brought_by(checkpoint).items():
+        own = base.headers.get(name)
+        if own is not None and own.shape != header.shape:
+            return False
         if any(part in copies for part in name.split(".")):
             continue
-        if name not in base.headers or base.headers[name].shape != checkpoint.headers[name].shape:
-            return False
-        if not torch.equal(base.tensor(name), source.stored(name)):
+        if own is None or not torch.equal(base.tensor(name), source.stored(name)):
             return False
     return True
 

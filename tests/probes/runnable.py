@@ -49,7 +49,7 @@ FAMILIES = {
     "granite": ("GraniteForCausalLM", LLAMA | {"logits_scaling": 3.0, "residual_multiplier": 0.5}),
     # Bodies that are called in other ways.
     "opt": ("OPTForCausalLM", BERT | {"ffn_dim": 28, "word_embed_proj_dim": 8}),
-    "bloom": ("BloomForCausalLM", GPT | {"hidden_size": 16}),
+    "bloom": ("BloomForCausalLM", TOKENS | {"hidden_size": 16, "n_layer": LAYERS, "n_head": 4}),
     "mamba": ("MambaForCausalLM", TOKENS | {"hidden_size": 16, "num_hidden_layers": LAYERS, "state_size": 3}),
     # Without a bridge, or with one that gives other logits.
     "persimmon": ("PersimmonForCausalLM", BERT | {"qk_layernorm": False}),
