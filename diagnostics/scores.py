@@ -22,7 +22,7 @@ from diagnostics.calibration import ece as ece
 Metric: TypeAlias = Literal["auroc", "aupr_ood", "aupr_id", "fpr95", "ood_missed_at_95_id_kept"]
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
-KEPT = Fraction(95, 100)
+KEPT = 0.95
 ROUNDING = 1e-12  # a narrower interval is none
 
 
@@ -119,9 +119,6 @@ def checked(scores: Scores, *, least: int = 1) -> tuple[Array, Array]:
     return arrays
 
 
-# --- metrics -----------------------------------------------------------------------------------------------
-
-
 def area(steps: Steps) -> float:
     """Under the ROC: pairs in the right order, over all pairs."""
     right = steps.negatives - (steps.flagged + steps.before) / 2
@@ -136,11 +133,10 @@ def precision(steps: Steps) -> float:
 
 def false_alarm(steps: Steps) -> float:
     """Share of negative rows flagged where the ROC first has `KEPT` of the positive rows."""
-    # In whole numbers: 0.95 · n is often a hair off the integer that it is.
-    needed = KEPT.numerator * steps.caught[-1]
-    step = int(np.searchsorted(steps.caught * KEPT.denominator, needed))
+    needed = KEPT * steps.caught[-1]  # 0.95 is so near its float that this is whole where it should be
+    step = int(np.searchsorted(steps.caught, needed))
     earlier = steps.caught[step - 1] if step else 0.0
-    part = (needed / KEPT.denominator - earlier) / (steps.caught[step] - earlier)
+    part = (needed - earlier) / (steps.caught[step] - earlier)
     flagged = steps.before[step] + part * (steps.flagged[step] - steps.before[step])
     return float(flagged / steps.negatives)
 
@@ -201,9 +197,6 @@ def one_way(scores: Scores) -> Steps:
     """The counts with OOD as the class to find."""
     inside, outside = (np.sort(array) for array in checked(scores))
     return Ranks(inside, outside).steps()
-
-
-# --- intervals ---------------------------------------------------------------------------------------------
 
 
 def placements(inside: Array, outside: Array) -> tuple[Array, Array]:
@@ -333,15 +326,12 @@ def same_rows(first: tuple[Array, Array], second: tuple[Array, Array]) -> None:
         )
 
 
-# --- thresholds and lengths --------------------------------------------------------------------------------
-
-
-def threshold_catching(outside: ArrayLike, share: float = 0.95) -> float:
+def threshold_catching(outside: ArrayLike, share: float = KEPT) -> float:
     """The highest threshold that at least this share of the OOD rows reach."""
     return -threshold_keeping(np.negative(outside), share)
 
 
-def threshold_keeping(inside: ArrayLike, share: float = 0.95) -> float:
+def threshold_keeping(inside: ArrayLike, share: float = KEPT) -> float:
     """The lowest threshold that at least this share of in-distribution rows do not exceed.
 
     Raises:

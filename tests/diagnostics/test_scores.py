@@ -142,6 +142,13 @@ def test_ninety_five_percent_of_twenty_rows_is_nineteen_of_them():
     assert fpr95(np.ones(7), np.r_[np.full(19, 2.0), 0.0, 0.0]) == 1.0
 
 
+def test_every_multiple_of_twenty_has_a_whole_ninety_five_percent():
+    # As above, for n OOD rows of which 19 n / 20 are caught at no cost.
+    for n in range(20, 4000, 20):
+        outside = np.r_[np.full(19 * n // 20, 2.0), np.zeros(n // 20)]
+        assert fpr95([1.0], outside) == 0.0
+
+
 def test_the_false_alarm_lies_between_two_thresholds_as_the_curve_does():
     # Of 10 OOD rows 9 are at 3, and one is tied at 1 with 2 of 4 in-distribution rows; these others are at 2
     # and 0. Curve: (0, .9), then (1/4, .9) at 2, then (3/4, 1) at 1. Halfway up, at .95: 1/4 + 1/2 · 2/4.
@@ -271,6 +278,11 @@ def test_a_perfect_score_is_not_certain_to_beat_a_constant_one():
     assert found.value == 0.5
     assert found.low == pytest.approx(0.5 - (1 - lowest(2, 2, 0.95)))
     assert found.high == 0.5
+    # Nor is one that is right every time certain to beat one that is wrong every time: both are uncertain.
+    backward = Scores([2.0, 3.0], [0.0, 1.0])
+    found = auroc_difference(perfect, backward)
+    assert (found.value, found.high) == (1.0, 1.0)
+    assert found.low == pytest.approx(1 - 2**0.5 * (1 - lowest(2, 2, 0.95)))
 
 
 @given(st.data())

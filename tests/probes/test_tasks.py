@@ -298,15 +298,13 @@ def test_all_choices_of_a_row_lose_the_same_part_of_the_prompt():
     tokenizer = characters(bos=True)
     long = {"prompt": "qrst", "choices": ["123", "1"], "answer": 0}
     short = {"prompt": "q", "choices": ["1", "2"], "answer": 0}
-    task = task_of([long, short])
+    last = {"prompt": "qrst", "choices": ["1", "123"], "answer": 0}
+    task = task_of([long, short, last])
     examples = encode(task, tokenizer, max_length=6)
     assert ["".join(tokens(example, tokenizer)) for example in examples] == [
-        "<s>st123",
-        "<s>st1",
-        "<s>q1",
-        "<s>q2",
-    ]
-    assert [example.truncated for example in examples] == [True, True, False, False]
+        "<s>st123", "<s>st1", "<s>q1", "<s>q2", "<s>st1", "<s>st123",
+    ]  # fmt: skip
+    assert [example.truncated for example in examples] == [True, True, False, False, True, True]
 
 
 @pytest.mark.parametrize("longest", [1, 0, -5])
@@ -344,6 +342,8 @@ def test_there_is_one_bos_or_none(brings, add_bos, expected, text):
 
 def test_a_bos_that_begins_the_prompt_is_kept_when_the_prompt_is_cut():
     tokenizer = characters(bos=True)
+    example = one({"prompt": "<s>qr", "completion": "123"}, tokenizer, max_length=3)
+    assert tokens(example, tokenizer) == ["<s>", "1", "2"]
     example = one({"prompt": "<s>qrst", "completion": "12"}, tokenizer, max_length=4)
     assert tokens(example, tokenizer) == ["<s>", "t", "1", "2"]
     assert scored(example, tokenizer) == ["1", "2"]
