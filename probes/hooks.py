@@ -148,7 +148,7 @@ def capture(
         if any(layer not in range(count) for layer in chosen):
             raise LookupError(f"layers {chosen}: there are {count}, counted from 0")
         try:
-            captured = _bridged(model, names_filter, chosen, keep, stack)
+            captured = _bridged(model, names_filter, chosen, keep)
         except _NoBridgeError as error:
             captured = _plain(model, names_filter, chosen, keep, stack, str(error))
         yield captured
@@ -219,7 +219,7 @@ class _NoBridgeError(Exception):
 
 
 def _bridged(
-    model: nn.Module, names_filter: NamesFilter, layers: Sequence[int], keep: Keep | None, stack: ExitStack
+    model: nn.Module, names_filter: NamesFilter, layers: Sequence[int], keep: Keep | None
 ) -> Capture:
     """Capture through the bridge, built into a shadow of the model."""
     where, asked = type(unwrapped(model)).__name__, callable(names_filter)

@@ -177,9 +177,9 @@ class RunnablePair:
 
 def _switchable(pair: CheckpointPair) -> bool:
     """Whether switching adapters off and on gives both sides to the bit."""
-    sides = [side for side in (pair.base, pair.tuned) if side.base is not None]
     if pair._child:
-        return all(_switched(side) for side in sides)
+        return pair.base.base is None and _switched(pair.tuned)
+    sides = [side for side in (pair.base, pair.tuned) if side.base is not None]
     return pair._sibling and all(side.module is None and _switched(side) for side in sides)
 
 

@@ -484,3 +484,16 @@ def test_sides_of_no_kind_that_runs_are_refused(base, tmp_path):
     (other / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaModel"]}))
     with pytest.raises(ValueError, match="body: is LlamaModel; only"):
         RunnablePair(CheckpointPair(base, str(other)))
+
+
+def test_an_adapter_on_an_adapter_takes_turns_with_what_it_was_trained_on(base, adapter, tmp_path):
+    first, one = adapter(base, name="first")
+    merged = saved(one.merge_and_unload(), tmp_path / "merged")
+    second, two = adapter(merged, name="second", seed=1)
+    lower = open_checkpoint(first)
+    pair = RunnablePair(CheckpointPair(lower, open_checkpoint(second, base=lower)))
+    assert not pair.shared
+    with pair.base() as each:
+        torch.testing.assert_close(logits(each), logits(open_model(merged).model), atol=1e-4, rtol=1e-4)
+    with pair.tuned() as each:
+        torch.testing.assert_close(logits(each), logits(two), atol=1e-4, rtol=1e-4)
