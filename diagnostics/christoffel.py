@@ -11,7 +11,11 @@ measure of y.  For every unit eigenvector u of A with eigenvalue x, the Christof
 * near-degenerate groups: a unit combination of eigenvectors whose eigenvalues lie within h is covered alike.
 
 `max z_0²` subject to `‖z‖ ≤ 1` and `‖M z‖ ≤ φ` is bounded by `1 / min(s ‖z‖² + (1 − s) ‖M z‖²/φ²)` over
-z_0 = 1, for any s in (0, 1): a linear-quadratic control problem, solved by one backward Riccati recursion.
+z_0 = 1, for any s in (0, 1): a linear-quadratic control problem, solved by one backward recursion in square
+roots, so that nothing cancels however small φ is.
+
+With the inverse of A the vector b that stands for A⁻¹ q need not be exact: `⟨u, q⟩ = x ⟨u, b⟩ + ⟨u, q − A b⟩`
+for an eigenvector u at x, so that what `q − A b` leaves over enters φ divided by x.
 """
 
 from collections.abc import Callable
@@ -27,8 +31,8 @@ from diagnostics.linalg import DEGENERATE
 
 # Share of the constraint ‖z‖ ≤ 1 in the combined one: 0.95 costs 2.6 % of the bound when φ vanishes.
 SHARE = 0.95
-# Relative to the largest eigenvalue; below it the recursion's own float64 rounding would show.
-LEAST_RESIDUAL = 1e-6
+# Relative to the operator's norm: what float64 leaves over in a recurrence of some dozen steps.
+LEAST_RESIDUAL = 1e-13
 # Work limit: a vector that needs more cells is left undecided, never wrongly decided.
 CELLS = 20_000
 
@@ -40,9 +44,12 @@ class Recurrence:
     Attributes:
         alpha: (vectors, steps) diagonal.
         beta: (vectors, steps) off-diagonal; the last one leads to the first vector not multiplied.
-        residual: (vectors,) bound on the norm of what the recurrence leaves over, rounding included.
+        residual: (vectors, 3) bounds on the norm of what the recurrence leaves over, rounding included, with
+            an eigenvector of A at x: the first as it is, the second over x, the third over the root of x.
         norm: (vectors,) length of the starting vector.
-        inverse: whether the operator is the inverse of A, so that its eigenvalues are 1/x.
+        inverse: whether the operator is the inverse of `A + shift`, so that its eigenvalues are
+            `1/(x + shift)`.  Only then may the second and the third residual differ from 0.
+        shift: at least 0.
     """
 
     alpha: NDArray[np.float64]
@@ -50,37 +57,55 @@ class Recurrence:
     residual: NDArray[np.float64]
     norm: NDArray[np.float64]
     inverse: bool = False
+    shift: float = 0.0
 
     def bound(self, vector: NDArray[np.intp], low: NDArray, high: NDArray) -> NDArray[np.float64]:
         """|⟨u, y⟩| at most, for eigenvectors of A with eigenvalue in [low, high], elementwise.
 
         Args:
             vector: row of the recurrence for each cell.
-            low, high: the cell, eigenvalues of A, low <= high; low > 0 for the inverse.
+            low, high: the cell, eigenvalues of A, low <= high.
         """
-        unbounded = self.inverse & (low == 0)
-        if self.inverse:
-            low, high = 1 / high, 1 / np.where(unbounded, high, low)
+        residual = self.residual[vector].T
+        if not self.inverse:
+            return self._at(vector, low, high, residual[0])
+        low, high = low + self.shift, high + self.shift
+        row = np.hypot(self.alpha[vector, 0], self.beta[vector, 0]) + residual[0]
+        floor = 1e-3 / row  # far below what the recurrence resolves
+
+        def first(x: NDArray) -> NDArray[np.float64]:
+            # The first row alone, up to x: z_0 = x (α_0 z_0 + β_0 z_1) + what is left over.
+            return self.norm[vector] * (x * row + residual[1] + np.sqrt(x) * residual[2])
+
+        from_ = np.maximum(low, floor)
+        left = residual[0] + residual[1] / from_ + residual[2] / np.sqrt(from_)
+        rest = self._at(vector, 1 / np.maximum(high, from_), 1 / from_, left)
+        rest = np.where(low < floor, np.maximum(rest, first(floor)), rest)
+        return np.minimum(first(high), rest)
+
+    def _at(
+        self, vector: NDArray[np.intp], low: NDArray, high: NDArray, residual: NDArray
+    ) -> NDArray[np.float64]:
+        """The same for eigenvalues of the operator in [low, high]."""
         centre, half = (low + high) / 2, (high - low) / 2
-        eta = (self.residual[vector] + half) * np.sqrt(SHARE / (1 - SHARE))
+        eta = (residual + half) * np.sqrt(SHARE / (1 - SHARE))
         value = _value(self.alpha[vector].T, self.beta[vector].T, centre, eta)
-        return self.norm[vector] / np.where(unbounded, 1.0, np.sqrt(np.maximum(SHARE * value, 1.0)))
+        return self.norm[vector] / np.sqrt(np.maximum(SHARE * value, 1.0))
 
 
 def _value(alpha: NDArray, beta: NDArray, x: NDArray, eta: NDArray) -> NDArray[np.float64]:
     """`min ‖z‖² + ‖M(x) z‖²/η²` over z with z_0 = 1; `Σ p_j(x)²` for η → 0."""
-    steps = len(alpha)
-    A = np.ones_like(x)  # cost to go: A z_{j+1}² + 2 B z_{j+1} z_j + C z_j²
-    B, C = np.zeros_like(x), np.zeros_like(x)
-    for j in reversed(range(steps)):
-        cost = (beta[j] / eta) ** 2  # of moving z_{j+1} off its recurrence, per square
-        total = cost + A
-        C = C - B * B / total
-        A, B = A * cost / total, B * cost / total
-        a = (x - alpha[j]) / beta[j]
-        b = beta[j - 1] / beta[j] if j else 0.0
-        A, B, C = 1 + np.maximum(A * a * a + 2 * B * a + C, 0), -(A * a + B) * b, A * b * b
-    return A
+    # Cost to go, (p z_{j+1} + q z_j)² + (r z_j)², as the triangle of a least-squares problem.
+    p, q, r = np.ones_like(x), np.zeros_like(x), np.zeros_like(x)
+    for j in reversed(range(len(alpha))):
+        move = beta[j] / eta  # weight of z_{j+1} in the recurrence's row
+        length = np.hypot(p, move)
+        here = (move * q + p * (x - alpha[j]) / eta) / length
+        back = p * (beta[j - 1] if j else 0.0) / eta / length
+        below = 1 + r * r  # the term of z_j itself, and what it already costs
+        p = np.sqrt(here * here + below)
+        q, r = -here * back / p, back * np.sqrt(below) / p
+    return p * p
 
 
 def largest_cosines(
@@ -89,8 +114,10 @@ def largest_cosines(
     span: tuple[float, float],
     target: NDArray[np.float64],
     slack: float = 0.02,
-) -> NDArray[np.float64]:
+) -> tuple[NDArray[np.float64], float]:
     """An upper bound on every |cosine|, for each vector; `inf` where it exceeds the vector's target.
+
+    Also the largest eigenvalue at which that was seen, 0 where it never was.
 
     At each cell the smallest of the recurrences' bounds holds.  Cells are halved until each has a bound below
     the target, and none that raises the vector's bound lies more than `slack` above its own midpoint's.
@@ -103,13 +130,12 @@ def largest_cosines(
         slack: what a bound may lie above the best that its cell allows.
     """
     low, high = span
-    edges = np.concatenate([[low], np.geomspace(max(low, 1e-7 * high), high, 65)])
-    edges = np.unique(edges)
+    edges = np.unique(np.concatenate([[low], np.geomspace(max(low, 1e-7 * high), high, 65)]))
     count = len(target)
     vector = np.repeat(np.arange(count), len(edges) - 1)
     a, b = np.tile(edges[:-1], count), np.tile(edges[1:], count)
     best = np.zeros(count)
-    spent = 0
+    failing, spent = 0.0, 0
     while len(vector):
         spent += len(vector)
         bound = _least(recurrences, extra, vector, a, b)
@@ -117,17 +143,17 @@ def largest_cosines(
         fine = (bound < target[vector]) & (bound <= best[vector] + slack)
         np.maximum.at(best, vector[fine], bound[fine])
         vector, a, b, bound = vector[~fine], a[~fine], b[~fine], bound[~fine]
-        middle = np.where((a > 0) & (b > 4 * a), np.sqrt(a * b), (a + b) / 2)
+        middle = np.where(b > 4 * a, np.maximum(b / 64, np.sqrt(a * b)), (a + b) / 2)
         point = _least(recurrences, extra, vector, middle, middle)
         fine = (bound < target[vector]) & (bound <= point + slack)
         np.maximum.at(best, vector[fine], bound[fine])
-        best[vector[~fine & ((point >= target[vector]) | (b - a <= 1e-13 * high))]] = np.inf
-        if spent > CELLS * count:
-            best[vector[~fine]] = np.inf
+        failed = ~fine & ((point >= target[vector]) | (b - a <= 1e-13 * b) | (spent > CELLS * count))
+        best[vector[failed]] = np.inf
+        failing = max(failing, middle[failed].max(initial=0))
         left = ~fine & np.isfinite(best[vector])
         vector, a, b, middle = vector[left], a[left], b[left], middle[left]
         vector, a, b = np.tile(vector, 2), np.concatenate([a, middle]), np.concatenate([middle, b])
-    return best
+    return best, failing
 
 
 def _least(
@@ -182,8 +208,8 @@ class Lanczos:
         """Begin at `start`.
 
         Args:
-            apply: the symmetric operator on a block of unit columns, and a bound on the norm of its error on
-                each; float64 in and out.
+            apply: the symmetric operator on a block of unit columns, and of each column the three bounds on
+                its error that `Recurrence.residual` names, (3, count); float64 in and out.
         """
         self.apply = apply
         self.norm = torch.linalg.vector_norm(start, dim=0)
@@ -191,7 +217,7 @@ class Lanczos:
         self.basis = first.mT.unsqueeze(1)  # (count, steps, size): a contiguous row a basis vector
         self.alpha: list[Tensor] = []
         self.beta: list[Tensor] = []
-        self.leftover, self.rounding = torch.zeros_like(self.norm), torch.zeros_like(self.norm)
+        self.leftover, self.rounding = torch.zeros_like(self.norm), torch.zeros_like(self.norm).expand(3, -1)
 
     def extend(self, steps: int) -> None:
         """Take that many more steps."""
@@ -212,11 +238,12 @@ class Lanczos:
             beta = torch.linalg.vector_norm(rest, dim=1)
             self.alpha.append(alpha)
             self.beta.append(beta)
-            self.basis = torch.cat([self.basis, self._direction(rest, beta, error).unsqueeze(1)], dim=1)
+            exhausted = beta <= error[0] + 1e-14 * torch.linalg.vector_norm(product, dim=1)
+            self.leftover = self.leftover + torch.where(exhausted, 2 * beta, 0.0).square()
+            self.basis = torch.cat([self.basis, self._direction(rest, exhausted).unsqueeze(1)], dim=1)
 
-    def _direction(self, rest: Tensor, beta: Tensor, error: Tensor) -> Tensor:
+    def _direction(self, rest: Tensor, exhausted: Tensor) -> Tensor:
         """Next basis vectors; an exhausted space goes on with any orthogonal direction, at β of about 0."""
-        exhausted = beta <= error + torch.finfo(rest.dtype).tiny
         if exhausted.any():
             generator = torch.Generator(rest.device).manual_seed(self.basis.shape[1])
             fresh = torch.randn(rest.shape, generator=generator, dtype=rest.dtype, device=rest.device)
@@ -225,15 +252,18 @@ class Lanczos:
             rest = torch.where(exhausted[:, None], fresh, rest)
         return rest / torch.linalg.vector_norm(rest, dim=1, keepdim=True)
 
-    def recurrence(self, rows: list[int], inverse: bool = False) -> Recurrence:
+    def recurrence(self, rows: list[int], inverse: bool = False, shift: float = 0.0) -> Recurrence:
         """The coefficients so far of the vectors `rows`."""
         alpha, beta = torch.stack(self.alpha, dim=1)[rows], torch.stack(self.beta, dim=1)[rows]
-        residual = self.leftover[rows].sqrt() + self.rounding[rows].sqrt()
         scale = float((alpha.abs() + beta).max())
+        residual = self.rounding[:, rows].sqrt().mT
+        residual[:, 0] += self.leftover[rows].sqrt()
+        residual[:, 0].clamp_(min=LEAST_RESIDUAL * scale)
         return Recurrence(
             alpha=alpha.cpu().numpy(),
             beta=np.maximum(beta.cpu().numpy(), 1e-300 + 1e-14 * scale),
-            residual=np.maximum(residual.cpu().numpy(), LEAST_RESIDUAL * scale),
+            residual=residual.cpu().numpy(),
             norm=self.norm[rows].cpu().numpy(),
             inverse=inverse,
+            shift=shift,
         )

@@ -14,14 +14,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diagnostics import christoffel, linalg
-from diagnostics.christoffel import Extra, Lanczos
+from diagnostics.christoffel import Extra, Lanczos, Recurrence
+from diagnostics.factors import Applied, Shifted, Tall
 
 # Below this smaller side the full decomposition costs no more than deciding without it.
 SMALL = 640
 # A tuned vector is accepted for a decision when it is known to this sine.
 ACCEPTED = 0.02
 BASE_STEPS, TUNED_STEPS, MORE_STEPS, ROUNDS = 6, 4, 2, 6
-DIRECT_STEPS, FACTOR_STEPS = (16, 24, 32, 48), (12, 24, 36)
+DIRECT_STEPS, FACTOR_STEPS = (12, 16, 20, 24, 32, 48), (8, 12, 16, 24, 36)
+# How often the inverse is taken with a smaller shift, and how far below what is open it lies.
+SHIFTS, BELOW = 3, 2
+# After so many direct steps the small end shows whether the last of them will decide: its bound, which falls
+# as a power of their number, must fall below this share of epsilon, for it is not the largest of all.
+FORESEEN, SHARE_AT_ZERO = 20, 0.75
 # Blocks narrower than this take CPU BLAS longer than 16 columns do.
 BLOCK = 16
 
@@ -73,6 +79,7 @@ def decide(
     k: int,
     epsilon: float,
     generator: torch.Generator,
+    pictured: bool = False,
 ) -> Decision:
     """Decide the k leading vectors, by the cheapest tier that certifies each.
 
@@ -84,13 +91,16 @@ def decide(
         k: leading vectors, fewer than the smaller side.
         epsilon: cosine under which a vector is an intruder.
         generator: for the starting blocks, on the matrices' device.
+        pictured: where there is an intruder, go on until the k leading base vectors are known as well.
     """
     if min(base.shape) < max(SMALL, 4 * (k + BLOCK)):
         return decide_exactly(base, tuned, k)
     search = _Search(base, tuned, k, epsilon, generator)
-    if search.leading() and search.certify():
-        return search.decision()
-    return decide_exactly(base, tuned, k)
+    if not (search.leading() and search.certify()):
+        return decide_exactly(base, tuned, k)
+    if pictured and (search.high < epsilon).any():
+        search.complete()
+    return search.decision()
 
 
 class _Search:
@@ -112,28 +122,42 @@ class _Search:
         )
 
     def leading(self) -> bool:
-        """Tier a: leading subspaces of both, until every vector is known and each near base vector found."""
-        base = linalg.BlockKrylov(self.base[None], self.random(self.base.shape[0], self.width))
-        base.extend(BASE_STEPS)
-        count = 3 * self.width
-        self.ritz0 = base.ritz(count)
-        tuned = linalg.BlockKrylov(self.tuned[None], self._start())
-        tuned.extend(TUNED_STEPS)
+        """Tier a: leading subspaces of both, until every tuned vector is known."""
+        self.space0 = linalg.BlockKrylov(self.base[None], self.random(self.base.shape[0], self.width))
+        self.space0.extend(BASE_STEPS)
+        self.norm = self.space0.norm[0]
+        self.rounds = 0
+        self.ritz0 = self.space0.ritz(3 * self.width)
+        space1 = linalg.BlockKrylov(self.tuned[None], self._start())
+        space1.extend(TUNED_STEPS)
         for _ in range(ROUNDS):
-            self.ritz1 = tuned.ritz(self.k + BLOCK)
+            self.ritz1 = space1.ritz(self.k + BLOCK)
             self.error = self.ritz1.errors()[0, : self.k].cpu().numpy()
-            self._subspace()
-            known = bool((self.error <= ACCEPTED).all())
-            near = bool((self.low >= self.epsilon).all())
-            found = bool((self.ritz0.errors()[0, : self.k] <= ACCEPTED).all())
-            if known and (near or found):
-                return True
-            if not known:
-                tuned.extend(MORE_STEPS)
-            if not near and not found:
-                base.extend(MORE_STEPS)
-                self.ritz0 = base.ritz(count)
+            if (self.error <= ACCEPTED).all():
+                break
+            space1.extend(MORE_STEPS)
+        self.vectors = self.ritz1.vectors[0, :, : self.k]
+        self._subspace()
         return bool((self.error <= 0.1).all())
+
+    def _found(self) -> bool:
+        """Whether the leading base vectors are known, or further rounds would not help."""
+        return self.rounds >= ROUNDS or bool((self.sine[: self.k] <= ACCEPTED).all())
+
+    def _further(self) -> None:
+        """One more round of the base's leading subspace."""
+        self.rounds += 1
+        self.space0.extend(MORE_STEPS)
+        self.ritz0 = self.space0.ritz(3 * self.width)
+        self._subspace()
+
+    def complete(self) -> None:
+        """Find the k leading base vectors."""
+        while not self._found():
+            self._further()
+
+    def _open(self) -> list[int]:
+        return [j for j in range(self.k) if self.tier[j] == ""]
 
     def _start(self) -> Tensor:
         # Half from the base's leading vectors, a quarter from what the delta writes to, a quarter at random.
@@ -145,111 +169,146 @@ class _Search:
         return torch.cat([near, written, self.random(self.base.shape[0], quarter)], dim=-1)
 
     def _subspace(self) -> None:
-        """Bounds from the base's converged leading vectors."""
-        self.vectors = self.ritz1.vectors[0, :, : self.k]
-        sine = self.ritz0.errors()[0].cpu().numpy()
-        cosines = (self.ritz0.vectors[0].mT @ self.vectors).abs().clamp(max=1).cpu().numpy()
-        angle = np.arccos(cosines)
-        slack = np.arcsin(np.minimum(sine, 1))[:, None] + np.arcsin(np.minimum(self.error, 1))
+        """Bounds from the base's leading vectors on all that no other tier has settled."""
+        self.sine = self.ritz0.errors()[0].cpu().numpy()
+        self.cosines = (self.ritz0.vectors[0].mT @ self.vectors).abs().clamp(max=1).cpu().numpy()
+        angle = np.arccos(self.cosines)
+        slack = np.arcsin(np.minimum(self.sine, 1))[:, None] + np.arcsin(np.minimum(self.error, 1))
         nearest = np.cos(np.minimum(angle + slack, np.pi / 2))
         at = nearest.argmax(axis=0)
-        self.low = nearest.max(axis=0)
+        low = nearest.max(axis=0)
         own = np.cos(np.maximum(angle - slack, 0))[at, np.arange(self.k)]
         # The squares of all cosines add up to at most 1.
-        self.high = np.maximum(own, np.sqrt(np.maximum(1 - self.low**2, 0)))
-        self.tier = ["subspace" if cosine >= self.epsilon else "" for cosine in self.low]
-        self.cosines, self.sine = cosines, sine
+        high = np.maximum(own, np.sqrt(np.maximum(1 - low**2, 0)))
+        for j, tier in enumerate(self.tier):
+            if tier in ("", "subspace"):
+                self.low[j], self.high[j] = low[j], high[j]
+                self.tier[j] = "subspace" if low[j] >= self.epsilon else ""
 
     def certify(self) -> bool:
         """Tier b: show of the rest that no base vector is near enough."""
-        open_ = [j for j in range(self.k) if self.tier[j] == ""]
-        if not open_:
+        self.asked = self._open()
+        if not self.asked:
             return True
         kept = np.flatnonzero(self.sine <= ACCEPTED)
         deflated = self.ritz0.vectors[0][:, kept]
-        start = self.vectors[:, open_]
+        start = self.vectors[:, self.asked]
         start = start - deflated @ (deflated.mT @ start)
         # No eigenvalue lies above the sum of all, whatever the Ritz values have missed.
-        largest = float(torch.linalg.vector_norm(self.base, dtype=torch.float64)) ** 2
+        largest = 1.001 * float(self.norm) ** 2
         extra = Extra(
             values=self.ritz0.values[0, kept].cpu().numpy(),
             residuals=self.ritz0.residuals[0, kept].cpu().numpy(),
-            cosines=self.cosines[kept][:, open_].T,
+            cosines=self.cosines[kept][:, self.asked].T,
             # chord of the angle between the examined vector and the true one
-            error=2 * np.sin(np.arcsin(self.error[open_]) / 2),
+            error=2 * np.sin(np.arcsin(self.error[self.asked]) / 2),
         )
         span = (0.0, largest)
-        tall = self.base.shape[0] > self.base.shape[1]
+        # Of a tall matrix's null space the direct run knows nothing.
+        if self.base.shape[0] > self.base.shape[1]:
+            return self._tall(start, extra, span)
         direct = Lanczos(self._apply, start)
-        # What a vector has outside the column space of a tall matrix lies at eigenvalue 0, which no power of
-        # W Wᵀ tells from the smallest ones: that takes coordinates inside it.
-        if not tall and not self._run([direct], DIRECT_STEPS, "direct", open_, extra, span):
-            return True
-        factor = Factor.of(self.base, self.random(min(self.base.shape), BLOCK)[0].double())
+        return self._direct(direct, extra, span) or self._shifted(direct, start, extra, span)
+
+    def _direct(self, run: Lanczos, extra: Extra, span: tuple[float, float]) -> bool:
+        """Steps of the direct run until all is settled, or until it is plain that they will not do."""
+        first = np.ones(len(self.asked))
+        for most in DIRECT_STEPS:
+            run.extend(most - len(run.alpha))
+            if self._settle([run.recurrence(self._rows())], "direct", extra, span):
+                return True
+            rows = self._rows()
+            zero = np.zeros(len(rows))
+            at_zero = run.recurrence(rows).bound(np.arange(len(rows)), zero, zero)
+            if most == DIRECT_STEPS[0]:
+                first[rows] = at_zero
+            if most == FORESEEN:
+                power = np.log(at_zero / first[rows]) / np.log(most / DIRECT_STEPS[0])
+                last = at_zero * (DIRECT_STEPS[-1] / most) ** power
+                if last.max() > SHARE_AT_ZERO * self.epsilon:
+                    return False
+        return False
+
+    def _shifted(self, direct: Lanczos, start: Tensor, extra: Extra, span: tuple[float, float]) -> bool:
+        """Inverses with a shift where the direct run is blind, and further down while that helps."""
+        inverses: list[tuple[Lanczos, float]] = []
+        for _ in range(SHIFTS):
+            before = self.failing
+            factor = Shifted.of(self.base, before / BELOW)
+            if factor is None:
+                return False
+            run = Lanczos(factor.apply_inverse, start)
+            inverses.append((run, factor.shift))
+            for most in FACTOR_STEPS:
+                run.extend(most - len(run.alpha))
+                rows = self._rows()
+                recurrences = [each.recurrence(rows, inverse=True, shift=shift) for each, shift in inverses]
+                if self._settle([direct.recurrence(rows), *recurrences], "factor", extra, span):
+                    return True
+            if self.failing > before / BELOW:
+                return False
+        return False
+
+    def _tall(self, start: Tensor, extra: Extra, span: tuple[float, float]) -> bool:
+        """Both runs inside the column space."""
+        factor = Tall.of(self.base, self.generator)
         if factor is None:
             return False
         inside = factor.coordinates(start)
-        inverse = Lanczos(factor.apply_inverse, inside)
-        if tall:
-            direct = Lanczos(factor.apply, inside)
+        direct, inverse = Lanczos(factor.apply, inside), Lanczos(factor.apply_inverse, inside)
         extra = Extra(extra.values, extra.residuals, extra.cosines, extra.error + factor.coordinate_error)
-        span = (factor.smallest, largest)
-        return not self._run([direct, inverse], FACTOR_STEPS, "factor", open_, extra, span)
-
-    def _apply(self, block: Tensor) -> tuple[Tensor, Tensor]:
-        columns = block.shape[1]
-        width = max(columns, BLOCK) if columns > 1 else 1
-        padded = torch.zeros(block.shape[0], width, dtype=self.base.dtype, device=block.device)
-        padded[:, :columns] = block
-        inner = self.base.mT @ padded
-        size = torch.linalg.vector_norm(inner[:, :columns], dim=0)
-        product = (self.base @ inner)[:, :columns].double()
-        return product, linalg.rounding(self.base[None], size[None])[0]
-
-    def _run(
-        self,
-        runs: list[Lanczos],
-        steps: tuple[int, ...],
-        tier: str,
-        open_: list[int],
-        extra: Extra,
-        span: tuple[float, float],
-    ) -> list[int]:
-        """Take steps until every open vector is certified; the vectors that are left."""
-        left = [row for row, j in enumerate(open_) if self.tier[j] == ""]
-        for most in steps:
-            for run in runs:
+        for most in FACTOR_STEPS:
+            for run in (direct, inverse):
                 run.extend(most - len(run.alpha))
-            recurrences = [run.recurrence(left, inverse=i > 0) for i, run in enumerate(runs)]
-            rows = Extra(extra.values, extra.residuals, extra.cosines[left], extra.error[left])
-            target = np.full(len(left), self.epsilon)
-            bound = christoffel.largest_cosines(recurrences, rows, span, target)
-            for row, cosine in zip(left, bound, strict=True):
-                if cosine < self.epsilon:
-                    self.high[open_[row]] = max(cosine, self.low[open_[row]])
-                    self.tier[open_[row]] = tier
-            left = [row for row in left if self.tier[open_[row]] == ""]
-            if not left:
-                break
-        return left
+            rows = self._rows()
+            runs = [direct.recurrence(rows), inverse.recurrence(rows, inverse=True)]
+            if self._settle(runs, "factor", extra, (factor.smallest, span[1])):
+                return True
+        return False
+
+    def _rows(self) -> list[int]:
+        """Of the vectors that tier b began with, those still open."""
+        return [row for row, j in enumerate(self.asked) if self.tier[j] == ""]
+
+    def _settle(self, runs: list[Recurrence], tier: str, extra: Extra, span: tuple[float, float]) -> bool:
+        """Certify what the recurrences of the open vectors certify; whether all is settled now."""
+        rows = self._rows()
+        of_rows = Extra(extra.values, extra.residuals, extra.cosines[rows], extra.error[rows])
+        bound, self.failing = christoffel.largest_cosines(
+            runs, of_rows, span, np.full(len(rows), self.epsilon)
+        )
+        for row, cosine in zip(rows, bound, strict=True):
+            if cosine < self.epsilon:
+                j = self.asked[row]
+                self.high[j] = max(cosine, self.low[j])
+                self.tier[j] = tier
+        # It may have failed by a base vector that is near and leads, but is not among those known yet.
+        if self.failing > self.ritz0.values[0, self.k].item() / 2 and not self._found():
+            self._further()
+        return not self._open()
+
+    def _apply(self, block: Tensor) -> Applied:
+        product, rounding = linalg.double_product(self.base, self.norm, block)
+        error = torch.zeros(3, block.shape[1], dtype=torch.float64, device=block.device)
+        error[0] = rounding
+        return product, error
 
     def decision(self) -> Decision:
         """The outcome once every vector is settled."""
         shown = 30
         known0 = self.sine[:shown] <= ACCEPTED
         known1 = self.ritz1.errors()[0, :shown].cpu().numpy() <= ACCEPTED
-        base = np.sqrt(self.ritz0.values[0, : len(known0)].cpu().numpy())
-        tuned = np.sqrt(self.ritz1.values[0, : len(known1)].cpu().numpy())
+        base, tuned = (ritz.singular_values(shown)[0].cpu().numpy() for ritz in (self.ritz0, self.ritz1))
         overlap = (self.ritz1.vectors[0, :, :shown].mT @ self.ritz0.vectors[0, :, :shown]).abs().cpu().numpy()
         overlap[~known1] = np.nan
         overlap[:, ~known0] = np.nan
         return Decision(
-            singular_values=tuned[: self.k],
+            singular_values=self.ritz1.values[0, : self.k].sqrt().cpu().numpy(),
             low=self.low,
             high=np.minimum(self.high, 1),
             tier=self.tier,
-            base_values=np.where(known0, base, np.nan),
-            tuned_values=np.where(known1, tuned, np.nan),
+            base_values=base,
+            tuned_values=tuned,
             overlap=overlap,
             critical=self._critical(),
         )
@@ -265,67 +324,3 @@ class _Search:
         # Eigenvalues 0 of a tall matrix's W Wᵀ are counted in the trace but are no singular values.
         total -= (rows - rank) / float(z)
         return linalg.critical_from_sum(total, float(z), rank - self.k, rows, columns)
-
-
-@dataclass(frozen=True)
-class Factor:
-    """Cholesky factor of the smaller Gram matrix: coordinates in the column space, and the inverse there.
-
-    With `G = L Lᵀ` of a wide matrix the coordinates are those of R^out and the operator is G⁻¹.  A tall one
-    is `W = Q Lᵀ` with orthonormal Q: the coordinates are `L⁻¹ Wᵀ x`, and `W Wᵀ` acts on them as `Lᵀ L`.
-
-    Attributes:
-        smallest: a lower bound on the smallest eigenvalue of G.
-        rounding: bound on the norm of the error of `solve` on a unit vector.
-        coordinate_error: bound on the error of the coordinates of a unit vector.
-    """
-
-    W: Tensor
-    L: Tensor
-    smallest: float
-    rounding: float
-    coordinate_error: float
-
-    @classmethod
-    def of(cls, W: Float[Tensor, "out in"], probe: Float[Tensor, "side probes"]) -> "Factor | None":
-        """Factor W, or None where it is too near to deficient for the answer to mean anything."""
-        L, failed = torch.linalg.cholesky_ex(linalg.gram(W))
-        if failed.item():
-            return None
-        factor = cls(W, L, 0.0, 0.0, 0.0)
-        for _ in range(3):  # power iterations with a block: the norm of the inverse, almost surely within 2
-            probe = factor.solve(torch.linalg.qr(probe).Q)
-        inverse_norm = 2 * float(torch.linalg.matrix_norm(probe, ord=2))
-        largest = float(L.square().sum(dim=1).max()) * len(L) ** 0.5
-        error = 8 * torch.finfo(L.dtype).eps * len(L) ** 0.5 * largest  # backward error of G = L Lᵀ
-        relative = error * inverse_norm
-        if relative > 0.01:
-            return None
-        return cls(W, L, 1 / inverse_norm, relative * inverse_norm, relative)
-
-    def coordinates(self, block: Tensor) -> Tensor:
-        """Of columns in R^out, in the column space of W."""
-        if self.W.shape[0] <= self.W.shape[1]:
-            return block
-        return torch.linalg.solve_triangular(self.L, _times(self.W.mT, block), upper=False)
-
-    def apply_inverse(self, block: Tensor) -> tuple[Tensor, Tensor]:
-        """The inverse of `W Wᵀ` on unit columns of coordinates, and the bound on its error for each."""
-        return self.solve(block), torch.full_like(block[0], self.rounding)
-
-    def apply(self, block: Tensor) -> tuple[Tensor, Tensor]:
-        """`W Wᵀ` on unit columns of coordinates of a tall W, and the bound on its error for each."""
-        # As rows: CPU BLAS takes five times as long on a few columns.
-        rows = (block.mT.contiguous() @ self.L.mT) @ self.L
-        return rows.mT, torch.full_like(block[0], self.rounding * self.smallest**2)
-
-    def solve(self, block: Tensor) -> Tensor:
-        """The inverse of `W Wᵀ` on columns of coordinates."""
-        first, second = (self.L, self.L.mT) if self.W.shape[0] <= self.W.shape[1] else (self.L.mT, self.L)
-        half = torch.linalg.solve_triangular(first, block, upper=first is not self.L)
-        return torch.linalg.solve_triangular(second, half, upper=second is not self.L)
-
-
-def _times(W: Tensor, block: Tensor) -> Tensor:
-    """`W @ block` in float64 without a float64 copy of W."""
-    return torch.cat([part.double() @ block for part in W.split(1024)])

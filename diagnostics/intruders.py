@@ -181,7 +181,7 @@ def _measure(
     if settings.method == "exact" or not applicable:
         decision = decide_exactly(base, tuned, depth)
     else:
-        decision = decide(base, tuned, depth, settings.epsilon, generator)
+        decision = decide(base, tuned, depth, settings.epsilon, generator, pictured=True)
     verified = None
     if verify and applicable and not set(decision.tier) <= {"exact"}:
         exact = decide_exactly(base, tuned, depth)

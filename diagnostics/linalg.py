@@ -45,12 +45,12 @@ def random_floor(rows: int) -> float:
     return math.sqrt(2 * math.log(rows) / rows) if rows > 1 else 1.0
 
 
-def gram(W: Float[Tensor, "out in"]) -> Float[Tensor, "side side"]:
-    """`W Wᵀ` or `Wᵀ W` in float64, whichever is smaller, accumulated so that no float64 copy of W exists."""
+def gram(W: Float[Tensor, "out in"], dtype: torch.dtype = torch.float64) -> Float[Tensor, "side side"]:
+    """`W Wᵀ` or `Wᵀ W`, whichever is smaller, accumulated so that no copy of W in that dtype exists."""
     wide = W if W.shape[0] <= W.shape[1] else W.mT
-    total = torch.zeros(wide.shape[0], wide.shape[0], dtype=torch.float64, device=W.device)
+    total = torch.zeros(wide.shape[0], wide.shape[0], dtype=dtype, device=W.device)
     for part in wide.split(2048, dim=1):
-        part = part.double()
+        part = part.to(dtype)
         if W.is_cuda or len(total) < TWO_THREADS:
             total.addmm_(part, part.mT)
         else:
@@ -60,13 +60,14 @@ def gram(W: Float[Tensor, "out in"]) -> Float[Tensor, "side side"]:
 
 def _add_symmetric(total: Float[Tensor, "side side"], part: Float[Tensor, "side some"]) -> None:
     """Add `part partᵀ` to the lower triangle, by the BLAS product of half the work that torch lacks."""
-    from scipy.linalg.blas import dsyrk
+    from scipy.linalg.blas import dsyrk, ssyrk
 
+    syrk = dsyrk if total.dtype == torch.float64 else ssyrk
     # BLAS counts by columns: a row-major array is to it the transpose, and a lower triangle the upper one.
     if part.is_contiguous():
-        dsyrk(1.0, part.numpy().T, 1.0, total.numpy().T, trans=1, overwrite_c=1)
+        syrk(1.0, part.numpy().T, 1.0, total.numpy().T, trans=1, overwrite_c=1)
     else:
-        dsyrk(1.0, part.mT.contiguous().numpy().T, 1.0, total.numpy().T, trans=0, overwrite_c=1)
+        syrk(1.0, part.mT.contiguous().numpy().T, 1.0, total.numpy().T, trans=0, overwrite_c=1)
 
 
 def left_singular(
@@ -189,19 +190,46 @@ class Ritz:
         errors[..., -1] = 1.0  # nothing is known of the next one
         return errors
 
+    def singular_values(self, count: int) -> Float[Tensor, "batch count"]:
+        """The leading singular values of W, NaN where the residual leaves more than 1 % open."""
+        values = self.values[..., : min(count, self.residuals.shape[-1])]
+        known = self.residuals[..., : values.shape[-1]] <= 0.02 * values
+        return torch.where(known, values.sqrt(), torch.nan)
+
 
 def rounding(
-    W: Float[Tensor, "batch out in"], size: Float[Tensor, "batch count"]
-) -> Float[Tensor, "batch count"]:
+    norm: Float[Tensor, "*batch"], size: Float[Tensor, "*batch count"], dtype: torch.dtype
+) -> Float[Tensor, "*batch count"]:
     """Bound on the rounding error of `W (Wᵀ q)` for a unit q, in the norm.
 
     The errors of both products are proportional to `u ‖W‖_F ‖Wᵀ q‖`; the probabilistic model of Higham and
     Mary (SIAM J. Sci. Comput. 2019) makes the constant about 1; a test holds their sum below 4 eps.
 
     Args:
+        norm: `‖W‖_F`.
         size: `‖Wᵀ q‖`, at most σ_1.
+        dtype: of W.
     """
-    return 4 * torch.finfo(W.dtype).eps * torch.linalg.matrix_norm(W).double().unsqueeze(-1) * size.double()
+    return 4 * torch.finfo(dtype).eps * norm.double().unsqueeze(-1) * size.double()
+
+
+def double_product(
+    W: Float[Tensor, "out in"], norm: Float[Tensor, ""], block: Float[Tensor, "out count"]
+) -> tuple[Float[Tensor, "out count"], Float[Tensor, " count"]]:
+    """`W (Wᵀ block)` in W's precision, given in float64, and the bound on its rounding error.
+
+    Args:
+        norm: `‖W‖_F`.
+        block: float64, of values that W's precision holds, or else of norms about 1.
+    """
+    # Blocks narrower than this take CPU BLAS longer.
+    width = max(block.shape[1], 16) if block.shape[1] > 1 else 1
+    padded = torch.zeros(block.shape[0], width, dtype=W.dtype, device=W.device)
+    padded[:, : block.shape[1]] = block
+    inner = W.mT @ padded
+    size = torch.linalg.vector_norm(inner[:, : block.shape[1]], dim=0)
+    product = (W @ inner)[:, : block.shape[1]].double()
+    return product, rounding(norm, size, W.dtype)
 
 
 class BlockKrylov:
@@ -209,6 +237,7 @@ class BlockKrylov:
 
     def __init__(self, W: Float[Tensor, "batch out in"], start: Float[Tensor, "batch out start"]) -> None:
         self.W = W
+        self.norm = torch.linalg.matrix_norm(W)
         self.start = start.shape[-1]
         self.basis = torch.empty(*W.shape[:2], 0, dtype=W.dtype, device=W.device)
         self.products = self.basis
@@ -244,7 +273,7 @@ class BlockKrylov:
         vectors = Q @ leading
         vectors = vectors / torch.linalg.vector_norm(vectors, dim=-2, keepdim=True)
         residuals = torch.linalg.vector_norm(P @ leading - vectors * values[..., None, :count], dim=-2)
-        residuals = residuals + rounding(self.W, values[..., :1].sqrt())
+        residuals = residuals + rounding(self.norm, values[..., :1].sqrt(), self.W.dtype)
         return Ritz(values, S[..., : self.start, :].square(), vectors, residuals)
 
 

@@ -11,6 +11,7 @@ About 5 minutes a seed on one core. `--quick` runs everything once in seconds an
 
 import argparse
 import copy
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,20 +56,22 @@ class Budget:
 
     Attributes:
         pretraining: steps of the base.
+        reach: steps of the weakest recipe that find how far every recipe can go on a task.
+        closed: the target, as a share of the way from the base's loss on the task to that.
         tuning: steps of one task at most: it stops at its target.
-        closed: the target, as a share of the way from the base's loss on the task to the task's entropy.
         held_out: sequences that losses are measured on.
         tasks: how many follow each other.
     """
 
     pretraining: int = 1500
-    tuning: int = 3000
+    reach: int = 1000
     closed: float = 0.8
+    tuning: int = 3000
     held_out: int = 256
     tasks: int = 3
 
 
-QUICK = Budget(pretraining=60, tuning=200, closed=0.05, held_out=32, tasks=2)
+QUICK = Budget(pretraining=60, reach=60, closed=0.5, tuning=200, held_out=32, tasks=2)
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor]) -> None:
@@ -93,8 +96,11 @@ def pretrained(source: Source, steps: int, generator: torch.Generator) -> Decode
 
 def tuned(
     model: Decoder, recipe: Recipe, task: Source, text: Text, target: float, steps: int, seed: int
-) -> Decoder | None:
-    """A copy of the model tuned until its loss on the text reaches the target; None if it never does."""
+) -> tuple[Decoder | None, float]:
+    """A copy of the model tuned until its loss on the text reaches the target, and the lowest loss seen.
+
+    The copy is None if the target is never reached.
+    """
     model = copy.deepcopy(model).requires_grad_(False)
     linear = [name for name, _ in model.named_parameters() if "_proj" in name or "fc_" in name]
     if recipe.rank is None:
@@ -110,11 +116,21 @@ def tuned(
     trained = [p for p in wrapped.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=recipe.lr)
     stream = batches(task, torch.Generator().manual_seed(seed))
+    lowest = math.inf
     for done in range(steps + 1):
-        if done % 10 == 0 and text.loss(wrapped) <= target:
-            return model if recipe.rank is None else wrapped.merge_and_unload()
+        if done % 10 == 0:
+            lowest = min(lowest, text.loss(wrapped))
+            if lowest <= target:
+                return model if recipe.rank is None else wrapped.merge_and_unload(), lowest
         step(wrapped, optimizer, next(stream))
-    return None
+    return None, lowest
+
+
+def target_of(base: Decoder, task: Source, text: Text, budget: Budget, seed: int) -> float:
+    """The loss on a task at which every recipe stops."""
+    weakest = next(recipe for recipe in RECIPES if recipe.rank == 1)
+    _, lowest = tuned(base, weakest, task, text, -math.inf, budget.reach, seed)
+    return text.loss(base) - budget.closed * (text.loss(base) - lowest)
 
 
 def reference_cosines(base: Tensor, tuned: Tensor) -> Tensor:
@@ -186,13 +202,16 @@ def measure(seed: int, budget: Budget) -> list[Outcome]:
     text = Text.of(source, budget.held_out, generator)
     task_texts = [Text.of(task, budget.held_out, generator) for task in tasks]
     base = pretrained(source, budget.pretraining, generator)
-    targets = [held.loss(base) + budget.closed * (held.entropy - held.loss(base)) for held in task_texts]
+    targets = [
+        target_of(base, task, held, budget, 1000 + 100 * seed + i)
+        for i, (task, held) in enumerate(zip(tasks, task_texts, strict=True))
+    ]
 
     outcomes = []
     for recipe in RECIPES:
         model, states, first_task = base, [], []
         for i, (task, held, target) in enumerate(zip(tasks, task_texts, targets, strict=True)):
-            after = tuned(model, recipe, task, held, target, budget.tuning, seed=100 * seed + i)
+            after, _ = tuned(model, recipe, task, held, target, budget.tuning, seed=100 * seed + i)
             if after is None:
                 break
             model = after
