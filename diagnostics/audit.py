@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from diagnostics import machine
 from diagnostics.analysis import EXECUTION, Analysis, find, installed
 from diagnostics.disk import CannotWriteError
-from diagnostics.inputs import OPTIONS, open_roles
+from diagnostics.inputs import OPTIONS, ROLES, open_roles
 from diagnostics.policy import Policy, default_policy, load_policy
 from diagnostics.provenance import described, digest, key, one_line
 from diagnostics.store import Audit, Outcome, Store
@@ -45,6 +45,7 @@ def audit(
     keep: Iterable[str | Path] = (),
     guard: Iterable[str | Path] = (),
     ood: Iterable[str | Path] = (),
+    limit: int | None = None,
 ) -> Audit:
     """Measure what tuning did, judge it, and write the audit and its report into a directory.
 
@@ -64,6 +65,7 @@ def audit(
         fresh: forget what an earlier run left in `out`.
         progress: called with (analysis, done, total, what is being done).
         task, keep, guard, ood: files of rows by role; `NAME=F` names one of `ood`.
+        limit: read the first so many rows of each file only.
 
     Raises:
         ValueError, LookupError: the input is wrong; nothing has been run or written.
@@ -74,7 +76,7 @@ def audit(
     rules = policy if isinstance(policy, Policy) else load_policy(policy) if policy else default_policy()
     where = machine.device(device)
     common = {"dtype": machine.dtype(dtype), "seed": seed}
-    rows = open_roles({"task": task, "keep": keep, "guard": guard, "ood": ood})
+    rows = open_roles({"task": task, "keep": keep, "guard": guard, "ood": ood}, limit=limit)
     plan = {name: parameters(find(name), settings or {}, common) for name in names}
     check_settings(settings or {})
     lacking = {name: missing(find(name), {"pair", *rows}) for name in names}
@@ -180,7 +182,11 @@ def run_one(
 ) -> Outcome:
     """Run one analysis and write its tables; whatever goes wrong in it stays in it."""
     place = {"device": device, "progress": partial(progress, record.name) if progress else None}
-    inputs = {name: supplied[name] for name in (*record.inputs, *record.optional) if name in supplied}
+    inputs = {
+        name: {rows.name: rows.task for rows in supplied[name]} if name in ROLES else supplied[name]
+        for name in (*record.inputs, *record.optional)
+        if name in supplied
+    }
     memory = machine.PeakMemory()
     memory.start()
     began = time.perf_counter()
