@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from diagnostics.analysis import Result as Result
     from diagnostics.analysis import analyses as analyses
     from diagnostics.intruders import intruder_dimensions as intruder_dimensions
+    from diagnostics.ood import likelihood_ratio_ood as likelihood_ratio_ood
     from diagnostics.policy import Finding as Finding
     from diagnostics.policy import Policy as Policy
     from diagnostics.policy import default_policy as default_policy
@@ -26,6 +27,7 @@ EXPORTS = {
     "analyses": "diagnostics.analysis",
     "default_policy": "diagnostics.policy",
     "intruder_dimensions": "diagnostics.intruders",
+    "likelihood_ratio_ood": "diagnostics.ood",
     "load": "diagnostics.store",
     "load_policy": "diagnostics.policy",
 }

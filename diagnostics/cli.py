@@ -176,6 +176,7 @@ def run_options(
     keep: Annotated[Texts, typer.Option(metavar="F", help="Rows of what must survive.")] = None,
     guard: Annotated[Texts, typer.Option(metavar="F", help="Rows of what must never fail.")] = None,
     ood: Annotated[Texts, typer.Option(metavar="NAME=F", help="Rows that it was not made for.")] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="Read the first N rows of a file.")] = None,
     only: Annotated[Texts, typer.Option(metavar="NAMES", help="Run these analyses alone.")] = None,
     skip: Annotated[Texts, typer.Option(metavar="NAMES", help="Leave these analyses out.")] = None,
     settings: Annotated[
@@ -202,6 +203,7 @@ def run_options(
         "keep": keep or (),
         "guard": guard or (),
         "ood": ood or (),
+        "limit": limit,
         "only": names(only),
         "skip": names(skip),
         "settings": parse(settings or ()),

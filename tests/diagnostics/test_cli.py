@@ -174,7 +174,7 @@ def test_what_was_skipped_is_said_with_the_option_that_would_enable_it(
 
 
 def test_a_file_that_nothing_reads_is_said_to_have_no_effect(norms, checkpoints, tmp_path):
-    (tmp_path / "rows.jsonl").write_text("{}")
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}')
     result = run("audit", *checkpoints, "--out", tmp_path / "out", "--ood", f"a={tmp_path / 'rows.jsonl'}")
     assert "no installed analysis reads --ood" in result.stdout
 

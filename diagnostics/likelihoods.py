@@ -1,0 +1,118 @@
+"""What one pass of a language model says of each text: token likelihoods, confidence, and a pooled vector.
+
+Everything that likelihood ratios and the scores beside them are made of comes from this one pass, so that all
+of them are of the same tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import nn
+
+from probes.body import evaluating
+from probes.forward import score_examples
+from probes.measure import NonFiniteError
+from probes.tasks import Batch, Example, batches, halving
+
+
+@dataclass(frozen=True, kw_only=True)
+class Read:
+    """What a model makes of one example; NaN and None where it has no token to score.
+
+    Attributes:
+        tokens: log-likelihood in nats of each scored token, in order.
+        log_likelihood: their sum, in float64.
+        top: mean over these of the largest probability.
+        energy: mean over these of minus the logarithm of the summed exponentials of the logits.
+        pooled: mean over all tokens of the last hidden state.
+    """
+
+    tokens: Float[np.ndarray, " tokens"]
+    log_likelihood: float = np.nan
+    top: float = np.nan
+    energy: float = np.nan
+    pooled: Float[np.ndarray, " width"] | None = None
+
+
+NOTHING = Read(tokens=np.empty(0, np.float32))
+
+
+def read(
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    tokens: int = 16384,
+    vocabulary: int | None = None,
+    where: Callable[[int], str] = "example {}".format,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> list[Read]:
+    """Run a causal model over examples, in batches of like length that do not change what is found.
+
+    Args:
+        tokens: most tokens in a batch, padding included.
+        vocabulary: the model's first so many tokens are all there are; None: as many as it has.
+        where: from the index of an example to what an error calls it.
+        progress: called with (done, total, what).
+
+    Raises:
+        ValueError: a likelihood is not finite; the message says of which example.
+    """
+    counted = [place for place, example in enumerate(examples) if any(example.scored)]
+    if not counted:
+        return [NOTHING] * len(examples)
+    try:
+        found = score_examples(
+            model, [examples[place] for place in counted], tokens=tokens, vocabulary=vocabulary, pooled=True,
+            by_token=True, progress=progress,
+        )  # fmt: skip
+    except NonFiniteError as error:
+        raise NonFiniteError(error.example, error.layer, where(counted[error.example])) from error
+    assert found.by_token is not None
+    assert found.pooled is not None
+    reads = [NOTHING] * len(examples)
+    for at, place in enumerate(counted):
+        values = found.by_token[at].float().numpy()
+        reads[place] = Read(
+            tokens=values[np.array(examples[place].scored)],
+            log_likelihood=float(found.log_likelihoods[at]),
+            top=float(found.top[at]),
+            energy=float(found.energy[at]),
+            pooled=found.pooled[at].float().numpy(),
+        )
+    return reads
+
+
+def greedy(
+    model: Any, tokenizer: Any, prompts: Sequence[Example], *, longest: int, tokens: int = 4096
+) -> list[str]:
+    """What a model writes after each prompt, always taking the likeliest token, at most `longest` tokens."""
+    answers = [""] * len(prompts)
+    ends = tokenizer.eos_token_id
+    pad = next((id for id in (tokenizer.pad_token_id, ends) if id is not None), 0)
+
+    def generate(batch: Batch) -> list[str]:
+        device = model.get_input_embeddings().weight.device
+        with torch.no_grad():
+            made = model.generate(
+                input_ids=batch.ids.to(device),
+                attention_mask=batch.attention_mask.to(device),
+                max_new_tokens=longest,
+                do_sample=False,
+                num_beams=1,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=pad,
+                eos_token_id=ends,
+            )
+        return tokenizer.batch_decode(made[:, batch.ids.shape[1] :], skip_special_tokens=True)
+
+    with evaluating(model):
+        for batch, texts in halving(generate, batches(prompts, tokens=tokens, pad_id=pad, side="left")):
+            for index, text in zip(batch.indices.tolist(), texts, strict=True):
+                answers[index] = text
+    return answers
