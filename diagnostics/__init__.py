@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diagnostics.analysis import Result as Result
     from diagnostics.analysis import analyses as analyses
+    from diagnostics.detector import LikelihoodRatioDetector as LikelihoodRatioDetector
     from diagnostics.intruders import intruder_dimensions as intruder_dimensions
     from diagnostics.ood import likelihood_ratio_ood as likelihood_ratio_ood
     from diagnostics.policy import Finding as Finding
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 EXPORTS = {
     "Audit": "diagnostics.store",
     "Finding": "diagnostics.policy",
+    "LikelihoodRatioDetector": "diagnostics.detector",
     "Policy": "diagnostics.policy",
     "Result": "diagnostics.analysis",
     "analyses": "diagnostics.analysis",

@@ -7,6 +7,7 @@ are imported when they are run; the list of commands shows the first line of the
 import ast
 import functools
 import importlib.util
+import json
 import os
 import sys
 import threading
@@ -334,6 +335,52 @@ def run_demo(out: Out = Path("demo-audit"), fresh: Fresh = False, quiet: Quiet =
         terminal.failures(audit)
     # That a model is found unfit is what the demonstration is about.
     raise typer.Exit(max(code for code in (0, *(audit.exit_code for audit in made.values())) if code != 1))
+
+
+@main.command("detect")
+def run_detect(
+    rows: Annotated[str, typer.Argument(metavar="ROWS", help="The file to score, row by row.")],
+    base: Annotated[str | None, typer.Option(metavar="REF", help="Directory, file or hub id.")] = None,
+    tuned: Annotated[str | None, typer.Option(metavar="REF", help="The same, or an adapter.")] = None,
+    task: Annotated[
+        str | None, typer.Option(metavar="F", help="Rows of what was trained, held out: they calibrate it.")
+    ] = None,
+    detector: Annotated[
+        Path | None, typer.Option(metavar="F", help="One saved before, in place of these three.")
+    ] = None,
+    save: Annotated[Path | None, typer.Option(metavar="F", help="Keep the detector for --detector.")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Share of in-distribution rows that may be flagged; else 0.05.")
+    ] = None,
+    per_token: Annotated[bool, typer.Option("--per-token", help="Score means over tokens.")] = False,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Give each token's ratio as well.")] = False,
+    device: Device = "auto",
+    dtype: Annotated[str | None, typer.Option(metavar="D", help="Of the models; else as stored.")] = None,
+) -> None:
+    """Score rows by how foreign they are to a tuned model."""
+    from diagnostics import machine
+
+    if detector is None and (base is None or tuned is None or task is None):
+        raise ValueError("detect needs --base, --tuned and --task, or a saved --detector")
+    if detector is not None and (base or tuned or task or per_token):
+        raise ValueError(
+            "a saved --detector has its own --base, --tuned, --task and --per-token; leave them out"
+        )
+    from diagnostics.detector import LikelihoodRatioDetector
+
+    given = {
+        "device": machine.device(device),
+        "dtype": dtype,
+        **({"alpha": alpha} if alpha is not None else {}),
+    }
+    if detector is not None:
+        made = LikelihoodRatioDetector.load(detector, **given)
+    else:
+        made = LikelihoodRatioDetector.fit((base, tuned), task, per_token=per_token, **given)
+    if save is not None:
+        made.save(save)
+    for record in made.records(rows, tokens=tokens):
+        typer.echo(json.dumps(record, ensure_ascii=False))
 
 
 @main.command("report")
