@@ -289,8 +289,8 @@ def _bridge(inner: Any, parts: set[str] | None) -> tuple[Any, list[str]]:
 
 def _same_logits(model: nn.Module, hooked: nn.Module) -> None:
     """Hold the bridge against the model itself on a few tokens, the second row padded."""
-    size = unwrapped(model).get_input_embeddings().weight.shape[0]
-    ids = (torch.arange(12).view(2, 6) * 7919 + 5) % size
+    vocabulary = unwrapped(model).get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(12).view(2, 6) * 7919 + 5) % vocabulary
     mask = torch.ones_like(ids)
     mask[1, 4:] = 0
     probe = Batch(
@@ -305,7 +305,9 @@ def _same_logits(model: nn.Module, hooked: nn.Module) -> None:
         own, theirs = own[mask.bool().to(own.device)], theirs[mask.bool().to(theirs.device)]
     limit = ROUND_OFF if own.dtype in (torch.float32, torch.float64) else ROUND_OFF_HALF
     own, theirs = own.float(), theirs.float().to(own.device)
-    if not torch.allclose(theirs, own, rtol=0, atol=limit * float(own.abs().max()), equal_nan=True):
+    # A broken model's NaN and infinities are for those to find who read its activations.
+    size = float(own[own.isfinite()].abs().max()) if own.isfinite().any() else 0.0
+    if not torch.allclose(theirs, own, rtol=0, atol=limit * size, equal_nan=True):
         far = float((theirs - own).abs().max())
         raise _NoBridgeError(f"the bridge gives other logits, by up to {far:.2g}")
 

@@ -1,6 +1,7 @@
 """Activations against those that transformers gives, or that are computed by hand."""
 
 import gc
+import math
 import re
 from contextlib import nullcontext
 
@@ -453,6 +454,18 @@ def test_weights_are_shared_so_that_a_change_in_place_is_seen():
             weight.zero_()
         after = captured.activations(batch)[RESIDUALS[0]]
     assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_model_whose_logits_are_not_finite_is_captured_all_the_same(value):
+    model = make("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0] = value
+    with capture(model, "hook_resid_post") as captured:
+        found = captured.activations(batch_of(5))
+    assert captured.route == "bridge"
+    assert found[RESIDUALS[0]].isfinite().all()
+    assert not found[RESIDUALS[1]].isfinite().all()
 
 
 def test_a_model_in_half_precision_is_captured_too():
