@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from diagnostics.analysis import Result as Result
     from diagnostics.analysis import analyses as analyses
     from diagnostics.detector import LikelihoodRatioDetector as LikelihoodRatioDetector
+    from diagnostics.drift import representation_drift as representation_drift
     from diagnostics.intruders import intruder_dimensions as intruder_dimensions
     from diagnostics.ood import likelihood_ratio_ood as likelihood_ratio_ood
     from diagnostics.policy import Finding as Finding
@@ -32,6 +33,7 @@ EXPORTS = {
     "likelihood_ratio_ood": "diagnostics.ood",
     "load": "diagnostics.store",
     "load_policy": "diagnostics.policy",
+    "representation_drift": "diagnostics.drift",
 }
 __all__ = sorted(EXPORTS)
 

@@ -162,35 +162,47 @@ def common(base: Any, tuned: Any, *, approximate: bool) -> tuple[Any | None, int
     Raises:
         ValueError: the tokenizers differ.
     """
-    one, two = base.get_vocab(), tuned.get_vocab()
-    if one == two:
-        return tuned, None, []
-    fewer, more, few = (one, two, base) if len(one) <= len(two) else (two, one, tuned)
-    extra = {token: place for token, place in more.items() if token not in fewer}
-    if all(more.get(token) == place for token, place in fewer.items()):
-        known = max(fewer.values()) + 1
-        if min(extra.values()) >= known:
-            side = "tuned" if few is base else "base"
-            return (
-                few,
-                known,
-                [
-                    f"{side} has {len(extra)} more tokens; texts are read without them, and the others share "
-                    "what probability they have"
-                ],
-            )
+    shared = shared_tokenizer(base, tuned)
+    if shared is not None:
+        tokenizer, known, said = shared
+        return tokenizer, known, [f"{each}, and the others share what probability they have" for each in said]
     if approximate:
         return None, None, [
             "approximate: the tokenizers differ; lengths are bytes, means per byte of the same texts"
         ]  # fmt: skip
+    raise ValueError(
+        f"{differing(base, tuned)}, so that ratios of tokens mean nothing; approximate=true compares whole "
+        "texts, in nats per byte"
+    )
+
+
+def shared_tokenizer(base: Any, tuned: Any) -> tuple[Any, int | None, list[str]] | None:
+    """The smaller of two tokenizers if the other only has more tokens behind the same; else None.
+
+    With it how many tokens it has, where the other has more, and what to say of that.
+    """
+    one, two = base.get_vocab(), tuned.get_vocab()
+    if one == two:
+        return tuned, None, []
+    fewer, more, few = (one, two, base) if len(one) <= len(two) else (two, one, tuned)
+    extra = [place for token, place in more.items() if token not in fewer]
+    known = max(fewer.values()) + 1
+    if any(more.get(token) != place for token, place in fewer.items()) or min(extra) < known:
+        return None
+    side = "tuned" if few is base else "base"
+    return few, known, [f"{side} has {len(extra)} more tokens; texts are read without them"]
+
+
+def differing(base: Any, tuned: Any) -> str:
+    """The first token in which two tokenizers differ."""
+    one, two = base.get_vocab(), tuned.get_vocab()
     token = min(
         (token for token in {*one, *two} if one.get(token) != two.get(token)),
         key=lambda t: (one.get(t, len(one) + len(two)), t),
     )
-    raise ValueError(
+    return (
         f"the tokenizers of base and tuned differ: token {token!r} is {one.get(token, 'unknown')} in "
-        f"base and {two.get(token, 'unknown')} in tuned, so that ratios of tokens mean nothing; "
-        "approximate=true compares whole texts, in nats per byte"
+        f"base and {two.get(token, 'unknown')} in tuned"
     )
 
 
