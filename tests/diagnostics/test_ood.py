@@ -198,6 +198,17 @@ def test_a_base_compared_with_itself_gives_ratio_0_and_chance(places):
     assert made.metrics["flagged_ood"] == 0
 
 
+def test_an_adapter_that_adds_nothing_gives_ratio_0_too(places, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(places["base"])
+    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)  # B is 0
+    made = likelihood_ratio_ood(CheckpointPair(places["base"], tmp_path), **SETS, draws=2)
+    assert (ratios(made) == 0).all()
+    assert made.metrics["auroc"] == 0.5
+
+
 def test_scores_equal_a_row_by_row_computation_with_transformers_alone(places, result):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
