@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA = 1
+# What a file must not decide: where models are is in it otherwise, and whose code may run is for the reader.
+NOT_SAVED = frozenset({"pair", "trust_remote_code"})
 
 
 class OnClass:
@@ -182,7 +184,7 @@ class LikelihoodRatioDetector(OutlierMixin, BaseEstimator):
         """
         check_is_fitted(self, "calibration_")
         pair = self._pair()
-        parameters = {name: value for name, value in self.get_params().items() if name != "pair"}
+        parameters = {name: value for name, value in self.get_params().items() if name not in NOT_SAVED}
         record = {
             "schema": SCHEMA,
             "base": {"ref": pair.base.ref, "fingerprint": pair.base.fingerprint()},
@@ -199,7 +201,7 @@ class LikelihoodRatioDetector(OutlierMixin, BaseEstimator):
 
         Args:
             pair: where the models are now; by default where they were.
-            parameters: in place of the saved ones, such as `device`.
+            parameters: in place of the saved ones, such as `device`. `trust_remote_code` is never saved.
 
         Raises:
             ValueError: it is no saved detector, or the models are not those that it was fitted with.
@@ -207,7 +209,8 @@ class LikelihoodRatioDetector(OutlierMixin, BaseEstimator):
         try:
             record = json.loads(Path(path).read_text(encoding="utf-8"))
             refs = {side: record[side]["ref"] for side in ("base", "tuned")}
-            made = cls(pair or tuple(refs.values()), **{**record["parameters"], **parameters})
+            saved = {name: value for name, value in record["parameters"].items() if name not in NOT_SAVED}
+            made = cls(pair or tuple(refs.values()), **{**saved, **parameters})
             made.calibration_ = np.array(record["calibration"], dtype=np.float64)
         except OSError as error:
             raise ValueError(f"{path}: cannot be read: {error.strerror}") from error

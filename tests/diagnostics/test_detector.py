@@ -119,6 +119,16 @@ def test_a_saved_detector_refuses_other_models(places, fitted, tmp_path):
         LikelihoodRatioDetector.load(tmp_path / "nowhere.json")
 
 
+def test_a_saved_detector_does_not_decide_whose_code_is_run(fitted, tmp_path):
+    fitted.save(tmp_path / "detector.json")
+    record = json.loads((tmp_path / "detector.json").read_text())
+    assert "trust_remote_code" not in record["parameters"]
+    record["parameters"]["trust_remote_code"] = True
+    (tmp_path / "detector.json").write_text(json.dumps(record))
+    assert not LikelihoodRatioDetector.load(tmp_path / "detector.json").trust_remote_code
+    assert LikelihoodRatioDetector.load(tmp_path / "detector.json", trust_remote_code=True).trust_remote_code
+
+
 @pytest.mark.parametrize(
     ("parameters", "rows", "message"),
     [
@@ -171,4 +181,4 @@ def test_the_command_says_what_it_needs(tmp_path):
     assert "detect needs --base, --tuned and --task, or a saved --detector" in made.stderr
     made = run("detect", "rows.jsonl", "--detector", "d.json", "--task", "t")
     assert made.returncode == 2
-    assert "a saved --detector has its own --base, --tuned, --task and --per-token" in made.stderr
+    assert "a saved --detector has its own --base, --tuned, --task, --per-token and" in made.stderr
