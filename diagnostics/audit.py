@@ -46,6 +46,9 @@ def audit(
     guard: Iterable[str | Path] = (),
     ood: Iterable[str | Path] = (),
     limit: int | None = None,
+    chat_template: bool = False,
+    approximate: bool = False,
+    trust_remote_code: bool = False,
 ) -> Audit:
     """Measure what tuning did, judge it, and write the audit and its report into a directory.
 
@@ -66,6 +69,8 @@ def audit(
         progress: called with (analysis, done, total, what is being done).
         task, keep, guard, ood: files of rows by role; `NAME=F` names one of `ood`.
         limit: read the first so many rows of each file only.
+        chat_template, approximate, trust_remote_code: for the analyses that take them: write rows as a user's
+            message, let tokenizers differ, run code that a repository brings.
 
     Raises:
         ValueError, LookupError: the input is wrong; nothing has been run or written.
@@ -76,6 +81,12 @@ def audit(
     rules = policy if isinstance(policy, Policy) else load_policy(policy) if policy else default_policy()
     where = machine.device(device)
     common = {"dtype": machine.dtype(dtype), "seed": seed}
+    asked = {
+        "chat_template": chat_template,
+        "approximate": approximate,
+        "trust_remote_code": trust_remote_code,
+    }
+    common |= {name: True for name, wanted in asked.items() if wanted}
     rows = open_roles({"task": task, "keep": keep, "guard": guard, "ood": ood}, limit=limit)
     plan = {name: parameters(find(name), settings or {}, common) for name in names}
     check_settings(settings or {})

@@ -167,6 +167,8 @@ Quiet = Annotated[
     bool, typer.Option("--quiet", help="Print nothing: the exit code and the files say it all.")
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Forget what an earlier run left in --out.")]
+Chat = Annotated[bool, typer.Option("--chat-template", help="Write rows as a user's message.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that a repository brings.")]
 Device = Annotated[str, typer.Option(metavar="D", help="auto, cpu, cuda or cuda:N.")]
 Base = Annotated[str, typer.Argument(metavar="BASE", help="Directory, file or hub id (`org/name@revision`).")]
 Tuned = Annotated[str, typer.Argument(metavar="TUNED", help="The same, or an adapter.")]
@@ -178,6 +180,11 @@ def run_options(
     guard: Annotated[Texts, typer.Option(metavar="F", help="Rows of what must never fail.")] = None,
     ood: Annotated[Texts, typer.Option(metavar="NAME=F", help="Rows that it was not made for.")] = None,
     limit: Annotated[int | None, typer.Option(metavar="N", help="Read the first N rows of a file.")] = None,
+    chat_template: Chat = False,
+    approximate: Annotated[
+        bool, typer.Option("--approximate", help="Let tokenizers differ: nats per byte.")
+    ] = False,
+    trust_remote_code: Trust = False,
     only: Annotated[Texts, typer.Option(metavar="NAMES", help="Run these analyses alone.")] = None,
     skip: Annotated[Texts, typer.Option(metavar="NAMES", help="Leave these analyses out.")] = None,
     settings: Annotated[
@@ -205,6 +212,9 @@ def run_options(
         "guard": guard or (),
         "ood": ood or (),
         "limit": limit,
+        "chat_template": chat_template,
+        "approximate": approximate,
+        "trust_remote_code": trust_remote_code,
         "only": names(only),
         "skip": names(skip),
         "settings": parse(settings or ()),
@@ -354,6 +364,8 @@ def run_detect(
     ] = None,
     per_token: Annotated[bool, typer.Option("--per-token", help="Score means over tokens.")] = False,
     tokens: Annotated[bool, typer.Option("--tokens", help="Give each token's ratio as well.")] = False,
+    chat_template: Chat = False,
+    trust_remote_code: Trust = False,
     device: Device = "auto",
     dtype: Annotated[str | None, typer.Option(metavar="D", help="Of the models; else as stored.")] = None,
 ) -> None:
@@ -362,21 +374,25 @@ def run_detect(
 
     if detector is None and (base is None or tuned is None or task is None):
         raise ValueError("detect needs --base, --tuned and --task, or a saved --detector")
-    if detector is not None and (base or tuned or task or per_token):
+    if detector is not None and (base or tuned or task or per_token or chat_template):
         raise ValueError(
-            "a saved --detector has its own --base, --tuned, --task and --per-token; leave them out"
+            "a saved --detector has its own --base, --tuned, --task, --per-token and --chat-template; leave "
+            "them out"
         )
     from diagnostics.detector import LikelihoodRatioDetector
 
     given = {
         "device": machine.device(device),
         "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
         **({"alpha": alpha} if alpha is not None else {}),
     }
     if detector is not None:
         made = LikelihoodRatioDetector.load(detector, **given)
     else:
-        made = LikelihoodRatioDetector.fit((base, tuned), task, per_token=per_token, **given)
+        made = LikelihoodRatioDetector.fit(
+            (base, tuned), task, per_token=per_token, chat_template=chat_template, **given
+        )
     if save is not None:
         made.save(save)
     for record in made.records(rows, tokens=tokens):

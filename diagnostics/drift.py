@@ -157,6 +157,7 @@ def representation_drift(
     rows: int = 1000,
     skip: int = 1,
     max_length: int | None = None,
+    chat_template: bool = False,
     batch_tokens: int = 16384,
     trust_remote_code: bool = False,
     device: str = "cpu",
@@ -177,6 +178,7 @@ def representation_drift(
             the first; its vector is the same in every row and by far the longest, so that similarities of
             means that hold it are those of the rows' lengths.
         max_length: most tokens of a row; None: what both models take.
+        chat_template: texts and prompts are a user's messages.
         batch_tokens: most tokens in a batch; changes no result.
         trust_remote_code: run code that a repository brings.
         device: where the models run.
@@ -213,7 +215,8 @@ def representation_drift(
         length = min((n for n in (max_length, runnable.context) if n is not None), default=None)
         chosen = {}
         for name, each in sets.items():
-            chosen[name], more = examples_of(each, tokenizer, rows=rows, skip=skip, length=length, seed=seed)
+            examples = encode(each, tokenizer, max_length=length, chat_template=chat_template)
+            chosen[name], more = compared(each, examples, rows=rows, skip=skip, seed=seed)
             said += more
         flat = [one for examples in chosen.values() for one in examples]
         points = {}
@@ -252,15 +255,14 @@ def representation_drift(
     return Result(metrics=metrics_of(layers.to_dict("records")), tables={"layers": layers}, notes=tuple(said))
 
 
-def examples_of(
-    task: Task, tokenizer: Any, *, rows: int, skip: int, length: int | None, seed: int
+def compared(
+    task: Task, examples: Sequence[Example], *, rows: int, skip: int, seed: int
 ) -> tuple[list[Example], list[str]]:
     """The rows of a task that are compared, of several choices with the first, and what to say of them.
 
     Raises:
         ValueError: fewer than 4 are left.
     """
-    examples = encode(task, tokenizer, max_length=length)
     firsts = {one.row: one for one in reversed(examples)}
     long = [row for row in sorted(firsts) if len(firsts[row].ids) > skip]
     if len(long) < LEAST:

@@ -171,8 +171,8 @@ def common(base: Any, tuned: Any, *, approximate: bool) -> tuple[Any | None, int
             "approximate: the tokenizers differ; lengths are bytes, means per byte of the same texts"
         ]  # fmt: skip
     raise ValueError(
-        f"{differing(base, tuned)}, so that ratios of tokens mean nothing; approximate=true compares whole "
-        "texts, in nats per byte"
+        f"{differing(base, tuned)}, so that ratios of tokens mean nothing; an audit with --approximate "
+        "compares whole texts, in nats per byte"
     )
 
 

@@ -157,6 +157,29 @@ def test_options_reach_the_analysis(norms, checkpoints, tmp_path):
     assert norms == [{"scale": 2.0, "parts": ("a", "b"), "device": "cpu", "dtype": "float64", "seed": 3}]
 
 
+def test_how_rows_and_models_are_read_reaches_the_analyses_that_ask(register, checkpoints, tmp_path):
+    got = {}
+
+    def reads(pair, *, chat_template=False, approximate=False, trust_remote_code=False):
+        got["reads"] = (chat_template, approximate, trust_remote_code)
+        return Result(metrics={}, tables={})
+
+    def weighs(pair, *, seed=0):
+        got["weighs"] = seed
+        return Result(metrics={}, tables={})
+
+    register("reads", reads)
+    register("weighs", weighs)
+    given = ("audit", *checkpoints, "--out", tmp_path / "out", "--quiet")
+    for flags, expected in [
+        ((), (False, False, False)),
+        (("--chat-template",), (True, False, False)),
+        (("--approximate", "--trust-remote-code"), (False, True, True)),
+    ]:
+        assert run(*given, *flags).exit_code == 0
+        assert got == {"reads": expected, "weighs": 0}
+
+
 def test_names_may_be_given_with_commas_or_one_by_one(norms, register, checkpoints, tmp_path):
     for name in ("a", "b", "c"):
         register(name, lambda pair: Result(metrics={}, tables={}))
