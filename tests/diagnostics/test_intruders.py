@@ -463,3 +463,21 @@ def test_a_transposed_fused_checkpoint_gives_the_same_report_as_its_plain_twin()
     }
     assert table["component"].tolist() == ["q_proj", "k_proj", "v_proj"]
     assert table.loc[f"{name}:k", "status"] == "frozen"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", ["certified", "exact"])
+def test_a_gpu_decides_as_the_cpu_does(method):
+    generator = seeded(20)
+    shapes = [(128, 160)] * 3 + [(160, 128)] * 2
+    base = [with_values(values("power", min(shape)), *shape, generator)[0].float() for shape in shapes]
+    tuned = [spiked(W, [1.5, 0.2 * i], generator) for i, W in enumerate(base)]
+    pair = CheckpointPair(state(base), state(tuned))
+    on_cpu, on_gpu = (intruder_dimensions(pair, method=method, device=d) for d in ("cpu", "cuda"))
+    for cpu, gpu in zip(
+        on_cpu.tables["vectors"].itertuples(), on_gpu.tables["vectors"].itertuples(), strict=True
+    ):
+        assert cpu.intruder == gpu.intruder
+        assert gpu.cosine_low <= cpu.cosine_high + 1e-5
+        assert cpu.cosine_low <= gpu.cosine_high + 1e-5
