@@ -253,7 +253,9 @@ class _Search:
             if most == DIRECT_STEPS[0]:
                 first[rows] = at_zero
             if most == FORESEEN:
-                power = np.log(at_zero / first[rows]) / np.log(most / DIRECT_STEPS[0])
+                least = np.finfo(np.float64).tiny
+                power = np.log(np.maximum(at_zero, least) / np.maximum(first[rows], least))
+                power /= np.log(most / DIRECT_STEPS[0])
                 last = at_zero * (DIRECT_STEPS[-1] / most) ** power
                 if last.max() > SHARE_AT_ZERO * self.epsilon:
                     return False
@@ -277,6 +279,7 @@ class _Search:
                     return True
             if self.failing > before / BELOW:
                 return False
+            run.release()
         return False
 
     def _tall(self, start: Tensor, extra: Extra, span: tuple[float, float]) -> bool:

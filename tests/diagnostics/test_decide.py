@@ -91,6 +91,22 @@ def test_no_small_end_takes_a_full_decomposition(shape, condition):
     holds(decision, decide_exactly(base.float(), tuned.float(), 5))
 
 
+def test_several_small_ends_take_several_shifts(monkeypatch):
+    generator = seeded(12)
+    S = torch.cat([torch.linspace(3 * 10.0**-i, 10.0**-i, 130) for i in (0, 2, 4)]).double()
+    S = torch.cat([torch.tensor([9.0, 8, 7, 6, 5]).double(), S])
+    base, _, _ = with_values(S, 395, 500, generator)
+    tuned = tuned_from(base, generator, [1.1, 0.9])
+    shifts = []
+    of = tiers.Shifted.of
+    monkeypatch.setattr(tiers.Shifted, "of", lambda W, shift: shifts.append(shift) or of(W, shift))
+    decision = decide(base.float(), tuned.float(), 5, 0.5, generator)
+    assert len(shifts) > 1
+    assert shifts[1] < shifts[0] / 100
+    assert set(decision.tier) == {"subspace", "factor"}
+    holds(decision, decide_exactly(base.float(), tuned.float(), 5))
+
+
 def test_the_base_is_resolved_further_for_the_picture_of_a_flagged_matrix():
     generator = seeded(11)
     S = torch.cat([torch.linspace(3, 2, 6), torch.linspace(1.4, 0.5, 394)]).double()
