@@ -242,6 +242,10 @@ class Lanczos:
             self.leftover = self.leftover + torch.where(exhausted, 2 * beta, 0.0).square()
             self.basis = torch.cat([self.basis, self._direction(rest, exhausted).unsqueeze(1)], dim=1)
 
+    def release(self) -> None:
+        """Forget the operator, and the memory that it holds: no further step can be taken."""
+        del self.apply
+
     def _direction(self, rest: Tensor, exhausted: Tensor) -> Tensor:
         """Next basis vectors; an exhausted space goes on with any orthogonal direction, at β of about 0."""
         if exhausted.any():

@@ -16,11 +16,12 @@ from torch import Tensor
 from diagnostics import christoffel, linalg
 from diagnostics.christoffel import Extra, Lanczos, Recurrence
 from diagnostics.factors import Applied, Shifted, Tall
+from diagnostics.linalg import BlockKrylov, Ritz
 
 # Below this smaller side the full decomposition costs no more than deciding without it.
 SMALL = 640
-# A tuned vector is accepted for a decision when it is known to this sine.
-ACCEPTED = 0.02
+# A vector is accepted for a decision when it is known to this sine; the second will do after all rounds.
+ACCEPTED, USABLE = 0.02, 0.1
 BASE_STEPS, TUNED_STEPS, MORE_STEPS, ROUNDS = 6, 4, 2, 6
 DIRECT_STEPS, FACTOR_STEPS = (12, 16, 20, 24, 32, 48), (8, 12, 16, 24, 36)
 # How often the inverse is taken with a smaller shift, and how far below what is open it lies.
@@ -93,14 +94,45 @@ def decide(
         generator: for the starting blocks, on the matrices' device.
         pictured: where there is an intruder, go on until the k leading base vectors are known as well.
     """
-    if min(base.shape) < max(SMALL, 4 * (k + BLOCK)):
-        return decide_exactly(base, tuned, k)
-    search = _Search(base, tuned, k, epsilon, generator)
-    if not (search.leading() and search.certify()):
-        return decide_exactly(base, tuned, k)
-    if pictured and (search.high < epsilon).any():
-        search.complete()
-    return search.decision()
+    return decide_all(base[None], tuned[None], k, epsilon, [generator], pictured)[0]
+
+
+def decide_all(
+    base: Float[Tensor, "batch out in"],
+    tuned: Float[Tensor, "batch out in"],
+    k: int,
+    epsilon: float,
+    generators: list[torch.Generator],
+    pictured: bool = False,
+) -> list[Decision]:
+    """`decide` for matrices of one shape, their leading subspaces found side by side."""
+    pairs = list(zip(base, tuned, strict=True))
+    if min(base.shape[1:]) < max(SMALL, 4 * (k + BLOCK)):
+        return [decide_exactly(*pair, k) for pair in pairs]
+    searches = [
+        _Search(*pair, k, epsilon, generator) for pair, generator in zip(pairs, generators, strict=True)
+    ]
+    _lead(searches, base, tuned)
+    return [search.outcome(pictured) for search in searches]
+
+
+def _lead(
+    searches: list["_Search"], base: Float[Tensor, "batch out in"], tuned: Float[Tensor, "batch out in"]
+) -> None:
+    """Tier a: leading subspaces of both, until every tuned vector is known."""
+    space0 = BlockKrylov(base, torch.cat([search.random(base.shape[1]) for search in searches]))
+    space0.extend(BASE_STEPS)
+    ritz0 = space0.ritz(3 * space0.start)
+    starts = [search.start(ritz0.one(i)) for i, search in enumerate(searches)]
+    space1 = BlockKrylov(tuned, torch.cat(starts))
+    space1.extend(TUNED_STEPS)
+    for _ in range(ROUNDS):
+        ritz1 = space1.ritz(searches[0].k + BLOCK)
+        if (ritz1.errors()[:, : searches[0].k] <= ACCEPTED).all():
+            break
+        space1.extend(MORE_STEPS)
+    for i, search in enumerate(searches):
+        search.begin(space0.one(i), ritz0.one(i), ritz1.one(i))
 
 
 class _Search:
@@ -116,29 +148,36 @@ class _Search:
         self.high = np.ones(k)
         self.tier = [""] * k
 
-    def random(self, rows: int, columns: int) -> Tensor:
-        return torch.randn(
-            1, rows, columns, generator=self.generator, dtype=self.base.dtype, device=self.base.device
-        )
+    def random(self, rows: int, columns: int | None = None) -> Tensor:
+        """A random block, as wide as the starting one unless told."""
+        size = (1, rows, self.width if columns is None else columns)
+        return torch.randn(size, generator=self.generator, dtype=self.base.dtype, device=self.base.device)
 
-    def leading(self) -> bool:
-        """Tier a: leading subspaces of both, until every tuned vector is known."""
-        self.space0 = linalg.BlockKrylov(self.base[None], self.random(self.base.shape[0], self.width))
-        self.space0.extend(BASE_STEPS)
-        self.norm = self.space0.norm[0]
+    def start(self, ritz0: Ritz) -> Tensor:
+        """Where to look for tuned's vectors: half near the base's, a quarter where the delta writes to."""
+        quarter = self.width // 4
+        probe = self.random(self.base.shape[1], quarter)
+        written = self.tuned @ probe - self.base @ probe
+        near = ritz0.vectors[..., : 2 * quarter].to(self.base.dtype)
+        written = written / torch.linalg.matrix_norm(written).clamp(min=torch.finfo(written.dtype).tiny)
+        return torch.cat([near, written, self.random(self.base.shape[0], quarter)], dim=-1)
+
+    def begin(self, space0: BlockKrylov, ritz0: Ritz, ritz1: Ritz) -> None:
+        """Take up what tier a has found, and settle what it settles."""
+        self.space0, self.ritz0, self.ritz1 = space0, ritz0, ritz1
+        self.norm = space0.norm[0]
         self.rounds = 0
-        self.ritz0 = self.space0.ritz(3 * self.width)
-        space1 = linalg.BlockKrylov(self.tuned[None], self._start())
-        space1.extend(TUNED_STEPS)
-        for _ in range(ROUNDS):
-            self.ritz1 = space1.ritz(self.k + BLOCK)
-            self.error = self.ritz1.errors()[0, : self.k].cpu().numpy()
-            if (self.error <= ACCEPTED).all():
-                break
-            space1.extend(MORE_STEPS)
-        self.vectors = self.ritz1.vectors[0, :, : self.k]
+        self.error = ritz1.errors()[0, : self.k].cpu().numpy()
+        self.vectors = ritz1.vectors[0, :, : self.k]
         self._subspace()
-        return bool((self.error <= 0.1).all())
+
+    def outcome(self, pictured: bool) -> Decision:
+        """Whatever takes the cheapest tier that settles all."""
+        if (self.error > USABLE).any() or not self.certify():
+            return decide_exactly(self.base, self.tuned, self.k)
+        if pictured and (self.high < self.epsilon).any():
+            self.complete()
+        return self.decision()
 
     def _found(self) -> bool:
         """Whether the leading base vectors are known, or further rounds would not help."""
@@ -158,15 +197,6 @@ class _Search:
 
     def _open(self) -> list[int]:
         return [j for j in range(self.k) if self.tier[j] == ""]
-
-    def _start(self) -> Tensor:
-        # Half from the base's leading vectors, a quarter from what the delta writes to, a quarter at random.
-        quarter = self.width // 4
-        probe = self.random(self.base.shape[1], quarter)
-        written = self.tuned @ probe - self.base @ probe
-        near = self.ritz0.vectors[..., : 2 * quarter].to(self.base.dtype)
-        written = written / torch.linalg.matrix_norm(written).clamp(min=torch.finfo(written.dtype).tiny)
-        return torch.cat([near, written, self.random(self.base.shape[0], quarter)], dim=-1)
 
     def _subspace(self) -> None:
         """Bounds from the base's leading vectors on all that no other tier has settled."""
@@ -223,7 +253,9 @@ class _Search:
             if most == DIRECT_STEPS[0]:
                 first[rows] = at_zero
             if most == FORESEEN:
-                power = np.log(at_zero / first[rows]) / np.log(most / DIRECT_STEPS[0])
+                least = np.finfo(np.float64).tiny
+                power = np.log(np.maximum(at_zero, least) / np.maximum(first[rows], least))
+                power /= np.log(most / DIRECT_STEPS[0])
                 last = at_zero * (DIRECT_STEPS[-1] / most) ** power
                 if last.max() > SHARE_AT_ZERO * self.epsilon:
                     return False
@@ -247,6 +279,7 @@ class _Search:
                     return True
             if self.failing > before / BELOW:
                 return False
+            run.release()
         return False
 
     def _tall(self, start: Tensor, extra: Extra, span: tuple[float, float]) -> bool:

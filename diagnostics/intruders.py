@@ -19,7 +19,7 @@ from torch import Tensor
 
 from diagnostics import linalg
 from diagnostics.analysis import Result, analysis
-from diagnostics.decide import SMALL, Decision, decide, decide_exactly
+from diagnostics.decide import SMALL, Decision, decide_all, decide_exactly
 from probes import CheckpointPair
 from probes.adapters import LowRank
 from probes.layout import Matrix, Part
@@ -36,6 +36,8 @@ SWEEP_DEPTH = 50
 EPSILONS = tuple(round(0.05 * i, 2) for i in range(2, 19))
 # A cosine this near epsilon is within what float64 and the choice of a basis leave open.
 ON_THRESHOLD = 1e-6
+# Bytes of base matrices that a GPU decides side by side.
+SIDE_BY_SIDE = 2**30
 # A run of so many matrices or more decides some of them twice.
 VERIFIED_FROM = 10
 # Tuned and base with a smaller cosine between their entries have nothing in common.
@@ -151,46 +153,94 @@ def floor_of(matrix: Matrix, side: str) -> float:
     return linalg.random_floor(matrix.rows if side == "left" else matrix.columns)
 
 
-def examine(pair: CheckpointPair, name: str, settings: Settings, verify: bool) -> Examined:
-    """Decide one matrix of a pair: reads it, so that only its name travels to a worker.
+def examine(pair: CheckpointPair, names: list[str], settings: Settings, verify: set[str]) -> list[Examined]:
+    """Decide matrices of one shape: reads them, so that only their names travel to a worker.
+
+    Args:
+        verify: names to decide again by the full decomposition.
 
     Raises:
         ValueError: NaN or infinite weights.
     """
-    matrix = pair.matrices[name]
-    if pair.tuned.kind == "adapter" and pair.identical(name):  # known without reading
-        return Examined(matrix=matrix, status="frozen")
-    stored = pair.read(name)
-    if stored[0].dtype == stored[1].dtype and torch.equal(*stored):
-        return Examined(matrix=matrix, status="frozen")
-    with linalg.threads_for(min(stored[0].shape)):
-        return _measure(pair, matrix, stored, settings, verify)
+    changed: list[tuple[Matrix, Tensor, Tensor]] = []
+    results = {}
+    for name in names:
+        matrix = pair.matrices[name]
+        stored = None
+        # An adapter's frozen matrices are known without reading.
+        if not (pair.tuned.kind == "adapter" and pair.identical(name)):
+            stored = pair.read(name)
+        if stored is None or (stored[0].dtype == stored[1].dtype and torch.equal(*stored)):
+            results[name] = Examined(matrix=matrix, status="frozen")
+        else:
+            base, tuned = (W.to(settings.device, getattr(torch, settings.dtype)) for W in stored)
+            changed.append((matrix, base, tuned))
+    if changed:
+        with linalg.threads_for(min(changed[0][1].shape)):
+            for examined in _measure(pair, changed, settings, verify):
+                results[examined.matrix.name] = examined
+    return [results[name] for name in names]
 
 
 def _measure(
-    pair: CheckpointPair, matrix: Matrix, stored: tuple[Tensor, Tensor], settings: Settings, verify: bool
-) -> Examined:
-    name = matrix.name
-    base, tuned = (W.to(settings.device, getattr(torch, settings.dtype)) for W in stored)
-    generator = torch.Generator(settings.device).manual_seed(zlib.crc32(name.encode()) ^ settings.seed)
-    update = update_of(base, tuned, pair.delta(name), generator)
+    pair: CheckpointPair, changed: list[tuple[Matrix, Tensor, Tensor]], settings: Settings, verify: set[str]
+) -> list[Examined]:
+    matrices = [matrix for matrix, _, _ in changed]
+    generators = [
+        torch.Generator(settings.device).manual_seed(zlib.crc32(matrix.name.encode()) ^ settings.seed)
+        for matrix in matrices
+    ]
+    updates = [
+        update_of(base, tuned, pair.delta(matrix.name), generator)
+        for (matrix, base, tuned), generator in zip(changed, generators, strict=True)
+    ]
+    # A single matrix is not copied.
+    bases, tuneds = (
+        sides[0][None] if len(sides) == 1 else torch.stack(sides)
+        for sides in ([base for _, base, _ in changed], [tuned for _, _, tuned in changed])
+    )
     if settings.side == "right":
-        base, tuned = base.mT.contiguous(), tuned.mT.contiguous()
-    depth = min(settings.depth, *base.shape)
-    applicable = depth >= settings.k and floor_of(matrix, settings.side) <= LARGEST_FLOOR * settings.epsilon
+        bases, tuneds = bases.mT.contiguous(), tuneds.mT.contiguous()
+    depth = min(settings.depth, *bases.shape[1:])
+    floor = floor_of(matrices[0], settings.side)
+    applicable = depth >= settings.k and floor <= LARGEST_FLOOR * settings.epsilon
     if settings.method == "exact" or not applicable:
-        decision = decide_exactly(base, tuned, depth)
+        decisions = [decide_exactly(base, tuned, depth) for base, tuned in zip(bases, tuneds, strict=True)]
     else:
-        decision = decide(base, tuned, depth, settings.epsilon, generator, pictured=True)
-    verified = None
-    if verify and applicable and not set(decision.tier) <= {"exact"}:
-        exact = decide_exactly(base, tuned, depth)
-        verified = agrees(decision, exact, settings.epsilon)
-        if not verified:
-            log.warning("%s: the certified decision and the full decomposition differ; kept the latter", name)
-            decision = exact
+        decisions = decide_all(bases, tuneds, depth, settings.epsilon, generators, pictured=True)
     status: Literal["measured", "not applicable"] = "measured" if applicable else "not applicable"
-    return Examined(matrix=matrix, status=status, decision=decision, update=update, verified=verified)
+    results = []
+    for i, (matrix, decision, update) in enumerate(zip(matrices, decisions, updates, strict=True)):
+        verified = None
+        if matrix.name in verify and applicable and not set(decision.tier) <= {"exact"}:
+            exact = decide_exactly(bases[i], tuneds[i], depth)
+            verified = agrees(decision, exact, settings.epsilon)
+            if not verified:
+                log.warning(
+                    "%s: the certified decision and the full decomposition differ; kept the latter",
+                    matrix.name,
+                )
+                decision = exact
+        results.append(
+            Examined(matrix=matrix, status=status, decision=decision, update=update, verified=verified)
+        )
+    return results
+
+
+def groups_of(pair: CheckpointPair, names: list[str], device: str) -> list[list[str]]:
+    """What is decided side by side: on a GPU matrices of one shape, elsewhere every matrix alone."""
+    if not device.startswith("cuda"):
+        return [[name] for name in names]
+    of_shape: dict[tuple[int, int], list[str]] = {}
+    for name in names:
+        matrix = pair.matrices[name]
+        of_shape.setdefault((matrix.rows, matrix.columns), []).append(name)
+    return [
+        alike[i : i + size]
+        for (rows, columns), alike in of_shape.items()
+        for size in [max(1, SIDE_BY_SIDE // (4 * rows * columns))]
+        for i in range(0, len(alike), size)
+    ]
 
 
 def agrees(decision: Decision, exact: Decision, epsilon: float) -> bool:
@@ -334,16 +384,19 @@ def intruder_dimensions(
     if len(names) < VERIFIED_FROM or settings.method == "exact":
         chosen = set()
     results: list[Examined] = []
-    jobs = (delayed(examine)(pair, name, settings, name in chosen) for name in names)
-    for examined in Parallel(return_as="generator")(jobs):
-        results.append(examined)
-        if progress:
-            progress(len(results), len(names), examined.matrix.name)
+    jobs = (delayed(examine)(pair, group, settings, chosen) for group in groups_of(pair, names, device))
+    for group in Parallel(return_as="generator")(jobs):
+        for examined in group:
+            results.append(examined)
+            if progress:
+                progress(len(results), len(names), examined.matrix.name)
+    order = {name: i for i, name in enumerate(names)}
+    results.sort(key=lambda examined: order[examined.matrix.name])
     if chosen and not any(each.verified is not None for each in results):
         # Those chosen were frozen or small enough to be decomposed anyway: take one decided in tiers.
         for i, each in enumerate(results):
             if each.decision is not None and not set(each.decision.tier) <= {"exact"}:
-                results[i] = examine(pair, each.matrix.name, settings, verify=True)
+                [results[i]] = examine(pair, [each.matrix.name], settings, {each.matrix.name})
                 break
     return summarise(results, k=k, epsilon=epsilon, side=side, full_finetune=full_finetune)
 

@@ -4,6 +4,7 @@ Everything speaks of the left singular vectors of an (out, in) matrix `W`, that 
 `W Wᵀ`; pass the transpose for right vectors.  Shapes may carry a leading batch of equal matrices.
 """
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -176,6 +177,11 @@ class Ritz:
     vectors: Float[Tensor, "batch out count"]
     residuals: Float[Tensor, "batch count"]
 
+    def one(self, index: int) -> "Ritz":
+        """Those of one matrix of the batch."""
+        own = slice(index, index + 1)
+        return Ritz(self.values[own], self.weights[own], self.vectors[own], self.residuals[own])
+
     def errors(self) -> Float[Tensor, "batch count"]:
         """Sine of the angle of each leading Ritz vector to its eigenvector, at most; 1 where nothing holds.
 
@@ -242,6 +248,13 @@ class BlockKrylov:
         self.basis = torch.empty(*W.shape[:2], 0, dtype=W.dtype, device=W.device)
         self.products = self.basis
         self._append(start)
+
+    def one(self, index: int) -> "BlockKrylov":
+        """The space of one matrix of the batch, to be extended alone."""
+        own = copy.copy(self)
+        for name in ("W", "norm", "basis", "products"):
+            setattr(own, name, getattr(self, name)[index : index + 1])
+        return own
 
     @property
     def full(self) -> bool:

@@ -64,8 +64,8 @@ class Budget:
     """
 
     pretraining: int = 1500
-    reach: int = 1000
-    closed: float = 0.8
+    reach: int = 1500
+    closed: float = 0.95
     tuning: int = 3000
     held_out: int = 256
     tasks: int = 3

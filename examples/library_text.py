@@ -74,18 +74,18 @@ def shuffled(items: Iterable[Any]) -> list[Any]:
 
 
 def task_rows(
-    read: dict[str, list[str]], size: int = 24_000, each: int = 120
+    read: dict[str, list[str]], size: int = 24_000, validation: int = 720, test: int = 240
 ) -> tuple[list[Row], list[Row], list[Row]]:
     """Rows to train, validate and test with: do these words stand in the order they were written in?
 
     Args:
         size: rows to train with, of texts that the base has read.
-        each: rows for each answer to validate with, and as many to test with, of texts that it has not.
+        validation, test: rows of texts that it has not, half of them in order.
     """
     texts = [text for of_module in read.values() for text in of_module]
     train = fragments([text for text in texts if not held_out(text)], size)
-    unseen = fragments([text for text in texts if held_out(text)], 4 * each)
-    return train, unseen[: 2 * each], unseen[2 * each :]
+    unseen = fragments([text for text in texts if held_out(text)], validation + test)
+    return train, unseen[:validation], unseen[validation:]
 
 
 def fragments(texts: list[str], size: int) -> list[Row]:

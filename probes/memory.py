@@ -45,12 +45,25 @@ def open_memory(ref: Any, *, base: "Checkpoint | str | Path | None" = None) -> C
             return _peft(model, model.get_base_model())
         if getattr(ref, "_hf_peft_config_loaded", False):
             return _peft(ref, ref)
+        if any("peft" in _libraries(module) for module in ref.modules()):
+            raise ValueError(
+                f"{name}: has adapters inside that nothing tells from its own weights; give the PeftModel "
+                "around it (as a base, get_base_model() serves with that PeftModel as tuned)"
+            )
         return _module(ref, name, ref.state_dict())
     if isinstance(ref, Mapping) and ref and all(isinstance(value, Tensor) for value in ref.values()):
         tensors = {str(name): tensor for name, tensor in ref.items()}
         return Checkpoint("state dict", StateSource(_unhook(tensors)), {})
     held = f"a {type(ref).__name__}"
     raise ValueError(f"{held}: is no checkpoint; give a path, a hub id, {KNOWN}")
+
+
+def wraps(model: Any, base: Any) -> bool:
+    """Whether a PeftModel holds this very module as its base."""
+    if not isinstance(model, nn.Module) or not isinstance(base, nn.Module) or "peft" not in _libraries(model):
+        return False
+    wrapper: Any = model
+    return wrapper.get_base_model() is base
 
 
 def _libraries(model: nn.Module) -> set[str]:

@@ -14,6 +14,7 @@ from probes.adapters import LowRank
 from probes.align import align, renamed
 from probes.checkpoint import Checkpoint, nearest, open_checkpoint
 from probes.layout import Header, Matrix
+from probes.memory import wraps
 from probes.sources import finite, raw, same_bytes
 
 Side = Literal["base", "tuned"]
@@ -51,10 +52,14 @@ class CheckpointPair:
         Args:
             base, tuned: what `open_checkpoint` takes. A tuned adapter is applied to this base, or, where the
                 base is an adapter too, to what that one is applied to; open it yourself to have it otherwise.
+                The base of a PeftModel may be its own `get_base_model()`.
 
         Raises:
             ValueError: one cannot be opened, or they have no matrix in common.
         """
+        if wraps(tuned, base):
+            tuned = open_checkpoint(tuned)
+            base = tuned.base
         self.base = open_checkpoint(base)
         self.tuned = open_checkpoint(tuned, base=self.base.base or self.base)
         if not self.base.config:

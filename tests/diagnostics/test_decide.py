@@ -80,6 +80,45 @@ def test_random_spikes_are_certified_without_a_full_decomposition(S, tier):
     assert ((decision.high < 0.5) == (np.array(decision.tier) == tier)).all()
 
 
+@pytest.mark.parametrize(("shape", "condition"), [((400, 400), 1e6), ((400, 600), 1e3), ((600, 400), 300)])
+def test_no_small_end_takes_a_full_decomposition(shape, condition):
+    generator = seeded(10)
+    S = torch.logspace(0, -float(np.log10(condition)), 400).double()
+    base, _, _ = with_values(torch.cat([torch.tensor([9.0, 6, 5, 4, 3]).double(), S[5:]]), *shape, generator)
+    tuned = tuned_from(base, generator, [1.1, 0.9])
+    decision = decide(base.float(), tuned.float(), 5, 0.5, generator)
+    assert set(decision.tier) == {"subspace", "factor"}
+    holds(decision, decide_exactly(base.float(), tuned.float(), 5))
+
+
+def test_several_small_ends_take_several_shifts(monkeypatch):
+    generator = seeded(12)
+    S = torch.cat([torch.linspace(3 * 10.0**-i, 10.0**-i, 130) for i in (0, 2, 4)]).double()
+    S = torch.cat([torch.tensor([9.0, 8, 7, 6, 5]).double(), S])
+    base, _, _ = with_values(S, 395, 500, generator)
+    tuned = tuned_from(base, generator, [1.1, 0.9])
+    shifts = []
+    of = tiers.Shifted.of
+    monkeypatch.setattr(tiers.Shifted, "of", lambda W, shift: shifts.append(shift) or of(W, shift))
+    decision = decide(base.float(), tuned.float(), 5, 0.5, generator)
+    assert len(shifts) > 1
+    assert shifts[1] < shifts[0] / 100
+    assert set(decision.tier) == {"subspace", "factor"}
+    holds(decision, decide_exactly(base.float(), tuned.float(), 5))
+
+
+def test_the_base_is_resolved_further_for_the_picture_of_a_flagged_matrix():
+    generator = seeded(11)
+    S = torch.cat([torch.linspace(3, 2, 6), torch.linspace(1.4, 0.5, 394)]).double()
+    base, _, _ = with_values(S, 400, 500, generator)
+    flagged = tuned_from(base, generator, [1.1], noise=0).float()
+    plain, pictured = (
+        decide(base.float(), flagged, 8, 0.5, seeded(9), pictured=pictured) for pictured in (False, True)
+    )
+    assert (~np.isnan(plain.overlap[0])).sum() < (~np.isnan(pictured.overlap[0])).sum()
+    assert (plain.high < 0.5).tolist() == (pictured.high < 0.5).tolist()
+
+
 @pytest.mark.parametrize("shape", [(256, 256), (200, 400), (400, 200)])
 def test_a_cosine_within_a_thousandth_of_epsilon_is_decided_right(shape):
     generator = seeded(2)

@@ -203,16 +203,41 @@ def test_a_wrong_decision_is_found_out_and_replaced(monkeypatch):
     base = [with_values(values("power", 128), 128, 160, generator)[0].float() for _ in range(10)]
     tuned = [spiked(W, [1.5], generator) for W in base]
 
-    def wrong(base, tuned, k, epsilon, generator, pictured):
-        right = decide_exactly(base, tuned, k)
-        return tiers.Decision(
-            **(vars(right) | {"low": 0 * right.low, "high": 0 * right.low, "tier": ["direct"] * k})
-        )
+    def wrong(base, tuned, k, epsilon, generators, pictured):
+        right = [decide_exactly(*pair, k) for pair in zip(base, tuned, strict=True)]
+        return [
+            tiers.Decision(
+                **(vars(each) | {"low": 0 * each.low, "high": 0 * each.low, "tier": ["direct"] * k})
+            )
+            for each in right
+        ]
 
-    monkeypatch.setattr(intruders, "decide", wrong)
+    monkeypatch.setattr(intruders, "decide_all", wrong)
     result = intruder_dimensions(CheckpointPair(state(base), state(tuned)), verify=1.0)
     assert result.metrics["disagreements"] == 10
     assert result.metrics["intruders"] == 10
+
+
+def test_matrices_decided_side_by_side_are_decided_as_each_alone(monkeypatch):
+    from diagnostics import intruders
+
+    generator = seeded(19)
+    shapes = [(128, 160)] * 3 + [(96, 160)] + [(128, 160)] * 2
+    base = [with_values(values("power", min(shape)), *shape, generator)[0].float() for shape in shapes]
+    tuned = [spiked(W, [1.5, 0.2 * i], generator) for i, W in enumerate(base)]
+    tuned[1] = base[1].clone()
+    pair = CheckpointPair(state(base), state(tuned))
+    alone = intruder_dimensions(pair)
+    names = list(pair.matrices)
+    on_gpu = intruders.groups_of(pair, names, "cuda:0")
+    assert sorted(map(len, on_gpu)) == [1, 5]
+    monkeypatch.setattr(intruders, "groups_of", lambda *_: on_gpu)
+    together = intruder_dimensions(pair)
+    assert together.metrics == alone.metrics
+    for table, column in (("matrices", "matrix"), ("matrices", "intruders"), ("vectors", "tier")):
+        assert together.tables[table][column].tolist() == alone.tables[table][column].tolist()
+    held = together.tables["vectors"]["cosine_low"] - alone.tables["vectors"]["cosine_high"]
+    assert held.max() < 1e-6
 
 
 def test_matrices_too_small_for_epsilon_or_k_are_not_counted_and_said():
@@ -438,3 +463,21 @@ def test_a_transposed_fused_checkpoint_gives_the_same_report_as_its_plain_twin()
     }
     assert table["component"].tolist() == ["q_proj", "k_proj", "v_proj"]
     assert table.loc[f"{name}:k", "status"] == "frozen"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", ["certified", "exact"])
+def test_a_gpu_decides_as_the_cpu_does(method):
+    generator = seeded(20)
+    shapes = [(128, 160)] * 3 + [(160, 128)] * 2
+    base = [with_values(values("power", min(shape)), *shape, generator)[0].float() for shape in shapes]
+    tuned = [spiked(W, [1.5, 0.2 * i], generator) for i, W in enumerate(base)]
+    pair = CheckpointPair(state(base), state(tuned))
+    on_cpu, on_gpu = (intruder_dimensions(pair, method=method, device=d) for d in ("cpu", "cuda"))
+    for cpu, gpu in zip(
+        on_cpu.tables["vectors"].itertuples(), on_gpu.tables["vectors"].itertuples(), strict=True
+    ):
+        assert cpu.intruder == gpu.intruder
+        assert gpu.cosine_low <= cpu.cosine_high + 1e-5
+        assert cpu.cosine_low <= gpu.cosine_high + 1e-5

@@ -53,8 +53,8 @@ def test_texts_with_the_same_first_paragraph_are_held_out_together():
 def test_task_rows_are_divided_by_what_is_held_out_and_balanced():
     words = [f"w{i}" for i in range(4000)]
     read = {"m": [" ".join(words[20 * i : 20 * i + 20]) for i in range(200)]}
-    train, validation, test = text.task_rows(read, size=100, each=10)
-    assert [len(rows) for rows in (train, validation, test)] == [100, 20, 20]
+    train, validation, test = text.task_rows(read, size=100, validation=60, test=20)
+    assert [len(rows) for rows in (train, validation, test)] == [100, 60, 20]
     assert [row["answer"] for row in test] == [0, 1] * 10
     unseen = {word for each in read["m"] if text.held_out(each) for word in each.split()}
     for rows, held in ((train, False), (validation + test, True)):

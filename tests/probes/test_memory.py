@@ -251,6 +251,25 @@ def test_a_peft_model_equals_the_directory_that_it_saves(tmp_path):
     assert sorted({pair.matrices[name].component for name in changed}) == ["q_proj", "v_proj"]
 
 
+def test_the_base_of_a_peft_model_may_be_the_one_inside_it():
+    model = adapted(build("llama"), target_modules=["q_proj"])
+    own = CheckpointPair(model.get_base_model(), model)
+    apart = CheckpointPair(build("llama"), model)
+    assert list(own.matrices) == list(apart.matrices)
+    for name in own.matrices:
+        assert own.identical(name) == apart.identical(name)
+        for ours, theirs in zip(own.read(name), apart.read(name), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_a_module_with_adapters_inside_and_no_peft_model_around_is_refused():
+    inside = adapted(build("llama"), target_modules=["q_proj"]).get_base_model()
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM: has adapters inside.*give the PeftModel"):
+        open_checkpoint(inside)
+    with pytest.raises(ValueError, match="has adapters inside"):
+        CheckpointPair(build("llama"), inside)
+
+
 def test_an_adapter_added_by_transformers_is_read_too():
     model = build("llama")
     model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
