@@ -137,6 +137,4 @@ def advantage(
     # Standardised, so that a point whose losses are noisy does not widen the intervals of the others.
     away = np.abs(gain[1:] - value) / np.where(spread > 0, spread, np.inf)
     width = float(np.quantile(away[:, searched].max(axis=1), 0.95)) if searched.any() else np.nan
-    return Advantage(
-        value=value, low=value - width * spread, high=value + width * spread, strength=chosen[0]
-    )
+    return Advantage(value=value, low=value - width * spread, high=value + width * spread, strength=chosen[0])

@@ -246,9 +246,7 @@ def leading(W: Float[Tensor, "out in"], count: int) -> Float[Tensor, "out count"
 def damp(
     W: Float[Tensor, "out in"], ranks: Sequence[int], scale: float
 ) -> tuple[Float[Tensor, "out count"], Float[Tensor, "count in"], Float[Tensor, " count"]]:
-    """Factors of the edit Σ (λ − 1) s u vᵀ over these ranks (from 1), and the singular values s; float64.
-
-    """
+    """Factors of the edit Σ (λ − 1) s u vᵀ over these ranks (from 1), and the singular values s; float64."""
     U, rows = triples(W, ranks)
     return U, (scale - 1) * rows, torch.linalg.vector_norm(rows, dim=1)
 

@@ -249,7 +249,9 @@ class Bench:
         chosen: dict[Mode, Mapping[str, Sequence[int]]] = {}
         notes = list(found.notes)
         if found.metrics.get("descendant", 1):
-            every = {mode: choose(found.tables["vectors"], mode) for mode in get_args(Mode) if mode != "update"}
+            every = {
+                mode: choose(found.tables["vectors"], mode) for mode in get_args(Mode) if mode != "update"
+            }
             chosen = {mode: ranks for mode, ranks in every.items() if ranks}
         if not chosen:
             notes.append(
@@ -277,7 +279,9 @@ class Bench:
         made = []
         for name, ranks in self.chosen[mode].items():
             left, right = zip(*(self.factors[name][rank] for rank in ranks), strict=True)
-            edit = Edit(self.pair.counterpart(name), torch.stack(left, dim=1), (scale - 1) * torch.stack(right))
+            edit = Edit(
+                self.pair.counterpart(name), torch.stack(left, dim=1), (scale - 1) * torch.stack(right)
+            )
             made.append(edit)
         return made
 
@@ -512,7 +516,9 @@ def judgement(
         notes.append("Tuned is no better than base on the task rows; are these rows of what was trained?")
     for row in modes[modes["mode"].isin(REPAIRS)].to_dict("records"):
         mode, scale = row["mode"], f"{row['scale']:g}"
-        bought = f"it takes {row['retained_nats']:.3g} nats off the keep loss for {row['task_cost_nats']:+.3g} "
+        bought = (
+            f"it takes {row['retained_nats']:.3g} nats off the keep loss for {row['task_cost_nats']:+.3g} "
+        )
         bought += "on the task loss"
         same = f"the whole update scaled by {row['control_scale']:.3g}, which is as good on the task"
         gain = f"{row['over_control_nats']:+.3g} nats (95 % interval {row['over_control_low_nats']:+.3g} to "
@@ -525,7 +531,9 @@ def judgement(
             )
             continue
         matched = candidates(curve, mode)["over_control_high_nats"].max() <= margin
-        why = "the control matches it at every strength" if matched else "it may keep no more than the control"
+        why = (
+            "the control matches it at every strength" if matched else "it may keep no more than the control"
+        )
         notes.append(
             f"Mode {mode} is not recommended: {why}. At its best, {scale}, {bought}; beyond {same}, it keeps {gain}."
         )

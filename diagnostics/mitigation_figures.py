@@ -13,7 +13,11 @@ if TYPE_CHECKING:
 
 # mode -> what the legend calls it, and its look; the control stands behind the others
 LOOKS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "update": ("whole update (control)", {"color": theme.NEUTRAL, "width": 6}, {"symbol": "circle", "size": 7}),
+    "update": (
+        "whole update (control)",
+        {"color": theme.NEUTRAL, "width": 6},
+        {"symbol": "circle", "size": 7},
+    ),
     "neighbour": (
         "neighbour (control)",
         {"color": theme.COLORWAY[4], "width": 1.5, "dash": "dot"},
@@ -51,7 +55,11 @@ def draw_retention(curve: pd.DataFrame, result: Result, units: dict[str, str]) -
     title = "Scaling the whole update: what it keeps, and what it costs on the task"
     if (curve["mode"] != "update").any():
         title = "A mode keeps more than scaling the whole update, at the same task loss"
-        title = title if chosen else "No mode surely keeps more than scaling the whole update, at the same task loss"
+        title = (
+            title
+            if chosen
+            else "No mode surely keeps more than scaling the whole update, at the same task loss"
+        )
     figure = theme.figure(
         title=title,
         x=f"gained on the task over base, {units['task']}",
