@@ -162,7 +162,7 @@ def test_two_symbols_have_the_exact_auroc_of_their_binomials():
     # 0.9808060155078125, exactly. Each count is one row of that weight.
     counts = np.arange(11.0)
     weigh = [np.array([math.comb(10, k) * q**k * (1 - q) ** (10 - k) for k in range(11)]) for q in (0.1, 0.5)]
-    ranks, _ = both_ways(Scores(counts, counts), ordered=True)
+    ranks = Ranks(counts, counts, orders=(np.arange(11), np.arange(11)))
     area, _ = METRICS["auroc"]
     assert area(ranks.steps((weigh[0], weigh[1]))) == pytest.approx(0.9808060155078125, abs=1e-14)
 
