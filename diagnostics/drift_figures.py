@@ -27,6 +27,8 @@ def draw(result: Result) -> "dict[str, go.Figure]":
 
     layers = result.tables["layers"]
     figures = {}
+    # Layers are whole numbers; of many not every one has a tick.
+    whole = {"dtick": 1} if layers["layer"].nunique() <= 32 else {"tickformat": "d"}
     for column, (title, y) in CURVES.items():
         if not layers[column].notna().any():
             continue
@@ -41,7 +43,7 @@ def draw(result: Result) -> "dict[str, go.Figure]":
                     x=part["layer"],
                     y=part[column],
                     mode="lines+markers",
-                    name=theme.verbatim(f"{name} ({role})"),
+                    name=theme.verbatim(name if name == role else f"{name} ({role})"),
                     line_color=COLORS[role],
                     marker={"symbol": symbol, "size": 8},
                     hovertemplate="layer %{x}: %{y:.4f}",
@@ -49,5 +51,5 @@ def draw(result: Result) -> "dict[str, go.Figure]":
             )
         if column == "rsa":
             theme.threshold(figure, f"onset {ONSET:g}", y=ONSET)
-        figures[column] = figure.update_layout(height=400)
+        figures[column] = figure.update_layout(height=400).update_xaxes(**whole)
     return figures

@@ -1,6 +1,6 @@
 """The pictures of likelihood-ratio OOD, drawn from the tables alone, so that a saved result redraws."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,9 @@ ROLES = {"task": theme.TUNED, "ood": theme.NEW, "keep": theme.BASE, "guard": the
 # The scores that a ROC is drawn of; more would hide one another.
 CURVES = ("ratio", "ratio_per_token", "tuned_likelihood", "base_likelihood", "length")
 POINTS = 2000  # of a set in a scatter plot
+# The texts whose tokens are shown: how many, and of each how many lines of how many letters.
+TEXTS, LINES, WIDTH = 24, 3, 76
+MARKS = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 
 
 def draw(result: Result) -> "dict[str, go.Figure]":
@@ -222,32 +225,73 @@ def draw_gains(sets: pd.DataFrame) -> "go.Figure":
 
 
 def draw_tokens(tokens: pd.DataFrame) -> "go.Figure":
-    """The ratio token by token: which words tuned finds foreign."""
+    """The texts themselves, each token on the colour of its ratio: which words tuned finds foreign."""
     import plotly.graph_objects as go
 
-    longest = 40
-    shown = tokens[tokens["position"] < longest]
-    keys = list(dict.fromkeys(zip(shown["set"], shown["row"], strict=True)))[:24]
-    grid = np.full((len(keys), int(shown["position"].max()) + 1), np.nan)
-    words = np.full(grid.shape, "", dtype=object)
-    for place, (name, row) in enumerate(keys):
-        part = shown[(shown["set"] == name) & (shown["row"] == row)]
-        grid[place, part["position"]] = part["ratio"]
-        words[place, part["position"]] = [theme.verbatim(token) for token in part["token"]]
+    texts = list(tokens.groupby(["set", "row"], sort=False))[:TEXTS]
+    lines, first, names = 0, [], []
+    x, y, letters = [], [], []
+    grid = np.full((TEXTS * LINES, WIDTH), np.nan)
+    said = np.full(grid.shape, "", dtype=object)
+    for (name, row), part in texts:
+        first.append(lines)
+        names.append(f"{theme.verbatim(name)} {row}")
+        for cell in laid(part):
+            x.append(cell.column)
+            y.append(lines + cell.line)
+            letters.append(theme.verbatim(cell.letter))
+            grid[y[-1], x[-1]] = cell.ratio
+            said[y[-1], x[-1]] = theme.verbatim(cell.token)
+        lines = y[-1] + 1
     most = float(np.nanmax(np.abs(grid))) or 1.0
     figure = theme.figure(
         title="Which tokens tuned finds foreign (high), in the most foreign rows of each set",
-        x="place in the row", y="",
+        x="tokens in their order, set apart by a space", y="",
     )  # fmt: skip
     figure.add_trace(
         go.Heatmap(
-            z=grid,
-            y=[f"{theme.verbatim(name)} {row}" for name, row in keys], text=words, texttemplate="%{text}",
-            zmin=-most, zmax=most, xgap=1, ygap=3,
-            colorscale=[(0, theme.TUNED), (0.5, theme.faint(theme.NEUTRAL, 0.0)), (1, theme.NEW)],
-            colorbar={"title": {"text": "nats"}}, hovertemplate="%{text}: %{z:.3g} nats<extra>%{y}</extra>",
+            z=grid[:lines], customdata=said[:lines], zmin=-most, zmax=most, ygap=4, hoverongaps=False,
+            # Faint enough for the page's own ink on it, be the page light or dark.
+            colorscale=[
+                (0, theme.faint(theme.TUNED, 0.7)), (0.5, theme.faint(theme.NEUTRAL, 0.08)),
+                (1, theme.faint(theme.NEW, 0.7)),
+            ],
+            colorbar={"title": {"text": "nats"}}, hovertemplate="%{customdata}: %{z:.3g} nats<extra></extra>",
         )
     )  # fmt: skip
-    figure.update_yaxes(autorange="reversed", showgrid=False, type="category")
-    figure.update_xaxes(showgrid=False)
-    return figure.update_layout(height=150 + 26 * len(keys))
+    figure.add_trace(
+        go.Scatter(
+            x=x, y=y, text=letters, mode="text", textfont={"family": "monospace", "size": 12},
+            hoverinfo="skip", showlegend=False,
+        )
+    )  # fmt: skip
+    figure.update_yaxes(range=[lines - 0.5, -0.5], showgrid=False, tickvals=first, ticktext=names)
+    figure.update_xaxes(range=[-0.5, WIDTH - 0.5], showgrid=False, showticklabels=False, ticks="")
+    return figure.update_layout(height=120 + 20 * lines)
+
+
+class Cell(NamedTuple):
+    """One letter of a token, and where it stands in its text."""
+
+    line: int
+    column: int
+    letter: str
+    token: str
+    ratio: float
+
+
+def laid(part: pd.DataFrame) -> list[Cell]:
+    """The letters of a row's tokens in lines, a token never parted from itself and one space between two.
+
+    Tokenizers differ in where they keep the space between words; what is no more than that shows as a mark.
+    """
+    cells, line, column = [], 0, 0
+    for token, ratio in zip(part["token"], part["ratio"], strict=True):
+        letters = "".join(MARKS.get(letter, letter) for letter in token.strip(" ") or token or "·")[:WIDTH]
+        if column + len(letters) > WIDTH:
+            line, column = line + 1, 0
+        if line == LINES:
+            break
+        cells += [Cell(line, column + i, letter, token, ratio) for i, letter in enumerate(letters)]
+        column += len(letters) + 1
+    return cells

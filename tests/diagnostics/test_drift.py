@@ -280,7 +280,7 @@ def test_an_audit_runs_it_on_task_and_keep_rows_and_the_saved_result_redraws(pla
     figures = result.figures()
     assert set(figures) == {"rsa", "cka", "procrustes", "displacement"}
     assert all(figure.layout.title.text and figure.layout.yaxis.title.text for figure in figures.values())
-    assert {trace.name for trace in figures["rsa"].data} == {"task (task)", "keep (keep)"}
+    assert {trace.name for trace in figures["rsa"].data} == {"task", "keep"}
     assert "keep rows: RSA at least" in result.summary()
     low = result.metrics["lower_half_rsa_keep"] < 0.8
     assert low == ("lower_half_rsa_keep" in {finding.metric for finding in made.findings})

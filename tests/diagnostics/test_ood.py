@@ -509,3 +509,19 @@ def test_the_curve_drawn_has_the_area_that_is_reported(result):
     inside, outside = (rows.loc[rows["role"] == role, "ratio"].to_numpy() for role in ("task", "ood"))
     flagged, caught = roc(inside, outside)
     assert np.trapezoid(caught, flagged) == pytest.approx(scores.auroc(inside, outside))
+
+
+def test_the_letters_of_tokens_stand_in_lines_with_no_token_parted():
+    from diagnostics.ood_figures import LINES, WIDTH, laid
+
+    part = pd.DataFrame(
+        {"token": [" ab", "\n", " ", "", "x" * (WIDTH - 8), "cd"], "ratio": [0.0, 1, 2, 3, 4, 5]}
+    )
+    cells = laid(part)
+    # "ab ⏎ ␣ ·" and a space before the x's: they begin at 9, and end one letter short of the line's end
+    lines = ["".join(cell.letter for cell in cells if cell.line == line) for line in range(2)]
+    assert lines == ["ab⏎␣·", "x" * (WIDTH - 8) + "cd"]
+    assert [cell.column for cell in cells if cell.line == 0] == [0, 1, 3, 5, 7]
+    assert {cell.ratio for cell in cells if cell.line == 1} == {4, 5}
+    long = laid(pd.DataFrame({"token": ["y" * (2 * WIDTH)] * 9, "ratio": 0.0}))
+    assert len(long) == LINES * WIDTH
