@@ -331,6 +331,7 @@ def inject(model: Any, checkpoint: Checkpoint, *, name: str = "tuned") -> Any:
     where, device = str(checkpoint.directory), str(next(model.parameters()).device)
     try:
         with _silence(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT's use of transformers
             warnings.filterwarnings("error", message="Found missing adapter keys")
             if isinstance(model, peft.PeftModel):
                 model.load_adapter(where, name, torch_device=device)
