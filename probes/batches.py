@@ -10,6 +10,8 @@ from torch import Tensor
 
 T = TypeVar("T")
 Side: TypeAlias = Literal["left", "right"]
+# Padding that a batch may hold: as many places as a pass of its own would cost, or this share of it.
+EMPTY, EMPTY_SHARE = 64, 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +100,14 @@ def batches(
     )
     while order:
         length = len(examples[order[0]].ids)
-        count = max(1, tokens // length)
+        count, empty = 1, 0
+        for i in order[1 : max(1, tokens // length)]:
+            empty += length - len(examples[i].ids)
+            if empty > max(EMPTY, EMPTY_SHARE * length * (count + 1)):
+                break
+            count += 1
         yield pad(examples, order[:count], length, pad_id, side)
-        order = order[count:]
+        del order[:count]
 
 
 def pad(

@@ -21,8 +21,9 @@ from probes.rows import Row
 T = TypeVar("T")
 By = Literal["sum", "mean", "per_byte"]
 
-# Logits held at once, in float32: 128 MB.
-LOGITS = 2**25
+# Logits held at once, in float32: 128 MB on a GPU; on a CPU 8 MB, which its caches hold. Fewer positions than
+# 256 would read the head's weights too often.
+LOGITS, LOGITS_CPU, POSITIONS = 2**25, 2**21, 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +98,7 @@ def token_scores(
     Args:
         vocabulary: only the first so many tokens exist; the probabilities of others go to them. For two
             models of which one has rows that the other lacks.
-        chunk: positions whose logits are made at once; by default as many as fit into 128 MB.
+        chunk: positions whose logits are made at once; by default as many as serve the device.
 
     Raises:
         NonFiniteError: logits that are NaN or infinite.
@@ -339,9 +340,9 @@ def _scores(
     for at, target in zip(seen.split(size), targets.split(size), strict=True):
         logits = passed.logits(at)[:, :vocabulary].float()
         largest = logits.amax(dim=1, keepdim=True)
-        logits = logits - largest  # so that large logits cost no digits
-        rest = logits.logsumexp(dim=1)
+        logits.sub_(largest)  # so that large logits cost no digits
         chosen = logits.gather(1, target.to(logits.device)[:, None])[:, 0]
+        rest = logits.exp_().sum(dim=1).log()
         values.append(torch.stack([chosen - rest, (-rest).exp(), -(largest[:, 0] + rest)]))
     device = values[0].device if values else batch.ids.device
     found = _empty(batch, device)
@@ -358,7 +359,9 @@ def _empty(batch: Batch, device: torch.device) -> dict[str, Tensor]:
 
 def _chunk(model: nn.Module) -> int:
     """Positions whose logits fit into what is held at once."""
-    return max(16, LOGITS // unwrapped(model).config.get_text_config().vocab_size)
+    inner = unwrapped(model)
+    most = LOGITS_CPU if inner.get_input_embeddings().weight.device.type == "cpu" else LOGITS
+    return max(POSITIONS, most // inner.config.get_text_config().vocab_size)
 
 
 def _finite(model: nn.Module, batch: Batch, scores: TokenScores) -> TokenScores:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from probes.batches import Batch, Example, batches, halving
+from probes.batches import EMPTY, EMPTY_SHARE, Batch, Example, batches, halving, pad
 
 SIDES = pytest.mark.parametrize("side", ["left", "right"])
 PAD = 49
@@ -56,6 +56,13 @@ def test_batches_hold_no_more_tokens_than_asked_for_and_the_longest_come_first(i
     assert all(batch.attention_mask.any(dim=0).all() for batch in made)
 
 
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=60))
+def test_little_of_a_batch_is_padding(lengths):
+    for batch in batches([example([1] * length) for length in lengths], pad_id=PAD):
+        empty = batch.ids.numel() - int(batch.attention_mask.sum())
+        assert empty <= max(EMPTY, EMPTY_SHARE * batch.ids.numel())
+
+
 def test_rows_are_padded_on_the_side_asked_for():
     examples = [example([1, 2]), example([3, 4, 5])]
     (right,), (left,) = (list(batches(examples, pad_id=PAD, side=side)) for side in ("right", "left"))
@@ -74,7 +81,8 @@ def test_examples_without_tokens_are_in_no_batch():
 @SIDES
 @given(ids=IDS.filter(lambda ids: len(ids) > 1))
 def test_halves_hold_what_the_whole_did_without_more_padding_than_they_need(side, ids):
-    (whole,) = batches([example(each) for each in ids], tokens=10_000, pad_id=PAD, side=side)
+    ids.sort(key=len, reverse=True)
+    whole = pad([example(each) for each in ids], range(len(ids)), len(ids[0]), PAD, side)
     halves = whole.split()
     assert [row for half in halves for row in unpadded(half)] == list(unpadded(whole))
     assert abs(len(halves[0].indices) - len(halves[1].indices)) <= 1
