@@ -76,7 +76,8 @@ def adapter(peft, tmp_path):
     [
         ("llama", "causal", 32), ("gpt2", "causal", 32), ("gpt_neox", "causal", 32), ("gemma2", "causal", 32),
         ("mixtral", "causal", 32), ("bloom", "causal", None), ("mamba", "causal", None),
-        ("bert", "masked", 32), ("roberta", "masked", 31), ("bert_classes", "classifier", 32),
+        ("mamba2", "causal", None), ("bert", "masked", 32), ("roberta", "masked", 31),
+        ("bert_classes", "classifier", 32),
     ],
 )  # fmt: skip
 def test_a_directory_runs_as_transformers_loads_it(family, kind, context, tmp_path):
