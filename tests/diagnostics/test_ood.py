@@ -418,6 +418,30 @@ def test_extra_tokens_are_masked_and_their_probability_shared_out(places, tmp_pa
     assert made.tables["rows"]["log_likelihood_tuned"][0] == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+def test_rows_that_only_an_adapter_has_get_no_probability(places, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(places["base"])
+    model.resize_token_embeddings(len(LETTERS) + 4, mean_resizing=False)
+    torch.nn.init.normal_(model.lm_head.weight[-3:].detach())
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    made = likelihood_ratio_ood(
+        CheckpointPair(places["base"], tmp_path / "adapter"), ["ab", "cd"], ["ij", "hh"], draws=2
+    )
+    ids = AutoTokenizer.from_pretrained(places["base"])("ab", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        logits = model(ids).logits[0, :-1].double()
+    known, every = (
+        float(each.log_softmax(dim=-1).gather(1, ids[0, 1:, None]).sum())
+        for each in (logits[:, : len(LETTERS) + 1], logits)
+    )
+    assert known - every > 0.1
+    assert made.tables["rows"]["log_likelihood_tuned"][0] == pytest.approx(known, abs=1e-5)
+
+
 def test_other_tokenizers_are_refused_unless_an_approximation_is_asked_for(places, tmp_path):
     other = save_llama(tmp_path / "other", seed=1, characters=LETTERS[::-1], shift=0.1)
     pair = CheckpointPair(places["base"], other)
