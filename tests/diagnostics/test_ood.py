@@ -298,6 +298,24 @@ def test_question_and_answer_given_it_add_up_to_the_whole(pair):
     assert ratios(whole) == pytest.approx(ratios(made), abs=1e-4)
 
 
+def test_a_question_of_no_token_leaves_its_row_out_of_that_score_alone(pair):
+    def rows(*prompts):
+        return [{"prompt": prompt, "completion": "ab"} for prompt in prompts]
+
+    ood = {"asked": rows("hi", "ji", "j"), "told": ["jj", "ih"]}
+    made = likelihood_ratio_ood(pair, rows("abc", "", "de", "cab"), ood, draws=2)
+    table = made.tables["detection"].set_index(["ood", "score"])
+    assert table.loc[("asked", "question_ratio"), ["rows_id", "rows_ood"]].tolist() == [3, 3]
+    assert table.loc[("asked", "answer_ratio"), ["rows_id", "rows_ood"]].tolist() == [4, 3]
+    asked = made.tables["rows"].set_index("set")["question_ratio"]
+    expected = scores.auroc(asked["task"].dropna(), asked["asked"])
+    assert table.loc[("asked", "question_ratio"), "auroc"] == expected
+    assert "1 rows have no question_ratio" in "\n".join(made.notes)
+    # Texts have no question: neither they, nor all sets together, are judged by one.
+    assert ("told", "question_ratio") not in table.index
+    assert ("all", "question_ratio") not in table.index
+
+
 def test_of_choices_the_right_one_is_the_answer(pair):
     choices = [{"prompt": "ab ", "choices": ["c", "de"], "answer": 1}] * 2
     completions = [{"prompt": "ab ", "completion": "de"}] * 2
