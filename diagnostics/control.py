@@ -32,8 +32,11 @@ class Control:
 
     def at_task(
         self, task: Float[np.ndarray, "draws points"]
-    ) -> tuple[Float[np.ndarray, "draws points"], Float[np.ndarray, "draws points"]]:
-        """The lowest keep loss that the control reaches without a larger task loss, and at which strength.
+    ) -> tuple[Float[np.ndarray, "draws points"], ...]:
+        """The lowest keep loss that the control reaches without a larger task loss.
+
+        Also at which strength it does, and its task loss there beyond the one asked for; at most 0 unless no
+        strength is as good.
 
         Between measured strengths both losses follow a monotone cubic. Where no strength is as good on the
         task, it is the strength that is best on it, which favours the control. Tuned itself can always be
@@ -46,17 +49,21 @@ class Control:
         own_task, own_keep = (
             PchipInterpolator(self.strengths, losses, axis=1)(strengths) for losses in (self.task, self.keep)
         )
+        measured = np.searchsorted(strengths, self.strengths)
+        # Exactly what was measured: a digit of rounding would deny the control its own points.
+        own_task[:, measured], own_keep[:, measured] = self.task, self.keep
         tuned = int(np.searchsorted(strengths, 1.0))
         rows = np.arange(len(task))
         best = own_task.argmin(axis=1)
-        keep, chosen = np.empty_like(task), np.empty_like(task)
+        keep, chosen, beyond = (np.empty_like(task) for _ in range(3))
         for point in range(task.shape[1]):
             allowed: Bool[np.ndarray, "draws strengths"] = own_task <= task[:, point, None]
             allowed[:, tuned] = True
             allowed[rows, best] |= ~(own_task <= task[:, point, None]).any(axis=1)
             place = np.where(allowed, own_keep, np.inf).argmin(axis=1)
             keep[:, point], chosen[:, point] = own_keep[rows, place], strengths[place]
-        return keep, chosen
+            beyond[:, point] = own_task[rows, place] - task[:, point]
+        return keep, chosen, beyond
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +73,15 @@ class Advantage:
     Attributes:
         low, high: ends of 95 % intervals that hold for all the points searched at once, so that picking the
             best of them does not make it look better than it is.
-        strength: of the control, where it is as good on the task.
+        strength: of the control, where it is as good on the task, or best on it where no strength is.
+        short: task loss of the control there beyond that of the point; 0 where it is as good.
     """
 
     value: Float[np.ndarray, " points"]
     low: Float[np.ndarray, " points"]
     high: Float[np.ndarray, " points"]
     strength: Float[np.ndarray, " points"]
+    short: Float[np.ndarray, " points"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,10 +140,13 @@ def advantage(
     control = np.flatnonzero(~np.isnan(strengths))
     control = control[np.argsort(strengths[control])]
     own = Control(strengths=strengths[control], task=task[:, control], keep=keep[:, control])
-    reached, chosen = own.at_task(task)
+    reached, chosen, beyond = own.at_task(task)
     gain = reached - keep
     value, spread = gain[0], gain[1:].std(axis=0, ddof=1)
     # Standardised, so that a point whose losses are noisy does not widen the intervals of the others.
     away = np.abs(gain[1:] - value) / np.where(spread > 0, spread, np.inf)
     width = float(np.quantile(away[:, searched].max(axis=1), 0.95)) if searched.any() else np.nan
-    return Advantage(value=value, low=value - width * spread, high=value + width * spread, strength=chosen[0])
+    return Advantage(
+        value=value, low=value - width * spread, high=value + width * spread, strength=chosen[0],
+        short=beyond[0].clip(min=0),
+    )  # fmt: skip

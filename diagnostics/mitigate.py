@@ -352,7 +352,7 @@ def by_tensor(edits: Iterable[Edit]) -> dict[str, list[Edit]]:
 
 
 def applied(tuned: Checkpoint, name: str, stored: Tensor, edits: Sequence[Edit]) -> Tensor:
-    """A tensor of tuned with these edits, still wider than it is stored where an adapter was merged into it."""
+    """A tensor of tuned with these edits, wider than it is stored where an adapter was merged into it."""
     if edits:
         stored = unrounded(tuned, name, stored)
     for edit in edits:

@@ -3,7 +3,8 @@
 Every mode of `mitigate` is applied in memory at every strength, and what must survive is measured against the
 task. Scaling the whole update is the control that the paper lacks and its authors said gives similar curves:
 a mode is recommended only where it surely keeps more than that at the same task loss.
-Source: Shuttleworth et al., arXiv:2410.21228 v3, whose two grids of strengths these are, and its public review.
+Source: Shuttleworth et al., arXiv:2410.21228 v3, whose two grids of strengths these are, and its public
+review.
 """
 
 import math
@@ -94,11 +95,11 @@ def draw(result: Result) -> "dict[str, go.Figure]":
     "mitigation",
     question="Does damping intruder dimensions keep more than scaling the whole update does?",
     reading=(
-        "Each line starts at tuned, strength 1, and trades task for retention; the whole update, scaled, ends "
-        "at base. Only what lies above that line is gained by knowing the intruders: on or under it, scaling "
-        "the update does as well. The neighbouring vector shows what damping any leading direction does. "
-        "Intervals are of the difference at the same task loss, on the same rows, for all strengths at once; "
-        "one that reaches the margin recommends nothing."
+        "Each line starts at tuned, strength 1, and trades task for retention; the whole update, scaled, "
+        "ends at base. Only what lies above that line is gained by knowing the intruders: on or under it, "
+        "scaling the update does as well. The neighbouring vector shows what damping any leading direction "
+        "does. Intervals are of the difference at the same task loss, on the same rows, for all strengths at "
+        "once; one that reaches the margin recommends nothing."
     ),
     paper="arXiv:2410.21228",
     cost=(
@@ -255,8 +256,8 @@ class Bench:
             chosen = {mode: ranks for mode, ranks in every.items() if ranks}
         if not chosen:
             notes.append(
-                f"No intruder dimension among the {search['k']} leading vectors of any matrix: modes top, all and "
-                "neighbour have nothing to scale, and only the control is drawn."
+                f"No intruder dimension among the {search['k']} leading vectors of any matrix: modes top, "
+                "all and neighbour have nothing to scale, and only the control is drawn."
             )
         elif "neighbour" not in chosen:
             notes.append("No flagged matrix has a leading vector that is no intruder: there is no neighbour.")
@@ -459,9 +460,11 @@ class Judged:
             over_control_low_nats=found.low,
             over_control_high_nats=found.high,
             control_scale=found.strength,
+            control_short_nats=found.short,
             recommended=self.searched() & (found.low > margin),
         )
-        compared = [name for name in table if name.startswith("over_control")] + ["control_scale"]
+        compared = [*(f"over_control{end}_nats" for end in ("", "_low", "_high")), "control_scale"]
+        compared.append("control_short_nats")
         table.loc[[mode == "update" for mode, _ in self.points], compared] = math.nan
         order = {mode: place for place, mode in enumerate(("update", "top", "all", "neighbour"))}
         return table.sort_values(
@@ -485,7 +488,8 @@ class Judged:
                 f"task_loss_{side}": self.task[0, place],
                 f"task_accuracy_{side}": self.accuracy[place],
             }
-        return {name: float(value) for name, value in values.items() if not math.isnan(value)} | self.counts
+        known = {name: float(value) for name, value in values.items() if not math.isnan(value)}
+        return known | dict(self.counts)
 
 
 def candidates(curve: "pd.DataFrame", mode: str) -> "pd.DataFrame":
@@ -520,7 +524,9 @@ def judgement(
             f"it takes {row['retained_nats']:.3g} nats off the keep loss for {row['task_cost_nats']:+.3g} "
         )
         bought += "on the task loss"
-        same = f"the whole update scaled by {row['control_scale']:.3g}, which is as good on the task"
+        short = row["control_short_nats"]
+        same = f"the whole update scaled by {row['control_scale']:.3g}, which is "
+        same += f"best on the task but {short:.3g} nats short of it" if short > 0 else "as good on the task"
         gain = f"{row['over_control_nats']:+.3g} nats (95 % interval {row['over_control_low_nats']:+.3g} to "
         gain += f"{row['over_control_high_nats']:+.3g})"
         if row["recommended"]:
@@ -530,11 +536,13 @@ def judgement(
                 f"`tunescope mitigate BASE TUNED --out DIR --mode {mode} --scale {scale}{full}` writes it."
             )
             continue
-        matched = candidates(curve, mode)["over_control_high_nats"].max() <= margin
-        why = (
-            "the control matches it at every strength" if matched else "it may keep no more than the control"
-        )
+        why = "it may keep no more than the control"
+        own = candidates(curve, mode)
+        if own["over_control_high_nats"].max() <= margin:
+            why = f"the control {'matches it' if (own['control_short_nats'] == 0).all() else 'keeps as much'}"
+            why += " at every strength"
         notes.append(
-            f"Mode {mode} is not recommended: {why}. At its best, {scale}, {bought}; beyond {same}, it keeps {gain}."
+            f"Mode {mode} is not recommended: {why}. At its best, {scale}, {bought}; beyond {same}, "
+            f"it keeps {gain}."
         )
     return notes

@@ -21,6 +21,7 @@ from diagnostics.calibration import ece as ece
 
 Metric: TypeAlias = Literal["auroc", "aupr_ood", "aupr_id", "fpr95", "ood_missed_at_95_id_kept"]
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+Counts: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 
 KEPT = 0.95
 ROUNDING = 1e-12  # a narrower interval is none
@@ -61,14 +62,26 @@ class Steps:
 class Ranks:
     """Where the distinct scores of the positive rows stand among all, however often a row counts."""
 
-    def __init__(self, negative: Array, positive: Array, *, orders: tuple[Array, Array] | None = None):
-        """Both arrays sorted upwards; `orders` are the permutations that did it, if rows are to be copied."""
-        self.sizes = len(negative), len(positive)
+    def __init__(
+        self,
+        positive: Array,
+        left: Counts,
+        right: Counts,
+        negatives: int,
+        *,
+        orders: tuple[Array, Array] | None = None,
+    ):
+        """Take the positive scores, sorted upwards, with where each stands among the negative ones.
+
+        Args:
+            left, right: for each, how many negative scores are below it, and how many not above it.
+            negatives: how many there are.
+            orders: what sorts negative and positive rows, if rows are to be copied.
+        """
+        self.sizes = negatives, len(positive)
         self.orders = orders
         self.starts = np.flatnonzero(np.concatenate([[True], positive[1:] != positive[:-1]]))[::-1]
-        distinct = positive[self.starts]
-        self.left = np.searchsorted(negative, distinct, side="left")
-        self.right = np.searchsorted(negative, distinct, side="right")
+        self.left, self.right = left[self.starts], right[self.starts]
 
     def steps(self, copies: tuple[Array, Array] | None = None) -> Steps:
         """The counts; `copies` says how often each negative and each positive row counts, as first given."""
@@ -90,15 +103,30 @@ class Ranks:
 def both_ways(scores: Scores, *, ordered: bool = False) -> tuple[Ranks, Ranks]:
     """Ranks with OOD as the class to find, and with in-distribution as the class to find."""
     arrays = checked(scores)
-    if not ordered:
+    orders = None
+    if ordered:
+        orders = np.argsort(arrays[0]), np.argsort(arrays[1])
+        inside, outside = arrays[0][orders[0]], arrays[1][orders[1]]
+    else:
         inside, outside = map(np.sort, arrays)
-        return Ranks(inside, outside), Ranks(-outside[::-1], -inside[::-1])
-    first, second = map(np.argsort, arrays)
-    inside, outside = arrays[0][first], arrays[1][second]
-    return (
-        Ranks(inside, outside, orders=(first, second)),
-        Ranks(-outside[::-1], -inside[::-1], orders=(second[::-1], first[::-1])),
-    )
+    below_inside, upto_outside = merged(inside, outside)
+    below_outside, upto_inside = merged(outside, inside)
+    # The other class is found from below: what is not above a score becomes what is not below it.
+    found = Ranks(outside, below_outside, upto_outside, len(inside), orders=orders)
+    mirrored = [len(outside) - counts[::-1] for counts in (upto_inside, below_inside)]
+    if orders is not None:
+        orders = orders[1][::-1], orders[0][::-1]
+    return found, Ranks(-inside[::-1], *mirrored, len(outside), orders=orders)
+
+
+def merged(first: Array, second: Array) -> tuple[Counts, Counts]:
+    """For each of `first` how many of `second` are below it; for each of `second` how many not above it.
+
+    Both are sorted, so that the stable sort only merges them: far faster than searching for each.
+    """
+    of_first = np.argsort(np.concatenate([first, second]), kind="stable") < len(first)
+    ranks = np.flatnonzero(of_first), np.flatnonzero(~of_first)
+    return ranks[0] - np.arange(len(first)), ranks[1] - np.arange(len(second))
 
 
 def checked(scores: Scores, *, least: int = 1) -> tuple[Array, Array]:
@@ -196,7 +224,7 @@ def ood_missed_at_95_id_kept(inside: ArrayLike, outside: ArrayLike) -> float:
 def one_way(scores: Scores) -> Steps:
     """The counts with OOD as the class to find."""
     inside, outside = (np.sort(array) for array in checked(scores))
-    return Ranks(inside, outside).steps()
+    return Ranks(outside, merged(outside, inside)[0], merged(inside, outside)[1], len(inside)).steps()
 
 
 def placements(inside: Array, outside: Array) -> tuple[Array, Array]:

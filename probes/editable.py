@@ -1,7 +1,7 @@
 """A checkpoint as a plain model whose weights are replaced for a while, under the names of its file.
 
-Weights are given as they would be written to the file, so that the model computes what the file would: rounded
-once to the file's dtype. An adapter is merged first.
+Weights are given as they would be written to the file, so that the model computes what the file would:
+rounded once to the file's dtype. An adapter is merged first.
 """
 
 import copy

@@ -190,8 +190,8 @@ class Reverted:
     def places(self, name: str) -> tuple[tuple[str, ...], Tensor]:
         """The model's own tensors that one of `made` is made of, and the place of each entry in them.
 
-        Places are counted through these tensors, flattened and put end to end. Numbers go through the reversal
-        as weights do, for it only moves them.
+        Places are counted through these tensors, flattened and put end to end. Numbers go through the
+        reversal as weights do, for it only moves them.
         """
         sources = self.made[name]
         if sources not in self._numbered:

@@ -45,7 +45,8 @@ def texts(chances, count, seed):
     return ["".join(generator.choice(list(LETTERS), size=12, p=chances)) for _ in range(count)]
 
 
-TASK, KEEP = texts(TASK_CHANCES, 40, 0), texts(EVEN, 40, 1)
+# Rows of the task hold no e and no f, rows to be kept no a and no b.
+TASK, KEEP = texts((0.5, 0.25, 0.15, 0.1, 0, 0), 40, 0), texts((0, 0, 0.25, 0.25, 0.25, 0.25), 40, 1)
 
 
 def letters(chances, *, first=EVEN):
@@ -75,13 +76,16 @@ def letters(chances, *, first=EVEN):
     return model
 
 
-def spike(model, size, axis):
-    """Write along one axis of the residual stream, whatever letter is read: an intruder of rank one."""
+def spike(model, size, axis, read=LETTERS):
+    """Write along one axis of the residual stream behind these letters: an intruder of rank one.
+
+    It writes `size` times the share of these letters in what attention reads, its inputs being 8 long.
+    """
     layer = model.model.layers[0]
+    wanted = torch.tensor([0.0, *(float(letter in read) for letter in LETTERS)])
     with torch.no_grad():
-        # What attention reads of every letter: the mean of their values.
-        values = layer.self_attn.v_proj.weight[:, :7].sum(dim=1)
-        layer.self_attn.o_proj.weight[axis] += size * values / values.norm()
+        reader = torch.linalg.lstsq(layer.self_attn.v_proj.weight[:, :7].T, wanted).solution
+        layer.self_attn.o_proj.weight[axis] += size / 8 * reader
 
 
 def save(directory, model):
@@ -92,13 +96,12 @@ def save(directory, model):
 
 @pytest.fixture(scope="module")
 def harmful(tmp_path_factory):
-    """Tuning taught the head the task, and beside that wrote a direction that spoils every text."""
+    """Tuning taught the head the task, and beside that wrote a direction that spoils texts with e and f."""
     root = tmp_path_factory.mktemp("harmful")
-    tuned = letters(TASK_CHANCES)
-    tuned.lm_head.weight.data[1:, 20] = torch.tensor([-1.0, 1, 1, -1, 1, -1]) / 2
-    base = letters(EVEN)
-    base.lm_head.weight.data[1:, 20] = tuned.lm_head.weight.data[1:, 20]
-    spike(tuned, 80.0, 20)
+    base, tuned = letters(EVEN), letters(EVEN, first=TASK_CHANCES)
+    for model in (base, tuned):
+        model.lm_head.weight.data[1:, 20] = torch.tensor([-1.0, 1, 1, -1, 1, -1]) / 2
+    spike(tuned, 60.0, 20, "ef")
     return CheckpointPair(save(root / "base", base), save(root / "tuned", tuned))
 
 
@@ -135,10 +138,13 @@ def at(result, mode, scale):
 def test_a_mode_that_beats_the_control_is_recommended(harmful):
     result = judge(harmful)
     assert result.metrics["recommended"] == 2  # top and all: the one intruder
-    # Without the intruder the task is only learned better, which no scaling of the update gives.
+    # The intruder is silent on the task, so that removing it costs nothing there, and it is all that spoils
+    # the keep rows; the update scaled to the same task loss keeps most of it.
     removed = at(result, "top", 0.0)
-    assert removed["task_cost_nats"] < 0
-    assert removed["over_control_low_nats"] > 0.01
+    assert result.metrics["task_gain_nats"] > 0.1
+    assert abs(removed["task_cost_nats"]) < 1e-3
+    assert removed["retention"] == pytest.approx(1, abs=0.01)
+    assert removed["over_control_low_nats"] > 0.1
     said = [note for note in result.notes if "is recommended" in note]
     assert len(said) == 2
     assert f"--mode top --scale {result.tables['modes']['scale'][0]:g}`" in said[0]
@@ -163,6 +169,24 @@ def test_a_mode_that_the_control_matches_is_not_recommended(whole):
         "Mode top is not recommended: the control matches it at every strength" in n for n in result.notes
     )
     assert "no mode surely keeps more" in result.summary()
+
+
+def test_where_no_control_is_as_good_on_the_task_it_is_said_by_how_much_it_falls_short(tmp_path):
+    # Tuning taught the head the task, and spoils every text by more than that: base is the best control.
+    base, tuned = letters(EVEN), letters(TASK_CHANCES)
+    for model in (base, tuned):
+        model.lm_head.weight.data[1:, 20] = torch.tensor([-1.0, 1, 1, -1, 1, -1]) / 2
+    spike(tuned, 120.0, 20)
+    result = judge(CheckpointPair(save(tmp_path / "base", base), save(tmp_path / "tuned", tuned)))
+    removed = at(result, "top", 0.0)
+    short = result.metrics["task_loss_base"] - removed["task_loss"]
+    assert removed["control_scale"] == 0
+    assert removed["control_short_nats"] == pytest.approx(short)
+    assert short > 0.1
+    assert result.metrics["recommended"] == 0  # base forgets nothing, which the repaired head does
+    said = next(note for note in result.notes if note.startswith("Mode top is not recommended"))
+    assert "the control keeps as much at every strength" in said
+    assert f"the whole update scaled by 0, which is best on the task but {short:.3g} nats short of it" in said
 
 
 def test_the_margin_is_what_a_mode_must_surely_exceed(harmful):
@@ -276,16 +300,17 @@ def control_of(strengths, task, keep):
 
 def test_the_control_is_asked_for_its_best_keep_loss_at_a_task_loss_no_worse():
     own = control_of([0, 0.5, 1], task=[3, 2, 1], keep=[0, 1, 2])  # both straight lines in the strength
-    keep, strength = own.at_task(np.array([[2.0, 1.0, 2.5, 9.0]]))
+    keep, strength, beyond = own.at_task(np.array([[2.0, 1.0, 2.5, 9.0]]))
     # Task 2 is had at 0.5, 1 at 1, 2.5 at 0.25, and 9 is worse than base's.
     assert strength[0] == pytest.approx([0.5, 1, 0.25, 0], abs=1e-9)
     assert keep[0] == pytest.approx([1, 2, 0.5, 0], abs=1e-9)
+    assert beyond[0] == pytest.approx([0, 0, 0, 3 - 9], abs=1e-9)
 
 
 def test_where_no_control_is_as_good_the_best_on_the_task_stands_for_it():
     own = control_of([0, 0.5, 1], task=[3, 1, 2], keep=[0, 1, 2])
-    keep, strength = own.at_task(np.array([[0.5]]))
-    assert (keep.item(), strength.item()) == (1, 0.5)
+    keep, strength, beyond = own.at_task(np.array([[0.5]]))
+    assert (keep.item(), strength.item(), beyond.item()) == (1, 0.5, 0.5)
 
 
 def test_tuned_itself_can_always_be_had():
@@ -444,7 +469,7 @@ def test_the_audit_of_the_bundled_adapter_writes_the_section_from_the_shell(tmp_
     state = json.loads((tmp_path / "audit" / "audit.json").read_text())["analyses"]["mitigation"]
     assert state["status"] == "ok"
     assert state["parameters"]["scales"] == [0.5, 1.0]
-    assert state["metrics"]["edited"] == 13  # as the README's example counts
+    assert state["metrics"]["edited"] == 15  # as the README's example counts
     saved = load(tmp_path / "audit").analyses["mitigation"].result
     assert set(saved.tables["curve"]["mode"]) == {"update", "top", "all", "neighbour"}
     assert set(saved.figures()) == {"retention", "over_control"}

@@ -11,7 +11,6 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from diagnostics.scores import (
     METRICS,
-    Ranks,
     Scores,
     auroc,
     auroc_difference,
@@ -162,7 +161,7 @@ def test_two_symbols_have_the_exact_auroc_of_their_binomials():
     # 0.9808060155078125, exactly. Each count is one row of that weight.
     counts = np.arange(11.0)
     weigh = [np.array([math.comb(10, k) * q**k * (1 - q) ** (10 - k) for k in range(11)]) for q in (0.1, 0.5)]
-    ranks = Ranks(counts, counts, orders=(np.arange(11), np.arange(11)))
+    ranks, _ = both_ways(Scores(counts, counts), ordered=True)
     area, _ = METRICS["auroc"]
     assert area(ranks.steps((weigh[0], weigh[1]))) == pytest.approx(0.9808060155078125, abs=1e-14)
 
