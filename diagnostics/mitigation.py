@@ -263,6 +263,12 @@ class Bench:
             notes.append("No flagged matrix has a leading vector that is no intruder: there is no neighbour.")
         if chosen and chosen["top"] == chosen["all"]:
             notes.append("No matrix has more than one intruder: modes top and all are the same here.")
+        if pair.unmatched:
+            one = pair.unmatched[0]
+            notes.append(
+                f"{len(pair.unmatched)} tensors differ in more than their values, such as {one.tensor} "
+                f"({one.reason}): strength 0 of the whole update is base but for these."
+            )
         wanted: dict[str, set[int]] = {}
         for by_matrix in chosen.values():
             for name, ranks in by_matrix.items():

@@ -95,11 +95,20 @@ def rows_of(reading: Reading, roles: Mapping[str, str], *, seed: int) -> "tuple[
             "text": [text.content for _, text in texts],
         }
     )
+    notes = []
     for form in ("question", "answer", "conditional"):
         ratio = np.array([getattr(text.base, form) - getattr(text.tuned, form) for _, text in texts])
         if not np.isnan(ratio).all():
             rows[f"{form}_ratio"] = ratio
-    notes = []
+            lacking = [
+                text.row.completion is not None and np.isfinite(one + two) and np.isnan(own)
+                for (_, text), one, two, own in zip(texts, base, tuned, ratio, strict=True)
+            ]
+            if any(lacking):
+                notes.append(
+                    f"{sum(lacking)} rows have no {form}_ratio, because no token of it is scored; that "
+                    "score is judged without them"
+                )
     for side in ("base", "tuned"):
         pooled = [getattr(text, side).whole.pooled for _, text in texts]
         seen = np.array([each is not None for each in pooled])
@@ -155,11 +164,15 @@ def detection_of(inside: "pd.DataFrame", outside: "pd.DataFrame", *, draws: int,
     for name, group, part in parts:
         if len(part) < 2:
             continue
-        ratio = scores.Scores(inside["ratio"], part["ratio"])
         for score in SCORES:
-            if score not in inside or inside[score].isna().any() or part[score].isna().any():
+            if score not in inside:
                 continue
-            made = scores.Scores(inside[score], part[score])
+            has = [rows[rows[score].notna()] for rows in (inside, part)]
+            # Sets without this score would make it one of other rows than the scores beside it.
+            partly = set(has[0]["set"]) < set(inside["set"]) or set(has[1]["set"]) < set(part["set"])
+            if partly or min(map(len, has)) < 2:
+                continue
+            made, ratio = (scores.Scores(*(rows[name] for rows in has)) for name in (score, "ratio"))
             found = scores.detection(*made)
             area = scores.auroc_interval(*made)
             row = {"ood": name, "group": group, "score": score, **found, "low": area.low, "high": area.high}
@@ -170,9 +183,9 @@ def detection_of(inside: "pd.DataFrame", outside: "pd.DataFrame", *, draws: int,
                     row |= {f"{column}_low": drawn.low, f"{column}_high": drawn.high}
             gain = scores.auroc_difference(ratio, made)
             row |= {"ratio_gain": gain.value, "ratio_gain_low": gain.low, "ratio_gain_high": gain.high}
-            row["threshold_95_id_kept"] = scores.threshold_keeping(inside[score])
-            row["threshold_95_ood_caught"] = scores.threshold_catching(part[score])
-            rows.append({**row, "rows_id": len(inside), "rows_ood": len(part)})
+            row["threshold_95_id_kept"] = scores.threshold_keeping(made.inside)
+            row["threshold_95_ood_caught"] = scores.threshold_catching(made.outside)
+            rows.append({**row, "rows_id": len(has[0]), "rows_ood": len(has[1])})
     table = pd.DataFrame(rows)
     first = ["ood", "group", "score", "auroc", "low", "high", "aupr", "aupr_id", "prevalence", "fpr95"]
     return table[[*first, *(column for column in table if column not in first)]]

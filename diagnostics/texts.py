@@ -113,9 +113,9 @@ def read_sets(
     shared, vocabulary, said = common(*tokenizers.values(), approximate=settings.approximate)
     if shared is not None:
         tokenizers = {"base": shared, "tuned": shared}
-    sizes: list[Any] = [side.config.get("vocab_size") for side in (runnable.pair.base, runnable.pair.tuned)]
-    if shared is not None and None not in sizes and sizes[0] != sizes[1]:
-        vocabulary = min(*sizes, vocabulary or min(sizes))
+    if shared is not None and runnable.pair.resized:
+        rows = min(map(min, runnable.pair.resized.values()))
+        vocabulary = min(rows, vocabulary or rows)
     length = min((n for n in (settings.max_length, runnable.context) if n is not None), default=None)
     settings = replace(settings, max_length=length)
     tasks = {name: with_answers(task) for name, task in sets.items()}

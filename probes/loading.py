@@ -4,6 +4,7 @@ From the files that `probes.checkpoint` opens, never from elsewhere; what is in 
 """
 
 import copy
+import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -122,7 +123,8 @@ class Loading:
         """
         import transformers
 
-        held = checkpoint.config
+        # An infinity is written as an object, because JSON has no such number.
+        held = json.loads(json.dumps(dict(checkpoint.config)), object_hook=_number)
         memory = memory_of(checkpoint)
         if memory is not None:
             return unwrapped(memory).config
@@ -136,7 +138,7 @@ class Loading:
         more = {"num_labels": min(heads)} if heads else {}
         if held["model_type"] in transformers.CONFIG_MAPPING:
             with _silence():
-                return transformers.CONFIG_MAPPING[held["model_type"]].from_dict(dict(held), **more)
+                return transformers.CONFIG_MAPPING[held["model_type"]].from_dict(held, **more)
         if not self.trust_remote_code or "auto_map" not in held:
             reason = (
                 "brings code of its own, which is run only if asked for; trust it with --trust-remote-code"
@@ -340,6 +342,11 @@ def inject(model: Any, checkpoint: Checkpoint, *, name: str = "tuned") -> Any:
     except (OSError, RuntimeError, ValueError, KeyError, UserWarning) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{checkpoint.ref}: the adapter does not load ({reason})") from error
+
+
+def _number(value: dict[str, Any]) -> Any:
+    """The number that transformers writes as {"__float__": "Infinity"}; another object is itself."""
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
 
 @contextmanager

@@ -244,6 +244,20 @@ def test_strength_one_is_tuned_and_the_control_at_zero_is_base(harmful):
     assert (at(result, "update", 0.0)["task_kept"], at(result, "update", 1.0)["task_kept"]) == (0, 1)
 
 
+def test_a_longer_vocabulary_stays_at_every_strength_and_is_said_to(plain, tmp_path):
+    model = letters(TASK_CHANCES)
+    model.resize_token_embeddings(9, mean_resizing=False)
+    model.lm_head.weight.data[7:] = 0.0
+    longer = CheckpointPair(plain.base, save(tmp_path / "longer", model))
+    made = judge(longer, scales=(0.5,))
+    # Base gives its six letters chances that sum to 1; two more logits of 0 add e^0 each: log(1 + 2) nats.
+    expected = loss_of(plain.base.ref, KEEP) + math.log(3)
+    assert at(made, "update", 0.0)["keep_loss"] == pytest.approx(expected, abs=0.05)
+    notes = "\n".join(made.notes)
+    assert re.search(r"2 tensors .*vocabulary resized from 7 to 9 rows.*strength 0 .* is base but", notes)
+    assert "strength 0" not in "\n".join(judge(plain, scales=(0.5,)).notes)
+
+
 @pytest.mark.parametrize("mode", ["top", "all", "neighbour", "update"])
 @pytest.mark.parametrize("name", ["harmful", "adapter"])
 def test_the_weights_are_those_that_mitigate_writes(name, mode, request, tmp_path):

@@ -298,6 +298,24 @@ def test_question_and_answer_given_it_add_up_to_the_whole(pair):
     assert ratios(whole) == pytest.approx(ratios(made), abs=1e-4)
 
 
+def test_a_question_of_no_token_leaves_its_row_out_of_that_score_alone(pair):
+    def rows(*prompts):
+        return [{"prompt": prompt, "completion": "ab"} for prompt in prompts]
+
+    ood = {"asked": rows("hi", "ji", "j"), "told": ["jj", "ih"]}
+    made = likelihood_ratio_ood(pair, rows("abc", "", "de", "cab"), ood, draws=2)
+    table = made.tables["detection"].set_index(["ood", "score"])
+    assert table.loc[("asked", "question_ratio"), ["rows_id", "rows_ood"]].tolist() == [3, 3]
+    assert table.loc[("asked", "answer_ratio"), ["rows_id", "rows_ood"]].tolist() == [4, 3]
+    asked = made.tables["rows"].set_index("set")["question_ratio"]
+    expected = scores.auroc(asked["task"].dropna(), asked["asked"])
+    assert table.loc[("asked", "question_ratio"), "auroc"] == expected
+    assert "1 rows have no question_ratio" in "\n".join(made.notes)
+    # Texts have no question: neither they, nor all sets together, are judged by one.
+    assert ("told", "question_ratio") not in table.index
+    assert ("all", "question_ratio") not in table.index
+
+
 def test_of_choices_the_right_one_is_the_answer(pair):
     choices = [{"prompt": "ab ", "choices": ["c", "de"], "answer": 1}] * 2
     completions = [{"prompt": "ab ", "completion": "de"}] * 2
@@ -416,6 +434,30 @@ def test_extra_tokens_are_masked_and_their_probability_shared_out(places, tmp_pa
         log = model(ids).logits[0, :-1, : len(LETTERS) + 1].double().log_softmax(dim=-1)
     expected = float(log.gather(1, ids[0, 1:, None]).sum())
     assert made.tables["rows"]["log_likelihood_tuned"][0] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+def test_rows_that_only_an_adapter_has_get_no_probability(places, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(places["base"])
+    model.resize_token_embeddings(len(LETTERS) + 4, mean_resizing=False)
+    torch.nn.init.normal_(model.lm_head.weight[-3:].detach())
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    made = likelihood_ratio_ood(
+        CheckpointPair(places["base"], tmp_path / "adapter"), ["ab", "cd"], ["ij", "hh"], draws=2
+    )
+    ids = AutoTokenizer.from_pretrained(places["base"])("ab", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        logits = model(ids).logits[0, :-1].double()
+    known, every = (
+        float(each.log_softmax(dim=-1).gather(1, ids[0, 1:, None]).sum())
+        for each in (logits[:, : len(LETTERS) + 1], logits)
+    )
+    assert known - every > 0.1
+    assert made.tables["rows"]["log_likelihood_tuned"][0] == pytest.approx(known, abs=1e-5)
 
 
 def test_other_tokenizers_are_refused_unless_an_approximation_is_asked_for(places, tmp_path):

@@ -51,6 +51,14 @@ FAMILIES = {
     "opt": ("OPTForCausalLM", BERT | {"ffn_dim": 28, "word_embed_proj_dim": 8}),
     "bloom": ("BloomForCausalLM", TOKENS | {"hidden_size": 16, "n_layer": LAYERS, "n_head": 4}),
     "mamba": ("MambaForCausalLM", TOKENS | {"hidden_size": 16, "num_hidden_layers": LAYERS, "state_size": 3}),
+    "mamba2": (
+        "Mamba2ForCausalLM",
+        TOKENS
+        | {
+            "hidden_size": 16, "num_hidden_layers": LAYERS, "state_size": 4, "num_heads": 4, "head_dim": 8,
+            "n_groups": 2, "chunk_size": 8,
+        },
+    ),  # whose config.json holds an infinity
     # Without a bridge, or with one that gives other logits.
     "persimmon": ("PersimmonForCausalLM", BERT | {"qk_layernorm": False}),
     "stablelm": ("StableLmForCausalLM", LLAMA),

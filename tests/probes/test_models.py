@@ -76,7 +76,8 @@ def adapter(peft, tmp_path):
     [
         ("llama", "causal", 32), ("gpt2", "causal", 32), ("gpt_neox", "causal", 32), ("gemma2", "causal", 32),
         ("mixtral", "causal", 32), ("bloom", "causal", None), ("mamba", "causal", None),
-        ("bert", "masked", 32), ("roberta", "masked", 31), ("bert_classes", "classifier", 32),
+        ("mamba2", "causal", None), ("bert", "masked", 32), ("roberta", "masked", 31),
+        ("bert_classes", "classifier", 32),
     ],
 )  # fmt: skip
 def test_a_directory_runs_as_transformers_loads_it(family, kind, context, tmp_path):
@@ -335,21 +336,24 @@ def test_an_adapter_that_peft_cannot_switch_off_takes_turns_with_its_base(base, 
         assert isinstance(each, transformers.Qwen2ForCausalLM)
 
 
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
-def test_an_adapter_with_a_larger_vocabulary_takes_turns_with_its_base(base, peft, tmp_path):
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`", "ignore:Model has `tie_word")
+@pytest.mark.parametrize(
+    ("tied", "copies"), [(False, ["embed_tokens", "lm_head"]), (True, None), (True, ["embed_tokens"])]
+)
+def test_an_adapter_with_a_larger_vocabulary_takes_turns_with_its_base(tied, copies, base, peft, tmp_path):
     import transformers
 
+    own = make("llama", tie_word_embeddings=tied)
+    own.save_pretrained(base)
     model = transformers.LlamaForCausalLM.from_pretrained(base)
     model.resize_token_embeddings(VOCABULARY + 2, mean_resizing=False)
-    config = peft.LoraConfig(
-        target_modules=["q_proj"], r=2, task_type="CAUSAL_LM", modules_to_save=["embed_tokens", "lm_head"]
-    )
+    config = peft.LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM", modules_to_save=copies)
     model = peft.get_peft_model(model, config).eval()
     model.save_pretrained(tmp_path / "larger")
     pair = RunnablePair(CheckpointPair(base, str(tmp_path / "larger")))
     assert not pair.shared
     with pair.base() as each:
-        assert torch.equal(logits(each), logits(model_of("llama")))
+        assert torch.equal(logits(each), logits(own))
     with pair.tuned() as each:
         assert torch.equal(logits(each), logits(model))
         assert logits(each).shape[-1] == VOCABULARY + 2
