@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from diagnostics.detector import LikelihoodRatioDetector as LikelihoodRatioDetector
     from diagnostics.drift import representation_drift as representation_drift
     from diagnostics.intruders import intruder_dimensions as intruder_dimensions
+    from diagnostics.mitigation import judged_mitigation as judged_mitigation
     from diagnostics.ood import likelihood_ratio_ood as likelihood_ratio_ood
     from diagnostics.policy import Finding as Finding
     from diagnostics.policy import Policy as Policy
@@ -30,6 +31,7 @@ EXPORTS = {
     "analyses": "diagnostics.analysis",
     "default_policy": "diagnostics.policy",
     "intruder_dimensions": "diagnostics.intruders",
+    "judged_mitigation": "diagnostics.mitigation",
     "likelihood_ratio_ood": "diagnostics.ood",
     "load": "diagnostics.store",
     "load_policy": "diagnostics.policy",
