@@ -326,7 +326,7 @@ def check_finite(
         if len(bad):
             raise ValueError(
                 f"{where[bad[0]]} ({side}): the residuals at layer {layer} are NaN or infinite; half "
-                "precision overflows at times: run it in float32"
+                "precision overflows at times: run it in float32 (--dtype float32)"
             )
 
 

@@ -22,7 +22,8 @@ class Settings:
     """How texts are read.
 
     Attributes:
-        max_length: most tokens of a text; None: what both models take.
+        max_length: most tokens of a text, or of a window; None: what both models take.
+        windows: read longer texts to their end, in windows; else they are cut.
         chat_template: texts and prompts are a user's messages.
         approximate: let tokenizers differ.
         answers: to the prompts, `file` or `greedy`.
@@ -31,11 +32,22 @@ class Settings:
     """
 
     max_length: int | None = None
+    windows: bool = False
     chat_template: bool = False
     approximate: bool = False
     answers: str = "file"
     longest_answer: int = 768
     batch_tokens: int = 16384
+
+    @property
+    def cut(self) -> int | None:
+        """Most tokens of a text, where longer ones are cut."""
+        return None if self.windows else self.max_length
+
+    @property
+    def window(self) -> int | None:
+        """Most tokens of a window, where longer texts are read in windows."""
+        return self.max_length if self.windows else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +133,9 @@ def read_sets(
     tasks = {name: with_answers(task) for name, task in sets.items()}
     if settings.answers == "greedy":
         with runnable.tuned() as model:
-            tasks = {n: answered(model, runnable.tokenizer, task, settings) for n, task in tasks.items()}
+            for name, task in tasks.items():
+                tasks[name], more = answered(model, runnable.tokenizer, task, settings)
+                said += more
     encoded = {
         side: {name: forms(task, tokenizer, settings) for name, task in tasks.items()}
         for side, tokenizer in tokenizers.items()
@@ -145,6 +159,7 @@ def read_sets(
             text_of(row, *pair, in_bytes=shared is None) for row, pair in zip(task.rows, pairs, strict=True)
         ]
         said += notes(task, both[1], runnable.base_tokenizer)
+        said += in_windows(task, both[1], settings.window)
         moved = sum(not prefixed(each) for each in pieces(encoded["tuned"][name]))
         if moved:
             said.append(
@@ -217,16 +232,37 @@ def with_answers(task: Task) -> Task:
     return replace(task, rows=tuple(rows), shape="completion")
 
 
-def answered(model: Any, tokenizer: Any, task: Task, settings: Settings) -> Task:
-    """The task with what the model itself writes after each prompt."""
+def in_windows(task: Task, examples: Sequence[Example], longest: int | None) -> list[str]:
+    """What to say of rows that are read in windows."""
+    if longest is None:
+        return []
+    long = [example.row for example in examples if len(example.ids) > longest]
+    if not long:
+        return []
+    return [
+        f"{task.ref}: {len(long)} of {len(task.rows)} rows have more than {longest} tokens and were read in "
+        f"windows of so many that begin {longest // 2} apart, the first at {task.where(long[0])}"
+    ]
+
+
+def answered(model: Any, tokenizer: Any, task: Task, settings: Settings) -> tuple[Task, list[str]]:
+    """The task with what the model itself writes after each prompt, and what to say of that."""
     if task.shape != "completion":
-        return task
+        return task, []
     room = settings.max_length and max(2, settings.max_length - settings.longest_answer)
     asked = replace(task, rows=tuple(replace(row, completion="") for row in task.rows))
     prompts = encode(asked, tokenizer, max_length=room, chat_template=settings.chat_template)
     written = greedy(model, tokenizer, prompts, longest=settings.longest_answer)
     rows = (replace(row, completion=text) for row, text in zip(task.rows, written, strict=True))
-    return replace(task, rows=tuple(rows))
+    cut = [prompt.row for prompt in prompts if prompt.truncated]
+    made = replace(task, rows=tuple(rows))
+    if not cut:
+        return made, []
+    return made, [
+        f"{task.ref}: of {len(cut)} of {len(task.rows)} prompts the model saw only the last {room} tokens, "
+        f"to have room for an answer of {settings.longest_answer}, the first at {task.where(cut[0])}; a "
+        "lower longest_answer leaves more"
+    ]
 
 
 def forms(task: Task, tokenizer: Any, settings: Settings) -> Forms:
@@ -236,7 +272,7 @@ def forms(task: Task, tokenizer: Any, settings: Settings) -> Forms:
         wanted: Task, *, chat: bool = settings.chat_template, everything: bool = False
     ) -> list[Example]:
         span: Literal["all", "content"] = "all" if everything else "content"
-        return encode(wanted, tokenizer, max_length=settings.max_length, chat_template=chat, score_span=span)
+        return encode(wanted, tokenizer, max_length=settings.cut, chat_template=chat, score_span=span)
 
     if task.shape != "completion":
         return Forms(whole=encoded(task), question=[], answer=[], given=[])
@@ -311,11 +347,15 @@ def read_side(
             progress(done, total, f"texts under {side}")
 
     made = read(
-        model, examples, tokens=settings.batch_tokens, vocabulary=vocabulary, where=where, progress=tell
-    )
+        model, examples, tokens=settings.batch_tokens, vocabulary=vocabulary, longest=settings.window,
+        where=where, progress=tell,
+    )  # fmt: skip
     order = sorted(range(len(examples)), key=lambda index: len(examples[index].ids))
     few = order[len(order) // 2 :][:4]
-    alone = read(model, [examples[index] for index in few], tokens=1, vocabulary=vocabulary, where=where)
+    alone = read(
+        model, [examples[index] for index in few], tokens=1, vocabulary=vocabulary, longest=settings.window,
+        where=where,
+    )  # fmt: skip
     changes = [
         abs(a.log_likelihood - made[index].log_likelihood) for a, index in zip(alone, few, strict=True)
     ]

@@ -16,7 +16,7 @@ from diagnostics.store import load
 from diagnostics.texts import Settings, read_sets
 from probes import CheckpointPair
 from probes.models import RunnablePair
-from probes.tasks import task_of
+from probes.tasks import task_of, windows
 from tests.diagnostics.chains import constant, save_chain, save_llama, save_tokenizer
 
 LETTERS = "abcdefghij "
@@ -328,6 +328,17 @@ def test_greedy_answers_are_the_tuned_models_own(places, pair):
     assert made.tables["rows"]["text"].tolist()[:3] == expected
 
 
+def test_a_prompt_that_is_cut_to_leave_room_for_its_answer_is_said_to_be(pair):
+    rows = [{"prompt": prompt, "completion": "a"} for prompt in ("abc", "de" * 20)]
+    ood = [{"prompt": prompt, "completion": "a"} for prompt in ("hh", "iiii")]
+    made = likelihood_ratio_ood(pair, rows, ood, answers="greedy", longest_answer=40, draws=2)
+    # 64 − 40 leaves 24, and the prompt has 41 with its BOS.
+    assert made.notes[0] == (
+        "task: of 1 of 2 prompts the model saw only the last 24 tokens, to have room for an answer of 40, "
+        "the first at task:2; a lower longest_answer leaves more"
+    )
+
+
 # --- the tables ---
 
 
@@ -395,6 +406,96 @@ def test_a_row_longer_than_the_models_take_is_cut_and_counted(pair):
     assert made.tables["rows"]["tokens"][1] == 63  # of 64, the first being the BOS
 
 
+def test_of_rows_that_are_cut_the_share_is_shown_and_how_to_read_them_whole(pair):
+    made = likelihood_ratio_ood(pair, ["ab", "c" * 100], ["ij", "hh"], draws=2)
+    assert made.tables["sets"].set_index("set")["truncated"].to_dict() == {"task": 0.5, "ood": 0}
+    assert any("task: 1 of 2 rows longer than the longest sequence and cut" in note for note in made.notes)
+    assert any(
+        "1 of 4 rows were cut" in note and "--set ood.windows=true reads them to the end" in note
+        for note in made.notes
+    )
+
+
+# --- long texts in windows ---
+
+
+def in_windows(model, ids, longest):
+    """Log-likelihood of every token behind the BOS, each window of the naive way run by itself."""
+    bos, body, found = ids[:1], ids[1:], []
+    for start in range(0, len(body), longest // 2):
+        window = bos + body[start : start + longest - 1]
+        with torch.no_grad():
+            log = model(torch.tensor([window])).logits[0, :-1].double().log_softmax(dim=-1)
+        each = log.gather(1, torch.tensor(window[1:])[:, None])[:, 0].tolist()
+        found += each[len(found) - start :]
+        if start + longest - 1 >= len(body):
+            return np.array(found)
+    raise AssertionError
+
+
+@pytest.mark.parametrize("max_length", [None, 20])
+def test_windows_give_what_each_gives_by_itself(places, pair, max_length):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    rows = [*texts(3, LETTERS, 7), "abcdefghij " * 15, "hgfe dcba" * 9]
+    longest = max_length or 64
+    made = likelihood_ratio_ood(pair, rows, ["j" * 150, "hh"], windows=True, max_length=max_length, draws=2)
+    table = made.tables["rows"]
+    assert made.metrics["truncated"] == 0
+    assert table["tokens"].tolist() == [len(text) for text in [*rows, "j" * 150, "hh"]]
+    tokenizer = AutoTokenizer.from_pretrained(places["base"])
+    for side in ("base", "tuned"):
+        model = AutoModelForCausalLM.from_pretrained(places[side]).eval()
+        for place, text in enumerate(rows):
+            expected = in_windows(model, tokenizer(text)["input_ids"], longest)
+            assert len(expected) == len(text)
+            assert table[f"log_likelihood_{side}"][place] == pytest.approx(expected.sum(), abs=1e-4)
+            of_row = made.tables["tokens"].query("set == 'task' and row == @place + 1")
+            if len(of_row):
+                assert of_row[f"log_likelihood_{side}"].to_numpy() == pytest.approx(expected, abs=1e-5)
+    assert made.tables["tokens"].query("set == 'task'")["row"].nunique() == 5
+    share = 2 if max_length is None else sum(len(text) >= longest for text in rows)
+    assert any(
+        f"task: {share} of 5 rows have more than {longest} tokens and were read in windows" in note
+        for note in made.notes
+    )
+
+
+def test_windows_change_nothing_for_rows_that_are_short_enough(pair, result):
+    made = likelihood_ratio_ood(pair, **SETS, windows=True, draws=20)
+    assert made.metrics == result.metrics
+    for name, table in made.tables.items():
+        pd.testing.assert_frame_equal(table, result.tables[name], check_exact=True)
+    assert made.notes == result.notes
+
+
+def test_question_and_answer_add_up_to_the_whole_in_windows_too(pair):
+    rows = [{"prompt": "abcde " * 20, "completion": "hij " * 30}, {"prompt": "ab", "completion": "cd"}]
+    made = likelihood_ratio_ood(pair, rows, [{"prompt": "ij", "completion": "hh"}] * 2, windows=True, draws=2)
+    table = made.tables["rows"]
+    assert table["tokens"][0] == 240
+    assert (table["question_ratio"] + table["conditional_ratio"]).to_numpy() == pytest.approx(
+        table["ratio"].to_numpy(), abs=1e-4
+    )
+
+
+def test_means_over_windows_are_means_over_tokens(pair):
+    from diagnostics.likelihoods import read
+    from probes.tasks import encode
+
+    with RunnablePair(pair) as runnable, runnable.tuned() as model:
+        whole = encode(task_of(["abcdefghij " * 9]), runnable.tokenizer, max_length=None)
+        (one,) = read(model, whole, longest=40)
+        parts = read(model, windows(whole[0], 40))
+    weights = [len(part.tokens) for part in parts]
+    assert sum(weights) == 99
+    assert len(parts) > 3
+    for name in ("top", "energy"):
+        each = [getattr(part, name) for part in parts]
+        assert getattr(one, name) == pytest.approx(np.average(each, weights=weights))
+    assert one.pooled == pytest.approx(np.average([p.pooled for p in parts], axis=0, weights=weights))
+
+
 def test_texts_in_both_sets_are_said(pair):
     made = likelihood_ratio_ood(pair, ["ab", "cd"], ["CD".lower(), "hh"], draws=2)
     assert any("1 texts are both among the task and among the OOD rows" in note for note in made.notes)
@@ -439,7 +540,10 @@ def test_other_tokenizers_are_refused_unless_an_approximation_is_asked_for(place
     [
         ({"task": ["ab"]}, "has 1 row, and OOD detection needs at least 2"),
         ({"ood": ["ab", "cd"]}, "hold the same rows"),
-        ({"task": ["ab", ""]}, "--task: 1 rows have a token to score; at least 2 are needed"),
+        (
+            {"task": ["ab", ""]},
+            "--task: 1 of 2 rows have a token to score, and OOD detection needs at least 2",
+        ),
         ({"alpha": 0.0}, "alpha is 0.0; it is a probability between 0 and 1"),
     ],
 )
