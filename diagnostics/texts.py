@@ -12,7 +12,7 @@ import numpy as np
 
 from diagnostics.likelihoods import NOTHING, Read, greedy, read
 from probes.models import RunnablePair
-from probes.tasks import Example, Row, Task, encode, notes
+from probes.tasks import Example, Row, Task, encode, frame, notes
 
 Progress: TypeAlias = Callable[[int, int, str], None]
 
@@ -123,8 +123,12 @@ def read_sets(
         raise ValueError(f"{' and '.join(kinds)}: likelihood ratios need two causal language models")
     tokenizers = {"base": runnable.base_tokenizer, "tuned": runnable.tokenizer}
     shared, vocabulary, said = common(*tokenizers.values(), approximate=settings.approximate)
+    lacking: list[str] = []
     if shared is not None:
         tokenizers = {"base": shared, "tuned": shared}
+        # With a chat template that is the template's to decide, and said of the rows that lack it.
+        lacking = [] if settings.chat_template else without_bos(runnable.base_tokenizer, shared)
+        said += lacking
     sizes: list[Any] = [side.config.get("vocab_size") for side in (runnable.pair.base, runnable.pair.tuned)]
     if shared is not None and None not in sizes and sizes[0] != sizes[1]:
         vocabulary = min(*sizes, vocabulary or min(sizes))
@@ -158,7 +162,9 @@ def read_sets(
         texts[name] = [
             text_of(row, *pair, in_bytes=shared is None) for row, pair in zip(task.rows, pairs, strict=True)
         ]
-        said += notes(task, both[1], runnable.base_tokenizer)
+        # Once for all sets is enough, and of other tokenizers each reads its own way.
+        expecting = None if lacking or shared is None else runnable.base_tokenizer
+        said += notes(task, both[1], expecting)
         said += in_windows(task, both[1], settings.window)
         moved = sum(not prefixed(each) for each in pieces(encoded["tuned"][name]))
         if moved:
@@ -206,6 +212,18 @@ def shared_tokenizer(base: Any, tuned: Any) -> tuple[Any, int | None, list[str]]
         return None
     side = "tuned" if few is base else "base"
     return few, known, [f"{side} has {len(extra)} more tokens; texts are read without them"]
+
+
+def without_bos(base: Any, used: Any) -> list[str]:
+    """What to say where texts lack the BOS that base expects, for the tokenizer that is used puts none."""
+    bos = base.bos_token_id
+    if bos is None or bos not in frame(base, ())[0] or bos in frame(used, ())[0]:
+        return []
+    return [
+        f"texts do not begin with {base.bos_token!r} as base expects, for the tokenizer of tuned does not "
+        "put it there, and the first tokens cost base nats for that alone; if tuned was trained with it, "
+        "save the tokenizer of base with tuned"
+    ]
 
 
 def differing(base: Any, tuned: Any) -> str:
