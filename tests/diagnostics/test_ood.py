@@ -1,4 +1,5 @@
 import math
+from fractions import Fraction
 from itertools import product
 
 import numpy as np
@@ -89,10 +90,22 @@ def test_two_symbols_give_the_closed_form():
     # −10 · KL(0.9‖0.5) = −10 · (0.9 ln 1.8 + 0.1 ln 0.2), and 10 · KL(0.5‖0.9) = 10 · ½ ln(0.25 / 0.09)
     assert binomial(0.9) @ ratio == pytest.approx(-3.680642071685, abs=5e-13)
     assert binomial(0.5) @ ratio == pytest.approx(5.108256237660, abs=5e-13)
-    # In fractions 0.98080601550781…; the page's last digit is one too high.
+    # The page prints 0.980806015509. The ratio falls with the count k of first symbols, so that the area is
+    # Σ P(k | 9/10) P(j | 1/2) [j < k, ½ if j = k], here in fractions: 0.980806015508 to as many digits.
+    inside, outside = (
+        [math.comb(10, k) * p**k * (1 - p) ** (10 - k) for k in range(11)]
+        for p in (Fraction(9, 10), Fraction(1, 2))
+    )
+    exact = sum(
+        inside[k] * outside[j] * (1 if j < k else Fraction(j == k, 2)) for k in range(11) for j in range(11)
+    )
+    assert exact == Fraction(25108633997, 25600000000) == Fraction("0.9808060155078125")
     area = weighted_auroc(ratio.round(9), binomial(0.9), binomial(0.5))
     assert area == pytest.approx(0.980806015509, abs=1.5e-12)
-    assert area == pytest.approx(0.9808060155078125, abs=1e-15)
+    assert area == pytest.approx(float(exact), abs=1e-15)
+    # The likelihood of tuned puts these texts in the same order.
+    tuned = -(EIGHT * math.log(0.9) + (10 - EIGHT) * math.log(0.1))
+    assert weighted_auroc(tuned.round(9), binomial(0.9), binomial(0.5)) == pytest.approx(area, abs=1e-15)
 
 
 def chain_ratios(tmp_path, base, tuned, contents, **options):
@@ -127,11 +140,15 @@ def test_three_symbols_are_the_smallest_case_in_which_the_ratio_wins():
     base, tuned = (counts @ np.log(p) for p in ((0.6, 0.2, 0.2), (0.6, 0.35, 0.05)))
     made = ratio_scores(base, tuned, np.full(len(counts), 10.0))
     inside, outside = probability(0.6, 0.35, 0.05), probability(0.8, 0, 0.2)
-    # The page's numbers are of 20,000 draws each: standard errors near 0.001 and 0.003.
-    assert weighted_auroc(made["ratio"].round(9), inside, outside) == pytest.approx(0.968, abs=0.003)
-    assert weighted_auroc(made["tuned_likelihood"].round(9), inside, outside) == pytest.approx(
-        0.688, abs=0.008
-    )
+    areas = {
+        name: weighted_auroc(made[name].round(9), inside, outside) for name in ("ratio", "tuned_likelihood")
+    }
+    # Summed in fractions over all counts: 0.96785172318267295 and 0.68972813707169818.
+    assert areas["ratio"] == pytest.approx(0.96785172318267295, abs=1e-13)
+    assert areas["tuned_likelihood"] == pytest.approx(0.68972813707169818, abs=1e-13)
+    # The page's 0.968 and 0.688 are of 20,000 draws each; the second is within its standard error, 0.003.
+    assert areas["ratio"] == pytest.approx(0.968, abs=5e-4)
+    assert areas["tuned_likelihood"] == pytest.approx(0.688, abs=0.003)
 
 
 def test_a_long_text_of_a_markov_chain_gives_minus_the_divergence_rate(tmp_path):
@@ -156,11 +173,33 @@ def test_a_long_text_of_a_markov_chain_gives_minus_the_divergence_rate(tmp_path)
 
 def test_no_token_of_a_mixture_is_more_foreign_than_its_weight_allows(tmp_path):
     w = 0.3
-    base, other = np.array(constant(0.6, 0.3, 0.1)), np.array([[0.2, 0.2, 0.6]] * 4)
+    base, other = np.array(constant(0.6, 0.3, 0.1)), np.array([[0.4, 0, 0.6]] * 4)
     mixed = ((1 - w) * base + w * other).tolist()
-    rows = chain_ratios(tmp_path, base.tolist(), mixed, texts(5, "abc", 0))
-    most = max(float((row.base.whole.tokens - row.tuned.whole.tokens).max()) for row in rows)
-    assert most <= -math.log(1 - w) + 1e-5
+    *rows, extreme = chain_ratios(tmp_path, base.tolist(), mixed, [*texts(5, "abc", 0), "b" * 9])
+    for row in rows:  # summed over the scored tokens: LR ≤ −(T−1) log(1 − w)
+        assert (row.base.whole.tokens - row.tuned.whole.tokens <= -math.log(1 - w) + 1e-5).all()
+        assert total(row) < -row.length * math.log(1 - w)
+    # What the other part never writes, b, reaches the bound.
+    assert total(extreme) == pytest.approx(-9 * math.log(1 - w), abs=1e-5)
+
+
+def test_a_frequent_token_appended_fools_the_likelihood_and_moves_the_ratio_by_no_more_than_its_own(tmp_path):
+    generator = np.random.default_rng(0)
+    base, tuned = (0.6, 0.2, 0.2), (0.55, 0.4, 0.05)
+    inside = ["".join(generator.choice(list("abc"), size=10, p=tuned)) for _ in range(40)]
+    outside = ["".join(generator.choice(list("abc"), size=10, p=(0.8, 0, 0.2))) for _ in range(40)]
+    longer = [text + "a" * copies for copies in (0, 1, 3, 6) for text in inside]
+    rows = chain_ratios(tmp_path, constant(*base), constant(*tuned), [*longer, *outside])
+    ratio = np.array([total(row) for row in rows])
+    likelihood = -np.array([row.tuned.whole.log_likelihood for row in rows])
+    areas = []
+    for place, copies in enumerate((0, 1, 3, 6)):
+        here = slice(40 * place, 40 * place + 40)
+        areas.append(scores.auroc(likelihood[here], likelihood[160:]))
+        moved = np.abs(ratio[here] - ratio[:40])
+        assert moved.max() <= copies * abs(math.log(0.6 / 0.55)) + 1e-5
+    assert areas == sorted(areas, reverse=True)
+    assert areas[0] > areas[-1] + 0.3
 
 
 # --- identities ---
