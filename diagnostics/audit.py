@@ -212,9 +212,7 @@ def run_one(
         raise
     except Exception as error:
         seconds = time.perf_counter() - began
-        outcome = (
-            refused(error) if type(error) in (ValueError, LookupError) else crashed(store, record.name, error)
-        )
+        outcome = refused(error) if says_why(error) else crashed(store, record.name, error)
     return replace(
         outcome,
         seconds=round(seconds, 3),
@@ -224,8 +222,18 @@ def run_one(
     )
 
 
+def says_why(error: Exception) -> bool:
+    """Whether an error tells a person that the input is wrong: a ValueError or LookupError of ours.
+
+    Python's own kinds of these, KeyError and UnicodeError among them, and other packages' mean a fault here.
+    """
+    kind = type(error)
+    ours = kind.__module__.partition(".")[0] in ("probes", "diagnostics")
+    return kind in (ValueError, LookupError) or (ours and issubclass(kind, ValueError | LookupError))
+
+
 def refused(error: Exception) -> Outcome:
-    """What becomes of an analysis that finds its input wrong; `ValueError` and `LookupError` say so."""
+    """What becomes of an analysis that finds its input wrong."""
     return Outcome(status="failed", fault="input", reason=one_line(error))
 
 

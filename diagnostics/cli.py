@@ -364,6 +364,9 @@ def run_detect(
     ] = None,
     per_token: Annotated[bool, typer.Option("--per-token", help="Score means over tokens.")] = False,
     tokens: Annotated[bool, typer.Option("--tokens", help="Give each token's ratio as well.")] = False,
+    windows: Annotated[
+        bool, typer.Option("--windows", help="Read rows longer than the models take to the end; else cut.")
+    ] = False,
     chat_template: Chat = False,
     trust_remote_code: Trust = False,
     device: Device = "auto",
@@ -374,13 +377,15 @@ def run_detect(
 
     if detector is None and (base is None or tuned is None or task is None):
         raise ValueError("detect needs --base, --tuned and --task, or a saved --detector")
-    if detector is not None and (base or tuned or task or per_token or chat_template):
+    if detector is not None and (base or tuned or task or per_token or windows or chat_template):
         raise ValueError(
-            "a saved --detector has its own --base, --tuned, --task, --per-token and --chat-template; leave "
-            "them out"
+            "a saved --detector has its own --base, --tuned, --task, --per-token, --windows and "
+            "--chat-template; leave them out"
         )
     from diagnostics.detector import LikelihoodRatioDetector
+    from probes.rows import read_task
 
+    wanted = read_task(rows)  # before a model is loaded: what is wrong with it is said at once
     given = {
         "device": machine.device(device),
         "dtype": dtype,
@@ -391,11 +396,11 @@ def run_detect(
         made = LikelihoodRatioDetector.load(detector, **given)
     else:
         made = LikelihoodRatioDetector.fit(
-            (base, tuned), task, per_token=per_token, chat_template=chat_template, **given
+            (base, tuned), task, per_token=per_token, windows=windows, chat_template=chat_template, **given
         )
     if save is not None:
         made.save(save)
-    for record in made.records(rows, tokens=tokens):
+    for record in made.records(wanted, tokens=tokens):
         typer.echo(json.dumps(record, ensure_ascii=False))
 
 

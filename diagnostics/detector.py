@@ -4,6 +4,7 @@ An outlier detector as scikit-learn knows them, of texts in place of vectors.
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MethodType
@@ -21,9 +22,12 @@ from diagnostics.ood_tables import token_ratios
 from diagnostics.texts import Reading, Settings, Text, read_sets
 from probes import CheckpointPair
 from probes.models import RunnablePair
+from probes.rows import Task
 
 if TYPE_CHECKING:
     import pandas as pd
+
+log = logging.getLogger(__name__)
 
 SCHEMA = 1
 # What a file must not decide: where models are is in it otherwise, and whose code may run is for the reader.
@@ -59,7 +63,7 @@ class LikelihoodRatioDetector(OutlierMixin, BaseEstimator):
         pair: base and tuned, or their two references.
         alpha: share of in-distribution texts that may be flagged (ours).
         per_token: score the mean over the tokens in place of the sum.
-        max_length, chat_template, batch_tokens, device, dtype, trust_remote_code: as in
+        max_length, windows, chat_template, batch_tokens, device, dtype, trust_remote_code: as in
             `likelihood_ratio_ood`.
 
     Attributes:
@@ -75,6 +79,7 @@ class LikelihoodRatioDetector(OutlierMixin, BaseEstimator):
         alpha: float = 0.05,
         per_token: bool = False,
         max_length: int | None = None,
+        windows: bool = False,
         chat_template: bool = False,
         batch_tokens: int = 16384,
         device: str | None = None,
@@ -85,6 +90,7 @@ class LikelihoodRatioDetector(OutlierMixin, BaseEstimator):
         self.alpha = alpha
         self.per_token = per_token
         self.max_length = max_length
+        self.windows = windows
         self.chat_template = chat_template
         self.batch_tokens = batch_tokens
         self.device = device
@@ -105,10 +111,14 @@ class LikelihoodRatioDetector(OutlierMixin, BaseEstimator):
             raise ValueError("no models to compare; give LikelihoodRatioDetector a pair, or (base, tuned)")
         if not 0 < self.alpha < 1:
             raise ValueError(f"alpha is {self.alpha}; it is a share between 0 and 1")
-        found = self._scores(self._read(X))
+        task = self._task(X).at_least(2, "calibrating a detector")
+        found = self._scores(self._read(task))
         known = found[~np.isnan(found)]
         if len(known) < 2:
-            raise ValueError(f"{len(known)} rows have a token to score; at least 2 calibrate a detector")
+            raise ValueError(
+                f"{task.ref}: {len(known)} of {len(found)} rows have a token to score, and calibrating a "
+                "detector needs at least 2; give it more"
+            )
         self.calibration_ = np.sort(known)
         self.threshold_ = scores.threshold_keeping(known, 1 - self.alpha)
         self.offset_ = -self.threshold_
@@ -132,7 +142,7 @@ class LikelihoodRatioDetector(OutlierMixin, BaseEstimator):
         return np.where(self.decision_function(X) >= 0, 1, -1)
 
     def rows(self, X: Any) -> "pd.DataFrame":
-        """Everything about each row: row, tokens, both log-likelihoods, ratio, score, p_value, flagged.
+        """Everything about each row: row, tokens, log-likelihoods, ratio, score, p_value, flagged, truncated.
 
         `p_value` is conformal: the probability of a score as high if the text were a further row of those
         that the detector was fitted on.
@@ -162,6 +172,7 @@ class LikelihoodRatioDetector(OutlierMixin, BaseEstimator):
                 "score": score if scored else None,
                 "p_value": float(scores.conformal_p(self.calibration_, [score])[0]) if scored else None,
                 "flagged": not score <= self.threshold_,
+                "truncated": text.truncated,
             }
             if tokens:
                 record["by_token"] = token_ratios(text, self._runnable().tokenizer)
@@ -257,10 +268,17 @@ class LikelihoodRatioDetector(OutlierMixin, BaseEstimator):
 
     def _read(self, X: Any) -> Reading:
         settings = Settings(
-            max_length=self.max_length, chat_template=self.chat_template, batch_tokens=self.batch_tokens
-        )
-        given = X if isinstance(X, str | Path) else texts_in(X)
-        return read_sets(self._runnable(), {"rows": one_task(given, "rows")}, settings)
+            max_length=self.max_length, windows=self.windows, chat_template=self.chat_template,
+            batch_tokens=self.batch_tokens,
+        )  # fmt: skip
+        reading = read_sets(self._runnable(), {"rows": self._task(X)}, settings)
+        for note in reading.notes:
+            log.warning("%s", note)
+        return reading
+
+    @staticmethod
+    def _task(X: Any) -> Task:
+        return one_task(X if isinstance(X, str | Path) else texts_in(X), "rows")
 
     @staticmethod
     def _texts(reading: Reading) -> list[Text]:

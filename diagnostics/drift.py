@@ -18,7 +18,7 @@ from jaxtyping import Float
 from diagnostics.analysis import Result, analysis
 from diagnostics.drift_figures import ONSET, draw
 from diagnostics.inputs import tasks
-from diagnostics.texts import differing, shared_tokenizer
+from diagnostics.texts import differing, shared_tokenizer, without_bos
 from probes import CheckpointPair
 from probes.models import RunnablePair
 from probes.tasks import Batch, Example, Task, batches, encode, notes
@@ -211,7 +211,7 @@ def representation_drift(
             why = differing(runnable.base_tokenizer, runnable.tokenizer)
             raise ValueError(f"{why}, so that representations are not of the same tokens")
         tokenizer, _, notice = shared
-        said += notice
+        said += [*notice, *([] if chat_template else without_bos(runnable.base_tokenizer, tokenizer))]
         length = min((n for n in (max_length, runnable.context) if n is not None), default=None)
         chosen = {}
         for name, each in sets.items():
@@ -326,7 +326,7 @@ def check_finite(
         if len(bad):
             raise ValueError(
                 f"{where[bad[0]]} ({side}): the residuals at layer {layer} are NaN or infinite; half "
-                "precision overflows at times: run it in float32"
+                "precision overflows at times: run it in float32 (--dtype float32)"
             )
 
 

@@ -4,6 +4,7 @@ Everything that likelihood ratios and the scores beside them are made of comes f
 of them are of the same tokens.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from torch import nn
 from probes.body import evaluating
 from probes.forward import score_examples
 from probes.measure import NonFiniteError
-from probes.tasks import Batch, Example, batches, halving
+from probes.tasks import Batch, Example, batches, halving, windows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class Read:
         log_likelihood: their sum, in float64.
         top: mean over these of the largest probability.
         energy: mean over these of minus the logarithm of the summed exponentials of the logits.
-        pooled: mean over all tokens of the last hidden state.
+        pooled: mean over all tokens of the last hidden state; in windows see `joined`.
     """
 
     tokens: Float[np.ndarray, " tokens"]
@@ -47,6 +48,7 @@ def read(
     *,
     tokens: int = 16384,
     vocabulary: int | None = None,
+    longest: int | None = None,
     where: Callable[[int], str] = "example {}".format,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> list[Read]:
@@ -55,35 +57,60 @@ def read(
     Args:
         tokens: most tokens in a batch, padding included.
         vocabulary: the model's first so many tokens are all there are; None: as many as it has.
+        longest: examples with more tokens are read in windows of so many; None: whole.
         where: from the index of an example to what an error calls it.
         progress: called with (done, total, what).
 
     Raises:
         ValueError: a likelihood is not finite; the message says of which example.
     """
-    counted = [place for place, example in enumerate(examples) if any(example.scored)]
-    if not counted:
+    pieces = [
+        (place, piece)
+        for place, example in enumerate(examples)
+        for piece in ([example] if longest is None else windows(example, longest))
+        if any(piece.scored)
+    ]
+    if not pieces:
         return [NOTHING] * len(examples)
     try:
         found = score_examples(
-            model, [examples[place] for place in counted], tokens=tokens, vocabulary=vocabulary, pooled=True,
+            model, [piece for _, piece in pieces], tokens=tokens, vocabulary=vocabulary, pooled=True,
             by_token=True, progress=progress,
         )  # fmt: skip
     except NonFiniteError as error:
-        raise NonFiniteError(error.example, error.layer, where(counted[error.example])) from error
+        raise NonFiniteError(error.example, error.layer, where(pieces[error.example][0])) from error
     assert found.by_token is not None
     assert found.pooled is not None
-    reads = [NOTHING] * len(examples)
-    for at, place in enumerate(counted):
+    parts: list[list[Read]] = [[] for _ in examples]
+    for at, (place, piece) in enumerate(pieces):
         values = found.by_token[at].float().numpy()
-        reads[place] = Read(
-            tokens=values[np.array(examples[place].scored)],
+        one = Read(
+            tokens=values[np.array(piece.scored)],
             log_likelihood=float(found.log_likelihoods[at]),
             top=float(found.top[at]),
             energy=float(found.energy[at]),
             pooled=found.pooled[at].float().numpy(),
         )
-    return reads
+        parts[place].append(one)
+    return [joined(several) for several in parts]
+
+
+def joined(parts: Sequence[Read]) -> Read:
+    """What was read in windows, as one: in means each window counts for the tokens that it scores."""
+    if len(parts) < 2:
+        return parts[0] if parts else NOTHING
+    weights = np.array([len(part.tokens) for part in parts], dtype=np.float64)
+    top, energy, pooled = (
+        np.average(np.array([getattr(part, name) for part in parts]), axis=0, weights=weights)
+        for name in ("top", "energy", "pooled")
+    )
+    return Read(
+        tokens=np.concatenate([part.tokens for part in parts]),
+        log_likelihood=math.fsum(part.log_likelihood for part in parts),
+        top=float(top),
+        energy=float(energy),
+        pooled=pooled.astype(np.float32),
+    )
 
 
 def greedy(

@@ -168,7 +168,6 @@ def judged_mitigation(
         role: {name: one.at_least(2, "judging a mitigation") for name, one in tasks(source, role).items()}
         for role, source in (("task", task), ("keep", keep))
     }
-    bench = Bench.of(pair, k=k, epsilon=epsilon, parts=parts, device=device, progress=progress)
     editable = Editable(pair.tuned, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     sets = {
         (role, name): encoded(
@@ -177,6 +176,8 @@ def judged_mitigation(
         for role, named in given.items()
         for name, one in named.items()
     }
+    # Only now: the search may take long, and rows may be refused.
+    bench = Bench.of(pair, k=k, epsilon=epsilon, parts=parts, device=device, progress=progress)
     measured = Measured(bench, editable, sets, progress)
     measured.take([("update", scale) for scale in sorted({0.0, 1.0, *scales})])
     for mode in bench.chosen:

@@ -93,6 +93,7 @@ def likelihood_ratio_ood(
     guard: Any = None,
     *,
     max_length: int | None = None,
+    windows: bool = False,
     chat_template: bool = False,
     approximate: bool = False,
     answers: Literal["file", "greedy"] = "file",
@@ -118,7 +119,9 @@ def likelihood_ratio_ood(
         ood: the same, out of distribution; results are given for each.
         keep: rows of the base's own text: for their gain, and for what relative distances are relative to.
         guard: more rows whose gain is measured.
-        max_length: most tokens of a row; None: what both models take.
+        max_length: most tokens of a row, or of a window; None: what both models take.
+        windows: read longer rows to their end, in windows of that many tokens that overlap by half; else they
+            are cut. Each token is scored once, and both models read the same windows.
         chat_template: texts and prompts are a user's messages.
         approximate: let tokenizers differ; ratios are then per byte, and of one segmentation of each text.
         answers: to prompts, those of the `file` (ours) or tuned's own `greedy` ones (paper).
@@ -147,6 +150,7 @@ def likelihood_ratio_ood(
     roles, sets = named({"task": task, "ood": ood, "keep": keep, "guard": guard})
     settings = Settings(
         max_length=max_length,
+        windows=windows,
         chat_template=chat_template,
         approximate=approximate,
         answers=answers,
@@ -160,7 +164,10 @@ def likelihood_ratio_ood(
     inside, outside = (rows[(rows["role"] == role) & rows["ratio"].notna()] for role in ("task", "ood"))
     for role, part in (("task", inside), ("ood", outside)):
         if len(part) < 2:
-            raise ValueError(f"--{role}: {len(part)} rows have a token to score; at least 2 are needed")
+            raise ValueError(
+                f"--{role}: {len(part)} of {(rows['role'] == role).sum()} rows have a token to score, and "
+                "OOD detection needs at least 2; a text of one token is scored only behind a BOS"
+            )
     scored = rows["ratio"].notna()
     rows.loc[scored, "p_value"] = scores.conformal_p(inside["ratio"], rows.loc[scored, "ratio"])
     # A task row is not among those that it is compared with.
@@ -178,6 +185,11 @@ def likelihood_ratio_ood(
     }
     if keep is not None:
         metrics["rows_keep"] = int((scored & (rows["role"] == "keep")).sum())
+    if metrics["truncated"]:
+        notes.append(
+            f"{metrics['truncated']} of {len(rows)} rows were cut, and their ends not scored: "
+            "--set ood.windows=true reads them to the end, window by window"
+        )
     if len(inside) < CALIBRATED_FROM:
         notes.append(
             f"{len(inside)} task rows calibrate the p-values, which fewer than {CALIBRATED_FROM} leave coarse"

@@ -216,6 +216,7 @@ def gains_of(rows: "pd.DataFrame") -> "pd.DataFrame":
                     "gain_low": gain - 1.96 * error,
                     "gain_high": gain + 1.96 * error,
                     "flagged": float(part["flagged"].mean()),
+                    "truncated": float(part["truncated"].mean()),
                 }
             )
     return pd.DataFrame(table)

@@ -113,10 +113,10 @@ def both_ways(scores: Scores, *, ordered: bool = False) -> tuple[Ranks, Ranks]:
     below_outside, upto_inside = merged(outside, inside)
     # The other class is found from below: what is not above a score becomes what is not below it.
     found = Ranks(outside, below_outside, upto_outside, len(inside), orders=orders)
-    mirrored = [len(outside) - counts[::-1] for counts in (upto_inside, below_inside)]
+    below, upto = (len(outside) - counts[::-1] for counts in (upto_inside, below_inside))
     if orders is not None:
         orders = orders[1][::-1], orders[0][::-1]
-    return found, Ranks(-inside[::-1], *mirrored, len(outside), orders=orders)
+    return found, Ranks(-inside[::-1], below, upto, len(outside), orders=orders)
 
 
 def merged(first: Array, second: Array) -> tuple[Counts, Counts]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from diagnostics.likelihoods import NOTHING, Read, greedy, read
 from probes.models import RunnablePair
-from probes.tasks import Example, Row, Task, encode, notes
+from probes.tasks import Example, Row, Task, encode, frame, notes
 
 Progress: TypeAlias = Callable[[int, int, str], None]
 
@@ -22,7 +22,8 @@ class Settings:
     """How texts are read.
 
     Attributes:
-        max_length: most tokens of a text; None: what both models take.
+        max_length: most tokens of a text, or of a window; None: what both models take.
+        windows: read longer texts to their end, in windows; else they are cut.
         chat_template: texts and prompts are a user's messages.
         approximate: let tokenizers differ.
         answers: to the prompts, `file` or `greedy`.
@@ -31,11 +32,22 @@ class Settings:
     """
 
     max_length: int | None = None
+    windows: bool = False
     chat_template: bool = False
     approximate: bool = False
     answers: str = "file"
     longest_answer: int = 768
     batch_tokens: int = 16384
+
+    @property
+    def cut(self) -> int | None:
+        """Most tokens of a text, where longer ones are cut."""
+        return None if self.windows else self.max_length
+
+    @property
+    def window(self) -> int | None:
+        """Most tokens of a window, where longer texts are read in windows."""
+        return self.max_length if self.windows else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +123,12 @@ def read_sets(
         raise ValueError(f"{' and '.join(kinds)}: likelihood ratios need two causal language models")
     tokenizers = {"base": runnable.base_tokenizer, "tuned": runnable.tokenizer}
     shared, vocabulary, said = common(*tokenizers.values(), approximate=settings.approximate)
+    lacking: list[str] = []
     if shared is not None:
         tokenizers = {"base": shared, "tuned": shared}
+        # With a chat template that is the template's to decide, and said of the rows that lack it.
+        lacking = [] if settings.chat_template else without_bos(runnable.base_tokenizer, shared)
+        said += lacking
     if shared is not None and runnable.pair.resized:
         rows = min(map(min, runnable.pair.resized.values()))
         vocabulary = min(rows, vocabulary or rows)
@@ -121,7 +137,9 @@ def read_sets(
     tasks = {name: with_answers(task) for name, task in sets.items()}
     if settings.answers == "greedy":
         with runnable.tuned() as model:
-            tasks = {n: answered(model, runnable.tokenizer, task, settings) for n, task in tasks.items()}
+            for name, task in tasks.items():
+                tasks[name], more = answered(model, runnable.tokenizer, task, settings)
+                said += more
     encoded = {
         side: {name: forms(task, tokenizer, settings) for name, task in tasks.items()}
         for side, tokenizer in tokenizers.items()
@@ -144,7 +162,10 @@ def read_sets(
         texts[name] = [
             text_of(row, *pair, in_bytes=shared is None) for row, pair in zip(task.rows, pairs, strict=True)
         ]
-        said += notes(task, both[1], runnable.base_tokenizer)
+        # Once for all sets is enough, and of other tokenizers each reads its own way.
+        expecting = None if lacking or shared is None else runnable.base_tokenizer
+        said += notes(task, both[1], expecting)
+        said += in_windows(task, both[1], settings.window)
         moved = sum(not prefixed(each) for each in pieces(encoded["tuned"][name]))
         if moved:
             said.append(
@@ -193,6 +214,18 @@ def shared_tokenizer(base: Any, tuned: Any) -> tuple[Any, int | None, list[str]]
     return few, known, [f"{side} has {len(extra)} more tokens; texts are read without them"]
 
 
+def without_bos(base: Any, used: Any) -> list[str]:
+    """What to say where texts lack the BOS that base expects, for the tokenizer that is used puts none."""
+    bos = base.bos_token_id
+    if bos is None or bos not in frame(base, ())[0] or bos in frame(used, ())[0]:
+        return []
+    return [
+        f"texts do not begin with {base.bos_token!r} as base expects, for the tokenizer of tuned does not "
+        "put it there, and the first tokens cost base nats for that alone; if tuned was trained with it, "
+        "save the tokenizer of base with tuned"
+    ]
+
+
 def differing(base: Any, tuned: Any) -> str:
     """The first token in which two tokenizers differ."""
     one, two = base.get_vocab(), tuned.get_vocab()
@@ -217,16 +250,37 @@ def with_answers(task: Task) -> Task:
     return replace(task, rows=tuple(rows), shape="completion")
 
 
-def answered(model: Any, tokenizer: Any, task: Task, settings: Settings) -> Task:
-    """The task with what the model itself writes after each prompt."""
+def in_windows(task: Task, examples: Sequence[Example], longest: int | None) -> list[str]:
+    """What to say of rows that are read in windows."""
+    if longest is None:
+        return []
+    long = [example.row for example in examples if len(example.ids) > longest]
+    if not long:
+        return []
+    return [
+        f"{task.ref}: {len(long)} of {len(task.rows)} rows have more than {longest} tokens and were read in "
+        f"windows of so many that begin {longest // 2} apart, the first at {task.where(long[0])}"
+    ]
+
+
+def answered(model: Any, tokenizer: Any, task: Task, settings: Settings) -> tuple[Task, list[str]]:
+    """The task with what the model itself writes after each prompt, and what to say of that."""
     if task.shape != "completion":
-        return task
+        return task, []
     room = settings.max_length and max(2, settings.max_length - settings.longest_answer)
     asked = replace(task, rows=tuple(replace(row, completion="") for row in task.rows))
     prompts = encode(asked, tokenizer, max_length=room, chat_template=settings.chat_template)
     written = greedy(model, tokenizer, prompts, longest=settings.longest_answer)
     rows = (replace(row, completion=text) for row, text in zip(task.rows, written, strict=True))
-    return replace(task, rows=tuple(rows))
+    cut = [prompt.row for prompt in prompts if prompt.truncated]
+    made = replace(task, rows=tuple(rows))
+    if not cut:
+        return made, []
+    return made, [
+        f"{task.ref}: of {len(cut)} of {len(task.rows)} prompts the model saw only the last {room} tokens, "
+        f"to have room for an answer of {settings.longest_answer}, the first at {task.where(cut[0])}; a "
+        "lower longest_answer leaves more"
+    ]
 
 
 def forms(task: Task, tokenizer: Any, settings: Settings) -> Forms:
@@ -236,7 +290,7 @@ def forms(task: Task, tokenizer: Any, settings: Settings) -> Forms:
         wanted: Task, *, chat: bool = settings.chat_template, everything: bool = False
     ) -> list[Example]:
         span: Literal["all", "content"] = "all" if everything else "content"
-        return encode(wanted, tokenizer, max_length=settings.max_length, chat_template=chat, score_span=span)
+        return encode(wanted, tokenizer, max_length=settings.cut, chat_template=chat, score_span=span)
 
     if task.shape != "completion":
         return Forms(whole=encoded(task), question=[], answer=[], given=[])
@@ -311,11 +365,15 @@ def read_side(
             progress(done, total, f"texts under {side}")
 
     made = read(
-        model, examples, tokens=settings.batch_tokens, vocabulary=vocabulary, where=where, progress=tell
-    )
+        model, examples, tokens=settings.batch_tokens, vocabulary=vocabulary, longest=settings.window,
+        where=where, progress=tell,
+    )  # fmt: skip
     order = sorted(range(len(examples)), key=lambda index: len(examples[index].ids))
     few = order[len(order) // 2 :][:4]
-    alone = read(model, [examples[index] for index in few], tokens=1, vocabulary=vocabulary, where=where)
+    alone = read(
+        model, [examples[index] for index in few], tokens=1, vocabulary=vocabulary, longest=settings.window,
+        where=where,
+    )  # fmt: skip
     changes = [
         abs(a.log_likelihood - made[index].log_likelihood) for a, index in zip(alone, few, strict=True)
     ]

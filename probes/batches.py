@@ -26,6 +26,7 @@ class Example:
         truncated: the row was longer than `max_length`.
         choice: which of the row's choices, from 0.
         doubled_bos: there would have been a second BOS: the row or the template brought one besides.
+        head: how many of `ids` are the special tokens that it begins with.
     """
 
     ids: list[int]
@@ -34,6 +35,7 @@ class Example:
     truncated: bool = False
     choice: int | None = None
     doubled_bos: bool = False
+    head: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

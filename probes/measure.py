@@ -27,7 +27,7 @@ class NonFiniteError(ValueError):
         first = "the head is to blame" if self.layer is None else f"first at layer {self.layer}"
         return (
             f"{self.name}: its logits are NaN or infinite ({first}); half precision overflows at times: run "
-            "it in float32"
+            "it in float32 (--dtype float32)"
         )
 
 

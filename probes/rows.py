@@ -161,7 +161,7 @@ def checked(ref: str, numbered: Numbered, limit: int | None) -> Task:
         rows.append(row)
         content.update(json.dumps({**vars(row), "number": None}).encode() + b"\n")
     if shape is None:
-        raise ValueError(f"{ref}: holds no rows")
+        raise ValueError(f'{ref}: holds no rows; a row has fields, such as "text"')
     return Task(ref=ref, rows=tuple(rows), shape=shape, fingerprint=content.hexdigest())
 
 

@@ -21,6 +21,7 @@ from probes.rows import Task as Task
 from probes.rows import class_ids as class_ids
 from probes.rows import read_task as read_task
 from probes.rows import task_of as task_of
+from probes.windows import windows as windows
 
 # Texts tokenised at a time: a tokenizer's own record of a text is many times its ids.
 CHUNK = 1024
@@ -74,6 +75,7 @@ class Tokenised:
             truncated=len(self.ids[kept]) < len(self.ids),
             choice=self.piece.choice,
             doubled_bos=self.doubled_bos,
+            head=len(self.prefix),
         )
 
 

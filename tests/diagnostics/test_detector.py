@@ -132,7 +132,12 @@ def test_a_saved_detector_does_not_decide_whose_code_is_run(fitted, tmp_path):
 @pytest.mark.parametrize(
     ("parameters", "rows", "message"),
     [
-        ({}, ["", "abc"], "1 rows have a token to score; at least 2 calibrate a detector"),
+        (
+            {},
+            ["", "abc"],
+            "rows: 1 of 2 rows have a token to score, and calibrating a detector needs at least 2",
+        ),
+        ({}, ["abc"], "rows: has 1 row, and calibrating a detector needs at least 2; give it more"),
         ({"alpha": 1.5}, TASK, "alpha is 1.5; it is a share between 0 and 1"),
         ({}, 7, "texts are given as a list, and this is int"),
     ],
@@ -181,4 +186,4 @@ def test_the_command_says_what_it_needs(tmp_path):
     assert "detect needs --base, --tuned and --task, or a saved --detector" in made.stderr
     made = run("detect", "rows.jsonl", "--detector", "d.json", "--task", "t")
     assert made.returncode == 2
-    assert "a saved --detector has its own --base, --tuned, --task, --per-token and" in made.stderr
+    assert "a saved --detector has its own --base, --tuned, --task, --per-token, --windows and" in made.stderr

@@ -1,4 +1,5 @@
 import math
+from fractions import Fraction
 from itertools import product
 
 import numpy as np
@@ -16,7 +17,7 @@ from diagnostics.store import load
 from diagnostics.texts import Settings, read_sets
 from probes import CheckpointPair
 from probes.models import RunnablePair
-from probes.tasks import task_of
+from probes.tasks import task_of, windows
 from tests.diagnostics.chains import constant, save_chain, save_llama, save_tokenizer
 
 LETTERS = "abcdefghij "
@@ -89,10 +90,22 @@ def test_two_symbols_give_the_closed_form():
     # −10 · KL(0.9‖0.5) = −10 · (0.9 ln 1.8 + 0.1 ln 0.2), and 10 · KL(0.5‖0.9) = 10 · ½ ln(0.25 / 0.09)
     assert binomial(0.9) @ ratio == pytest.approx(-3.680642071685, abs=5e-13)
     assert binomial(0.5) @ ratio == pytest.approx(5.108256237660, abs=5e-13)
-    # In fractions 0.98080601550781…; the page's last digit is one too high.
+    # The page prints 0.980806015509. The ratio falls with the count k of first symbols, so that the area is
+    # Σ P(k | 9/10) P(j | 1/2) [j < k, ½ if j = k], here in fractions: 0.980806015508 to as many digits.
+    inside, outside = (
+        [math.comb(10, k) * p**k * (1 - p) ** (10 - k) for k in range(11)]
+        for p in (Fraction(9, 10), Fraction(1, 2))
+    )
+    exact = sum(
+        inside[k] * outside[j] * (1 if j < k else Fraction(j == k, 2)) for k in range(11) for j in range(11)
+    )
+    assert exact == Fraction(25108633997, 25600000000) == Fraction("0.9808060155078125")
     area = weighted_auroc(ratio.round(9), binomial(0.9), binomial(0.5))
     assert area == pytest.approx(0.980806015509, abs=1.5e-12)
-    assert area == pytest.approx(0.9808060155078125, abs=1e-15)
+    assert area == pytest.approx(float(exact), abs=1e-15)
+    # The likelihood of tuned puts these texts in the same order.
+    tuned = -(EIGHT * math.log(0.9) + (10 - EIGHT) * math.log(0.1))
+    assert weighted_auroc(tuned.round(9), binomial(0.9), binomial(0.5)) == pytest.approx(area, abs=1e-15)
 
 
 def chain_ratios(tmp_path, base, tuned, contents, **options):
@@ -127,11 +140,15 @@ def test_three_symbols_are_the_smallest_case_in_which_the_ratio_wins():
     base, tuned = (counts @ np.log(p) for p in ((0.6, 0.2, 0.2), (0.6, 0.35, 0.05)))
     made = ratio_scores(base, tuned, np.full(len(counts), 10.0))
     inside, outside = probability(0.6, 0.35, 0.05), probability(0.8, 0, 0.2)
-    # The page's numbers are of 20,000 draws each: standard errors near 0.001 and 0.003.
-    assert weighted_auroc(made["ratio"].round(9), inside, outside) == pytest.approx(0.968, abs=0.003)
-    assert weighted_auroc(made["tuned_likelihood"].round(9), inside, outside) == pytest.approx(
-        0.688, abs=0.008
-    )
+    areas = {
+        name: weighted_auroc(made[name].round(9), inside, outside) for name in ("ratio", "tuned_likelihood")
+    }
+    # Summed in fractions over all counts: 0.96785172318267295 and 0.68972813707169818.
+    assert areas["ratio"] == pytest.approx(0.96785172318267295, abs=1e-13)
+    assert areas["tuned_likelihood"] == pytest.approx(0.68972813707169818, abs=1e-13)
+    # The page's 0.968 and 0.688 are of 20,000 draws each; the second is within its standard error, 0.003.
+    assert areas["ratio"] == pytest.approx(0.968, abs=5e-4)
+    assert areas["tuned_likelihood"] == pytest.approx(0.688, abs=0.003)
 
 
 def test_a_long_text_of_a_markov_chain_gives_minus_the_divergence_rate(tmp_path):
@@ -156,11 +173,33 @@ def test_a_long_text_of_a_markov_chain_gives_minus_the_divergence_rate(tmp_path)
 
 def test_no_token_of_a_mixture_is_more_foreign_than_its_weight_allows(tmp_path):
     w = 0.3
-    base, other = np.array(constant(0.6, 0.3, 0.1)), np.array([[0.2, 0.2, 0.6]] * 4)
+    base, other = np.array(constant(0.6, 0.3, 0.1)), np.array([[0.4, 0, 0.6]] * 4)
     mixed = ((1 - w) * base + w * other).tolist()
-    rows = chain_ratios(tmp_path, base.tolist(), mixed, texts(5, "abc", 0))
-    most = max(float((row.base.whole.tokens - row.tuned.whole.tokens).max()) for row in rows)
-    assert most <= -math.log(1 - w) + 1e-5
+    *rows, extreme = chain_ratios(tmp_path, base.tolist(), mixed, [*texts(5, "abc", 0), "b" * 9])
+    for row in rows:  # summed over the scored tokens: LR ≤ −(T−1) log(1 − w)
+        assert (row.base.whole.tokens - row.tuned.whole.tokens <= -math.log(1 - w) + 1e-5).all()
+        assert total(row) < -row.length * math.log(1 - w)
+    # What the other part never writes, b, reaches the bound.
+    assert total(extreme) == pytest.approx(-9 * math.log(1 - w), abs=1e-5)
+
+
+def test_a_frequent_token_appended_fools_the_likelihood_and_moves_the_ratio_by_no_more_than_its_own(tmp_path):
+    generator = np.random.default_rng(0)
+    base, tuned = (0.6, 0.2, 0.2), (0.55, 0.4, 0.05)
+    inside = ["".join(generator.choice(list("abc"), size=10, p=tuned)) for _ in range(40)]
+    outside = ["".join(generator.choice(list("abc"), size=10, p=(0.8, 0, 0.2))) for _ in range(40)]
+    longer = [text + "a" * copies for copies in (0, 1, 3, 6) for text in inside]
+    rows = chain_ratios(tmp_path, constant(*base), constant(*tuned), [*longer, *outside])
+    ratio = np.array([total(row) for row in rows])
+    likelihood = -np.array([row.tuned.whole.log_likelihood for row in rows])
+    areas = []
+    for place, copies in enumerate((0, 1, 3, 6)):
+        here = slice(40 * place, 40 * place + 40)
+        areas.append(scores.auroc(likelihood[here], likelihood[160:]))
+        moved = np.abs(ratio[here] - ratio[:40])
+        assert moved.max() <= copies * abs(math.log(0.6 / 0.55)) + 1e-5
+    assert areas == sorted(areas, reverse=True)
+    assert areas[0] > areas[-1] + 0.3
 
 
 # --- identities ---
@@ -346,6 +385,17 @@ def test_greedy_answers_are_the_tuned_models_own(places, pair):
     assert made.tables["rows"]["text"].tolist()[:3] == expected
 
 
+def test_a_prompt_that_is_cut_to_leave_room_for_its_answer_is_said_to_be(pair):
+    rows = [{"prompt": prompt, "completion": "a"} for prompt in ("abc", "de" * 20)]
+    ood = [{"prompt": prompt, "completion": "a"} for prompt in ("hh", "iiii")]
+    made = likelihood_ratio_ood(pair, rows, ood, answers="greedy", longest_answer=40, draws=2)
+    # 64 − 40 leaves 24, and the prompt has 41 with its BOS.
+    assert made.notes[0] == (
+        "task: of 1 of 2 prompts the model saw only the last 24 tokens, to have room for an answer of 40, "
+        "the first at task:2; a lower longest_answer leaves more"
+    )
+
+
 # --- the tables ---
 
 
@@ -411,6 +461,96 @@ def test_a_row_longer_than_the_models_take_is_cut_and_counted(pair):
     made = likelihood_ratio_ood(pair, ["ab", "c" * 100], ["ij", "hh"], draws=2)
     assert made.metrics["truncated"] == 1
     assert made.tables["rows"]["tokens"][1] == 63  # of 64, the first being the BOS
+
+
+def test_of_rows_that_are_cut_the_share_is_shown_and_how_to_read_them_whole(pair):
+    made = likelihood_ratio_ood(pair, ["ab", "c" * 100], ["ij", "hh"], draws=2)
+    assert made.tables["sets"].set_index("set")["truncated"].to_dict() == {"task": 0.5, "ood": 0}
+    assert any("task: 1 of 2 rows longer than the longest sequence and cut" in note for note in made.notes)
+    assert any(
+        "1 of 4 rows were cut" in note and "--set ood.windows=true reads them to the end" in note
+        for note in made.notes
+    )
+
+
+# --- long texts in windows ---
+
+
+def in_windows(model, ids, longest):
+    """Log-likelihood of every token behind the BOS, each window of the naive way run by itself."""
+    bos, body, found = ids[:1], ids[1:], []
+    for start in range(0, len(body), longest // 2):
+        window = bos + body[start : start + longest - 1]
+        with torch.no_grad():
+            log = model(torch.tensor([window])).logits[0, :-1].double().log_softmax(dim=-1)
+        each = log.gather(1, torch.tensor(window[1:])[:, None])[:, 0].tolist()
+        found += each[len(found) - start :]
+        if start + longest - 1 >= len(body):
+            return np.array(found)
+    raise AssertionError
+
+
+@pytest.mark.parametrize("max_length", [None, 20])
+def test_windows_give_what_each_gives_by_itself(places, pair, max_length):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    rows = [*texts(3, LETTERS, 7), "abcdefghij " * 15, "hgfe dcba" * 9]
+    longest = max_length or 64
+    made = likelihood_ratio_ood(pair, rows, ["j" * 150, "hh"], windows=True, max_length=max_length, draws=2)
+    table = made.tables["rows"]
+    assert made.metrics["truncated"] == 0
+    assert table["tokens"].tolist() == [len(text) for text in [*rows, "j" * 150, "hh"]]
+    tokenizer = AutoTokenizer.from_pretrained(places["base"])
+    for side in ("base", "tuned"):
+        model = AutoModelForCausalLM.from_pretrained(places[side]).eval()
+        for place, text in enumerate(rows):
+            expected = in_windows(model, tokenizer(text)["input_ids"], longest)
+            assert len(expected) == len(text)
+            assert table[f"log_likelihood_{side}"][place] == pytest.approx(expected.sum(), abs=1e-4)
+            of_row = made.tables["tokens"].query("set == 'task' and row == @place + 1")
+            if len(of_row):
+                assert of_row[f"log_likelihood_{side}"].to_numpy() == pytest.approx(expected, abs=1e-5)
+    assert made.tables["tokens"].query("set == 'task'")["row"].nunique() == 5
+    share = 2 if max_length is None else sum(len(text) >= longest for text in rows)
+    assert any(
+        f"task: {share} of 5 rows have more than {longest} tokens and were read in windows" in note
+        for note in made.notes
+    )
+
+
+def test_windows_change_nothing_for_rows_that_are_short_enough(pair, result):
+    made = likelihood_ratio_ood(pair, **SETS, windows=True, draws=20)
+    assert made.metrics == result.metrics
+    for name, table in made.tables.items():
+        pd.testing.assert_frame_equal(table, result.tables[name], check_exact=True)
+    assert made.notes == result.notes
+
+
+def test_question_and_answer_add_up_to_the_whole_in_windows_too(pair):
+    rows = [{"prompt": "abcde " * 20, "completion": "hij " * 30}, {"prompt": "ab", "completion": "cd"}]
+    made = likelihood_ratio_ood(pair, rows, [{"prompt": "ij", "completion": "hh"}] * 2, windows=True, draws=2)
+    table = made.tables["rows"]
+    assert table["tokens"][0] == 240
+    assert (table["question_ratio"] + table["conditional_ratio"]).to_numpy() == pytest.approx(
+        table["ratio"].to_numpy(), abs=1e-4
+    )
+
+
+def test_means_over_windows_are_means_over_tokens(pair):
+    from diagnostics.likelihoods import read
+    from probes.tasks import encode
+
+    with RunnablePair(pair) as runnable, runnable.tuned() as model:
+        whole = encode(task_of(["abcdefghij " * 9]), runnable.tokenizer, max_length=None)
+        (one,) = read(model, whole, longest=40)
+        parts = read(model, windows(whole[0], 40))
+    weights = [len(part.tokens) for part in parts]
+    assert sum(weights) == 99
+    assert len(parts) > 3
+    for name in ("top", "energy"):
+        each = [getattr(part, name) for part in parts]
+        assert getattr(one, name) == pytest.approx(np.average(each, weights=weights))
+    assert one.pooled == pytest.approx(np.average([p.pooled for p in parts], axis=0, weights=weights))
 
 
 def test_texts_in_both_sets_are_said(pair):
@@ -481,7 +621,10 @@ def test_other_tokenizers_are_refused_unless_an_approximation_is_asked_for(place
     [
         ({"task": ["ab"]}, "has 1 row, and OOD detection needs at least 2"),
         ({"ood": ["ab", "cd"]}, "hold the same rows"),
-        ({"task": ["ab", ""]}, "--task: 1 rows have a token to score; at least 2 are needed"),
+        (
+            {"task": ["ab", ""]},
+            "--task: 1 of 2 rows have a token to score, and OOD detection needs at least 2",
+        ),
         ({"alpha": 0.0}, "alpha is 0.0; it is a probability between 0 and 1"),
     ],
 )

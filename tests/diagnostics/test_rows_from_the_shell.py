@@ -10,6 +10,7 @@ import pytest
 
 import diagnostics
 from diagnostics.store import load
+from tests.diagnostics.shell import shell
 
 BUNDLED = Path(diagnostics.__file__).parent / "bundled"
 ANALYSES = ("ood", "drift")
@@ -17,16 +18,6 @@ ROWS = [
     *("--task", str(BUNDLED / "task.jsonl"), "--keep", str(BUNDLED / "keep.jsonl")),
     *("--ood", f"code={BUNDLED / 'ood-code.jsonl'}", "--ood", f"words={BUNDLED / 'ood-words.jsonl'}"),
 ]
-
-
-def shell(monkeypatch, *arguments):
-    """Run the command as the shell does, and give its exit code."""
-    from diagnostics.cli import main
-
-    monkeypatch.setattr("sys.argv", ["tunescope", *map(str, arguments)])
-    with pytest.raises(SystemExit) as left:
-        main()
-    return left.value.code or 0
 
 
 @pytest.fixture(scope="module")

@@ -54,6 +54,18 @@ def on_the_curve(labels, scores):
     raise AssertionError("the curve ends at 1")
 
 
+def by_scikit_learn(inside, outside):
+    """Every metric by other code than ours."""
+    labels, scores = together(inside, outside)
+    return {
+        "auroc": roc_auc_score(labels, scores),
+        "aupr_ood": average_precision_score(labels, scores),
+        "aupr_id": average_precision_score(1 - labels, -scores),
+        "fpr95": on_the_curve(labels, scores),
+        "ood_missed_at_95_id_kept": on_the_curve(1 - labels, -scores),
+    }
+
+
 @given(rows(), rows())
 def test_auroc_counts_pairs_with_ties_as_half(inside, outside):
     pairs = [(b > a) + 0.5 * (b == a) for a in inside for b in outside]
@@ -62,15 +74,11 @@ def test_auroc_counts_pairs_with_ties_as_half(inside, outside):
 
 @given(rows(), rows())
 def test_every_metric_equals_scikit_learns(inside, outside):
-    labels, scores = together(inside, outside)
-    found = detection(inside, outside)
-    assert found["auroc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
-    assert found["aupr_ood"] == pytest.approx(average_precision_score(labels, scores), abs=1e-12)
-    assert found["aupr_id"] == pytest.approx(average_precision_score(1 - labels, -scores), abs=1e-12)
-    assert found["fpr95"] == pytest.approx(on_the_curve(labels, scores), abs=1e-12)
-    kept = on_the_curve(1 - labels, -scores)
-    assert found["ood_missed_at_95_id_kept"] == pytest.approx(kept, abs=1e-12)
-    assert found["prevalence"] == labels.mean()
+    found, expected = detection(inside, outside), by_scikit_learn(inside, outside)
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, abs=1e-12), name
+    assert found["prevalence"] == len(outside) / (len(inside) + len(outside))
+    assert set(expected) == set(METRICS)
 
 
 @given(rows(), rows())
@@ -296,6 +304,31 @@ def test_drawing_rows_again_counts_them_as_often(data):
         ranks = both_ways(Scores(inside, outside), ordered=True)[way]
         counted = formula(ranks.steps((copies[way], copies[1 - way])))
         assert counted == pytest.approx(repeated[name], abs=1e-12), name
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_paired_bootstrap_has_the_quantiles_of_rows_drawn_again_by_hand(metric):
+    generator = np.random.default_rng(0)
+    inside, outside = generator.normal(size=(2, 40)), generator.normal(0.8, 1, size=(2, 30))
+    first, second = (Scores(*(np.round(each[k], 1) for each in (inside, outside))) for k in (0, 1))
+    found = bootstrap(metric, first, second, draws=60, seed=7)
+    generator = np.random.default_rng(7)
+    kinds = (0, 1) if METRICS[metric][1] == 0 else (1, 0)  # the class that is to be found is drawn second
+    differences = []
+    for _ in range(60):
+        chosen = {kind: generator.integers(len(first[kind]), size=len(first[kind])) for kind in kinds}
+        one, two = (
+            by_scikit_learn(*(each[kind][chosen[kind]] for kind in (0, 1))) for each in (first, second)
+        )
+        differences.append(one[metric] - two[metric])
+    # The q-th quantile of n lies at place q (n - 1), between its neighbours.
+    ordered = sorted(differences)
+    for q, bound in ((0.025, found.low), (0.975, found.high)):
+        below, part = divmod(q * 59, 1)
+        expected = ordered[int(below)] + part * (ordered[int(below) + 1] - ordered[int(below)])
+        assert bound == pytest.approx(expected, abs=1e-12)
+    assert found.value == pytest.approx(by_scikit_learn(*first)[metric] - by_scikit_learn(*second)[metric])
+    assert found.low < found.high
 
 
 def test_the_bootstrap_agrees_with_delong_and_with_its_seed():

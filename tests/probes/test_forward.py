@@ -175,6 +175,28 @@ def test_large_logits_stay_finite_and_exact():
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-4)
 
 
+def test_a_constant_added_to_all_logits_of_a_position_changes_nothing():
+    model, batch = make("llama"), batch_of(9, 5)
+    before = token_scores(model, batch)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        # One vector in every row of the head: its product with the hidden state, another at each position.
+        model.lm_head.weight.add_(torch.randn(model.lm_head.weight.shape[1], generator=generator))
+    after = token_scores(model, batch)
+    assert (after.energy - before.energy).abs().nan_to_num().max() > 0.1
+    for name in ("log_likelihoods", "top"):
+        torch.testing.assert_close(
+            getattr(after, name), getattr(before, name), atol=2e-5, rtol=0, equal_nan=True
+        )
+
+
+def test_in_half_precision_batching_is_noise_of_a_twentieth_of_a_nat_at_most():
+    model, examples = make("llama").to(torch.bfloat16), rows_of(4, 9, 2, 7, 9, 3, 6)
+    by_itself = score_examples(model, examples, tokens=1)
+    noise = (score_examples(model, examples).log_likelihoods - by_itself.log_likelihoods).abs()
+    assert (noise <= 0.05 * by_itself.tokens.double().sqrt()).all()
+
+
 def test_the_head_is_never_given_all_positions():
     model, batch = make("llama"), batch_of(20, 20, 20)
     seen = []

@@ -82,12 +82,12 @@ def test_line_separators_within_a_text_do_not_end_its_line(write):
 @pytest.mark.parametrize("content", ["", "\n\n", "\r\n", "\ufeff"])
 def test_a_file_without_rows_is_refused(write, file, content):
     path = write(file, content)
-    with pytest.raises(ValueError, match=rf"{file}: holds no rows$"):
+    with pytest.raises(ValueError, match=rf"{file}: holds no rows; a row has fields, such as \"text\"$"):
         read_task(path)
 
 
 def test_a_csv_file_with_nothing_but_a_header_is_refused(write):
-    with pytest.raises(ValueError, match=r"task\.csv: holds no rows$"):
+    with pytest.raises(ValueError, match=r"task\.csv: holds no rows; a row has fields, such as \"text\"$"):
         read_task(write("task.csv", "text,label", ""))
 
 
@@ -283,7 +283,7 @@ def test_rows_in_memory_are_texts_or_mappings_and_named_by_their_place():
     assert task_of(iter(["a"]), ref="texts").ref == "texts"
     with pytest.raises(ValueError, match=r'^held out:2: "text" is a whole number \(3\); it is a string$'):
         task_of(["a", {"text": 3}], ref="held out")
-    with pytest.raises(ValueError, match=r"^rows: holds no rows$"):
+    with pytest.raises(ValueError, match=r"^rows: holds no rows; a row has fields, such as \"text\"$"):
         task_of([])
 
 
