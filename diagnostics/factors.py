@@ -16,8 +16,8 @@ Applied = tuple[Float[Tensor, "size count"], Float[Tensor, "3 count"]]
 # Constant of a Gram matrix's rounding, which is like a random matrix: entry for entry in proportion to the
 # lengths of two rows.
 ROUNDING = 4
-# What rounding may amount to, relative to the smallest eigenvalue that is inverted; with one step of
-# iterative refinement a tenth will do.
+# What rounding may amount to, relative to the smallest eigenvalue that is inverted; a tenth will do with one
+# step of iterative refinement.
 NEGLIGIBLE, REFINED = 0.01, 0.1
 
 
@@ -30,7 +30,7 @@ class Shifted:
     Attributes:
         L: in W's own precision, where one step of iterative refinement makes up for it, or in float64.
         gram: `W Wᵀ + shift` where L is of a higher precision than W.
-        rounding: bound on the norm of the error of `gram`.
+        rounding: bound on the norm of the error of `W Wᵀ + shift` as it was factored.
         norm: `‖W‖_F`.
     """
 
@@ -58,12 +58,15 @@ class Shifted:
         L, failed = torch.linalg.cholesky_ex(gram)
         if failed.item():
             return None
-        return cls(W, L, shift, None if native else gram, rounding, lengths.sum().sqrt())
+        whole = None if native else gram.tril() + gram.tril(-1).mT
+        return cls(W, L, shift, whole, rounding, lengths.sum().sqrt())
 
     def apply_inverse(self, block: Tensor) -> Applied:
         """b for every unit column q, and over x what `q − (W Wᵀ + shift) b` leaves."""
         b = self._solve(block)
-        b = (b + self._solve(self._left(block, b)[0])).to(self.L.dtype).double()
+        if self.rounding > NEGLIGIBLE * self.shift:
+            b = b + self._solve(self._left(block, b)[0])
+        b = b.to(self.L.dtype).double()
         left, rounding = self._left(block, b)
         errors = torch.zeros(3, block.shape[1], dtype=b.dtype, device=b.device)
         errors[1] = torch.linalg.vector_norm(left, dim=0) + rounding

@@ -47,7 +47,10 @@ def random_floor(rows: int) -> float:
 
 
 def gram(W: Float[Tensor, "out in"], dtype: torch.dtype = torch.float64) -> Float[Tensor, "side side"]:
-    """`W Wᵀ` or `Wᵀ W`, whichever is smaller, accumulated so that no copy of W in that dtype exists."""
+    """The lower triangle of `W Wᵀ` or `Wᵀ W`, whichever is smaller; what is above it means nothing.
+
+    It is accumulated, so that no copy of W in that dtype exists.
+    """
     wide = W if W.shape[0] <= W.shape[1] else W.mT
     total = torch.zeros(wide.shape[0], wide.shape[0], dtype=dtype, device=W.device)
     for part in wide.split(2048, dim=1):
@@ -56,7 +59,7 @@ def gram(W: Float[Tensor, "out in"], dtype: torch.dtype = torch.float64) -> Floa
             total.addmm_(part, part.mT)
         else:
             _add_symmetric(total, part)
-    return total.tril() + total.tril(-1).mT
+    return total
 
 
 def _add_symmetric(total: Float[Tensor, "side side"], part: Float[Tensor, "side some"]) -> None:

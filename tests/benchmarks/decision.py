@@ -126,7 +126,8 @@ def bundled() -> Iterator[Pair]:
 
 def compare(table: Table, label: str, pairs: list[Pair], floor: str = "", repeats: int = 1) -> None:
     """One row: all pairs the naive way, and in tiers."""
-    naive_s, counts = seconds(lambda: [naive(base, tuned) for _, base, tuned in pairs])
+    often = repeats if pairs[0][1].numel() <= 2048**2 else 1  # the larger ones take minutes
+    naive_s, counts = seconds(lambda: [naive(base, tuned) for _, base, tuned in pairs], often)
     decided_s, decisions = seconds(
         lambda: [
             decide(base, tuned, K, EPSILON, torch.Generator().manual_seed(0)) for _, base, tuned in pairs

@@ -31,7 +31,7 @@ def test_left_vectors_are_those_of_the_svd(shape, kind, generator):
 def test_the_gram_matrix_is_the_smaller_one(shape, generator):
     W = torch.randn(*shape, generator=generator)
     wide = W.double() if shape[0] <= shape[1] else W.double().mT
-    assert torch.allclose(linalg.gram(W), wide @ wide.mT, rtol=1e-12)
+    assert torch.allclose(linalg.gram(W).tril(), (wide @ wide.mT).tril(), rtol=1e-12)
 
 
 def test_a_random_vector_comes_as_near_as_the_floor_says(generator):
