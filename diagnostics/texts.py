@@ -26,7 +26,7 @@ class Settings:
         chat_template: texts and prompts are a user's messages.
         approximate: let tokenizers differ.
         answers: to the prompts, `file` or `greedy`.
-        longest_answer: of a greedy one, in tokens.
+        longest_answer: of a greedy one, in tokens; at most half of `max_length`.
         batch_tokens: most tokens in a batch, padding included.
     """
 
@@ -121,7 +121,9 @@ def read_sets(
     tasks = {name: with_answers(task) for name, task in sets.items()}
     if settings.answers == "greedy":
         with runnable.tuned() as model:
-            tasks = {n: answered(model, runnable.tokenizer, task, settings) for n, task in tasks.items()}
+            for name, task in tasks.items():
+                tasks[name], more = answered(model, runnable.tokenizer, task, settings)
+                said += more
     encoded = {
         side: {name: forms(task, tokenizer, settings) for name, task in tasks.items()}
         for side, tokenizer in tokenizers.items()
@@ -217,16 +219,29 @@ def with_answers(task: Task) -> Task:
     return replace(task, rows=tuple(rows), shape="completion")
 
 
-def answered(model: Any, tokenizer: Any, task: Task, settings: Settings) -> Task:
-    """The task with what the model itself writes after each prompt."""
+def answered(model: Any, tokenizer: Any, task: Task, settings: Settings) -> tuple[Task, list[str]]:
+    """The task with what the model itself writes after each prompt, and what to say of that."""
     if task.shape != "completion":
-        return task
-    room = settings.max_length and max(2, settings.max_length - settings.longest_answer)
+        return task, []
+    length, longest = settings.max_length, settings.longest_answer
+    if length is not None:
+        longest = min(longest, length // 2)
+    room = None if length is None else max(2, length - longest)
     asked = replace(task, rows=tuple(replace(row, completion="") for row in task.rows))
-    prompts = encode(asked, tokenizer, max_length=room, chat_template=settings.chat_template)
-    written = greedy(model, tokenizer, prompts, longest=settings.longest_answer)
+    prompts = encode(
+        asked, tokenizer, max_length=room, chat_template=settings.chat_template, score_span="all"
+    )
+    cut = sum(prompt.truncated for prompt in prompts)
+    said = [f"{task.ref}: {cut} of {len(prompts)} questions were cut to {room} tokens to be answered"]
+    written = greedy(model, tokenizer, [opened(prompt) for prompt in prompts], longest=longest)
     rows = (replace(row, completion=text) for row, text in zip(task.rows, written, strict=True))
-    return replace(task, rows=tuple(rows))
+    return replace(task, rows=tuple(rows)), said if cut else []
+
+
+def opened(prompt: Example) -> Example:
+    """A prompt of which all is scored, without the special tokens that end a text."""
+    ends = max((place + 1 for place, flag in enumerate(prompt.scored) if flag), default=1)
+    return replace(prompt, ids=prompt.ids[:ends], scored=prompt.scored[:ends])
 
 
 def forms(task: Task, tokenizer: Any, settings: Settings) -> Forms:
