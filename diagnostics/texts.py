@@ -12,7 +12,7 @@ import numpy as np
 
 from diagnostics.likelihoods import NOTHING, Read, greedy, read
 from probes.models import RunnablePair
-from probes.tasks import Example, Row, Task, encode, notes
+from probes.tasks import Example, Row, Task, encode, frame, notes
 
 Progress: TypeAlias = Callable[[int, int, str], None]
 
@@ -146,7 +146,11 @@ def read_sets(
         texts[name] = [
             text_of(row, *pair, in_bytes=shared is None) for row, pair in zip(task.rows, pairs, strict=True)
         ]
-        said += notes(task, both[1], runnable.base_tokenizer)
+        said += dict.fromkeys(
+            note
+            for side, own in zip(("base", "tuned"), both, strict=True)
+            for note in notes(task, own, tokenizers[side] if shared is None else runnable.base_tokenizer)
+        )
         moved = sum(not prefixed(each) for each in pieces(encoded["tuned"][name]))
         if moved:
             said.append(
@@ -169,9 +173,15 @@ def common(base: Any, tuned: Any, *, approximate: bool) -> tuple[Any | None, int
         tokenizer, known, said = shared
         return tokenizer, known, [f"{each}, and the others share what probability they have" for each in said]
     if approximate:
-        return None, None, [
-            "approximate: the tokenizers differ; lengths are bytes, means per byte of the same texts"
-        ]  # fmt: skip
+        said = ["approximate: the tokenizers differ; lengths are bytes, means per byte of the same texts"]
+        begun = [bool(frame(tokenizer, ())[0]) for tokenizer in (base, tuned)]
+        if begun[0] != begun[1]:
+            one, two = ("base", "tuned") if begun[0] else ("tuned", "base")
+            said.append(
+                f"approximate: the first token of each text is scored under {one} alone, because the "
+                f"tokenizer of {two} puts none before it"
+            )
+        return None, None, said
     raise ValueError(
         f"{differing(base, tuned)}, so that ratios of tokens mean nothing; an audit with --approximate "
         "compares whole texts, in nats per byte"

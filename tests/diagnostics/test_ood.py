@@ -471,6 +471,10 @@ def test_other_tokenizers_are_refused_unless_an_approximation_is_asked_for(place
     assert made.tables["rows"]["tokens"].tolist() == [2, 5, 2, 2]
     assert "tokens" not in made.tables
     assert any("approximate" in note for note in made.notes)
+    assert not any("BOS" in note or "the first token" in note for note in made.notes)
+    save_tokenizer(other, LETTERS[::-1], bos=False)
+    made = likelihood_ratio_ood(pair, ["ab", "cd ef"], ["ij", "hh"], approximate=True, draws=2)
+    assert any("the first token of each text is scored under base alone" in note for note in made.notes)
 
 
 # --- refusals ---
