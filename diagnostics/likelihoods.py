@@ -5,16 +5,18 @@ of them are of the same tokens.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import nn
+from torch import Tensor, nn
 
-from probes.body import evaluating
+from probes.body import evaluating, unwrapped
 from probes.forward import score_examples
 from probes.measure import NonFiniteError
 from probes.tasks import Batch, Example, batches, halving, windows
@@ -116,30 +118,70 @@ def joined(parts: Sequence[Read]) -> Read:
 def greedy(
     model: Any, tokenizer: Any, prompts: Sequence[Example], *, longest: int, tokens: int = 4096
 ) -> list[str]:
-    """What a model writes after each prompt, always taking the likeliest token, at most `longest` tokens."""
+    """What a model writes after each prompt, always taking the likeliest token, at most `longest` tokens.
+
+    It stops where the tokenizer or the model's own settings end a text. What else these ask for, such as a
+    penalty on repetition, is not done: that would take other tokens than the likeliest.
+    """
     answers = [""] * len(prompts)
-    ends = tokenizer.eos_token_id
-    pad = next((id for id in (tokenizer.pad_token_id, ends) if id is not None), 0)
+    own = unwrapped(model).generation_config.eos_token_id
+    ends = {
+        id for id in (tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])) if id is not None
+    }
+    pad = next((id for id in (tokenizer.pad_token_id, *sorted(ends)) if id is not None), 0)
 
     def generate(batch: Batch) -> list[str]:
-        device = model.get_input_embeddings().weight.device
-        with torch.no_grad():
-            made = model.generate(
-                input_ids=batch.ids.to(device),
-                attention_mask=batch.attention_mask.to(device),
-                max_new_tokens=longest,
-                do_sample=False,
-                num_beams=1,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                pad_token_id=pad,
-                eos_token_id=ends,
-            )
-        return tokenizer.batch_decode(made[:, batch.ids.shape[1] :], skip_special_tokens=True)
+        made = written(
+            model, batch, max_new_tokens=longest, pad_token_id=pad, eos_token_id=sorted(ends) or None
+        )
+        rows = made.sequences[:, batch.ids.shape[1] :].tolist()
+        kept = [list(takewhile(lambda token: token not in ends, row)) for row in rows]
+        return tokenizer.batch_decode(kept, skip_special_tokens=True)
 
-    with evaluating(model):
+    with evaluating(model), without_settings(model):
+        if moved_by_padding(model, pad):
+            tokens = 1  # one by one
         for batch, texts in halving(generate, batches(prompts, tokens=tokens, pad_id=pad, side="left")):
             for index, text in zip(batch.indices.tolist(), texts, strict=True):
                 answers[index] = text
     return answers
+
+
+def written(model: Any, batch: Batch, **settings: Any) -> Any:
+    """transformers' record of what a model writes after a batch, token by token the likeliest."""
+    device = model.get_input_embeddings().weight.device
+    with torch.no_grad():
+        return model.generate(
+            input_ids=batch.ids.to(device),
+            attention_mask=batch.attention_mask.to(device),
+            do_sample=False,
+            return_dict_in_generate=True,
+            **settings,
+        )
+
+
+@contextmanager
+def without_settings(model: Any) -> Iterator[None]:
+    """The model as if no generation_config.json had come with it."""
+    inner = unwrapped(model)
+    own = inner.generation_config
+    inner.generation_config = type(own)()
+    try:
+        yield
+    finally:
+        inner.generation_config = own
+
+
+def moved_by_padding(model: Any, pad: int) -> bool:
+    """Whether padding on the left changes what follows: recurrent models may read it as text."""
+    vocabulary = len(model.get_input_embeddings().weight)
+    ids = [(7919 * place + 5) % vocabulary for place in range(8)]
+    both = [Example(ids=ids[:size], scored=[False] * size, row=0) for size in (len(ids), 3)]
+
+    def following(examples: Sequence[Example]) -> Tensor:
+        (batch,) = batches(examples, pad_id=pad, side="left")
+        return written(model, batch, max_new_tokens=1, pad_token_id=pad, output_logits=True).logits[0][-1]
+
+    padded, alone = following(both), following(both[1:])
+    round_off = 1e-3 if alone.dtype in (torch.float32, torch.float64) else 0.1
+    return not torch.allclose(padded, alone, rtol=0, atol=round_off * float(alone.abs().max()))

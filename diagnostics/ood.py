@@ -125,7 +125,7 @@ def likelihood_ratio_ood(
         chat_template: texts and prompts are a user's messages.
         approximate: let tokenizers differ; ratios are then per byte, and of one segmentation of each text.
         answers: to prompts, those of the `file` (ours) or tuned's own `greedy` ones (paper).
-        longest_answer: of the greedy ones, in tokens (paper: 768).
+        longest_answer: of the greedy ones, in tokens (paper: 768), but at most half of what the models take.
         alpha: conformal p-value below which a row is flagged (ours).
         draws: bootstrap draws for intervals of all but the AUROC, which has DeLong's (ours).
         examples: rows of each set whose tokens are kept, the most foreign first.

@@ -27,7 +27,7 @@ class Settings:
         chat_template: texts and prompts are a user's messages.
         approximate: let tokenizers differ.
         answers: to the prompts, `file` or `greedy`.
-        longest_answer: of a greedy one, in tokens.
+        longest_answer: of a greedy one, in tokens; at most half of `max_length`.
         batch_tokens: most tokens in a batch, padding included.
     """
 
@@ -162,9 +162,13 @@ def read_sets(
         texts[name] = [
             text_of(row, *pair, in_bytes=shared is None) for row, pair in zip(task.rows, pairs, strict=True)
         ]
-        # Once for all sets is enough, and of other tokenizers each reads its own way.
-        expecting = None if lacking or shared is None else runnable.base_tokenizer
-        said += notes(task, both[1], expecting)
+        # Once for all sets is enough.
+        expecting = None if lacking else runnable.base_tokenizer
+        said += dict.fromkeys(
+            note
+            for side, own in zip(("base", "tuned"), both, strict=True)
+            for note in notes(task, own, tokenizers[side] if shared is None else expecting)
+        )
         said += in_windows(task, both[1], settings.window)
         moved = sum(not prefixed(each) for each in pieces(encoded["tuned"][name]))
         if moved:
@@ -188,9 +192,15 @@ def common(base: Any, tuned: Any, *, approximate: bool) -> tuple[Any | None, int
         tokenizer, known, said = shared
         return tokenizer, known, [f"{each}, and the others share what probability they have" for each in said]
     if approximate:
-        return None, None, [
-            "approximate: the tokenizers differ; lengths are bytes, means per byte of the same texts"
-        ]  # fmt: skip
+        said = ["approximate: the tokenizers differ; lengths are bytes, means per byte of the same texts"]
+        begun = [bool(frame(tokenizer, ())[0]) for tokenizer in (base, tuned)]
+        if begun[0] != begun[1]:
+            one, two = ("base", "tuned") if begun[0] else ("tuned", "base")
+            said.append(
+                f"approximate: the first token of each text is scored under {one} alone, because the "
+                f"tokenizer of {two} puts none before it"
+            )
+        return None, None, said
     raise ValueError(
         f"{differing(base, tuned)}, so that ratios of tokens mean nothing; an audit with --approximate "
         "compares whole texts, in nats per byte"
@@ -267,20 +277,31 @@ def answered(model: Any, tokenizer: Any, task: Task, settings: Settings) -> tupl
     """The task with what the model itself writes after each prompt, and what to say of that."""
     if task.shape != "completion":
         return task, []
-    room = settings.max_length and max(2, settings.max_length - settings.longest_answer)
+    length, longest = settings.max_length, settings.longest_answer
+    if length is not None:
+        longest = min(longest, length // 2)
+    room = None if length is None else max(2, length - longest)
     asked = replace(task, rows=tuple(replace(row, completion="") for row in task.rows))
-    prompts = encode(asked, tokenizer, max_length=room, chat_template=settings.chat_template)
-    written = greedy(model, tokenizer, prompts, longest=settings.longest_answer)
+    prompts = encode(
+        asked, tokenizer, max_length=room, chat_template=settings.chat_template, score_span="all"
+    )
+    written = greedy(model, tokenizer, [opened(prompt) for prompt in prompts], longest=longest)
     rows = (replace(row, completion=text) for row, text in zip(task.rows, written, strict=True))
-    cut = [prompt.row for prompt in prompts if prompt.truncated]
     made = replace(task, rows=tuple(rows))
+    cut = [prompt.row for prompt in prompts if prompt.truncated]
     if not cut:
         return made, []
     return made, [
         f"{task.ref}: of {len(cut)} of {len(task.rows)} prompts the model saw only the last {room} tokens, "
-        f"to have room for an answer of {settings.longest_answer}, the first at {task.where(cut[0])}; a "
-        "lower longest_answer leaves more"
+        f"to have room for an answer of {longest}, the first at {task.where(cut[0])}; a lower longest_answer "
+        "leaves more"
     ]
+
+
+def opened(prompt: Example) -> Example:
+    """A prompt of which all is scored, without the special tokens that end a text."""
+    ends = max((place + 1 for place, flag in enumerate(prompt.scored) if flag), default=1)
+    return replace(prompt, ids=prompt.ids[:ends], scored=prompt.scored[:ends])
 
 
 def forms(task: Task, tokenizer: Any, settings: Settings) -> Forms:

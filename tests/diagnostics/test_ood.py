@@ -389,9 +389,9 @@ def test_a_prompt_that_is_cut_to_leave_room_for_its_answer_is_said_to_be(pair):
     rows = [{"prompt": prompt, "completion": "a"} for prompt in ("abc", "de" * 20)]
     ood = [{"prompt": prompt, "completion": "a"} for prompt in ("hh", "iiii")]
     made = likelihood_ratio_ood(pair, rows, ood, answers="greedy", longest_answer=40, draws=2)
-    # 64 − 40 leaves 24, and the prompt has 41 with its BOS.
+    # Half of 64 is the most for an answer, and the prompt has 41 with its BOS.
     assert made.notes[0] == (
-        "task: of 1 of 2 prompts the model saw only the last 24 tokens, to have room for an answer of 40, "
+        "task: of 1 of 2 prompts the model saw only the last 32 tokens, to have room for an answer of 32, "
         "the first at task:2; a lower longest_answer leaves more"
     )
 
@@ -611,6 +611,10 @@ def test_other_tokenizers_are_refused_unless_an_approximation_is_asked_for(place
     assert made.tables["rows"]["tokens"].tolist() == [2, 5, 2, 2]
     assert "tokens" not in made.tables
     assert any("approximate" in note for note in made.notes)
+    assert not any("BOS" in note or "the first token" in note for note in made.notes)
+    save_tokenizer(other, LETTERS[::-1], bos=False)
+    made = likelihood_ratio_ood(pair, ["ab", "cd ef"], ["ij", "hh"], approximate=True, draws=2)
+    assert any("the first token of each text is scored under base alone" in note for note in made.notes)
 
 
 # --- refusals ---
