@@ -331,6 +331,8 @@ def inject(model: Any, checkpoint: Checkpoint, *, name: str = "tuned") -> Any:
     where, device = str(checkpoint.directory), str(next(model.parameters()).device)
     try:
         with _silence(), warnings.catch_warnings():
+            # What is deprecated between these two libraries is not for the person who runs us.
+            warnings.simplefilter("ignore", FutureWarning)
             warnings.filterwarnings("error", message="Found missing adapter keys")
             if isinstance(model, peft.PeftModel):
                 model.load_adapter(where, name, torch_device=device)
