@@ -333,7 +333,8 @@ def inject(model: Any, checkpoint: Checkpoint, *, name: str = "tuned") -> Any:
     where, device = str(checkpoint.directory), str(next(model.parameters()).device)
     try:
         with _silence(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT's use of transformers
+            # What is deprecated between these two libraries is not for the person who runs us.
+            warnings.simplefilter("ignore", FutureWarning)
             warnings.filterwarnings("error", message="Found missing adapter keys")
             if isinstance(model, peft.PeftModel):
                 model.load_adapter(where, name, torch_device=device)

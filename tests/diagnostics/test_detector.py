@@ -2,12 +2,14 @@ import json
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 
+import diagnostics
 from diagnostics import likelihood_ratio_ood
 from diagnostics.detector import LikelihoodRatioDetector
 from probes import CheckpointPair
@@ -178,6 +180,17 @@ def test_the_command_scores_a_file_row_by_row_and_again_from_a_saved_detector(pl
     again = [json.loads(line) for line in second.stdout.splitlines()]
     assert [record["p_value"] for record in again] == [record["p_value"] for record in records]
     assert "".join(token["token"] for token in again[1]["by_token"]) == NEW[1]
+
+
+def test_the_command_says_nothing_beside_its_records_of_an_adapter(tmp_path):
+    bundled = Path(diagnostics.__file__).parent / "bundled"
+    lines = (bundled / "ood-code.jsonl").read_text().splitlines(keepends=True)[:3]
+    (tmp_path / "rows.jsonl").write_text("".join(lines))
+    made = run(
+        "detect", tmp_path / "rows.jsonl", "--base", bundled / "base", "--tuned", bundled / "lora-r1",
+        "--task", tmp_path / "rows.jsonl", "--device", "cpu",
+    )  # fmt: skip
+    assert (made.returncode, made.stderr, len(made.stdout.splitlines())) == (0, "", 3)
 
 
 def test_the_command_says_what_it_needs(tmp_path):
