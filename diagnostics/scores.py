@@ -7,10 +7,11 @@ in [0, 1] and come from counts at the distinct scores, so that millions of rows 
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from statistics import NormalDist
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -25,6 +26,8 @@ Counts: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 
 KEPT = 0.95
 ROUNDING = 1e-12  # a narrower interval is none
+MANY = 2**17  # scores whose sorting takes longer than starting a thread
+T = TypeVar("T")
 
 
 class Scores(NamedTuple):
@@ -108,15 +111,25 @@ def both_ways(scores: Scores, *, ordered: bool = False) -> tuple[Ranks, Ranks]:
         orders = np.argsort(arrays[0]), np.argsort(arrays[1])
         inside, outside = arrays[0][orders[0]], arrays[1][orders[1]]
     else:
-        inside, outside = map(np.sort, arrays)
-    below_inside, upto_outside = merged(inside, outside)
-    below_outside, upto_inside = merged(outside, inside)
+        inside, outside = both(np.sort, *((array,) for array in arrays))
+    (below_inside, upto_outside), (below_outside, upto_inside) = both(
+        merged, (inside, outside), (outside, inside)
+    )
     # The other class is found from below: what is not above a score becomes what is not below it.
     found = Ranks(outside, below_outside, upto_outside, len(inside), orders=orders)
     below, upto = (len(outside) - counts[::-1] for counts in (upto_inside, below_inside))
     if orders is not None:
         orders = orders[1][::-1], orders[0][::-1]
     return found, Ranks(-inside[::-1], below, upto, len(outside), orders=orders)
+
+
+def both(run: Callable[..., T], one: tuple[Array, ...], two: tuple[Array, ...]) -> tuple[T, T]:
+    """What `run` gives for two lists of arguments, side by side where it takes long enough."""
+    if len(one[0]) + len(two[0]) < MANY:
+        return run(*one), run(*two)
+    with ThreadPoolExecutor(1) as other:
+        later = other.submit(run, *two)
+        return run(*one), later.result()
 
 
 def merged(first: Array, second: Array) -> tuple[Counts, Counts]:

@@ -107,6 +107,6 @@ def test_a_question_and_its_answer_fit_into_what_the_model_takes(tokenizer):
     expected = [likeliest(model, tokenizer(text)["input_ids"], 16) for text in (long[-16:], "A")]
     assert [row.completion for row in made.rows] == [decoded(tokenizer, each) for each in expected]
     assert said == [
-        "rows: of 1 of 2 prompts the model saw only the last 16 tokens, to have room for an answer of 16, the "
-        "first at rows:1; a lower longest_answer leaves more"
+        "rows: of 1 of 2 prompts the model saw only the last 16 tokens, to have room for an answer of 16, "
+        "the first at rows:1; a lower longest_answer leaves more"
     ]
