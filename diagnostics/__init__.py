@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diagnostics.analysis import Result as Result
     from diagnostics.analysis import analyses as analyses
+    from diagnostics.detector import LikelihoodRatioDetector as LikelihoodRatioDetector
+    from diagnostics.drift import representation_drift as representation_drift
     from diagnostics.intruders import intruder_dimensions as intruder_dimensions
+    from diagnostics.mitigation import judged_mitigation as judged_mitigation
+    from diagnostics.ood import likelihood_ratio_ood as likelihood_ratio_ood
     from diagnostics.policy import Finding as Finding
     from diagnostics.policy import Policy as Policy
     from diagnostics.policy import default_policy as default_policy
@@ -21,13 +25,17 @@ if TYPE_CHECKING:
 EXPORTS = {
     "Audit": "diagnostics.store",
     "Finding": "diagnostics.policy",
+    "LikelihoodRatioDetector": "diagnostics.detector",
     "Policy": "diagnostics.policy",
     "Result": "diagnostics.analysis",
     "analyses": "diagnostics.analysis",
     "default_policy": "diagnostics.policy",
     "intruder_dimensions": "diagnostics.intruders",
+    "judged_mitigation": "diagnostics.mitigation",
+    "likelihood_ratio_ood": "diagnostics.ood",
     "load": "diagnostics.store",
     "load_policy": "diagnostics.policy",
+    "representation_drift": "diagnostics.drift",
 }
 __all__ = sorted(EXPORTS)
 

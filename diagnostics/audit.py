@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from diagnostics import machine
 from diagnostics.analysis import EXECUTION, Analysis, find, installed
 from diagnostics.disk import CannotWriteError
-from diagnostics.inputs import OPTIONS, open_roles
+from diagnostics.inputs import OPTIONS, ROLES, open_roles
 from diagnostics.policy import Policy, default_policy, load_policy
 from diagnostics.provenance import described, digest, key, one_line
 from diagnostics.store import Audit, Outcome, Store
@@ -45,6 +45,10 @@ def audit(
     keep: Iterable[str | Path] = (),
     guard: Iterable[str | Path] = (),
     ood: Iterable[str | Path] = (),
+    limit: int | None = None,
+    chat_template: bool = False,
+    approximate: bool = False,
+    trust_remote_code: bool = False,
 ) -> Audit:
     """Measure what tuning did, judge it, and write the audit and its report into a directory.
 
@@ -64,6 +68,9 @@ def audit(
         fresh: forget what an earlier run left in `out`.
         progress: called with (analysis, done, total, what is being done).
         task, keep, guard, ood: files of rows by role; `NAME=F` names one of `ood`.
+        limit: read the first so many rows of each file only.
+        chat_template, approximate, trust_remote_code: for the analyses that take them: write rows as a user's
+            message, let tokenizers differ, run code that a repository brings.
 
     Raises:
         ValueError, LookupError: the input is wrong; nothing has been run or written.
@@ -74,7 +81,13 @@ def audit(
     rules = policy if isinstance(policy, Policy) else load_policy(policy) if policy else default_policy()
     where = machine.device(device)
     common = {"dtype": machine.dtype(dtype), "seed": seed}
-    rows = open_roles({"task": task, "keep": keep, "guard": guard, "ood": ood})
+    asked = {
+        "chat_template": chat_template,
+        "approximate": approximate,
+        "trust_remote_code": trust_remote_code,
+    }
+    common |= {name: True for name, wanted in asked.items() if wanted}
+    rows = open_roles({"task": task, "keep": keep, "guard": guard, "ood": ood}, limit=limit)
     plan = {name: parameters(find(name), settings or {}, common) for name in names}
     check_settings(settings or {})
     lacking = {name: missing(find(name), {"pair", *rows}) for name in names}
@@ -180,7 +193,11 @@ def run_one(
 ) -> Outcome:
     """Run one analysis and write its tables; whatever goes wrong in it stays in it."""
     place = {"device": device, "progress": partial(progress, record.name) if progress else None}
-    inputs = {name: supplied[name] for name in (*record.inputs, *record.optional) if name in supplied}
+    inputs = {
+        name: {rows.name: rows.task for rows in supplied[name]} if name in ROLES else supplied[name]
+        for name in (*record.inputs, *record.optional)
+        if name in supplied
+    }
     memory = machine.PeakMemory()
     memory.start()
     began = time.perf_counter()
@@ -195,9 +212,7 @@ def run_one(
         raise
     except Exception as error:
         seconds = time.perf_counter() - began
-        outcome = (
-            refused(error) if type(error) in (ValueError, LookupError) else crashed(store, record.name, error)
-        )
+        outcome = refused(error) if says_why(error) else crashed(store, record.name, error)
     return replace(
         outcome,
         seconds=round(seconds, 3),
@@ -207,8 +222,18 @@ def run_one(
     )
 
 
+def says_why(error: Exception) -> bool:
+    """Whether an error tells a person that the input is wrong: a ValueError or LookupError of ours.
+
+    Python's own kinds of these, KeyError and UnicodeError among them, and other packages' mean a fault here.
+    """
+    kind = type(error)
+    ours = kind.__module__.partition(".")[0] in ("probes", "diagnostics")
+    return kind in (ValueError, LookupError) or (ours and issubclass(kind, ValueError | LookupError))
+
+
 def refused(error: Exception) -> Outcome:
-    """What becomes of an analysis that finds its input wrong; `ValueError` and `LookupError` say so."""
+    """What becomes of an analysis that finds its input wrong."""
     return Outcome(status="failed", fault="input", reason=one_line(error))
 
 

@@ -7,6 +7,7 @@ are imported when they are run; the list of commands shows the first line of the
 import ast
 import functools
 import importlib.util
+import json
 import os
 import sys
 import threading
@@ -166,6 +167,8 @@ Quiet = Annotated[
     bool, typer.Option("--quiet", help="Print nothing: the exit code and the files say it all.")
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Forget what an earlier run left in --out.")]
+Chat = Annotated[bool, typer.Option("--chat-template", help="Write rows as a user's message.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that a repository brings.")]
 Device = Annotated[str, typer.Option(metavar="D", help="auto, cpu, cuda or cuda:N.")]
 Base = Annotated[str, typer.Argument(metavar="BASE", help="Directory, file or hub id (`org/name@revision`).")]
 Tuned = Annotated[str, typer.Argument(metavar="TUNED", help="The same, or an adapter.")]
@@ -176,6 +179,12 @@ def run_options(
     keep: Annotated[Texts, typer.Option(metavar="F", help="Rows of what must survive.")] = None,
     guard: Annotated[Texts, typer.Option(metavar="F", help="Rows of what must never fail.")] = None,
     ood: Annotated[Texts, typer.Option(metavar="NAME=F", help="Rows that it was not made for.")] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="Read the first N rows of a file.")] = None,
+    chat_template: Chat = False,
+    approximate: Annotated[
+        bool, typer.Option("--approximate", help="Let tokenizers differ: nats per byte.")
+    ] = False,
+    trust_remote_code: Trust = False,
     only: Annotated[Texts, typer.Option(metavar="NAMES", help="Run these analyses alone.")] = None,
     skip: Annotated[Texts, typer.Option(metavar="NAMES", help="Leave these analyses out.")] = None,
     settings: Annotated[
@@ -202,6 +211,10 @@ def run_options(
         "keep": keep or (),
         "guard": guard or (),
         "ood": ood or (),
+        "limit": limit,
+        "chat_template": chat_template,
+        "approximate": approximate,
+        "trust_remote_code": trust_remote_code,
         "only": names(only),
         "skip": names(skip),
         "settings": parse(settings or ()),
@@ -332,6 +345,63 @@ def run_demo(out: Out = Path("demo-audit"), fresh: Fresh = False, quiet: Quiet =
         terminal.failures(audit)
     # That a model is found unfit is what the demonstration is about.
     raise typer.Exit(max(code for code in (0, *(audit.exit_code for audit in made.values())) if code != 1))
+
+
+@main.command("detect")
+def run_detect(
+    rows: Annotated[str, typer.Argument(metavar="ROWS", help="The file to score, row by row.")],
+    base: Annotated[str | None, typer.Option(metavar="REF", help="Directory, file or hub id.")] = None,
+    tuned: Annotated[str | None, typer.Option(metavar="REF", help="The same, or an adapter.")] = None,
+    task: Annotated[
+        str | None, typer.Option(metavar="F", help="Rows of what was trained, held out: they calibrate it.")
+    ] = None,
+    detector: Annotated[
+        Path | None, typer.Option(metavar="F", help="One saved before, in place of these three.")
+    ] = None,
+    save: Annotated[Path | None, typer.Option(metavar="F", help="Keep the detector for --detector.")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Share of in-distribution rows that may be flagged; else 0.05.")
+    ] = None,
+    per_token: Annotated[bool, typer.Option("--per-token", help="Score means over tokens.")] = False,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Give each token's ratio as well.")] = False,
+    windows: Annotated[
+        bool, typer.Option("--windows", help="Read rows longer than the models take to the end; else cut.")
+    ] = False,
+    chat_template: Chat = False,
+    trust_remote_code: Trust = False,
+    device: Device = "auto",
+    dtype: Annotated[str | None, typer.Option(metavar="D", help="Of the models; else as stored.")] = None,
+) -> None:
+    """Score rows by how foreign they are to a tuned model."""
+    from diagnostics import machine
+
+    if detector is None and (base is None or tuned is None or task is None):
+        raise ValueError("detect needs --base, --tuned and --task, or a saved --detector")
+    if detector is not None and (base or tuned or task or per_token or windows or chat_template):
+        raise ValueError(
+            "a saved --detector has its own --base, --tuned, --task, --per-token, --windows and "
+            "--chat-template; leave them out"
+        )
+    from diagnostics.detector import LikelihoodRatioDetector
+    from probes.rows import read_task
+
+    wanted = read_task(rows)  # before a model is loaded: what is wrong with it is said at once
+    given = {
+        "device": machine.device(device),
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+        **({"alpha": alpha} if alpha is not None else {}),
+    }
+    if detector is not None:
+        made = LikelihoodRatioDetector.load(detector, **given)
+    else:
+        made = LikelihoodRatioDetector.fit(
+            (base, tuned), task, per_token=per_token, windows=windows, chat_template=chat_template, **given
+        )
+    if save is not None:
+        made.save(save)
+    for record in made.records(wanted, tokens=tokens):
+        typer.echo(json.dumps(record, ensure_ascii=False))
 
 
 @main.command("report")

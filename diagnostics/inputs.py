@@ -1,17 +1,18 @@
-"""What an audit supplies to its analyses: the pair, and files of rows by role.
+"""What an audit supplies to its analyses: the pair, and tasks by role.
 
 An analysis names its inputs by the names of its positional arguments; `OPTIONS` says what supplies each. A
-file of rows is checked line by line and recorded; its fields are for the analyses that read it.
+role reaches it as its tasks by name, whole and checked; called from Python it takes any of `Source`.
 """
 
-import csv
-import hashlib
-import io
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+from probes.rows import Task, read_task, task_of
+
+# What names the rows of a role: a task, a file or `hub-dataset:split`, texts, or several of these by name.
+Source: TypeAlias = "Task | str | Path | Iterable[str | Mapping[str, Any]]"
 
 # input -> the option that supplies it
 OPTIONS = {
@@ -27,92 +28,96 @@ ROLES = ("task", "keep", "guard", "ood")
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """One file of rows in one role.
+    """One task in one role.
 
     Attributes:
         name: what results call it; the file's own name unless `--ood NAME=F` gives one.
         ref: as it was asked for.
-        rows: how many it holds.
-        fingerprint: blake2b of its bytes.
     """
 
     name: str
     ref: str
-    path: Path
-    rows: int
-    fingerprint: str
+    task: Task
 
     def describe(self) -> dict[str, Any]:
         """What an audit records of it."""
-        return {"name": self.name, "ref": self.ref, "fingerprint": self.fingerprint, "rows": self.rows}
+        return {
+            "name": self.name,
+            "ref": self.ref,
+            "fingerprint": self.task.fingerprint,
+            "rows": len(self.task.rows),
+        }
 
 
-def open_roles(files: Mapping[str, Iterable[str | Path]]) -> dict[str, tuple[Rows, ...]]:
-    """The files of each role that has any, checked.
+def open_roles(
+    files: Mapping[str, Iterable[str | Path]], *, limit: int | None = None
+) -> dict[str, tuple[Rows, ...]]:
+    """The tasks of each role that has any, checked.
 
     Args:
         files: role -> references; one of `ood` may be `NAME=F`.
+        limit: read the first so many rows of each only.
 
     Raises:
-        ValueError: a missing, empty or malformed file, or one name twice in a role.
+        ValueError: a missing, empty or malformed file, one name twice in a role, or one text that is to be
+            both in and out of distribution.
     """
-    opened = {role: tuple(open_rows(role, str(ref)) for ref in refs) for role, refs in files.items()}
+    opened = {
+        role: tuple(open_rows(role, str(ref), limit=limit) for ref in refs) for role, refs in files.items()
+    }
     for role, rows in opened.items():
         names = [made.name for made in rows]
         for name in names:
             if names.count(name) > 1:
                 hint = "give each a name, --ood NAME=F" if role == "ood" else "rename one of the files"
                 raise ValueError(f"--{role}: two files are called {name!r}; {hint}")
+    for made in opened.get("task", ()):
+        for other in opened.get("ood", ()):
+            if made.task.fingerprint == other.task.fingerprint:
+                raise ValueError(
+                    f"--task {made.ref} and --ood {other.ref} hold the same rows; what is in distribution "
+                    "cannot be out of it: give another file for one of them"
+                )
     return {role: rows for role, rows in opened.items() if rows}
 
 
-def open_rows(role: str, ref: str) -> Rows:
-    """Check and describe one file.
+def open_rows(role: str, ref: str, *, limit: int | None = None) -> Rows:
+    """Read and check one task.
 
     Raises:
-        ValueError: it is missing, empty or malformed; the message names the file and the line.
+        ValueError: it is missing, empty or malformed; the message names the file, the line and the field.
     """
-    name, _, file = ref.rpartition("=") if role == "ood" and not Path(ref).exists() else ("", "", ref)
-    path = Path(file)
-    if not path.is_file():
-        raise ValueError(f"--{role} {ref}: there is no such file; rows are read from .jsonl and .csv files")
-    data = path.read_bytes()
+    name, place = "", ref
+    if role == "ood" and "=" in ref and not Path(ref).exists():
+        name, _, place = ref.partition("=")
     try:
-        count = sum(
-            1 for _ in (csv_rows if path.suffix == ".csv" else json_rows)(data.decode("utf-8-sig"), path)
-        )
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    if not count:
-        raise ValueError(f"{path}: holds no rows")
-    digest = hashlib.blake2b(data, digest_size=16).hexdigest()
-    return Rows(name=name or path.stem, ref=ref, path=path, rows=count, fingerprint=digest)
+        task = read_task(place, limit=limit)
+    except ValueError as error:
+        if Path(place).is_file():
+            raise  # begins with the file and the line
+        raise ValueError(f"--{role} {error}") from error
+    stem = Path(place).stem if Path(place).is_file() else place
+    return Rows(name=name or stem, ref=ref, task=task)
 
 
-def json_rows(text: str, path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file, one a line; empty lines are passed over."""
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(
-                f'{path}:{number}: a row is an object such as {{"text": …}}, this is {line[:40]!r}'
-            )
-        yield row
+def tasks(given: "Source | Mapping[str, Source]", role: str) -> dict[str, Task]:
+    """The tasks of a role by name, whatever form they were given in.
+
+    Raises:
+        ValueError: as `open_rows`, or nothing was given.
+    """
+    if isinstance(given, Mapping):
+        made = {str(name): one_task(source, str(name)) for name, source in given.items()}
+    else:
+        task = one_task(given, role)
+        made = {Path(task.ref).stem if Path(task.ref).is_file() else task.ref: task}
+    if not made:
+        raise ValueError(f"{role} is empty; give a task, or several by name")
+    return made
 
 
-def csv_rows(text: str, path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a CSV file with a header line."""
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                raise ValueError(f"{path}:{reader.line_num}: not as many fields as the header has")
-            yield row
-    except csv.Error as error:
-        line = min(reader.line_num + 1, len(text.splitlines()))  # the line under way is not counted yet
-        raise ValueError(f"{path}:{line}: not CSV: {error}") from error
+def one_task(source: Source, name: str) -> Task:
+    """One task out of whatever names its rows; texts in memory are called `name`."""
+    if isinstance(source, Task):
+        return source
+    return read_task(source) if isinstance(source, str | Path) else task_of(source, ref=name)

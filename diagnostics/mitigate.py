@@ -246,14 +246,21 @@ def leading(W: Float[Tensor, "out in"], count: int) -> Float[Tensor, "out count"
 def damp(
     W: Float[Tensor, "out in"], ranks: Sequence[int], scale: float
 ) -> tuple[Float[Tensor, "out count"], Float[Tensor, "count in"], Float[Tensor, " count"]]:
-    """Factors of the edit Σ (λ − 1) s u vᵀ over these ranks (from 1), and the singular values s; float64.
+    """Factors of the edit Σ (λ − 1) s u vᵀ over these ranks (from 1), and the singular values s; float64."""
+    U, rows = triples(W, ranks)
+    return U, (scale - 1) * rows, torch.linalg.vector_norm(rows, dim=1)
 
-    s vᵀ is taken as uᵀ W: then ‖W‖² falls by exactly (1 − λ²) s² a triple, however well u is known.
+
+def triples(
+    W: Float[Tensor, "out in"], ranks: Sequence[int]
+) -> tuple[Float[Tensor, "out count"], Float[Tensor, "count in"]]:
+    """u and s vᵀ of W at these ranks (from 1), as columns and rows in float64.
+
+    s vᵀ is taken as uᵀ W: then damping takes exactly (1 − λ²) s² a triple from ‖W‖², however well u is known.
     """
     with linalg.threads_for(min(W.shape)):
         U = leading(W, max(ranks))[:, [rank - 1 for rank in ranks]]
-    rows = torch.cat([part.double().mT @ U for part in W.split(4096, dim=1)]).mT
-    return U, (scale - 1) * rows, torch.linalg.vector_norm(rows, dim=1)
+    return U, torch.cat([part.double().mT @ U for part in W.split(4096, dim=1)]).mT
 
 
 def choose(vectors: "pd.DataFrame", mode: Mode) -> dict[str, list[int]]:
@@ -328,19 +335,29 @@ def _edit(
 
 
 def _write_full(tuned: Checkpoint, out: Path, edits: Iterable[Edit], progress: Progress | None) -> None:
-    by_tensor: dict[str, list[Edit]] = defaultdict(list)
-    for edit in edits:
-        by_tensor[edit.matrix.tensor].append(edit)
+    tensors = by_tensor(edits)
 
     def change(name: str, stored: Tensor) -> Tensor:
-        if name not in by_tensor:
-            return stored
-        stored = unrounded(tuned, name, stored)
-        for edit in by_tensor[name]:
-            stored = edit.apply(stored)
-        return stored
+        return applied(tuned, name, stored, tensors.get(name, ()))
 
     write_checkpoint(tuned, out, change, progress=progress)
+
+
+def by_tensor(edits: Iterable[Edit]) -> dict[str, list[Edit]]:
+    """Edits by the stored tensor that they change."""
+    tensors: dict[str, list[Edit]] = defaultdict(list)
+    for edit in edits:
+        tensors[edit.matrix.tensor].append(edit)
+    return tensors
+
+
+def applied(tuned: Checkpoint, name: str, stored: Tensor, edits: Sequence[Edit]) -> Tensor:
+    """A tensor of tuned with these edits, wider than it is stored where an adapter was merged into it."""
+    if edits:
+        stored = unrounded(tuned, name, stored)
+    for edit in edits:
+        stored = edit.apply(stored)
+    return stored
 
 
 def _scale_update(

@@ -41,31 +41,52 @@ def write_blend(
         ValueError: `out` is occupied or cannot be written, or weights are not finite.
     """
     done = Blend()
-    base, tuned = pair.base, pair.tuned
-    aligned = {theirs: ours for ours, theirs in align(base.headers, tuned.headers)[0].items()}
+    blender = Blender(pair)
 
     def change(name: str, stored: Tensor) -> Tensor:
-        ours = base.headers.get(aligned.get(name, ""))
+        value, square = blender.between(name, stored, alpha)
+        if square is None:
+            done.alone.append(name)
+        elif square:
+            done.squares[name] = square
+        return value
+
+    write_checkpoint(pair.tuned, out, change, progress=progress)
+    return done
+
+
+class Blender:
+    """Blends the tensors of a pair one at a time, under the names of tuned."""
+
+    def __init__(self, pair: CheckpointPair):
+        self.pair = pair
+        aligned = align(pair.base.headers, pair.tuned.headers)[0]
+        self._aligned = {theirs: ours for ours, theirs in aligned.items()}
+        self._matrices: dict[str, list[str]] = {}
+        for name in pair.matrices:
+            self._matrices.setdefault(pair.counterpart(name).tensor, []).append(name)
+
+    def between(self, name: str, stored: Tensor, alpha: float) -> tuple[Tensor, float | None]:
+        """base + α (tuned − base) of one tensor of tuned, and the squared Frobenius norm of tuned − base.
+
+        What tuning left alone is given back as it is; of what the base lacks, the norm is None.
+        """
+        pair, square = self.pair, 0.0
+        ours = pair.base.headers.get(self._aligned.get(name, ""))
         if not stored.is_floating_point():
-            return stored
-        value, square = unrounded(tuned, name, stored), 0.0
+            return stored, 0.0
+        value = unrounded(pair.tuned, name, stored)
         if ours is not None and ours.shape == stored.shape:
-            value, square = between(base.tensor(ours.name), value, alpha)
+            value, square = between(pair.base.tensor(ours.name), value, alpha)
         else:  # stored differently, or a resized vocabulary: matrix by matrix, as far as they go
-            common = [other for other in pair.matrices if pair.counterpart(other).tensor == name]
-            if not common:
-                done.alone.append(name)
-            for other in common:
+            if name not in self._matrices:
+                return stored, None
+            for other in self._matrices[name]:
                 matrix, rows = pair.counterpart(other), pair.matrices[other].rows
                 blended = matrix.take(value).clone()
-                blended[:rows], part = between(base.matrix(other)[:rows], blended[:rows], alpha)
+                blended[:rows], part = between(pair.base.matrix(other)[:rows], blended[:rows], alpha)
                 value, square = matrix.put(value, blended), square + part
-        if square:
-            done.squares[name] = square
-        return value if square else stored
-
-    write_checkpoint(tuned, out, change, progress=progress)
-    return done
+        return (value if square else stored), square
 
 
 def unrounded(checkpoint: Checkpoint, name: str, stored: Tensor) -> Tensor:

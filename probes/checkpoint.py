@@ -28,7 +28,10 @@ class Checkpoint:
         config: config.json of the model, or {}.
         directory: where its own files lie, if they lie in one: configuration and tokenizer are there.
         base: what an adapter is applied to; None for full weights.
+        module: the model in memory that it was opened from; not pickled.
     """
+
+    module: Any = None
 
     def __init__(
         self,
@@ -52,6 +55,9 @@ class Checkpoint:
         self.config = config
         self.directory = directory
         self.base = base
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "module": None}
 
     def __repr__(self) -> str:
         return f"<Checkpoint {self.ref}: {self.kind}, {self.architecture}, {len(self.headers)} tensors>"
@@ -205,7 +211,9 @@ def open_checkpoint(
     if not isinstance(ref, str | Path):
         from probes.memory import open_memory
 
-        return open_memory(ref, base=base)
+        checkpoint = open_memory(ref, base=base)
+        checkpoint.module = None if isinstance(ref, Mapping) else ref
+        return checkpoint
     path = locate(ref, revision=revision)
     adapter = adapter_files(path)
     if adapter is not None:

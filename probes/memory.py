@@ -166,18 +166,19 @@ class Reverted:
         """
         self.state = state
         self.headers = headers
-        self._made = dict(made)
+        self.made = dict(made)
         self._revert = revert
         self._recent: dict[tuple[str, ...], dict[str, Tensor]] = {}
+        self._numbered: dict[tuple[str, ...], dict[str, Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # The model stays behind: what is made of its tensors goes instead of them.
         tensors = {name: self.read(name) for name in self.headers}
-        return {"state": StateSource(tensors), "headers": self.headers, "_made": {}}
+        return {"state": StateSource(tensors), "headers": self.headers, "made": {}, "_numbered": {}}
 
     def read(self, name: str) -> Tensor:
         """The tensor as it would be saved; the last two stacks of experts that were taken apart are kept."""
-        sources = self._made.get(name)
+        sources = self.made.get(name)
         if sources is None:
             return self.state.read(name)
         made = self._recent.get(sources)
@@ -186,9 +187,26 @@ class Reverted:
             self._recent = dict([*self._recent.items()][-1:]) | {sources: made}
         return made[name]
 
+    def places(self, name: str) -> tuple[tuple[str, ...], Tensor]:
+        """The model's own tensors that one of `made` is made of, and the place of each entry in them.
+
+        Places are counted through these tensors, flattened and put end to end. Numbers go through the
+        reversal as weights do, for it only moves them.
+        """
+        sources = self.made[name]
+        if sources not in self._numbered:
+            offset, numbered = 0, {}
+            for source in sources:
+                header = self.state.headers[source]
+                counted = torch.arange(offset, offset + header.entries)
+                numbered[source] = counted.reshape(header.shape)
+                offset += header.entries
+            self._numbered = {sources: self._revert(numbered)}
+        return sources, self._numbered[sources][name]
+
     def location(self, name: str) -> Hashable:
         """Where the tensors are that it is made of."""
-        sources = self._made.get(name)
+        sources = self.made.get(name)
         if sources is None:
             return self.state.location(name)
         return name, *map(self.state.location, sources)

@@ -123,6 +123,7 @@ class _Search:
         self.moved: list[str] = []
 
         factors: dict[str, dict[str, str]] = defaultdict(dict)
+        wholes: dict[str, str] = {}
         adapters: set[str] = set()
         for key in weights:
             name = unwrapped(key.removeprefix("base_model.model."))
@@ -137,7 +138,11 @@ class _Search:
                     f"{where}: tensor {key!r} belongs to a variant of LoRA that is not read; {MERGE}"
                 )
             elif ".original_module." not in name:
-                self._whole(_WRAPPED.sub("", name), key)
+                wholes[key] = _WRAPPED.sub("", name)
+        # Beside an embedding of another length PEFT saves the head, also where the base ties it.
+        self.heads = {name for key, name in wholes.items() if self._tied_head(name, key)}
+        for key, name in wholes.items():
+            self._whole(name, key)
         if len(adapters) > 1:
             raise ValueError(
                 f"{where}: holds several adapters ({', '.join(sorted(adapters))}); save the one that is meant"
@@ -164,14 +169,14 @@ class _Search:
         # Under `base_layer` stands a copy of the weight that the factors are added to.
         stored = self.names.weight(name) if ".base_layer." in key else self.names.find(name)
         modules = self.config.get("modules_to_save") or ()
-        if stored is None and self.config.get("ensure_weight_tying") and self.names.weight(name):
+        if name in self.heads and self.config.get("ensure_weight_tying"):
             return  # a tied copy of what is saved under its own name
-        if stored is None:
-            if not any(re.search(rf"(?:^|\.){re.escape(module)}(?:\.|$)", name) for module in modules):
-                raise self._fail(name, "is not in the base")
-            stored = name
+        copied = any(re.search(rf"(?:^|\.){re.escape(module)}(?:\.|$)", name) for module in modules)
+        if stored is None and name not in self.heads and not copied:
+            raise self._fail(name, "is not in the base")
+        stored = stored or name
         alone = ".base_layer." not in key and not self.config.get("ensure_weight_tying")
-        if stored in self.names.shared and alone:
+        if stored in self.names.shared and alone and not self.heads:
             self.targets.untied.add(stored)
             self.targets.notes.append(
                 f"{stored} was trained as a copy: a head tied to it keeps the base's values, but follows the "
@@ -179,6 +184,11 @@ class _Search:
             )
         self.targets.replaced[stored] = key
         self.shapes[stored] = self.weights[key].shape
+
+    def _tied_head(self, name: str, key: str) -> bool:
+        """Whether this is a head that the base's file has only as its embedding."""
+        alone = ".base_layer." not in key and self.names.find(name) is None
+        return alone and self.names.weight(name) is not None
 
     def _tokens(self, module: str, key: str) -> None:
         """`trainable_token_indices`: some rows of an embedding."""

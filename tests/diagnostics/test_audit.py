@@ -292,19 +292,19 @@ def test_an_analysis_whose_source_was_edited_is_run_again(registry, checkpoints,
 
 def test_other_rows_are_never_served_from_old_results(register, checkpoints, out, tmp_path):
     register(
-        "counts", lambda pair, task, *, seed=0: Result(metrics={"rows": sum(t.rows for t in task)}, tables={})
+        "counts", lambda pair, task, *, seed=0: Result(metrics={"rows": len(task["rows"].rows)}, tables={})
     )
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("{}\n")
+    rows.write_text('{"text": "a"}\n')
     assert audit(*checkpoints, out=out, task=[rows]).results["counts"].metrics == {"rows": 1}
     assert audit(*checkpoints, out=out, task=[rows]).analyses["counts"].reused
-    rows.write_text("{}\n{}\n")
+    rows.write_text('{"text": "a"}\n{"text": "b"}\n')
     assert audit(*checkpoints, out=out, task=[rows]).results["counts"].metrics == {"rows": 2}
 
 
 def test_rows_that_an_analysis_does_not_read_change_nothing_for_it(norms, checkpoints, out, tmp_path):
     audit(*checkpoints, out=out)
-    (tmp_path / "rows.jsonl").write_text("{}\n")
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
     audit(*checkpoints, out=out, task=[tmp_path / "rows.jsonl"])
     assert len(norms) == 1
 
@@ -348,7 +348,7 @@ def test_results_that_are_not_asked_for_are_kept_but_not_judged(norms, register,
 
 
 def test_an_analysis_gets_the_inputs_that_it_names(register, checkpoints, out, tmp_path):
-    (tmp_path / "rows.jsonl").write_text("{}\n")
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
     got = {}
 
     def measure(pair, ood, keep=None, guard=None):
@@ -358,8 +358,9 @@ def test_an_analysis_gets_the_inputs_that_it_names(register, checkpoints, out, t
     register("made", measure)
     rows = str(tmp_path / "rows.jsonl")
     audit(*checkpoints, out=out, ood=[f"a={rows}", f"b={rows}"], keep=[rows])
-    assert [each.name for each in got["ood"]] == ["a", "b"]
-    assert [each.path for each in got["keep"]] == [tmp_path / "rows.jsonl"]
+    assert list(got["ood"]) == ["a", "b"]
+    assert [task.ref for task in got["ood"].values()] == [rows, rows]
+    assert [row.text for row in got["keep"]["rows"].rows] == ["a"]
     assert got["guard"] is None
     assert {role: len(files) for role, files in record(out)["data"].items()} == {"keep": 1, "ood": 2}
 
@@ -383,7 +384,7 @@ def test_what_lacks_its_inputs_is_skipped_with_the_option_that_would_enable_it(
 def test_files_that_nothing_reads_are_recorded_and_said_to_have_no_effect(
     norms, register, checkpoints, out, tmp_path
 ):
-    (tmp_path / "rows.jsonl").write_text("{}\n")
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
     register("reader", lambda pair, keep: nothing())
     made = audit(
         *checkpoints, out=out, task=[tmp_path / "rows.jsonl"], keep=[tmp_path / "rows.jsonl"], skip=["reader"]

@@ -157,6 +157,29 @@ def test_options_reach_the_analysis(norms, checkpoints, tmp_path):
     assert norms == [{"scale": 2.0, "parts": ("a", "b"), "device": "cpu", "dtype": "float64", "seed": 3}]
 
 
+def test_how_rows_and_models_are_read_reaches_the_analyses_that_ask(register, checkpoints, tmp_path):
+    got = {}
+
+    def reads(pair, *, chat_template=False, approximate=False, trust_remote_code=False):
+        got["reads"] = (chat_template, approximate, trust_remote_code)
+        return Result(metrics={}, tables={})
+
+    def weighs(pair, *, seed=0):
+        got["weighs"] = seed
+        return Result(metrics={}, tables={})
+
+    register("reads", reads)
+    register("weighs", weighs)
+    given = ("audit", *checkpoints, "--out", tmp_path / "out", "--quiet")
+    for flags, expected in [
+        ((), (False, False, False)),
+        (("--chat-template",), (True, False, False)),
+        (("--approximate", "--trust-remote-code"), (False, True, True)),
+    ]:
+        assert run(*given, *flags).exit_code == 0
+        assert got == {"reads": expected, "weighs": 0}
+
+
 def test_names_may_be_given_with_commas_or_one_by_one(norms, register, checkpoints, tmp_path):
     for name in ("a", "b", "c"):
         register(name, lambda pair: Result(metrics={}, tables={}))
@@ -174,7 +197,7 @@ def test_what_was_skipped_is_said_with_the_option_that_would_enable_it(
 
 
 def test_a_file_that_nothing_reads_is_said_to_have_no_effect(norms, checkpoints, tmp_path):
-    (tmp_path / "rows.jsonl").write_text("{}")
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}')
     result = run("audit", *checkpoints, "--out", tmp_path / "out", "--ood", f"a={tmp_path / 'rows.jsonl'}")
     assert "no installed analysis reads --ood" in result.stdout
 

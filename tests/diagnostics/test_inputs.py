@@ -1,71 +1,65 @@
-import hashlib
-
 import pytest
 
-from diagnostics.inputs import open_roles
+from diagnostics.inputs import open_roles, tasks
+from probes.rows import read_task, task_of
+
+TEXT = '{"text": "a"}\n{"text": "b"}\n'
 
 
-def write(tmp_path, name, text):
+def write(tmp_path, name, text=TEXT):
     path = tmp_path / name
     path.write_text(text)
     return str(path)
 
 
-def test_rows_are_counted_and_fingerprinted_and_empty_lines_are_not_rows(tmp_path):
-    # A Unicode line separator does not end a line.
-    text = '{"text": "a"}\n\n{"text": "b\\u2028c"}\n{"text": "d\u2028e"}\n'
-    path = write(tmp_path, "rows.jsonl", text)
+def test_a_file_is_recorded_with_its_rows_and_fingerprint(tmp_path):
+    path = write(tmp_path, "rows.jsonl")
     (rows,) = open_roles({"task": [path], "keep": []})["task"]
-    digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-    assert rows.describe() == {"name": "rows", "ref": path, "fingerprint": digest, "rows": 3}
+    fingerprint = read_task(path).fingerprint
+    assert rows.describe() == {"name": "rows", "ref": path, "fingerprint": fingerprint, "rows": 2}
 
 
-def test_a_quoted_line_break_in_a_csv_file_does_not_start_a_row(tmp_path):
-    path = write(tmp_path, "rows.csv", 'prompt,completion\n"a\nb",c\nd,e\n')
-    (rows,) = open_roles({"task": [path]})["task"]
-    assert rows.rows == 2
+def test_a_limit_holds_for_every_file(tmp_path):
+    path = write(tmp_path, "rows.jsonl")
+    opened = open_roles({"task": [path], "keep": [path]}, limit=1)
+    assert [opened[role][0].describe()["rows"] for role in ("task", "keep")] == [1, 1]
 
 
 def test_roles_without_a_file_are_left_out(tmp_path):
-    path = write(tmp_path, "rows.jsonl", "{}")
+    path = write(tmp_path, "rows.jsonl")
     assert list(open_roles({"task": [], "keep": [path], "ood": []})) == ["keep"]
 
 
 def test_an_ood_file_may_be_given_a_name(tmp_path):
-    path = write(tmp_path, "rows.jsonl", "{}")
+    path = write(tmp_path, "rows.jsonl")
     named, plain = open_roles({"ood": [f"code={path}", path]})["ood"]
     assert (named.name, plain.name) == ("code", "rows")
-    assert named.path == plain.path
+    assert named.task.ref == plain.task.ref == path
 
 
 def test_a_file_whose_own_name_has_an_equals_sign_is_found(tmp_path):
-    (rows,) = open_roles({"ood": [write(tmp_path, "a=b.jsonl", "{}")]})["ood"]
-    assert rows.name == "a=b"
+    path = write(tmp_path, "a=b.jsonl")
+    rows, named = open_roles({"ood": [path, f"code={path}"]})["ood"]
+    assert (rows.name, named.name) == ("a=b", "code")
 
 
 def test_one_name_twice_in_a_role_is_refused(tmp_path):
-    paths = [write(tmp_path, f"rows.{end}", text) for end, text in (("jsonl", "{}"), ("csv", "a\n1\n"))]
+    paths = [write(tmp_path, "rows.jsonl"), write(tmp_path, "rows.csv", "text\n1\n")]
     with pytest.raises(
         ValueError, match="--ood: two files are called 'rows'; give each a name, --ood NAME=F"
     ):
         open_roles({"ood": paths})
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("rows.jsonl", '{"a": 1}\n{"a": \n', r"rows.jsonl:2: not JSON"),
-        ("rows.jsonl", '{"a": 1}\n\n[1]\n', r"rows.jsonl:3: a row is an object such as"),
-        ("rows.jsonl", "\n\n", r"rows.jsonl: holds no rows"),
-        ("rows.csv", "a,b\n1,2\n3\n", r"rows.csv:3: not as many fields as the header has"),
-        ("rows.csv", "a,b\n1,2,3\n", r"rows.csv:2: not as many fields as the header has"),
-        ("rows.csv", 'a,b\n1,"2" 3\n', r"rows.csv:2: not CSV"),
-        ("rows.csv", "a,b\n", r"rows.csv: holds no rows"),
-    ],
-)
-def test_a_bad_file_is_refused_with_its_line(tmp_path, name, text, message):
-    with pytest.raises(ValueError, match=message):
-        open_roles({"task": [write(tmp_path, name, text)]})
+def test_the_same_rows_in_and_out_of_distribution_are_refused_whatever_their_files_are_called(tmp_path):
+    task, ood = write(tmp_path, "a.jsonl"), write(tmp_path, "b.csv", "text\na\nb\n")
+    with pytest.raises(ValueError, match=r"--task .*a.jsonl and --ood new=.*b.csv hold the same rows"):
+        open_roles({"task": [task], "ood": [f"new={ood}"]})
+
+
+def test_a_bad_file_is_refused_with_its_line_and_field(tmp_path):
+    with pytest.raises(ValueError, match=r'rows.jsonl:3: "text" is a whole number \(1\)'):
+        open_roles({"task": [write(tmp_path, "rows.jsonl", TEXT + '{"text": 1}\n')]})
 
 
 def test_a_missing_file_is_refused_with_its_option():
@@ -73,7 +67,13 @@ def test_a_missing_file_is_refused_with_its_option():
         open_roles({"guard": ["nowhere.jsonl"]})
 
 
-def test_a_file_that_is_not_text_is_refused(tmp_path):
-    (tmp_path / "rows.jsonl").write_bytes(b'{"a": "\xff"}')
-    with pytest.raises(ValueError, match=r"rows.jsonl: not UTF-8 text \(byte 7\)"):
-        open_roles({"task": [tmp_path / "rows.jsonl"]})
+def test_a_role_called_from_python_may_be_a_task_a_file_texts_or_several_by_name(tmp_path):
+    path = write(tmp_path, "rows.jsonl")
+    made = task_of(["a"], ref="made")
+    assert list(tasks(path, "task")) == ["rows"]
+    assert tasks(made, "task") == {"made": made}
+    assert [row.text for row in tasks(["a", "b"], "ood")["ood"].rows] == ["a", "b"]
+    several = tasks({"file": path, "texts": [{"text": "c", "group": "g"}]}, "ood")
+    assert [(name, task.rows[0].text) for name, task in several.items()] == [("file", "a"), ("texts", "c")]
+    with pytest.raises(ValueError, match="ood is empty; give a task, or several by name"):
+        tasks({}, "ood")

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import diagnostics
+from probes import CheckpointPair
 
 BUNDLED = Path(diagnostics.__file__).parent / "bundled"
 TUNED = ["full", "lora-r1", "lora-r8"]
@@ -122,3 +123,14 @@ def test_the_readme_has_the_figures_of_the_files(models, task, counts):
         assert float(cells[3]) == pytest.approx(task.accuracy(models[name]), abs=0.01)
         assert float(cells[4]) == pytest.approx(task.choice_loss(models[name]), abs=0.01)
         assert int(cells[-1]) == sum(counts[name].values())
+
+
+@pytest.mark.parametrize("tuned", TUNED)
+def test_the_ratio_tells_random_words_from_the_task_better_than_the_likelihood(tuned):
+    from diagnostics import likelihood_ratio_ood
+
+    pair = CheckpointPair(BUNDLED / "base", BUNDLED / tuned)
+    made = likelihood_ratio_ood(pair, BUNDLED / "task.jsonl", {"words": BUNDLED / "ood-words.jsonl"}, draws=2)
+    found = made.tables["detection"].query("ood == 'words'").set_index("score")["auroc"]
+    assert found["ratio"] >= 0.9
+    assert found["ratio"] >= found["tuned_likelihood"] + 0.1

@@ -115,6 +115,7 @@ def test_a_sequence_that_ends_early_is_not_compared_at_its_end():
 @pytest.mark.slow
 def test_a_quick_run_counts_as_the_definition_does_and_prints_every_figure(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["intruders_miniature.py", "--seeds", "0", "--quick"])
+    monkeypatch.setenv("COLUMNS", "200")  # or cells break into lines, words from their neighbours
     assert miniature.main() == 0  # every count was held against the reference on the way
     printed = capsys.readouterr().out
     for words in ("LoRA r=4", "the original base", "neighbour", "RoBERTa", "effective rank"):

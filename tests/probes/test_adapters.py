@@ -352,6 +352,25 @@ def test_a_resized_vocabulary_comes_with_the_adapter(tmp_path):
     assert tuned.matrix("model.embed_tokens.weight")[20:].eq(1).all()
 
 
+@pytest.mark.parametrize("copies", [None, ["embed_tokens"]])
+def test_a_resized_vocabulary_comes_with_its_tied_head(copies, tmp_path):
+    model = build("tied")
+    model.save_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(24, mean_resizing=False)
+    peft = adapted(model, target_modules=["q_proj"], modules_to_save=copies)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+        expected = peft.merge_and_unload().state_dict()
+    tuned = open_checkpoint(tmp_path / "adapter", base=tmp_path / "base")
+    assert set(tuned.headers) == set(expected)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(tuned.tensor(name), tensor, rtol=1e-5, atol=1e-6, msg=name)
+    # Unless a copy of the embedding was trained, the two are still one.
+    assert ("lm_head.weight" in tuned.matrices) == (copies is not None)
+    assert not any("keeps the base's values" in note for note in tuned.adapter["notes"])
+
+
 def test_a_pickled_adapter_is_read_like_a_safe_one(tmp_path):
     save(tmp_path, "llama", target_modules=["q_proj"])
     safe = open_checkpoint(tmp_path / "adapter", base=tmp_path / "base")

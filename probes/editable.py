@@ -1,0 +1,147 @@
+"""A checkpoint as a plain model whose weights are replaced for a while, under the names of its file.
+
+Weights are given as they would be written to the file, so that the model computes what the file would:
+rounded once to the file's dtype. An adapter is merged first.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from probes.align import align
+from probes.checkpoint import Checkpoint, open_checkpoint
+from probes.loading import (
+    Kind,
+    Loading,
+    context_of,
+    device_of,
+    dtype_of,
+    kind_of,
+    labels_of,
+    memory_of,
+    places_of,
+    tokenizer_of,
+)
+from probes.memory import Reverted
+
+
+class Editable:
+    """One model in memory, of its own: what lies in memory already is copied, never written to.
+
+    Attributes:
+        checkpoint: what the model is, but inside `holding`.
+        kind: what its head predicts.
+        model: in evaluation mode; an adapter is merged into it.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        trust_remote_code: bool = False,
+    ):
+        """Load the model.
+
+        Raises:
+            ValueError: it does not run, or its adapter cannot be merged.
+        """
+        self.checkpoint = checkpoint
+        self.kind: Kind = kind_of(checkpoint)
+        self._trust = trust_remote_code
+        loading = Loading(device_of(device), dtype_of(dtype), None, trust_remote_code)
+        model = loading.model(checkpoint, self.kind).model
+        if any(memory_of(side) is not None for side in (checkpoint, checkpoint.base) if side is not None):
+            model = copy.deepcopy(model)
+        self.model: Any = _merged(checkpoint, model).eval().requires_grad_(False)
+        self._own = {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
+        self._view = open_checkpoint(self.model)
+        self._names = align(checkpoint.headers, self._view.headers)[0]
+        # Merged by PEFT it is rounded at every step: as its file would be, it is rounded once.
+        if checkpoint.base is not None:
+            for name in checkpoint.headers:
+                self._put(name, checkpoint.tensor(name))
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Its tokenizer.
+
+        Raises:
+            ValueError: none lies beside the weights.
+        """
+        return tokenizer_of(self.checkpoint.ref, places_of(self.checkpoint), trust_remote_code=self._trust)
+
+    @property
+    def context(self) -> int | None:
+        """Most tokens that it takes; None where its positions do not end."""
+        return context_of(self.model.config)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of a classifier's classes in order; () for language models."""
+        return labels_of(self.model.config) if self.kind == "classifier" else ()
+
+    @contextmanager
+    def holding(
+        self, names: Iterable[str], change: Callable[[str, Tensor], Tensor]
+    ) -> Iterator[torch.nn.Module]:
+        """The model with some stored tensors changed; it leaves bit for bit as it was, whatever happens.
+
+        Args:
+            names: of tensors of the checkpoint.
+            change: from a tensor's name and value, which it must not write to, to its new value.
+        """
+        put: list[str] = []
+        try:
+            for name in names:
+                stored = self.checkpoint.tensor(name)
+                value = change(name, stored)
+                if value is not stored:
+                    put.append(name)
+                    self._put(name, value)
+            yield self.model
+        finally:
+            # Read again, so that no second copy of the weights is held.
+            for name in put:
+                self._put(name, self.checkpoint.tensor(name))
+
+    def _put(self, name: str, value: Tensor) -> None:
+        """Write a tensor of the file into the model; what the model does not have, it does not read."""
+        header, other = self.checkpoint.headers[name], self._names.get(name)
+        if other is None or not value.is_floating_point():
+            return
+        assert value.shape == header.shape == self._view.headers[other].shape, name
+        rounded = value.to(header.dtype)
+        source = self._view.source
+        if not isinstance(source, Reverted) or other not in source.made:
+            self._own[other].copy_(rounded)
+            return
+        # transformers keeps it in another form: its entries, one by one, in their places.
+        own, places = source.places(other)
+        start, flat, order = 0, rounded.flatten(), places.flatten()
+        for part in own:
+            tensor = self._own[part]
+            here = (order >= start) & (order < start + tensor.numel())
+            tensor.view(-1)[(order[here] - start).to(tensor.device)] = flat[here].to(tensor)
+            start += tensor.numel()
+
+
+def _merged(checkpoint: Checkpoint, model: Any) -> Any:
+    """A model without PEFT's layers, its adapter in the weights."""
+    if not (hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)):
+        return model
+    if not hasattr(model, "merge_and_unload"):
+        raise ValueError(
+            f"{checkpoint.ref}: transformers holds the adapter, which is not merged; give its directory, or "
+            "a PeftModel"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return model.merge_and_unload()

@@ -1,0 +1,287 @@
+"""What running models costs: scoring rows, capturing activations, measuring detection."""
+
+import importlib
+import importlib.util
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from diagnostics import scores
+from probes.batches import Example, batches
+from probes.body import evaluating, run
+from probes.forward import score_examples
+from probes.hooks import capture, pooled
+from probes.models import RunnablePair
+from probes.pair import CheckpointPair
+
+VOCABULARY = 8192
+TOKENS = 4096
+RESIDUALS = ["hook_resid_pre", "hook_resid_post"]
+
+
+def made(folder: Path, *, width: int, layers: int, vocabulary: int = VOCABULARY, rank: int = 16) -> None:
+    """A random Llama at `folder/base` and an adapter on all of its linear layers at `folder/tuned`."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        vocab_size=vocabulary,
+        max_position_embeddings=1024,
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder / "base")
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules="all-linear",
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    get_peft_model(model, lora).save_pretrained(folder / "tuned")
+
+
+# What is in the rows -> the medians of their lengths in tokens, in turns.
+KINDS = {"commands": (10,), "commands and paragraphs": (10, 55), "paragraphs": (55,)}
+
+
+def examples(rows: int, kind: str = "commands and paragraphs") -> list[Example]:
+    """Rows of random tokens, their lengths log-normal about the medians."""
+    draw = np.random.default_rng(0)
+    medians = np.resize(KINDS[kind], rows)
+    lengths = (medians * draw.lognormal(0, 0.5, rows)).clip(4, 512).astype(int)
+    return [
+        Example(
+            ids=draw.integers(0, VOCABULARY, length).tolist(),
+            scored=[False, *[True] * (length - 1)],
+            row=i,
+        )
+        for i, length in enumerate(lengths.tolist())
+    ]
+
+
+def reference(base: torch.nn.Module, tuned: torch.nn.Module, rows: list[Example]) -> list[float]:
+    """The reference way: two resident models, one row at a time, log-softmax over the whole vocabulary."""
+    ratios = []
+    with torch.no_grad():
+        for row in rows:
+            ids = torch.tensor([row.ids])
+            sums = []
+            for model in (base, tuned):
+                logs = model(ids).logits.float().log_softmax(dim=-1)
+                sums.append(float(logs[0, :-1].gather(1, ids[0, 1:, None]).double().sum()))
+            ratios.append(sums[0] - sums[1])
+    return ratios
+
+
+def two_models(folder: Path) -> tuple[Any, Any]:
+    """Base and tuned, both resident."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base, under = (AutoModelForCausalLM.from_pretrained(folder / "base").eval() for _ in range(2))
+    return base, PeftModel.from_pretrained(under, folder / "tuned").eval()
+
+
+def ours(runnable: RunnablePair, rows: list[Example]) -> list[float]:
+    """Log-likelihood of the base minus that of tuned."""
+    with runnable.base() as model:
+        base = score_examples(model, rows).log_likelihoods
+    with runnable.tuned() as model:
+        return (base - score_examples(model, rows).log_likelihoods).tolist()
+
+
+def scoring(console: Console) -> None:
+    """Scored tokens a second, base and tuned together."""
+    table = Table(title="Likelihood ratios of 200 rows, adapter of rank 16, float32")
+    columns = (
+        "model",
+        "rows",
+        "one at a time, tokens/s",
+        "tunescope, tokens/s",
+        "ratio",
+        "largest difference",
+    )
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="left" if place < 2 else "right")
+    for width, layers in ((128, 4), (512, 8)):
+        with tempfile.TemporaryDirectory() as name:
+            made(Path(name), width=width, layers=layers)
+            models = two_models(Path(name))
+            with RunnablePair(CheckpointPair(Path(name) / "base", Path(name) / "tuned")) as runnable:
+                for kind in KINDS:
+                    rows = examples(200, kind)
+                    tokens = sum(sum(row.scored) for row in rows)
+                    ways = partial(reference, *models), partial(ours, runnable)
+                    for way in ways:
+                        way(rows[:8])
+                    seconds, results = fastest(*(partial(way, rows) for way in ways))
+                    apart = max(abs(a - b) for a, b in zip(*results, strict=True))
+                    table.add_row(
+                        f"width {width}, {layers} layers",
+                        kind,
+                        *(f"{tokens / each:,.0f}" for each in seconds),
+                        f"{seconds[0] / seconds[1]:.1f} ×",
+                        f"{apart:.1e} nats",
+                    )
+    console.print(table)
+
+
+def fastest(*runs: Callable[[], Any], repeats: int = 3) -> tuple[list[float], list[Any]]:
+    """The least seconds of each of several runs, in turns, and their results."""
+    times: list[list[float]] = [[] for _ in runs]
+    results: list[Any] = [None] * len(runs)
+    for _ in range(repeats):
+        for place, each in enumerate(runs):
+            begun = time.perf_counter()
+            results[place] = each()
+            times[place].append(time.perf_counter() - begun)
+    return [min(each) for each in times], results
+
+
+PEAK = """
+import sys
+from pathlib import Path
+import psutil
+from tests.benchmarks import rows
+folder, way, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+some = rows.examples(count)
+import peft, transformers
+before = psutil.Process().memory_info().rss
+if way == "two models":
+    rows.reference(*rows.two_models(folder), some)
+else:
+    with rows.RunnablePair(rows.CheckpointPair(folder / "base", folder / "tuned")) as runnable:
+        rows.ours(runnable, some) if way == "one model" else rows.captured(runnable, some)
+status = Path("/proc/self/status").read_text().splitlines()
+print(int(next(line for line in status if line.startswith("VmHWM")).split()[1]) * 1024 - before)
+"""
+
+
+def peak(folder: Path, way: str, count: int) -> float:
+    """Peak memory of a process that scores or captures, in GB, beyond that of the imported libraries."""
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(folder), way, str(count)], check=True, capture_output=True, text=True
+    )
+    return int(done.stdout.splitlines()[-1]) / 1e9
+
+
+def captured(runnable: RunnablePair, rows: list[Example]) -> None:
+    """Stream the residuals of every layer, pooled over each row's tokens as `drift` takes them."""
+    with runnable.base() as model, capture(model, RESIDUALS, keep=pooled) as activations:
+        for _ in activations.stream(batches(rows, tokens=TOKENS, pad_id=0)):
+            pass
+
+
+def memory(console: Console) -> None:
+    """Peak memory of scoring with an adapter, and of capturing more and more rows."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        made(folder, width=1024, layers=12)
+        size = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / 1e9
+        two, one = peak(folder, "two models", 40), peak(folder, "one model", 40)
+        console.print(
+            f"Peak memory of scoring, base and adapter of {size:.2f} GB: two resident models {two:.2f} GB, "
+            f"tunescope {one:.2f} GB: {one / two:.2f} × (limit 0.6)"
+        )
+    with tempfile.TemporaryDirectory() as name:
+        made(Path(name), width=256, layers=6)
+        few, many = (peak(Path(name), "capture", count) for count in (200, 2000))
+        console.print(f"Peak memory of capturing residuals: {few:.2f} GB for 200 rows, {many:.2f} for 2,000")
+
+
+def capturing(console: Console) -> None:
+    """What capturing the residuals of every layer costs."""
+    rows = examples(96)
+    with tempfile.TemporaryDirectory() as name:
+        made(Path(name), width=512, layers=8)
+        pair = CheckpointPair(Path(name) / "base", Path(name) / "tuned")
+        made_of = list(batches(rows, tokens=TOKENS, pad_id=0))
+        with RunnablePair(pair) as runnable, runnable.base() as model:
+
+            def plain() -> None:
+                with evaluating(model):
+                    for batch in made_of:
+                        run(model, batch)
+
+            with capture(model, RESIDUALS, keep=pooled) as activations:
+
+                def hooked() -> None:
+                    for _ in activations.stream(made_of):
+                        pass
+
+                seconds, _ = fastest(plain, hooked, repeats=5)
+    console.print(
+        f"Residuals of all 8 layers of width 512 by the {activations.route}: {seconds[1]:.2f} s, the plain "
+        f"forward {seconds[0]:.2f} s: {seconds[1] / seconds[0]:.2f} × (limit 1.3)"
+    )
+
+
+def pytorch_ood_metrics() -> Any:
+    """pytorch-ood's metrics, or None where it is not installed."""
+    spec = importlib.util.find_spec("pytorch_ood")
+    if spec is None or spec.submodule_search_locations is None:
+        return None
+    # All of it imports torchvision, which has no build for every build of torch; the metrics need none of it.
+    package = ModuleType("pytorch_ood")
+    package.__path__ = list(spec.submodule_search_locations)
+    sys.modules["pytorch_ood"] = package
+    return importlib.import_module("pytorch_ood.metrics").OODMetrics
+
+
+def detection(console: Console) -> None:
+    """AUROC, average precision and false alarms of two million scores, a tenth of them ties."""
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    draw = np.random.default_rng(0)
+    outside, inside = draw.normal(1, 1, 10**6), draw.normal(0, 1, 10**6)
+    for each in (outside, inside):
+        each[::10] = each[::10].round(1)
+    values, labels = np.concatenate([inside, outside]), np.repeat([0, 1], 10**6)
+    runs: dict[str, Callable[[], Any]] = {
+        "tunescope": lambda: scores.detection(inside, outside),
+        "scikit-learn": lambda: (roc_auc_score(labels, values), average_precision_score(labels, values)),
+    }
+    if (OODMetrics := pytorch_ood_metrics()) is not None:
+
+        def theirs() -> Any:
+            metrics = OODMetrics()
+            # A negative label is out of distribution to it.
+            metrics.update(torch.from_numpy(values), torch.from_numpy(1 - 2 * labels))
+            return metrics.compute()
+
+        runs["pytorch-ood"] = theirs
+    else:
+        console.print("pytorch-ood is not installed, and left out: pip install pytorch-ood")
+    times, results = fastest(*runs.values())
+    found = dict(zip(runs, zip(times, results, strict=True), strict=True))
+    table = Table(title="Detection metrics of 2,000,000 scores")
+    for column in ("", "seconds", "over tunescope's", "AUROC"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, (seconds, result) in found.items():
+        area = {"tunescope": "auroc", "pytorch-ood": "AUROC"}.get(name, 0)
+        table.add_row(name, f"{seconds:.2f}", f"{seconds / times[0]:.1f} ×", f"{float(result[area]):.13f}")
+    console.print(table)
+
+
+def main() -> None:
+    console = Console(width=150)
+    scoring(console)
+    memory(console)
+    capturing(console)
+    detection(console)
