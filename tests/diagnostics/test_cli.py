@@ -297,8 +297,9 @@ def test_a_full_disk_is_one_line_and_what_was_finished_is_kept(
 
 
 def test_a_file_size_limit_of_the_system_is_one_line(driver, checkpoints):
-    # A real refusal by the kernel: no file may grow beyond 2000 bytes.
-    code, out, err = finish(driver("audit", *checkpoints, "--quiet", LIMIT="2000"))
+    # A real refusal by the kernel: no file may grow beyond 2000 bytes, of bytecode neither.
+    limits = {"LIMIT": "2000", "PYTHONDONTWRITEBYTECODE": "1"}
+    code, out, err = finish(driver("audit", *checkpoints, "--quiet", **limits))
     assert (code, out) == (2, "")
     assert err.startswith("tunescope: cannot write audit/")
     assert "File too large" in err
