@@ -87,11 +87,13 @@ class Texts:
         ]
         seen = {"queries": [text for text, _ in clinc["train"]]}
         seen["documentation"] = [text for text, unseen in paragraphs if not unseen]
+        read = {*seen["documentation"]}
         test = [*snips["test"], *snips["valid"]]
         outside = {
             "near": [text for text, intent in test if intent in HELD_OUT],
             "queries": [text for text, _ in clinc["test"]],
-            "documentation": [text for text, unseen in paragraphs if unseen],
+            # A paragraph may stand in several places, of which the base has read some.
+            "documentation": [t for t, unseen in paragraphs if unseen and t not in read],
         }
         return cls(
             base=[text for texts in seen.values() for text in texts],
