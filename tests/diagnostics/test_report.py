@@ -335,7 +335,7 @@ def test_a_saved_audit_is_reported_as_the_fresh_one_was(reported, tmp_path):
     frame = pd.DataFrame({"matrix": ["a", "b"], "widest": [0.25, float("nan")]})
     audit = reported(rules=WARN, tables={"matrices": frame}, draw=scatter([1], [2]), path=tmp_path)
     with Store(tmp_path) as store:
-        store.write_tables("angles", audit.results["angles"])
+        store.write_result("angles", audit.results["angles"])
         store.write(audit)
     again = load(tmp_path)
     assert report.to_html(again) == report.to_html(audit)
