@@ -206,11 +206,9 @@ class Store:
                 raise ValueError(
                     f"--out {self.out}: another tunescope is writing there; wait for it or name another place"
                 ) from None
-            for left in [
-                *self.out.glob(".*.part"),
-                *(p for f in FOLDERS for p in self.out.glob(f"{f}/.*.part")),
-            ]:
-                left.unlink()
+            for folder in (".", *FOLDERS):
+                for left in self.out.glob(f"{folder}/.*.part"):
+                    left.unlink()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -8,6 +8,7 @@ import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -317,6 +318,13 @@ def test_the_page_fetches_nothing_and_runs_its_own_two_scripts_alone(reported):
 def test_plotly_is_embedded_once(reported):
     text = report.to_html(reported(draw=lambda r: {name: go.Figure(go.Bar(y=[1])) for name in "abc"}))
     assert len(text) < len(get_plotlyjs()) + 100_000
+
+
+def test_masks_are_listed_with_what_to_do_with_them(reported):
+    page = Page(report.to_html(reported(masks={"task": Path("masks/angles.task.safetensors")})))
+    assert "masks/angles.task.safetensors" in page.text
+    assert "tunescope graft BASE TUNED --mask FILE --out DIR writes base with these entries" in page.text
+    assert "Masks" not in Page(report.to_html(reported())).text
 
 
 def test_headings_go_down_one_level_at_a_time_and_every_link_leads_somewhere(reported):
