@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from diagnostics.policy import Policy as Policy
     from diagnostics.policy import default_policy as default_policy
     from diagnostics.policy import load_policy as load_policy
+    from diagnostics.sparsity import essential_sparsity as essential_sparsity
     from diagnostics.store import Audit as Audit
     from diagnostics.store import load as load
 
@@ -30,6 +31,7 @@ EXPORTS = {
     "Result": "diagnostics.analysis",
     "analyses": "diagnostics.analysis",
     "default_policy": "diagnostics.policy",
+    "essential_sparsity": "diagnostics.sparsity",
     "intruder_dimensions": "diagnostics.intruders",
     "judged_mitigation": "diagnostics.mitigation",
     "likelihood_ratio_ood": "diagnostics.ood",

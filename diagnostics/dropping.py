@@ -269,7 +269,7 @@ def dropping(
     widest = max((widths[end] for end in telling), default=0.0)
     low, high = np.quantile(points[1:], [0.025, 0.975])
     at = float(sparsities[place])
-    bent = bend(sparsities, curve, plateau=at >= step * (1 - ROUNDING))
+    bent = bend(sparsities, curve, plateau=bool(at >= step * (1 - ROUNDING)))
     return Dropping(
         paper=defined, allowed=float(allowed[0]), at=at,
         until=float(sparsities[place + 1]) if reached else math.nan,

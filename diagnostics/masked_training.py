@@ -15,6 +15,20 @@ from probes.rows import Task
 from probes.tune import masked_finetune
 
 
+def check(steps: int, share: float, lr: float, batch_rows: int) -> None:
+    """Refuse what cannot be asked for.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+    if steps < 0:
+        raise ValueError(f"finetune_steps is {steps}; at least 0, which tunes nothing")
+    if not 0 < share < 1:
+        raise ValueError(f"finetune_share is {share}; it is between 0 and 1, such as 0.5")
+    if not lr > 0 or batch_rows < 1:
+        raise ValueError(f"finetune_lr is {lr} and finetune_batch {batch_rows}; both are above 0")
+
+
 def split(
     given: Mapping[tuple[str, str], Task], share: float, seed: int
 ) -> tuple[Task, dict[tuple[str, str], Task]]:

@@ -127,6 +127,10 @@ class Masks:
         """Weights in the scope."""
         return sum(self._orders["tuned"].entries.values())
 
+    def order(self, model: Side, pattern: str) -> Order:
+        """What a side's cuts, or the random ones, are taken from."""
+        return self._orders[RANDOM if pattern == RANDOM else model]
+
     def cut(self, model: Side, sparsity: float, pattern: str = MAGNITUDE) -> Cut:
         """What a sparsity prunes; one that was not asked for at first is found now."""
         key = (RANDOM if pattern == RANDOM else model, round(sparsity, DIGITS))
@@ -139,8 +143,7 @@ class Masks:
         if pattern not in (MAGNITUDE, RANDOM):
             stored = self.host.read(name, model)
             return pattern_pruned(self.host.pair.tuned, name, stored, *parsed(pattern))
-        keys = self._orders[RANDOM].read(name) if pattern == RANDOM else self.host.read(name, model)
-        return self.cut(model, sparsity, pattern).pruned(name, keys)
+        return self.order(model, pattern).pruned(self.cut(model, sparsity, pattern), name)
 
     def realised(self, model: Side, pattern: str, sparsity: float) -> float:
         """Share of the scope that is pruned."""
@@ -257,9 +260,12 @@ class Bench:
         if present is None or present[:2] != (model, pattern) or sparsity < present[2]:
             self.host.become(model)
         self._present = (model, pattern, sparsity)
-        if sparsity:
-            for name in self.masks.names:
-                self.host.zero(name, self.masks.pruned(model, pattern, sparsity, name))
+        if pattern in (MAGNITUDE, RANDOM):
+            order, cut = self.masks.order(model, pattern), self.masks.cut(model, sparsity, pattern)
+            self.host.prune(order, cut, rising=pattern == MAGNITUDE)
+            return
+        for name in self.masks.names:
+            self.host.zero(name, self.masks.pruned(model, pattern, sparsity, name))
 
     def forget(self) -> None:
         """Say that the model was changed otherwise, so that the next mask starts from the checkpoint."""

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from diagnostics.analysis import Result, analysis
 from diagnostics.inputs import tasks
-from diagnostics.masked_training import Training, split
+from diagnostics.masked_training import Training, check, split
 from diagnostics.pruning import RANDOM, SIDES, Bench, Masks, Progress, Regime, parsed
 from diagnostics.row_losses import encoded
 from diagnostics.sparsity_grid import FINER, Ask
+from diagnostics.sparsity_maps import COMPARED
 from diagnostics.sparsity_notes import notes, told
-from diagnostics.sparsity_tables import COMPARED, Found
+from diagnostics.sparsity_tables import Found
 from probes import CheckpointPair
 from probes.host import Host
 from probes.layout import Part
@@ -195,9 +196,10 @@ def essential_sparsity(
             are no finite floats, rows or a model that cannot be scored.
     """
     ask = Ask(
-        metric=metric, tolerance=tolerance, grid=tuple(sorted({0.0, *grid})), refine=refine, draws=draws,
-        seed=seed,
+        metric=metric, tolerance=tolerance, grid=tuple(sorted({0.0, *map(float, grid)})), refine=refine,
+        draws=draws, seed=seed,
     )  # fmt: skip
+    check(finetune_steps, finetune_share, finetune_lr, finetune_batch)
     halves = [1 - parsed(pattern)[0] / parsed(pattern)[1] for pattern in patterns]
     given = {
         (role, name): one.at_least(2, "essential sparsity")

@@ -8,12 +8,12 @@ import pandas as pd
 
 from diagnostics import theme
 from diagnostics.analysis import Result
+from diagnostics.pruning import MAGNITUDE, RANDOM
 from diagnostics.sparsity_maps import draw_change, draw_layers, draw_overlap, of
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-MAGNITUDE, RANDOM = "magnitude", "random"
 MASKED = "masked_finetune"
 # model and regime -> what the legend calls it, its colour and its symbol
 LOOKS = {

@@ -39,9 +39,7 @@ class Ask:
     def __post_init__(self) -> None:
         for sparsity in self.grid:
             if not 0 <= sparsity < 1:
-                raise ValueError(
-                    f"grid holds {sparsity}; a sparsity is a share of the weights, from 0 to below 1"
-                )
+                raise ValueError(f"grid holds {sparsity}; a sparsity is a share, from 0 to below 1")
         if len(self.grid) < 4:
             raise ValueError(f"grid has {len(self.grid)} sparsities with 0; a bend needs at least 4")
         if not 0 < self.allowed < 1:

@@ -12,7 +12,7 @@ from diagnostics.layer_map import axes, layer_name
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-# What a title speaks of.
+# Where masks are compared in a number or a title.
 COMPARED = 0.3
 # Columns of the map of layers that can be chosen, with their titles and whether 0 is their middle.
 SHADES = {"sparsity": ("sparsity", False), "excess": ("beyond scale", True)}
@@ -140,10 +140,9 @@ def draw_change(overlap: pd.DataFrame) -> "go.Figure":
     """What share of the squared change lies in base's smallest weights, against the diagonal of chance."""
     import plotly.graph_objects as go
 
-    worst = overlap.assign(over=overlap["delta_low"] / overlap["sparsity"]).nlargest(1, "over").iloc[0]
-    title = (
-        f"Base's smallest {worst['sparsity']:.0%} of the weights hold {worst['delta_low']:.1%} of the change"
-    )
+    row = overlap.iloc[int((overlap["sparsity"] - COMPARED).abs().argmin())]
+    held = f"{row['delta_low']:.2g} of the squared change"
+    title = f"Base's smallest {row['sparsity']:.2g} of the weights hold {held}"
     figure = theme.figure(title=title, x="smallest share of base's weights", y="share of the squared change")
     x = [0.0, *overlap["sparsity"], 1.0]
     figure.add_trace(

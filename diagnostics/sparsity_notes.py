@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from diagnostics.dropping import Dropping
 from diagnostics.masked_training import Training
-from diagnostics.pruning import SIDES, Regime
-from diagnostics.sparsity_tables import COMPARED, Found
+from diagnostics.pruning import RANDOM, SIDES, Regime
+from diagnostics.sparsity_maps import COMPARED
+from diagnostics.sparsity_tables import Found
 from probes.pair import Side
 
 if TYPE_CHECKING:
@@ -34,12 +35,14 @@ def notes(
         f"fine-tuning and do not hold for a model that is not tuned again. Tolerance: {rule}."
     ]
     said += [sentence(key, drop, found.bench.count(key[0])) for key, drop in found.drops.items()]
+    said += indifferent(found, tables)
     said += censored(found)
     said += lesson(train, metrics)
     for model in SIDES:
         at, own = found.shown_at(model)
         if not own:
-            said.append(f"{model} has no dropping point above 0: its layers are shown at {at:g}.")
+            why = "is 0" if found.drops["task", model, "zero_shot"].decided else "is withheld"
+            said.append(f"The dropping point of {model} {why}: its layers are shown at {at:g}.")
     said += about_weights(found, metrics)
     return said + list(dict.fromkeys(note for each in found.bench.sets.values() for note in each.notes))
 
@@ -51,7 +54,8 @@ def sentence(key: tuple[str, Side, Regime], drop: Dropping, rows: int) -> str:
     if not drop.decided:
         return (
             f"{what}: withheld. The tolerance of {drop.allowed:.3g} is smaller than what {rows} rows can "
-            f"tell, give or take {drop.half_width:.3g}; about {drop.rows_needed:,} rows would do."
+            f"tell, give or take {drop.half_width:.3g}; about {drop.rows_needed:,} rows would do. Fewer do "
+            "for a larger tolerance."
         )
     if not drop.paper.crossings:
         return f"{what}: stays within the tolerance up to {drop.paper.at:g}, where the grid ends."
@@ -65,6 +69,21 @@ def sentence(key: tuple[str, Side, Regime], drop: Dropping, rows: int) -> str:
     if drop.paper.crossings > 1:
         text += f". It falls below the tolerance {drop.paper.crossings} times: the curve is noisy"
     return f"{text}."
+
+
+def indifferent(found: Found, tables: "Mapping[str, pd.DataFrame]") -> list[str]:
+    """Which side loses nothing on the task rows even where weights are pruned at random."""
+    said = []
+    for model in SIDES:
+        drop, own = found.drops["task", model, "zero_shot"], tables["curve"]
+        control = own[(own["model"] == model) & (own["pattern"] == RANDOM) & (own["role"] == "task")]
+        control = control[(control["regime"] == "zero_shot") & (control["sparsity"] > 0)]
+        if len(control) and control["drop"].iloc[0] <= drop.allowed:
+            said.append(
+                f"{model}: pruning {control['sparsity'].iloc[0]:g} at random costs no more than the "
+                "tolerance either: its dropping point on these rows says little of magnitudes."
+            )
+    return said
 
 
 def censored(found: Found) -> list[str]:
@@ -124,7 +143,7 @@ def about_weights(found: Found, metrics: Numbers) -> list[str]:
             f"{len(masks.left_out)} of the file's tensors, such as {masks.left_out[0]}, are not part of the "
             "running model and are not pruned."
         )
-    if any(matrix.expert is not None for matrix in host.pair.tuned.matrices.values()):
+    if any(matrix.part == "router" for matrix in host.pair.tuned.matrices.values()):
         said.append(
             "Mixture of experts: an expert that these rows are never routed to looks free to prune here."
         )

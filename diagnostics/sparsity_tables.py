@@ -11,13 +11,14 @@ from diagnostics import control
 from diagnostics.dropping import ROUNDING, Dropping, Z, dropping
 from diagnostics.pruning import MAGNITUDE, RANDOM, SIDES, Bench, Metric, Regime
 from diagnostics.sparsity_grid import BY_ROW, Ask, higher
+from diagnostics.sparsity_maps import COMPARED
 from probes.pair import Side
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# Where masks are compared, and where layers are shown of a side without a dropping point above 0.
-COMPARED, HALF = 0.3, 0.5
+# Where layers are shown of a side without a dropping point above 0.
+HALF = 0.5
 DEPLOYED = "2:4"
 
 

@@ -157,12 +157,14 @@ def test_too_few_points_for_four_parameters_are_refused():
         hinge(GRID[:3], np.ones(3))
 
 
-@given(st.integers(2, 7), st.integers(0, 2**31))
-def test_a_planted_bend_is_found_within_one_step(place, seed):
-    # The curve falls by 0.1 a step behind the bend; noise is 0.2 of that.
+@pytest.mark.parametrize("place", range(2, 8))
+def test_a_planted_bend_is_found_within_one_step(place):
+    # The curve falls by 0.1 a step behind the bend; noise has 0.2 of that as its standard deviation.
     clean = 1 - np.maximum(np.arange(10) - place, 0) * 0.1
-    noisy = clean + 0.02 * np.random.default_rng(seed).normal(size=10).clip(-2, 2)
-    assert abs(hinge(GRID, noisy).at - GRID[place]) <= 0.1 + 1e-9
+    found = [
+        hinge(GRID, clean + 0.02 * np.random.default_rng(seed).normal(size=10)).at for seed in range(200)
+    ]
+    assert np.mean(np.abs(np.array(found) - GRID[place]) <= 0.1 + 1e-9) >= 0.99
 
 
 @pytest.mark.parametrize("center", [0.3, 0.4, 0.5, 0.6])
