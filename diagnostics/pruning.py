@@ -28,6 +28,7 @@ Set = tuple[str, str]  # role and name
 
 MAGNITUDE, RANDOM = "magnitude", "random"
 SIDES: tuple[Side, ...] = ("base", "tuned")
+PATTERNS = ("1:2", "2:4", "4:8")
 # Digits by which two sparsities are told apart.
 DIGITS = 9
 
@@ -152,20 +153,36 @@ class Masks:
         kept, of = parsed(pattern)
         return 1 - kept / of
 
-    def check_patterns(self, patterns: Sequence[str]) -> None:
-        """Refuse patterns whose groups do not fill the rows of every matrix.
+    def misfit(self, pattern: str) -> str:
+        """Why a pattern cannot be taken, with the matrix whose width its groups do not fill; empty if it can.
 
         Raises:
-            ValueError: the message names the matrix and its width.
+            ValueError: it is no pattern.
         """
-        for pattern in patterns:
-            kept, of = parsed(pattern)
-            for matrix in self.host.pair.tuned.matrices.values():
-                if matrix.tensor in self.names:
-                    try:
-                        n_of_m(torch.zeros(1, matrix.columns), kept, of)
-                    except ValueError as error:
-                        raise ValueError(f"{self.host.pair.tuned.ref}: {matrix.name}: {error}") from error
+        kept, of = parsed(pattern)
+        for matrix in self.host.pair.tuned.matrices.values():
+            if matrix.tensor in self.names:
+                try:
+                    n_of_m(torch.zeros(1, matrix.columns), kept, of)
+                except ValueError as error:
+                    return f"{matrix.name}: {error}"
+        return ""
+
+    def fitting(self, patterns: Sequence[str] | None) -> tuple[tuple[str, ...], list[str]]:
+        """The patterns to be measured, and what to say of those that are not.
+
+        Args:
+            patterns: None are the usual ones, as far as they fit.
+
+        Raises:
+            ValueError: one that was asked for does not fit; the message names the matrix and its width.
+        """
+        misfits = {pattern: self.misfit(pattern) for pattern in (PATTERNS if patterns is None else patterns)}
+        wrong = next((why for why in misfits.values() if why), "")
+        if patterns is not None and wrong:
+            raise ValueError(f"{self.host.pair.tuned.ref}: {wrong}")
+        said = [f"{pattern} is not measured: {why}." for pattern, why in misfits.items() if why]
+        return tuple(pattern for pattern, why in misfits.items() if not why), said
 
     def kept(self, model: Side, pattern: str, sparsity: float) -> Mass:
         """The magnitude that a mask keeps."""

@@ -13,8 +13,7 @@ from diagnostics.inputs import tasks
 from diagnostics.masked_training import Training, check, split
 from diagnostics.pruning import RANDOM, SIDES, Bench, Masks, Progress, Regime, parsed
 from diagnostics.row_losses import encoded
-from diagnostics.sparsity_grid import FINER, Ask
-from diagnostics.sparsity_maps import COMPARED
+from diagnostics.sparsity_grid import COMPARED, FINER, Ask
 from diagnostics.sparsity_notes import notes, told
 from diagnostics.sparsity_tables import Found
 from probes import CheckpointPair
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 
 # The grid of the paper's code.
 GRID = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-PATTERNS = ("1:2", "2:4", "4:8")
 
 METRICS = {
     "dropping_point_tuned": "tuned, zero-shot: last measured sparsity before its task metric first falls by "
@@ -133,7 +131,7 @@ def essential_sparsity(
     tolerance: float | None = None,
     grid: tuple[float, ...] = GRID,
     refine: float = 0.02,
-    patterns: tuple[str, ...] = PATTERNS,
+    patterns: tuple[str, ...] | None = None,
     random: bool = True,
     deploy_2_4: bool = False,
     finetune_steps: int = 0,
@@ -168,7 +166,8 @@ def essential_sparsity(
             without a mask for loss (ours; the paper does not say which).
         grid: sparsities in [0, 1); 0 is always measured. The paper's code: 0 to 0.9 by 0.1.
         refine: width of the bracket that up to 4 further evaluations of each side aim at; 0: none (ours).
-        patterns: N:M patterns measured beside: of M consecutive inputs at most N are kept.
+        patterns: N:M patterns measured beside: of M consecutive inputs at most N are kept. By default 1:2,
+            2:4 and 4:8 (the paper's), without those whose M does not divide every width.
         random: also prune at random (the control).
         deploy_2_4: tuned is to be shipped at 2:4: the policy then judges what that costs.
         finetune_steps: steps of tuning behind every mask of base; 0: zero-shot alone.
@@ -200,7 +199,8 @@ def essential_sparsity(
         draws=draws, seed=seed,
     )  # fmt: skip
     check(finetune_steps, finetune_share, finetune_lr, finetune_batch)
-    halves = [1 - parsed(pattern)[0] / parsed(pattern)[1] for pattern in patterns]
+    for pattern in patterns or ():
+        parsed(pattern)
     given = {
         (role, name): one.at_least(2, "essential sparsity")
         for role, source in (("task", task), ("keep", keep))
@@ -221,22 +221,24 @@ def essential_sparsity(
                 batch_rows=finetune_batch, seed=seed, batch_tokens=batch_tokens,
             )  # fmt: skip
         masks = Masks(host, ask.grid, scope=scope, parts=parts, random=random, seed=seed)
-        masks.check_patterns(patterns)
+        fitting, misfits = masks.fitting(patterns)
         curves: list[tuple[Side, Regime]] = [(side, "zero_shot") for side in SIDES]
         if train is not None:
             curves.append(("base", "masked_finetune"))
         one_curve = len(ask.grid) + FINER * (refine > 0) + (len(ask.grid) - 1) * random
         bench = Bench(
-            masks, sets, total=len(curves) * one_curve + len(SIDES) * len(patterns), progress=progress
+            masks, sets, total=len(curves) * one_curve + len(SIDES) * len(fitting), progress=progress
         )
         for side, regime in curves:
             taught = train if regime == "masked_finetune" else None
             ask.sweep(bench, side, regime, roles["task"], taught)
-            for pattern, sparsity in zip(patterns, halves, strict=True) if taught is None else ():
-                bench.measure(side, pattern, sparsity)
+            for pattern in fitting if taught is None else ():
+                kept, of = parsed(pattern)
+                bench.measure(side, pattern, 1 - kept / of)
             for sparsity in ask.grid if random else ():
                 bench.measure(side, RANDOM, sparsity, regime=regime, train=taught)
-        found = Found.of(bench, ask, roles, patterns)
+        found = Found.of(bench, ask, roles, fitting)
         tables = found.tables()
         metrics = found.metrics(tables)
-        return Result(metrics=metrics, tables=tables, notes=tuple(notes(found, tables, metrics, train)))
+        said = [*notes(found, tables, metrics, train), *misfits]
+    return Result(metrics=metrics, tables=tables, notes=tuple(said))

@@ -16,6 +16,8 @@ from probes.tasks import Task
 # Most evaluations of a curve that refine its grid.
 FINER = 4
 TOLERANCE = 0.01
+# Where masks are compared in a number or a title.
+COMPARED = 0.3
 BY_ROW = ("choices", "label")
 
 

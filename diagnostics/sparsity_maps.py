@@ -8,12 +8,11 @@ import pandas as pd
 
 from diagnostics import theme
 from diagnostics.layer_map import axes, layer_name
+from diagnostics.sparsity_grid import COMPARED
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-# Where masks are compared in a number or a title.
-COMPARED = 0.3
 # Columns of the map of layers that can be chosen, with their titles and whether 0 is their middle.
 SHADES = {"sparsity": ("sparsity", False), "excess": ("beyond scale", True)}
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from diagnostics.dropping import Dropping
 from diagnostics.masked_training import Training
 from diagnostics.pruning import RANDOM, SIDES, Regime
-from diagnostics.sparsity_maps import COMPARED
+from diagnostics.sparsity_grid import COMPARED
 from diagnostics.sparsity_tables import Found
 from probes.pair import Side
 

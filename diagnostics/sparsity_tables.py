@@ -10,8 +10,7 @@ import numpy as np
 from diagnostics import control
 from diagnostics.dropping import ROUNDING, Dropping, Z, dropping
 from diagnostics.pruning import MAGNITUDE, RANDOM, SIDES, Bench, Metric, Regime
-from diagnostics.sparsity_grid import BY_ROW, Ask, higher
-from diagnostics.sparsity_maps import COMPARED
+from diagnostics.sparsity_grid import BY_ROW, COMPARED, Ask, higher
 from probes.pair import Side
 
 if TYPE_CHECKING:

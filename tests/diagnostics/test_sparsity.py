@@ -276,6 +276,23 @@ def test_accuracy_is_absolute_and_the_default_of_choices(pair):
     assert "perplexity_ratio_2_4_base" not in quick(pair, rows, tolerance=0.2, patterns=("2:4",)).metrics
 
 
+def test_accuracy_of_texts_is_the_share_of_tokens_that_are_the_likeliest(pair):
+    model, right, count = half_idle(), 0, 0
+    texts = [
+        text[: 4 + place % 9] for place, text in enumerate(ROWS)
+    ]  # a long text counts more than a short one
+    for text in texts:
+        ids = torch.tensor([[0, *(1 + LETTERS.index(letter) for letter in text)]])
+        with torch.no_grad():
+            right += int((model(input_ids=ids).logits[0, :-1].argmax(-1) == ids[0, 1:]).sum())
+        count += len(text)
+    found = quick(pair, texts, metric="accuracy", tolerance=0.1)
+    assert found.metrics["value_base"] == pytest.approx(right / count)
+    assert set(found.tables["points"]["metric"]) == {"accuracy"}
+    # Perplexity is of the loss, whatever the metric.
+    assert "perplexity_ratio_2_4_base" in quick(pair, texts, metric="accuracy", patterns=("2:4",)).metrics
+
+
 def test_a_loss_is_tolerated_as_a_share_of_itself(result):
     points = result.tables["points"]
     np.testing.assert_allclose(points["allowed"], 0.01 * points["value"])
@@ -469,6 +486,17 @@ def test_what_cannot_be_asked_is_refused_in_a_line(pair, settings, message):
     with pytest.raises(ValueError, match=message) as refused:
         quick(pair, **settings)
     assert "\n" not in str(refused.value)
+
+
+def test_usual_patterns_that_do_not_fit_are_left_out_and_said_to_be(tmp_path):
+    for seed, name in enumerate(("base", "tuned")):
+        save(tmp_path / name, make("llama", seed))  # 28 inputs of the last matrix: 4 divides them, 8 does not
+    found = quick(CheckpointPair(tmp_path / "base", tmp_path / "tuned"), ["abc", "cab", "bba"], patterns=None)
+    assert set(found.tables["patterns"]["pattern"]) == {"1:2", "2:4"}
+    assert any(
+        note.startswith("4:8 is not measured: model.layers.0.mlp.down_proj.weight: its 28 inputs are not")
+        for note in found.notes
+    )
 
 
 def test_one_row_is_too_few(pair):
