@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -87,6 +88,51 @@ class Blender:
                 blended[:rows], part = between(pair.base.matrix(other)[:rows], blended[:rows], alpha)
                 value, square = matrix.put(value, blended), square + part
         return (value if square else stored), square
+
+    def has_base(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether base has all or some of the entries of a tensor of tuned."""
+        ours = self.pair.base.headers.get(self._aligned.get(name, ""))
+        return (ours is not None and ours.shape == shape) or name in self._matrices
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The dtype that holds both sides of every floating tensor of tuned that base has too."""
+        found = {}
+        for name, header in self.pair.tuned.headers.items():
+            if not header.dtype.is_floating_point or not self.has_base(name, header.shape):
+                continue
+            ours = self.pair.base.headers.get(self._aligned.get(name, ""))
+            names = self._matrices.get(name, ())
+            tensors = (
+                [ours.name]
+                if ours is not None and ours.shape == header.shape
+                else [self.pair.base.matrices[other].tensor for other in names]
+            )
+            sides = [self.pair.base.headers[tensor].dtype for tensor in tensors]
+            found[name] = reduce(torch.promote_types, sides, header.dtype)
+        return found
+
+    def base_of(self, name: str, stored: Tensor) -> Tensor | None:
+        """The base's values in the place of a tensor of tuned, none of them computed; None if base has none.
+
+        Of a resized vocabulary, the rows that base lacks stay those of `stored`, which is tuned's.
+        """
+        pair = self.pair
+        ours = pair.base.headers.get(self._aligned.get(name, ""))
+        if ours is not None and ours.shape == stored.shape:
+            return pair.base.tensor(ours.name).to(ours.dtype)
+        if name not in self._matrices:
+            return None
+        value = stored
+        for other in self._matrices[name]:  # stored differently, or a resized vocabulary
+            matrix, rows = pair.counterpart(other), pair.matrices[other].rows
+            base = pair.base.matrix(other)[:rows].to(
+                pair.base.headers[pair.base.matrices[other].tensor].dtype
+            )
+            value = value.to(torch.promote_types(value.dtype, base.dtype))
+            blended = matrix.take(value).clone()
+            blended[:rows] = base
+            value = matrix.put(value, blended)
+        return value
 
 
 def unrounded(checkpoint: Checkpoint, name: str, stored: Tensor) -> Tensor:

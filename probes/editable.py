@@ -9,9 +9,10 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from probes.align import align
@@ -29,6 +30,20 @@ from probes.loading import (
     tokenizer_of,
 )
 from probes.memory import Reverted
+
+
+class Slot(NamedTuple):
+    """Entries of one stored tensor inside one tensor of a running model.
+
+    Attributes:
+        tensor: the model's own parameter or buffer.
+        places: flat indices into it; of no meaning where `which` is all.
+        which: which of the entries asked for these are; `slice(None)` for all, in order.
+    """
+
+    tensor: Tensor
+    places: Int[Tensor, " places"]
+    which: Int[Tensor, " places"] | slice
 
 
 class Editable:
@@ -113,24 +128,56 @@ class Editable:
                 self._put(name, self.checkpoint.tensor(name))
 
     def _put(self, name: str, value: Tensor) -> None:
-        """Write a tensor of the file into the model; what the model does not have, it does not read."""
-        header, other = self.checkpoint.headers[name], self._names.get(name)
-        if other is None or not value.is_floating_point():
+        """Write a tensor of the file into the model, rounded as the file would hold it."""
+        self.write(name, value.to(self.checkpoint.headers[name].dtype))
+
+    @cached_property
+    def held(self) -> frozenset[str]:
+        """The floating tensors of the checkpoint that the model has; others it does not read."""
+        headers = self.checkpoint.headers
+        return frozenset(name for name in self._names if headers[name].dtype.is_floating_point)
+
+    def write(self, name: str, value: Tensor) -> None:
+        """Write a tensor of the checkpoint into the model, in the model's own dtype; one it lacks is not."""
+        if name not in self.held:
             return
-        assert value.shape == header.shape == self._view.headers[other].shape, name
-        rounded = value.to(header.dtype)
-        source = self._view.source
+        assert value.shape == self._view.headers[self._names[name]].shape, name
+        flat = value.reshape(-1)
+        for slot in self.slots(name):
+            if isinstance(slot.which, slice):
+                slot.tensor.detach().copy_(value)
+            else:
+                slot.tensor.detach().view(-1)[slot.places] = flat[slot.which].to(slot.tensor)
+
+    def slots(self, name: str, index: Int[Tensor, " entries"] | None = None) -> list[Slot]:
+        """Where entries of a stored tensor live in the running model.
+
+        Args:
+            name: one of `held`.
+            index: of the entries, flat; all of them where it is None.
+        """
+        other, source = self._names[name], self._view.source
         if not isinstance(source, Reverted) or other not in source.made:
-            self._own[other].copy_(rounded)
-            return
+            own = self._tensors[other]
+            whole = torch.arange(0) if index is None else index.to(own.device)
+            return [Slot(own, whole, slice(None))]
         # transformers keeps it in another form: its entries, one by one, in their places.
-        own, places = source.places(other)
-        start, flat, order = 0, rounded.flatten(), places.flatten()
-        for part in own:
-            tensor = self._own[part]
-            here = (order >= start) & (order < start + tensor.numel())
-            tensor.view(-1)[(order[here] - start).to(tensor.device)] = flat[here].to(tensor)
-            start += tensor.numel()
+        parts, places = source.places(other)
+        order = places.flatten() if index is None else places.flatten()[index]
+        start, found = 0, []
+        for part in parts:
+            own = self._tensors[part]
+            which = ((order >= start) & (order < start + own.numel())).nonzero()[:, 0]
+            if len(which):
+                found.append(Slot(own, (order[which] - start).to(own.device), which))
+            start += own.numel()
+        return found
+
+    @cached_property
+    def _tensors(self) -> dict[str, Tensor]:
+        """The model's parameters and buffers by the names of its state dict, tied ones the same object."""
+        kept = {tensor.data_ptr(): tensor for tensor in (*self.model.buffers(), *self.model.parameters())}
+        return {name: kept.get(tensor.data_ptr(), tensor) for name, tensor in self._own.items()}
 
 
 def _merged(checkpoint: Checkpoint, model: Any) -> Any:

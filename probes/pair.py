@@ -147,7 +147,7 @@ class CheckpointPair:
                 role, to = ("base", tied[0][name]) if name in tied[0] else ("tuned", tied[1][other])
                 reason = f"tied to {to} in {role} alone; not compared"
                 found.append(Unmatched(name, reason, base[name].shape, tuned[other].shape))
-        return sorted(found, key=lambda unmatched: _natural(unmatched.tensor))
+        return sorted(found, key=lambda unmatched: natural(unmatched.tensor))
 
     @property
     def _sides(self) -> tuple[Checkpoint, Checkpoint]:
@@ -295,7 +295,7 @@ def _some(headers: list[Header]) -> str:
     return f"{len(headers)} such as {first.name} ({'x'.join(map(str, first.shape)) or 'a scalar'})"
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def natural(name: str) -> list[tuple[int, str]]:
     """Sorts block 10 after block 9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
@@ -303,4 +303,4 @@ def _natural(name: str) -> list[tuple[int, str]]:
 def _order(matrix: Matrix) -> tuple[Any, ...]:
     """By layer, what stands before the blocks first; never by the order in a file, which means nothing."""
     layer = -1 if matrix.layer is None else matrix.layer
-    return layer, _natural(matrix.tensor), matrix.expert or 0, matrix.start, matrix.name
+    return layer, natural(matrix.tensor), matrix.expert or 0, matrix.start, matrix.name

@@ -10,9 +10,11 @@ import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from probes.checkpoint import Checkpoint
@@ -47,6 +49,7 @@ def write_checkpoint(
     out: str | Path,
     change: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
     *,
+    dtypes: Mapping[str, torch.dtype] | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Path:
     """Write a checkpoint with some of its tensors changed; an adapter is written merged, as full weights.
@@ -59,6 +62,7 @@ def write_checkpoint(
         out: a directory that does not exist yet, or is empty.
         change: from a tensor's name and value to its new value, of the same shape; called in any order. A
             tensor that is given back as it came is copied byte for byte.
+        dtypes: of tensors that are written in another dtype than the source's.
         progress: called with tensors written, tensors in all, and the last one's name.
 
     Returns:
@@ -68,7 +72,11 @@ def write_checkpoint(
         ValueError: `out` is a file, is not empty or cannot be written; the disk is full; a change gives
             another shape, or NaN or infinite values.
     """
-    shards = _plan(source)
+    other = dtypes or {}
+    shards = {
+        file: [replace(header, dtype=other.get(header.name, header.dtype)) for header in headers]
+        for file, headers in _plan(source).items()
+    }
     total, done = sum(map(len, shards.values())), 0
     tied = {name: matrix.tensor for matrix in source.matrices.values() for name in matrix.tied}
 
@@ -80,7 +88,7 @@ def write_checkpoint(
         changed = change(name, stored)
         if changed.shape != stored.shape:
             raise ValueError(f"{name}: is {tuple(stored.shape)}, but its change {tuple(changed.shape)}")
-        final = changed.to(source.headers[name].dtype)
+        final = changed.to(other.get(name, source.headers[name].dtype))
         if final is not stored and final.is_floating_point():
             finite(f"{out}", f"{name}, as changed,", final)
         done += 1
@@ -88,7 +96,7 @@ def write_checkpoint(
             progress(done, total, name)
         return final
 
-    size = sum(header.bytes for header in source.headers.values())
+    size = sum(header.bytes for headers in shards.values() for header in headers)
     with whole_or_nothing(Path(out).expanduser(), size) as directory:
         for file, headers in shards.items():
             (directory / file).parent.mkdir(parents=True, exist_ok=True)
