@@ -26,10 +26,12 @@ class Pass:
     Attributes:
         hidden: what the head is given (batch, length, width); None if the model does not let it be seen.
         logits: gives the logits of some positions, counted through the flattened batch, in the model's dtype.
+        head: gives the logits of hidden states; None where these are not seen.
     """
 
     hidden: Float[Tensor, "rows length width"] | None
     logits: Callable[[Int[Tensor, " positions"]], Float[Tensor, "positions vocabulary"]]
+    head: Callable[[Float[Tensor, "positions width"]], Float[Tensor, "positions vocabulary"]] | None
 
 
 def unwrapped(model: nn.Module) -> Any:
@@ -134,8 +136,12 @@ def padding_known(inner: Any, given: dict[str, Any]) -> Iterator[None]:
         config.pad_token_id = own
 
 
-def run(model: nn.Module, batch: Batch) -> Pass:
-    """Run the body of a language model on a batch."""
+def run(model: nn.Module, batch: Batch, *, differentiable: bool = False) -> Pass:
+    """Run the body of a language model on a batch.
+
+    Args:
+        differentiable: record what is computed, here and when the head is asked.
+    """
     inner = unwrapped(model)
     part = body(inner)
     given = inputs(inner, batch)
@@ -148,23 +154,25 @@ def run(model: nn.Module, batch: Batch) -> Pass:
         # The head gets one position here, for nothing; a classifier's picks its own and costs little.
         return _with_hidden(output, output[0][:, :1]) if headed else output
 
-    with torch.no_grad():
+    with torch.set_grad_enabled(differentiable):
         if part is not inner:
             with _calling(part, seen):
                 whole = inner(**given)
         if not outputs:
             whole = inner(**given)
             logits = whole.logits.flatten(0, 1)
-            return Pass(None, lambda positions: logits[positions.to(logits.device)])
+            return Pass(None, lambda positions: logits[positions.to(logits.device)], None)
     hidden, stub = outputs[0][0], given["input_ids"][:1, :1]
 
-    def head(positions: Int[Tensor, " positions"]) -> Float[Tensor, "positions vocabulary"]:
-        rows = hidden.flatten(0, 1)[positions.to(hidden.device)][None]
-        told = _with_hidden(outputs[0], rows)
-        with _calling(part, lambda *args, **kwargs: told), torch.no_grad():
+    def head(states: Float[Tensor, "positions width"]) -> Float[Tensor, "positions vocabulary"]:
+        told = _with_hidden(outputs[0], states[None])
+        with _calling(part, lambda *args, **kwargs: told), torch.set_grad_enabled(differentiable):
             return inner(input_ids=stub).logits[0]
 
-    return Pass(hidden, head)
+    def logits_at(positions: Int[Tensor, " positions"]) -> Float[Tensor, "positions vocabulary"]:
+        return head(hidden.flatten(0, 1)[positions.to(hidden.device)])
+
+    return Pass(hidden, logits_at, head)
 
 
 def shadow(model: nn.Module) -> Any:

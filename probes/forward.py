@@ -333,7 +333,7 @@ def _scores(
     chunk: int | None,
 ) -> TokenScores:
     """Scores of the tokens at (rows, places), from the logits at `seen` in the flattened batch."""
-    targets, size = batch.ids[rows, places], chunk or _chunk(model)
+    targets, size = batch.ids[rows, places], chunk or at_once(model)
     if vocabulary is not None and (targets >= vocabulary).any():
         raise ValueError(f"token {int(targets.max())} is scored, but only {vocabulary} tokens are to exist")
     values: list[Tensor] = []
@@ -357,7 +357,7 @@ def _empty(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     return {name: torch.full(batch.ids.shape, torch.nan, device=device) for name in names}
 
 
-def _chunk(model: nn.Module) -> int:
+def at_once(model: nn.Module) -> int:
     """Positions whose logits fit into what is held at once."""
     inner = unwrapped(model)
     most = LOGITS_CPU if inner.get_input_embeddings().weight.device.type == "cpu" else LOGITS
