@@ -70,11 +70,15 @@ class Order:
     def region(self, start: int, stop: int | None = None) -> Region:
         """The entries from the one at `start` to before `stop`; the first `start` if only that is given."""
         part = slice(0, start) if stop is None else slice(start, stop)
-        tensor, index = self.tensor[part], self.index[part]
-        return {
-            self.names[place]: index[tensor == place].long().sort().values
-            for place in tensor.unique().tolist()
-        }
+        tensor, index = self.tensor[part], self.index[part].long()
+        order = self.by_place(part)
+        places, counts = tensor[order].unique_consecutive(return_counts=True)
+        split = index[order].split(counts.tolist())
+        return {self.names[place]: entries for place, entries in zip(places.tolist(), split, strict=True)}
+
+    def by_place(self, part: slice = slice(None)) -> Int[Tensor, " _"]:
+        """What puts entries in the order of their tensors' names, and of their places there."""
+        return torch.from_numpy(np.lexsort((self.index[part].numpy(), self.tensor[part].numpy())))
 
 
 class Movement:

@@ -1,6 +1,6 @@
 """Regions: sets of entries of a checkpoint, as sorted places in its flattened tensors, and how they relate.
 
-A region says which entries keep their tuned values. Its density is its share of the entries of a tensor; where
+A region says which entries keep their tuned values. Its density is its share of a tensor; where
 a region lies is said by density, never by counts, for tensors differ in size by orders of magnitude.
 """
 
