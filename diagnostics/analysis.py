@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
     from diagnostics.policy import Finding, Policy
+    from probes.patch import Patch
 
 # Where it runs, not what it measures: never part of what identifies a result.
 EXECUTION = frozenset({"device", "progress"})
@@ -29,6 +31,7 @@ class Result:
         metrics: plain numbers; a unit ends the name (`rise_nats`). What could not be measured is left out.
         tables: tidy frames: a row an observation, a column a variable; not measured is NaN.
         notes: what a reader must know: skipped, dropped, approximated.
+        masks: what `tunescope graft` takes, by name; of a saved result, the files.
         analysis, parameters: filled in by `@analysis`; parameters as used, defaults included, as JSON keeps
             them (a tuple is a list), so that a saved result equals a fresh one.
     """
@@ -36,6 +39,7 @@ class Result:
     metrics: Mapping[str, float | int]
     tables: "Mapping[str, pd.DataFrame]"
     notes: tuple[str, ...] = ()
+    masks: "Mapping[str, Patch | Path]" = field(default_factory=dict)
     analysis: str = ""
     parameters: Mapping[str, Any] = field(default_factory=dict)
 

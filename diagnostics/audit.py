@@ -191,7 +191,7 @@ def run_one(
     device: str,
     progress: Progress | None,
 ) -> Outcome:
-    """Run one analysis and write its tables; whatever goes wrong in it stays in it."""
+    """Run one analysis and write its tables and masks; whatever goes wrong in it stays in it."""
     place = {"device": device, "progress": partial(progress, record.name) if progress else None}
     inputs = {
         name: {rows.name: rows.task for rows in supplied[name]} if name in ROLES else supplied[name]
@@ -207,7 +207,7 @@ def run_one(
         )
         seconds = time.perf_counter() - began
         outcome = Outcome(status="ok", result=result)
-        store.write_tables(record.name, result)
+        store.write_result(record.name, result)
     except CannotWriteError:
         raise
     except Exception as error:

@@ -331,6 +331,35 @@ def run_mitigate(
         terminal.say(made.summary(), *made.notes, f"written  {made.out}")
 
 
+@main.command("graft")
+def run_graft(
+    base: Base,
+    tuned: Tuned,
+    mask: Annotated[
+        Path,
+        typer.Option("--mask", metavar="F", help="A mask of an audit: AUDIT/masks/….safetensors."),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A directory that does not exist yet.")],
+    without: Annotated[
+        bool, typer.Option("--without", help="The complement: tuned with these entries from base.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a base with the entries of a mask from tuned."""
+    from diagnostics import terminal
+    from diagnostics.disk import to_json
+    from diagnostics.graft import graft
+
+    with terminal.bars(show=not quiet) as progress:
+        shown = functools.partial(progress, "graft") if progress else None
+        made = graft(base, tuned, mask, out, without=without, progress=shown)
+    if as_json:
+        typer.echo(to_json(made.describe()), nl=False)
+    elif not quiet:
+        terminal.say(made.summary(), *made.notes, f"written  {made.out}")
+
+
 @main.command("demo")
 def run_demo(out: Out = Path("demo-audit"), fresh: Fresh = False, quiet: Quiet = False) -> None:
     """Audit the bundled checkpoints and explain what was found."""

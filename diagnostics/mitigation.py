@@ -369,7 +369,7 @@ class Measured:
             drawn = control.mean_drawn(sets, draws, generator)
             roles[role] = np.concatenate([control.mean_loss(sets)[None], drawn])
         right = [
-            np.mean([self._accuracy(losses[which]) for which in self.sets if which[0] == "task"])
+            np.mean([self._accuracy(which, losses) for which in self.sets if which[0] == "task"])
             for losses in self._losses
         ]
         counts = {
@@ -378,9 +378,9 @@ class Measured:
         }
         return Judged(points=tuple(self.points), accuracy=np.array(right), counts=counts, **roles)
 
-    @staticmethod
-    def _accuracy(losses: Losses) -> float:
-        known = losses.right[~np.isnan(losses.right)]
+    def _accuracy(self, which: tuple[str, str], losses: Mapping[tuple[str, str], Losses]) -> float:
+        right = losses[which].right
+        known = right[~np.isnan(right)] if self.sets[which].unit == "row" else right[:0]
         return float(known.mean()) if len(known) else math.nan
 
     def table(self) -> "pd.DataFrame":
@@ -391,7 +391,7 @@ class Measured:
             {
                 "role": role, "set": name, "mode": mode, "scale": scale, "rows": rows.units.size,
                 "loss": rows.loss[place], "unit": self.sets[role, name].unit,
-                "accuracy": self._accuracy(self._losses[place][role, name]),
+                "accuracy": self._accuracy((role, name), self._losses[place]),
             }
             for role, name in self.sets
             for rows in (self.rows((role, name)),)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from diagnostics import disk, theme, view
-from diagnostics.store import Audit
+from diagnostics.store import Audit, mask_file
 
 if TYPE_CHECKING:
     import jinja2
@@ -48,6 +48,7 @@ def to_html(audit: Audit) -> str:
             **overview(audit, sections),
             pictures={name: made for name, (made, _) in drawn.items()},
             troubles={name: notes for name, (_, notes) in drawn.items()},
+            mask_file=mask_file,
             tables={section.name: view.tables(section.result) for section in sections},
             looks=json.dumps({name: made.to_plotly_json() for name, made in looks.items()}),
             scripts=[Markup(text) for text in scripts],

@@ -25,7 +25,8 @@ class Losses:
     Attributes:
         nats: of each row; NaN where there is nothing to score.
         units: scored tokens of each row, or 1; 0 where there is nothing to score.
-        right: 1 where the right choice or label is the likeliest, else 0; NaN for text.
+        right: 1 where the right choice or label is the likeliest, else 0; of text the share of its scored
+            tokens that are the likeliest in their place. NaN where there is nothing to score.
     """
 
     nats: Float[np.ndarray, " rows"]
@@ -79,7 +80,7 @@ class Encoded:
         )
         if self.task.shape != "choices":
             units = scores.tokens.double().numpy()
-            return Losses(nats=-scores.log_likelihoods.numpy(), units=units, right=right)
+            return Losses(nats=-scores.log_likelihoods.numpy(), units=units, right=scores.hit.numpy())
         for choices in choice_scores(scores, self.examples, self.task.rows):
             answer = self.task.rows[choices.row].answer or 0
             if choices.sum.isfinite().all():

@@ -20,6 +20,8 @@ from diagnostics.disk import number, read_table, replacing, to_json, write_table
 from diagnostics.policy import Finding, Policy, Verdict, judge, judged, not_measured, parse, verdict
 
 SCHEMA = 1
+# Inside an audit's directory.
+FOLDERS = ("tables", "masks")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +156,7 @@ def outcome_record(name: str, made: Outcome) -> dict[str, Any]:
         "metrics": dict(result.metrics),
         "notes": list(result.notes),
         "tables": {table: table_file(name, table) for table in result.tables},
+        "masks": {mask: mask_file(name, mask) for mask in result.masks},
     }
     return record
 
@@ -164,10 +167,20 @@ def table_file(name: str, table: str) -> str:
     Raises:
         ValueError: a name that is not safe as a part of a file name.
     """
-    for word in (name, table):
+    return f"tables/{safe(name, table)}.parquet"
+
+
+def mask_file(name: str, mask: str) -> str:
+    """Where a mask lies inside an audit; the errors are those of `table_file`."""
+    return f"masks/{safe(name, mask)}.safetensors"
+
+
+def safe(*words: str) -> str:
+    """The stem of a file's name, refused where a word could leave its directory."""
+    for word in words:
         if not re.fullmatch(r"[\w-]+", word):
             raise ValueError(f"{word!r} cannot name an analysis or a table; use letters, digits, _ and -")
-    return f"tables/{name}.{table}.parquet"
+    return ".".join(words)
 
 
 class Store:
@@ -184,7 +197,8 @@ class Store:
 
     def __enter__(self) -> "Store":
         with writing(self.out):
-            (self.out / "tables").mkdir(parents=True, exist_ok=True)
+            for folder in FOLDERS:
+                (self.out / folder).mkdir(parents=True, exist_ok=True)
             self.lock = FileLock(self.out / ".lock", blocking=False)
             try:
                 self.lock.acquire()
@@ -192,8 +206,9 @@ class Store:
                 raise ValueError(
                     f"--out {self.out}: another tunescope is writing there; wait for it or name another place"
                 ) from None
-            for left in [*self.out.glob(".*.part"), *self.out.glob("tables/.*.part")]:
-                left.unlink()
+            for folder in (".", *FOLDERS):
+                for left in self.out.glob(f"{folder}/.*.part"):
+                    left.unlink()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -217,7 +232,7 @@ class Store:
         with writing(self.out):
             for path in [self.out / name for name in ("audit.json", "report.html", "audit.log")]:
                 path.unlink(missing_ok=True)
-            for path in self.out.glob("tables/*.parquet"):
+            for path in self._files():
                 path.unlink()
 
     def begin(self, audit: Audit) -> None:
@@ -226,24 +241,35 @@ class Store:
             (self.out / "report.html").unlink(missing_ok=True)
         self.write(audit)
 
-    def write_tables(self, name: str, result: Result) -> None:
-        """Write the tables of one result, each in one step."""
+    def write_result(self, name: str, result: Result) -> None:
+        """Write the tables and masks of one result, each in one step."""
         for table, frame in result.tables.items():
             write_table(self.out / table_file(name, table), frame)
+        for mask, patch in result.masks.items():
+            if not isinstance(patch, Path):
+                with replacing(self.out / mask_file(name, mask)) as part:
+                    patch.save(part)
 
     def write(self, audit: Audit) -> None:
-        """Write audit.json in one step, and drop the tables that it no longer names."""
+        """Write audit.json in one step, and drop the tables and masks that it no longer names."""
         with replacing(self.out / "audit.json") as part:
             part.write_text(to_json(audit.record()), encoding="utf-8")
         named = {
-            self.out / table_file(name, table)
+            self.out / file
             for made in (audit.analyses, audit.kept)
             for name, outcome in made.items()
             if outcome.result is not None
-            for table in outcome.result.tables
+            for file in (
+                *(table_file(name, table) for table in outcome.result.tables),
+                *(mask_file(name, mask) for mask in outcome.result.masks),
+            )
         }
-        for path in set(self.out.glob("tables/*.parquet")) - named:
+        for path in set(self._files()) - named:
             path.unlink(missing_ok=True)
+
+    def _files(self) -> list[Path]:
+        """The tables and masks that lie here."""
+        return [*self.out.glob("tables/*.parquet"), *self.out.glob("masks/*.safetensors")]
 
     def log(self, text: str) -> None:
         """Append to audit.log, where tracebacks go."""
@@ -329,10 +355,16 @@ def result_of(name: str, entry: Mapping[str, Any], directory: Path) -> Result:
                 f"{directory / 'audit.json'}: damaged: table {table} of {name} is said to be {file!r}"
             )
         tables[table] = read_table(directory / file)
+    masks = {}
+    for mask, file in entry.get("masks", {}).items():
+        if file != mask_file(name, mask) or not (directory / file).is_file():
+            raise ValueError(f"{directory / 'audit.json'}: damaged: mask {mask} of {name} is missing")
+        masks[mask] = directory / file
     return Result(
         metrics={k: number(v) for k, v in entry["metrics"].items()},
         tables=tables,
         notes=tuple(entry["notes"]),
+        masks=masks,
         analysis=name,
         parameters=entry["parameters"],
     )

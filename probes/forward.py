@@ -24,6 +24,8 @@ By = Literal["sum", "mean", "per_byte"]
 # Logits held at once, in float32: 128 MB on a GPU; on a CPU 8 MB, which its caches hold. Fewer positions than
 # 256 would read the head's weights too often.
 LOGITS, LOGITS_CPU, POSITIONS = 2**25, 2**21, 256
+# What is scored of each token.
+NAMES = ("log_likelihoods", "top", "energy", "hit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +36,14 @@ class TokenScores:
         log_likelihoods: of the token that is there.
         top: probability of the token that is the likeliest in its place.
         energy: minus the logsumexp of the logits.
+        hit: 1 where the token that is there is the likeliest, one of several equals included; else 0.
         hidden: what the head was given, in the model's dtype; None if the model does not let it be seen.
     """
 
     log_likelihoods: Float[Tensor, "rows length"]
     top: Float[Tensor, "rows length"]
     energy: Float[Tensor, "rows length"]
+    hit: Float[Tensor, "rows length"]
     hidden: Float[Tensor, "rows length width"] | None
 
 
@@ -50,7 +54,7 @@ class SequenceScores:
     Attributes:
         log_likelihoods: sum over the scored tokens; NaN where there is none.
         tokens: how many are scored.
-        top, energy: mean over the scored tokens of what `TokenScores` has; NaN where there is none.
+        top, energy, hit: mean over the scored tokens of what `TokenScores` has; NaN where there is none.
         pooled: mean over all tokens of the hidden states that the head is given; None unless asked for.
         by_token: of each example the log-likelihoods of its ids, NaN where not scored; None unless asked for.
     """
@@ -59,6 +63,7 @@ class SequenceScores:
     tokens: Int[Tensor, " examples"]
     top: Float[Tensor, " examples"]
     energy: Float[Tensor, " examples"]
+    hit: Float[Tensor, " examples"]
     pooled: Float[Tensor, "examples width"] | None = None
     by_token: tuple[Float[Tensor, " _"], ...] | None = None
 
@@ -195,14 +200,16 @@ def score_examples(
         else:
             scores = masked_token_scores(model, batch, mask_id)
         counts = batch.scored.sum(dim=1).cpu()
-        logs, top, energy = (
-            values.double().cpu() for values in (scores.log_likelihoods, scores.top, scores.energy)
+        logs, top, energy, hit = (
+            values.double().cpu()
+            for values in (scores.log_likelihoods, scores.top, scores.energy, scores.hit)
         )
         found: dict[str, Any] = {
             "log_likelihoods": torch.where(counts > 0, logs.nansum(dim=1), torch.nan),
             "tokens": counts,
             "top": top.nansum(dim=1) / counts,
             "energy": energy.nansum(dim=1) / counts,
+            "hit": hit.nansum(dim=1) / counts,
         }
         if pooled:
             if scores.hidden is None:
@@ -218,7 +225,7 @@ def score_examples(
     )
     if not found:
         nothing = torch.full((len(examples),), torch.nan, dtype=torch.float64)
-        found = dict.fromkeys(("log_likelihoods", "top", "energy"), nothing)
+        found = dict.fromkeys(NAMES, nothing)
         found["tokens"] = torch.zeros(len(examples), dtype=torch.long)
     if by_token:
         rows = found.get("by_token", [None] * len(examples))
@@ -343,7 +350,8 @@ def _scores(
         logits.sub_(largest)  # so that large logits cost no digits
         chosen = logits.gather(1, target.to(logits.device)[:, None])[:, 0]
         rest = logits.exp_().sum(dim=1).log()
-        values.append(torch.stack([chosen - rest, (-rest).exp(), -(largest[:, 0] + rest)]))
+        hit = (chosen == 0).float()
+        values.append(torch.stack([chosen - rest, (-rest).exp(), -(largest[:, 0] + rest), hit]))
     device = values[0].device if values else batch.ids.device
     found = _empty(batch, device)
     if values:
@@ -353,8 +361,7 @@ def _scores(
 
 
 def _empty(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    names = ("log_likelihoods", "top", "energy")
-    return {name: torch.full(batch.ids.shape, torch.nan, device=device) for name in names}
+    return {name: torch.full(batch.ids.shape, torch.nan, device=device) for name in NAMES}
 
 
 def at_once(model: nn.Module) -> int:

@@ -105,6 +105,10 @@ class Host:
             self.side = side
         self.restore()
 
+    def changed(self, names: Collection[str] | None = None) -> None:
+        """Note that tensors were changed by other means, such as training; all unless some are named."""
+        self._changed.update(self.headers if names is None else names)
+
     def restore(self, names: Collection[str] | None = None) -> None:
         """Put tensors back to what the present side has; all that were changed unless some are named."""
         for name in sorted(self._changed if names is None else self._changed.intersection(names)):

@@ -66,8 +66,9 @@ class Patch:
         """Write it to a file, whole or not at all.
 
         Raises:
-            ValueError: it cannot be written.
+            OSError: it cannot be written.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         path = Path(path)
@@ -82,8 +83,8 @@ class Patch:
         try:
             save_file(tensors, part, metadata)
             os.replace(part, path)
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from error
+        except SafetensorError as error:
+            raise OSError(f"{path}: cannot be written ({error})") from error
         finally:
             part.unlink(missing_ok=True)
 
@@ -153,13 +154,13 @@ class Graft:
     """What a graft was made of.
 
     Attributes:
-        entries: that are tuned's.
+        weights: entries that either side could give.
         alone: tensors that base lacks; they are tuned's.
         lost: tensors of base that tuned lacks; they are not written.
         widened: tensors written wider than tuned has them, because base is.
     """
 
-    entries: int
+    weights: int
     alone: tuple[str, ...]
     lost: tuple[str, ...]
     widened: tuple[str, ...]
@@ -208,7 +209,7 @@ def write_graft(
     total = sum(pair.tuned.headers[name].entries for name in dtypes)
     lost = [each.tensor for each in pair.unmatched if each.tuned_shape is None]
     widened = [name for name, dtype in dtypes.items() if dtype != pair.tuned.headers[name].dtype]
-    return Graft(total - patch.count if without else patch.count, tuple(alone), tuple(lost), tuple(widened))
+    return Graft(total, tuple(alone), tuple(lost), tuple(widened))
 
 
 def as_stored(checkpoint: Checkpoint, name: str) -> Tensor:

@@ -107,6 +107,7 @@ def reported(register: Callable[..., Any]) -> Callable[..., Any]:
         metrics: dict[str, float] | None = None,
         tables: dict[str, pd.DataFrame] | None = None,
         notes: tuple[str, ...] = (),
+        masks: dict[str, Any] | None = None,
         draw: Callable[[Result], dict[str, Any]] = lambda result: {},
         rules: dict[str, Any] | None = None,
         outcomes: dict[str, Outcome] | None = None,
@@ -114,7 +115,9 @@ def reported(register: Callable[..., Any]) -> Callable[..., Any]:
         **audit: Any,
     ) -> Audit:
         def angles(pair, *, k: int = 10, epsilon: float = 0.5):
-            return Result(metrics=metrics or {"widest": 0.25}, tables=tables or {}, notes=notes)
+            return Result(
+                metrics=metrics or {"widest": 0.25}, tables=tables or {}, notes=notes, masks=masks or {}
+            )
 
         measure = register(
             "angles",

@@ -8,6 +8,7 @@ import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -319,6 +320,13 @@ def test_plotly_is_embedded_once(reported):
     assert len(text) < len(get_plotlyjs()) + 100_000
 
 
+def test_masks_are_listed_with_what_to_do_with_them(reported):
+    page = Page(report.to_html(reported(masks={"task": Path("masks/angles.task.safetensors")})))
+    assert "masks/angles.task.safetensors" in page.text
+    assert "tunescope graft BASE TUNED --mask FILE --out DIR writes base with these entries" in page.text
+    assert "Masks" not in Page(report.to_html(reported())).text
+
+
 def test_headings_go_down_one_level_at_a_time_and_every_link_leads_somewhere(reported):
     page = Page(report.to_html(reported(rules=WARN, tables={"t": pd.DataFrame({"a": [1]})})))
     levels = [int(tag[1]) for tag, _, _ in page.elements if re.fullmatch(r"h\d", tag)]
@@ -335,7 +343,7 @@ def test_a_saved_audit_is_reported_as_the_fresh_one_was(reported, tmp_path):
     frame = pd.DataFrame({"matrix": ["a", "b"], "widest": [0.25, float("nan")]})
     audit = reported(rules=WARN, tables={"matrices": frame}, draw=scatter([1], [2]), path=tmp_path)
     with Store(tmp_path) as store:
-        store.write_tables("angles", audit.results["angles"])
+        store.write_result("angles", audit.results["angles"])
         store.write(audit)
     again = load(tmp_path)
     assert report.to_html(again) == report.to_html(audit)

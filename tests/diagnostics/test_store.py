@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,6 +19,7 @@ from diagnostics.analysis import Result
 from diagnostics.disk import CannotWriteError, read_table, replacing, to_json, write_table
 from diagnostics.policy import parse
 from diagnostics.store import Audit, Outcome, Store, load
+from probes.patch import Patch
 
 TABLE = pd.DataFrame({"matrix": ["a", "b"], "norm": [1.5, math.nan], "count": [1, 2], "new": [True, False]})
 
@@ -49,7 +51,7 @@ def save(out, made=None):
     made = made or audit(out)
     with Store(out) as store:
         for name, result in made.results.items():
-            store.write_tables(name, result)
+            store.write_result(name, result)
         store.write(made)
     return made
 
@@ -61,6 +63,58 @@ def test_a_saved_audit_says_all_that_a_fresh_one_does(tmp_path):
     pd.testing.assert_frame_equal(again.results["made"].tables["matrices"], TABLE)
     assert replace(again.results["made"], tables={}) == replace(made.results["made"], tables={})
     assert again.findings == made.findings
+
+
+def masked(out, **index):
+    """An audit whose result has a mask."""
+    patch = Patch(
+        index={name: torch.tensor(entries) for name, entries in index.items()},
+        values={name: torch.ones(len(entries)) for name, entries in index.items()},
+        base="00",
+        tuned="01",
+    )
+    made = audit(out)
+    outcome = made.analyses["made"]
+    return replace(
+        made, analyses={"made": replace(outcome, result=replace(outcome.result, masks={"task": patch}))}
+    )
+
+
+def test_masks_are_kept_beside_the_tables_and_known_again(tmp_path):
+    made = save(tmp_path, masked(tmp_path, w=[1, 5]))
+    again = load(tmp_path)
+    assert again.record() == made.record()
+    path = again.results["made"].masks["task"]
+    assert path == tmp_path / "masks" / "made.task.safetensors"
+    assert Patch.load(path).index["w"].tolist() == [1, 5]
+    with Store(tmp_path) as store:  # one that is taken over is not written again, and stays
+        store.write_result("made", again.results["made"])
+        store.write(again)
+        assert Patch.load(path).count == 2
+        store.write(audit(tmp_path))  # and one that is no longer named goes
+    assert not path.exists()
+
+
+def test_an_audit_whose_mask_is_gone_is_damaged(tmp_path):
+    save(tmp_path, masked(tmp_path, w=[1]))
+    (tmp_path / "masks" / "made.task.safetensors").unlink()
+    with pytest.raises(ValueError, match="damaged: mask task of made is missing"):
+        load(tmp_path)
+    assert load(tmp_path, damaged="drop").results == {}
+
+
+def test_a_full_disk_is_said_when_a_mask_is_written(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    made = masked(tmp_path, w=[1])
+    with (
+        Store(tmp_path) as store,
+        pytest.raises(CannotWriteError, match=r"made\.task\.safetensors: No space"),
+    ):
+        store.write_result("made", made.results["made"])
+    assert list((tmp_path / "masks").iterdir()) == []
 
 
 def test_a_saved_audit_is_judged_and_drawn_again(tmp_path, register):
@@ -325,4 +379,4 @@ def test_an_earlier_audit_that_is_damaged_points_to_starting_over(tmp_path):
 def test_names_that_would_leave_the_directory_are_refused(tmp_path, name):
     result = Result(metrics={}, tables={name: TABLE}, analysis="made")
     with Store(tmp_path) as store, pytest.raises(ValueError, match="cannot name an analysis or a table"):
-        store.write_tables("made", result)
+        store.write_result("made", result)

@@ -2,6 +2,7 @@
 
 import math
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -124,6 +125,21 @@ def test_confidence_and_energy_are_those_of_the_full_logits():
     found = score_examples(model, [example])
     assert found.top.item() == pytest.approx(logits.softmax(1).amax(1).mean().item(), abs=1e-6)
     assert found.energy.item() == pytest.approx(-logits.logsumexp(1).mean().item(), abs=1e-5)
+
+
+def test_a_hit_is_a_token_that_no_other_is_likelier_than():
+    model, examples = model_of("gemma2"), rows_of(9, 6)
+    found = score_examples(model, examples)
+    for place, example in enumerate(examples):
+        likeliest = alone(model, example)[:-1].argmax(1)
+        right = (likeliest == torch.tensor(example.ids[1:])).double().mean().item()
+        assert found.hit[place].item() == pytest.approx(right, abs=1e-12)
+    # what the model says after each prefix is right by construction
+    greedy = [3, 4]
+    for _ in range(4):
+        greedy.append(int(model(torch.tensor([greedy])).logits[0, -1].argmax()))
+    row = replace(examples[0], ids=greedy, scored=[False, False] + [True] * 4)
+    assert score_examples(model, [row]).hit.tolist() == [1.0]
 
 
 def test_hidden_states_are_pooled_over_tokens_and_not_over_padding():

@@ -136,6 +136,19 @@ def test_after_an_exception_it_is_tuned_again(pair):
     assert same(tensors_of(host.model), before)
 
 
+def test_what_training_changed_is_put_back_once_it_is_told(pair):
+    with Host(pair) as host:
+        before = tensors_of(host.model)
+        host.become("base")
+        host.changed()
+        with torch.no_grad():
+            for parameter in host.model.parameters():
+                parameter.add_(1)
+        host.restore()
+        assert same(tensors_of(host.model), tensors_of(Editable(pair.base).model))
+    assert same(tensors_of(host.model), before)
+
+
 def test_a_model_in_memory_is_never_written_to():
     base, tuned = make("llama", 0), make("llama", 1)
     states = [state_of(model) for model in (base, tuned)]
