@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 
 from diagnostics.calibration import brier, ece
 from diagnostics.control import Rows
-from diagnostics.row_losses import Encoded, Losses
+from diagnostics.row_losses import Encoded, Losses, losses_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,8 @@ class Answers:
 
     Attributes:
         losses: of every row of the set.
-        logs: of those that are scored, the log-probability of every choice or class, −∞ for choices that a row
-            does not have; None for texts and completions.
+        logs: of those that are scored, the log-probability of every choice or class, −∞ for choices that a
+            row does not have; None for texts and completions.
         truth: which of these is right; empty for texts and completions.
     """
 
@@ -66,9 +66,17 @@ def answers(encoded: Encoded, model: Any) -> Answers:
     """
     if encoded.task.shape in ("text", "completion"):
         return Answers(losses=encoded.measure(model), logs=None, truth=np.zeros(0, dtype=int))
-    losses, logs, truth = encoded.answered(model)
+    logs, truth = encoded.answered(model), encoded.truth
+    losses = losses_of(logs, truth)
     scored = losses.units > 0
     return Answers(losses=losses, logs=logs[scored], truth=truth[scored])
+
+
+def score(said: Answers) -> float:
+    """Share of right answers, or minus the loss in nats per token: larger is better."""
+    if said.logs is not None:
+        return float(said.right.mean())
+    return -float(np.nansum(said.losses.nats) / said.losses.units.sum())
 
 
 def log_softmax(values: Float[np.ndarray, "rows answers"]) -> Float[np.ndarray, "rows answers"]:
@@ -92,11 +100,12 @@ def temperature(said: Answers) -> float:
     """
     from scipy.optimize import minimize_scalar
 
-    assert said.logs is not None
     rows = np.arange(len(said.truth))
 
     def nats(log_temperature: float) -> float:
-        return -float(log_softmax(said.logs / math.exp(log_temperature))[rows, said.truth].mean())
+        logs = said.cooled(math.exp(log_temperature)).logs
+        assert logs is not None
+        return -float(logs[rows, said.truth].mean())
 
     found = minimize_scalar(nats, bounds=(-math.log(50), math.log(50)), method="bounded")
     return math.exp(float(found.x)) if nats(float(found.x)) < nats(0.0) else 1.0

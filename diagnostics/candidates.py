@@ -1,4 +1,5 @@
-"""Candidate entries of a graft inside a running model: their mask is written into it, their gradients read out.
+"""Candidate entries of a graft inside a running model: their mask is written into it, their gradients read
+out.
 
 Only the entries that moved furthest are candidates. Base lies in memory, tuned's values are written where the
 mask says so, and the gradient of a weight is kept at its candidates alone and freed at once, so that a search
@@ -202,7 +203,7 @@ def finite(gradient: Float[Tensor, " _"], host: Host) -> Float[Tensor, " _"]:
     """
     if not gradient.isfinite().all():
         raise ValueError(
-            f"{host.pair.tuned.ref}: gradients are NaN or infinite; half precision overflows at times: run it "
-            "in float32 (--dtype float32)"
+            f"{host.pair.tuned.ref}: gradients are NaN or infinite; half precision overflows at times: run "
+            "it in float32 (--dtype float32)"
         )
     return gradient

@@ -3,8 +3,8 @@
 A graft keeps the tuned value at the entries of a mask g and the base's everywhere else. Both searches rank
 candidate entries and see the model only through an oracle: mask values m in [0, 1] -> dL/dm at base + m ⊙ D.
 
-- `budget` (ours, the default): the mask is the `size` largest scores at every step, and the gradient with
-  respect to that hard mask goes straight to the scores.
+- `budget` (ours, the default): the mask is that of the largest scores, exactly as many as asked for at every
+  step, and the gradient with respect to that hard mask goes straight to the scores.
 - `faithful`: the paper's sigmoid relaxation of a mask that grows from a base mask by plain gradient descent,
   with three repairs: scores start at 0, the step is calibrated to the gradient, and the search ends when the
   rounded mask has reached its size.
@@ -12,7 +12,7 @@ candidate entries and see the model only through an oracle: mask values m in [0,
 Source: Panigrahi et al. 2023, arXiv:2302.06600, and its released code.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,24 +73,27 @@ def integrated(oracle: Oracle, count: int, *, points: int = POINTS, step: Step |
 def budget_search(
     oracle: Oracle,
     start: Float[Tensor, " candidates"],
-    size: int,
+    sizes: Sequence[int],
     rank: Int[Tensor, " candidates"],
     *,
-    steps: int = 100,
     rate: float = STEP,
     step: Step | None = None,
 ) -> Float[Tensor, " candidates"]:
-    """Scores whose `size` largest are a mask of low loss; every mask on the way has exactly that size.
+    """Scores whose largest are a mask of low loss; every mask on the way has exactly its size.
+
+    With one size throughout, the largest scores are the best mask of that size that it finds. With sizes that
+    change from step to step, those of every size are good masks, nested in one another: one search serves a
+    whole curve (ours), a little less well than a search of its own serves each size.
 
     Args:
         start: scores to begin with; only their proportions count.
+        sizes: of the mask at each step; as many gradients are taken.
         rank: what breaks ties, lowest first: the order of movement.
-        steps: gradients taken.
         rate: the first step at the steepest entry, as a share of the largest start score; falls to 0.
     """
-    largest = float(start.abs().max()) if len(start) else 0.0
+    largest, steps = float(start.abs().max()) if len(start) else 0.0, len(sizes)
     scores = start / largest if largest > 0 else start.clone()
-    for done in range(steps):
+    for done, size in enumerate(sizes):
         gradient = oracle(mask_of(scores, size, rank).to(scores.dtype))
         steepest = float(gradient.abs().max())
         if steepest > 0:

@@ -76,6 +76,12 @@ class Order:
         split = index[order].split(counts.tolist())
         return {self.names[place]: entries for place, entries in zip(places.tolist(), split, strict=True)}
 
+    def first(self, count: int) -> "Order":
+        """The first so many."""
+        return Order(
+            names=self.names, tensor=self.tensor[:count], index=self.index[:count], size=self.size[:count]
+        )
+
     def by_place(self, part: slice = slice(None)) -> Int[Tensor, " _"]:
         """What puts entries in the order of their tensors' names, and of their places there."""
         return torch.from_numpy(np.lexsort((self.index[part].numpy(), self.tensor[part].numpy())))

@@ -65,7 +65,7 @@ def test_a_planted_skill_is_found(seed):
     toy = Planted(seed)
     assert toy.found(toy.D.abs()) == 20  # nothing else moved
     start = integrated(toy.oracle, WEIGHTS)
-    assert toy.found(budget_search(toy.oracle, start, PLANTED, toy.rank)) >= 16
+    assert toy.found(budget_search(toy.oracle, start, [PLANTED] * 100, toy.rank)) >= 16
     assert toy.found(faithful_search(toy.oracle, PLANTED, NOTHING).scores) >= 16
 
 
@@ -74,13 +74,13 @@ def test_a_planted_skill_is_found_under_harm_that_moved_further(seed):
     toy = Planted(seed, harm=True)
     assert toy.found(toy.D.abs()) == 0  # the 20 largest are all among the 1,000
     start = integrated(toy.oracle, WEIGHTS)
-    learned = budget_search(toy.oracle, start, PLANTED, toy.rank)
+    learned = budget_search(toy.oracle, start, [PLANTED] * 100, toy.rank)
     assert toy.found(learned) >= 17
     grown = faithful_search(toy.oracle, PLANTED, NOTHING)
     assert grown.reached
     assert toy.found(grown.scores) >= 14
     # A start at the movement is led astray further than one at the gradients.
-    assert toy.found(budget_search(toy.oracle, toy.D.abs(), PLANTED, toy.rank)) < toy.found(learned)
+    assert toy.found(budget_search(toy.oracle, toy.D.abs(), [PLANTED] * 100, toy.rank)) < toy.found(learned)
     # Grafting what was learned takes loss off both the base and the whole update.
     losses = [toy.loss(m.float()) for m in (mask_of(learned, PLANTED, toy.rank), NOTHING, ~NOTHING)]
     assert losses[0] < 0.7 * min(losses[1:])
@@ -95,20 +95,32 @@ def test_every_mask_on_the_way_has_exactly_the_size_asked_for():
         return toy.oracle(mask)
 
     for size in (0, 1, 7, WEIGHTS):
-        budget_search(watched, toy.D.abs(), size, toy.rank, steps=5)
+        budget_search(watched, toy.D.abs(), [size] * 5, toy.rank)
     assert sizes == [0] * 5 + [1] * 5 + [7] * 5 + [WEIGHTS] * 5
+    sizes.clear()
+    budget_search(watched, toy.D.abs(), [3, 50, 9], toy.rank)
+    assert sizes == [3, 50, 9]
+
+
+def test_one_search_over_changing_sizes_serves_them_all():
+    toy = Planted(0, harm=True)
+    start = integrated(toy.oracle, WEIGHTS)
+    scores = budget_search(toy.oracle, start, [5, 40, 10, 20] * 25, toy.rank)
+    assert toy.found(scores, 5) == 5
+    assert toy.found(scores, 10) >= 9
+    assert toy.found(scores, 20) >= 16
 
 
 def test_a_search_repeats_itself():
     toy = Planted(1, rows=100)
-    twice = [budget_search(toy.oracle, toy.D.abs(), 9, toy.rank, steps=9) for _ in range(2)]
+    twice = [budget_search(toy.oracle, toy.D.abs(), [9] * 9, toy.rank) for _ in range(2)]
     assert torch.equal(*twice)
     assert torch.equal(*(faithful_search(toy.oracle, 9, NOTHING, steps=9).scores for _ in range(2)))
 
 
 def test_only_proportions_of_the_start_count():
     toy = Planted(1, rows=100)
-    made = [budget_search(toy.oracle, scale * toy.D.abs(), 9, toy.rank, steps=9) for scale in (1, 4096)]
+    made = [budget_search(toy.oracle, scale * toy.D.abs(), [9] * 9, toy.rank) for scale in (1, 4096)]
     assert torch.equal(*made)
 
 
@@ -201,7 +213,7 @@ def test_a_mask_can_also_shrink_from_its_base_mask():
 
 def test_without_any_gradient_a_search_ends_with_the_order_of_movement():
     rank = torch.tensor([2, 0, 1])
-    still = budget_search(lambda mask: torch.zeros(3), torch.zeros(3), 1, rank, steps=3)
+    still = budget_search(lambda mask: torch.zeros(3), torch.zeros(3), [1] * 3, rank)
     assert mask_of(still, 1, rank).tolist() == [False, True, False]
     grown = faithful_search(lambda mask: torch.zeros(3), 1, torch.zeros(3, dtype=torch.bool))
     assert (grown.steps, grown.reached) == (1, False)
