@@ -83,7 +83,7 @@ def draw_close(curve: pd.DataFrame, points: pd.DataFrame, role: str) -> "go.Figu
     tolerance = float(points["allowed"].iloc[0]) / scale(points.iloc[0])
     look = {"line_width": 0, "layer": "below"}
     figure.add_hrect(y0=0, y1=tolerance, fillcolor=theme.faint(theme.NEUTRAL, 0.18), **look)
-    seen = []
+    low, high = (tolerance * end for end in CLOSE)
     for row in points.to_dict("records"):
         name, color, symbol = LOOKS[row["model"], row["regime"]]
         own = of(curve, model=row["model"], regime=row["regime"])
@@ -107,12 +107,10 @@ def draw_close(curve: pd.DataFrame, points: pd.DataFrame, role: str) -> "go.Figu
                 x0=row["dropping_point"], x1=row["until"], fillcolor=theme.faint(color, 0.12), **look
             )
             point(figure, row, tolerance, name, color, symbol)
-        beyond = np.flatnonzero(drops[:, 0] > tolerance)
-        seen.append(drops[: int(beyond[0]) + 1 if len(beyond) else None])
-    drops = np.concatenate(seen)
-    low, high = (tolerance * end for end in CLOSE)
-    if not points["decided"].all():  # the noise is what there is to see
-        low, high = min(low, float(drops[:, 1].min())), max(high, float(drops[:, 2].max()))
+        if not row["decided"]:  # its noise is what there is to see, up to where it first falls
+            beyond = np.flatnonzero(drops[:, 0] > tolerance)
+            noisy = drops[: int(beyond[0]) + 1 if len(beyond) else None]
+            low, high = min(low, float(noisy[:, 1].min())), max(high, float(noisy[:, 2].max()))
     theme.threshold(figure, f"tolerance {tolerance:.3g}", y=tolerance)
     figure.layout.annotations[-1].update(x=0, xanchor="left")  # where curves are still near 0
     figure.update_yaxes(range=[low, high])

@@ -13,6 +13,7 @@ from probes.pair import Side
 if TYPE_CHECKING:
     import pandas as pd
 
+REGIMES: Mapping[Regime, str] = {"zero_shot": "zero-shot", "masked_finetune": "masked fine-tuning"}
 Numbers = Mapping[str, float | int]
 
 
@@ -29,10 +30,12 @@ def notes(
     found: Found, tables: "Mapping[str, pd.DataFrame]", metrics: Numbers, train: Training | None
 ) -> list[str]:
     """All of it, the most telling first."""
-    rule = found.ask.rule(found.roles["task"])
+    of = {role: "of the loss without a mask" if metric == "loss" else "of accuracy"
+          for role, metric in found.roles.items()}  # fmt: skip
+    rules = "; ".join(f"{role} rows {found.ask.allowed:g} {unit}" for role, unit in of.items())
     said = [
         "Zero-shot: masked and measured, nothing tuned behind the mask. The paper's 30 to 50 % are of masked "
-        f"fine-tuning and do not hold for a model that is not tuned again. Tolerance: {rule}."
+        f"fine-tuning and do not hold for a model that is not tuned again. Tolerance: {rules}."
     ]
     said += [sentence(key, drop, found.bench.count(key[0])) for key, drop in found.drops.items()]
     said += indifferent(found, tables)
@@ -50,7 +53,7 @@ def notes(
 def sentence(key: tuple[str, Side, Regime], drop: Dropping, rows: int) -> str:
     """One curve in words."""
     role, model, regime = key
-    what = f"{model}, {role} rows, {regime.replace('_', '-')}"
+    what = f"{model}, {role} rows, {REGIMES[regime]}"
     if not drop.decided:
         return (
             f"{what}: withheld. The tolerance of {drop.allowed:.3g} is smaller than what {rows} rows can "
