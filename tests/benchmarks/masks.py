@@ -244,7 +244,7 @@ def steps(console: Console) -> None:
                 with Grafted(host, candidates) as graft:
                     budget_search(
                         lambda mask: graft.gradient(mask, objective), candidates.movement().float(),
-                        [size] * 3, candidates.rank, steps=3,
+                        [size] * 3, candidates.rank,
                     )  # fmt: skip
 
             seconds, _ = fastest(plain, search)
@@ -252,13 +252,13 @@ def steps(console: Console) -> None:
             largest = max(weight.numel() * weight.element_size() for weight in weights)
             model = sum(weight.numel() * weight.element_size() for weight in weights)
     console.print(
-        f"A step of the mask search, {size:,} of {total:,} entries, {len(candidates):,} candidates, 32 rows of "
-        f"32 tokens: {seconds[1] / 3:.2f} s; forward and backward pass {seconds[0]:.2f} s: "
+        f"A step of the mask search, {size:,} of {total:,} entries, {len(candidates):,} candidates, 32 rows "
+        f"of 32 tokens: {seconds[1] / 3:.2f} s; forward and backward pass {seconds[0]:.2f} s: "
         f"{seconds[1] / 3 / seconds[0]:.2f} × (limit 1.3)"
     )
     console.print(
-        f"It holds {held / 1e6:.0f} MB for the candidates, {held / model:.1%} of the model (limit 10 %), and "
-        f"one weight's gradient at a time, at most {largest / 1e6:.0f} MB; a plain step holds {model / 1e6:.0f}"
+        f"It holds {held / 1e6:.0f} MB for the candidates, {held / model:.1%} of the model (limit 10 %), "
+        f"and one weight's gradient at a time, at most {largest / 1e6:.0f} MB; a plain step {model / 1e6:.0f}"
     )
 
 
