@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import cached_property, reduce
 from pathlib import Path
 
 import torch
@@ -94,6 +94,7 @@ class Blender:
         ours = self.pair.base.headers.get(self._aligned.get(name, ""))
         return (ours is not None and ours.shape == shape) or name in self._matrices
 
+    @cached_property
     def dtypes(self) -> dict[str, torch.dtype]:
         """The dtype that holds both sides of every floating tensor of tuned that base has too."""
         found = {}

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from probes.blend import Blender
 from probes.editable import Editable, Slot
-from probes.layout import Header
+from probes.layout import Header, Part
 from probes.pair import CheckpointPair, Side
+from probes.prune import Cut, Order, Scope, magnitude_order
 
 
 class Host:
@@ -114,6 +115,43 @@ class Host:
         for name in sorted(self._changed if names is None else self._changed.intersection(names)):
             self.editable.write(name, self.read(name, self.side))
             self._changed.discard(name)
+
+    def value(self, name: str) -> Shaped[Tensor, "..."]:
+        """A tensor as the present side has it, not to be written to; the running one where it serves."""
+        live = self._live(name)
+        return self.read(name, self.side) if live is None or name in self._changed else live
+
+    def magnitudes(self, scope: Scope = "global", parts: tuple[Part, ...] = ("block",)) -> Order:
+        """The weights of the present side from the least to the largest magnitude."""
+        return magnitude_order(self.pair.tuned, scope, parts, read=self.value)
+
+    def prune(self, order: Order, cut: Cut, *, rising: bool = False) -> None:
+        """Set to zero what a cut takes.
+
+        Args:
+            rising: the order is of `magnitudes`, and what is zero by now was taken by a lower cut of it: then
+                the running weights themselves tell what else falls, and no file is read.
+        """
+        for name in order.shapes:
+            live = self._live(name) if rising and not cut.divides_ties(name) else None
+            if live is None:
+                # What a lower cut took counts here with the magnitude that it had.
+                keys = self.read(name, self.side) if rising else order.read(name)
+                self.zero(name, cut.pruned(name, keys))
+            else:
+                self.zero(name, cut.pruned(name, live))
+
+    def _live(self, name: str) -> Tensor | None:
+        """The running tensor, if it is stored as it runs and no narrower; else None."""
+        (slot, *more) = self.editable.slots(name)
+        if more or not isinstance(slot.which, slice):
+            return None
+        dtype = self._blender.dtypes.get(name, self.headers[name].dtype)
+        return (
+            slot.tensor.detach()
+            if torch.promote_types(dtype, slot.tensor.dtype) == slot.tensor.dtype
+            else None
+        )
 
     def zero(self, name: str, where: Bool[Tensor, "..."]) -> None:
         """Set entries of a tensor to zero.

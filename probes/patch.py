@@ -188,7 +188,7 @@ def write_graft(
     """
     patch.check(pair)
     blender = Blender(pair)
-    dtypes = blender.dtypes()
+    dtypes = blender.dtypes
     alone: list[str] = []
 
     def change(name: str, stored: Tensor) -> Tensor:

@@ -68,6 +68,10 @@ class Cut:
         """Share of all entries that is taken."""
         return sum(self.pruned_entries.values()) / max(1, sum(self.entries.values()))
 
+    def divides_ties(self, name: str) -> bool:
+        """Whether some of a tensor's entries at a threshold are taken and others are not."""
+        return any(segment.ties and not segment.every_tie for segment in self.segments[name])
+
     def pruned(self, name: str, keys: Shaped[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
         """Which entries of a tensor are taken.
 

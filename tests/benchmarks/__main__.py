@@ -4,9 +4,15 @@ import sys
 
 import torch
 
-from tests.benchmarks import decision, rows, seven_b, startup
+from tests.benchmarks import decision, masks, rows, seven_b, startup
 
-ALL = {"decision": decision.main, "rows": rows.main, "startup": startup.main, "7b": seven_b.main}
+ALL = {
+    "decision": decision.main,
+    "masks": masks.main,
+    "rows": rows.main,
+    "startup": startup.main,
+    "7b": seven_b.main,
+}
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from probes.checkpoint import open_checkpoint
 from probes.editable import Editable
 from probes.host import Host
 from probes.pair import CheckpointPair
-from probes.prune import magnitude_order
+from probes.prune import magnitude_order, random_order
 from tests.probes.runnable import batch_of, make, state_of
 
 with warnings.catch_warnings():
@@ -119,6 +119,53 @@ def test_sparsity_zero_leaves_every_logit_and_what_is_pruned_is_zero(pair):
         assert not torch.equal(logits(host.model), before)
         host.restore()
         assert torch.equal(logits(host.model), before)
+
+
+@pytest.mark.parametrize("side", ["base", "tuned"])
+@pytest.mark.parametrize("scope", ["global", "block", "tensor"])
+def test_rising_sparsities_zero_what_the_files_say(pair, side, scope):
+    """Base has a seventh of its weights at -0: ties at 0 that a low cut divides."""
+    grid = (0.05, 0.1, 0.3, 0.6)
+    with Host(pair) as host:
+        host.become(side)
+        order = host.magnitudes(scope)
+        cuts = order.cuts(grid)
+        for cut in cuts:
+            host.prune(order, cut, rising=True)
+            seen = open_checkpoint(host.model)
+            for name in order.shapes:
+                stored = host.read(name, side)
+                assert torch.equal(seen.tensor(name), stored.masked_fill(cut.pruned(name, stored), 0))
+        again = host.magnitudes(scope).cuts(grid)  # of the weights at rest, not of what is left of them
+        assert [cut.segments for cut in again] == [cut.segments for cut in cuts]
+
+
+def test_ties_are_divided_rising_as_they_are_in_the_files(tmp_path):
+    for seed, name in enumerate(("base", "tuned")):
+        model = make("llama", seed).bfloat16()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_((parameter * 4).round() / 4)  # of few values
+        model.save_pretrained(tmp_path / name)
+    with Host(CheckpointPair(tmp_path / "base", tmp_path / "tuned")) as host:
+        order = host.magnitudes()
+        for cut in order.cuts([0.2, 0.21, 0.22, 0.5, 0.51, 0.9]):
+            host.prune(order, cut, rising=True)
+            zeros = {name: int((host.model.state_dict()[name] == 0).sum()) for name in order.shapes}
+            stored = {name: int((host.read(name) == 0).sum()) for name in order.shapes}
+            wanted = {n: int((cut.pruned(n, host.read(n)) | (host.read(n) == 0)).sum()) for n in stored}
+            assert zeros == wanted
+            assert any(cut.divides_ties(name) for name in order.shapes)
+
+
+def test_an_order_drawn_at_random_is_pruned_by_it(pair):
+    with Host(pair) as host:
+        order = random_order(pair.tuned, seed=3)
+        (cut,) = order.cuts([0.4])
+        host.prune(order, cut)
+        seen = open_checkpoint(host.model)
+        for name in order.shapes:
+            assert torch.equal(seen.tensor(name) == 0, order.pruned(cut, name) | (host.read(name) == 0))
 
 
 def test_after_an_exception_it_is_tuned_again(pair):

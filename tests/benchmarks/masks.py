@@ -1,0 +1,159 @@
+"""Masks: pruning a sparsity level against torch's own way, and what evaluating under masks costs."""
+
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from probes.host import Host
+from probes.pair import CheckpointPair
+from probes.prune import magnitude_order
+
+LEVELS = [round(0.045 * level, 3) for level in range(1, 21)]
+# torch's way takes seconds a level.
+FEW = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+def made(folder: Path, *, width: int = 768, layers: int = 12) -> None:
+    """Two random Llamas of about 97 M parameters, 85 M of them in the scope."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=width, intermediate_size=width * 8 // 3, num_hidden_layers=layers,
+        num_attention_heads=width // 64, vocab_size=8192, max_position_embeddings=512,
+    )  # fmt: skip
+    for seed, side in enumerate(("base", "tuned")):
+        torch.manual_seed(seed)
+        LlamaForCausalLM(config).save_pretrained(folder / side)
+
+
+def tunescopes(folder: Path, levels: list[float]) -> tuple[list[float], dict[float, dict[str, Any]]]:
+    """Seconds of every level, the search for all thresholds shared among them, and the masks."""
+    pair = CheckpointPair(folder / "base", folder / "tuned")
+    with Host(pair, device="cpu") as host:
+        resident(host.model)
+        reset_peak()
+        order = host.magnitudes()
+        begun = time.perf_counter()
+        cuts = order.cuts(levels)
+        shared = (time.perf_counter() - begun) / len(levels)
+        times, masks = [], {}
+        for cut in cuts:
+            begun = time.perf_counter()
+            host.prune(order, cut, rising=True)
+            times.append(shared + time.perf_counter() - begun)
+            masks[cut.sparsity] = {
+                name: host.model.state_dict()[name] == 0 for name in list(order.shapes)[:7]
+            }
+        return times, masks
+
+
+def torchs(folder: Path, levels: list[float]) -> tuple[list[float], dict[float, dict[str, Any]]]:
+    """The same by `torch.nn.utils.prune.global_unstructured`, from the dense weights at every level."""
+    from torch.nn.utils import prune
+    from transformers import AutoModelForCausalLM
+
+    names = list(magnitude_order(CheckpointPair(folder / "base", folder / "tuned").tuned).shapes)
+    model = AutoModelForCausalLM.from_pretrained(folder / "tuned")
+    modules = {name: model.get_submodule(name.removesuffix(".weight")) for name in names}
+    times, masks = [], {}
+    resident(model)
+    reset_peak()
+    for level in levels:
+        begun = time.perf_counter()
+        prune.global_unstructured(
+            [(module, "weight") for module in modules.values()], prune.L1Unstructured, amount=level
+        )
+        times.append(time.perf_counter() - begun)
+        masks[level] = {name: modules[name].weight_mask == 0 for name in names[:7]}
+        for module in modules.values():  # back to the dense weights
+            weight = module.weight_orig
+            prune.remove(module, "weight")
+            module.weight = weight
+    return times, masks
+
+
+def resident(model: torch.nn.Module) -> None:
+    """Have all weights in memory: until they are touched they are only mapped from their file."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1)
+
+
+def reset_peak() -> None:
+    """Let the peak of this process's memory start from where it is."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+PEAK = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(2)
+from tests.benchmarks import masks
+reset = masks.reset_peak
+before = []
+def marked():
+    reset()
+    before.append(masks.status("VmRSS"))
+masks.reset_peak = marked
+getattr(masks, sys.argv[2])(Path(sys.argv[1]), [0.5])
+print(masks.status("VmHWM") - before[0])
+"""
+
+
+def status(field: str) -> int:
+    """A line of this process's status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
+
+
+def peak(folder: Path, way: str) -> float:
+    """Peak memory of pruning half of a model, in GB beyond the loaded model."""
+    command = [sys.executable, "-c", PEAK, str(folder), way]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return int(done.stdout.splitlines()[-1]) / 1e9
+
+
+def pruning(console: Console) -> None:
+    """Seconds and memory of a level."""
+    with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        folder = Path(name)
+        made(folder)
+        theirs, masks = torchs(folder, list(FEW))
+        ours, found = tunescopes(folder, sorted({*LEVELS, *FEW}))
+        apart = sum(
+            int((found[level][tensor] != masks[level][tensor]).sum())
+            for level in FEW
+            for tensor in masks[level]
+        )
+        memory = {way: peak(folder, way) for way in ("torchs", "tunescopes")}
+    table = Table(title="Global magnitude pruning of 85 M weights, float32, evaluation excluded")
+    for column in ("", "levels", "seconds a level", "ratio", "extra peak memory, GB", "share"):
+        table.add_column(column, justify="right" if column else "left")
+    per = [sum(times) / len(times) for times in (theirs, ours)]
+    table.add_row(
+        "torch.nn.utils.prune", f"{len(theirs)}", f"{per[0]:.2f}", "", f"{memory['torchs']:.2f}", ""
+    )
+    table.add_row(
+        "tunescope", f"{len(ours)}", f"{per[1]:.3f}", f"{per[0] / per[1]:.0f} × (target 10)",
+        f"{memory['tunescopes']:.3f}", f"{memory['tunescopes'] / memory['torchs']:.3f} (limit 0.25)",
+    )  # fmt: skip
+    console.print(table)
+    console.print(f"Entries that differ between the two, in 7 tensors at {len(FEW)} levels: {apart}")
+
+
+def main() -> None:
+    console = Console(width=150)
+    runs: list[Callable[[Console], None]] = [pruning]
+    for run in runs:
+        run(console)
