@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from diagnostics.policy import Policy as Policy
     from diagnostics.policy import default_policy as default_policy
     from diagnostics.policy import load_policy as load_policy
+    from diagnostics.skills import skill_localization as skill_localization
     from diagnostics.sparsity import essential_sparsity as essential_sparsity
     from diagnostics.store import Audit as Audit
     from diagnostics.store import load as load
@@ -38,6 +39,7 @@ EXPORTS = {
     "load": "diagnostics.store",
     "load_policy": "diagnostics.policy",
     "representation_drift": "diagnostics.drift",
+    "skill_localization": "diagnostics.skills",
 }
 __all__ = sorted(EXPORTS)
 

@@ -8,13 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from diagnostics.answers import Answers, Scores, temperature
-from diagnostics.region import Region
 from diagnostics.skill_bench import Bench, Key
 from diagnostics.skill_choice import Choice
 
 # Of the whole update, as controls.
 ALPHAS = (0.25, 0.5, 0.75)
+# Regions drawn for the one that is reported; the others are held against one each.
+RANDOM = 3
 
 
 @dataclass(kw_only=True)
@@ -45,6 +48,16 @@ class Measured:
         """All models on the report rows."""
         self.scores = Scores(self.report, draws=draws, seed=seed, where=where)
         return self.scores
+
+    def rel_of(self, method: str) -> float:
+        """The share of the gain that a control of the chosen size keeps, averaged over its draws."""
+        assert self.choice is not None
+        same = [
+            name
+            for name, about in self.points.items()
+            if about["method"] == method and about["entries"] == self.choice.size
+        ]
+        return float(np.mean([self.compared.rel(name).value for name in same]))
 
     @property
     def compared(self) -> Scores:
@@ -102,21 +115,20 @@ def measure(one: Measured, bench: Bench, keys: Sequence[Key], seed: int) -> None
     assert choice is not None
     search, mine = choice.search, (one.task, "report")
     for size, learned in choice.regions.items():
-        chosen = size == choice.size
-        moved = search.order.region(size)
-        controls: dict[str, Region] = {"movement": moved, "random": bench.movement.random(learned, seed)}
-        if search.mode != "movement":
-            controls["learned"] = learned
-        for method, entries in controls.items():
-            name = f"{method} {size}"
-            one.report[name] = bench.graft(entries, [mine])[mine]
-            one.points[name] = {"method": method, "entries": size}
+        made = {"movement": search.order.region(size)} | (
+            {} if search.mode == "movement" else {"learned": learned}
+        )
+        for draw in range(RANDOM if size == choice.size else 1):
+            made[f"random {draw}"] = bench.movement.random(learned, seed + draw)
+        for name, entries in made.items():
+            method, *_ = name.split()
+            point = f"{name} of {size}"
+            one.report[point] = bench.graft(entries, [mine])[mine]
+            one.points[point] = {"method": method, "entries": size}
             if method == ("movement" if search.mode == "movement" else "learned"):
-                one.points[name] |= {
-                    "kept": choice.kept[size], "alone": size in choice.alone, "chosen": chosen,
+                one.points[point] |= {
+                    "kept": choice.kept[size], "alone": size in choice.alone, "chosen": size == choice.size,
                 }  # fmt: skip
-            if chosen:
-                one.report[method] = one.report[name]
     graft, complement = bench.graft(choice.chosen, keys), bench.complement(choice.chosen, keys)
     one.report |= {"graft": graft[mine], "complement": complement[mine]}
     one.points["complement"] = {"method": "complement", "entries": bench.movement.total - choice.size}

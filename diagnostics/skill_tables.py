@@ -142,7 +142,8 @@ class Calm:
     Attributes:
         less: share of tuned's error that the graft takes off.
         less_low: lower end of the 95 % interval of the error taken off, in units of the error.
-        interpolated: the largest share that an interpolation takes off.
+        interpolated: the largest share that an interpolation takes off which is not surely worse than the
+            graft.
     """
 
     less: float
@@ -164,14 +165,13 @@ def calm(one: Measured, *, draws: int, seed: int) -> Calm | None:
     if not errors[0]:
         return None
     drawn = drawn_ece([tuned, graft], draws=draws, seed=seed)
-    others = [
-        ece(one.report[interpolation(alpha)].confidence, one.report[interpolation(alpha)].right)
-        for alpha in ALPHAS
-    ]
+    # One that is surely worse is no alternative: base itself is often the best calibrated of all.
+    names = [interpolation(alpha) for alpha in ALPHAS]
+    rivals = [one.report[name] for name in names if one.compared.difference(name, "graft").high >= 0]
     return Calm(
         less=1 - errors[1] / errors[0],
         less_low=float(np.quantile(drawn[:, 0] - drawn[:, 1], 0.025)),
-        interpolated=1 - min(others) / errors[0],
+        interpolated=max((1 - ece(said.confidence, said.right) / errors[0] for said in rivals), default=0.0),
     )
 
 
@@ -203,8 +203,8 @@ def headline(
             "recovery": scores.recovery("graft"),
             "agreement": agreement(one.report["graft"], one.report["tuned"]),
             "necessity": 1 - scores.rel("complement").value,
-            "movement_rel": scores.rel("movement").value,
-            "random_rel": scores.rel("random").value,
+            "movement_rel": one.rel_of("movement"),
+            "random_rel": one.rel_of("random"),
             "half_update_rel": scores.rel(interpolation(0.5)).value,
             "whole_rel": scores.rel("ones").value,
         }  # fmt: skip
