@@ -23,7 +23,11 @@ NOISE = 1e-5  # of every other entry, so that none is equal in both
 
 
 def base_model(seed=0):
-    """A random Llama of two narrow blocks, which knows of no task."""
+    """A random Llama of two narrow blocks, which knows of no task.
+
+    Small and large letters are written in one half of the residual stream each, and read by one half of the
+    hidden units: what is planted behind a half serves one task alone.
+    """
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
         vocab_size=len(LETTERS) + 1, hidden_size=24, intermediate_size=48, num_hidden_layers=2,
@@ -31,10 +35,16 @@ def base_model(seed=0):
         eos_token_id=0, initializer_range=0.3, tie_word_embeddings=False,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).eval()
-    with torch.no_grad():  # what the last letter is can be read from the residual stream
-        model.model.embed_tokens.weight.mul_(4)
+    half, middle = 1 + len(ENDS["small"]), 24 // 2
+    with torch.no_grad():
+        embeddings = model.model.embed_tokens.weight.mul_(4)
+        embeddings[1:half, middle:] = 0
+        embeddings[half : half + len(ENDS["large"]), :middle] = 0
         for block in model.model.layers:
-            block.self_attn.o_proj.weight.mul_(0.3)
+            block.self_attn.o_proj.weight.mul_(0.1)
+            for reader in (block.mlp.gate_proj.weight, block.mlp.up_proj.weight):
+                reader[:24, middle:] = 0
+                reader[24:, :middle] = 0
     return model
 
 
@@ -50,7 +60,7 @@ def rows(task, count, seed=0, *, noise=0.0) -> Task:
     return task_of(made, ref=task)
 
 
-def plant(directory: Path, skills, *, steps=150, rate=0.1):
+def plant(directory: Path, skills, *, steps, rate=3.0):
     """How far entries of a saved base move, each trained on its own task alone, all in one model.
 
     Args:
@@ -67,7 +77,7 @@ def plant(directory: Path, skills, *, steps=150, rate=0.1):
         told = rows(task, 64, seed=9)
         own = encoded(editable, told, max_length=None, chat_template=False, batch_tokens=10_000)
         objectives[task] = Objective(own)
-        optimizers[task] = torch.optim.Adam([named[name] for name in entries], lr=rate)
+        optimizers[task] = torch.optim.SGD([named[name] for name in entries], lr=rate)
     for _ in range(steps):
         for task, entries in skills.items():
             model.requires_grad_(False)
@@ -83,13 +93,17 @@ def plant(directory: Path, skills, *, steps=150, rate=0.1):
     return {name: named[name].detach() - before[name] for entries in skills.values() for name in entries}
 
 
-def draw(name, count, seed):
-    """So many entries of a tensor."""
-    size = base_model().get_parameter(name).numel()
-    return torch.from_numpy(np.sort(np.random.default_rng(seed).choice(size, count, replace=False)))
+def draw(layer, task, count, seed):
+    """So many entries of what a layer writes behind the hidden units that read a task's letters."""
+    name = f"model.layers.{layer}.mlp.down_proj.weight"
+    columns = np.arange(24) + 24 * (task == "large")
+    entries = (48 * np.arange(24)[:, None] + columns).ravel()
+    return {
+        name: torch.from_numpy(np.sort(np.random.default_rng(seed).choice(entries, count, replace=False)))
+    }
 
 
-def save_pair(root: Path, skills):
+def save_pair(root: Path, skills, *, steps=150):
     """A base, and a tuned one with a skill for each task: its entries were trained by themselves.
 
     Args:
@@ -98,7 +112,7 @@ def save_pair(root: Path, skills):
     base = base_model()
     base.save_pretrained(root / "base")
     save_tokenizer(root / "base", LETTERS)
-    moved = plant(root / "base", skills)
+    moved = plant(root / "base", skills, steps=steps)
     tuned = base_model()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
