@@ -120,14 +120,14 @@ def skill_localization(
     keep: Any = None,
     ood: Any = None,
     *,
-    budgets: tuple[float, ...] | None = None,
+    budgets: tuple[float | int, ...] | None = None,
     search: Mode = "budget",
     candidates: float | None = None,
     steps: int = 100,
     batch_rows: int = 32,
     eligible: Eligible = "blocks",
     kept: float = 0.95,
-    splits: tuple[float, float, float] = (0.4, 0.2, 0.4),
+    splits: tuple[float, ...] = (0.4, 0.2, 0.4),
     seeds: int = 3,
     draws: int = 1000,
     max_length: int | None = None,
@@ -247,7 +247,7 @@ def skill_localization(
 
 
 def check(
-    budgets: Sequence[float] | None,
+    budgets: Sequence[float | int] | None,
     candidates: float | None,
     steps: int,
     batch_rows: int,
@@ -283,7 +283,7 @@ def check(
         raise ValueError(f"draws is {draws}; at least 100 for a 95 % interval")
 
 
-def sizes_of(budgets: Sequence[float] | None, bench: Bench) -> tuple[list[int], list[str]]:
+def sizes_of(budgets: Sequence[float | int] | None, bench: Bench) -> tuple[list[int], list[str]]:
     """The sizes of the regions, rising, and what became of those that are too large.
 
     Raises:

@@ -312,8 +312,8 @@ def draw_sets(part: pd.DataFrame) -> "go.Figure":
                     "color": theme.NEUTRAL,
                 },
                 customdata=rows[["over_tuned", "over_tuned_low", "over_tuned_high"]],
-                hovertemplate="%{y:.3g}; better than tuned by %{customdata[0]:+.3g} (%{customdata[1]:+.3g} to "
-                "%{customdata[2]:+.3g})",
+                hovertemplate="%{y:.3g}; better than tuned by %{customdata[0]:+.3g} "
+                "(%{customdata[1]:+.3g} to %{customdata[2]:+.3g})",
             )
         )  # fmt: skip
     figure.update_xaxes(showgrid=False)
