@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from diagnostics.analysis import Result
 from diagnostics.audit import Progress, audit
 from diagnostics.disk import replacing, to_json
 from diagnostics.policy import Verdict
@@ -34,10 +35,15 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """Every checkpoint after the first, in order."""
+    """Every checkpoint after the first, in order.
+
+    Attributes:
+        sparse: how sparse every checkpoint is, and where that jumps: `diagnostics.sparsification`.
+    """
 
     base: str
     rows: tuple[Row, ...]
+    sparse: Result | None = None
 
     @property
     def measures(self) -> list[str]:
@@ -75,7 +81,15 @@ class Series:
                 }
                 for row in self.rows
             ],
+            "sparsification": None if self.sparse is None else sparse_record(self.sparse),
         }
+
+
+def sparse_record(sparse: Result) -> dict[str, Any]:
+    """What series.json keeps of how sparse the checkpoints are: the table whole, a row a checkpoint."""
+    table = sparse.tables.get("checkpoints")
+    rows = [] if table is None else table.to_dict("records")
+    return {"metrics": dict(sparse.metrics), "notes": list(sparse.notes), "checkpoints": rows}
 
 
 def summary(made: Audit) -> dict[str, Any]:
@@ -105,7 +119,7 @@ def series(
         options: of `audit`.
 
     Raises:
-        ValueError: fewer than two checkpoints, not as many labels, or as `audit`.
+        ValueError: fewer than two checkpoints, not as many labels, steps that do not rise, or as `audit`.
     """
     if len(checkpoints) < 2:
         raise ValueError("a series needs at least two checkpoints, the base first")
@@ -113,8 +127,10 @@ def series(
         raise ValueError(
             f"--steps: {len(labels)} steps for {len(checkpoints)} checkpoints, the first included"
         )
+    from diagnostics.sparsification import in_order, sparsification
     from probes import open_checkpoint
 
+    in_order(labels)
     # All are opened before anything runs: the last path may be the misspelt one.
     base = open_checkpoint(checkpoints[0])
     opened = [base, *(open_checkpoint(ref, base=base) for ref in checkpoints[1:])]
@@ -134,9 +150,20 @@ def series(
             except ValueError as error:
                 raise ValueError(f"{what}: {one_line(error)}") from error
         rows.append(Row(ref=opened[place].ref, label=names[place], first=made[0], previous=made[1]))
-        with replacing(Path(out) / "series.json") as part:
-            part.write_text(to_json(Series(base=base.ref, rows=tuple(rows)).record()), encoding="utf-8")
-    return Series(base=base.ref, rows=tuple(rows))
+        written(Path(out), Series(base=base.ref, rows=tuple(rows)))
+    shown = partial(progress, "sparsification") if progress else None
+    try:
+        sparse = sparsification(opened, names, progress=shown)
+    except ValueError as error:  # the audits stand without it
+        sparse = Result(metrics={}, tables={}, notes=(f"Sparsification is not measured: {one_line(error)}.",))
+    return written(Path(out), Series(base=base.ref, rows=tuple(rows), sparse=sparse))
+
+
+def written(out: Path, made: Series) -> Series:
+    """Write series.json in one step."""
+    with replacing(out / "series.json") as part:
+        part.write_text(to_json(made.record()), encoding="utf-8")
+    return made
 
 
 def prefixed(progress: Progress, what: str, name: str, done: int, total: int, step: str) -> None:

@@ -168,12 +168,7 @@ def sparsification(
         raise ValueError(f"{len(checkpoints)} checkpoint given; sparsification is seen over at least two")
     if len(labels) and len(labels) != len(checkpoints):
         raise ValueError(f"{len(labels)} labels for {len(checkpoints)} checkpoints; give one each")
-    steps = numbers(labels)
-    if steps is not None and (np.diff(steps) <= 0).any():
-        late = int(np.flatnonzero(np.diff(steps) <= 0)[0]) + 1
-        raise ValueError(
-            f"step {labels[late]} comes after step {labels[late - 1]}: give the checkpoints in step order"
-        )
+    steps = in_order(labels)
     # All are opened before any is read: the last may be the misspelt one.
     opened = [open_checkpoint(ref) for ref in checkpoints]
     rows: list[Mapping[str, Any]] = []
@@ -195,6 +190,21 @@ def sparsification(
     return Result(
         metrics=metrics, tables={"checkpoints": table}, notes=tuple(said(table, marked, free, steps, opened))
     )
+
+
+def in_order(labels: Sequence[Any]) -> Float[np.ndarray, " steps"] | None:
+    """The labels as steps, if all of them are numbers.
+
+    Raises:
+        ValueError: they are, and do not rise.
+    """
+    steps = numbers(labels)
+    if steps is not None and (np.diff(steps) <= 0).any():
+        late = int(np.flatnonzero(np.diff(steps) <= 0)[0]) + 1
+        raise ValueError(
+            f"step {labels[late]} comes after step {labels[late - 1]}: give the checkpoints in step order"
+        )
+    return steps
 
 
 def numbers(labels: Sequence[Any]) -> Float[np.ndarray, " steps"] | None:

@@ -206,7 +206,8 @@ def comparisons(made: "Series", out: Path) -> None:
     for row in made.rows:
         numbers = [number(audit, name) for name in made.measures for audit in (row.first, row.previous)]
         table.add_row(plain(row.label), coloured(row.verdict), *numbers)
-    say(table, f"results  {out / 'series.json'}, a report in each directory beside it")
+    notes = [] if made.sparse is None else [f"note: {note}" for note in made.sparse.notes]
+    say(table, *notes, f"results  {out / 'series.json'}, a report in each directory beside it")
 
 
 def number(audit: "Audit", measure: str) -> str:

@@ -36,6 +36,33 @@ def test_a_series_is_written_with_the_numbers_of_every_audit(norms, tmp_path):
         assert (tmp_path / comparison["audit"] / "report.html").exists()
 
 
+def test_a_series_tells_where_its_checkpoints_turn_sparse(norms, tmp_path):
+    checkpoints = steps(*[1.0] * 6)
+    for checkpoint in checkpoints:  # dense: 16 entries of several sizes
+        checkpoint[NAME] = torch.arange(1.0, 17).reshape(4, 4)
+    for place in (4, 5):  # half of them gone, from the fifth on
+        checkpoints[place] = {NAME: checkpoints[place][NAME] * (torch.arange(16).reshape(4, 4) % 2)}
+    made = series(checkpoints, out=tmp_path, labels=[str(step) for step in range(0, 600, 100)])
+    told = json.loads((tmp_path / "series.json").read_text())["sparsification"]
+    assert [row["zero"] for row in told["checkpoints"]] == [0, 0, 0, 0, 0.5, 0.5]
+    assert told["metrics"]["jump"] == made.sparse.metrics["jump"] == 4
+    assert any("jumps at 400" in note for note in told["notes"])
+
+
+def test_where_sparsification_cannot_be_seen_the_audits_stand(norms, tmp_path):
+    matrices = [{"some.weight": size * torch.eye(4)} for size in (1.0, 2.0)]  # in no block
+    made = series(matrices, out=tmp_path)
+    assert made.exit_code == 0
+    assert made.sparse.notes[0].startswith("Sparsification is not measured: state dict")
+
+
+def test_steps_that_do_not_rise_are_refused_before_anything_runs(norms, tmp_path):
+    with pytest.raises(ValueError, match="step 100 comes after step 200: give the checkpoints in step order"):
+        series(steps(1.0, 2.0, 4.0), out=tmp_path / "out", labels=["0", "200", "100"])
+    assert norms == []
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_series_goes_on_where_it_stopped(norms, tmp_path):
     checkpoints = steps(1.0, 2.0, 4.0)
     series(checkpoints[:2], out=tmp_path)
@@ -54,7 +81,8 @@ def test_the_worst_audit_decides_the_exit_code(norms, tmp_path):
 def test_progress_says_which_checkpoints_are_compared(norms, tmp_path):
     seen = []
     series(steps(1.0, 2.0), out=tmp_path, labels=["a", "b"], progress=lambda *step: seen.append(step))
-    assert seen == [("b against a: norms", 0, 1, NAME)]
+    assert seen[0] == ("b against a: norms", 0, 1, NAME)
+    assert {name for name, *_ in seen[1:]} == {"sparsification"}
 
 
 @pytest.mark.parametrize(
