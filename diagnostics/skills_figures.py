@@ -188,7 +188,7 @@ def draw_region(part: pd.DataFrame) -> "go.Figure":
     top = part.nlargest(1, "density").iloc[0]
     where = "" if pd.isna(top["layer"]) else f"layer {layer_name(top['layer'])} "
     task = theme.verbatim(part["task"].iloc[0])
-    title = f"{task}: the region is densest in {where}{theme.verbatim(top['component'])}, "
+    title = f"{task}: this region is densest in {where}{theme.verbatim(top['component'])}, "
     title += f"{times(top['density'])} times an even spread"
     figure = theme.figure(title=title, x="layer", y="component")
 
