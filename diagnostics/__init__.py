@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from diagnostics.policy import default_policy as default_policy
     from diagnostics.policy import load_policy as load_policy
     from diagnostics.skills import skill_localization as skill_localization
+    from diagnostics.sparsity import essential_sparsity as essential_sparsity
     from diagnostics.store import Audit as Audit
     from diagnostics.store import load as load
 
@@ -31,6 +32,7 @@ EXPORTS = {
     "Result": "diagnostics.analysis",
     "analyses": "diagnostics.analysis",
     "default_policy": "diagnostics.policy",
+    "essential_sparsity": "diagnostics.sparsity",
     "intruder_dimensions": "diagnostics.intruders",
     "judged_mitigation": "diagnostics.mitigation",
     "likelihood_ratio_ood": "diagnostics.ood",
