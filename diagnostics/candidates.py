@@ -9,16 +9,20 @@ takes one model, its activations, its largest gradient and some numbers a candid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from diagnostics.movement import Order, Read, delta
+from diagnostics import region
+from diagnostics.movement import Read, delta
 from diagnostics.region import Region
 from probes.host import Host
 from probes.objective import Objective
+
+# Hard, or with values in [0, 1].
+Mask: TypeAlias = Bool[Tensor, " candidates"] | Float[Tensor, " candidates"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,26 +32,23 @@ class Candidates:
     Attributes:
         index: of each tensor flat indices, rising; 32 bits wide where that is enough.
         base, tuned: their values as the files have them.
-        rank: of each, how many moved further: what breaks ties between scores.
     """
 
-    index: Mapping[str, Int[Tensor, " _"]]
+    index: Region
     base: Mapping[str, Shaped[Tensor, " _"]]
     tuned: Mapping[str, Shaped[Tensor, " _"]]
-    rank: Int[Tensor, " candidates"]
 
     @classmethod
-    def of(cls, order: Order, read: Read) -> "Candidates":
-        """Entries in the order of movement, with their values."""
+    def of(cls, chosen: Region, read: Read) -> "Candidates":
+        """Entries with their values."""
         index, base, tuned = {}, {}, {}
-        for name, entries in order.region(len(order)).items():
-            narrow = torch.int32 if int(entries[-1]) < 2**31 else torch.int64
-            index[name] = entries.to(narrow)
-            base[name], tuned[name] = (side.reshape(-1)[entries] for side in read(name))
-        return cls(index=index, base=base, tuned=tuned, rank=order.by_place().int())
+        for name in sorted(chosen):
+            index[name] = chosen[name]
+            base[name], tuned[name] = (side.reshape(-1)[chosen[name].long()] for side in read(name))
+        return cls(index=index, base=base, tuned=tuned)
 
     def __len__(self) -> int:
-        return len(self.rank)
+        return region.size(self.index)
 
     @property
     def spans(self) -> Iterator[tuple[str, slice]]:
@@ -59,17 +60,25 @@ class Candidates:
 
     def region(self, mask: Bool[Tensor, " candidates"]) -> Region:
         """The entries at which a mask is true."""
-        chosen = {name: self.index[name][mask[span]].long() for name, span in self.spans}
+        chosen = {name: self.index[name][mask[span]] for name, span in self.spans}
         return {name: index for name, index in chosen.items() if len(index)}
 
-    def movement(self) -> Float[Tensor, " candidates"]:
-        """How far each moved."""
-        return torch.cat([delta(self.base[name], self.tuned[name]).abs() for name in self.index])
+    def movement(self, places: Int[Tensor, " _"] | None = None) -> Float[Tensor, " _"]:
+        """How far each moved, or those at some places of the vector, which rise."""
+        found = []
+        for name, span in self.spans:
+            base, tuned = self.base[name], self.tuned[name]
+            if places is not None:
+                first, last = torch.searchsorted(places, torch.tensor([span.start, span.stop])).tolist()
+                here = places[first:last] - span.start
+                base, tuned = base[here], tuned[here]
+            found.append(delta(base, tuned).abs_())
+        return torch.cat(found) if found else torch.empty(0)
 
     @property
     def bytes(self) -> int:
         """What it holds in memory."""
-        held = [self.rank, *self.index.values(), *self.base.values(), *self.tuned.values()]
+        held = [*self.index.values(), *self.base.values(), *self.tuned.values()]
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
@@ -89,6 +98,8 @@ class Grafted:
         self.host, self.candidates = host, candidates
         self._spans = dict(candidates.spans)
         self._mask: Tensor | None = None  # what is written, while it is hard
+        sides = (*candidates.base.values(), *candidates.tuned.values())
+        self._dtype = torch.float64 if any(each.dtype == torch.float64 for each in sides) else torch.float32
 
     def __enter__(self) -> "Grafted":
         return self
@@ -97,10 +108,9 @@ class Grafted:
         self._mask = None
         self.host.restore(self.candidates.index.keys())
 
-    def put(self, mask: Float[Tensor, " candidates"]) -> None:
-        """Write base + mask ⊙ (tuned − base) at the candidates: by selection where the mask is 0 or 1."""
-        hard = bool(((mask == 0) | (mask == 1)).all())
-        present = self._mask
+    def put(self, mask: Mask) -> None:
+        """Write base + mask ⊙ (tuned − base) at the candidates: a hard mask by selection, a soft one not."""
+        hard, present = mask.dtype == torch.bool, self._mask
         for name, span in self._spans.items():
             values, index = mask[span], self.candidates.index[name]
             base, tuned = self.candidates.base[name], self.candidates.tuned[name]
@@ -111,7 +121,7 @@ class Grafted:
                 values, index, base, tuned = (each[new] for each in (values, index, base, tuned))
             if hard:
                 wide = torch.promote_types(base.dtype, tuned.dtype)
-                chosen = torch.where(values == 1, tuned.to(wide), base.to(wide))
+                chosen = torch.where(values, tuned.to(wide), base.to(wide))
             else:
                 D = delta(base, tuned)
                 chosen = base.to(D.dtype) + values.to(D.dtype) * D
@@ -119,7 +129,7 @@ class Grafted:
         self._mask = mask.clone() if hard else None
 
     def gradient(
-        self, mask: Float[Tensor, " candidates"], objective: Objective, rows: list[int] | None = None
+        self, mask: Mask, objective: Objective, rows: list[int] | None = None
     ) -> Float[Tensor, " candidates"]:
         """dL/dm of every candidate, at a mask of them.
 
@@ -127,7 +137,7 @@ class Grafted:
             ValueError: gradients that are NaN or infinite, or as `Objective.backward` says.
         """
         self.put(mask)
-        found = torch.zeros(len(self.candidates), dtype=mask.dtype)
+        found = torch.zeros(len(self.candidates), dtype=self._dtype)
         parts = {name: found[span] for name, span in self._spans.items()}
         with collecting(self.host, self.candidates.index, parts):
             objective.backward(self.host.model, rows)
@@ -139,7 +149,7 @@ class Grafted:
         self,
         others: Region,
         read: Read,
-        mask: Float[Tensor, " candidates"],
+        mask: Mask,
         objective: Objective,
         rows: list[int] | None = None,
     ) -> Float[Tensor, " others"]:
@@ -149,7 +159,7 @@ class Grafted:
         with collecting(self.host, others, parts):
             objective.backward(self.host.model, rows)
         slopes = [
-            part * delta(*(side.reshape(-1)[others[name]] for side in read(name)))
+            part * delta(*(side.reshape(-1)[others[name].long()] for side in read(name)))
             for name, part in parts.items()
         ]
         return finite(torch.cat(slopes) if slopes else torch.empty(0), self.host)

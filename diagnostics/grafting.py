@@ -15,15 +15,16 @@ Source: Panigrahi et al. 2023, arXiv:2302.06600, and its released code.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from diagnostics.movement import kth_largest
 
-# Mask values of the candidates -> gradient of the loss with respect to each.
-Oracle = Callable[[Float[Tensor, " candidates"]], Float[Tensor, " candidates"]]
+# A mask of the candidates, hard or with values in [0, 1] -> gradient of the loss with respect to each.
+Oracle = Callable[[Tensor], Tensor]
+# Places of candidates, rising -> how far each moved.
+Moved = Callable[[Tensor], Tensor]
 Step = Callable[[int, int], None]
 
 POINTS = 10  # of the integral
@@ -33,9 +34,12 @@ LOGIT = 0.1  # moved by the entry that is to be the last of `faithful`, at its f
 
 
 def mask_of(
-    scores: Float[Tensor, " candidates"], size: int, rank: Int[Tensor, " candidates"]
+    scores: Float[Tensor, " candidates"], size: int, moved: Moved | None = None
 ) -> Bool[Tensor, " candidates"]:
-    """True at exactly `size` candidates: the largest scores, of equal ones those of lowest rank."""
+    """True at exactly `size` candidates: those with the largest scores.
+
+    Of equal ones those that moved further, then the first; smaller masks lie in larger ones.
+    """
     count = len(scores)
     if size <= 0 or size >= count:
         return torch.full((count,), size > 0)
@@ -44,16 +48,11 @@ def mask_of(
     level = (scores == bar).nonzero()[:, 0]
     short = size - int(mask.sum())
     if short < len(level):
-        level = level[rank[level].sort().indices[:short]]
+        if moved is not None:
+            level = level[moved(level).sort(descending=True, stable=True).indices]
+        level = level[:short]
     mask[level] = True
     return mask
-
-
-def ranking(
-    scores: Float[Tensor, " candidates"], rank: Int[Tensor, " candidates"]
-) -> Int[Tensor, " candidates"]:
-    """The candidates from the largest score down; its first s are those of `mask_of`, for every s."""
-    return torch.from_numpy(np.lexsort((rank.numpy(), -scores.numpy())))
 
 
 def integrated(oracle: Oracle, count: int, *, points: int = POINTS, step: Step | None = None) -> Tensor:
@@ -74,7 +73,7 @@ def budget_search(
     oracle: Oracle,
     start: Float[Tensor, " candidates"],
     sizes: Sequence[int],
-    rank: Int[Tensor, " candidates"],
+    moved: Moved | None = None,
     *,
     rate: float = STEP,
     step: Step | None = None,
@@ -88,16 +87,17 @@ def budget_search(
     Args:
         start: scores to begin with; only their proportions count.
         sizes: of the mask at each step; as many gradients are taken.
-        rank: what breaks ties, lowest first: the order of movement.
+        moved: how far candidates moved: what breaks ties.
         rate: the first step at the steepest entry, as a share of the largest start score; falls to 0.
     """
     largest, steps = float(start.abs().max()) if len(start) else 0.0, len(sizes)
     scores = start / largest if largest > 0 else start.clone()
     for done, size in enumerate(sizes):
-        gradient = oracle(mask_of(scores, size, rank).to(scores.dtype))
-        steepest = float(gradient.abs().max())
+        gradient = oracle(mask_of(scores, size, moved))
+        steepest = max(float(gradient.max()), -float(gradient.min()))
         if steepest > 0:
-            scores = scores - rate * (1 - done / steps) / steepest * gradient
+            scores -= gradient.mul_(rate * (1 - done / steps) / steepest)
+        del gradient  # before the next mask is made
         if step:
             step(done + 1, steps)
     return scores

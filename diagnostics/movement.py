@@ -1,21 +1,22 @@
 """Movement: how far tuning moved every entry, |tuned − base|, and the entries that moved furthest.
 
-Tensors are streamed, one at a time, so that memory is what is picked and the largest tensor, whatever the
-size of the model. Entries are ordered by one total order: |tuned − base| descending, then the tensor's name,
-then the place in it. The first s of it are exactly s entries, and those of a smaller s are among those of a
-larger one.
+Tensors are streamed, one at a time, so that memory is what is picked, whatever the size of the model. Entries
+are ordered by one total order: |tuned − base| descending, then the tensor's name, then the place in it. The
+first s of it are exactly s entries, and those of a smaller s are among those of a larger one.
 """
 
+import math
 import zlib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from diagnostics import region
 from diagnostics.region import Region
+from probes.prune import CHUNK, PATTERNS, Search, number
 from probes.sources import same_bytes
 
 # A stored tensor of base and of tuned, of one shape; neither is to be written to.
@@ -36,57 +37,6 @@ def kth_largest(values: Float[Tensor, " entries"], k: int) -> float:
     return float(np.partition(array, len(array) - k)[len(array) - k])
 
 
-def leading(values: Float[Tensor, " entries"], count: int) -> Int[Tensor, " count"]:
-    """Where the `count` largest values stand, in order of place; of equal ones the first."""
-    if count >= len(values):
-        return torch.arange(len(values))
-    if count <= 0:
-        return torch.empty(0, dtype=torch.long)
-    bar = kth_largest(values, count)
-    above = (values > bar).nonzero()[:, 0]
-    level = (values == bar).nonzero()[: count - len(above), 0]
-    return torch.cat([above, level]).sort().values
-
-
-@dataclass(frozen=True, kw_only=True)
-class Order:
-    """Entries that moved furthest, first to last.
-
-    Attributes:
-        names: the tensors that they are in, sorted.
-        tensor: of each entry, which of `names`.
-        index: its place in the flattened tensor.
-        size: how far it moved.
-    """
-
-    names: tuple[str, ...]
-    tensor: Int[Tensor, " entries"]
-    index: Int[Tensor, " entries"]
-    size: Float[Tensor, " entries"]
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def region(self, start: int, stop: int | None = None) -> Region:
-        """The entries from the one at `start` to before `stop`; the first `start` if only that is given."""
-        part = slice(0, start) if stop is None else slice(start, stop)
-        tensor, index = self.tensor[part], self.index[part].long()
-        order = self.by_place(part)
-        places, counts = tensor[order].unique_consecutive(return_counts=True)
-        split = index[order].split(counts.tolist())
-        return {self.names[place]: entries for place, entries in zip(places.tolist(), split, strict=True)}
-
-    def first(self, count: int) -> "Order":
-        """The first so many."""
-        return Order(
-            names=self.names, tensor=self.tensor[:count], index=self.index[:count], size=self.size[:count]
-        )
-
-    def by_place(self, part: slice = slice(None)) -> Int[Tensor, " _"]:
-        """What puts entries in the order of their tensors' names, and of their places there."""
-        return torch.from_numpy(np.lexsort((self.index[part].numpy(), self.tensor[part].numpy())))
-
-
 class Movement:
     """The movement of some tensors of a pair.
 
@@ -103,11 +53,15 @@ class Movement:
         Args:
             shapes: of the tensors, by name; their order means nothing.
             read: gives a tensor of base and of tuned.
+
+        Raises:
+            ValueError: weights that are NaN or infinite.
         """
         self._read = read
         self.entries: dict[str, int] = {}
         self.moved: dict[str, int] = {}
         self.squares = 0.0
+        self._dtype = torch.float32
         frozen = []
         for name in sorted(shapes):
             base, tuned = read(name)
@@ -115,9 +69,15 @@ class Movement:
             if base.dtype == tuned.dtype and same_bytes(base, tuned):
                 frozen.append(name)
                 continue
-            D = delta(base, tuned)
-            self.entries[name], self.moved[name] = D.numel(), int(D.count_nonzero())
-            self.squares += float(D.double().square().sum())
+            self.entries[name], self.moved[name] = base.numel(), 0
+            for D in self._chunks(base, tuned):
+                if not D.isfinite().all():
+                    raise ValueError(
+                        f"{name}: holds NaN or infinite weights; how far they moved is not known"
+                    )
+                self._dtype = torch.promote_types(self._dtype, D.dtype)
+                self.moved[name] += int(D.count_nonzero())
+                self.squares += float(D.double().square().sum())
         self.frozen = tuple(frozen)
 
     @property
@@ -130,7 +90,7 @@ class Movement:
         """Entries whose value differs."""
         return sum(self.moved.values())
 
-    def largest(self, count: int) -> Order:
+    def largest(self, count: int) -> Region:
         """The `count` entries that moved furthest; those that did not move come last.
 
         Raises:
@@ -138,64 +98,105 @@ class Movement:
         """
         if not 0 <= count <= self.total:
             raise ValueError(f"{count} entries are asked for; there are {self.total}")
-        names = tuple(self.entries)
-        sizes, tensors, indices = [torch.empty(0)], [torch.empty(0).int()], [torch.empty(0).long()]
-        held, bar = 0, -1.0
-        for place, name in enumerate(names if count else ()):
-            size = delta(*self._read(name)).abs_()
-            picked = leading(size, count)
-            # What only equals the last of a full list comes after it: its tensor's name does.
-            picked = picked[size[picked] > bar]
-            sizes.append(size[picked])
-            tensors.append(torch.full((len(picked),), place, dtype=torch.int32))
-            indices.append(picked)
-            held += len(picked)
-            # Cut only when twice as many are held, so that each cut is paid for by as many new entries.
-            if held > count and (held >= 2 * count or place == len(names) - 1):
-                every = torch.cat(sizes)
-                kept = leading(every, count)
-                sizes, tensors, indices = ([torch.cat(each)[kept]] for each in (sizes, tensors, indices))
-                held, bar = count, float(sizes[0].min())
-        size, tensor, index = (torch.cat(each) for each in (sizes, tensors, indices))
-        order = size.sort(descending=True, stable=True).indices
-        return Order(names=names, tensor=tensor[order], index=index[order], size=size[order])
+        if not count:
+            return {}
+        bar = self._bar(count)
+        above: dict[str, Tensor] = {}
+        level: dict[str, Tensor] = {}
+        equals = 0
+        for name in self.entries:
+            found = [self._where(name, lambda size: size > bar)]
+            if equals < count:
+                found.append(self._where(name, lambda size: size == bar))
+                equals += len(found[1])
+            for kept, index in zip((above, level), found, strict=False):
+                if len(index):
+                    kept[name] = index
+        short = count - region.size(above)
+        for name, index in level.items():
+            here = index[:short]
+            short -= len(here)
+            if len(here):
+                both = [above[name], here] if name in above else [here]
+                above[name] = torch.cat(both).sort().values
+        return {name: above[name] for name in sorted(above)}
 
-    def random(self, region: Region, seed: int) -> Region:
+    def random(self, pattern: Region, seed: int) -> Region:
         """As many entries of each tensor as a region has there, drawn evenly from those that moved.
 
         Entries that did not move are drawn only where a region has more than there are others.
         """
         drawn = {}
-        for name, index in region.items():
+        for name, index in pattern.items():
             if not len(index):
                 continue
-            D = delta(*self._read(name))
-            moved = D.nonzero()[:, 0]
+            moved = self._where(name, lambda size: size > 0)
             # By the tensor's name, so that its place in the file changes nothing.
             generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
             count = min(len(index), len(moved))
-            chosen = moved[
-                torch.from_numpy(generator.choice(len(moved), count, replace=False, shuffle=False))
-            ]
+            chosen = moved[_some(generator, len(moved), count)]
             if count < len(index):
-                still = (D == 0).nonzero()[:, 0]
-                more = generator.choice(len(still), len(index) - count, replace=False, shuffle=False)
-                chosen = torch.cat([chosen, still[torch.from_numpy(more)]])
+                still = self._where(name, lambda size: size == 0)
+                chosen = torch.cat([chosen, still[_some(generator, len(still), len(index) - count)]])
             drawn[name] = chosen.sort().values
         return drawn
 
-    def others(self, names: Iterable[str], chosen: Region, share: float, seed: int) -> Region:
+    def others(self, chosen: Region, share: float, seed: int) -> Region:
         """Entries that moved and are not among the chosen ones: this share of them, drawn evenly."""
         drawn = {}
-        for name in names:
-            D = delta(*self._read(name))
-            free = D != 0
+        for name, entries in self.entries.items():
+            free = torch.zeros(entries, dtype=torch.bool)
+            free[self._where(name, lambda size: size > 0).long()] = True
             if name in chosen:
-                free[chosen[name]] = False
-            generator = np.random.default_rng([seed, 1, zlib.crc32(name.encode())])
+                free[chosen[name].long()] = False
             places = free.nonzero()[:, 0]
+            generator = np.random.default_rng([seed, 1, zlib.crc32(name.encode())])
             count = int(generator.binomial(len(places), share))
             if count:
-                picked = generator.choice(len(places), count, replace=False, shuffle=False)
-                drawn[name] = places[torch.from_numpy(picked)].sort().values
+                picked = places[_some(generator, len(places), count)].sort().values
+                drawn[name] = region.narrowed(picked, entries)
         return drawn
+
+    def square(self, of: Region) -> float:
+        """Summed squared movement of a region."""
+        return math.fsum(
+            float(
+                delta(*(side.reshape(-1)[index.long()] for side in self._read(name))).double().square().sum()
+            )
+            for name, index in of.items()
+        )
+
+    def _bar(self, count: int) -> float:
+        """How far the `count`-th entry moved."""
+        bits, integers, _ = PATTERNS[self._dtype]
+        rank = self.total - count + 1
+        search = Search([rank], bits)
+        for level in search.levels:
+            for name in self.entries:
+                sizes = (
+                    D.abs().to(self._dtype).view(integers).numpy() for D in self._chunks(*self._read(name))
+                )
+                search.count(level, sizes)
+            search.descend(level)
+        return number(search.thresholds[rank], self._dtype)
+
+    def _where(self, name: str, true: Callable[[Tensor], Tensor]) -> Int[Tensor, " _"]:
+        """Where something holds of how far the entries of a tensor moved, as narrow indices."""
+        found, start = [], 0
+        for D in self._chunks(*self._read(name)):
+            index = true(D.abs_().to(self._dtype)).nonzero()[:, 0] + start
+            found.append(region.narrowed(index, self.entries[name]))
+            start += len(D)
+        return torch.cat(found)
+
+    @staticmethod
+    def _chunks(base: Tensor, tuned: Tensor) -> Iterator[Float[Tensor, " _"]]:
+        """tuned − base, a part at a time."""
+        sides = (side.reshape(-1).split(CHUNK) for side in (base, tuned))
+        for ours, theirs in zip(*sides, strict=True):
+            yield delta(ours, theirs)
+
+
+def _some(generator: np.random.Generator, size: int, count: int) -> Int[Tensor, " count"]:
+    """So many of `size` places, each once."""
+    return torch.from_numpy(generator.choice(size, count, replace=False, shuffle=False))

@@ -12,9 +12,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-# tensor name -> places in the flattened tensor, rising, each once
+# tensor name -> places in the flattened tensor, rising, each once; 32 bits wide where that is enough
 Region: TypeAlias = Mapping[str, Int[Tensor, " _"]]
 Combine: TypeAlias = Callable[[Int[np.ndarray, " a"], Int[np.ndarray, " b"]], Int[np.ndarray, " c"]]
+
+
+def narrowed(index: Int[Tensor, " _"], entries: int) -> Int[Tensor, " _"]:
+    """Places in a tensor of so many entries, in 32 bits where these hold them."""
+    return index.int() if entries <= 2**31 else index
 
 
 def size(region: Region) -> int:
@@ -100,7 +105,7 @@ def purity(rel: Float[np.ndarray, "regions tasks"]) -> Float[np.ndarray, " regio
 def marked(index: Int[Tensor, " _"], shape: tuple[int, ...]) -> Bool[Tensor, "..."]:
     """True at the places of a region in a tensor of this shape."""
     flags = torch.zeros(int(np.prod(shape, dtype=np.int64)), dtype=torch.bool)
-    flags[index] = True
+    flags[index.long()] = True
     return flags.reshape(shape)
 
 

@@ -115,7 +115,7 @@ def measure(one: Measured, bench: Bench, keys: Sequence[Key], seed: int) -> None
     assert choice is not None
     search, mine = choice.search, (one.task, "report")
     for size, learned in choice.regions.items():
-        made = {"movement": search.order.region(size)} | (
+        made = {"movement": search.region(None, size)} | (
             {} if search.mode == "movement" else {"learned": learned}
         )
         for draw in range(RANDOM if size == choice.size else 1):

@@ -27,7 +27,7 @@ Mode = Literal["budget", "faithful", "movement"]
 Start = Literal["gradients", "movement"]
 
 CANDIDATES = 0.1  # of the entries: among them lay 96 to 100 % of what a search over all of them found
-PER_ENTRY = 100  # candidates for each entry of the largest budget, if that is fewer
+PER_ENTRY = 80  # candidates for each entry of the largest budget, if that is fewer
 PROBED = 0.05  # of the entries that are no candidates
 
 
@@ -105,8 +105,7 @@ class Search:
             self._check(double=self.share is None)
 
     def _take(self, count: int) -> None:
-        self.order = self.bench.movement.largest(max(count, *self.sizes))
-        self.candidates = Candidates.of(self.order.first(count), self.bench.read)
+        self.candidates = Candidates.of(self.bench.movement.largest(count), self.bench.read)
 
     def _check(self, *, double: bool) -> None:
         """Score some other entries by their gradients, and take twice as many candidates if one is needed."""
@@ -116,10 +115,9 @@ class Search:
         size = max([size for size in self.sizes if size <= count / 10] or [min(*self.sizes, count)])
         if not others:
             return
-        chosen = self.candidates.region(torch.ones(count, dtype=torch.bool))
         # No more of them than candidates, so that they take no more memory.
         share = min(PROBED, count / others)
-        probed = movement.others(movement.entries, chosen, share, self.seed)
+        probed = movement.others(self.candidates.index, share, self.seed)
         if not region.size(probed):
             return
         with Grafted(self.bench.host, self.candidates) as graft:
@@ -147,9 +145,11 @@ class Search:
 
     def region(self, ranking: Ranking | None, size: int) -> Region:
         """The first entries of a ranking; behind the candidates, and without a ranking, by movement."""
-        if ranking is None or size >= len(self.candidates):
-            return self.order.region(size)
-        return self.candidates.region(mask_of(ranking.scores, size, self.candidates.rank))
+        if size > len(self.candidates):
+            return self.bench.movement.largest(size)
+        if ranking is None:
+            return self.candidates.region(mask_of(self.candidates.movement(), size))
+        return self.candidates.region(mask_of(ranking.scores, size, self.candidates.movement))
 
     def curve(self, better: Callable[[Ranking], float]) -> Ranking:
         """The ranking that serves all sizes.
@@ -170,6 +170,7 @@ class Search:
             self.start = start_name
             made[start_name] = self.run(inner or list(self.sizes), self.seed)
         self.start = max(made, key=lambda name: better(made[name]))
+        self.starts = {self.start: self.starts[self.start]}
         return made[self.start]
 
     def run(self, sizes: Sequence[int], seed: int) -> Ranking:
@@ -192,7 +193,7 @@ class Search:
             turns = [size for _ in range(rounds) for size in generator.permutation(np.array(sizes)).tolist()]
             oracle = self._oracle(graft, self.batch, seed)
             scores = budget_search(
-                oracle, self.starts[self.start], turns[: self.steps], self.candidates.rank,
+                oracle, self.starts[self.start], turns[: self.steps], self.candidates.movement,
                 step=self.counter.count(what),
             )  # fmt: skip
         return Ranking(scores=scores, sizes=tuple(sizes), steps=self.steps)

@@ -288,8 +288,8 @@ class Tables:
             ),
         }  # fmt: skip
         if movement.squares:
-            leading = movement.largest(math.ceil(movement.total / 100)).size.double()
-            made["movement_top"] = float(leading.square().sum()) / movement.squares
+            leading = movement.largest(math.ceil(movement.total / 100))
+            made["movement_top"] = movement.square(leading) / movement.squares
         return made
 
 

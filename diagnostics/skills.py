@@ -154,7 +154,7 @@ def skill_localization(
             with its three repairs; `movement`: the entries that moved furthest, for models too large for
             gradients.
         candidates: share of the entries that a search may choose among, those that moved furthest. None: 0.1,
-            or a hundred for each entry of the largest budget if that is fewer; twice as many where others
+            or 80 for each entry of the largest budget if that is fewer; twice as many where others
             score as high.
         steps: gradients of one search; at most, of a faithful one.
         batch_rows: rows of each; a faithful search takes all.

@@ -4,10 +4,11 @@ import sys
 
 import torch
 
-from tests.benchmarks import decision, masks, rows, seven_b, startup
+from tests.benchmarks import decision, grafts, masks, rows, seven_b, startup
 
 ALL = {
     "decision": decision.main,
+    "grafts": grafts.main,
     "masks": masks.main,
     "rows": rows.main,
     "startup": startup.main,

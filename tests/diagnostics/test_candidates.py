@@ -55,7 +55,7 @@ def candidates_of(host, share=0.3):
 
 def half(candidates):
     """A hard mask of every other candidate."""
-    return (torch.arange(len(candidates)) % 2).float()
+    return torch.arange(len(candidates)) % 2 == 1
 
 
 def dense(host, candidates, objective):
@@ -93,12 +93,12 @@ def test_a_hard_mask_is_written_by_selection_and_is_gone_afterwards(pair):
         candidates = candidates_of(host)
         before = state_of(host.model)
         with Grafted(host, candidates) as graft:
-            for mask in (half(candidates), 1 - half(candidates), torch.full((len(candidates),), 0.5)):
+            for mask in (half(candidates), ~half(candidates), torch.full((len(candidates),), 0.5)):
                 graft.put(mask)
             graft.put(half(candidates))
-            chosen = candidates.region(half(candidates) == 1)
+            chosen = candidates.region(half(candidates))
             written = {name: tensor.clone() for name, tensor in host.model.state_dict().items()}
-            graft.gradient(1 - half(candidates), objective_of())
+            graft.gradient(~half(candidates), objective_of())
         assert_same(before, state_of(host.model))
         with host.selecting(chosen, "tuned") as model:
             selected = model.state_dict()
@@ -148,9 +148,8 @@ def test_the_gradient_of_a_soft_mask_is_that_of_finite_differences(tmp_path):
                 slope = (ends[0] - ends[1]) / (2 * step)
                 assert float(gradient[place]) == pytest.approx(slope, rel=1e-5)
             # By arithmetic and by selection it is the same loss.
-            hard = half(candidates).double()
-            selected = loss(hard)
-            assert loss(hard * (1 - 1e-12)) == pytest.approx(selected, abs=1e-9)
+            hard = half(candidates)
+            assert loss(hard.double()) == pytest.approx(loss(hard), abs=1e-9)
 
 
 def test_entries_elsewhere_have_the_gradient_that_they_would_have_as_candidates(pair):
@@ -162,7 +161,7 @@ def test_entries_elsewhere_have_the_gradient_that_they_would_have_as_candidates(
         chosen = few.region(torch.ones(len(few), dtype=torch.bool))
         names = {name: host.headers[name].shape for name in every.index}
         movement = Movement(names, reader(host))
-        others = movement.others(names, chosen, 0.3, seed=0)
+        others = movement.others(chosen, 0.3, seed=0)
         with Grafted(host, few) as graft:
             found = graft.elsewhere(others, reader(host), torch.zeros(len(few)), objective)
         with Grafted(host, every) as graft:
@@ -177,12 +176,15 @@ def test_entries_elsewhere_have_the_gradient_that_they_would_have_as_candidates(
 def test_candidates_know_how_far_each_moved(pair):
     with Host(pair) as host:
         candidates = candidates_of(host)
-        movement = candidates.movement()
-        by_rank = torch.empty_like(movement)
-        by_rank[candidates.rank.long()] = movement
-        assert (by_rank.diff() <= 0).all()
-        # 4 bytes of index, 4 of rank, two float32 values.
-        assert candidates.bytes == 16 * len(candidates)
+        moved = candidates.movement()
+        assert moved.min() > 0
+        for name, span in candidates.spans:
+            base, tuned = (side.reshape(-1)[candidates.index[name].long()] for side in reader(host)(name))
+            assert torch.equal(moved[span], (tuned - base).abs())
+        some = torch.arange(5, len(candidates), 7)
+        assert torch.equal(candidates.movement(some), moved[some])
+        # 4 bytes of index and two float32 values.
+        assert candidates.bytes == 12 * len(candidates)
         assert sum(1 for _ in candidates.spans) > 2 * LAYERS
 
 

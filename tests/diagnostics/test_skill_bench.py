@@ -102,7 +102,7 @@ def test_no_entry_is_base_every_entry_is_tuned_and_the_rest_is_the_complement(be
     assert np.array_equal(bench.graft(every, [KEY])[KEY].logs, tuned)
     assert np.array_equal(bench.ones([KEY])[KEY].logs, tuned)
     assert np.array_equal(bench.complement(every, [KEY])[KEY].logs, base)
-    some = bench.movement.largest(300).region(300)
+    some = bench.movement.largest(300)
     rest = {name: torch.tensor(sorted(set(range(count)) - set(some.get(name, torch.empty(0)).tolist())))
             for name, count in bench.movement.entries.items()}  # fmt: skip
     assert np.array_equal(bench.graft(some, [KEY])[KEY].logs, bench.complement(rest, [KEY])[KEY].logs)
@@ -125,7 +125,7 @@ def test_whatever_fails_the_model_is_tuned_again_in_the_end(saved, monkeypatch):
         before = weights(host)
         bench = Bench(host, {}, "blocks")
         monkeypatch.setattr(Bench, "said", lambda self, keys: 1 / 0)
-        some = bench.movement.largest(50).region(50)
+        some = bench.movement.largest(50)
         for run in (
             lambda: bench.graft(some, []),
             lambda: bench.complement(some, []),

@@ -1,0 +1,217 @@
+"""Grafts: what a step of the mask search costs beyond a plain forward and backward pass of the same model."""
+
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from diagnostics.candidates import Candidates, Grafted
+from diagnostics.grafting import budget_search
+from diagnostics.movement import Movement
+from diagnostics.row_losses import Encoded
+from diagnostics.skill_search import PER_ENTRY
+from probes.batches import Example
+from probes.host import Host
+from probes.objective import Objective
+from probes.pair import CheckpointPair
+from probes.rows import task_of
+
+LENGTH, STEPS = 32, 3
+# Rows of a step that is timed, and of one whose memory is measured: few, or activations would hide the rest.
+TIMED, WEIGHED = 32, 1
+SHARE = 1e-4  # the paper's budget
+CANDIDATES = PER_ENTRY * SHARE  # as the analysis takes
+
+
+def made(folder: Path, *, width: int = 768, layers: int = 12) -> None:
+    """A random Llama of about 97 M parameters, and one that has moved from it a little."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=width, intermediate_size=width * 8 // 3, num_hidden_layers=layers,
+        num_attention_heads=width // 64, vocab_size=8192, max_position_embeddings=512,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder / "base")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".layers." in name:
+                parameter.add_(1e-3 * torch.randn_like(parameter))
+    model.save_pretrained(folder / "tuned")
+
+
+def objective(rows: int) -> Objective:
+    """Texts of random tokens."""
+    generator = torch.Generator().manual_seed(0)
+    examples = [
+        Example(
+            ids=torch.randint(8192, (LENGTH,), generator=generator).tolist(),
+            scored=[place > 0 for place in range(LENGTH)],
+            row=row,
+        )
+        for row in range(rows)
+    ]
+    task = task_of([{"text": "a"}] * rows)
+    return Objective(
+        Encoded(task=task, examples=examples, classes=(), mask_id=None, batch_tokens=16384, notes=())
+    )
+
+
+class Peak:
+    """The most memory in use while it is entered, beyond what was in use before, in bytes."""
+
+    def __init__(self, device: str):
+        self.device, self.bytes = device, 0
+
+    def used(self) -> int:
+        """Memory of this process, without what is only mapped from files."""
+        if self.device != "cpu":
+            return torch.cuda.memory_allocated()
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1024
+
+    def watch(self) -> None:
+        """Look again and again."""
+        while not self._done.wait(0.002):
+            self.most = max(self.most, self.used())
+
+    def __enter__(self) -> "Peak":
+        self.most = self.before = self.used()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self.watch)
+        if self.device == "cpu":
+            self._thread.start()
+        else:
+            torch.cuda.reset_peak_memory_stats()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.device == "cpu":
+            self._done.set()
+            self._thread.join()
+        else:
+            self.most = torch.cuda.max_memory_allocated()
+        self.bytes = self.most - self.before
+
+
+@contextmanager
+def opened(folder: Path, device: str) -> Iterator[tuple[Host, Movement]]:
+    """The pair as base, and how far its blocks moved."""
+    with Host(CheckpointPair(folder / "base", folder / "tuned"), device=device) as host:
+        host.become("base")
+        with torch.no_grad():  # until they are touched they are only mapped from their file
+            for parameter in host.model.parameters():
+                parameter.mul_(1)
+        shapes = {name: host.headers[name].shape for name in host.twins if ".layers." in name}
+        yield host, Movement(shapes, lambda name: (host.read(name, "base"), host.read(name)))
+
+
+def timed(run: Callable[[], object], device: str) -> float:
+    """Seconds of a call."""
+    begun = time.perf_counter()
+    run()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
+def plain(folder: Path, device: str, rows: int) -> tuple[float, int]:
+    """Seconds of a forward and backward pass that gives the gradient of every weight of the blocks.
+
+    Each gradient is freed at once, so that the memory is that of the activations and the largest gradient.
+    """
+    told = objective(rows)
+    with opened(folder, device) as (host, movement):
+        weights = [host.slots(name, torch.arange(1))[0].tensor for name in movement.entries]
+
+        def free(weight: torch.Tensor) -> None:
+            weight.grad = None
+
+        for weight in weights:
+            weight.requires_grad_(True)
+        handles = [weight.register_post_accumulate_grad_hook(free) for weight in weights]
+        with Peak(device) as peak:
+            times = [timed(lambda: told.backward(host.model), device) for _ in range(STEPS + 1)]
+        for handle in handles:
+            handle.remove()
+        return median(times[1:]), peak.bytes
+
+
+def search(folder: Path, device: str, rows: int) -> tuple[float, int]:
+    """Seconds of a step of the search: the mask written, its gradient, the scores moved, the next mask."""
+    told = objective(rows)
+    with opened(folder, device) as (host, movement):
+        size = round(SHARE * movement.total)
+        marks = []
+
+        def mark(done: int, total: int) -> None:
+            if device != "cpu":
+                torch.cuda.synchronize()
+            marks.append(time.perf_counter())
+
+        with Peak(device) as peak:
+            candidates = Candidates.of(
+                movement.largest(round(CANDIDATES * movement.total)),
+                lambda name: (host.read(name, "base"), host.read(name)),
+            )
+            with Grafted(host, candidates) as graft:
+                budget_search(
+                    lambda mask: graft.gradient(mask, told), candidates.movement(), [size] * (STEPS + 1),
+                    candidates.movement, step=mark,
+                )  # fmt: skip
+        return median(after - before for before, after in pairwise(marks)), peak.bytes
+
+
+def alone(folder: Path, way: str, device: str, rows: int) -> tuple[float, int]:
+    """A way in a process of its own."""
+    code = (
+        "import sys, torch; from pathlib import Path; torch.set_num_threads(2); "
+        "from tests.benchmarks import grafts; "
+        "print(*getattr(grafts, sys.argv[2])(Path(sys.argv[1]), sys.argv[3], int(sys.argv[4])))"
+    )
+    command = [sys.executable, "-c", code, str(folder), way, device, str(rows)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    seconds, size = done.stdout.splitlines()[-1].split()
+    return float(seconds), int(size)
+
+
+def main(device: str = "", **shape: int) -> None:
+    """Time and memory of a step."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        folder = Path(name)
+        made(folder, **shape)
+        model = sum(file.stat().st_size for file in (folder / "base").glob("*.safetensors"))
+        found = {
+            way: (alone(folder, way, device, TIMED)[0], alone(folder, way, device, WEIGHED)[1])
+            for way in ("plain", "search")
+        }
+    table = Table(
+        title=f"A step of the mask search on {device}: {TIMED} rows of {LENGTH} tokens, "
+        f"{model / 4e6:.0f} M weights in float32, {CANDIDATES:g} of them candidates"
+    )
+    for place, column in enumerate(("way", "seconds a step", "GB beyond the model")):
+        table.add_column(column, justify="left" if place == 0 else "right")
+    for way, (seconds, size) in found.items():
+        table.add_row(way, f"{seconds:.3f}", f"{size / 1e9:.3f}")
+    times = found["search"][0] / found["plain"][0]
+    extra = (found["search"][1] - found["plain"][1]) / model
+    table.add_row("ratio, extra of the model", f"{times:.2f}", f"{extra:.3f}")
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:2], **{key: int(value) for key, _, value in (a.partition("=") for a in sys.argv[2:])})
