@@ -6,7 +6,6 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ from rich.table import Table
 from probes.host import Host
 from probes.pair import CheckpointPair
 from probes.prune import magnitude_order
-from tests.benchmarks.rows import fastest
 
 LEVELS = [round(0.045 * level, 3) for level in range(1, 21)]
 # torch's way takes seconds a level.
@@ -202,67 +200,7 @@ def words(folder: Path, size: int) -> None:
         PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="w0").save_pretrained(folder / side)
 
 
-def steps(console: Console) -> None:
-    """What a step of a mask search takes beside the forward and backward pass of the same model."""
-    from diagnostics.candidates import Candidates, Grafted
-    from diagnostics.grafting import budget_search
-    from diagnostics.skill_bench import Bench
-    from probes.objective import Objective
-    from probes.tasks import Example, task_of
-
-    draw = np.random.default_rng(0)
-    task = task_of(["row"] * 32, ref="rows")
-    examples = [
-        Example(ids=draw.integers(0, 8192, 32).tolist(), scored=[False, *[True] * 31], row=row)
-        for row in range(32)
-    ]
-    rows = SimpleNamespace(task=task, examples=examples, classes=(), mask_id=None)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        made(folder)
-        pair = CheckpointPair(folder / "base", folder / "tuned")
-        objective = Objective(rows)
-        with Host(pair) as host:
-            bench = Bench(host, {}, "blocks")
-            total = bench.movement.total
-            size = round(1e-4 * total)
-            order = bench.movement.largest(100 * size)
-            candidates = Candidates.of(order, bench.read)
-            host.become("base")
-            weights = list(host.model.parameters())
-
-            def plain() -> None:
-                for weight in weights:
-                    weight.requires_grad_(True)
-                ids = torch.tensor([example.ids for example in examples])
-                host.model(input_ids=ids, labels=ids).loss.backward()
-                for weight in weights:
-                    weight.requires_grad_(False)
-                    weight.grad = None
-
-            def search() -> None:
-                with Grafted(host, candidates) as graft:
-                    budget_search(
-                        lambda mask: graft.gradient(mask, objective), candidates.movement().float(),
-                        [size] * 3, candidates.rank,
-                    )  # fmt: skip
-
-            seconds, _ = fastest(plain, search)
-            held = candidates.bytes + 4 * 4 * len(candidates)  # scores, mask, gradient, and its update
-            largest = max(weight.numel() * weight.element_size() for weight in weights)
-            model = sum(weight.numel() * weight.element_size() for weight in weights)
-    console.print(
-        f"A step of the mask search, {size:,} of {total:,} entries, {len(candidates):,} candidates, 32 rows "
-        f"of 32 tokens: {seconds[1] / 3:.2f} s; forward and backward pass {seconds[0]:.2f} s: "
-        f"{seconds[1] / 3 / seconds[0]:.2f} × (limit 1.3)"
-    )
-    console.print(
-        f"It holds {held / 1e6:.0f} MB for the candidates, {held / model:.1%} of the model (limit 10 %), "
-        f"and one weight's gradient at a time, at most {largest / 1e6:.0f} MB; a plain step {model / 1e6:.0f}"
-    )
-
-
 def main() -> None:
     console = Console(width=150)
-    for run in (pruning, curve, steps):
+    for run in (pruning, curve):
         run(console)
