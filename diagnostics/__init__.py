@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from diagnostics.intruders import intruder_dimensions as intruder_dimensions
     from diagnostics.mitigation import judged_mitigation as judged_mitigation
     from diagnostics.ood import likelihood_ratio_ood as likelihood_ratio_ood
+    from diagnostics.path import interpolation_path as interpolation_path
     from diagnostics.policy import Finding as Finding
     from diagnostics.policy import Policy as Policy
     from diagnostics.policy import default_policy as default_policy
@@ -30,6 +31,7 @@ EXPORTS = {
     "Result": "diagnostics.analysis",
     "analyses": "diagnostics.analysis",
     "default_policy": "diagnostics.policy",
+    "interpolation_path": "diagnostics.path",
     "intruder_dimensions": "diagnostics.intruders",
     "judged_mitigation": "diagnostics.mitigation",
     "likelihood_ratio_ood": "diagnostics.ood",
