@@ -107,8 +107,17 @@ class Prefix:
     are best taken in order. Kept in the model's dtype, on its device.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, *, room: int = 2**31):
+        """Keep nothing yet.
+
+        Args:
+            room: most bytes that are kept; batches beyond are run whole every time.
+
+        Raises:
+            ValueError: no list of blocks is found.
+        """
         self._inner = unwrapped(model)
+        self._room = room
         self._blocks = list(blocks(model))
         self._kept: dict[Any, tuple[int, Tensor]] = {}
         self._forms: dict[int, Callable[[Tensor], Any]] = {}
@@ -150,7 +159,7 @@ class Prefix:
                     output = own(*args, **kwargs)
                 self._forms[place] = _form(output)
                 if place == layer - 1:
-                    self._kept[key[0]] = layer, _hidden(output)
+                    self._keep(key[0], layer, _hidden(output))
                 return output
 
             return forward
@@ -160,6 +169,13 @@ class Prefix:
             for place in range(min(layer, len(self._blocks))):
                 stack.enter_context(calling(self._blocks[place], stand_in(place)))
             yield
+
+    def _keep(self, key: Any, layer: int, hidden: Tensor) -> None:
+        held = sum(each.nbytes for other, (_, each) in self._kept.items() if other != key)
+        if held + hidden.nbytes <= self._room:
+            self._kept[key] = layer, hidden
+        else:
+            self._kept.pop(key, None)
 
 
 def _hidden(output: Any) -> Tensor:

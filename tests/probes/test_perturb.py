@@ -147,6 +147,20 @@ def test_blocks_before_the_layer_run_once_a_batch_and_never_again():
         handle.remove()
 
 
+@pytest.mark.parametrize("room", [0, 5 * 16 * 4])  # none, and one batch of 5 tokens of width 16 in float32
+def test_batches_beyond_the_room_are_run_whole_and_give_the_same(room):
+    model = make("llama").requires_grad_(False)
+    objective = objective_of(5, 3, tokens=5)
+    whole = objective.backward(model)
+    runs = []
+    handle = blocks(model)[0].mlp.register_forward_hook(lambda *given: runs.append(1))
+    prefix = Prefix(model, room=room)
+    with prefix.entering(1):
+        assert [objective.backward(model) for _ in range(3)] == [whole] * 3
+    handle.remove()
+    assert len(runs) == (6 if room == 0 else 4)
+
+
 def test_a_prefix_is_taken_away_after_an_error():
     model = make("gpt2").requires_grad_(False)
     before = state_of(model)
