@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from diagnostics.policy import Policy as Policy
     from diagnostics.policy import default_policy as default_policy
     from diagnostics.policy import load_policy as load_policy
+    from diagnostics.sharpness import layer_sharpness as layer_sharpness
     from diagnostics.store import Audit as Audit
     from diagnostics.store import load as load
 
@@ -34,6 +35,7 @@ EXPORTS = {
     "interpolation_path": "diagnostics.path",
     "intruder_dimensions": "diagnostics.intruders",
     "judged_mitigation": "diagnostics.mitigation",
+    "layer_sharpness": "diagnostics.sharpness",
     "likelihood_ratio_ood": "diagnostics.ood",
     "load": "diagnostics.store",
     "load_policy": "diagnostics.policy",

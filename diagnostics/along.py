@@ -5,6 +5,7 @@ What `path` and `sharpness` share: the curves of every set, and what they say of
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,8 +16,11 @@ from diagnostics.barriers import Measured, combined
 from diagnostics.inputs import tasks
 from diagnostics.row_losses import Encoded, encoded
 from diagnostics.unit_scores import Units, unit_scores
+from probes import CheckpointPair
 from probes.editable import Editable
+from probes.loading import memory_of
 from probes.measure import NonFiniteError
+from probes.rows import Task
 from probes.walk import Walk
 
 Which: TypeAlias = tuple[str, str]  # role and name of a set
@@ -33,14 +37,20 @@ def sets_of(
     max_length: int | None,
     chat_template: bool,
     batch_tokens: int,
+    rows: int | None = None,
+    seed: int = 0,
 ) -> dict[Which, Encoded]:
     """The sets of every role that was given, in the tokens of a model.
+
+    Args:
+        purpose: what needs at least 2 rows, in words.
+        rows: most rows of a set, drawn at random; None: all.
 
     Raises:
         ValueError: rows that cannot be scored, or fewer than 2 in a set.
     """
     found = {
-        (role, name): one.at_least(2, purpose)
+        (role, name): drawn(one.at_least(2, purpose), rows, seed)
         for role, source in given.items()
         if source is not None
         for name, one in tasks(source, role).items()
@@ -51,6 +61,14 @@ def sets_of(
         )
         for which, one in found.items()
     }
+
+
+def drawn(task: Task, rows: int | None, seed: int) -> Task:
+    """At most so many rows of a task, at random, in their order."""
+    if rows is None or len(task.rows) <= rows:
+        return task
+    places = np.random.default_rng(seed).choice(len(task.rows), size=rows, replace=False)
+    return replace(task, rows=tuple(task.rows[place] for place in sorted(places)))
 
 
 def check_alphas(alphas: Sequence[float], least: int = 3) -> tuple[float, ...]:
@@ -66,6 +84,41 @@ def check_alphas(alphas: Sequence[float], least: int = 3) -> tuple[float, ...]:
     if len(chosen) < least:
         raise ValueError("alphas holds no place between 0, base, and 1, tuned")
     return chosen
+
+
+def model_notes(pair: CheckpointPair, model: Any) -> list[str]:
+    """What a reader must know of a model that is blended and perturbed.
+
+    Raises:
+        ValueError: batch norms, whose statistics no blend has.
+    """
+    from torch import nn
+
+    modules = list(model.modules())
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules):
+        raise ValueError(
+            f"{pair.tuned.ref}: has batch norms; those of a blend are not known, and no path of it is run"
+        )
+    notes = []
+    training = any(
+        memory is not None and getattr(memory, "training", False)
+        for memory in map(memory_of, (pair.base, pair.tuned))
+    )
+    dropping = any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules)
+    if training or dropping:
+        what = "was given in training mode" if training else "has dropout"
+        notes.append(f"The model {what}: it was run in evaluation mode, without dropout.")
+    if any(matrix.expert is not None for matrix in pair.tuned.matrices.values()):
+        notes.append(
+            "Experts that no token is routed to cannot show a barrier or any sharpness, and where routes "
+            "change a path jumps."
+        )
+    if any(dtype in ("bfloat16", "float16") for dtype in (pair.base.dtype, pair.tuned.dtype)):
+        notes.append(
+            "Blends were run in float32; written in the file's half precision, small steps from an end are "
+            "rounded away."
+        )
+    return notes
 
 
 class Along:
@@ -110,6 +163,10 @@ class Along:
             self._miss(f"a single layer's path ({error})")
             return self._nats(which, None)
 
+    def standing(self) -> dict[Which, Units | None]:
+        """The units of every set wherever the walk stands; None where the loss is not finite."""
+        return {which: self._units(which, math.nan) for which in self.sets}
+
     def units(self, which: Which) -> Float[np.ndarray, " rows"]:
         """How many units each row of a set has."""
         base = self.at(0.0)[which]
@@ -139,7 +196,7 @@ class Along:
         except NonFiniteError as error:
             if alpha in (0.0, 1.0):
                 raise
-            self._miss(f"alpha {alpha:g} ({error})")
+            self._miss(f"a remedy ({error})" if math.isnan(alpha) else f"alpha {alpha:g} ({error})")
             return None
 
     def _miss(self, where: str) -> None:
@@ -248,3 +305,13 @@ def pooled(rows: Iterable[Mapping[str, Any]], role: str, column: str, how: str =
     if not known:
         return None
     return max(known) if how == "max" else float(np.mean(known))
+
+
+def pinned_note(pinned: Sequence[str]) -> list[str]:
+    """What to say of tensors that base lacks."""
+    if not pinned:
+        return []
+    return [
+        f"{len(pinned)} tensors that base lacks, such as {pinned[0]}, are tuned's at every alpha: alpha 0 is "
+        "base but for these."
+    ]

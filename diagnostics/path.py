@@ -18,8 +18,10 @@ from diagnostics.along import (
     ALPHAS,
     Along,
     check_alphas,
+    model_notes,
     path_rows,
     pattern_rows,
+    pinned_note,
     pooled,
     set_rows,
     sets_of,
@@ -154,6 +156,7 @@ def interpolation_path(
             given, host.editable, purpose="a path", max_length=max_length, chat_template=chat_template,
             batch_tokens=batch_tokens,
         )  # fmt: skip
+        said = model_notes(pair, host.model)
         along = Along(walk, sets)
         for done, alpha in enumerate(sorted(grid, key=lambda each: each not in (0, 1))):  # a broken end first
             along.at(alpha)
@@ -163,7 +166,7 @@ def interpolation_path(
     metrics, best = metrics_of(rows, choices), chosen(along, grid, choices)
     metrics |= told_of(best, along, choices)
     metrics |= {"pinned": len(walk.pinned), "missing": len(along.missing)}
-    notes = [*along.missing, *judgement(rows, metrics), *pinned_note(walk.pinned)]
+    notes = [*along.missing, *judgement(rows, metrics), *pinned_note(walk.pinned), *said]
     notes += dict.fromkeys(note for each in sets.values() for note in each.notes)
     tables = {
         "path": pd.DataFrame(path_rows(along, grid)),
@@ -287,13 +290,3 @@ def judgement(rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, float | i
                 "both ends: that is a bend, no hole."
             )
     return notes
-
-
-def pinned_note(pinned: Sequence[str]) -> list[str]:
-    """What to say of tensors that base lacks."""
-    if not pinned:
-        return []
-    return [
-        f"{len(pinned)} tensors that base lacks, such as {pinned[0]}, are tuned's at every alpha: alpha 0 is "
-        "base but for these."
-    ]

@@ -51,7 +51,8 @@ def correlations(
 
     for column in (outcome, given, *predictors):
         if column not in models:
-            raise LookupError(f"the table of models has no column {column!r}; it has: {', '.join(map(str, models.columns))}")
+            known = ", ".join(map(str, models.columns))
+            raise LookupError(f"the table of models has no column {column!r}; it has: {known}")
     if not predictors:
         raise ValueError("predictors is empty; name the columns whose correlation is asked for")
     if permutations < 100:

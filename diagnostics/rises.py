@@ -6,7 +6,7 @@ values of one size compare. What stands before a layer is run once a batch and Î
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -115,6 +115,7 @@ def rises(
     settings: Settings,
     *,
     whole: bool = True,
+    radii: Mapping[str, Sequence[float]] | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Sharpness of each layer alone, and of all blocks together, at the weights that the model has.
@@ -122,6 +123,7 @@ def rises(
     Args:
         layers: in order.
         whole: also perturb all blocks jointly; at least as sharp as each of them by construction, in l2.
+        radii: of layers by name that are not measured at all of the settings' radii.
 
     Returns:
         rows of layer, name, rho, radius, worst, single, average, average_error, spread, slope, loss.
@@ -132,9 +134,7 @@ def rises(
     blocks = [layer for layer in layers if layer.name.startswith("block")]
     every = Layer(-2, WHOLE, tuple(each for layer in blocks for each in layer.parameters))
     done, total = 0, len(batches) * (len(layers) + whole)
-    with ExitStack() as stack:
-        if settings.normalise:
-            stack.enter_context(logits_through(model, normalised))
+    with logits_normalised(model, settings.normalise):
         for number, lot in enumerate(batches):
             prefix = Prefix(model)
             tops: dict[float, tuple[Layer, Worst]] = {}
@@ -142,8 +142,9 @@ def rises(
                 size = _size(settings.parameters(layer))
                 scale = math.sqrt(size / median) if settings.per_size and layer is not every else 1.0
                 warm = {rho: _embedded(blocks, settings, *tops[rho]) for rho in tops if layer is every}
+                own = replace(settings, rhos=tuple((radii or {}).get(layer.name, settings.rhos)))
                 with prefix.entering(layer.index if settings.cached else -1):
-                    rows, worsts = _layer(model, layer, lot, settings, scale, number, warm)
+                    rows, worsts = _layer(model, layer, lot, own, scale, number, warm)
                 for rho, row in rows.items():
                     found.setdefault((layer.name, rho), []).append(row)
                     top = tops.get(rho)
@@ -156,6 +157,11 @@ def rises(
         {"layer": places.get(name, math.nan), "name": name, "rho": rho, **_mean(rows)}
         for (name, rho), rows in found.items()
     ]
+
+
+def logits_normalised(model: nn.Module, wanted: bool) -> AbstractContextManager[None]:
+    """Inside, logits are normalised, if that is wanted."""
+    return logits_through(model, normalised) if wanted else nullcontext()
 
 
 def _layer(

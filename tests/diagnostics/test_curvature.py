@@ -19,7 +19,7 @@ def test_both_ends_and_the_trace_of_a_known_matrix():
     values = np.linspace(-5, 2, 30)
     M = torch.tensor(Q @ np.diag(values) @ Q.T)
     found = spectrum(
-        lambda v: M @ v, torch.zeros(30, dtype=torch.float64), probes=200,
+        lambda v: M @ v, torch.zeros(30, dtype=torch.float64), probes=200, steps=30,
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     assert (found.top, found.bottom) == (pytest.approx(2, rel=1e-3), pytest.approx(-5, rel=1e-3))
@@ -28,6 +28,20 @@ def test_both_ends_and_the_trace_of_a_known_matrix():
         lambda v: torch.tensor([3.0, -1.0]) * v, torch.zeros(2), generator=torch.Generator().manual_seed(0)
     )
     assert (small.top, small.bottom, small.trace) == (pytest.approx(3), pytest.approx(-1), pytest.approx(2))
+
+
+def test_the_ends_lie_within_the_true_ones_and_nothing_has_none():
+    rng = np.random.default_rng(1)
+    A = rng.standard_normal((60, 60))
+    M = torch.tensor(A + A.T)
+    low, high = np.linalg.eigvalsh(M)[[0, -1]]
+    found = spectrum(
+        lambda v: M @ v, torch.zeros(60, dtype=torch.float64), generator=torch.Generator().manual_seed(0)
+    )
+    assert low <= found.bottom <= 0.95 * low
+    assert 0.95 * high <= found.top <= high
+    none = spectrum(torch.zeros_like, torch.zeros(5), generator=torch.Generator().manual_seed(0))
+    assert none == (0, 0, 0, 0)
 
 
 def test_products_are_those_of_the_whole_hessian():
