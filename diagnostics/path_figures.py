@@ -5,15 +5,12 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from diagnostics import theme
+from diagnostics.along_figures import COLORS, DASHES, X, marked, named
 from diagnostics.analysis import Result
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-X = "alpha; 0 is base, 1 is tuned"
-# role -> colour; sets of one role differ by symbol and dash
-COLORS = {"task": theme.TUNED, "keep": theme.BASE, "ood": theme.NEW, "guard": theme.COLORWAY[3]}
-DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 # pattern of base, tuned, blend -> what the legend calls it
 PATTERNS = {
     "TTT": "right in all three",
@@ -45,11 +42,6 @@ def draw(result: Result) -> "dict[str, go.Figure]":
     if patterns is not None and len(patterns):
         figures["patterns"] = draw_patterns(patterns)
     return figures
-
-
-def named(role: str, name: str) -> str:
-    """What a legend calls a set."""
-    return theme.verbatim(name if name == role else f"{name} ({role})")
 
 
 def curves(path: pd.DataFrame, metric: str) -> "list[tuple[str, str, str, str, pd.DataFrame]]":
@@ -97,7 +89,7 @@ def draw_metric(path: pd.DataFrame, metric: str, best: Any, *, ensemble: bool = 
                 )
             )  # fmt: skip
     if best is not None:
-        theme.threshold(figure, f"best alpha {best:g}", x=best)
+        marked(figure, f"best alpha {best:g}", best)
     return figure.update_layout(height=440)
 
 

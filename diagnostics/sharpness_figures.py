@@ -5,16 +5,13 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from diagnostics import theme
+from diagnostics.along_figures import COLORS, DASHES, X, marked, named
 from diagnostics.analysis import Result
 from diagnostics.barriers import LEAST
 from diagnostics.rises import WHOLE
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
-
-X = "alpha; 0 is base, 1 is tuned"
-COLORS = {"task": theme.TUNED, "keep": theme.BASE, "ood": theme.NEW}
-DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 
 
 def draw(result: Result) -> "dict[str, go.Figure]":
@@ -63,16 +60,16 @@ def draw_path(path: pd.DataFrame, result: Result) -> "go.Figure":
         figure.add_trace(
             go.Scatter(
                 x=curve["alpha"], y=curve["value"], mode="lines+markers",
-                name=theme.verbatim(name if name == role else f"{name} ({role})"),
+                name=named(role, name),
                 line={"color": COLORS.get(role, theme.NEUTRAL), "dash": DASHES[turn % 5]},
                 marker={"symbol": theme.SYMBOLS[turn % 5], "size": 8},
                 hovertemplate="alpha %{x:g}: %{y:.4f}",
             )
         )  # fmt: skip
     if best is not None:
-        theme.threshold(figure, f"best {best:g}" + (" and worst" if best == worst else ""), x=best)
+        marked(figure, f"best {best:g}" + (" and worst" if best == worst else ""), best)
     if worst is not None and worst != best:
-        theme.threshold(figure, f"worst {worst:g}", x=worst)
+        marked(figure, f"worst {worst:g}", worst)
     return figure.update_layout(height=430)
 
 
@@ -201,7 +198,7 @@ def draw_remedies(remedies: pd.DataFrame, result: Result) -> "go.Figure":
         figure.add_trace(
             go.Bar(
                 x=rest["label"], y=rest["loss"] - own,
-                name=theme.verbatim(name if name == role else f"{name} ({role})"),
+                name=named(role, name),
                 marker={
                     "color": COLORS.get(role, theme.NEUTRAL), "opacity": 1 - 0.25 * (turn % 3),
                     "pattern": {"shape": ("", "/", "x")[turn % 3]},

@@ -4,12 +4,13 @@ import sys
 
 import torch
 
-from tests.benchmarks import decision, masks, rows, seven_b, startup
+from tests.benchmarks import decision, masks, rows, seven_b, sharpness, startup
 
 ALL = {
     "decision": decision.main,
     "masks": masks.main,
     "rows": rows.main,
+    "sharpness": sharpness.main,
     "startup": startup.main,
     "7b": seven_b.main,
 }
