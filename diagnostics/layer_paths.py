@@ -75,7 +75,9 @@ class LayerPaths:
         return nats.sum(axis=1) / self.units.sum()
 
     def worst(self, alphas: Sequence[float]) -> float:
-        """The interior α at which the whole path lies furthest above its chord."""
+        """The interior α at which the whole path lies furthest above its chord; the middle if nowhere."""
+        if self.barrier(alphas) <= 0:  # where layers are furthest from both ends
+            return float(min(alphas[1:-1], key=lambda alpha: abs(alpha - 0.5)))
         losses = self.curve(np.stack([self.whole(alpha) for alpha in alphas]))
         return float(alphas[barriers.highest(np.array(alphas), losses)])
 

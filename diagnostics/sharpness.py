@@ -47,7 +47,7 @@ LAYER_ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 METRICS = {
     "stragglers": "layers that make a hole in the path, and that it helps to pin",
     "best_alpha": "the α of the lowest OOD loss; without OOD rows, of the lowest task loss",
-    "worst_alpha": "the interior α at which the whole path lies furthest above the line between its ends",
+    "worst_alpha": "the interior α furthest above the line between the ends; the middle if none is above",
     "barrier_nats": "by how much, on the OOD rows if there are any, else on the task rows",
     "strong_failures": "OOD sets on which some α is surely worse than both ends",
     "successes": "OOD sets on which some α is surely better than both ends",
