@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from diagnostics.policy import default_policy as default_policy
     from diagnostics.policy import load_policy as load_policy
     from diagnostics.sharpness import layer_sharpness as layer_sharpness
+    from diagnostics.skills import skill_localization as skill_localization
+    from diagnostics.sparsity import essential_sparsity as essential_sparsity
     from diagnostics.store import Audit as Audit
     from diagnostics.store import load as load
 
@@ -33,6 +35,7 @@ EXPORTS = {
     "analyses": "diagnostics.analysis",
     "default_policy": "diagnostics.policy",
     "interpolation_path": "diagnostics.path",
+    "essential_sparsity": "diagnostics.sparsity",
     "intruder_dimensions": "diagnostics.intruders",
     "judged_mitigation": "diagnostics.mitigation",
     "layer_sharpness": "diagnostics.sharpness",
@@ -40,6 +43,7 @@ EXPORTS = {
     "load": "diagnostics.store",
     "load_policy": "diagnostics.policy",
     "representation_drift": "diagnostics.drift",
+    "skill_localization": "diagnostics.skills",
 }
 __all__ = sorted(EXPORTS)
 

@@ -9,6 +9,7 @@ import pandas as pd
 
 from diagnostics import theme
 from diagnostics.analysis import Result
+from diagnostics.layer_map import axes, layer_name
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
 MEASURED = "measured"
 # Cells that hold no count: how strong their grey is, and the sign that tells them apart without colour.
 UNCOUNTED = {"frozen": (0.15, "="), "not applicable": (0.4, "×")}
-# Components in the order in which a block computes them; others follow by name.
-FLOW = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def draw(result: Result) -> "dict[str, go.Figure]":
@@ -80,7 +79,7 @@ def draw_where(matrices: pd.DataFrame, k: int) -> "go.Figure":
     # Several experts share a cell: their counts add up, and those without a count do not hide the others'.
     cells = (
         matrices.assign(
-            layer=["none" if pd.isna(layer) else f"{layer:.0f}" for layer in matrices["layer"]],
+            layer=matrices["layer"].map(layer_name),
             label=[label(row) for row in matrices.to_dict("records")],
         )
         .groupby(["component", "layer", "status"], sort=False)
@@ -89,8 +88,7 @@ def draw_where(matrices: pd.DataFrame, k: int) -> "go.Figure":
         .sort_values("status", key=lambda status: status != MEASURED, kind="stable")
         .drop_duplicates(["component", "layer"])
     )
-    layers = sorted(set(cells["layer"]), key=lambda layer: (layer == "none", layer.zfill(9)))
-    components = sorted(set(matrices["component"]), key=lambda name: (*(name != each for each in FLOW), name))
+    layers, components = axes(matrices)
     for status, (strength, sign) in UNCOUNTED.items():
         if (cells["status"] == status).any():
             grey = theme.faint(theme.NEUTRAL, strength)

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from probes.editable import Editable
-from probes.forward import choice_scores, classify_examples, score_examples
+from probes.forward import SequenceScores, choice_scores, classify_examples, score_examples
 from probes.tasks import Example, Task, class_ids, encode, notes
 
 
@@ -66,28 +65,53 @@ class Encoded:
         Raises:
             NonFiniteError: logits that are NaN or infinite; the message names the row.
         """
-        count = len(self.task.rows)
-        nats, units, right = np.full(count, np.nan), np.zeros(count), np.full(count, np.nan)
+        if self.unit == "row":
+            return losses_of(self.answered(model), self.truth)
+        scores = self._scored(model)
+        units = scores.tokens.double().numpy()
+        return Losses(nats=-scores.log_likelihoods.numpy(), units=units, right=scores.hit.numpy())
+
+    @property
+    def truth(self) -> Int[np.ndarray, " rows"]:
+        """The right choice or class of each row, from 0."""
+        if self.task.shape == "label":
+            return np.array(self.classes)
+        return np.array([row.answer or 0 for row in self.task.rows])
+
+    def answered(self, model: Any) -> Float[np.ndarray, "rows answers"]:
+        """The log-probability of every choice or class; NaN in rows with nothing to score.
+
+        Where rows have choices in unequal number, −∞ for those that a row lacks.
+
+        Raises:
+            NonFiniteError: as `measure`.
+        """
         if self.task.shape == "label":
             logits = classify_examples(
                 model, self.examples, tokens=self.batch_tokens, where=self.task.where
             ).double()
-            nats = -logits.log_softmax(dim=1)[torch.arange(count), list(self.classes)].numpy()
-            right = (logits.argmax(dim=1).numpy() == np.array(self.classes)).astype(float)
-            return Losses(nats=nats, units=np.isfinite(nats).astype(float), right=right)
-        scores = score_examples(
+            return logits.log_softmax(dim=1).numpy()
+        assert self.task.shape == "choices"
+        widest = max(len(row.choices or ()) for row in self.task.rows)
+        logs = np.full((len(self.task.rows), widest), np.nan)
+        for choices in choice_scores(self._scored(model), self.examples, self.task.rows):
+            if choices.sum.isfinite().all():
+                logs[choices.row] = -np.inf
+                logs[choices.row, : len(choices.sum)] = choices.sum.log_softmax(dim=0).numpy()
+        return logs
+
+    def _scored(self, model: Any) -> SequenceScores:
+        return score_examples(
             model, self.examples, tokens=self.batch_tokens, mask_id=self.mask_id, where=self.task.where
         )
-        if self.task.shape != "choices":
-            units = scores.tokens.double().numpy()
-            return Losses(nats=-scores.log_likelihoods.numpy(), units=units, right=scores.hit.numpy())
-        for choices in choice_scores(scores, self.examples, self.task.rows):
-            answer = self.task.rows[choices.row].answer or 0
-            if choices.sum.isfinite().all():
-                nats[choices.row] = -float(choices.sum.log_softmax(dim=0)[answer])
-                units[choices.row] = 1.0
-                right[choices.row] = float(choices.best() == answer)
-        return Losses(nats=nats, units=units, right=right)
+
+
+def losses_of(logs: Float[np.ndarray, "rows answers"], truth: Int[np.ndarray, " rows"]) -> Losses:
+    """The losses of rows out of what `Encoded.answered` gives and which answers are right."""
+    nats = -logs[np.arange(len(logs)), truth]
+    scored = ~np.isnan(nats)
+    right = np.where(scored, logs.argmax(axis=1) == truth, np.nan)
+    return Losses(nats=nats, units=scored.astype(float), right=right)
 
 
 def encoded(

@@ -70,7 +70,12 @@ def convert(text: str, kind: Any) -> Any:
                 return choice
         raise ValueError(f"not {describe(kind)}")
     if origin in (tuple, list, Sequence, Collection, Iterable):
-        items = [convert(item.strip(), (arguments or (str,))[0]) for item in text.split(",") if item.strip()]
+        items = []
+        for item in filter(None, map(str.strip, text.split(","))):
+            try:
+                items.append(convert(item, (arguments or (str,))[0]))
+            except ValueError as error:
+                raise ValueError(f"{item!r} is {error}; write several with commas between, a,b,c") from None
         return items if origin is list else tuple(items)
     if kind is str:
         return text

@@ -154,7 +154,7 @@ def trained(
         descend(loss, model, optimizer)
         if decay:
             schedule.step()
-    return float(loss)
+    return loss.item()
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, place: Path) -> Path:

@@ -20,6 +20,9 @@ from probes.layout import Header, Part
 from probes.pair import CheckpointPair, Side
 from probes.prune import Cut, Order, Scope, magnitude_order
 
+# Integers as wide as a float.
+CODES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 class Host:
     """A pair as one running model, under the names of tuned's file; a context manager, tuned at both ends.
@@ -163,7 +166,8 @@ class Host:
         for slot in self.editable.slots(name):
             tensor = slot.tensor.detach()
             if isinstance(slot.which, slice):
-                tensor.masked_fill_(where.to(tensor.device), 0)
+                # Bit patterns times 0 or 1: several times as fast as filling, and what stays is untouched.
+                tensor.view(CODES[tensor.itemsize]).mul_(~where.to(tensor.device))
             else:
                 tensor.view(-1)[slot.places[where.reshape(-1)[slot.which].to(slot.places.device)]] = 0
 

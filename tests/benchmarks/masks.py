@@ -5,10 +5,11 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +17,7 @@ from rich.table import Table
 from probes.host import Host
 from probes.pair import CheckpointPair
 from probes.prune import magnitude_order
+from tests.benchmarks.rows import fastest
 
 LEVELS = [round(0.045 * level, 3) for level in range(1, 21)]
 # torch's way takes seconds a level.
@@ -152,8 +154,115 @@ def pruning(console: Console) -> None:
     console.print(f"Entries that differ between the two, in 7 tensors at {len(FEW)} levels: {apart}")
 
 
+def curve(console: Console) -> None:
+    """How much of a curve of 20 levels is evaluation."""
+    from diagnostics.row_losses import Encoded
+    from diagnostics.sparsity import essential_sparsity
+
+    spent: list[float] = []
+    measure = Encoded.measure
+
+    def timed(self: Encoded, model: Any) -> Any:
+        begun = time.perf_counter()
+        found = measure(self, model)
+        spent.append(time.perf_counter() - begun)
+        return found
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        made(folder)
+        words(folder, 8192)
+        draw = np.random.default_rng(0)
+        rows = [" ".join(f"w{word}" for word in draw.integers(0, 8000, 24)) for _ in range(100)]
+        pair = CheckpointPair(folder / "base", folder / "tuned")
+        try:
+            Encoded.measure = timed  # type: ignore[method-assign]
+            begun = time.perf_counter()
+            found = essential_sparsity(
+                pair, rows, grid=(0.0, *LEVELS), refine=0, patterns=(), random=False, draws=1000
+            )
+            whole = time.perf_counter() - begun
+        finally:
+            Encoded.measure = measure  # type: ignore[method-assign]
+    console.print(
+        f"A curve of 20 levels of base and of tuned, 97 M parameters, 100 rows of 24 tokens: {whole:.0f} s, "
+        f"{len(spent)} evaluations of them {sum(spent):.0f} s: {sum(spent) / whole:.1%} (at least 90 %)"
+    )
+    assert found.metrics["evaluations"] == len(spent)
+
+
+def words(folder: Path, size: int) -> None:
+    """A tokenizer of whole words beside both models."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    plain = Tokenizer(models.WordLevel({f"w{word}": word for word in range(size)}, unk_token="w0"))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    for side in ("base", "tuned"):
+        PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="w0").save_pretrained(folder / side)
+
+
+def steps(console: Console) -> None:
+    """What a step of a mask search takes beside the forward and backward pass of the same model."""
+    from diagnostics.candidates import Candidates, Grafted
+    from diagnostics.grafting import budget_search
+    from diagnostics.skill_bench import Bench
+    from probes.objective import Objective
+    from probes.tasks import Example, task_of
+
+    draw = np.random.default_rng(0)
+    task = task_of(["row"] * 32, ref="rows")
+    examples = [
+        Example(ids=draw.integers(0, 8192, 32).tolist(), scored=[False, *[True] * 31], row=row)
+        for row in range(32)
+    ]
+    rows = SimpleNamespace(task=task, examples=examples, classes=(), mask_id=None)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        made(folder)
+        pair = CheckpointPair(folder / "base", folder / "tuned")
+        objective = Objective(rows)
+        with Host(pair) as host:
+            bench = Bench(host, {}, "blocks")
+            total = bench.movement.total
+            size = round(1e-4 * total)
+            order = bench.movement.largest(100 * size)
+            candidates = Candidates.of(order, bench.read)
+            host.become("base")
+            weights = list(host.model.parameters())
+
+            def plain() -> None:
+                for weight in weights:
+                    weight.requires_grad_(True)
+                ids = torch.tensor([example.ids for example in examples])
+                host.model(input_ids=ids, labels=ids).loss.backward()
+                for weight in weights:
+                    weight.requires_grad_(False)
+                    weight.grad = None
+
+            def search() -> None:
+                with Grafted(host, candidates) as graft:
+                    budget_search(
+                        lambda mask: graft.gradient(mask, objective), candidates.movement().float(),
+                        [size] * 3, candidates.rank,
+                    )  # fmt: skip
+
+            seconds, _ = fastest(plain, search)
+            held = candidates.bytes + 4 * 4 * len(candidates)  # scores, mask, gradient, and its update
+            largest = max(weight.numel() * weight.element_size() for weight in weights)
+            model = sum(weight.numel() * weight.element_size() for weight in weights)
+    console.print(
+        f"A step of the mask search, {size:,} of {total:,} entries, {len(candidates):,} candidates, 32 rows "
+        f"of 32 tokens: {seconds[1] / 3:.2f} s; forward and backward pass {seconds[0]:.2f} s: "
+        f"{seconds[1] / 3 / seconds[0]:.2f} × (limit 1.3)"
+    )
+    console.print(
+        f"It holds {held / 1e6:.0f} MB for the candidates, {held / model:.1%} of the model (limit 10 %), "
+        f"and one weight's gradient at a time, at most {largest / 1e6:.0f} MB; a plain step {model / 1e6:.0f}"
+    )
+
+
 def main() -> None:
     console = Console(width=150)
-    runs: list[Callable[[Console], None]] = [pruning]
-    for run in runs:
+    for run in (pruning, curve, steps):
         run(console)

