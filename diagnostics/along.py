@@ -25,6 +25,7 @@ from probes.walk import Walk
 
 Which: TypeAlias = tuple[str, str]  # role and name of a set
 
+HALF = ("bfloat16", "float16")
 # WiSE-FT's grid, its code's.
 ALPHAS = tuple(round(0.1 * step, 1) for step in range(11))
 
@@ -86,6 +87,11 @@ def check_alphas(alphas: Sequence[float], least: int = 3) -> tuple[float, ...]:
     return chosen
 
 
+def is_half(model: Any) -> bool:
+    """Whether any weight of a model is in half precision."""
+    return any(str(each.dtype).removeprefix("torch.") in HALF for each in model.parameters())
+
+
 def model_notes(pair: CheckpointPair, model: Any) -> list[str]:
     """What a reader must know of a model that is blended and perturbed.
 
@@ -113,7 +119,9 @@ def model_notes(pair: CheckpointPair, model: Any) -> list[str]:
             "Experts that no token is routed to cannot show a barrier or any sharpness, and where routes "
             "change a path jumps."
         )
-    if any(dtype in ("bfloat16", "float16") for dtype in (pair.base.dtype, pair.tuned.dtype)):
+    if is_half(model):
+        notes.append("Blends were run in half precision: small steps from an end change few weights or none.")
+    elif any(dtype in HALF for dtype in (pair.base.dtype, pair.tuned.dtype)):
         notes.append(
             "Blends were run in float32; written in the file's half precision, small steps from an end are "
             "rounded away."

@@ -20,6 +20,7 @@ from diagnostics.along import (
     ALPHAS,
     Along,
     check_alphas,
+    is_half,
     model_notes,
     path_rows,
     pinned_note,
@@ -195,6 +196,11 @@ def layer_sharpness(
     places = check_alphas(sharpness_alphas, least=2)
     with Host(pair, device=device, dtype=dtype, trust_remote_code=trust_remote_code) as host:
         walk, notes = Walk(host), model_notes(pair, host.model)
+        if is_half(host.model):
+            raise ValueError(
+                "sharpness: the model runs in half precision, in which small perturbations change no weight; "
+                "set sharpness.dtype to float32"
+            )
         given = {"task": task, "keep": keep, "ood": ood}
         sets = sets_of(
             given, host.editable, purpose="sharpness", max_length=max_length, chat_template=chat_template,

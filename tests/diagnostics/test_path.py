@@ -189,6 +189,18 @@ def test_a_loss_that_is_not_finite_is_kept_as_missing_and_named(pair, monkeypatc
     assert made.figures()
 
 
+def test_an_end_that_is_not_finite_is_refused_by_row(tmp_path, pair):
+    broken = save_chain(tmp_path / "broken", constant(*BASE))
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(broken)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = torch.nan
+    model.save_pretrained(broken)
+    with pytest.raises(ValueError, match=r"row .*: its logits are NaN or infinite|task.*NaN or infinite"):
+        interpolation_path(CheckpointPair(pair.base, broken), TASK)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -432,6 +432,12 @@ def test_settings_that_make_no_sense_are_refused(models, settings, message):
         layer_sharpness(CheckpointPair(base, tuned), task, **settings)
 
 
+def test_half_precision_is_refused_because_small_steps_vanish_in_it(models, tmp_path):
+    place = save(tmp_path / "base", models[0])
+    with pytest.raises(ValueError, match=r"half precision, .* set sharpness\.dtype to float32"):
+        layer_sharpness(CheckpointPair(place, place), models[2], dtype="bfloat16")
+
+
 def test_an_audit_without_a_task_skips_it_and_says_what_it_needs(models, tmp_path, monkeypatch, capsys):
     base, tuned, _, _ = models
     places = [save(tmp_path / name, each) for name, each in (("base", base), ("tuned", tuned))]
