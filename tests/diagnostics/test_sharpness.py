@@ -3,6 +3,7 @@
 import math
 import re
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -397,6 +398,26 @@ def test_a_layers_path_never_rises_above_plain_sharpness_at_tuned_within_its_dis
             there = Here(u, *slope(u))
             found = worst(slope, zero, rho, steps=3, generator=torch.Generator().manual_seed(0), warm=[there])
             assert there.loss - zero.loss <= found.rise
+
+
+def test_a_layer_is_as_sharp_whatever_is_measured_beside_it_and_before_it():
+    model = model_of().requires_grad_(False)
+    examples = [Example(ids=[0, 3, 1, 4, 1, 5], scored=[False] + [True] * 5, row=row) for row in range(2)]
+    task = Encoded(
+        task=task_of(["a", "b"]), examples=examples, classes=(), mask_id=None, batch_tokens=99, notes=()
+    )
+    lot = Lot(Objective(task), (0, 1))
+    settings = Settings(rhos=(0.1, 0.3), steps=3, pairs=1)
+    layers = layers_of(model)
+
+    def found(chosen, settings):
+        rows = rises(model, chosen, [lot], settings, whole=False)
+        return {(row["name"], row["rho"]): (row["worst"], row["average"]) for row in rows}
+
+    every = found(layers, settings)
+    assert found(layers[::-1], settings) == every
+    assert found(layers, replace(settings, cached=False)) == every
+    assert found(layers[2:3], settings).items() <= every.items()
 
 
 def test_batches_hold_each_row_once_and_are_of_one_size():
