@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -80,22 +81,38 @@ def reference(base: torch.nn.Module, tuned: torch.nn.Module, rows: list[Example]
     ratios = []
     with torch.no_grad():
         for row in rows:
-            ids = torch.tensor([row.ids])
+            ids, scored = torch.tensor([row.ids]), torch.tensor(row.scored[1:])
             sums = []
             for model in (base, tuned):
                 logs = model(ids).logits.float().log_softmax(dim=-1)
-                sums.append(float(logs[0, :-1].gather(1, ids[0, 1:, None]).double().sum()))
+                chosen = logs[0, :-1].gather(1, ids[0, 1:, None])[scored]
+                sums.append(float(chosen.double().sum()))
             ratios.append(sums[0] - sums[1])
     return ratios
 
 
-def two_models(folder: Path) -> tuple[Any, Any]:
+def bundled() -> tuple[CheckpointPair, list[Example]]:
+    """The bundled adapter and all the rows that come with it, 4 to 500 tokens long."""
+    from diagnostics.demo import BUNDLED
+    from probes.tasks import encode, read_task
+
+    pair = CheckpointPair(BUNDLED / "base", BUNDLED / "lora-r8")
+    with RunnablePair(pair) as runnable:
+        found = [
+            replace(example, row=0)
+            for file in sorted(BUNDLED.glob("*.jsonl"))
+            for example in encode(read_task(file), runnable.tokenizer, max_length=runnable.context)
+        ]
+    return pair, found
+
+
+def two_models(folder: Path, tuned: str = "tuned") -> tuple[Any, Any]:
     """Base and tuned, both resident."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     base, under = (AutoModelForCausalLM.from_pretrained(folder / "base").eval() for _ in range(2))
-    return base, PeftModel.from_pretrained(under, folder / "tuned").eval()
+    return base, PeftModel.from_pretrained(under, folder / tuned).eval()
 
 
 def ours(runnable: RunnablePair, rows: list[Example]) -> list[float]:
@@ -139,6 +156,16 @@ def scoring(console: Console) -> None:
                         f"{seconds[0] / seconds[1]:.1f} ×",
                         f"{apart:.1e} nats",
                     )
+    pair, rows = bundled()
+    models, tokens = two_models(Path(pair.base.ref).parent, "lora-r8"), sum(sum(row.scored) for row in rows)
+    with RunnablePair(pair, dtype="float32") as runnable:
+        whole = [model.float() for model in models]
+        seconds, results = fastest(partial(reference, *whole, rows), partial(ours, runnable, rows))
+    apart = max(abs(a - b) for a, b in zip(*results, strict=True))
+    per_second = (f"{tokens / each:,.0f}" for each in seconds)
+    ratio = f"{seconds[0] / seconds[1]:.1f} ×"
+    about = "bundled, width 128, 4 layers", f"its own {len(rows):,}"
+    table.add_row(*about, *per_second, ratio, f"{apart:.1e} nats")
     console.print(table)
 
 
