@@ -15,7 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 def made_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
     """A token for each word, in this order, and none besides; words stand between spaces."""
-    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}))
+    places = {word: place for place, word in enumerate(words)}
+    tokenizer = Tokenizer(
+        models.WordLevel(places, unk_token=words[0])
+    )  # it will have one, and no word is unknown
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
