@@ -121,6 +121,11 @@ def layers(names: Collection[str]) -> Callable[[str], int | None]:
     return layer
 
 
+def wide(region: Region) -> Region:
+    """A region whose places can index a tensor on any device."""
+    return {name: index.long() for name, index in region.items()}
+
+
 class Bench:
     """Measures grafts of one pair.
 
@@ -155,13 +160,13 @@ class Bench:
     def graft(self, region: Region, keys: Collection[Key]) -> dict[Key, Answers]:
         """What base says with a region of tuned."""
         self.host.become("base")
-        with self.host.selecting(region, "tuned"):
+        with self.host.selecting(wide(region), "tuned"):
             return self.said(keys)
 
     def complement(self, region: Region, keys: Collection[Key]) -> dict[Key, Answers]:
         """What tuned says with a region of base: is the region needed?"""
         self.host.become("tuned")
-        with self.host.selecting(region, "base"):
+        with self.host.selecting(wide(region), "base"):
             said = self.said(keys)
         self.host.become("base")
         return said

@@ -14,7 +14,8 @@ SCALE = ((1e-4, "sharp"), (1e-2, "moderate"), (math.inf, "diffuse"))
 
 def wording(share: float) -> str:
     """What a skill of this size is called."""
-    return next(word for least, word in SCALE if share <= least)
+    # Sizes are whole entries: a budget of 1e-4 may be 1.0003e-4 of them.
+    return next(word for least, word in SCALE if float(f"{share:.2g}") <= least)
 
 
 def verdict(one: Measured, total: int, numbers: Mapping[str, float]) -> str:

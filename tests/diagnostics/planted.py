@@ -103,7 +103,7 @@ def draw(layer, task, count, seed):
     }
 
 
-def save_pair(root: Path, skills, *, steps=150):
+def save_pair(root: Path, skills, *, steps=80):
     """A base, and a tuned one with a skill for each task: its entries were trained by themselves.
 
     Args:

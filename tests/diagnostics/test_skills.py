@@ -29,7 +29,7 @@ SIZE = 32
 QUICK = {"steps": 20, "seeds": 2, "draws": 200}
 
 
-def rows(task="small", count=150, **how):
+def rows(task="small", count=120, **how):
     return planted.rows(task, count, seed=3, **how)
 
 
@@ -218,8 +218,31 @@ def test_the_mask_grafts_what_was_measured(one, found, tmp_path):
         graft = Editable(CheckpointPair(pair.base, ref).tuned)
         task = encoded(graft, rows(), max_length=None, chat_template=False, batch_tokens=500)
         right = task.measure(graft.model).right
-        # Of all 150 rows, of which 60 were reported on.
+        # Of all 120 rows, of which 48 were reported on.
         assert right.mean() == pytest.approx(found.metrics[side], abs=0.12), side
+
+
+def test_an_audit_keeps_the_mask_and_redraws(one, tmp_path, monkeypatch):
+    import diagnostics.analysis
+    from diagnostics.audit import audit
+    from diagnostics.store import load
+
+    # Whatever else is installed.
+    monkeypatch.setattr(diagnostics.analysis, "entry_points", lambda **_: [])
+    file = tmp_path / "small.jsonl"
+    file.write_text(
+        "\n".join(
+            json.dumps({"prompt": row.prompt, "choices": row.choices, "answer": row.answer})
+            for row in rows(count=60).rows
+        )
+    )
+    places = [one[0].base.ref, one[0].tuned.ref]
+    how = {"budgets": (SIZE,), "steps": 5, "seeds": 1, "draws": 100}
+    audit(*places, out=tmp_path / "audit", only=("skills",), task=[str(file)], settings={"skills": how})
+    saved = load(tmp_path / "audit").results["skills"]
+    assert {name: path.name for name, path in saved.masks.items()} == {"small": "skills.small.safetensors"}
+    assert Patch.load(saved.masks["small"]).count == SIZE
+    assert {"curve", "region"} <= set(saved.figures())
 
 
 def test_names_of_masks_are_names_of_files():
