@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from diagnostics.intruders import intruder_dimensions as intruder_dimensions
     from diagnostics.mitigation import judged_mitigation as judged_mitigation
     from diagnostics.ood import likelihood_ratio_ood as likelihood_ratio_ood
+    from diagnostics.path import interpolation_path as interpolation_path
     from diagnostics.policy import Finding as Finding
     from diagnostics.policy import Policy as Policy
     from diagnostics.policy import default_policy as default_policy
     from diagnostics.policy import load_policy as load_policy
+    from diagnostics.sharpness import layer_sharpness as layer_sharpness
     from diagnostics.skills import skill_localization as skill_localization
     from diagnostics.sparsity import essential_sparsity as essential_sparsity
     from diagnostics.store import Audit as Audit
@@ -32,9 +34,11 @@ EXPORTS = {
     "Result": "diagnostics.analysis",
     "analyses": "diagnostics.analysis",
     "default_policy": "diagnostics.policy",
+    "interpolation_path": "diagnostics.path",
     "essential_sparsity": "diagnostics.sparsity",
     "intruder_dimensions": "diagnostics.intruders",
     "judged_mitigation": "diagnostics.mitigation",
+    "layer_sharpness": "diagnostics.sharpness",
     "likelihood_ratio_ood": "diagnostics.ood",
     "load": "diagnostics.store",
     "load_policy": "diagnostics.policy",

@@ -360,6 +360,29 @@ def run_graft(
         terminal.say(made.summary(), *made.notes, f"written  {made.out}")
 
 
+@main.command("interpolate")
+def run_interpolate(
+    base: Base,
+    tuned: Tuned,
+    alpha: Annotated[float, typer.Option("--alpha", metavar="A", help="0 is base, 1 is tuned.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A directory that does not exist yet.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write the model at some place on the line from base to tuned."""
+    from diagnostics import terminal
+    from diagnostics.disk import to_json
+    from diagnostics.interpolate import interpolate
+
+    with terminal.bars(show=not quiet) as progress:
+        shown = functools.partial(progress, "interpolate") if progress else None
+        made = interpolate(base, tuned, alpha, out, progress=shown)
+    if as_json:
+        typer.echo(to_json(made.describe()), nl=False)
+    elif not quiet:
+        terminal.say(made.summary(), *made.notes, f"written  {made.out}")
+
+
 @main.command("demo")
 def run_demo(out: Out = Path("demo-audit"), fresh: Fresh = False, quiet: Quiet = False) -> None:
     """Audit the bundled checkpoints and explain what was found."""

@@ -156,7 +156,7 @@ def run(model: nn.Module, batch: Batch, *, differentiable: bool = False) -> Pass
 
     with torch.set_grad_enabled(differentiable):
         if part is not inner:
-            with _calling(part, seen):
+            with calling(part, seen):
                 whole = inner(**given)
         if not outputs:
             whole = inner(**given)
@@ -166,7 +166,7 @@ def run(model: nn.Module, batch: Batch, *, differentiable: bool = False) -> Pass
 
     def head(states: Float[Tensor, "positions width"]) -> Float[Tensor, "positions vocabulary"]:
         told = _with_hidden(outputs[0], states[None])
-        with _calling(part, lambda *args, **kwargs: told), torch.set_grad_enabled(differentiable):
+        with calling(part, lambda *args, **kwargs: told), torch.set_grad_enabled(differentiable):
             return inner(input_ids=stub).logits[0]
 
     def logits_at(positions: Int[Tensor, " positions"]) -> Float[Tensor, "positions vocabulary"]:
@@ -209,7 +209,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _calling(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def calling(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Another `forward` in place of a module's own."""
     own = module.__dict__.get("forward")  # accelerate puts one there
     module.__dict__["forward"] = forward

@@ -4,13 +4,14 @@ import sys
 
 import torch
 
-from tests.benchmarks import decision, grafts, masks, rows, seven_b, startup
+from tests.benchmarks import decision, grafts, masks, rows, seven_b, sharpness, startup
 
 ALL = {
     "decision": decision.main,
     "grafts": grafts.main,
     "masks": masks.main,
     "rows": rows.main,
+    "sharpness": sharpness.main,
     "startup": startup.main,
     "7b": seven_b.main,
 }

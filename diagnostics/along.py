@@ -1,0 +1,325 @@
+"""Measuring sets of rows at places between base and tuned, each place once.
+
+What `path` and `sharpness` share: the curves of every set, and what they say of it.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import numpy as np
+from jaxtyping import Float
+
+from diagnostics import barriers
+from diagnostics.barriers import Measured, combined
+from diagnostics.inputs import tasks
+from diagnostics.row_losses import Encoded, encoded
+from diagnostics.unit_scores import Units, unit_scores
+from probes import CheckpointPair
+from probes.editable import Editable
+from probes.loading import memory_of
+from probes.measure import NonFiniteError
+from probes.rows import Task
+from probes.walk import Walk
+
+Which: TypeAlias = tuple[str, str]  # role and name of a set
+
+HALF = ("bfloat16", "float16")
+# WiSE-FT's grid, its code's.
+ALPHAS = tuple(round(0.1 * step, 1) for step in range(11))
+
+
+def sets_of(
+    given: Mapping[str, Any],
+    editable: Editable,
+    *,
+    purpose: str,
+    max_length: int | None,
+    chat_template: bool,
+    batch_tokens: int,
+    rows: int | None = None,
+    seed: int = 0,
+) -> dict[Which, Encoded]:
+    """The sets of every role that was given, in the tokens of a model.
+
+    Args:
+        purpose: what needs at least 2 rows, in words.
+        rows: most rows of a set, drawn at random; None: all.
+
+    Raises:
+        ValueError: rows that cannot be scored, or fewer than 2 in a set.
+    """
+    found = {
+        (role, name): drawn(one.at_least(2, purpose), rows, seed)
+        for role, source in given.items()
+        if source is not None
+        for name, one in tasks(source, role).items()
+    }
+    return {
+        which: encoded(
+            editable, one, max_length=max_length, chat_template=chat_template, batch_tokens=batch_tokens
+        )
+        for which, one in found.items()
+    }
+
+
+def drawn(task: Task, rows: int | None, seed: int) -> Task:
+    """At most so many rows of a task, at random, in their order."""
+    if rows is None or len(task.rows) <= rows:
+        return task
+    places = np.random.default_rng(seed).choice(len(task.rows), size=rows, replace=False)
+    return replace(task, rows=tuple(task.rows[place] for place in sorted(places)))
+
+
+def check_alphas(alphas: Sequence[float], least: int = 3) -> tuple[float, ...]:
+    """The places on the path, rising, both ends among them.
+
+    Raises:
+        ValueError: one outside [0, 1], or no place between the ends.
+    """
+    for alpha in alphas:
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alphas holds {alpha}; they go from 0, base, to 1, tuned")
+    chosen = tuple(sorted({0.0, 1.0, *map(float, alphas)}))
+    if len(chosen) < least:
+        raise ValueError("alphas holds no place between 0, base, and 1, tuned")
+    return chosen
+
+
+def is_half(model: Any) -> bool:
+    """Whether any weight of a model is in half precision."""
+    return any(str(each.dtype).removeprefix("torch.") in HALF for each in model.parameters())
+
+
+def model_notes(pair: CheckpointPair, model: Any) -> list[str]:
+    """What a reader must know of a model that is blended and perturbed.
+
+    Raises:
+        ValueError: batch norms, whose statistics no blend has.
+    """
+    from torch import nn
+
+    modules = list(model.modules())
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules):
+        raise ValueError(
+            f"{pair.tuned.ref}: has batch norms; those of a blend are not known, and no path of it is run"
+        )
+    notes = []
+    training = any(
+        memory is not None and getattr(memory, "training", False)
+        for memory in map(memory_of, (pair.base, pair.tuned))
+    )
+    dropping = any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules)
+    if training or dropping:
+        what = "was given in training mode" if training else "has dropout"
+        notes.append(f"The model {what}: it was run in evaluation mode, without dropout.")
+    if any(matrix.expert is not None for matrix in pair.tuned.matrices.values()):
+        notes.append(
+            "Experts that no token is routed to cannot show a barrier or any sharpness, and where routes "
+            "change a path jumps."
+        )
+    if is_half(model):
+        notes.append("Blends were run in half precision: small steps from an end change few weights or none.")
+    elif any(dtype in HALF for dtype in (pair.base.dtype, pair.tuned.dtype)):
+        notes.append(
+            "Blends were run in float32; written in the file's half precision, small steps from an end are "
+            "rounded away."
+        )
+    return notes
+
+
+class Along:
+    """What a walk makes of every set, measured as it is asked for.
+
+    Attributes:
+        missing: what was not finite, in words.
+    """
+
+    def __init__(self, walk: Walk, sets: Mapping[Which, Encoded]):
+        self.walk, self.sets = walk, dict(sets)
+        self.missing: list[str] = []
+        self._known: dict[float, dict[Which, Units | None]] = {}
+        self._model: Any = None
+
+    def at(self, alpha: float) -> dict[Which, Units | None]:
+        """The units of every set with the whole model at α; None where the loss is not finite.
+
+        Raises:
+            NonFiniteError: at an end, without which there is no path.
+        """
+        if alpha not in self._known:
+            self.walk.place(alpha)
+            self._known[alpha] = {which: self._units(which, alpha) for which in self.sets}
+        return self._known[alpha]
+
+    def ends(self) -> None:
+        """Measure base and tuned."""
+        for alpha in (0.0, 1.0):
+            self.at(alpha)
+
+    def rows(self, which: Which, alpha: float) -> Float[np.ndarray, " rows"]:
+        """Nats of each row of a set at α; NaN where the loss is not finite."""
+        units = self.at(alpha)[which]
+        return self._nats(which, units)
+
+    def here(self, which: Which) -> Float[np.ndarray, " rows"]:
+        """Nats of each row of a set wherever the walk stands, NaN where the loss is not finite."""
+        try:
+            return self._nats(which, unit_scores(self.sets[which], self.walk.model))
+        except NonFiniteError as error:
+            self._miss(f"a single layer's path ({error})")
+            return self._nats(which, None)
+
+    def standing(self) -> dict[Which, Units | None]:
+        """The units of every set wherever the walk stands; None where the loss is not finite."""
+        return {which: self._units(which, math.nan) for which in self.sets}
+
+    def units(self, which: Which) -> Float[np.ndarray, " rows"]:
+        """How many units each row of a set has."""
+        base = self.at(0.0)[which]
+        assert base is not None
+        return base.by_row()[1]
+
+    def losses(self, which: Which, alphas: Sequence[float]) -> barriers.Curve:
+        """Loss of a set at places on the path."""
+        total = self.units(which).sum()
+        return np.array([self.rows(which, alpha).sum() / total for alpha in alphas])
+
+    def combined(self, which: Which, weights: Mapping[float, float]) -> Measured:
+        """A weighted sum of the losses of a set at places on the path."""
+        nats = np.stack([self.rows(which, alpha) for alpha in weights])
+        return combined(nats, self.units(which), list(weights.values()))
+
+    def role(self, role: str) -> list[Which]:
+        """The sets of a role."""
+        return [which for which in self.sets if which[0] == role]
+
+    def _nats(self, which: Which, units: Units | None) -> Float[np.ndarray, " rows"]:
+        return np.full(len(self.units(which)), math.nan) if units is None else units.by_row()[0]
+
+    def _units(self, which: Which, alpha: float) -> Units | None:
+        try:
+            return unit_scores(self.sets[which], self.walk.model)
+        except NonFiniteError as error:
+            if alpha in (0.0, 1.0):
+                raise
+            self._miss(f"a remedy ({error})" if math.isnan(alpha) else f"alpha {alpha:g} ({error})")
+            return None
+
+    def _miss(self, where: str) -> None:
+        note = f"Not measured, because it is not finite: {where}."
+        if note not in self.missing:
+            self.missing.append(note)
+
+
+def path_rows(along: Along, alphas: Sequence[float]) -> list[dict[str, Any]]:
+    """Every set at every α: loss, accuracy, confidence, who is right where, and the mixture of both ends."""
+    found = []
+    for which, encoded_set in along.sets.items():
+        base, tuned = (along.at(end)[which] for end in (0.0, 1.0))
+        assert base is not None
+        assert tuned is not None
+        for alpha in alphas:
+            units = along.at(alpha)[which]
+            values = {} if units is None else _values(base, tuned, units, alpha)
+            for metric in METRICS:
+                row = {"alpha": alpha, "role": which[0], "set": which[1], "metric": metric}
+                found.append(row | {"value": values.get(metric, math.nan), "unit": encoded_set.unit})
+    return found
+
+
+METRICS = (
+    "loss", "accuracy", "confidence", "error_confidence", "fft", "ttf", "ensemble_loss",
+)  # fmt: skip
+
+
+def _values(base: Units, tuned: Units, units: Units, alpha: float) -> dict[str, float]:
+    shares = barriers.patterns(base.right, tuned.right, units.right)
+    return {
+        "loss": units.loss,
+        "accuracy": units.accuracy,
+        "confidence": float(units.confidence.mean()),
+        "error_confidence": units.error_confidence,
+        "fft": shares["FFT"],
+        "ttf": shares["TTF"],
+        "ensemble_loss": float(barriers.ensemble_nats(base.nats, tuned.nats, alpha).mean()),
+    }
+
+
+def pattern_rows(along: Along, alphas: Sequence[float]) -> list[dict[str, Any]]:
+    """Of every set and α the shares of the eight patterns of base, tuned and blend."""
+    found = []
+    for which in along.sets:
+        for alpha in alphas:
+            base, tuned, units = (along.at(each)[which] for each in (0.0, 1.0, alpha))
+            if base is None or tuned is None or units is None:
+                continue
+            shares = barriers.patterns(base.right, tuned.right, units.right)
+            found += [
+                {"alpha": alpha, "role": which[0], "set": which[1], "pattern": pattern, "share": share}
+                for pattern, share in shares.items()
+            ]
+    return found
+
+
+def set_rows(along: Along, alphas: Sequence[float]) -> list[dict[str, Any]]:
+    """What the curve of each set says: barrier, bump, dip, the best α, success or failure."""
+    grid, found = np.array(alphas), []
+    for which in along.sets:
+        losses = along.losses(which, alphas)
+        worse, better = (alphas[0], alphas[-1]) if losses[0] > losses[-1] else (alphas[-1], alphas[0])
+        inside = [alpha for alpha, loss in zip(alphas, losses, strict=True) if np.isfinite(loss)][1:-1]
+        gains = [along.combined(which, {better: 1.0, alpha: -1.0}) for alpha in inside]
+        falls = [along.combined(which, {alpha: 1.0, worse: -1.0}) for alpha in inside]
+        base, tuned = along.at(0.0)[which], along.at(1.0)[which]
+        assert base is not None
+        assert tuned is not None
+        best = max(gains, key=lambda each: each.value, default=Measured(math.nan, math.nan))
+        fall = max(falls, key=lambda each: each.value, default=Measured(math.nan, math.nan))
+        found.append(
+            {
+                "role": which[0],
+                "set": which[1],
+                "rows": len(along.units(which)),
+                "units": int(along.units(which).sum()),
+                "unit": along.sets[which].unit,
+                "loss_base": losses[0],
+                "loss_tuned": losses[-1],
+                "barrier": barriers.barrier(grid, losses),
+                "bump": barriers.bump(losses),
+                "dip": barriers.dip(losses),
+                "best_alpha": barriers.best_alpha(grid, {which[1]: losses}),
+                "worst_alpha": float(grid[np.nanargmax(losses)]),
+                "gain": best.value,
+                "gain_half": best.half,
+                "fall": fall.value,
+                "fall_half": fall.half,
+                "outcome": barriers.outcome(gains, falls),
+                "accuracy_base": base.accuracy,
+                "accuracy_tuned": tuned.accuracy,
+                "confidence_ratio": float(tuned.confidence.mean() / base.confidence.mean()),
+                "error_confidence_base": base.error_confidence,
+                "error_confidence_tuned": tuned.error_confidence,
+            }
+        )
+    return found
+
+
+def pooled(rows: Iterable[Mapping[str, Any]], role: str, column: str, how: str = "mean") -> float | None:
+    """A column over the sets of a role: their mean or largest; None if it has none or they are NaN."""
+    values = [float(row[column]) for row in rows if row["role"] == role]
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return None
+    return max(known) if how == "max" else float(np.mean(known))
+
+
+def pinned_note(pinned: Sequence[str]) -> list[str]:
+    """What to say of tensors that base lacks."""
+    if not pinned:
+        return []
+    return [
+        f"{len(pinned)} tensors that base lacks, such as {pinned[0]}, are tuned's at every alpha: alpha 0 is "
+        "base but for these."
+    ]

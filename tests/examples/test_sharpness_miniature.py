@@ -1,0 +1,61 @@
+"""The miniature of layer-wise sharpness: its chains, its plants, and, slowly, that its claims hold."""
+
+from pathlib import Path
+
+import pytest
+import sharpness_miniature as miniature
+import torch
+
+
+@pytest.fixture(scope="module")
+def model() -> object:
+    torch.manual_seed(0)
+    return miniature.made_model().eval()
+
+
+@pytest.mark.parametrize("name", [*miniature.MAIN, "values 1 of block 5", "values 3 of block 2"])
+def test_a_plant_changes_weights_of_its_block_alone_and_no_function(model, name):
+    made = miniature.planted(model, name)
+    ids = torch.arange(miniature.CONTEXT)[None] % miniature.SYMBOLS
+    with torch.no_grad():
+        own, other = model(ids).logits, made(ids).logits
+    if "neurons" in name:
+        assert torch.allclose(own, other, atol=1e-5)
+    else:
+        assert torch.equal(own, other)
+    changed = {
+        key.split(".")[2]
+        for key, value in made.state_dict().items()
+        if not torch.equal(value, model.state_dict()[key])
+    }
+    assert changed == (set() if name == "plain" else {name.rpartition(" ")[2]})
+
+
+def test_a_plant_of_heads_turns_so_many_heads():
+    torch.manual_seed(1)
+    model = miniature.made_model()
+    made = miniature.planted(model, "values 3 of block 2")
+    own, other = (each.model.layers[2].self_attn.v_proj.weight for each in (model, made))
+    assert int((own != other).any(dim=1).sum()) == 3 * miniature.WIDTH // miniature.HEADS
+
+
+def test_half_of_the_rows_of_a_task_are_drawn_anew_and_rows_are_chances():
+    generator = torch.Generator().manual_seed(0)
+    chains = miniature.Chains.drawn(6, generator)
+    task = chains.redrawn((0, 1), generator)
+    same = (task.tables == chains.tables[:2]).all(dim=-1)
+    assert same.sum(dim=1).tolist() == [miniature.SYMBOLS // 2] * 2
+    assert torch.allclose(task.tables.sum(-1), torch.ones(2, miniature.SYMBOLS))
+    texts = task.texts(5, generator)
+    assert {len(text) for text in texts} == {miniature.CONTEXT}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_what_must_hold_holds(seed: int, tmp_path: Path, capsys):
+    budget = miniature.Budget(natural=0 if seed else miniature.LEAST)
+    found = miniature.measure(budget, seed, tmp_path)
+    miniature.show(found, miniature.Console(width=150))
+    assert "reported  plants" in capsys.readouterr().out
+    for claim in miniature.claims(found):
+        assert claim.holds, f"{claim.text}: {claim.numbers}"
