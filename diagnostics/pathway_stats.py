@@ -1,8 +1,8 @@
 """How sure the numbers about pathways are, and when samples were memorised.
 
-Pairs of samples share samples, so that they are not independent: the mean over pairs is a U-statistic, and its
-standard error comes from what each single sample contributes to it. Contributions of the same samples at two
-checkpoints are subtracted, so that a change is judged in pairs. Samples are drawn group by group.
+Pairs of samples share samples, so that they are not independent: the mean over pairs is a U-statistic, and
+its standard error comes from what each single sample contributes to it. Contributions of the same samples at
+two checkpoints are subtracted, so that a change is judged in pairs. Samples are drawn group by group.
 """
 
 import math
@@ -157,7 +157,7 @@ def _hot(labels: Int[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape kinds"]
 def gap_p(
     found: Matrix, groups: Labels, *, permutations: int, seed: int
 ) -> tuple[float, Float[np.ndarray, " kinds"]]:
-    """How often shuffled group labels give a gap at least as large: of all groups, and of each against others.
+    """How often shuffled labels give a gap at least as large: of all groups, and of each against others.
 
     One-sided, never 0; NaN without a gap. Of the difference between two checkpoints' distances it tests
     whether the gap widened.
@@ -266,9 +266,7 @@ def _crossing(
     return place, at[place] + part * (at[place + 1] - at[place])
 
 
-def redrawn(
-    estimates: Sequence[Estimate], *, draws: int, seed: int
-) -> Float[np.ndarray, "draws estimates"]:
+def redrawn(estimates: Sequence[Estimate], *, draws: int, seed: int) -> Float[np.ndarray, "draws estimates"]:
     """Estimates from the same samples with these drawn anew, group by group, to first order."""
     generator = np.random.default_rng(seed)
     groups = estimates[0].groups

@@ -3,38 +3,30 @@
 While a mixture of experts memorises, its samples' pathways part; when it starts to share what it computes,
 those of one group draw together again and stay apart from other groups'. That can go on long after the
 training loss is flat, and needs no test set to be seen.
-Source: "Grokking in LLM Pretraining? Monitor Memorization-to-Generalization without Test", arXiv:2506.21551v4,
-which leaves open the router weights and symbols that are used here. The gap between groups is ours: labels at
-random move the published numbers too, and not the gap.
+Source: "Grokking in LLM Pretraining? Monitor Memorization-to-Generalization without Test",
+arXiv:2506.21551v4, which leaves open the router weights and symbols that are used here. The gap between
+groups is ours: labels at random move the published numbers too, and not the gap.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from diagnostics.analysis import NotApplicableError, Result, analysis
+from diagnostics.analysis import Result, analysis
 from diagnostics.inputs import tasks
 from diagnostics.pathway import ALPHABETS, Alphabet
-from diagnostics.pathways_looks import Ask, Record, Samples
+from diagnostics.pathways_looks import Ask
 from diagnostics.pathways_notes import notes
+from diagnostics.pathways_record import Plan, Record, Samples, comparable, some
 from diagnostics.pathways_run import Run
 from diagnostics.pathways_tables import metrics as numbers
 from diagnostics.pathways_tables import tables
-from diagnostics.row_losses import Encoded, Losses, encoded
-from probes.checkpoint import Checkpoint
-from probes.editable import Editable
-from probes.routes import NoRoutersError, Routes, Weights, capture, router_matrices
+from probes.routes import Weights
 from probes.series import series_of
-from probes.tasks import Example, Task
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
-
-# Samples in all, whatever the groups: there is a number for every pair of them.
-MOST = 3000
-ALL = "all"
 
 METRICS = {
     "reorganising": "1 if after memorisation the distance within groups surely falls and the gap widens",
@@ -122,165 +114,15 @@ def draw(result: Result) -> "dict[str, go.Figure]":
     return pathways_figures.draw(result)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What is recorded of each checkpoint.
-
-    Attributes:
-        followed: the rows whose routes are followed, by name.
-        held: held-out rows, by name.
-    """
-
-    followed: Mapping[str, Task]
-    held: Mapping[str, Task]
-    drop_first: bool
-    fold_gain: bool
-    max_length: int | None
-    chat_template: bool
-    batch_tokens: int
-    trust_remote_code: bool
-    device: str
-    dtype: str | None
-
-    def identity(self) -> dict[str, Any]:
-        """What a record depends on, besides the checkpoint."""
-        return {
-            "followed": [task.fingerprint for task in self.followed.values()],
-            "held": [task.fingerprint for task in self.held.values()], "drop_first": self.drop_first, "fold_gain": self.fold_gain, "max_length": self.max_length,
-            "chat_template": self.chat_template, "dtype": self.dtype,
-        }  # fmt: skip
-
-    def measure(self, checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-        """Routes, losses and routers of one checkpoint, as flat arrays.
-
-        Raises:
-            NotApplicableError: the model has no experts.
-            ValueError: rows or a model that cannot be scored.
-        """
-        try:
-            routers = router_matrices(checkpoint, fold_gain=self.fold_gain)
-        except NoRoutersError as error:
-            raise NotApplicableError(
-                f"{checkpoint.ref}: is a dense model, and pathways are those through experts; `dynamics` "
-                "follows a series of dense checkpoints"
-            ) from error
-        editable = Editable(
-            checkpoint, device=self.device, dtype=self.dtype, trust_remote_code=self.trust_remote_code
-        )
-        reading: dict[str, Any] = {
-            "max_length": self.max_length, "chat_template": self.chat_template,
-            "batch_tokens": self.batch_tokens,
-        }  # fmt: skip
-        followed = [encoded(editable, task, **reading) for task in self.followed.values()]
-        held = [encoded(editable, task, **reading) for task in self.held.values()]
-        routed = [self._routes(editable, each) for each in followed]
-        losses = joined([each.measure(editable.model) for each in followed])
-        held_losses = joined([each.measure(editable.model) for each in held])
-        return {
-            **stacked(routed).record(),
-            "routers": np.asarray(routers, dtype=np.float32),
-            "nats": losses.nats,
-            "units": losses.units,
-            "held_nats": held_losses.nats,
-            "held_units": held_losses.units,
-            "held_right": held_losses.right,
-            "truncated": np.array(sum(each.truncated for each in (*followed, *held))),
-        }
-
-    def _routes(self, editable: Editable, each: Encoded) -> Routes:
-        return capture(
-            editable,
-            own_examples(each),
-            drop_first=self.drop_first,
-            batch_tokens=self.batch_tokens,
-        )
-
-
-def own_examples(each: Encoded) -> list[Example]:
-    """One example a row: of choices the right one."""
-    rows = each.task.rows
-    return [
-        example for example in each.examples if example.choice in (None, rows[example.row].answer)
-    ]
-
-
-def stacked(routed: Sequence[Routes]) -> Routes:
-    """Routes of several files, one after another."""
-    return replace(
-        routed[0],
-        full=np.concatenate([each.full for each in routed]),
-        top=np.concatenate([each.top for each in routed]),
-        tokens=np.concatenate([each.tokens for each in routed]),
-    )
-
-
-def joined(losses: Sequence[Losses]) -> Losses:
-    """Losses of several files, one after another."""
-    return Losses(
-        nats=np.concatenate([each.nats for each in losses]),
-        units=np.concatenate([each.units for each in losses]),
-        right=np.concatenate([each.right for each in losses]),
-    )
-
-
-def some(given: Mapping[str, Task], samples: int, seed: int) -> tuple[dict[str, Task], list[str], list[str]]:
-    """At most so many rows of each group; and of each row that is left its group, and its file and line.
-
-    A group is what rows call so; rows that name none are of a group by the name of their file, or `all`.
-    """
-    groups = {
-        (name, index): row.group or (name if len(given) > 1 else ALL)
-        for name, task in given.items()
-        for index, row in enumerate(task.rows)
-    }
-    of: dict[str, list[tuple[str, int]]] = {}
-    for place, group in groups.items():
-        of.setdefault(group, []).append(place)
-    most = max(2, min(samples, MOST // len(of)))
-    generator = np.random.default_rng(seed)
-    kept = set()
-    for places in of.values():
-        chosen = generator.choice(len(places), min(most, len(places)), replace=False)
-        kept |= {places[index] for index in chosen}
-    left = {name: [index for index in range(len(task.rows)) if (name, index) in kept]
-            for name, task in given.items()}  # fmt: skip
-    cut = {
-        name: replace(given[name], rows=tuple(given[name].rows[index] for index in indices),
-                      fingerprint=f"{given[name].fingerprint}/{most}/{seed}")
-        for name, indices in left.items() if indices
-    }  # fmt: skip
-    order = [(name, index) for name in cut for index in left[name]]
-    return cut, [groups[place] for place in order], [given[name].where(index) for name, index in order]
-
-
-def comparable(labels: Sequence[str], records: Sequence[Record]) -> None:
-    """Refuse checkpoints whose experts are not the same ones.
-
-    Raises:
-        ValueError: the message names the first that differs.
-    """
-    first = records[0]
-    for label, record in zip(labels[1:], records[1:], strict=True):
-        one, other = (
-            f"{shape[0]} layers of {shape[1]} experts of width {shape[2]}"
-            for shape in (first.routers.shape, record.routers.shape)
-        )
-        if one != other or record.routes.layers != first.routes.layers:
-            raise ValueError(
-                f"{label}: has {other}, and {labels[0]} {one}: routes are followed through the same experts; "
-                "leave out the checkpoints of another shape, and experts that were merged or upcycled with them"
-            )
-
-
 @analysis(
     "pathways",
-    question="Do routes through experts still reorganise after the training rows are memorised, or only drift?",
+    question="Do routes still reorganise after the training rows are memorised, or only drift?",
     reading=(
         "Distances are edits between pathways as a share of the longer one: 0 the same experts, 1 none in "
         "common. After memorisation a distance within groups that falls while the gap to other groups widens "
-        "is routing that comes to be shared; a gap that stays flat while the rest moves is drift, which weight "
-        "decay alone brings about, labels at random included. Smoothness is higher where consecutive layers "
-        "look for the same directions; the paper's own formula, beside it, is higher where routes are more "
+        "is routing that comes to be shared; a gap that stays flat while the rest moves is drift, which "
+        "weight decay alone brings about, labels at random included. Smoothness is higher where consecutive "
+        "layers look for the same directions; the paper's own formula, beside it, is higher where routes are more "
         "erratic. Raw edits follow the length of pathways and the balance of experts. All of it is "
         "correlation: no route was changed to see what it does."
     ),
@@ -317,8 +159,8 @@ def grokking_pathways(
 ) -> Result:
     """Follow the pathways of samples over the checkpoints of a run of a mixture of experts.
 
-    A checkpoint's routes, losses and routers are recorded one model at a time; with a cache a run that was cut
-    off goes on. Verdicts use distances as a share of the longer pathway.
+    A checkpoint's routes, losses and routers are recorded one model at a time; with a cache a run that was
+    cut off goes on. Verdicts use distances as a share of the longer pathway.
 
     Args:
         series: the checkpoints of one run, in order: a `CheckpointSeries`, or references.
@@ -350,10 +192,10 @@ def grokking_pathways(
         progress: called with (done, total, what).
 
     Metrics: see `METRICS`. Correlations are left out below 6 checkpoints since memorisation.
-    Tables: `verdict` (one row), `steps` (step, distance, consistency, loss, held_out, gap …), `changes` (since
-        memorisation, with paired intervals), `correlations` (with the held-out metric, with a lag, the paper's
-        beside), `groups`, `layers` (by checkpoint), `samples` (when memorised, how far moved), `values` (by
-        sample and checkpoint), `matrix` and `routes` (of some samples at three checkpoints).
+    Tables: `verdict` (one row), `steps` (step, distance, consistency, loss, held_out, gap …), `changes`
+        (since memorisation, with paired intervals), `correlations` (with the held-out metric, with a lag, the
+        paper's beside), `groups`, `layers` (by checkpoint), `samples` (when memorised, how far moved), `values`
+        (by sample and checkpoint), `matrix` and `routes` (of some samples at three checkpoints).
 
     Raises:
         NotApplicableError: a dense model.

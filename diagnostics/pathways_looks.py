@@ -1,10 +1,9 @@
 """What one checkpoint's routes say of its samples, seen through their pathways."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -12,7 +11,7 @@ from jaxtyping import Float, Int
 from diagnostics import pathway
 from diagnostics.pathway import Alphabet
 from diagnostics.pathway_stats import Estimate, Pairs, gap_p, mean, pairs, pairs_of_groups
-from probes.routes import Routes
+from diagnostics.pathways_record import Record, Samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,69 +27,6 @@ class Ask:
     permutations: int
     draws: int
     seed: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Samples:
-    """The samples whose routes are followed, ordered by group.
-
-    Attributes:
-        names: of the groups.
-        groups: of each sample, an index into these.
-        rows: file and line of each.
-        trained: whether they are rows that the run was trained on.
-    """
-
-    names: tuple[str, ...]
-    groups: Int[np.ndarray, " samples"]
-    rows: tuple[str, ...]
-    trained: bool
-
-    def take(self, kept: Int[np.ndarray, " kept"]) -> "Samples":
-        """Some of them."""
-        rows = tuple(self.rows[place] for place in kept)
-        present, groups = np.unique(self.groups[kept], return_inverse=True)
-        names = tuple(self.names[group] for group in present)
-        return Samples(names=names, groups=groups.astype(np.int64), rows=rows, trained=self.trained)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """What was recorded at one checkpoint.
-
-    Attributes:
-        routes: of each sample.
-        routers: one matrix a layer, a row an expert.
-        nats, units: loss of each sample, and what it is counted per.
-        held_nats, held_units, held_right: of each held-out row.
-    """
-
-    routes: Routes
-    routers: Float[np.ndarray, "layers experts width"]
-    nats: Float[np.ndarray, " samples"]
-    units: Float[np.ndarray, " samples"]
-    held_nats: Float[np.ndarray, " rows"]
-    held_units: Float[np.ndarray, " rows"]
-    held_right: Float[np.ndarray, " rows"]
-
-    @classmethod
-    def of(cls, measured: Mapping[str, Any]) -> "Record":
-        """Out of what was measured."""
-        arrays = {
-            name: np.asarray(measured[name], dtype=np.float64)
-            for name in ("nats", "units", "held_nats", "held_units", "held_right")
-        }
-        return cls(routes=Routes.of(measured), routers=np.asarray(measured["routers"]), **arrays)
-
-    def take(self, kept: Int[np.ndarray, " kept"]) -> "Record":
-        """Of some samples."""
-        routes = replace(
-            self.routes,
-            full=self.routes.full[kept],
-            top=self.routes.top[kept],
-            tokens=self.routes.tokens[kept],
-        )
-        return replace(self, routes=routes, nats=self.nats[kept], units=self.units[kept])
 
 
 class Look:

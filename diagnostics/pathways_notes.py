@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from diagnostics.pathway_stats import LEAST
@@ -33,8 +34,8 @@ def memorisation(run: Run) -> list[str]:
     """When samples were memorised, and by which rule."""
     if not run.samples.trained:
         return [
-            "No rows of training were given (--train): the routes and the loss are those of the task rows, which "
-            "a run is not trained on, and no memorisation is dated."
+            "No rows of training were given (--train): the routes and the loss are those of the task rows, "
+            "which a run is not trained on, and no memorisation is dated."
         ]
     levels = sorted(set(run.epsilon.values()))
     told = f"{levels[0]:g}" if len(levels) == 1 else f"{levels[0]:g} to {levels[-1]:g} by group"
@@ -67,12 +68,14 @@ def turning(run: Run) -> list[str]:
         return [f"{text}."]
     if run.verdict == "reorganising after memorisation":
         return [
-            "No step at which memorisation turns to generalisation is given: routes reorganise, and the held-out "
-            "metric does not surely get better."
+            "No step at which memorisation turns to generalisation is given: routes reorganise, and the "
+            "held-out metric does not surely get better."
         ]
     if run.verdict == "withheld":
         return []
-    return ["No step at which memorisation turns to generalisation is given: the verdict does not support one."]
+    return [
+        "No step at which memorisation turns to generalisation is given: the verdict does not support one."
+    ]
 
 
 def correlated(run: Run, tables: "Mapping[str, pd.DataFrame]") -> list[str]:
@@ -91,9 +94,9 @@ def correlated(run: Run, tables: "Mapping[str, pd.DataFrame]") -> list[str]:
     if not told:
         return ["Correlations are withheld: the held-out metric does not change."]
     return [
-        f"Rank correlations with the held-out metric over {now.at['distance', 'points']} checkpoints {since}: "
-        f"{', '.join(told)}. The paper's seem to rest on 4 to 6 checkpoints of one model. Any two trends "
-        "correlate: the table has the changes between checkpoints beside the levels."
+        f"Rank correlations with the held-out metric over {now.at['distance', 'points']} checkpoints "
+        f"{since}: {', '.join(told)}. The paper's seem to rest on 4 to 6 checkpoints of one model. Any two "
+        "trends correlate: the table has the changes between checkpoints beside the levels."
     ]
 
 
@@ -112,11 +115,11 @@ def definitions(run: Run) -> str:
     ask, routes = run.ask, run.looks[0].record.routes
     kind = "all that the router weighs" if ask.weights == "full" else "the weights of the chosen experts"
     layers = routes.layers
-    apart = any(two - one > 1 for one, two in zip(layers, layers[1:], strict=False))
+    apart = any(two - one > 1 for one, two in pairwise(layers))
     text = (
-        f"Pathways are of {kind}, tau {ask.tau:g}, symbols {ask.alphabet}; verdicts use the distance as a share "
-        "of the longer pathway, for raw edits follow its length. Consistency is smoothness: higher is smoother. "
-        "The paper's C, gp_inconsistency, is as written higher where routes are more erratic."
+        f"Pathways are of {kind}, tau {ask.tau:g}, symbols {ask.alphabet}; verdicts use the distance as a "
+        "share of the longer pathway, for raw edits follow its length. Consistency is smoothness: higher is "
+        "smoother. The paper's C, gp_inconsistency, is as written higher where routes are more erratic."
     )
     if apart:
         text += " Consecutive layers are consecutive layers with experts; others lie between some."
@@ -149,7 +152,10 @@ def undefined(run: Run, metrics: Numbers) -> list[str]:
     if layers < 2:
         return ["One layer has experts: nothing is said of smoothness, which compares consecutive ones."]
     if layers < 3:
-        return ["Two layers have experts: the paper's consistency would be 0 whatever the routes, and is left out."]
+        return [
+            "Two layers have experts: the paper's consistency would be 0 whatever the routes, and is left "
+            "out."
+        ]
     if metrics["gp_undefined"]:
         return [
             f"The paper's consistency is not defined for {metrics['gp_undefined']} of "

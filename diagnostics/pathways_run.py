@@ -20,7 +20,8 @@ from diagnostics.pathway_stats import (
     memorised_at,
     redrawn,
 )
-from diagnostics.pathways_looks import Ask, Look, Record, Samples
+from diagnostics.pathways_looks import Ask, Look
+from diagnostics.pathways_record import Record, Samples
 
 # A gap that widens by less is called flat or undecided (ours): with labels at random it widened by 0.01.
 WIDENED = 0.02
@@ -189,7 +190,7 @@ class Run:
         return halfway(self.steps[self.since :], values, drawn)
 
     def drifts(self) -> tuple[Int[np.ndarray, " samples"], Float[np.ndarray, " samples"]]:
-        """How far each sample's pathway moved from the first checkpoint to the last: edits, and as a share."""
+        """How far each sample's pathway moved from the first checkpoint to the last: edits, and a share."""
         first, last = self.looks[0], self.looks[self.last]
         raw = pathway.moved(first.words, last.words)
         return raw, raw / np.maximum(first.lengths, last.lengths)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from diagnostics import pathway
 from diagnostics.pathway_stats import Estimate, Placed, correlation, mean
@@ -123,9 +123,7 @@ def correlations(run: Run) -> "pd.DataFrame":
         for of in ("levels", "changes"):
             for lag in LAGS if name != "held_out" else ():
                 one, two = (values, held) if of == "levels" else (np.diff(values), np.diff(held))
-                found = correlation(
-                        one, two, lag=lag, permutations=run.ask.permutations, seed=run.ask.seed
-                    )
+                found = correlation(one, two, lag=lag, permutations=run.ask.permutations, seed=run.ask.seed)
                 paper = PAPER.get(name, (math.nan, math.nan)) if of == "levels" and not lag else None
                 low, high = paper or (math.nan, math.nan)
                 rows.append(
@@ -280,6 +278,7 @@ def routes(run: Run) -> "pd.DataFrame":
         )  # fmt: skip
     return pd.concat(made, ignore_index=True)
 
+
 # --- numbers ---
 
 
@@ -294,9 +293,7 @@ def metrics(run: Run, tables: "Mapping[str, pd.DataFrame]") -> dict[str, float |
     for name, placed in (("memorised", run.memorised_step), ("turn", run.turn),
                          ("held_out_turn", run.held_out_turn)):  # fmt: skip
         if placed is not None:
-            found |= dict(
-                zip((f"{name}_step", f"{name}_step_low", f"{name}_step_high"), placed, strict=True)
-            )
+            found |= dict(zip((f"{name}_step", f"{name}_step_low", f"{name}_step_high"), placed, strict=True))
     table = tables["correlations"]
     now = table[(table["lag"] == 0) & (table["of"] == "levels")].set_index("quantity")
     for name in ("distance", "consistency", "gap", "loss"):
