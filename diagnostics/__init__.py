@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from diagnostics.mitigation import judged_mitigation as judged_mitigation
     from diagnostics.ood import likelihood_ratio_ood as likelihood_ratio_ood
     from diagnostics.path import interpolation_path as interpolation_path
+    from diagnostics.pathways import grokking_pathways as grokking_pathways
     from diagnostics.policy import Finding as Finding
     from diagnostics.policy import Policy as Policy
     from diagnostics.policy import default_policy as default_policy
@@ -34,6 +35,7 @@ EXPORTS = {
     "Result": "diagnostics.analysis",
     "analyses": "diagnostics.analysis",
     "default_policy": "diagnostics.policy",
+    "grokking_pathways": "diagnostics.pathways",
     "interpolation_path": "diagnostics.path",
     "essential_sparsity": "diagnostics.sparsity",
     "intruder_dimensions": "diagnostics.intruders",

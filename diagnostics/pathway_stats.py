@@ -298,7 +298,12 @@ class Correlation(NamedTuple):
 
 
 def correlation(
-    x: Sequence[float], y: Sequence[float], *, lag: int = 0, permutations: int = 10_000, seed: int = 0
+    x: Float[np.ndarray, " steps"],
+    y: Float[np.ndarray, " steps"],
+    *,
+    lag: int = 0,
+    permutations: int = 10_000,
+    seed: int = 0,
 ) -> Correlation:
     """Correlation of x with y `lag` checkpoints later; withheld below 6 checkpoints and for constants."""
     from scipy.stats import rankdata
@@ -306,7 +311,7 @@ def correlation(
     from diagnostics.predictors import correlation as pearson
     from diagnostics.predictors import permutation_p
 
-    one, two = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    one, two = x, y
     if lag > 0:
         one, two = one[:-lag], two[lag:]
     elif lag < 0:

@@ -122,8 +122,8 @@ def draw(result: Result) -> "dict[str, go.Figure]":
         "common. After memorisation a distance within groups that falls while the gap to other groups widens "
         "is routing that comes to be shared; a gap that stays flat while the rest moves is drift, which "
         "weight decay alone brings about, labels at random included. Smoothness is higher where consecutive "
-        "layers look for the same directions; the paper's own formula, beside it, is higher where routes are more "
-        "erratic. Raw edits follow the length of pathways and the balance of experts. All of it is "
+        "layers look for the same directions; the paper's own formula, beside it, is higher where routes are "
+        "more erratic. Raw edits follow the length of pathways and the balance of experts. All of it is "
         "correlation: no route was changed to see what it does."
     ),
     paper="arXiv:2506.21551",
@@ -194,8 +194,8 @@ def grokking_pathways(
     Metrics: see `METRICS`. Correlations are left out below 6 checkpoints since memorisation.
     Tables: `verdict` (one row), `steps` (step, distance, consistency, loss, held_out, gap …), `changes`
         (since memorisation, with paired intervals), `correlations` (with the held-out metric, with a lag, the
-        paper's beside), `groups`, `layers` (by checkpoint), `samples` (when memorised, how far moved), `values`
-        (by sample and checkpoint), `matrix` and `routes` (of some samples at three checkpoints).
+        paper's beside), `groups`, `layers` (by checkpoint), `samples` (when memorised, how far moved),
+        `values` (by sample and checkpoint), `matrix` and `routes` (of some samples at three checkpoints).
 
     Raises:
         NotApplicableError: a dense model.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from diagnostics.pathway_stats import LEAST
 from diagnostics.pathways_run import Run
-from diagnostics.pathways_tables import PAPER
+from diagnostics.pathways_tables import PAPER, at_once
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,7 +41,7 @@ def memorisation(run: Run) -> list[str]:
     told = f"{levels[0]:g}" if len(levels) == 1 else f"{levels[0]:g} to {levels[-1]:g} by group"
     rule = f"loss at most {told} nats and within {run.ask.delta:g} of its last from then on"
     chosen = "" if run.ask.epsilon is not None else ", chosen so that 20 to 25 % are memorised before the end"
-    said = [f"Memorised is a sample with {rule}{chosen}; here {run.memorised_share:.2g} are."]
+    said = [f"Memorised is a sample with {rule}{chosen}; here a share of {run.memorised_share:.2g} is."]
     if run.memorised_step is not None:
         at, low, high = run.memorised_step
         text = f"Half of these are memorised by step {at:g} (95 % interval {low:g} to {high:g})."
@@ -80,21 +80,20 @@ def turning(run: Run) -> list[str]:
 
 def correlated(run: Run, tables: "Mapping[str, pd.DataFrame]") -> list[str]:
     """The correlations beside the paper's, or why there are none."""
-    table = tables["correlations"]
-    now = table[(table["lag"] == 0) & (table["of"] == "levels")].set_index("quantity")
+    now = at_once(tables["correlations"])
     since = f"since step {run.steps[run.since]:g}" if run.since else "in all"
     if run.too_few:
         points = len(run.looks) - run.since
         return [f"Correlations are withheld: {points} checkpoints {since}, and they take {LEAST}."]
     told = [
-        f"{SIGNS[name]} {now.at[name, 'spearman']:+.2f} (the paper's {low:+.2f} to {high:+.2f})"
+        f"{SIGNS[name]} {now[name]['spearman']:+.2f} (the paper's {low:+.3g} to {high:+.3g})"
         for name, (low, high) in PAPER.items()
-        if not math.isnan(now.at[name, "spearman"])
+        if not math.isnan(now[name]["spearman"])
     ]
     if not told:
         return ["Correlations are withheld: the held-out metric does not change."]
     return [
-        f"Rank correlations with the held-out metric over {now.at['distance', 'points']} checkpoints "
+        f"Rank correlations with the held-out metric over {now['distance']['points']} checkpoints "
         f"{since}: {', '.join(told)}. The paper's seem to rest on 4 to 6 checkpoints of one model. Any two "
         "trends correlate: the table has the changes between checkpoints beside the levels."
     ]

@@ -8,11 +8,12 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from diagnostics.analysis import NotApplicableError
-from diagnostics.row_losses import Encoded, Losses, encoded
+from diagnostics.row_losses import Losses, encoded
 from probes.checkpoint import Checkpoint
 from probes.editable import Editable
-from probes.routes import NoRoutersError, Routes, capture, router_matrices
-from probes.tasks import Example, Task
+from probes.router_weights import router_matrices
+from probes.routes import NoRoutersError, Routes, capture, samples
+from probes.tasks import Task
 
 # Samples in all, whatever the groups: there is a number for every pair of them.
 MOST = 3000
@@ -134,7 +135,13 @@ class Plan:
         }  # fmt: skip
         followed = [encoded(editable, task, **reading) for task in self.followed.values()]
         held = [encoded(editable, task, **reading) for task in self.held.values()]
-        routed = [self._routes(editable, each) for each in followed]
+        routed = [
+            capture(
+                editable, samples(each.task, each.examples), drop_first=self.drop_first,
+                tokens=self.batch_tokens, where=each.task.where,
+            )
+            for each in followed
+        ]  # fmt: skip
         losses = joined([each.measure(editable.model) for each in followed])
         held_losses = joined([each.measure(editable.model) for each in held])
         return {
@@ -147,20 +154,6 @@ class Plan:
             "held_right": held_losses.right,
             "truncated": np.array(sum(each.truncated for each in (*followed, *held))),
         }
-
-    def _routes(self, editable: Editable, each: Encoded) -> Routes:
-        return capture(
-            editable,
-            own_examples(each),
-            drop_first=self.drop_first,
-            batch_tokens=self.batch_tokens,
-        )
-
-
-def own_examples(each: Encoded) -> list[Example]:
-    """One example a row: of choices the right one."""
-    rows = each.task.rows
-    return [example for example in each.examples if example.choice in (None, rows[example.row].answer)]
 
 
 def stacked(routed: Sequence[Routes]) -> Routes:
@@ -182,7 +175,7 @@ def joined(losses: Sequence[Losses]) -> Losses:
     )
 
 
-def some(given: Mapping[str, Task], samples: int, seed: int) -> tuple[dict[str, Task], list[str], list[str]]:
+def some(given: Mapping[str, Task], count: int, seed: int) -> tuple[dict[str, Task], list[str], list[str]]:
     """At most so many rows of each group; and of each row that is left its group, and its file and line.
 
     A group is what rows call so; rows that name none are of a group by the name of their file, or `all`.
@@ -195,7 +188,7 @@ def some(given: Mapping[str, Task], samples: int, seed: int) -> tuple[dict[str, 
     of: dict[str, list[tuple[str, int]]] = {}
     for place, group in groups.items():
         of.setdefault(group, []).append(place)
-    most = max(2, min(samples, MOST // len(of)))
+    most = max(2, min(count, MOST // len(of)))
     generator = np.random.default_rng(seed)
     kept = set()
     for places in of.values():

@@ -1,7 +1,7 @@
 """The tables and numbers of grokking pathways, out of what was found over the checkpoints."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -122,7 +122,7 @@ def correlations(run: Run) -> "pd.DataFrame":
     for name, values in series.items():
         for of in ("levels", "changes"):
             for lag in LAGS if name != "held_out" else ():
-                one, two = (values, held) if of == "levels" else (np.diff(values), np.diff(held))
+                one, two = (np.diff(each) if of == "changes" else np.asarray(each) for each in (values, held))
                 found = correlation(one, two, lag=lag, permutations=run.ask.permutations, seed=run.ask.seed)
                 paper = PAPER.get(name, (math.nan, math.nan)) if of == "levels" and not lag else None
                 low, high = paper or (math.nan, math.nan)
@@ -134,6 +134,12 @@ def correlations(run: Run) -> "pd.DataFrame":
                     }
                 )  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def at_once(correlations: "pd.DataFrame") -> dict[str, dict[Hashable, Any]]:
+    """The rows of levels without a lag, by what is followed."""
+    now = correlations[(correlations["lag"] == 0) & (correlations["of"] == "levels")]
+    return {row["quantity"]: row for row in now.to_dict("records")}
 
 
 def by_group(run: Run) -> "pd.DataFrame":
@@ -294,10 +300,9 @@ def metrics(run: Run, tables: "Mapping[str, pd.DataFrame]") -> dict[str, float |
                          ("held_out_turn", run.held_out_turn)):  # fmt: skip
         if placed is not None:
             found |= dict(zip((f"{name}_step", f"{name}_step_low", f"{name}_step_high"), placed, strict=True))
-    table = tables["correlations"]
-    now = table[(table["lag"] == 0) & (table["of"] == "levels")].set_index("quantity")
+    now = at_once(tables["correlations"])
     for name in ("distance", "consistency", "gap", "loss"):
-        found |= {f"{kind}_{name}": float(now.at[name, kind]) for kind in ("spearman", "pearson")}
+        found |= {f"{kind}_{name}": now[name][kind] for kind in ("spearman", "pearson")}
     for name in ("distance", "gap", "consistency", "loss", "held_out"):
         low, high = run.changes[name].interval
         found |= {
@@ -312,7 +317,7 @@ def metrics(run: Run, tables: "Mapping[str, pd.DataFrame]") -> dict[str, float |
         "gap_p": run.looks[run.last].p, "gap_change_p": run.widened_p,
         "memorised_share": run.share_memorised, "drift": drift.value, "drift_low": low,
         "drift_high": high, "checkpoints": len(run.looks), "since_step": run.steps[run.since],
-        "points": int(now.at["distance", "points"]), "samples": len(run.samples.groups),
+        "points": int(now["distance"]["points"]), "samples": len(run.samples.groups),
         "groups": len(run.samples.names), "layers": run.looks[0].weights.shape[1],
         "experts": run.looks[0].weights.shape[2], "top_k": run.looks[0].record.routes.top_k,
         "rows_task": len(run.looks[0].record.held_nats),
