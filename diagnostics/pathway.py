@@ -25,6 +25,8 @@ FIRST, SURROGATES, BEHIND = 0x4000, 0xD800, 0xE000
 ROUNDING = 1e-6
 # Cosines of which none is above are too small to divide by.
 TOO_SMALL = 0.05
+# Entries of embeddings held at once: 128 MB.
+AT_ONCE = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +135,7 @@ def cosines(
     Consecutive are layers that have experts, whatever lies between. NaN where an embedding is 0.
     """
     found = np.empty((weights.shape[0], max(weights.shape[1] - 1, 0)))
-    chunk = max(1, 2**24 // max(1, routers.shape[0] * routers.shape[2]))  # embeddings of 128 MB at a time
+    chunk = max(1, AT_ONCE // max(1, routers.shape[0] * routers.shape[2]))
     rows = np.asarray(routers, dtype=np.float64)
     for start in range(0, len(weights), chunk):
         at = slice(start, start + chunk)
