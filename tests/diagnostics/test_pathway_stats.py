@@ -215,7 +215,9 @@ def test_half_of_the_way_is_found_between_the_checkpoints_around_it():
 
 def test_half_of_the_way_is_made_for_good_and_may_be_downhill():
     values = -np.array([0.0, 0.9, 0.2, 1.0])
-    assert halfway([0.0, 1.0, 2.0, 3.0], values, np.tile(values, (9, 1))).value == pytest.approx(2 + 0.3 / 0.8)
+    assert halfway([0.0, 1.0, 2.0, 3.0], values, np.tile(values, (9, 1))).value == pytest.approx(
+        2 + 0.3 / 0.8
+    )
 
 
 def test_drawing_samples_anew_widens_the_interval_of_a_step():
