@@ -37,7 +37,8 @@ def scatter(made: Across) -> "go.Figure":
         figure.add_scatter(
             x=models[f"sharpness:{name}"], y=models["outcome"], mode="markers", showlegend=False,
             row=place // wide + 1, col=place % wide + 1, customdata=models[["model", "displacement"]],
-            marker={"color": models["displacement"], "coloraxis": "coloraxis", "size": 9},
+            marker={"color": models["displacement"], "coloraxis": "coloraxis", "size": 9,
+                "line": {"width": 1, "color": theme.NEUTRAL}},
             hovertemplate="%{customdata[0]}<br>sharpness %{x:.3g}<br>outcome %{y:.4g}<br>"
             "displacement %{customdata[1]:.3g}<extra></extra>",
         )  # fmt: skip
@@ -52,7 +53,7 @@ def scatter(made: Across) -> "go.Figure":
 def intervals(made: Across) -> "go.Figure":
     """Raw and partial correlation of every predictor with 95 % intervals."""
     figure = theme.figure(
-        title=f"Rank correlation of sharpness with {made.outcome}: given displacement is what counts",
+        title=f"Rank correlation of sharpness with {made.outcome}",
         x="Spearman correlation", y="",
     )  # fmt: skip
     table = made.table.iloc[::-1]
