@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -57,7 +57,7 @@ class Routes:
     top_k: int
     via: Literal["bridge", "modules"] = "modules"
 
-    def select(self, kind: Weights) -> Float[np.ndarray, "samples layers experts"]:
+    def select(self, kind: str) -> Float[np.ndarray, "samples layers experts"]:
         """The weights of a kind.
 
         Raises:
@@ -170,12 +170,12 @@ def capture(
         if bridge and routers is None:
             theirs = stack.enter_context(_bridged(model, found, drop_first))
         # What a hook of the bridge holds depends on the architecture: it is held against the router itself.
-        bridged = theirs is not None and _agree(own(trial), theirs(trial))
+        bridged = theirs is not None and _agree(own, theirs, trial)
         run = theirs if theirs is not None and bridged else own
         measured = gathered(
             examples,
             batches(examples, tokens=tokens, pad_id=pad_id, side=side),
-            lambda batch: _means(model, run(batch), batch, drop_first),
+            lambda batch: _means(model, run(batch), batch),
             progress,
             where,
             "routed",
@@ -190,8 +190,16 @@ def capture(
     )
 
 
-# Sums over each row's tokens, (rows, layers, experts): of the weights of all experts, and of the chosen ones.
-Sums: TypeAlias = tuple[Tensor, Tensor]
+class Sums(NamedTuple):
+    """Sums over each row's tokens of the weights of all experts, and of the chosen ones.
+
+    Attributes:
+        tokens: how many are in them.
+    """
+
+    full: Float[Tensor, "rows layers experts"]
+    top: Float[Tensor, "rows layers experts"]
+    tokens: Int[Tensor, " rows"]
 
 
 def _counted(batch: Batch, drop_first: bool) -> Bool[Tensor, "rows length"]:
@@ -202,22 +210,28 @@ def _counted(batch: Batch, drop_first: bool) -> Bool[Tensor, "rows length"]:
 
 def _summed(
     values: Float[Tensor, "..."], mask: Bool[Tensor, "rows length"], name: str
-) -> Float[Tensor, "rows experts"]:
-    """The sum over each row's tokens; what is routed at padding may be anything, NaN too."""
+) -> tuple[Float[Tensor, "rows experts"], Int[Tensor, " rows"]]:
+    """The sum over each row's tokens, and how many these are; what is routed at padding may be anything."""
     values = values.reshape(-1, values.shape[-1])
+    if len(values) == mask.numel():
+        here = mask.to(values.device)
+        values = values.unflatten(0, mask.shape).masked_fill(~here[..., None], 0).sum(dim=1)
+        return values.cpu(), mask.sum(dim=1).cpu()
     if len(values) == len(mask):  # one route a row
-        return values.cpu()
-    if len(values) != mask.numel():
-        raise ValueError(f"{name}: gives {len(values)} routes for {mask.shape[0]} rows of {mask.shape[1]}")
-    mask = mask.to(values.device)
-    return values.unflatten(0, mask.shape).masked_fill(~mask[..., None], 0).sum(dim=1).cpu()
+        return values.cpu(), torch.ones(len(mask), dtype=torch.long)
+    raise ValueError(f"{name}: gives {len(values)} routes for {mask.shape[0]} rows of {mask.shape[1]} tokens")
 
 
-def _agree(own: Sums, theirs: Sums) -> bool:
+def _agree(own: Callable[[Batch], Sums], theirs: Callable[[Batch], Sums], batch: Batch) -> bool:
     """Whether two ways give the same sums, but for round-off."""
+    try:
+        pairs = list(zip(own(batch), theirs(batch), strict=True))
+    except ValueError as error:
+        log.debug("the bridge's hooks hold something else: %s", error)
+        return False
     return all(
         one.shape == other.shape and torch.allclose(one, other, rtol=SAME, atol=SAME, equal_nan=True)
-        for one, other in zip(own, theirs, strict=True)
+        for one, other in pairs
     )
 
 
@@ -226,19 +240,29 @@ def _by_modules(model: nn.Module, routers: Sequence[Router], drop_first: bool) -
 
     def run(batch: Batch) -> Sums:
         mask = _counted(batch, drop_first)
-        full: list[Tensor] = [torch.empty(0)] * len(routers)
-        top = list(full)
+        full: dict[int, Tensor] = {}
+        top: dict[int, Tensor] = {}
+        tokens = mask.sum(dim=1)
 
         def see(place: int, all_of: Tensor | None, chosen: Tensor) -> None:
-            top[place] = _summed(chosen, mask, routers[place].name)
+            nonlocal tokens
+            name = routers[place].name
+            if place in top:
+                raise ValueError(f"{name}: ran twice in one pass, so that no one route is a token's")
+            top[place], tokens = _summed(chosen, mask, name)
             nothing = torch.full_like(top[place], torch.nan)
-            full[place] = nothing if all_of is None else _summed(all_of, mask, routers[place].name)
+            full[place] = nothing if all_of is None else _summed(all_of, mask, name)[0]
 
         with reading(model, routers, see):
             forward(model, batch)
-        return torch.stack(full, dim=1), torch.stack(top, dim=1)
+        return Sums(_by_place(full), _by_place(top), tokens.cpu())
 
     return run
+
+
+def _by_place(sums: Mapping[int, Tensor]) -> Tensor:
+    """What each router gave, in order."""
+    return torch.stack([sums[place] for place in range(len(sums))], dim=1)
 
 
 @contextmanager
@@ -249,9 +273,9 @@ def _bridged(
     by_layer = {router.layer: router for router in routers}
 
     def keep(name: str, value: Tensor, batch: Batch) -> Tensor:
-        router = by_layer[int(name.split(".")[1])]
-        weights = value.float() / router.scale if name.endswith("weights") else router.full(value)
-        return _summed(weights, _counted(batch, drop_first), name)
+        router, value = by_layer[int(name.split(".")[1])], value.float()
+        weights = value / router.scale if name.endswith("weights") else router.full(value)
+        return _summed(weights, _counted(batch, drop_first), name)[0]
 
     with ExitStack() as stack:
         captured = None if routers[0].top_k == routers[0].experts else _captured(model, routers, keep, stack)
@@ -265,7 +289,9 @@ def _bridged(
                 torch.stack([sums[name] for name in captured.names if name.endswith(ending)], dim=1)
                 for ending in ("hook_out", "hook_expert_weights")
             )
-            return torch.full_like(top, torch.nan) if routers[0].logits is None else full, top
+            if routers[0].logits is None:
+                full = torch.full_like(top, torch.nan)
+            return Sums(full, top, _counted(batch, drop_first).sum(dim=1).cpu())
 
         yield run
 
@@ -290,12 +316,11 @@ def _captured(
     return None
 
 
-def _means(model: nn.Module, sums: Sums, batch: Batch, drop_first: bool) -> dict[str, Tensor]:
+def _means(model: nn.Module, sums: Sums, batch: Batch) -> dict[str, Tensor]:
     """Means over the tokens that count, NaN where none does."""
-    full, top = sums
-    counts = _counted(batch, drop_first).sum(dim=1).cpu()
-    bad = (counts > 0) & ~top.isfinite().flatten(1).all(dim=1)
+    full, top, tokens = sums
+    bad = (tokens > 0) & ~top.isfinite().flatten(1).all(dim=1)
     if bad.any():
         raise not_finite(model, batch, int(bad.nonzero()[0, 0]))
-    share = torch.where(counts > 0, counts, torch.nan)[:, None, None]
-    return {"full": full / share, "top": top / share, "tokens": counts}
+    count = torch.where(tokens > 0, tokens, torch.nan)[:, None, None]
+    return {"full": full / count, "top": top / count, "tokens": tokens}
