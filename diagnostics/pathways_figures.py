@@ -63,7 +63,8 @@ def draw_steps(steps: pd.DataFrame, verdict: Any) -> "go.Figure":
         figure.update_yaxes(title=title, row=place[0], col=place[1])
     figure.update_xaxes(title="", row=1)
     figure.update_xaxes(title=STEP, row=2)
-    return figure.update_layout(height=560)
+    # Above what is written on top of the panels.
+    return figure.update_layout(height=580, margin={"t": 110}, legend={"y": 1.06})
 
 
 def curve(
@@ -133,13 +134,18 @@ def draw_against(steps: pd.DataFrame, verdict: Any) -> "go.Figure":
         figure.add_trace(
             go.Scatter(
                 x=own["distance"], y=own["held_out"], name=name, mode="lines+markers+text",
-                text=[f"{step:g}" for step in own["step"]] if name == "counted" else None,
+                text=ends(own["step"]) if name == "counted" else None,
                 textposition="top center", line={"color": color, "width": 1.5},
                 marker={"symbol": symbol, "size": 9}, customdata=own["step"], cliponaxis=False,
                 hovertemplate="step %{customdata}: distance %{x:.4f}, %{y:.4f}<extra></extra>",
             )
         )  # fmt: skip
     return figure.update_layout(height=440)
+
+
+def ends(steps: pd.Series) -> list[str]:
+    """The first and the last step as labels; those between would cover one another."""
+    return [f"{step:g}" if place in (0, len(steps) - 1) else "" for place, step in enumerate(steps)]
 
 
 def draw_heat(table: pd.DataFrame, rows: str, title: str) -> "go.Figure":

@@ -138,4 +138,6 @@ def draw_drift(samples: pd.DataFrame, steps: pd.DataFrame) -> "go.Figure":
         )  # fmt: skip
     theme.threshold(figure, f"mean {samples['drift'].mean():.2f}", x=float(samples["drift"].mean()))
     figure.update_xaxes(range=[0, 1.02])
-    return figure.update_layout(height=380, barmode="stack", showlegend=len(parts) > 1)
+    return figure.update_layout(
+        height=380, barmode="stack", showlegend=len(parts) > 1, legend_traceorder="normal"
+    )

@@ -4,12 +4,13 @@ import sys
 
 import torch
 
-from tests.benchmarks import decision, grafts, masks, rows, seven_b, sharpness, startup
+from tests.benchmarks import decision, grafts, masks, pathways, rows, seven_b, sharpness, startup
 
 ALL = {
     "decision": decision.main,
     "grafts": grafts.main,
     "masks": masks.main,
+    "pathways": pathways.main,
     "rows": rows.main,
     "sharpness": sharpness.main,
     "startup": startup.main,
