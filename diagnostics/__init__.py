@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from diagnostics.sparsity import essential_sparsity as essential_sparsity
     from diagnostics.store import Audit as Audit
     from diagnostics.store import load as load
+    from diagnostics.trajectory import training_trajectory as training_trajectory
 
 # Loaded when asked for: the command line imports this package and must not wait for torch.
 EXPORTS = {
@@ -44,6 +45,7 @@ EXPORTS = {
     "load_policy": "diagnostics.policy",
     "representation_drift": "diagnostics.drift",
     "skill_localization": "diagnostics.skills",
+    "training_trajectory": "diagnostics.trajectory",
 }
 __all__ = sorted(EXPORTS)
 
