@@ -179,6 +179,7 @@ def run_options(
     keep: Annotated[Texts, typer.Option(metavar="F", help="Rows of what must survive.")] = None,
     guard: Annotated[Texts, typer.Option(metavar="F", help="Rows of what must never fail.")] = None,
     ood: Annotated[Texts, typer.Option(metavar="NAME=F", help="Rows that it was not made for.")] = None,
+    train: Annotated[Texts, typer.Option(metavar="F", help="Rows that it was trained on.")] = None,
     limit: Annotated[int | None, typer.Option(metavar="N", help="Read the first N rows of a file.")] = None,
     chat_template: Chat = False,
     approximate: Annotated[
@@ -211,6 +212,7 @@ def run_options(
         "keep": keep or (),
         "guard": guard or (),
         "ood": ood or (),
+        "train": train or (),
         "limit": limit,
         "chat_template": chat_template,
         "approximate": approximate,
@@ -270,14 +272,22 @@ def run_audit(
 @main.command("series")
 @audits
 def run_series(
-    checkpoints: Annotated[list[str], typer.Argument(metavar="CKPT CKPT…", help="In order, the base first.")],
-    steps: Annotated[str, typer.Option(metavar="N,N,…", help="The step of each checkpoint.")] = "",
+    checkpoints: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CKPT CKPT…",
+            help="In order, the base first; a run's directory or a pattern is several.",
+        ),
+    ],
+    steps: Annotated[
+        str, typer.Option(metavar="N,N,…", help="Of each checkpoint; the names tell otherwise.")
+    ] = "",
     out: Out = Path("series"),
     as_json: Json = False,
     quiet: Quiet = False,
     **options: Any,
 ) -> None:
-    """Audit a run: each checkpoint against the first and the previous."""
+    """Audit a run: each checkpoint against the first and the previous, and the run as a whole."""
     from diagnostics import terminal
     from diagnostics.series import series
 
