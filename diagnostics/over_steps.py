@@ -92,7 +92,10 @@ def scores(editable: Editable, sets: Mapping[Which, Task], reading: Reading) -> 
             losses, missing = Losses(nats=nothing, units=nothing, right=nothing), str(error)
         start = f"score.{place}"
         found |= {f"{start}.{name}": getattr(losses, name) for name in ("nats", "units", "right")}
-        found |= {f"{start}.missing": np.array(missing), f"{start}.notes": np.array(list(rows.notes), dtype=str)}
+        found |= {
+            f"{start}.missing": np.array(missing),
+            f"{start}.notes": np.array(list(rows.notes), dtype=str),
+        }
     return found
 
 
@@ -117,7 +120,7 @@ class Curves:
 
     @property
     def judged(self) -> str:
-        """The curve by which a set is judged: whether rows are right, or the loss where they have no answer."""
+        """The curve by which a set is judged: right rows, or the loss where rows have no answer."""
         return "metric" if self.unit == "row" else "loss"
 
     @cached_property

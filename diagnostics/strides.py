@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-import torch
 from torch import Tensor
 
 from probes.checkpoint import Checkpoint
@@ -63,7 +62,7 @@ def shared(checkpoints: Sequence[Checkpoint]) -> Shared:
 
 
 def pairs(count: int) -> list[Places]:
-    """The pairs whose distances tell a path: with the first, the last, the one before and the one before that."""
+    """The pairs whose distances tell a path: with the first, the last and the two before."""
     last = count - 1
     wanted = {(0, place) for place in range(1, count)} | {(place, last) for place in range(last)}
     wanted |= {(place - back, place) for back in (1, 2) for place in range(back, count)}

@@ -54,7 +54,9 @@ def draw_scores(steps: pd.DataFrame, lows: pd.DataFrame | None, measure: str) ->
     import plotly.graph_objects as go
 
     deep = shaded(steps, lows, measure)
-    title = "What must survive fell here and came back to where the shade ends" if deep else "No keep rows fell"
+    title = (
+        "What must survive fell here and came back to where the shade ends" if deep else "No keep rows fell"
+    )
     if not (steps["role"] == "keep").any():
         title = "The task over the steps"
     figure = theme.figure(title=title, x=X, y=SCORES[measure])
@@ -85,7 +87,7 @@ def shaded(
     keep = lows[(lows["role"] == "keep") & (lows["measure"] == measure) & (lows["depth"] > 0)]
     if not len(keep):
         return None
-    row: Any = keep.loc[keep["depth"].idxmax()]
+    row: Any = keep.sort_values("depth").iloc[-1]
     lasts = not row["steps_to_recover"] >= 0
     end = steps["step"].max() if lasts else row["trough_step"] + row["steps_to_recover"]
     unit = " nats" if measure == "loss" else ""

@@ -95,9 +95,7 @@ def thirds(count: int) -> dict[str, slice]:
     """The first, second and last third of so many checkpoints, the first ones longer by one."""
     ends = np.cumsum([0, *(len(part) for part in np.array_split(np.arange(count), 3))]).tolist()
     names = ("first third", "second third", "last third")
-    return {
-        name: slice(start, stop) for name, start, stop in zip(names, ends, ends[1:], strict=False)
-    }
+    return {name: slice(start, stop) for name, start, stop in zip(names, ends, ends[1:], strict=False)}
 
 
 def rank_correlation(first: Curve, second: Curve) -> float:

@@ -20,7 +20,9 @@ def numpy_squares(points):
 
 
 vectors = st.lists(
-    st.tuples(*[st.floats(-5, 5).map(lambda value: round(value, 2))] * 3).map(np.array), min_size=3, max_size=6
+    st.tuples(*[st.floats(-5, 5).map(lambda value: round(value, 2))] * 3).map(np.array),
+    min_size=3,
+    max_size=6,
 )
 
 
@@ -125,7 +127,8 @@ def test_what_not_all_checkpoints_hold_in_one_shape_is_named(tmp_path):
 
 def test_checkpoints_without_a_tensor_in_common_are_refused(tmp_path):
     run = [
-        open_checkpoint(save_model(tmp_path / name, {f"{name}.weight": torch.ones(2, 2)})) for name in ("a", "b")
+        open_checkpoint(save_model(tmp_path / name, {f"{name}.weight": torch.ones(2, 2)}))
+        for name in ("a", "b")
     ]
     with pytest.raises(ValueError, match=r"no tensor is in all 2 checkpoints; are they of one run\?"):
         shared(run)
@@ -135,6 +138,8 @@ def test_weights_that_are_not_finite_are_named(tmp_path):
     state = weights(0)
     name = next(iter(state))
     broken = {**state, name: state[name].clone().fill_(math.nan)}
-    run = [open_checkpoint(save_model(tmp_path / str(i), one)) for i, one in enumerate((state, broken, state))]
+    run = [
+        open_checkpoint(save_model(tmp_path / str(i), one)) for i, one in enumerate((state, broken, state))
+    ]
     with pytest.raises(ValueError, match=rf"1: {name} holds 64 NaN or infinite values"):
         squared_distances(run, shared(run).names)

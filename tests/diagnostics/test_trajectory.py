@@ -1,6 +1,7 @@
 """A run of chains whose scores are known to the letter: a trough that is still being climbed out of."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -71,7 +72,9 @@ def test_a_trough_that_is_still_climbed_out_of_is_found_with_its_depth_and_times
     assert (m["shipped_low"], m["unrecovered"]) == (1, 0)
     assert "still climbing out of a trough" in result.summary()
     assert any("train on, or replay" in note for note in result.notes)
-    assert [(finding.severity, finding.metric) for finding in result.findings()][:1] == [("warn", "shipped_low")]
+    assert [(finding.severity, finding.metric) for finding in result.findings()][:1] == [
+        ("warn", "shipped_low")
+    ]
 
 
 def test_the_late_slope_is_that_of_the_last_four_of_twelve_checkpoints(result):
@@ -105,7 +108,7 @@ def test_decoupling_is_the_rank_correlation_overall_and_by_thirds(result):
 def test_the_way_is_as_long_as_the_weights_say(result, places):
     # Only the head moves: its rows are log-probabilities over √4.
     heads = [open_checkpoint(place).tensor("lm_head.weight").double().numpy() for place in places]
-    lengths = [np.linalg.norm(b - a) for a, b in zip(heads, heads[1:], strict=False)]
+    lengths = [np.linalg.norm(b - a) for a, b in pairwise(heads)]
     whole = np.linalg.norm(heads[-1] - heads[0])
     assert result.metrics["inefficiency"] == pytest.approx(sum(lengths) / whole)
     path = result.tables["path"]
@@ -122,7 +125,9 @@ def test_relabelled_steps_rescale_times_and_slopes_alone(result, places):
         assert other.metrics[name] == pytest.approx(3 * value if name in times else value), name
     for table in ("troughs", "path"):
         one, two = result.tables[table], other.tables[table]
-        same = [name for name in one.columns if "step" not in name and not name.startswith(("slope", "label"))]
+        same = [
+            name for name in one.columns if "step" not in name and not name.startswith(("slope", "label"))
+        ]
         assert one[same].equals(two[same])
     assert other.tables["troughs"]["slope"].to_numpy() * 3 == pytest.approx(
         result.tables["troughs"]["slope"].to_numpy()
@@ -132,7 +137,9 @@ def test_relabelled_steps_rescale_times_and_slopes_alone(result, places):
 def test_a_constant_series_has_depth_0_and_says_that_there_is_no_recovery_and_no_way(places):
     made = training_trajectory(CheckpointSeries([places[0]] * 4, steps=range(4)), TASK, KEEP)
     m = made.metrics
-    assert m["depth_keep"] == m["depth_keep_nats"] == m["shipped_low"] == m["unrecovered"] == m["distance"] == 0
+    assert (
+        m["depth_keep"] == m["depth_keep_nats"] == m["shipped_low"] == m["unrecovered"] == m["distance"] == 0
+    )
     assert not {"recovery_keep", "recovery_keep_nats", "inefficiency", "decoupling"} & set(m)
     assert any("the way has no direction" in note for note in made.notes)
     assert any("over 4 checkpoints is no evidence" in note for note in made.notes)
@@ -162,8 +169,10 @@ def test_rows_with_answers_are_judged_by_whether_they_are_right(places):
 
 
 def test_a_trough_within_its_noise_is_called_that(places, tmp_path):
-    # Of two letters one is gained what the other loses, so that a fall of the mean is what rows happen to hold.
-    ends = [save_chain(tmp_path / str(i), constant(0.4, p, 0.6 - p)) for i, p in enumerate((0.3, 0.35, 0.3, 0.3))]
+    # One letter gains what another loses, so that a fall of the mean is what the rows happen to hold.
+    ends = [
+        save_chain(tmp_path / str(i), constant(0.4, p, 0.6 - p)) for i, p in enumerate((0.3, 0.35, 0.3, 0.3))
+    ]
     made = training_trajectory(ends, ["a" * 4] * 3, ["b", "c", "b", "c", "cc", "bb", "bc"])
     assert made.metrics["depth_keep_nats"] > 0
     assert made.metrics["unrecovered"] == 0
@@ -174,7 +183,7 @@ def test_held_out_rows_learnt_after_the_train_rows_are_delayed_generalisation(tm
     # Train rows ask for b after a, known from step 2 on. What follows b, c and the beginning of a text, asked
     # for by one, two and three held-out rows, is learnt at steps 4, 6 and 8.
     learnt, vague = [0.05, 0.9, 0.05], [0.4, 0.3, 0.3]
-    run = [[vague] * 4] + [[vague, learnt, vague, vague]]
+    run = [[vague] * 4, [vague, learnt, vague, vague]]
     run += [[vague, learnt, learnt, vague], [vague, learnt, learnt, learnt], [learnt] * 4]
     places = [save_chain(tmp_path / f"step{2 * place}", chain) for place, chain in enumerate(run)]
     train = [{"prompt": "a", "completion": "b"}] * 3
@@ -206,7 +215,9 @@ def test_while_a_run_goes_on_scores_are_recorded_and_the_way_is_left_out(places,
     for place in range(4):
         model = AutoModelForCausalLM.from_pretrained(places[place])
         model.train()
-        live = RecordedSeries([float(step) for step in STEPS[: place + 1]], tmp_path / "cache", model)
+        now = open_checkpoint(model)
+        now.directory = places[place]  # where its tokenizer lies
+        live = RecordedSeries(STEPS[: place + 1], tmp_path / "cache", now)
         if place < 3:
             with pytest.raises(TooShortError):
                 training_trajectory(live, TASK, KEEP)
@@ -215,9 +226,8 @@ def test_while_a_run_goes_on_scores_are_recorded_and_the_way_is_left_out(places,
     steps = made.tables["steps"]
     meant = result.tables["steps"]
     for role in ("task", "keep"):
-        assert (
-            steps.query("role == @role")["loss"].tolist() == meant.query("role == @role")["loss"].tolist()[:4]
-        )
+        losses, all_losses = (one[one["role"] == role]["loss"].tolist() for one in (steps, meant))
+        assert losses == all_losses[:4]
     assert "path" not in made.tables
     assert any("those of earlier steps are gone" in note for note in made.notes)
 
