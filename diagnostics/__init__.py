@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from diagnostics.analysis import analyses as analyses
     from diagnostics.detector import LikelihoodRatioDetector as LikelihoodRatioDetector
     from diagnostics.drift import representation_drift as representation_drift
+    from diagnostics.dynamics import training_dynamics as training_dynamics
     from diagnostics.intruders import intruder_dimensions as intruder_dimensions
     from diagnostics.mitigation import judged_mitigation as judged_mitigation
     from diagnostics.ood import likelihood_ratio_ood as likelihood_ratio_ood
@@ -45,6 +46,7 @@ EXPORTS = {
     "load_policy": "diagnostics.policy",
     "representation_drift": "diagnostics.drift",
     "skill_localization": "diagnostics.skills",
+    "training_dynamics": "diagnostics.dynamics",
     "training_trajectory": "diagnostics.trajectory",
 }
 __all__ = sorted(EXPORTS)
