@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diagnostics.analysis import Result as Result
     from diagnostics.analysis import analyses as analyses
+    from diagnostics.callback import AuditCallback as AuditCallback
     from diagnostics.detector import LikelihoodRatioDetector as LikelihoodRatioDetector
     from diagnostics.drift import representation_drift as representation_drift
     from diagnostics.dynamics import training_dynamics as training_dynamics
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 # Loaded when asked for: the command line imports this package and must not wait for torch.
 EXPORTS = {
     "Audit": "diagnostics.store",
+    "AuditCallback": "diagnostics.callback",
     "Finding": "diagnostics.policy",
     "LikelihoodRatioDetector": "diagnostics.detector",
     "Policy": "diagnostics.policy",

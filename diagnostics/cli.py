@@ -466,6 +466,34 @@ def run_detect(
         typer.echo(json.dumps(record, ensure_ascii=False))
 
 
+@main.command("correlate")
+def run_correlate(
+    audits: Annotated[
+        list[str], typer.Argument(metavar="AUDIT AUDIT…", help="Of several models tuned from one base.")
+    ],
+    metric: Annotated[Literal["loss", "accuracy"], typer.Option(help="Of the OOD rows.")] = "loss",
+    where: Annotated[
+        Literal["tuned", "half", "best"], typer.Option("--at", help="The place between base and tuned.")
+    ] = "half",
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="For tables and pictures.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Ask whether sharpness goes with quality on OOD rows, over tuned models of one base."""
+    from diagnostics import terminal
+    from diagnostics.across import across
+    from diagnostics.disk import to_json
+
+    made = across(audits, metric=metric, where=where)
+    if out is not None:
+        made.write(out)
+    if as_json:
+        typer.echo(to_json(made.record()), nl=False)
+        return
+    terminal.correlations(made)
+    if out is not None:
+        terminal.say(f"written  {out / 'correlations.html'}, its tables beside it")
+
+
 @main.command("report")
 def write_report(
     audit: Annotated[Path, typer.Argument(metavar="AUDIT", help="An audit's directory.")],

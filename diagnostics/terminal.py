@@ -1,5 +1,6 @@
 """What the command line prints: results on standard output, progress and trouble on standard error."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from diagnostics.across import Across
     from diagnostics.analysis import Analysis
     from diagnostics.policy import Finding
     from diagnostics.series import Series
@@ -225,6 +227,23 @@ def comparisons(made: "Series", out: Path) -> None:
         say("", Text.assemble(coloured(made.run.verdict.upper()), "  the run as a whole"))
         say(*findings(made.run), "", *outcomes(over), "", *remarks(made.run))
     say("", f"results  {out / 'series.json'}, a report in each directory beside it")
+
+
+def correlations(made: "Across") -> None:
+    """Correlations over several models: raw, and given how far each moved."""
+    table = Table("sharpness of", "raw", "p (Holm)", "given displacement", "p (Holm)")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in made.table.to_dict("records"):
+        cells = []
+        for kind in ("raw", "partial"):
+            value, low, high = (row[f"{kind}{end}"] for end in ("", "_low", "_high"))
+            known = not math.isnan(value)
+            cells += [f"{value:+.2f} ({low:+.2f} to {high:+.2f})" if known else "–"]
+            cells += [f"{row[f'{kind}_holm']:.3g}" if known else "–"]
+        table.add_row(plain(str(row["predictor"])), *cells)
+    say(f"Rank correlation of sharpness at tuned with {made.outcome}, {len(made.models)} models", table)
+    say(*made.notes)
 
 
 def number(audit: "Audit", measure: str) -> str:
