@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from diagnostics.callback import AuditCallback as AuditCallback
     from diagnostics.detector import LikelihoodRatioDetector as LikelihoodRatioDetector
     from diagnostics.drift import representation_drift as representation_drift
+    from diagnostics.dynamics import training_dynamics as training_dynamics
     from diagnostics.intruders import intruder_dimensions as intruder_dimensions
     from diagnostics.mitigation import judged_mitigation as judged_mitigation
     from diagnostics.ood import likelihood_ratio_ood as likelihood_ratio_ood
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from diagnostics.sparsity import essential_sparsity as essential_sparsity
     from diagnostics.store import Audit as Audit
     from diagnostics.store import load as load
+    from diagnostics.trajectory import training_trajectory as training_trajectory
 
 # Loaded when asked for: the command line imports this package and must not wait for torch.
 EXPORTS = {
@@ -48,6 +50,8 @@ EXPORTS = {
     "load_policy": "diagnostics.policy",
     "representation_drift": "diagnostics.drift",
     "skill_localization": "diagnostics.skills",
+    "training_dynamics": "diagnostics.dynamics",
+    "training_trajectory": "diagnostics.trajectory",
 }
 __all__ = sorted(EXPORTS)
 
