@@ -215,7 +215,7 @@ def grokking_pathways(
         device=device, dtype=dtype,
     )  # fmt: skip
     measured = series.measured("pathways", plan.identity(), plan.measure, progress)
-    series.at_least(2, "pathways are compared between checkpoints")
+    series.at_least(2, "a comparison of pathways")
     if metric == "auto":
         metric = "loss" if all(each.shape == "text" for each in held.values()) else "accuracy"
     ask = Ask(

@@ -1,5 +1,6 @@
 """Pathways over a series: plants that reorganise or only drift, and tiny mixtures of experts from files."""
 
+import json
 import math
 import warnings
 
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from diagnostics.analysis import NotApplicableError
+from diagnostics.analysis import NotApplicableError, installed
+from diagnostics.callback import AuditCallback
 from diagnostics.pathway import distances, lengths, longer
 from diagnostics.pathway_stats import memorised_at
 from diagnostics.pathways import METRICS, check, concluded, grokking_pathways
@@ -467,7 +469,9 @@ def test_checkpoints_with_other_experts_are_refused_by_name(tmp_path):
 
 def test_a_series_of_one_is_recorded_and_refused(trained, tmp_path):
     series = CheckpointSeries([trained / "checkpoint-40"], cache=tmp_path)
-    with pytest.raises(TooShortError, match="a series of 1 checkpoint: pathways are compared"):
+    with pytest.raises(
+        TooShortError, match="a series of 1 checkpoint: a comparison of pathways needs at least 2"
+    ):
         grokking_pathways(series, TASK)
     assert len(list(tmp_path.glob("pathways.*.npz"))) == 1
 
@@ -488,3 +492,25 @@ def test_two_layers_leave_out_the_papers_consistency_and_say_so(tmp_path):
     assert found.tables["steps"]["gp_inconsistency"].isna().all()
     assert any("Two layers have experts" in note for note in found.notes)
     assert np.isfinite(found.tables["steps"]["consistency"]).all()
+
+
+def test_a_running_training_records_the_numbers_that_its_saved_checkpoints_give(trained, followed, tmp_path):
+    files = {}
+    for role, rows in (("task", TASK), ("train", TRAIN[1])):
+        files[role] = tmp_path / f"{role}.jsonl"
+        files[role].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"pathways": {"permutations": 100, "draws": 100}}
+    callback = AuditCallback(
+        tmp_path / "audit", task=[files["task"]], train=[files["train"]], settings=settings,
+        skip=[name for name in installed() if name != "pathways"],
+    )  # fmt: skip
+    for step in SAVED[:2]:
+        place = trained / f"checkpoint-{step}"
+        model = transformers.OlmoeForCausalLM.from_pretrained(place).train()
+        audit = callback.record(step, model, transformers.AutoTokenizer.from_pretrained(place))
+        assert model.training
+    recorded = audit.results["pathways"].tables["steps"].set_index("step")
+    saved = followed.tables["steps"].set_index("step")
+    for column in ("distance", "gap", "consistency", "gp_inconsistency", "loss", "held_out"):
+        expected = saved.loc[list(SAVED[:2]), column].to_numpy()
+        assert recorded[column].to_numpy() == pytest.approx(expected, abs=1e-5), column
