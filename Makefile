@@ -20,7 +20,7 @@ demo: $(READY)
 	$(BIN)/tunescope demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -m 'not slow'
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not slow'
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow

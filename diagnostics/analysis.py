@@ -58,6 +58,13 @@ class Result:
         return judge(self, default_policy() if policy is None else policy)
 
 
+class NotApplicableError(ValueError):
+    """An analysis can say nothing of such a model or of such data; the text says why, and what does instead.
+
+    An audit of everything leaves it out; asked for by name, it is an error of the input.
+    """
+
+
 def metrics_in_a_line(result: Result) -> str:
     """The first metrics of a result, as `name value` with commas between."""
     return ", ".join(f"{name} {value:.4g}" for name, value in list(result.metrics.items())[:4])

@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diagnostics import machine
-from diagnostics.analysis import EXECUTION, Analysis, find, installed
+from diagnostics.analysis import EXECUTION, Analysis, NotApplicableError, find, installed
 from diagnostics.disk import CannotWriteError
 from diagnostics.inputs import OPTIONS, ROLES, open_roles
 from diagnostics.policy import Policy, default_policy, load_policy
 from diagnostics.provenance import described, digest, key, one_line
-from diagnostics.store import Audit, Outcome, Store
+from diagnostics.store import MEASUREMENTS, Audit, Outcome, Store
 
 if TYPE_CHECKING:
     from probes import CheckpointPair
+    from probes.series import CheckpointSeries
 
 UNFINISHED = "not finished; run the same command again to go on"
 Progress = Callable[[str, int, int, str], None]
@@ -45,10 +46,13 @@ def audit(
     keep: Iterable[str | Path] = (),
     guard: Iterable[str | Path] = (),
     ood: Iterable[str | Path] = (),
+    train: Iterable[str | Path] = (),
     limit: int | None = None,
     chat_template: bool = False,
     approximate: bool = False,
     trust_remote_code: bool = False,
+    series: "CheckpointSeries | None" = None,
+    aside: Mapping[str, str] | None = None,
 ) -> Audit:
     """Measure what tuning did, judge it, and write the audit and its report into a directory.
 
@@ -67,17 +71,21 @@ def audit(
         engine: where work that splits runs: `local`, `local:N`, `dask://HOST:PORT`, `ray://HOST:PORT`.
         fresh: forget what an earlier run left in `out`.
         progress: called with (analysis, done, total, what is being done).
-        task, keep, guard, ood: files of rows by role; `NAME=F` names one of `ood`.
+        task, keep, guard, ood, train: files of rows by role; `NAME=F` names one of `ood`.
         limit: read the first so many rows of each file only.
         chat_template, approximate, trust_remote_code: for the analyses that take them: write rows as a user's
             message, let tokenizers differ, run code that a repository brings.
+        series: the run that base and tuned are the ends of, for the analyses that look at all of it;
+            otherwise these two are all of it.
+        aside: analyses that are left out, and why.
 
     Raises:
         ValueError, LookupError: the input is wrong; nothing has been run or written.
         OSError: `out` cannot be written; what was finished is kept.
         RuntimeError: the report could not be drawn; all else is written.
     """
-    names = chosen(only, skip)
+    reasons = {name: why for name, why in (aside or {}).items() if name in chosen(only, skip)}
+    names = [name for name in chosen(only, skip) if name not in reasons]
     rules = policy if isinstance(policy, Policy) else load_policy(policy) if policy else default_policy()
     where = machine.device(device)
     common = {"dtype": machine.dtype(dtype), "seed": seed}
@@ -87,27 +95,29 @@ def audit(
         "trust_remote_code": trust_remote_code,
     }
     common |= {name: True for name, wanted in asked.items() if wanted}
-    rows = open_roles({"task": task, "keep": keep, "guard": guard, "ood": ood}, limit=limit)
+    rows = open_roles({"task": task, "keep": keep, "guard": guard, "ood": ood, "train": train}, limit=limit)
     plan = {name: parameters(find(name), settings or {}, common) for name in names}
     check_settings(settings or {})
-    lacking = {name: missing(find(name), {"pair", *rows}) for name in names}
+    lacking = {name: missing(find(name), {"pair", "series", *rows}) for name in names}
     if all(lacking.values()):
-        reasons = (
-            "; ".join(f"{name} {reason}" for name, reason in lacking.items()) or "every analysis is left out"
-        )
-        raise ValueError(f"nothing to run: {reasons}")
+        lines = [f"{name} {reason}" for name, reason in lacking.items()]
+        raise ValueError(f"nothing to run: {'; '.join(lines) or 'every analysis is left out'}")
     store = Store(out)
     from probes import CheckpointPair
+    from probes.series import CheckpointSeries
 
     pair = CheckpointPair(base, tuned)
+    if series is None:
+        series = CheckpointSeries([pair.base, pair.tuned])
     with machine.engine(engine), store:
         return run(
             store,
             pair,
             plan,
-            supplied={"pair": pair, **rows},
+            supplied={"pair": pair, "series": series, **rows},
             skipped={
                 **{name: not_chosen(name, only) for name in installed() if name not in names},
+                **reasons,
                 **{name: reason for name, reason in lacking.items() if reason},
             },
             policy=rules,
@@ -138,8 +148,14 @@ def run(
     if fresh:
         store.clear()
     stamps = {side: digest(getattr(pair, side).stamp()) for side in ("base", "tuned")}
-    rows = {role: [made.describe() for made in value] for role, value in supplied.items() if role != "pair"}
-    keys = {name: key(find(name), used, stamps, rows) for name, used in plan.items() if name not in skipped}
+    series: CheckpointSeries = supplied["series"]
+    run_stamps = {**stamps, "series": digest(*series.stamps, *map(str, series.labels))}
+    rows = {role: [made.describe() for made in supplied[role]] for role in ROLES if role in supplied}
+    keys = {
+        name: key(find(name), used, run_stamps if "series" in find(name).inputs else stamps, rows)
+        for name, used in plan.items()
+        if name not in skipped
+    }
     same = earlier is not None and all(stamps[s] == getattr(earlier, s).get("stamp") for s in stamps)
     known = [*earlier.kept.items(), *earlier.analyses.items()] if earlier is not None and same else []
     done = {name: made for name, made in known if made.result is not None}
@@ -170,7 +186,19 @@ def run(
     )
     store.begin(state)
     for name in [name for name in keys if outcomes[name].result is None]:
-        outcome = run_one(store, find(name), plan[name], supplied, device=device, progress=progress)
+        context = key(
+            find(name), plan[name], {}, rows
+        )  # what was measured on a checkpoint outlives the series
+        given = {**supplied, "series": series.within(context, store.out / MEASUREMENTS)}
+        outcome = run_one(
+            store,
+            find(name),
+            plan[name],
+            given,
+            device=device,
+            progress=progress,
+            asked=name in options["only"],
+        )
         state = replace(state, analyses={**state.analyses, name: replace(outcome, key=keys[name])})
         store.write(state)
     base, tuned, trouble = described(pair, earlier if same else None)
@@ -190,8 +218,13 @@ def run_one(
     *,
     device: str,
     progress: Progress | None,
+    asked: bool,
 ) -> Outcome:
-    """Run one analysis and write its tables and masks; whatever goes wrong in it stays in it."""
+    """Run one analysis and write its tables and masks; whatever goes wrong in it stays in it.
+
+    Args:
+        asked: whether it was asked for by name, so that it must not be left out.
+    """
     place = {"device": device, "progress": partial(progress, record.name) if progress else None}
     inputs = {
         name: {rows.name: rows.task for rows in supplied[name]} if name in ROLES else supplied[name]
@@ -212,7 +245,10 @@ def run_one(
         raise
     except Exception as error:
         seconds = time.perf_counter() - began
-        outcome = refused(error) if says_why(error) else crashed(store, record.name, error)
+        if isinstance(error, NotApplicableError | too_short()) and not asked:
+            outcome = Outcome(status="skipped", reason=one_line(error))
+        else:
+            outcome = refused(error) if says_why(error) else crashed(store, record.name, error)
     return replace(
         outcome,
         seconds=round(seconds, 3),
@@ -220,6 +256,13 @@ def run_one(
         device=device,
         **about(record.name),
     )
+
+
+def too_short() -> type[ValueError]:
+    """What a series raises that has too few checkpoints for a conclusion."""
+    from probes.series import TooShortError
+
+    return TooShortError
 
 
 def says_why(error: Exception) -> bool:

@@ -179,6 +179,7 @@ def run_options(
     keep: Annotated[Texts, typer.Option(metavar="F", help="Rows of what must survive.")] = None,
     guard: Annotated[Texts, typer.Option(metavar="F", help="Rows of what must never fail.")] = None,
     ood: Annotated[Texts, typer.Option(metavar="NAME=F", help="Rows that it was not made for.")] = None,
+    train: Annotated[Texts, typer.Option(metavar="F", help="Rows that it was trained on.")] = None,
     limit: Annotated[int | None, typer.Option(metavar="N", help="Read the first N rows of a file.")] = None,
     chat_template: Chat = False,
     approximate: Annotated[
@@ -211,6 +212,7 @@ def run_options(
         "keep": keep or (),
         "guard": guard or (),
         "ood": ood or (),
+        "train": train or (),
         "limit": limit,
         "chat_template": chat_template,
         "approximate": approximate,
@@ -270,14 +272,22 @@ def run_audit(
 @main.command("series")
 @audits
 def run_series(
-    checkpoints: Annotated[list[str], typer.Argument(metavar="CKPT CKPT…", help="In order, the base first.")],
-    steps: Annotated[str, typer.Option(metavar="N,N,…", help="The step of each checkpoint.")] = "",
+    checkpoints: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CKPT CKPT…",
+            help="In order, the base first; a run's directory or a pattern is several.",
+        ),
+    ],
+    steps: Annotated[
+        str, typer.Option(metavar="N,N,…", help="Of each checkpoint; the names tell otherwise.")
+    ] = "",
     out: Out = Path("series"),
     as_json: Json = False,
     quiet: Quiet = False,
     **options: Any,
 ) -> None:
-    """Audit a run: each checkpoint against the first and the previous."""
+    """Audit a run: each checkpoint against the first and the previous, and the run as a whole."""
     from diagnostics import terminal
     from diagnostics.series import series
 
@@ -454,6 +464,34 @@ def run_detect(
         made.save(save)
     for record in made.records(wanted, tokens=tokens):
         typer.echo(json.dumps(record, ensure_ascii=False))
+
+
+@main.command("correlate")
+def run_correlate(
+    audits: Annotated[
+        list[str], typer.Argument(metavar="AUDIT AUDIT…", help="Of several models tuned from one base.")
+    ],
+    metric: Annotated[Literal["loss", "accuracy"], typer.Option(help="Of the OOD rows.")] = "loss",
+    where: Annotated[
+        Literal["tuned", "half", "best"], typer.Option("--at", help="The place between base and tuned.")
+    ] = "half",
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="For tables and pictures.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Ask whether sharpness goes with quality on OOD rows, over tuned models of one base."""
+    from diagnostics import terminal
+    from diagnostics.across import across
+    from diagnostics.disk import to_json
+
+    made = across(audits, metric=metric, where=where)
+    if out is not None:
+        made.write(out)
+    if as_json:
+        typer.echo(to_json(made.record()), nl=False)
+        return
+    terminal.correlations(made)
+    if out is not None:
+        terminal.say(f"written  {out / 'correlations.html'}, its tables beside it")
 
 
 @main.command("report")

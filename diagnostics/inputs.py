@@ -1,4 +1,4 @@
-"""What an audit supplies to its analyses: the pair, and tasks by role.
+"""What an audit supplies to its analyses: the pair, the series that it is of, and tasks by role.
 
 An analysis names its inputs by the names of its positional arguments; `OPTIONS` says what supplies each. A
 role reaches it as its tasks by name, whole and checked; called from Python it takes any of `Source`.
@@ -21,9 +21,10 @@ OPTIONS = {
     "keep": "--keep F",
     "guard": "--guard F",
     "ood": "--ood NAME=F",
-    "series": "`tunescope series CKPT CKPT…`",
+    "train": "--train F",
+    "series": "CKPT CKPT…",
 }
-ROLES = ("task", "keep", "guard", "ood")
+ROLES = ("task", "keep", "guard", "ood", "train")
 
 
 @dataclass(frozen=True, kw_only=True)

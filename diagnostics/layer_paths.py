@@ -166,6 +166,7 @@ class LayerPaths:
             "name": path.layer.name,
             "weights": path.layer.weights,
             "displacement": found.displacement,
+            "moved": path.displacement,
             "barrier": found.barrier.value,
             "barrier_error": found.barrier.error,
             "barrier_tuned": self._barrier(path.tuned).value,

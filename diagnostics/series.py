@@ -1,21 +1,23 @@
-"""The checkpoints of one run, each against the first and against the one before it.
+"""The checkpoints of one run, each against the first and against the one before it, and the run as a whole.
 
 What sequential fine-tuning adds must be counted against the original base: against the previous checkpoint
 alone it looks small at every step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from diagnostics.analysis import Result
-from diagnostics.audit import Progress, audit
+from diagnostics.analysis import find
+from diagnostics.audit import Progress, audit, chosen, missing
 from diagnostics.disk import replacing, to_json
+from diagnostics.inputs import ROLES
 from diagnostics.policy import Verdict
 from diagnostics.provenance import one_line
 from diagnostics.store import Audit
+from probes.series import CheckpointSeries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,15 +37,16 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """Every checkpoint after the first, in order.
+    """Every checkpoint after the first, in order, and all of them together.
 
     Attributes:
-        sparse: how sparse every checkpoint is, and where that jumps: `diagnostics.sparsification`.
+        rows: none where no analysis that compares two checkpoints was asked for.
+        run: the audit of the analyses that look at the whole run, if any was asked for.
     """
 
     base: str
-    rows: tuple[Row, ...]
-    sparse: Result | None = None
+    rows: tuple[Row, ...] = ()
+    run: Audit | None = None
 
     @property
     def measures(self) -> list[str]:
@@ -60,7 +63,7 @@ class Series:
         pairs = [
             (row.first,) if row.first is row.previous else (row.first, row.previous) for row in self.rows
         ]
-        return [made for pair in pairs for made in pair]
+        return [made for pair in pairs for made in pair] + ([] if self.run is None else [self.run])
 
     @property
     def exit_code(self) -> int:
@@ -81,15 +84,8 @@ class Series:
                 }
                 for row in self.rows
             ],
-            "sparsification": None if self.sparse is None else sparse_record(self.sparse),
+            "run": None if self.run is None else summary(self.run),
         }
-
-
-def sparse_record(sparse: Result) -> dict[str, Any]:
-    """What series.json keeps of how sparse the checkpoints are: the table whole, a row a checkpoint."""
-    table = sparse.tables.get("checkpoints")
-    rows = [] if table is None else table.to_dict("records")
-    return {"metrics": dict(sparse.metrics), "notes": list(sparse.notes), "checkpoints": rows}
 
 
 def summary(made: Audit) -> dict[str, Any]:
@@ -105,62 +101,85 @@ def series(
     checkpoints: Sequence[Any],
     *,
     out: str | Path,
-    labels: Sequence[str] = (),
+    labels: Sequence[Any] = (),
+    only: Collection[str] = (),
+    skip: Collection[str] = (),
     progress: Progress | None = None,
+    train: Iterable[str | Path] = (),
     **options: Any,
 ) -> Series:
-    """Audit every checkpoint against the first and against the previous one, one audit at a time.
+    """Audit every checkpoint against the first and against the previous one, then the run as a whole.
 
     Args:
-        checkpoints: in order, the base first; adapters are adapters of that base.
-        out: holds an audit's directory for each comparison, and series.json.
-        labels: a name for each checkpoint, the first included; their references otherwise.
+        checkpoints: in order, the base first, as of `probes.series.expand`; adapters are adapters of it.
+        out: holds an audit's directory for each comparison, that of the run, and series.json.
+        labels: a step or a name for each checkpoint, the first included; otherwise the steps that
+            trainer_state.json or the names tell, or the references.
+        only, skip: names of analyses to run, or to leave out; what looks at the whole run is run once.
         progress: as of `audit`; names of analyses are preceded by what is compared.
+        train: files of rows that the run was trained on.
         options: of `audit`.
 
     Raises:
         ValueError: fewer than two checkpoints, not as many labels, steps that do not rise, or as `audit`.
     """
-    if len(checkpoints) < 2:
+    over = CheckpointSeries(checkpoints, steps=labels)
+    if len(over) < 2:
         raise ValueError("a series needs at least two checkpoints, the base first")
-    if labels and len(labels) != len(checkpoints):
-        raise ValueError(
-            f"--steps: {len(labels)} steps for {len(checkpoints)} checkpoints, the first included"
-        )
-    from diagnostics.sparsification import in_order, sparsification
-    from probes import open_checkpoint
-
-    in_order(labels)
-    # All are opened before anything runs: the last path may be the misspelt one.
-    base = open_checkpoint(checkpoints[0])
-    opened = [base, *(open_checkpoint(ref, base=base) for ref in checkpoints[1:])]
-    names = list(labels) or [each.ref for each in opened]
+    whole = {name for name in chosen(only, skip) if "series" in find(name).inputs}
+    compared = set(chosen(only, skip)) - whole
     rows: list[Row] = []
-    for place in range(1, len(opened)):
-        made: list[Audit] = []
-        for kind, other in (("first", 0), ("previous", place - 1)):
-            if kind == "previous" and other == 0:
-                made.append(made[0])
-                continue
-            what = f"{names[place]} against {names[other]}"
-            shown = partial(prefixed, progress, what) if progress else None
-            where = Path(out) / f"{place:03d}-against-{kind}"
-            try:
-                made.append(audit(opened[other], opened[place], out=where, progress=shown, **options))
-            except ValueError as error:
-                raise ValueError(f"{what}: {one_line(error)}") from error
-        rows.append(Row(ref=opened[place].ref, label=names[place], first=made[0], previous=made[1]))
-        written(Path(out), Series(base=base.ref, rows=tuple(rows)))
-    shown = partial(progress, "sparsification") if progress else None
-    try:
-        sparse = sparsification(opened, names, progress=shown)
-    except ValueError as error:  # the audits stand without it
-        sparse = Result(metrics={}, tables={}, notes=(f"Sparsification is not measured: {one_line(error)}.",))
-    return written(Path(out), Series(base=base.ref, rows=tuple(rows), sparse=sparse))
+    if compared:
+        aside = dict.fromkeys(whole, "looks at the whole run: see the audit `run` beside this one")
+        shared = {"only": only, "skip": skip, "aside": aside, **options}
+        for place in range(1, len(over)):
+            rows.append(compare(over, place, Path(out), progress, shared))
+            written(Path(out), Series(base=over.base.ref, rows=tuple(rows)))
+    supplied = {"pair", "series", *(role for role in ROLES if {**options, "train": train}.get(role))}
+    if not compared or not all(missing(find(name), supplied) for name in whole):
+        aside = dict.fromkeys(compared, "compares two checkpoints: see the audits beside this one")
+        shown = partial(prefixed, progress, "the run") if progress else None
+        run = audit(
+            over.base,
+            over.checkpoints[-1],
+            out=Path(out) / "run",
+            series=over,
+            only=only,
+            skip=skip,
+            aside=aside,
+            progress=shown,
+            train=train,
+            **options,
+        )
+    else:
+        run = None
+    return written(Path(out), Series(base=over.base.ref, rows=tuple(rows), run=run))
+
+
+def compare(
+    over: CheckpointSeries, place: int, out: Path, progress: Progress | None, options: dict[str, Any]
+) -> Row:
+    """The audits of one checkpoint; of the second one the first is the previous."""
+    made: list[Audit] = []
+    for kind, other in (("first", 0), ("previous", place - 1)):
+        if kind == "previous" and other == 0:
+            made.append(made[0])
+            continue
+        what = f"{over.labels[place]} against {over.labels[other]}"
+        shown = partial(prefixed, progress, what) if progress else None
+        where = out / f"{place:03d}-against-{kind}"
+        try:
+            made.append(
+                audit(over.checkpoints[other], over.checkpoints[place], out=where, progress=shown, **options)
+            )
+        except ValueError as error:
+            raise ValueError(f"{what}: {one_line(error)}") from error
+    return Row(ref=over.checkpoints[place].ref, label=over.labels[place], first=made[0], previous=made[1])
 
 
 def written(out: Path, made: Series) -> Series:
     """Write series.json in one step."""
+    out.mkdir(parents=True, exist_ok=True)
     with replacing(out / "series.json") as part:
         part.write_text(to_json(made.record()), encoding="utf-8")
     return made

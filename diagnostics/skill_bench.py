@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from diagnostics.analysis import NotApplicableError
 from diagnostics.answers import Answers, answers
 from diagnostics.movement import Movement
 from diagnostics.region import Region
@@ -41,7 +42,7 @@ def split(task: Task, shares: Sequence[float], seed: int) -> dict[Split, list[in
     """Rows of a task for each purpose, drawn by the seed; what stands in several rows is in one split.
 
     Raises:
-        ValueError: too few rows; the message says how many are needed.
+        NotApplicableError: too few rows; the message says how many are needed.
     """
     alike: dict[object, list[int]] = {}
     for place, row in enumerate(task.rows):
@@ -50,7 +51,7 @@ def split(task: Task, shares: Sequence[float], seed: int) -> dict[Split, list[in
     needed = math.ceil(LEAST / min(shares) - 1e-9)
     if len(groups) < needed:
         different = "" if len(groups) == len(task.rows) else f", {len(groups)} of them different"
-        raise ValueError(
+        raise NotApplicableError(
             f"{task.ref}: has {len(task.rows)} rows{different}; to search, select and report on different "
             f"rows ({', '.join(f'{share:g}' for share in shares)} of them) it needs at least {needed}"
         )

@@ -8,16 +8,20 @@ unit, which decay alone also raises, and two that a common scale does not change
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Float
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from diagnostics.analysis import Result
-from probes.checkpoint import Checkpoint, open_checkpoint
+from diagnostics.analysis import NotApplicableError, Result, analysis
+from probes.checkpoint import Checkpoint
 from probes.layout import Part
+from probes.series import Progress, series_of
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 # Below it a weight counts as near zero, in its own unit, and as a share of the rms of its matrix.
 NEAR, SMALL = 1e-3, 0.1
@@ -34,6 +38,47 @@ MEASURES = {
     "hoyer": "Hoyer index, 0 all alike and 1 all but one are 0, 0.202 for normal weights; free of scale",
 }
 SCALE_FREE = ("small", "hoyer")
+
+
+METRICS = {
+    "jumps": "checkpoints at which a scale-free measure jumps",
+    "jump": "which is the first of these, counted from 0",
+    "checkpoints": "how many were looked at",
+    **{f"{name}_rise": f"last minus first: {what}" for name, what in MEASURES.items()},
+}
+
+
+def in_a_line(result: Result) -> str:
+    """Whether a scale-free measure jumps, and how far each rose."""
+    count = result.metrics["jumps"]
+    jumped = "no checkpoint jumps" if not count else f"{count} jump{'s' if count > 1 else ''}"
+    rises = [
+        f"{name} {result.metrics[f'{name}_rise']:+.4f}"
+        for name in MEASURES
+        if f"{name}_rise" in result.metrics
+    ]
+    return ", ".join([jumped, *rises])
+
+
+def draw(result: Result) -> "dict[str, go.Figure]":
+    """The four measures over the run, jumps marked."""
+    import plotly.graph_objects as go
+
+    table = result.tables["checkpoints"]
+    figure = go.Figure()
+    for name, what in MEASURES.items():
+        figure.add_scatter(
+            x=table["step"], y=table[name], name=name, mode="lines+markers", customdata=table["label"],
+            marker={"size": [13 if jump else 6 for jump in table[f"{name}_jump"]],
+                    "symbol": ["star" if jump else "circle" for jump in table[f"{name}_jump"]]},
+            hovertemplate=f"%{{customdata}}: %{{y:.4f}}<extra>{what}</extra>",
+        )  # fmt: skip
+    figure.update_layout(
+        title="Negligible weights over the run (a star is a jump)",
+        xaxis_title="step",
+        yaxis_title="share, or index",
+    )
+    return {"sparseness": figure}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +137,7 @@ def sparse_checkpoint(
     """
     chosen = [name for name, matrix in checkpoint.matrices.items() if matrix.part in parts]
     if not chosen:
-        raise ValueError(f"{checkpoint.ref}: has no matrix in {', '.join(parts)}")
+        raise NotApplicableError(f"{checkpoint.ref}: has no matrix in {', '.join(parts)}")
     found: list[Sparse] = []
     for done, name in enumerate(chosen):
         if progress:
@@ -136,12 +181,24 @@ def jumps(series: ArrayLike) -> Bool[np.ndarray, " steps"]:
     return marked
 
 
+@analysis(
+    "sparsification",
+    question="Does the share of negligible weights jump at some checkpoint of the run?",
+    reading="`small` and `hoyer` do not change with a common scale: a jump of either is sparsification. A "
+    "jump of `near_zero` alone may be weight decay, which shrinks all weights alike. Fewer than four "
+    "checkpoints show none.",
+    paper="Jaiswal, Liu, Chen, Wang 2023, The Emergence of Essential Sparsity in Large Pre-trained Models: "
+    "The Weights that Matter, arXiv:2306.03805 (measures ours)",
+    cost="reads every checkpoint once",
+    draw=draw,
+    summary=in_a_line,
+    metrics=METRICS,
+)
 def sparsification(
-    checkpoints: Sequence[Any],
-    labels: Sequence[Any] = (),
+    series: Any,
     *,
     parts: Sequence[Part] = ("block",),
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Result:
     """How sparse the checkpoints of a run are, in step order, and where a measure jumps.
 
@@ -149,81 +206,45 @@ def sparsification(
     sparsification.
 
     Args:
-        checkpoints: references or opened ones, the earliest first.
-        labels: a step or a name for each; their references otherwise.
+        series: a `CheckpointSeries`, or references, the earliest first.
         parts: where matrices are looked at.
         progress: called with (done, total, what).
 
     Metrics: `jumps` (checkpoints at which a scale-free measure jumps), `jump` (which is the first of these,
         counted from 0), `rise` (of each measure, last minus first, as `zero_rise` …).
-    Table `checkpoints`: label, place, zero, near_zero, small, hoyer, and whether each jumps: `zero_jump` ….
+    Table `checkpoints`: label, step, place, zero, near_zero, small, hoyer, and whether each jumps:
+        `zero_jump` ….
 
     Raises:
-        ValueError: fewer than two checkpoints, not as many labels, steps that do not rise, or as
-            `sparse_checkpoint`.
+        ValueError: fewer than three checkpoints, steps that do not rise, or as `sparse_checkpoint`.
+        NotApplicableError: a checkpoint has no matrix in these parts.
     """
     import pandas as pd
 
-    if len(checkpoints) < 2:
-        raise ValueError(f"{len(checkpoints)} checkpoint given; sparsification is seen over at least two")
-    if len(labels) and len(labels) != len(checkpoints):
-        raise ValueError(f"{len(labels)} labels for {len(checkpoints)} checkpoints; give one each")
-    steps = in_order(labels)
-    # All are opened before any is read: the last may be the misspelt one.
-    opened = [open_checkpoint(ref) for ref in checkpoints]
-    rows: list[Mapping[str, Any]] = []
-    for place, checkpoint in enumerate(opened):
-        label = str(labels[place]) if len(labels) else checkpoint.ref
-        tell = under(progress, place, len(opened), label) if progress else None
-        rows.append({"label": label, "place": place, **sparse_checkpoint(checkpoint, parts, tell)})
+    over = series_of(series)
+    found = over.measured(
+        "sparse", {"parts": list(parts)}, lambda one: sparse_checkpoint(one, parts), progress=progress
+    )
+    over.at_least(3, "a jump")
+    rows = [
+        {"label": label, "step": step, "place": place, **{name: one[name].item() for name in one}}
+        for place, (label, step, one) in enumerate(zip(over.labels, over.steps, found, strict=True))
+    ]
     table = pd.DataFrame(rows)
     marked = {name: jumps(table[name].tolist()) for name in MEASURES}
     table = table.assign(**{f"{name}_jump": flags for name, flags in marked.items()})
     free = np.any([marked[name] for name in SCALE_FREE], axis=0)
-    metrics: dict[str, float | int] = {"checkpoints": len(rows), "jumps": int(free.sum())}
+    metrics: dict[str, float | int] = {"jumps": int(free.sum()), "checkpoints": len(rows)}
     if free.any():
         metrics["jump"] = int(free.argmax())
     for name in MEASURES:
         rise = float(table[name].iloc[-1] - table[name].iloc[0])
         if not math.isnan(rise):
             metrics[f"{name}_rise"] = rise
+    steps = np.array(over.steps) if over.stepped else None
     return Result(
-        metrics=metrics, tables={"checkpoints": table}, notes=tuple(said(table, marked, free, steps, opened))
+        metrics=metrics, tables={"checkpoints": table}, notes=tuple(said(table, marked, free, steps))
     )
-
-
-def in_order(labels: Sequence[Any]) -> Float[np.ndarray, " steps"] | None:
-    """The labels as steps, if all of them are numbers.
-
-    Raises:
-        ValueError: they are, and do not rise.
-    """
-    steps = numbers(labels)
-    if steps is not None and (np.diff(steps) <= 0).any():
-        late = int(np.flatnonzero(np.diff(steps) <= 0)[0]) + 1
-        raise ValueError(
-            f"step {labels[late]} comes after step {labels[late - 1]}: give the checkpoints in step order"
-        )
-    return steps
-
-
-def numbers(labels: Sequence[Any]) -> Float[np.ndarray, " steps"] | None:
-    """The labels as numbers, if all of them are."""
-    try:
-        return np.array([float(label) for label in labels]) if len(labels) else None
-    except (TypeError, ValueError):
-        return None
-
-
-def under(
-    progress: Callable[[int, int, str], None], place: int, count: int, label: str
-) -> Callable[[int, int, str], None]:
-    """Progress of one checkpoint as part of all."""
-
-    def tell(done: int, total: int, what: str) -> None:
-        progress(place * total + done, count * total, f"{label}: {what}")
-
-    return tell
 
 
 def said(
@@ -231,7 +252,6 @@ def said(
     marked: Mapping[str, Bool[np.ndarray, " steps"]],
     free: Bool[np.ndarray, " steps"],
     steps: Float[np.ndarray, " steps"] | None,
-    opened: Sequence[Checkpoint],
 ) -> list[str]:
     """What a reader must know of the jumps."""
     notes = []

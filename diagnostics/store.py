@@ -22,6 +22,8 @@ from diagnostics.policy import Finding, Policy, Verdict, judge, judged, not_meas
 SCHEMA = 1
 # Inside an audit's directory.
 FOLDERS = ("tables", "masks")
+# There too: what was measured on the single checkpoints of a series, for a run that goes on.
+MEASUREMENTS = "measurements"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +208,7 @@ class Store:
                 raise ValueError(
                     f"--out {self.out}: another tunescope is writing there; wait for it or name another place"
                 ) from None
-            for folder in (".", *FOLDERS):
+            for folder in (".", *FOLDERS, MEASUREMENTS):
                 for left in self.out.glob(f"{folder}/.*.part"):
                     left.unlink()
         return self
@@ -232,7 +234,7 @@ class Store:
         with writing(self.out):
             for path in [self.out / name for name in ("audit.json", "report.html", "audit.log")]:
                 path.unlink(missing_ok=True)
-            for path in self._files():
+            for path in [*self._files(), *self.out.glob(f"{MEASUREMENTS}/*.npz")]:
                 path.unlink()
 
     def begin(self, audit: Audit) -> None:

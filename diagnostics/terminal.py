@@ -1,5 +1,6 @@
 """What the command line prints: results on standard output, progress and trouble on standard error."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from diagnostics.across import Across
     from diagnostics.analysis import Analysis
     from diagnostics.policy import Finding
     from diagnostics.series import Series
@@ -79,16 +81,21 @@ def bars(*, show: bool) -> "Iterator[Callable[[str, int, int, str], None] | None
 
 def closing(audit: "Audit") -> None:
     """What a person reads when an audit has ended: the verdict first, then why, then where to look."""
-    say(headline(audit), *findings(audit), "")
-    lines: dict[tuple[str, str], list[str]] = {}
-    for name, made in audit.analyses.items():
-        told = one_line(made) if made.status == "ok" else plain(made.reason or "")
-        lines.setdefault((made.status, told), []).append(name)
-    for (status, told), names in sorted(lines.items(), key=lambda line: line[0][0] != "ok"):
-        say(Text.assemble("  ", coloured(status, 8), f"{', '.join(names)}: {told}"))
-    say("", *remarks(audit))
+    say(headline(audit), *findings(audit), "", *outcomes(audit.analyses), "", *remarks(audit))
     if audit.path is not None:
         say(f"report   {audit.path / 'report.html'}", f"results  {audit.path / 'audit.json'}")
+
+
+def outcomes(analyses: "Mapping[str, Outcome]") -> list[Text]:
+    """What became of each analysis; those of one reason share a line."""
+    lines: dict[tuple[str, str], list[str]] = {}
+    for name, made in analyses.items():
+        told = one_line(made) if made.status == "ok" else plain(made.reason or "")
+        lines.setdefault((made.status, told), []).append(name)
+    return [
+        Text.assemble("  ", coloured(status, 8), f"{', '.join(names)}: {told}")
+        for (status, told), names in sorted(lines.items(), key=lambda line: line[0][0] != "ok")
+    ]
 
 
 def headline(audit: "Audit") -> Text:
@@ -198,16 +205,45 @@ def setting(value: Any) -> str:
 
 
 def comparisons(made: "Series", out: Path) -> None:
-    """A series as a table: a row a checkpoint, the first metric of each analysis against both others."""
-    table = Table("checkpoint", "verdict")
-    for name in made.measures:
-        for other in ("first", "previous"):
-            table.add_column(f"{name}\nagainst {other}", justify="right")
-    for row in made.rows:
-        numbers = [number(audit, name) for name in made.measures for audit in (row.first, row.previous)]
-        table.add_row(plain(row.label), coloured(row.verdict), *numbers)
-    notes = [] if made.sparse is None else [f"note: {note}" for note in made.sparse.notes]
-    say(table, *notes, f"results  {out / 'series.json'}, a report in each directory beside it")
+    """A series as a table: a row a checkpoint, the first metric of each analysis against both others.
+
+    Below it what is found of the run as a whole.
+    """
+    if made.rows:
+        table = Table("checkpoint", "verdict")
+        for name in made.measures:
+            for other in ("first", "previous"):
+                table.add_column(f"{name}\nagainst {other}", justify="right")
+        for row in made.rows:
+            numbers = [number(audit, name) for name in made.measures for audit in (row.first, row.previous)]
+            table.add_row(plain(row.label), coloured(row.verdict), *numbers)
+        say(table)
+    if made.run is not None:
+        over = {
+            name: outcome
+            for name, outcome in made.run.analyses.items()
+            if name not in {each for row in made.rows for each in row.first.results}
+        }
+        say("", Text.assemble(coloured(made.run.verdict.upper()), "  the run as a whole"))
+        say(*findings(made.run), "", *outcomes(over), "", *remarks(made.run))
+    say("", f"results  {out / 'series.json'}, a report in each directory beside it")
+
+
+def correlations(made: "Across") -> None:
+    """Correlations over several models: raw, and given how far each moved."""
+    table = Table("sharpness of", "raw", "p (Holm)", "given displacement", "p (Holm)")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in made.table.to_dict("records"):
+        cells = []
+        for kind in ("raw", "partial"):
+            value, low, high = (row[f"{kind}{end}"] for end in ("", "_low", "_high"))
+            known = not math.isnan(value)
+            cells += [f"{value:+.2f} ({low:+.2f} to {high:+.2f})" if known else "–"]
+            cells += [f"{row[f'{kind}_holm']:.3g}" if known else "–"]
+        table.add_row(plain(str(row["predictor"])), *cells)
+    say(f"Rank correlation of sharpness at tuned with {made.outcome}, {len(made.models)} models", table)
+    say(*made.notes)
 
 
 def number(audit: "Audit", measure: str) -> str:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diagnostics import provenance
-from diagnostics.analysis import Result
+from diagnostics.analysis import NotApplicableError, Result
 from diagnostics.audit import audit
 from diagnostics.policy import parse
 from diagnostics.store import load
@@ -369,16 +369,44 @@ def test_what_lacks_its_inputs_is_skipped_with_the_option_that_would_enable_it(
     norms, register, checkpoints, out
 ):
     register("needy", lambda pair, task, ood: nothing())
-    register("serial", lambda series: nothing())
     register("alien", lambda pair, planet: nothing())
     made = audit(*checkpoints, out=out)
     reasons = {name: each.reason for name, each in made.analyses.items() if each.status == "skipped"}
     assert reasons == {
         "needy": "needs --task F and --ood NAME=F",
-        "serial": "needs `tunescope series CKPT CKPT…`",
         "alien": "needs 'planet', which this tunescope cannot supply",
     }
     assert made.exit_code == 0
+
+
+def test_of_two_checkpoints_a_series_is_made_and_one_that_is_too_short_is_left_out(
+    norms, register, checkpoints, out
+):
+    seen = []
+
+    def curve(series):
+        seen.append(series.labels)
+        series.at_least(4, "a curve")
+
+    register("curve", curve)
+    made = audit(*checkpoints, out=out)
+    assert seen == [checkpoints]
+    assert made.analyses["curve"].status == "skipped"
+    assert made.analyses["curve"].reason == "a series of 2 checkpoints: a curve needs at least 4; give more"
+    assert made.exit_code == 0
+    assert audit(*checkpoints, out=out, only=["curve"]).exit_code == 2  # asked for by name
+
+
+def test_what_does_not_apply_to_a_model_is_left_out_unless_asked_for(norms, register, checkpoints, out):
+    def routes(pair):
+        raise NotApplicableError("has no expert; `dynamics` runs instead")
+
+    register("routes", routes)
+    made = audit(*checkpoints, out=out)
+    assert (made.analyses["routes"].status, made.exit_code) == ("skipped", 0)
+    assert made.analyses["routes"].reason == "has no expert; `dynamics` runs instead"
+    asked = audit(*checkpoints, out=out, only=["routes"])
+    assert (asked.analyses["routes"].fault, asked.exit_code) == ("input", 2)
 
 
 def test_files_that_nothing_reads_are_recorded_and_said_to_have_no_effect(

@@ -3,9 +3,13 @@ import json
 import pytest
 import torch
 
+from diagnostics import sparsification
+from diagnostics.analysis import REGISTRY
 from diagnostics.policy import parse
 from diagnostics.series import series
+from diagnostics.store import load
 
+SPARSIFICATION = REGISTRY["sparsification"]
 NAME = "model.layers.0.self_attn.q_proj.weight"
 
 
@@ -36,24 +40,55 @@ def test_a_series_is_written_with_the_numbers_of_every_audit(norms, tmp_path):
         assert (tmp_path / comparison["audit"] / "report.html").exists()
 
 
-def test_a_series_tells_where_its_checkpoints_turn_sparse(norms, tmp_path):
+@pytest.fixture
+def sparseness(norms, registry):
+    """Registers an analysis of a whole run beside `norms`."""
+    registry["sparsification"] = SPARSIFICATION
+
+
+def test_the_run_as_a_whole_is_an_audit_of_its_own(sparseness, tmp_path):
     checkpoints = steps(*[1.0] * 6)
     for checkpoint in checkpoints:  # dense: 16 entries of several sizes
         checkpoint[NAME] = torch.arange(1.0, 17).reshape(4, 4)
     for place in (4, 5):  # half of them gone, from the fifth on
         checkpoints[place] = {NAME: checkpoints[place][NAME] * (torch.arange(16).reshape(4, 4) % 2)}
     made = series(checkpoints, out=tmp_path, labels=[str(step) for step in range(0, 600, 100)])
-    told = json.loads((tmp_path / "series.json").read_text())["sparsification"]
-    assert [row["zero"] for row in told["checkpoints"]] == [0, 0, 0, 0, 0.5, 0.5]
-    assert told["metrics"]["jump"] == made.sparse.metrics["jump"] == 4
-    assert any("jumps at 400" in note for note in told["notes"])
+    told = json.loads((tmp_path / "series.json").read_text())["run"]
+    assert told["metrics"]["sparsification"]["jump"] == 4
+    run = load(tmp_path / told["audit"])
+    table = run.results["sparsification"].tables["checkpoints"]
+    assert table["step"].tolist() == [0, 100, 200, 300, 400, 500]
+    assert table["zero"].tolist() == [0, 0, 0, 0, 0.5, 0.5]
+    assert set(run.results) == {"sparsification"}
+    assert run.analyses["norms"].reason == "compares two checkpoints: see the audits beside this one"
+    assert "sparsification" not in made.rows[0].first.results
+    assert (tmp_path / "run" / "report.html").exists()
 
 
-def test_where_sparsification_cannot_be_seen_the_audits_stand(norms, tmp_path):
+def test_what_a_run_cannot_show_is_left_out_and_the_audits_stand(sparseness, tmp_path):
     matrices = [{"some.weight": size * torch.eye(4)} for size in (1.0, 2.0)]  # in no block
-    made = series(matrices, out=tmp_path)
+    made = series(matrices, out=tmp_path / "all")
     assert made.exit_code == 0
-    assert made.sparse.notes[0].startswith("Sparsification is not measured: state dict")
+    assert made.run.analyses["sparsification"].status == "skipped"
+    assert "has no matrix in block" in made.run.analyses["sparsification"].reason
+    # Asked for by name it is wrong input.
+    named = series(matrices, out=tmp_path / "named", only=["sparsification"])
+    assert named.rows == ()
+    assert named.exit_code == 2
+
+
+def test_a_run_that_goes_on_measures_only_the_new_checkpoint(sparseness, tmp_path, monkeypatch):
+    seen = []
+    measure = sparsification.sparse_checkpoint
+    monkeypatch.setattr(
+        sparsification, "sparse_checkpoint", lambda one, parts: seen.append(one) or measure(one, parts)
+    )
+    checkpoints = steps(1.0, 2.0, 4.0)
+    series(checkpoints[:2], out=tmp_path, only=["sparsification"])
+    assert len(seen) == 2
+    made = series(checkpoints, out=tmp_path, only=["sparsification"])
+    assert len(seen) == 3
+    assert len(made.run.results["sparsification"].tables["checkpoints"]) == 3
 
 
 def test_steps_that_do_not_rise_are_refused_before_anything_runs(norms, tmp_path):
@@ -78,11 +113,11 @@ def test_the_worst_audit_decides_the_exit_code(norms, tmp_path):
     assert made.exit_code == 1
 
 
-def test_progress_says_which_checkpoints_are_compared(norms, tmp_path):
+def test_progress_says_which_checkpoints_are_compared(sparseness, tmp_path):
     seen = []
     series(steps(1.0, 2.0), out=tmp_path, labels=["a", "b"], progress=lambda *step: seen.append(step))
     assert seen[0] == ("b against a: norms", 0, 1, NAME)
-    assert {name for name, *_ in seen[1:]} == {"sparsification"}
+    assert {name for name, *_ in seen[1:]} == {"the run: sparsification"}
 
 
 @pytest.mark.parametrize(

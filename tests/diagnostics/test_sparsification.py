@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from diagnostics import sparsification as module
-from diagnostics.sparsification import jumps, sparse, sparsification
+from diagnostics.sparsification import draw, jumps, sparse, sparsification
+from probes.series import CheckpointSeries
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
 
@@ -32,7 +33,7 @@ def saved(directory, weights, name=NAME):
 
 def run(tmp_path, series, labels=(), **settings):
     refs = [saved(tmp_path / f"step-{place}", weights) for place, weights in enumerate(series)]
-    return sparsification(refs, labels, **settings)
+    return sparsification(CheckpointSeries(refs, steps=labels), **settings)
 
 
 def thinned(weights, share):
@@ -151,11 +152,11 @@ def test_weights_that_only_shrink_are_told_from_sparsification(tmp_path):
 def test_only_the_matrices_of_the_chosen_parts_count(tmp_path):
     # The embedding is all zeros.
     weights = normal(20, 20)
-    assert run(tmp_path, [weights, weights]).tables["checkpoints"]["zero"].tolist() == [0, 0]
-    refs = [str(tmp_path / f"step-{place}") for place in (0, 1)]
+    assert run(tmp_path, [weights] * 3).tables["checkpoints"]["zero"].tolist() == [0] * 3
+    refs = [str(tmp_path / f"step-{place}") for place in range(3)]
     both = sparsification(refs, parts=("block", "embedding")).tables["checkpoints"]
-    assert both["zero"].tolist() == pytest.approx([36 / 436] * 2)
-    assert both["hoyer"].tolist() == pytest.approx([sparse(weights).hoyer] * 2)  # undefined for zeros
+    assert both["zero"].tolist() == pytest.approx([36 / 436] * 3)
+    assert both["hoyer"].tolist() == pytest.approx([sparse(weights).hoyer] * 3)  # undefined for zeros
 
 
 def test_progress_runs_through_all_checkpoints(tmp_path):
@@ -164,26 +165,35 @@ def test_progress_runs_through_all_checkpoints(tmp_path):
     assert [(done, total) for done, total, _ in told] == [(0, 3), (1, 3), (2, 3)]
 
 
+def test_the_picture_has_a_line_a_measure_and_a_star_at_a_jump(tmp_path):
+    weights = normal(40, 40)
+    shares = (0.0, 0.01, 0.02, 0.031, 0.3, 0.305)
+    figure = draw(run(tmp_path, [thinned(weights, share) for share in shares]))["sparseness"]
+    assert [line.name for line in figure.data] == ["zero", "near_zero", "small", "hoyer"]
+    assert [list(line.x) for line in figure.data] == [list(range(6))] * 4
+    assert list(figure.data[2].marker.symbol) == ["circle"] * 4 + ["star", "circle"]
+
+
 # --- what cannot be measured ---
 
 
-def test_fewer_than_two_checkpoints_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="1 checkpoint given; sparsification is seen over at least two"):
+def test_fewer_than_three_checkpoints_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="a series of 1 checkpoint: a jump needs at least 3; give more"):
         run(tmp_path, [normal(4, 4)])
 
 
 def test_labels_belong_to_checkpoints_one_by_one_in_step_order(tmp_path):
     series = [normal(4, 4)] * 3
-    with pytest.raises(ValueError, match="2 labels for 3 checkpoints; give one each"):
+    with pytest.raises(ValueError, match="--steps: 2 steps for 3 checkpoints, the first included"):
         run(tmp_path, series, labels=["a", "b"])
     refs = [str(tmp_path / f"step-{place}") for place in range(3)]
     with pytest.raises(
         ValueError, match="step 500 comes after step 1000: give the checkpoints in step order"
     ):
-        sparsification(refs, [0, 1000, 500])
-    names = sparsification(refs, ["start", "middle", "end"]).tables["checkpoints"]
+        sparsification(CheckpointSeries(refs, steps=[0, 1000, 500]))
+    names = sparsification(CheckpointSeries(refs, steps=["start", "middle", "end"])).tables["checkpoints"]
     assert names["label"].tolist() == ["start", "middle", "end"]
-    uneven = sparsification(refs, ["0", "10", "500"])
+    uneven = sparsification(CheckpointSeries(refs, steps=["0", "10", "500"]))
     assert any("not evenly spaced" in note for note in uneven.notes)
 
 
