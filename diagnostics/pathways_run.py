@@ -59,15 +59,17 @@ class Run:
         progress: Callable[[int, int, str], None] | None = None,
     ):
         self.steps, self.labels, self.samples, self.ask = tuple(steps), tuple(labels), samples, ask
+        self.last = len(records) - 1
+        with np.errstate(invalid="ignore", divide="ignore"):
+            self.losses = np.stack([record.nats / record.units for record in records])
+        self.epsilon, self.memorised = self._memorised()
+        self.since = self._since()
         self.looks: list[Look] = []
         for done, record in enumerate(records):
             if progress:
                 progress(done, len(records), f"pathways of {labels[done]}")
-            self.looks.append(Look(record, samples, ask, workers))
-        self.last = len(self.looks) - 1
-        self.losses = np.stack([look.losses for look in self.looks])
-        self.epsilon, self.memorised = self._memorised()
-        self.since = self._since()
+            keep = done in (self.since, self.last)
+            self.looks.append(Look(record, samples, ask, workers=workers, keep=keep))
         self.widened_p = math.nan
         if 0 <= self.since < self.last:
             before, after = self.looks[self.since].share(), self.looks[self.last].share()
@@ -79,7 +81,7 @@ class Run:
     # --- memorisation ---
 
     def _memorised(self) -> tuple[dict[str, float], Int[np.ndarray, " samples"]]:
-        never = np.full(len(self.samples.groups), len(self.looks))
+        never = np.full(len(self.samples.groups), len(self.losses))
         if not self.samples.trained:
             return {}, never
         epsilon = {}

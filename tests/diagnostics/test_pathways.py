@@ -60,7 +60,7 @@ def test_routes_that_come_to_be_shared_within_groups_are_reorganising(planted):
     assert found["distance_change"] == pytest.approx(-made["steps"]["distance"].iloc[2])
     assert found["gap_last"] == pytest.approx(made["steps"]["between"].iloc[-1])
     assert found["gap_change_p"] == pytest.approx(1 / 201)  # none of the 200 shuffles
-    assert abs(found["loss_change"]) < 0.01
+    assert abs(found["loss_change_nats"]) < 0.01
     assert found["spearman_distance"] <= -0.95
     assert "Reorganising after memorisation: the distance within groups changes by -0.8" in said
 
@@ -407,7 +407,7 @@ def test_memorisation_of_a_run_is_dated_by_the_rule(followed):
     at = memorised_at(losses, groups.map(epsilon).to_numpy(), 0.05)
     expected = [SAVED[place] if place < len(SAVED) else math.nan for place in at]
     assert followed.tables["samples"]["memorised_step"].to_numpy() == pytest.approx(expected, nan_ok=True)
-    assert followed.metrics["loss_last"] < 0.05
+    assert followed.metrics["loss_last_nats"] < 0.05
     early = sorted(SAVED[place] for place in at if place < len(SAVED) - 1)
     assert followed.metrics["memorised_share"] == len(early) / 24 > 0.2
     assert followed.metrics["memorised_step"] == early[(len(early) - 1) // 2]
@@ -438,7 +438,7 @@ def test_batches_change_nothing(trained):
     settings = {"permutations": 100, "draws": 100}
     one = grokking_pathways(pair, TASK, TRAIN[1], **settings)
     other = grokking_pathways(pair, TASK, TRAIN[1], batch_tokens=64, **settings)
-    for name in ("distance_last", "gap_last", "consistency_last", "loss_last", "drift"):
+    for name in ("distance_last", "gap_last", "consistency_last", "loss_last_nats", "drift"):
         assert other.metrics[name] == pytest.approx(one.metrics[name], abs=1e-5), name
 
 
