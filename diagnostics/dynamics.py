@@ -136,8 +136,9 @@ def training_dynamics(
         task: held-out rows of what was trained: a task, a file, texts, or several of these by name.
         train: rows that the run was trained on; without them nothing is said of its gradient.
         rows: most rows of a set that are scored, drawn at random (ours).
-        batch: rows of the training batch whose gradient is taken (ours).
-        probes: task rows of the kernel and of local complexity (32 to 64 are usual).
+        batch: rows of the training batch whose gradient is taken (ours); of several sets, of the first.
+        probes: task rows of the kernel, the gap and local complexity (32 to 64 are usual); of several sets,
+            of the first.
         outputs: random projections of the logits on which the linearity gap is measured (ours); the kernel
             is that of the first.
         kernel: compute the tangent kernel, the dearest measure.

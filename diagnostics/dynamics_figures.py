@@ -68,10 +68,12 @@ def draw_strip(steps: pd.DataFrame) -> "go.Figure":
     for row, (axis, columns) in enumerate(panels, start=1):
         for (column, name), (color, symbol, dash) in zip(columns.items(), LOOKS, strict=False):
             role = column.rpartition("_")[2]
+            last = [name if len(columns) > 1 and at == len(steps) - 1 else "" for at in range(len(steps))]
             said = f"{axis.replace('<br>', ' ')}: {name}"
             figure.add_trace(
                 go.Scatter(
-                    x=steps["step"], y=steps[column], mode="lines+markers", name=said, showlegend=False,
+                    x=steps["step"], y=steps[column], mode="lines+markers+text", name=said, showlegend=False,
+                    text=last, textposition="top left", textfont={"size": 11},
                     line={"color": ROLES.get(role, color), "dash": dash},
                     marker={"symbol": symbol, "size": 7},
                     hovertemplate=f"step %{{x}}: %{{y:.4g}}<extra>{said}</extra>",

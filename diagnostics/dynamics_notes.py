@@ -109,7 +109,8 @@ def conditions(measurements: Sequence[Arrays], probe: Probes, role: str) -> list
     seen = [one for one in measurements if "complexity.radius" in one]
     radii = [float(one["complexity.radius"]) for one in seen]
     if radii:
-        reach = f"{radii[0]:.3g}" if radii[0] == radii[-1] else f"{radii[0]:.3g} to {radii[-1]:.3g}"
+        ends = dict.fromkeys(f"{each:.3g}" for each in (min(radii), max(radii)))
+        reach = " to ".join(ends)
         notes.append(
             f"Local complexity moves embeddings by {reach} ({probe.radius:g} of their mean length at each "
             f"checkpoint) to {int(seen[0]['complexity.vertices'])} vertices; others give other values."

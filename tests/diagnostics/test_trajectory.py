@@ -199,7 +199,7 @@ def test_held_out_rows_learnt_after_the_train_rows_are_delayed_generalisation(tm
     # Learnt with the train rows, nothing is delayed.
     together = training_trajectory([places[0], *places[2:]], held[:1], train=train)
     assert "delayed_generalisation" not in together.metrics
-    assert any("settles 3 checkpoints before the end" in note for note in together.notes)
+    assert any("there are 3 of the 4 checkpoints" in note for note in together.notes)
 
 
 def test_three_checkpoints_are_too_few_and_it_is_said_after_measuring(places, tmp_path):
