@@ -96,9 +96,11 @@ def conditions(measurements: Sequence[Arrays], probe: Probes, role: str) -> list
         )
     else:
         notes.append(
-            f"The gradient is that of one batch of {len(probe.batch.rows)} train rows without weight decay; "
-            "that scaling the weights scales the logits is exact only for homogeneous networks, which those "
-            "with norms are in their last matrix alone."
+            f"The gradient is that of {len(probe.batch.rows)} train rows without weight decay. Give the rows "
+            "that the run saw, and many: the noise of few rows lowers the cosine (in "
+            "examples/dense_grokking.py it is 0.94 on all 1,392 rows and 0.18 on 128). That scaling weights "
+            "scales logits holds exactly for homogeneous networks only, in those with norms for the last "
+            "matrix alone."
         )
     if probe.kernel:
         notes.append(

@@ -53,9 +53,9 @@ def summary(result: Result) -> str:
     if "depth_keep" in m or "depth_keep_nats" in m:
         low, gone = m["shipped_low"], m["unrecovered"]
         if gone:
-            parts.append(f"{gone:g} keep sets fell and did not come back")
+            parts.append(f"{gone} keep {'set' if gone == 1 else 'sets'} fell and did not come back")
         elif low:
-            parts.append(f"{low:g} keep sets are still climbing out of a trough")
+            parts.append(f"{low} keep {'set is' if low == 1 else 'sets are'} still climbing out of a trough")
         else:
             deep = {"": m.get("depth_keep", 0.0), " nats": m.get("depth_keep_nats", 0.0)}
             fell = " and ".join(f"{depth:.3g}{unit}" for unit, depth in deep.items() if depth > 0)

@@ -369,4 +369,4 @@ def test_every_picture_is_titled_and_shows_what_the_tables_hold(result):
     assert curves["units switched a token: local complexity"] == steps["local_complexity"].tolist()
     layers = result.tables["layers"].pivot_table(index="layer", columns="step", values="share")
     assert figures["complexity"].data[0].z == pytest.approx(layers.to_numpy())
-    assert list(figures["nlm"].data[0].y) == ["0", "1", "none"]
+    assert list(figures["nlm"].data[0].y) == ["0", "1", "embed", "lm_head"]
