@@ -15,7 +15,7 @@ from diagnostics import strides
 from diagnostics.along import drawn
 from diagnostics.analysis import Result, analysis
 from diagnostics.dynamics_measures import Arrays, Probes, located
-from diagnostics.dynamics_notes import notes_of
+from diagnostics.dynamics_notes import SCALING, notes_of
 from diagnostics.over_steps import Reading, curves, said, sets_of
 from probes.checkpoint import Checkpoint
 from probes.editable import Editable
@@ -26,9 +26,8 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-# Share of collapsed labels from which the training counts as stuck, and the cosine from which it only scales
-# logits: where the reference draws its marks, and what it observed; neither is published as a threshold.
-STALLED, SCALING = 0.5, 0.9
+# Share of collapsed labels from which the training counts as stuck: where the reference draws its mark.
+STALLED = 0.5
 
 LAST = (
     "nlm_unembedding", "nlm_cosine", "movement", "kernel_cka", "kernel_cka_debiased", "kernel_alignment",

@@ -236,7 +236,7 @@ def test_a_run_that_only_scales_logits_is_told_and_collapses(tmp_path):
     assert made.metrics["stalled"] == 1
     assert made.metrics["collapse_step"] == 2
     assert [finding.metric for finding in made.findings()] == ["stalled"]
-    assert any("From step 2 on some softmax has collapsed" in note for note in made.notes)
+    assert any("A softmax has collapsed first at step 2 (100% of labels" in note for note in made.notes)
     assert "100% of labels have a collapsed softmax" in made.summary()
     in_double = training_dynamics(places, ["aaaa"] * 4, ["aaa"] * 2, loss_dtype="float64", **QUICK)
     assert in_double.metrics["collapsed"] == 0

@@ -251,6 +251,24 @@ def test_a_checkpoint_without_a_finite_loss_is_passed_over_and_named(places, tmp
     assert "path" not in made.tables
 
 
+def test_of_many_rows_as_many_are_scored_as_asked_for(places):
+    made = training_trajectory(places[:4], TASK * 5, rows=7)
+    assert set(made.tables["steps"]["rows"]) == {7}
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"recovered": 0.0}, "recovered is 0.0 and settled 0.01; they are shares, the first above 0"),
+        ({"settled": 1.0}, "settled 1.0; they are shares, the first above 0, the other below 1"),
+        ({"rows": 0}, "rows is 0; it is at least 1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(places, setting, message):
+    with pytest.raises(ValueError, match=message):
+        training_trajectory(places, TASK, **setting)
+
+
 def test_every_picture_is_titled_and_shows_what_the_tables_hold(result):
     figures = result.figures()
     assert list(figures) == ["metric", "loss", "parting", "angles", "distances"]
