@@ -62,8 +62,8 @@ def observed(steps: "pd.DataFrame", role: str) -> list[str]:
         at = steps["label"][collapsed > 0].iloc[0]
         notes.append(
             f"A softmax has collapsed first at step {at} ({collapsed.max():.0%} of labels at most): "
-            "where the class that is left is the label, it gives no gradient. StableMax, a lower learning rate "
-            "or weight decay mend that."
+            "where the class that is left is the label, it gives no gradient. StableMax, a lower learning "
+            "rate or weight decay mend that."
         )
     if "metric_train" in steps:
         scaling = (steps["nlm_unembedding"] >= SCALING) & (steps["metric_train"] == 1)

@@ -309,6 +309,9 @@ def test_measurements_outlive_a_killed_run_and_hold_all_that_a_live_one_needs(pl
     again.measured = broken_after(again.measured)
     second = training_dynamics(again, TASK, TRAIN, **QUICK)
     assert dict(first.metrics) == dict(second.metrics) == pytest.approx(dict(result.metrics))
+    for other in ({"batch": 2}, {"probes": 5}, {"rows": 2}, {"seed": 1}, {"radius": 0.1}):
+        with pytest.raises(AssertionError, match="dynamics is measured again"):
+            training_dynamics(again, TASK, TRAIN, **QUICK | other)
 
 
 def broken_after(measured):

@@ -251,9 +251,12 @@ def test_a_checkpoint_without_a_finite_loss_is_passed_over_and_named(places, tmp
     assert "path" not in made.tables
 
 
-def test_of_many_rows_as_many_are_scored_as_asked_for(places):
-    made = training_trajectory(places[:4], TASK * 5, rows=7)
-    assert set(made.tables["steps"]["rows"]) == {7}
+def test_of_many_rows_as_many_are_scored_as_asked_for_and_other_rows_anew(places, tmp_path):
+    for count in (7, 6):
+        series = CheckpointSeries(places[:4], cache=tmp_path / "cache")
+        made = training_trajectory(series, TASK * 5, rows=count)
+        assert set(made.tables["steps"]["rows"]) == {count}
+    assert len(list((tmp_path / "cache").glob("scores.*.npz"))) == 8
 
 
 @pytest.mark.parametrize(
