@@ -183,8 +183,7 @@ def alignment(model: nn.Module) -> Arrays:
 
 
 def located(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, tuple[int | None, str, bool]]:
-    """Layer and component of every matrix by its tensor's name, and whether it is a head; fused ones as "
-    "one."""
+    """Layer and component of each matrix by its tensor, and whether it is a head; fused ones as one."""
     headers = {name: Header(name, tuple(each.shape), each.dtype) for name, each in tensors.items()}
     found: dict[str, tuple[int | None, list[str], bool]] = {}
     weights = {name: header for name, header in headers.items() if is_weight(header)}

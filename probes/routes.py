@@ -30,7 +30,7 @@ Weights: TypeAlias = Literal["full", "top"]
 
 log = logging.getLogger(__name__)
 # Rows and tokens of each that are run once to see what a model's routers compute.
-TRIAL_ROWS, TRIAL_TOKENS = 4, 32
+TRIAL_ROWS, TRIAL_TOKENS = 2, 16
 # Sums over a trial row by the bridge and by the routers themselves; half precision takes other ways to them.
 SAME = 1e-2
 

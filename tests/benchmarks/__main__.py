@@ -4,13 +4,24 @@ import sys
 
 import torch
 
-from tests.benchmarks import decision, grafts, masks, pathways, rows, seven_b, sharpness, startup
+from tests.benchmarks import (
+    decision,
+    grafts,
+    masks,
+    pathways,
+    routes,
+    rows,
+    seven_b,
+    sharpness,
+    startup,
+)
 
 ALL = {
     "decision": decision.main,
     "grafts": grafts.main,
     "masks": masks.main,
     "pathways": pathways.main,
+    "routes": routes.main,
     "rows": rows.main,
     "sharpness": sharpness.main,
     "startup": startup.main,
