@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from diagnostics.collapse import summed
-from diagnostics.over_steps import Reading, Which, scores
+from diagnostics.over_steps import Reading, Which, identity, scores
 from probes.body import unwrapped
 from probes.checkpoint import Checkpoint
 from probes.crossings import local_complexity, switches
@@ -57,8 +57,8 @@ class Probes:
     def key(self) -> dict[str, Any]:
         """What a measurement depends on beside the checkpoint, as JSON keeps it."""
         return self.reading.key(self.sets) | {
-            "batch": None if self.batch is None else self.batch.fingerprint,
-            "probes": self.rows.fingerprint,
+            "batch": None if self.batch is None else identity(self.batch),
+            "probes": identity(self.rows),
             "loss_dtype": self.loss_dtype,
             "outputs": self.outputs,
             "kernel": self.kernel,
