@@ -341,7 +341,7 @@ def claims(found: Found) -> list[Claim]:
         # A single head of a late block may hardly matter: what makes no barrier cannot be named by one.
         Claim(f"plants of heads: from {BARRIER:g} nats on, the largest barrier names the block",
               bool(seen["named"].all()) and len(seen) > 0,
-              f"{int(seen['named'].sum())} of {len(seen)} ({int(ranked['named'].sum())} of all {len(ranked)})"),
+              f"{seen['named'].sum()} of {len(seen)} ({ranked['named'].sum()} of all {len(ranked)})"),
         Claim("plants of heads: it ranks the OOD loss half-way with Spearman 0.8 or more", rank >= 0.8,
               f"{rank:.2f}"),
     ]  # fmt: skip
