@@ -297,7 +297,7 @@ def test_a_router_that_tells_only_of_the_experts_it_chose_has_no_full_distributi
     found = capture(Blocks(Choosing), rows_of(7, 4), routers=NAMES)
     close(found.top.sum(axis=2), np.ones((2, 3)))
     assert found.top.shape == (2, 3, 5)
-    with pytest.raises(ValueError, match="no full distribution; give top"):
+    with pytest.raises(ValueError, match="and no full distribution over all; give top"):
         found.select("full")
 
 
