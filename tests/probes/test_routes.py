@@ -173,11 +173,11 @@ def test_layers_without_experts_are_left_out():
 
 
 @pytest.mark.parametrize("normalised", [True, False])
-@pytest.mark.parametrize("scale", [1.0, 2.5, 16.0])
+@pytest.mark.parametrize("scale", [2.5, 16.0])
 def test_a_scaling_factor_common_to_all_experts_does_not_enter(scale, normalised):
     plain = make("deepseek_v3", routed_scaling_factor=1.0, norm_topk_prob=normalised)
     scaled = make("deepseek_v3", routed_scaling_factor=scale, norm_topk_prob=normalised, num_hidden_layers=2)
-    found, wanted = (capture(model, rows_of(*LENGTHS)) for model in (scaled, plain))
+    found, wanted = (capture(model, rows_of(*LENGTHS), bridge=False) for model in (scaled, plain))
     # The first mixture's own input is before any expert's output, and so before the factor.
     close(found.top[:, 0], wanted.top[:, 0])
     sums = found.top.sum(axis=2)
