@@ -15,7 +15,7 @@ from diagnostics import strides
 from diagnostics.along import drawn
 from diagnostics.analysis import Result, analysis
 from diagnostics.dynamics_measures import Arrays, Probes, located
-from diagnostics.dynamics_notes import notes_of
+from diagnostics.dynamics_notes import SCALING, notes_of
 from diagnostics.over_steps import Reading, curves, said, sets_of
 from probes.checkpoint import Checkpoint
 from probes.editable import Editable
@@ -26,9 +26,8 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-# Share of collapsed labels from which the training counts as stuck, and the cosine from which it only scales
-# logits: where the reference draws its marks, and what it observed; neither is published as a threshold.
-STALLED, SCALING = 0.5, 0.9
+# Share of collapsed labels from which the training counts as stuck: where the reference draws its mark.
+STALLED = 0.5
 
 LAST = (
     "nlm_unembedding", "nlm_cosine", "movement", "kernel_cka", "kernel_cka_debiased", "kernel_alignment",
@@ -98,9 +97,9 @@ def draw(result: Result) -> "dict[str, go.Figure]":
     ),
     paper="arXiv:2501.04697",
     cost=(
-        "a checkpoint: two forward passes over the rows, a gradient of 128 rows with a copy of the weights, "
-        "for each of 32 rows a gradient of its own (as often as all of these do not fit into 1 GB), one "
-        "forward differentiation with a second copy, 40 passes over these rows"
+        "a checkpoint: two forward passes over the rows, a gradient of the train rows with a copy of the "
+        "weights, for each of 32 rows a gradient of its own (as often as all of these do not fit into 1 GB), "
+        "one forward differentiation with a second copy, 40 passes over these rows"
     ),
     draw=draw,
     summary=summary,
@@ -112,7 +111,7 @@ def training_dynamics(
     train: Any = None,
     *,
     rows: int = 1000,
-    batch: int = 128,
+    batch: int = 1000,
     probes: int = 32,
     outputs: int = 16,
     kernel: bool = True,
@@ -136,8 +135,10 @@ def training_dynamics(
         task: held-out rows of what was trained: a task, a file, texts, or several of these by name.
         train: rows that the run was trained on; without them nothing is said of its gradient.
         rows: most rows of a set that are scored, drawn at random (ours).
-        batch: rows of the training batch whose gradient is taken (ours).
-        probes: task rows of the kernel and of local complexity (32 to 64 are usual).
+        batch: most train rows whose gradient is taken (ours); of several sets, of the first. The cosine
+            falls with fewer rows, whose gradient is noise across the weights.
+        probes: task rows of the kernel, the gap and local complexity (32 to 64 are usual); of several sets,
+            of the first.
         outputs: random projections of the logits on which the linearity gap is measured (ours); the kernel
             is that of the first.
         kernel: compute the tangent kernel, the dearest measure.

@@ -1,6 +1,7 @@
 """Pictures of a run's dynamics, drawn from the tables alone: a saved result redraws."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -24,9 +25,8 @@ PANELS: tuple[tuple[str, dict[str, str]], ...] = (
     ("linearity gap", {"linearity_gap": "towards each step"}),
     ("movement", {"movement": "of all weights"}),
 )
-LOOKS = (
-    (theme.NEUTRAL, "circle", "solid"), (theme.TUNED, "diamond", "solid"), (theme.NEW, "square", "dash"),
-)  # fmt: skip
+# Colour, symbol, and the symbol as it is written.
+LOOKS = ((theme.NEUTRAL, "circle", "●"), (theme.TUNED, "diamond", "◆"))
 
 
 def draw(result: Result) -> "dict[str, go.Figure]":
@@ -64,26 +64,45 @@ def draw_strip(steps: pd.DataFrame) -> "go.Figure":
         for axis, columns in PANELS
     ]
     panels = [(axis, columns) for axis, columns in panels if columns]
-    figure = make_subplots(rows=max(1, len(panels)), cols=1, shared_xaxes=True, vertical_spacing=0.025)
+    figure = make_subplots(rows=max(1, len(panels)), cols=1, shared_xaxes=True, vertical_spacing=0.04)
     for row, (axis, columns) in enumerate(panels, start=1):
-        for (column, name), (color, symbol, dash) in zip(columns.items(), LOOKS, strict=False):
-            role = column.rpartition("_")[2]
+        for (column, name), (color, symbol, _) in zip(columns.items(), looks(columns), strict=True):
             said = f"{axis.replace('<br>', ' ')}: {name}"
             figure.add_trace(
                 go.Scatter(
                     x=steps["step"], y=steps[column], mode="lines+markers", name=said, showlegend=False,
-                    line={"color": ROLES.get(role, color), "dash": dash},
-                    marker={"symbol": symbol, "size": 7},
+                    line={"color": color}, marker={"symbol": symbol, "size": 7},
                     hovertemplate=f"step %{{x}}: %{{y:.4g}}<extra>{said}</extra>",
                 ),
                 row=row, col=1,
             )  # fmt: skip
-        figure.update_yaxes(title={"text": axis, "font": {"size": 11}}, row=row, col=1)
+        place = "" if row == 1 else str(row)
+        # A legend of its own above each panel: one for all would have to name the panels.
+        figure.add_annotation(
+            text="&nbsp;&nbsp; ".join(
+                f'<span style="color:{color}">{mark}</span> {name}'
+                for name, (color, _, mark) in zip(columns.values(), looks(columns), strict=True)
+            ),
+            xref=f"x{place} domain", yref=f"y{place} domain", x=0, y=1, xanchor="left", yanchor="bottom",
+            font={"size": 11},
+        )  # fmt: skip
+        shares = "collapsed" in axis
+        figure.update_yaxes(
+            title={"text": axis, "font": {"size": 11}}, exponentformat="e", nticks=5,
+            range=[-0.05, 1.05] if shares else None, row=row, col=1,
+        )  # fmt: skip
     figure.update_xaxes(title="step", row=max(1, len(panels)), col=1)
     title = "Numbers, features and pieces over the run"
     return figure.update_layout(
-        template=theme.template(), title={"text": title, "y": 0.985}, height=140 + 120 * max(1, len(panels))
+        template=theme.template(),
+        title={"text": title, "y": 0.985},
+        height=140 + 130 * max(1, len(panels)),
     )
+
+
+def looks(columns: Iterable[str]) -> list[tuple[str, str, str]]:
+    """The looks of a panel's curves: what is held out looks alike in all."""
+    return [LOOKS[1] if column.endswith("_task") else LOOKS[at] for at, column in enumerate(columns)]
 
 
 def known(steps: pd.DataFrame, column: str) -> bool:
@@ -123,11 +142,20 @@ def draw_map(
     import plotly.graph_objects as go
 
     part = table[table[column].notna()]
-    named = part.assign(layer=[layer_name(layer) for layer in part["layer"]])
+    # What stands outside the blocks is shown by itself: the unembedding is looked at first.
+    outside = part["component"] if "component" in part else part["layer"]
+    named = part.assign(
+        layer=[
+            name if layer_name(layer) == "none" else layer_name(layer)
+            for layer, name in zip(part["layer"], outside, strict=True)
+        ]
+    )
     grid = named.pivot_table(index="layer", columns="step", values=column, aggfunc="mean")
-    grid = grid.loc[sorted(grid.index, key=lambda layer: (layer == "none", layer.zfill(9)))]
+    grid = grid.loc[sorted(grid.index, key=lambda name: (not name.isdigit(), name.zfill(9)))]
     figure = theme.figure(title=title, x="step", y="layer")
-    scale = {"zmin": -1, "zmax": 1, "colorscale": theme.scale(theme.LIGHT.diverging)} if diverging else {}
+    scale: dict[str, Any] = {"zmin": 0, "zmax": max(float(grid.max().max()), 1e-12)}
+    if diverging:
+        scale = {"zmin": -1, "zmax": 1, "colorscale": theme.scale(theme.LIGHT.diverging)}
     figure.add_trace(
         go.Heatmap(
             z=grid.to_numpy(), x=[f"{step:g}" for step in grid.columns], y=list(grid.index),

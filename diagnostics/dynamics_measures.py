@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from diagnostics.collapse import summed
-from diagnostics.over_steps import Reading, Which, scores
+from diagnostics.over_steps import Reading, Which, identity, scores
 from probes.body import unwrapped
 from probes.checkpoint import Checkpoint
 from probes.crossings import local_complexity, switches
@@ -57,8 +57,8 @@ class Probes:
     def key(self) -> dict[str, Any]:
         """What a measurement depends on beside the checkpoint, as JSON keeps it."""
         return self.reading.key(self.sets) | {
-            "batch": None if self.batch is None else self.batch.fingerprint,
-            "probes": self.rows.fingerprint,
+            "batch": None if self.batch is None else identity(self.batch),
+            "probes": identity(self.rows),
             "loss_dtype": self.loss_dtype,
             "outputs": self.outputs,
             "kernel": self.kernel,
@@ -183,8 +183,7 @@ def alignment(model: nn.Module) -> Arrays:
 
 
 def located(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, tuple[int | None, str, bool]]:
-    """Layer and component of every matrix by its tensor's name, and whether it is a head; fused ones as "
-    "one."""
+    """Layer and component of each matrix by its tensor, and whether it is a head; fused ones as one."""
     headers = {name: Header(name, tuple(each.shape), each.dtype) for name, each in tensors.items()}
     found: dict[str, tuple[int | None, list[str], bool]] = {}
     weights = {name: header for name, header in headers.items() if is_weight(header)}

@@ -4,6 +4,7 @@ What is recorded is flat arrays by name, so that it outlives the checkpoint: `sc
 `.right` of the n-th set, a number a row, and `score.{n}.missing`, why there is none.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -58,13 +59,19 @@ class Reading:
 
     def key(self, sets: Mapping[Which, Task]) -> dict[str, Any]:
         """What a measurement on these sets depends on, as JSON keeps it."""
-        rows = [[*which, task.fingerprint] for which, task in sets.items()]
+        rows = [[*which, identity(task)] for which, task in sets.items()]
         return {
             "sets": rows,
             "max_length": self.max_length,
             "chat_template": self.chat_template,
             "dtype": self.dtype,
         }
+
+
+def identity(task: Task) -> str:
+    """What tells rows from others, also some of a task's from all of them."""
+    numbers = ",".join(str(row.number) for row in task.rows)
+    return f"{task.fingerprint} {hashlib.blake2b(numbers.encode(), digest_size=8).hexdigest()}"
 
 
 def sets_of(given: Mapping[str, Any]) -> dict[Which, Task]:

@@ -8,12 +8,13 @@ arXiv:2506.21551v4, which leaves open the router weights and symbols that are us
 groups is ours: labels at random move the published numbers too, and not the gap.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from diagnostics.analysis import Result, analysis
+from diagnostics.analysis import Result, analysis, plain
 from diagnostics.inputs import tasks
 from diagnostics.pathway import ALPHABETS, Alphabet
 from diagnostics.pathways_looks import Ask
@@ -69,11 +70,11 @@ METRICS = {
     "consistency_change_high": "upper end",
     "consistency_first": "smoothness at the first checkpoint",
     "consistency_last": "at the last",
-    "loss_change": "change since memorisation of the loss of the followed samples, in nats",
-    "loss_change_low": "lower end of its paired 95 % interval",
-    "loss_change_high": "upper end",
-    "loss_first": "loss of the followed samples at the first checkpoint",
-    "loss_last": "at the last",
+    "loss_change_nats": "change since memorisation of the loss of the followed samples, in nats",
+    "loss_change_low_nats": "lower end of its paired 95 % interval",
+    "loss_change_high_nats": "upper end",
+    "loss_first_nats": "loss of the followed samples at the first checkpoint",
+    "loss_last_nats": "at the last",
     "held_out_change": "change of the held-out metric since memorisation",
     "held_out_change_low": "lower end of its paired 95 % interval",
     "held_out_change_high": "upper end",
@@ -214,7 +215,7 @@ def grokking_pathways(
         device=device, dtype=dtype,
     )  # fmt: skip
     measured = series.measured("pathways", plan.identity(), plan.measure, progress)
-    series.at_least(2, "pathways are compared between checkpoints")
+    series.at_least(2, "a comparison of pathways")
     if metric == "auto":
         metric = "loss" if all(each.shape == "text" for each in held.values()) else "accuracy"
     ask = Ask(
@@ -231,15 +232,48 @@ def grokking_pathways(
         raise ValueError(f"{rows[0]}: {len(routed)} rows have a token whose route counts; give at least 2")
     order = routed[np.argsort(whole.groups[routed], kind="stable")]
     records = [Record.of(each).take(order) for each in measured]
-    comparable(series.labels, records)
-    run = Run(series.steps, series.labels, records, whole.take(order), ask, progress=progress)
-    made = tables(run)
     counted = {
         "truncated": int(max(int(each["truncated"]) for each in measured)),
         "unrouted": len(rows) - len(routed),
     }
-    found = {**numbers(run, made), **counted}
-    return Result(metrics=found, tables=made, notes=tuple(notes(run, made, found)))
+    return concluded(
+        series.steps, series.labels, records, whole.take(order), ask, counted=counted, progress=progress
+    )
+
+
+def concluded(
+    steps: Sequence[float],
+    labels: Sequence[str],
+    records: Sequence[Record],
+    samples: Samples,
+    ask: Ask,
+    *,
+    counted: Mapping[str, int] | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Result:
+    """What the records of a run say: the end of `grokking_pathways`, for models that it cannot load.
+
+    Such as a module of one's own, whose routes `probes.routes.capture` reads when its routers are named.
+
+    Args:
+        steps: rising, one for each record.
+        labels: of the steps.
+        records: of all samples at each step.
+        samples: ordered by group.
+        ask: how to read them.
+        counted: rows that were cut or left out.
+
+    Raises:
+        ValueError: as `grokking_pathways`, of the records.
+    """
+    comparable(labels, records)
+    run = Run(steps, labels, records, samples, ask, progress=progress)
+    made = tables(run)
+    found = {**numbers(run, made), **{"truncated": 0, "unrouted": 0, **(counted or {})}}
+    return Result(
+        metrics=found, tables=made, notes=tuple(notes(run, made, found)), analysis="pathways",
+        parameters=plain(asdict(ask)),
+    )  # fmt: skip
 
 
 def check(

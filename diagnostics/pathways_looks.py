@@ -30,9 +30,9 @@ class Ask:
 
 
 class Look:
-    """One checkpoint's routes, seen through pathways; what is large is computed again when asked for."""
+    """One checkpoint's routes, seen through pathways; distances are kept only where they are needed again."""
 
-    def __init__(self, record: Record, samples: Samples, ask: Ask, workers: int):
+    def __init__(self, record: Record, samples: Samples, ask: Ask, *, workers: int, keep: bool = False):
         self.record, self.samples, self.ask, self.workers = record, samples, ask, workers
         groups = samples.groups
         self.weights = record.routes.select(ask.weights)
@@ -41,6 +41,7 @@ class Look:
         self.lengths = pathway.lengths(self.words)
         raw = pathway.distances(self.words, workers=workers)
         share = raw / pathway.longer(self.lengths, self.lengths)
+        self._kept = share.astype(np.float32) if keep else None
         self.pairs, self.raw = pairs(share, groups), pairs(raw.astype(float), groups)
         self.of_groups = pairs_of_groups(share, groups)
         self.p, self.p_of_groups = gap_p(share, groups, permutations=ask.permutations, seed=ask.seed)
@@ -51,11 +52,11 @@ class Look:
         self.smooth = pathway.smoothness(self.cosines) if layers > 1 else nothing
         self.rough = pathway.gp_inconsistency(self.cosines) if layers > 2 else nothing
         self.entropies = pathway.entropies(self.weights)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            self.losses = record.nats / record.units
 
     def share(self) -> Float[np.ndarray, "samples samples"]:
         """The matrix of distances, each over the longer pathway."""
+        if self._kept is not None:
+            return self._kept.astype(float)
         raw = pathway.distances(self.words, workers=self.workers)
         return raw / pathway.longer(self.lengths, self.lengths)
 

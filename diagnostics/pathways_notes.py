@@ -118,7 +118,8 @@ def definitions(run: Run) -> str:
     text = (
         f"Pathways are of {kind}, tau {ask.tau:g}, symbols {ask.alphabet}; verdicts use the distance as a "
         "share of the longer pathway, for raw edits follow its length. Consistency is smoothness: higher is "
-        "smoother. The paper's C, gp_inconsistency, is as written higher where routes are more erratic."
+        "smoother. The paper's C, gp_inconsistency, is as written higher where routes are more erratic. "
+        "Effective dimensions are at lambda = 0.001 Tr(H) / samples."
     )
     if apart:
         text += " Consecutive layers are consecutive layers with experts; others lie between some."

@@ -216,7 +216,7 @@ def by_value(run: Run) -> "pd.DataFrame":
             pd.DataFrame(
                 {
                     "sample": np.arange(len(names)), "group": names, "step": run.steps[place],
-                    "loss": look.losses, "length": look.lengths, "distance": look.own,
+                    "loss": run.losses[place], "length": look.lengths, "distance": look.own,
                     "consistency": look.smooth, "gp_inconsistency": look.rough,
                     "entropy": look.entropies.mean(axis=1),
                 }
@@ -305,12 +305,14 @@ def metrics(run: Run, tables: "Mapping[str, pd.DataFrame]") -> dict[str, float |
         found |= {f"{kind}_{name}": now[name][kind] for kind in ("spearman", "pearson")}
     for name in ("distance", "gap", "consistency", "loss", "held_out"):
         low, high = run.changes[name].interval
+        unit = "_nats" if name == "loss" else ""
         found |= {
-            f"{name}_first": run.looks[0].estimates[name].value,
-            f"{name}_last": run.looks[run.last].estimates[name].value,
-            f"{name}_change": run.changes[name].value, f"{name}_change_low": low,
-            f"{name}_change_high": high,
-        }  # fmt: skip
+            f"{name}_first{unit}": run.looks[0].estimates[name].value,
+            f"{name}_last{unit}": run.looks[run.last].estimates[name].value,
+            f"{name}_change{unit}": run.changes[name].value,
+            f"{name}_change_low{unit}": low,
+            f"{name}_change_high{unit}": high,
+        }
     drift = mean(run.drifts()[1], run.samples.groups)
     low, high = drift.interval
     found |= {

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diagnostics import trajectory_tables as made
+from diagnostics.along import drawn
 from diagnostics.analysis import Result, analysis
 from diagnostics.over_steps import Reading, curves, said, scores, sets_of
 from probes.checkpoint import Checkpoint
@@ -53,9 +54,9 @@ def summary(result: Result) -> str:
     if "depth_keep" in m or "depth_keep_nats" in m:
         low, gone = m["shipped_low"], m["unrecovered"]
         if gone:
-            parts.append(f"{gone:g} keep sets fell and did not come back")
+            parts.append(f"{gone} keep {'set' if gone == 1 else 'sets'} fell and did not come back")
         elif low:
-            parts.append(f"{low:g} keep sets are still climbing out of a trough")
+            parts.append(f"{low} keep {'set is' if low == 1 else 'sets are'} still climbing out of a trough")
         else:
             deep = {"": m.get("depth_keep", 0.0), " nats": m.get("depth_keep_nats", 0.0)}
             fell = " and ".join(f"{depth:.3g}{unit}" for unit, depth in deep.items() if depth > 0)
@@ -99,6 +100,7 @@ def training_trajectory(
     keep: Any = None,
     train: Any = None,
     *,
+    rows: int | None = 2000,
     recovered: float = 0.8,
     settled: float = 0.01,
     max_length: int | None = None,
@@ -121,6 +123,7 @@ def training_trajectory(
         task: held-out rows of what was trained: a task, a file, texts, or several of these by name.
         keep: rows of what must survive.
         train: rows that the run was trained on.
+        rows: most rows of a set that are scored, drawn at random (ours); None: all.
         recovered: share of a trough that counts as won back (ours).
         settled: the train metric has settled from where it stays so near to its last value (ours).
         max_length: most tokens of a row; None: what the model takes.
@@ -129,7 +132,7 @@ def training_trajectory(
         trust_remote_code: run code that a repository brings.
         device: where the models run.
         dtype: of the models; None as stored.
-        seed: nothing is drawn at random.
+        seed: of the choice of rows.
         progress: called with (done, total, what).
 
     Metrics: see `METRICS`.
@@ -145,9 +148,13 @@ def training_trajectory(
 
     if not 0 < recovered <= 1 or not 0 <= settled < 1:
         raise ValueError(
-            f"recovered is {recovered} and settled {settled}; they are shares, above 0 and below 1"
+            f"recovered is {recovered} and settled {settled}; they are shares, the first above 0, the other "
+            "below 1"
         )
-    series, sets = series_of(series), sets_of({"task": task, "keep": keep, "train": train})
+    if rows is not None and rows < 1:
+        raise ValueError(f"rows is {rows}; it is at least 1")
+    series, given = series_of(series), sets_of({"task": task, "keep": keep, "train": train})
+    sets = {which: drawn(one, rows, seed) for which, one in given.items()}
     reading = Reading(
         max_length=max_length, chat_template=chat_template, batch_tokens=batch_tokens,
         trust_remote_code=trust_remote_code, device=device, dtype=dtype,

@@ -1,6 +1,6 @@
 """Pictures of a run's trajectory, drawn from the tables alone: a saved result redraws."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 
@@ -54,9 +54,10 @@ def draw_scores(steps: pd.DataFrame, lows: pd.DataFrame | None, measure: str) ->
     import plotly.graph_objects as go
 
     deep = shaded(steps, lows, measure)
-    title = (
-        "What must survive fell here and came back to where the shade ends" if deep else "No keep rows fell"
-    )
+    title = "No keep rows fell"
+    if deep:
+        back = "was back where the shade ends" if deep.back else "has not come back by the end"
+        title = f"What must survive fell, and {back}"
     if not (steps["role"] == "keep").any():
         title = "The task over the steps"
     figure = theme.figure(title=title, x=X, y=SCORES[measure])
@@ -69,30 +70,37 @@ def draw_scores(steps: pd.DataFrame, lows: pd.DataFrame | None, measure: str) ->
             )
         )  # fmt: skip
     if deep:
-        start, low, end, said = deep
         figure.add_vrect(
-            x0=start, x1=end, fillcolor=theme.faint(theme.BASE, 0.12), line_width=0, layer="below",
-            annotation_text=said, annotation_position="bottom left",
+            x0=deep.start, x1=deep.end, fillcolor=theme.faint(theme.BASE, 0.12), line_width=0, layer="below",
+            annotation_text=deep.said, annotation_position="bottom left",
         )  # fmt: skip
-        theme.threshold(figure, "lowest", x=low)
+        theme.threshold(figure, "lowest", x=deep.low)
     return figure.update_layout(height=420)
 
 
-def shaded(
-    steps: pd.DataFrame, lows: pd.DataFrame | None, measure: str
-) -> tuple[float, float, float, str] | None:
-    """Start, lowest step and end of the deepest trough of keep rows, and what is written in it."""
+class Shade(NamedTuple):
+    """The deepest trough of keep rows: its steps, whether it was climbed out of, what is written in it."""
+
+    start: float
+    low: float
+    end: float
+    back: bool
+    said: str
+
+
+def shaded(steps: pd.DataFrame, lows: pd.DataFrame | None, measure: str) -> Shade | None:
+    """What is shaded, if any keep rows fell."""
     if lows is None or not len(lows):
         return None
     keep = lows[(lows["role"] == "keep") & (lows["measure"] == measure) & (lows["depth"] > 0)]
     if not len(keep):
         return None
     row: Any = keep.sort_values("depth").iloc[-1]
-    lasts = not row["steps_to_recover"] >= 0
-    end = steps["step"].max() if lasts else row["trough_step"] + row["steps_to_recover"]
+    back = bool(row["steps_to_recover"] >= 0)
+    end = row["trough_step"] + row["steps_to_recover"] if back else steps["step"].max()
     unit = " nats" if measure == "loss" else ""
     said = f"trough: {row['depth']:.3g}{unit} deep, {row['recovery']:.0%} won back"
-    return float(steps["step"].min()), float(row["trough_step"]), float(end), said
+    return Shade(float(steps["step"].min()), float(row["trough_step"]), float(end), back, said)
 
 
 def draw_parting(task: pd.DataFrame, correlation: float | None) -> "go.Figure":
@@ -137,7 +145,7 @@ def draw_angles(path: pd.DataFrame, times: float | None) -> "go.Figure":
             )
         )  # fmt: skip
     theme.threshold(figure, "across", y=90)
-    return figure.update_yaxes(range=[0, 185], dtick=45).update_layout(height=360)
+    return figure.update_yaxes(range=[-6, 186], tickvals=[0, 45, 90, 135, 180]).update_layout(height=360)
 
 
 def draw_distances(path: pd.DataFrame) -> "go.Figure":

@@ -161,8 +161,8 @@ def of_settling(
     left = len(steps) - place
     if left < troughs.FEWEST:
         notes.append(
-            f"The train metric settles {left} checkpoints before the end, if at all; whether held-out rows "
-            f"are learnt later takes {troughs.FEWEST}."
+            f"From where the train metric settles on, if it does, there are {left} of the {len(steps)} "
+            f"checkpoints; whether held-out rows are learnt later takes {troughs.FEWEST}."
         )
         return {"settled_step": float(steps[place])}
     held = [one.metric[place:] for one in found if one.which[0] == "task"]

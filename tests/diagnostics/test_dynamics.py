@@ -236,7 +236,7 @@ def test_a_run_that_only_scales_logits_is_told_and_collapses(tmp_path):
     assert made.metrics["stalled"] == 1
     assert made.metrics["collapse_step"] == 2
     assert [finding.metric for finding in made.findings()] == ["stalled"]
-    assert any("From step 2 on some softmax has collapsed" in note for note in made.notes)
+    assert any("A softmax has collapsed first at step 2 (100% of labels" in note for note in made.notes)
     assert "100% of labels have a collapsed softmax" in made.summary()
     in_double = training_dynamics(places, ["aaaa"] * 4, ["aaa"] * 2, loss_dtype="float64", **QUICK)
     assert in_double.metrics["collapsed"] == 0
@@ -309,6 +309,9 @@ def test_measurements_outlive_a_killed_run_and_hold_all_that_a_live_one_needs(pl
     again.measured = broken_after(again.measured)
     second = training_dynamics(again, TASK, TRAIN, **QUICK)
     assert dict(first.metrics) == dict(second.metrics) == pytest.approx(dict(result.metrics))
+    for other in ({"batch": 2}, {"probes": 5}, {"rows": 2}, {"seed": 1}, {"radius": 0.1}):
+        with pytest.raises(AssertionError, match="dynamics is measured again"):
+            training_dynamics(again, TASK, TRAIN, **QUICK | other)
 
 
 def broken_after(measured):
@@ -369,4 +372,4 @@ def test_every_picture_is_titled_and_shows_what_the_tables_hold(result):
     assert curves["units switched a token: local complexity"] == steps["local_complexity"].tolist()
     layers = result.tables["layers"].pivot_table(index="layer", columns="step", values="share")
     assert figures["complexity"].data[0].z == pytest.approx(layers.to_numpy())
-    assert list(figures["nlm"].data[0].y) == ["0", "1", "none"]
+    assert list(figures["nlm"].data[0].y) == ["0", "1", "embed", "lm_head"]

@@ -199,7 +199,7 @@ def test_held_out_rows_learnt_after_the_train_rows_are_delayed_generalisation(tm
     # Learnt with the train rows, nothing is delayed.
     together = training_trajectory([places[0], *places[2:]], held[:1], train=train)
     assert "delayed_generalisation" not in together.metrics
-    assert any("settles 3 checkpoints before the end" in note for note in together.notes)
+    assert any("there are 3 of the 4 checkpoints" in note for note in together.notes)
 
 
 def test_three_checkpoints_are_too_few_and_it_is_said_after_measuring(places, tmp_path):
@@ -249,6 +249,27 @@ def test_a_checkpoint_without_a_finite_loss_is_passed_over_and_named(places, tmp
     assert any("keep rows have no finite loss at 2" in note for note in made.notes)
     assert any("lm_head.weight holds 16 NaN or infinite values" in note for note in made.notes)
     assert "path" not in made.tables
+
+
+def test_of_many_rows_as_many_are_scored_as_asked_for_and_other_rows_anew(places, tmp_path):
+    for count in (7, 6):
+        series = CheckpointSeries(places[:4], cache=tmp_path / "cache")
+        made = training_trajectory(series, TASK * 5, rows=count)
+        assert set(made.tables["steps"]["rows"]) == {count}
+    assert len(list((tmp_path / "cache").glob("scores.*.npz"))) == 8
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"recovered": 0.0}, "recovered is 0.0 and settled 0.01; they are shares, the first above 0"),
+        ({"settled": 1.0}, "settled 1.0; they are shares, the first above 0, the other below 1"),
+        ({"rows": 0}, "rows is 0; it is at least 1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(places, setting, message):
+    with pytest.raises(ValueError, match=message):
+        training_trajectory(places, TASK, **setting)
 
 
 def test_every_picture_is_titled_and_shows_what_the_tables_hold(result):
