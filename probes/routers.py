@@ -194,9 +194,13 @@ def _look(
                 raise ValueError(f"{name}: gives neither logits nor experts with their weights")
             return
         weights, ids, wide = places
+        experts = _experts(module, output, wide)
+        if experts is None:  # it chooses something else, such as the positions that attention reads
+            if named:
+                raise ValueError(f"{name}: does not tell how many experts there are")
+            return
         with _Watched() as watched:
             module.forward(*args, **kwargs)
-        experts = _experts(module, output, wide)
         shares = [share for share in watched.shares if share.shape[-1] == experts]
         logits, aspect = _weighed(output, wide, shares)
         router = Router(
@@ -210,13 +214,14 @@ def _look(
 
 def _places(output: Any) -> tuple[int, int, list[int]] | None:
     """Where in a router's output the weights, the ids and what tells of all experts are; None of others."""
-    if not isinstance(output, tuple | list) or not all(isinstance(part, Tensor) for part in output):
+    if not isinstance(output, tuple | list):
         return None
-    whole = [place for place, part in enumerate(output) if part.dtype in (torch.int64, torch.int32)]
+    tensors = {place: part for place, part in enumerate(output) if isinstance(part, Tensor)}
+    whole = [place for place, part in tensors.items() if part.dtype in (torch.int64, torch.int32)]
     if len(whole) != 1 or output[whole[0]].ndim < 2:
         return None
     ids, shape = whole[0], output[whole[0]].shape
-    real = [place for place, part in enumerate(output) if part.is_floating_point()]
+    real = [place for place, part in tensors.items() if part.is_floating_point()]
     # The last, for where all experts are chosen the logits before it are of the same shape.
     weights = [place for place in real if output[place].shape == shape]
     if not weights:
@@ -228,14 +233,12 @@ def _places(output: Any) -> tuple[int, int, list[int]] | None:
     return weights[-1], ids, wide
 
 
-def _experts(module: nn.Module, output: Any, wide: list[int]) -> int:
-    """How many experts a router chooses among."""
+def _experts(module: nn.Module, output: Any, wide: list[int]) -> int | None:
+    """How many experts a router chooses among; None where neither its output nor its weight tells."""
     if wide:
         return max(output[place].shape[-1] for place in wide)
     weight = getattr(module, "weight", None)
-    if isinstance(weight, Tensor) and weight.ndim == 2:
-        return weight.shape[0]
-    raise ValueError(f"{type(module).__name__}: does not tell how many experts there are")
+    return weight.shape[0] if isinstance(weight, Tensor) and weight.ndim == 2 else None
 
 
 class _Watched(TorchDispatchMode):

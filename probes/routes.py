@@ -41,7 +41,7 @@ class Routes:
 
     Attributes:
         full: mean over a sample's tokens of all that a router weighs: the softmax over all experts, or the
-            sigmoid of each; NaN where the model weighs none but those it chose.
+            sigmoid of each; NaN where its routers tell only of those that they chose.
         top: mean of the weights with which the chosen experts are combined, 0 of the others; without scaling
             factors common to all experts. They need not sum to 1.
         tokens: how many tokens of each sample count; where it is 0, `full` and `top` are NaN.
@@ -67,8 +67,8 @@ class Routes:
             raise ValueError(f"weights are {kind!r}; give full or top")
         if kind == "full" and len(self.full) and np.isnan(self.full[self.tokens > 0]).any():
             raise ValueError(
-                "this model weighs only the experts that it chose, so that there is no full distribution; "
-                "give top"
+                "its routers tell the weights of the experts that they chose, and no full "
+                "distribution over all; give top"
             )
         return self.full if kind == "full" else self.top
 

@@ -173,11 +173,11 @@ def test_layers_without_experts_are_left_out():
 
 
 @pytest.mark.parametrize("normalised", [True, False])
-@pytest.mark.parametrize("scale", [1.0, 2.5, 16.0])
+@pytest.mark.parametrize("scale", [2.5, 16.0])
 def test_a_scaling_factor_common_to_all_experts_does_not_enter(scale, normalised):
     plain = make("deepseek_v3", routed_scaling_factor=1.0, norm_topk_prob=normalised)
     scaled = make("deepseek_v3", routed_scaling_factor=scale, norm_topk_prob=normalised, num_hidden_layers=2)
-    found, wanted = (capture(model, rows_of(*LENGTHS)) for model in (scaled, plain))
+    found, wanted = (capture(model, rows_of(*LENGTHS), bridge=False) for model in (scaled, plain))
     # The first mixture's own input is before any expert's output, and so before the factor.
     close(found.top[:, 0], wanted.top[:, 0])
     sums = found.top.sum(axis=2)
@@ -297,7 +297,7 @@ def test_a_router_that_tells_only_of_the_experts_it_chose_has_no_full_distributi
     found = capture(Blocks(Choosing), rows_of(7, 4), routers=NAMES)
     close(found.top.sum(axis=2), np.ones((2, 3)))
     assert found.top.shape == (2, 3, 5)
-    with pytest.raises(ValueError, match="no full distribution; give top"):
+    with pytest.raises(ValueError, match="and no full distribution over all; give top"):
         found.select("full")
 
 
