@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from diagnostics.policy import load_policy as load_policy
     from diagnostics.sharpness import layer_sharpness as layer_sharpness
     from diagnostics.skills import skill_localization as skill_localization
+    from diagnostics.sparsification import abrupt_sparsification as abrupt_sparsification
     from diagnostics.sparsity import essential_sparsity as essential_sparsity
     from diagnostics.store import Audit as Audit
     from diagnostics.store import load as load
@@ -50,6 +51,7 @@ EXPORTS = {
     "load_policy": "diagnostics.policy",
     "representation_drift": "diagnostics.drift",
     "skill_localization": "diagnostics.skills",
+    "abrupt_sparsification": "diagnostics.sparsification",
     "training_dynamics": "diagnostics.dynamics",
     "training_trajectory": "diagnostics.trajectory",
 }

@@ -193,7 +193,7 @@ def jumps(series: ArrayLike) -> Bool[np.ndarray, " steps"]:
     summary=in_a_line,
     metrics=METRICS,
 )
-def sparsification(
+def abrupt_sparsification(
     series: Any,
     *,
     parts: Sequence[Part] = ("block",),

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -24,6 +24,8 @@ from diagnostics.pathway import (
     smoothness,
 )
 
+# Small cases tell nearly all; a hundred of each take long.
+FEW = settings(max_examples=40)
 sizes = st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 6))
 
 
@@ -85,6 +87,7 @@ def matrix(weights, alphabet="tagged", tau=0.7):
 # --- pathways ---
 
 
+@FEW
 @given(weightings(), st.sampled_from([Fraction(n, 10) for n in range(1, 11)]))
 def test_a_pathway_is_the_shortest_prefix_that_reaches_tau_with_equal_experts_by_their_id(weights, tau):
     made = pathways(weights, float(tau))
@@ -115,12 +118,14 @@ def test_float32_means_of_ten_equal_experts_keep_seven_of_them_however_they_were
         assert pathways(np.full((1, 1, 10), share, dtype=np.float32)).kept.item() == 7
 
 
+@FEW
 @given(weightings(), st.floats(0.05, 1), st.floats(0.05, 1))
 def test_a_larger_tau_never_shortens_a_pathway(weights, one, other):
     small, large = sorted((one, other))
     assert (pathways(weights, small).kept <= pathways(weights, large).kept).all()
 
 
+@FEW
 @given(weightings())
 def test_a_tau_near_0_keeps_one_expert_a_layer_so_that_edits_are_layers_that_differ(weights):
     made = pathways(weights, 1e-3)
@@ -130,6 +135,7 @@ def test_a_tau_near_0_keeps_one_expert_a_layer_so_that_edits_are_layers_that_dif
     assert (distances(made.words()) == hamming).all()
 
 
+@FEW
 @given(sizes, st.floats(0.01, 1), st.randoms(use_true_random=False))
 def test_one_hot_routing_gives_one_symbol_a_layer_for_any_tau(shape, tau, random):
     samples, layers, experts = shape
@@ -168,6 +174,7 @@ def test_symbols_pass_over_what_is_no_character():
 # --- distances ---
 
 
+@FEW
 @given(weightings(), st.sampled_from(ALPHABETS), st.sampled_from([0.5, 0.7, 1.0]))
 def test_distances_are_those_of_the_textbook_recurrence(weights, alphabet, tau):
     kept = kept_naively(weights, Fraction(str(tau)))
@@ -178,6 +185,7 @@ def test_distances_are_those_of_the_textbook_recurrence(weights, alphabet, tau):
     assert moved(words, words[::-1]).tolist() == [row[-1 - place] for place, row in enumerate(expected)]
 
 
+@FEW
 @given(weightings(least=3), st.sampled_from(ALPHABETS))
 def test_distances_are_a_metric_bounded_by_the_lengths(weights, alphabet):
     words = pathways(weights).words(alphabet)
@@ -191,6 +199,7 @@ def test_distances_are_a_metric_bounded_by_the_lengths(weights, alphabet):
     assert ((share >= 0) & (share <= 1)).all()
 
 
+@FEW
 @given(weightings())
 def test_shared_symbols_are_at_most_as_far_as_tagged_ones_and_these_as_the_sum_over_layers(weights):
     made = pathways(weights)
@@ -200,6 +209,7 @@ def test_shared_symbols_are_at_most_as_far_as_tagged_ones_and_these_as_the_sum_o
     assert (tagged <= by_layer).all()
 
 
+@FEW
 @given(weightings())
 def test_equal_routing_is_at_distance_0(weights):
     same = np.repeat(weights[:1], 4, axis=0)
@@ -295,6 +305,7 @@ def test_consistency_by_hand():
     assert gp_inconsistency(np.array([[0.8, 0.4, 0.0]])) == pytest.approx([0.5], abs=1e-7)
 
 
+@FEW
 @given(weightings(st.tuples(st.integers(1, 4), st.integers(3, 4), st.integers(2, 5))))
 def test_layers_that_share_router_and_routing_are_as_smooth_as_can_be(weights):
     alike = np.repeat(weights[:, :1], weights.shape[1], axis=1)
@@ -307,6 +318,7 @@ def test_layers_that_share_router_and_routing_are_as_smooth_as_can_be(weights):
     assert gp_inconsistency(c) == pytest.approx(np.zeros(len(alike)), abs=1e-7)
 
 
+@FEW
 @given(st.floats(1e-3, 1e3), st.integers(0, 99))
 def test_the_scale_of_a_router_changes_no_cosine(scale, seed):
     generator = np.random.default_rng(seed)
@@ -348,6 +360,7 @@ def test_many_samples_are_embedded_in_parts_with_the_same_cosines(monkeypatch):
 # --- entropy and dimension ---
 
 
+@FEW
 @given(weightings())
 def test_entropy_is_that_of_the_definition_and_between_0_and_the_logarithm_of_the_experts(weights):
     found = entropies(weights)
@@ -360,6 +373,7 @@ def test_entropy_is_that_of_the_definition_and_between_0_and_the_logarithm_of_th
     assert (found <= math.log(weights.shape[2]) + 1e-12).all()
 
 
+@FEW
 @given(weightings(st.tuples(st.integers(1, 5), st.just(1), st.integers(1, 6))), st.floats(1e-3, 10))
 def test_the_effective_dimension_is_the_trace_of_its_definition(weights, regularisation):
     G = weights[:, 0].astype(float)

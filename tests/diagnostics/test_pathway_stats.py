@@ -5,7 +5,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -21,6 +21,9 @@ from diagnostics.pathway_stats import (
     pairs_of_groups,
     redrawn,
 )
+
+# Small cases tell nearly all; a hundred of each take long.
+FEW = settings(max_examples=40)
 
 
 def distances_of(points):
@@ -50,6 +53,7 @@ def means_naively(D, groups, one=None):
 # --- means over pairs ---
 
 
+@FEW
 @given(grouped())
 def test_means_over_pairs_are_those_of_a_loop_over_pairs(made):
     D, groups = made
@@ -102,6 +106,7 @@ def test_a_change_is_judged_in_pairs_of_the_same_samples():
     assert change.se == pytest.approx(0.1 * before.within.se)  # not √2 of it, as of other samples
 
 
+@FEW
 @given(
     arrays(np.float64, 6, elements=st.floats(-3, 3) | st.just(math.nan)),
     arrays(np.float64, 6, elements=st.integers(1, 5)),
@@ -176,6 +181,7 @@ def memorised_naively(losses, epsilon, delta):
     return found
 
 
+@FEW
 @given(
     arrays(np.float64, st.tuples(st.integers(1, 7), st.integers(1, 5)), elements=st.integers(0, 30)),
     st.integers(0, 30),
@@ -241,6 +247,7 @@ def test_redrawn_estimates_spread_by_their_standard_error_and_move_together():
 # --- correlations ---
 
 
+@FEW
 @given(arrays(np.float64, (2, 8), elements=st.integers(-4, 4)), st.integers(-2, 2))
 def test_correlations_with_a_lag_are_those_of_scipy_on_shifted_series(values, lag):
     from scipy.stats import pearsonr, spearmanr

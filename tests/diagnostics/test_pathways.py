@@ -433,21 +433,26 @@ def test_what_was_recorded_is_kept_and_serves_another_reading(trained, tmp_path,
     assert other.parameters["weights"] == "top"
 
 
-def test_batches_change_nothing(trained):
-    pair = [trained / "checkpoint-0", trained / "checkpoint-90"]
-    settings = {"permutations": 100, "draws": 100}
-    one = grokking_pathways(pair, TASK, TRAIN[1], **settings)
-    other = grokking_pathways(pair, TASK, TRAIN[1], batch_tokens=64, **settings)
+@pytest.fixture(scope="module")
+def ends(trained):
+    """The first and the last checkpoint, on the task rows alone."""
+    return between(trained)
+
+
+def between(trained, **settings):
+    pair = [trained / f"checkpoint-{step}" for step in (SAVED[0], SAVED[-1])]
+    return grokking_pathways(pair, TASK, permutations=100, draws=100, **settings)
+
+
+def test_batches_change_nothing(trained, ends):
+    other = between(trained, batch_tokens=64)
     for name in ("distance_last", "gap_last", "consistency_last", "loss_last_nats", "drift"):
-        assert other.metrics[name] == pytest.approx(one.metrics[name], abs=1e-5), name
+        assert other.metrics[name] == pytest.approx(ends.metrics[name], abs=1e-5), name
 
 
-def test_without_rows_of_training_the_task_rows_are_followed(trained):
-    found = grokking_pathways(
-        [trained / "checkpoint-0", trained / "checkpoint-90"], TASK, permutations=100, draws=100
-    )
-    assert found.metrics["samples"] == 16
-    assert found.tables["verdict"]["verdict"][0] == "withheld"
+def test_without_rows_of_training_the_task_rows_are_followed(ends):
+    assert ends.metrics["samples"] == 16
+    assert ends.tables["verdict"]["verdict"][0] == "withheld"
 
 
 def test_a_dense_model_is_told_what_runs_instead(tmp_path):
@@ -476,11 +481,8 @@ def test_a_series_of_one_is_recorded_and_refused(trained, tmp_path):
     assert len(list(tmp_path.glob("pathways.*.npz"))) == 1
 
 
-def test_folding_the_gain_of_the_norm_changes_smoothness_and_no_distance(trained):
-    pair = [trained / "checkpoint-0", trained / "checkpoint-90"]
-    settings = {"permutations": 100, "draws": 100}
-    one = grokking_pathways(pair, TASK, **settings).metrics
-    other = grokking_pathways(pair, TASK, fold_gain=True, **settings).metrics
+def test_folding_the_gain_of_the_norm_changes_smoothness_and_no_distance(trained, ends):
+    one, other = ends.metrics, between(trained, fold_gain=True).metrics
     assert other["distance_last"] == one["distance_last"]
     assert other["consistency_first"] == pytest.approx(one["consistency_first"], abs=1e-6)  # gains are 1
     assert other["consistency_last"] != pytest.approx(one["consistency_last"], abs=1e-6)

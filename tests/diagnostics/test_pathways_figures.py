@@ -11,6 +11,9 @@ from diagnostics.pathways_samples import APART, borders, hues
 from diagnostics.pathways_tables import tables
 from tests.diagnostics.routed import records_of, run_of, samples_of
 
+# Two steps, at which nothing and all is shared.
+ENDS = (0.0, 1.0)
+
 
 @pytest.fixture(scope="module")
 def made():
@@ -51,7 +54,8 @@ def test_what_is_not_dated_is_not_marked():
 
 
 def test_one_group_has_no_gap_to_draw():
-    figures = drawn(tables(run_of(samples_of(groups=1))))
+    samples = samples_of(groups=1)
+    figures = drawn(tables(run_of(samples, steps=ENDS, records=records_of(samples, shared=ENDS))))
     assert "groups" not in figures
     assert [trace.name for trace in figures["layers"].data] == ["distance"]
     assert "between groups" not in [trace.name for trace in figures["steps"].data]
@@ -91,15 +95,13 @@ def test_the_histogram_counts_every_sample_by_group_or_together(made):
     assert [trace.name for trace in figure.data] == ["g0", "g1", "g2", "g3"]
     assert sum(len(trace.x) for trace in figure.data) == 80
     samples = samples_of(groups=APART + 1, each=4)
-    many = drawn(tables(run_of(samples, records=records_of(samples))))["drift"]
+    many = drawn(tables(run_of(samples, steps=ENDS, records=records_of(samples, shared=ENDS))))["drift"]
     assert [len(trace.x) for trace in many.data] == [24]
 
 
 def test_many_samples_are_shown_as_a_few_of_each_group():
     samples = samples_of(groups=3, each=60)
-    steps = (0.0, 1.0)
-    records = records_of(samples, shared=(0.0, 1.0))
-    made = tables(run_of(samples, steps=steps, records=records))
+    made = tables(run_of(samples, steps=ENDS, records=records_of(samples, shared=ENDS)))
     shown = made["routes"]["sample"].unique()
     assert len(shown) == 96
     assert np.bincount(samples.groups[shown]).tolist() == [32, 32, 32]
@@ -110,7 +112,7 @@ def test_markup_in_the_names_of_groups_is_shown_as_text(hostile_text):
     from dataclasses import replace
 
     samples = replace(samples_of(groups=2), names=(hostile_text, "b"))
-    figures = drawn(tables(run_of(samples, records=records_of(samples))))
+    figures = drawn(tables(run_of(samples, steps=ENDS, records=records_of(samples, shared=ENDS))))
     for name in ("groups", "matrix", "routes", "drift"):
         assert "<script" not in figures[name].to_json(), name
         assert "&lt;script" in figures[name].to_json(), name
