@@ -164,7 +164,7 @@ def answer_logits(model: GPT2LMHeadModel, ids: Tensor) -> Tensor:
 def tune(
     model: GPT2LMHeadModel, items: Sequence[Items], how: Literal["sgd", "adamw"], steps: int, seed: int
 ) -> None:
-    """Tune the blocks on these items alone, 32 a step, embeddings and head as they are.
+    """Tune the blocks on these items alone, 64 a step, embeddings and head as they are.
 
     Plain SGD at 0.1, or AdamW at 3e-4, which does not leave most of the update to a few entries.
     """
@@ -173,7 +173,7 @@ def tune(
     optimizer = torch.optim.SGD(weights, lr=0.1) if how == "sgd" else torch.optim.AdamW(weights, lr=3e-4)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        chosen = torch.randint(len(ids), (32,), generator=generator)
+        chosen = torch.randint(len(ids), (64,), generator=generator)
         model.zero_grad()
         cross_entropy(answer_logits(model, ids[chosen]), answers[chosen]).backward()
         optimizer.step()
