@@ -125,7 +125,7 @@ def audit(
             fresh=fresh,
             progress=progress,
             options={"only": only, "skip": skip, "settings": settings or {}, "engine": engine, **common},
-            notes=(*unread(rows, names), *of_adapters(pair)),
+            notes=(*of_run(series), *unread(rows, names), *of_adapters(pair)),
         )
 
 
@@ -345,6 +345,13 @@ def unread(rows: Collection[str], names: Collection[str]) -> tuple[str, ...]:
         elif not readers & set(names):
             notes.append(f"none of the analyses asked for reads --{role}; {', '.join(sorted(readers))} would")
     return tuple(notes)
+
+
+def of_run(series: "CheckpointSeries") -> tuple[str, ...]:
+    """Which checkpoints a run has, where there are others than the two ends."""
+    if len(series) < 3:
+        return ()
+    return (f"{len(series)} checkpoints of one run: {', '.join(series.labels)}",)
 
 
 def of_adapters(pair: "CheckpointPair") -> tuple[str, ...]:
