@@ -1,0 +1,92 @@
+"""Figures of a page: drawn on the server from the tables, thinned, and kept for the next who looks."""
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+from dash import dcc, html
+
+from diagnostics import theme, view
+from diagnostics.analysis import Result
+from diagnostics.view import Picture
+
+Drawn = tuple[list[Picture], list[str]]
+
+LOOKS = {"light": theme.LIGHT, "dark": theme.DARK}
+CONFIG = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
+
+
+class Drawings:
+    """The last few results that were drawn; each is drawn once, however many ask at the same time."""
+
+    def __init__(self, size: int = 32):
+        self.size = size
+        self.kept: OrderedDict[Hashable, Drawn] = OrderedDict()
+        self.lock = threading.Lock()
+
+    def of(self, key: Hashable, result: Callable[[], Result]) -> Drawn:
+        """The pictures under a key, drawn if need be, and what to say if they cannot be drawn."""
+        with self.lock:
+            if key not in self.kept:
+                self.kept[key] = view.pictures(result())
+                while len(self.kept) > self.size:
+                    self.kept.popitem(last=False)
+            self.kept.move_to_end(key)
+            return self.kept[key]
+
+
+def template(scheme: str | None) -> dict[str, Any]:
+    """The look of figures on a light or a dark page, as JSON keeps it."""
+    if scheme not in TEMPLATES:
+        made = theme.template(LOOKS[scheme or "light"] if scheme in LOOKS else theme.LIGHT)
+        TEMPLATES[scheme] = made.to_plotly_json()
+    return TEMPLATES[scheme]
+
+
+TEMPLATES: dict[str | None, dict[str, Any]] = {}
+
+
+def axes(picture: Picture, curve: int) -> tuple[str, str]:
+    """The titles of the axes that a trace of a picture stands on."""
+    spec = json.loads(picture.spec)
+    trace = spec["data"][curve] if curve < len(spec["data"]) else {}
+
+    def title(letter: str) -> str:
+        axis = spec["layout"].get(letter + "axis" + trace.get(letter + "axis", letter)[1:], {})
+        return str(axis.get("title", {}).get("text", ""))
+
+    return title("x"), title("y")
+
+
+def figure(picture: Picture, scheme: str | None) -> dict[str, Any]:
+    """What plotly.js draws."""
+    spec = json.loads(picture.spec)
+    layout = spec["layout"]
+    layout["template"] = template(scheme)
+    layout["margin"] = {"t": 36, **layout.get("margin", {})}
+    return {"data": spec["data"], "layout": layout}
+
+
+def panel(picture: Picture, scheme: str | None, known: dict[str, str]) -> html.Figure:
+    """A figure under its title.
+
+    Args:
+        known: completes the id of the graph, `{"role": "graph", "name": …}`.
+    """
+    note = None
+    if picture.drawn < picture.total:
+        text = f"{picture.drawn:,} of {picture.total:,} points are drawn: crowds are thinned, outliers kept."
+        note = html.P(text, className="source")
+    config = CONFIG | {"toImageButtonOptions": {"filename": picture.name, "format": "svg"}}
+    graph = dcc.Graph(
+        id={"role": "graph", "name": picture.name, **known},
+        figure=figure(picture, scheme),
+        config=config,
+        style={"height": picture.height, "maxWidth": picture.width}
+        if picture.width
+        else {"height": picture.height},
+        className="plot",
+    )
+    return html.Figure([html.Figcaption(picture.title), graph, note])
