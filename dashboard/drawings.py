@@ -4,13 +4,16 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dash import dcc, html
 
 from diagnostics import theme, view
 from diagnostics.analysis import Result
 from diagnostics.view import Picture
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 Drawn = tuple[list[Picture], list[str]]
 
@@ -60,20 +63,46 @@ def axes(picture: Picture, curve: int) -> tuple[str, str]:
     return title("x"), title("y")
 
 
-def figure(picture: Picture, scheme: str | None) -> dict[str, Any]:
-    """What plotly.js draws."""
+def figure(picture: Picture, scheme: str | None, step: Any = None) -> dict[str, Any]:
+    """What plotly.js draws; a step is drawn into a picture over steps."""
     spec = json.loads(picture.spec)
     layout = spec["layout"]
     layout["template"] = template(scheme)
     layout["margin"] = {"t": 36, **layout.get("margin", {})}
+    axis = str(layout.get("xaxis", {}).get("title", {}).get("text", ""))
+    if step is not None and axis.split(" ")[0].rstrip(",;:") == "step":
+        layout["shapes"] = [*layout.get("shapes", []), cursor(step)]
     return {"data": spec["data"], "layout": layout}
 
 
-def panel(picture: Picture, scheme: str | None, known: dict[str, str]) -> html.Figure:
+def shown(made: "go.Figure", scheme: str | None) -> dict[str, Any]:
+    """A figure of our own as plotly.js draws it."""
+    spec = json.loads(made.to_json())
+    return {"data": spec["data"], "layout": {**spec["layout"], "template": template(scheme)}}
+
+
+def cursor(place: Any) -> dict[str, Any]:
+    """A shape that marks the chosen step."""
+    return {
+        "type": "line",
+        "xref": "x",
+        "x0": place,
+        "x1": place,
+        "yref": "paper",
+        "y0": 0,
+        "y1": 1,
+        "layer": "below",
+        "opacity": 0.25,
+        "line": {"color": theme.TUNED, "width": 6},
+    }
+
+
+def panel(picture: Picture, scheme: str | None, known: dict[str, str], *, step: Any = None) -> html.Figure:
     """A figure under its title.
 
     Args:
         known: completes the id of the graph, `{"role": "graph", "name": …}`.
+        step: what is chosen among steps, if anything.
     """
     note = None
     if picture.drawn < picture.total:
@@ -82,7 +111,7 @@ def panel(picture: Picture, scheme: str | None, known: dict[str, str]) -> html.F
     config = CONFIG | {"toImageButtonOptions": {"filename": picture.name, "format": "svg"}}
     graph = dcc.Graph(
         id={"role": "graph", "name": picture.name, **known},
-        figure=figure(picture, scheme),
+        figure=figure(picture, scheme, step),
         config=config,
         style={"height": picture.height, "maxWidth": picture.width}
         if picture.width

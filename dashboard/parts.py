@@ -140,3 +140,8 @@ def short(fingerprint: str | None) -> Content:
 def folded(title: Content, *children: Content, opened: bool = False) -> html.Details:
     """Something that is unfolded by those who want it."""
     return html.Details([html.Summary(title), *flat(children)], open=opened)
+
+
+def waiting() -> list[Content]:
+    """The outline of a figure that is being drawn."""
+    return [dmc.Skeleton(height=18, width="40%", mt="lg"), dmc.Skeleton(height=360, mt="sm")]

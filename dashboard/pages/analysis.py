@@ -111,8 +111,7 @@ def bar(controls: list[Any]) -> html.Div:
 
 def figures(name: str) -> Content:
     """Where the figures come; until then, their outlines."""
-    waiting = [dmc.Skeleton(height=18, width="40%", mt="lg"), dmc.Skeleton(height=360, mt="sm")]
-    return html.Div(waiting, id={"role": "pictures", "analysis": name}, className="pictures")
+    return html.Div(parts.waiting(), id={"role": "pictures", "analysis": name}, className="pictures")
 
 
 def tables(section: view.Section, query: Query) -> Content:

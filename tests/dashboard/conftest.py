@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -162,4 +163,6 @@ def visit(chromium):
     yield open_tab
     for context, _ in opened:
         context.close()
+    asked = {urlsplit(url).hostname for _, made in opened for url in made.asked if url.startswith("http")}
+    assert asked <= {"127.0.0.1"}
     assert [made.complaints for _, made in opened] == [[] for _ in opened]

@@ -9,7 +9,7 @@ pytestmark = pytest.mark.browser
 
 @pytest.fixture(scope="module")
 def address(made_up, audit_of, served, tmp_path_factory):
-    """Two audits of `angles`, one of them of `widths` too, one that is damaged, one of names that mean harm."""
+    """Two audits of `angles`, one of `widths` too, one that is damaged, one of names that mean harm."""
     from dashboard import create_app
     from diagnostics.store import Outcome
 
