@@ -4,7 +4,20 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from dash import ALL, MATCH, ClientsideFunction, Dash, Input, Output, State, ctx, dcc, html, no_update
+from dash import (
+    ALL,
+    MATCH,
+    ClientsideFunction,
+    Dash,
+    Input,
+    Output,
+    State,
+    ctx,
+    dcc,
+    html,
+    no_update,
+    set_props,
+)
 
 from dashboard import drawings, drill, filters, parts
 from dashboard.drawings import Drawn
@@ -127,14 +140,27 @@ def callbacks(app: Dash, shelf: Shelf, allowed: dict[str, Any]) -> None:
         Input("url", "search"),
         State({"role": "pictures", "analysis": MATCH}, "id"),
         State({"role": "pictures", "analysis": MATCH}, "data-of"),
+        State({"role": "graph", "analysis": MATCH, "spot": "", "name": ALL}, "id"),
         State("scheme", "data"),
     )
-    def redraw(search: str, known: dict[str, str], before: str | None, scheme: str | None) -> Any:
-        query = parse(search)
+    def redraw(
+        search: str,
+        known: dict[str, str],
+        before: str | None,
+        graphs: list[dict[str, str]],
+        scheme: str | None,
+    ) -> Any:
+        query, name = parse(search), known["analysis"]
         now = repr((query.one("audit"), filters.filters(query)))
-        if query.one("analysis") != known["analysis"] or now == before:
+        if query.one("analysis") != name or now == before:
             return no_update, no_update
-        return pictures(shelf, query, known["analysis"], scheme), now
+        made, troubles = drawn(shelf, query, name)
+        if troubles or not made or [each.name for each in made] != [graph["name"] for graph in graphs]:
+            return pictures(shelf, query, name, scheme), now
+        for picture in made:
+            for role, props in drawings.changes(picture, scheme).items():
+                set_props({"role": role, "name": picture.name, "analysis": name, "spot": ""}, props)
+        return no_update, now
 
     @app.callback(
         Output({"role": "grid", **GRID}, "getRowsResponse"),
