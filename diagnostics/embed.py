@@ -4,7 +4,6 @@ import base64
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -76,6 +75,8 @@ def points(trace: dict[str, Any]) -> int:
 
 def place(figure: "go.Figure", trace: dict[str, Any], axis: str, size: int) -> np.ndarray:
     """Where the points lie along an axis of the page, from 0 to 1."""
+    import pandas as pd
+
     values = trace.get(axis)
     if values is None:
         return np.linspace(0, 1, size)
@@ -94,6 +95,8 @@ def place(figure: "go.Figure", trace: dict[str, Any], axis: str, size: int) -> n
 
 def spread(places: list[np.ndarray], limit: int) -> np.ndarray:
     """Which points to keep, in order: the first of each cell of a grid, then the second, and so on."""
+    import pandas as pd
+
     side = max(1, int(limit**0.5))  # no more cells than points wanted, so that none goes empty
     column, row = (np.minimum((where * side).astype(int), side - 1) for where in places)
     turn = pd.Series(column * side + row).groupby(column * side + row).cumcount().to_numpy()
