@@ -70,16 +70,27 @@ def create_app(
     app.layout = frame.layout()
     guard.protect(app.server, token=token, prefix=path)
 
+    app.clientside_callback(
+        ClientsideFunction("tunescope", "placed"),
+        Output("place", "data"),
+        Output("spot", "data"),
+        Input("url", "search"),
+        State("inside", "data"),
+        State("place", "data"),
+        State("spot", "data"),
+    )
+
     @app.callback(
         Output("page", "children"),
         Output("nav", "children"),
         Output("chooser", "children"),
         Output("shown", "data"),
         Output("title", "data"),
-        Input("url", "search"),
+        Input("place", "data"),
+        State("url", "search"),
         State("shown", "data"),
     )
-    def turn(search: str | None, shown: Any) -> Any:
+    def turn(_: str | None, search: str | None, shown: Any) -> Any:
         """The page that the address names, unless it is the one that stands there."""
         view, page = frame.sought(View(shelf, parse(search), may))
         now = frame.identity(view.query, page)

@@ -61,7 +61,7 @@ def serve(
     from dashboard.app import create_app
     from dashboard.guard import LOCAL, only_called
     from dashboard.shelf import Shelf, nearby
-    from dashboard.warm import afterwards
+    from dashboard.warm import afterwards, meanwhile
 
     class Quiet(WSGIRequestHandler):
         """Keeps requests out of the terminal; errors are shown."""
@@ -79,6 +79,7 @@ def serve(
     if token is None and prefix.strip("/") == "":
         only_called(app.server, LOCAL | {host})
     afterwards(app.server, shelf)
+    meanwhile()
     server = make_server(host, port, app.server, threaded=True, request_handler=Quiet)
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{server.server_port}{app.config.requests_pathname_prefix}"

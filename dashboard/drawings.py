@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Drawn = tuple[list[Picture], list[str]]
 
+LIMIT = 2_000  # points of one figure: what a browser redraws while a person waits
 LOOKS = {"light": theme.LIGHT, "dark": theme.DARK}
 CONFIG = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
 
@@ -33,7 +34,7 @@ class Drawings:
         """The pictures under a key, drawn if need be, and what to say if they cannot be drawn."""
         with self.lock:
             if key not in self.kept:
-                self.kept[key] = view.pictures(result())
+                self.kept[key] = view.pictures(result(), LIMIT)
                 while len(self.kept) > self.size:
                     self.kept.popitem(last=False)
             self.kept.move_to_end(key)
@@ -104,18 +105,43 @@ def panel(picture: Picture, scheme: str | None, known: dict[str, str], *, step: 
         known: completes the id of the graph, `{"role": "graph", "name": …}`.
         step: what is chosen among steps, if anything.
     """
-    note = None
-    if picture.drawn < picture.total:
-        text = f"{picture.drawn:,} of {picture.total:,} points are drawn: crowds are thinned, outliers kept."
-        note = html.P(text, className="source")
+    about = {"name": picture.name, **known}
     config = CONFIG | {"toImageButtonOptions": {"filename": picture.name, "format": "svg"}}
     graph = dcc.Graph(
-        id={"role": "graph", "name": picture.name, **known},
+        id={"role": "graph", **about},
         figure=figure(picture, scheme, step),
         config=config,
-        style={"height": picture.height, "maxWidth": picture.width}
-        if picture.width
-        else {"height": picture.height},
+        style=size(picture),
         className="plot",
     )
-    return html.Figure([html.Figcaption(picture.title), graph, note])
+    return html.Figure(
+        [
+            html.Figcaption(picture.title, id={"role": "caption", **about}),
+            graph,
+            html.P(thinned(picture), id={"role": "thinned", **about}, className="source"),
+        ]
+    )
+
+
+def changes(picture: Picture, scheme: str | None) -> dict[str, dict[str, Any]]:
+    """What turns a panel into that of another picture of the same name: properties by the id's role.
+
+    A panel that is replaced is built anew in the browser, which takes several times as long.
+    """
+    return {
+        "graph": {"figure": figure(picture, scheme), "style": size(picture)},
+        "caption": {"children": picture.title},
+        "thinned": {"children": thinned(picture)},
+    }
+
+
+def size(picture: Picture) -> dict[str, Any]:
+    """How large a figure is: as wide as the page, unless it says otherwise."""
+    return {"height": picture.height, **({"maxWidth": picture.width} if picture.width else {})}
+
+
+def thinned(picture: Picture) -> str:
+    """What is not drawn, if there is anything."""
+    if picture.drawn == picture.total:
+        return ""
+    return f"{picture.drawn:,} of {picture.total:,} points are drawn: crowds are thinned, outliers kept."

@@ -4,7 +4,20 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from dash import ALL, MATCH, ClientsideFunction, Dash, Input, Output, State, ctx, dcc, html, no_update
+from dash import (
+    ALL,
+    MATCH,
+    ClientsideFunction,
+    Dash,
+    Input,
+    Output,
+    State,
+    ctx,
+    dcc,
+    html,
+    no_update,
+    set_props,
+)
 
 from dashboard import drawings, drill, filters, parts
 from dashboard.drawings import Drawn
@@ -25,7 +38,7 @@ GRID = {"analysis": MATCH, "table": MATCH, "spot": MATCH}
 
 def result_of(shelf: Shelf, query: Query, analysis: str) -> Result | None:
     """The result of an analysis of the audit that an address names."""
-    entry = shelf.find(query.one("audit"))
+    entry = shelf.meant(query)
     audit = entry.audit if entry else None
     return audit.results.get(analysis) if audit else None
 
@@ -33,7 +46,7 @@ def result_of(shelf: Shelf, query: Query, analysis: str) -> Result | None:
 def drawn(shelf: Shelf, query: Query, analysis: str) -> Drawn:
     """The pictures of an analysis, of the rows that the filters leave."""
     result = result_of(shelf, query, analysis)
-    entry = shelf.find(query.one("audit"))
+    entry = shelf.meant(query)
     if result is None or entry is None:
         return [], ["This result is no longer there; load the page anew."]
     kept = filters.filters(query)
@@ -67,7 +80,7 @@ def frame_of(shelf: Shelf, query: Query, known: Mapping[str, str]) -> "pd.DataFr
         return None
     if not known["spot"]:
         return filters.only(filters.filters(query), frame)
-    entry = shelf.find(query.one("audit"))
+    entry = shelf.meant(query)
     spot = drill.spot(entry.audit, parse(known["spot"])) if entry and entry.audit else None
     return spot.rows(frame) if spot else None
 
@@ -127,14 +140,27 @@ def callbacks(app: Dash, shelf: Shelf, allowed: dict[str, Any]) -> None:
         Input("url", "search"),
         State({"role": "pictures", "analysis": MATCH}, "id"),
         State({"role": "pictures", "analysis": MATCH}, "data-of"),
+        State({"role": "graph", "analysis": MATCH, "spot": "", "name": ALL}, "id"),
         State("scheme", "data"),
     )
-    def redraw(search: str, known: dict[str, str], before: str | None, scheme: str | None) -> Any:
-        query = parse(search)
+    def redraw(
+        search: str,
+        known: dict[str, str],
+        before: str | None,
+        graphs: list[dict[str, str]],
+        scheme: str | None,
+    ) -> Any:
+        query, name = parse(search), known["analysis"]
         now = repr((query.one("audit"), filters.filters(query)))
-        if query.one("analysis") != known["analysis"] or now == before:
+        if query.one("analysis") != name or now == before:
             return no_update, no_update
-        return pictures(shelf, query, known["analysis"], scheme), now
+        made, troubles = drawn(shelf, query, name)
+        if troubles or not made or [each.name for each in made] != [graph["name"] for graph in graphs]:
+            return pictures(shelf, query, name, scheme), now
+        for picture in made:
+            for role, props in drawings.changes(picture, scheme).items():
+                set_props({"role": role, "name": picture.name, "analysis": name, "spot": ""}, props)
+        return no_update, now
 
     @app.callback(
         Output({"role": "grid", **GRID}, "getRowsResponse"),
@@ -179,17 +205,16 @@ def callbacks(app: Dash, shelf: Shelf, allowed: dict[str, Any]) -> None:
         Output("drawer", "opened"),
         Output("drawer", "title"),
         Output("drawer", "children"),
-        Input("url", "search"),
+        Input("spot", "data"),
         State("drawer", "opened"),
         State("scheme", "data"),
+        prevent_initial_call=True,
     )
-    def unfold(search: str, is_open: bool, scheme: str | None) -> Any:
+    def unfold(search: str | None, is_open: bool, scheme: str | None) -> Any:
         query = parse(search)
-        if not (query.one("matrix") or query.one("cell")) or not query.one("analysis"):
-            return (False, no_update, no_update) if is_open else (no_update,) * 3
-        entry = shelf.find(query.one("audit"))
+        entry = shelf.meant(query) if query.one("analysis") else None
         if entry is None or entry.audit is None:
-            return (no_update,) * 3
+            return (False, no_update, no_update) if is_open else (no_update,) * 3
         return True, *opened(entry.audit, query, scheme)
 
     app.clientside_callback(

@@ -26,6 +26,9 @@ BLUES = [
     "#0f3a5e",
 ]
 
+# Keys of the query that no page is another page for: filters, and what is opened on a page.
+INSIDE = {"layer", "component", "group", "matrix", "cell", "table", "step", "measure"}
+
 
 def layout() -> Any:
     """The empty frame; what it holds follows from the address."""
@@ -33,6 +36,9 @@ def layout() -> Any:
     return dmc.MantineProvider(
         [
             dcc.Location(id="url", refresh=False),
+            dcc.Store(id="place"),
+            dcc.Store(id="spot"),
+            dcc.Store(id="inside", data=sorted(INSIDE)),
             dcc.Store(id="shown"),
             dcc.Store(id="scheme"),
             dcc.Store(id="title"),
@@ -121,16 +127,16 @@ def sought(view: View) -> tuple[View, Page]:
     """The view as it is meant, and its page: an address may leave out what goes without saying."""
     known = pages()
     query = view.query
-    entries = [*view.shelf.audits, *view.shelf.series]
     if not query.one("page"):
-        if not query.one("audit") and len(entries) == 1:
-            query = query.but(audit=entries[0].id)
-        if query.one("audit"):
-            entry = view.shelf.find(query.one("audit"))
-            of_series = entry is not None and entry.kind == "series"
-            page = "series" if of_series else "analysis" if query.one("analysis") else "overview"
-        else:
+        entry = view.shelf.meant(query)
+        if entry is not None and not query.one("audit"):
+            query = query.but(audit=entry.id)
+        if not query.one("audit"):
             page = "audits"
+        elif entry is not None and entry.kind == "series":
+            page = "series"
+        else:
+            page = "analysis" if query.one("analysis") else "overview"
         query = query.but(page=page)
     return View(view.shelf, query, view.allowed), known.get(query.one("page"), known["audits"])
 

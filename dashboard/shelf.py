@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dashboard.query import Query
 from diagnostics.store import Audit, load
 
 log = logging.getLogger(__name__)
@@ -149,6 +150,12 @@ class Shelf:
     def find(self, known: str) -> Entry | None:
         """The entry with an id, if there is one."""
         return self.entries.get(known)
+
+    def meant(self, query: Query) -> Entry | None:
+        """The entry that an address names, or means by naming none: the only one."""
+        alone = [*self.audits, *self.series]
+        known = query.one("audit")
+        return alone[0] if not known and len(alone) == 1 else self.find(known)
 
     @property
     def audits(self) -> list[Entry]:

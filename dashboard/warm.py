@@ -12,6 +12,18 @@ log = logging.getLogger(__name__)
 PAUSE = 1.5  # seconds after the first page was asked for: importing would slow its drawing
 
 
+def meanwhile() -> threading.Thread:
+    """Load what reads tables, while the browser still loads the page that will ask for some."""
+
+    def load() -> None:
+        import pandas  # noqa: F401
+        import pyarrow.parquet  # noqa: F401
+
+    thread = threading.Thread(target=load, name="tables", daemon=True)
+    thread.start()
+    return thread
+
+
 def afterwards(server: Any, shelf: Shelf) -> threading.Event:
     """Load the analyses that the shelf's audits hold, once a Flask server has answered the first time.
 

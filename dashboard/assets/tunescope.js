@@ -47,6 +47,22 @@ window.dash_clientside = window.dash_clientside || {};
         if (!same(value, now)) set(id, { value });
       });
     },
+    // Where an address leads, without what only the controls of that place read: the server is asked
+    // for a page, or for a matrix, only when it is another one.
+    placed(search, inside, page, spot) {
+      const params = new URLSearchParams(search || "");
+      const now = { page: new URLSearchParams(), spot: new URLSearchParams() };
+      for (const [key, value] of params) {
+        if (!inside.includes(key)) now.page.append(key, value);
+        if (["audit", "analysis", "matrix", "cell"].includes(key)) now.spot.append(key, value);
+      }
+      if (!(params.has("matrix") || params.has("cell"))) now.spot = "";
+      const next = (name, before) => {
+        const text = now[name] === "" ? "" : `?${now[name]}`;
+        return text === (before || "") ? window.dash_clientside.no_update : text;
+      };
+      return [next("page", page), next("spot", spot)];
+    },
     closed(opened) {
       const params = new URLSearchParams(location.search);
       if (opened || !(params.has("matrix") || params.has("cell"))) return;

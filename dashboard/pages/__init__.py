@@ -34,7 +34,7 @@ class View:
     @cached_property
     def entry(self) -> Entry | None:
         """The entry that the query names."""
-        return self.shelf.find(self.query.one("audit"))
+        return self.shelf.meant(self.query)
 
     @property
     def audit(self) -> Audit:

@@ -4,9 +4,10 @@ import sys
 
 import torch
 
-from tests.benchmarks import decision, grafts, masks, rows, seven_b, sharpness, startup
+from tests.benchmarks import dashboard, decision, grafts, masks, rows, seven_b, sharpness, startup
 
 ALL = {
+    "dashboard": dashboard.main,
     "decision": decision.main,
     "grafts": grafts.main,
     "masks": masks.main,

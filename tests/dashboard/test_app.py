@@ -187,11 +187,15 @@ from dashboard import create_app
 client = create_app([sys.argv[1]]).server.test_client()
 made = client.get("/_dash-dependencies").get_json()
 turn = next(each for each in made if "page.children" in each["output"])
-body = {"output": turn["output"], "outputs": [
-    {"id": part.rpartition(".")[0], "property": part.rpartition(".")[2]}
-    for part in turn["output"].strip(".").split("...")
-], "inputs": [{"id": "url", "property": "search", "value": "?audit=one"}],
-    "state": [{"id": "shown", "property": "data", "value": None}], "changedPropIds": ["url.search"]}
+parts = [part.rpartition(".") for part in turn["output"].strip(".").split("...")]
+state = [{"id": "url", "property": "search", "value": ""}, {"id": "shown", "property": "data", "value": None}]
+body = {
+    "output": turn["output"],
+    "outputs": [{"id": name, "property": prop} for name, _, prop in parts],
+    "inputs": [{"id": "place", "property": "data", "value": "?"}],
+    "state": state,
+    "changedPropIds": ["place.data"],
+}
 answer = client.post("/_dash-update-component", json=body)
 assert answer.status_code == 200, answer.text
 heavy = {"torch", "transformers", "transformer_lens", "peft", "sklearn", "datasets"} & set(sys.modules)
