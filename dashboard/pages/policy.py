@@ -59,14 +59,20 @@ def callbacks(app: Dash, shelf: Shelf, allowed: dict[str, Any]) -> None:
         tried = tried_by(shelf, query) if clicks else None
         if tried is None:
             return no_update
-        return dcc.send_string(toml(tried.audit.policy, query.one("audit"))[0], "policy.toml")
+        return dcc.send_string(toml(tried.audit.policy, called(shelf, query))[0], "policy.toml")
 
 
 def tried_by(shelf: Shelf, query: Query) -> Trial | None:
     """The audit of an address under its thresholds."""
-    entry = shelf.find(query.one("audit"))
+    entry = shelf.meant(query)
     audit = entry.audit if entry else None
-    return trial(audit, query, query.one("audit")) if audit else None
+    return trial(audit, query, entry.id) if entry and audit else None
+
+
+def called(shelf: Shelf, query: Query) -> str:
+    """The id of the audit that an address means."""
+    entry = shelf.meant(query)
+    return entry.id if entry else ""
 
 
 @page(
@@ -80,14 +86,16 @@ def tried_by(shelf: Shelf, query: Query) -> Trial | None:
 def content(shown: View) -> Content:
     """Thresholds as controls, under what they lead to."""
     audit, query = shown.audit, shown.query
+    assert shown.entry is not None
+    known = shown.entry.id
     head = parts.heading(
         "Try a policy",
-        eyebrow=query.one("audit"),
+        eyebrow=known,
         lead="Change a threshold and see what the verdict would be. The audit itself stays as it is.",
     )
     if not audit.results:
         return [head, parts.state("empty", "This audit has no number that a threshold could judge.")]
-    tried = trial(audit, query, query.one("audit"))
+    tried = trial(audit, query, known)
     others = [f"{name}.{metric}" for name, metric in unruled(audit)]
     controls = [
         choose.many(
@@ -104,7 +112,7 @@ def content(shown: View) -> Content:
                 dmc.Button("Download policy.toml", id="policy-save", size="sm"),
                 parts.going(
                     "Back to the audit's own",
-                    link(page="policy", audit=query.one("audit")),
+                    link(page="policy", audit=known),
                     className="reset",
                 ),
                 dcc.Download(id="policy-file"),
@@ -249,8 +257,9 @@ def state_of(tried: Trial, name: str, metric: str) -> Content:
 
 def outcome(shelf: Shelf, tried: Trial, query: Query) -> tuple[Content, Content]:
     """The verdict, and the findings, under the thresholds as they are now."""
-    entry = shelf.find(query.one("audit"))
+    entry = shelf.meant(query)
     audit = entry.audit if entry else None
+    assert entry is not None
     assert audit is not None
     now = tried.audit
     old = {(f.analysis, f.metric): f.severity for f in audit.findings}
@@ -276,7 +285,7 @@ def outcome(shelf: Shelf, tried: Trial, query: Query) -> tuple[Content, Content]
         failed(now.failed),
     ]
     listed = [
-        html.Ol([finding(now, each, query.one("audit")) for each in now.findings], className="findings")
+        html.Ol([finding(now, each, entry.id) for each in now.findings], className="findings")
         if now.findings
         else parts.state("empty", "Nothing is beyond a threshold."),
         parts.folded(f"{view.counted(len(tried.own), 'rule')} changed, as TOML", html.Pre(changes(tried)))
