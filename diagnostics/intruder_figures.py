@@ -76,18 +76,12 @@ def draw_where(matrices: pd.DataFrame, k: int) -> "go.Figure":
         )
     figure = theme.figure(title=theme.verbatim(title), x="layer", y="component")
 
-    # Several experts share a cell: their counts add up, and those without a count do not hide the others'.
-    cells = (
-        matrices.assign(
-            layer=matrices["layer"].map(layer_name),
-            label=[label(row) for row in matrices.to_dict("records")],
-        )
-        .groupby(["component", "layer", "status"], sort=False)
-        .agg(intruders=("intruders", "sum"), label=("label", joined))
-        .reset_index()
-        .sort_values("status", key=lambda status: status != MEASURED, kind="stable")
-        .drop_duplicates(["component", "layer"])
-    )
+    cells = matrices.assign(
+        layer=matrices["layer"].map(layer_name),
+        label=[label(row) for row in matrices.to_dict("records")],
+    )[["component", "layer", "status", "intruders", "label"]]
+    if cells.duplicated(["component", "layer"]).any():
+        cells = shared(cells)
     layers, components = axes(matrices)
     for status, (strength, sign) in UNCOUNTED.items():
         if (cells["status"] == status).any():
@@ -105,26 +99,38 @@ def draw_where(matrices: pd.DataFrame, k: int) -> "go.Figure":
     return figure.update_layout(height=170 + 34 * len(components))
 
 
+def shared(cells: pd.DataFrame) -> pd.DataFrame:
+    """One row for each cell of the map of layers and components.
+
+    Several experts share a cell: their counts add up, and those without a count do not hide the others'.
+    """
+    return (
+        cells.groupby(["component", "layer", "status"], sort=False)
+        .agg(intruders=("intruders", "sum"), label=("label", joined))
+        .reset_index()
+        .sort_values("status", key=lambda status: status != MEASURED, kind="stable")
+        .drop_duplicates(["component", "layer"])
+    )
+
+
 def heatmap(cells: pd.DataFrame, layers: list[str], components: list[str], **look: Any) -> "go.Heatmap":
     """Some cells of the map of layers and components; the others stay empty."""
     import plotly.graph_objects as go
 
-    def grid(column: str) -> pd.DataFrame:
-        table = cells.pivot(index="component", columns="layer", values=column)
-        return table.reindex(index=components, columns=layers)
+    table = cells.set_index(["component", "layer"])
 
-    def texts(column: str) -> pd.DataFrame:
-        table = grid(column).astype(object)
-        return table.where(table.notna(), "")
+    def grid(column: str, empty: Any) -> np.ndarray:
+        wide = table[column].unstack(fill_value=empty)
+        return wide.reindex(index=components, columns=layers, fill_value=empty).to_numpy()
 
     signs = len(layers) <= 48  # in more columns they cannot be read
     return go.Heatmap(
-        z=grid("intruders"),
+        z=grid("intruders", math.nan),
         x=layers,
         y=[theme.verbatim(component) for component in components],
-        text=texts("sign"),
+        text=grid("sign", ""),
         texttemplate="%{text}" if signs else None,
-        customdata=texts("label"),
+        customdata=grid("label", ""),
         hovertemplate="%{customdata}<extra></extra>",
         xgap=2,
         ygap=2,

@@ -4,6 +4,7 @@ The hues keep apart under protanopia, deuteranopia and tritanopia and stand at 3
 and the dark page, so one figure serves both: only what is in the template changes with the page.
 """
 
+import functools
 import html
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross")  # beside COLO
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Liberation Sans", Arial, sans-serif'
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Page:
     """The colours of a page: one for light, one for dark.
 
@@ -68,8 +69,9 @@ def verbatim(text: object) -> str:
     return html.escape(str(text), quote=False)
 
 
+@functools.cache
 def template(page: Page = LIGHT) -> "go.layout.Template":
-    """The look of a figure on a page."""
+    """The look of a figure on a page; figures copy it."""
     import plotly.graph_objects as go
 
     axis = {

@@ -4,7 +4,6 @@ All of it comes from the audit and the registry; no analysis is known by name. I
 on a page escapes it.
 """
 
-import json
 import logging
 import math
 from collections.abc import Iterable, Mapping
@@ -278,34 +277,34 @@ def tables(result: Result) -> list[Table]:
     return [table(result.analysis, kind, frame, result.metrics) for kind, frame in result.tables.items()]
 
 
-def pictures(result: Result) -> tuple[list[Picture], list[str]]:
-    """The figures of a result, and a note if they cannot be drawn."""
+def pictures(result: Result, limit: int = embed.LIMIT) -> tuple[list[Picture], list[str]]:
+    """The figures of a result, each of at most `limit` scatter points, and a note if they cannot be drawn."""
     record, _ = registered(result.analysis)
     if record is None:
         return [], []
     try:
-        return [picture(name, figure) for name, figure in record.draw(result).items()], []
+        return [picture(name, figure, limit) for name, figure in record.draw(result).items()], []
     except Exception as error:  # drawing may be any package's code; the numbers are worth a report without it
         log.warning("%s: its figures cannot be drawn", result.analysis, exc_info=True)
         return [], [f"Its figures could not be drawn ({type(error).__name__}: {error})."]
 
 
-def picture(name: str, figure: "go.Figure") -> Picture:
+def picture(name: str, figure: "go.Figure", limit: int = embed.LIMIT) -> Picture:
     """One figure, light enough to be embedded."""
-    thinned, drawn, total = embed.light(figure)
+    from plotly.io.json import to_json_plotly
+
+    traces, drawn, total = embed.traces(figure, limit)
     # plotly's titles are markup of its own kind
-    title = Markup((thinned.layout.title.text or name).replace("<br>", " ")).striptags()
-    spec = json.loads(thinned.to_json())
-    layout = spec["layout"]
-    layout.pop("title", None)
-    layout.pop("width", None)  # becomes a limit, for narrow pages
-    layout.pop("template", None)  # the page brings its own, light and dark
+    title = Markup((figure.layout.title.text or name).replace("<br>", " ")).striptags()
+    # The page brings its own template, light and dark; a width becomes a limit, for narrow pages.
+    apart = {"title", "width", "template"}
+    layout = {key: value for key, value in figure.layout.to_plotly_json().items() if key not in apart}
     return Picture(
         name=name,
         title=title,
-        spec=json.dumps({"data": spec["data"], "layout": layout}, separators=(",", ":")),
-        height=int(thinned.layout.height or 420),
-        width=thinned.layout.width,
+        spec=to_json_plotly({"data": [embed.packed(trace) for trace in traces], "layout": layout}),
+        height=int(figure.layout.height or 420),
+        width=figure.layout.width,
         drawn=drawn,
         total=total,
     )

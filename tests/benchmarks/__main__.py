@@ -5,6 +5,7 @@ import sys
 import torch
 
 from tests.benchmarks import (
+    dashboard,
     decision,
     grafts,
     masks,
@@ -17,6 +18,7 @@ from tests.benchmarks import (
 )
 
 ALL = {
+    "dashboard": dashboard.main,
     "decision": decision.main,
     "grafts": grafts.main,
     "masks": masks.main,

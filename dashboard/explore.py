@@ -1,0 +1,244 @@
+"""What moves on the page of an analysis: figures and tables that follow the filters, one matrix opened."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from dash import (
+    ALL,
+    MATCH,
+    ClientsideFunction,
+    Dash,
+    Input,
+    Output,
+    State,
+    ctx,
+    dcc,
+    html,
+    no_update,
+    set_props,
+)
+
+from dashboard import drawings, drill, filters, parts
+from dashboard.drawings import Drawn
+from dashboard.grids import response, selected
+from dashboard.pages.analysis import grid
+from dashboard.query import Query, parse
+from dashboard.shelf import Shelf
+from diagnostics import view
+from diagnostics.analysis import Result
+from diagnostics.store import Audit
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+DRAWN = drawings.Drawings()
+GRID = {"analysis": MATCH, "table": MATCH, "spot": MATCH}
+
+
+def result_of(shelf: Shelf, query: Query, analysis: str) -> Result | None:
+    """The result of an analysis of the audit that an address names."""
+    entry = shelf.meant(query)
+    audit = entry.audit if entry else None
+    return audit.results.get(analysis) if audit else None
+
+
+def drawn(shelf: Shelf, query: Query, analysis: str) -> Drawn:
+    """The pictures of an analysis, of the rows that the filters leave."""
+    result = result_of(shelf, query, analysis)
+    entry = shelf.meant(query)
+    if result is None or entry is None:
+        return [], ["This result is no longer there; load the page anew."]
+    kept = filters.filters(query)
+    return DRAWN.of((entry.id, entry.version, analysis, kept), partial(kept.only, result))
+
+
+def pictures(shelf: Shelf, query: Query, analysis: str, scheme: str | None) -> Any:
+    """The figures of a page, or what stands in their place."""
+    made, troubles = drawn(shelf, query, analysis)
+    shown = [drawings.panel(picture, scheme, {"analysis": analysis, "spot": ""}) for picture in made]
+    if troubles and filters.filters(query):
+        shown.append(
+            parts.state(
+                "empty",
+                "Too little is left to draw",
+                html.P("The filters leave rows out that the figures need; widen them."),
+            )
+        )
+    elif troubles:
+        shown.append(parts.state("trouble", "No figures", *map(html.P, troubles)))
+    elif not made:
+        shown.append(parts.state("empty", "There is nothing to draw here."))
+    return shown
+
+
+def frame_of(shelf: Shelf, query: Query, known: Mapping[str, str]) -> "pd.DataFrame | None":
+    """The rows of a table that a grid stands for, before its own filters."""
+    result = result_of(shelf, query, known["analysis"])
+    frame = result.tables.get(known["table"]) if result else None
+    if frame is None:
+        return None
+    if not known["spot"]:
+        return filters.only(filters.filters(query), frame)
+    entry = shelf.meant(query)
+    spot = drill.spot(entry.audit, parse(known["spot"])) if entry and entry.audit else None
+    return spot.rows(frame) if spot else None
+
+
+def opened(audit: Audit, query: Query, scheme: str | None) -> tuple[str, Any]:
+    """The title and the content of the drawer that an address opens."""
+    spot = drill.spot(audit, query)
+    if spot is None:
+        return "Not found", parts.state("unknown", "No table of this audit knows of it.")
+    first = query.one("analysis")
+    order = [first, *(name for name in audit.results if name != first)]
+    shown: list[Any] = [
+        parts.pairs(
+            {key: value for key, value in (("layer", spot.layer), ("component", spot.component)) if value}
+        )
+    ]
+    for name in order:
+        if name not in audit.results:
+            continue
+        part = spot.of(audit.results[name])
+        if part.tables:
+            shown.append(about(name, part, spot, scheme if name == first else None, drawing=name == first))
+    return spot.title, shown
+
+
+def about(name: str, part: Result, spot: drill.Spot, scheme: str | None, *, drawing: bool) -> html.Section:
+    """What one analysis knows of a matrix: its figures, a single row in full, longer tables as grids."""
+    key = (
+        Query()
+        .but(
+            **(
+                {"matrix": spot.matrices[0]}
+                if len(spot.matrices) == 1
+                else {"cell": f"{spot.layer}/{spot.component}"}
+            )
+        )
+        .search
+    )
+    made = view.pictures(part)[0] if drawing else []
+    shown: list[Any] = [drawings.panel(picture, scheme, {"analysis": name, "spot": key}) for picture in made]
+    for kind, frame in part.tables.items():
+        shown.append(html.H3([parts.code(kind), " ", view.counted(len(frame), "row")]))
+        if len(frame) == 1:
+            row = frame.iloc[0]
+            shown.append(parts.pairs({str(c): view.cell(row[c]).text for c in frame.columns}))
+        else:
+            shown.append(grid(name, kind, frame, key))
+    return html.Section([html.H2(name), *shown], className="drilled")
+
+
+def callbacks(app: Dash, shelf: Shelf, allowed: dict[str, Any]) -> None:
+    """Tie them to the address."""
+
+    @app.callback(
+        Output({"role": "pictures", "analysis": MATCH}, "children"),
+        Output({"role": "pictures", "analysis": MATCH}, "data-of"),
+        Input("url", "search"),
+        State({"role": "pictures", "analysis": MATCH}, "id"),
+        State({"role": "pictures", "analysis": MATCH}, "data-of"),
+        State({"role": "graph", "analysis": MATCH, "spot": "", "name": ALL}, "id"),
+        State("scheme", "data"),
+    )
+    def redraw(
+        search: str,
+        known: dict[str, str],
+        before: str | None,
+        graphs: list[dict[str, str]],
+        scheme: str | None,
+    ) -> Any:
+        query, name = parse(search), known["analysis"]
+        now = repr((query.one("audit"), filters.filters(query)))
+        if query.one("analysis") != name or now == before:
+            return no_update, no_update
+        made, troubles = drawn(shelf, query, name)
+        if troubles or not made or [each.name for each in made] != [graph["name"] for graph in graphs]:
+            return pictures(shelf, query, name, scheme), now
+        for picture in made:
+            for role, props in drawings.changes(picture, scheme).items():
+                set_props({"role": role, "name": picture.name, "analysis": name, "spot": ""}, props)
+        return no_update, now
+
+    @app.callback(
+        Output({"role": "grid", **GRID}, "getRowsResponse"),
+        Input({"role": "grid", **GRID}, "getRowsRequest"),
+        State({"role": "grid", **GRID}, "id"),
+        State("url", "search"),
+        prevent_initial_call=True,
+    )
+    def fill(request: dict[str, Any] | None, known: dict[str, str], search: str) -> Any:
+        frame = frame_of(shelf, parse(search), known) if request else None
+        return no_update if frame is None or request is None else response(frame, request)
+
+    @app.callback(
+        Output({"role": "saved", **GRID}, "data"),
+        Input({"role": "export", **GRID}, "n_clicks"),
+        State({"role": "export", **GRID}, "id"),
+        State({"role": "grid", **GRID}, "getRowsRequest"),
+        State("url", "search"),
+        prevent_initial_call=True,
+    )
+    def export(clicks: int | None, known: dict[str, str], request: dict[str, Any] | None, search: str) -> Any:
+        frame = frame_of(shelf, parse(search), known) if clicks else None
+        if frame is None:
+            return no_update
+        name = f"{known['analysis']}.{known['table']}.csv"
+        return dcc.send_string(selected(frame, request).to_csv(index=False), name)
+
+    @app.callback(
+        Output("url", "search", allow_duplicate=True),
+        Input({"role": "graph", "analysis": ALL, "spot": "", "name": ALL}, "clickData"),
+        State("url", "search"),
+        prevent_initial_call=True,
+    )
+    def open_clicked(clicks: list[Any], search: str) -> Any:
+        known, query = ctx.triggered_id, parse(search)
+        click = ctx.triggered[0]["value"] if ctx.triggered else None
+        if not known or not click or not click.get("points"):
+            return no_update
+        return clicked(shelf, query, known, click["points"][0]) or no_update
+
+    @app.callback(
+        Output("drawer", "opened"),
+        Output("drawer", "title"),
+        Output("drawer", "children"),
+        Input("spot", "data"),
+        State("drawer", "opened"),
+        State("scheme", "data"),
+        prevent_initial_call=True,
+    )
+    def unfold(search: str | None, is_open: bool, scheme: str | None) -> Any:
+        query = parse(search)
+        entry = shelf.meant(query) if query.one("analysis") else None
+        if entry is None or entry.audit is None:
+            return (False, no_update, no_update) if is_open else (no_update,) * 3
+        return True, *opened(entry.audit, query, scheme)
+
+    app.clientside_callback(
+        ClientsideFunction("tunescope", "closed"), Input("drawer", "opened"), prevent_initial_call=True
+    )
+    app.clientside_callback(
+        ClientsideFunction("tunescope", "refill"),
+        Input("url", "search"),
+        State({"role": "grid", "analysis": ALL, "table": ALL, "spot": ""}, "id"),
+        prevent_initial_call=True,
+    )
+
+
+def clicked(shelf: Shelf, query: Query, known: Mapping[str, str], point: Mapping[str, Any]) -> str:
+    """The address that a click on a figure leads to; empty if it leads nowhere."""
+    result = result_of(shelf, query, known["analysis"])
+    made = {picture.name: picture for picture in drawn(shelf, query, known["analysis"])[0]}
+    if result is None or known["name"] not in made:
+        return ""
+    changes = drill.pointed(
+        point,
+        drawings.axes(made[known["name"]], int(point.get("curveNumber", 0))),
+        set(drill.matrices(result)),
+    )
+    if not changes:
+        return ""
+    return query.but(**{"matrix": None, "cell": None} | changes).search

@@ -1,0 +1,51 @@
+"""What a first look at an analysis would wait for, loaded while the overview is being read."""
+
+import logging
+import threading
+from typing import Any
+
+from dashboard.shelf import Shelf
+from diagnostics.analysis import find
+
+log = logging.getLogger(__name__)
+
+PAUSE = 1.5  # seconds after the first page was asked for: importing would slow its drawing
+
+
+def meanwhile() -> threading.Thread:
+    """Load what reads tables, while the browser still loads the page that will ask for some."""
+
+    def load() -> None:
+        import pandas  # noqa: F401
+        import pyarrow.parquet  # noqa: F401
+
+    thread = threading.Thread(target=load, name="tables", daemon=True)
+    thread.start()
+    return thread
+
+
+def afterwards(server: Any, shelf: Shelf) -> threading.Event:
+    """Load the analyses that the shelf's audits hold, once a Flask server has answered the first time.
+
+    Returns:
+        An event that is set when all are loaded.
+    """
+    begun, done = threading.Lock(), threading.Event()
+
+    @server.teardown_request
+    def begin(_: BaseException | None) -> None:
+        if begun.acquire(blocking=False):
+            timer = threading.Timer(PAUSE, load)
+            timer.daemon = True
+            timer.start()
+
+    def load() -> None:
+        names = dict.fromkeys(n for entry in shelf.audits if entry.audit for n in entry.audit.results)
+        for name in names:
+            try:
+                find(name)
+            except LookupError as error:  # its page says so
+                log.info("%s", error)
+        done.set()
+
+    return done

@@ -1,0 +1,207 @@
+"""The app without a browser: what it serves, to whom, and what its callbacks answer."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+from tests.dashboard.invented import draw, tables
+
+
+@pytest.fixture
+def angles(made_up, audit_of):
+    """An audit of `angles`."""
+    return audit_of(made_up("angles", tables(), draw, {"widest": 0.25}))
+
+
+def texts(component):
+    """Every string that a component shows, in order."""
+    if isinstance(component, str | int | float):
+        return [str(component)]
+    if isinstance(component, list | tuple):
+        return [text for each in component for text in texts(each)]
+    children = getattr(component, "children", None)
+    return [] if children is None else texts(children)
+
+
+def view_of(audits, search):
+    """What a dashboard of some audits is asked to show by an address."""
+    from dashboard.pages import View
+    from dashboard.query import parse
+    from dashboard.shelf import Shelf
+
+    return View(Shelf(audits), parse(search), {})
+
+
+def shown(audits, search):
+    """The strings of the page that an address names."""
+    from dashboard import frame
+
+    return " ".join(texts(frame.body(*frame.sought(view_of(audits, search)))))
+
+
+def test_an_analysis_that_nobody_knew_of_has_its_page_figures_and_tables(made_up, audit_of):
+    from dashboard import frame
+    from dashboard.explore import frame_of, pictures
+    from dashboard.query import parse
+    from dashboard.shelf import Shelf
+
+    table = pd.DataFrame({"layer": [0, 1], "warmth": [0.5, 0.75]})
+
+    def warm(result):
+        from diagnostics import theme
+
+        return {"heat": theme.figure(title=f"{len(result.tables['heat'])} warm", x="layer", y="warmth")}
+
+    audit = audit_of(made_up("warmth", {"heat": table}, warm, {"hottest": 0.75}))
+    search = "?audit=it&analysis=warmth"
+    view, page = frame.sought(view_of({"it": audit}, search))
+    said = " ".join(texts(frame.body(view, page)))
+    for part in ("What do warmth say?", "0 is closed, 1 is open.", "hottest", "what hottest says", "heat"):
+        assert part in said
+    assert "warmth" in texts(frame.nav(view, page))
+    shelf = Shelf({"it": audit})
+    assert "2 warm" in texts(pictures(shelf, parse(search), "warmth", "dark"))
+    assert "1 warm" in texts(pictures(shelf, parse(search + "&layer=1-1"), "warmth", "dark"))
+    known = {"analysis": "warmth", "table": "heat", "spot": ""}
+    assert list(frame_of(shelf, parse(search + "&layer=1-1"), known)["warmth"]) == [0.75]
+
+
+def test_an_audit_shows_though_its_analysis_is_not_installed(made_up, audit_of, monkeypatch):
+    from diagnostics import analysis
+
+    audit = audit_of(made_up("angles", tables(), draw, {"widest": 0.25}))
+    monkeypatch.setattr(analysis, "REGISTRY", {})
+    said = shown({"it": audit}, "?audit=it&analysis=angles")
+    assert "What do angles say?" in said
+    assert "0.25" in said
+    assert "Shown without its figures" in said
+
+
+def test_figures_that_break_are_told_of_and_the_rest_of_the_page_stands(made_up, audit_of):
+    from dashboard.explore import pictures
+    from dashboard.query import parse
+    from dashboard.shelf import Shelf
+
+    def broken(result):
+        raise RuntimeError("no ink")
+
+    audit = audit_of(made_up("angles", tables(), broken, {"widest": 0.25}))
+    shelf = Shelf({"it": audit})
+    assert "no ink" in " ".join(texts(pictures(shelf, parse("?audit=it"), "angles", None)))
+    # what filters leave may be too little for a figure: that is nobody's fault
+    said = " ".join(texts(pictures(shelf, parse("?audit=it&layer=2-2"), "angles", None)))
+    assert "no ink" not in said
+    assert "widen" in said
+
+
+@pytest.mark.parametrize(
+    ("search", "words"),
+    [
+        ("?audit=nowhere", "no such audit"),
+        ("?page=nowhere", "no such page"),
+        ("?audit=it&page=series", "which it is not"),
+        ("?audit=it&analysis=nothing", "no such analysis"),
+        ("?audit=../../etc/passwd", "no such audit"),
+    ],
+)
+def test_an_address_that_leads_nowhere_says_so(angles, search, words):
+    assert words in shown({"it": angles, "other": angles}, search)
+
+
+def test_an_audit_in_which_nothing_was_judged_cannot_say_that_it_may_ship(angles):
+    assert "cannot tell whether it may ship" in shown([angles], "")
+
+
+def test_the_token_lets_in_once_and_leaves_the_address(angles):
+    from dashboard import create_app
+
+    client = create_app([angles], token="open sesame", prefix="/x").server.test_client()
+    for path in ("/x/", "/x/_dash-layout", "/x/_dash-dependencies", "/x/assets/tunescope.js"):
+        refused = client.get(path)
+        assert refused.status_code == 401
+        assert "token" in refused.text
+    assert client.post("/x/_dash-update-component", json={}).status_code == 401
+    assert client.get("/x/?token=wrong").status_code == 401
+    let_in = client.get("/x/?audit=it&token=open+sesame")
+    assert (let_in.status_code, let_in.location) == (302, "/x/?audit=it")
+    cookie = let_in.headers["Set-Cookie"]
+    assert "HttpOnly" in cookie
+    assert "SameSite=Strict" in cookie
+    assert client.get("/x/_dash-layout").status_code == 200
+
+
+def test_a_name_that_someone_else_points_here_is_refused(angles):
+    from dashboard import create_app
+    from dashboard.guard import LOCAL, only_called
+
+    app = create_app([angles])
+    only_called(app.server, LOCAL)
+    client = app.server.test_client()
+    for host in ("localhost:8050", "127.0.0.1:8050", "127.0.0.1", "[::1]:8050", "[::1]"):
+        assert client.get("/", headers={"Host": host}).status_code == 200
+    assert client.get("/", headers={"Host": "evil.example:8050"}).status_code == 421
+
+
+def test_debug_is_refused_where_others_can_reach_it(angles):
+    from dashboard import create_app
+
+    with pytest.raises(ValueError, match=r"debug=True on host 0\.0\.0\.0: others could run code"):
+        create_app([angles]).run(host="0.0.0.0", debug=True)
+
+
+def test_it_is_a_wsgi_application_of_its_own(angles):
+    from werkzeug.test import Client
+
+    from dashboard import create_app
+
+    client = Client(create_app({"it": angles}, prefix="/under/this"))
+    page = client.get("/under/this/")
+    assert page.status_code == 200
+    config = json.loads(re.search(r'id="_dash-config" type="application/json">(.*?)</script>', page.text)[1])
+    assert config["requests_pathname_prefix"] == "/under/this/"
+    assert client.get("/").status_code == 404
+
+
+def test_nothing_on_the_page_comes_from_elsewhere(angles):
+    from dashboard import create_app
+
+    text = create_app([angles]).server.test_client().get("/").text
+    assert "http://" not in text
+    assert "https://" not in text
+
+
+def test_the_overview_is_answered_without_torch_or_any_analysis(tmp_path, angles):
+    from diagnostics.store import Store
+
+    with Store(tmp_path / "one") as store:
+        for name, result in angles.results.items():
+            store.write_result(name, result)
+        store.write(angles)
+    code = """
+import json, sys
+from dashboard import create_app
+client = create_app([sys.argv[1]]).server.test_client()
+made = client.get("/_dash-dependencies").get_json()
+turn = next(each for each in made if "page.children" in each["output"])
+parts = [part.rpartition(".") for part in turn["output"].strip(".").split("...")]
+state = [{"id": "url", "property": "search", "value": ""}, {"id": "shown", "property": "data", "value": None}]
+body = {
+    "output": turn["output"],
+    "outputs": [{"id": name, "property": prop} for name, _, prop in parts],
+    "inputs": [{"id": "place", "property": "data", "value": "?"}],
+    "state": state,
+    "changedPropIds": ["place.data"],
+}
+answer = client.post("/_dash-update-component", json=body)
+assert answer.status_code == 200, answer.text
+heavy = {"torch", "transformers", "transformer_lens", "peft", "sklearn", "datasets"} & set(sys.modules)
+print(json.dumps([sorted(heavy), "cannot tell whether it may ship" in answer.text]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "one")], check=True, capture_output=True, text=True
+    )
+    assert json.loads(done.stdout) == [[], True]

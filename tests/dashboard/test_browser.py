@@ -1,0 +1,147 @@
+"""The dashboard in a browser: opened, drilled into, filtered, sent on; quiet all the while."""
+
+import pytest
+
+from tests.dashboard.invented import HOSTILE, draw, tables
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture(scope="module")
+def address(made_up, audit_of, served, tmp_path_factory):
+    """Two audits of `angles`, one of `widths` too, one that is damaged, one of names that mean harm."""
+    from dashboard import create_app
+    from diagnostics.store import Outcome
+
+    angles = made_up("angles", tables(), draw, {"widest": 0.25, "narrowest": 0.125})
+    widths = made_up("widths", {"matrices": tables()["matrices"]}, lambda result: {}, {"width": 2.0})
+    harm = made_up("harm", tables(suffix=HOSTILE), draw, {"harmful": 1.0})
+    broken = tmp_path_factory.mktemp("broken")
+    (broken / "audit.json").write_text('{"schema": 1, "base": ')
+    rules = {"angles": {"widest": {"fail": 0.1, "message": "too wide to ship", "source": "a rule of ours"}}}
+    skipped = {"ood": Outcome(status="skipped", reason="needs --task F", question="Is it foreign?")}
+    bad = {"harm": {"harmful": {"fail": 0.5, "message": HOSTILE, "source": HOSTILE}}}
+    unmatched = ({"tensor": HOSTILE, "reason": HOSTILE, "base_shape": [8], "tuned_shape": None},)
+    hostile = audit_of(
+        harm, rules=bad, unmatched=unmatched, tuned={"ref": HOSTILE, "kind": "full"}, notes=(HOSTILE,),
+        data={"task": [{"name": HOSTILE, "ref": HOSTILE, "rows": 3}]},
+        outcomes={"ood": Outcome(status="skipped", reason=HOSTILE, question=HOSTILE)},
+    )  # fmt: skip
+    app = create_app(
+        {
+            "one": audit_of(angles, widths, rules=rules, outcomes=skipped),
+            "two": audit_of(angles),
+            "broken": broken,
+            "hostile": hostile,
+        },
+        prefix="/here/",
+    )
+    return served(app) + "/here/"
+
+
+def test_the_first_page_lists_the_audits_and_one_of_them_says_whether_it_may_ship(visit, address):
+    tab = visit(address)
+    page = tab.page
+    assert page.locator(".shelf .card strong").all_text_contents() == ["one", "two", "broken", "hostile"]
+    page.get_by_text("one", exact=True).click()
+    page.wait_for_selector(".verdict")
+    assert page.locator("h1").inner_text().lower() == "fail"
+    assert "must not ship" in page.inner_text(".verdict")
+    assert "too wide to ship" in page.inner_text("#findings").lower()
+    assert "needs --task F" in page.inner_text("#not-run")
+    page.locator("#findings a").click()
+    page.wait_for_selector("#numbers")
+    assert page.locator(".sought").inner_text() == "widest"
+    page.go_back()
+    page.wait_for_selector(".verdict")
+    tab.settle()
+
+
+def test_a_damaged_audit_says_so_and_the_others_work(visit, address):
+    tab = visit(address + "?audit=broken")
+    assert "damaged" in tab.page.inner_text("[role=alert]")
+    assert "not JSON" in tab.page.inner_text("[role=alert]")
+    assert tab.go(address + "?audit=two").locator(".verdict").count() == 1
+
+
+def test_filters_reach_every_figure_and_table_and_the_address_brings_them_back(visit, address):
+    tab = visit(address + "?audit=one&analysis=angles")
+    page = tab.page
+    titles = page.locator("figcaption")
+    assert titles.all_text_contents() == ["Angles of 12 matrices", "120 vectors"]
+    page.get_by_role("textbox", name="Components").click()
+    page.get_by_role("option", name="o_proj").click()
+    page.wait_for_function("document.querySelector('figcaption').textContent.includes('of 4 ')")
+    tab.settle()
+    # one of three components: a third of 12 matrices and of 120 vectors
+    assert titles.all_text_contents() == ["Angles of 4 matrices", "40 vectors"]
+    assert "component=o_proj" in page.url
+    assert set(page.locator("[col-id='2'].ag-cell").all_text_contents()) == {"o_proj"}
+
+    again = visit(page.url).page
+    assert again.locator("figcaption").all_text_contents() == ["Angles of 4 matrices", "40 vectors"]
+    assert again.locator(".mantine-Pill-label").all_text_contents() == ["o_proj"]
+    again.goto(page.url + "&layer=1-2")
+    again.wait_for_function("document.querySelector('figcaption')?.textContent.includes('of 2 ')")
+
+    page.go_back()
+    page.wait_for_function("document.querySelector('figcaption').textContent.includes('of 12 ')")
+    tab.settle()
+    assert page.locator(".mantine-Pill-label").count() == 0
+
+
+def test_a_cell_of_the_map_opens_what_every_analysis_knows_of_that_matrix(visit, address):
+    tab = visit(address + "?audit=one&analysis=angles")
+    page = tab.page
+    plot = page.locator(".plot").first.locator(".nsewdrag")
+    plot.scroll_into_view_if_needed()
+    box = plot.bounding_box()
+    # four layers across: the middle of the last is layer 3; three components: the middle one is o_proj
+    page.mouse.click(box["x"] + box["width"] * 0.875, box["y"] + box["height"] * 0.5)
+    drawer = page.locator(".mantine-Drawer-content")
+    drawer.wait_for()
+    tab.settle()
+    assert "cell=3%2Fo_proj" in page.url
+    text = drawer.inner_text()
+    assert "layers.3.o_proj.weight" in text
+    assert "10 rows" in text
+    assert drawer.locator("h2", has_text="widths").count() == 1
+    again = visit(page.url)
+    assert "layers.3.o_proj.weight" in again.page.locator(".mantine-Drawer-content").inner_text()
+    page.keyboard.press("Escape")
+    drawer.wait_for(state="hidden")
+    page.wait_for_function("!location.search.includes('cell')")
+
+
+def test_names_that_mean_harm_are_shown_as_text(visit, address):
+    tab = visit(address + "?audit=hostile")
+    page = tab.page
+    assert HOSTILE in page.inner_text("#findings .message")
+    assert HOSTILE in page.text_content("#unmatched")
+    assert page.locator("main b, main img, main script").count() == 0
+    tab.go(address + "?audit=hostile&analysis=harm")
+    assert page.locator("main b, main img, main script").count() == 0
+    assert HOSTILE in page.locator("[col-id='0'].ag-cell").first.inner_text()
+    page.get_by_role("textbox", name="Groups").click()
+    assert HOSTILE in page.get_by_role("option").first.inner_text()
+    page.get_by_role("option").first.click()
+    tab.settle()
+    page.keyboard.press("Escape")
+    page.get_by_role("textbox", name="Open one matrix").fill("layers.2.q_proj")
+    page.get_by_role("option").first.click()
+    page.locator(".mantine-Drawer-content").wait_for()
+    tab.settle()
+    assert HOSTILE in page.locator(".mantine-Drawer-content").inner_text()
+    assert page.locator(".mantine-Drawer-content img, .mantine-Drawer-content b").count() == 0
+    assert page.title() != "owned"
+
+
+def test_a_table_is_saved_whole_and_as_filtered(visit, address):
+    tab = visit(address + "?audit=one&analysis=angles&layer=2-3")
+    with tab.page.expect_download() as download:
+        tab.page.get_by_role("button", name="Save table matrices as CSV").click()
+    lines = download.value.path().read_text().splitlines()
+    assert download.value.suggested_filename == "angles.matrices.csv"
+    assert lines[0] == "matrix,layer,component,angle"
+    # layers 2 and 3 of three components each
+    assert len(lines) == 1 + 6

@@ -1,0 +1,88 @@
+"""The shelf: which audits are on it, by which names, and what becomes of those that cannot be read."""
+
+import json
+
+import pytest
+
+from tests.dashboard.invented import draw, tables
+
+
+@pytest.fixture
+def save(made_up, audit_of):
+    """Writes an audit of `angles` into a directory."""
+    from diagnostics.store import Store
+
+    def save(directory, **about):
+        audit = audit_of(made_up("angles", tables(), draw, {"widest": 0.25}), **about)
+        with Store(directory) as store:
+            for name, result in audit.results.items():
+                store.write_result(name, result)
+            store.write(audit)
+        return directory
+
+    return save
+
+
+def test_an_audit_a_folder_of_audits_and_a_series_are_each_found(save, tmp_path):
+    from dashboard.shelf import Shelf
+
+    save(tmp_path / "many" / "a")
+    save(tmp_path / "many" / "b")
+    save(tmp_path / "single")
+    for part in ("001-against-first", "002-against-previous", "run"):
+        save(tmp_path / "steps" / part)
+    (tmp_path / "steps" / "series.json").write_text(json.dumps({"checkpoints": []}))
+    shelf = Shelf([tmp_path / "many", tmp_path / "single" / "audit.json", tmp_path / "steps"])
+    assert [entry.id for entry in shelf.audits] == ["a", "b", "single"]
+    assert [entry.id for entry in shelf.series] == ["steps"]
+    assert [entry.id for entry in shelf.parts("steps")] == [
+        "steps/001-against-first",
+        "steps/002-against-previous",
+        "steps/run",
+    ]
+
+
+def test_two_audits_of_one_name_are_told_apart(save, tmp_path):
+    from dashboard.shelf import Shelf
+
+    shelf = Shelf([save(tmp_path / "x" / "audit"), save(tmp_path / "y" / "audit")])
+    assert [(entry.id, entry.path.parent.name) for entry in shelf.audits] == [
+        ("audit", "x"),
+        ("audit-2", "y"),
+    ]
+
+
+def test_a_table_cut_short_damages_its_audit_alone_until_it_is_whole_again(save, tmp_path):
+    from dashboard.shelf import Shelf
+
+    shelf = Shelf([save(tmp_path / "one"), save(tmp_path / "two")])
+    file = tmp_path / "one" / "tables" / "angles.vectors.parquet"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    one, two = shelf.audits
+    assert one.audit is None
+    assert "angles.vectors.parquet" in one.damage
+    assert two.audit is not None
+    save(tmp_path / "one", created="2026-02-12T00:00:00Z")
+    assert one.damage == ""
+    assert one.audit.created == "2026-02-12T00:00:00Z"
+
+
+def test_an_audit_that_has_only_begun_is_damaged_and_not_an_error(tmp_path):
+    from dashboard.shelf import Shelf
+
+    (tmp_path / "begun" / "tables").mkdir(parents=True)
+    entry = Shelf([tmp_path / "begun"]).audits[0]
+    assert entry.audit is None
+    assert "no audit here" in entry.damage
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("nowhere", "does not exist"), ("empty", "no audit here; `tunescope audit")]
+)
+def test_a_place_without_audits_is_an_error_that_says_how_to_write_one(tmp_path, name, words):
+    from dashboard.shelf import Shelf
+
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=words):
+        Shelf([tmp_path / name])
