@@ -108,7 +108,7 @@ def audit(
 
     pair = CheckpointPair(base, tuned)
     if series is None:
-        series = CheckpointSeries([pair.base, pair.tuned])
+        series = CheckpointSeries([pair.base, pair.tuned], steps=("base", "tuned"))
     with machine.engine(engine), store:
         return run(
             store,
