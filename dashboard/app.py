@@ -1,19 +1,22 @@
 """The Dash app: the frame, the pages, and what ties them to the address."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import dash
 import dash_mantine_components  # noqa: F401  its scripts are served only when it is known before the first page
-from dash import ClientsideFunction, Input, Output, State, no_update
+from dash import ClientsideFunction, Input, Output, State, no_update, set_props
 
-from dashboard import choose, explore, frame, guard
+from dashboard import choose, explore, frame, guard, parts
 from dashboard.pages import View, pages
 from dashboard.query import parse
 from dashboard.shelf import Shelf
 from dashboard.style import INDEX
 from diagnostics.store import Audit
+
+log = logging.getLogger(__name__)
 
 
 class Dashboard(dash.Dash):
@@ -29,6 +32,13 @@ class Dashboard(dash.Dash):
             raise ValueError(f"debug=True on host {host}: others could run code here; leave debug off")
         kwargs.setdefault("debug", False)
         return super().run(host or "127.0.0.1", *args, **kwargs)
+
+
+def broken(error: Exception) -> Any:
+    """Say on the page that an answer failed, and in the log how."""
+    log.error("the dashboard cannot answer", exc_info=error)
+    set_props("trouble", {"children": parts.failure(error)})
+    return None
 
 
 def create_app(
@@ -66,6 +76,7 @@ def create_app(
         enable_mcp=False,
         meta_tags=[{"name": "color-scheme", "content": "light dark"}],
         background_callback_manager=may.get("background"),
+        on_error=broken,
     )
     app.layout = frame.layout()
     guard.protect(app.server, token=token, prefix=path)
@@ -106,6 +117,7 @@ def create_app(
         ClientsideFunction("tunescope", "burger"),
         Output("shell", "navbar"),
         Output("burger", "opened"),
+        Output("shell", "className"),
         Input("burger", "opened"),
         Input("shown", "data"),
         State("shell", "navbar"),

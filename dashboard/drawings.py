@@ -3,7 +3,7 @@
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dash import dcc, html
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Drawn = tuple[list[Picture], list[str]]
 
-LIMIT = 2_000  # points of one figure: what a browser redraws while a person waits
+LIMIT = 1_000  # points of one figure: what a browser redraws while a person waits
 LOOKS = {"light": theme.LIGHT, "dark": theme.DARK}
 CONFIG = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
 
@@ -123,13 +123,15 @@ def panel(picture: Picture, scheme: str | None, known: dict[str, str], *, step: 
     )
 
 
-def changes(picture: Picture, scheme: str | None) -> dict[str, dict[str, Any]]:
+def changes(picture: Picture, scheme: str | None, before: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What turns a panel into that of another picture of the same name: properties by the id's role.
 
-    A panel that is replaced is built anew in the browser, which takes several times as long.
+    A panel that is replaced is built anew in the browser, which takes several times as long; so does a figure
+    that is given a size, even the one that it had `before`.
     """
+    resized = {} if before == size(picture) else {"style": size(picture)}
     return {
-        "graph": {"figure": figure(picture, scheme), "style": size(picture)},
+        "graph": {"figure": figure(picture, scheme), **resized},
         "caption": {"children": picture.title},
         "thinned": {"children": thinned(picture)},
     }

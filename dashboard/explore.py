@@ -21,7 +21,7 @@ from dash import (
 
 from dashboard import drawings, drill, filters, parts
 from dashboard.drawings import Drawn
-from dashboard.grids import response, selected
+from dashboard.grids import column_of, response, selected
 from dashboard.pages.analysis import grid
 from dashboard.query import Query, parse
 from dashboard.shelf import Shelf
@@ -85,6 +85,13 @@ def frame_of(shelf: Shelf, query: Query, known: Mapping[str, str]) -> "pd.DataFr
     return spot.rows(frame) if spot else None
 
 
+def counted(shelf: Shelf, query: Query, known: Mapping[str, str], left: int) -> str:
+    """How many rows of a table are left by filters; of a table on a matrix, none but its own are meant."""
+    result = result_of(shelf, query, known["analysis"])
+    total = len(result.tables[known["table"]]) if result else left
+    return f"{left:,} of {view.counted(total, 'row')}" if left < total and not known["spot"] else ""
+
+
 def opened(audit: Audit, query: Query, scheme: str | None) -> tuple[str, Any]:
     """The title and the content of the drawer that an address opens."""
     spot = drill.spot(audit, query)
@@ -141,6 +148,7 @@ def callbacks(app: Dash, shelf: Shelf, allowed: dict[str, Any]) -> None:
         State({"role": "pictures", "analysis": MATCH}, "id"),
         State({"role": "pictures", "analysis": MATCH}, "data-of"),
         State({"role": "graph", "analysis": MATCH, "spot": "", "name": ALL}, "id"),
+        State({"role": "graph", "analysis": MATCH, "spot": "", "name": ALL}, "style"),
         State("scheme", "data"),
     )
     def redraw(
@@ -148,6 +156,7 @@ def callbacks(app: Dash, shelf: Shelf, allowed: dict[str, Any]) -> None:
         known: dict[str, str],
         before: str | None,
         graphs: list[dict[str, str]],
+        sizes: list[dict[str, Any]],
         scheme: str | None,
     ) -> Any:
         query, name = parse(search), known["analysis"]
@@ -157,21 +166,26 @@ def callbacks(app: Dash, shelf: Shelf, allowed: dict[str, Any]) -> None:
         made, troubles = drawn(shelf, query, name)
         if troubles or not made or [each.name for each in made] != [graph["name"] for graph in graphs]:
             return pictures(shelf, query, name, scheme), now
-        for picture in made:
-            for role, props in drawings.changes(picture, scheme).items():
+        for picture, size in zip(made, sizes, strict=True):
+            for role, props in drawings.changes(picture, scheme, size).items():
                 set_props({"role": role, "name": picture.name, "analysis": name, "spot": ""}, props)
         return no_update, now
 
     @app.callback(
         Output({"role": "grid", **GRID}, "getRowsResponse"),
+        Output({"role": "count", **GRID}, "children"),
         Input({"role": "grid", **GRID}, "getRowsRequest"),
         State({"role": "grid", **GRID}, "id"),
         State("url", "search"),
         prevent_initial_call=True,
     )
     def fill(request: dict[str, Any] | None, known: dict[str, str], search: str) -> Any:
-        frame = frame_of(shelf, parse(search), known) if request else None
-        return no_update if frame is None or request is None else response(frame, request)
+        query = parse(search)
+        frame = frame_of(shelf, query, known) if request else None
+        if frame is None or request is None:
+            return no_update, no_update
+        answer = response(frame, request)
+        return answer, counted(shelf, query, known, answer["rowCount"])
 
     @app.callback(
         Output({"role": "saved", **GRID}, "data"),
@@ -202,6 +216,17 @@ def callbacks(app: Dash, shelf: Shelf, allowed: dict[str, Any]) -> None:
         return clicked(shelf, query, known, click["points"][0]) or no_update
 
     @app.callback(
+        Output("url", "search", allow_duplicate=True),
+        Input({"role": "grid", "analysis": ALL, "table": ALL, "spot": ""}, "cellClicked"),
+        State("url", "search"),
+        prevent_initial_call=True,
+    )
+    def open_row(clicks: list[Any], search: str) -> Any:
+        known, query = ctx.triggered_id, parse(search)
+        click = ctx.triggered[0]["value"] if ctx.triggered else None
+        return no_update if not known or not click else row_clicked(shelf, query, known, click) or no_update
+
+    @app.callback(
         Output("drawer", "opened"),
         Output("drawer", "title"),
         Output("drawer", "children"),
@@ -226,6 +251,14 @@ def callbacks(app: Dash, shelf: Shelf, allowed: dict[str, Any]) -> None:
         State({"role": "grid", "analysis": ALL, "table": ALL, "spot": ""}, "id"),
         prevent_initial_call=True,
     )
+
+
+def row_clicked(shelf: Shelf, query: Query, known: Mapping[str, str], click: Mapping[str, Any]) -> str:
+    """The address that a click on the name of a matrix leads to; empty for other cells."""
+    result = result_of(shelf, query, known["analysis"])
+    frame = result.tables.get(known["table"]) if result else None
+    column = None if frame is None else column_of(frame, str(click.get("colId", "")))
+    return query.but(matrix=str(click.get("value")), cell=None).search if column == "matrix" else ""
 
 
 def clicked(shelf: Shelf, query: Query, known: Mapping[str, str], point: Mapping[str, Any]) -> str:

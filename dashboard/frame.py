@@ -48,11 +48,22 @@ def layout() -> Any:
                 [
                     dmc.AppShellHeader(head(), className="head"),
                     dmc.AppShellNavbar(
-                        html.Nav(id="nav", **{"aria-label": "Pages"}), className="side", p="md"
+                        html.Div(id="nav"), className="side", p="md", **{"aria-label": "Pages"}
                     ),
-                    dmc.AppShellMain(html.Main(waiting, id="page", tabIndex="-1")),
+                    dmc.AppShellMain(
+                        [
+                            html.Div(
+                                "The dashboard does not answer. Is it still running?",
+                                className="lost",
+                                role="alert",
+                            ),
+                            html.Div(id="trouble"),
+                            html.Div(waiting, id="page", tabIndex="-1"),
+                        ]
+                    ),
                 ],
                 id="shell",
+                className="folded",
                 header={"height": 56},
                 navbar={"width": 236, "breakpoint": "md", "collapsed": {"mobile": True}},
                 padding=0,
@@ -217,7 +228,7 @@ def nav(view: View, page: Page) -> Any:
         for each in pages().values()
         if each.of == "shelf" and each.linked(view)
     ]
-    shown += [group("All", shelf)] if shelf else []
+    shown += [group("Everything", shelf)] if shelf else []
     return shown
 
 

@@ -27,6 +27,7 @@ def grid(frame: "pd.DataFrame", known: Mapping[str, str], label: str) -> dag.AgG
             "filter": "agNumberColumnFilter" if numeric else "agTextColumnFilter",
             "type": "rightAligned" if numeric else None,
             "width": width(frame[name], str(name), numeric),
+            "cellClass": "opens" if name == "matrix" else None,
         }
         for i, name in enumerate(frame.columns)
         for numeric in [is_number(frame[name])]

@@ -127,8 +127,7 @@ def short(fingerprint: str | None) -> Content:
             dmc.CopyButton(
                 value=fingerprint,
                 size="compact-xs",
-                variant="subtle",
-                color="gray",
+                variant="default",
                 children="copy",
                 copiedChildren="copied",
             ),
@@ -145,3 +144,13 @@ def folded(title: Content, *children: Content, opened: bool = False) -> html.Det
 def waiting() -> list[Content]:
     """The outline of a figure that is being drawn."""
     return [dmc.Skeleton(height=18, width="40%", mt="lg"), dmc.Skeleton(height=360, mt="sm")]
+
+
+def failure(error: Exception) -> Content:
+    """What a page says when the server could not answer."""
+    return state(
+        "trouble",
+        "This could not be shown",
+        html.P([code(f"{type(error).__name__}: {error}")]),
+        html.P("Load the page anew; if it happens again, the terminal of the dashboard says more."),
+    )

@@ -4,6 +4,7 @@ A visitor chooses a pair and analyses by name. What is running lies apart from w
 half of an audit is ever on the shelf.
 """
 
+import atexit
 import json
 import re
 import shlex
@@ -47,7 +48,9 @@ class Runs:
         from dash import DiskcacheManager
         from diskcache import Cache
 
-        return DiskcacheManager(Cache(str(self.directory / ".cache")))
+        made = DiskcacheManager(Cache(str(self.directory / ".cache")))
+        atexit.register(stop, made)
+        return made
 
     def request(self, pair: Any, only: Any, limit: Any) -> dict[str, Any]:
         """What a visitor asks for, checked, as the arguments of `diagnostics.audit.audit` without `out`.
@@ -146,6 +149,14 @@ class Runs:
         path = next((path.resolve() for path in self.finished() if path.name == known), None)
         found = (each for each in shelf.entries.values() if each.path and each.path.resolve() == path)
         return next(found, None) if path else None
+
+
+def stop(manager: Any) -> None:
+    """End what still runs: a server that is told to end would wait for it otherwise."""
+    import multiprocess
+
+    for process in multiprocess.active_children():
+        manager.terminate_job(process.pid)
 
 
 class Log:

@@ -16,12 +16,19 @@ def variables(page: theme.Page) -> str:
     return " ".join(f"--{name}: {color};" for name, color in colors.items())
 
 
+# In the page itself: a browser asks for an icon that is elsewhere whenever the address changes.
+ICON = (
+    "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E"
+    f"%3Crect width='16' height='16' rx='3' fill='%23{theme.BASE[1:]}'/%3E"
+    f"%3Cpath d='M16 0v13a3 3 0 0 1-3 3H0z' fill='%23{theme.TUNED[1:]}'/%3E%3C/svg%3E"
+)
+
 INDEX = f"""<!doctype html>
 <html lang="en">
 <head>
 {{%metas%}}
 <title>{{%title%}}</title>
-{{%favicon%}}
+<link rel="icon" href="{ICON}">
 <style>
 :root {{ --base: {theme.BASE}; --tuned: {theme.TUNED}; --new: {theme.NEW}; --font: {theme.FONT}; }}
 :root {{ {variables(theme.LIGHT)} }}

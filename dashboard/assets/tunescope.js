@@ -71,18 +71,23 @@ window.dash_clientside = window.dash_clientside || {};
       go(params);
     },
     refill(_search, ids) {
-      for (const id of ids) {
-        try {
-          window.dash_ag_grid.getApi(id).purgeInfiniteCache();
-        } catch (error) {
-          // A table that is folded has not been drawn; it asks for its rows when it is.
+      clearTimeout(refilling);
+      // Figures first: they are what a person who filters looks at.
+      refilling = setTimeout(() => {
+        for (const id of ids) {
+          try {
+            window.dash_ag_grid.getApi(id).purgeInfiniteCache();
+          } catch (error) {
+            // A table that is not shown has not been drawn; it asks for its rows when it is.
+          }
         }
-      }
+      }, 350);
     },
     turned(title, templates) {
       window.tunescopeLooks = templates;
       if (title) document.title = title;
       set("scheme", { data: scheme() });
+      set("trouble", { children: null });
       if (moved) {
         moved = false;
         requestAnimationFrame(() => {
@@ -94,11 +99,25 @@ window.dash_clientside = window.dash_clientside || {};
     burger(opened, _shown, navbar) {
       const turned = window.dash_clientside.callback_context.triggered.some((each) => each.prop_id === "shown.data");
       const open = opened && !turned;
-      return [{ ...navbar, collapsed: { mobile: !open } }, open];
+      return [{ ...navbar, collapsed: { mobile: !open } }, open, open ? "" : "folded"];
     },
   };
 
+  const fetched = window.fetch;
+  window.fetch = (...request) =>
+    fetched(...request).then(
+      (answer) => {
+        looks.classList.remove("is-lost");
+        return answer;
+      },
+      (error) => {
+        if (error.name !== "AbortError") looks.classList.add("is-lost");
+        throw error;
+      },
+    );
+
   let moved = false;
+  let refilling = 0;
   document.addEventListener("click", (event) => {
     const link = event.target.closest?.('a[href^="?"]');
     if (!link || event.button || event.metaKey || event.ctrlKey || event.shiftKey || event.altKey) return;

@@ -153,7 +153,14 @@ def grid(analysis: str, kind: str, frame: Any, spot: str = "") -> html.Div:
     )
     return html.Div(
         [
-            html.Div([button, dcc.Download(id={"role": "saved", **known})], className="grid-tools"),
+            html.Div(
+                [
+                    html.Span(id={"role": "count", **known}, className="source", role="status"),
+                    button,
+                    dcc.Download(id={"role": "saved", **known}),
+                ],
+                className="grid-tools",
+            ),
             grids.grid(frame, known, f"Table {kind} of {analysis}"),
         ]
     )

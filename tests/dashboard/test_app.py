@@ -2,13 +2,18 @@
 
 import json
 import re
+import socket
 import subprocess
 import sys
+import urllib.request
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from tests.dashboard.invented import draw, tables
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -174,34 +179,80 @@ def test_nothing_on_the_page_comes_from_elsewhere(angles):
     assert "https://" not in text
 
 
-def test_the_overview_is_answered_without_torch_or_any_analysis(tmp_path, angles):
+@pytest.fixture
+def saved(tmp_path, angles):
+    """The audit of `angles` in a directory."""
     from diagnostics.store import Store
 
     with Store(tmp_path / "one") as store:
         for name, result in angles.results.items():
             store.write_result(name, result)
         store.write(angles)
+    return tmp_path / "one"
+
+
+def turned(app, search):
+    """What the server answers a browser that opens an address."""
+    client = app.server.test_client()
+    made = client.get("/_dash-dependencies").get_json()
+    turn = next(each for each in made if "page.children" in each["output"])
+    parts = [part.rpartition(".") for part in turn["output"].strip(".").split("...")]
+    body = {
+        "output": turn["output"],
+        "outputs": [{"id": name, "property": prop} for name, _, prop in parts],
+        "inputs": [{"id": "place", "property": "data", "value": "?"}],
+        "state": [
+            {"id": "url", "property": "search", "value": search},
+            {"id": "shown", "property": "data", "value": None},
+        ],
+        "changedPropIds": ["place.data"],
+    }
+    return client.post("/_dash-update-component", json=body).get_json()
+
+
+def test_the_overview_is_answered_without_torch_or_any_analysis(saved):
     code = """
 import json, sys
 from dashboard import create_app
-client = create_app([sys.argv[1]]).server.test_client()
-made = client.get("/_dash-dependencies").get_json()
-turn = next(each for each in made if "page.children" in each["output"])
-parts = [part.rpartition(".") for part in turn["output"].strip(".").split("...")]
-state = [{"id": "url", "property": "search", "value": ""}, {"id": "shown", "property": "data", "value": None}]
-body = {
-    "output": turn["output"],
-    "outputs": [{"id": name, "property": prop} for name, _, prop in parts],
-    "inputs": [{"id": "place", "property": "data", "value": "?"}],
-    "state": state,
-    "changedPropIds": ["place.data"],
-}
-answer = client.post("/_dash-update-component", json=body)
-assert answer.status_code == 200, answer.text
+from tests.dashboard.test_app import turned
+answer = turned(create_app([sys.argv[1]]), "")
 heavy = {"torch", "transformers", "transformer_lens", "peft", "sklearn", "datasets"} & set(sys.modules)
-print(json.dumps([sorted(heavy), "cannot tell whether it may ship" in answer.text]))
+print(json.dumps([sorted(heavy), "cannot tell whether it may ship" in json.dumps(answer)]))
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "one")], check=True, capture_output=True, text=True
+        [sys.executable, "-c", code, str(saved)], check=True, capture_output=True, text=True
     )
     assert json.loads(done.stdout) == [[], True]
+
+
+def test_it_runs_under_gunicorn_behind_a_prefix(saved):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    app = f"dashboard:create_app([{str(saved)!r}], prefix='/t')"
+    command = [sys.executable, "-m", "gunicorn", "--bind", f"127.0.0.1:{port}", "--workers", "1", app]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "Booting worker" in line:
+                break
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/t/", timeout=60) as answer:
+            assert "tunescope" in answer.read().decode()
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def test_an_answer_that_fails_is_said_on_the_page_and_not_only_in_the_log(angles, monkeypatch):
+    from dashboard import create_app, frame
+
+    def fails(*_):
+        raise RuntimeError("<b>no ink</b>")
+
+    app = create_app([angles])
+    monkeypatch.setattr(frame, "body", fails)
+    answer = turned(app, "")
+    said = answer["sideUpdate"]["trouble"]["children"]
+    assert "RuntimeError: <b>no ink</b>" in json.dumps(said)
+    assert "page" not in answer.get("response", {})

@@ -1,5 +1,9 @@
 """The dashboard in a browser: opened, drilled into, filtered, sent on; quiet all the while."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 
 from tests.dashboard.invented import HOSTILE, draw, tables
@@ -59,8 +63,8 @@ def test_the_first_page_lists_the_audits_and_one_of_them_says_whether_it_may_shi
 
 def test_a_damaged_audit_says_so_and_the_others_work(visit, address):
     tab = visit(address + "?audit=broken")
-    assert "damaged" in tab.page.inner_text("[role=alert]")
-    assert "not JSON" in tab.page.inner_text("[role=alert]")
+    assert "damaged" in tab.page.inner_text("#page [role=alert]")
+    assert "not JSON" in tab.page.inner_text("#page [role=alert]")
     assert tab.go(address + "?audit=two").locator(".verdict").count() == 1
 
 
@@ -76,6 +80,7 @@ def test_filters_reach_every_figure_and_table_and_the_address_brings_them_back(v
     # one of three components: a third of 12 matrices and of 120 vectors
     assert titles.all_text_contents() == ["Angles of 4 matrices", "40 vectors"]
     assert "component=o_proj" in page.url
+    page.get_by_role("status").get_by_text("4 of 12 rows").wait_for()
     assert set(page.locator("[col-id='2'].ag-cell").all_text_contents()) == {"o_proj"}
 
     again = visit(page.url).page
@@ -145,3 +150,144 @@ def test_a_table_is_saved_whole_and_as_filtered(visit, address):
     assert lines[0] == "matrix,layer,component,angle"
     # layers 2 and 3 of three components each
     assert len(lines) == 1 + 6
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize(
+    "search",
+    [
+        "",
+        "?audit=one",
+        "?audit=one&analysis=angles",
+        "?audit=one&analysis=angles&cell=3/o_proj",
+        "?audit=broken",
+    ],
+)
+def test_everyone_can_use_it(visit, address, search, dark):
+    from axe_playwright_python.sync_playwright import Axe
+
+    page = visit(address + search, dark=dark, width=800 if dark else 1440).page
+    found = Axe().run(page).response["violations"]
+    grave = [
+        (each["id"], node["html"][:200], node["failureSummary"])
+        for each in found
+        if each["impact"] in ("serious", "critical")
+        for node in each["nodes"]
+    ]
+    assert grave == []
+    # nothing is wider than the window
+    assert page.evaluate("document.documentElement.scrollWidth") <= (800 if dark else 1440)
+
+
+def test_light_turns_dark_with_every_figure(visit, address):
+    tab = visit(address + "?audit=one&analysis=angles")
+    page = tab.page
+    grounds = (
+        "[...document.querySelectorAll('.plot .js-plotly-plot')].map((p) => p._fullLayout.paper_bgcolor)"
+    )
+    assert page.evaluate(grounds) == ["#ffffff", "#ffffff"]
+    page.get_by_role("button", name="Light or dark").click()
+    page.wait_for_function(f"{grounds}.every((color) => color === '#14181d')")
+    page.get_by_role("textbox", name="Components").click()
+    page.get_by_role("option", name="o_proj").click()
+    page.wait_for_function("document.querySelector('figcaption').textContent.includes('of 4 ')")
+    tab.settle()
+    assert page.evaluate(grounds) == ["#14181d", "#14181d"]
+
+
+def test_the_way_is_found_by_keyboard_alone(visit, address):
+    page = visit(address + "?audit=one").page
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to the page"
+    page.get_by_role("navigation", name="Pages").get_by_role("link", name="angles").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#numbers")
+    page.wait_for_function("document.activeElement.id === 'heading'")
+    slider = page.get_by_role("slider", name="Layers from")
+    slider.focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("location.search.includes('layer=1-3')")
+    page.wait_for_function("document.querySelector('figcaption').textContent.includes('of 9 ')")
+
+
+def test_at_800_pixels_the_pages_are_behind_a_button(visit, address):
+    page = visit(address + "?audit=one", width=800).page
+    link = page.get_by_role("navigation", name="Pages").get_by_role("link", name="angles")
+    assert not link.is_visible()
+    page.get_by_role("button", name="Show the pages").click()
+    link.click()
+    page.wait_for_selector("#numbers")
+    link.wait_for(state="hidden")
+
+
+def test_a_series_chooses_one_step_for_all_figures(visit, audit_of, made_up, served, tmp_path):
+    from dashboard import create_app
+    from diagnostics.store import Store
+
+    rules = {"angles": {"widest": {"warn": 0.5}}}
+    checkpoints = []
+    for number, widest in ((100, 0.25), (200, 0.75)):
+        result = made_up("angles", tables(layers=number // 100), draw, {"widest": widest})
+        audit = audit_of(result, rules=rules)
+        name = f"{number}-against-first"
+        with Store(tmp_path / "run" / name) as store:
+            store.write_result("angles", result)
+            store.write(audit)
+        held = {"audit": name, "verdict": audit.verdict, "metrics": {"angles": {"widest": widest}}}
+        checkpoints.append(
+            {"ref": HOSTILE, "label": str(number), "against_first": held, "against_previous": held}
+        )
+    record = {"schema": 1, "base": "b", "checkpoints": checkpoints, "run": None}
+    (tmp_path / "run" / "series.json").write_text(json.dumps(record))
+    tab = visit(served(create_app([tmp_path / "run"])) + "/")
+    page = tab.page
+    assert page.locator(".strip li").all_text_contents() == ["100, pass", "200, warn"]
+    # two layers of three components at step 200, one layer at step 100
+    assert "Angles of 6 matrices" in page.locator("figcaption").all_text_contents()
+    page.get_by_role("link", name="100").click()
+    page.wait_for_function("document.querySelector('#step').textContent.includes('Angles of 3 matrices')")
+    tab.settle()
+    assert "step=100" in page.url
+    lines = (
+        "document.querySelector('.plot .js-plotly-plot, .js-plotly-plot')._fullLayout.shapes.map((s) => s.x0)"
+    )
+    assert 100 in page.evaluate(lines)
+    assert page.locator("#step img, #step b").count() == 0
+    assert HOSTILE in page.inner_text("#step")
+
+
+def test_a_host_that_others_reach_asks_for_the_token(chromium, tmp_path, audit_of, made_up):
+    from diagnostics.store import Store
+
+    result = made_up("angles", tables(), draw, {"widest": 0.25})
+    with Store(tmp_path / "one") as store:
+        store.write_result("angles", result)
+        store.write(audit_of(result))
+    command = [
+        sys.executable,
+        "-c",
+        "from diagnostics.cli import main; main()",
+        "dashboard",
+        str(tmp_path / "one"),
+    ]
+    process = subprocess.Popen(
+        [*command, "--host", "0.0.0.0", "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        address = process.stdout.readline().strip().replace("0.0.0.0", "127.0.0.1")
+        page = chromium.new_context().new_page()
+        assert "?token=" in address
+        refused = page.goto(address.partition("?")[0])
+        assert refused.status == 401
+        page.goto(address)
+        page.wait_for_selector(".verdict")
+        assert "token" not in page.url
+        page.goto(address.partition("?")[0])
+        page.wait_for_selector(".verdict")
+    finally:
+        process.terminate()
+        _, said = process.communicate()
+    assert "a token is asked for" in said

@@ -140,6 +140,21 @@ def test_an_audit_in_a_process_of_its_own_tells_how_far_it_is(tmp_path):
     assert str(tmp_path / "no") in json.loads(out.getvalue())["error"]
 
 
+def test_a_server_that_ends_does_not_wait_for_what_runs(runs):
+    import multiprocess
+    import psutil
+
+    from dashboard.runs import stop
+
+    manager = runs.manager()
+    process = multiprocess.Process(target=time.sleep, args=(600,))
+    process.start()
+    assert psutil.pid_exists(process.pid)
+    stop(manager)
+    assert not psutil.pid_exists(process.pid)
+    process.join()  # what Python does as it ends: at once
+
+
 def test_without_leave_nothing_can_be_run(tmp_path):
     from dashboard import create_app
     from dashboard.cli import dashboard
