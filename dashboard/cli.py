@@ -4,9 +4,12 @@ import secrets
 import socket
 import webbrowser
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from dashboard.runs import Runs
 
 
 def dashboard(
@@ -26,13 +29,63 @@ def dashboard(
     ] = 8050,
     prefix: Annotated[str, typer.Option(metavar="PATH", help="Path that a proxy serves it under.")] = "/",
     open_browser: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+    allow_run: Annotated[
+        bool, typer.Option("--allow-run", help="Let visitors run audits of the pairs given here.")
+    ] = False,
+    pair: Annotated[
+        list[str] | None, typer.Option(metavar='"NAME=BASE TUNED"', help="What visitors may run an audit of.")
+    ] = None,
+    runs: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where these audits are written; made if need be.")
+    ] = Path("audits"),
+    task: Annotated[list[str] | None, typer.Option(metavar="F", help="Rows for them, as of `audit`.")] = None,
+    keep: Annotated[list[str] | None, typer.Option(metavar="F", help="The same.")] = None,
+    guard: Annotated[list[str] | None, typer.Option(metavar="F", help="The same.")] = None,
+    ood: Annotated[list[str] | None, typer.Option(metavar="NAME=F", help="The same.")] = None,
+    train: Annotated[list[str] | None, typer.Option(metavar="F", help="The same.")] = None,
+    policy: Annotated[
+        str | None, typer.Option(metavar="F", help="A TOML file of thresholds for them.")
+    ] = None,
+    device: Annotated[str, typer.Option(metavar="D", help="Where they run.")] = "auto",
 ) -> None:
     """Look at audits in a browser."""
     from dashboard.guard import loopback
 
+    rows = {"task": task, "keep": keep, "guard": guard, "ood": ood, "train": train}
+    given = {role: files for role, files in rows.items() if files}
+    allowed: dict[str, Any] = {}
+    if allow_run:
+        allowed["run"] = runnable(pair or [], runs, given, policy, device)
+    elif pair or given or policy:
+        raise ValueError("--pair, rows and --policy are for audits that visitors run: add --allow-run")
     free(host, port)
     token = None if loopback(host) else secrets.token_urlsafe(24)
-    serve(audits or [], host=host, port=port, prefix=prefix, token=token, open_browser=open_browser)
+    serve(
+        audits or [],
+        host=host,
+        port=port,
+        prefix=prefix,
+        token=token,
+        open_browser=open_browser,
+        allowed=allowed,
+    )
+
+
+def runnable(
+    pair: list[str], directory: Path, rows: dict[str, list[str]], policy: str | None, device: str
+) -> "Runs":
+    """What visitors may run, checked as far as a start in a second allows.
+
+    Raises:
+        ValueError: no pair, one that cannot be read, or a policy that makes no sense.
+    """
+    from dashboard.runs import Runs, pairs
+
+    if not pair:
+        raise ValueError('--allow-run: of what? add --pair "NAME=BASE TUNED", as often as there are pairs')
+    if policy and not Path(policy).is_file():
+        raise ValueError(f"--policy {policy}: there is no such file")
+    return Runs(directory, pairs(pair), rows, policy, device)
 
 
 def free(host: str, port: int) -> None:
@@ -53,7 +106,14 @@ def free(host: str, port: int) -> None:
 
 
 def serve(
-    audits: list[str], *, host: str, port: int, prefix: str, token: str | None, open_browser: bool
+    audits: list[str],
+    *,
+    host: str,
+    port: int,
+    prefix: str,
+    token: str | None,
+    open_browser: bool,
+    allowed: dict[str, Any],
 ) -> None:
     """Serve the dashboard until it is interrupted."""
     from werkzeug.serving import WSGIRequestHandler, make_server
@@ -70,12 +130,12 @@ def serve(
             """Say nothing."""
 
     shelf = Shelf(audits or list(nearby(Path.cwd())))
-    if not shelf.entries:
+    if not shelf.entries and not allowed:
         raise ValueError(
             "no audit here; name one, or write one with `tunescope audit BASE TUNED --out DIR` "
             "(`tunescope demo` writes three)"
         )
-    app = create_app(shelf, prefix=prefix, token=token)
+    app = create_app(shelf, prefix=prefix, token=token, allowed=allowed)
     if token is None and prefix.strip("/") == "":
         only_called(app.server, LOCAL | {host})
     afterwards(app.server, shelf)
@@ -90,7 +150,11 @@ def serve(
             err=True,
         )
         address += f"?token={token}"
-    typer.echo(f"{len(shelf.entries)} on the shelf: {', '.join(list(shelf.entries)[:6])}", err=True)
+    typer.echo(
+        f"{len(shelf.entries)} on the shelf: {', '.join(list(shelf.entries)[:6]) or 'none yet'}", err=True
+    )
+    if "run" in allowed:
+        typer.echo(f"visitors may run audits of {', '.join(allowed['run'].pairs)}", err=True)
     typer.echo(address)
     if open_browser:
         webbrowser.open(address)

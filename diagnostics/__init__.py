@@ -12,19 +12,23 @@ if TYPE_CHECKING:
     from diagnostics.callback import AuditCallback as AuditCallback
     from diagnostics.detector import LikelihoodRatioDetector as LikelihoodRatioDetector
     from diagnostics.drift import representation_drift as representation_drift
+    from diagnostics.dynamics import training_dynamics as training_dynamics
     from diagnostics.intruders import intruder_dimensions as intruder_dimensions
     from diagnostics.mitigation import judged_mitigation as judged_mitigation
     from diagnostics.ood import likelihood_ratio_ood as likelihood_ratio_ood
     from diagnostics.path import interpolation_path as interpolation_path
+    from diagnostics.pathways import grokking_pathways as grokking_pathways
     from diagnostics.policy import Finding as Finding
     from diagnostics.policy import Policy as Policy
     from diagnostics.policy import default_policy as default_policy
     from diagnostics.policy import load_policy as load_policy
     from diagnostics.sharpness import layer_sharpness as layer_sharpness
     from diagnostics.skills import skill_localization as skill_localization
+    from diagnostics.sparsification import abrupt_sparsification as abrupt_sparsification
     from diagnostics.sparsity import essential_sparsity as essential_sparsity
     from diagnostics.store import Audit as Audit
     from diagnostics.store import load as load
+    from diagnostics.trajectory import training_trajectory as training_trajectory
 
 # Loaded when asked for: the command line imports this package and must not wait for torch.
 EXPORTS = {
@@ -36,6 +40,7 @@ EXPORTS = {
     "Result": "diagnostics.analysis",
     "analyses": "diagnostics.analysis",
     "default_policy": "diagnostics.policy",
+    "grokking_pathways": "diagnostics.pathways",
     "interpolation_path": "diagnostics.path",
     "essential_sparsity": "diagnostics.sparsity",
     "intruder_dimensions": "diagnostics.intruders",
@@ -46,6 +51,9 @@ EXPORTS = {
     "load_policy": "diagnostics.policy",
     "representation_drift": "diagnostics.drift",
     "skill_localization": "diagnostics.skills",
+    "abrupt_sparsification": "diagnostics.sparsification",
+    "training_dynamics": "diagnostics.dynamics",
+    "training_trajectory": "diagnostics.trajectory",
 }
 __all__ = sorted(EXPORTS)
 

@@ -8,7 +8,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -218,8 +218,11 @@ def find(name: str) -> Analysis:
     return REGISTRY[name]
 
 
-def load(entry: EntryPoint) -> None:
+def load(entry: Any) -> None:
     """Import the module behind an entry point, which registers its analysis.
+
+    Args:
+        entry: an `EntryPoint`; of `importlib_metadata` once any package has imported that, Dash among them.
 
     Raises:
         LookupError: it cannot be imported, or registers another name.

@@ -108,7 +108,7 @@ def audit(
 
     pair = CheckpointPair(base, tuned)
     if series is None:
-        series = CheckpointSeries([pair.base, pair.tuned])
+        series = CheckpointSeries([pair.base, pair.tuned], steps=("base", "tuned"))
     with machine.engine(engine), store:
         return run(
             store,
@@ -125,7 +125,7 @@ def audit(
             fresh=fresh,
             progress=progress,
             options={"only": only, "skip": skip, "settings": settings or {}, "engine": engine, **common},
-            notes=(*unread(rows, names), *of_adapters(pair)),
+            notes=(*of_run(series), *unread(rows, names), *of_adapters(pair)),
         )
 
 
@@ -148,6 +148,8 @@ def run(
     if fresh:
         store.clear()
     stamps = {side: digest(getattr(pair, side).stamp()) for side in ("base", "tuned")}
+    from probes.series import TooShortError
+
     series: CheckpointSeries = supplied["series"]
     run_stamps = {**stamps, "series": digest(*series.stamps, *map(str, series.labels))}
     rows = {role: [made.describe() for made in supplied[role]] for role in ROLES if role in supplied}
@@ -190,14 +192,9 @@ def run(
             find(name), plan[name], {}, rows
         )  # what was measured on a checkpoint outlives the series
         given = {**supplied, "series": series.within(context, store.out / MEASUREMENTS)}
+        unless_asked = () if name in options["only"] else (NotApplicableError, TooShortError)
         outcome = run_one(
-            store,
-            find(name),
-            plan[name],
-            given,
-            device=device,
-            progress=progress,
-            asked=name in options["only"],
+            store, find(name), plan[name], given, device=device, progress=progress, leave_out=unless_asked
         )
         state = replace(state, analyses={**state.analyses, name: replace(outcome, key=keys[name])})
         store.write(state)
@@ -218,12 +215,12 @@ def run_one(
     *,
     device: str,
     progress: Progress | None,
-    asked: bool,
+    leave_out: tuple[type[Exception], ...] = (),
 ) -> Outcome:
     """Run one analysis and write its tables and masks; whatever goes wrong in it stays in it.
 
     Args:
-        asked: whether it was asked for by name, so that it must not be left out.
+        leave_out: errors that say that there is nothing to measure: it is skipped then, not failed.
     """
     place = {"device": device, "progress": partial(progress, record.name) if progress else None}
     inputs = {
@@ -245,7 +242,7 @@ def run_one(
         raise
     except Exception as error:
         seconds = time.perf_counter() - began
-        if isinstance(error, NotApplicableError | too_short()) and not asked:
+        if isinstance(error, leave_out):
             outcome = Outcome(status="skipped", reason=one_line(error))
         else:
             outcome = refused(error) if says_why(error) else crashed(store, record.name, error)
@@ -256,13 +253,6 @@ def run_one(
         device=device,
         **about(record.name),
     )
-
-
-def too_short() -> type[ValueError]:
-    """What a series raises that has too few checkpoints for a conclusion."""
-    from probes.series import TooShortError
-
-    return TooShortError
 
 
 def says_why(error: Exception) -> bool:
@@ -355,6 +345,13 @@ def unread(rows: Collection[str], names: Collection[str]) -> tuple[str, ...]:
         elif not readers & set(names):
             notes.append(f"none of the analyses asked for reads --{role}; {', '.join(sorted(readers))} would")
     return tuple(notes)
+
+
+def of_run(series: "CheckpointSeries") -> tuple[str, ...]:
+    """Which checkpoints a run has, where there are others than the two ends."""
+    if len(series) < 3:
+        return ()
+    return (f"{len(series)} checkpoints of one run: {', '.join(series.labels)}",)
 
 
 def of_adapters(pair: "CheckpointPair") -> tuple[str, ...]:

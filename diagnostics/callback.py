@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from diagnostics import machine
-from diagnostics.analysis import find, installed
+from diagnostics.analysis import NotApplicableError, find, installed
 from diagnostics.audit import (
     about,
     check_settings,
@@ -39,7 +39,7 @@ from diagnostics.policy import Policy, default_policy, load_policy
 from diagnostics.provenance import digest, key
 from diagnostics.store import MEASUREMENTS, Audit, Outcome, Store
 from probes.checkpoint import Checkpoint, open_checkpoint
-from probes.series import RecordedSeries
+from probes.series import RecordedSeries, TooShortError
 
 STEPS = "steps.json"
 
@@ -185,9 +185,10 @@ class AuditCallback(TrainerCallback):
             for name, used in self.plan.items():
                 series = RecordedSeries(steps, self.store.out / MEASUREMENTS, checkpoint)
                 given = {"series": series.within(self._context(name), series.cache), **self.rows}
-                asked = name in self.options["only"]
+                asked = name in self.options["only"]  # too short is every run at first
+                leave_out = (TooShortError,) if asked else (TooShortError, NotApplicableError)
                 outcome = run_one(
-                    self.store, find(name), used, given, device=device, progress=None, asked=asked
+                    self.store, find(name), used, given, device=device, progress=None, leave_out=leave_out
                 )
                 if outcome.status == "failed" and not self.steps:
                     raise ValueError(f"{name}: {outcome.reason}")

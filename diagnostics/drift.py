@@ -18,6 +18,7 @@ from jaxtyping import Float
 from diagnostics.analysis import Result, analysis
 from diagnostics.drift_figures import ONSET, draw
 from diagnostics.inputs import tasks
+from diagnostics.kernels import hsic
 from diagnostics.texts import differing, shared_tokenizer, without_bos
 from probes import CheckpointPair
 from probes.models import RunnablePair
@@ -68,15 +69,6 @@ def cka(X: Points, Y: Points) -> float:
     K, M = (centred(each) @ centred(each).T for each in (X, Y))
     norm = hsic(K, K) * hsic(M, M)
     return hsic(K, M) / math.sqrt(norm) if norm > 0 else math.nan
-
-
-def hsic(K: Float[np.ndarray, "rows rows"], M: Float[np.ndarray, "rows rows"]) -> float:
-    """Unbiased Hilbert–Schmidt independence criterion of two kernels of at least 4 rows."""
-    n = len(K)
-    K, M = (kernel - np.diag(np.diag(kernel)) for kernel in (K, M))
-    k, m = K.sum(axis=0), M.sum(axis=0)
-    value = (K * M).sum() + k.sum() * m.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (k @ m)
-    return float(value / (n * (n - 3)))
 
 
 def procrustes(X: Points, Y: Points) -> float:

@@ -100,7 +100,7 @@ def likelihood_ratio_ood(
     longest_answer: int = 768,
     alpha: float = 0.05,
     draws: int = 200,
-    examples: int = 3,
+    examples: int = 20,
     batch_tokens: int = 16384,
     trust_remote_code: bool = False,
     device: str = "cpu",
@@ -128,7 +128,8 @@ def likelihood_ratio_ood(
         longest_answer: of the greedy ones, in tokens (paper: 768), but at most half of what the models take.
         alpha: conformal p-value below which a row is flagged (ours).
         draws: bootstrap draws for intervals of all but the AUROC, which has DeLong's (ours).
-        examples: rows of each set whose tokens are kept, the most foreign first.
+        examples: rows of each set whose tokens are kept, as many of the most and of the least foreign; fewer
+            where they are very long (ours).
         batch_tokens: most tokens in a batch; changes no result.
         trust_remote_code: run code that a repository brings.
         device: where the models run.

@@ -17,6 +17,7 @@ CURVES = ("ratio", "ratio_per_token", "tuned_likelihood", "base_likelihood", "le
 POINTS = 2000  # of a set in a scatter plot
 # The texts whose tokens are shown: how many, and of each how many lines of how many letters.
 TEXTS, LINES, WIDTH = 24, 3, 76
+ENDS = 3  # of them, of each set, the most foreign, and as many of the least
 MARKS = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 
 
@@ -228,7 +229,7 @@ def draw_tokens(tokens: pd.DataFrame) -> "go.Figure":
     """The texts themselves, each token on the colour of its ratio: which words tuned finds foreign."""
     import plotly.graph_objects as go
 
-    texts = list(tokens.groupby(["set", "row"], sort=False))[:TEXTS]
+    texts = telling(tokens)
     lines, first, names = 0, [], []
     x, y, letters = [], [], []
     grid = np.full((TEXTS * LINES, WIDTH), np.nan)
@@ -245,7 +246,7 @@ def draw_tokens(tokens: pd.DataFrame) -> "go.Figure":
         lines = y[-1] + 1
     most = float(np.nanmax(np.abs(grid))) or 1.0
     figure = theme.figure(
-        title="Which tokens tuned finds foreign (high), in the most foreign rows of each set",
+        title="Which tokens tuned finds foreign (high), in the most and the least foreign rows of each set",
         x="tokens in their order, set apart by a space", y="",
     )  # fmt: skip
     figure.add_trace(
@@ -268,6 +269,16 @@ def draw_tokens(tokens: pd.DataFrame) -> "go.Figure":
     figure.update_yaxes(range=[lines - 0.5, -0.5], showgrid=False, tickvals=first, ticktext=names)
     figure.update_xaxes(range=[-0.5, WIDTH - 0.5], showgrid=False, showticklabels=False, ticks="")
     return figure.update_layout(height=120 + 20 * lines)
+
+
+def telling(tokens: pd.DataFrame) -> list[tuple[tuple[str, int], pd.DataFrame]]:
+    """The rows at both ends of every set, with their tokens, as the table has them in order."""
+    chosen = []
+    for name, part in tokens.groupby("set", sort=False):
+        rows = list(dict.fromkeys(part["row"]))
+        ends = dict.fromkeys([*rows[:ENDS], *rows[-ENDS:]])
+        chosen += [((str(name), int(row)), part[part["row"] == row]) for row in ends]
+    return chosen[:TEXTS]
 
 
 class Cell(NamedTuple):

@@ -37,6 +37,8 @@ SCORES = {
     "neighbour_tuned": "the same of tuned",
 }
 ALL = "all"
+# Tokens whose ratios an audit keeps, of all sets together: two or three MB as it is written.
+TOKENS = 200_000
 # Fewer task rows say nothing of how they are spread.
 SPREAD_FROM = 10
 # column -> the metric in it whose interval is drawn
@@ -233,16 +235,25 @@ def rate(sums: Float[np.ndarray, " rows"], counts: Float[np.ndarray, " rows"]) -
 
 
 def tokens_of(reading: Reading, rows: "pd.DataFrame", words: Any, examples: int) -> "pd.DataFrame":
-    """The ratio token by token of the most foreign rows of each set, and of the least foreign task rows."""
+    """The ratio token by token of the most and of the least foreign rows of each set.
+
+    Rows are taken from both ends in turns, until a set has its share of `TOKENS`.
+    """
     import pandas as pd
 
     table = []
-    for name, part in rows[rows["ratio"].notna()].groupby("set", sort=False):
+    scored = rows[rows["ratio"].notna()]
+    room = TOKENS // max(1, scored["set"].nunique())
+    for name, part in scored.groupby("set", sort=False):
         order = part["ratio_per_token"].sort_values(ascending=False, kind="stable").index
-        chosen = [*order[:examples], *(order[-examples:] if part["role"].iloc[0] == "task" else ())]
+        ends = [*order[:examples], *order[max(examples, len(order) - examples) :]]
+        # The most foreign, the least foreign, the second most …: what matters most is kept first.
+        turns = sorted(range(len(ends)), key=lambda i: min(2 * i, 2 * (len(ends) - i) - 1))
+        used = part.loc[[ends[i] for i in turns], "tokens"].cumsum().to_numpy()
+        chosen = [ends[i] for i in sorted(turns[: max(1, int((used <= room).sum()))])]
         # Rows of a set lie side by side, scored or not.
         start = int(rows.index[rows["set"] == name][0])
-        for index in dict.fromkeys(chosen):
+        for index in chosen:
             text = reading.sets[str(name)][index - start]
             table += [{"set": name, "row": text.row.number, **token} for token in token_ratios(text, words)]
     columns = ["set", "row", "position", "token", "log_likelihood_base", "log_likelihood_tuned", "ratio"]

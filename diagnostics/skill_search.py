@@ -75,6 +75,7 @@ class Search:
         objective: the loss of its search rows; None where movement alone ranks.
         sizes: of the regions asked for, rising.
         share: of the entries that are candidates; None: as many as the sizes need.
+        rate: of the first step of a `budget` search.
         starts: each start's scores, of a `budget` search.
         start: the one that did better.
         notes: what a reader must know.
@@ -87,6 +88,7 @@ class Search:
     sizes: Sequence[int]
     share: float | None
     steps: int
+    rate: float
     batch: int
     seed: int
     counter: Counter
@@ -194,7 +196,7 @@ class Search:
             oracle = self._oracle(graft, self.batch, seed)
             scores = budget_search(
                 oracle, self.starts[self.start], turns[: self.steps], self.candidates.movement,
-                step=self.counter.count(what),
+                rate=self.rate, step=self.counter.count(what),
             )  # fmt: skip
         return Ranking(scores=scores, sizes=tuple(sizes), steps=self.steps)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from diagnostics.analysis import Result, analysis
+from diagnostics.grafting import STEP
 from diagnostics.inputs import tasks
 from diagnostics.row_losses import Encoded, encoded
 from diagnostics.skill_bench import SPLITS, Bench, Eligible, Key, part, split
@@ -124,6 +125,7 @@ def skill_localization(
     search: Mode = "budget",
     candidates: float | None = None,
     steps: int = 100,
+    rate: float = STEP,
     batch_rows: int = 32,
     eligible: Eligible = "blocks",
     kept: float = 0.95,
@@ -157,6 +159,8 @@ def skill_localization(
             or 80 for each entry of the largest budget if that is fewer; twice as many where others
             score as high.
         steps: gradients of one search; at most, of a faithful one.
+        rate: of a budget search, how far its first step moves the steepest score, as a share of the largest.
+            A search of 100 steps of 0.02 stays near its start; larger ones go further from it.
         batch_rows: rows of each; a faithful search takes all.
         eligible: `blocks`: weights, biases and norms of the blocks, as the released code; `matrices` of the
             blocks; `everything`, embeddings and heads too.
@@ -181,7 +185,7 @@ def skill_localization(
     Raises:
         ValueError: a parameter out of range, too few rows, rows or a model that cannot be scored.
     """
-    check(budgets, candidates, steps, batch_rows, kept, splits, seeds, draws)
+    check(budgets, candidates, steps, rate, batch_rows, kept, splits, seeds, draws)
     named = tasks(task, "task")
     rows = {name: split(one, splits, seed) for name, one in named.items()}
     others = {
@@ -224,7 +228,7 @@ def skill_localization(
             if search != "movement":
                 objective = Objective(sets[name, "search"], tokens=batch_tokens)
             searcher = Search(
-                bench=bench, task=name, mode=search, sizes=sizes, share=candidates, steps=steps,
+                bench=bench, task=name, mode=search, sizes=sizes, share=candidates, steps=steps, rate=rate,
                 objective=objective, batch=min(batch_rows, math.ceil(len(rows[name]["search"]) / 2)),
                 seed=seed, counter=counter,
             )  # fmt: skip
@@ -250,6 +254,7 @@ def check(
     budgets: Sequence[float | int] | None,
     candidates: float | None,
     steps: int,
+    rate: float,
     batch_rows: int,
     kept: float,
     splits: Sequence[float],
@@ -277,6 +282,8 @@ def check(
     for name, value, least in (("steps", steps, 1), ("batch_rows", batch_rows, 1), ("seeds", seeds, 1)):
         if value < least:
             raise ValueError(f"{name} is {value}; at least {least}")
+    if not 0 < rate < math.inf:
+        raise ValueError(f"rate is {rate:g}; it is a share of the largest score, above 0")
     if not 0 < kept <= 1:
         raise ValueError(f"kept is {kept:g}; it is a share of what tuning gained, in (0, 1]")
     if draws < 100:

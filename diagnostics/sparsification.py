@@ -187,14 +187,13 @@ def jumps(series: ArrayLike) -> Bool[np.ndarray, " steps"]:
     reading="`small` and `hoyer` do not change with a common scale: a jump of either is sparsification. A "
     "jump of `near_zero` alone may be weight decay, which shrinks all weights alike. Fewer than four "
     "checkpoints show none.",
-    paper="Jaiswal, Liu, Chen, Wang 2023, The Emergence of Essential Sparsity in Large Pre-trained Models: "
-    "The Weights that Matter, arXiv:2306.03805 (measures ours)",
+    paper="arXiv:2306.03805",
     cost="reads every checkpoint once",
     draw=draw,
     summary=in_a_line,
     metrics=METRICS,
 )
-def sparsification(
+def abrupt_sparsification(
     series: Any,
     *,
     parts: Sequence[Part] = ("block",),

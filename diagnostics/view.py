@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ROWS = 200  # of a table that a page holds; the parquet file holds all
+LEADING = 12  # numbers of an analysis that are shown before the reader asks for more
 HEAD = 8  # of these seen before the reader asks for more
 NOTHING = "–"
 
@@ -94,6 +95,14 @@ class Section:
     verdict: str
     metrics: list[Metric]
     notes: list[str]
+
+
+def parted(metrics: list[Metric]) -> tuple[list[Metric], list[Metric]]:
+    """The numbers that a reader wants first, and the others: a few more are not worth a fold."""
+    if len(metrics) <= LEADING + 4:
+        return metrics, []
+    first = [metric for place, metric in enumerate(metrics) if place < LEADING or metric.threshold]
+    return first, [metric for metric in metrics if metric not in first]
 
 
 def sections(audit: Audit) -> list[Section]:

@@ -14,8 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
 def made_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A token for each word, in this order, and none besides; words stand between spaces."""
-    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}))
+    """A token for each word, in this order, and none besides; words stand between spaces.
+
+    What is no word reads as the first: `encode` tries a tokenizer on a letter before it uses it.
+    """
+    places = {word: place for place, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(places, unk_token=words[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 

@@ -164,3 +164,19 @@ TRANSPOSED = r"rel_attn\.[qkvr]$|experts\.mlp\.w2$|mm_input_projection_weight$"
 # Stacks of experts with an axis of their own, and DBRX's, one expert below the other.
 STACK = r"\.(?:shared_)?experts\.|\.(?:in|out)put_linear\.weight$"
 ROWS_OF_EXPERTS = r"\.experts\.mlp\.(?:w1|v1|w2)$"
+
+# The norm that a block's experts and their router read through, as its neighbours call it; the first that
+# there is. One behind the experts instead says that there is none before them.
+NORM_BEFORE_EXPERTS = (
+    "pre_feedforward_layernorm",
+    "pre_mlp_layernorm",
+    "pre_ff_layernorm",
+    "ffn_norm",
+    "post_attention_layernorm",
+)
+NORM_BEHIND_EXPERTS = "post_feedforward_layernorm"
+# Models with routers whose norms multiply by one more than their weight.
+GAIN_FROM_ONE = {
+    "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp", "qwen4_exp_text", "minimax_m3_vl",
+    "muse_spark", "step3p7",
+}  # fmt: skip

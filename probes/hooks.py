@@ -270,6 +270,7 @@ def _bridge(inner: Any, parts: set[str] | None) -> tuple[Any, list[str]]:
 
         if parts is None and _adapters(inner):
             raise _NoBridgeError("the bridge would pass over the adapter; merge it into its base")
+        attention = inner.config._attn_implementation
         try:
             bridge = build_bridge_from_module(
                 inner,
@@ -277,8 +278,9 @@ def _bridge(inner: Any, parts: set[str] | None) -> tuple[Any, list[str]]:
                 hf_config=inner.config,
                 post_adapter_hook=None if parts is None else prune,
             )
-            if parts is None or parts - {"mlp"}:
-                inner.set_attn_implementation("eager")  # no other gives the patterns
+            # No other than eager gives the patterns; some adapters set it, whatever is asked for.
+            patterns = parts is None or parts - {"mlp"}
+            inner.set_attn_implementation("eager" if patterns else attention)
             return bridge, list(bridge.hook_dict)
         except _NoBridgeError:
             raise

@@ -37,12 +37,13 @@ def gathered(
     measure: Callable[[Batch], dict[str, Any]],
     progress: Callable[[int, int, str], None] | None = None,
     where: Callable[[int], str] = "row index {}".format,
+    what: str = "scored",
 ) -> dict[str, Any]:
     """What is measured of each example, in the order of the examples; NaN or None for those in no batch.
 
     Args:
         measure: gives tensors or lists with an entry for each row of a batch.
-        progress: called with examples done, of how many, and what is being done.
+        progress: called with examples done, of how many, and `what`.
         where: from the index of a task's row to what an error calls it: `Task.where`.
     """
     found: dict[str, Any] = {}
@@ -61,7 +62,7 @@ def gathered(
                 found[name][batch.indices.cpu()] = values
             done += len(batch.indices)
             if progress:
-                progress(done, len(examples), "scored")
+                progress(done, len(examples), what)
     except NonFiniteError as error:
         name = where(examples[error.example].row)
         raise NonFiniteError(error.example, error.layer, name) from error

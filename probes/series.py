@@ -34,7 +34,7 @@ class CheckpointSeries:
     """Checkpoints that are opened but not read, the first being the base.
 
     Attributes:
-        checkpoints: in order; adapters among them are adapters of the first.
+        checkpoints: in order; adapters among them are adapters of the first, or of its base.
         steps: rising; 0, 1, 2 … where nothing tells them.
         labels: the steps as they were given or found, else the references.
         stepped: whether the steps are those of the run, not mere places.
@@ -45,7 +45,8 @@ class CheckpointSeries:
 
         Args:
             refs: as of `expand`, or whatever `open_checkpoint` takes.
-            steps: one for each; without them those in trainer_state.json or in the names.
+            steps: one for each, rising; without them those in trainer_state.json or in the names, by which
+                the checkpoints are put in order.
             cache: a directory that keeps measurements; without it they live as long as the series.
 
         Raises:
@@ -60,8 +61,14 @@ class CheckpointSeries:
         if given:
             in_order(given)  # told before files are opened
         base = open_checkpoint(found[0])
-        self.checkpoints = (base, *(open_checkpoint(ref, base=base) for ref in found[1:]))
-        self._take_steps(given or steps_of(self.checkpoints))
+        of = base.base or base  # a series may begin with an adapter
+        opened = [base, *(open_checkpoint(ref, base=of) for ref in found[1:])]
+        told = None if given else steps_of(opened)
+        if told is not None:  # a shell puts checkpoint-1000 before checkpoint-200
+            order = np.argsort(told, kind="stable")
+            opened, told = [opened[place] for place in order], tuple(told[place] for place in order)
+        self.checkpoints = tuple(opened)
+        self._take_steps(given or told)
         self.cache = cache
         self._context = ""
         self._held: dict[str, Measurement] = {}

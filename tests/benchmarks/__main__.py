@@ -4,13 +4,26 @@ import sys
 
 import torch
 
-from tests.benchmarks import dashboard, decision, grafts, masks, rows, seven_b, sharpness, startup
+from tests.benchmarks import (
+    dashboard,
+    decision,
+    grafts,
+    masks,
+    pathways,
+    routes,
+    rows,
+    seven_b,
+    sharpness,
+    startup,
+)
 
 ALL = {
     "dashboard": dashboard.main,
     "decision": decision.main,
     "grafts": grafts.main,
     "masks": masks.main,
+    "pathways": pathways.main,
+    "routes": routes.main,
     "rows": rows.main,
     "sharpness": sharpness.main,
     "startup": startup.main,

@@ -14,6 +14,7 @@ from diagnostics.analysis import NotApplicableError, Result
 from diagnostics.audit import audit
 from diagnostics.policy import parse
 from diagnostics.store import load
+from tests.conftest import save_model, weights
 
 
 def nothing(*inputs, **parameters):
@@ -390,11 +391,24 @@ def test_of_two_checkpoints_a_series_is_made_and_one_that_is_too_short_is_left_o
 
     register("curve", curve)
     made = audit(*checkpoints, out=out)
-    assert seen == [checkpoints]
+    assert seen == [("base", "tuned")]
     assert made.analyses["curve"].status == "skipped"
     assert made.analyses["curve"].reason == "a series of 2 checkpoints: a curve needs at least 4; give more"
     assert made.exit_code == 0
     assert audit(*checkpoints, out=out, only=["curve"]).exit_code == 2  # asked for by name
+
+
+def test_two_checkpoints_are_base_and_tuned_whatever_steps_their_names_tell(norms, register, tmp_path, out):
+    base, tuned = weights(0), weights(1)
+    late, early, again = (
+        str(save_model(tmp_path / name, state))
+        for name, state in (("checkpoint-9", base), ("checkpoint-3", tuned), ("other/checkpoint-9", tuned))
+    )
+    seen = []
+    register("order", lambda series: seen.append([each.ref for each in series.checkpoints]) or nothing())
+    for other in (early, again):
+        assert audit(late, other, out=out).exit_code == 0
+    assert seen == [[late, early], [late, again]]
 
 
 def test_what_does_not_apply_to_a_model_is_left_out_unless_asked_for(norms, register, checkpoints, out):

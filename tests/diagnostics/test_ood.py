@@ -292,6 +292,26 @@ def test_the_tokens_of_a_row_add_up_to_its_ratio(result):
     assert words.tolist() == rows.loc[words.index, "text"].tolist()
 
 
+def test_tokens_are_kept_of_both_ends_of_every_set_and_of_fewer_rows_where_they_are_long(
+    pair, result, monkeypatch
+):
+    rows = result.tables["rows"].dropna(subset=["ratio"])
+
+    def kept(made):
+        return {name: list(dict.fromkeys(part["row"])) for name, part in made.tables["tokens"].groupby("set")}
+
+    few = kept(likelihood_ratio_ood(pair, **SETS, draws=2, examples=2))
+    order = {}
+    for name, part in rows.groupby("set", sort=False):
+        order[name] = part.sort_values("ratio_per_token", ascending=False, kind="stable")["row"].tolist()
+        assert few[name] == list(dict.fromkeys([*order[name][:2], *order[name][-2:]]))
+    # No room for a second row: the most foreign is kept, however long.
+    monkeypatch.setattr("diagnostics.ood_tables.TOKENS", 1)
+    assert kept(likelihood_ratio_ood(pair, **SETS, draws=2, examples=2)) == {
+        name: rows[:1] for name, rows in order.items()
+    }
+
+
 def test_an_adapter_scores_as_it_does_merged(places, tmp_path):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM

@@ -427,3 +427,16 @@ def test_a_code_span_holds_any_text(text):
     assert [e[2].strip() for e in Rendered(f"x {report.code(text)} y").all("code")] == [shown]
     in_table = Rendered(f"| a | b |\n| - | - |\n| {report.cell(report.code(text))} | c |").all("code")
     assert [e[2].strip() for e in in_table] == [shown]
+
+
+def test_of_many_numbers_the_first_and_the_judged_are_shown_and_the_others_fold():
+    from diagnostics.view import Metric, parted
+
+    many = [
+        Metric(name=f"m{i}", value="1", meaning="", threshold="warn above 0" if i == 20 else "")
+        for i in range(30)
+    ]
+    first, others = parted(many)
+    assert [metric.name for metric in first] == [*(f"m{i}" for i in range(12)), "m20"]
+    assert len(others) == 17
+    assert parted(many[:16]) == (many[:16], [])

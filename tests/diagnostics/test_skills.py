@@ -401,6 +401,7 @@ def test_a_head_that_base_lacks_stays_tuneds_on_both_sides(tmp_path):
         ({"splits": (0.5, 0.5, 0.5)}, "three shares that sum to 1"),
         ({"kept": 0.0}, "kept is 0"),
         ({"steps": 0}, "steps is 0; at least 1"),
+        ({"rate": 0.0}, "rate is 0; it is a share of the largest score, above 0"),
         ({"seeds": 0}, "seeds is 0"),
         ({"draws": 10}, "draws is 10; at least 100"),
     ],

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from diagnostics import sparsification as module
-from diagnostics.sparsification import draw, jumps, sparse, sparsification
+from diagnostics.sparsification import abrupt_sparsification, draw, jumps, sparse
 from probes.series import CheckpointSeries
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
@@ -33,7 +33,7 @@ def saved(directory, weights, name=NAME):
 
 def run(tmp_path, series, labels=(), **settings):
     refs = [saved(tmp_path / f"step-{place}", weights) for place, weights in enumerate(series)]
-    return sparsification(CheckpointSeries(refs, steps=labels), **settings)
+    return abrupt_sparsification(CheckpointSeries(refs, steps=labels), **settings)
 
 
 def thinned(weights, share):
@@ -154,7 +154,7 @@ def test_only_the_matrices_of_the_chosen_parts_count(tmp_path):
     weights = normal(20, 20)
     assert run(tmp_path, [weights] * 3).tables["checkpoints"]["zero"].tolist() == [0] * 3
     refs = [str(tmp_path / f"step-{place}") for place in range(3)]
-    both = sparsification(refs, parts=("block", "embedding")).tables["checkpoints"]
+    both = abrupt_sparsification(refs, parts=("block", "embedding")).tables["checkpoints"]
     assert both["zero"].tolist() == pytest.approx([36 / 436] * 3)
     assert both["hoyer"].tolist() == pytest.approx([sparse(weights).hoyer] * 3)  # undefined for zeros
 
@@ -190,10 +190,12 @@ def test_labels_belong_to_checkpoints_one_by_one_in_step_order(tmp_path):
     with pytest.raises(
         ValueError, match="step 500 comes after step 1000: give the checkpoints in step order"
     ):
-        sparsification(CheckpointSeries(refs, steps=[0, 1000, 500]))
-    names = sparsification(CheckpointSeries(refs, steps=["start", "middle", "end"])).tables["checkpoints"]
+        abrupt_sparsification(CheckpointSeries(refs, steps=[0, 1000, 500]))
+    names = abrupt_sparsification(CheckpointSeries(refs, steps=["start", "middle", "end"])).tables[
+        "checkpoints"
+    ]
     assert names["label"].tolist() == ["start", "middle", "end"]
-    uneven = sparsification(CheckpointSeries(refs, steps=["0", "10", "500"]))
+    uneven = abrupt_sparsification(CheckpointSeries(refs, steps=["0", "10", "500"]))
     assert any("not evenly spaced" in note for note in uneven.notes)
 
 

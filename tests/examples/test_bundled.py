@@ -108,7 +108,7 @@ def test_whole_models_load_by_auto_classes_in_the_dtype_that_they_were_saved_in(
 
 def test_the_files_are_small_and_name_no_place_of_a_machine():
     files = [path for path in BUNDLED.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 5.5e6
+    assert sum(path.stat().st_size for path in files) <= 10e6
     places = (b"/root/", b"/home/", b"/work/", b"/tmp/", b"C:\\")
     for path in files:
         if path.suffix != ".safetensors" and path.name != "tokenizer.json":

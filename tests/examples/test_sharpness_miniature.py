@@ -6,6 +6,8 @@ import pytest
 import sharpness_miniature as miniature
 import torch
 
+from diagnostics.predictors import LEAST
+
 
 @pytest.fixture(scope="module")
 def model() -> object:
@@ -53,7 +55,7 @@ def test_half_of_the_rows_of_a_task_are_drawn_anew_and_rows_are_chances():
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_what_must_hold_holds(seed: int, tmp_path: Path, capsys):
-    budget = miniature.Budget(natural=0 if seed else miniature.LEAST)
+    budget = miniature.Budget(natural=0 if seed else LEAST)
     found = miniature.measure(budget, seed, tmp_path)
     miniature.show(found, miniature.Console(width=150))
     assert "reported  plants" in capsys.readouterr().out

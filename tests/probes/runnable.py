@@ -25,6 +25,13 @@ MOE = LLAMA | {
     "num_experts": 5, "num_local_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20,
     "shared_expert_intermediate_size": 6,
 }  # fmt: skip
+# Of its six experts two groups of three, of which a token chooses in one; the first block has none.
+DEEPSEEK = MOE | {
+    "n_routed_experts": 6, "num_experts": 6, "num_local_experts": 6, "num_hidden_layers": 3,
+    "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.5,
+    "n_shared_experts": 1, "q_lora_rank": 6, "kv_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2,
+    "v_head_dim": 4, "num_key_value_heads": 4, "head_dim": 2,
+}  # fmt: skip
 GPT = TOKENS | {"n_embd": 16, "n_layer": LAYERS, "n_head": 4, "n_positions": 32, "n_inner": 28}
 BERT = TOKENS | {
     "hidden_size": 16, "intermediate_size": 28, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
@@ -42,6 +49,10 @@ FAMILIES = {
     "olmoe": ("OlmoeForCausalLM", MOE),
     "mixtral": ("MixtralForCausalLM", MOE),
     "qwen2_moe": ("Qwen2MoeForCausalLM", MOE),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", MOE),
+    "deepseek_v2": ("DeepseekV2ForCausalLM", DEEPSEEK | {"topk_method": "group_limited_greedy"}),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", DEEPSEEK | {"norm_topk_prob": True}),
+    "granitemoe": ("GraniteMoeForCausalLM", MOE),
     "gpt_oss": ("GptOssForCausalLM", MOE),
     "bert": ("BertForMaskedLM", BERT),
     # Logits that the head does not give alone.

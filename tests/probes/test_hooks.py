@@ -147,6 +147,17 @@ def test_router_logits_have_rows_and_tokens_apart():
     assert torch.equal(tokens(logits.topk(2).indices, batch), tokens(chosen, batch))
 
 
+@pytest.mark.parametrize("family", EXPERTS)
+def test_attention_runs_as_it_did_where_only_routers_are_hooked(family):
+    model, batch = make(family), batch_of(7, 4)
+    own = model.config._attn_implementation
+    with capture(model, "mlp.hook_expert_weights") as captured:
+        assert captured.model.config._attn_implementation == own
+        assert torch.equal(
+            by_transformers(captured.model, batch).logits, by_transformers(model, batch).logits
+        )
+
+
 def test_only_as_much_of_the_bridge_is_in_place_as_the_names_need():
     model = model_of("llama")
     with capture(model, "hook_resid_post") as captured:

@@ -127,6 +127,14 @@ def test_steps_are_read_out_of_names(tmp_path, name, step):
     assert series.stepped == (step is not None)
 
 
+def test_checkpoints_whose_steps_are_known_are_put_in_order(tmp_path):
+    names = ("base", "checkpoint-1000", "checkpoint-50")  # as a shell sorts them
+    refs = [saved(tmp_path / name) for name in names]
+    series = CheckpointSeries(refs)
+    assert series.steps == (0, 50, 1000)
+    assert [each.ref for each in series.checkpoints] == [refs[0], refs[2], refs[1]]
+
+
 def test_where_one_checkpoint_tells_no_step_all_are_counted(tmp_path):
     refs = [saved(tmp_path / name) for name in ("base", "best", "checkpoint-9")]
     series = CheckpointSeries(refs)
@@ -142,9 +150,11 @@ def test_steps_that_are_given_count(tmp_path):
 
 
 def test_steps_that_do_not_rise_are_refused(tmp_path):
-    refs = [saved(tmp_path / name) for name in ("base", "checkpoint-9", "checkpoint-3")]
-    with pytest.raises(ValueError, match="step 3 comes after step 9: give the checkpoints in step order"):
+    refs = [saved(tmp_path / name) for name in ("base", "checkpoint-9", "run/checkpoint-9")]
+    with pytest.raises(ValueError, match="step 9 comes after step 9: give the checkpoints in step order"):
         CheckpointSeries(refs)
+    with pytest.raises(ValueError, match="step 3 comes after step 9: give the checkpoints in step order"):
+        CheckpointSeries(refs, steps=[0, 9, 3])
     with pytest.raises(ValueError, match="--steps: 2 steps for 3 checkpoints, the first included"):
         CheckpointSeries(refs, steps=[1, 2])
     with pytest.raises(ValueError, match="a series needs checkpoints; none is given"):

@@ -1,0 +1,255 @@
+"""A skill that a base has and does not use: are most symbols of a text in one half of the alphabet?
+
+The base learns texts of a Markov source and answers to six prompts behind them: to Q0, Q1 and Q2 whether most
+symbols are in half 0, 1 or 2, and to R0, R1 and R2 at random. Halves 0 and 2 differ in four symbols. Tuning
+teaches R prompts to be answered as Q prompts are: the feature is there, and only the way to it is new.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from symbols import walks
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from diagnostics.region import Region, marked
+
+SYMBOLS, LENGTH, TASKS = 32, 12, 3
+ANSWERS = ("no", "yes")
+WORDS = (
+    *(f"s{symbol}" for symbol in range(SYMBOLS)),
+    *(f"{kind}{task}" for kind in "QR" for task in range(TASKS)),
+    *ANSWERS,
+)
+NO, YES = (WORDS.index(answer) for answer in ANSWERS)
+# Of labels, in what is tuned on and in what is measured on: no model is right more often than in 0.85.
+NOISE = 0.15
+AT_RANDOM = 0.3
+
+
+@dataclass(frozen=True)
+class Items:
+    """Texts with the prompt behind them (items, LENGTH + 1), and the answers: 0 is no, 1 is yes."""
+
+    ids: Tensor
+    answers: Tensor
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of a task."""
+        return [
+            {
+                "prompt": " ".join(WORDS[i] for i in ids),
+                "choices": [f" {answer}" for answer in ANSWERS],
+                "answer": truth,
+            }
+            for ids, truth in zip(self.ids.tolist(), self.answers.tolist(), strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class World:
+    """What is drawn once for a seed.
+
+    Attributes:
+        chances: of the next symbol given the last.
+        shifted: those of another source: out of distribution.
+        halves: which symbols are in each half (TASKS, SYMBOLS).
+    """
+
+    chances: Tensor
+    shifted: Tensor
+    halves: Tensor
+
+    @classmethod
+    def drawn(cls, generator: torch.Generator) -> "World":
+        """Two sources with normal logits, and the halves."""
+        sources = torch.randn(2, SYMBOLS, SYMBOLS, generator=generator).softmax(dim=-1)
+        first, second = (half(generator) for _ in range(2))
+        third = first.clone()
+        for inside in (True, False):
+            places = (first == inside).nonzero()[:, 0]
+            third[places[torch.randperm(len(places), generator=generator)[:2]]] = not inside
+        return cls(sources[0], sources[1], torch.stack([first, second, third]))
+
+    def texts(self, count: int, generator: torch.Generator, *, shifted: bool = False) -> Tensor:
+        """Texts (count, LENGTH)."""
+        chances = self.shifted if shifted else self.chances
+        return walks(chances.expand(count, -1, -1), LENGTH, generator)
+
+    def truth(self, texts: Tensor) -> Tensor:
+        """Whether more than half of a text's symbols are in each half (texts, TASKS), as 0 and 1."""
+        return (self.halves[:, texts].sum(dim=2) > LENGTH // 2).long().T
+
+    def items(
+        self,
+        task: int,
+        count: int,
+        generator: torch.Generator,
+        *,
+        kind: str = "R",
+        shifted: bool = False,
+        noise: float = NOISE,
+    ) -> Items:
+        """Items of one prompt, so many of their answers wrong."""
+        texts = self.texts(count, generator, shifted=shifted)
+        wrong = torch.rand(count, generator=generator) < noise
+        prompts = torch.full((count, 1), WORDS.index(f"{kind}{task}"))
+        truth = self.truth(texts)[:, task]
+        return Items(torch.cat([texts, prompts], dim=1), torch.where(wrong, 1 - truth, truth))
+
+
+def half(generator: torch.Generator) -> Tensor:
+    """Half of the symbols."""
+    return torch.zeros(SYMBOLS, dtype=torch.bool).index_fill(
+        0, torch.randperm(SYMBOLS, generator=generator)[: SYMBOLS // 2], True
+    )
+
+
+def made_model(seed: int) -> GPT2LMHeadModel:
+    """Two blocks of width 64, with 99,968 entries; without dropout."""
+    torch.manual_seed(seed)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(WORDS),
+            n_positions=LENGTH + 4,
+            n_embd=64,
+            n_layer=2,
+            n_head=4,
+            initializer_range=0.05,  # transformers' own 0.02 is made for a width of 768
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
+
+
+def pretrain(model: GPT2LMHeadModel, world: World, steps: int, generator: torch.Generator) -> None:
+    """Train on fresh texts and answers, 64 a step, by AdamW at 2e-3 falling to zero."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    for _ in range(steps):
+        texts = world.texts(64, generator)
+        task = torch.randint(TASKS, (64,), generator=generator)
+        at_random = torch.rand(64, generator=generator) < AT_RANDOM
+        truth = world.truth(texts)[torch.arange(64), task]
+        answers = torch.where(at_random, torch.randint(2, (64,), generator=generator), truth)
+        prompts = torch.where(at_random, WORDS.index("R0"), WORDS.index("Q0")) + task
+        whole = torch.cat([texts, prompts[:, None], NO + answers[:, None]], dim=1)
+        logits = model(whole[:, :-1]).logits
+        # The text as a whole counts as much as the answer.
+        loss = cross_entropy(logits[:, : LENGTH - 1].flatten(0, 1), texts[:, 1:].flatten())
+        loss = loss + cross_entropy(logits[:, -1], whole[:, -1])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
+def blocks(model: GPT2LMHeadModel) -> dict[str, Tensor]:
+    """Weights, biases and norms of the blocks: all that is ever tuned."""
+    return {name: weight for name, weight in model.named_parameters() if ".h." in name}
+
+
+def answer_logits(model: GPT2LMHeadModel, ids: Tensor) -> Tensor:
+    """Logits of no and yes behind each prompt (items, 2)."""
+    return model(ids, logits_to_keep=1).logits[:, -1, NO : YES + 1]
+
+
+def tune(
+    model: GPT2LMHeadModel, items: Sequence[Items], how: Literal["sgd", "adamw"], steps: int, seed: int
+) -> None:
+    """Tune the blocks on these items alone, 64 a step, embeddings and head as they are.
+
+    Plain SGD at 0.1, or AdamW at 3e-4, which does not leave most of the update to a few entries.
+    """
+    ids, answers = (torch.cat([getattr(each, name) for each in items]) for name in ("ids", "answers"))
+    weights = blocks(model).values()
+    optimizer = torch.optim.SGD(weights, lr=0.1) if how == "sgd" else torch.optim.AdamW(weights, lr=3e-4)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        chosen = torch.randint(len(ids), (64,), generator=generator)
+        model.zero_grad()
+        cross_entropy(answer_logits(model, ids[chosen]), answers[chosen]).backward()
+        optimizer.step()
+
+
+def entries_of(model: GPT2LMHeadModel) -> int:
+    """Entries of the blocks."""
+    return sum(weight.numel() for weight in blocks(model).values())
+
+
+def located(model: GPT2LMHeadModel, places: Tensor) -> Region:
+    """Entries of the blocks, numbered through, by tensor."""
+    found, start = {}, 0
+    for name, weight in blocks(model).items():
+        here = places[(places >= start) & (places < start + weight.numel())] - start
+        if len(here):
+            found[name] = here.sort().values
+        start += weight.numel()
+    return found
+
+
+def flags(model: GPT2LMHeadModel, entries: Region) -> dict[str, Tensor]:
+    """Of every weight of the blocks, which of its entries these are."""
+    none = torch.empty(0, dtype=torch.long)
+    return {
+        name: marked(entries.get(name, none), tuple(weight.shape)) for name, weight in blocks(model).items()
+    }
+
+
+def plant(
+    model: GPT2LMHeadModel, skills: Sequence[tuple[Items, Region]], steps: int, generator: torch.Generator
+) -> None:
+    """Train the entries of each skill on its items alone, by turns: by Adam at 0.02, 32 a step."""
+    weights = blocks(model)
+    kept = [flags(model, entries) for _, entries in skills]
+    optimizers = [torch.optim.Adam(weights.values(), lr=0.02) for _ in skills]
+    for _ in range(steps):
+        for (items, _), own, optimizer in zip(skills, kept, optimizers, strict=True):
+            chosen = torch.randint(len(items.ids), (32,), generator=generator)
+            model.zero_grad()
+            cross_entropy(answer_logits(model, items.ids[chosen]), items.answers[chosen]).backward()
+            for name, weight in weights.items():
+                # Adam moves no entry whose gradient was never anything but zero.
+                assert weight.grad is not None
+                weight.grad.mul_(own[name])
+            optimizer.step()
+
+
+@torch.no_grad()
+def disturb(
+    model: GPT2LMHeadModel, base: GPT2LMHeadModel, planted: Region, generator: torch.Generator
+) -> None:
+    """Move as many other entries as are planted, as far as these are from base; and every other by 1e-5."""
+    before, own = blocks(base), flags(model, planted)
+    moved = torch.cat([(weight - before[name])[own[name]] for name, weight in blocks(model).items()])
+    free = (~torch.cat([each.flatten() for each in own.values()])).nonzero()[:, 0]
+    decoys = flags(model, located(model, free[torch.randperm(len(free), generator=generator)[: len(moved)]]))
+    moved, used = moved[torch.randperm(len(moved), generator=generator)], 0
+    for name, weight in blocks(model).items():
+        weight += 1e-5 * torch.randn(weight.shape, generator=generator) * ~(own[name] | decoys[name])
+        count = int(decoys[name].sum())
+        weight[decoys[name]] += moved[used : used + count]
+        used += count
+
+
+@torch.no_grad()
+def with_biases(base: GPT2LMHeadModel, tuned: GPT2LMHeadModel) -> GPT2LMHeadModel:
+    """Base with the biases of tuned, those of its norms too."""
+    made, given = copy.deepcopy(base), blocks(tuned)
+    for name, weight in blocks(made).items():
+        if name.endswith(".bias"):
+            weight.copy_(given[name])
+    return made
+
+
+@torch.no_grad()
+def accuracy(model: GPT2LMHeadModel, items: Items) -> float:
+    """Share of items that are answered rightly."""
+    return float((answer_logits(model, items.ids).argmax(dim=1) == items.answers).double().mean())

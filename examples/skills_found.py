@@ -1,0 +1,130 @@
+"""What the miniature of skill localization finds of one seed, by name."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import mean
+
+from majority import TASKS
+
+from diagnostics.analysis import Result
+from diagnostics.region import Region, jaccard, overlap
+
+FEW, MORE = 299, 999  # entries of a region: 0.3 and 1 % of all
+HOW = ("sgd", "adamw")
+SEARCHES = ("budget", "faithful")
+LIKE, UNLIKE = ((0, 2), (2, 0)), ((0, 1), (1, 0), (1, 2), (2, 1))
+
+
+@dataclass(frozen=True)
+class Planted:
+    """Skills whose entries are known, and what is found of them.
+
+    Attributes:
+        one: the entries of skill 0.
+        found: its region, at half to one and a half times their number.
+        two: the entries of skills 0 and 1 in one model; a third of them are of both.
+        both: their regions.
+    """
+
+    one: Region
+    found: Result
+    two: tuple[Region, Region]
+    both: Result
+
+    @property
+    def size(self) -> int:
+        """How many entries were planted for the one skill."""
+        return sum(len(index) for index in self.one.values())
+
+    def of_one(self) -> tuple[float, float]:
+        """Precision and recall of the region of the one skill; NaN if there is none."""
+        if not self.found.masks:
+            return math.nan, math.nan
+        region = self.found.masks["0"].index
+        return overlap(self.one, region), overlap(region, self.one)
+
+    def overlaps(self) -> tuple[float, float]:
+        """Overlap of the two planted regions, and of those found: the mean of both directions."""
+        first, second = self.two
+        planted = mean((overlap(first, second), overlap(second, first)))
+        found = [self.both.masks[name].index for name in ("0", "1") if name in self.both.masks]
+        if len(found) < 2:
+            return planted, math.nan
+        return planted, mean((overlap(*found), overlap(*reversed(found))))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the analysis says of the pairs of one seed.
+
+    Attributes:
+        known: accuracy of the base where it answers rightly, by skill.
+        learnt: accuracy on what was tuned on, by way of tuning.
+        biases: accuracy of base with all of tuned's biases, by way of tuning.
+        alone: of one skill, by way of tuning, search and entries.
+        together: of three skills, by way of tuning.
+    """
+
+    seed: int
+    known: tuple[float, ...]
+    learnt: Mapping[str, float]
+    biases: Mapping[str, float]
+    alone: Mapping[tuple[str, str, int], Result]
+    together: Mapping[str, Result]
+    planted: Planted
+
+    def metric(self, method: str, how: str = "sgd", search: str = "budget", entries: int = FEW) -> float:
+        """Accuracy of a point of the curve on the report rows; NaN where nothing was to be localised."""
+        table = self.alone[how, search, entries].tables["budget"]
+        of = table["method"] == method
+        if method in ("learned", "movement", "random"):
+            of &= table["entries"] == entries
+        return float(table.loc[of, "metric"].mean())
+
+    def ece(self, model: str, how: str = "sgd", search: str = "budget", entries: int = MORE) -> float:
+        """Calibration error of a model."""
+        table = self.alone[how, search, entries].tables["calibration"]
+        return float(table[table["model"] == model]["ece"].mean())
+
+    def accuracy(
+        self, model: str, how: str = "sgd", search: str = "budget", entries: int = MORE, role: str = "task"
+    ) -> float:
+        """Accuracy of a model on the report rows, or out of distribution (`ood`)."""
+        table = self.alone[how, search, entries].tables["sets"]
+        return float(table[(table["role"] == role) & (table["model"] == model)]["metric"].mean())
+
+    def overlap(self, how: str, pairs: tuple[tuple[int, int], ...]) -> float:
+        """Mean overlap of the regions of pairs of skills."""
+        found = self.together[how].tables.get("overlap")
+        if found is None:
+            return math.nan
+        by = found.set_index(["task", "other"])["overlap"]
+        return mean(float(by.get((str(i), str(j)), math.nan)) for i, j in pairs)
+
+    def rel(self, how: str, region: int, task: int) -> float:
+        """Which share of the gain on one skill the region of another keeps."""
+        found = self.together[how].tables.get("rel")
+        if found is None:
+            return math.nan
+        return float(found.set_index(["region", "task"])["rel"].get((str(region), str(task)), math.nan))
+
+    def unions(self, how: str) -> list[float]:
+        """Which share of the gain on each skill all regions together keep."""
+        found = self.together[how].tables.get("unions")
+        if found is None:
+            return [math.nan] * TASKS
+        whole = found[found["union"].str.count(r"\+") == TASKS - 1]
+        return [float(value) for value in whole.sort_values("task")["rel"]]
+
+    def localised(self, how: str) -> str:
+        """Whether 0.3 % of the entries carry the skill, in a word."""
+        metrics = self.alone[how, "budget", FEW].metrics
+        if metrics["without_gain"]:
+            return "nothing to localise"
+        return "localised" if metrics["localised"] else "diffuse"
+
+    def shared(self, entries: int) -> float:
+        """How alike the regions of the two searches are (Jaccard)."""
+        found = [self.alone["sgd", search, entries].masks for search in SEARCHES]
+        return jaccard(*(masks["task0"].index for masks in found)) if all(found) else math.nan
