@@ -57,7 +57,7 @@ def pictures(shelf: Shelf, query: Query, analysis: str, scheme: str | None) -> A
     """The figures of a page, or what stands in their place."""
     made, troubles = drawn(shelf, query, analysis)
     shown = [drawings.panel(picture, scheme, {"analysis": analysis, "spot": ""}) for picture in made]
-    if troubles and filters.filters(query):
+    if (troubles or not made) and filters.filters(query):
         shown.append(
             parts.state(
                 "empty",
@@ -127,6 +127,8 @@ def about(name: str, part: Result, spot: drill.Spot, scheme: str | None, *, draw
         .search
     )
     made = view.pictures(part)[0] if drawing else []
+    # A map of one cell says nothing that its row does not.
+    made = [picture for picture in made if set(drawings.axes(picture, 0)) != drill.CELL]
     shown: list[Any] = [drawings.panel(picture, scheme, {"analysis": name, "spot": key}) for picture in made]
     for kind, frame in part.tables.items():
         shown.append(html.H3([parts.code(kind), " ", view.counted(len(frame), "row")]))

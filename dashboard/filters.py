@@ -33,9 +33,11 @@ class Filters:
         kept = pd.Series(True, index=frame.index)
         if self.layers is not None and "layer" in frame and pd.api.types.is_numeric_dtype(frame["layer"]):
             kept &= frame["layer"].between(*self.layers)
-        for column, values in (("component", self.components), ("group", self.groups)):
-            if values and column in frame:
-                kept &= frame[column].astype(str).isin(values)
+        if self.components and "component" in frame:
+            kept &= frame["component"].astype(str).isin(self.components)
+        if self.groups and "group" in frame:
+            # What is of no group is said of all of them, or stands beside them to be compared with.
+            kept &= frame["group"].isna() | frame["group"].astype(str).isin(self.groups)
         return kept
 
     def only(self, result: Result) -> Result:

@@ -26,6 +26,12 @@ BLUES = [
     "#0f3a5e",
 ]
 
+# From the dark page's text to below its paper; Mantine draws borders in the fifth, controls on the seventh.
+DARKS = [
+    theme.DARK.ink, "#c5cad1", theme.DARK.muted, "#7d8590", "#4a525d", theme.DARK.grid, "#262d36",
+    theme.DARK.paper, "#10141a", "#0b0e12",
+]  # fmt: skip
+
 # Keys of the query that no page is another page for: filters, and what is opened on a page.
 INSIDE = {"layer", "component", "group", "matrix", "cell", "table", "step", "measure"}
 
@@ -83,7 +89,7 @@ def layout() -> Any:
         theme={
             "primaryColor": "blue",
             "primaryShade": {"light": 6, "dark": 5},
-            "colors": {"blue": BLUES},
+            "colors": {"blue": BLUES, "dark": DARKS},
             "fontFamily": theme.FONT,
             "headings": {"fontFamily": theme.FONT},
             "defaultRadius": "sm",

@@ -27,7 +27,7 @@ def grid(frame: "pd.DataFrame", known: Mapping[str, str], label: str) -> dag.AgG
             "filter": "agNumberColumnFilter" if numeric else "agTextColumnFilter",
             "type": "rightAligned" if numeric else None,
             "width": width(frame[name], str(name), numeric),
-            "cellClass": "opens" if name == "matrix" else None,
+            **({"cellClass": "opens"} if name == "matrix" else {}),
         }
         for i, name in enumerate(frame.columns)
         for numeric in [is_number(frame[name])]
@@ -44,7 +44,6 @@ def grid(frame: "pd.DataFrame", known: Mapping[str, str], label: str) -> dag.AgG
             "headerHeight": HEAD,
             "suppressFieldDotNotation": True,
             "enableCellTextSelection": True,
-            "theme": {"function": "tunescopeGrid(theme)"},
             "animateRows": False,
             "localeText": {"noRowsToShow": "No row matches.", "ariaLabel": label},
         },

@@ -132,21 +132,3 @@ window.dash_clientside = window.dash_clientside || {};
     if (look) document.querySelectorAll(".js-plotly-plot").forEach((plot) => Plotly.relayout(plot, { template: look }));
   }).observe(looks, { attributes: true, attributeFilter: ["data-mantine-color-scheme"] });
 })();
-
-const grids = (window.dashAgGridFunctions = window.dashAgGridFunctions || {});
-// AG Grid's own theme in the page's colours, which turn with the page.
-grids.tunescopeGrid = (theme) =>
-  theme.themeQuartz.withParams({
-    accentColor: "var(--base)",
-    backgroundColor: "var(--paper)",
-    borderColor: "var(--line)",
-    foregroundColor: "var(--ink)",
-    headerBackgroundColor: "var(--panel)",
-    headerTextColor: "var(--muted)",
-    browserColorScheme: "inherit",
-    fontFamily: "inherit",
-    fontSize: 13,
-    headerFontSize: 12.5,
-    headerFontWeight: 600,
-    wrapperBorderRadius: 6,
-  });

@@ -47,7 +47,7 @@ def content(shown: View) -> Content:
         else None,
         parts.notes(section.notes),
         parts.section("Numbers", numbers(section, shown.query.one("metric"))) if section.metrics else None,
-        bar(controls) if controls else None,
+        bar(controls, opens=bool(matrices)) if controls else None,
         parts.section("Figures", figures(name), name="figures"),
         parts.section("Tables", tables(section, shown.query), name="tables")
         if section.result.tables
@@ -93,16 +93,16 @@ def numbers(section: view.Section, sought: str) -> Content:
     return parts.table(heads, rows, label=label, numeric=[1])
 
 
-def bar(controls: list[Any]) -> html.Div:
-    """The controls that figures and tables follow."""
+def bar(controls: list[Any], *, opens: bool) -> html.Div:
+    """The controls that figures and tables follow.
+
+    Args:
+        opens: whether something on the page opens a matrix.
+    """
+    said = "Figures and tables follow these; the numbers above are of the whole audit."
+    said += " A click on a cell of a map, or on a matrix by name, opens it." if opens else ""
     return html.Div(
-        [
-            html.Div(controls, className="controls"),
-            html.P(
-                "Figures and tables follow these; the numbers above are of the whole audit.",
-                className="source",
-            ),
-        ],
+        [html.Div(controls, className="controls"), html.P(said, className="source")],
         className="filters",
         role="group",
         **{"aria-label": "Filters of this page"},

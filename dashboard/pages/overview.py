@@ -94,20 +94,24 @@ def findings(audit: Audit, known: str) -> Content:
     """What is beyond a threshold, the severest first, each with where it shows."""
     listed = [finding(audit, each, known) for each in audit.findings]
     broken = [failure(name, made) for name, made in audit.failed.items()]
-    vain = [
-        html.Li(
-            [parts.badge("", "not judged"), html.Div([html.P([parts.code(f"{name}.{metric}"), f": {why}"])])],
-            className="skipped",
-        )
-        for name, lacking in audit.not_measured.items()
-        for metric, why in lacking.items()
+    lacking = [
+        html.Li([parts.code(f"{name}.{metric}"), f": {why}"])
+        for name, metrics in audit.not_measured.items()
+        for metric, why in metrics.items()
     ]
-    if not (listed or broken or vain):
-        return parts.section(
-            "Findings", parts.state("empty", "Nothing is beyond a threshold."), parts.notes(audit.notes)
-        )
+    vain = (
+        parts.folded(f"{view.counted(len(lacking), 'rule')} could not be applied", html.Ul(lacking))
+        if lacking
+        else None
+    )
+    listed = [*listed, *broken]
     return parts.section(
-        "Findings", html.Ol([*listed, *broken, *vain], className="findings"), parts.notes(audit.notes)
+        "Findings",
+        html.Ol(listed, className="findings")
+        if listed
+        else parts.state("empty", "Nothing is beyond a threshold."),
+        vain,
+        parts.notes(audit.notes),
     )
 
 

@@ -41,6 +41,13 @@ def test_filters_narrow_each_table_by_the_columns_that_it_has():
     assert Filters().only(result) is result
 
 
+def test_what_is_of_no_group_stays_beside_the_groups_that_are_chosen():
+    from dashboard.filters import Filters
+
+    frame = pd.DataFrame({"group": ["a", "b", None], "auroc": [0.5, 0.75, 1.0]})
+    assert list(frame[Filters(groups=("a",)).mask(frame)]["auroc"]) == [0.5, 1.0]
+
+
 FRAME = pd.DataFrame(
     {"n": [3.0, 1.0, np.nan, 2.0], "text": ["b", "A", None, "ab"], "flag": [True, False, True, True]}
 )
