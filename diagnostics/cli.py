@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from importlib.metadata import EntryPoint, entry_points, version
+from importlib.metadata import entry_points, version
 from inspect import Signature, signature
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -102,7 +102,7 @@ def explain(error: BaseException) -> int:
     return 3
 
 
-def first_line(entry: EntryPoint) -> str:
+def first_line(entry: Any) -> str:
     """What the module behind an entry point says of itself, read without running it."""
     try:
         spec = importlib.util.find_spec(entry.module)
@@ -112,7 +112,7 @@ def first_line(entry: EntryPoint) -> str:
         return "(cannot be read)"
 
 
-def loaded(entry: EntryPoint) -> Any:
+def loaded(entry: Any) -> Any:
     """The command behind an entry point.
 
     Raises:
