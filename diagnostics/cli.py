@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from importlib.metadata import EntryPoint, entry_points, version
+from importlib.metadata import entry_points, version
 from inspect import Signature, signature
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,6 +23,8 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 GROUP = "tunescope.commands"
+# `importlib_metadata`, which Dash imports, hands out entry points of a class of its own from then on.
+EntryPoint = Any
 
 
 class Commands(TyperGroup):
