@@ -104,7 +104,7 @@ def explain(error: BaseException) -> int:
     return 3
 
 
-def first_line(entry: EntryPoint) -> str:
+def first_line(entry: Any) -> str:
     """What the module behind an entry point says of itself, read without running it."""
     try:
         spec = importlib.util.find_spec(entry.module)
@@ -114,7 +114,7 @@ def first_line(entry: EntryPoint) -> str:
         return "(cannot be read)"
 
 
-def loaded(entry: EntryPoint) -> Any:
+def loaded(entry: Any) -> Any:
     """The command behind an entry point.
 
     Raises:

@@ -113,10 +113,10 @@ def test_a_policy_is_tried_and_downloaded_in_a_browser(visit, served, audit, aud
     page.get_by_role("textbox", name="fail threshold of widest").fill("0.75")
     page.wait_for_function("document.querySelector('#trial').textContent.includes('stays fail')")
     page.get_by_role("textbox", name="warn threshold of widest").fill("1.5")
-    page.wait_for_selector("[role=alert]")
-    assert "would be met before warn" in page.inner_text("[role=alert]")
+    page.wait_for_selector(".trouble-text[role=alert]")
+    assert "would be met before warn" in page.inner_text(".trouble-text[role=alert]")
     page.get_by_role("textbox", name="warn threshold of widest").fill("0.25")
-    page.wait_for_selector("[role=alert]", state="detached")
+    page.wait_for_selector(".trouble-text[role=alert]", state="detached")
     tab.settle()
     with page.expect_download() as download:
         page.get_by_role("button", name="Download policy.toml").click()
