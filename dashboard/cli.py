@@ -139,7 +139,7 @@ def serve(
     if token is None and prefix.strip("/") == "":
         only_called(app.server, LOCAL | {host})
     afterwards(app.server, shelf)
-    meanwhile()
+    meanwhile(shelf)
     server = make_server(host, port, app.server, threaded=True, request_handler=Quiet)
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{server.server_port}{app.config.requests_pathname_prefix}"

@@ -61,7 +61,7 @@ def layout() -> Any:
                             html.Div(
                                 "The dashboard does not answer. Is it still running?",
                                 className="lost",
-                                role="alert",
+                                role="status",
                             ),
                             html.Div(id="trouble"),
                             html.Div(waiting, id="page", tabIndex="-1"),

@@ -12,12 +12,12 @@ log = logging.getLogger(__name__)
 PAUSE = 1.5  # seconds after the first page was asked for: importing would slow its drawing
 
 
-def meanwhile() -> threading.Thread:
-    """Load what reads tables, while the browser still loads the page that will ask for some."""
+def meanwhile(shelf: Shelf) -> threading.Thread:
+    """Read the first audit while the browser still loads the page that will most likely ask for it."""
 
     def load() -> None:
-        import pandas  # noqa: F401
-        import pyarrow.parquet  # noqa: F401
+        for entry in shelf.audits[:1]:
+            entry.refresh()
 
     thread = threading.Thread(target=load, name="tables", daemon=True)
     thread.start()

@@ -23,6 +23,8 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 GROUP = "tunescope.commands"
+# `importlib_metadata`, which Dash imports, hands out entry points of a class of its own from then on.
+EntryPoint = Any
 
 
 class Commands(TyperGroup):
