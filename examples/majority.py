@@ -1,8 +1,9 @@
 """A skill that a base has and does not use: are most symbols of a text in one half of the alphabet?
 
 The base learns texts of a Markov source and answers to six prompts behind them: to Q0, Q1 and Q2 whether most
-symbols are in half 0, 1 or 2, and to R0, R1 and R2 at random. Halves 0 and 2 differ in four symbols. Tuning
-teaches R prompts to be answered as Q prompts are: the feature is there, and only the way to it is new.
+symbols are in half 0, 1 or 2, and to R0, R1 and R2 at random, a little more often yes. Halves 0 and 2 differ
+in four symbols, and half 1 holds half of either. Tuning teaches R prompts to be answered as Q prompts are:
+the feature is there, and only the way to it is new.
 """
 
 import copy
@@ -29,6 +30,9 @@ NO, YES = (WORDS.index(answer) for answer in ANSWERS)
 # Of labels, in what is tuned on and in what is measured on: no model is right more often than in 0.85.
 NOISE = 0.15
 AT_RANDOM = 0.3
+# Of yes among random answers: as large models do, the base leans to one of two words whatever it is asked. At
+# one half it leans by chance, this way with one seed and that way with another.
+LEANING = 0.55
 
 
 @dataclass(frozen=True)
@@ -68,12 +72,14 @@ class World:
     def drawn(cls, generator: torch.Generator) -> "World":
         """Two sources with normal logits, and the halves."""
         sources = torch.randn(2, SYMBOLS, SYMBOLS, generator=generator).softmax(dim=-1)
-        first, second = (half(generator) for _ in range(2))
-        third = first.clone()
-        for inside in (True, False):
-            places = (first == inside).nonzero()[:, 0]
-            third[places[torch.randperm(len(places), generator=generator)[:2]]] = not inside
-        return cls(sources[0], sources[1], torch.stack([first, second, third]))
+        # Quarters: in halves 0 and 1, in 0 alone, in 1 alone, in neither.
+        both, first, second, neither = torch.randperm(SYMBOLS, generator=generator).view(4, -1)
+        swapped = torch.cat([both[1:], first[1:], second[:1], neither[:1]])
+        return cls(
+            sources[0],
+            sources[1],
+            torch.stack([half(torch.cat([both, first])), half(torch.cat([both, second])), half(swapped)]),
+        )
 
     def texts(self, count: int, generator: torch.Generator, *, shifted: bool = False) -> Tensor:
         """Texts (count, LENGTH)."""
@@ -102,24 +108,25 @@ class World:
         return Items(torch.cat([texts, prompts], dim=1), torch.where(wrong, 1 - truth, truth))
 
 
-def half(generator: torch.Generator) -> Tensor:
-    """Half of the symbols."""
-    return torch.zeros(SYMBOLS, dtype=torch.bool).index_fill(
-        0, torch.randperm(SYMBOLS, generator=generator)[: SYMBOLS // 2], True
-    )
+def half(symbols: Tensor) -> Tensor:
+    """Which of all symbols these are."""
+    return torch.zeros(SYMBOLS, dtype=torch.bool).index_fill(0, symbols, True)
 
 
 def made_model(seed: int) -> GPT2LMHeadModel:
-    """Two blocks of width 64, with 99,968 entries; without dropout."""
+    """Two blocks of width 64, with 99,968 entries; without dropout.
+
+    Transformers' own 0.02 is made for a width of 768.
+    """
     torch.manual_seed(seed)
-    return GPT2LMHeadModel(
+    model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=len(WORDS),
             n_positions=LENGTH + 4,
             n_embd=64,
             n_layer=2,
             n_head=4,
-            initializer_range=0.05,  # transformers' own 0.02 is made for a width of 768
+            initializer_range=0.05,
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
@@ -127,6 +134,9 @@ def made_model(seed: int) -> GPT2LMHeadModel:
             eos_token_id=None,
         )
     )
+    # Nothing asks of the base to tell R0, R1 and R2 apart: only embeddings that are wide from the start do.
+    torch.nn.init.normal_(model.transformer.wte.weight, std=0.1)
+    return model
 
 
 def pretrain(model: GPT2LMHeadModel, world: World, steps: int, generator: torch.Generator) -> None:
@@ -138,7 +148,8 @@ def pretrain(model: GPT2LMHeadModel, world: World, steps: int, generator: torch.
         task = torch.randint(TASKS, (64,), generator=generator)
         at_random = torch.rand(64, generator=generator) < AT_RANDOM
         truth = world.truth(texts)[torch.arange(64), task]
-        answers = torch.where(at_random, torch.randint(2, (64,), generator=generator), truth)
+        random = (torch.rand(64, generator=generator) < LEANING).long()
+        answers = torch.where(at_random, random, truth)
         prompts = torch.where(at_random, WORDS.index("R0"), WORDS.index("Q0")) + task
         whole = torch.cat([texts, prompts[:, None], NO + answers[:, None]], dim=1)
         logits = model(whole[:, :-1]).logits
@@ -164,7 +175,7 @@ def answer_logits(model: GPT2LMHeadModel, ids: Tensor) -> Tensor:
 def tune(
     model: GPT2LMHeadModel, items: Sequence[Items], how: Literal["sgd", "adamw"], steps: int, seed: int
 ) -> None:
-    """Tune the blocks on these items alone, 64 a step, embeddings and head as they are.
+    """Tune the blocks on these items alone, 32 a step, embeddings and head as they are.
 
     Plain SGD at 0.1, or AdamW at 3e-4, which does not leave most of the update to a few entries.
     """
@@ -173,7 +184,7 @@ def tune(
     optimizer = torch.optim.SGD(weights, lr=0.1) if how == "sgd" else torch.optim.AdamW(weights, lr=3e-4)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        chosen = torch.randint(len(ids), (64,), generator=generator)
+        chosen = torch.randint(len(ids), (32,), generator=generator)
         model.zero_grad()
         cross_entropy(answer_logits(model, ids[chosen]), answers[chosen]).backward()
         optimizer.step()
@@ -224,28 +235,40 @@ def plant(
 
 @torch.no_grad()
 def disturb(
-    model: GPT2LMHeadModel, base: GPT2LMHeadModel, planted: Region, generator: torch.Generator
+    model: GPT2LMHeadModel,
+    base: GPT2LMHeadModel,
+    planted: Region,
+    generator: torch.Generator,
+    decoys: int = 3,
 ) -> None:
-    """Move as many other entries as are planted, as far as these are from base; and every other by 1e-5."""
+    """Move one other entry for so many that are planted, as far as these are; and every other by 1e-5."""
     before, own = blocks(base), flags(model, planted)
     moved = torch.cat([(weight - before[name])[own[name]] for name, weight in blocks(model).items()])
     free = (~torch.cat([each.flatten() for each in own.values()])).nonzero()[:, 0]
-    decoys = flags(model, located(model, free[torch.randperm(len(free), generator=generator)[: len(moved)]]))
-    moved, used = moved[torch.randperm(len(moved), generator=generator)], 0
+    moved, used = moved[torch.randperm(len(moved), generator=generator)][::decoys], 0
+    places = free[torch.randperm(len(free), generator=generator)[: len(moved)]]
+    others = flags(model, located(model, places))
     for name, weight in blocks(model).items():
-        weight += 1e-5 * torch.randn(weight.shape, generator=generator) * ~(own[name] | decoys[name])
-        count = int(decoys[name].sum())
-        weight[decoys[name]] += moved[used : used + count]
+        weight += 1e-5 * torch.randn(weight.shape, generator=generator) * ~(own[name] | others[name])
+        count = int(others[name].sum())
+        weight[others[name]] += moved[used : used + count]
         used += count
 
 
-@torch.no_grad()
 def with_biases(base: GPT2LMHeadModel, tuned: GPT2LMHeadModel) -> GPT2LMHeadModel:
     """Base with the biases of tuned, those of its norms too."""
+    weights = blocks(base).items()
+    return with_entries(
+        base, tuned, {name: torch.arange(w.numel()) for name, w in weights if name.endswith(".bias")}
+    )
+
+
+@torch.no_grad()
+def with_entries(base: GPT2LMHeadModel, tuned: GPT2LMHeadModel, entries: Region) -> GPT2LMHeadModel:
+    """Base with these entries of tuned."""
     made, given = copy.deepcopy(base), blocks(tuned)
-    for name, weight in blocks(made).items():
-        if name.endswith(".bias"):
-            weight.copy_(given[name])
+    for name, chosen in flags(base, entries).items():
+        blocks(made)[name][chosen] = given[name][chosen]
     return made
 
 

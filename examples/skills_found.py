@@ -11,6 +11,7 @@ from diagnostics.analysis import Result
 from diagnostics.region import Region, jaccard, overlap
 
 FEW, MORE = 299, 999  # entries of a region: 0.3 and 1 % of all
+SHARES = {FEW: "0.3 %", MORE: "1 %"}
 HOW = ("sgd", "adamw")
 SEARCHES = ("budget", "faithful")
 LIKE, UNLIKE = ((0, 2), (2, 0)), ((0, 1), (1, 0), (1, 2), (2, 1))
@@ -44,6 +45,15 @@ class Planted:
         region = self.found.masks["0"].index
         return overlap(self.one, region), overlap(region, self.one)
 
+    def of_two(self) -> tuple[float, float]:
+        """Share of each region of the two, of the planted size, that was planted for it; NaN without one."""
+        masks = self.both.masks
+        one, two = (
+            overlap(self.two[place], masks[name].index) if name in masks else math.nan
+            for place, name in enumerate(("0", "1"))
+        )
+        return one, two
+
     def overlaps(self) -> tuple[float, float]:
         """Overlap of the two planted regions, and of those found: the mean of both directions."""
         first, second = self.two
@@ -62,6 +72,7 @@ class Outcome:
         known: accuracy of the base where it answers rightly, by skill.
         learnt: accuracy on what was tuned on, by way of tuning.
         biases: accuracy of base with all of tuned's biases, by way of tuning.
+        random: accuracy of base with so many entries of the SGD-tuned model, drawn at random from all.
         alone: of one skill, by way of tuning, search and entries.
         together: of three skills, by way of tuning.
     """
@@ -70,6 +81,7 @@ class Outcome:
     known: tuple[float, ...]
     learnt: Mapping[str, float]
     biases: Mapping[str, float]
+    random: Mapping[int, float]
     alone: Mapping[tuple[str, str, int], Result]
     together: Mapping[str, Result]
     planted: Planted

@@ -6,7 +6,7 @@ from statistics import mean
 from majority import TASKS
 from rich.console import Console
 from rich.table import Table
-from skills_found import FEW, HOW, LIKE, MORE, SEARCHES, UNLIKE, Outcome
+from skills_found import FEW, HOW, LIKE, MORE, SEARCHES, SHARES, UNLIKE, Outcome
 
 # The same setting in a decoder and with searches of another program, seeds 0 / 1 / 2 (AdamW: 0): what our
 # figures are held against. By way of tuning, what was measured and entries.
@@ -50,7 +50,7 @@ def beside(
     """A table of what was measured, the reference beside it."""
     table = Table("measured", "entries", "reference", "ours (seeds / by /)", title=title)
     for name, key, cell in rows:
-        share = {FEW: "0.3 %", MORE: "1 %", None: ""}[key[2]]
+        share = SHARES[key[2]] if key[2] else ""
         table.add_row(name, share, REFERENCE.get(key, ""), " / ".join(cell(outcome) for outcome in outcomes))
     return table
 
@@ -69,13 +69,20 @@ def alone(how: str, outcomes: list[Outcome]) -> Table:
     ]
     searches = SEARCHES if how == "sgd" else SEARCHES[:1]
     for entries in (FEW, MORE):
+        if how == "sgd":
+            rows.append(
+                ("random entries", (how, "random", entries), lambda o, n=entries: f"{o.random[n]:.3f}")
+            )
         rows += [
             (
-                {"random": "random entries, as many of each tensor", "movement": "top movement"}[method],
-                (how, method, entries),
+                {
+                    "per tensor": "random entries, of each tensor as many as learned",
+                    "movement": "top movement",
+                }[name],
+                (how, name, entries),
                 lambda o, m=method, n=entries: f"{o.metric(m, how, entries=n):.3f}",
             )
-            for method in ("random", "movement")
+            for name, method in (("per tensor", "random"), ("movement", "movement"))
         ]
         rows += [
             (
@@ -166,7 +173,9 @@ def together(how: str, outcomes: list[Outcome]) -> Table:
 
 def planted(outcomes: list[Outcome]) -> Table:
     """Skills whose entries are known."""
-    table = Table("planted, and as many others moved as far", "ours (seeds / by /)", title="Planted skills")
+    table = Table(
+        "planted, and a third as many others moved as far", "ours (seeds / by /)", title="Planted skills"
+    )
 
     def row(name: str, cell: Cell) -> None:
         table.add_row(name, " / ".join(cell(outcome) for outcome in outcomes))
@@ -187,6 +196,10 @@ def planted(outcomes: list[Outcome]) -> Table:
         "share of the gain that it keeps", lambda o: f"{o.planted.found.metrics.get('rel', float('nan')):.2f}"
     )
     row("precision, recall", lambda o: "{:.2f}, {:.2f}".format(*o.planted.of_one()))
+    row(
+        "two skills at their planted size: precision, which is recall",
+        lambda o: "{:.2f}, {:.2f}".format(*o.planted.of_two()),
+    )
     row("two skills: overlap planted, found", lambda o: "{:.2f}, {:.2f}".format(*o.planted.overlaps()))
     return table
 

@@ -62,9 +62,9 @@ class Claim:
     numbers: str
 
 
-def judged(claims: Iterable[Claim]) -> Table:
+def judged(claims: Iterable[Claim], title: str = "What must hold") -> Table:
     """The claims as a table."""
-    table = Table("seed", "must hold", "numbers", "holds", title="What must hold")
+    table = Table("seed", "claim", "numbers", "holds", title=title)
     for claim in claims:
         table.add_row(str(claim.seed), claim.text, claim.numbers, "yes" if claim.holds else "NO")
     return table
