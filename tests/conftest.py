@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ hypothesis.settings.load_profile("quiet")
 # Packages under test are imported inside fixtures: jaxtyping hooks its checks in after this file is read.
 
 COMPONENTS = ("q_proj", "o_proj")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
 
 def weights(seed: int, *, layers: int = 2, size: int = 8) -> dict[str, torch.Tensor]:
@@ -39,6 +42,19 @@ def save_model(directory: Path, state: dict[str, torch.Tensor]) -> Path:
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     (directory / "config.json").write_text(json.dumps(config))
     return directory
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """A headless Chromium, one for all tests of a process; CHROMIUM names one that is not on the path."""
+    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        pytest.skip("NO CHROMIUM FOUND, so nothing was opened in any browser; set CHROMIUM to its path")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="PLAYWRIGHT IS NOT INSTALLED")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=FLAGS)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

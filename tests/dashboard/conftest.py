@@ -1,7 +1,5 @@
 """A dashboard served to a headless Chromium, over audits that are made up whole."""
 
-import os
-import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,24 +8,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 WAIT = 30_000  # milliseconds
-
-
-@pytest.fixture(scope="session")
-def chromium():
-    """A headless Chromium; CHROMIUM names one that is not on the path."""
-    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        pytest.skip(
-            "NO CHROMIUM FOUND, so the dashboard was not opened in any browser; set CHROMIUM to its path"
-        )
-    sync_api = pytest.importorskip("playwright.sync_api", reason="PLAYWRIGHT IS NOT INSTALLED")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,6 @@
 """The report opened in a browser: drawn, quiet, offline, and at home on every page."""
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,24 +8,6 @@ import plotly.graph_objects as go
 import pytest
 
 pytestmark = pytest.mark.browser
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    """A headless Chromium; CHROMIUM names one that is not on the path."""
-    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        pytest.skip(
-            "NO CHROMIUM FOUND, so the report was not opened in any browser; set CHROMIUM to its path"
-        )
-    sync_api = pytest.importorskip("playwright.sync_api", reason="PLAYWRIGHT IS NOT INSTALLED")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
