@@ -40,6 +40,6 @@ def demo(out: str | Path, *, progress: Progress | None = None, **options: Any) -
 
 
 def tuned_models() -> list[Path]:
-    """The directories of the bundled tuned models, by name."""
-    holding = {file.parent for file in BUNDLED.rglob("*.safetensors")}
+    """The directories of the bundled models that were tuned from the base, by name; a series lies deeper."""
+    holding = {file.parent for file in BUNDLED.glob("*/*.safetensors")}
     return sorted(directory for directory in holding if directory != BUNDLED / "base")

@@ -478,6 +478,12 @@ def test_the_demonstration_explains_what_it_found_and_ends_well(bundled, tmp_pat
     assert f"report   {tmp_path / 'out/tuned/report.html'}" in result.stdout
 
 
+def test_the_demonstration_is_of_the_models_tuned_from_the_base_alone():
+    from diagnostics.demo import tuned_models
+
+    assert [place.name for place in tuned_models()] == ["full", "lora-r1", "lora-r8"]
+
+
 def test_a_demonstration_that_breaks_does_not_end_well(bundled, register, tmp_path):
     def broken(pair):
         raise RuntimeError("boom")
