@@ -94,6 +94,14 @@ def test_a_block_of_rows_is_text_and_comes_with_the_count_of_all():
     }
 
 
+def test_no_text_of_a_saved_table_is_a_formula():
+    from dashboard.grids import csv
+
+    frame = pd.DataFrame({"token": ["=1+1", "-", "a=b", "@x", None], "=ratio": [-0.5, 1.0, 2.0, 3.0, 4.0]})
+    lines = ["token,'=ratio", "'=1+1,-0.5", "'-,1.0", "a=b,2.0", "'@x,3.0", ",4.0"]
+    assert csv(frame).splitlines() == lines
+
+
 def test_a_request_that_makes_no_sense_gives_no_rows():
     from dashboard.grids import response
 
