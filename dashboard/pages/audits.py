@@ -62,7 +62,7 @@ def card(entry: Entry) -> Any:
             html.P(["tuned ", parts.code(audit.tuned.get("ref", ""))]),
             html.P(["base ", parts.code(audit.base.get("ref", ""))]),
             html.P(
-                [f"{count} in {', '.join(audit.results) or 'no analysis'}", html.Br(), when(audit.created)],
+                [f"{count}; ran {', '.join(audit.results) or 'nothing'}", html.Br(), when(audit.created)],
                 className="source",
             ),
         ],

@@ -141,3 +141,13 @@ def test_what_is_known_of_a_cell_are_the_rows_of_all_its_matrices(made_up, audit
     assert spot(audit, parse("?matrix=e.2")).layer == "2"
     assert spot(audit, parse("?matrix=e.9")) is None
     assert spot(audit, parse("?cell=9/up_proj")) is None
+
+
+def test_an_axis_over_steps_has_room_for_the_word_at_its_outermost_threshold():
+    from dashboard.steps import span
+
+    # a fifth of 2 − 1 beyond both ends; half of a lone value; nothing that is not a number
+    assert span([1.0, 2.0, float("nan")]) == (0.8, 2.2)
+    assert span([4.0]) == (2.0, 6.0)
+    assert span([0.0]) == (-0.5, 0.5)
+    assert span([float("inf")]) == (0.0, 1.0)
