@@ -174,6 +174,7 @@ class _Search:
     def outcome(self, pictured: bool) -> Decision:
         """Whatever takes the cheapest tier that settles all."""
         if (self.error > USABLE).any() or not self.certify():
+            del self.space0, self.ritz0, self.ritz1, self.vectors  # room for what takes several times as much
             return decide_exactly(self.base, self.tuned, self.k)
         if pictured and (self.high < self.epsilon).any():
             self.complete()

@@ -85,11 +85,12 @@ def left_singular(
     values, Q = values.flip(0).clamp(min=0), Q.flip(1)
     S = values.sqrt()
     if S[-1] <= GRAM_CONDITION * S[0]:
+        del Q  # the SVD takes several times as much
         if W.shape[0] >= W.shape[1]:
             U, S, _ = torch.linalg.svd(W.double(), full_matrices=False)
             return U, S
         # LAPACK is about 2.6 times faster on the tall orientation.
-        _, S, Vh = torch.linalg.svd(W.double().mT.contiguous(), full_matrices=False)
+        _, S, Vh = torch.linalg.svd(W.mT.double(), full_matrices=False)
         return Vh.mT, S
     if W.shape[0] <= W.shape[1]:
         return Q, S

@@ -240,6 +240,7 @@ def leading(W: Float[Tensor, "out in"], count: int) -> Float[Tensor, "out count"
         ritz = krylov.ritz(count + 1)
         if bool((ritz.errors()[0, :count] <= ACCURACY).all()):
             return ritz.vectors[0, :, :count]
+    del krylov, ritz  # before what takes several times their memory
     return linalg.left_singular(W)[0][:, :count]
 
 
@@ -260,7 +261,7 @@ def triples(
     """
     with linalg.threads_for(min(W.shape)):
         U = leading(W, max(ranks))[:, [rank - 1 for rank in ranks]]
-    return U, torch.cat([part.double().mT @ U for part in W.split(4096, dim=1)]).mT
+    return U, torch.cat([part.double().mT @ U for part in W.split(1024, dim=1)]).mT
 
 
 def choose(vectors: "pd.DataFrame", mode: Mode) -> dict[str, list[int]]:
