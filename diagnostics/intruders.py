@@ -10,6 +10,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor
 from diagnostics import linalg
 from diagnostics.analysis import Result, analysis
 from diagnostics.decide import SMALL, Decision, decide_all, decide_exactly
+from diagnostics.factor_cache import FactorCache, afresh
 from probes import CheckpointPair
 from probes.adapters import LowRank
 from probes.layout import Matrix, Part
@@ -146,6 +148,7 @@ class Settings:
     device: str
     dtype: str
     seed: int
+    cache: FactorCache | None = None
 
 
 def floor_of(matrix: Matrix, side: str) -> float:
@@ -162,58 +165,83 @@ def examine(pair: CheckpointPair, names: list[str], settings: Settings, verify: 
     Raises:
         ValueError: NaN or infinite weights.
     """
-    changed: list[tuple[Matrix, Tensor, Tensor]] = []
-    results = {}
-    for name in names:
-        matrix = pair.matrices[name]
-        stored = None
-        # An adapter's frozen matrices are known without reading.
-        if not (pair.tuned.kind == "adapter" and pair.identical(name)):
-            stored = pair.read(name)
-        if stored is None or (stored[0].dtype == stored[1].dtype and torch.equal(*stored)):
-            results[name] = Examined(matrix=matrix, status="frozen")
-        else:
-            base, tuned = (W.to(settings.device, getattr(torch, settings.dtype)) for W in stored)
-            changed.append((matrix, base, tuned))
+    found = [fetch(pair, name) for name in names]
+    results = {
+        each.matrix.name: Examined(matrix=each.matrix, status="frozen")
+        for each in found
+        if each.stored is None
+    }
+    changed = [each for each in found if each.stored is not None]
     if changed:
-        with linalg.threads_for(min(changed[0][1].shape)):
+        with linalg.threads_for(min(changed[0].matrix.rows, changed[0].matrix.columns)):
             for examined in _measure(pair, changed, settings, verify):
                 results[examined.matrix.name] = examined
     return [results[name] for name in names]
 
 
+@dataclass(frozen=True)
+class Fetched:
+    """A matrix of base and tuned as it was read; None where both hold the same bytes."""
+
+    matrix: Matrix
+    stored: tuple[Tensor, Tensor] | None
+
+
+def fetch(pair: CheckpointPair, name: str) -> Fetched:
+    """Read a matrix and compare its two sides.
+
+    Raises:
+        ValueError: NaN or infinite weights.
+    """
+    # An adapter's frozen matrices are known without reading.
+    if pair.tuned.kind == "adapter" and pair.identical(name):
+        return Fetched(pair.matrices[name], None)
+    base, tuned = pair.read(name)
+    same = base.dtype == tuned.dtype and torch.equal(base, tuned)
+    return Fetched(pair.matrices[name], None if same else (base, tuned))
+
+
 def _measure(
-    pair: CheckpointPair, changed: list[tuple[Matrix, Tensor, Tensor]], settings: Settings, verify: set[str]
+    pair: CheckpointPair, changed: list[Fetched], settings: Settings, verify: set[str]
 ) -> list[Examined]:
-    matrices = [matrix for matrix, _, _ in changed]
+    matrices = [each.matrix for each in changed]
     generators = [
         torch.Generator(settings.device).manual_seed(zlib.crc32(matrix.name.encode()) ^ settings.seed)
         for matrix in matrices
     ]
+    place = settings.device, getattr(torch, settings.dtype)
+    sides = [
+        [W.to(*place) for W in side] for side in zip(*(each.stored or () for each in changed), strict=True)
+    ]
     updates = [
         update_of(base, tuned, pair.delta(matrix.name), generator)
-        for (matrix, base, tuned), generator in zip(changed, generators, strict=True)
+        for matrix, base, tuned, generator in zip(matrices, *sides, generators, strict=True)
     ]
     # A single matrix is not copied.
-    bases, tuneds = (
-        sides[0][None] if len(sides) == 1 else torch.stack(sides)
-        for sides in ([base for _, base, _ in changed], [tuned for _, _, tuned in changed])
-    )
+    bases, tuneds = (side[0][None] if len(side) == 1 else torch.stack(side) for side in sides)
+    del sides
     if settings.side == "right":
         bases, tuneds = bases.mT.contiguous(), tuneds.mT.contiguous()
+    recalls = [
+        settings.cache.of(each.stored[0], base) if settings.cache and each.stored else afresh
+        for each, base in zip(changed, bases, strict=True)
+    ]
     depth = min(settings.depth, *bases.shape[1:])
     floor = floor_of(matrices[0], settings.side)
     applicable = depth >= settings.k and floor <= LARGEST_FLOOR * settings.epsilon
     if settings.method == "exact" or not applicable:
-        decisions = [decide_exactly(base, tuned, depth) for base, tuned in zip(bases, tuneds, strict=True)]
+        decisions = [
+            decide_exactly(base, tuned, depth, recall=recall)
+            for base, tuned, recall in zip(bases, tuneds, recalls, strict=True)
+        ]
     else:
-        decisions = decide_all(bases, tuneds, depth, settings.epsilon, generators, pictured=True)
+        decisions = decide_all(bases, tuneds, depth, settings.epsilon, generators, True, recalls)
     status: Literal["measured", "not applicable"] = "measured" if applicable else "not applicable"
     results = []
     for i, (matrix, decision, update) in enumerate(zip(matrices, decisions, updates, strict=True)):
         verified = None
         if matrix.name in verify and applicable and not set(decision.tier) <= {"exact"}:
-            exact = decide_exactly(bases[i], tuneds[i], depth)
+            exact = decide_exactly(bases[i], tuneds[i], depth, recall=recalls[i])
             verified = agrees(decision, exact, settings.epsilon)
             if not verified:
                 log.warning(
@@ -323,6 +351,7 @@ def intruder_dimensions(
     device: str = "cpu",
     dtype: Literal["float32", "float64"] = "float32",
     seed: int = 0,
+    cache: FactorCache | str | Path | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Result:
     """Count the intruder dimensions of every matrix of a pair.
@@ -346,6 +375,8 @@ def intruder_dimensions(
         device: where the arithmetic runs.
         dtype: of the products in the certified tiers; small and exact arithmetic is float64.
         seed: of the random starting blocks and of the choice of matrices to verify.
+        cache: a directory that keeps what was made of the base for the next model tuned from it; the result
+            is the same bit for bit, with or without.
         progress: called with (done, total, name).
 
     Metrics: `intruders` (count), `intruders_per_matrix` (mean over `matrices`, frozen ones included),
@@ -378,6 +409,7 @@ def intruder_dimensions(
         device=device,
         dtype=dtype,
         seed=seed,
+        cache=FactorCache.at(cache),
     )
     shuffled = np.random.default_rng(seed).permutation(names)
     chosen = set(shuffled[: math.ceil(verify * len(names))])
