@@ -8,7 +8,8 @@ Source: Shuttleworth et al., arXiv:2410.21228 v3, Algorithm 1; k and epsilon as 
 import logging
 import math
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +23,7 @@ from diagnostics import linalg
 from diagnostics.analysis import Result, analysis
 from diagnostics.decide import SMALL, Decision, decide_all, decide_exactly
 from diagnostics.factor_cache import FactorCache, afresh
+from diagnostics.groups import ahead, in_halves, in_this_process
 from probes import CheckpointPair
 from probes.adapters import LowRank
 from probes.layout import Matrix, Part
@@ -156,6 +158,41 @@ def floor_of(matrix: Matrix, side: str) -> float:
     return linalg.random_floor(matrix.rows if side == "left" else matrix.columns)
 
 
+@dataclass(frozen=True)
+class Fetched:
+    """A matrix as it was read.
+
+    Attributes:
+        stored: base and tuned; None where both hold the same bytes.
+        low: what an adapter adds, where that is a product of factors.
+    """
+
+    matrix: Matrix
+    stored: tuple[Tensor, Tensor] | None
+    low: LowRank | None = None
+
+
+def fetch(pair: CheckpointPair, names: list[str], device: str) -> list[Fetched]:
+    """Read matrices and compare their two sides; for a GPU, into memory that it copies from by itself.
+
+    Raises:
+        ValueError: NaN or infinite weights.
+    """
+    found = []
+    for name in names:
+        stored = None
+        # An adapter's frozen matrices are known without reading.
+        if not (pair.tuned.kind == "adapter" and pair.identical(name)):
+            stored = pair.read(name)
+        if stored is None or (stored[0].dtype == stored[1].dtype and torch.equal(*stored)):
+            found.append(Fetched(pair.matrices[name], None))
+            continue
+        if device.startswith("cuda"):
+            stored = stored[0].contiguous().pin_memory(), stored[1].contiguous().pin_memory()
+        found.append(Fetched(pair.matrices[name], stored, pair.delta(name)))
+    return found
+
+
 def examine(pair: CheckpointPair, names: list[str], settings: Settings, verify: set[str]) -> list[Examined]:
     """Decide matrices of one shape: reads them, so that only their names travel to a worker.
 
@@ -163,9 +200,13 @@ def examine(pair: CheckpointPair, names: list[str], settings: Settings, verify: 
         verify: names to decide again by the full decomposition.
 
     Raises:
-        ValueError: NaN or infinite weights.
+        ValueError: NaN or infinite weights, or no room for a single matrix.
     """
-    found = [fetch(pair, name) for name in names]
+    return examined(fetch(pair, names, settings.device), settings, verify)
+
+
+def examined(found: list[Fetched], settings: Settings, verify: set[str]) -> list[Examined]:
+    """Decide matrices of one shape that were read."""
     results = {
         each.matrix.name: Examined(matrix=each.matrix, status="frozen")
         for each in found
@@ -174,48 +215,48 @@ def examine(pair: CheckpointPair, names: list[str], settings: Settings, verify: 
     changed = [each for each in found if each.stored is not None]
     if changed:
         with linalg.threads_for(min(changed[0].matrix.rows, changed[0].matrix.columns)):
-            for examined in _measure(pair, changed, settings, verify):
-                results[examined.matrix.name] = examined
-    return [results[name] for name in names]
+            for each in in_halves(lambda some: _measure(some, settings, verify), changed, _called):
+                results[each.matrix.name] = each
+    return [results[each.matrix.name] for each in found]
 
 
-@dataclass(frozen=True)
-class Fetched:
-    """A matrix of base and tuned as it was read; None where both hold the same bytes."""
-
-    matrix: Matrix
-    stored: tuple[Tensor, Tensor] | None
+def _called(each: Fetched) -> str:
+    return f"{each.matrix.name}, {each.matrix.rows}x{each.matrix.columns}"
 
 
-def fetch(pair: CheckpointPair, name: str) -> Fetched:
-    """Read a matrix and compare its two sides.
+def _all(
+    pair: CheckpointPair, groups: list[list[str]], settings: Settings, verify: set[str]
+) -> Generator[Examined, None, None]:
+    """Decide groups of matrices on the engine; in this process, the next group is read meanwhile."""
+    if not in_this_process():
+        from joblib import Parallel, delayed
 
-    Raises:
-        ValueError: NaN or infinite weights.
-    """
-    # An adapter's frozen matrices are known without reading.
-    if pair.tuned.kind == "adapter" and pair.identical(name):
-        return Fetched(pair.matrices[name], None)
-    base, tuned = pair.read(name)
-    same = base.dtype == tuned.dtype and torch.equal(base, tuned)
-    return Fetched(pair.matrices[name], None if same else (base, tuned))
+        jobs = (delayed(examine)(pair, group, settings, verify) for group in groups)
+        for made in Parallel(return_as="generator")(jobs):
+            yield from made
+        return
+    with closing(ahead(lambda group: fetch(pair, group, settings.device), groups)) as reading:
+        for found in reading:
+            made = examined(found, settings, verify)
+            del found  # before the next but one is read
+            yield from made
 
 
-def _measure(
-    pair: CheckpointPair, changed: list[Fetched], settings: Settings, verify: set[str]
-) -> list[Examined]:
+def _measure(changed: list[Fetched], settings: Settings, verify: set[str]) -> list[Examined]:
     matrices = [each.matrix for each in changed]
     generators = [
         torch.Generator(settings.device).manual_seed(zlib.crc32(matrix.name.encode()) ^ settings.seed)
         for matrix in matrices
     ]
-    place = settings.device, getattr(torch, settings.dtype)
+    dtype = getattr(torch, settings.dtype)
+    # Converted there: half as much is to be copied.
     sides = [
-        [W.to(*place) for W in side] for side in zip(*(each.stored or () for each in changed), strict=True)
+        [W.to(settings.device, non_blocking=True).to(dtype) for W in side]
+        for side in zip(*(each.stored or () for each in changed), strict=True)
     ]
     updates = [
-        update_of(base, tuned, pair.delta(matrix.name), generator)
-        for matrix, base, tuned, generator in zip(matrices, *sides, generators, strict=True)
+        update_of(base, tuned, each.low, generator)
+        for each, base, tuned, generator in zip(changed, *sides, generators, strict=True)
     ]
     # A single matrix is not copied.
     bases, tuneds = (side[0][None] if len(side) == 1 else torch.stack(side) for side in sides)
@@ -388,8 +429,6 @@ def intruder_dimensions(
     Raises:
         ValueError: a parameter out of range, no matrix to examine, NaN or infinite weights.
     """
-    from joblib import Parallel, delayed
-
     _check(k, epsilon, verify, side, method, dtype)
     names = [name for name, matrix in pair.matrices.items() if matrix.part in parts]
     if not names:
@@ -416,14 +455,13 @@ def intruder_dimensions(
     if len(names) < VERIFIED_FROM or settings.method == "exact":
         chosen = set()
     results: list[Examined] = []
-    jobs = (delayed(examine)(pair, group, settings, chosen) for group in groups_of(pair, names, device))
-    for group in Parallel(return_as="generator")(jobs):
-        for examined in group:
-            results.append(examined)
+    with closing(_all(pair, groups_of(pair, names, device), settings, chosen)) as decided:
+        for one in decided:
+            results.append(one)
             if progress:
-                progress(len(results), len(names), examined.matrix.name)
+                progress(len(results), len(names), one.matrix.name)
     order = {name: i for i, name in enumerate(names)}
-    results.sort(key=lambda examined: order[examined.matrix.name])
+    results.sort(key=lambda one: order[one.matrix.name])
     if chosen and not any(each.verified is not None for each in results):
         # Those chosen were frozen or small enough to be decomposed anyway: take one decided in tiers.
         for i, each in enumerate(results):
