@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from probes.patch import Patch
 
 # Where it runs, not what it measures: never part of what identifies a result.
-EXECUTION = frozenset({"device", "progress"})
+EXECUTION = frozenset({"device", "progress", "cache"})
 
 
 @dataclass(frozen=True, kw_only=True)

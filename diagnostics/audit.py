@@ -20,6 +20,7 @@ from diagnostics.provenance import described, digest, key, one_line
 from diagnostics.store import MEASUREMENTS, Audit, Outcome, Store
 
 if TYPE_CHECKING:
+    from diagnostics.factor_cache import FactorCache
     from probes import CheckpointPair
     from probes.series import CheckpointSeries
 
@@ -40,6 +41,7 @@ def audit(
     dtype: str | None = None,
     seed: int = 0,
     engine: str = "local",
+    cache: "FactorCache | str | Path | None" = None,
     fresh: bool = False,
     progress: Progress | None = None,
     task: Iterable[str | Path] = (),
@@ -69,6 +71,8 @@ def audit(
         dtype: of the arithmetic, for the analyses that take one; each one's default otherwise.
         seed: for the analyses that take one.
         engine: where work that splits runs: `local`, `local:N`, `dask://HOST:PORT`, `ray://HOST:PORT`.
+        cache: a directory that keeps what was made of a base for the next model tuned from it; changes no
+            result.
         fresh: forget what an earlier run left in `out`.
         progress: called with (analysis, done, total, what is being done).
         task, keep, guard, ood, train: files of rows by role; `NAME=F` names one of `ood`.
@@ -103,6 +107,7 @@ def audit(
         lines = [f"{name} {reason}" for name, reason in lacking.items()]
         raise ValueError(f"nothing to run: {'; '.join(lines) or 'every analysis is left out'}")
     store = Store(out)
+    from diagnostics.factor_cache import FactorCache
     from probes import CheckpointPair
     from probes.series import CheckpointSeries
 
@@ -122,6 +127,7 @@ def audit(
             },
             policy=rules,
             device=where,
+            cache=FactorCache.at(cache),
             fresh=fresh,
             progress=progress,
             options={"only": only, "skip": skip, "settings": settings or {}, "engine": engine, **common},
@@ -138,6 +144,7 @@ def run(
     skipped: Mapping[str, str],
     policy: Policy,
     device: str,
+    cache: "FactorCache | None",
     fresh: bool,
     progress: Progress | None,
     options: Mapping[str, Any],
@@ -194,8 +201,9 @@ def run(
         given = {**supplied, "series": series.within(context, store.out / MEASUREMENTS)}
         unless_asked = () if name in options["only"] else (NotApplicableError, TooShortError)
         outcome = run_one(
-            store, find(name), plan[name], given, device=device, progress=progress, leave_out=unless_asked
-        )
+            store, find(name), plan[name], given, device=device, cache=cache, progress=progress,
+            leave_out=unless_asked,
+        )  # fmt: skip
         state = replace(state, analyses={**state.analyses, name: replace(outcome, key=keys[name])})
         store.write(state)
     base, tuned, trouble = described(pair, earlier if same else None)
@@ -214,6 +222,7 @@ def run_one(
     supplied: Mapping[str, Any],
     *,
     device: str,
+    cache: "FactorCache | None" = None,
     progress: Progress | None,
     leave_out: tuple[type[Exception], ...] = (),
 ) -> Outcome:
@@ -222,7 +231,8 @@ def run_one(
     Args:
         leave_out: errors that say that there is nothing to measure: it is skipped then, not failed.
     """
-    place = {"device": device, "progress": partial(progress, record.name) if progress else None}
+    shown = partial(progress, record.name) if progress else None
+    place = {"device": device, "cache": cache, "progress": shown}
     inputs = {
         name: {rows.name: rows.task for rows in supplied[name]} if name in ROLES else supplied[name]
         for name in (*record.inputs, *record.optional)

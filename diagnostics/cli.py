@@ -172,6 +172,17 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Forget what an earlier run
 Chat = Annotated[bool, typer.Option("--chat-template", help="Write rows as a user's message.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that a repository brings.")]
 Device = Annotated[str, typer.Option(metavar="D", help="auto, cpu, cuda or cuda:N.")]
+Cache = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        envvar="TUNESCOPE_CACHE",
+        help="Keep what is made of a base there, for the next model tuned from it; safe to delete.",
+    ),
+]
+CacheGB = Annotated[
+    float, typer.Option("--cache-gb", metavar="N", envvar="TUNESCOPE_CACHE_GB", help="Most that it may hold.")
+]
 Base = Annotated[str, typer.Argument(metavar="BASE", help="Directory, file or hub id (`org/name@revision`).")]
 Tuned = Annotated[str, typer.Argument(metavar="TUNED", help="The same, or an adapter.")]
 
@@ -201,6 +212,8 @@ def run_options(
     engine: Annotated[
         str, typer.Option(metavar="E", help="local, local:N, dask://HOST:PORT or ray://HOST:PORT.")
     ] = "local",
+    cache: Cache = None,
+    cache_gb: CacheGB = 20,
     fresh: Fresh = False,
 ) -> dict[str, Any]:
     """What every command that audits takes, as `diagnostics.audit.audit` takes it."""
@@ -227,8 +240,18 @@ def run_options(
         "dtype": dtype,
         "seed": seed,
         "engine": engine,
+        "cache": kept(cache, cache_gb),
         "fresh": fresh,
     }
+
+
+def kept(cache: Path | None, gigabytes: float) -> Any:
+    """The cache of factorisations in a directory, if one is named."""
+    if cache is None:
+        return None
+    from diagnostics.factor_cache import FactorCache
+
+    return FactorCache.at(cache, int(gigabytes * 1e9))
 
 
 def audits(command: Callable[..., None]) -> Callable[..., None]:
@@ -322,6 +345,8 @@ def run_mitigate(
     epsilon: Annotated[float, typer.Option(help="Cosine under which a direction counts as new.")] = 0.5,
     full: Annotated[bool, typer.Option("--full", help="Write full weights even of an adapter.")] = False,
     device: Device = "auto",
+    cache: Cache = None,
+    cache_gb: CacheGB = 20,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -335,7 +360,7 @@ def run_mitigate(
         shown = functools.partial(progress, "mitigate") if progress else None
         made = mitigate(
             base, tuned, out, scale=scale, mode=mode, k=k, epsilon=epsilon, full=full or None, device=place,
-            progress=shown,
+            cache=kept(cache, cache_gb), progress=shown,
         )  # fmt: skip
     if as_json:
         typer.echo(to_json(made.describe()), nl=False)

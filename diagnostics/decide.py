@@ -5,6 +5,7 @@ allowed for), `direct` and `factor` (the bound of `christoffel` shows that none 
 decomposition in float64).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from diagnostics import christoffel, linalg
 from diagnostics.christoffel import Extra, Lanczos, Recurrence
+from diagnostics.factor_cache import Recall, afresh
 from diagnostics.factors import Applied, Shifted, Tall
 from diagnostics.linalg import BlockKrylov, Ritz
 
@@ -57,10 +59,20 @@ class Decision:
 
 
 def decide_exactly(
-    base: Float[Tensor, "out in"], tuned: Float[Tensor, "out in"], k: int, shown: int = 50
+    base: Float[Tensor, "out in"],
+    tuned: Float[Tensor, "out in"],
+    k: int,
+    shown: int = 50,
+    recall: Recall = afresh,
 ) -> Decision:
     """All k cosines by full decompositions in float64, both guards applied."""
-    exact = linalg.exact_cosines(base, tuned, k)
+
+    def decomposed() -> dict[str, Tensor]:
+        U, S = linalg.left_singular(base)
+        return {"U": U, "S": S}
+
+    known = recall("left singular vectors", (), decomposed)
+    exact = linalg.exact_cosines(base, tuned, k, of_base=(known["U"], known["S"]))
     cosines = exact.cosines.cpu().numpy()
     return Decision(
         singular_values=exact.tuned_values[:k].cpu().numpy(),
@@ -104,13 +116,19 @@ def decide_all(
     epsilon: float,
     generators: list[torch.Generator],
     pictured: bool = False,
+    recalls: Sequence[Recall] | None = None,
 ) -> list[Decision]:
-    """`decide` for matrices of one shape, their leading subspaces found side by side."""
-    pairs = list(zip(base, tuned, strict=True))
+    """`decide` for matrices of one shape, their leading subspaces found side by side.
+
+    Args:
+        recalls: of each base, what remembers what was made of it.
+    """
+    pairs = list(zip(base, tuned, recalls or [afresh] * len(base), strict=True))
     if min(base.shape[1:]) < max(SMALL, 4 * (k + BLOCK)):
-        return [decide_exactly(*pair, k) for pair in pairs]
+        return [decide_exactly(W0, W1, k, recall=recall) for W0, W1, recall in pairs]
     searches = [
-        _Search(*pair, k, epsilon, generator) for pair, generator in zip(pairs, generators, strict=True)
+        _Search(W0, W1, k, epsilon, generator, recall)
+        for (W0, W1, recall), generator in zip(pairs, generators, strict=True)
     ]
     _lead(searches, base, tuned)
     return [search.outcome(pictured) for search in searches]
@@ -120,8 +138,7 @@ def _lead(
     searches: list["_Search"], base: Float[Tensor, "batch out in"], tuned: Float[Tensor, "batch out in"]
 ) -> None:
     """Tier a: leading subspaces of both, until every tuned vector is known."""
-    space0 = BlockKrylov(base, torch.cat([search.random(base.shape[1]) for search in searches]))
-    space0.extend(BASE_STEPS)
+    space0 = _of_base(base, torch.cat([search.random(base.shape[1]) for search in searches]), searches)
     ritz0 = space0.ritz(3 * space0.start)
     starts = [search.start(ritz0.one(i)) for i, search in enumerate(searches)]
     space1 = BlockKrylov(tuned, torch.cat(starts))
@@ -135,12 +152,33 @@ def _lead(
         search.begin(space0.one(i), ritz0.one(i), ritz1.one(i))
 
 
+def _of_base(base: Tensor, start: Tensor, searches: list["_Search"]) -> BlockKrylov:
+    """The leading subspaces of the bases."""
+
+    def made() -> dict[str, Tensor]:
+        space = BlockKrylov(base, start)
+        space.extend(BASE_STEPS)
+        return space.state()
+
+    # Side by side products round otherwise than alone, and depend on who else is there.
+    alone = len(searches) == 1
+    state = searches[0].recall("Krylov space", (start,), made) if alone else made()
+    return BlockKrylov.resumed(base, start.shape[-1], state)
+
+
 class _Search:
     """One matrix on its way through the tiers."""
 
     def __init__(
-        self, base: Tensor, tuned: Tensor, k: int, epsilon: float, generator: torch.Generator
+        self,
+        base: Tensor,
+        tuned: Tensor,
+        k: int,
+        epsilon: float,
+        generator: torch.Generator,
+        recall: Recall = afresh,
     ) -> None:
+        self.recall = recall
         self.base, self.tuned, self.k, self.epsilon = base, tuned, k, epsilon
         self.generator = generator
         self.width = 2 * BLOCK * (1 + (k + BLOCK - 1) // (2 * BLOCK))
@@ -174,7 +212,8 @@ class _Search:
     def outcome(self, pictured: bool) -> Decision:
         """Whatever takes the cheapest tier that settles all."""
         if (self.error > USABLE).any() or not self.certify():
-            return decide_exactly(self.base, self.tuned, self.k)
+            del self.space0, self.ritz0, self.ritz1, self.vectors  # room for what takes several times as much
+            return decide_exactly(self.base, self.tuned, self.k, recall=self.recall)
         if pictured and (self.high < self.epsilon).any():
             self.complete()
         return self.decision()
@@ -266,7 +305,7 @@ class _Search:
         inverses: list[tuple[Lanczos, float]] = []
         for _ in range(SHIFTS):
             before = self.failing
-            factor = Shifted.of(self.base, before / BELOW)
+            factor = Shifted.of(self.base, before / BELOW, self.recall)
             if factor is None:
                 return False
             run = Lanczos(factor.apply_inverse, start)
@@ -284,7 +323,7 @@ class _Search:
 
     def _tall(self, start: Tensor, extra: Extra, span: tuple[float, float]) -> bool:
         """Both runs inside the column space."""
-        factor = Tall.of(self.base, self.generator)
+        factor = Tall.of(self.base, self.generator, self.recall)
         if factor is None:
             return False
         inside = factor.coordinates(start)

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diagnostics import linalg
+from diagnostics.factor_cache import Recall, afresh
 
 Applied = tuple[Float[Tensor, "size count"], Float[Tensor, "3 count"]]
 # Constant of a Gram matrix's rounding, which is like a random matrix: entry for entry in proportion to the
@@ -42,18 +43,19 @@ class Shifted:
     norm: Float[Tensor, ""]
 
     @classmethod
-    def of(cls, W: Float[Tensor, "out in"], shift: float) -> "Shifted | None":
+    def of(cls, W: Float[Tensor, "out in"], shift: float, recall: Recall = afresh) -> "Shifted | None":
         """Factor W in the least precision that serves, or None where the factorisation fails.
 
         Args:
             shift: raised where float64 asks for more.
+            recall: remembers `W Wᵀ`.
         """
         lengths = W.square().sum(dim=1)
         native = _rounding(lengths, W.dtype) <= REFINED * shift
         dtype = W.dtype if native else torch.float64
         rounding = _rounding(lengths, dtype)
         shift = shift if native else max(shift, rounding / NEGLIGIBLE)
-        gram = linalg.gram(W, dtype)
+        gram = recall("Gram matrix", (dtype,), lambda: {"gram": linalg.gram(W, dtype)})["gram"]
         gram.diagonal().add_(shift)
         L, failed = torch.linalg.cholesky_ex(gram)
         if failed.item():
@@ -104,8 +106,31 @@ class Tall:
     coordinate_error: float = 0.0
 
     @classmethod
-    def of(cls, W: Float[Tensor, "out in"], generator: torch.Generator) -> "Tall | None":
-        """Factor W in the least precision that serves, or None where none does."""
+    def of(
+        cls, W: Float[Tensor, "out in"], generator: torch.Generator, recall: Recall = afresh
+    ) -> "Tall | None":
+        """Factor W in the least precision that serves, or None where none does.
+
+        Args:
+            recall: remembers L, the bounds, and where the generator stood afterwards.
+        """
+
+        def made() -> dict[str, Tensor]:
+            factor = cls._found(W, generator)
+            bounds = (factor.smallest, factor.coordinate_error) if factor else ()
+            return {
+                "L": factor.L if factor else W.new_empty(0, 0),
+                "bounds": torch.tensor(bounds, dtype=torch.float64),
+                "generator": generator.get_state(),
+            }
+
+        known = recall("tall factor", (generator.get_state(),), made)
+        generator.set_state(known["generator"].cpu())
+        bounds = known["bounds"].tolist()
+        return cls(W, known["L"], *bounds) if bounds else None
+
+    @classmethod
+    def _found(cls, W: Float[Tensor, "out in"], generator: torch.Generator) -> "Tall | None":
         lengths = W.square().sum(dim=0)
         for dtype in (torch.float32, torch.float64):
             L, failed = torch.linalg.cholesky_ex(linalg.gram(W, dtype))

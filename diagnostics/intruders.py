@@ -8,8 +8,10 @@ Source: Shuttleworth et al., arXiv:2410.21228 v3, Algorithm 1; k and epsilon as 
 import logging
 import math
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -20,6 +22,8 @@ from torch import Tensor
 from diagnostics import linalg
 from diagnostics.analysis import Result, analysis
 from diagnostics.decide import SMALL, Decision, decide_all, decide_exactly
+from diagnostics.factor_cache import FactorCache, afresh
+from diagnostics.groups import ahead, in_halves, in_this_process
 from probes import CheckpointPair
 from probes.adapters import LowRank
 from probes.layout import Matrix, Part
@@ -146,11 +150,47 @@ class Settings:
     device: str
     dtype: str
     seed: int
+    cache: FactorCache | None = None
 
 
 def floor_of(matrix: Matrix, side: str) -> float:
     """Largest cosine that a random vector reaches against the base's vectors of that side."""
     return linalg.random_floor(matrix.rows if side == "left" else matrix.columns)
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A matrix as it was read.
+
+    Attributes:
+        stored: base and tuned; None where both hold the same bytes.
+        low: what an adapter adds, where that is a product of factors.
+    """
+
+    matrix: Matrix
+    stored: tuple[Tensor, Tensor] | None
+    low: LowRank | None = None
+
+
+def fetch(pair: CheckpointPair, names: list[str], device: str) -> list[Fetched]:
+    """Read matrices and compare their two sides; for a GPU, into memory that it copies from by itself.
+
+    Raises:
+        ValueError: NaN or infinite weights.
+    """
+    found = []
+    for name in names:
+        stored = None
+        # An adapter's frozen matrices are known without reading.
+        if not (pair.tuned.kind == "adapter" and pair.identical(name)):
+            stored = pair.read(name)
+        if stored is None or (stored[0].dtype == stored[1].dtype and torch.equal(*stored)):
+            found.append(Fetched(pair.matrices[name], None))
+            continue
+        if device.startswith("cuda"):
+            stored = stored[0].contiguous().pin_memory(), stored[1].contiguous().pin_memory()
+        found.append(Fetched(pair.matrices[name], stored, pair.delta(name)))
+    return found
 
 
 def examine(pair: CheckpointPair, names: list[str], settings: Settings, verify: set[str]) -> list[Examined]:
@@ -160,60 +200,89 @@ def examine(pair: CheckpointPair, names: list[str], settings: Settings, verify: 
         verify: names to decide again by the full decomposition.
 
     Raises:
-        ValueError: NaN or infinite weights.
+        ValueError: NaN or infinite weights, or no room for a single matrix.
     """
-    changed: list[tuple[Matrix, Tensor, Tensor]] = []
-    results = {}
-    for name in names:
-        matrix = pair.matrices[name]
-        stored = None
-        # An adapter's frozen matrices are known without reading.
-        if not (pair.tuned.kind == "adapter" and pair.identical(name)):
-            stored = pair.read(name)
-        if stored is None or (stored[0].dtype == stored[1].dtype and torch.equal(*stored)):
-            results[name] = Examined(matrix=matrix, status="frozen")
-        else:
-            base, tuned = (W.to(settings.device, getattr(torch, settings.dtype)) for W in stored)
-            changed.append((matrix, base, tuned))
+    return examined(fetch(pair, names, settings.device), settings, verify)
+
+
+def examined(found: list[Fetched], settings: Settings, verify: set[str]) -> list[Examined]:
+    """Decide matrices of one shape that were read."""
+    results = {
+        each.matrix.name: Examined(matrix=each.matrix, status="frozen")
+        for each in found
+        if each.stored is None
+    }
+    changed = [each for each in found if each.stored is not None]
     if changed:
-        with linalg.threads_for(min(changed[0][1].shape)):
-            for examined in _measure(pair, changed, settings, verify):
-                results[examined.matrix.name] = examined
-    return [results[name] for name in names]
+        with linalg.threads_for(min(changed[0].matrix.rows, changed[0].matrix.columns)):
+            for each in in_halves(lambda some: _measure(some, settings, verify), changed, _called):
+                results[each.matrix.name] = each
+    return [results[each.matrix.name] for each in found]
 
 
-def _measure(
-    pair: CheckpointPair, changed: list[tuple[Matrix, Tensor, Tensor]], settings: Settings, verify: set[str]
-) -> list[Examined]:
-    matrices = [matrix for matrix, _, _ in changed]
+def _called(each: Fetched) -> str:
+    return f"{each.matrix.name}, {each.matrix.rows}x{each.matrix.columns}"
+
+
+def _all(
+    pair: CheckpointPair, groups: list[list[str]], settings: Settings, verify: set[str]
+) -> Generator[Examined, None, None]:
+    """Decide groups of matrices on the engine; in this process, the next group is read meanwhile."""
+    if not in_this_process():
+        from joblib import Parallel, delayed
+
+        jobs = (delayed(examine)(pair, group, settings, verify) for group in groups)
+        for made in Parallel(return_as="generator")(jobs):
+            yield from made
+        return
+    with closing(ahead(lambda group: fetch(pair, group, settings.device), groups)) as reading:
+        for found in reading:
+            made = examined(found, settings, verify)
+            del found  # before the next but one is read
+            yield from made
+
+
+def _measure(changed: list[Fetched], settings: Settings, verify: set[str]) -> list[Examined]:
+    matrices = [each.matrix for each in changed]
     generators = [
         torch.Generator(settings.device).manual_seed(zlib.crc32(matrix.name.encode()) ^ settings.seed)
         for matrix in matrices
     ]
+    dtype = getattr(torch, settings.dtype)
+    # Converted there: half as much is to be copied.
+    sides = [
+        [W.to(settings.device, non_blocking=True).to(dtype) for W in side]
+        for side in zip(*(each.stored or () for each in changed), strict=True)
+    ]
     updates = [
-        update_of(base, tuned, pair.delta(matrix.name), generator)
-        for (matrix, base, tuned), generator in zip(changed, generators, strict=True)
+        update_of(base, tuned, each.low, generator)
+        for each, base, tuned, generator in zip(changed, *sides, generators, strict=True)
     ]
     # A single matrix is not copied.
-    bases, tuneds = (
-        sides[0][None] if len(sides) == 1 else torch.stack(sides)
-        for sides in ([base for _, base, _ in changed], [tuned for _, _, tuned in changed])
-    )
+    bases, tuneds = (side[0][None] if len(side) == 1 else torch.stack(side) for side in sides)
+    del sides
     if settings.side == "right":
         bases, tuneds = bases.mT.contiguous(), tuneds.mT.contiguous()
+    recalls = [
+        settings.cache.of(each.stored[0], base) if settings.cache and each.stored else afresh
+        for each, base in zip(changed, bases, strict=True)
+    ]
     depth = min(settings.depth, *bases.shape[1:])
     floor = floor_of(matrices[0], settings.side)
     applicable = depth >= settings.k and floor <= LARGEST_FLOOR * settings.epsilon
     if settings.method == "exact" or not applicable:
-        decisions = [decide_exactly(base, tuned, depth) for base, tuned in zip(bases, tuneds, strict=True)]
+        decisions = [
+            decide_exactly(base, tuned, depth, recall=recall)
+            for base, tuned, recall in zip(bases, tuneds, recalls, strict=True)
+        ]
     else:
-        decisions = decide_all(bases, tuneds, depth, settings.epsilon, generators, pictured=True)
+        decisions = decide_all(bases, tuneds, depth, settings.epsilon, generators, True, recalls)
     status: Literal["measured", "not applicable"] = "measured" if applicable else "not applicable"
     results = []
     for i, (matrix, decision, update) in enumerate(zip(matrices, decisions, updates, strict=True)):
         verified = None
         if matrix.name in verify and applicable and not set(decision.tier) <= {"exact"}:
-            exact = decide_exactly(bases[i], tuneds[i], depth)
+            exact = decide_exactly(bases[i], tuneds[i], depth, recall=recalls[i])
             verified = agrees(decision, exact, settings.epsilon)
             if not verified:
                 log.warning(
@@ -323,6 +392,7 @@ def intruder_dimensions(
     device: str = "cpu",
     dtype: Literal["float32", "float64"] = "float32",
     seed: int = 0,
+    cache: FactorCache | str | Path | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Result:
     """Count the intruder dimensions of every matrix of a pair.
@@ -346,6 +416,8 @@ def intruder_dimensions(
         device: where the arithmetic runs.
         dtype: of the products in the certified tiers; small and exact arithmetic is float64.
         seed: of the random starting blocks and of the choice of matrices to verify.
+        cache: a directory that keeps what was made of the base for the next model tuned from it; the result
+            is the same bit for bit, with or without.
         progress: called with (done, total, name).
 
     Metrics: `intruders` (count), `intruders_per_matrix` (mean over `matrices`, frozen ones included),
@@ -357,8 +429,6 @@ def intruder_dimensions(
     Raises:
         ValueError: a parameter out of range, no matrix to examine, NaN or infinite weights.
     """
-    from joblib import Parallel, delayed
-
     _check(k, epsilon, verify, side, method, dtype)
     names = [name for name, matrix in pair.matrices.items() if matrix.part in parts]
     if not names:
@@ -378,20 +448,20 @@ def intruder_dimensions(
         device=device,
         dtype=dtype,
         seed=seed,
+        cache=FactorCache.at(cache),
     )
     shuffled = np.random.default_rng(seed).permutation(names)
     chosen = set(shuffled[: math.ceil(verify * len(names))])
     if len(names) < VERIFIED_FROM or settings.method == "exact":
         chosen = set()
     results: list[Examined] = []
-    jobs = (delayed(examine)(pair, group, settings, chosen) for group in groups_of(pair, names, device))
-    for group in Parallel(return_as="generator")(jobs):
-        for examined in group:
-            results.append(examined)
+    with closing(_all(pair, groups_of(pair, names, device), settings, chosen)) as decided:
+        for one in decided:
+            results.append(one)
             if progress:
-                progress(len(results), len(names), examined.matrix.name)
+                progress(len(results), len(names), one.matrix.name)
     order = {name: i for i, name in enumerate(names)}
-    results.sort(key=lambda examined: order[examined.matrix.name])
+    results.sort(key=lambda one: order[one.matrix.name])
     if chosen and not any(each.verified is not None for each in results):
         # Those chosen were frozen or small enough to be decomposed anyway: take one decided in tiers.
         for i, each in enumerate(results):

@@ -6,7 +6,7 @@ Everything speaks of the left singular vectors of an (out, in) matrix `W`, that 
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -85,11 +85,12 @@ def left_singular(
     values, Q = values.flip(0).clamp(min=0), Q.flip(1)
     S = values.sqrt()
     if S[-1] <= GRAM_CONDITION * S[0]:
+        del Q  # the SVD takes several times as much
         if W.shape[0] >= W.shape[1]:
             U, S, _ = torch.linalg.svd(W.double(), full_matrices=False)
             return U, S
         # LAPACK is about 2.6 times faster on the tall orientation.
-        _, S, Vh = torch.linalg.svd(W.double().mT.contiguous(), full_matrices=False)
+        _, S, Vh = torch.linalg.svd(W.mT.double(), full_matrices=False)
         return Vh.mT, S
     if W.shape[0] <= W.shape[1]:
         return Q, S
@@ -150,13 +151,20 @@ class Exact:
 
 
 def exact_cosines(
-    base: Float[Tensor, "out in"], tuned: Float[Tensor, "out in"], k: int, shown: int = 30
+    base: Float[Tensor, "out in"],
+    tuned: Float[Tensor, "out in"],
+    k: int,
+    shown: int = 30,
+    of_base: tuple[Float[Tensor, "out rank"], Float[Tensor, " rank"]] | None = None,
 ) -> Exact:
     """c_j of the k leading tuned left singular vectors against every base left singular vector, in float64.
 
     Source: arXiv:2410.21228 v3, Algorithm 1, with the rank and degeneracy guards of `grouped_cosines`.
+
+    Args:
+        of_base: `left_singular` of the base, where it is known.
     """
-    U0, S0 = left_singular(base)
+    U0, S0 = of_base or left_singular(base)
     U1, S1 = left_singular(tuned)
     cosines = grouped_cosines(U0, S0, U1[:, :k], base.shape[1])
     absent = S1[:k] <= max(tuned.shape) * torch.finfo(torch.float64).eps * S1[0]
@@ -251,6 +259,20 @@ class BlockKrylov:
         self.basis = torch.empty(*W.shape[:2], 0, dtype=W.dtype, device=W.device)
         self.products = self.basis
         self._append(start)
+
+    def state(self) -> dict[str, Tensor]:
+        """All that `resumed` needs beside the matrix."""
+        return {"basis": self.basis, "products": self.products, "norm": self.norm}
+
+    @classmethod
+    def resumed(
+        cls, W: Float[Tensor, "batch out in"], start: int, state: Mapping[str, Tensor]
+    ) -> "BlockKrylov":
+        """The space of W with this state, as it went on from a block of `start` columns."""
+        space = cls.__new__(cls)
+        space.W, space.start = W, start
+        space.basis, space.products, space.norm = state["basis"], state["products"], state["norm"]
+        return space
 
     def one(self, index: int) -> "BlockKrylov":
         """The space of one matrix of the batch, to be extended alone."""

@@ -31,6 +31,8 @@ from probes.save import refuse_occupied, write_checkpoint
 if TYPE_CHECKING:
     import pandas as pd
 
+    from diagnostics.factor_cache import FactorCache
+
 Mode = Literal["top", "all", "update", "neighbour"]
 Progress = Callable[[int, int, str], None]
 TRAIL = "tunescope_mitigation.json"
@@ -169,6 +171,7 @@ def mitigate(
     parts: tuple[Part, ...] = ("block",),
     full: bool | None = None,
     device: str = "cpu",
+    cache: "FactorCache | str | Path | None" = None,
     progress: Progress | None = None,
 ) -> Mitigation:
     """Write the tuned checkpoint with its intruder dimensions scaled.
@@ -186,6 +189,7 @@ def mitigate(
         k, epsilon, parts: what counts as an intruder, and where, as in `intruder_dimensions`.
         full: write full weights even of an adapter. By default an adapter stays one.
         device: where the arithmetic runs.
+        cache: as of `intruder_dimensions`.
         progress: called with (done, total, name), for the search and then for the writing.
 
     Raises:
@@ -203,7 +207,7 @@ def mitigate(
         triples, edits, notes = _scale_update(pair, out, scale, full, progress)
     else:
         triples, edits, notes = _scale_triples(
-            pair, out, scale, mode, full, device, progress, k=k, epsilon=epsilon, parts=parts
+            pair, out, scale, mode, full, device, progress, k=k, epsilon=epsilon, parts=parts, cache=cache
         )
     if full and pair.tuned.adapter:
         notes = [*notes, *pair.tuned.adapter["notes"]]
@@ -240,6 +244,7 @@ def leading(W: Float[Tensor, "out in"], count: int) -> Float[Tensor, "out count"
         ritz = krylov.ritz(count + 1)
         if bool((ritz.errors()[0, :count] <= ACCURACY).all()):
             return ritz.vectors[0, :, :count]
+    del krylov, ritz  # before what takes several times their memory
     return linalg.left_singular(W)[0][:, :count]
 
 
@@ -260,7 +265,7 @@ def triples(
     """
     with linalg.threads_for(min(W.shape)):
         U = leading(W, max(ranks))[:, [rank - 1 for rank in ranks]]
-    return U, torch.cat([part.double().mT @ U for part in W.split(4096, dim=1)]).mT
+    return U, torch.cat([part.double().mT @ U for part in W.split(1024, dim=1)]).mT
 
 
 def choose(vectors: "pd.DataFrame", mode: Mode) -> dict[str, list[int]]:

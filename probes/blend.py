@@ -1,6 +1,6 @@
 """Weights between base and tuned: base + α (tuned − base), written tensor by tensor."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from pathlib import Path
@@ -12,6 +12,9 @@ from probes.align import align
 from probes.checkpoint import Checkpoint
 from probes.pair import CheckpointPair
 from probes.save import write_checkpoint
+
+# Entries that are widened to float64 together.
+CHUNK = 2**18
 
 
 @dataclass(frozen=True)
@@ -151,11 +154,17 @@ def between(base: Tensor, tuned: Tensor, alpha: float) -> tuple[Tensor, float]:
     if same:
         return tuned, 0.0
     square = 0.0
-    # A part at a time, so that no float64 copy of a whole embedding exists.
-    sides = (side.split(4096) if side.ndim else (side,) for side in (base, tuned, value))
-    for ours, theirs, new in zip(*sides, strict=True):
+    for ours, theirs, new in _parts(base, tuned, value):
         delta = theirs.double() - ours.double()
         square += float(delta.square().sum())
         if value is not tuned:
             new.copy_(ours.double() + alpha * delta)
     return value, square
+
+
+def _parts(*sides: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one shape a part at a time, so that no float64 copy of a whole one exists."""
+    if all(side.is_contiguous() for side in sides):
+        return zip(*(side.view(-1).split(CHUNK) for side in sides), strict=True)
+    rows = max(1, CHUNK // max(1, sides[0][0].numel()))
+    return zip(*(side.split(rows) for side in sides), strict=True)

@@ -203,7 +203,7 @@ def test_a_wrong_decision_is_found_out_and_replaced(monkeypatch):
     base = [with_values(values("power", 128), 128, 160, generator)[0].float() for _ in range(10)]
     tuned = [spiked(W, [1.5], generator) for W in base]
 
-    def wrong(base, tuned, k, epsilon, generators, pictured):
+    def wrong(base, tuned, k, *others):
         right = [decide_exactly(*pair, k) for pair in zip(base, tuned, strict=True)]
         return [
             tiers.Decision(
