@@ -10,6 +10,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diagnostics import linalg
+from diagnostics import linalg, work
 from diagnostics.analysis import Result, analysis
 from diagnostics.decide import SMALL, Decision, decide_all, decide_exactly
 from probes import CheckpointPair
@@ -357,8 +358,6 @@ def intruder_dimensions(
     Raises:
         ValueError: a parameter out of range, no matrix to examine, NaN or infinite weights.
     """
-    from joblib import Parallel, delayed
-
     _check(k, epsilon, verify, side, method, dtype)
     names = [name for name, matrix in pair.matrices.items() if matrix.part in parts]
     if not names:
@@ -384,8 +383,11 @@ def intruder_dimensions(
     if len(names) < VERIFIED_FROM or settings.method == "exact":
         chosen = set()
     results: list[Examined] = []
-    jobs = (delayed(examine)(pair, group, settings, chosen) for group in groups_of(pair, names, device))
-    for group in Parallel(return_as="generator")(jobs):
+    calls = (
+        partial(examine, pair, group, settings, chosen.intersection(group))
+        for group in groups_of(pair, names, device)
+    )
+    for group in work.each(calls, device=device):
         for examined in group:
             results.append(examined)
             if progress:
