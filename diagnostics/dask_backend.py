@@ -76,7 +76,7 @@ class LastingBackend(DaskDistributedBackend):
         if isinstance(out, KilledWorker):
             raise EngineError(
                 f"{out.allowed_failures + 1} workers were lost one after another while they had the same "
-                f"work, the last at {out.last_worker.address}: out of memory, or killed? their own output says why"
+                f"work, the last at {out.last_worker.address}: out of memory, or killed? see their output"
             )
         if isinstance(out, CancelledError):
             raise EngineError(

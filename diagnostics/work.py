@@ -9,12 +9,17 @@ import pickle
 import platform
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+
+from diagnostics.engines import RESTARTS, EngineError, first_line
 
 Made = TypeVar("Made")
 
@@ -34,12 +39,42 @@ def each(calls: Iterable[Callable[[], Made]], *, device: str = "cpu") -> Iterato
         device: `cuda` is on a worker the GPU that no other process of its machine has taken.
 
     Raises:
-        EngineError: the workers were lost.
+        EngineError: workers were lost, and what they had not finished was tried again in vain.
     """
     from joblib import Parallel, delayed
+    from joblib.parallel import get_active_backend
 
     threads = torch.get_num_threads()
-    return Parallel(return_as="generator")(delayed(Job(call, threads, device))() for call in calls)
+    backend, _ = get_active_backend()
+    known = "generator" if backend.supports_return_generator else "list"  # Ray's gives all at the end
+    rest = iter(calls)
+    out: deque[Callable[[], Made]] = deque()  # given to workers, in order, and not back yet
+
+    def jobs(again: Sequence[Callable[[], Made]]) -> Iterator[Any]:
+        for call in chain(again, rest):
+            out.append(call)
+            yield delayed(Job(call, threads, device))()
+
+    lost = 0
+    while True:
+        again = list(out)
+        out.clear()
+        try:
+            for made in Parallel(return_as=known)(jobs(again)):
+                out.popleft()
+                lost = 0
+                yield made
+            return
+        except BrokenProcessPool as error:  # one lost process of this machine takes all others with it
+            lost += 1
+            if lost > RESTARTS:
+                raise EngineError(
+                    f"{lost} processes were lost one after another with the same work; out of memory?"
+                ) from error
+        except Exception as error:
+            if type(error).__module__.partition(".")[0] != "ray":
+                raise
+            raise EngineError(f"Ray gave work up: {first_line(error)}") from error
 
 
 class Job(Generic[Made]):

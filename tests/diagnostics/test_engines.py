@@ -1,9 +1,14 @@
 import json
 import os
 import re
+import shutil
 import socket
+import subprocess
 import sys
+import time
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import joblib
 import pandas as pd
@@ -174,6 +179,21 @@ def test_processes_of_this_machine_give_the_same_numbers(pair, tmp_path):
     same(here, there)
 
 
+def test_a_killed_process_of_this_machine_costs_only_its_work(tmp_path):
+    with engines.engine("local:2"):
+        calls = (partial(clusters.deadly, i, os.getpid(), tmp_path / "once") for i in range(12))
+        assert list(work.each(calls)) == list(range(12))
+    assert (tmp_path / "once").exists()
+
+
+@pytest.mark.slow
+def test_work_that_kills_every_process_of_this_machine_ends_as_one_error():
+    with engines.engine("local:2"):
+        with pytest.raises(engines.EngineError, match="4 processes were lost one after another"):
+            list(work.each(partial(clusters.deadly, i, os.getpid()) for i in range(8)))
+        assert list(work.each(partial(pow, i, 2) for i in range(3))) == [0, 1, 4]
+
+
 def same(first, second):
     """Two results, bit for bit."""
     assert first.metrics == second.metrics
@@ -328,3 +348,65 @@ def test_a_checkpoint_that_the_workers_do_not_see_is_named_with_what_to_do(clust
         pytest.raises(ValueError, match=r"elsewhere: not there on .*same files at the same"),
     ):
         list(work.each(partial(opened.read, each) for each in opened.matrices))
+
+
+# Ray
+
+
+@pytest.fixture(scope="module")
+def ray_cluster():
+    """The name of a Ray cluster of two processes, in a process of its own."""
+    pytest.importorskip("ray", reason="needs tunescope[ray]")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = shutil.which("ray", path=str(Path(sys.executable).parent)) or "ray"
+    options = ["--head", "--block", "--port=0", f"--ray-client-server-port={port}", "--num-cpus=2"]
+    options += [
+        "--include-dashboard=false",
+        "--disable-usage-stats",
+        "--object-store-memory=100000000",
+        "--dashboard-port=0",
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    head = subprocess.Popen(
+        [command, "start", *options], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        for _ in range(300):
+            with suppress(OSError):
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            time.sleep(0.2)
+        yield f"ray://127.0.0.1:{port}"
+    finally:
+        head.terminate()
+        head.wait(timeout=60)
+
+
+# Ray itself leaves sockets and asks for what is deprecated.
+of_ray = pytest.mark.filterwarnings("ignore")
+
+
+@of_ray
+@pytest.mark.slow
+def test_ray_gives_the_same_bytes_also_when_a_worker_is_killed(
+    ray_cluster, pair, alone, tmp_path, monkeypatch
+):
+    command = ("audit", *pair, "--only", "intruders", "--engine", ray_cluster, "--out", tmp_path, "--quiet")
+    assert shell(monkeypatch, *command) == 0
+    assert tables(tmp_path) == alone
+    with engines.engine(ray_cluster):
+        calls = (partial(clusters.deadly, i, os.getpid(), tmp_path / "once") for i in range(8))
+        assert list(work.each(calls)) == list(range(8))
+    assert (tmp_path / "once").exists()
+
+
+@of_ray
+@pytest.mark.slow
+def test_work_that_kills_every_ray_worker_ends_as_one_error(ray_cluster):
+    with engines.engine(ray_cluster):
+        with pytest.raises(engines.EngineError, match="Ray gave work up: The actor died unexpectedly"):
+            list(work.each(partial(clusters.deadly, i, os.getpid()) for i in range(8)))
+        with pytest.raises(ValueError, match=r"matrix \d: is not to my liking"):
+            list(work.each(partial(clusters.refusing, i) for i in range(5)))
