@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diagnostics import machine
+from diagnostics import engines, machine
 from diagnostics.analysis import EXECUTION, Analysis, NotApplicableError, find, installed
 from diagnostics.disk import CannotWriteError
 from diagnostics.inputs import OPTIONS, ROLES, open_roles
@@ -114,7 +114,7 @@ def audit(
     pair = CheckpointPair(base, tuned)
     if series is None:
         series = CheckpointSeries([pair.base, pair.tuned], steps=("base", "tuned"))
-    with machine.engine(engine), store:
+    with engines.engine(engine, where), store:
         return run(
             store,
             pair,

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diagnostics import linalg
+from diagnostics import linalg, work
 from diagnostics.analysis import Result, analysis
 from diagnostics.decide import SMALL, Decision, decide_all, decide_exactly
 from diagnostics.factor_cache import FactorCache, afresh
@@ -229,10 +230,8 @@ def _all(
 ) -> Generator[Examined, None, None]:
     """Decide groups of matrices on the engine; in this process, the next group is read meanwhile."""
     if not in_this_process():
-        from joblib import Parallel, delayed
-
-        jobs = (delayed(examine)(pair, group, settings, verify) for group in groups)
-        for made in Parallel(return_as="generator")(jobs):
+        calls = (partial(examine, pair, group, settings, verify.intersection(group)) for group in groups)
+        for made in work.each(calls, device=settings.device):
             yield from made
         return
     with closing(ahead(lambda group: fetch(pair, group, settings.device), groups)) as reading:

@@ -5,10 +5,12 @@ Everything speaks of the left singular vectors of an (out, in) matrix `W`, that 
 """
 
 import copy
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -67,11 +69,21 @@ def _add_symmetric(total: Float[Tensor, "side side"], part: Float[Tensor, "side 
     from scipy.linalg.blas import dsyrk, ssyrk
 
     syrk = dsyrk if total.dtype == torch.float64 else ssyrk
-    # BLAS counts by columns: a row-major array is to it the transpose, and a lower triangle the upper one.
-    if part.is_contiguous():
-        syrk(1.0, part.numpy().T, 1.0, total.numpy().T, trans=1, overwrite_c=1)
-    else:
-        syrk(1.0, part.mT.contiguous().numpy().T, 1.0, total.numpy().T, trans=0, overwrite_c=1)
+    # It has a number of threads of its own, and sums in another order with another number.
+    with _blas().limit(limits=torch.get_num_threads(), user_api="blas"):
+        # BLAS counts by columns: a row-major array is its transpose, and a lower triangle the upper one.
+        if part.is_contiguous():
+            syrk(1.0, part.numpy().T, 1.0, total.numpy().T, trans=1, overwrite_c=1)
+        else:
+            syrk(1.0, part.mT.contiguous().numpy().T, 1.0, total.numpy().T, trans=0, overwrite_c=1)
+
+
+@functools.cache
+def _blas() -> Any:
+    """The BLAS libraries of this process other than torch's, once they are loaded."""
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
 
 
 def left_singular(

@@ -1,12 +1,9 @@
-"""Where an audit runs: its device, its workers, its memory, and what to record of all that."""
+"""Where an audit runs: its device, its memory, and what to record of all that."""
 
-import importlib
 import os
 import platform
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -49,66 +46,6 @@ def dtype(name: str | None) -> str | None:
     if name is not None and name not in DTYPES:
         raise ValueError(f"--dtype {name}: unknown; known: {', '.join(DTYPES)}")
     return name
-
-
-@contextmanager
-def engine(name: str) -> Iterator[None]:
-    """Let every `joblib.Parallel` within run on an engine.
-
-    Args:
-        name: `local` (this process), `local:N` (N processes), `dask://HOST:PORT` or `ray://HOST:PORT` (a
-            cluster that is running already, workers with the same packages and files).
-
-    Raises:
-        ValueError: unknown, its package is not installed, or it cannot be reached.
-    """
-    if name == "local":
-        yield
-        return
-    from joblib import parallel_config
-
-    kind, _, rest = name.partition(":")
-    if kind == "local" and rest.isdecimal() and int(rest) > 0:
-        with parallel_config(backend="loky", n_jobs=int(rest)):
-            yield
-    elif kind == "dask" and rest.startswith("//"):
-        distributed = imported("dask.distributed", name, "dask[distributed]")
-        try:
-            client = distributed.Client(f"tcp:{rest}", timeout="10s")
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--engine {name}: no scheduler answers there: {error}") from error
-        with client, parallel_config(backend="dask"):
-            yield
-    elif kind == "ray" and rest.startswith("//"):
-        ray = imported("ray", name, "ray[client]")
-        try:
-            ray.init(address=name)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise ValueError(f"--engine {name}: no cluster answers there: {error}") from error
-        imported("ray.util.joblib", name, "ray[client]").register_ray()
-        try:
-            with parallel_config(backend="ray"):
-                yield
-        finally:
-            ray.shutdown()
-    else:
-        raise ValueError(
-            f"--engine {name}: unknown; known: local, local:N, dask://HOST:PORT, ray://HOST:PORT"
-        )
-
-
-def imported(module: str, name: str, package: str) -> Any:
-    """The module behind an engine.
-
-    Raises:
-        ValueError: not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(
-            f"--engine {name}: needs a package that is not here; pip install '{package}'"
-        ) from error
 
 
 class PeakMemory:

@@ -11,6 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -19,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diagnostics import linalg
+from diagnostics import linalg, work
 from probes import CheckpointPair
 from probes.adapters import Adapter
 from probes.blend import between, unrounded, write_blend
@@ -295,8 +296,6 @@ def _scale_triples(
     progress: Progress | None, **search: Any,
 ) -> Outcome:  # fmt: skip
     """Find the intruders, damp what the mode says of them, write the result."""
-    from joblib import Parallel, delayed
-
     from diagnostics.intruders import intruder_dimensions
 
     found = intruder_dimensions(pair, device=device, progress=progress, **search)
@@ -306,8 +305,8 @@ def _scale_triples(
             "give the base that it was trained from"
         )
     chosen = choose(found.tables["vectors"], mode)
-    jobs = (delayed(_edit)(pair, name, ranks, scale, device) for name, ranks in chosen.items())
-    damped = dict(zip(chosen, Parallel()(jobs), strict=True))
+    calls = (partial(_edit, pair, name, ranks, scale, device) for name, ranks in chosen.items())
+    damped = dict(zip(chosen, work.each(calls, device=device), strict=True))
     edits = [edit for edit, _ in damped.values()] if scale != 1 else []
     done = Refit()
     if full:

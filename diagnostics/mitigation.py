@@ -10,6 +10,7 @@ review.
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diagnostics import control
+from diagnostics import control, work
 from diagnostics.analysis import Result, analysis
 from diagnostics.inputs import tasks
 from diagnostics.mitigate import Mode, applied, by_tensor, choose, triples
@@ -243,8 +244,6 @@ class Bench:
     @classmethod
     def of(cls, pair: CheckpointPair, *, device: str, progress: Progress | None, **search: Any) -> "Bench":
         """Find the intruders of a pair and decompose the matrices that have one."""
-        from joblib import Parallel, delayed
-
         from diagnostics.intruders import intruder_dimensions
 
         found = intruder_dimensions(pair, device=device, progress=progress, **search)
@@ -274,8 +273,8 @@ class Bench:
         for by_matrix in chosen.values():
             for name, ranks in by_matrix.items():
                 wanted.setdefault(name, set()).update(ranks)
-        jobs = (delayed(_factors)(pair, name, sorted(ranks), device) for name, ranks in wanted.items())
-        factors = dict(zip(wanted, Parallel()(jobs), strict=True))
+        calls = (partial(_factors, pair, name, sorted(ranks), device) for name, ranks in wanted.items())
+        factors = dict(zip(wanted, work.each(calls, device=device), strict=True))
         intruders = int(found.metrics.get("intruders", 0))
         return cls(
             pair=pair, blender=Blender(pair), chosen=chosen, factors=factors, intruders=intruders,

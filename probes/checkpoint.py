@@ -3,10 +3,12 @@
 An adapter is opened as the model that it makes of its base, with the adapter merged in one tensor at a time.
 """
 
+import pickle
+import platform
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,9 +31,11 @@ class Checkpoint:
         directory: where its own files lie, if they lie in one: configuration and tokenizer are there.
         base: what an adapter is applied to; None for full weights.
         module: the model in memory that it was opened from; not pickled.
+        opened: path and stamp of its own files, where it has any: these are pickled, and not what they hold.
     """
 
     module: Any = None
+    opened: tuple[Path, str] | None = None
 
     def __init__(
         self,
@@ -58,6 +62,11 @@ class Checkpoint:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "module": None}
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.opened is None:
+            return super().__reduce_ex__(protocol)
+        return _opened_again, (self.ref, *self.opened, pickle.dumps(self.config), self.base)
 
     def __repr__(self) -> str:
         return f"<Checkpoint {self.ref}: {self.kind}, {self.architecture}, {len(self.headers)} tensors>"
@@ -166,7 +175,9 @@ class Checkpoint:
 
     def described_by(self, config: Mapping[str, Any]) -> "Checkpoint":
         """This checkpoint, read by another's config.json."""
-        return Checkpoint(self.ref, self.source, config, directory=self.directory, base=self.base)
+        described = Checkpoint(self.ref, self.source, config, directory=self.directory, base=self.base)
+        described.opened = self.opened
+        return described
 
     def _differ(self, name: str, other: str) -> bool:
         """Whether two tensors of the same shape hold other values."""
@@ -214,19 +225,50 @@ def open_checkpoint(
         checkpoint = open_memory(ref, base=base)
         checkpoint.module = None if isinstance(ref, Mapping) else ref
         return checkpoint
-    path = locate(ref, revision=revision)
+    return _open(str(ref), locate(ref, revision=revision), base)
+
+
+def _open(ref: str, path: Path, base: "Checkpoint | str | Path | None") -> Checkpoint:
     adapter = adapter_files(path)
     if adapter is not None:
-        return _open_adapter(str(ref), *adapter, base)
-    directory = path if path.is_dir() else path.parent
-    config = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
-    alone = path.is_file() and not config
-    return Checkpoint(str(ref), open_files(path), config, directory=None if alone else directory)
+        checkpoint, own = _open_adapter(ref, *adapter, base)
+    else:
+        directory = path if path.is_dir() else path.parent
+        config = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
+        alone = path.is_file() and not config
+        own = open_files(path)
+        checkpoint = Checkpoint(ref, own, config, directory=None if alone else directory)
+    checkpoint.opened = path.absolute(), own.stamp()
+    return checkpoint
+
+
+# A process that works through the matrices of a pair is told of it with each of them, and opens it once.
+@lru_cache(maxsize=8)
+def _opened_again(ref: str, path: Path, stamp: str, config: bytes, base: Checkpoint | None) -> Checkpoint:
+    """A checkpoint that another process has opened.
+
+    Raises:
+        ValueError: the files are not here, or are not those that it opened.
+    """
+    here = f"on {platform.node() or 'this machine'}"
+    if not path.exists():
+        raise ValueError(
+            f"{path}: not there {here}; every worker opens the checkpoints itself, so put the same files at "
+            "the same place on each machine"
+        )
+    checkpoint = _open(ref, path, base)
+    if checkpoint.opened != (path, stamp):
+        raise ValueError(
+            f"{path}: {here} it is not the file that was opened first, by size or time of change; copy it "
+            "with its time kept, or start again if it was written meanwhile"
+        )
+    described = pickle.loads(config)
+    return checkpoint if checkpoint.config == described else checkpoint.described_by(described)
 
 
 def _open_adapter(
     ref: str, settings: Path, weights: Path, base: "Checkpoint | str | Path | None"
-) -> Checkpoint:
+) -> tuple[Checkpoint, Source]:
     config = read_json(settings)
     if base is None:
         named = config.get("base_model_name_or_path")
@@ -243,4 +285,4 @@ def _open_adapter(
     own = open_files(weights)
     refuse_quantised(ref, own.headers, {})
     source = Adapter(config, own, base.source, base.matrices, where=ref, of=base.ref)
-    return Checkpoint(ref, source, base.config, directory=settings.parent, base=base)
+    return Checkpoint(ref, source, base.config, directory=settings.parent, base=base), own

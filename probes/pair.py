@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import torch
@@ -77,6 +77,11 @@ class CheckpointPair:
             matrix = self.base.matrices[name]
             self.matrices[name] = replace(matrix, rows=min(self.resized.get(name, (matrix.rows,))))
         self._refuse_strangers()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.base.opened is None or self.tuned.opened is None:
+            return super().__reduce_ex__(protocol)
+        return _again, (self.base, self.tuned)
 
     def read(self, name: str) -> tuple[Tensor, Tensor]:
         """A matrix of base and tuned, both (out, in): as stored, or float32 where an adapter changes it.
@@ -254,6 +259,12 @@ class CheckpointPair:
 
     def _same_tensor(self, missing: str, extra: str) -> bool:
         return same_bytes(self.base.tensor(missing), self.tuned.tensor(extra))
+
+
+@lru_cache(maxsize=4)
+def _again(base: Checkpoint, tuned: Checkpoint) -> CheckpointPair:
+    """The pair of two checkpoints that another process had aligned."""
+    return CheckpointPair(base, tuned)
 
 
 def _same_weights(first: Checkpoint | None, second: Checkpoint | None) -> bool:

@@ -1,8 +1,3 @@
-import os
-import sys
-from types import ModuleType, SimpleNamespace
-
-import joblib
 import numpy as np
 import pytest
 import torch
@@ -47,53 +42,6 @@ def test_an_unknown_dtype_is_refused_with_the_known_ones():
     assert machine.dtype("float64") == "float64"
     with pytest.raises(ValueError, match="--dtype int8: unknown; known: float32, float64"):
         machine.dtype("int8")
-
-
-def test_a_local_engine_with_workers_runs_elsewhere():
-    with machine.engine("local:2"):
-        there = joblib.Parallel()(joblib.delayed(os.getpid)() for _ in range(4))
-    assert os.getpid() not in there
-    assert joblib.Parallel()(joblib.delayed(os.getpid)() for _ in range(2)) == [os.getpid()] * 2
-
-
-def test_the_default_engine_is_this_process():
-    with machine.engine("local"):
-        assert joblib.Parallel()(joblib.delayed(os.getpid)() for _ in range(2)) == [os.getpid()] * 2
-
-
-@pytest.mark.parametrize("name", ["slurm", "local:0", "local:x", "dask", "ray:HOST", ""])
-def test_an_unknown_engine_is_refused_with_the_known_ones(name):
-    with (
-        pytest.raises(ValueError, match="unknown; known: local, local:N, dask://HOST:PORT, ray://HOST:PORT"),
-        machine.engine(name),
-    ):
-        pass
-
-
-@pytest.mark.parametrize(
-    ("name", "package"), [("dask://h:1", r"dask\[distributed\]"), ("ray://h:1", r"ray\[client\]")]
-)
-def test_an_engine_whose_package_is_not_here_names_it(monkeypatch, name, package):
-    for module in ("dask", "dask.distributed", "ray"):
-        monkeypatch.setitem(sys.modules, module, None)
-    with (
-        pytest.raises(ValueError, match=f"--engine {name}: needs .*pip install '{package}'"),
-        machine.engine(name),
-    ):
-        pass
-
-
-def test_a_scheduler_that_does_not_answer_is_refused(monkeypatch):
-    def unreachable(address, timeout):
-        raise OSError(f"timed out at {address}")
-
-    monkeypatch.setitem(sys.modules, "dask", ModuleType("dask"))
-    monkeypatch.setitem(sys.modules, "dask.distributed", SimpleNamespace(Client=unreachable))
-    with (
-        pytest.raises(ValueError, match=r"no scheduler answers there: timed out at tcp://h:1"),
-        machine.engine("dask://h:1"),
-    ):
-        pass
 
 
 def test_the_peak_of_memory_counts_what_was_freed_again():
