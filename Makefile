@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install demo test test-slow lint bench clean
+.PHONY: install demo test test-slow lint bench fuzz clean
 
 install: $(READY)
 
@@ -32,6 +32,11 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m tests.benchmarks
+
+# FUZZ_SECONDS=300 make fuzz   gives each of the twelve readers so long in place of 40 s.
+fuzz: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,fuzz]'
+	$(BIN)/python -m tests.fuzz
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -4,7 +4,6 @@ Audits are read when they are first looked at, and again when they change on dis
 shown as damaged, and the others work.
 """
 
-import json
 import logging
 import re
 import threading
@@ -15,6 +14,7 @@ from typing import Any
 
 from dashboard.query import Query
 from diagnostics.store import Audit, load
+from probes.foreign import confined, read_json
 
 log = logging.getLogger(__name__)
 
@@ -196,9 +196,9 @@ def read_series(entry: Entry) -> dict[str, Any]:
     """
     assert entry.path is not None
     try:
-        record = json.loads((entry.path / "series.json").read_text(encoding="utf-8"))
-        if not isinstance(record["checkpoints"], list):
-            raise TypeError("checkpoints is not a list")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        record = read_json(confined(entry.path / "series.json", entry.path, "series"))
+        if not isinstance(record.get("checkpoints"), list):
+            raise ValueError("checkpoints is not a list")
+    except ValueError as error:
         raise ValueError(f"series.json of {entry.id}: damaged: {error}") from error
-    return dict(record)
+    return record

@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+# Of one table; the largest that an analysis writes have a hundredth of it. A few bytes of parquet can stand
+# for any number of equal rows.
+CELLS = 2**26
+
+
 class CannotWriteError(OSError):
     """A file could not be written; the text says where, why and how to mend it."""
 
@@ -69,13 +74,17 @@ def read_table(path: Path) -> "pd.DataFrame":
     Raises:
         ValueError: it is missing or damaged.
     """
-    import pyarrow
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(path, page_checksum_verification=True).to_pandas()
-    except (OSError, pyarrow.ArrowException) as error:
-        reason = "is missing" if not path.exists() else "is damaged"
+        with path.open("rb") as file:
+            table = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
+            cells = table.metadata.num_rows * max(1, len(table.schema.names))
+            if cells > CELLS:
+                raise ValueError(f"says that it has {cells} cells")
+            return table.read().to_pandas()
+    except Exception as error:  # a damaged file breaks in the ways of several libraries
+        reason = "is damaged" if path.is_file() else "is missing"
         raise ValueError(f"{path}: {reason}; run the audit again") from error
 
 
@@ -95,5 +104,13 @@ def to_json(record: Any) -> str:
 
 
 def number(value: Any) -> float | int:
-    """A number as `to_json` wrote it."""
-    return float(value) if isinstance(value, str) else value
+    """A number as `to_json` wrote it.
+
+    Raises:
+        ValueError: it is none, or too large for a computer's.
+    """
+    if value in ("NaN", "Infinity", "-Infinity"):
+        return float(value)
+    if not isinstance(value, int | float) or (isinstance(value, int) and value.bit_length() > 1023):
+        raise ValueError(f"{value!r:.80} is not a number")
+    return value

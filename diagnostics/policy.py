@@ -19,6 +19,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diagnostics.analysis import Result, find, installed
+from probes.foreign import one_line
+
+# Of one line: the parser takes the square of the parts of a dotted key, and keys have three.
+DOTS = 300
+# What a threshold may be at most, and no infinity.
+LARGEST = 1e300
 
 Severity = Literal["warn", "fail"]
 Verdict = Literal["pass", "warn", "fail"]
@@ -109,14 +115,18 @@ def load_policy(path: str | Path) -> Policy:
         ValueError: the file is missing or not TOML, or a rule makes no sense.
         LookupError: an unknown analysis, metric, key or parameter; the message lists the known ones.
     """
-    try:
-        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"policy {path}: cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"policy {path}: not a TOML file: {error}") from error
-    given = parse(tables, origin=f"policy {path}")
-    check_names(given)
+    with one_line(f"policy {path}"):
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+            if any(line.count(".") > DOTS for line in text.splitlines()):
+                raise ValueError(f"a line has more than {DOTS} dots")
+            tables = tomllib.loads(text)
+        except OSError as error:
+            raise ValueError(f"policy {path}: cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise ValueError(f"policy {path}: not a TOML file: {error}") from error
+        given = parse(tables, origin=f"policy {path}")
+        check_names(given)
     default = default_policy()
     names = {*default.rules, *given.rules}
     rules = {name: {**default.rules.get(name, {}), **given.rules.get(name, {})} for name in sorted(names)}
@@ -153,7 +163,7 @@ def rule(table: Any, where: str) -> Rule:
     for key, value in table.items():
         if key not in kinds:
             raise LookupError(f"{where}: unknown key {key!r}; known: {', '.join(kinds)}")
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
         if not (number if kinds[key] is float else isinstance(value, kinds[key])):
             word = {float: "a finite number", bool: "true or false", str: "a text"}[kinds[key]]
             raise ValueError(f"{where}: {key} = {value!r} is not {word}")
@@ -256,6 +266,6 @@ def unjudged(result: Result, metric: str, made: Rule) -> str:
     if math.isnan(value):
         return "it came out as not a number"
     factor = result.parameters.get(made.per) if made.per else 1.0
-    if isinstance(factor, bool) or not isinstance(factor, int | float):
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or abs(factor) > LARGEST:
         return f"its thresholds are per {made.per}, which is {factor!r} here"
     return ""

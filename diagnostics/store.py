@@ -18,8 +18,19 @@ from filelock import FileLock, Timeout
 from diagnostics.analysis import Result, plain
 from diagnostics.disk import number, read_table, replacing, to_json, write_table, writing
 from diagnostics.policy import Finding, Policy, Verdict, judge, judged, not_measured, parse, verdict
+from probes.foreign import confined, one_line
 
 SCHEMA = 1
+# The types of the fields of audit.json, and of an entry under `analyses`; a list is one of such parts.
+FIELDS: dict[str, Any] = {
+    "base": dict, "tuned": dict, "policy": dict, "analyses": dict, "kept": dict, "created": str,
+    "tunescope": str, "data": dict, "environment": dict, "options": dict, "unmatched": [dict], "notes": [str],
+}  # fmt: skip
+ENTRY: dict[str, Any] = {
+    "status": str, "reason": str | None, "fault": str | None, "seconds": int | float,
+    "peak_rss_mb": int | float | None, "device": str | None, "key": str | None, "question": str, "paper": str,
+    "reused": bool, "parameters": dict, "metrics": dict, "tables": dict, "masks": dict, "notes": [str],
+}  # fmt: skip
 # Inside an audit's directory.
 FOLDERS = ("tables", "masks")
 # There too: what was measured on the single checkpoints of a series, for a run that goes on.
@@ -180,7 +191,7 @@ def mask_file(name: str, mask: str) -> str:
 def safe(*words: str) -> str:
     """The stem of a file's name, refused where a word could leave its directory."""
     for word in words:
-        if not re.fullmatch(r"[\w-]+", word):
+        if not re.fullmatch(r"[\w-]{1,100}", word):
             raise ValueError(f"{word!r} cannot name an analysis or a table; use letters, digits, _ and -")
     return ".".join(words)
 
@@ -291,14 +302,21 @@ def load(path: str | Path, *, damaged: Literal["refuse", "drop"] = "refuse") -> 
     """
     directory = Path(path).parent if Path(path).name == "audit.json" else Path(path)
     file = directory / "audit.json"
+    with one_line(file):
+        return _loaded(path, directory, file, damaged)
+
+
+def _loaded(path: str | Path, directory: Path, file: Path, damaged: str) -> Audit:
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = json.loads(confined(file, directory, "audit").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no audit here (there is no audit.json)") from error
     except OSError as error:
         raise ValueError(f"{file}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: damaged, not JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{file}: damaged, not JSON: nested too deeply") from error
     schema = record.get("schema") if isinstance(record, dict) else None
     if not isinstance(schema, int):
         raise ValueError(f"{file}: not an audit of tunescope")
@@ -312,13 +330,41 @@ def load(path: str | Path, *, damaged: Literal["refuse", "drop"] = "refuse") -> 
         raise ValueError(f"{file}: damaged: {type(error).__name__} {error}") from error
 
 
+def typed(record: Any, kinds: Mapping[str, Any], file: Path, where: str) -> None:
+    """Hold what a part of audit.json has against the types that everything later relies on.
+
+    Raises:
+        ValueError: the first field that is of another.
+    """
+    if not isinstance(record, dict):
+        raise ValueError(f"{file}: damaged: {where or 'it '}is no object")
+    for key, kind in kinds.items():
+        value = record.get(key)
+        if isinstance(kind, list):
+            right = isinstance(value, list) and all(isinstance(each, kind[0]) for each in value)
+        else:
+            right = isinstance(value, kind)
+        if key in record and not right:
+            raise ValueError(f"{file}: damaged: {where}{key} is {value!r:.80}")
+    if record.get("status", "ok") not in ("ok", "skipped", "failed"):
+        raise ValueError(f"{file}: damaged: {where}status is {record['status']!r:.80}")
+
+
 def audit_of(record: Mapping[str, Any], directory: Path, damaged: str) -> Audit:
     """The audit that audit.json holds."""
-    policy = parse(record["policy"]["rules"], origin=record["policy"]["origin"])
+    file = directory / "audit.json"
+    typed(record, FIELDS, file, "")
+    typed(record["policy"], {"rules": dict, "origin": str}, file, "policy: ")
+    rules, origin = record["policy"]["rules"], record["policy"]["origin"]
+    try:
+        policy = parse(rules, origin=origin)
+    except (ValueError, LookupError) as error:
+        raise ValueError(f"{file}: damaged: {error}") from error
 
     def outcomes(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Outcome]:
         made = {}
         for name, entry in entries.items():
+            typed(entry, ENTRY, file, f"{name}: ")
             outcome = Outcome(**{k: entry[k] for k in Outcome.__dataclass_fields__ if k in entry})
             if outcome.status == "ok":
                 try:
@@ -349,21 +395,26 @@ def audit_of(record: Mapping[str, Any], directory: Path, damaged: str) -> Audit:
 
 def result_of(name: str, entry: Mapping[str, Any], directory: Path) -> Result:
     """The result that an entry under `analyses` holds, its tables read."""
+    record = directory / "audit.json"
+    try:
+        own = {table: table_file(name, table) for table in entry["tables"]}
+        own_masks = {mask: mask_file(name, mask) for mask in entry.get("masks", {})}
+        metrics = {metric: number(value) for metric, value in entry["metrics"].items()}
+    except ValueError as error:
+        raise ValueError(f"{record}: damaged: {name}: {error}") from error
+    # An audit from elsewhere must not make us open what lies outside it.
     tables = {}
     for table, file in entry["tables"].items():
-        # An audit from elsewhere must not make us open what lies outside it.
-        if file != table_file(name, table):
-            raise ValueError(
-                f"{directory / 'audit.json'}: damaged: table {table} of {name} is said to be {file!r}"
-            )
-        tables[table] = read_table(directory / file)
+        if file != own[table]:
+            raise ValueError(f"{record}: damaged: table {table} of {name} is said to be {file!r}")
+        tables[table] = read_table(confined(directory / file, directory, "audit"))
     masks = {}
     for mask, file in entry.get("masks", {}).items():
-        if file != mask_file(name, mask) or not (directory / file).is_file():
-            raise ValueError(f"{directory / 'audit.json'}: damaged: mask {mask} of {name} is missing")
-        masks[mask] = directory / file
+        if file != own_masks[mask] or not (directory / file).is_file():
+            raise ValueError(f"{record}: damaged: mask {mask} of {name} is missing")
+        masks[mask] = confined(directory / file, directory, "audit")
     return Result(
-        metrics={k: number(v) for k, v in entry["metrics"].items()},
+        metrics=metrics,
         tables=tables,
         notes=tuple(entry["notes"]),
         masks=masks,

@@ -15,8 +15,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from probes.adapters import Adapter, LowRank
+from probes.foreign import confined, one_line, plain, read_json
 from probes.layout import Header, Matrix
-from probes.locate import adapter_files, locate, open_files, read_json
+from probes.locate import adapter_files, locate, open_files
 from probes.quantised import refuse_quantised
 from probes.sources import Source, same_bytes
 
@@ -97,7 +98,7 @@ class Checkpoint:
                 # transformers does not tie what the file holds with other values, whatever the config says.
                 found = matrices(self.headers, self.config, untied=own)
         except ValueError as error:
-            raise ValueError(f"{self.ref}: {error}") from error
+            raise ValueError(plain(f"{self.ref}: {error}")) from error
         first: dict[Any, Matrix] = {}
         # The embedding gives its name to a tied pair.
         for matrix in sorted(found.values(), key=lambda matrix: matrix.part != "embedding"):
@@ -111,8 +112,9 @@ class Checkpoint:
     @property
     def architecture(self) -> str:
         """Class of the model as its configuration names it."""
-        classes = self.config.get("architectures") or [self.config.get("model_type") or "unknown"]
-        return str(classes[0])
+        classes = self.config.get("architectures")
+        named = classes[:1] if isinstance(classes, list) else []
+        return str((*named, self.config.get("model_type") or "unknown")[0])
 
     @cached_property
     def parameters(self) -> int:
@@ -219,6 +221,11 @@ def open_checkpoint(
     """
     if isinstance(ref, Checkpoint):
         return ref
+    with one_line(ref if isinstance(ref, str | Path) else "the checkpoint"):
+        return _opened(ref, base, revision)
+
+
+def _opened(ref: Any, base: "Checkpoint | str | Path | None", revision: str | None) -> Checkpoint:
     if not isinstance(ref, str | Path):
         from probes.memory import open_memory
 
@@ -234,7 +241,8 @@ def _open(ref: str, path: Path, base: "Checkpoint | str | Path | None") -> Check
         checkpoint, own = _open_adapter(ref, *adapter, base)
     else:
         directory = path if path.is_dir() else path.parent
-        config = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
+        described = directory / "config.json"
+        config = read_json(confined(described, directory)) if described.is_file() else {}
         alone = path.is_file() and not config
         own = open_files(path)
         checkpoint = Checkpoint(ref, own, config, directory=None if alone else directory)
@@ -271,14 +279,14 @@ def _open_adapter(
 ) -> tuple[Checkpoint, Source]:
     config = read_json(settings)
     if base is None:
-        named = config.get("base_model_name_or_path")
-        if not named:
+        named, revision = config.get("base_model_name_or_path"), config.get("revision")
+        if not isinstance(named, str) or not named:
             raise ValueError(
                 f"{ref}: is an adapter, and {settings.name} names no base; name it there as "
                 "base_model_name_or_path, or in Python give base="
             )
         try:
-            base = open_checkpoint(named, revision=config.get("revision"))
+            base = open_checkpoint(named, revision=revision if isinstance(revision, str) else None)
         except ValueError as error:
             raise ValueError(f"{ref}: cannot open the base that this adapter names: {error}") from error
     base = open_checkpoint(base)

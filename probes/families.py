@@ -84,11 +84,14 @@ UNEMBEDDING = (
 HEAD = r"(?:^|[._])(?:heads?|score|classifier|pooler|qa_outputs|cls|predictions|vocab_\w+|logits)(?:\.|$)"
 
 # Blocks count from 0; those inside stages (Swin, ALBERT's groups) count on from stage to stage.
-STAGED = r"(?:layers|stages?|albert_layer_groups)\.\d+\.(?:blocks|layers|albert_layers)|block\.\d+(?=\.\d)"
+STAGED = (
+    r"(?:layers|stages?|albert_layer_groups)\.\d{1,9}\.(?:blocks|layers|albert_layers)"
+    r"|block\.\d{1,9}(?=\.\d{1,9}\.)"
+)
 PLAIN = (
     r"(?!conv_|in_|res_skip_|fpn_|scale_)\w*layers?|h|blocks?|resblocks|attentions|ffns|encoders|self_attends"
 )
-BLOCK = rf"(?:^|\.)((?:{STAGED}|{PLAIN})\.\d+)\.(?!weight$|bias$)"
+BLOCK = rf"(?:^|\.)((?:{STAGED}|{PLAIN})\.\d{{1,9}})\.(?!weight$|bias$)"
 
 NOT_WEIGHTS = (
     r"(?i)(?:^|[._])(?:bias(?:es)?|bias_[a-z]|inv_freq|(?:cos|sin)_cached|causal_mask|freqs_cis"

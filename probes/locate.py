@@ -1,11 +1,10 @@
 """From a reference to files: local paths, hub ids, and which files of a directory hold the weights."""
 
-import json
 import os
 import re
 from pathlib import Path, PurePosixPath
-from typing import Any
 
+from probes.foreign import confined, read_json
 from probes.sources import SafetensorsSource, Source, TorchSource
 
 HUB_ID = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*(?:@[\w./-]+)?")
@@ -29,8 +28,13 @@ def locate(ref: str | Path, *, revision: str | None = None) -> Path:
     Raises:
         ValueError: nothing is there, or the hub has no such repository or revision.
     """
-    path = Path(ref).expanduser()
-    if path.exists():
+    path = Path(ref)
+    try:
+        path = path.expanduser()
+        exists = path.exists()
+    except (OSError, RuntimeError):  # a name that is too long, or a home that nobody has
+        exists = False
+    if exists:
         if revision is not None:
             raise ValueError(f"{ref}: is a local path, and those have no revision; leave revision out")
         return path
@@ -116,10 +120,11 @@ def open_files(path: Path) -> Source:
         raise ValueError(f"{path}: neither a file nor a directory")
     for name in MODEL_FILES:
         if (path / name).is_file():
-            return _indexed(path, path / name) if name.endswith(".json") else _open([path / name])
-    found = sorted(path.glob("*.safetensors"))
+            file = confined(path / name, path)
+            return _indexed(path, file) if name.endswith(".json") else _open([file])
+    found = sorted(file for file in path.glob("*.safetensors") if file.is_file())
     if len(found) == 1:
-        return _open(found)
+        return _open([confined(found[0], path)])
     if found:
         names = ", ".join(file.name for file in found[:3])
         more = ", …" if len(found) > 3 else ""
@@ -162,22 +167,7 @@ def adapter_files(path: Path) -> tuple[Path, Path] | None:
         raise ValueError(f"{path}: has adapter_config.json but no weights ({' or '.join(ADAPTER_FILES)})")
     if not settings.is_file():
         raise ValueError(f"{path}: has adapter weights but no adapter_config.json, which says what they mean")
-    return settings, weights
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        ValueError: not JSON, or not an object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: should hold a JSON object, holds a {type(content).__name__}")
-    return content
+    return confined(settings, directory), weights if path.is_file() else confined(weights, directory)
 
 
 def _indexed(directory: Path, index: Path) -> Source:
@@ -200,10 +190,7 @@ def _indexed(directory: Path, index: Path) -> Source:
 
 
 def inside(directory: Path, name: str, index: Path) -> Path:
-    """The file called `name` in a directory, followed through links, which must not lead elsewhere.
-
-    A snapshot in the Hugging Face cache is made of links to the blobs beside it; only these may leave.
-    """
+    """The file called `name` in a directory; neither its name nor a link may lead elsewhere."""
     if (
         PurePosixPath(name).is_absolute()
         or ".." in PurePosixPath(name).parts
@@ -212,16 +199,12 @@ def inside(directory: Path, name: str, index: Path) -> Path:
     ):
         raise ValueError(f"{index}: names the file {name!r}, which is outside of the checkpoint; not opened")
     path = directory / name
-    if not path.exists():
+    try:
+        exists = path.exists()
+    except OSError:  # a name that is too long
+        exists = False
+    if not exists:
         raise ValueError(f"{index}: names {name!r}, which is missing from {directory}; copy or download it")
-    allowed = [directory.resolve()]
-    snapshots = directory.resolve().parent
-    if snapshots.name == "snapshots":
-        allowed.append((snapshots.parent / "blobs").resolve())
-    if not any(path.resolve().is_relative_to(root) for root in allowed):
-        raise ValueError(
-            f"{index}: {name!r} is a link to {path.resolve()}, outside of the checkpoint; not opened"
-        )
-    if not path.is_file():
+    if not confined(path, directory).is_file():
         raise ValueError(f"{index}: names {name!r}, which is not a file")
     return path

@@ -9,7 +9,7 @@ import torch
 from probes.layout import Header, Matrix
 from probes.naming import matrices as name_matrices
 
-_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+_EXPERT = re.compile(r"\.experts\.(\d{1,9})\.")
 # Names of sub-models that one file has and another leaves out or reorders.
 _WRAPPERS = frozenset({"model", "transformer", "language_model", "base_model"})
 

@@ -44,7 +44,10 @@ def is_weight(header: Header) -> bool:
     """Whether a tensor holds matrices: floating, two-dimensional or more, and no bias, scale or buffer."""
     long = sum(length > 1 for length in header.shape)
     matrix_like = len(header.shape) == 2 or (len(header.shape) > 2 and long > 1)
-    return matrix_like and header.dtype.is_floating_point and not re.search(families.NOT_WEIGHTS, header.name)
+    # Without entries a shape may tell of any number of experts.
+    if 0 in header.shape or not header.dtype.is_floating_point:
+        return False
+    return matrix_like and not re.search(families.NOT_WEIGHTS, header.name)
 
 
 class _Place(NamedTuple):
@@ -122,8 +125,9 @@ def _module(name: str) -> str:
 
 def _leaf(path: str) -> str:
     """The last name of a path, with the numbers behind it: `fc`, `net.3`."""
-    match = re.search(r"[^.]*[^.\d][^.]*(?:\.\d+)*$", path)
-    return match[0] if match else path
+    segments = path.split(".")
+    first = next((at for at in reversed(range(len(segments))) if not segments[at].isdecimal()), 0)
+    return ".".join(segments[first:]) if segments[first] else path
 
 
 class _Stored(NamedTuple):
@@ -205,7 +209,12 @@ class _File:
         if re.search(families.ROWS_OF_EXPERTS, name):
             router = self.headers.get(name.partition(".experts.")[0] + ".router.layer.weight")
             if router is not None:
-                stack = experts = router.shape[0]
+                stack = experts = router.shape[0] if router.shape else 1
+                if not experts or shape[0] % experts:
+                    raise ValueError(
+                        f"{name}: its {shape[0]} rows are no multiple of the {experts} experts of its "
+                        "router; is the file damaged?"
+                    )
                 shape = (shape[0] // experts, *shape[1:])
         elif len(shape) > 2 and re.search(families.STACK, name):
             stack, shape = shape[0], shape[1:]
@@ -260,8 +269,7 @@ class _File:
 
     def applies(self, layout: Fused) -> bool:
         """Whether a layout is that of this checkpoint's model."""
-        types = {config.get("model_type") for config in self.configs}
-        known = not layout.types or not types.isdisjoint(layout.types)
+        known = not layout.types or any(config.get("model_type") in layout.types for config in self.configs)
         return known and (layout.when is None or self.ask(layout, layout.when[:1]) is layout.when[1])
 
     def doubled(self, layout: Fused, whole: Matrix) -> bool:
@@ -274,11 +282,16 @@ class _File:
     def grouping(self, layout: Fused, whole: Matrix) -> tuple[int, tuple[int, ...]]:
         """Number of equal groups of rows, and each part's share of one; 0 groups if the config must tell."""
         equal = (1,) * len(layout.order)
-        heads = self.ask(layout, families.HEAD_KEYS) or 0
-        kv_heads = self.ask(layout, families.KV_HEAD_KEYS) or heads
+        heads = max(0, self.ask(layout, families.HEAD_KEYS) or 0)
+        kv_heads = max(0, self.ask(layout, families.KV_HEAD_KEYS) or 0) or heads
         if layout.per == "head":
             return heads, equal
         if layout.per == "kv head":
+            if heads and heads % kv_heads:
+                raise ValueError(
+                    f"{whole.tensor}: {heads} heads do not share {kv_heads} for keys and values evenly; is "
+                    "config.json that of another model?"
+                )
             return (kv_heads, (heads // kv_heads, 1, 1)) if heads else (0, equal)
         if layout.per == "rank":
             return families.CODEGEN_RANKS, equal

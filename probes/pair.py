@@ -292,7 +292,7 @@ def _divided(matrix: Matrix) -> bool:
 
 def _place(matrix: Matrix) -> tuple[Any, ...]:
     """What a matrix is in its model, whatever it is called and however it is kept."""
-    apart = re.search(r"\bexperts\.(\d+)\.", matrix.tensor)
+    apart = re.search(r"\bexperts\.(\d{1,9})\.", matrix.tensor)
     expert = int(apart[1]) if apart else matrix.expert
     return matrix.part, matrix.layer, matrix.component, expert, matrix.rows, matrix.columns
 
@@ -308,7 +308,8 @@ def _some(headers: list[Header]) -> str:
 
 def natural(name: str) -> list[tuple[int, str]]:
     """Sorts block 10 after block 9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    parts = re.split(r"(\d{1,18})", name)
+    return [(int(part), "") if place % 2 else (-1, part) for place, part in enumerate(parts)]
 
 
 def _order(matrix: Matrix) -> tuple[Any, ...]:

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from probes.blend import Blender
 from probes.checkpoint import Checkpoint, nearest
+from probes.foreign import one_line
 from probes.pair import CheckpointPair
 from probes.save import write_checkpoint
+from probes.sources import SafetensorsSource
 
 VERSION = "1"
 
@@ -95,15 +97,21 @@ class Patch:
         Raises:
             ValueError: it is missing, damaged, or something else.
         """
-        from safetensors import SafetensorError, safe_open
+        with one_line(path):
+            return cls._read(Path(path))
+
+    @classmethod
+    def _read(cls, path: Path) -> "Patch":
+        from safetensors import safe_open
 
         try:
+            source = SafetensorsSource([path])  # which holds the header against the file
+            tensors = {key: source.read(key).clone() for key in source.headers}
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except FileNotFoundError as error:
             raise ValueError(f"{path}: no such file; audits keep theirs in AUDIT/masks") from error
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"{path}: cannot be read as a mask ({error})") from error
         if metadata.get("tunescope_patch") != VERSION:
             raise ValueError(
@@ -113,14 +121,21 @@ class Patch:
                           if key.startswith(kind)} for kind in ("index/", "value/"))  # fmt: skip
         for name, entries in index.items():
             whole = name in values and entries.ndim == 1 and values[name].shape == entries.shape
+            whole = whole and entries.dtype in (torch.int32, torch.int64)
             if not whole or (len(entries) and (entries[0] < 0 or bool((entries.diff() <= 0).any()))):
                 raise ValueError(f"{path}: damaged: the entries of {name} do not go with their values")
+        try:
+            about = json.loads(metadata.get("about", "{}"))
+        except ValueError as error:
+            raise ValueError(f"{path}: damaged: what it says of itself is not JSON ({error})") from error
+        if not isinstance(about, dict):
+            raise ValueError(f"{path}: damaged: what it says of itself is not a JSON object")
         return cls(
             index={name: entries.long() for name, entries in index.items()},
             values=values,
             base=metadata.get("base", ""),
             tuned=metadata.get("tuned", ""),
-            about=json.loads(metadata.get("about", "{}")),
+            about=about,
         )
 
     def check(self, pair: CheckpointPair, where: str = "mask") -> None:

@@ -8,11 +8,14 @@ import csv
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
+
+from probes.foreign import one_line
 
 Shape: TypeAlias = Literal["text", "completion", "choices", "label"]
 Numbered: TypeAlias = Iterator[tuple[int, Mapping[str, Any]]]
@@ -102,7 +105,7 @@ def read_task(ref: str | Path, *, limit: int | None = None) -> Task:
     Raises:
         ValueError: it is missing, empty or malformed; the message names the file, the line and the field.
     """
-    path = Path(ref).expanduser()
+    path = local(ref)
     if path.is_file():
         return checked(str(ref), csv_rows(path) if path.suffix.lower() == ".csv" else json_rows(path), limit)
     if path.is_dir():
@@ -113,6 +116,16 @@ def read_task(ref: str | Path, *, limit: int | None = None) -> Task:
             f"{ref}: there is no such file; a task is a .jsonl or .csv file, or hub-dataset:split"
         )
     return checked(str(ref), split_rows(str(ref), **found.groupdict()), limit)
+
+
+def local(ref: str | Path) -> Path:
+    """A reference as a path, whether or not anything is there."""
+    try:
+        path = Path(ref).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # a name that is too long, or a home that nobody has
+        raise ValueError(f"{ref}: there is no such file ({error})") from error
+    return path
 
 
 def task_of(rows: Iterable[str | Mapping[str, Any]], *, ref: str = "rows", limit: int | None = None) -> Task:
@@ -138,7 +151,7 @@ def class_ids(task: Task, labels: Sequence[str]) -> list[int]:
         if not isinstance(place, int) or not 0 <= place < len(labels):
             known = ", ".join(map(repr, labels[:8])) + (", …" if len(labels) > 8 else "")
             raise ValueError(
-                f'{task.where(index)}: "label" is {row.label!r}, which the model does not know; its '
+                f'{task.where(index)}: "label" is {row.label!r:.80}, which the model does not know; its '
                 f"{len(labels)} labels are {known}; give one of them, or its number from 0"
             )
         found.append(place)
@@ -152,14 +165,15 @@ def checked(ref: str, numbered: Numbered, limit: int | None) -> Task:
     shape: Shape | None = None
     rows = []
     content = hashlib.blake2b(digest_size=16)
-    for number, fields in islice(numbered, limit):
-        try:
-            shape = shape_of(fields, shape)
-            row = row_of(fields, SHAPES[shape], number)
-        except ValueError as error:
-            raise ValueError(f"{ref}:{number}: {error}") from error
-        rows.append(row)
-        content.update(json.dumps({**vars(row), "number": None}).encode() + b"\n")
+    with one_line(ref):
+        for number, fields in islice(numbered, limit):
+            try:
+                shape = shape_of(fields, shape)
+                row = row_of(fields, SHAPES[shape], number)
+            except ValueError as error:
+                raise ValueError(f"{ref}:{number}: {error}") from error
+            rows.append(row)
+            content.update(json.dumps({**vars(row), "number": None}).encode() + b"\n")
     if shape is None:
         raise ValueError(f'{ref}: holds no rows; a row has fields, such as "text"')
     return Task(ref=ref, rows=tuple(rows), shape=shape, fingerprint=content.hexdigest())
@@ -277,7 +291,7 @@ def csv_rows(path: Path) -> Numbered:
             continue
         if not header:
             header = cells
-            twice = [name for name in header if header.count(name) > 1]
+            twice = [name for name, count in Counter(header).items() if count > 1]
             if twice:
                 raise ValueError(f"{path}:{number}: the header has {quoted(twice[:1])} twice")
             continue
@@ -323,7 +337,10 @@ def split_rows(ref: str, name: str, revision: str | None, split: str) -> Numbere
 
 def named(value: Any) -> str:
     """A value and what it is, for messages."""
-    text = json.dumps(value, default=str)
+    try:
+        text = json.dumps(value, default=str)
+    except RecursionError:
+        text = "…"
     kind = JSON_NAMES.get(type(value), type(value).__name__)
     return kind if value is None else f"{kind} ({text if len(text) <= 40 else text[:37] + '…'})"
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from probes.checkpoint import Checkpoint
+from probes.foreign import read_json
 from probes.layout import Header
-from probes.locate import inside, read_json
+from probes.locate import inside
 from probes.sources import DTYPES, SafetensorsSource, TorchSource, finite, raw
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -15,7 +15,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from probes.checkpoint import Checkpoint, open_checkpoint
-from probes.locate import MODEL_FILES, adapter_files, read_json
+from probes.foreign import confined, read_json
+from probes.locate import MODEL_FILES, adapter_files
 
 # What is measured on one checkpoint: arrays and numbers by name.
 Measurement: TypeAlias = dict[str, np.ndarray]
@@ -274,7 +275,8 @@ def revisions(ref: str) -> list[str]:
 
 def natural(text: Any) -> list[tuple[int, int | str]]:
     """A key that sorts numbers inside names by their value."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", str(text)) if part]
+    parts = re.split(r"(\d{1,18})", str(text))
+    return [(0, int(part)) if place % 2 else (1, part) for place, part in enumerate(parts) if part]
 
 
 def steps_of(checkpoints: Sequence[Checkpoint]) -> tuple[float, ...] | None:
@@ -294,8 +296,8 @@ def step_of(checkpoint: Checkpoint) -> float | None:
     """The step of a checkpoint: of its trainer_state.json, of its revision, or of the end of its path."""
     directory = checkpoint.directory
     if directory is not None and (directory / "trainer_state.json").is_file():
-        with suppress(ValueError, TypeError, KeyError, OSError):
-            return float(read_json(directory / "trainer_state.json")["global_step"])
+        with suppress(ValueError, TypeError, KeyError, OverflowError):
+            return float(read_json(confined(directory / "trainer_state.json", directory))["global_step"])
     _, _, revision = checkpoint.ref.partition("@")
     name = revision or Path(checkpoint.ref).name
     matched = STEP.search(name)

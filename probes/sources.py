@@ -18,7 +18,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from probes.foreign import plain
 from probes.layout import Header
+from probes.pickled import refuse_bombs
 
 # The names that the safetensors format gives to dtypes.
 DTYPES = {
@@ -41,6 +43,9 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+# Characters in the name of a tensor, and axes of one, at most; models have a third of either.
+NAME, AXES = 512, 64
 
 # A state dict is often saved inside a dict of other things; these keys hold it.
 NESTED = ("state_dict", "model_state_dict", "model", "module")
@@ -213,7 +218,8 @@ def _layout(path: Path) -> Iterator[tuple[Header, int]]:
             pass
     except SafetensorError as error:
         raise ValueError(
-            f"{path}: not a whole safetensors file ({error}); truncated or corrupt? copy or download it again"
+            f"{path}: not a whole safetensors file ({plain(str(error))}); truncated or corrupt? copy or "
+            "download it again"
         ) from error
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error})") from error
@@ -225,7 +231,24 @@ def _layout(path: Path) -> Iterator[tuple[Header, int]]:
         if entry["dtype"] not in DTYPES:
             raise ValueError(f"{path}: tensor {name!r} is of dtype {entry['dtype']}, which torch cannot read")
         header = Header(name, tuple(entry["shape"]), DTYPES[entry["dtype"]])
+        _sound(path, header)
         yield header, 8 + length + entry["data_offsets"][0]
+
+
+def _sound(path: Path, header: Header) -> None:
+    """Refuse what no model has, before anything is looked up, allocated or printed by it.
+
+    Raises:
+        ValueError: a name that cannot be printed in a line, or a shape beyond what torch can count.
+    """
+    name, shape = header.name, header.shape
+    if len(name) > NAME or not name.isprintable():
+        raise ValueError(f"{path}: {name[:80]!r} is no name of a tensor; is the file damaged?")
+    if len(shape) > AXES or any(length >= 2**63 for length in shape):
+        # Without entries, any axes fit into no bytes.
+        raise ValueError(
+            f"{path}: tensor {name!r} is of a shape that torch cannot hold; is the file damaged?"
+        )
 
 
 # What is touched of a mapped torch file stays in memory until the file is let go; opening it again costs
@@ -260,6 +283,7 @@ class TorchSource:
                 if name in self.headers:
                     raise ValueError(f"{path}: {name!r} is also in another shard; which one is meant?")
                 self.headers[name] = Header(name, tuple(tensor.shape), tensor.dtype)
+                _sound(path, self.headers[name])
                 self._shard[name] = shard
                 view = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
                 # Pointers mean nothing once the file is let go; the first name that had it stays.
@@ -310,6 +334,7 @@ def _state_dict(path: Path) -> tuple[dict[str, Tensor], bool]:
     with path.open("rb") as file:
         magic = file.read(2)
     zipped, pickled = magic == b"PK", magic[:1] == b"\x80"
+    refuse_bombs(path, zipped)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # a damaged pickle raises anything
@@ -334,6 +359,11 @@ def _state_dict(path: Path) -> tuple[dict[str, Tensor], bool]:
     if not tensors:
         raise ValueError(f"{path}: holds no state dict (names with tensors); save `model.state_dict()`")
     for name, tensor in tensors.items():
-        if tensor.layout is not torch.strided:
+        if tensor.layout is not torch.strided or tensor.is_nested:
             raise ValueError(f"{path}: {name!r} is a {tensor.layout} tensor; save it dense")
+        if tensor.device.type != "cpu":
+            raise ValueError(f"{path}: {name!r} has no values, only a shape; save the model after loading it")
+        if tensor.numel() * tensor.element_size() > path.stat().st_size:
+            shape = "x".join(map(str, tensor.shape))
+            raise ValueError(f"{path}: {name!r} repeats few bytes as {shape}; save a copy (`.contiguous()`)")
     return tensors, zipped

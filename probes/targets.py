@@ -15,6 +15,7 @@ from probes.adapters import Targets, Update
 from probes.align import unwrapped
 from probes.layout import Header, Matrix
 from probes.lookup import Lookup, probe
+from probes.patterns import Patterns, well_formed
 
 # Adapters that put something before the text or between the layers and leave every weight as it is.
 WEIGHTLESS = frozenset(
@@ -95,9 +96,11 @@ def find_targets(
         where, of: what messages call the two.
 
     Raises:
-        ValueError: a kind of adapter that is not read; a module that the base lacks, or has in another shape.
+        ValueError: a kind of adapter that is not read; a module that the base lacks, or has in another shape;
+            a configuration that is damaged.
     """
     refuse(config, where)
+    well_formed(config, where)
     return _Search(config, weights, base, matrices, where, of).targets
 
 
@@ -120,10 +123,12 @@ class _Search:
         self.of = of
         self.shapes = {name: header.shape for name, header in base.items()}
         self.targets = Targets()
+        self.patterns = Patterns(where)
         self.moved: list[str] = []
 
         factors: dict[str, dict[str, str]] = defaultdict(dict)
         wholes: dict[str, str] = {}
+        tokens: dict[str, str] = {}
         adapters: set[str] = set()
         for key in weights:
             name = unwrapped(key.removeprefix("base_model.model."))
@@ -132,7 +137,7 @@ class _Search:
                 leaf = found["factor"] + (".bias" if found["leaf"] == "bias" else "")
                 factors[found["module"]][leaf] = key
             elif found := _TOKENS.fullmatch(name):
-                self._tokens(found["module"], key)
+                tokens[found["module"]] = key
             elif ".lora_" in name:
                 raise ValueError(
                     f"{where}: tensor {key!r} belongs to a variant of LoRA that is not read; {MERGE}"
@@ -143,6 +148,8 @@ class _Search:
         self.heads = {name for key, name in wholes.items() if self._tied_head(name, key)}
         for key, name in wholes.items():
             self._whole(name, key)
+        for module, key in tokens.items():  # rows of what may have come whole
+            self._tokens(module, key)
         if len(adapters) > 1:
             raise ValueError(
                 f"{where}: holds several adapters ({', '.join(sorted(adapters))}); save the one that is meant"
@@ -216,11 +223,21 @@ class _Search:
             )
         if self.config.get("use_dora") and "lora_magnitude_vector" not in keys:
             raise ValueError(f"{self.where}: {module}: use_dora is set, but lora_magnitude_vector is missing")
+        for key in (keys[A], keys[B]):
+            header = self.weights[key]
+            if len(header.shape) < 2 or 0 in header.shape or not header.dtype.is_floating_point:
+                raise ValueError(
+                    f"{self.where}: {module}: {key!r} of {_by(header.shape)} is no factor; damaged?"
+                )
         path = _WRAPPED.sub("", module + ".").removesuffix(".")
         plain = Update(
             module=path, tensor="", A=keys[A], B=keys[B], scaling=0.0,
             magnitude=keys.get("lora_magnitude_vector"), embedding=embedding,
         )  # fmt: skip
+        if plain.magnitude and prod(self.weights[plain.magnitude].shape) != self._shape(plain)[embedding]:
+            raise ValueError(
+                f"{self.where}: {module}: lora_magnitude_vector has not a length for each output"
+            )
         parameters = self._parameters(path)
         updates = self._parameter(plain, parameters) if parameters else self._module(plain)
         for update in updates:
@@ -229,6 +246,8 @@ class _Search:
             bias = self.names.find(f"{path}.bias")
             if bias is None:
                 raise self._fail(path, "adds to a bias that the base lacks")
+            if self.shapes[bias] != self.weights[keys["lora_B.bias"]].shape:
+                raise self._fail(path, "adds to a bias of another length")
             self.targets.shifts[bias] = keys["lora_B.bias"], updates[0].scaling
 
     def _parameters(self, path: str) -> list[str]:
@@ -330,19 +349,21 @@ class _Search:
     def _oriented(self, stored: str) -> tuple[int, ...]:
         """Shape of a stored tensor as (out, in) or (experts, out, in)."""
         shape = self.shapes[stored]
+        if len(shape) < 2:
+            raise self._fail(stored, f"has factors, but is a tensor of {_by(shape) or 'no axes'}")
         shape = shape if stored in self.names.stacked else (shape[0], prod(shape[1:]))
         return (*shape[:-2], shape[-1], shape[-2]) if stored in self.names.transposed else shape
 
     def _scaling(self, module: str, key: str, rank: int) -> float:
         """alpha/r, or alpha/√r for rsLoRA."""
         config = self.config
-        expected = _pattern(config.get("rank_pattern"), key, config.get("r", 8))
+        expected = self.patterns.value(config.get("rank_pattern"), key, config.get("r", 8))
         if rank != expected:
             raise ValueError(
                 f"{self.where}: {module}: factors of rank {rank}, but adapter_config.json says {expected}; "
                 "are the two files of one adapter?"
             )
-        alpha = _pattern(config.get("alpha_pattern"), key, config.get("lora_alpha", 8))
+        alpha = self.patterns.value(config.get("alpha_pattern"), key, config.get("lora_alpha", 8))
         return alpha / (sqrt(rank) if config.get("use_rslora") else rank)
 
     def _note_tied(self, stored: str) -> None:
@@ -358,11 +379,3 @@ def _by(shape: Iterable[int]) -> str:
 
 def _ends(path: str, ending: str) -> bool:
     return path == ending or path.endswith(f".{ending}")
-
-
-def _pattern(patterns: Mapping[str, Any] | None, key: str, default: Any) -> Any:
-    """Value of the first pattern that matches the end of a name (peft.utils.other.get_pattern_key)."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", key):
-            return value
-    return default

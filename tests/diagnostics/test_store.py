@@ -320,7 +320,7 @@ def test_a_place_without_an_audit_is_said_to_have_none(tmp_path):
         (lambda text: '{"schema": 1}', r"audit.json: damaged: KeyError 'policy'"),
         (
             lambda text: text.replace('"metrics": {', '"metrics": 3, "_": {'),
-            r"audit.json: damaged: AttributeError",
+            r"audit.json: damaged: made: metrics is 3",
         ),
         (
             lambda text: text.replace("tables/made.m", "../made.m"),
