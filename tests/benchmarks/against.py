@@ -6,10 +6,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks import of_rows, of_weights
+from tests.benchmarks import of_gradients, of_rows, of_weights
 from tests.benchmarks.contest import Contest, Line, held, peer_version
 
-CONTESTS: list[Contest] = [*of_weights.CONTESTS, *of_rows.CONTESTS]
+CONTESTS: list[Contest] = [*of_weights.CONTESTS, *of_rows.CONTESTS, *of_gradients.CONTESTS]
 COLUMNS = (
     "analysis", "measured", "instead", "theirs, s", "ours, s", "ratio", "theirs, GB", "ours, GB", "agreement",
 )  # fmt: skip

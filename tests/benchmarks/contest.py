@@ -201,13 +201,20 @@ def status(field: str) -> float:
     return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024.0
 
 
-def near(theirs: Sequence[float], ours: Sequence[float], limit: float, what: str) -> Agreement:
-    """Whether numbers agree to a share of the largest."""
+def apart(one: Sequence[float], other: Sequence[float]) -> float:
+    """The largest difference of numbers, as a share of the largest of them; infinite where all are 0."""
     import numpy as np
 
-    one, other = np.asarray(theirs, float), np.asarray(ours, float)
-    if one.shape != other.shape:
-        return Agreement(False, f"{what}: {one.shape} numbers against {other.shape}")
-    apart = float(np.abs(one - other).max() / max(np.abs(one).max(), 1e-300)) if one.size else 0.0
-    same = apart <= limit
-    return Agreement(same, f"{what}: {one.size} within {apart:.0e}" + ("" if same else f", over {limit:.0e}"))
+    first, second = np.asarray(one, float), np.asarray(other, float)
+    largest = float(np.abs(first).max(initial=0.0))
+    return float(np.abs(first - second).max()) / largest if largest else math.inf
+
+
+def near(theirs: Sequence[float], ours: Sequence[float], limit: float, what: str) -> Agreement:
+    """Whether numbers agree to a share of the largest."""
+    if len(theirs) != len(ours):
+        return Agreement(False, f"{what}: {len(theirs)} numbers against {len(ours)}")
+    found = apart(theirs, ours)
+    same = found <= limit
+    over = "" if same else f", over {limit:.0e}"
+    return Agreement(same, f"{what}: {len(theirs)} within {found:.0e}{over}")
