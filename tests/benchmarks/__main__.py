@@ -27,6 +27,7 @@ from tests.benchmarks import (
     seven_b,
     sharpness,
     startup,
+    stated,
 )
 
 ALL: dict[str, ModuleType] = {
@@ -39,6 +40,7 @@ ALL: dict[str, ModuleType] = {
     "rows": rows,
     "sharpness": sharpness,
     "startup": startup,
+    "stated": stated,
     "7b": seven_b,
     "growth": growth,
     "against": against,
