@@ -52,9 +52,17 @@ QUICK: dict[str, dict[str, Any]] = {
     "masks": {"WIDTH": 64, "DEPTH": 2, "LEVELS": [0.3, 0.6, 0.9]},
     "pathways": {"PATHWAYS": 50, "FEW": 20},
     "routes": {"LAYERS": 2, "WIDTH": 64, "ROWS": 16, "LENGTH": 32, "ROUNDS": 1},
-    "rows": {"SIZES": ((64, 2),), "HEAVY": (128, 2), "ROWS": 10, "CAPTURED": (10, 20), "DETECTED": 10**4},
+    "rows": {
+        "SIZES": ((64, 2),),
+        "HEAVY": (256, 2),
+        "WATCHED": (64, 2),
+        "ROWS": 10,
+        "CAPTURED": (10, 20),
+        "DETECTED": 10**4,
+    },
     "sharpness": {"LAYERS": 3, "WIDTH": 64, "ROWS": 4, "STEPS": 3},
     "startup": {"RUNS": 1},
+    "stated": {"PASSES": False},
     "7b": {"LAYERS": 1, "SHAPES": {"self_attn.q_proj": (512, 512), "mlp.up_proj": (1376, 512)}},
 }
 # Those that take it as an argument.

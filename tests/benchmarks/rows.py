@@ -28,8 +28,8 @@ VOCABULARY = 8192
 TOKENS = 4096
 SIZES = ((128, 4), (512, 8))
 ROWS, CAPTURED, DETECTED = 200, (200, 2000), 10**6
-# Width and layers of the model whose memory is measured.
-HEAVY = (1024, 12)
+# Width and layers of the models whose memory is measured, and that are captured.
+HEAVY, WATCHED = (1024, 12), (512, 8)
 RESIDUALS = ["hook_resid_pre", "hook_resid_post"]
 
 
@@ -230,7 +230,7 @@ def memory(console: Console) -> None:
             f"tunescope {one:.2f} GB: {one / two:.2f} × (limit 0.6)"
         )
     with tempfile.TemporaryDirectory() as name:
-        made(Path(name), width=256, layers=6)
+        made(Path(name), width=HEAVY[0] // 4, layers=HEAVY[1] // 2)
         few, many = (peak(Path(name), "capture", count) for count in CAPTURED)
         console.print(
             f"Peak memory of capturing residuals: {few:.2f} GB for {CAPTURED[0]} rows, {many:.2f} for "
@@ -240,9 +240,9 @@ def memory(console: Console) -> None:
 
 def capturing(console: Console) -> None:
     """What capturing the residuals of every layer costs."""
-    rows = examples(96)
+    rows = examples(ROWS // 2)
     with tempfile.TemporaryDirectory() as name:
-        made(Path(name), width=512, layers=8)
+        made(Path(name), width=WATCHED[0], layers=WATCHED[1])
         pair = CheckpointPair(Path(name) / "base", Path(name) / "tuned")
         made_of = list(batches(rows, tokens=TOKENS, pad_id=0))
         with RunnablePair(pair) as runnable, runnable.base() as model:
@@ -260,8 +260,9 @@ def capturing(console: Console) -> None:
 
                 seconds, _ = fastest(plain, hooked, repeats=5)
     console.print(
-        f"Residuals of all 8 layers of width 512 by the {activations.route}: {seconds[1]:.2f} s, the plain "
-        f"forward {seconds[0]:.2f} s: {seconds[1] / seconds[0]:.2f} × (limit 1.3)"
+        f"Residuals of all {WATCHED[1]} layers of width {WATCHED[0]} by the {activations.route}: "
+        f"{seconds[1]:.2f} s, the plain forward {seconds[0]:.2f} s: "
+        f"{seconds[1] / seconds[0]:.2f} × (limit 1.3)"
     )
 
 

@@ -110,5 +110,5 @@ def main() -> None:
     )
     print(
         f"  {seen['intruders']} intruders in {seen['matrices']} matrices; vectors by tier: {seen['tiers']}; "
-        f"{seen['verified']} matrices decided again, {seen['disagreements']} differed"
+        f"{seen.get('verified', 0)} matrices decided again, {seen.get('disagreements', 0)} differed"
     )
