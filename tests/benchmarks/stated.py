@@ -33,8 +33,14 @@ def models() -> Iterator[tuple[str, str]]:
     """The table of the bundled models, there and in their own README."""
     from diagnostics import intruder_dimensions
     from diagnostics.demo import BUNDLED, tuned_models
-    from probes import CheckpointPair
+    from probes import CheckpointPair, open_checkpoint
 
+    base = BUNDLED / "base"
+    yield "diagnostics/bundled/README.md", f"a Llama of {open_checkpoint(str(base)).parameters:,} weights"
+    scored = scores(base)
+    right, nats = scored.pop("task")
+    others = " | ".join(f"{loss:.2f}" for _, loss in scored.values())
+    yield "diagnostics/bundled/README.md", f"| {right:.3f} | {nats:.3f} | {others} |"
     for model in tuned_models():
         scored = scores(model)
         metrics = intruder_dimensions(CheckpointPair(BUNDLED / "base", model)).metrics
@@ -54,9 +60,9 @@ def scores(model: Path) -> dict[str, tuple[float, float]]:
     from probes.tasks import read_task
 
     found = {}
-    editable = Editable(
-        open_checkpoint(str(model), base=str(BUNDLED / "base")), device="cpu", dtype="float32"
-    )
+    base = None if model.name == "base" else str(BUNDLED / "base")
+    checkpoint = open_checkpoint(str(model), base=base)
+    editable = Editable(checkpoint, device="cpu", dtype="float32")
     for name in ("task", "keep", "ood-code", "ood-words"):
         task = read_task(str(BUNDLED / f"{name}.jsonl"))
         made = encoded(editable, task, max_length=None, chat_template=False, batch_tokens=16384)
