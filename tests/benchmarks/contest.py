@@ -29,7 +29,7 @@ SHORT, REPEATS = 3.0, 3
 PRELOADED = [
     "torch", "numpy", "pandas", "scipy.linalg", "sklearn.covariance", "joblib", "safetensors.torch",
     "transformers", "transformers.models.llama.modeling_llama", "peft", "probes", "diagnostics",
-    "probes.hooks", "probes.models", "probes.host", "diagnostics.intruders",
+    "transformer_lens", "probes.hooks", "probes.models", "probes.host", "diagnostics.intruders",
 ]  # fmt: skip
 
 

@@ -82,16 +82,9 @@ def seconds_of(cost: Cost, shape: Shape) -> float:
     return work_of(cost.analysis, shape.blocks, tokens, shape.head) / rate_of(cost)
 
 
-def memory_of(cost: Cost, shape: Shape, found: Sequence[Cost]) -> float:
-    """An estimate in bytes, along the line through the two largest pairs that were measured."""
-    unit, new = unit_of(cost), shape.largest if by_matrix(cost.analysis) else shape.parameters
-    smaller = [each for each in found if (each.analysis, each.device) == (cost.analysis, cost.device)]
-    smaller = [each for each in smaller if unit_of(each) < unit]
-    if not smaller:
-        return math.nan
-    last = max(smaller, key=unit_of)
-    slope = (cost.memory - last.memory) / (unit - unit_of(last))
-    return cost.memory + max(0.0, slope) * (4 * new - unit)
+def memory_of(cost: Cost, shape: Shape) -> float:
+    """An estimate in bytes: as many largest matrices, or models, as of the largest pair measured."""
+    return cost.memory / unit_of(cost) * 4 * (shape.largest if by_matrix(cost.analysis) else shape.parameters)
 
 
 def by_matrix(analysis: str) -> bool:
@@ -166,8 +159,9 @@ def page(found: Sequence[Cost]) -> str:
         "## Estimated",
         "",
         f"Work of the published shapes over the rates above; `drift` and `ood` for {TOKENS:,} tokens, such "
-        "as 1,000 rows of 100. Nothing here was run. Memory grows as it did between the two largest pairs; "
-        "where it is more than a machine has, `drift` and `ood` do not run there.",
+        "as 1,000 rows of 100. Nothing here was run. Memory is as many largest matrices, or models, as "
+        "above, which is too much where some of it does not grow; where it is more than a machine has, `drift` "
+        "and `ood` do not run there.",
         "",
         "| pair | parameters | on disk, both, bfloat16 | analysis | on | work | time | memory |",
         "| --- | ---: | ---: | --- | --- | ---: | ---: | ---: |",
@@ -178,7 +172,7 @@ def page(found: Sequence[Cost]) -> str:
             lines.append(
                 f"| {shape.name} | {_two(shape.parameters / 1e9)} B | {_two(4 * shape.parameters / 1e9)} GB "
                 f"| `{analysis}` | {device} | {work:.1e} {WORK[analysis][1]} "
-                f"| {spoken(seconds_of(cost, shape))} | {_two(memory_of(cost, shape, found) / 1e9)} GB |"
+                f"| {spoken(seconds_of(cost, shape))} | {_two(memory_of(cost, shape) / 1e9)} GB |"
             )
     first = SHAPES[0]
     cost = next(iter(best.values()))

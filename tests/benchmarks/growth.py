@@ -23,7 +23,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from tests.benchmarks import inputs
-from tests.benchmarks.contest import alone, measured
+from tests.benchmarks.contest import SideError, alone, measured
 from tests.benchmarks.seven_b import spectral
 
 # Width and layers of Llamas with 12.25 width² parameters a layer: 10 M, 32 M, 101 M, 308 M, 1.03 B; on a GPU
@@ -191,7 +191,11 @@ def costs(width: int, layers: int, device: str, threads: int, folder: Path) -> l
         if name == "sparsity" and device != "cpu":
             continue
         how = measured if device == "cpu" else on_gpu
-        (seconds, memory), _ = alone(how, partial(side, device), folder, threads=threads)
+        try:
+            (seconds, memory), _ = alone(how, partial(side, device), folder, threads=threads)
+        except SideError as error:
+            print(f"{name} of {parameters / 1e6:.0f} M parameters on {device} FAILED: {error}", flush=True)
+            continue
         read = tokens if name in ("drift", "ood") else 0
         found.append(
             Cost(
@@ -220,8 +224,10 @@ def measure(sizes: Sequence[tuple[int, int]], console: Console) -> list[Cost]:
             for device in devices:
                 if (width, layers) == LARGE and device == "cpu":
                     continue
-                found += costs(width, layers, device, threads, Path(name))
-                console.print(f"{found[-1].parameters / 1e6:.0f} M parameters on {device}: measured")
+                made = costs(width, layers, device, threads, Path(name))
+                found += made
+                times = ", ".join(f"{each.analysis} {each.seconds:.1f} s" for each in made)
+                console.print(f"width {width}, {layers} layers, on {device}: {times}", highlight=False)
     return found
 
 
@@ -266,17 +272,28 @@ def load(file: Path) -> list[Cost]:
         ]
 
 
-def main(quick: bool = False, write: Path | None = None) -> None:
-    """Measure, print, and write the page and its figure where that is asked for."""
+def main(quick: bool = False, write: Path | None = None, sizes: int = len(SIZES)) -> None:
+    """Measure, print, and write the page and its figure where that is asked for.
+
+    Args:
+        sizes: how many of the sizes, the smallest first.
+
+    Raises:
+        SystemExit: an analysis could not be measured.
+    """
     from tests.benchmarks import cost
 
     console = Console(width=150)
-    found = measure(((64, 2), (128, 2)) if quick else SIZES, console)
+    chosen = ((64, 2), (128, 2)) if quick else SIZES[:sizes]
+    found = measure(chosen, console)
     console.print(table_of(found))
     console.print(cost.page(found), highlight=False, markup=False, soft_wrap=True)
     if write is not None:
         save(found, write / "cost.csv")
         cost.write(found, write)
+    missing = len(chosen) * len(SIDES) - sum(each.device == "cpu" for each in found)
+    if missing > 0:
+        raise SystemExit(f"{missing} were not measured, see above")
 
 
 if __name__ == "__main__":
@@ -284,10 +301,11 @@ if __name__ == "__main__":
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--write", type=Path, metavar="DIR", help="measure, and write the page there")
     parser.add_argument("--from", type=Path, metavar="DIR", dest="again", help="write the page there again")
+    parser.add_argument("--sizes", type=int, default=len(SIZES), help="how many, the smallest first")
     given = parser.parse_args()
     if given.again is not None:
         from tests.benchmarks import cost
 
         cost.write(load(given.again / "cost.csv"), given.again)
     else:
-        main(given.quick, given.write)
+        main(given.quick, given.write, given.sizes)
