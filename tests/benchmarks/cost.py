@@ -160,8 +160,8 @@ def page(found: Sequence[Cost]) -> str:
         "",
         f"Work of the published shapes over the rates above; `drift` and `ood` for {TOKENS:,} tokens, such "
         "as 1,000 rows of 100. Nothing here was run. Memory is as many largest matrices, or models, as "
-        "above, which is too much where some of it does not grow; where it is more than a machine has, `drift` "
-        "and `ood` do not run there.",
+        "above, which is too much where some of it does not grow; where it is more than a machine has, "
+        "`drift` and `ood` do not run there.",
         "",
         "| pair | parameters | on disk, both, bfloat16 | analysis | on | work | time | memory |",
         "| --- | ---: | ---: | --- | --- | ---: | ---: | ---: |",
