@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PEERS := $(VENV)/.peers
 
 .PHONY: install demo test test-slow lint bench fuzz clean
 
@@ -30,8 +31,15 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)
-	$(BIN)/python -m tests.benchmarks
+# What is compared with; a peer that cannot be installed is named in the table. See `bench` in pyproject.toml for
+# pytorch-ood. QUICK=1 runs everything small.
+$(PEERS): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,bench]' \
+	  && $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps pytorch-ood \
+	  && touch $@ || echo "some of what is compared with could not be installed; the table says which"
+
+bench: $(PEERS)
+	$(BIN)/python -m tests.benchmarks $(if $(QUICK),--quick)
 
 # FUZZ_SECONDS=300 make fuzz   gives each of the twelve readers so long in place of 40 s.
 fuzz: $(READY)

@@ -20,6 +20,10 @@ from diagnostics.intruders import intruder_dimensions
 from probes import CheckpointPair
 
 K, EPSILON = 10, 0.5
+SHAPES = ((2048, 2048), (4096, 4096), (4096, 11008))
+TALL = (11008, 4096)
+# Of the adversarial matrices, and of the model that goes through PEFT.
+SIZE, WIDTH = 768, 1024
 Pair = tuple[str, Tensor, Tensor]
 
 
@@ -62,7 +66,7 @@ def trained_like(rows: int, columns: int, small_end: bool, generator: torch.Gene
     return f"{'steep' if small_end else 'trained-like'} {rows}x{columns}", W, tuned
 
 
-def adversarial(generator: torch.Generator, size: int = 768) -> Iterator[Pair]:
+def adversarial(generator: torch.Generator, size: int) -> Iterator[Pair]:
     """Clustered, repeated, deficient and flat spectra, and cosines within a thousandth of epsilon."""
     i = torch.arange(size, dtype=torch.float64)
     spectra = {
@@ -168,11 +172,11 @@ def main() -> None:
     table = Table(title=f"Intruder decision, k = {K}, epsilon = {EPSILON}, against two full float32 SVDs")
     for column in ("matrices", "vectors by tier", "two SVDs, s", "tunescope, s", "ratio", "floor", "counts"):
         table.add_column(column, overflow="fold")
-    for shape in ((2048, 2048), (4096, 4096), (4096, 11008)):
+    for shape in SHAPES:
         pair = trained_like(*shape, small_end=False, generator=generator)
         compare(table, pair[0], [pair], floor(*shape), repeats=3)
-    steep = [(shape, True) for shape in ((2048, 2048), (4096, 4096), (4096, 11008), (11008, 4096))]
-    for shape, small_end in (((11008, 4096), False), *steep):
+    steep = [(shape, True) for shape in (*SHAPES, TALL)]
+    for shape, small_end in ((TALL, False), *steep):
         pair = trained_like(*shape, small_end=small_end, generator=generator)
         compare(table, pair[0], [pair], floor(*shape), repeats=3)
     for name, pairs in (("bundled pairs", list(bundled())), ("real encoder", list(encoder(generator)))):
@@ -181,7 +185,7 @@ def main() -> None:
             small, tiers.SMALL = tiers.SMALL, 0
             compare(table, f"{name}, tiers forced", pairs)
             tiers.SMALL = small
-    for pair in adversarial(generator):
+    for pair in adversarial(generator, SIZE):
         compare(table, f"{pair[0]} {pair[1].shape[0]}x{pair[1].shape[1]}", [pair])
     console.print(table)
     against_peft(console)
@@ -195,8 +199,8 @@ def against_peft(console: Console) -> None:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=1024,
-        intermediate_size=2816,
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH * 11 // 4,
         num_hidden_layers=2,
         num_attention_heads=16,
         vocab_size=1000,
@@ -208,7 +212,8 @@ def against_peft(console: Console) -> None:
     theirs_s, _ = seconds(lambda: reduce_intruder_dimension(model, logging_sink=lines.append))
     theirs = sum(int(line.rsplit(": ", 1)[1]) for line in lines if ": Intruders: " in line)
     console.print(
-        f"Llama of width 1024, 14 adapted matrices: peft's reducer {theirs_s:.1f} s for {theirs} intruders, "
-        f"tunescope's analysis {ours_s:.1f} s for {result.metrics['intruders']}: {theirs_s / ours_s:.1f} ×. "
+        f"Llama of width {WIDTH}, 14 adapted matrices: peft's reducer {theirs_s:.1f} s for {theirs} "
+        f"intruders, tunescope's analysis {ours_s:.1f} s for {result.metrics['intruders']}: "
+        f"{theirs_s / ours_s:.1f} ×. "
         "(The reducer decomposes a third time to write its new adapter.)"
     )

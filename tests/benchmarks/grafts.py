@@ -52,10 +52,10 @@ def made(folder: Path, *, width: int = 768, layers: int = 12) -> None:
     model.save_pretrained(folder / "tuned")
 
 
-def objective(rows: int) -> Objective:
+def examples(rows: int) -> list[Example]:
     """Texts of random tokens."""
     generator = torch.Generator().manual_seed(0)
-    examples = [
+    return [
         Example(
             ids=torch.randint(8192, (LENGTH,), generator=generator).tolist(),
             scored=[place > 0 for place in range(LENGTH)],
@@ -63,9 +63,13 @@ def objective(rows: int) -> Objective:
         )
         for row in range(rows)
     ]
+
+
+def objective(rows: int) -> Objective:
+    """Their loss."""
     task = task_of([{"text": "a"}] * rows)
     return Objective(
-        Encoded(task=task, examples=examples, classes=(), mask_id=None, batch_tokens=16384, notes=())
+        Encoded(task=task, examples=examples(rows), classes=(), mask_id=None, batch_tokens=16384, notes=())
     )
 
 

@@ -17,12 +17,13 @@ from probes.host import Host
 from probes.pair import CheckpointPair
 from probes.prune import magnitude_order
 
+WIDTH, DEPTH = 768, 12
 LEVELS = [round(0.045 * level, 3) for level in range(1, 21)]
 # torch's way takes seconds a level.
 FEW = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
-def made(folder: Path, *, width: int = 768, layers: int = 12) -> None:
+def made(folder: Path, *, width: int, layers: int) -> None:
     """Two random Llamas of about 97 M parameters, 85 M of them in the scope."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -128,7 +129,7 @@ def pruning(console: Console) -> None:
     with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         folder = Path(name)
-        made(folder)
+        made(folder, width=WIDTH, layers=DEPTH)
         theirs, masks = torchs(folder, list(FEW))
         ours, found = tunescopes(folder, sorted({*LEVELS, *FEW}))
         apart = sum(
@@ -168,7 +169,7 @@ def curve(console: Console) -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        made(folder)
+        made(folder, width=WIDTH, layers=DEPTH)
         words(folder, 8192)
         draw = np.random.default_rng(0)
         rows = [" ".join(f"w{word}" for word in draw.integers(0, 8000, 24)) for _ in range(100)]

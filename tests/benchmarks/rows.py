@@ -1,6 +1,5 @@
 """What running models costs: scoring rows, capturing activations, measuring detection."""
 
-import importlib
 import importlib.util
 import subprocess
 import sys
@@ -10,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -28,6 +26,10 @@ from probes.pair import CheckpointPair
 
 VOCABULARY = 8192
 TOKENS = 4096
+SIZES = ((128, 4), (512, 8))
+ROWS, CAPTURED, DETECTED = 200, (200, 2000), 10**6
+# Width and layers of the models whose memory is measured, and that are captured.
+HEAVY, WATCHED = (1024, 12), (512, 8)
 RESIDUALS = ["hook_resid_pre", "hook_resid_post"]
 
 
@@ -125,7 +127,7 @@ def ours(runnable: RunnablePair, rows: list[Example]) -> list[float]:
 
 def scoring(console: Console) -> None:
     """Scored tokens a second, base and tuned together."""
-    table = Table(title="Likelihood ratios of 200 rows, adapter of rank 16, float32")
+    table = Table(title=f"Likelihood ratios of {ROWS} rows, adapter of rank 16, float32")
     columns = (
         "model",
         "rows",
@@ -136,13 +138,13 @@ def scoring(console: Console) -> None:
     )
     for place, column in enumerate(columns):
         table.add_column(column, justify="left" if place < 2 else "right")
-    for width, layers in ((128, 4), (512, 8)):
+    for width, layers in SIZES:
         with tempfile.TemporaryDirectory() as name:
             made(Path(name), width=width, layers=layers)
             models = two_models(Path(name))
             with RunnablePair(CheckpointPair(Path(name) / "base", Path(name) / "tuned")) as runnable:
                 for kind in KINDS:
-                    rows = examples(200, kind)
+                    rows = examples(ROWS, kind)
                     tokens = sum(sum(row.scored) for row in rows)
                     ways = partial(reference, *models), partial(ours, runnable)
                     for way in ways:
@@ -157,6 +159,7 @@ def scoring(console: Console) -> None:
                         f"{apart:.1e} nats",
                     )
     pair, rows = bundled()
+    rows = rows[: 10 * ROWS]
     models, tokens = two_models(Path(pair.base.ref).parent, "lora-r8"), sum(sum(row.scored) for row in rows)
     with RunnablePair(pair, dtype="float32") as runnable:
         whole = [model.float() for model in models]
@@ -219,7 +222,7 @@ def memory(console: Console) -> None:
     """Peak memory of scoring with an adapter, and of capturing more and more rows."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        made(folder, width=1024, layers=12)
+        made(folder, width=HEAVY[0], layers=HEAVY[1])
         size = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / 1e9
         two, one = peak(folder, "two models", 40), peak(folder, "one model", 40)
         console.print(
@@ -227,16 +230,19 @@ def memory(console: Console) -> None:
             f"tunescope {one:.2f} GB: {one / two:.2f} × (limit 0.6)"
         )
     with tempfile.TemporaryDirectory() as name:
-        made(Path(name), width=256, layers=6)
-        few, many = (peak(Path(name), "capture", count) for count in (200, 2000))
-        console.print(f"Peak memory of capturing residuals: {few:.2f} GB for 200 rows, {many:.2f} for 2,000")
+        made(Path(name), width=HEAVY[0] // 4, layers=HEAVY[1] // 2)
+        few, many = (peak(Path(name), "capture", count) for count in CAPTURED)
+        console.print(
+            f"Peak memory of capturing residuals: {few:.2f} GB for {CAPTURED[0]} rows, {many:.2f} for "
+            f"{CAPTURED[1]}"
+        )
 
 
 def capturing(console: Console) -> None:
     """What capturing the residuals of every layer costs."""
-    rows = examples(96)
+    rows = examples(ROWS // 2)
     with tempfile.TemporaryDirectory() as name:
-        made(Path(name), width=512, layers=8)
+        made(Path(name), width=WATCHED[0], layers=WATCHED[1])
         pair = CheckpointPair(Path(name) / "base", Path(name) / "tuned")
         made_of = list(batches(rows, tokens=TOKENS, pad_id=0))
         with RunnablePair(pair) as runnable, runnable.base() as model:
@@ -254,21 +260,10 @@ def capturing(console: Console) -> None:
 
                 seconds, _ = fastest(plain, hooked, repeats=5)
     console.print(
-        f"Residuals of all 8 layers of width 512 by the {activations.route}: {seconds[1]:.2f} s, the plain "
-        f"forward {seconds[0]:.2f} s: {seconds[1] / seconds[0]:.2f} × (limit 1.3)"
+        f"Residuals of all {WATCHED[1]} layers of width {WATCHED[0]} by the {activations.route}: "
+        f"{seconds[1]:.2f} s, the plain forward {seconds[0]:.2f} s: "
+        f"{seconds[1] / seconds[0]:.2f} × (limit 1.3)"
     )
-
-
-def pytorch_ood_metrics() -> Any:
-    """pytorch-ood's metrics, or None where it is not installed."""
-    spec = importlib.util.find_spec("pytorch_ood")
-    if spec is None or spec.submodule_search_locations is None:
-        return None
-    # All of it imports torchvision, which has no build for every build of torch; the metrics need none of it.
-    package = ModuleType("pytorch_ood")
-    package.__path__ = list(spec.submodule_search_locations)
-    sys.modules["pytorch_ood"] = package
-    return importlib.import_module("pytorch_ood.metrics").OODMetrics
 
 
 def detection(console: Console) -> None:
@@ -276,15 +271,18 @@ def detection(console: Console) -> None:
     from sklearn.metrics import average_precision_score, roc_auc_score
 
     draw = np.random.default_rng(0)
-    outside, inside = draw.normal(1, 1, 10**6), draw.normal(0, 1, 10**6)
+    outside, inside = draw.normal(1, 1, DETECTED), draw.normal(0, 1, DETECTED)
     for each in (outside, inside):
         each[::10] = each[::10].round(1)
-    values, labels = np.concatenate([inside, outside]), np.repeat([0, 1], 10**6)
+    values, labels = np.concatenate([inside, outside]), np.repeat([0, 1], DETECTED)
     runs: dict[str, Callable[[], Any]] = {
         "tunescope": lambda: scores.detection(inside, outside),
         "scikit-learn": lambda: (roc_auc_score(labels, values), average_precision_score(labels, values)),
     }
-    if (OODMetrics := pytorch_ood_metrics()) is not None:
+    if importlib.util.find_spec("pytorch_ood") is not None:
+        from tests.benchmarks.of_rows import pytorch_ood_metrics
+
+        OODMetrics = pytorch_ood_metrics()
 
         def theirs() -> Any:
             metrics = OODMetrics()
@@ -294,10 +292,10 @@ def detection(console: Console) -> None:
 
         runs["pytorch-ood"] = theirs
     else:
-        console.print("pytorch-ood is not installed, and left out: pip install pytorch-ood")
+        console.print("pytorch-ood is not installed, and left out: make bench installs it")
     times, results = fastest(*runs.values())
     found = dict(zip(runs, zip(times, results, strict=True), strict=True))
-    table = Table(title="Detection metrics of 2,000,000 scores")
+    table = Table(title=f"Detection metrics of {2 * DETECTED:,} scores")
     for column in ("", "seconds", "over tunescope's", "AUROC"):
         table.add_column(column, justify="right" if column else "left")
     for name, (seconds, result) in found.items():

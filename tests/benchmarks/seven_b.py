@@ -44,31 +44,29 @@ print(json.dumps({"total": total, "reading": reading, "bytes": size, "peak_gb": 
 """
 
 
+def spectral(rows: int, columns: int, tuned: bool, generator: torch.Generator) -> torch.Tensor:
+    """A matrix with the spectrum of a trained one, bfloat16; tuned adds four directions to these draws."""
+
+    def unit(length: int) -> torch.Tensor:
+        return torch.nn.functional.normalize(torch.randn(length, generator=generator), dim=0)
+
+    W = torch.randn(rows, columns, generator=generator) / columns**0.5
+    W *= torch.logspace(0, -0.4, columns)
+    for i in range(40):
+        W += 4 * (1 + i) ** -0.7 * torch.outer(unit(rows), unit(columns))
+    for size in (3.5, 2.2, 1.7, 1.4):
+        spike = torch.outer(unit(rows), unit(columns))
+        if tuned:
+            W += size * spike
+    return W.bfloat16()
+
+
 def write(directory: Path, tuned: bool) -> None:
     """One shard a layer; layers share their draws, rolled, so that writing takes less than auditing."""
     directory.mkdir()
     generator = torch.Generator().manual_seed(0)
     weight_map = {}
-    drawn = {}
-    for name, (rows, columns) in SHAPES.items():
-        W = torch.randn(rows, columns, generator=generator) / columns**0.5
-        W *= torch.logspace(0, -0.4, columns)
-        for i in range(40):
-            u, v = (
-                torch.nn.functional.normalize(torch.randn(n, generator=generator), dim=0)
-                for n in (rows, columns)
-            )
-            W += 4 * (1 + i) ** -0.7 * torch.outer(u, v)
-        if tuned:
-            for size in (3.5, 2.2, 1.7, 1.4):
-                u, v = (
-                    torch.nn.functional.normalize(torch.randn(n, generator=generator), dim=0)
-                    for n in (rows, columns)
-                )
-                W += size * torch.outer(u, v)
-        else:
-            torch.randn(4 * (rows + columns), generator=generator)  # keep both sides on the same draws
-        drawn[name] = W.bfloat16()
+    drawn = {name: spectral(*shape, tuned, generator) for name, shape in SHAPES.items()}
     for layer in range(LAYERS):
         shard = f"model-{layer + 1:05}-of-{LAYERS:05}.safetensors"
         tensors = {
@@ -112,5 +110,5 @@ def main() -> None:
     )
     print(
         f"  {seen['intruders']} intruders in {seen['matrices']} matrices; vectors by tier: {seen['tiers']}; "
-        f"{seen['verified']} matrices decided again, {seen['disagreements']} differed"
+        f"{seen.get('verified', 0)} matrices decided again, {seen.get('disagreements', 0)} differed"
     )

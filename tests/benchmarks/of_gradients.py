@@ -1,0 +1,362 @@
+"""Contests about derivatives and routes: Hessians, tangent kernels, mask gradients, pathways."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from tests.benchmarks import inputs
+from tests.benchmarks.contest import Agreement, Contest, apart, near
+
+# Products with the Hessian: of each side for the ends of the spectrum, and for the trace.
+STEPS, SIGNS = 20, 10
+KERNEL_ROWS = 8
+
+
+class Curvature(NamedTuple):
+    """The eigenvalue of largest magnitude, and the trace with its standard error."""
+
+    top: float
+    trace: float
+    error: float
+
+
+# The Hessian of one block
+
+
+def small_model(folder: Path, quick: bool) -> None:
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    width, layers = (64, 2) if quick else (256, 4)
+    LlamaForCausalLM(inputs.llama(width, layers, vocabulary=1024)).save_pretrained(folder / "base")
+    rows = torch.randint(1024, (8 if quick else 16, 32), generator=torch.Generator().manual_seed(0))
+    torch.save(rows, folder / "rows.pt")
+
+
+def block_of(folder: Path) -> tuple[Any, torch.Tensor]:
+    """A model whose first block alone requires gradients, and its rows; attention is differentiable twice."""
+    model, rows = inputs.loaded(folder / "base"), torch.load(folder / "rows.pt", weights_only=True)
+    model.set_attn_implementation("eager")
+    model.requires_grad_(False)
+    model.model.layers[0].requires_grad_(True)
+    return model, rows
+
+
+def token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Mean nats of a token after the first."""
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+class Logits(nn.Module):
+    """A language model as a module from ids to logits."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=ids, use_cache=False).logits
+
+
+def of_samples(top: float, samples: Sequence[float]) -> Curvature:
+    values = np.asarray(samples, float)
+    return Curvature(top, float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5))
+
+
+def pyhessian(folder: Path) -> Callable[[], Any]:
+    from pyhessian import hessian
+
+    model, rows = block_of(folder)
+
+    def run() -> Curvature:
+        torch.manual_seed(0)
+        found = hessian(Logits(model), token_loss, data=(rows, rows), cuda=False)
+        values, _ = found.eigenvalues(maxIter=STEPS, tol=0.0)
+        # With a tolerance of 0 it would stop as soon as the running mean is negative.
+        made = of_samples(values[0], found.trace(maxIter=SIGNS, tol=-math.inf))
+        model.zero_grad(set_to_none=True)
+        return made
+
+    return run
+
+
+def eigenthings(folder: Path) -> Callable[[], Any]:
+    from hessian_eigenthings import HessianOperator, lanczos, trace
+
+    model, rows = block_of(folder)
+
+    def run() -> Curvature:
+        operator = HessianOperator(
+            Logits(model),
+            [rows],
+            lambda module, ids: token_loss(module(ids), ids),
+            param_filter=lambda name, weight: weight.requires_grad,
+        )
+        values = lanczos(operator, k=1, max_iter=STEPS, seed=0).eigenvalues
+        told = trace(operator, num_matvecs=SIGNS, method="hutchinson", seed=0)
+        return Curvature(float(values[0]), told.estimate, told.stderr)
+
+    return run
+
+
+def curvature(folder: Path) -> Callable[[], Any]:
+    from diagnostics.curvature import Twice, spectrum
+    from diagnostics.row_losses import Encoded
+    from probes.batches import Example
+    from probes.perturb import Moved
+    from probes.rows import task_of
+
+    model, rows = block_of(folder)
+    block = list(model.model.layers[0].parameters())
+    model.requires_grad_(False)
+    examples = [
+        Example(ids=row, scored=[False] + [True] * (len(row) - 1), row=place)
+        for place, row in enumerate(rows.tolist())
+    ]
+    encoded = Encoded(
+        task=task_of(["x"] * len(rows)), examples=examples, classes=(), mask_id=None, batch_tokens=2**14,
+        notes=(),
+    )  # fmt: skip
+
+    def run() -> Curvature:
+        with Moved(block, adaptive=False) as moved:
+            twice = Twice(model, encoded, tuple(range(len(rows))), moved)
+            made = spectrum(
+                twice.product, moved.zero, steps=STEPS, probes=SIGNS,
+                generator=torch.Generator().manual_seed(0),
+            )  # fmt: skip
+        return Curvature(max(made.top, made.bottom, key=abs), made.trace, made.trace_error)
+
+    return run
+
+
+def same_curvature(theirs: Curvature, ours: Curvature) -> Agreement:
+    off = abs(theirs.top - ours.top) / abs(ours.top)
+    error = 4 * (theirs.error**2 + ours.error**2) ** 0.5
+    text = f"top eigenvalue {theirs.top:.4g} and {ours.top:.4g}"
+    if off > 0.01:
+        # Both are bounds from below: of a softmax regression, whose Hessian is known, the tests say so.
+        right = "ours" if abs(ours.top) > abs(theirs.top) else "theirs"
+        text += f" after {STEPS} products: {right} is nearer, since both approach it from below"
+    text += f"; trace {theirs.trace:.4g} ± {theirs.error:.2g} and {ours.trace:.4g} ± {ours.error:.2g}"
+    return Agreement(off < 0.2 and abs(theirs.trace - ours.trace) < error, text)
+
+
+# The tangent kernel
+
+
+def kernel_input(folder: Path, quick: bool) -> None:
+    inputs.moved(folder, width=128 if quick else 512, layers=2 if quick else 8)
+    inputs.texts(folder / "rows.jsonl", KERNEL_ROWS)
+
+
+def direction(size: int) -> torch.Tensor:
+    """A random direction of logits."""
+    return torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / size**0.5
+
+
+def jacobian(folder: Path) -> Callable[[], Any]:
+    """Every row's gradient in all weights, one beside the other, and their products."""
+
+    def run() -> list[list[float]]:
+        model = inputs.loaded(folder / "base")
+        weights = list(model.parameters())
+        along = direction(model.config.vocab_size).float()
+        gradients = []
+        for ids, mask in inputs.batched(folder / "base", folder / "rows.jsonl", rows=1):
+            logits = model(input_ids=ids, attention_mask=mask).logits[0, :-1]
+            found = torch.autograd.grad((logits @ along).mean(), weights)
+            gradients.append(torch.cat([each.flatten() for each in found]))
+        J = torch.stack(gradients)
+        return (J @ J.T).tolist()
+
+    return run
+
+
+def kernel(folder: Path) -> Callable[[], Any]:
+    from diagnostics.row_losses import encoded
+    from probes import open_checkpoint
+    from probes.editable import Editable
+    from probes.tangents import tangent_kernel
+    from probes.tasks import read_task
+
+    def run() -> list[list[float]]:
+        editable = Editable(open_checkpoint(str(folder / "base")), device="cpu", dtype="float32")
+        task = read_task(str(folder / "rows.jsonl"))
+        told = encoded(editable, task, max_length=None, chat_template=False, batch_tokens=2**14)
+        along = direction(editable.model.config.vocab_size)
+        return tangent_kernel(editable.model, told, range(KERNEL_ROWS), along).tolist()
+
+    return run
+
+
+def same_kernel(theirs: list[list[float]], ours: list[list[float]]) -> Agreement:
+    one, other = np.ravel(theirs).tolist(), np.ravel(ours).tolist()
+    found = near(one, other, 1e-2, "entries")
+    # Millions of products summed in float32; the same way in float64 is the planted case of the tests.
+    said = "; theirs sums in float32, ours in float64 is right" if apart(one, other) > 1e-5 else ""
+    return Agreement(found.same, found.text + said)
+
+
+# The gradient of a mask
+
+
+def masked_pair(folder: Path, quick: bool) -> None:
+    from tests.benchmarks.grafts import made
+
+    made(folder, width=128 if quick else 768, layers=2 if quick else 12)
+
+
+MASK_ROWS = 8
+
+
+def whole_mask(folder: Path) -> Callable[[], Any]:
+    """The paper's way: a mask entry for every weight of the blocks, differentiated through the model."""
+    from torch.func import functional_call
+
+    from tests.benchmarks.grafts import examples
+
+    def run() -> dict[str, list[float]]:
+        base, tuned = inputs.loaded(folder / "base"), inputs.loaded(folder / "tuned")
+        own = {name: value.detach() for name, value in base.named_parameters()}
+        deltas = {
+            name: value.detach() - own[name] for name, value in tuned.named_parameters() if ".layers." in name
+        }
+        del tuned
+        masks = {name: torch.zeros_like(delta).requires_grad_() for name, delta in deltas.items()}
+        ids = torch.tensor([example.ids for example in examples(MASK_ROWS)])
+        blended = {name: own[name] + masks[name] * delta for name, delta in deltas.items()}
+        logits = functional_call(base, own | blended, (), {"input_ids": ids, "use_cache": False}).logits
+        token_loss(logits, ids).backward()
+        found = {}
+        for name, mask in masks.items():
+            assert mask.grad is not None
+            found[name] = mask.grad.flatten()[:: max(1, mask.numel() // 50)].tolist()
+        return found
+
+    return run
+
+
+def candidates(folder: Path) -> Callable[[], Any]:
+    """The gradient at the 0.8 % of entries that moved furthest, and at any others that are asked for."""
+    from diagnostics.candidates import Candidates, Grafted
+    from tests.benchmarks.grafts import CANDIDATES, objective, opened
+
+    def run() -> dict[str, list[float]]:
+        told = objective(MASK_ROWS)
+        with opened(folder, "cpu") as (host, movement):
+
+            def read(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+                return host.read(name, "base"), host.read(name)
+
+            chosen = Candidates.of(movement.largest(round(CANDIDATES * movement.total)), read)
+            with Grafted(host, chosen) as graft:
+                mask = torch.zeros(len(chosen), dtype=torch.bool)
+                graft.gradient(mask, told)
+                asked = {
+                    name: torch.arange(0, entries, max(1, entries // 50))
+                    for name, entries in movement.entries.items()
+                }
+                found = graft.elsewhere(asked, read, mask, told)
+            parts = found.split([len(index) for index in asked.values()])
+            return {name: part.tolist() for name, part in zip(asked, parts, strict=True)}
+
+    return run
+
+
+def same_gradient(theirs: dict[str, list[float]], ours: dict[str, list[float]]) -> Agreement:
+    if set(theirs) != set(ours):
+        return Agreement(False, f"tensors differ: {sorted(set(theirs) ^ set(ours))[0]}")
+    one = [value for name in sorted(theirs) for value in theirs[name]]
+    other = [value for name in sorted(theirs) for value in ours[name]]
+    return near(one, other, 1e-4, "mask gradients")
+
+
+# Pathways
+
+
+def paths(folder: Path, quick: bool) -> None:
+    from tests.benchmarks import pathways
+
+    kept, pathways.PATHWAYS = pathways.PATHWAYS, 30 if quick else 150
+    (folder / "words.txt").write_text("\n".join(pathways.made()), encoding="utf-8")
+    pathways.PATHWAYS = kept
+
+
+def plain_distances(folder: Path) -> Callable[[], Any]:
+    from tests.benchmarks.pathways import plainly
+
+    words = (folder / "words.txt").read_text(encoding="utf-8").split("\n")
+    return lambda: [plainly(one, other) for place, one in enumerate(words) for other in words[:place]]
+
+
+def distances(folder: Path) -> Callable[[], Any]:
+    from diagnostics.pathway import distances as between
+
+    words = (folder / "words.txt").read_text(encoding="utf-8").split("\n")
+
+    def run() -> list[int]:
+        found = between(words)
+        return found[np.tril_indices(len(words), k=-1)].tolist()
+
+    return run
+
+
+CONTESTS = [
+    Contest(
+        analysis="sharpness",
+        what=f"Hessian of a block, {STEPS + SIGNS} products",
+        peer="PyHessian",
+        packages=("PyHessian",),
+        make=small_model,
+        theirs=pyhessian,
+        ours=curvature,
+        agree=same_curvature,
+        apart="theirs keeps one graph, which ours makes for each product",
+    ),
+    Contest(
+        analysis="sharpness",
+        what=f"Hessian of a block, {STEPS + SIGNS} products",
+        peer="hessian-eigenthings",
+        packages=("hessian-eigenthings",),
+        make=small_model,
+        theirs=eigenthings,
+        ours=curvature,
+        agree=same_curvature,
+    ),
+    Contest(
+        analysis="dynamics",
+        what=f"tangent kernel of {KERNEL_ROWS} rows",
+        peer="whole gradients, one beside the other",
+        make=kernel_input,
+        theirs=jacobian,
+        ours=kernel,
+        agree=same_kernel,
+    ),
+    Contest(
+        analysis="skills",
+        what="gradient of a mask",
+        peer="the paper's mask over all weights",
+        make=masked_pair,
+        theirs=whole_mask,
+        ours=candidates,
+        agree=same_gradient,
+        apart="ours twice, at its candidates and at the entries compared",
+    ),
+    Contest(
+        analysis="pathways",
+        what="edit distances of all pairs",
+        peer="plain dynamic programme",
+        make=paths,
+        theirs=plain_distances,
+        ours=distances,
+        agree=lambda theirs, ours: Agreement(
+            theirs == ours, f"{len(ours):,} distances, {'equal' if theirs == ours else 'not equal'}"
+        ),
+    ),
+]
