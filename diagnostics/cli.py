@@ -172,6 +172,9 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Forget what an earlier run
 Chat = Annotated[bool, typer.Option("--chat-template", help="Write rows as a user's message.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that a repository brings.")]
 Device = Annotated[str, typer.Option(metavar="D", help="auto, cpu, cuda or cuda:N.")]
+Engine = Annotated[
+    str, typer.Option(metavar="E", help="local, local:N, dask://HOST:PORT or ray://HOST:PORT.")
+]
 Base = Annotated[str, typer.Argument(metavar="BASE", help="Directory, file or hub id (`org/name@revision`).")]
 Tuned = Annotated[str, typer.Argument(metavar="TUNED", help="The same, or an adapter.")]
 
@@ -198,9 +201,7 @@ def run_options(
     device: Device = "auto",
     dtype: Annotated[str | None, typer.Option(metavar="D", help="Of the arithmetic.")] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="For what is drawn at random.")] = 0,
-    engine: Annotated[
-        str, typer.Option(metavar="E", help="local, local:N, dask://HOST:PORT or ray://HOST:PORT.")
-    ] = "local",
+    engine: Engine = "local",
     fresh: Fresh = False,
 ) -> dict[str, Any]:
     """What every command that audits takes, as `diagnostics.audit.audit` takes it."""
@@ -322,16 +323,17 @@ def run_mitigate(
     epsilon: Annotated[float, typer.Option(help="Cosine under which a direction counts as new.")] = 0.5,
     full: Annotated[bool, typer.Option("--full", help="Write full weights even of an adapter.")] = False,
     device: Device = "auto",
+    engine: Engine = "local",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Write a tuned checkpoint with its intruders damped."""
-    from diagnostics import machine, terminal
+    from diagnostics import engines, machine, terminal
     from diagnostics.disk import to_json
     from diagnostics.mitigate import mitigate
 
     place = machine.device(device)
-    with terminal.bars(show=not quiet) as progress:
+    with engines.engine(engine, place), terminal.bars(show=not quiet) as progress:
         shown = functools.partial(progress, "mitigate") if progress else None
         made = mitigate(
             base, tuned, out, scale=scale, mode=mode, k=k, epsilon=epsilon, full=full or None, device=place,

@@ -7,6 +7,7 @@ import torch
 from tests.benchmarks import (
     dashboard,
     decision,
+    engines,
     grafts,
     masks,
     pathways,
@@ -20,6 +21,7 @@ from tests.benchmarks import (
 ALL = {
     "dashboard": dashboard.main,
     "decision": decision.main,
+    "engines": engines.main,
     "grafts": grafts.main,
     "masks": masks.main,
     "pathways": pathways.main,

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -44,13 +45,15 @@ print(json.dumps({"total": total, "reading": reading, "bytes": size, "peak_gb": 
 """
 
 
-def write(directory: Path, tuned: bool) -> None:
+def write(
+    directory: Path, tuned: bool, shapes: Mapping[str, tuple[int, int]] = SHAPES, layers: int = LAYERS
+) -> None:
     """One shard a layer; layers share their draws, rolled, so that writing takes less than auditing."""
     directory.mkdir()
     generator = torch.Generator().manual_seed(0)
     weight_map = {}
     drawn = {}
-    for name, (rows, columns) in SHAPES.items():
+    for name, (rows, columns) in shapes.items():
         W = torch.randn(rows, columns, generator=generator) / columns**0.5
         W *= torch.logspace(0, -0.4, columns)
         for i in range(40):
@@ -69,8 +72,8 @@ def write(directory: Path, tuned: bool) -> None:
         else:
             torch.randn(4 * (rows + columns), generator=generator)  # keep both sides on the same draws
         drawn[name] = W.bfloat16()
-    for layer in range(LAYERS):
-        shard = f"model-{layer + 1:05}-of-{LAYERS:05}.safetensors"
+    for layer in range(layers):
+        shard = f"model-{layer + 1:05}-of-{layers:05}.safetensors"
         tensors = {
             f"model.layers.{layer}.{name}.weight": W.roll(97 * layer, 0).contiguous()
             for name, W in drawn.items()
