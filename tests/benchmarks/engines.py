@@ -69,7 +69,7 @@ def main() -> None:
         pd.testing.assert_frame_equal(table, second.tables[name], check_exact=True)
     print(
         f"intruders of a pair of {parameters / 1e9:.2f} B parameters, {first.metrics['matrices']} matrices: "
-        f"one Dask worker {one:.0f} s, two {two:.0f} s, {one / two:.2f} × as fast, the same tables bit for bit"
+        f"one Dask worker {one:.0f} s, two {two:.0f} s, {one / two:.2f} × as fast, bit for bit the same"
     )
 
 
