@@ -183,6 +183,9 @@ Cache = Annotated[
 CacheGB = Annotated[
     float, typer.Option("--cache-gb", metavar="N", envvar="TUNESCOPE_CACHE_GB", help="Most that it may hold.")
 ]
+Engine = Annotated[
+    str, typer.Option(metavar="E", help="local, local:N, dask://HOST:PORT or ray://HOST:PORT.")
+]
 Base = Annotated[str, typer.Argument(metavar="BASE", help="Directory, file or hub id (`org/name@revision`).")]
 Tuned = Annotated[str, typer.Argument(metavar="TUNED", help="The same, or an adapter.")]
 
@@ -209,9 +212,7 @@ def run_options(
     device: Device = "auto",
     dtype: Annotated[str | None, typer.Option(metavar="D", help="Of the arithmetic.")] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="For what is drawn at random.")] = 0,
-    engine: Annotated[
-        str, typer.Option(metavar="E", help="local, local:N, dask://HOST:PORT or ray://HOST:PORT.")
-    ] = "local",
+    engine: Engine = "local",
     cache: Cache = None,
     cache_gb: CacheGB = 20,
     fresh: Fresh = False,
@@ -345,18 +346,19 @@ def run_mitigate(
     epsilon: Annotated[float, typer.Option(help="Cosine under which a direction counts as new.")] = 0.5,
     full: Annotated[bool, typer.Option("--full", help="Write full weights even of an adapter.")] = False,
     device: Device = "auto",
+    engine: Engine = "local",
     cache: Cache = None,
     cache_gb: CacheGB = 20,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Write a tuned checkpoint with its intruders damped."""
-    from diagnostics import machine, terminal
+    from diagnostics import engines, machine, terminal
     from diagnostics.disk import to_json
     from diagnostics.mitigate import mitigate
 
     place = machine.device(device)
-    with terminal.bars(show=not quiet) as progress:
+    with engines.engine(engine, place), terminal.bars(show=not quiet) as progress:
         shown = functools.partial(progress, "mitigate") if progress else None
         made = mitigate(
             base, tuned, out, scale=scale, mode=mode, k=k, epsilon=epsilon, full=full or None, device=place,

@@ -18,6 +18,7 @@ from tests.benchmarks import (
     against,
     dashboard,
     decision,
+    engines,
     grafts,
     growth,
     masks,
@@ -33,6 +34,7 @@ from tests.benchmarks import (
 ALL: dict[str, ModuleType] = {
     "dashboard": dashboard,
     "decision": decision,
+    "engines": engines,
     "grafts": grafts,
     "masks": masks,
     "pathways": pathways,
@@ -49,6 +51,7 @@ ALL: dict[str, ModuleType] = {
 QUICK: dict[str, dict[str, Any]] = {
     "dashboard": {"RUNS": 1, "LAYERS": 12, "ROWS": 300},
     "decision": {"SHAPES": ((256, 256),), "TALL": (512, 256), "SIZE": 64, "WIDTH": 256},
+    "engines": {"LAYERS": 2, "SHAPES": {"self_attn.q_proj": (512, 512), "mlp.up_proj": (1376, 512)}},
     "masks": {"WIDTH": 64, "DEPTH": 2, "LEVELS": [0.3, 0.6, 0.9]},
     "pathways": {"PATHWAYS": 50, "FEW": 20},
     "routes": {"LAYERS": 2, "WIDTH": 64, "ROWS": 16, "LENGTH": 32, "ROUNDS": 1},

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -61,14 +62,14 @@ def spectral(rows: int, columns: int, tuned: bool, generator: torch.Generator) -
     return W.bfloat16()
 
 
-def write(directory: Path, tuned: bool) -> None:
+def write(directory: Path, tuned: bool, shapes: Mapping[str, tuple[int, int]], layers: int) -> None:
     """One shard a layer; layers share their draws, rolled, so that writing takes less than auditing."""
     directory.mkdir()
     generator = torch.Generator().manual_seed(0)
     weight_map = {}
-    drawn = {name: spectral(*shape, tuned, generator) for name, shape in SHAPES.items()}
-    for layer in range(LAYERS):
-        shard = f"model-{layer + 1:05}-of-{LAYERS:05}.safetensors"
+    drawn = {name: spectral(*shape, tuned, generator) for name, shape in shapes.items()}
+    for layer in range(layers):
+        shard = f"model-{layer + 1:05}-of-{layers:05}.safetensors"
         tensors = {
             f"model.layers.{layer}.{name}.weight": W.roll(97 * layer, 0).contiguous()
             for name, W in drawn.items()
@@ -93,7 +94,7 @@ def main() -> None:
             print(f"7B pair left out: it needs {needed / 1e9:.0f} GB of disk, {folder} has {free / 1e9:.0f}")
             return
         for name in ("base", "tuned"):
-            write(folder / name, tuned=name == "tuned")
+            write(folder / name, tuned=name == "tuned", shapes=SHAPES, layers=LAYERS)
         done = subprocess.run(
             [sys.executable, "-c", MEASURE, str(folder / "base"), str(folder / "tuned")],
             check=True,

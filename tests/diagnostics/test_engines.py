@@ -249,6 +249,19 @@ def test_a_worker_killed_in_the_middle_loses_nothing(cluster, pair):
     same(intruder_dimensions(opened), there)
 
 
+@pytest.mark.slow
+def test_mitigate_writes_the_same_weights_on_a_cluster(cluster, pair, tmp_path, monkeypatch):
+    name, _ = cluster
+    for place, options in (("here", ()), ("there", ("--engine", name))):
+        assert shell(monkeypatch, "mitigate", *pair, "--out", tmp_path / place, "--quiet", *options) == 0
+    here, there = (
+        [path.read_bytes() for path in sorted((tmp_path / place).glob("*.safetensors"))]
+        for place in ("here", "there")
+    )
+    assert len(here) == 2
+    assert here == there
+
+
 def test_work_that_kills_its_worker_once_is_done_by_another(cluster, tmp_path):
     name, _ = cluster
     with engines.engine(name):
@@ -373,12 +386,12 @@ def ray_cluster():
         [command, "start", *options], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        for _ in range(300):
-            with suppress(OSError):
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        name = f"ray://127.0.0.1:{port}"
+        for _ in range(100):  # it listens before it serves
+            with suppress(ValueError), engines.engine(name):
                 break
-            time.sleep(0.2)
-        yield f"ray://127.0.0.1:{port}"
+            time.sleep(0.5)
+        yield name
     finally:
         head.terminate()
         head.wait(timeout=60)

@@ -1,7 +1,9 @@
 import json
 import multiprocessing
+import os
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -490,6 +492,30 @@ def test_a_pair_works_in_another_process(adapter, directory):
     assert same
     assert listed == pair.unmatched
     assert list(pickle.loads(pickle.dumps(pair)).matrices) == list(pair.matrices)
+
+
+def test_a_pair_of_files_is_pickled_as_their_paths_and_opened_once_a_process(adapter, directory):
+    pair = CheckpointPair(directory, adapter)
+    packed = pickle.dumps(pair)
+    assert len(packed) < 5000  # nearly all of it three times config.json; one matrix in bfloat16 is 2,048
+    again = pickle.loads(packed)
+    assert again.matrices == pair.matrices
+    assert (again.base.ref, again.tuned.ref) == (pair.base.ref, pair.tuned.ref)
+    assert again.tuned.base is again.base
+    assert again.tuned.adapter == pair.tuned.adapter
+    assert pickle.loads(packed) is again
+
+
+def test_files_that_changed_or_are_not_there_are_refused_where_they_are_opened_again(directory, tmp_path):
+    copy = Path(shutil.copytree(directory, tmp_path / "copy"))
+    packed = pickle.dumps(CheckpointPair(directory, str(copy)))
+    file = next(copy.glob("*.safetensors"))
+    os.utime(file, ns=(1, 1))
+    with pytest.raises(ValueError, match=r"copy: on .* it is not the file that was opened first"):
+        pickle.loads(packed)
+    shutil.rmtree(copy)
+    with pytest.raises(ValueError, match=r"copy: not there on .*; every worker opens the checkpoints itself"):
+        pickle.loads(packed)
 
 
 def _measure(pair):
