@@ -1,5 +1,6 @@
 """What is remembered of a base is what would have been computed, and whatever goes wrong costs time alone."""
 
+import json
 import logging
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from diagnostics.factor_cache import FactorCache
 from diagnostics.intruders import intruder_dimensions
 from diagnostics.mitigate import mitigate
 from probes import CheckpointPair
+from tests.diagnostics.shell import shell
 from tests.diagnostics.spectra import orthonormal, values, with_values
 
 ROOT = Path(__file__).parents[2]
@@ -284,3 +286,35 @@ def test_mitigation_finds_in_the_cache_what_an_audit_left_there(triplets, tmp_pa
     intruder_dimensions(CheckpointPair(*pair), cache=tmp_path / "cache")
     monkeypatch.setattr(FactorCache, "put", lambda *given: pytest.fail("made again"))
     mitigate(*pair, tmp_path / "out", cache=tmp_path / "cache")
+
+
+def test_the_command_keeps_a_cache_where_it_or_the_environment_says_and_nowhere_else(
+    checkpoints, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("diagnostics.intruders.LARGEST_FLOOR", 2)  # else 8x8 is not applicable
+    for name in ("TUNESCOPE_CACHE", "TUNESCOPE_CACHE_GB"):
+        monkeypatch.delenv(name, raising=False)
+    given = (
+        "audit",
+        *checkpoints,
+        "--only",
+        "intruders",
+        "--set",
+        "intruders.k=3",
+        "--device",
+        "cpu",
+        "--quiet",
+    )
+    codes, told = [], []
+    for number, more in enumerate([(), ("--cache", tmp_path / "a", "--cache-gb", "0.001"), ()]):
+        if number == 2:
+            monkeypatch.setenv("TUNESCOPE_CACHE", str(tmp_path / "b"))
+        codes.append(shell(monkeypatch, *given, "--out", tmp_path / f"{number}", *more))
+        told.append(json.loads((tmp_path / f"{number}" / "audit.json").read_text())["analyses"]["intruders"])
+    # Four matrices, each decomposed.
+    assert [len(list((tmp_path / name).glob("*.safetensors"))) for name in "ab"] == [4, 4]
+    assert codes[0] == codes[1] == codes[2]
+    assert all(each["metrics"] == told[0]["metrics"] for each in told)
+    assert all(each["parameters"] == told[0]["parameters"] for each in told)
+    assert "cache" not in told[1]["parameters"]
+    assert told[0]["metrics"]["matrices"] == 4
