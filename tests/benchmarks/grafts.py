@@ -1,6 +1,5 @@
 """Grafts: what a step of the mask search costs beyond a plain forward and backward pass of the same model."""
 
-import subprocess
 import sys
 import tempfile
 import threading
@@ -26,6 +25,7 @@ from probes.host import Host
 from probes.objective import Objective
 from probes.pair import CheckpointPair
 from probes.rows import task_of
+from tests.benchmarks.contest import alone
 
 LENGTH, STEPS = 32, 3
 # Rows of a step that is timed, and of one whose memory is measured: few, or activations would hide the rest.
@@ -178,17 +178,13 @@ def search(folder: Path, device: str, rows: int) -> tuple[float, int]:
         return median(after - before for before, after in pairwise(marks)), peak.bytes
 
 
-def alone(folder: Path, way: str, device: str, rows: int) -> tuple[float, int]:
-    """A way in a process of its own."""
-    code = (
-        "import sys, torch; from pathlib import Path; torch.set_num_threads(2); "
-        "from tests.benchmarks import grafts; "
-        "print(*getattr(grafts, sys.argv[2])(Path(sys.argv[1]), sys.argv[3], int(sys.argv[4])))"
-    )
-    command = [sys.executable, "-c", code, str(folder), way, device, str(rows)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    seconds, size = done.stdout.splitlines()[-1].split()
-    return float(seconds), int(size)
+def in_turn(
+    folder: Path, way: Callable[[Path, str, int], tuple[float, int]], device: str
+) -> tuple[float, int]:
+    """Seconds of a way with many rows and its memory with few, each in a process of its own."""
+    seconds, _ = alone(way, folder, device, TIMED, threads=torch.get_num_threads())
+    _, size = alone(way, folder, device, WEIGHED, threads=torch.get_num_threads())
+    return seconds, size
 
 
 def main(device: str = "", **shape: int) -> None:
@@ -199,10 +195,7 @@ def main(device: str = "", **shape: int) -> None:
         folder = Path(name)
         made(folder, **shape)
         model = sum(file.stat().st_size for file in (folder / "base").glob("*.safetensors"))
-        found = {
-            way: (alone(folder, way, device, TIMED)[0], alone(folder, way, device, WEIGHED)[1])
-            for way in ("plain", "search")
-        }
+        found = {way.__name__: in_turn(folder, way, device) for way in (plain, search)}
     table = Table(
         title=f"A step of the mask search on {device}: {TIMED} rows of {LENGTH} tokens, "
         f"{model / 4e6:.0f} M weights in float32, {CANDIDATES:g} of them candidates"

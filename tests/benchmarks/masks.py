@@ -1,7 +1,5 @@
 """Masks: pruning a sparsity level against torch's own way, and what evaluating under masks costs."""
 
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -16,6 +14,7 @@ from rich.table import Table
 from probes.host import Host
 from probes.pair import CheckpointPair
 from probes.prune import magnitude_order
+from tests.benchmarks.contest import alone, started, status
 
 WIDTH, DEPTH = 768, 12
 LEVELS = [round(0.045 * level, 3) for level in range(1, 21)]
@@ -91,37 +90,24 @@ def resident(model: torch.nn.Module) -> None:
 
 def reset_peak() -> None:
     """Let the peak of this process's memory start from where it is."""
-    Path("/proc/self/clear_refs").write_text("5")
+    started()
 
 
-PEAK = """
-import sys
-from pathlib import Path
-import torch
-torch.set_num_threads(2)
-from tests.benchmarks import masks
-reset = masks.reset_peak
-before = []
-def marked():
-    reset()
-    before.append(masks.status("VmRSS"))
-masks.reset_peak = marked
-getattr(masks, sys.argv[2])(Path(sys.argv[1]), [0.5])
-print(masks.status("VmHWM") - before[0])
-"""
+def weighed(way: str, folder: Path) -> float:
+    """The most memory of a way beyond that from which it resets the peak, in bytes."""
+    before = []
 
+    def marked() -> None:
+        before.append(started())
 
-def status(field: str) -> int:
-    """A line of this process's status, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
+    globals()["reset_peak"] = marked  # of this process alone, which ends here
+    globals()[way](folder, [0.5])
+    return status("VmHWM") - before[0]
 
 
 def peak(folder: Path, way: str) -> float:
     """Peak memory of pruning half of a model, in GB beyond the loaded model."""
-    command = [sys.executable, "-c", PEAK, str(folder), way]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return int(done.stdout.splitlines()[-1]) / 1e9
+    return float(alone(weighed, way, folder, threads=torch.get_num_threads())) / 1e9
 
 
 def pruning(console: Console) -> None:

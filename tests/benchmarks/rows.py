@@ -1,8 +1,6 @@
 """What running models costs: scoring rows, capturing activations, measuring detection."""
 
 import importlib.util
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,6 +21,7 @@ from probes.forward import score_examples
 from probes.hooks import capture, pooled
 from probes.models import RunnablePair
 from probes.pair import CheckpointPair
+from tests.benchmarks.contest import alone, started, status
 
 VOCABULARY = 8192
 TOKENS = 4096
@@ -184,31 +183,20 @@ def fastest(*runs: Callable[[], Any], repeats: int = 3) -> tuple[list[float], li
     return [min(each) for each in times], results
 
 
-PEAK = """
-import sys
-from pathlib import Path
-import psutil
-from tests.benchmarks import rows
-folder, way, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-some = rows.examples(count)
-import peft, transformers
-before = psutil.Process().memory_info().rss
-if way == "two models":
-    rows.reference(*rows.two_models(folder), some)
-else:
-    with rows.RunnablePair(rows.CheckpointPair(folder / "base", folder / "tuned")) as runnable:
-        rows.ours(runnable, some) if way == "one model" else rows.captured(runnable, some)
-status = Path("/proc/self/status").read_text().splitlines()
-print(int(next(line for line in status if line.startswith("VmHWM")).split()[1]) * 1024 - before)
-"""
+def weighed(way: str, folder: Path, count: int) -> float:
+    """The most memory of scoring or capturing beyond that of the imported libraries, in bytes."""
+    some, before = examples(count), started()
+    if way == "two models":
+        reference(*two_models(folder), some)
+    else:
+        with RunnablePair(CheckpointPair(folder / "base", folder / "tuned")) as runnable:
+            ours(runnable, some) if way == "one model" else captured(runnable, some)
+    return status("VmHWM") - before
 
 
 def peak(folder: Path, way: str, count: int) -> float:
-    """Peak memory of a process that scores or captures, in GB, beyond that of the imported libraries."""
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK, str(folder), way, str(count)], check=True, capture_output=True, text=True
-    )
-    return int(done.stdout.splitlines()[-1]) / 1e9
+    """The same of a process of its own, in GB."""
+    return float(alone(weighed, way, folder, count, threads=torch.get_num_threads())) / 1e9
 
 
 def captured(runnable: RunnablePair, rows: list[Example]) -> None:
