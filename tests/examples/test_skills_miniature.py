@@ -189,6 +189,19 @@ def test_everything_that_was_measured_is_printed_beside_what_it_is_held_against(
     assert "precision, recall" in printed
 
 
+def test_a_skill_without_a_region_is_nan_in_what_is_printed(capsys):
+    one = outcome()
+    tables = dict(one.together["sgd"].tables)
+    tables["unions"] = tables["unions"].replace({"union": {"0 + 1 + 2": "0 + 2"}})  # of the other two
+    tables["rel"] = tables["rel"].query("region != '1'")
+    found = replace(one, together={**one.together, "sgd": replace(one.together["sgd"], tables=tables)})
+    assert all(math.isnan(value) for value in found.unions("sgd"))
+    show([found], Console(width=400))
+    printed = capsys.readouterr().out
+    assert "nan, nan, nan" in printed
+    assert "nan% (SGD), 90% (AdamW)" in printed
+
+
 def run(arguments: Iterable[str], monkeypatch: pytest.MonkeyPatch, found: Outcome) -> int:
     """The command with a measurement that is made already."""
     monkeypatch.setattr(miniature, "measure", lambda seed, budget, out: replace(found, seed=seed))
