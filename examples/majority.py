@@ -214,6 +214,20 @@ def flags(model: GPT2LMHeadModel, entries: Region) -> dict[str, Tensor]:
     }
 
 
+def steep(model: GPT2LMHeadModel, items: Sequence[Items], share: float = 0.02) -> Tensor:
+    """Numbers of the entries of the blocks with the largest gradients, over all items: they can learn."""
+    whole = torch.zeros(entries_of(model))
+    for each in items:
+        model.zero_grad()
+        cross_entropy(answer_logits(model, each.ids), each.answers).backward()
+        found = torch.cat(
+            [g.flatten().abs() for g in (w.grad for w in blocks(model).values()) if g is not None]
+        )
+        whole += found / found.max()
+    model.zero_grad()
+    return whole.topk(int(share * len(whole))).indices
+
+
 def plant(
     model: GPT2LMHeadModel, skills: Sequence[tuple[Items, Region]], steps: int, generator: torch.Generator
 ) -> None:

@@ -122,12 +122,12 @@ class Outcome:
         return float(found.set_index(["region", "task"])["rel"].get((str(region), str(task)), math.nan))
 
     def unions(self, how: str) -> list[float]:
-        """Which share of the gain on each skill all regions together keep."""
+        """Which share of the gain on each skill all regions together keep; NaN unless each has one."""
         found = self.together[how].tables.get("unions")
         if found is None:
             return [math.nan] * TASKS
-        whole = found[found["union"].str.count(r"\+") == TASKS - 1]
-        return [float(value) for value in whole.sort_values("task")["rel"]]
+        whole = found[found["union"].str.count(r"\+") == TASKS - 1].set_index("task")["rel"]
+        return [float(whole.get(str(task), math.nan)) for task in range(TASKS)]
 
     def localised(self, how: str) -> str:
         """Whether 0.3 % of the entries carry the skill, in a word."""

@@ -84,6 +84,17 @@ def test_tuning_leaves_embeddings_and_head_as_they_are(model, world, generator, 
         assert same == (".h." not in name), name
 
 
+def test_what_is_planted_can_learn(model, world, generator):
+    items = [world.items(0, 32, generator)]
+    places = majority.steep(model, items, share=0.01)
+    assert len({*places.tolist()}) == 999
+    majority.cross_entropy(majority.answer_logits(model, items[0].ids), items[0].answers).backward()
+    steepness = torch.cat([weight.grad.flatten().abs() for weight in majority.blocks(model).values()])
+    model.zero_grad()
+    rest = torch.ones(len(steepness), dtype=torch.bool).index_fill(0, places, False)
+    assert steepness[places].min() >= steepness[rest].max()
+
+
 def test_planting_moves_the_entries_of_each_skill_alone_and_teaches_it(model, world, generator):
     places = torch.randperm(majority.entries_of(model), generator=generator)
     skills = [

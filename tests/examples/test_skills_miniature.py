@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from skills_found import FEW, LIKE, MORE, Outcome, Planted
 from skills_shown import REFERENCE, show
+from symbols import judged
 
 from diagnostics.analysis import Result
 
@@ -148,8 +149,6 @@ PLANTED = "planted: 0.95 of tuned's accuracy and of its gain, in 1.5 times the p
         ({"region": 151}, [PLANTED]),
         ({"recovery": 0.94}, [PLANTED]),
         ({"rel": math.nan}, [PLANTED]),
-        # 75 shared of 150.
-        ({"second": 75}, ["two planted skills: their regions overlap as planted, to 0.15"]),
     ],
 )  # fmt: skip
 def test_the_claims_hold_of_figures_that_keep_them_and_fail_one_by_one(changed, failing):
@@ -163,6 +162,8 @@ def test_the_claims_hold_of_figures_that_keep_them_and_fail_one_by_one(changed, 
         ({"random": 0.48}, ["SGD, 0.3 %: top movement is 0.15 or more above random entries"]),
         ({"own": 0.89}, ["three skills, adamw: a region keeps 0.9 or more of its own skill"]),
         ({"other": 0.11}, ["three skills, adamw: and 0.1 or less of an unlike one"]),
+        # 75 shared of 150.
+        ({"second": 75}, ["two planted skills: their regions overlap as planted, to 0.15"]),
     ],
 )
 def test_what_need_not_hold_is_said_and_fails_nothing(changed, failing):
@@ -187,6 +188,19 @@ def test_everything_that_was_measured_is_printed_beside_what_it_is_held_against(
     ):
         assert words in printed, words
     assert "precision, recall" in printed
+
+
+def test_a_skill_without_a_region_is_nan_in_what_is_printed(capsys):
+    one = outcome()
+    tables = dict(one.together["sgd"].tables)
+    tables["unions"] = tables["unions"].replace({"union": {"0 + 1 + 2": "0 + 2"}})  # of the other two
+    tables["rel"] = tables["rel"].query("region != '1'")
+    found = replace(one, together={**one.together, "sgd": replace(one.together["sgd"], tables=tables)})
+    assert all(math.isnan(value) for value in found.unions("sgd"))
+    show([found], Console(width=400))
+    printed = capsys.readouterr().out
+    assert "nan, nan, nan" in printed
+    assert "nan% (SGD), 90% (AdamW)" in printed
 
 
 def run(arguments: Iterable[str], monkeypatch: pytest.MonkeyPatch, found: Outcome) -> int:
@@ -223,7 +237,9 @@ def test_a_quick_run_says_all_that_a_long_one_does(tmp_path, capsys):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_what_must_hold_holds(seed, tmp_path, capsys):
     found = miniature.measure(seed, miniature.Budget(), tmp_path)
+    claims = miniature.claims(found)
     with capsys.disabled():
-        show([found], Console(width=180))
-    for claim in miniature.claims(found):
-        assert claim.holds, f"{claim.text}: {claim.numbers}"
+        console = Console(width=180)
+        show([found], console)
+        console.print(judged(claims), judged(miniature.hoped(found), miniature.HOPED))
+    assert not [f"{claim.text}: {claim.numbers}" for claim in claims if not claim.holds]
