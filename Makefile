@@ -23,7 +23,9 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not slow'
 
+# With Ray, which the quick tests leave out.
 test-slow: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,ray]'
 	$(BIN)/python -m pytest -q -m slow
 
 lint: $(READY)

@@ -141,10 +141,26 @@ def ray(name: str, address: str, device: str) -> Iterator[None]:
     if device == "cuda":
         actors["num_gpus"] = 1
     try:
-        with parallel_config(backend="ray", n_jobs=-1, ray_remote_args=actors):
+        workers = actors_of(name, package.cluster_resources(), device)
+        with parallel_config(backend="ray", n_jobs=workers, ray_remote_args=actors):
             yield
     finally:
         package.shutdown()
+
+
+def actors_of(name: str, resources: Mapping[str, float], device: str) -> int:
+    """How many workers of a Ray cluster there is room for; more would be waited for, for ever.
+
+    Raises:
+        ValueError: it has no GPU, and one is asked for.
+    """
+    kind = "GPU" if device == "cuda" else "CPU"
+    count = int(resources.get(kind, 0))
+    if count < 1:
+        raise ValueError(
+            f"--engine {name}: the cluster has no {kind}; add a machine that has, or use --device"
+        )
+    return count
 
 
 def crowded(workers: Mapping[str, int], cores: Mapping[str, int], threads: int) -> str:

@@ -156,6 +156,14 @@ def test_more_threads_than_cores_are_said_and_enough_cores_are_not():
 # This machine
 
 
+def test_ray_is_asked_for_as_many_workers_as_it_has_room_for():
+    room = {"CPU": 16.0, "GPU": 2.0}
+    assert engines.actors_of("ray://h:1", room, "cpu") == 16
+    assert engines.actors_of("ray://h:1", room, "cuda") == 2
+    with pytest.raises(ValueError, match=r"--engine ray://h:1: the cluster has no GPU; add a machine"):
+        engines.actors_of("ray://h:1", {"CPU": 16.0}, "cuda")
+
+
 def test_a_local_engine_with_workers_runs_elsewhere():
     with engines.engine("local:2"):
         there = joblib.Parallel()(joblib.delayed(os.getpid)() for _ in range(4))
