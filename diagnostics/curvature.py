@@ -82,26 +82,33 @@ def lanczos(product: Product, start: Tensor, steps: int) -> np.ndarray:
 
 
 class Twice:
-    """The loss of a batch as a graph that is differentiated twice, and M v of some weights from it."""
+    """The gradient of a batch's loss as a graph, kept as long as this is, and M v of some weights from it.
+
+    The weights must stay as they are meanwhile.
+    """
 
     def __init__(self, model: nn.Module, encoded: Encoded, rows: tuple[int, ...], moved: Moved):
         self._model, self._encoded, self._rows, self._moved = model, encoded, rows, moved
+        self._slopes: tuple[Tensor | None, ...] | None = None
 
     def product(self, v: Tensor) -> Tensor:
-        """c ⊙ H (c ⊙ v), by two passes back."""
+        """c ⊙ H (c ⊙ v), by one pass back through the graph of the gradient."""
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         weights = self._moved.parameters
         parts = self._moved.divided(v)
         # Fused attention has no second derivative.
         with evaluating(self._model), sdpa_kernel(SDPBackend.MATH), self._moved.sloping():
-            loss = graph(self._model, self._encoded, self._rows)
-            first = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
-            used = [(slope, part) for slope, part in zip(first, parts, strict=True) if slope is not None]
+            if self._slopes is None:
+                loss = graph(self._model, self._encoded, self._rows)
+                self._slopes = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
+            used = [
+                (slope, part) for slope, part in zip(self._slopes, parts, strict=True) if slope is not None
+            ]
             along = torch.stack([(slope * part).sum() for slope, part in used]).sum()
             if not along.requires_grad:  # linear in these weights
                 return torch.zeros_like(v)
-            second = torch.autograd.grad(along, weights, allow_unused=True)
+            second = torch.autograd.grad(along, weights, allow_unused=True, retain_graph=True)
         return self._moved.scaled([None if each is None else each.detach() for each in second])
 
 

@@ -343,10 +343,11 @@ def _curvature(
                 logits_normalised(walk.model, settings.normalise),
                 Moved(settings.parameters(layer), adaptive=settings.adaptive) as moved,
             ):
-                twice = Twice(walk.model, tasks[id(lot.objective)], lot.rows, moved)
                 try:
-                    made = spectrum(
-                        twice.product, moved.zero, generator=torch.Generator().manual_seed(settings.seed)
+                    made = spectrum(  # under no name: the graph of one layer at a time
+                        Twice(walk.model, tasks[id(lot.objective)], lot.rows, moved).product,
+                        moved.zero,
+                        generator=torch.Generator().manual_seed(settings.seed),
                     )
                 except (RuntimeError, NotImplementedError) as error:
                     notes.append(

@@ -72,7 +72,11 @@ def test_products_are_those_of_the_whole_hessian():
     c = weight.detach().abs()
     with Moved([weight]) as moved:
         v = torch.randn(16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        product = Twice(model, task, (0, 1), moved).product(v)
-    assert torch.allclose(product, c * (H @ (c * v)), rtol=1e-4, atol=1e-7)
+        twice = Twice(model, task, (0, 1), moved)
+        products = [twice.product(each) for each in (v, 2 * v, v)]
+    assert torch.allclose(products[0], c * (H @ (c * v)), rtol=1e-4, atol=1e-7)
+    # The graph is kept, and each product is of its own vector.
+    assert torch.equal(products[0], products[2])
+    assert torch.allclose(products[1], 2 * products[0])
     assert weight.grad is None
     assert not weight.requires_grad
