@@ -6,7 +6,7 @@
 import pickletools
 import zipfile
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 # Parts of a tuple, those of its parts included. torch's own have a shape in them.
 PARTS = 2**16
@@ -50,7 +50,7 @@ def refuse_bombs(path: Path, zipped: bool) -> None:
         return
 
 
-def bounded(file: IO[bytes]) -> None:
+def bounded(file: Any) -> None:
     """Go through one pickle without building it, and count the parts of its tuples.
 
     A tuple that stands twice in the next, thirty times over, takes a hundred bytes, and hashing it as a key
