@@ -36,7 +36,7 @@ def refuse_bombs(path: Path, zipped: bool) -> None:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
             if squeezed := [record for record in records if record.compress_type != zipfile.ZIP_STORED]:
-                raise TooManyError(f"{squeezed[0].filename} is compressed, which torch never does")
+                raise TooManyError(f"{squeezed[0].filename[:80]!r} is compressed, which torch never does")
             for record in records:
                 if record.filename.endswith(".pkl"):
                     with archive.open(record) as file:

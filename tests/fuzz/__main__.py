@@ -112,7 +112,8 @@ def one_of(name: str, engine: str, seconds: int) -> tuple[dict[str, Any], str]:
                 [*command, "--home", home], capture_output=True, text=True, errors="replace",
                 timeout=seconds + 2 * HANGS,
             )  # fmt: skip
-            ended, said = done.returncode, done.stderr
+            # atheris tells of exceptions on the one, of everything else on the other.
+            ended, said = done.returncode, done.stderr + done.stdout
         except subprocess.TimeoutExpired as error:
             ended, said = "hangs", (error.stderr or b"").decode(errors="replace")
         told = {"taken": 0, "refused": 0, "slowest": 0.0, "peak": 0}
@@ -127,7 +128,7 @@ def one_of(name: str, engine: str, seconds: int) -> tuple[dict[str, Any], str]:
                 shutil.copy(Path(home) / part, kept)
                 break
         kept.with_suffix(".txt").write_text(said)
-        lines = [line for line in said.splitlines() if "FindingError" in line or "Error" in line]
+        lines = [line for line in said.splitlines() if "FindingError: " in line]
         return told, f"{name} ({engine}, {ended}): {lines[-1] if lines else 'it crashed'}; input in {kept}"
 
 
