@@ -146,10 +146,13 @@ def cautions(audits: Mapping[str, Audit]) -> list[str]:
     ]
     for name in dict.fromkeys(name for audit in audits.values() for name in audit.results):
         used = [audit.results[name].parameters for audit in audits.values() if name in audit.results]
-        for key in dict.fromkeys(key for each in used for key in each):
-            values = list(dict.fromkeys(number(each.get(key)) or NOTHING for each in used))
-            if len(values) > 1:
-                said.append(f"{name} was run with other settings: {key} is {' or '.join(values)}.")
+        settings = {
+            key: list(dict.fromkeys(number(each.get(key)) or NOTHING for each in used))
+            for key in dict.fromkeys(key for each in used for key in each)
+        }
+        unlike = [f"{key} is {' or '.join(values)}" for key, values in settings.items() if len(values) > 1]
+        if unlike:
+            said.append(f"{name} was run with other settings: {', '.join(unlike)}.")
     rules = {repr(sorted(audit.policy.plain().items())) for audit in audits.values()}
     if len(rules) > 1:
         origins = ", ".join(dict.fromkeys(audit.policy.origin for audit in audits.values()))

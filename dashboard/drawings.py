@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Drawn = tuple[list[Picture], list[str]]
 
-LIMIT = 1_000  # points of one figure: what a browser redraws while a person waits
+LIMIT = 800  # points of one figure: what a browser redraws while a person waits
 LOOKS = {"light": theme.LIGHT, "dark": theme.DARK}
 CONFIG = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
 

@@ -21,7 +21,7 @@ from dash import (
 
 from dashboard import drawings, drill, filters, parts
 from dashboard.drawings import Drawn
-from dashboard.grids import column_of, response, selected
+from dashboard.grids import column_of, csv, response, selected
 from dashboard.pages.analysis import grid
 from dashboard.query import Query, parse
 from dashboard.shelf import Shelf
@@ -202,7 +202,7 @@ def callbacks(app: Dash, shelf: Shelf, allowed: dict[str, Any]) -> None:
         if frame is None:
             return no_update
         name = f"{known['analysis']}.{known['table']}.csv"
-        return dcc.send_string(selected(frame, request).to_csv(index=False), name)
+        return dcc.send_string(csv(selected(frame, request)), name)
 
     @app.callback(
         Output("url", "search", allow_duplicate=True),

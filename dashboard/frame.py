@@ -161,16 +161,16 @@ def sought(view: View) -> tuple[View, Page]:
 def body(view: View, page: Page) -> Any:
     """The content of a page, or what stands in its place."""
     if page.name != view.query.one("page"):
-        return parts.state("unknown", "There is no such page.", back())
+        return nowhere("There is no such page.")
     if page.of == "shelf":
         return page.content(view)
     entry = view.entry
     if entry is None:
-        return parts.state("unknown", "This dashboard has no such audit.", back())
+        return nowhere("This dashboard has no such audit.")
     if entry.kind == "audit" and entry.audit is None:
         return damaged(entry)
     if entry.kind != page.of:
-        return parts.state("unknown", f"This page is of one {page.of}, which {entry.id} is not.", back())
+        return nowhere(f"This page is of one {page.of}, which {entry.id} is not.")
     return page.content(view)
 
 
@@ -189,6 +189,11 @@ def damaged(entry: Entry) -> Any:
             back(),
         ),
     ]
+
+
+def nowhere(why: str) -> Any:
+    """What stands at an address that leads nowhere."""
+    return [parts.heading("Not found"), parts.state("unknown", why, back())]
 
 
 def back() -> html.P:

@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 
 BLOCK = 100  # rows that the browser asks for at once
 SEEN = 12  # rows that a long table shows without scrolling
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet calculates
 ROW, HEAD = 32, 36  # pixels
 
 
@@ -84,6 +85,19 @@ def selected(frame: "pd.DataFrame", request: Mapping[str, Any] | None) -> "pd.Da
     if sorts:
         frame = frame.sort_values([c for c, _ in sorts], ascending=[up for _, up in sorts], kind="stable")
     return frame
+
+
+def csv(frame: "pd.DataFrame") -> str:
+    """A table as a spreadsheet opens it: text that it would take for a formula has a `'` before it.
+
+    A token or a row of text comes from a file, and a cell that begins with `=` is carried out. The table in
+    the audit itself is as it was.
+    """
+
+    def told(value: Any) -> Any:
+        return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
+
+    return frame.map(told).rename(columns=told).to_csv(index=False)
 
 
 def column_of(frame: "pd.DataFrame", field: str) -> Any:

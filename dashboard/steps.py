@@ -1,5 +1,6 @@
 """A series as its pages show it: the checkpoints in order, and each measure over them."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -117,6 +118,16 @@ def places(made: Sequence[Step]) -> list[Any]:
     return numbers
 
 
+def span(values: Sequence[float]) -> tuple[float, float]:
+    """An axis that holds some values and has room for a word beyond the outermost."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return 0.0, 1.0
+    low, high = min(finite), max(finite)
+    room = 0.2 * (high - low) or 0.5 * abs(high) or 0.5
+    return low - room, high + room
+
+
 def draw(
     made: Sequence[Step], names: Sequence[str], chosen: int, thresholds: Mapping[str, Mapping[str, float]]
 ) -> "go.Figure":
@@ -149,14 +160,25 @@ def draw(
                     hovertemplate=f"{theme.verbatim(name)}: %{{y:.4g}}<extra>{SIDES[side]}</extra>",
                 )
             )
+        limits = thresholds.get(name, {})
+        known = [each.metrics[side].get(name) for each in made for side in LOOKS]
+        # Where nothing else decides, a threshold's word would be cut off at the edge.
+        low, high = span([*limits.values(), *(value for value in known if value is not None)])
         figure.update_layout(
-            {"yaxis" + axis: {"domain": [max(0.0, top - height), top], "nticks": 4, "anchor": "x"}}
+            {
+                "yaxis" + axis: {
+                    "domain": [max(0.0, top - height), top],
+                    "nticks": 4,
+                    "anchor": "x",
+                    "range": [low, high],
+                }
+            }
         )
         title = {"text": f"<b>{theme.verbatim(name)}</b>", "font": {"size": 13}}
         figure.add_annotation(
             x=0, y=top, xref="paper", yref="paper", xanchor="left", yanchor="bottom", showarrow=False, **title
         )
-        for severity, limit in thresholds.get(name, {}).items():
+        for severity, limit in limits.items():
             figure.add_shape(
                 type="line", xref="paper", x0=0, x1=1, yref="y" + axis, y0=limit, y1=limit,
                 line={"color": theme.NEUTRAL, "width": 1, "dash": "dash"},

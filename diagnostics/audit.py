@@ -317,7 +317,7 @@ def chosen(only: Collection[str], skip: Collection[str]) -> list[str]:
 
 def not_chosen(name: str, only: Collection[str]) -> str:
     """Why an analysis is not run although it could be."""
-    return f"not asked for: --only {','.join(only)}" if only and name not in only else f"--skip {name}"
+    return f"not asked for: --only {','.join(only)}" if only and name not in only else "left out by --skip"
 
 
 def missing(record: Analysis, supplied: Collection[str]) -> str:

@@ -1,6 +1,6 @@
 """The page of one analysis: its question, numbers, figures and tables, drawn by the registry."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import dash_mantine_components as dmc
@@ -46,7 +46,7 @@ def content(shown: View) -> Content:
         if section.reading
         else None,
         parts.notes(section.notes),
-        parts.section("Numbers", numbers(section, shown.query.one("metric"))) if section.metrics else None,
+        parts.section("Numbers", *numbers(section, shown.query.one("metric"))) if section.metrics else None,
         bar(controls, opens=bool(matrices)) if controls else None,
         parts.section("Figures", figures(name), name="figures"),
         parts.section("Tables", tables(section, shown.query), name="tables")
@@ -61,7 +61,7 @@ def absent(shown: View, name: str) -> Content:
     """What stands in place of an analysis without a result."""
     outcome = shown.audit.analyses.get(name)
     if outcome is None:
-        return parts.state("unknown", "This audit has no such analysis.")
+        return [parts.heading("Not found"), parts.state("unknown", "This audit has no such analysis.")]
     if outcome.status == "failed":
         return [
             parts.heading(outcome.question or name, eyebrow=parts.code(name)),
@@ -73,8 +73,24 @@ def absent(shown: View, name: str) -> Content:
     ]
 
 
-def numbers(section: view.Section, sought: str) -> Content:
-    """The metrics; the one that a link led to stands out."""
+def numbers(section: view.Section, sought: str) -> list[Content]:
+    """The metrics, the less important ones of many folded; the one that a link led to stands out."""
+    leading, others = view.parted(section.metrics)
+    label = f"Numbers of {section.name}, of the whole audit"
+    return [
+        listed(leading, sought, label),
+        parts.folded(
+            f"{len(others)} more numbers",
+            listed(others, sought, f"More {label[0].lower()}{label[1:]}"),
+            opened=sought in [metric.name for metric in others],
+        )
+        if others
+        else None,
+    ]
+
+
+def listed(metrics: Iterable[view.Metric], sought: str, label: str) -> Content:
+    """Metrics in a table."""
     rows = [
         [
             html.Span(parts.code(metric.name), className="sought" if metric.name == sought else ""),
@@ -86,10 +102,9 @@ def numbers(section: view.Section, sought: str) -> Content:
                 html.Span(metric.source, className="source") if metric.source else None,
             ],
         ]
-        for metric in section.metrics
+        for metric in metrics
     ]
     heads = ("metric", "value", "what it says", "judged by")
-    label = f"Numbers of {section.name}, of the whole audit"
     return parts.table(heads, rows, label=label, numeric=[1])
 
 

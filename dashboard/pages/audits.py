@@ -62,12 +62,18 @@ def card(entry: Entry) -> Any:
             html.P(["tuned ", parts.code(audit.tuned.get("ref", ""))]),
             html.P(["base ", parts.code(audit.base.get("ref", ""))]),
             html.P(
-                f"{count}; {', '.join(audit.results) or 'no result'}; {audit.created}", className="source"
+                [f"{count}; ran {', '.join(audit.results) or 'nothing'}", html.Br(), when(audit.created)],
+                className="source",
             ),
         ],
         link(audit=entry.id),
         className=f"card {audit.verdict}",
     )
+
+
+def when(created: str) -> str:
+    """A time as people write it, to the minute."""
+    return created[:16].replace("T", " ") + " UTC" if created.endswith("Z") else created
 
 
 def run(shown: View, entry: Entry) -> Any:

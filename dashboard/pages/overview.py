@@ -173,14 +173,18 @@ def glance(audit: Audit, known: str) -> Content:
 
 
 def not_run(audit: Audit) -> Content:
-    """What was skipped, and what would run it."""
-    rows = [
-        [parts.code(name), made.question, made.reason]
-        for name, made in audit.analyses.items()
-        if made.result is None and made.status != "failed"
-    ]
-    if not rows:
+    """What was skipped, and what would run it; what nobody asked for takes one line."""
+    lacking = {
+        name: made for name, made in audit.analyses.items() if made.result is None and made.status != "failed"
+    }
+    if not lacking:
         return None
+    rows = [[parts.code(name), made.question, made.reason] for name, made in lacking.items() if made.question]
+    unasked: dict[str, list[str]] = {}
+    for name, made in lacking.items():
+        if not made.question:
+            unasked.setdefault(made.reason or view.NOTHING, []).append(name)
+    rows += [["not asked", parts.code(", ".join(names)), reason] for reason, names in unasked.items()]
     heads = ("analysis", "question", "what would run it, or why not")
     return parts.section("Not run", parts.table(heads, rows, label="Analyses without a result"))
 

@@ -120,6 +120,17 @@ class Visit:
         )
         return self.page
 
+    def barriers(self) -> list[Any]:
+        """What keeps people out, by axe-core: serious violations alone."""
+        from axe_playwright_python.sync_playwright import Axe
+
+        return [
+            (each["id"], node["html"][:200], node["failureSummary"])
+            for each in Axe().run(self.page).response["violations"]
+            if each["impact"] in ("serious", "critical")
+            for node in each["nodes"]
+        ]
+
 
 @pytest.fixture
 def visit(chromium):

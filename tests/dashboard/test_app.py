@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -30,6 +31,14 @@ def texts(component):
         return [text for each in component for text in texts(each)]
     children = getattr(component, "children", None)
     return [] if children is None else texts(children)
+
+
+def within(component):
+    """A component and all components in it."""
+    if isinstance(component, list | tuple):
+        return [each for child in component for each in within(child)]
+    children = getattr(component, "children", None)
+    return [component, *(within(children) if children is not None else [])]
 
 
 def view_of(audits, search):
@@ -84,6 +93,38 @@ def test_an_audit_shows_though_its_analysis_is_not_installed(made_up, audit_of, 
     assert "What do angles say?" in said
     assert "0.25" in said
     assert "Shown without its figures" in said
+
+
+def test_the_less_important_of_many_numbers_are_folded_until_a_link_leads_there(made_up, audit_of):
+    # 12 lead, and four more would not be worth a fold
+    many = made_up("angles", tables(), draw, {f"number_{i}": float(i) for i in range(17)})
+    audits = {"it": audit_of(many, rules={"angles": {"number_15": {"warn": 100.0}}})}
+
+    def folds(search):
+        from dashboard import frame
+
+        body = frame.body(*frame.sought(view_of(audits, search)))
+        return [each for each in within(body) if type(each).__name__ == "Details"]
+
+    (fold,) = folds("?audit=it&analysis=angles")
+    hidden = texts(fold)
+    assert "4 more numbers" in hidden
+    assert "number_12" in hidden
+    # what is judged always shows
+    assert "number_15" not in hidden
+    assert not fold.open
+    (fold,) = folds("?audit=it&analysis=angles&metric=number_12")
+    assert fold.open
+
+
+def test_analyses_that_nobody_asked_for_take_one_line(audit_of, angles):
+    from diagnostics.store import Outcome
+
+    skipped = {name: Outcome(status="skipped", reason="left out by --skip") for name in ("ood", "path")}
+    asked = {"drift": Outcome(status="skipped", reason="needs --task F", question="Does it drift?")}
+    said = shown({"it": replace(angles, analyses={**angles.analyses, **skipped, **asked})}, "?audit=it")
+    assert "not asked ood, path left out by --skip" in said
+    assert "drift Does it drift? needs --task F" in said
 
 
 def test_figures_that_break_are_told_of_and_the_rest_of_the_page_stands(made_up, audit_of):

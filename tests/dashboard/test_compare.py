@@ -1,6 +1,7 @@
 """Audits side by side: what differs, whose axes are shared, and how it looks in a browser."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -160,6 +161,15 @@ def test_what_spoils_the_comparison_is_said(audits):
     assert cautions({"one": audits["one"], "again": audits["one"]}) == []
 
 
+def test_other_settings_of_an_analysis_are_one_line(audits):
+    result = audits["one"].results["angles"]
+    outcome = audits["one"].analyses["angles"]
+    other = replace(result, parameters={"k": 20, "epsilon": 0.25})
+    again = replace(audits["one"], analyses={"angles": replace(outcome, result=other)})
+    said = cautions({"one": audits["one"], "again": again})
+    assert said == ["angles was run with other settings: k is 10 or 20, epsilon is – or 0.25."]
+
+
 @pytest.mark.browser
 def test_two_audits_are_compared_in_a_browser(visit, served, audits, audit_of):
     from dashboard import create_app
@@ -177,6 +187,7 @@ def test_two_audits_are_compared_in_a_browser(visit, served, audits, audit_of):
         ["warn", "0.75", "◆", "+0.5"],
     ]
     assert first.locator(".differs").count() == 1
+    assert tab.barriers() == []
 
     # Both panels of the map end at the same layer, although one audit has four layers and the other six.
     ranges = page.evaluate(

@@ -142,6 +142,7 @@ def test_a_row_is_read_and_another_picked_in_a_browser(visit, served, audit_of, 
     )
     # Tokens at −2, 0.5, 0 and 1 nats, of which 2 is full strength: none of one shade with another.
     assert len(set(shades)) == 4
+    assert tab.barriers() == []
     page.get_by_role("textbox", name="Text").click()
     page.get_by_role("option").nth(1).click()
     page.wait_for_function("document.querySelector('#text h2').textContent === 'foreign 1'")

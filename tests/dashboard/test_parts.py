@@ -94,6 +94,14 @@ def test_a_block_of_rows_is_text_and_comes_with_the_count_of_all():
     }
 
 
+def test_no_text_of_a_saved_table_is_a_formula():
+    from dashboard.grids import csv
+
+    frame = pd.DataFrame({"token": ["=1+1", "-", "a=b", "@x", None], "=ratio": [-0.5, 1.0, 2.0, 3.0, 4.0]})
+    lines = ["token,'=ratio", "'=1+1,-0.5", "'-,1.0", "a=b,2.0", "'@x,3.0", ",4.0"]
+    assert csv(frame).splitlines() == lines
+
+
 def test_a_request_that_makes_no_sense_gives_no_rows():
     from dashboard.grids import response
 
@@ -133,3 +141,13 @@ def test_what_is_known_of_a_cell_are_the_rows_of_all_its_matrices(made_up, audit
     assert spot(audit, parse("?matrix=e.2")).layer == "2"
     assert spot(audit, parse("?matrix=e.9")) is None
     assert spot(audit, parse("?cell=9/up_proj")) is None
+
+
+def test_an_axis_over_steps_has_room_for_the_word_at_its_outermost_threshold():
+    from dashboard.steps import span
+
+    # a fifth of 2 − 1 beyond both ends; half of a lone value; nothing that is not a number
+    assert span([1.0, 2.0, float("nan")]) == (0.8, 2.2)
+    assert span([4.0]) == (2.0, 6.0)
+    assert span([0.0]) == (-0.5, 0.5)
+    assert span([float("inf")]) == (0.0, 1.0)

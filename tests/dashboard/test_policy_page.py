@@ -102,6 +102,7 @@ def test_a_policy_is_tried_and_downloaded_in_a_browser(visit, served, audit, aud
     page = tab.page
     page.wait_for_selector("#findings li")
     assert page.locator("#findings li").count() == 2
+    assert tab.barriers() == []
     page.get_by_role("textbox", name="fail threshold of narrowest").fill("0.05")
     page.wait_for_function("document.querySelectorAll('#findings li').length === 1")
     assert "becomes warn" in page.inner_text("#trial")

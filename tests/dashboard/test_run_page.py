@@ -178,6 +178,7 @@ def test_an_audit_is_run_cancelled_and_run_to_its_end_in_a_browser(visit, served
     page = tab.page
     start, cancel = (page.get_by_role("button", name=name, exact=True) for name in ("Run", "Cancel"))
     assert cancel.is_disabled()
+    assert tab.barriers() == []
     page.get_by_role("textbox", name="Analyses").click()
     page.get_by_role("option", name="intruders").click()
     page.keyboard.press("Escape")
