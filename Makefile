@@ -43,7 +43,7 @@ $(PEERS): $(READY)
 bench: $(PEERS)
 	$(BIN)/python -m tests.benchmarks $(if $(QUICK),--quick)
 
-# FUZZ_SECONDS=300 make fuzz   gives each of the twelve readers so long in place of 40 s.
+# FUZZ_SECONDS=300 make fuzz   gives each of the twelve readers so long in place of 30 s.
 fuzz: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,fuzz]'
 	$(BIN)/python -m tests.fuzz

@@ -361,7 +361,7 @@ def audit_of(record: Mapping[str, Any], directory: Path, damaged: str) -> Audit:
     except (ValueError, LookupError) as error:
         raise ValueError(f"{file}: damaged: {error}") from error
 
-    def outcomes(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Outcome]:
+    def outcomes(entries: Mapping[str, Any]) -> dict[str, Outcome]:
         made = {}
         for name, entry in entries.items():
             typed(entry, ENTRY, file, f"{name}: ")

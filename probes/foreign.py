@@ -32,7 +32,9 @@ def one_line(where: str | Path) -> Iterator[None]:
         if type(error) not in (ValueError, LookupError):
             raise
         text = str(error)
-        if plain(text) == text:
+        if text.startswith("Exceeds the limit"):  # Python's, on writing a whole number out for a message
+            text = f"{where}: holds a number of more digits than can be read"
+        elif plain(text) == text:
             raise
         raise type(error)(plain(text)) from error
 

@@ -8,7 +8,7 @@ from typing import Any
 import regex
 
 # Seconds for all expressions of one adapter, which take microseconds; some take longer than anybody lives.
-PATIENCE = 0.3
+PATIENCE = 0.2
 # Characters of one expression.
 LONGEST = 500
 # Beyond any rank and any alpha that is not a mistake.

@@ -6,7 +6,7 @@
 import pickletools
 import zipfile
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 # Parts of a tuple, those of its parts included. torch's own have a shape in them.
 PARTS = 2**16
@@ -36,7 +36,7 @@ def refuse_bombs(path: Path, zipped: bool) -> None:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
             if squeezed := [record for record in records if record.compress_type != zipfile.ZIP_STORED]:
-                raise TooManyError(f"{squeezed[0].filename} is compressed, which torch never does")
+                raise TooManyError(f"{squeezed[0].filename[:80]!r} is compressed, which torch never does")
             for record in records:
                 if record.filename.endswith(".pkl"):
                     with archive.open(record) as file:
@@ -50,7 +50,7 @@ def refuse_bombs(path: Path, zipped: bool) -> None:
         return
 
 
-def bounded(file: IO[bytes]) -> None:
+def bounded(file: Any) -> None:
     """Go through one pickle without building it, and count the parts of its tuples.
 
     A tuple that stands twice in the next, thirty times over, takes a hundred bytes, and hashing it as a key

@@ -6,6 +6,7 @@ tensors in use, and a source can be pickled and used in another process.
 
 import hashlib
 import json
+import math
 import mmap
 import os
 import struct
@@ -244,8 +245,8 @@ def _sound(path: Path, header: Header) -> None:
     name, shape = header.name, header.shape
     if len(name) > NAME or not name.isprintable():
         raise ValueError(f"{path}: {name[:80]!r} is no name of a tensor; is the file damaged?")
-    if len(shape) > AXES or any(length >= 2**63 for length in shape):
-        # Without entries, any axes fit into no bytes.
+    if len(shape) > AXES or math.prod(max(1, length) for length in shape) >= 2**63:
+        # Without entries, any axes fit into no bytes; strides count them all the same.
         raise ValueError(
             f"{path}: tensor {name!r} is of a shape that torch cannot hold; is the file damaged?"
         )

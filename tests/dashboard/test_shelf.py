@@ -86,3 +86,43 @@ def test_a_place_without_audits_is_an_error_that_says_how_to_write_one(tmp_path,
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=words):
         Shelf([tmp_path / name])
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"\xff", b'{"schema": ' + b"[" * 100_000, b"[]", b'{"schema": 1}', b'{"schema": true}']
+)
+def test_a_corrupted_audit_does_not_stop_the_others(save, tmp_path, content):
+    from dashboard.shelf import Shelf
+
+    shelf = Shelf([save(tmp_path / "one"), save(tmp_path / "two")])
+    (tmp_path / "one" / "audit.json").write_bytes(content)
+    one, two = shelf.audits
+    assert one.audit is None
+    assert "audit.json" in one.damage
+    assert one.damage.isprintable()
+    assert two.audit is not None
+    assert two.damage == ""
+
+
+@pytest.mark.parametrize("place", ["../../x.parquet", "{root}/x.parquet"])
+def test_an_audit_that_names_a_table_outside_is_shown_as_damaged(save, tmp_path, place):
+    from dashboard.shelf import Shelf
+
+    shelf = Shelf([save(tmp_path / "one"), save(tmp_path / "two")])
+    file = tmp_path / "one" / "audit.json"
+    file.write_text(file.read_text().replace("tables/angles.vectors.parquet", place.format(root=tmp_path)))
+    (tmp_path / "one" / "tables" / "angles.vectors.parquet").rename(tmp_path / "x.parquet")
+    one, two = shelf.audits
+    assert one.audit is None
+    assert "is said to be" in one.damage
+    assert two.audit is not None
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", '{"checkpoints": 3}', "{"])
+def test_a_damaged_series_is_said_to_be(save, tmp_path, content):
+    from dashboard.shelf import Shelf, read_series
+
+    (tmp_path / "series.json").write_text(content)
+    (entry,) = Shelf([tmp_path]).series
+    with pytest.raises(ValueError, match=r"series\.json of .*: damaged: "):
+        read_series(entry)

@@ -213,3 +213,21 @@ def test_every_default_names_its_source_or_says_that_none_is_published():
 
 def test_every_default_is_about_something_that_is_measured():
     check_names(default_policy())
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("x = " + "[" * 50_000, "is nested too deeply"),
+        (".".join("a" * 5000) + " = 1", "a line has more than 300 dots"),
+        ("x = " + "7" * 5000, "not a TOML file: Exceeds the limit"),
+        ("[drift]\nx = {warn = 0x" + "f" * 5000 + "}", "holds a number of more digits than can be read"),
+        ("[drift]\nx = {warn = 1" + "0" * 400 + "}", "warn = 1.* is not a finite number"),
+        ('[drift]\n"a\\nb" = 3', r"drift.a\\nb = 3 is not a rule"),
+    ],
+)
+def test_a_policy_made_to_do_harm_is_one_clear_error(tmp_path, text, match):
+    (tmp_path / "p.toml").write_text(text)
+    with pytest.raises(ValueError, match=match) as caught:
+        load_policy(tmp_path / "p.toml")
+    assert str(caught.value).isprintable()

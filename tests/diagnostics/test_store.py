@@ -380,3 +380,86 @@ def test_names_that_would_leave_the_directory_are_refused(tmp_path, name):
     result = Result(metrics={}, tables={name: TABLE}, analysis="made")
     with Store(tmp_path) as store, pytest.raises(ValueError, match="cannot name an analysis or a table"):
         store.write_result("made", result)
+
+
+# --- audits made to do harm ---
+
+
+@pytest.mark.parametrize(
+    "place", ["../../x.parquet", "/x.parquet", "tables/../../x.parquet", "tables/made.other.parquet"]
+)
+def test_a_table_said_to_lie_elsewhere_is_refused(tmp_path, place):
+    save(tmp_path / "audit")
+    TABLE.to_parquet(tmp_path / "x.parquet")
+    file = tmp_path / "audit" / "audit.json"
+    record = json.loads(file.read_text())
+    record["analyses"]["made"]["tables"]["matrices"] = place
+    file.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="table matrices of made is said to be"):
+        load(tmp_path / "audit")
+
+
+@pytest.mark.parametrize(
+    "name", ["tables/made.matrices.parquet", "audit.json", "tables", "masks/made.task.safetensors"]
+)
+def test_a_link_out_of_an_audit_is_not_followed(tmp_path, name):
+    save(tmp_path / "audit", masked(tmp_path / "audit", w=[1]))
+    path = tmp_path / "audit" / name
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"is a link to .*, outside of the audit; not opened"):
+        load(tmp_path / "audit")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "match"),
+    [
+        (("base",), [], "base is"),
+        (("notes",), [3], r"notes is \[3\]"),
+        (("unmatched",), ["x"], "unmatched is"),
+        (("policy", "rules"), 3, "policy: rules is 3"),
+        (("policy", "rules"), {"made": {"norm": {"dail": 1}}}, "made.norm: unknown key 'dail'"),
+        (("analyses", "made"), 3, "made: is no object"),
+        (("analyses", "made", "status"), "perhaps", "made: status is 'perhaps'"),
+        (("analyses", "made", "seconds"), "long", "made: seconds is 'long'"),
+        (("analyses", "made", "metrics", "norm"), [], r"made: \[\] is not a number"),
+        (("analyses", "made", "metrics", "norm"), "3", "made: '3' is not a number"),
+        (("analyses", "made", "metrics", "norm"), 10**400, "made: 1000.* is not a number"),
+        (("analyses", "made", "tables"), {"a" * 300: "x"}, "cannot name an analysis or a table"),
+    ],
+)
+def test_a_field_of_the_wrong_kind_is_named(tmp_path, path, value, match):
+    save(tmp_path)
+    record = json.loads((tmp_path / "audit.json").read_text())
+    part = record
+    for key in path[:-1]:
+        part = part[key]
+    part[path[-1]] = value
+    (tmp_path / "audit.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=f"audit.json: damaged: .*{match}"):
+        load(tmp_path)
+
+
+def test_an_audit_nested_without_end_is_damaged(tmp_path):
+    (tmp_path / "audit.json").write_text('{"schema": ' + "[" * 100_000)
+    with pytest.raises(ValueError, match="damaged, not JSON: nested too deeply"):
+        load(tmp_path)
+
+
+def test_a_parameter_that_no_number_holds_judges_nothing(tmp_path):
+    save(tmp_path)
+    record = json.loads((tmp_path / "audit.json").read_text())
+    record["analyses"]["made"]["parameters"]["k"] = 10**400
+    (tmp_path / "audit.json").write_text(json.dumps(record))
+    again = load(tmp_path)
+    assert again.findings == []
+    assert "per k" in again.not_measured["made"]["norm"]
+
+
+def test_a_table_of_more_rows_than_fit_is_refused_unread(tmp_path, monkeypatch):
+    write_table(tmp_path / "x.parquet", TABLE)  # 2 rows of 4 columns
+    monkeypatch.setattr(disk, "CELLS", 7)
+    with pytest.raises(ValueError, match=r"x.parquet: is damaged"):
+        read_table(tmp_path / "x.parquet")
+    monkeypatch.setattr(disk, "CELLS", 8)
+    pd.testing.assert_frame_equal(read_table(tmp_path / "x.parquet"), TABLE)

@@ -8,6 +8,7 @@ broken promise ends the run of an engine: the input is kept in `fuzz-findings/`,
 import argparse
 import faulthandler
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -22,20 +23,29 @@ from typing import Any
 # Before anything imports huggingface_hub, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-SECONDS = int(os.environ.get("FUZZ_SECONDS", "40"))
+SECONDS = int(os.environ.get("FUZZ_SECONDS", "30"))
 # Of a reader's time, what Hypothesis has.
 SHARE = 0.4
 # Inputs of one run of Hypothesis, after which it forgets what it has tried.
 ROUND = 500
 FINDINGS = Path("fuzz-findings")
+# What atheris follows coverage in.
+INSTRUMENTED = ["probes", "diagnostics.store", "diagnostics.disk", "diagnostics.policy", "dashboard.steps"]
 # Written this often, because atheris ends its process without a word.
 EVERY = 50
 
 
 def main() -> None:
     """Run every reader, or one of them inside of its own process."""
-    from tests.fuzz.targets import TARGETS
+    if "atheris" in sys.argv:  # it must see the readers being imported
+        import atheris
 
+        with atheris.instrument_imports(include=INSTRUMENTED):
+            from tests.fuzz.targets import TARGETS
+    else:
+        from tests.fuzz.targets import TARGETS
+
+    logging.disable()
     parser = argparse.ArgumentParser(
         prog="python -m tests.fuzz", description="malformed files by the thousand"
     )
@@ -102,7 +112,8 @@ def one_of(name: str, engine: str, seconds: int) -> tuple[dict[str, Any], str]:
                 [*command, "--home", home], capture_output=True, text=True, errors="replace",
                 timeout=seconds + 2 * HANGS,
             )  # fmt: skip
-            ended, said = done.returncode, done.stderr
+            # atheris tells of exceptions on the one, of everything else on the other.
+            ended, said = done.returncode, done.stderr + done.stdout
         except subprocess.TimeoutExpired as error:
             ended, said = "hangs", (error.stderr or b"").decode(errors="replace")
         told = {"taken": 0, "refused": 0, "slowest": 0.0, "peak": 0}
@@ -117,7 +128,7 @@ def one_of(name: str, engine: str, seconds: int) -> tuple[dict[str, Any], str]:
                 shutil.copy(Path(home) / part, kept)
                 break
         kept.with_suffix(".txt").write_text(said)
-        lines = [line for line in said.splitlines() if "FindingError" in line or "Error" in line]
+        lines = [line for line in said.splitlines() if "FindingError: " in line]
         return told, f"{name} ({engine}, {ended}): {lines[-1] if lines else 'it crashed'}; input in {kept}"
 
 
@@ -182,12 +193,10 @@ def by_hypothesis(name: str, seconds: int, home: Path) -> None:
 def by_atheris(name: str, seconds: int, home: Path) -> None:
     """Follow coverage: bytes as they are, and bytes that the generators draw from."""
     import atheris
-
-    with atheris.instrument_imports(
-        include=["probes", "diagnostics.store", "diagnostics.disk", "diagnostics.policy"]
-    ):
-        from tests.fuzz.targets import TARGETS
     from hypothesis import HealthCheck, given, settings
+
+    from tests.fuzz.targets import TARGETS
+    from tests.fuzz.watch import HANGS
 
     run = watched(name, home)
 
@@ -210,7 +219,7 @@ def by_atheris(name: str, seconds: int, home: Path) -> None:
         (corpus / str(place)).write_bytes(b"\0" + example)
     (corpus / "steered").write_bytes(b"\xff" + os.urandom(512))
     options = [
-        f"-max_total_time={seconds}", "-max_len=65536", "-rss_limit_mb=0", "-timeout=0",
+        f"-max_total_time={seconds}", "-max_len=65536", "-rss_limit_mb=0", f"-timeout={2 * HANGS}",
         f"-artifact_prefix={home}/", "-verbosity=0", "-len_control=0",
     ]  # fmt: skip
     atheris.Setup([sys.argv[0], *options, str(corpus)], one)

@@ -387,6 +387,9 @@ def strange_files() -> list[bytes]:
     """Torch files that are whole, and are meant ill or by nobody."""
     plain = {"w": torch.ones(2, 3), "b": torch.zeros(3, dtype=torch.bfloat16)}
     whole = saved(plain)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantised = torch.quantize_per_tensor(torch.ones(2, 2), 0.1, 0, torch.qint8)
     contents: list[Any] = [
         plain,
         {"state_dict": plain, "step": 3},
@@ -395,7 +398,7 @@ def strange_files() -> list[bytes]:
         {1: torch.ones(2), None: torch.ones(2), ("a", 2): torch.ones(1), "x\ny": torch.ones(1)},
         {"w": torch.ones(3).to_sparse()},
         {"w": torch.ones(2, 2).to("meta")},
-        {"w": torch.quantize_per_tensor(torch.ones(2, 2), 0.1, 0, torch.qint8)},
+        {"w": quantised},
         {"w": torch.complex(torch.ones(2, 2), torch.ones(2, 2))},
         {"w": torch.tensor([float("nan"), float("inf")])},
         {"w": torch.empty(0, 2**40)},

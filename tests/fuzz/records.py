@@ -107,6 +107,7 @@ def audit(data: bytes, directory: Path) -> None:
             if not part.exists() and not part.is_symlink():
                 part.parent.mkdir(exist_ok=True)
                 part.write_bytes(whole.read_bytes())
+    (directory / "series.json").unlink(missing_ok=True)  # it would make a series of it
     shelf = Shelf([directory, directory.parent / "audit"])
     first, other = shelf.audits
     assert (first.audit is None) == bool(first.damage)

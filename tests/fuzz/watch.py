@@ -10,7 +10,6 @@ import ctypes
 import os
 import resource
 import shutil
-import signal
 import struct
 import sys
 import sysconfig
@@ -135,9 +134,8 @@ def peak() -> int:
 
 
 def limited(gigabytes: int = 6) -> None:
-    """Keep a broken promise about memory from taking the machine with it; a hang ends in a traceback."""
+    """Keep a broken promise about memory from taking the machine with it."""
     resource.setrlimit(resource.RLIMIT_DATA, (gigabytes * 2**30, gigabytes * 2**30))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
 def _seen(event: str, args: tuple[Any, ...]) -> None:

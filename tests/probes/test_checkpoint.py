@@ -490,3 +490,71 @@ def test_a_dtype_that_torch_lacks_is_named(tmp_path):
     text = json.dumps({"m.weight": {"dtype": "F4", "shape": [2, 4], "data_offsets": [0, 4]}}).encode()
     (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
     refuse("tensor 'm.weight' is of dtype F4", tmp_path / "w.safetensors")
+
+
+# ------------------------------------------------------------------------ configurations made to do harm
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"r": "2"}, "r is '2'; it is a number"),
+        ({"lora_alpha": 10**400}, "lora_alpha is .*; it is a number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is 'nan'; it is a number"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern is .* an object of numbers by the names of modules"),
+        ({"alpha_pattern": {"q_proj": "8"}}, "alpha_pattern is .* an object of numbers"),
+        ({"modules_to_save": 3}, "modules_to_save is '3'; it is a list of names"),
+        ({"target_parameters": [3]}, r"target_parameters is '\[3\]'; it is a list of names"),
+        ({"trainable_token_indices": [-1]}, "trainable_token_indices is .* a list of token ids"),
+        ({"trainable_token_indices": {"embed": "x"}}, "trainable_token_indices is .* a list of token ids"),
+        ({"rank_pattern": {"(": 2}}, r"'\(' is no regular expression"),
+        ({"rank_pattern": {"x" * 501 + ".": 2}}, "takes too long; name the modules instead"),
+        ({"base_model_name_or_path": {"w": 1}}, "names no base"),
+    ],
+)
+def test_a_damaged_adapter_configuration_is_named(adapter, changes, match):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | changes))
+    refuse(match, adapter)
+
+
+def test_an_expression_without_end_is_given_up(adapter):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    # 30 letters can be divided among 30 groups of 30 groups in more ways than anybody has time for.
+    config["rank_pattern"] = {"(?:(?:(?:[a-z._0-9]{1,30}){1,30}){1,30})[A-Z]": 2}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    refuse("the regular expression .* takes too long; name the modules instead", adapter)
+
+
+def test_patterns_mean_what_they_mean_to_peft(adapter):
+    from probes.patterns import Patterns
+
+    patterns = Patterns("adapter")
+    key = "model.layers.0.self_attn.q_proj"
+    for pattern in (
+        "q_proj",
+        r"self_attn\.q_proj",
+        "^model.layers.0.self_attn.q_proj",
+        "[qk]_proj",
+        "layers.*",
+    ):
+        assert patterns.fits(pattern, key), pattern
+    for pattern in ("proj", "k_proj", "layers", "^q_proj", "self_attn"):
+        assert not patterns.fits(pattern, key), pattern
+
+
+@pytest.mark.parametrize(
+    ("factor", "shape", "match"),
+    [
+        ("lora_A.weight", (), "is no factor; damaged"),
+        ("lora_B.weight", (32, 0), "is no factor; damaged"),
+        ("lora_magnitude_vector", (3,), "has not a length for each output"),
+    ],
+)
+def test_a_factor_of_an_impossible_shape_is_refused(adapter, factor, shape, match):
+    from safetensors.torch import load_file
+
+    factors = load_file(adapter / "adapter_model.safetensors")
+    factors[f"base_model.model.model.layers.0.self_attn.q_proj.{factor}"] = torch.ones(shape)
+    save_file(factors, adapter / "adapter_model.safetensors")
+    refuse(match, adapter)

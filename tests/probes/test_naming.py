@@ -398,3 +398,50 @@ def test_projections_of_xlnet_are_turned_from_the_axes_it_multiplies_over():
     outputs = torch.einsum("ind,hnd->ih", queries, stored)
     projection = found["transformer.layer.0.rel_attn.o"].take(stored)
     torch.testing.assert_close(queries.flatten(1) @ projection.T, outputs)
+
+
+@pytest.mark.parametrize(
+    ("path", "leaf"),
+    [("mlp.fc", "fc"), ("net.3", "net.3"), ("a.b.1.2", "b.1.2"), ("0.1", "0.1"), ("", ""), ("a..1", "a..1")],
+)
+def test_the_last_name_of_a_path_keeps_its_numbers(path, leaf):
+    from probes.naming import _leaf
+
+    assert _leaf(path) == leaf
+
+
+def test_heads_that_do_not_share_keys_evenly_are_refused():
+    headers = shapes_to_headers({"transformer.h.0.self_attention.query_key_value.weight": (12, 4)})
+    config = {
+        "model_type": "falcon",
+        "new_decoder_architecture": True,
+        "num_attention_heads": 3,
+        "num_kv_heads": 2,
+    }
+    with pytest.raises(ValueError, match="3 heads do not share 2 for keys and values evenly"):
+        matrices(headers, config)
+
+
+@pytest.mark.parametrize("heads", [-1, 0, -(10**30)])
+def test_no_heads_and_fewer_are_an_absent_number(heads):
+    headers = shapes_to_headers({"transformer.h.0.self_attention.query_key_value.weight": (12, 4)})
+    config = {"model_type": "bloom", "num_attention_heads": heads}
+    (found,) = matrices(headers, config).values()
+    assert found.missing == ("num_attention_heads",)
+
+
+@pytest.mark.parametrize("router", [(0, 4), (4, 4), ()])
+def test_a_router_that_does_not_divide_its_experts_is_refused(router):
+    stem = "transformer.blocks.0.ffn"
+    headers = shapes_to_headers({f"{stem}.experts.mlp.w1": (6, 4), f"{stem}.router.layer.weight": router})
+    if router:
+        with pytest.raises(ValueError, match=f"6 rows are no multiple of the {router[0]} experts"):
+            matrices(headers, {})
+    else:
+        assert len(matrices(headers, {})) == 1  # a router without axes has one expert
+
+
+def test_a_block_beyond_all_counting_is_no_block():
+    headers = shapes_to_headers({"layers." + "9" * 5000 + ".q_proj.weight": (4, 4)})
+    (found,) = matrices(headers, {}).values()
+    assert found.layer is None

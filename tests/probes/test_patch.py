@@ -166,3 +166,20 @@ def test_a_head_that_base_lacks_is_tuneds(tmp_path):
     made = open_checkpoint(tmp_path / "none")
     assert torch.equal(made.tensor("score.weight"), pair.tuned.tensor("score.weight"))
     assert torch.equal(made.tensor(NAME), pair.base.tensor(NAME))
+
+
+@pytest.mark.parametrize(
+    ("index", "about", "match"),
+    [
+        (torch.tensor([1.0]), "{}", "the entries of w do not go with their values"),
+        (torch.tensor([True]), "{}", "the entries of w do not go with their values"),
+        (torch.tensor([1]), "", "what it says of itself is not JSON"),
+        (torch.tensor([1]), "[]", "what it says of itself is not a JSON object"),
+        (torch.tensor([1]), "[" * 100_000, "is nested too deeply"),
+    ],
+)
+def test_a_damaged_mask_is_one_clear_error(tmp_path, index, about, match):
+    metadata = {"tunescope_patch": "1", "base": "0", "tuned": "1", "about": about}
+    save_file({"index/w": index, "value/w": torch.ones(1)}, tmp_path / "m.safetensors", metadata)
+    with pytest.raises(ValueError, match=f"m.safetensors: .*{match}"):
+        Patch.load(tmp_path / "m.safetensors")

@@ -387,3 +387,25 @@ def test_a_data_set_that_cannot_be_reached_is_said_to_be():
     for ref in ("nobody/nothing:train", "nobody/nothing/plain@main:train"):
         with pytest.raises(ValueError, match=f"{ref}: neither a file nor a split that can be loaded"):
             read_task(ref)
+
+
+# --- what a stranger's file may hold ---
+
+
+def test_a_header_of_many_equal_columns_is_refused_at_once(tmp_path):
+    (tmp_path / "x.csv").write_text("," * 200_000 + "\n")
+    with pytest.raises(ValueError, match=r'x\.csv:1: the header has "" twice'):
+        read_task(tmp_path / "x.csv")
+
+
+def test_a_column_named_in_two_lines_is_quoted_in_one(tmp_path):
+    (tmp_path / "x.csv").write_text('"a\nb","a\nb"\n')
+    with pytest.raises(ValueError, match=r'the header has "a\\nb" twice'):
+        read_task(tmp_path / "x.csv")
+
+
+@pytest.mark.parametrize("depth", [300, 900, 960, 990, 100_000])
+def test_nesting_of_any_depth_is_refused(tmp_path, depth):
+    (tmp_path / "x.jsonl").write_text('{"text": ' + "[" * depth + "]" * depth + "}\n")
+    with pytest.raises(ValueError, match=r"x\.jsonl:1: (\"text\" is a list|not JSON)"):
+        read_task(tmp_path / "x.jsonl")

@@ -6,6 +6,7 @@ import pickle
 import struct
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -467,3 +468,75 @@ def test_the_largest_finite_values_are_finite():
         finite("m", "w", torch.full((300, 300), torch.finfo(dtype).max, dtype=dtype))
     finite("m", "w", torch.zeros(0, 3))
     finite("m", "w", torch.tensor(1.0))
+
+
+# ----------------------------------------------------------------------------------- files made to do harm
+
+
+def headed(path: Path, header: object, payload: bytes = b"") -> Path:
+    """A safetensors file with any header."""
+    content = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(content)) + content + payload)
+    return path
+
+
+@pytest.mark.parametrize("shape", [[0, 2**63], [2**40, 0, 2**40], [0] + [1] * 100])
+def test_a_shape_that_torch_cannot_count_is_refused(tmp_path, shape):
+    header = {"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}
+    refuse(headed(tmp_path / "x.safetensors", header), "tensor 'w' is of a shape that torch cannot hold")
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[2J", "a" * 600])
+def test_a_name_that_no_line_can_hold_is_refused(tmp_path, name):
+    header = {name: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+    refuse(headed(tmp_path / "x.safetensors", header, bytes(4)), "is no name of a tensor")
+    torch.save({name: torch.ones(1)}, tmp_path / "x.pt")
+    refuse(tmp_path / "x.pt", "is no name of a tensor")
+
+
+def test_a_tensor_without_entries_holds_no_matrix_of_any_expert(tmp_path):
+    from probes.checkpoint import open_checkpoint
+
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    header = {name: {"dtype": "F32", "shape": [2**40, 2, 0], "data_offsets": [0, 0]}}
+    assert open_checkpoint(headed(tmp_path / "x.safetensors", header)).matrices == {}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_value_repeated_beyond_the_size_of_its_file_is_refused(tmp_path, zipped):
+    wide = torch.ones(1).expand(60_000, 60_000)  # 14 GB of one number
+    torch.save({"w": wide}, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
+    refuse(tmp_path / "x.pt", "'w' repeats few bytes as 60000x60000; save a copy")
+
+
+def test_a_tensor_without_storage_is_refused(tmp_path):
+    torch.save({"w": torch.ones(2, device="meta")}, tmp_path / "x.pt")
+    refuse(tmp_path / "x.pt", "'w' has no values, only a shape")
+
+
+def rewritten(path: Path, pickled: bytes, compression: int) -> Path:
+    """A torch file with another pickle in it."""
+    torch.save({"w": torch.ones(2)}, path)
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in records.items():
+            archive.writestr(name, pickled if name.endswith("data.pkl") else content)
+    return path
+
+
+def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path):
+    path = rewritten(tmp_path / "x.pt", bytes(2**22), zipfile.ZIP_DEFLATED)
+    refuse(path, "is made to fill the memory .*is compressed, which torch never does")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_key_that_takes_for_ever_to_hash_is_refused(tmp_path, zipped):
+    # t0 = (empty dict,), t1 = (t0, t0), t2 = (t1, t1) …: 40 of them are a tuple of 2 ** 40 parts.
+    code = b"\x80\x02})\x85q\x00"
+    for place in range(1, 40):
+        code += b"0h" + bytes([place - 1]) + b"h" + bytes([place - 1]) + b"\x86q" + bytes([place])
+    code += b"0}h" + bytes([39]) + b"K\x01s."
+    path = tmp_path / "x.pt"
+    path.write_bytes(code) if not zipped else rewritten(path, code, zipfile.ZIP_STORED)
+    refuse(path, "is made to fill the memory .a tuple of [0-9]+ parts")
