@@ -200,15 +200,13 @@ def claims(outcome: Outcome) -> list[Claim]:
             learned >= 0.95 * tuned,
             f"{learned:.3f} of {tuned:.3f}",
         )
-        for entries, share in SHARES.items():
-            learned, moved = (
-                outcome.metric(method, search=search, entries=entries) for method in ("learned", "movement")
-            )
-            claim(
-                f"SGD, {share}, {search}: 0.10 or more above top movement",
-                learned - moved >= 0.1,
-                f"{learned:.3f} and {moved:.3f}",
-            )
+        # By 1 % those that moved furthest do nearly as well, in the reference too: shown, not claimed.
+        moved = outcome.metric("movement", search=search)
+        claim(
+            f"SGD, 0.3 %, {search}: 0.10 or more above top movement",
+            learned - moved >= 0.1,
+            f"{learned:.3f} and {moved:.3f}",
+        )
         calm, sure = outcome.ece("graft", search=search), outcome.ece("tuned")
         claim(
             f"SGD, 1 %, {search}: at most 0.6 of tuned's calibration error",
