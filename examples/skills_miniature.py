@@ -260,7 +260,9 @@ def hoped(outcome: Outcome) -> list[Claim]:
     they are on some seeds only, and what 1 % do is claimed instead. There the regions of an AdamW-tuned model
     kept all of their own skill and nothing of unlike ones; here they are less pure. And the regions of two
     planted skills overlap as planted where their prompts have nothing in common, as in the tests of the
-    analysis; the prompts of this base have, and entries planted for one skill serve the other.
+    analysis; the prompts of this base have, and entries planted for one skill serve the other. The entries
+    that are moved beside those of two skills may also undo both: then nothing is to be localised, and it is
+    nan.
     """
     there, found = outcome.planted.overlaps()
     own = min(outcome.rel("adamw", task, task) for task in range(TASKS))
