@@ -200,15 +200,13 @@ def claims(outcome: Outcome) -> list[Claim]:
             learned >= 0.95 * tuned,
             f"{learned:.3f} of {tuned:.3f}",
         )
-        for entries, share in SHARES.items():
-            learned, moved = (
-                outcome.metric(method, search=search, entries=entries) for method in ("learned", "movement")
-            )
-            claim(
-                f"SGD, {share}, {search}: 0.10 or more above top movement",
-                learned - moved >= 0.1,
-                f"{learned:.3f} and {moved:.3f}",
-            )
+        # By 1 % those that moved furthest do nearly as well, in the reference too: shown, not claimed.
+        moved = outcome.metric("movement", search=search)
+        claim(
+            f"SGD, 0.3 %, {search}: 0.10 or more above top movement",
+            learned - moved >= 0.1,
+            f"{learned:.3f} and {moved:.3f}",
+        )
         calm, sure = outcome.ece("graft", search=search), outcome.ece("tuned")
         claim(
             f"SGD, 1 %, {search}: at most 0.6 of tuned's calibration error",
@@ -262,7 +260,9 @@ def hoped(outcome: Outcome) -> list[Claim]:
     they are on some seeds only, and what 1 % do is claimed instead. There the regions of an AdamW-tuned model
     kept all of their own skill and nothing of unlike ones; here they are less pure. And the regions of two
     planted skills overlap as planted where their prompts have nothing in common, as in the tests of the
-    analysis; the prompts of this base have, and entries planted for one skill serve the other.
+    analysis; the prompts of this base have, and entries planted for one skill serve the other. The entries
+    that are moved beside those of two skills may also undo both: then nothing is to be localised, and it is
+    nan.
     """
     there, found = outcome.planted.overlaps()
     own = min(outcome.rel("adamw", task, task) for task in range(TASKS))

@@ -121,13 +121,14 @@ PLANTED = "planted: 0.95 of tuned's accuracy and of its gain, in 1.5 times the p
     [
         ({}, []),
         (
-            {"faithful": 0.721, "movement": 0.6, "movement 1 %": 0.6},
+            {"faithful": 0.721, "movement": 0.6},
             ["SGD, 0.3 %, faithful: 0.95 of tuned's accuracy or more"],
         ),
         ({"movement": 0.695}, ["SGD, 0.3 %, faithful: 0.10 or more above top movement"]),
-        ({"movement 1 %": 0.695}, ["SGD, 1 %, faithful: 0.10 or more above top movement"]),
+        # By 1 % it may do as well as what is learned.
+        ({"movement 1 %": 0.8}, []),
         (
-            {"budget": 0.725, "movement": 0.63, "movement 1 %": 0.6},
+            {"budget": 0.725, "movement": 0.63},
             ["SGD, 0.3 %, budget: 0.10 or more above top movement"],
         ),
         ({"ece budget": 0.121}, ["SGD, 1 %, budget: at most 0.6 of tuned's calibration error"]),
