@@ -10,6 +10,7 @@ from dashboard.shelf import Entry, Shelf, read_series
 from diagnostics import theme
 from diagnostics.disk import number
 from diagnostics.policy import judged, scale
+from probes.foreign import plain
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -53,7 +54,8 @@ def steps(entry: Entry) -> list[Step]:
     try:
         return [step(entry, each) for each in record["checkpoints"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"series.json of {entry.id}: damaged: {type(error).__name__} {error}") from error
+        said = plain(f"damaged: {type(error).__name__} {error}")
+        raise ValueError(f"series.json of {entry.id}: {said}") from error
 
 
 def step(entry: Entry, record: Mapping[str, Any]) -> Step:

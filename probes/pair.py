@@ -13,6 +13,7 @@ from torch import Tensor
 from probes.adapters import LowRank
 from probes.align import align, renamed
 from probes.checkpoint import Checkpoint, nearest, open_checkpoint
+from probes.foreign import plain
 from probes.layout import Header, Matrix
 from probes.memory import wraps
 from probes.sources import finite, raw, same_bytes
@@ -215,8 +216,8 @@ class CheckpointPair:
             if matrix in (blocks[0] or [matrix]) and other in self.tuned.matrices:
                 theirs = self.tuned.matrices[other]
                 raise ValueError(
-                    f"{name}: base is {matrix.rows}x{matrix.columns}, tuned {theirs.rows}x{theirs.columns}, "
-                    f"and no other matrix fits either; {named[0]}, {named[1]}: are these of one architecture?"
+                    f"{plain(name)}: base is {matrix.rows}x{matrix.columns}, "
+                    f"tuned {theirs.rows}x{theirs.columns}, and no other matrix fits either; {named[0]}, {named[1]}: are these of one architecture?"
                 )
         shown = [
             _some([side.headers[m.tensor] for m in some or side.matrices.values()])
@@ -303,7 +304,7 @@ def _is_head(side: Checkpoint, name: str) -> bool:
 
 def _some(headers: list[Header]) -> str:
     first = headers[0]
-    return f"{len(headers)} such as {first.name} ({'x'.join(map(str, first.shape)) or 'a scalar'})"
+    return f"{len(headers)} such as {plain(first.name)} ({'x'.join(map(str, first.shape)) or 'a scalar'})"
 
 
 def natural(name: str) -> list[tuple[int, str]]:

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -25,7 +26,7 @@ SHAPES = {
 MEASURE = """
 import json, resource, sys, time
 from probes import CheckpointPair
-reading, size = 0.0, 0
+reading, size = 0.0, 0  # in a thread of its own, beside the arithmetic
 read = CheckpointPair.read
 def timed(self, name):
     global reading, size
@@ -37,7 +38,7 @@ def timed(self, name):
 CheckpointPair.read = timed
 from diagnostics.intruders import intruder_dimensions
 begun = time.perf_counter()
-result = intruder_dimensions(CheckpointPair(*sys.argv[1:3]))
+result = intruder_dimensions(CheckpointPair(*sys.argv[1:3]), device=sys.argv[3])
 total = time.perf_counter() - begun
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 print(json.dumps({"total": total, "reading": reading, "bytes": size, "peak_gb": peak,
@@ -84,32 +85,48 @@ def write(directory: Path, tuned: bool, shapes: Mapping[str, tuple[int, int]], l
     )
 
 
-def main() -> None:
-    parameters = LAYERS * sum(rows * columns for rows, columns in SHAPES.values())
-    needed = 2 * 2 * parameters
-    folder = Path(tempfile.mkdtemp(prefix="tunescope-7b-", dir=os.environ.get("BENCH_DIR")))
+def audited(shapes: Mapping[str, tuple[int, int]], layers: int, device: str = "cpu") -> dict[str, Any] | None:
+    """What the intruders of a pair of some shape cost, in a process of its own; None without room for it."""
+    needed = 2 * 2 * layers * sum(rows * columns for rows, columns in shapes.values())
+    folder = Path(tempfile.mkdtemp(prefix="tunescope-pair-", dir=os.environ.get("BENCH_DIR")))
     try:
         free = shutil.disk_usage(folder).free
         if free < 1.1 * needed:
-            print(f"7B pair left out: it needs {needed / 1e9:.0f} GB of disk, {folder} has {free / 1e9:.0f}")
-            return
+            print(f"left out: it needs {needed / 1e9:.0f} GB of disk, {folder} has {free / 1e9:.0f}")
+            return None
         for name in ("base", "tuned"):
-            write(folder / name, tuned=name == "tuned", shapes=SHAPES, layers=LAYERS)
+            write(folder / name, tuned=name == "tuned", shapes=shapes, layers=layers)
         done = subprocess.run(
-            [sys.executable, "-c", MEASURE, str(folder / "base"), str(folder / "tuned")],
+            [sys.executable, "-c", MEASURE, str(folder / "base"), str(folder / "tuned"), device],
             check=True,
             capture_output=True,
             text=True,
         )
-        seen = json.loads(done.stdout.splitlines()[-1])
+        seen: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     finally:
         shutil.rmtree(folder)
-    print(
-        f"pair of {parameters / 1e9:.1f} B parameters, {LAYERS} bfloat16 shards each: {seen['total']:.0f} s, "
-        f"of which reading {seen['reading']:.0f} s ({seen['bytes'] / 1e9:.1f} GB), arithmetic "
-        f"{seen['total'] - seen['reading']:.0f} s; peak RSS {seen['peak_gb']:.2f} GB (limit 3)"
-    )
-    print(
+    return seen
+
+
+def told(seen: Mapping[str, Any]) -> str:
+    """The cost in words."""
+    return (
+        f"{seen['total']:.0f} s; reading {seen['bytes'] / 1e9:.1f} GB took {seen['reading']:.0f} s of them, "
+        f"beside the arithmetic, beyond which there are {seen['total'] - seen['reading']:.0f} s; peak RSS "
+        f"{seen['peak_gb']:.2f} GB\n"
         f"  {seen['intruders']} intruders in {seen['matrices']} matrices; vectors by tier: {seen['tiers']}; "
         f"{seen.get('verified', 0)} matrices decided again, {seen.get('disagreements', 0)} differed"
     )
+
+
+def main() -> None:
+    seen = audited(SHAPES, LAYERS)
+    if seen is None:
+        return
+    parameters = LAYERS * sum(rows * columns for rows, columns in SHAPES.values())
+    shape = f"pair of {parameters / 1e9:.1f} B parameters, {LAYERS} bfloat16 shards each"
+    print(f"{shape} (limit 3 GB): {told(seen)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -126,3 +126,16 @@ def test_a_damaged_series_is_said_to_be(save, tmp_path, content):
     (entry,) = Shelf([tmp_path]).series
     with pytest.raises(ValueError, match=r"series\.json of .*: damaged: "):
         read_series(entry)
+
+
+def test_what_is_wrong_with_a_checkpoint_of_a_series_is_said_shortly(save, tmp_path):
+    from dashboard.shelf import Shelf
+    from dashboard.steps import steps
+
+    side = {"audit": None, "metrics": {}, "verdict": "7" * 5000}
+    record = {"label": "1", "ref": "r", "against_first": side, "against_previous": side}
+    (tmp_path / "series.json").write_text(json.dumps({"checkpoints": [record]}))
+    (entry,) = Shelf([tmp_path]).series
+    with pytest.raises(ValueError, match=r"series\.json of .*: damaged: ValueError verdict '777") as refused:
+        steps(entry)
+    assert len(str(refused.value)) < 1200

@@ -99,7 +99,9 @@ def test_several_small_ends_take_several_shifts(monkeypatch):
     tuned = tuned_from(base, generator, [1.1, 0.9])
     shifts = []
     of = tiers.Shifted.of
-    monkeypatch.setattr(tiers.Shifted, "of", lambda W, shift: shifts.append(shift) or of(W, shift))
+    monkeypatch.setattr(
+        tiers.Shifted, "of", lambda W, shift, *rest: shifts.append(shift) or of(W, shift, *rest)
+    )
     decision = decide(base.float(), tuned.float(), 5, 0.5, generator)
     assert len(shifts) > 1
     assert shifts[1] < shifts[0] / 100

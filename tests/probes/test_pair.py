@@ -550,6 +550,14 @@ def test_models_of_another_architecture_are_refused_with_what_both_have(director
     refuse(match, directory, tmp_path / "gpt")
 
 
+def test_strangers_with_strange_names_are_refused_in_one_line():
+    base = {"model.layers.0.mlp.up_proj.weight\n\x1b[2J": torch.ones(4, 2)}
+    tuned = {"transformer.h.0.mlp.c_fc.weight": torch.ones(3, 5)}
+    with pytest.raises(ValueError, match=r"no matrix in common|holds no matrix") as refused:
+        CheckpointPair(base, tuned)
+    assert str(refused.value).isprintable()
+
+
 def test_a_checkpoint_without_matrices_is_refused(directory, tmp_path):
     save_file({"norm.weight": torch.ones(3)}, tmp_path / "norms.safetensors")
     refuse(
