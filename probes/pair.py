@@ -217,7 +217,8 @@ class CheckpointPair:
                 theirs = self.tuned.matrices[other]
                 raise ValueError(
                     f"{plain(name)}: base is {matrix.rows}x{matrix.columns}, "
-                    f"tuned {theirs.rows}x{theirs.columns}, and no other matrix fits either; {named[0]}, {named[1]}: are these of one architecture?"
+                    f"tuned {theirs.rows}x{theirs.columns}, and no other matrix fits either; "
+                    f"{named[0]}, {named[1]}: are these of one architecture?"
                 )
         shown = [
             _some([side.headers[m.tensor] for m in some or side.matrices.values()])
