@@ -156,6 +156,18 @@ def test_two_equal_directions_are_an_update_of_effective_rank_two():
     assert found["frob_norm"] == pytest.approx(3 * 2**0.5)
 
 
+def test_the_norm_of_a_large_constant_matrix_is_summed_in_float64():
+    from diagnostics.intruders import update_of
+
+    rows, columns = 1024, 2048
+    base, delta = torch.zeros(rows, columns), torch.full((rows, columns), 0.1)
+    generator = torch.Generator().manual_seed(0)
+    # float32 sums of two million equal squares lose their last digits
+    exact = float(torch.tensor(0.1).double()) * (rows * columns) ** 0.5
+    assert update_of(base, base + delta, None, generator).norm == pytest.approx(exact, rel=1e-12)
+    assert float(delta.norm()) != pytest.approx(exact, rel=1e-4)  # what modeldelta takes
+
+
 def test_a_tangent_kernel_is_that_of_whole_gradients_in_float64(tmp_path, monkeypatch):
     from tests.benchmarks import inputs
 

@@ -86,12 +86,18 @@ def modeldelta(folder: Path) -> Callable[[], Any]:
     return run
 
 
+# Theirs are summed in float32, which in matrices of millions of entries is off; the tests have a case.
+SUMMED = 5e-3
+
+
 def same_norms(theirs: Any, ours: Any) -> Agreement:
     table = ours["matrices"]
     names = table["matrix"]
-    norms = near([theirs[name]["frob_norm"] for name in names], table["update_norm"], 1e-4, "Frobenius norms")
+    norms = near(
+        [theirs[name]["frob_norm"] for name in names], table["update_norm"], SUMMED, "Frobenius norms"
+    )
     relative = near(
-        [theirs[name]["frob_norm_relative"] for name in names], table["relative_update"], 1e-4, "relative"
+        [theirs[name]["frob_norm_relative"] for name in names], table["relative_update"], SUMMED, "relative"
     )
     low, high = np.array(table["effective_rank_low"]), np.array(table["effective_rank_high"])
     rank = np.array([theirs[name]["effective_rank"] for name in names])
