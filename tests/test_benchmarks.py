@@ -164,7 +164,7 @@ def test_the_norm_of_a_large_constant_matrix_is_summed_in_float64():
     generator = torch.Generator().manual_seed(0)
     # float32 sums of two million equal squares lose their last digits
     exact = float(torch.tensor(0.1).double()) * (rows * columns) ** 0.5
-    assert update_of(base, base + delta, None, generator).norm == pytest.approx(exact, rel=1e-12)
+    assert update_of(base, base + delta, None, generator).norm == pytest.approx(exact, rel=1e-9)
     assert float(delta.norm()) != pytest.approx(exact, rel=1e-4)  # what modeldelta takes
 
 
