@@ -93,13 +93,17 @@ def test_an_orthogonal_spike_is_the_one_intruder_where_it_enters(size, rank):
 
 @given(seed=st.integers(0, 2**31), gaussian=st.booleans())
 @settings(max_examples=30)
-def test_a_large_random_spike_is_exactly_one_intruder(seed, gaussian):
+def test_a_large_random_spike_is_an_intruder_and_the_only_one_where_values_are_apart(seed, gaussian):
     generator = seeded(seed)
     if gaussian:
         base = torch.randn(128, 160, generator=generator, dtype=torch.float64)
     else:
         base, _, _ = with_values(0.96 ** torch.arange(128), 128, 160, generator)
-    assert (cosines(base, spiked(base, [1.6], generator)) < 0.5).sum() == 1
+    new = cosines(base, spiked(base, [1.6], generator)) < 0.5
+    assert new[0]
+    # Values as close as Gaussian ones let their vectors turn into each other at the least push.
+    if not gaussian:
+        assert new.sum() == 1
 
 
 @given(seed=st.integers(0, 2**31))
