@@ -113,7 +113,7 @@ def audit(
 
     pair = CheckpointPair(base, tuned)
     if series is None:
-        series = CheckpointSeries([pair.base, pair.tuned], steps=("base", "tuned"))
+        series = CheckpointSeries([pair.base, pair.tuned], steps=("base", "tuned"), complete=True)
     with engines.engine(engine, where), store:
         return run(
             store,

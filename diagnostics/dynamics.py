@@ -182,8 +182,7 @@ def training_dynamics(
         ),
         loss_dtype=loss_dtype, outputs=outputs, kernel=kernel, radius=radius, vertices=vertices, seed=seed,
     )  # fmt: skip
-    measurements = series.measured("dynamics", probe.key(), probe.measure, progress)
-    series.at_least(2, "a trend")
+    measurements = series.measured("dynamics", probe.key(), probe.measure, progress, least=(2, "a trend"))
     moves, places = moved(series, progress)
     gaps = expansions(series, probe, progress) if linearity else []
     found = curves(measurements, sets)

@@ -214,8 +214,9 @@ def grokking_pathways(
         chat_template=chat_template, batch_tokens=batch_tokens, trust_remote_code=trust_remote_code,
         device=device, dtype=dtype,
     )  # fmt: skip
-    measured = series.measured("pathways", plan.identity(), plan.measure, progress)
-    series.at_least(2, "a comparison of pathways")
+    measured = series.measured(
+        "pathways", plan.identity(), plan.measure, progress, least=(2, "a comparison of pathways")
+    )
     if metric == "auto":
         metric = "loss" if all(each.shape == "text" for each in held.values()) else "accuracy"
     ask = Ask(

@@ -222,9 +222,12 @@ def abrupt_sparsification(
 
     over = series_of(series)
     found = over.measured(
-        "sparse", {"parts": list(parts)}, lambda one: sparse_checkpoint(one, parts), progress=progress
+        "sparse",
+        {"parts": list(parts)},
+        lambda one: sparse_checkpoint(one, parts),
+        progress=progress,
+        least=(3, "a jump"),
     )
-    over.at_least(3, "a jump")
     rows = [
         {"label": label, "step": step, "place": place, **{name: one[name].item() for name in one}}
         for place, (label, step, one) in enumerate(zip(over.labels, over.steps, found, strict=True))

@@ -163,8 +163,7 @@ def training_trajectory(
     def measure(checkpoint: Checkpoint) -> Mapping[str, np.ndarray]:
         return scores(reading.open(checkpoint), sets, reading)
 
-    measurements = series.measured("scores", reading.key(sets), measure, progress)
-    series.at_least(4, "a trajectory")
+    measurements = series.measured("scores", reading.key(sets), measure, progress, least=(4, "a trajectory"))
     steps, found = np.array(series.steps), curves(measurements, sets)
     notes = [] if series.stepped else ["No steps are known: the checkpoints are counted 0, 1, 2 …"]
     lows = [

@@ -41,7 +41,14 @@ class CheckpointSeries:
         stepped: whether the steps are those of the run, not mere places.
     """
 
-    def __init__(self, refs: Sequence[Any], *, steps: Sequence[Any] = (), cache: Path | None = None):
+    def __init__(
+        self,
+        refs: Sequence[Any],
+        *,
+        steps: Sequence[Any] = (),
+        cache: Path | None = None,
+        complete: bool = False,
+    ):
         """Open every checkpoint, so that a misspelt last one is found before anything runs.
 
         Args:
@@ -49,6 +56,7 @@ class CheckpointSeries:
             steps: one for each, rising; without them those in trainer_state.json or in the names, by which
                 the checkpoints are put in order.
             cache: a directory that keeps measurements; without it they live as long as the series.
+            complete: no checkpoint will follow, as none does a pair.
 
         Raises:
             ValueError: no checkpoint, one that does not open, not as many steps, or steps that do not rise.
@@ -71,6 +79,7 @@ class CheckpointSeries:
         self.checkpoints = tuple(opened)
         self._take_steps(given or told)
         self.cache = cache
+        self.complete = complete
         self._context = ""
         self._held: dict[str, Measurement] = {}
 
@@ -110,6 +119,8 @@ class CheckpointSeries:
         parameters: Mapping[str, Any],
         measure: Callable[[Checkpoint], Mapping[str, Any]],
         progress: Progress | None = None,
+        *,
+        least: tuple[int, str] = (1, ""),
     ) -> list[Measurement]:
         """What `measure` gives of every checkpoint, in order; one is in memory at a time.
 
@@ -118,13 +129,21 @@ class CheckpointSeries:
             parameters: all that it depends on beside the checkpoint, as JSON keeps it.
             measure: from a checkpoint to arrays and numbers by name, none of them of objects.
             progress: called with (checkpoints done, all, the label of the next).
+            least: as of `at_least`, how many a conclusion takes and for what.
+
+        Raises:
+            TooShortError: there are fewer; they are measured all the same where that is kept for a series
+                that others may follow.
         """
+        if self.complete or not self.cache:
+            self.at_least(*least)
         found = []
         for place, checkpoint in enumerate(self.checkpoints):
             if progress:
                 progress(place, len(self), self.labels[place])
             key = _key(self._context, name, parameters, self.stamps[place])
             found.append(self._kept(f"{name}.{key}", partial(measure, checkpoint)))
+        self.at_least(*least)
         return found
 
     def at_least(self, count: int, why: str) -> None:
@@ -178,11 +197,16 @@ class RecordedSeries(CheckpointSeries):
         parameters: Mapping[str, Any],
         measure: Callable[[Checkpoint], Mapping[str, Any]],
         progress: Progress | None = None,
+        *,
+        least: tuple[int, str] = (1, ""),
     ) -> list[Measurement]:
         """As of a series of files; what an earlier step lacks cannot be measured any more.
 
+        However few there are, the present step is measured: others will follow it.
+
         Raises:
             ValueError: an earlier step was not measured with these parameters.
+            TooShortError: there are fewer than `least`.
         """
         assert self.cache is not None
         found = []
@@ -197,6 +221,7 @@ class RecordedSeries(CheckpointSeries):
             if known is None:
                 raise ValueError(f"{self.cache}: holds no {name} of step {step:g} with these parameters")
             found.append(known)
+        self.at_least(*least)
         return found
 
 

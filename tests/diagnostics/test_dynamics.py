@@ -317,11 +317,11 @@ def test_measurements_outlive_a_killed_run_and_hold_all_that_a_live_one_needs(pl
 def broken_after(measured):
     """`measured` of a series all of whose measurements are kept: measuring again is a mistake."""
 
-    def kept(name, parameters, measure, progress=None):
+    def kept(name, parameters, measure, progress=None, **rest):
         def refuse(checkpoint):
             raise AssertionError(f"{name} is measured again")
 
-        return measured(name, parameters, refuse, progress)
+        return measured(name, parameters, refuse, progress, **rest)
 
     return kept
 

@@ -203,9 +203,9 @@ def test_weights_that_are_no_finite_numbers_are_refused_by_name(tmp_path):
     bad = normal(4, 4)
     bad[1, 1] = math.inf
     with pytest.raises(ValueError, match=rf"step-1: {NAME} holds a NaN or an infinity"):
-        run(tmp_path, [normal(4, 4), bad])
+        run(tmp_path, [normal(4, 4), bad, bad])
 
 
 def test_a_scope_without_a_matrix_is_refused(tmp_path):
     with pytest.raises(ValueError, match="step-0: has no matrix in router"):
-        run(tmp_path, [normal(4, 4)] * 2, parts=("router",))
+        run(tmp_path, [normal(4, 4)] * 3, parts=("router",))

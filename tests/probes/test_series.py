@@ -259,7 +259,27 @@ def test_a_series_says_when_it_is_too_short():
         series.at_least(4, "a trough")
 
 
+@pytest.mark.parametrize(("cached", "complete", "kept"), [(0, 0, 0), (0, 1, 0), (1, 1, 0), (1, 0, 2)])
+def test_a_series_that_is_too_short_is_measured_only_where_that_is_kept_for_a_longer_one(
+    tmp_path, cached, complete, kept
+):
+    weights = [{NAME: torch.eye(2)}, {NAME: 2 * torch.eye(2)}]
+    series = CheckpointSeries(weights, cache=tmp_path if cached else None, complete=bool(complete))
+    with pytest.raises(TooShortError, match="a trough needs at least 4"):
+        series.measured("trace", {}, trace, least=(4, "a trough"))
+    assert len(list(tmp_path.iterdir())) == kept
+
+
 # --- a run that is going on ---
+
+
+def test_a_recording_measures_however_short_it_is_and_says_so_afterwards(tmp_path):
+    for step in (0, 10):
+        series = RecordedSeries(range(0, step + 1, 10), tmp_path, {NAME: (1.0 + step) * torch.eye(2)})
+        with pytest.raises(TooShortError, match="a line needs at least 3"):
+            series.measured("trace", {}, trace, least=(3, "a line"))
+    found = RecordedSeries([0, 10], tmp_path).measured("trace", {}, trace)
+    assert [one["trace"].item() for one in found] == [2, 22]
 
 
 def test_a_recording_measures_the_model_as_it_is_and_remembers_how_it_was(tmp_path):
