@@ -5,10 +5,12 @@ the cosine of the paper (Jaiswal et al. 2023, arXiv:2306.03805) is never read wi
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 # Entries that are summed together in float64.
@@ -32,10 +34,6 @@ class Overlap:
     both: int = 0
     moved: float = 0.0
     moved_low: float = 0.0
-
-    def __add__(self, other: "Overlap") -> "Overlap":
-        own, more = asdict(self), asdict(other)
-        return Overlap(**{name: own[name] + more[name] for name in own})
 
     @property
     def cosine(self) -> float:
@@ -83,10 +81,51 @@ class Overlap:
         return self.moved_low / self.moved if self.moved else math.nan
 
 
-def overlap(base: Bool[Tensor, "*shape"], tuned: Bool[Tensor, "*shape"]) -> Overlap:
-    """The overlap of what two masks prune in one tensor."""
-    counts = {"base": base, "tuned": tuned, "both": base & tuned}
-    return Overlap(entries=base.numel(), **{name: int(mask.count_nonzero()) for name, mask in counts.items()})
+class Overlaps:
+    """Overlaps of the masks of base and tuned at several sparsities, whose masks nest on either side."""
+
+    def __init__(self, count: int):
+        """Begin with no tensor.
+
+        Args:
+            count: of the sparsities.
+        """
+        self._entries = np.zeros((count + 1, count + 1), np.int64)
+        self._moved = np.zeros(count + 1)
+
+    def add(
+        self,
+        base: Integer[np.ndarray, " entries"],
+        tuned: Integer[np.ndarray, " entries"],
+        squares: Float[Tensor, "*shape"],
+    ) -> None:
+        """Count a tensor.
+
+        Args:
+            base, tuned: how many of the masks leave an entry: `probes.prune.levels`.
+            squares: (tuned − base)² of it, as of `squared_change`.
+        """
+        count, flat = len(self._moved), squares.reshape(-1)
+        for start in range(0, len(base), CHUNK):
+            some = slice(start, start + CHUNK)
+            row = base[some].astype(np.intp)
+            self._moved += np.bincount(row, flat[some].cpu().numpy(), minlength=count)
+            both = np.bincount(row * count + tuned[some], minlength=count * count)
+            self._entries += both.reshape(count, count)
+
+    def __iter__(self) -> Iterator[Overlap]:
+        """The overlap at each sparsity."""
+        both = self._entries.cumsum(axis=0).cumsum(axis=1)
+        low = self._moved.cumsum()
+        for place in range(len(low) - 1):
+            yield Overlap(
+                entries=int(both[-1, -1]),
+                base=int(both[place, -1]),
+                tuned=int(both[-1, place]),
+                both=int(both[place, place]),
+                moved=float(low[-1]),
+                moved_low=float(low[place]),
+            )
 
 
 def squared_change(base: Float[Tensor, "*shape"], tuned: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

@@ -11,12 +11,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from diagnostics import control
-from diagnostics.mask_overlap import Mass, Overlap, mass, overlap, squared_change, within
+from diagnostics.mask_overlap import Mass, Overlaps, mass, squared_change
 from diagnostics.row_losses import Encoded, Losses
 from probes.host import Host
 from probes.layout import Part
 from probes.pair import Side
-from probes.prune import Cut, Order, Scope, magnitude_order, n_of_m, pattern_pruned, random_order
+from probes.prune import Cut, Order, Scope, levels, magnitude_order, n_of_m, pattern_pruned, random_order
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -193,27 +193,24 @@ class Masks:
         return sum(parts, Mass())
 
     def overlaps(self, sparsities: Sequence[float]) -> "pd.DataFrame":
-        """How alike the masks of base and tuned are at each sparsity, without tensors that base lacks."""
+        """How alike the masks of base and tuned are, by rising sparsity, without tensors that base lacks."""
         import pandas as pd
 
-        found = [Overlap() for _ in sparsities]
+        rising = sorted(set(sparsities))
+        cuts = [[self.cut(side, sparsity) for sparsity in rising] for side in SIDES]
+        found = Overlaps(len(rising))
         for name in self.names:
-            if name not in self.host.twins:
-                continue
-            base, tuned = (self.host.read(name, side) for side in SIDES)
-            squares = squared_change(base, tuned)
-            moved = float(squares.sum(dtype=torch.float64))
-            for place, sparsity in enumerate(sparsities):
-                low = self.cut("base", sparsity).pruned(name, base)
-                found[place] += overlap(low, self.cut("tuned", sparsity).pruned(name, tuned))
-                found[place] += Overlap(moved=moved, moved_low=within(squares, low))
+            if name in self.host.twins:
+                sides = [self.host.read(name, side) for side in SIDES]
+                base, tuned = (levels(each, name, W) for each, W in zip(cuts, sides, strict=True))
+                found.add(base, tuned, squared_change(*sides))
         return pd.DataFrame(
             {
                 "sparsity": sparsity, "cosine": each.cosine, "cosine_chance": each.cosine_chance,
                 "kappa": each.kappa, "iou": each.iou, "iou_chance": each.iou_chance, "revived": each.revived,
                 "revived_chance": 1 - sparsity, "delta_low": each.delta_low, "delta_low_chance": sparsity,
             }
-            for sparsity, each in zip(sparsities, found, strict=True)
+            for sparsity, each in zip(rising, found, strict=True)
         )  # fmt: skip
 
     def layers(self, model: Side, sparsity: float) -> "pd.DataFrame":

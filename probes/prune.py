@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Integer, Shaped
 from torch import Tensor
 
 from probes.checkpoint import Checkpoint
@@ -84,17 +84,62 @@ class Cut:
         parts = keys.reshape(len(segments), -1), taken.view(len(segments), -1)
         for segment, values, marks in zip(segments, *parts, strict=True):
             left = segment.ties
+            # The threshold of another dtype may lie between two of this one; comparing would round it first.
+            bound = float(torch.tensor(segment.threshold, dtype=torch.float64).to(keys.dtype))
+            up_to = segment.every_tie or bound < segment.threshold
             for chunk, mark in zip(values.split(CHUNK), marks.split(CHUNK), strict=True):
                 size = chunk.abs()
-                if segment.every_tie:
-                    torch.le(size, segment.threshold, out=mark)
+                if up_to:
+                    torch.le(size, bound, out=mark)
                     continue
-                torch.lt(size, segment.threshold, out=mark)
+                torch.lt(size, bound, out=mark)
                 if left:
-                    equal = (size == segment.threshold).nonzero()[:left, 0]
+                    equal = (size == bound).nonzero()[:left, 0]
                     mark[equal] = True
                     left -= len(equal)
         return taken
+
+
+def levels(cuts: Sequence[Cut], name: str, keys: Shaped[Tensor, "*shape"]) -> Integer[np.ndarray, " entries"]:
+    """Of cuts of one order, how many leave each entry of a tensor: all their masks at once, for they nest.
+
+    Args:
+        cuts: by rising sparsity; the i-th takes an entry exactly where the result is at most i.
+        name: of the tensor.
+        keys: what the order was made from.
+    """
+    found = np.empty(keys.numel(), np.uint8 if len(cuts) < 256 else np.int32)
+    segments = [cut.segments[name] for cut in cuts]
+    thresholds = torch.tensor([[each.threshold for each in parts] for parts in segments], dtype=torch.float64)
+    # An order over several dtypes has thresholds that the narrower ones do not hold.
+    held = bool((thresholds.float() == thresholds).all()) and keys.dtype != torch.float64
+    bits, integers, _ = PATTERNS[torch.float32 if held else torch.float64]
+    dtype = torch.float32 if held else torch.float64
+    shift = bits - DIGIT
+    parts = keys.reshape(len(segments[0]), -1), found.reshape(len(segments[0]), -1)
+    for place, (values, marks) in enumerate(zip(*parts, strict=True)):
+        bounds = thresholds[:, place].to(dtype).view(integers).numpy()
+        heads = bounds >> shift
+        below = np.searchsorted(heads, np.arange(1 << DIGIT)).astype(found.dtype)
+        near = np.zeros(1 << DIGIT, bool)
+        near[heads] = True
+        left = [parts[place].ties for parts in segments]
+        for start in range(0, len(marks), CHUNK):
+            chunk = values[start : start + CHUNK].cpu().to(dtype).view(integers).numpy()
+            patterns = chunk & ((1 << bits) - 1)
+            tops = patterns >> shift
+            mark = below[tops]
+            # The top digits decide for nearly all; only what shares one with a threshold is looked at closer.
+            here = np.flatnonzero(near[tops])
+            close = patterns[here]
+            above = np.searchsorted(bounds, close, side="right")
+            for index in np.flatnonzero(left):
+                equal = np.flatnonzero(close == bounds[index])[: left[index]]
+                above[equal] -= 1
+                left[index] -= len(equal)
+            mark[here] = above
+            marks[start : start + CHUNK] = mark
+    return found
 
 
 class Order:

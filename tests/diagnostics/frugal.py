@@ -57,13 +57,13 @@ def commands(root):
     from diagnostics import intruder_dimensions
     from diagnostics.graft import graft
     from diagnostics.interpolate import interpolate
-    from diagnostics.mask_overlap import Overlap, overlap, squared_change, within
+    from diagnostics.mask_overlap import Overlaps, squared_change
     from diagnostics.mitigate import mitigate
     from diagnostics.movement import Movement
     from diagnostics.sparsification import sparse_checkpoint
     from probes import CheckpointPair, open_checkpoint
     from probes.patch import Patch
-    from probes.prune import magnitude_order, pattern_pruned
+    from probes.prune import levels, magnitude_order, pattern_pruned
 
     base, tuned, out = root / "base", root / "tuned", root / "out"
     pair = CheckpointPair(base, tuned)
@@ -73,13 +73,14 @@ def commands(root):
     def masks():
         orders = [magnitude_order(side) for side in (pair.base, pair.tuned)]
         cuts = [order.cuts((0.1, 0.5, 0.9)) for order in orders]
-        found = Overlap()
+        found = Overlaps(3)
         for name in orders[0].shapes:
-            pruned = [order.pruned(cut[1], name) for order, cut in zip(orders, cuts, strict=True)]
-            squares = squared_change(pair.base.tensor(name), pair.tuned.tensor(name))
-            found += overlap(*pruned)
-            found += Overlap(moved_low=within(squares, pruned[0]))
-        assert found.base == found.tuned == round(0.5 * CHECKPOINT / 4)
+            sides = pair.base.tensor(name), pair.tuned.tensor(name)
+            kept = (levels(cut, name, stored) for cut, stored in zip(cuts, sides, strict=True))
+            found.add(*kept, squared_change(*sides))
+        half = list(found)[1]
+        assert half.base == half.tuned == round(0.5 * CHECKPOINT / 4)
+        assert orders[0].pruned(cuts[0][1], name).dtype == torch.bool
         assert pattern_pruned(pair.tuned, name, pair.tuned.tensor(name), 2, 4).float().mean() == 0.5
 
     def movement():

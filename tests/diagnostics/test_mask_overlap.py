@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diagnostics.mask_overlap import Mass, Overlap, mass, overlap, squared_change, within
+from diagnostics.mask_overlap import Mass, Overlap, Overlaps, mass, squared_change
 
 seeds = st.integers(0, 2**31)
 
@@ -26,6 +26,21 @@ def kept_by(weights, n_keep, m):
     groups = weights.abs().unflatten(1, (-1, m))
     order = groups.argsort(dim=-1, descending=True).argsort(dim=-1)
     return (order >= n_keep).flatten(1)
+
+
+def counted(*pairs):
+    """The overlaps of tensors, given as (base, tuned, the masks of each side, from sparse to dense)."""
+    found = Overlaps(len(pairs[0][2]))
+    for base, tuned, low, lower in pairs:
+        kept = ((~torch.stack(masks)).sum(0).flatten().numpy() for masks in (low, lower))
+        found.add(*kept, squared_change(base, tuned))
+    return list(found)
+
+
+def overlap(base, tuned):
+    """The overlap of two masks alone."""
+    nothing = torch.zeros(base.shape)
+    return counted((nothing, nothing, [base], [tuned]))[0]
 
 
 def test_every_measure_by_hand():
@@ -71,12 +86,20 @@ def test_cosine_and_kappa_may_move_in_opposite_directions():
     assert few.kappa < many.kappa
 
 
-def test_counts_of_several_tensors_add_up():
-    generator = torch.Generator().manual_seed(0)
-    pairs = [[torch.rand(6, 5, generator=generator) < 0.4 for _ in range(2)] for _ in range(3)]
-    whole = overlap(*(torch.cat([pair[side] for pair in pairs]) for side in (0, 1)))
-    added = sum((overlap(*pair) for pair in pairs), Overlap())
-    assert added == whole
+@given(seeds)
+def test_overlaps_at_several_sparsities_are_those_of_each_ones_masks(seed):
+    generator = torch.Generator().manual_seed(seed)
+    shares, tensors = (0.1, 0.4, 0.4, 0.9), []
+    for rows in (6, 3):
+        sides = [torch.randn(rows, 5, generator=generator) for _ in range(2)]
+        tensors.append((*sides, *([lowest(side, share) for share in shares] for side in sides)))
+    for place, found in enumerate(counted(*tensors)):
+        base, tuned = (torch.cat([each[side][place].flatten() for each in tensors]) for side in (2, 3))
+        squares = torch.cat([(tuned - base).flatten() for base, tuned, *_ in tensors]).square()
+        assert (found.entries, found.base, found.tuned) == (45, base.sum(), tuned.sum())
+        assert found.both == (base & tuned).sum()
+        assert found.moved == pytest.approx(float(squares.sum()))
+        assert found.moved_low == pytest.approx(float(squares[base].sum()))
 
 
 def test_where_nothing_is_pruned_or_changed_there_is_nothing_to_say():
@@ -92,10 +115,7 @@ def test_where_nothing_is_pruned_or_changed_there_is_nothing_to_say():
 
 
 def change_in(base, tuned, pruned):
-    squares = squared_change(base, tuned)
-    return Overlap(
-        entries=base.numel(), moved=float(squares.sum(dtype=torch.float64)), moved_low=within(squares, pruned)
-    )
+    return counted((base, tuned, [pruned], [pruned]))[0]
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5])

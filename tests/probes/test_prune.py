@@ -14,7 +14,7 @@ from torch.nn.utils import prune as torch_prune
 
 import diagnostics
 from probes.checkpoint import open_checkpoint
-from probes.prune import Order, magnitude_order, n_of_m, pattern_pruned, random_order, scope_of
+from probes.prune import Order, levels, magnitude_order, n_of_m, pattern_pruned, random_order, scope_of
 from tests.probes.runnable import make
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -79,6 +79,33 @@ def test_parts_that_are_cut_apart_are_each_sorted_alone(tensors):
                 tensor.reshape(2, -1), order.pruned(cut, name).reshape(2, -1), strict=True
             ):
                 assert torch.equal(pruned, sorted_reference(values, sparsity))
+
+
+@given(some_tensors(), st.lists(st.sampled_from(GRID), min_size=1, unique=True).map(sorted), st.booleans())
+def test_levels_count_the_masks_that_leave_an_entry(tensors, sparsities, apart):
+    order = order_of(tensors, {name: range(len(tensors[name])) for name in tensors} if apart else None)
+    cuts = order.cuts(sparsities)
+    for name, tensor in tensors.items():
+        left = sum((~cut.pruned(name, tensor)).int() for cut in cuts)
+        assert torch.equal(torch.from_numpy(levels(cuts, name, tensor)).int(), left.flatten())
+
+
+def test_levels_of_many_entries_and_cuts_and_of_several_dtypes_agree_with_their_masks():
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "half": torch.randn(700, 1000, generator=generator).half(),
+        "double": torch.randn(40, 50, generator=generator, dtype=torch.float64),
+        "single": torch.randn(600, 500, generator=generator),
+    }
+    cuts = order_of(tensors).cuts([place / 300 for place in range(300)])
+    flat = torch.cat([tensor.double().flatten() for tensor in tensors.values()])
+    for cut in cuts[1::40]:  # a threshold that half precision lacks is not rounded to one that it has
+        masks = torch.cat([cut.pruned(name, tensor).flatten() for name, tensor in tensors.items()])
+        assert torch.equal(masks, sorted_reference(flat, cut.sparsity))
+    for name, tensor in tensors.items():
+        found = torch.from_numpy(levels(cuts, name, tensor)).view(tensor.shape)
+        for place in (0, 1, 120, 250, 299):
+            assert torch.equal(found <= place, cuts[place].pruned(name, tensor))
 
 
 def test_thresholds_are_found_across_tensors_of_several_dtypes():
