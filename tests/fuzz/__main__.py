@@ -20,8 +20,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-# Before anything imports huggingface_hub, which reads it once.
-os.environ["HF_HUB_OFFLINE"] = "1"
+# Before anything imports huggingface_hub, which reads them once. An adapter may name a base on the hub, for
+# which a user's token would be looked up.
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"
 
 SECONDS = int(os.environ.get("FUZZ_SECONDS", "30"))
 # Of a reader's time, what Hypothesis has.

@@ -173,7 +173,21 @@ def adapter(data: bytes, directory: Path) -> None:
     """An adapter's directory, on the base that is given or that it names."""
     unpack(data, directory)
     base = directory.parent / "base" if data[-1:] < b"\xc0" else None
+    # Its base may lie anywhere, as PEFT has it: which files are opened then is not the reader's to limit.
+    if base is None and elsewhere(directory / "adapter_config.json"):
+        return
     read_checkpoint(open_checkpoint(directory, base=base))
+
+
+def elsewhere(settings: Path) -> bool:
+    """Whether an adapter names a base that exists, other than the good one beside it."""
+    if settings.is_symlink():  # which the reader is to refuse
+        return False
+    try:
+        named = json.loads(settings.read_bytes())["base_model_name_or_path"]
+        return Path(named).exists() and not Path(named).samefile(settings.parents[1] / "base")
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
 
 
 def torch_file(data: bytes, directory: Path) -> None:
