@@ -10,6 +10,7 @@ Sources: RSA as in Telly (arXiv:2304.05216), without the diagonal that its scrip
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from diagnostics.analysis import Result, analysis
 from diagnostics.drift_figures import ONSET, draw
 from diagnostics.inputs import tasks
 from diagnostics.kernels import hsic
-from diagnostics.texts import differing, shared_tokenizer, without_bos
+from diagnostics.remote import RemoteModel, entered
+from diagnostics.texts import SIDES, differing, shared_tokenizer, without_bos
 from probes import CheckpointPair
 from probes.models import RunnablePair
 from probes.tasks import Batch, Example, Task, batches, encode, notes
@@ -212,13 +214,13 @@ def representation_drift(
             said += more
         flat = [one for examples in chosen.values() for one in examples]
         points = {}
-        for turn, (side, enter) in enumerate((("base", runnable.base), ("tuned", runnable.tuned))):
+        for turn, side in enumerate(SIDES):
 
             def tell(done: int, turn: int = turn, side: str = side) -> None:
                 if progress:
                     progress(turn * len(flat) + done, 2 * len(flat), f"residuals of {side}")
 
-            with enter() as model:
+            with entered(runnable, side) as model:
                 points[side], route = residuals(model, flat, batch_tokens, skip, tell)
             check_finite(points[side], chosen, sets, side)
             said.append(f"{side}: residuals captured through {route}")
@@ -278,6 +280,27 @@ def residuals(
     model: Any, examples: Sequence[Example], tokens: int, skip: int, progress: Callable[[int], None]
 ) -> tuple[dict[int, Points], str]:
     """The pooled residual stream of every example before block 0 (-1) and after each block, and its route."""
+    if not isinstance(model, RemoteModel):
+        return captured(model, examples, tokens=tokens, skip=skip, progress=progress)
+    found: dict[int, Any] = {}
+    route = ""
+    for own, (points, route) in model.by_batch(  # noqa: B007
+        partial(captured, tokens=tokens, skip=skip), examples, tokens, progress
+    ):
+        for layer, values in points.items():
+            found.setdefault(layer, np.empty((len(examples), values.shape[1]), np.float32))[own] = values
+    return found, route
+
+
+def captured(
+    model: Any,
+    examples: Sequence[Example],
+    *,
+    tokens: int,
+    skip: int,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[dict[int, Points], str]:
+    """The same, of a model that is here."""
     from probes.hooks import capture, pooled
 
     def behind(name: str, value: "Tensor", batch: Batch) -> "Tensor":
@@ -288,16 +311,17 @@ def residuals(
     found: dict[int, Any] = {}
     done = 0
 
-    with capture(model, ["blocks.0.hook_resid_pre", "hook_resid_post"], keep=behind) as captured:
-        for batch, made in captured.stream(batches(examples, tokens=tokens, pad_id=0)):
+    with capture(model, ["blocks.0.hook_resid_pre", "hook_resid_post"], keep=behind) as caught:
+        for batch, made in caught.stream(batches(examples, tokens=tokens, pad_id=0)):
             for name, value in made.items():
                 layer = -1 if name.endswith("pre") else int(name.split(".")[1])
                 if layer not in found:
                     found[layer] = np.empty((len(examples), value.shape[1]), np.float32)
                 found[layer][batch.indices.cpu().numpy()] = value.numpy()
             done += len(batch.indices)
-            progress(done)
-        route = captured.route if captured.reason is None else f"{captured.route} ({captured.reason})"
+            if progress:
+                progress(done)
+        route = caught.route if caught.reason is None else f"{caught.route} ({caught.reason})"
     return dict(sorted(found.items())), route
 
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from diagnostics.remote import RemoteModel
 from probes.body import evaluating, unwrapped
 from probes.forward import score_examples
 from probes.measure import NonFiniteError
@@ -45,7 +47,7 @@ NOTHING = Read(tokens=np.empty(0, np.float32))
 
 
 def read(
-    model: nn.Module,
+    model: nn.Module | RemoteModel,
     examples: Sequence[Example],
     *,
     tokens: int = 16384,
@@ -57,6 +59,7 @@ def read(
     """Run a causal model over examples, in batches of like length that do not change what is found.
 
     Args:
+        model: here, or on workers.
         tokens: most tokens in a batch, padding included.
         vocabulary: the model's first so many tokens are all there are; None: as many as it has.
         longest: examples with more tokens are read in windows of so many; None: whole.
@@ -66,35 +69,56 @@ def read(
     Raises:
         ValueError: a likelihood is not finite; the message says of which example.
     """
-    pieces = [
-        (place, piece)
-        for place, example in enumerate(examples)
-        for piece in ([example] if longest is None else windows(example, longest))
-        if any(piece.scored)
-    ]
+    places, pieces = [], []
+    for place, example in enumerate(examples):
+        for piece in [example] if longest is None else windows(example, longest):
+            if any(piece.scored):
+                places.append(place)
+                pieces.append(piece)
     if not pieces:
         return [NOTHING] * len(examples)
+    measure = partial(read_whole, tokens=tokens, vocabulary=vocabulary)
     try:
-        found = score_examples(
-            model, [piece for _, piece in pieces], tokens=tokens, vocabulary=vocabulary, pooled=True,
-            by_token=True, progress=progress,
-        )  # fmt: skip
+        if isinstance(model, RemoteModel):
+            tell = None if progress is None else lambda done: progress(done, len(pieces), "scored")
+            found = [NOTHING] * len(pieces)
+            for own, made in model.by_batch(measure, pieces, tokens, tell):
+                for index, one in zip(own, made, strict=True):
+                    found[index] = one
+        else:
+            found = measure(model, pieces, progress=progress)
     except NonFiniteError as error:
-        raise NonFiniteError(error.example, error.layer, where(pieces[error.example][0])) from error
+        raise NonFiniteError(error.example, error.layer, where(places[error.example])) from error
+    parts: list[list[Read]] = [[] for _ in examples]
+    for place, one in zip(places, found, strict=True):
+        parts[place].append(one)
+    return [joined(several) for several in parts]
+
+
+def read_whole(
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    tokens: int,
+    vocabulary: int | None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> list[Read]:
+    """What a model makes of each example, all of which have a scored token; as `read`."""
+    found = score_examples(
+        model, examples, tokens=tokens, vocabulary=vocabulary, pooled=True, by_token=True, progress=progress
+    )
     assert found.by_token is not None
     assert found.pooled is not None
-    parts: list[list[Read]] = [[] for _ in examples]
-    for at, (place, piece) in enumerate(pieces):
-        values = found.by_token[at].float().numpy()
-        one = Read(
-            tokens=values[np.array(piece.scored)],
+    return [
+        Read(
+            tokens=values.float().numpy()[np.array(example.scored)],
             log_likelihood=float(found.log_likelihoods[at]),
             top=float(found.top[at]),
             energy=float(found.energy[at]),
             pooled=found.pooled[at].float().numpy(),
         )
-        parts[place].append(one)
-    return [joined(several) for several in parts]
+        for at, (example, values) in enumerate(zip(examples, found.by_token, strict=True))
+    ]
 
 
 def joined(parts: Sequence[Read]) -> Read:

@@ -11,10 +11,13 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from diagnostics.likelihoods import NOTHING, Read, greedy, read
+from diagnostics.remote import entered
 from probes.models import RunnablePair
+from probes.pair import Side as PairSide
 from probes.tasks import Example, Row, Task, encode, frame, notes
 
 Progress: TypeAlias = Callable[[int, int, str], None]
+SIDES: tuple[PairSide, ...] = ("base", "tuned")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,14 +148,14 @@ def read_sets(
         for side, tokenizer in tokenizers.items()
     }
     sides, noise = {}, 0.0
-    for turn, (side, enter) in enumerate((("base", runnable.base), ("tuned", runnable.tuned))):
+    for turn, side in enumerate(SIDES):
         ours: Progress | None = None
         if progress:
 
             def ours(done: int, total: int, what: str, turn: int = turn) -> None:
                 progress(turn * total + done, 2 * total, what)
 
-        with enter() as model:
+        with entered(runnable, side) as model:
             sides[side], change = read_side(model, tasks, encoded[side], settings, vocabulary, side, ours)
         noise = max(noise, change)
     texts = {}

@@ -67,6 +67,7 @@ class RunnablePair:
         pair: the checkpoints.
         shared: one resident model serves as both, with the adapter off or on.
         base_kind, kind: what the heads of base and tuned predict.
+        loading: where and how they are loaded.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class RunnablePair:
         self.kind = kind_of(pair.tuned)
         self.shared = _switchable(pair)
         self.base_kind = self.kind if self.shared else kind_of(pair.base)
-        self._loading = Loading(device_of(device), dtype_of(dtype), device_map, trust_remote_code)
+        self.loading = Loading(device_of(device), dtype_of(dtype), device_map, trust_remote_code)
         self._resident: tuple[Side, Runnable] | None = None
         self._inside: Side | None = None
         # Of two adapters on one base; a single one is on or off, whatever it is called.
@@ -132,7 +133,7 @@ class RunnablePair:
     def context(self) -> int | None:
         """Most tokens that both sides take; None where neither ends."""
         sides = (self.pair.base, self.pair.tuned)
-        lengths = [context_of(self._loading.config(side)) for side in sides]
+        lengths = [context_of(self.loading.config(side)) for side in sides]
         return min((length for length in lengths if length is not None), default=None)
 
     @cached_property
@@ -140,10 +141,10 @@ class RunnablePair:
         """The names of the tuned classifier's classes in order; () for language models."""
         if self.kind != "classifier":
             return ()
-        return labels_of(self._loading.config(self.pair.tuned))
+        return labels_of(self.loading.config(self.pair.tuned))
 
     def _tokenizer(self, checkpoint: Checkpoint) -> Any:
-        places, trust = places_of(checkpoint), self._loading.trust_remote_code
+        places, trust = places_of(checkpoint), self.loading.trust_remote_code
         return tokenizer_of(checkpoint.ref, places, trust_remote_code=trust)
 
     @contextmanager
@@ -168,7 +169,7 @@ class RunnablePair:
             return self._resident[1]
         self.close()  # the other side, before this one needs the room
         checkpoint = self.pair.tuned if side == "tuned" or self.shared else self.pair.base
-        runnable = self._loading.model(checkpoint, self.kind if side == "tuned" else self.base_kind)
+        runnable = self.loading.model(checkpoint, self.kind if side == "tuned" else self.base_kind)
         if self.shared and self.pair.base.base is not None:
             inject(runnable.model, self.pair.base, name="base")
         self._resident = side, runnable
