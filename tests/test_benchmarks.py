@@ -4,6 +4,8 @@ import contextlib
 import importlib.util
 import io
 import math
+import subprocess
+import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -14,10 +16,11 @@ import torch
 from torch import nn
 
 from tests.benchmarks import against, cost, growth, of_gradients, of_rows
-from tests.benchmarks.__main__ import run
+from tests.benchmarks.__main__ import ALL, run
 from tests.benchmarks.contest import Agreement, Contest, Line, Spent, apart, held, measured, near
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 
 
 @pytest.mark.parametrize("who", ["tunescope", "pytorch-ood"])
@@ -174,18 +177,11 @@ def test_a_tangent_kernel_is_that_of_whole_gradients_in_float64(tmp_path, monkey
     inputs.moved(tmp_path, width=64, layers=1)
     inputs.texts(tmp_path / "rows.jsonl", of_gradients.KERNEL_ROWS)
     ours = np.ravel(of_gradients.kernel(tmp_path)())
-    loaded, direction = inputs.loaded, of_gradients.direction
+    loaded = inputs.loaded
     monkeypatch.setattr(inputs, "loaded", lambda folder: loaded(folder).double())
-
-    class Wide:
-        def __init__(self, size):
-            self.size = size
-
-        def float(self):
-            return direction(self.size)
-
-    monkeypatch.setattr(of_gradients, "direction", Wide)
-    assert apart(np.ravel(of_gradients.jacobian(tmp_path)()).tolist(), ours.tolist()) < 1e-5
+    whole = of_gradients.jacobian(tmp_path)()
+    assert apart(np.ravel(whole.entries).tolist(), ours.tolist()) < 1e-5
+    assert whole.exact == pytest.approx(np.array(whole.entries)[:2, :2])
 
 
 def test_every_analysis_is_held_against_something():
@@ -304,3 +300,12 @@ def test_measurements_survive_being_written(tmp_path):
     again = growth.load(tmp_path / "cost.csv")
     assert again[0] == found[0]
     assert math.isnan(again[1].memory)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALL)
+def test_every_section_runs_small(name):
+    command = [sys.executable, "-m", "tests.benchmarks", "--quick", name]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
+    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]
+    assert f"-- {name}: " in ran.stdout

@@ -23,6 +23,7 @@ from tests.benchmarks import (
     grafts,
     growth,
     masks,
+    memory,
     pathways,
     routes,
     rows,
@@ -39,6 +40,7 @@ ALL: dict[str, ModuleType] = {
     "gpu": gpu,
     "grafts": grafts,
     "masks": masks,
+    "memory": memory,
     "pathways": pathways,
     "routes": routes,
     "rows": rows,
@@ -55,6 +57,15 @@ QUICK: dict[str, dict[str, Any]] = {
     "decision": {"SHAPES": ((256, 256),), "TALL": (512, 256), "SIZE": 64, "WIDTH": 256},
     "engines": {"LAYERS": 2, "SHAPES": {"self_attn.q_proj": (512, 512), "mlp.up_proj": (1376, 512)}},
     "masks": {"WIDTH": 64, "DEPTH": 2, "LEVELS": [0.3, 0.6, 0.9]},
+    "memory": {
+        "SIZE": 1024,
+        "SHAPES": {
+            "q_proj": (256, 256),
+            "o_proj": (256, 256),
+            "up_proj": (512, 256),
+            "down_proj": (256, 512),
+        },
+    },
     "pathways": {"PATHWAYS": 50, "FEW": 20},
     "routes": {"LAYERS": 2, "WIDTH": 64, "ROWS": 16, "LENGTH": 32, "ROUNDS": 1},
     "rows": {

@@ -15,14 +15,14 @@ FIRST_MATRIX = """
 import sys, time
 begun = time.perf_counter()
 from diagnostics import intruders
-examine = intruders.examine
 def first(*arguments):
     print(time.perf_counter() - begun)
     heavy = [name for name in ("transformers", "transformer_lens", "peft") if name in sys.modules]
     print(heavy, flush=True)
     import os
     os._exit(0)
-intruders.examine = first
+assert callable(intruders.examined)
+intruders.examined = first
 from diagnostics.cli import main
 sys.argv = ["tunescope", "audit", *sys.argv[1:], "--only", "intruders", "--quiet"]
 main()

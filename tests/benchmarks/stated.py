@@ -14,8 +14,8 @@ from rich.table import Table
 # RESULTS.md; what its papers found is theirs.
 ROOT = Path(__file__).parents[2]
 DRAWS = 50
-# Whether the passes of `sparsity` are counted, which runs them.
-PASSES, FEW = True, 24
+# Whether the passes of `sparsity` and `skills` are counted, which runs them; of how many rows.
+PASSES, FEW = True, 48
 
 
 def intruders() -> Iterator[tuple[str, str]]:
@@ -92,8 +92,8 @@ def detection() -> Iterator[tuple[str, str]]:
 
 
 def passes() -> Iterator[tuple[str, str]]:
-    """How often `sparsity` passes over the rows; few rows give the same number."""
-    from diagnostics import essential_sparsity
+    """How often `sparsity` passes over the rows, and `skills` takes a gradient; few rows give the same."""
+    from diagnostics import essential_sparsity, skill_localization
     from diagnostics.demo import BUNDLED
     from probes import CheckpointPair
 
@@ -105,7 +105,9 @@ def passes() -> Iterator[tuple[str, str]]:
         file.write_text("".join(lines[:FEW]), encoding="utf-8")
         pair = CheckpointPair(BUNDLED / "base", BUNDLED / "lora-r8")
         count = essential_sparsity(pair, str(file), draws=100).metrics["evaluations"]
+        gradients = skill_localization(pair, str(file), draws=100).metrics["gradients"]
     yield "README.md", f"`sparsity` passes over the rows about {round(count, -1)} times"
+    yield "README.md", f"`skills` takes some {round(gradients, -2)} gradients"
 
 
 def mask() -> Iterator[tuple[str, str]]:

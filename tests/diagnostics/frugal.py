@@ -24,8 +24,8 @@ LARGEST = 4 * SIZE**2
 CHECKPOINT = LAYERS * len(PARTS) * LARGEST
 
 
-def write_pair(root):
-    """20 matrices of float32 in 5 shards each; 6 of tuned have a spike of their own."""
+def write_pair(root, dtype=None):
+    """20 matrices of float32, or of a dtype, in 5 shards each; 6 of tuned have a spike of their own."""
     import torch
     from safetensors.torch import save_file
 
@@ -42,7 +42,7 @@ def write_pair(root):
                 if side == "tuned" and number < CHANGED:
                     u, v = torch.randn(2, SIZE, generator=generator)
                     W += torch.outer(u, v) / SIZE * SIZE**0.5 * (2 if number % 2 else 0.01)
-                shard[f"model.layers.{layer}.self_attn.{part}.weight"] = W
+                shard[f"model.layers.{layer}.self_attn.{part}.weight"] = W.to(dtype)
             file = f"model-{layer:05}.safetensors"
             save_file(shard, directory / file)
             index |= dict.fromkeys(shard, file)
