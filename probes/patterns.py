@@ -7,8 +7,11 @@ from typing import Any
 
 import regex
 
-# Seconds for all expressions of one adapter, which take microseconds; some take longer than anybody lives.
-PATIENCE = 0.2
+# Seconds of processor time for all expressions of one adapter, beyond what every match usually takes: it may
+# name the rank of each module. Some expressions take longer than anybody lives.
+PATIENCE, USUAL = 0.2, 5e-5
+# Seconds on the clock that a match may take longer, because others compute too.
+WAIT = 0.3
 # Characters of one expression.
 LONGEST = 500
 # Beyond any rank and any alpha that is not a mistake.
@@ -63,6 +66,7 @@ class Patterns:
     def __init__(self, where: str):
         self.where = where
         self.left = PATIENCE
+        self.compiled: dict[str, Any] = {}
 
     def value(self, patterns: Mapping[str, Any] | None, key: str, default: Any) -> Any:
         """Value of the first pattern that matches the end of a name (peft.utils.other.get_pattern_key)."""
@@ -72,14 +76,17 @@ class Patterns:
 
     def fits(self, pattern: str, key: str) -> bool:
         """Whether an expression matches the end of a name, from the beginning of one of its parts."""
-        if re.fullmatch(r"\w+", pattern):
-            return key.rpartition(".")[2] == pattern
-        began = time.monotonic()
+        if re.fullmatch(r"[\w.]+", pattern):
+            return _ends(key, pattern)
+        began = time.thread_time()
         try:
             if len(pattern) > LONGEST or self.left <= 0:
                 raise TimeoutError
-            re.compile(pattern)  # what PEFT takes, and no more: the other library has recursion, too
-            return regex.match(rf"(.*\.)?({pattern})$", key, timeout=self.left) is not None
+            if pattern not in self.compiled:
+                re.compile(pattern)  # what PEFT takes, and no more: the other library has recursion, too
+                self.compiled[pattern] = regex.compile(rf"(.*\.)?({pattern})$")
+            # On the clock, and a thread that waits for its turn computes nothing meanwhile.
+            return self.compiled[pattern].match(key, timeout=self.left + WAIT) is not None
         except (re.error, regex.error, OverflowError, RecursionError, MemoryError) as error:
             raise ValueError(f"{self.where}: {pattern!r} is no regular expression ({error})") from error
         except TimeoutError as error:
@@ -87,4 +94,17 @@ class Patterns:
                 f"{self.where}: the regular expression {pattern!r} takes too long; name the modules instead"
             ) from error
         finally:
-            self.left -= time.monotonic() - began
+            self.left -= time.thread_time() - began - USUAL
+
+
+def _ends(key: str, pattern: str) -> bool:
+    """The same of an expression of names and dots, each of which stands for any character."""
+    start = len(key) - len(pattern)
+    if start < 0 or (start and key[start - 1] != "."):
+        return False
+    end = len(key)
+    for part in reversed(pattern.split(".")):
+        if key[end - len(part) : end] != part:
+            return False
+        end -= len(part) + 1
+    return True
