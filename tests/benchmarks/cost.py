@@ -216,8 +216,8 @@ def figure(found: Sequence[Cost]) -> Any:
                     name=analysis if device == "cpu" else f"{analysis} on {device}", showlegend=column == 1,
                     line={"color": colours[analysis], "dash": "solid" if device == "cpu" else "dot"},
                 )  # fmt: skip
-    made.update_xaxes(type="log", title="parameters in the blocks", exponentformat="SI", dtick=1)
-    made.update_yaxes(type="log", exponentformat="power", dtick=1)
+    made.update_xaxes(type="log", title="parameters in the blocks", exponentformat="B", dtick=1)
+    made.update_yaxes(type="log", exponentformat="none", dtick=1)
     made.update_yaxes(title="seconds", row=1, col=1)
     made.update_yaxes(title="GB", row=1, col=2)
     return made.update_layout(
