@@ -4,17 +4,25 @@ plotly.js itself keeps the axes of the panels together, so that one look compare
 a zoom into all. Axes that do not measure the same are left apart.
 """
 
+import base64
 import copy
 import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from diagnostics import theme
 
 Spec = Mapping[str, Any]  # what plotly.js draws: `data` and `layout`
 
 HEAD, FOOT, GAP = 76, 56, 104  # pixels: above all panels, below them, and between two rows of them
+TITLE, LINE = (
+    34,
+    18,
+)  # letters of an axis title that fit below a panel beside another, and pixels of one more line
 PAGE, LETTER = 1060, 7  # pixels: a figure on a wide page, and a letter of a label
 AXIS = re.compile(r"([xy])axis(\d*)")
 # Where an axis, a mark or a note says which axis it stands on.
@@ -62,9 +70,11 @@ def beside(specs: Mapping[str, Spec], heights: Mapping[str, int], columns: int) 
     shared = shared_axes(list(specs.values()))
     columns = max(1, min(columns, len(names)))
     rows = -(-len(names) // columns)
+    more = LINE * (max(map(lines, specs.values())) - 1) if columns > 1 else 0
+    gap, foot = GAP + more, FOOT + more
     inner = max(160, max(heights.values()) - HEAD - FOOT)
-    drawn = rows * inner + (rows - 1) * GAP
-    places = grid(len(names), columns, inner / drawn, gaps(list(specs.values()), shared), GAP / drawn)
+    drawn = rows * inner + (rows - 1) * gap
+    places = grid(len(names), columns, inner / drawn, gaps(list(specs.values()), shared), gap / drawn)
     layout: dict[str, Any] = {
         key: copy.deepcopy(value)
         for key, value in specs[names[0]]["layout"].items()
@@ -73,17 +83,17 @@ def beside(specs: Mapping[str, Spec], heights: Mapping[str, int], columns: int) 
     layout |= {"shapes": [], "annotations": []}
     data: list[dict[str, Any]] = []
     for i, name in enumerate(names):
-        panel = Panel(specs[name], i, places[i], shared, ends=(i % columns == 0, True))
+        panel = Panel(specs[name], i, places[i], shared, first=i % columns == 0, narrow=columns > 1)
         data += panel.traces()
         layout |= panel.axes()
         layout["shapes"] += panel.marks("shapes")
-        layout["annotations"] += [*panel.marks("annotations"), headed(name, places[i])]
+        layout["annotations"] += [*panel.marks("annotations"), headed(name, places[i], specs[name])]
     unite(layout, list(specs.values()), shared)
     colored(data, layout)
     named_once(data, all(len(spec["data"]) == 1 for spec in specs.values()))
     named_once([shape for shape in layout["shapes"] if shape.get("showlegend")], alone=False)
-    layout["height"] = drawn + HEAD + FOOT
-    layout["margin"] = {"t": HEAD, "b": FOOT}
+    layout["height"] = drawn + HEAD + foot
+    layout["margin"] = {"t": HEAD, "b": foot}
     layout["legend"] = {"orientation": "h", "x": 0, "y": 1 + 30 / drawn, "yanchor": "bottom"}
     if menus:
         layout["updatemenus"] = [
@@ -149,6 +159,47 @@ def shared_axes(specs: Sequence[Spec]) -> set[str]:
     return {key for key in common if len({measure(axes[key]) for axes in every}) == 1}
 
 
+def broken(title: Any) -> Any:
+    """An axis title in lines that fit below a panel beside another."""
+    if not isinstance(title, Mapping) or not title.get("text") or "<" in title["text"]:
+        return title
+    return {**title, "text": "<br>".join(textwrap.wrap(title["text"], TITLE))}
+
+
+def lines(spec: Spec) -> int:
+    """Most lines of a title below a panel of a figure."""
+    titles = [broken(axis.get("title")) for key, axis in axes_of(spec).items() if key[0] == "x"]
+    texts = [title.get("text") or "" for title in titles if isinstance(title, Mapping)]
+    return 1 + max((text.count("<br>") for text in texts), default=0)
+
+
+def spanned(specs: Sequence[Spec], key: str) -> list[float] | None:
+    """The range, in powers of ten, of all that is drawn on a logarithmic axis; None where nothing can be."""
+    letter, axis = key[0], key[0] + key[5:]
+    found = [
+        np.log10(values[np.isfinite(values) & (values > 0)])
+        for spec in specs
+        for trace in spec["data"]
+        if trace.get(f"{letter}axis", letter) == axis
+        for values in [plain_numbers(trace.get(letter))]
+    ]
+    whole = np.concatenate([np.empty(0), *found])
+    if not whole.size:
+        return None
+    margin = 0.05 * float(np.ptp(whole)) or 0.1
+    return [float(whole.min()) - margin, float(whole.max()) + margin]
+
+
+def plain_numbers(values: Any) -> np.ndarray:
+    """The numbers of a trace, in either form that plotly.js reads; none where they are others."""
+    if isinstance(values, Mapping):
+        return np.frombuffer(base64.b64decode(values["bdata"]), dtype=values["dtype"]).astype(float)
+    try:
+        return np.array(values if values is not None else [], dtype=float).ravel()
+    except (TypeError, ValueError):
+        return np.empty(0)
+
+
 def down(axis: Mapping[str, Any]) -> bool:
     """Whether an axis runs backwards."""
     ends: Any = axis.get("range")
@@ -179,14 +230,16 @@ class Panel:
 
     Attributes:
         shared: the keys of the axes that are those of the first panel.
-        ends: whether it is the first of its row, and the last of its column.
+        first: whether it is the first of its row.
+        narrow: whether others stand beside it, so that long titles take several lines.
     """
 
     spec: Spec
     i: int
     place: Place
     shared: set[str]
-    ends: tuple[bool, bool]
+    first: bool
+    narrow: bool
 
     def moved(self, axis: str) -> str:
         """How an axis such as `x2` is called among all panels: ten apart, so that no two meet."""
@@ -219,6 +272,8 @@ class Panel:
             low, high = axis.get("domain", (0, 1))
             about["domain"] = [self.place.within(letter, low), self.place.within(letter, high)]
             about.setdefault("anchor", self.moved(("y" if letter == "x" else "x") + key[5:]))
+            if letter == "x" and self.narrow:
+                about["title"] = broken(about.get("title"))
             if key in self.shared:
                 about |= self.alike(own, letter)
             name = self.moved(own)
@@ -228,7 +283,7 @@ class Panel:
     def alike(self, own: str, letter: str) -> dict[str, Any]:
         """What makes a shared axis one with the first panel's."""
         about: dict[str, Any] = {"matches": own} if self.i else {}
-        if letter == "y" and not self.ends[0]:
+        if letter == "y" and not self.first:
             about |= {"showticklabels": False, "title": {"text": ""}, "ticks": ""}
         return about
 
@@ -247,12 +302,17 @@ class Panel:
         return made
 
 
-def headed(name: str, place: Place) -> dict[str, Any]:
-    """The name of an audit above its panel."""
+def headed(name: str, place: Place, spec: Spec) -> dict[str, Any]:
+    """The name of an audit above its panel, and above what the panel has there."""
+    notes = spec["layout"].get("annotations") or []
+    crowned = any(
+        note.get("yref") == "paper" and note.get("y") == 1 and note.get("yanchor") == "bottom"
+        for note in notes
+    )
     return {
         "text": f"<b>{theme.verbatim(name)}</b>",
         "xref": "paper", "yref": "paper", "x": place.x[0], "y": place.y[1],
-        "xanchor": "left", "yanchor": "bottom", "yshift": 5, "showarrow": False,
+        "xanchor": "left", "yanchor": "bottom", "yshift": 20 if crowned else 5, "showarrow": False,
     }  # fmt: skip
 
 
@@ -261,6 +321,9 @@ def unite(layout: dict[str, Any], specs: Sequence[Spec], shared: set[str]) -> No
     for key in shared:
         given = [axes_of(spec)[key].get("range") for spec in specs]
         ends = united(given)
+        # plotly.js leaves such axes far too much room when it ranges them together.
+        if ends is None and axes_of(specs[0])[key].get("type") == "log":
+            ends = spanned(specs, key)
         for i in range(len(specs)):
             name = key[0] + key[5:]
             number = int(name[1:] or 1) + 10 * i

@@ -1,6 +1,8 @@
 """Audits side by side: what differs, whose axes are shared, and how it looks in a browser."""
 
+import base64
 import json
+import struct
 from dataclasses import replace
 
 import pytest
@@ -50,6 +52,33 @@ def test_axes_that_measure_something_else_are_left_apart():
     assert "matches" not in layout["yaxis11"]
     assert layout["yaxis11"]["title"]["text"] == "nats"
     assert layout["xaxis11"]["matches"] == "x"
+
+
+def test_logarithmic_axes_hold_what_is_drawn_and_little_more():
+    made = []
+    for low, high in ((0.1, 1.0), (0.5, 10.0)):
+        one = spec(y=(low, high))
+        one["layout"]["yaxis"] = {"title": {"text": "value"}, "type": "log"}
+        made.append(one)
+    made[1]["data"][0]["y"] = {
+        "dtype": "f8",
+        "bdata": base64.b64encode(struct.pack("<3d", 0.5, 10, 0)).decode(),
+    }
+    layout = joint(*made)["layout"]
+    # 0.1 to 10 are the powers -1 to 1, with a twentieth more at both ends; 0 is on no such axis
+    assert layout["yaxis"]["range"] == layout["yaxis11"]["range"] == pytest.approx([-1.1, 1.1])
+
+
+def test_long_titles_of_narrow_panels_take_two_lines_and_the_room_for_them():
+    long = {"title": {"text": "epsilon: |cosine| under which a direction is new"}}
+    beside_each_other = joint(spec(xaxis=long), spec(xaxis=long))["layout"]
+    assert (
+        beside_each_other["xaxis"]["title"]["text"] == "epsilon: |cosine| under which a<br>direction is new"
+    )
+    assert beside_each_other["margin"]["b"] == 56 + 18
+    alone = joint(spec(xaxis=long), spec(xaxis=long), columns=1)["layout"]
+    assert alone["xaxis"]["title"] == long["title"]
+    assert alone["margin"]["b"] == 56
 
 
 def test_panels_that_do_not_fit_beside_stand_below():
