@@ -1,5 +1,7 @@
 """What docs/memory.md states: the anonymous memory that commands take, and what a cache of factors saves."""
 
+import ctypes
+import gc
 import json
 import math
 import re
@@ -30,9 +32,11 @@ LOOK = 0.002
 
 
 def pair(folder: Path, size: int) -> None:
-    """The pair of the streaming tests, in bfloat16 and with larger matrices."""
-    resized(size)
-    frugal.write_pair(folder, torch.bfloat16)
+    """The pair of the streaming tests, in bfloat16, as small as it is there and with larger matrices."""
+    for place, own in (("small", frugal.SIZE), ("large", size)):
+        (folder / place).mkdir()
+        resized(own)
+        frugal.write_pair(folder / place, torch.bfloat16)
 
 
 def resized(size: int) -> None:
@@ -42,10 +46,15 @@ def resized(size: int) -> None:
 
 
 def held(folder: Path, name: str, size: int) -> float:
-    """The most that a command holds beyond the start, in float32 copies of its largest matrix."""
+    """The most that a command holds beyond the start, in float32 copies of its largest matrix.
+
+    It has run on the small pair before, so that libraries which it loads are no part of that.
+    """
+    frugal.commands(folder / "small")[name]()
     resized(size)
-    run = frugal.commands(folder)[name]
-    frugal.warm_up()
+    run = frugal.commands(folder / "large")[name]
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed and kept would be used again unseen
     begun, most, over = status("RssAnon"), [0.0], threading.Event()
 
     def look() -> None:
@@ -57,7 +66,8 @@ def held(folder: Path, name: str, size: int) -> float:
     run()
     over.set()
     watching.join()
-    shutil.rmtree(folder / "out", ignore_errors=True)
+    for place in ("small", "large"):
+        shutil.rmtree(folder / place / "out", ignore_errors=True)
     return (most[0] - begun) / frugal.LARGEST
 
 
