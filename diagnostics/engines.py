@@ -7,6 +7,7 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -80,7 +81,9 @@ def dask(name: str, address: str) -> Iterator[None]:
     answers(name, address, "scheduler", "dask scheduler")
     try:
         # The client waits for ever for what answers, but not as a scheduler does.
-        kind = asyncio.run(asyncio.wait_for(kind_of(distributed, f"tcp://{address}"), ANSWER))
+        # In a thread, for a notebook has a loop running in this one.
+        with ThreadPoolExecutor(1) as thread:
+            kind = thread.submit(asked, distributed, f"tcp://{address}").result()
         if kind != "Scheduler":
             raise ValueError(f"it is a Dask {kind}; give the address of its scheduler")
         client = distributed.Client(f"tcp://{address}", timeout=ANSWER, set_as_default=False)
@@ -116,6 +119,15 @@ def dask(name: str, address: str) -> Iterator[None]:
             )
         with parallel_config(backend=LastingBackend(client=client, wait_for_workers_timeout=WORKER)):
             yield
+
+
+def asked(distributed: Any, address: str) -> str:
+    """As `kind_of`, in bounded time.
+
+    Raises:
+        TimeoutError, OSError: nothing answers.
+    """
+    return asyncio.run(asyncio.wait_for(kind_of(distributed, address), ANSWER))
 
 
 async def kind_of(distributed: Any, address: str) -> str:

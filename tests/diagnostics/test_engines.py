@@ -1,3 +1,4 @@
+import asyncio
 import json
 import os
 import re
@@ -339,6 +340,16 @@ def test_workers_have_the_threads_of_whoever_asks(cluster):
                 assert set(work.each(clusters.threads for _ in range(4))) == {count}
             finally:
                 torch.set_num_threads(before)
+
+
+def test_a_notebook_whose_loop_is_running_chooses_an_engine_too(cluster):
+    name, _ = cluster
+
+    async def cell():
+        with engines.engine(name):
+            return list(work.each(partial(clusters.refusing, place) for place in ()))
+
+    assert asyncio.run(cell()) == []
 
 
 def test_of_a_pair_of_files_only_paths_travel(pair):
