@@ -19,10 +19,8 @@ from diagnostics import theme
 Spec = Mapping[str, Any]  # what plotly.js draws: `data` and `layout`
 
 HEAD, FOOT, GAP = 76, 56, 104  # pixels: above all panels, below them, and between two rows of them
-TITLE, LINE = (
-    34,
-    18,
-)  # letters of an axis title that fit below a panel beside another, and pixels of one more line
+TITLE = 34  # letters of an axis title that fit below a panel beside another
+LINE = 18  # pixels: one more line of it
 PAGE, LETTER = 1060, 7  # pixels: a figure on a wide page, and a letter of a label
 AXIS = re.compile(r"([xy])axis(\d*)")
 # Where an axis, a mark or a note says which axis it stands on.

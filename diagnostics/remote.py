@@ -15,10 +15,9 @@ from typing import Any, TypeVar
 from diagnostics import work
 from diagnostics.groups import in_this_process
 from probes.batches import Example, batches
-from probes.loading import Loading
 from probes.measure import NonFiniteError
 from probes.models import RunnablePair
-from probes.pair import CheckpointPair, Side
+from probes.pair import Side
 
 Made = TypeVar("Made")
 
@@ -31,7 +30,7 @@ class RemoteModel:
     """One side of a pair on whichever worker is asked.
 
     Attributes:
-        packed: the pair as it travels, and how it is loaded: `Loading`.
+        packed: the pair as it travels, and how it is loaded: `probes.loading.Loading`.
         device: where it runs.
     """
 
@@ -107,7 +106,7 @@ def _held(packed: bytes) -> Iterator[RunnablePair]:
         _CLOSING.clear()
         if packed not in _OPEN:
             _close()
-            pair, loading = _unpacked(packed)
+            pair, loading = pickle.loads(packed)
             _OPEN[packed] = RunnablePair(
                 pair,
                 device=loading.device,
@@ -122,11 +121,6 @@ def _held(packed: bytes) -> Iterator[RunnablePair]:
             timer.daemon = True
             timer.start()
             _CLOSING.append(timer)
-
-
-def _unpacked(packed: bytes) -> tuple[CheckpointPair, Loading]:
-    pair, loading = pickle.loads(packed)
-    return pair, loading
 
 
 def _close_if_idle() -> None:

@@ -81,6 +81,13 @@ def test_long_titles_of_narrow_panels_take_two_lines_and_the_room_for_them():
     assert alone["margin"]["b"] == 56
 
 
+def test_a_name_stands_above_the_marks_over_its_panel():
+    mark = {"text": "▼", "xref": "x", "yref": "paper", "x": 1, "y": 1, "yanchor": "bottom"}
+    notes = joint(spec(annotations=[mark]), spec())["layout"]["annotations"]
+    shifts = {note["text"]: note["yshift"] for note in notes if "yshift" in note}
+    assert shifts == {"<b>audit 0</b>": 20, "<b>audit 1</b>": 5}
+
+
 def test_panels_that_do_not_fit_beside_stand_below():
     layout = joint(spec(), spec(), spec(), columns=2)["layout"]
     # inner height 400 - 76 - 56 = 268; two rows of it and 104 between them
