@@ -18,7 +18,7 @@ With the inverse of A the vector b that stands for A⁻¹ q need not be exact: `
 for an eigenvector u at x, so that what `q − A b` leaves over enters φ divided by x.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -248,7 +248,7 @@ class Lanczos:
 
     def _direction(self, rest: Tensor, exhausted: Tensor) -> Tensor:
         """Next basis vectors; an exhausted space goes on with any orthogonal direction, at β of about 0."""
-        if exhausted.any():
+        if not _at_hand(exhausted) or exhausted.any():
             generator = torch.Generator(rest.device).manual_seed(self.basis.shape[1])
             fresh = torch.randn(rest.shape, generator=generator, dtype=rest.dtype, device=rest.device)
             for _ in range(2):
@@ -256,18 +256,31 @@ class Lanczos:
             rest = torch.where(exhausted[:, None], fresh, rest)
         return rest / torch.linalg.vector_norm(rest, dim=1, keepdim=True)
 
-    def recurrence(self, rows: list[int], inverse: bool = False, shift: float = 0.0) -> Recurrence:
-        """The coefficients so far of the vectors `rows`."""
-        alpha, beta = torch.stack(self.alpha, dim=1)[rows], torch.stack(self.beta, dim=1)[rows]
-        scale = float((alpha.abs() + beta).max())
-        residual = self.rounding[:, rows].sqrt().mT
-        residual[:, 0] += self.leftover[rows].sqrt()
-        residual[:, 0].clamp_(min=LEAST_RESIDUAL * scale)
-        return Recurrence(
-            alpha=alpha.cpu().numpy(),
-            beta=np.maximum(beta.cpu().numpy(), 1e-300 + 1e-14 * scale),
-            residual=residual.cpu().numpy(),
-            norm=self.norm[rows].cpu().numpy(),
-            inverse=inverse,
-            shift=shift,
-        )
+    def coefficients(self) -> list[Tensor]:
+        """What `recurrence` is made of, to be read: as it is now, whatever is extended later."""
+        alpha, beta = torch.stack(self.alpha, dim=1), torch.stack(self.beta, dim=1)
+        return [alpha, beta, self.rounding, self.leftover, self.norm]
+
+
+def _at_hand(asked: Tensor) -> bool:
+    """Whether to look at it waits for no other device."""
+    return asked.device.type == "cpu"
+
+
+def recurrence(
+    coefficients: Sequence[NDArray[np.float64]], rows: list[int], inverse: bool = False, shift: float = 0.0
+) -> Recurrence:
+    """The recurrence of the vectors `rows`, from what was read of a run's coefficients."""
+    alpha, beta, rounding, leftover, norm = coefficients
+    alpha, beta = alpha[rows], beta[rows]
+    scale = float((np.abs(alpha) + beta).max())
+    residual = np.sqrt(rounding[:, rows]).T
+    residual[:, 0] = np.maximum(residual[:, 0] + np.sqrt(leftover[rows]), LEAST_RESIDUAL * scale)
+    return Recurrence(
+        alpha=alpha,
+        beta=np.maximum(beta, 1e-300 + 1e-14 * scale),
+        residual=residual,
+        norm=norm[rows],
+        inverse=inverse,
+        shift=shift,
+    )

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diagnostics import christoffel, linalg
-from diagnostics.christoffel import Extra, Lanczos, Recurrence
+from diagnostics.christoffel import Extra, Lanczos, Recurrence, recurrence
 from diagnostics.factor_cache import Recall, afresh
 from diagnostics.factors import Applied, Shifted, Tall
+from diagnostics.in_step import Steps, Values, in_step, read
 from diagnostics.linalg import BlockKrylov, Ritz
 
 # Below this smaller side the full decomposition costs no more than deciding without it.
@@ -73,16 +74,18 @@ def decide_exactly(
 
     known = recall("left singular vectors", (), decomposed)
     exact = linalg.exact_cosines(base, tuned, k, of_base=(known["U"], known["S"]))
-    cosines = exact.cosines.cpu().numpy()
+    cosines, tuned_values, base_values, overlap = read(
+        [exact.cosines, exact.tuned_values, exact.base_values, exact.overlap]
+    )
     return Decision(
-        singular_values=exact.tuned_values[:k].cpu().numpy(),
+        singular_values=tuned_values[:k],
         low=cosines,
         high=cosines,
         tier=["exact"] * k,
-        base_values=exact.base_values[:shown].cpu().numpy(),
-        tuned_values=exact.tuned_values[:shown].cpu().numpy(),
-        overlap=exact.overlap.cpu().numpy(),
-        critical=linalg.critical_spike(exact.base_values, k, *base.shape),
+        base_values=base_values[:shown],
+        tuned_values=tuned_values[:shown],
+        overlap=overlap,
+        critical=linalg.critical_spike(torch.from_numpy(base_values), k, *base.shape),
     )
 
 
@@ -118,7 +121,7 @@ def decide_all(
     pictured: bool = False,
     recalls: Sequence[Recall] | None = None,
 ) -> list[Decision]:
-    """`decide` for matrices of one shape, their leading subspaces found side by side.
+    """`decide` for matrices of one shape, side by side and in step.
 
     Args:
         recalls: of each base, what remembers what was made of it.
@@ -131,7 +134,7 @@ def decide_all(
         for (W0, W1, recall), generator in zip(pairs, generators, strict=True)
     ]
     _lead(searches, base, tuned)
-    return [search.outcome(pictured) for search in searches]
+    return in_step([search.outcome(pictured) for search in searches])
 
 
 def _lead(
@@ -145,7 +148,8 @@ def _lead(
     space1.extend(TUNED_STEPS)
     for _ in range(ROUNDS):
         ritz1 = space1.ritz(searches[0].k + BLOCK)
-        if (ritz1.errors()[:, : searches[0].k] <= ACCEPTED).all():
+        (errors,) = read([ritz1.errors()[:, : searches[0].k]])
+        if (errors <= ACCEPTED).all():
             break
         space1.extend(MORE_STEPS)
     for i, search in enumerate(searches):
@@ -201,46 +205,48 @@ class _Search:
         return torch.cat([near, written, self.random(self.base.shape[0], quarter)], dim=-1)
 
     def begin(self, space0: BlockKrylov, ritz0: Ritz, ritz1: Ritz) -> None:
-        """Take up what tier a has found, and settle what it settles."""
+        """Take up what tier a has found."""
         self.space0, self.ritz0, self.ritz1 = space0, ritz0, ritz1
-        self.norm = space0.norm[0]
         self.rounds = 0
-        self.error = ritz1.errors()[0, : self.k].cpu().numpy()
         self.vectors = ritz1.vectors[0, :, : self.k]
-        self._subspace()
 
-    def outcome(self, pictured: bool) -> Decision:
+    def outcome(self, pictured: bool) -> Steps[Decision]:
         """Whatever takes the cheapest tier that settles all."""
-        if (self.error > USABLE).any() or not self.certify():
+        self.error, self.norm = yield [self.ritz1.errors()[0, : self.k], self.space0.norm[0]]
+        yield from self._subspace()
+        if (self.error > USABLE).any() or not (yield from self.certify()):
             del self.space0, self.ritz0, self.ritz1, self.vectors  # room for what takes several times as much
             return decide_exactly(self.base, self.tuned, self.k, recall=self.recall)
         if pictured and (self.high < self.epsilon).any():
-            self.complete()
-        return self.decision()
+            yield from self.complete()
+        return (yield from self.decision())
 
     def _found(self) -> bool:
         """Whether the leading base vectors are known, or further rounds would not help."""
         return self.rounds >= ROUNDS or bool((self.sine[: self.k] <= ACCEPTED).all())
 
-    def _further(self) -> None:
+    def _further(self) -> Steps[None]:
         """One more round of the base's leading subspace."""
         self.rounds += 1
         self.space0.extend(MORE_STEPS)
         self.ritz0 = self.space0.ritz(3 * self.width)
-        self._subspace()
+        yield from self._subspace()
 
-    def complete(self) -> None:
+    def complete(self) -> Steps[None]:
         """Find the k leading base vectors."""
         while not self._found():
-            self._further()
+            yield from self._further()
 
     def _open(self) -> list[int]:
         return [j for j in range(self.k) if self.tier[j] == ""]
 
-    def _subspace(self) -> None:
+    def _subspace(self) -> Steps[None]:
         """Bounds from the base's leading vectors on all that no other tier has settled."""
-        self.sine = self.ritz0.errors()[0].cpu().numpy()
-        self.cosines = (self.ritz0.vectors[0].mT @ self.vectors).abs().clamp(max=1).cpu().numpy()
+        ritz0 = self.ritz0
+        cosines = (ritz0.vectors[0].mT @ self.vectors).abs().clamp(max=1)
+        self.sine, self.cosines, self.values, self.residuals = yield [
+            ritz0.errors()[0], cosines, ritz0.values[0], ritz0.residuals[0]
+        ]  # fmt: skip
         angle = np.arccos(self.cosines)
         slack = np.arcsin(np.minimum(self.sine, 1))[:, None] + np.arcsin(np.minimum(self.error, 1))
         nearest = np.cos(np.minimum(angle + slack, np.pi / 2))
@@ -254,7 +260,7 @@ class _Search:
                 self.low[j], self.high[j] = low[j], high[j]
                 self.tier[j] = "subspace" if low[j] >= self.epsilon else ""
 
-    def certify(self) -> bool:
+    def certify(self) -> Steps[bool]:
         """Tier b: show of the rest that no base vector is near enough."""
         self.asked = self._open()
         if not self.asked:
@@ -266,8 +272,8 @@ class _Search:
         # No eigenvalue lies above the sum of all, whatever the Ritz values have missed.
         largest = 1.001 * float(self.norm) ** 2
         extra = Extra(
-            values=self.ritz0.values[0, kept].cpu().numpy(),
-            residuals=self.ritz0.residuals[0, kept].cpu().numpy(),
+            values=self.values[kept],
+            residuals=self.residuals[kept],
             cosines=self.cosines[kept][:, self.asked].T,
             # chord of the angle between the examined vector and the true one
             error=2 * np.sin(np.arcsin(self.error[self.asked]) / 2),
@@ -275,20 +281,23 @@ class _Search:
         span = (0.0, largest)
         # Of a tall matrix's null space the direct run knows nothing.
         if self.base.shape[0] > self.base.shape[1]:
-            return self._tall(start, extra, span)
+            return (yield from self._tall(start, extra, span))
         direct = Lanczos(self._apply, start)
-        return self._direct(direct, extra, span) or self._shifted(direct, start, extra, span)
+        if (yield from self._direct(direct, extra, span)):
+            return True
+        return (yield from self._shifted(direct, start, extra, span))
 
-    def _direct(self, run: Lanczos, extra: Extra, span: tuple[float, float]) -> bool:
+    def _direct(self, run: Lanczos, extra: Extra, span: tuple[float, float]) -> Steps[bool]:
         """Steps of the direct run until all is settled, or until it is plain that they will not do."""
         first = np.ones(len(self.asked))
         for most in DIRECT_STEPS:
             run.extend(most - len(run.alpha))
-            if self._settle([run.recurrence(self._rows())], "direct", extra, span):
+            known = yield run.coefficients()
+            if (yield from self._settle([recurrence(known, self._rows())], "direct", extra, span)):
                 return True
             rows = self._rows()
             zero = np.zeros(len(rows))
-            at_zero = run.recurrence(rows).bound(np.arange(len(rows)), zero, zero)
+            at_zero = recurrence(known, rows).bound(np.arange(len(rows)), zero, zero)
             if most == DIRECT_STEPS[0]:
                 first[rows] = at_zero
             if most == FORESEEN:
@@ -300,12 +309,14 @@ class _Search:
                     return False
         return False
 
-    def _shifted(self, direct: Lanczos, start: Tensor, extra: Extra, span: tuple[float, float]) -> bool:
+    def _shifted(
+        self, direct: Lanczos, start: Tensor, extra: Extra, span: tuple[float, float]
+    ) -> Steps[bool]:
         """Inverses with a shift where the direct run is blind, and further down while that helps."""
         inverses: list[tuple[Lanczos, float]] = []
         for _ in range(SHIFTS):
             before = self.failing
-            factor = Shifted.of(self.base, before / BELOW, self.recall)
+            factor = yield from Shifted.of(self.base, before / BELOW, self.recall)
             if factor is None:
                 return False
             run = Lanczos(factor.apply_inverse, start)
@@ -313,17 +324,20 @@ class _Search:
             for most in FACTOR_STEPS:
                 run.extend(most - len(run.alpha))
                 rows = self._rows()
-                recurrences = [each.recurrence(rows, inverse=True, shift=shift) for each, shift in inverses]
-                if self._settle([direct.recurrence(rows), *recurrences], "factor", extra, span):
+                known = yield from _coefficients([direct, *(each for each, _ in inverses)])
+                runs = [recurrence(known[0], rows)]
+                for (_, shift), of_inverse in zip(inverses, known[1:], strict=True):
+                    runs.append(recurrence(of_inverse, rows, inverse=True, shift=shift))
+                if (yield from self._settle(runs, "factor", extra, span)):
                     return True
             if self.failing > before / BELOW:
                 return False
             run.release()
         return False
 
-    def _tall(self, start: Tensor, extra: Extra, span: tuple[float, float]) -> bool:
+    def _tall(self, start: Tensor, extra: Extra, span: tuple[float, float]) -> Steps[bool]:
         """Both runs inside the column space."""
-        factor = Tall.of(self.base, self.generator, self.recall)
+        factor = yield from Tall.of(self.base, self.generator, self.recall)
         if factor is None:
             return False
         inside = factor.coordinates(start)
@@ -333,8 +347,9 @@ class _Search:
             for run in (direct, inverse):
                 run.extend(most - len(run.alpha))
             rows = self._rows()
-            runs = [direct.recurrence(rows), inverse.recurrence(rows, inverse=True)]
-            if self._settle(runs, "factor", extra, (factor.smallest, span[1])):
+            known = yield from _coefficients([direct, inverse])
+            runs = [recurrence(known[0], rows), recurrence(known[1], rows, inverse=True)]
+            if (yield from self._settle(runs, "factor", extra, (factor.smallest, span[1]))):
                 return True
         return False
 
@@ -342,7 +357,9 @@ class _Search:
         """Of the vectors that tier b began with, those still open."""
         return [row for row, j in enumerate(self.asked) if self.tier[j] == ""]
 
-    def _settle(self, runs: list[Recurrence], tier: str, extra: Extra, span: tuple[float, float]) -> bool:
+    def _settle(
+        self, runs: list[Recurrence], tier: str, extra: Extra, span: tuple[float, float]
+    ) -> Steps[bool]:
         """Certify what the recurrences of the open vectors certify; whether all is settled now."""
         rows = self._rows()
         of_rows = Extra(extra.values, extra.residuals, extra.cosines[rows], extra.error[rows])
@@ -355,44 +372,53 @@ class _Search:
                 self.high[j] = max(cosine, self.low[j])
                 self.tier[j] = tier
         # It may have failed by a base vector that is near and leads, but is not among those known yet.
-        if self.failing > self.ritz0.values[0, self.k].item() / 2 and not self._found():
-            self._further()
+        if self.failing > self.values[self.k] / 2 and not self._found():
+            yield from self._further()
         return not self._open()
 
     def _apply(self, block: Tensor) -> Applied:
-        product, rounding = linalg.double_product(self.base, self.norm, block)
+        product, rounding = linalg.double_product(self.base, self.space0.norm[0], block)
         error = torch.zeros(3, block.shape[1], dtype=torch.float64, device=block.device)
         error[0] = rounding
         return product, error
 
-    def decision(self) -> Decision:
+    def decision(self) -> Steps[Decision]:
         """The outcome once every vector is settled."""
         shown = 30
-        known0 = self.sine[:shown] <= ACCEPTED
-        known1 = self.ritz1.errors()[0, :shown].cpu().numpy() <= ACCEPTED
-        base, tuned = (ritz.singular_values(shown)[0].cpu().numpy() for ritz in (self.ritz0, self.ritz1))
-        overlap = (self.ritz1.vectors[0, :, :shown].mT @ self.ritz0.vectors[0, :, :shown]).abs().cpu().numpy()
-        overlap[~known1] = np.nan
-        overlap[:, ~known0] = np.nan
+        ritz0, ritz1 = self.ritz0, self.ritz1
+        cosines = (ritz1.vectors[0, :, :shown].mT @ ritz0.vectors[0, :, :shown]).abs()
+        base, tuned, errors, overlap, leading, weights = yield [
+            ritz0.singular_values(shown)[0], ritz1.singular_values(shown)[0], ritz1.errors()[0, :shown],
+            cosines, ritz1.values[0, : self.k].sqrt(), ritz0.weights[0],
+        ]  # fmt: skip
+        overlap[errors > ACCEPTED] = np.nan
+        overlap[:, self.sine[:shown] > ACCEPTED] = np.nan
         return Decision(
-            singular_values=self.ritz1.values[0, : self.k].sqrt().cpu().numpy(),
+            singular_values=leading,
             low=self.low,
             high=np.minimum(self.high, 1),
             tier=self.tier,
             base_values=base,
             tuned_values=tuned,
             overlap=overlap,
-            critical=self._critical(),
+            critical=self._critical(torch.from_numpy(weights)),
         )
 
-    def _critical(self) -> float:
+    def _critical(self, weights: Float[Tensor, "start space"]) -> float:
         rows, columns = self.base.shape
-        values = self.ritz0.values[0]
+        values = torch.from_numpy(self.values)
         z = values[self.k - 1].sqrt()
         f = z / (values[self.k - 1] - values)
         f[: self.k] = 0
-        total, _ = linalg.spectral_sum(f, self.ritz0.weights[0], rows)
+        total, _ = linalg.spectral_sum(f, weights, rows)
         rank = min(rows, columns)
         # Eigenvalues 0 of a tall matrix's W Wᵀ are counted in the trace but are no singular values.
         total -= (rows - rank) / float(z)
         return linalg.critical_from_sum(total, float(z), rank - self.k, rows, columns)
+
+
+def _coefficients(runs: list[Lanczos]) -> Steps[list[Values]]:
+    """Those of several runs of one matrix."""
+    asked = [run.coefficients() for run in runs]
+    values = yield [each for tensors in asked for each in tensors]
+    return [values[i : i + len(asked[0])] for i in range(0, len(values), len(asked[0]))]

@@ -27,9 +27,6 @@ from probes.sources import raw
 log = logging.getLogger(__name__)
 
 Made: TypeAlias = Mapping[str, Tensor]
-# Gives what is made of a matrix, computed or remembered. Its arguments: what is made, all that this depends
-# on besides the matrix (tensors, and what has a telling `repr`), and what makes it.
-Recall: TypeAlias = Callable[[str, Sequence[Any], Callable[[], Made]], Made]
 # Bytes of a cache unless told otherwise.
 ROOM = 20 * 10**9
 # Says to programs that copy directories that this one can be made again (bford.info/cachedir).
@@ -39,12 +36,35 @@ WORTH_HASHING = {"left singular vectors"}
 # Seconds for which another process is waited for.
 PATIENCE = 60
 # The code that entries come from; no version tells what is changed between two.
-SOURCES = ("linalg.py", "decide.py", "factors.py", "factor_cache.py")
+SOURCES = ("linalg.py", "decide.py", "factors.py", "factor_cache.py", "in_step.py")
 
 
-def afresh(kind: str, parts: Sequence[Any], make: Callable[[], Made]) -> Made:
-    """Compute it: there is no cache."""
-    return make()
+class Recall:
+    """What is made of one matrix: computed or remembered. This one remembers nothing."""
+
+    def __call__(self, kind: str, parts: Sequence[Any], make: Callable[[], Made]) -> Made:
+        """What is remembered, or else is made and kept.
+
+        Args:
+            kind: what is made.
+            parts: all that it depends on besides the matrix: tensors, and what has a telling `repr`.
+            make: makes it.
+        """
+        found = self.known(kind, parts)
+        if found is None:
+            found = make()
+            self.keep(kind, parts, found)
+        return found
+
+    def known(self, kind: str, parts: Sequence[Any]) -> Made | None:
+        """What is remembered, or None."""
+        return None
+
+    def keep(self, kind: str, parts: Sequence[Any], made: Made) -> None:
+        """Remember it."""
+
+
+afresh = Recall()
 
 
 @dataclass(frozen=True)
@@ -175,22 +195,27 @@ class FactorCache:
         return over <= 0
 
 
-class _Remembered:
+class _Remembered(Recall):
     """The recall of one matrix, which is hashed when it is first asked for anything."""
 
     def __init__(self, cache: FactorCache, stored: Tensor, W: Tensor):
         self.cache, self.stored, self.W = cache, stored, W
 
-    def __call__(self, kind: str, parts: Sequence[Any], make: Callable[[], Made]) -> Made:
-        if self.W.is_cuda and kind not in WORTH_HASHING:
-            return make()
-        key = _digest({str(place): part for place, part in enumerate((kind, self.content, *parts))})
-        found = self.cache.get(key)
-        if found is not None:
-            return {name: tensor.to(self.W.device) for name, tensor in found.items()}
-        made = make()
-        self.cache.put(key, made)
-        return made
+    def known(self, kind: str, parts: Sequence[Any]) -> Made | None:
+        if not self._worth(kind):
+            return None
+        found = self.cache.get(self._key(kind, parts))
+        return None if found is None else {name: tensor.to(self.W.device) for name, tensor in found.items()}
+
+    def keep(self, kind: str, parts: Sequence[Any], made: Made) -> None:
+        if self._worth(kind):
+            self.cache.put(self._key(kind, parts), made)
+
+    def _worth(self, kind: str) -> bool:
+        return not self.W.is_cuda or kind in WORTH_HASHING
+
+    def _key(self, kind: str, parts: Sequence[Any]) -> str:
+        return _digest({str(place): part for place, part in enumerate((kind, self.content, *parts))})
 
     @cached_property
     def content(self) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diagnostics import linalg
 from diagnostics.factor_cache import Recall, afresh
+from diagnostics.in_step import Steps, Values
 
 Applied = tuple[Float[Tensor, "size count"], Float[Tensor, "3 count"]]
 # Constant of a Gram matrix's rounding, which is like a random matrix: entry for entry in proportion to the
@@ -43,22 +44,24 @@ class Shifted:
     norm: Float[Tensor, ""]
 
     @classmethod
-    def of(cls, W: Float[Tensor, "out in"], shift: float, recall: Recall = afresh) -> "Shifted | None":
-        """Factor W in the least precision that serves, or None where the factorisation fails.
+    def of(cls, W: Float[Tensor, "out in"], shift: float, recall: Recall = afresh) -> "Steps[Shifted | None]":
+        """Factor W in the least precision that serves; returns None where the factorisation fails.
 
         Args:
             shift: raised where float64 asks for more.
             recall: remembers `W Wᵀ`.
         """
         lengths = W.square().sum(dim=1)
-        native = _rounding(lengths, W.dtype) <= REFINED * shift
+        norm = _gram_norm((yield [lengths.sum(), lengths.max()]), len(lengths))
+        native = _rounding(norm, W.dtype) <= REFINED * shift
         dtype = W.dtype if native else torch.float64
-        rounding = _rounding(lengths, dtype)
+        rounding = _rounding(norm, dtype)
         shift = shift if native else max(shift, rounding / NEGLIGIBLE)
         gram = recall("Gram matrix", (dtype,), lambda: {"gram": linalg.gram(W, dtype)})["gram"]
         gram.diagonal().add_(shift)
         L, failed = torch.linalg.cholesky_ex(gram)
-        if failed.item():
+        (failed,) = yield [failed]
+        if failed:
             return None
         whole = None if native else gram.tril() + gram.tril(-1).mT
         return cls(W, L, shift, whole, rounding, lengths.sum().sqrt())
@@ -108,41 +111,43 @@ class Tall:
     @classmethod
     def of(
         cls, W: Float[Tensor, "out in"], generator: torch.Generator, recall: Recall = afresh
-    ) -> "Tall | None":
-        """Factor W in the least precision that serves, or None where none does.
+    ) -> "Steps[Tall | None]":
+        """Factor W in the least precision that serves; returns None where none does.
 
         Args:
             recall: remembers L, the bounds, and where the generator stood afterwards.
         """
-
-        def made() -> dict[str, Tensor]:
-            factor = cls._found(W, generator)
+        parts = (generator.get_state(),)
+        known = recall.known("tall factor", parts)
+        if known is None:
+            factor = yield from cls._found(W, generator)
             bounds = (factor.smallest, factor.coordinate_error) if factor else ()
-            return {
+            known = {
                 "L": factor.L if factor else W.new_empty(0, 0),
                 "bounds": torch.tensor(bounds, dtype=torch.float64),
                 "generator": generator.get_state(),
             }
-
-        known = recall("tall factor", (generator.get_state(),), made)
+            recall.keep("tall factor", parts, known)
         generator.set_state(known["generator"].cpu())
-        bounds = known["bounds"].tolist()
-        return cls(W, known["L"], *bounds) if bounds else None
+        found = known["bounds"].tolist()
+        return cls(W, known["L"], *found) if found else None
 
     @classmethod
-    def _found(cls, W: Float[Tensor, "out in"], generator: torch.Generator) -> "Tall | None":
+    def _found(cls, W: Float[Tensor, "out in"], generator: torch.Generator) -> "Steps[Tall | None]":
         lengths = W.square().sum(dim=0)
         for dtype in (torch.float32, torch.float64):
             L, failed = torch.linalg.cholesky_ex(linalg.gram(W, dtype))
-            if failed.item():
+            (failed,) = yield [failed]
+            if failed:
                 continue
             factor = cls(W, L)
             block = torch.randn(len(L), 16, generator=generator, dtype=dtype, device=L.device)
             # Power iterations with a block: the norm of the inverse, almost surely within 2.
             for _ in range(3):
                 block = factor._inverse(torch.linalg.qr(block).Q)
-            inverse_norm = 2 * float(torch.linalg.matrix_norm(block, ord=2))
-            relative = _rounding(lengths, dtype) * inverse_norm
+            *sizes, largest = yield [lengths.sum(), lengths.max(), torch.linalg.matrix_norm(block, ord=2)]
+            inverse_norm = 2 * float(largest)
+            relative = _rounding(_gram_norm(sizes, len(lengths)), dtype) * inverse_norm
             if relative <= NEGLIGIBLE:
                 return cls(W, L, 1 / inverse_norm, relative)
         return None
@@ -176,7 +181,12 @@ class Tall:
         return errors
 
 
-def _rounding(lengths: Float[Tensor, " side"], dtype: torch.dtype) -> float:
-    """Bound on the norm of the rounding of a Gram matrix, from the squared lengths of its rows."""
-    norm = min(float(lengths.sum()), float(lengths.max()) * len(lengths) ** 0.5)
+def _gram_norm(diagonal: Values, side: int) -> float:
+    """Bound on the spectral norm of a Gram matrix, from the sum and the largest of its diagonal."""
+    total, largest = map(float, diagonal)
+    return min(total, largest * side**0.5)
+
+
+def _rounding(norm: float, dtype: torch.dtype) -> float:
+    """Bound on the norm of the rounding of a Gram matrix."""
     return ROUNDING * torch.finfo(dtype).eps * norm

@@ -25,6 +25,7 @@ from diagnostics.analysis import Result, analysis
 from diagnostics.decide import SMALL, Decision, decide_all, decide_exactly
 from diagnostics.factor_cache import FactorCache, afresh
 from diagnostics.groups import ahead, in_halves, in_this_process
+from diagnostics.in_step import Steps, alone, in_step
 from probes import CheckpointPair
 from probes.adapters import LowRank
 from probes.layout import Matrix, Part
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 # The random floor may reach this share of epsilon; above it chance alone passes for "near the base".
 LARGEST_FLOOR = 0.8
 SWEEP_DEPTH = 50
+# Columns of the random block from which the spectrum of a large delta is estimated.
+PROBES = 16
 EPSILONS = tuple(round(0.05 * i, 2) for i in range(2, 19))
 # A cosine this near epsilon is within what float64 and the choice of a basis leave open.
 ON_THRESHOLD = 1e-6
@@ -76,44 +79,68 @@ def update_of(
     generator: torch.Generator,
 ) -> Update:
     """Measure the delta: exactly from an adapter's factors or a small matrix, else by Lanczos quadrature."""
+    return alone(_update(base, tuned, low, generator))
+
+
+def _update(
+    base: Float[Tensor, "out in"],
+    tuned: Float[Tensor, "out in"],
+    low: LowRank | None,
+    generator: torch.Generator,
+) -> Steps[Update]:
     delta = tuned - base
-    base_norm, norm = (float(torch.linalg.vector_norm(W, dtype=torch.float64)) for W in (base, delta))
-    tuned_norm = float(torch.linalg.vector_norm(tuned, dtype=torch.float64))
+    norms = [torch.linalg.vector_norm(W, dtype=torch.float64) for W in (base, tuned, delta)]
+    known, small = low is not None and low.rank < min(base.shape), min(base.shape) < SMALL
+    if low is not None and known:
+        asked = linalg.product_core(low.B.to(base.device), low.A.to(base.device)) * abs(low.scaling)
+    elif small:
+        asked = torch.linalg.eigvalsh(linalg.gram(delta))
+    else:
+        asked = _krylov(delta, generator).projected()[0]
+    del delta
+    *norms, spectral = yield [*norms, asked]
+    base_norm, tuned_norm, norm = map(float, norms)
     product = base_norm * tuned_norm
     # From the three norms: a second pass over both matrices would tell no more.
     alignment = (base_norm**2 + tuned_norm**2 - norm**2) / (2 * product) if product else math.nan
-    if low is not None and low.rank < min(base.shape):
-        S = linalg.product_values(low.B, low.A) * abs(low.scaling)
-    elif min(base.shape) < SMALL:
-        S = torch.linalg.eigvalsh(linalg.gram(delta)).clamp(min=0).sqrt().flip(0)
-    else:
-        return Update(norm, base_norm, alignment, *_estimated(delta, norm, generator))
+    found = torch.from_numpy(spectral)
+    if not (known or small):
+        return Update(norm, base_norm, alignment, *_estimated(found, norm, min(base.shape)))
+    S = torch.linalg.svdvals(found) if known else found.clamp(min=0).sqrt().flip(0)
     rank = linalg.effective_rank(S)
     return Update(norm, base_norm, alignment, float(S[0]) if len(S) else 0.0, rank, rank, rank)
 
 
-def _estimated(
-    delta: Float[Tensor, "out in"], norm: float, generator: torch.Generator
-) -> tuple[float, float, float, float]:
-    """Spectral norm, effective rank and its 95 % interval from a block Krylov space with a random start."""
+def _krylov(delta: Float[Tensor, "out in"], generator: torch.Generator) -> linalg.BlockKrylov:
+    """A block Krylov space of the delta with a random start."""
     wide = delta if delta.shape[0] <= delta.shape[1] else delta.mT
-    start = torch.randn(1, wide.shape[0], 16, generator=generator, dtype=wide.dtype, device=wide.device)
+    start = torch.randn(1, wide.shape[0], PROBES, generator=generator, dtype=wide.dtype, device=wide.device)
     krylov = linalg.BlockKrylov(wide[None], start)
     krylov.extend(7)
-    ritz = krylov.ritz(1)
-    values, weights = ritz.values[0].cpu(), ritz.weights[0].cpu()
-    S = values.sqrt()
+    return krylov
+
+
+def _estimated(
+    projected: Float[Tensor, "space space"], norm: float, side: int
+) -> tuple[float, float, float, float]:
+    """Spectral norm, effective rank and its 95 % interval, from such a space.
+
+    Args:
+        projected: `BlockKrylov.projected`.
+        norm: Frobenius norm of the delta.
+        side: its smaller side.
+    """
+    values, vectors = linalg.descending(projected)
+    weights, S = vectors[:PROBES].square(), values.sqrt()
     if values.sum() >= (1 - 1e-6) * norm**2:  # the space holds the whole delta: nothing to estimate
         rank = linalg.effective_rank(S)
         return float(S[0]), rank, rank, rank
     sizes, entropies = S, torch.special.entr(S)
-    size, _ = linalg.spectral_sum(sizes, weights, wide.shape[0])
-    entropy, _ = linalg.spectral_sum(entropies, weights, wide.shape[0])
+    size, _ = linalg.spectral_sum(sizes, weights, side)
+    entropy, _ = linalg.spectral_sum(entropies, weights, side)
     # ln Σs − Σ s ln s / Σs, and its error from the same probes by linearising.
     rank = math.exp(math.log(size) + entropy / size)
-    _, error = linalg.spectral_sum(
-        sizes * (1 - entropy / size) / size + entropies / size, weights, wide.shape[0]
-    )
+    _, error = linalg.spectral_sum(sizes * (1 - entropy / size) / size + entropies / size, weights, side)
     return float(S[0]), rank, rank * math.exp(-1.96 * error), rank * math.exp(1.96 * error)
 
 
@@ -253,10 +280,12 @@ def _measure(changed: list[Fetched], settings: Settings, verify: set[str]) -> li
         [W.to(settings.device, non_blocking=True).to(dtype) for W in side]
         for side in zip(*(each.stored or () for each in changed), strict=True)
     ]
-    updates = [
-        update_of(base, tuned, each.low, generator)
-        for each, base, tuned, generator in zip(changed, *sides, generators, strict=True)
-    ]
+    updates = in_step(
+        [
+            _update(base, tuned, each.low, generator)
+            for each, base, tuned, generator in zip(changed, *sides, generators, strict=True)
+        ]
+    )
     # A single matrix is not copied.
     bases, tuneds = (side[0][None] if len(side) == 1 else torch.stack(side) for side in sides)
     del sides

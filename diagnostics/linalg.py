@@ -208,7 +208,9 @@ class Ritz:
     def errors(self) -> Float[Tensor, "batch count"]:
         """Sine of the angle of each leading Ritz vector to its eigenvector, at most; 1 where nothing holds.
 
-        Davis & Kahan: residual over the distance to every other eigenvalue, itself known to a residual.
+        Davis & Kahan: residual over the distance to every other eigenvalue, itself known to a residual. That
+        no leading eigenvalue is missed rests on the random start: two that are equal are both found, and at
+        the same pace, where the start is much wider than their number.
         """
         count = self.residuals.shape[-1]
         values = self.values[..., :count]
@@ -313,18 +315,29 @@ class BlockKrylov:
                 return
             self._append(self.products[..., -self.start :])
 
+    def projected(self) -> Float[Tensor, "batch space space"]:
+        """`W Wᵀ` in the basis, float64: its eigenvalues are the Ritz values."""
+        T = self.basis.double().mT @ self.products.double()
+        return (T + T.mT) / 2
+
     def ritz(self, count: int) -> Ritz:
         """The `count` leading Ritz pairs, small arithmetic in float64."""
         Q, P = self.basis.double(), self.products.double()
-        T = Q.mT @ P
-        values, S = torch.linalg.eigh((T + T.mT) / 2)
-        values, S = values.flip(-1).clamp(min=0), S.flip(-1)
+        values, S = descending(self.projected())
         leading = S[..., :count]
         vectors = Q @ leading
         vectors = vectors / torch.linalg.vector_norm(vectors, dim=-2, keepdim=True)
         residuals = torch.linalg.vector_norm(P @ leading - vectors * values[..., None, :count], dim=-2)
         residuals = residuals + rounding(self.norm, values[..., :1].sqrt(), self.W.dtype)
         return Ritz(values, S[..., : self.start, :].square(), vectors, residuals)
+
+
+def descending(
+    T: Float[Tensor, "*batch space space"],
+) -> tuple[Float[Tensor, "*batch space"], Float[Tensor, "*batch space space"]]:
+    """Eigenvalues, none below 0, and eigenvectors of a symmetric matrix, the largest first."""
+    values, S = torch.linalg.eigh(T)
+    return values.flip(-1).clamp(min=0), S.flip(-1)
 
 
 def spectral_sum(
@@ -353,11 +366,11 @@ def effective_rank(S: Float[Tensor, " rank"]) -> float:
     return math.exp(-(p * p.log()).sum().item())
 
 
-def product_values(B: Float[Tensor, "out r"], A: Float[Tensor, "r in"]) -> Float[Tensor, " r"]:
-    """Singular values of `B A`, descending, float64, without forming it."""
+def product_core(B: Float[Tensor, "out r"], A: Float[Tensor, "r in"]) -> Float[Tensor, "left right"]:
+    """A small matrix, float64, with the singular values of `B A`, which is not formed."""
     left = torch.linalg.qr(B.double()).R
     right = torch.linalg.qr(A.double().mT).R
-    return torch.linalg.svdvals(left @ right.mT)
+    return left @ right.mT
 
 
 def critical_spike(S: Float[Tensor, " rank"], k: int, rows: int, columns: int) -> float:

@@ -7,8 +7,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from diagnostics import christoffel, factors, linalg
-from diagnostics.christoffel import Extra, Lanczos, Recurrence, largest_cosines
+from diagnostics.christoffel import Extra, Lanczos, Recurrence, largest_cosines, recurrence
 from diagnostics.factors import Shifted, Tall
+from diagnostics.in_step import alone, read
 from tests.diagnostics.spectra import KINDS, SHAPES, orthonormal, values, with_values
 
 NEVER = 2.0  # a target that no cosine reaches
@@ -17,8 +18,8 @@ NEVER = 2.0  # a target that no cosine reaches
 def factor_of(W, generator, shift=0.01):
     """A factor with the shift at that share of the largest eigenvalue, or that of a tall matrix."""
     if W.shape[0] > W.shape[1]:
-        return Tall.of(W, generator)
-    return Shifted.of(W, shift * float(torch.linalg.matrix_norm(W, 2)) ** 2)
+        return alone(Tall.of(W, generator))
+    return alone(Shifted.of(W, shift * float(torch.linalg.matrix_norm(W, 2)) ** 2))
 
 
 def exactly(W):
@@ -52,9 +53,9 @@ def bounds(W, vectors, steps, *, deflated=None, target=NEVER, factor=None):
         shift = 0.0 if tall else factor.shift
     for run in runs:
         run.extend(steps)
-    recurrences = [runs[0].recurrence(rows)]
+    recurrences = [recurrence(read(runs[0].coefficients()), rows)]
     if factor is not None:
-        recurrences.append(runs[1].recurrence(rows, inverse=True, shift=shift))
+        recurrences.append(recurrence(read(runs[1].coefficients()), rows, inverse=True, shift=shift))
     found, _ = largest_cosines(recurrences, extra, (low, largest), np.full(len(rows), target))
     return found, linalg.grouped_cosines(U, S, vectors, W.shape[1]).numpy()
 
@@ -106,7 +107,7 @@ def test_the_bound_of_both_runs_is_never_below_the_cosine(seed, kind, shape, ste
 @pytest.mark.parametrize("kind", ["deficient", "small"])
 def test_a_tall_matrix_too_near_to_deficient_is_not_factored(kind):
     generator = torch.Generator().manual_seed(0)
-    assert Tall.of(with_values(values(kind, 40), 96, 40, generator)[0], generator) is None
+    assert alone(Tall.of(with_values(values(kind, 40), 96, 40, generator)[0], generator)) is None
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -149,9 +150,9 @@ def test_the_peak_at_a_converged_ritz_value_is_not_missed():
     vector = 0.6 * U[:, :1] + 0.8 * rest / rest.norm()
     lanczos = Lanczos(exactly(W), vector)
     lanczos.extend(12)
-    recurrence = lanczos.recurrence([0])
+    steps = recurrence(read(lanczos.coefficients()), [0])
     grid = np.linspace(0.01, float(S[0] ** 2) * 1.001, 400)
-    plain = Recurrence(recurrence.alpha, recurrence.beta, np.array([[1e-9, 0, 0]]), recurrence.norm)
+    plain = Recurrence(steps.alpha, steps.beta, np.array([[1e-9, 0, 0]]), steps.norm)
     assert plain.bound(np.zeros(400, int), grid, grid).max() < 0.55
     bound, _ = bounds(W, vector, 12)
     assert bound[0] >= 0.6
@@ -216,4 +217,6 @@ def test_a_gram_matrix_in_single_precision_errs_by_half_its_bound_at_most(decay)
     W[:, :3] *= 20
     lower = (linalg.gram(W).float() - linalg.gram(W, torch.float32)).tril()
     error = lower + lower.tril(-1).mT
-    assert torch.linalg.matrix_norm(error, 2) < factors._rounding(W.square().sum(1), torch.float32) / 2
+    lengths = W.square().sum(1)
+    norm = factors._gram_norm(read([lengths.sum(), lengths.max()]), len(lengths))
+    assert torch.linalg.matrix_norm(error, 2) < factors._rounding(norm, torch.float32) / 2

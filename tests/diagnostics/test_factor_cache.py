@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from diagnostics import decide as tiers
 from diagnostics import factor_cache, linalg
 from diagnostics.factor_cache import FactorCache
+from diagnostics.in_step import alone
 from diagnostics.intruders import intruder_dimensions
 from diagnostics.mitigate import mitigate
 from probes import CheckpointPair
@@ -262,9 +263,9 @@ def test_the_state_of_a_generator_after_a_remembered_factor_is_that_after_a_made
     drawn = []
     for _ in range(2):
         generator = seeded(5)
-        factor = Tall.of(W, generator, FactorCache.at(tmp_path).of(W, W))
+        factor = alone(Tall.of(W, generator, FactorCache.at(tmp_path).of(W, W)))
         drawn.append((factor.smallest, factor.coordinate_error, torch.randn(3, generator=generator)))
-        assert torch.equal(factor.L.tril(), Tall.of(W, seeded(5)).L.tril())
+        assert torch.equal(factor.L.tril(), alone(Tall.of(W, seeded(5))).L.tril())
     assert drawn[0][:2] == drawn[1][:2]
     assert torch.equal(drawn[0][2], drawn[1][2])
 
