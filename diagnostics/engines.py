@@ -211,8 +211,9 @@ def answers(name: str, address: str, what: str, start: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """An error in one line."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    """An error in one line; of one that quotes another's traceback the last line too, which says why."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
 
 
 def imported(module: str, name: str, package: str) -> Any:

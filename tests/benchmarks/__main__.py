@@ -55,7 +55,13 @@ ALL: dict[str, ModuleType] = {
 QUICK: dict[str, dict[str, Any]] = {
     "dashboard": {"RUNS": 1, "LAYERS": 12, "ROWS": 300},
     "decision": {"SHAPES": ((256, 256),), "TALL": (512, 256), "SIZE": 64, "WIDTH": 256},
-    "engines": {"LAYERS": 2, "SHAPES": {"self_attn.q_proj": (512, 512), "mlp.up_proj": (1376, 512)}},
+    "engines": {
+        "LAYERS": 2,
+        "SHAPES": {"self_attn.q_proj": (512, 512), "mlp.up_proj": (1376, 512)},
+        "WIDTH": 64,
+        "DEPTH": 2,
+        "ROWS": 20,
+    },
     "masks": {"WIDTH": 64, "DEPTH": 2, "LEVELS": [0.3, 0.6, 0.9]},
     "memory": {
         "SIZE": 1024,

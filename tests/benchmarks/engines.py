@@ -1,19 +1,24 @@
-"""The intruders of a pair of 1B shape, sharded bfloat16, by one and by two Dask workers of one thread."""
+"""Intruders of a pair of 1B shape, and scores of rows, by one and by two Dask workers of one thread."""
 
 import importlib.util
+import json
 import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import torch
 
 from diagnostics.analysis import Result
+from diagnostics.demo import BUNDLED
 from diagnostics.engines import engine
 from diagnostics.intruders import intruder_dimensions
+from diagnostics.ood import likelihood_ratio_ood
 from probes import CheckpointPair
+from tests.benchmarks.rows import made
 from tests.benchmarks.seven_b import write
 
 LAYERS = int(os.environ.get("BENCH_LAYERS", "20"))
@@ -28,8 +33,13 @@ SHAPES = {
 }
 
 
-def timed(pair: CheckpointPair, workers: int) -> tuple[float, Result]:
-    """Seconds of the analysis on so many workers, which have done some of it before."""
+# Of the model whose rows are scored, and how many of how many tokens these are.
+WIDTH, DEPTH = 512, 8
+ROWS, TOKENS, BATCH = 200, 128, 2048
+
+
+def timed(work: Callable[[], Result], workers: int, warm: Callable[[], object]) -> tuple[float, Result]:
+    """Seconds of the work on so many workers of one thread, which have done something like it before."""
     from distributed import LocalCluster
 
     with (
@@ -39,38 +49,81 @@ def timed(pair: CheckpointPair, workers: int) -> tuple[float, Result]:
         ) as cluster,
         engine(cluster.scheduler_address.replace("tcp", "dask")),
     ):  # fmt: skip
-        small = {"model.layers.0.self_attn.q_proj.weight": torch.randn(700, 700)}
         for _ in range(2 * workers):  # imports and first calls
-            intruder_dimensions(CheckpointPair(small, {name: 2 * W for name, W in small.items()}))
+            warm()
         begun = time.perf_counter()
-        result = intruder_dimensions(pair)
+        result = work()
         return time.perf_counter() - begun, result
+
+
+def compared(what: str, work: Callable[[], Result], warm: Callable[[], object]) -> None:
+    """Print how much faster two workers are than one; they must agree bit for bit."""
+    (one, first), (two, second) = (timed(work, workers, warm) for workers in (1, 2))
+    for name, table in first.tables.items():
+        pd.testing.assert_frame_equal(table, second.tables[name], check_exact=True)
+    print(
+        f"{what}: one Dask worker {one:.0f} s, two {two:.0f} s, {one / two:.2f} × as fast, "
+        "bit for bit the same"
+    )
+
+
+def of_matrices(folder: Path) -> None:
+    """The intruders of a pair of 1B shape, sharded bfloat16."""
+    parameters = LAYERS * sum(rows * columns for rows, columns in SHAPES.values())
+    folder.mkdir()
+    for name in ("base", "tuned"):
+        write(folder / name, tuned=name == "tuned", shapes=SHAPES, layers=LAYERS)
+    pair = CheckpointPair(str(folder / "base"), str(folder / "tuned"))
+    for side in (pair.base, pair.tuned):
+        side.fingerprint()  # both runs find the files in the system's cache
+    small = {"model.layers.0.self_attn.q_proj.weight": torch.randn(700, 700)}
+
+    def warm() -> None:
+        intruder_dimensions(CheckpointPair(small, {name: 2 * W for name, W in small.items()}))
+
+    what = f"intruders of a pair of {parameters / 1e9:.2f} B parameters, {len(pair.matrices)} matrices"
+    compared(what, lambda: intruder_dimensions(pair), warm)
+
+
+def of_batches(folder: Path) -> None:
+    """Likelihood scores of rows, by batches; each worker loads the pair, which counts."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED / "base")
+    made(folder, width=WIDTH, layers=DEPTH, vocabulary=len(tokenizer))
+    for name in ("base", "tuned"):
+        tokenizer.save_pretrained(folder / name)
+    pair = CheckpointPair(folder / "base", folder / "tuned")
+    tokenizer.model_max_length = 10**6  # of the model that it was made for
+    text = " ".join(json.loads(line)["text"] for line in (BUNDLED / "keep.jsonl").open(encoding="utf-8"))
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    rows = [tokenizer.decode(ids[i * 7 : i * 7 + TOKENS]) for i in range(2 * ROWS)]
+    task, other = rows[:ROWS], rows[ROWS:]
+    small = CheckpointPair(BUNDLED / "base", BUNDLED / "lora-r1")
+
+    def score(pair: CheckpointPair, task: list[str], other: list[str]) -> Result:
+        return likelihood_ratio_ood(pair, task, other, max_length=TOKENS, batch_tokens=BATCH, draws=2)
+
+    compared(
+        f"scores of {len(rows)} rows of {TOKENS} tokens by two models of {DEPTH} layers and width {WIDTH}",
+        lambda: score(pair, task, other),
+        lambda: score(small, task[:20], other[:20]),
+    )
 
 
 def main() -> None:
     if importlib.util.find_spec("distributed") is None:
         print("engines left out: distributed is not installed (pip install 'tunescope[dask]')")
         return
-    parameters = LAYERS * sum(rows * columns for rows, columns in SHAPES.values())
     folder = Path(tempfile.mkdtemp(prefix="tunescope-engines-", dir=os.environ.get("BENCH_DIR")))
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for name in ("base", "tuned"):
-            write(folder / name, tuned=name == "tuned", shapes=SHAPES, layers=LAYERS)
-        pair = CheckpointPair(str(folder / "base"), str(folder / "tuned"))
-        for side in (pair.base, pair.tuned):
-            side.fingerprint()  # both runs find the files in the system's cache
-        (one, first), (two, second) = timed(pair, 1), timed(pair, 2)
+        of_batches(folder / "rows")
+        of_matrices(folder / "matrices")
     finally:
         torch.set_num_threads(before)
         shutil.rmtree(folder)
-    for name, table in first.tables.items():
-        pd.testing.assert_frame_equal(table, second.tables[name], check_exact=True)
-    print(
-        f"intruders of a pair of {parameters / 1e9:.2f} B parameters, {first.metrics['matrices']} matrices: "
-        f"one Dask worker {one:.0f} s, two {two:.0f} s, {one / two:.2f} × as fast, bit for bit the same"
-    )
 
 
 if __name__ == "__main__":

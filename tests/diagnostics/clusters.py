@@ -1,14 +1,20 @@
-"""Dask clusters of two worker processes, and calls to run on them."""
+"""Dask and Ray clusters of two worker processes, and calls to run on them."""
 
 import os
+import shutil
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from diagnostics.engines import engine
 
 
 @contextmanager
@@ -24,6 +30,34 @@ def dask_cluster(**options: Any) -> Iterator[tuple[str, Any]]:
         Client(cluster, set_as_default=False) as client,
     ):  # fmt: skip
         yield cluster.scheduler_address.replace("tcp", "dask"), client
+
+
+@contextmanager
+def ray_cluster() -> Iterator[str]:
+    """An engine's name; Ray runs in a process of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = shutil.which("ray", path=str(Path(sys.executable).parent)) or "ray"
+    options = [
+        "--head", "--block", "--port=0", f"--ray-client-server-port={port}", "--num-cpus=2",
+        "--include-dashboard=false", "--disable-usage-stats", "--object-store-memory=100000000",
+        "--dashboard-port=0",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    head = subprocess.Popen(
+        [command, "start", *options], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        name = f"ray://127.0.0.1:{port}"
+        for _ in range(100):  # it listens before it serves
+            with suppress(ValueError), engine(name):
+                break
+            time.sleep(0.5)
+        yield name
+    finally:
+        head.terminate()
+        head.wait(timeout=60)
 
 
 def pids(client: Any) -> list[int]:

@@ -2,15 +2,10 @@ import asyncio
 import json
 import os
 import re
-import shutil
 import socket
-import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
-from pathlib import Path
 
 import joblib
 import pandas as pd
@@ -156,6 +151,16 @@ def test_more_threads_than_cores_are_said_and_enough_cores_are_not():
 
 
 # This machine
+
+
+def test_an_error_that_quotes_a_traceback_is_told_with_its_cause():
+    quoted = (
+        "Initialization failure from server:\nTraceback (most recent call last):\n  x()\nOSError: no port\n"
+    )
+    assert engines.first_line(RuntimeError(quoted)) == "Initialization failure from server: OSError: no port"
+    assert engines.first_line(RuntimeError("no:\n")) == "no:"
+    assert engines.first_line(RuntimeError("it ended\nand more")) == "it ended"
+    assert engines.first_line(TimeoutError()) == "TimeoutError"
 
 
 def test_ray_is_asked_for_as_many_workers_as_it_has_room_for():
@@ -390,33 +395,9 @@ def test_a_checkpoint_that_the_workers_do_not_see_is_named_with_what_to_do(clust
 
 @pytest.fixture(scope="module")
 def ray_cluster():
-    """The name of a Ray cluster of two processes, in a process of its own."""
     pytest.importorskip("ray", reason="needs tunescope[ray]")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = shutil.which("ray", path=str(Path(sys.executable).parent)) or "ray"
-    options = ["--head", "--block", "--port=0", f"--ray-client-server-port={port}", "--num-cpus=2"]
-    options += [
-        "--include-dashboard=false",
-        "--disable-usage-stats",
-        "--object-store-memory=100000000",
-        "--dashboard-port=0",
-    ]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    head = subprocess.Popen(
-        [command, "start", *options], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        name = f"ray://127.0.0.1:{port}"
-        for _ in range(100):  # it listens before it serves
-            with suppress(ValueError), engines.engine(name):
-                break
-            time.sleep(0.5)
+    with clusters.ray_cluster() as name:
         yield name
-    finally:
-        head.terminate()
-        head.wait(timeout=60)
 
 
 # Ray itself leaves sockets and asks for what is deprecated.

@@ -121,6 +121,17 @@ def test_a_worker_killed_in_the_middle_of_rows_loses_nothing(places):
     )
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Ray itself leaves sockets and asks for what is deprecated
+def test_ray_gives_the_same_bits_of_rows(places):
+    pytest.importorskip("ray", reason="needs tunescope[ray]")
+    pair = CheckpointPair(places["base"], places["tuned"])
+    with clusters.ray_cluster() as name, engine(name):
+        there = both(pair)
+    for one, two in zip(both(pair), there, strict=True):
+        same(one, two)
+
+
 def test_a_row_without_a_finite_likelihood_is_named_from_the_worker(places, apart, tmp_path):
     from transformers import AutoModelForCausalLM
 
