@@ -149,17 +149,21 @@ def between(base: Tensor, tuned: Tensor, alpha: float) -> tuple[Tensor, float]:
 
     Computed in float64 and rounded once to the dtype of `tuned`; equal tensors are given back as they are.
     """
-    same = base.dtype == tuned.dtype and torch.equal(base, tuned)
-    value = tuned if same or alpha == 1 else torch.empty(tuned.shape, dtype=tuned.dtype)
-    if same:
+    if same(base, tuned):
         return tuned, 0.0
-    square = 0.0
+    value = tuned if alpha == 1 else torch.empty_like(tuned, memory_format=torch.contiguous_format)
+    square = torch.zeros((), dtype=torch.float64, device=tuned.device)
     for ours, theirs, new in _parts(base, tuned, value):
         delta = theirs.double() - ours.double()
-        square += float(delta.square().sum())
+        square += delta.square().sum()
         if value is not tuned:
             new.copy_(ours.double() + alpha * delta)
-    return value, square
+    return value, float(square)
+
+
+def same(base: Tensor, tuned: Tensor) -> bool:
+    """Whether two tensors are equal in dtype and values."""
+    return base.dtype == tuned.dtype and torch.equal(base, tuned)
 
 
 def _parts(*sides: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -133,10 +133,11 @@ class Walk:
 
     def ends(self, name: str) -> tuple[Shaped[Tensor, "..."], Shaped[Tensor, "..."]]:
         """A tensor of base and of tuned, as wide as both need and at least float32; not to be written to."""
+        return _widened(*self._stored(name))
+
+    def _stored(self, name: str) -> tuple[Tensor, Tensor]:
         base, tuned = self.host.read(name, "base"), self._ends.get(name)
-        tuned = self.host.read(name, "tuned") if tuned is None else tuned
-        wide = torch.promote_types(torch.promote_types(base.dtype, tuned.dtype), torch.float32)
-        return base.to(wide), tuned.to(wide)
+        return base, self.host.read(name, "tuned") if tuned is None else tuned
 
     def displacement(self, layer: Layer) -> tuple[float, float]:
         """Frobenius norms of tuned − base and of base over the tensors of a layer."""
@@ -163,15 +164,12 @@ class Walk:
             wanted = float(chosen.get(name, alpha))
             if name not in self.host.twins or self._places.get(name, 1.0) == wanted:
                 continue
-            self._write(name, self.between(name, wanted))
+            self._put(name, wanted)
             self._places[name] = wanted
 
     def between(self, name: str, alpha: float) -> Shaped[Tensor, "..."]:
         """A tensor at α; the ends as they are."""
-        base, tuned = self.ends(name)
-        if alpha in (0.0, 1.0):
-            return tuned if alpha else base
-        return between(base, tuned, alpha)[0]
+        return _between(*self._stored(name), alpha)
 
     @contextmanager
     def changed(self, layer: Layer, change: Callable[[str, Tensor], Tensor]) -> Iterator[Any]:
@@ -187,7 +185,7 @@ class Walk:
             yield self.model
         finally:
             for name in names:
-                self._write(name, self.between(name, self._places.get(name, 1.0)))
+                self._put(name, self._places.get(name, 1.0))
 
     @contextmanager
     def other_end(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
@@ -204,9 +202,29 @@ class Walk:
 
     def _rewrite(self, places: Mapping[str, float]) -> None:
         for name, alpha in places.items():
-            self._write(name, self.between(name, alpha))
+            self._put(name, alpha)
             self._places[name] = alpha
+
+    def _put(self, name: str, alpha: float) -> None:
+        """Write a tensor at α; on a GPU the ends are copied there as they are stored, and blended there."""
+        [slot, *more] = self.host.editable.slots(name)
+        whole = not more and isinstance(slot.which, slice)
+        base, tuned = (end.to(slot.tensor.device) if whole else end for end in self._stored(name))
+        self._write(name, _between(base, tuned, alpha))
 
     def _write(self, name: str, value: Tensor) -> None:
         self.host.changed([name])
         self.host.editable.write(name, value)
+
+
+def _widened(base: Tensor, tuned: Tensor) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(torch.promote_types(base.dtype, tuned.dtype), torch.float32)
+    return base.to(wide), tuned.to(wide)
+
+
+def _between(base: Tensor, tuned: Tensor, alpha: float) -> Tensor:
+    """As `Walk.between`, of two tensors of one device."""
+    base, tuned = _widened(base, tuned)
+    if alpha in (0.0, 1.0):
+        return tuned if alpha else base
+    return between(base, tuned, alpha)[0]
