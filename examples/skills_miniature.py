@@ -8,7 +8,7 @@ and so small a model needs 0.3 to 1 % of its entries where the paper's needs 0.0
 
     python examples/skills_miniature.py --seeds 0 1 2 --out kept
 
-Some that held elsewhere need not hold here, and are shown without counting: see `hoped`. About 10 minutes a
+Some that held elsewhere need not hold here, and are shown without counting: see `hoped`. About 8 minutes a
 seed on one core. `--quick` runs everything once in seconds and claims nothing.
 """
 
@@ -213,13 +213,7 @@ def claims(outcome: Outcome) -> list[Claim]:
             calm <= 0.6 * sure,
             f"{calm:.3f} of {sure:.3f}",
         )
-    for entries in (FEW, MORE):
-        top, random = outcome.metric("movement", entries=entries), outcome.random[entries]
-        claim(
-            f"SGD, {SHARES[entries]}: top movement is 0.15 or more above random entries",
-            top - random >= 0.15,
-            f"{top:.3f} and {random:.3f}",
-        )
+    made.append(above_random(outcome, MORE))
     graft, whole = (outcome.accuracy(model, search="faithful", role="ood") for model in ("graft", "tuned"))
     claim(
         "SGD, 1 %, faithful: out of distribution 0.03 or more above tuned",
@@ -239,10 +233,6 @@ def claims(outcome: Outcome) -> list[Claim]:
             like > unlike,
             f"{like:.2f} and {unlike:.2f}",
         )
-    own = min(outcome.rel("adamw", task, task) for task in range(TASKS))
-    claim(
-        "three skills, adamw: a region keeps 0.9 or more of its own skill", own >= 0.9, f"{own:.2f} at least"
-    )
     apart = min(outcome.rel("adamw", i, i) - outcome.rel("adamw", i, j) for i, j in UNLIKE)
     claim(
         "three skills, adamw: a region keeps 0.3 more of its own skill than of an unlike one",
@@ -252,22 +242,42 @@ def claims(outcome: Outcome) -> list[Claim]:
     return made + planted_claims(outcome)
 
 
+def above_random(outcome: Outcome, entries: int) -> Claim:
+    """Entries that moved furthest carry more than random ones."""
+    moved, random = outcome.metric("movement", entries=entries), outcome.random[entries]
+    return Claim(
+        outcome.seed,
+        f"SGD, {SHARES[entries]}: top movement is 0.15 or more above random entries",
+        bool(moved - random >= 0.15),
+        f"{moved:.3f} and {random:.3f}",
+    )
+
+
 def hoped(outcome: Outcome) -> list[Claim]:
     """What held elsewhere and need not hold here: shown, and no part of the exit code.
 
-    In the reference the regions of an AdamW-tuned model kept nothing of unlike skills. Here they are less
-    pure: the base leans to the rarer answer by every prompt, and what answers an unlike one in any other way
-    is right more often. And the regions of two planted skills overlap as planted where their prompts have
-    nothing in common, as in the tests of the analysis; the prompts of this base have, and entries planted
-    for one skill serve the other. The entries that are moved beside those of two skills may also undo both:
-    then nothing is to be localised, and it is nan.
+    In the reference 0.3 % of the entries were enough for top movement to do part of the work; in this decoder
+    they are on some seeds only, and what 1 % do is claimed instead. There the regions of an AdamW-tuned model
+    kept all of their own skill and nothing of unlike ones; here they are less pure. And the regions of two
+    planted skills overlap as planted where their prompts have nothing in common, as in the tests of the
+    analysis; the prompts of this base have, and entries planted for one skill serve the other. The entries
+    that are moved beside those of two skills may also undo both: then nothing is to be localised, and it is
+    nan.
     """
     there, found = outcome.planted.overlaps()
+    own = min(outcome.rel("adamw", task, task) for task in range(TASKS))
     other = max(outcome.rel("adamw", *pair) for pair in UNLIKE)
     return [
+        above_random(outcome, FEW),
         Claim(
             outcome.seed,
-            "three skills, adamw: a region keeps 0.1 or less of an unlike skill",
+            "three skills, adamw: a region keeps 0.9 or more of its own skill",
+            bool(own >= 0.9),
+            f"{own:.2f} at least",
+        ),
+        Claim(
+            outcome.seed,
+            "three skills, adamw: and 0.1 or less of an unlike one",
             bool(other <= 0.1),
             f"{other:.2f} at most",
         ),
