@@ -256,13 +256,14 @@ def above_random(outcome: Outcome, entries: int) -> Claim:
 def hoped(outcome: Outcome) -> list[Claim]:
     """What held elsewhere and need not hold here: shown, and no part of the exit code.
 
-    In the reference 0.3 % of the entries were enough for top movement to do part of the work; in this decoder
-    they are on some seeds only, and what 1 % do is claimed instead. There the regions of an AdamW-tuned model
-    kept all of their own skill and nothing of unlike ones; here they are less pure. And the regions of two
-    planted skills overlap as planted where their prompts have nothing in common, as in the tests of the
-    analysis; the prompts of this base have, and entries planted for one skill serve the other. The entries
-    that are moved beside those of two skills may also undo both: then nothing is to be localised, and it is
-    nan.
+    In the reference 0.3 % of the entries were enough for top movement to do part of the work; here that
+    depends on the base, and what 1 % do is claimed instead. There the regions of an AdamW-tuned model kept
+    all of their own skill and nothing of unlike ones; here they are less pure: the base leans to the rarer
+    answer by every prompt, and what answers an unlike one in any other way is right more often. And the
+    regions of two planted skills overlap as planted where their prompts have nothing in common, as in the
+    tests of the analysis; the prompts of this base have, and entries planted for one skill serve the other.
+    The entries that are moved beside those of two skills may also undo both: then nothing is to be
+    localised, and it is nan.
     """
     there, found = outcome.planted.overlaps()
     own = min(outcome.rel("adamw", task, task) for task in range(TASKS))
