@@ -139,16 +139,18 @@ def made_model(seed: int) -> GPT2LMHeadModel:
     return model
 
 
-def pretrain(model: GPT2LMHeadModel, world: World, steps: int, generator: torch.Generator) -> None:
-    """Train on fresh texts and answers, 64 a step, by AdamW at 2e-3 falling to zero."""
+def pretrain(
+    model: GPT2LMHeadModel, world: World, steps: int, generator: torch.Generator, *, rows: int = 64
+) -> None:
+    """Train on fresh texts and answers, so many a step, by AdamW at 2e-3 falling to zero."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     for _ in range(steps):
-        texts = world.texts(64, generator)
-        task = torch.randint(TASKS, (64,), generator=generator)
-        at_random = torch.rand(64, generator=generator) < AT_RANDOM
-        truth = world.truth(texts)[torch.arange(64), task]
-        random = (torch.rand(64, generator=generator) < LEANING).long()
+        texts = world.texts(rows, generator)
+        task = torch.randint(TASKS, (rows,), generator=generator)
+        at_random = torch.rand(rows, generator=generator) < AT_RANDOM
+        truth = world.truth(texts)[torch.arange(rows), task]
+        random = (torch.rand(rows, generator=generator) < LEANING).long()
         answers = torch.where(at_random, random, truth)
         prompts = torch.where(at_random, WORDS.index("R0"), WORDS.index("Q0")) + task
         whole = torch.cat([texts, prompts[:, None], NO + answers[:, None]], dim=1)
