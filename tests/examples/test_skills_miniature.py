@@ -251,7 +251,6 @@ def test_what_must_hold_holds(seed, tmp_path, capsys):
 @pytest.mark.slow
 def test_whether_what_moves_furthest_carries_the_skill_is_up_to_the_base():
     # Hence no claim: bases trained alike, on more rows or from another seed, lie on both sides of 0.15.
-    torch.set_num_threads(1)
     above = []
     for seed in range(3):
         for rows in (64, 128):
