@@ -25,7 +25,7 @@ from diagnostics.analysis import Result, analysis
 from diagnostics.decide import SMALL, Decision, decide_all, decide_exactly
 from diagnostics.factor_cache import FactorCache, afresh
 from diagnostics.groups import ahead, in_halves, in_this_process
-from diagnostics.in_step import Steps, alone, in_step
+from diagnostics.in_step import Steps, in_step
 from probes import CheckpointPair
 from probes.adapters import LowRank
 from probes.layout import Matrix, Part
@@ -77,17 +77,8 @@ def update_of(
     tuned: Float[Tensor, "out in"],
     low: LowRank | None,
     generator: torch.Generator,
-) -> Update:
-    """Measure the delta: exactly from an adapter's factors or a small matrix, else by Lanczos quadrature."""
-    return alone(_update(base, tuned, low, generator))
-
-
-def _update(
-    base: Float[Tensor, "out in"],
-    tuned: Float[Tensor, "out in"],
-    low: LowRank | None,
-    generator: torch.Generator,
 ) -> Steps[Update]:
+    """Measure the delta: exactly from an adapter's factors or a small matrix, else by Lanczos quadrature."""
     delta = tuned - base
     norms = [torch.linalg.vector_norm(W, dtype=torch.float64) for W in (base, tuned, delta)]
     known, small = low is not None and low.rank < min(base.shape), min(base.shape) < SMALL
@@ -282,7 +273,7 @@ def _measure(changed: list[Fetched], settings: Settings, verify: set[str]) -> li
     ]
     updates = in_step(
         [
-            _update(base, tuned, each.low, generator)
+            update_of(base, tuned, each.low, generator)
             for each, base, tuned, generator in zip(changed, *sides, generators, strict=True)
         ]
     )

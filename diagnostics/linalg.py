@@ -317,19 +317,23 @@ class BlockKrylov:
 
     def projected(self) -> Float[Tensor, "batch space space"]:
         """`W Wᵀ` in the basis, float64: its eigenvalues are the Ritz values."""
-        T = self.basis.double().mT @ self.products.double()
-        return (T + T.mT) / 2
+        return symmetric(self.basis.double().mT @ self.products.double())
 
     def ritz(self, count: int) -> Ritz:
         """The `count` leading Ritz pairs, small arithmetic in float64."""
         Q, P = self.basis.double(), self.products.double()
-        values, S = descending(self.projected())
+        values, S = descending(symmetric(Q.mT @ P))
         leading = S[..., :count]
         vectors = Q @ leading
         vectors = vectors / torch.linalg.vector_norm(vectors, dim=-2, keepdim=True)
         residuals = torch.linalg.vector_norm(P @ leading - vectors * values[..., None, :count], dim=-2)
         residuals = residuals + rounding(self.norm, values[..., :1].sqrt(), self.W.dtype)
         return Ritz(values, S[..., : self.start, :].square(), vectors, residuals)
+
+
+def symmetric(T: Float[Tensor, "*batch space space"]) -> Float[Tensor, "*batch space space"]:
+    """A matrix that is symmetric but for rounding, made so."""
+    return (T + T.mT) / 2
 
 
 def descending(

@@ -149,7 +149,7 @@ def between(base: Tensor, tuned: Tensor, alpha: float) -> tuple[Tensor, float]:
 
     Computed in float64 and rounded once to the dtype of `tuned`; equal tensors are given back as they are.
     """
-    if same(base, tuned):
+    if base.dtype == tuned.dtype and torch.equal(base, tuned):
         return tuned, 0.0
     value = tuned if alpha == 1 else torch.empty_like(tuned, memory_format=torch.contiguous_format)
     square = torch.zeros((), dtype=torch.float64, device=tuned.device)
@@ -159,11 +159,6 @@ def between(base: Tensor, tuned: Tensor, alpha: float) -> tuple[Tensor, float]:
         if value is not tuned:
             new.copy_(ours.double() + alpha * delta)
     return value, float(square)
-
-
-def same(base: Tensor, tuned: Tensor) -> bool:
-    """Whether two tensors are equal in dtype and values."""
-    return base.dtype == tuned.dtype and torch.equal(base, tuned)
 
 
 def _parts(*sides: Tensor) -> Iterator[tuple[Tensor, ...]]:

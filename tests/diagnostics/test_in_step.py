@@ -8,7 +8,7 @@ import torch
 from diagnostics import christoffel, in_step
 from diagnostics.decide import decide_all
 from diagnostics.in_step import alone, read
-from diagnostics.intruders import _update
+from diagnostics.intruders import update_of
 from tests.diagnostics.spectra import orthonormal, values, with_values
 
 # Ways of a tensor to be looked at; each waits for the device that it is on.
@@ -131,8 +131,8 @@ def test_a_group_of_matrices_is_waited_for_as_often_as_one(looks, kind, rows, co
 def test_the_updates_of_a_group_are_measured_with_one_look(looks):
     base, tuned = pairs("power", 650, 800, (4.0, 2.0), 3)
     generators = [torch.Generator().manual_seed(0) for _ in range(3)]
-    jobs = [_update(W0, W1, None, g) for W0, W1, g in zip(base, tuned, generators, strict=True)]
+    jobs = [update_of(W0, W1, None, g) for W0, W1, g in zip(base, tuned, generators, strict=True)]
     looks.clear()
     measured = in_step.in_step(jobs)
     assert looks == ["cpu"]
-    assert measured[0] == alone(_update(base[0], tuned[0], None, torch.Generator().manual_seed(0)))
+    assert measured[0] == alone(update_of(base[0], tuned[0], None, torch.Generator().manual_seed(0)))
