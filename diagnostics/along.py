@@ -4,26 +4,32 @@ What `path` and `sharpness` share: the curves of every set, and what they say of
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeAlias
+from functools import cached_property, partial
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from jaxtyping import Float
 
-from diagnostics import barriers
+from diagnostics import barriers, remote
 from diagnostics.barriers import Measured, combined
 from diagnostics.inputs import tasks
 from diagnostics.row_losses import Encoded, encoded
 from diagnostics.unit_scores import Units, unit_scores
 from probes import CheckpointPair
 from probes.editable import Editable
+from probes.host import Host
 from probes.loading import memory_of
 from probes.measure import NonFiniteError
+from probes.perturb import Prefix
 from probes.rows import Task
 from probes.walk import Walk
 
+Made = TypeVar("Made")
 Which: TypeAlias = tuple[str, str]  # role and name of a set
+Progress: TypeAlias = Callable[[int, int, str], None]
 
 HALF = ("bfloat16", "float16")
 # WiSE-FT's grid, its code's.
@@ -134,13 +140,46 @@ class Along:
 
     Attributes:
         missing: what was not finite, in words.
+        progress: told of what is done here; on a worker nobody is.
     """
 
-    def __init__(self, walk: Walk, sets: Mapping[Which, Encoded]):
-        self.walk, self.sets = walk, dict(sets)
+    def __init__(self, walk: Walk, sets: Mapping[Which, Encoded], progress: Progress | None = None):
+        self.walk, self.sets, self.progress = walk, dict(sets), progress
         self.missing: list[str] = []
         self._known: dict[float, dict[Which, Units | None]] = {}
-        self._model: Any = None
+        self._before: float | None = None
+
+    def each(self, calls: Iterable[Callable[["Along"], Made]]) -> Iterator[Made]:
+        """What calls make of this, in their order; on an engine with workers, of one like it on each.
+
+        A call finds the walk wherever another has left it. What it cannot measure is noted here.
+        """
+        noting = (partial(_with_missing, call) for call in calls)
+        for made, missing in remote.each(self._there, self, noting):
+            for note in missing:
+                self._note(note)
+            yield made
+
+    @cached_property
+    def _there(self) -> "remote.Away[Along] | None":
+        return remote.hosts(self.walk.host, partial(_of, sets=self.sets))
+
+    def measure(self, alphas: Sequence[float]) -> None:
+        """Measure places of the whole model, the ends first: a broken one ends it.
+
+        Raises:
+            NonFiniteError: at an end.
+        """
+        order = sorted(alphas, key=lambda each: each not in (0, 1))
+        made = self.each(partial(Along._at, alpha=alpha) for alpha in order)
+        for done, (alpha, units) in enumerate(zip(order, made, strict=True)):
+            self._known[alpha] = units
+            self.tell(done + 1, len(order), f"alpha {alpha:g}")
+
+    def tell(self, done: int, total: int, what: str) -> None:
+        """Tell of progress, if anyone is to be told."""
+        if self.progress:
+            self.progress(done, total, what)
 
     def at(self, alpha: float) -> dict[Which, Units | None]:
         """The units of every set with the whole model at α; None where the loss is not finite.
@@ -149,27 +188,43 @@ class Along:
             NonFiniteError: at an end, without which there is no path.
         """
         if alpha not in self._known:
-            self.walk.place(alpha)
-            self._known[alpha] = {which: self._units(which, alpha) for which in self.sets}
+            self._known[alpha] = self._at(alpha)
         return self._known[alpha]
 
-    def ends(self) -> None:
-        """Measure base and tuned."""
-        for alpha in (0.0, 1.0):
-            self.at(alpha)
+    def _at(self, alpha: float) -> dict[Which, Units | None]:
+        self.walk.place(alpha)
+        return {which: self._units(which, alpha) for which in self.sets}
 
     def rows(self, which: Which, alpha: float) -> Float[np.ndarray, " rows"]:
         """Nats of each row of a set at α; NaN where the loss is not finite."""
         units = self.at(alpha)[which]
         return self._nats(which, units)
 
-    def here(self, which: Which) -> Float[np.ndarray, " rows"]:
-        """Nats of each row of a set wherever the walk stands, NaN where the loss is not finite."""
+    def here(self, which: Which) -> Float[np.ndarray, " rows"] | None:
+        """Nats of each row of a set wherever the walk stands; None where the loss is not finite."""
         try:
-            return self._nats(which, unit_scores(self.sets[which], self.walk.model))
+            return unit_scores(self.sets[which], self.walk.model).by_row()[0]
         except NonFiniteError as error:
             self._miss(f"a single layer's path ({error})")
-            return self._nats(which, None)
+            return None
+
+    @contextmanager
+    def behind(self, layer: int, alpha: float) -> Iterator[None]:
+        """Inside, what stands before a layer is not run again for rows that it has seen; it is at α."""
+        if self._before != alpha:
+            self.forget()
+            self._before = alpha
+        with self._prefix.entering(layer):
+            yield
+
+    def forget(self) -> None:
+        """Let go of what `behind` keeps."""
+        self._prefix.clear()
+        self._before = None
+
+    @cached_property
+    def _prefix(self) -> Prefix:
+        return Prefix(self.walk.model)
 
     def standing(self) -> dict[Which, Units | None]:
         """The units of every set wherever the walk stands; None where the loss is not finite."""
@@ -208,9 +263,27 @@ class Along:
             return None
 
     def _miss(self, where: str) -> None:
-        note = f"Not measured, because it is not finite: {where}."
+        self._note(f"Not measured, because it is not finite: {where}.")
+
+    def _note(self, note: str) -> None:
         if note not in self.missing:
             self.missing.append(note)
+
+
+# On a worker
+
+
+def _of(host: Host, sets: Mapping[Which, Encoded]) -> Along:
+    return Along(Walk(host), sets)
+
+
+def _with_missing(call: Callable[[Along], Made], along: Along) -> tuple[Made, list[str]]:
+    """What a call makes, and what it alone could not measure."""
+    before, along.missing = along.missing, []
+    try:
+        return call(along), along.missing
+    finally:
+        along.missing = before
 
 
 def path_rows(along: Along, alphas: Sequence[float]) -> list[dict[str, Any]]:

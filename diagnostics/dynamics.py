@@ -17,6 +17,7 @@ from diagnostics.analysis import Result, analysis
 from diagnostics.dynamics_measures import Arrays, Probes, located
 from diagnostics.dynamics_notes import SCALING, notes_of
 from diagnostics.over_steps import Reading, curves, said, sets_of
+from diagnostics.remote import by_checkpoint
 from probes.checkpoint import Checkpoint
 from probes.editable import Editable
 from probes.series import CheckpointSeries, series_of
@@ -182,7 +183,10 @@ def training_dynamics(
         ),
         loss_dtype=loss_dtype, outputs=outputs, kernel=kernel, radius=radius, vertices=vertices, seed=seed,
     )  # fmt: skip
-    measurements = series.measured("dynamics", probe.key(), probe.measure, progress, least=(2, "a trend"))
+    measurements = series.measured(
+        "dynamics", probe.key(), probe.measure, progress, least=(2, "a trend"),
+        each=by_checkpoint(series, device),
+    )  # fmt: skip
     moves, places = moved(series, progress)
     gaps = expansions(series, probe, progress) if linearity else []
     found = curves(measurements, sets)

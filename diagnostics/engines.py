@@ -15,6 +15,8 @@ log = logging.getLogger(__name__)
 
 # Seconds until a scheduler must have answered, and one of its workers.
 ANSWER, WORKER = 10, 60
+# Above how many bytes Dask warns of what a task brings along.
+LARGE = "distributed.admin.large-graph-warning-threshold"
 # How often Ray starts a worker again and gives it back what it was doing; Dask's scheduler has it in its own
 # configuration, with the same default.
 RESTARTS = 3
@@ -117,7 +119,10 @@ def dask(name: str, address: str) -> Iterator[None]:
                 ", ".join(sorted(others)),
                 torch.__version__,
             )
-        with parallel_config(backend=LastingBackend(client=client, wait_for_workers_timeout=WORKER)):
+        backend = LastingBackend(client=client, wait_for_workers_timeout=WORKER)
+        # Rows travel with their jobs, which take far longer than sending them does.
+        silent = importlib.import_module("dask").config.set({LARGE: "1 GB"})
+        with silent, parallel_config(backend=backend):
             yield
 
 

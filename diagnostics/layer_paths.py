@@ -9,7 +9,8 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -19,10 +20,11 @@ from torch import Tensor
 from diagnostics import barriers
 from diagnostics.along import Along, Which
 from diagnostics.barriers import Measured, Screened, combined
-from probes.perturb import Prefix
-from probes.walk import Layer
+from probes.walk import Layer, Walk
 
 Nats = Float[np.ndarray, "alphas rows"]
+# Nats by row of each set; None where the loss is not finite.
+Rows: TypeAlias = list[Float[np.ndarray, " rows"] | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +60,7 @@ class LayerPaths:
         self.along, self.on, self.alphas = along, tuple(on), tuple(alphas)
         self.draws, self.seed = draws, seed
         self.units = np.concatenate([along.units(which) for which in on])
-        self.prefix = Prefix(along.walk.model)
         self.cached = self._same()
-
-    @property
-    def walk(self) -> Any:
-        """The model on its path."""
-        return self.along.walk
 
     def whole(self, alpha: float) -> Float[np.ndarray, " rows"]:
         """Nats by row of the whole model at α."""
@@ -87,61 +83,40 @@ class LayerPaths:
             np.array(alphas), self.curve(np.stack([self.whole(alpha) for alpha in alphas]))
         )
 
-    def here(self, layer: int) -> Float[np.ndarray, " rows"]:
-        """Nats by row wherever the model stands, blocks before the layer taken from what was kept."""
-        with self.prefix.entering(layer) if self.cached else nullcontext():
-            return np.concatenate([self.along.here(which) for which in self.on])
-
-    def measure(
-        self, worst: float, progress: Callable[[int, int, str], None] | None = None
-    ) -> list[LayerPath]:
+    def measure(self, worst: float) -> list[LayerPath]:
         """Every layer, in order.
 
         Args:
             worst: where layers are pinned.
         """
-        layers, inside = self.walk.layers, self.alphas[1:-1]
-        paths: dict[tuple[float, int], Nats] = {}
-        control: dict[int, Any] = {}
-        done = 0
-
-        def tell(what: str) -> None:
-            nonlocal done
-            done += 1
-            if progress:
-                progress(done, 3 * len(layers), what)
-
-        for anchor in (1.0, 0.0):
-            self._moved()
-            for layer in layers:
-                found = {anchor: self.whole(anchor)}
-                for alpha in (*inside, 1.0 - anchor):
-                    self.walk.place(anchor, {layer.index: alpha})
-                    found[alpha] = self.here(layer.index)
-                paths[anchor, layer.index] = np.stack([found[alpha] for alpha in self.alphas])
-                self.walk.place(anchor)
-                if anchor:
-                    control[layer.index] = self._control(layer)
-                tell(f"{layer.name} from {'tuned' if anchor else 'base'}")
-        self.walk.place(worst)
-        self._moved()
-        pinned = {}
-        for layer in layers:
-            ends = []
-            for end in (0.0, 1.0):
-                self.walk.place(worst, {layer.index: end})
-                ends.append(self.here(layer.index))
-            self.walk.place(worst)
-            pinned[layer.index] = np.stack(ends)
-            tell(f"{layer.name} pinned")
+        layers, inside = self.along.walk.layers, self.alphas[1:-1]
+        leg = partial(_leg, on=self.on, cached=self.cached, seed=self.seed)
+        plan: list[tuple[float, Layer, partial[list[Rows]]]] = []
+        for anchor, alphas, draws in (
+            (1.0, (*inside, 0.0), self.draws), (0.0, (*inside, 1.0), 0), (worst, (0.0, 1.0), 0),
+        ):  # fmt: skip
+            plan += [
+                (anchor, layer, partial(leg, anchor=anchor, layer=layer.index, alphas=alphas, draws=draws))
+                for layer in layers
+            ]
+        found: dict[tuple[float, int], Nats] = {}
+        made = self.along.each(call for _, _, call in plan)
+        for done, ((anchor, layer, _), rows) in enumerate(zip(plan, made, strict=True)):
+            found[anchor, layer.index] = np.stack([self._filled(each) for each in rows])
+            where = {1.0: "from tuned", 0.0: "from base"}.get(anchor, "pinned")
+            self.along.tell(done + 1, len(plan), f"{layer.name} {where}")
+        self.along.forget()
+        base, tuned, between = self.whole(0.0)[None], self.whole(1.0)[None], len(inside)
         return [
             LayerPath(
-                layer=layer, tuned=paths[1.0, layer.index], base=paths[0.0, layer.index],
-                control=control[layer.index], pinned=pinned[layer.index],
+                layer=layer,
+                tuned=np.concatenate([away[[between]], away[:between], tuned]),
+                base=np.concatenate([base, found[0.0, layer.index]]),
+                control=away[between + 1 :], pinned=found[worst, layer.index],
                 displacement=norms[0], size=norms[1],
             )
             for layer in layers
-            for norms in (self.walk.displacement(layer),)
+            for away, norms in ((found[1.0, layer.index], self.along.walk.displacement(layer)),)
         ]  # fmt: skip
 
     def screened(self, path: LayerPath, worst: float) -> Screened:
@@ -200,34 +175,72 @@ class LayerPaths:
         found = combined(nats[[0, -1, place]], self.units, weights)
         return Measured(max(0.0, found.value), found.error)
 
-    def _control(self, layer: Layer) -> Float[np.ndarray, "draws rows"]:
-        """Tuned with a layer moved at random, each tensor by half its change."""
-        found = []
-        for draw in range(self.draws):
-            number = (self.seed * 1_000_003 + layer.index + 2) * 1_000_003 + draw
-            generator = torch.Generator().manual_seed(number)
-
-            def change(name: str, value: Tensor, generator: torch.Generator = generator) -> Tensor:
-                base, tuned = self.walk.ends(name)
-                noise = torch.randn(tuned.shape, generator=generator, dtype=torch.float64)
-                half = float((tuned.double() - base.double()).norm()) / 2
-                size = float(noise.norm())
-                return (value.double() + noise * (half / size if size else 0.0)).to(value.dtype)
-
-            with self.walk.changed(layer, change):
-                found.append(self.here(layer.index))
-        return np.stack(found)
-
-    def _moved(self) -> None:
-        """Forget what stands before the layers: the weights there have changed, or will."""
-        self.prefix.clear()
+    def _filled(self, rows: Rows) -> Float[np.ndarray, " rows"]:
+        """Nats of the rows of all sets; NaN where the loss is not finite."""
+        whole = [self.along.units(which) for which in self.on]
+        return np.concatenate(
+            [
+                np.full(len(units), math.nan) if each is None else each
+                for units, each in zip(whole, rows, strict=True)
+            ]
+        )
 
     def _same(self) -> bool:
         """Whether a loss behind what was kept is that of a full pass, to the bit."""
-        self.walk.place(1.0)
-        last = self.walk.layers[-1].index
-        plain = self.whole(1.0)
-        with self.prefix.entering(last):
-            kept = [np.concatenate([self.along.here(which) for which in self.on]) for _ in range(2)]
-        self.prefix.clear()
-        return all(np.array_equal(plain, each) for each in kept)
+        self.along.walk.place(1.0)
+        last = self.along.walk.layers[-1].index
+        kept = [self._filled(_here(self.along, self.on, last, 1.0)) for _ in range(2)]
+        self.along.forget()
+        return all(np.array_equal(self.whole(1.0), each) for each in kept)
+
+
+# At one place of one layer, here or on a worker
+
+
+def _leg(
+    along: Along,
+    *,
+    on: Sequence[Which],
+    cached: bool,
+    seed: int,
+    anchor: float,
+    layer: int,
+    alphas: Sequence[float],
+    draws: int,
+) -> list[Rows]:
+    """A layer at places of its own and all others at an anchor, then moved at random there."""
+    behind = anchor if cached else None
+    found = []
+    for alpha in alphas:
+        along.walk.place(anchor, {layer: alpha})
+        found.append(_here(along, on, layer, behind))
+    along.walk.place(anchor)
+    (moved,) = (each for each in along.walk.layers if each.index == layer)
+    for draw in range(draws):
+        with along.walk.changed(moved, _noise(along.walk, layer, seed, draw)):
+            found.append(_here(along, on, layer, behind))
+    return found
+
+
+def _here(along: Along, on: Sequence[Which], layer: int, behind: float | None) -> Rows:
+    """Nats by row wherever the model stands.
+
+    Args:
+        behind: where all that stands before the layer is; None: it is run again.
+    """
+    with nullcontext() if behind is None else along.behind(layer, behind):
+        return [along.here(which) for which in on]
+
+
+def _noise(walk: Walk, layer: int, seed: int, draw: int) -> Callable[[str, Tensor], Tensor]:
+    """Moves each tensor of a layer at random, by half its change."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + layer + 2) * 1_000_003 + draw)
+
+    def change(name: str, value: Tensor) -> Tensor:
+        base, tuned = walk.ends(name)
+        noise = torch.randn(tuned.shape, generator=generator, dtype=torch.float64)
+        half = float((tuned.double() - base.double()).norm()) / 2
+        size = float(noise.norm())
+        return (value.double() + noise * (half / size if size else 0.0)).to(value.dtype)
+
+    return change

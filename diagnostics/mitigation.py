@@ -10,7 +10,7 @@ review.
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diagnostics import control, work
+from diagnostics import control, remote, work
 from diagnostics.analysis import Result, analysis
 from diagnostics.inputs import tasks
 from diagnostics.mitigate import Mode, applied, by_tensor, choose, triples
@@ -27,6 +27,7 @@ from probes import CheckpointPair
 from probes.blend import Blender
 from probes.editable import Editable
 from probes.layout import Part
+from probes.loading import Loading
 from probes.refit import Edit
 
 if TYPE_CHECKING:
@@ -324,20 +325,34 @@ class Measured:
         self._losses: list[dict[tuple[str, str], Losses]] = []
         self._known: dict[Any, dict[tuple[str, str], Losses]] = {}
 
-    def take(self, points: Iterable[tuple[Mode, float]]) -> None:
+    def take(self, points: Sequence[tuple[Mode, float]]) -> None:
         """Measure these points; what has the weights of one measured before has its losses."""
+        new = {self._key(*point): point for point in points if self._key(*point) not in self._known}
+        made = remote.each(self._there, self, (partial(Measured.at, point=point) for point in new.values()))
         for mode, scale in points:
-            chosen = self.bench.chosen.get(mode, {})
-            key = "tuned" if scale == 1 else (scale, mode == "update", tuple(map(str, chosen.items())))
+            key = self._key(mode, scale)
             if key not in self._known:
-                names, change = self.bench.changes(mode, scale)
-                with self.editable.holding(names, change) as model:
-                    self._known[key] = {which: each.measure(model) for which, each in self.sets.items()}
+                self._known[key] = next(made)
             self.points.append((mode, scale))
             self._losses.append(self._known[key])
             if self.progress:
                 total = max(len(self.points), len(SCALES) * (1 + len(self.bench.chosen)))
                 self.progress(len(self.points), total, f"{mode} at {scale:g}")
+
+    def at(self, point: tuple[Mode, float]) -> dict[tuple[str, str], Losses]:
+        """The losses of every set at one point."""
+        names, change = self.bench.changes(*point)
+        with self.editable.holding(names, change) as model:
+            return {which: each.measure(model) for which, each in self.sets.items()}
+
+    def _key(self, mode: Mode, scale: float) -> Any:
+        chosen = self.bench.chosen.get(mode, {})
+        return "tuned" if scale == 1 else (scale, mode == "update", tuple(map(str, chosen.items())))
+
+    @cached_property
+    def _there(self) -> "remote.Away[Measured] | None":
+        make = partial(_measured, bench=self.bench, sets=self.sets)
+        return remote.elsewhere(self.bench.pair, self.editable.loading, make)
 
     @property
     def unscored(self) -> int:
@@ -396,6 +411,16 @@ class Measured:
             for rows in (self.rows((role, name)),)
             for place, (mode, scale) in enumerate(self.points)
         ).sort_values(["role", "set", "mode", "scale"], kind="stable", ignore_index=True)  # fmt: skip
+
+
+def _measured(
+    pair: CheckpointPair, loading: Loading, *, bench: Bench, sets: Mapping[tuple[str, str], Encoded]
+) -> Measured:
+    """On a worker: the same to measure with."""
+    editable = Editable(
+        pair.tuned, device=loading.device, dtype=loading.dtype, trust_remote_code=loading.trust_remote_code
+    )
+    return Measured(bench, editable, sets, None)
 
 
 @dataclass(frozen=True, kw_only=True)

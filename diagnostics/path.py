@@ -157,11 +157,8 @@ def interpolation_path(
             batch_tokens=batch_tokens,
         )  # fmt: skip
         said = model_notes(pair, host.model)
-        along = Along(walk, sets)
-        for done, alpha in enumerate(sorted(grid, key=lambda each: each not in (0, 1))):  # a broken end first
-            along.at(alpha)
-            if progress:
-                progress(done + 1, len(grid), f"alpha {alpha:g}")
+        along = Along(walk, sets, progress)
+        along.measure(grid)
     rows, choices = set_rows(along, grid), choice_rows(along, grid)
     metrics, best = metrics_of(rows, choices), chosen(along, grid, choices)
     metrics |= told_of(best, along, choices)

@@ -23,6 +23,7 @@ from diagnostics.pathways_record import Plan, Record, Samples, comparable, some
 from diagnostics.pathways_run import Run
 from diagnostics.pathways_tables import metrics as numbers
 from diagnostics.pathways_tables import tables
+from diagnostics.remote import by_checkpoint
 from probes.routes import Weights
 from probes.series import series_of
 
@@ -215,8 +216,9 @@ def grokking_pathways(
         device=device, dtype=dtype,
     )  # fmt: skip
     measured = series.measured(
-        "pathways", plan.identity(), plan.measure, progress, least=(2, "a comparison of pathways")
-    )
+        "pathways", plan.identity(), plan.measure, progress, least=(2, "a comparison of pathways"),
+        each=by_checkpoint(series, device),
+    )  # fmt: skip
     if metric == "auto":
         metric = "loss" if all(each.shape == "text" for each in held.values()) else "accuracy"
     ask = Ask(

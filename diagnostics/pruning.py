@@ -3,14 +3,15 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from diagnostics import control
+from diagnostics import control, remote
 from diagnostics.mask_overlap import Mass, Overlaps, mass, squared_change
 from diagnostics.row_losses import Encoded, Losses
 from probes.host import Host
@@ -25,6 +26,7 @@ Regime = Literal["zero_shot", "masked_finetune"]
 Metric = Literal["accuracy", "loss"]
 Progress = Callable[[int, int, str], None]
 Set = tuple[str, str]  # role and name
+Asked = tuple[Side, str, float]  # whose weights, pattern, sparsity
 
 MAGNITUDE, RANDOM = "magnitude", "random"
 SIDES: tuple[Side, ...] = ("base", "tuned")
@@ -68,10 +70,21 @@ def parsed(pattern: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
+def sparsity_of(pattern: str) -> float:
+    """The share that an N:M pattern prunes.
+
+    Raises:
+        ValueError: as `parsed`.
+    """
+    kept, of = parsed(pattern)
+    return 1 - kept / of
+
+
 class Masks:
     """What each sparsity prunes of base, of tuned, and at random.
 
     Attributes:
+        about: how they were asked for, beside host and sparsities.
         names: the stored tensors that are pruned, in their order.
         left_out: matrices of the file that the running model does not have.
     """
@@ -92,6 +105,7 @@ class Masks:
             ValueError: a sparsity outside [0, 1); nothing to prune, or weights that are no finite floats.
         """
         self.host = host
+        self.about = {"scope": scope, "parts": parts, "random": random, "seed": seed}
         tuned = host.pair.tuned
         whole = magnitude_order(tuned, scope, parts)
         coded = [name for name in whole.shapes if not tuned.headers[name].dtype.is_floating_point]
@@ -115,7 +129,7 @@ class Masks:
             drawn = random_order(tuned, scope, parts, seed=seed)
             self._orders[RANDOM] = Order(shapes, drawn.read, groups=groups)
         self._cuts: dict[tuple[str, float], Cut] = {}
-        for kind in self._orders:
+        for kind in self._orders if sparsities else ():
             self._find(kind, sparsities)
 
     def _find(self, kind: str, sparsities: Sequence[float]) -> None:
@@ -134,10 +148,17 @@ class Masks:
 
     def cut(self, model: Side, sparsity: float, pattern: str = MAGNITUDE) -> Cut:
         """What a sparsity prunes; one that was not asked for at first is found now."""
-        key = (RANDOM if pattern == RANDOM else model, round(sparsity, DIGITS))
+        key = self._key(model, sparsity, pattern)
         if key not in self._cuts:
             self._find(key[0], [sparsity])
         return self._cuts[key]
+
+    def take(self, model: Side, sparsity: float, pattern: str, cut: Cut) -> None:
+        """Take a cut that was found elsewhere."""
+        self._cuts[self._key(model, sparsity, pattern)] = cut
+
+    def _key(self, model: Side, sparsity: float, pattern: str) -> tuple[str, float]:
+        return (RANDOM if pattern == RANDOM else model, round(sparsity, DIGITS))
 
     def pruned(self, model: Side, pattern: str, sparsity: float, name: str) -> Bool[Tensor, "..."]:
         """Which entries of a stored tensor are pruned."""
@@ -150,8 +171,7 @@ class Masks:
         """Share of the scope that is pruned."""
         if pattern in (MAGNITUDE, RANDOM):
             return self.cut(model, sparsity, pattern).realised
-        kept, of = parsed(pattern)
-        return 1 - kept / of
+        return sparsity_of(pattern)
 
     def misfit(self, pattern: str) -> str:
         """Why a pattern cannot be taken, with the matrix whose width its groups do not fill; empty if it can.
@@ -265,8 +285,34 @@ class Bench:
         self.points: list[Point] = []
         self._losses: list[dict[Set, Losses]] = []
         self.evaluations = 0
-        self._total, self._progress = total, progress
+        self._ahead: dict[Asked, dict[Set, Losses]] = {}
+        self._total, self._progress, self._done = total, progress, 0
         self._present: tuple[Side, str, float] | None = None
+
+    def ahead(self, asked: Sequence[Asked]) -> None:
+        """Run what `measure` will be asked for on the engine's workers, if it has any.
+
+        Args:
+            asked: side, pattern and sparsity of points without training.
+        """
+        there = remote.hosts(self.host, partial(_of, sets=self.sets, about=self.masks.about))
+        if there is None:
+            return
+        # Without a mask all patterns are one model.
+        plan = [each for each in asked if each[2] or each[1] == MAGNITUDE]
+        calls = (partial(_losses, asked=each, cut=self._cut(*each)) for each in plan)
+        for each, losses in zip(plan, there.each(calls), strict=True):
+            self._ahead[each] = losses
+            self._tell(*each)
+
+    def _cut(self, model: Side, pattern: str, sparsity: float) -> Cut | None:
+        return self.masks.cut(model, sparsity, pattern) if pattern in (MAGNITUDE, RANDOM) else None
+
+    def _tell(self, model: Side, pattern: str, sparsity: float) -> None:
+        self._done += 1
+        if self._progress:
+            what = f"{model}, {pattern} at {sparsity:g}"
+            self._progress(self._done, max(self._done, self._total), what)
 
     def prune(self, model: Side, pattern: str, sparsity: float) -> None:
         """Be a side under a mask; from a lower sparsity of the same order, only more is zeroed."""
@@ -304,22 +350,27 @@ class Bench:
             realised=self.masks.realised(model, pattern, sparsity),
         )  # fmt: skip
         dense = None if sparsity else self.dense(model, regime)
+        known = self._ahead.pop((model, pattern, sparsity), None) if train is None else None
         if dense is not None:  # without a mask all patterns are one model
             losses = self._losses[dense]
+        elif known is not None:
+            losses = known
         else:
             self.prune(model, pattern, sparsity)
             if train is not None:
                 train(self.held(model, pattern, sparsity))
                 self.forget()
-            losses = {which: each.measure(self.host.model) for which, each in self.sets.items()}
-            self.evaluations += 1
+            losses = self.here()
+        self.evaluations += dense is None
         self.points.append(point)
         self._losses.append(losses)
-        if self._progress:
-            done = len(self.points)
-            what = f"{model}, {pattern} at {sparsity:g}"
-            self._progress(done, max(done, self._total), what)
+        if known is None:
+            self._tell(model, pattern, sparsity)
         return point
+
+    def here(self) -> dict[Set, Losses]:
+        """Losses of every row with the model as it is."""
+        return {which: each.measure(self.host.model) for which, each in self.sets.items()}
 
     @property
     def curves(self) -> list[tuple[Side, Regime]]:
@@ -391,3 +442,18 @@ class Bench:
     def unscored(self) -> int:
         """Rows with nothing to score."""
         return sum(int((each.units == 0).sum()) for each in self._losses[0].values())
+
+
+# On a worker
+
+
+def _of(host: Host, sets: Mapping[Set, Encoded], about: Mapping[str, Any]) -> Bench:
+    return Bench(Masks(host, (), **about), sets, total=0)
+
+
+def _losses(bench: Bench, *, asked: Asked, cut: Cut | None) -> dict[Set, Losses]:
+    model, pattern, sparsity = asked
+    if cut is not None:
+        bench.masks.take(model, sparsity, pattern, cut)
+    bench.prune(model, pattern, sparsity)
+    return bench.here()

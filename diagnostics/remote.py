@@ -1,42 +1,102 @@
-"""Models that run elsewhere: passes over rows split by batch, on the engine's workers.
+"""Models that run elsewhere, on the engine's workers: passes over rows split by batch, and walks by place.
 
-Each worker opens the pair itself and keeps it while there is work for it. A batch is the same wherever it
-runs, so that its numbers are too.
+Each worker opens the pair itself and keeps it while there is work for it. What is computed of a batch, or at
+a place, is the same wherever it runs, so that its numbers are too.
 """
 
+import gc
 import pickle
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
+
+import torch
 
 from diagnostics import work
 from diagnostics.groups import in_this_process
 from probes.batches import Example, batches
+from probes.checkpoint import Checkpoint
+from probes.host import Host
+from probes.loading import Loading
 from probes.measure import NonFiniteError
 from probes.models import RunnablePair
-from probes.pair import Side
+from probes.pair import CheckpointPair, Side
+from probes.series import CheckpointSeries, Each, one_by_one
 
 Made = TypeVar("Made")
+Thing = TypeVar("Thing")
 
 # Seconds without work after which a worker gives a model's memory back.
 IDLE = 30.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class RemoteModel:
-    """One side of a pair on whichever worker is asked.
+def by_checkpoint(series: CheckpointSeries, device: str) -> Each:
+    """Does calls on a checkpoint each: on workers, if an engine with some is chosen and all can travel."""
+    if _stays(*series.checkpoints):
+        return one_by_one
+    return partial(work.each, device=torch.device(device).type)
+
+
+@dataclass(frozen=True)
+class Away(Generic[Thing]):
+    """What every worker makes for itself when it is first asked, and holds while there is work with it.
 
     Attributes:
-        packed: the pair as it travels, and how it is loaded: `probes.loading.Loading`.
-        device: where it runs.
+        packed: the pickle of a callable without arguments that makes it.
+        device: where it computes.
     """
 
     packed: bytes
-    side: Side
     device: str
+
+    def each(self, calls: Iterable[Callable[[Thing], Made]]) -> Iterator[Made]:
+        """What calls make of it, in their order; each finds it as some other has left it.
+
+        Raises:
+            EngineError: as `diagnostics.work.each`.
+        """
+        return work.each((partial(_used, self.packed, call) for call in calls), device=self.device)
+
+
+def elsewhere(
+    pair: CheckpointPair, loading: Loading, make: Callable[[CheckpointPair, Loading], Thing]
+) -> Away[Thing] | None:
+    """What is made of a pair on every worker; None if all is to be done here.
+
+    That is without an engine that has workers, or if a model lies in memory and cannot travel.
+
+    Args:
+        make: a top-level function, or `functools.partial` of one.
+    """
+    if _stays(pair.base, pair.tuned):
+        return None
+    device = "cpu" if loading.device is None else loading.device.type
+    return Away(pickle.dumps(partial(make, pair, loading)), device)
+
+
+def hosts(host: Host, make: Callable[[Host], Thing]) -> Away[Thing] | None:
+    """As `elsewhere`, of a host like this one."""
+    return elsewhere(host.pair, host.editable.loading, partial(_hosted, make=make))
+
+
+def each(there: Away[Thing] | None, here: Thing, calls: Iterable[Callable[[Thing], Made]]) -> Iterator[Made]:
+    """What calls make of a thing on workers, or of that here; in their order, as soon as each is known."""
+    return (call(here) for call in calls) if there is None else there.each(calls)
+
+
+def _stays(*checkpoints: Checkpoint) -> bool:
+    return in_this_process() or any(checkpoint.opened is None for checkpoint in checkpoints)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoteModel:
+    """One side of a pair on whichever worker is asked."""
+
+    pair: Away[RunnablePair]
+    side: Side
 
     def by_batch(
         self,
@@ -53,67 +113,75 @@ class RemoteModel:
             progress: called with the examples that are done.
         """
         plan = [batch.indices.tolist() for batch in batches(examples, tokens=tokens, pad_id=0)]
-        calls = (partial(self._measured, measure, own, [examples[i] for i in own]) for own in plan)
+        calls = (partial(_measured, self.side, measure, own, [examples[i] for i in own]) for own in plan)
         done = 0
-        for own, made in zip(plan, work.each(calls, device=self.device), strict=True):
+        for own, made in zip(plan, self.pair.each(calls), strict=True):
             done += len(own)
             if progress:
                 progress(done)
             yield own, made
 
-    def _measured(
-        self, measure: Callable[[Any, Sequence[Example]], Made], own: list[int], examples: list[Example]
-    ) -> Made:
-        """On the worker: measure one batch."""
-        try:
-            with _held(self.packed) as runnable, getattr(runnable, self.side)() as model:
-                return measure(model, examples)
-        except NonFiniteError as error:
-            raise NonFiniteError(own[error.example], error.layer, error.name) from error
-
 
 def entered(runnable: RunnablePair, side: Side) -> AbstractContextManager[Any]:
-    """A side of a pair: its torch model, or a `RemoteModel` where an engine with workers is chosen.
-
-    Models in memory do not travel and run here.
-    """
-    pair = runnable.pair
-    if in_this_process() or pair.base.opened is None or pair.tuned.opened is None:
-        return runnable.base() if side == "base" else runnable.tuned()
-    return _remote(runnable, side)
-
-
-@contextmanager
-def _remote(runnable: RunnablePair, side: Side) -> Iterator[RemoteModel]:
-    device = runnable.loading.device
-    kind = "cpu" if device is None else device.type
-    yield RemoteModel(packed=pickle.dumps((runnable.pair, runnable.loading)), side=side, device=kind)
+    """A side of a pair: its torch model, or a `RemoteModel` where it is to be run on workers."""
+    there = elsewhere(runnable.pair, runnable.loading, _opened)
+    if there is not None:
+        return nullcontext(RemoteModel(pair=there, side=side))
+    return runnable.base() if side == "base" else runnable.tuned()
 
 
 # On a worker
 
 _LOCK = threading.Lock()
-_OPEN: dict[bytes, RunnablePair] = {}
+_OPEN: dict[bytes, Any] = {}
 _CLOSING: list[threading.Timer] = []
 
 
+def _opened(pair: CheckpointPair, loading: Loading) -> RunnablePair:
+    return RunnablePair(
+        pair,
+        device=loading.device,
+        dtype=loading.dtype,
+        device_map=loading.device_map,
+        trust_remote_code=loading.trust_remote_code,
+    )
+
+
+def _hosted(pair: CheckpointPair, loading: Loading, *, make: Callable[[Host], Thing]) -> Thing:
+    trust = loading.trust_remote_code
+    return make(Host(pair, device=loading.device, dtype=loading.dtype, trust_remote_code=trust))
+
+
+def _measured(
+    side: Side,
+    measure: Callable[[Any, Sequence[Example]], Made],
+    own: list[int],
+    examples: list[Example],
+    runnable: RunnablePair,
+) -> Made:
+    """Measure one batch."""
+    try:
+        with getattr(runnable, side)() as model:
+            return measure(model, examples)
+    except NonFiniteError as error:
+        raise NonFiniteError(own[error.example], error.layer, error.name) from error
+
+
+def _used(packed: bytes, call: Callable[[Any], Made]) -> Made:
+    with _held(packed) as thing:
+        return call(thing)
+
+
 @contextmanager
-def _held(packed: bytes) -> Iterator[RunnablePair]:
-    """The pair, which the jobs of one process use in turns; one at a time is in memory."""
+def _held(packed: bytes) -> Iterator[Any]:
+    """What is packed, which the jobs of one process use in turns; one such thing is in memory."""
     with _LOCK:
         for timer in _CLOSING:
             timer.cancel()
         _CLOSING.clear()
         if packed not in _OPEN:
             _close()
-            pair, loading = pickle.loads(packed)
-            _OPEN[packed] = RunnablePair(
-                pair,
-                device=loading.device,
-                dtype=loading.dtype,
-                device_map=loading.device_map,
-                trust_remote_code=loading.trust_remote_code,
-            )
+            _OPEN[packed] = pickle.loads(packed)()
         try:
             yield _OPEN[packed]
         finally:
@@ -131,6 +199,7 @@ def _close_if_idle() -> None:
 
 
 def _close() -> None:
-    for runnable in _OPEN.values():
-        runnable.close()
     _OPEN.clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from probes.perturb import Moved, Prefix, logits_through
 from probes.walk import Layer
 
 WHOLE = "all blocks"
+# What was measured on one batch, by name of the layer and radius.
+Rises: TypeAlias = dict[tuple[str, float], dict[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +118,6 @@ def rises(
     *,
     whole: bool = True,
     radii: Mapping[str, Sequence[float]] | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Sharpness of each layer alone, and of all blocks together, at the weights that the model has.
 
@@ -128,35 +129,66 @@ def rises(
     Returns:
         rows of layer, name, rho, radius, worst, single, average, average_error, spread, slope, loss.
     """
-    found: dict[tuple[str, float], list[Mapping[str, float]]] = {}
+    made = [
+        rises_of(model, layers, lot, number, settings, whole=whole, radii=radii)
+        for number, lot in enumerate(batches)
+    ]
+    return averaged(layers, made)
+
+
+def averaged(layers: Sequence[Layer], made: Sequence[Rises]) -> list[dict[str, Any]]:
+    """Means over batches, a row a layer and radius; as `rises`."""
     places = {layer.name: layer.index for layer in layers}
+    return [
+        {
+            "layer": places.get(name, math.nan),
+            "name": name,
+            "rho": rho,
+            **_mean([each[name, rho] for each in made]),
+        }
+        for name, rho in made[0]
+    ]
+
+
+def rises_of(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    lot: Lot,
+    number: int,
+    settings: Settings,
+    *,
+    whole: bool = True,
+    radii: Mapping[str, Sequence[float]] | None = None,
+    tell: Callable[[int, str], None] = lambda done, what: None,
+) -> Rises:
+    """Sharpness on one batch, as of `rises`.
+
+    Args:
+        number: of the batch, for what is drawn at random.
+        tell: called with how many layers are done, and which was the last.
+    """
+    found: Rises = {}
     median = float(np.median([_size(settings.parameters(layer)) for layer in layers]))
     blocks = [layer for layer in layers if layer.name.startswith("block")]
     every = Layer(-2, WHOLE, tuple(each for layer in blocks for each in layer.parameters))
-    done, total = 0, len(batches) * (len(layers) + whole)
+    prefix = Prefix(model)
+    tops: dict[float, tuple[Layer, Worst]] = {}
+    chosen = [*layers, *([every] if whole and blocks else [])]
     with logits_normalised(model, settings.normalise):
-        for number, lot in enumerate(batches):
-            prefix = Prefix(model)
-            tops: dict[float, tuple[Layer, Worst]] = {}
-            for layer in [*layers, *([every] if whole and blocks else [])]:
-                size = _size(settings.parameters(layer))
-                scale = math.sqrt(size / median) if settings.per_size and layer is not every else 1.0
-                warm = {rho: _embedded(blocks, settings, *tops[rho]) for rho in tops if layer is every}
-                own = replace(settings, rhos=tuple((radii or {}).get(layer.name, settings.rhos)))
-                with prefix.entering(layer.index if settings.cached else -1):
-                    rows, worsts = _layer(model, layer, lot, own, scale, number, warm)
-                for rho, row in rows.items():
-                    found.setdefault((layer.name, rho), []).append(row)
-                    top = tops.get(rho)
-                    if layer in blocks and (top is None or worsts[rho].rise > top[1].rise):
-                        tops[rho] = layer, _on_cpu(worsts[rho])
-                done += 1
-                if progress:
-                    progress(done, total, f"sharpness of {layer.name}")
-    return [
-        {"layer": places.get(name, math.nan), "name": name, "rho": rho, **_mean(rows)}
-        for (name, rho), rows in found.items()
-    ]
+        for done, layer in enumerate(chosen):
+            size = _size(settings.parameters(layer))
+            scale = math.sqrt(size / median) if settings.per_size and layer is not every else 1.0
+            warm = {rho: _embedded(blocks, settings, *tops[rho]) for rho in tops if layer is every}
+            own = replace(settings, rhos=tuple((radii or {}).get(layer.name, settings.rhos)))
+            with prefix.entering(layer.index if settings.cached else -1):
+                rows, worsts = _layer(model, layer, lot, own, scale, number, warm)
+            for rho, row in rows.items():
+                found[layer.name, rho] = row
+                top = tops.get(rho)
+                if layer in blocks and (top is None or worsts[rho].rise > top[1].rise):
+                    tops[rho] = layer, _on_cpu(worsts[rho])
+            tell(done + 1, layer.name)
+    return found
 
 
 def logits_normalised(model: nn.Module, wanted: bool) -> AbstractContextManager[None]:

@@ -11,7 +11,8 @@ read: the rule is ours); arXiv:2302.07011 (the measures); arXiv:2109.01903 (the 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from diagnostics import barriers
 from diagnostics.along import (
     ALPHAS,
     Along,
+    Which,
     check_alphas,
     is_half,
     model_notes,
@@ -28,11 +30,10 @@ from diagnostics.along import (
     sets_of,
 )
 from diagnostics.analysis import Result, analysis
-from diagnostics.curvature import Twice, spectrum
+from diagnostics.curvature import Spectrum, Twice, spectrum
 from diagnostics.layer_paths import LayerPaths
 from diagnostics.remedies import remedies, remedy_rows
-from diagnostics.rises import Lot, Settings, logits_normalised, lots, rises
-from diagnostics.row_losses import Encoded
+from diagnostics.rises import Lot, Rises, Settings, averaged, logits_normalised, lots, rises_of
 from diagnostics.sharp import Norm
 from diagnostics.sharpness_tables import Flags, beside, judgement, layer_table, metrics_of
 from probes import CheckpointPair
@@ -206,26 +207,21 @@ def layer_sharpness(
             given, host.editable, purpose="sharpness", max_length=max_length, chat_template=chat_template,
             batch_tokens=batch_tokens, rows=rows, seed=seed,
         )  # fmt: skip
-        along = Along(walk, sets)
-        for done, alpha in enumerate(sorted(grid, key=lambda each: each not in (0, 1))):  # a broken end first
-            along.at(alpha)
-            if progress:
-                progress(done + 1, len(grid), f"alpha {alpha:g}")
+        along = Along(walk, sets, progress)
+        along.measure(grid)
         on = along.role("ood") or along.role("task")
         layer_paths = LayerPaths(along, on, layer_grid, seed=seed)
         worst = layer_paths.worst(grid)
-        measured = layer_paths.measure(worst, progress)
+        measured = layer_paths.measure(worst)
         flags = Flags(layer_paths, measured, worst, layer_paths.barrier(grid))
         best = barriers.best_alpha(np.array(grid), {which[1]: along.losses(which, grid) for which in on})
         settings = Settings(
             rhos=radii, norm=norm, adaptive=adaptive, normalise=normalise, steps=steps, starts=starts,
             pairs=pairs, per_size=per_size, matrices_only=matrices_only, cached=layer_paths.cached, seed=seed,
         )  # fmt: skip
-        tasks = [sets[which] for which in along.role("task")]
-        objectives = [Objective(each, tokens=batch_tokens) for each in tasks]
-        drawn = lots(objectives, batches, batch_rows, seed)
+        drawn = _drawn(along, batches, batch_rows, seed)
         alone = rho if sharpen == "screened" else None
-        sharp = _sharpness(walk, flags, drawn, settings, places, {best, worst}, alone, progress)
+        sharp = _sharpness(along, flags, drawn, settings, places, {best, worst}, alone)
         flagged = [path.layer for path, flag in zip(measured, flags.stragglers, strict=True) if flag]
         remedied: list[dict[str, Any]] = []
         if flagged:
@@ -234,8 +230,7 @@ def layer_sharpness(
         curved = []
         if curvature:
             chosen = flags.chosen() if sharpen == "screened" else flags.layers
-            source = dict(zip(map(id, objectives), tasks, strict=True))
-            curved = _curvature(walk, chosen, drawn[0], source, settings, notes, progress)
+            curved = _curvature(along, chosen, drawn[0], settings, notes)
     sharp_table, remedy_table = pd.DataFrame(sharp), pd.DataFrame(remedied, columns=REMEDIES)
     table = layer_table(flags, sharp_table, rho, remedy_table, worst, on)
     set_table = set_rows(along, grid)
@@ -293,69 +288,122 @@ def _checked(
     return tuple(sorted({float(each) for each in rhos}))
 
 
+# A batch of rows: of which set, and which of them.
+Drawn: TypeAlias = tuple[Which, tuple[int, ...]]
+
+
+def _drawn(along: Along, batches: int, size: int, seed: int) -> list[Drawn]:
+    """Batches of task rows."""
+    objectives = {which: _objective(along, which) for which in along.role("task")}
+    names = {id(objective): which for which, objective in objectives.items()}
+    found = lots(list(objectives.values()), batches, size, seed)
+    return [(names[id(lot.objective)], lot.rows) for lot in found]
+
+
+def _objective(along: Along, which: Which) -> Objective:
+    return Objective(along.sets[which], tokens=along.sets[which].batch_tokens)
+
+
 def _sharpness(
-    walk: Walk,
+    along: Along,
     flags: Flags,
-    batches: Sequence[Lot],
+    batches: Sequence[Drawn],
     settings: Settings,
     places: Sequence[float],
     more: set[float],
     rho: float | None,
-    progress: Callable[[int, int, str], None] | None,
 ) -> list[dict[str, Any]]:
     """Sharpness of layers at places on the path, and of flagged ones at some more.
 
     Args:
         rho: of layers that do not stand out, the one radius, at both ends alone; None: all are measured.
     """
-    found = []
     chosen = flags.layers if rho is None else flags.chosen()
     others = {layer.name: (rho,) for layer in flags.layers if layer not in chosen and rho is not None}
-    for alpha in sorted({*places, *more}):
-        part = flags.layers if alpha in (0.0, 1.0) else chosen if alpha in places else flags.flagged()
-        if not part:
-            continue
-        walk.place(alpha)
-        rows = rises(
-            walk.model, part, batches, settings, whole=alpha in places, radii=others, progress=progress
+    parts = {
+        alpha: flags.layers if alpha in (0.0, 1.0) else chosen if alpha in places else flags.flagged()
+        for alpha in sorted({*places, *more})
+    }
+    plan = [
+        (alpha, partial(_rises, number=number, drawn=drawn, whole=alpha in places))
+        for alpha, layers in parts.items()
+        for number, drawn in enumerate(batches)
+        if layers
+    ]
+    steps = [len(parts[alpha]) + (alpha in places) for alpha, _ in plan]
+    calls = (
+        partial(
+            call, alpha=alpha, layers=tuple(layer.index for layer in parts[alpha]), settings=settings,
+            radii=others, done=sum(steps[:place]), total=sum(steps),
         )
-        found += [{"alpha": alpha, **row} for row in rows]
-    return found
+        for place, (alpha, call) in enumerate(plan)
+    )  # fmt: skip
+    found: dict[float, list[Rises]] = {}
+    for place, ((alpha, _), made) in enumerate(zip(plan, along.each(calls), strict=True)):
+        found.setdefault(alpha, []).append(made)
+        along.tell(sum(steps[: place + 1]), sum(steps), f"sharpness at alpha {alpha:g}")
+    return [{"alpha": alpha, **row} for alpha, made in found.items() for row in averaged(parts[alpha], made)]
+
+
+def _rises(
+    along: Along,
+    *,
+    alpha: float,
+    number: int,
+    drawn: Drawn,
+    layers: Sequence[int],
+    settings: Settings,
+    radii: Mapping[str, Sequence[float]],
+    whole: bool,
+    done: int,
+    total: int,
+) -> Rises:
+    """Sharpness at one place on one batch, here or on a worker."""
+    along.forget()
+    along.walk.place(alpha)
+    which, rows = drawn
+    return rises_of(
+        along.walk.model, [layer for layer in along.walk.layers if layer.index in layers],
+        Lot(_objective(along, which), rows), number, settings, whole=whole, radii=radii,
+        tell=lambda count, name: along.tell(done + count, total, f"sharpness of {name}"),
+    )  # fmt: skip
 
 
 def _curvature(
-    walk: Walk,
-    layers: Sequence[Layer],
-    lot: Lot,
-    tasks: Mapping[int, Encoded],
-    settings: Settings,
-    notes: list[str],
-    progress: Callable[[int, int, str], None] | None,
+    along: Along, layers: Sequence[Layer], drawn: Drawn, settings: Settings, notes: list[str]
 ) -> list[dict[str, Any]]:
     """Both ends of the spectrum and the trace of each layer at base and tuned, on one batch."""
+    plan = [(alpha, layer) for alpha in (0.0, 1.0) for layer in layers]
+    calls = (
+        partial(_spectrum, alpha=alpha, index=layer.index, drawn=drawn, settings=settings)
+        for alpha, layer in plan
+    )
+    found: list[dict[str, Any]] = []
+    for done, ((alpha, layer), made) in enumerate(zip(plan, along.each(calls), strict=True)):
+        if isinstance(made, str):
+            notes.append(f"Curvature was not measured: the model cannot be differentiated twice ({made}).")
+            return found
+        found.append({"alpha": alpha, "layer": layer.index, "name": layer.name, **made._asdict()})
+        along.tell(done + 1, len(plan), f"curvature of {layer.name}")
+    return found
+
+
+def _spectrum(along: Along, *, alpha: float, index: int, drawn: Drawn, settings: Settings) -> Spectrum | str:
+    """The spectrum of one layer at one place, here or on a worker; or why it has none."""
     import torch
 
-    found: list[dict[str, Any]] = []
-    for alpha in (0.0, 1.0):
-        walk.place(alpha)
-        for done, layer in enumerate(layers):
-            with (
-                logits_normalised(walk.model, settings.normalise),
-                Moved(settings.parameters(layer), adaptive=settings.adaptive) as moved,
-            ):
-                try:
-                    made = spectrum(  # under no name: the graph of one layer at a time
-                        Twice(walk.model, tasks[id(lot.objective)], lot.rows, moved).product,
-                        moved.zero,
-                        generator=torch.Generator().manual_seed(settings.seed),
-                    )
-                except (RuntimeError, NotImplementedError) as error:
-                    notes.append(
-                        "Curvature was not measured: the model cannot be differentiated twice "
-                        f"({str(error).partition(chr(10))[0]})."
-                    )
-                    return found
-            found.append({"alpha": alpha, "layer": layer.index, "name": layer.name, **made._asdict()})
-            if progress:
-                progress(done + 1, len(layers), f"curvature of {layer.name}")
-    return found
+    along.walk.place(alpha)
+    which, rows = drawn
+    (layer,) = (each for each in along.walk.layers if each.index == index)
+    with (
+        logits_normalised(along.walk.model, settings.normalise),
+        Moved(settings.parameters(layer), adaptive=settings.adaptive) as moved,
+    ):
+        try:
+            return spectrum(
+                Twice(along.walk.model, along.sets[which], rows, moved).product,
+                moved.zero,
+                generator=torch.Generator().manual_seed(settings.seed),
+            )
+        except (RuntimeError, NotImplementedError) as error:
+            return str(error).partition("\n")[0]

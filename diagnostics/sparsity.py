@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from diagnostics.analysis import Result, analysis
 from diagnostics.inputs import tasks
 from diagnostics.masked_training import Training, check, split
-from diagnostics.pruning import RANDOM, SIDES, Bench, Masks, Progress, Regime, parsed
+from diagnostics.pruning import RANDOM, SIDES, Bench, Masks, Progress, Regime, parsed, sparsity_of
 from diagnostics.row_losses import encoded
 from diagnostics.sparsity_grid import COMPARED, FINER, Ask
 from diagnostics.sparsity_notes import notes, told
@@ -229,12 +229,12 @@ def essential_sparsity(
         bench = Bench(
             masks, sets, total=len(curves) * one_curve + len(SIDES) * len(fitting), progress=progress
         )
+        bench.ahead([(side, *each) for side in SIDES for each in ask.zero_shot(fitting, random)])
         for side, regime in curves:
             taught = train if regime == "masked_finetune" else None
             ask.sweep(bench, side, regime, roles["task"], taught)
             for pattern in fitting if taught is None else ():
-                kept, of = parsed(pattern)
-                bench.measure(side, pattern, 1 - kept / of)
+                bench.measure(side, pattern, sparsity_of(pattern))
             for sparsity in ask.grid if random else ():
                 bench.measure(side, RANDOM, sparsity, regime=regime, train=taught)
         found = Found.of(bench, ask, roles, fitting)

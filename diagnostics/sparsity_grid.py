@@ -1,6 +1,6 @@
 """Where essential sparsity measures: a coarse grid, then where the curve leaves the tolerance and bends."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from diagnostics.dropping import next_sparsity
 from diagnostics.masked_training import Training
-from diagnostics.pruning import MAGNITUDE, Bench, Metric, Regime, Set
+from diagnostics.pruning import MAGNITUDE, RANDOM, Bench, Metric, Regime, Set, sparsity_of
 from probes.pair import Side
 from probes.tasks import Task
 
@@ -73,6 +73,12 @@ class Ask:
     def rule(self, metric: Metric) -> str:
         """The tolerance in words."""
         return f"{self.allowed:g} absolute" if metric == "accuracy" else f"{self.allowed:.3g} of its value"
+
+    def zero_shot(self, patterns: Sequence[str], random: bool) -> list[tuple[str, float]]:
+        """Patterns and sparsities that are measured of each side whatever comes out."""
+        found = [(MAGNITUDE, sparsity) for sparsity in self.grid]
+        found += [(pattern, sparsity_of(pattern)) for pattern in patterns]
+        return found + [(RANDOM, sparsity) for sparsity in self.grid if random]
 
     def sweep(
         self, bench: Bench, model: Side, regime: Regime, metric: Metric, train: Training | None

@@ -8,6 +8,7 @@ Frankle et al., arXiv:1903.01611 (distance and angle); Isik et al., arXiv:2402.0
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,8 +16,10 @@ import numpy as np
 from diagnostics import trajectory_tables as made
 from diagnostics.along import drawn
 from diagnostics.analysis import Result, analysis
-from diagnostics.over_steps import Reading, curves, said, scores, sets_of
+from diagnostics.over_steps import Reading, Which, curves, said, scores, sets_of
+from diagnostics.remote import by_checkpoint
 from probes.checkpoint import Checkpoint
+from probes.rows import Task
 from probes.series import series_of
 
 if TYPE_CHECKING:
@@ -159,11 +162,11 @@ def training_trajectory(
         max_length=max_length, chat_template=chat_template, batch_tokens=batch_tokens,
         trust_remote_code=trust_remote_code, device=device, dtype=dtype,
     )  # fmt: skip
-
-    def measure(checkpoint: Checkpoint) -> Mapping[str, np.ndarray]:
-        return scores(reading.open(checkpoint), sets, reading)
-
-    measurements = series.measured("scores", reading.key(sets), measure, progress, least=(4, "a trajectory"))
+    measure = partial(_measured, sets=sets, reading=reading)
+    measurements = series.measured(
+        "scores", reading.key(sets), measure, progress, least=(4, "a trajectory"),
+        each=by_checkpoint(series, device),
+    )  # fmt: skip
     steps, found = np.array(series.steps), curves(measurements, sets)
     notes = [] if series.stepped else ["No steps are known: the checkpoints are counted 0, 1, 2 …"]
     lows = [
@@ -186,3 +189,10 @@ def training_trajectory(
         metrics |= made.of_path(way, notes)
     notes += made.told(lows, recovered) + said(measurements, sets, series.labels)
     return Result(metrics=metrics, tables=tables, notes=tuple(notes))
+
+
+def _measured(
+    checkpoint: Checkpoint, *, sets: Mapping[Which, Task], reading: Reading
+) -> Mapping[str, np.ndarray]:
+    """The scores of one checkpoint, here or on a worker."""
+    return scores(reading.open(checkpoint), sets, reading)

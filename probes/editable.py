@@ -53,6 +53,7 @@ class Editable:
         checkpoint: what the model is, but inside `holding`.
         kind: what its head predicts.
         model: in evaluation mode; an adapter is merged into it.
+        loading: where and how it was loaded.
     """
 
     def __init__(
@@ -70,9 +71,8 @@ class Editable:
         """
         self.checkpoint = checkpoint
         self.kind: Kind = kind_of(checkpoint)
-        self._trust = trust_remote_code
-        loading = Loading(device_of(device), dtype_of(dtype), None, trust_remote_code)
-        model = loading.model(checkpoint, self.kind).model
+        self.loading = Loading(device_of(device), dtype_of(dtype), None, trust_remote_code)
+        model = self.loading.model(checkpoint, self.kind).model
         if any(memory_of(side) is not None for side in (checkpoint, checkpoint.base) if side is not None):
             model = copy.deepcopy(model)
         self.model: Any = _merged(checkpoint, model).eval().requires_grad_(False)
@@ -91,7 +91,9 @@ class Editable:
         Raises:
             ValueError: none lies beside the weights.
         """
-        return tokenizer_of(self.checkpoint.ref, places_of(self.checkpoint), trust_remote_code=self._trust)
+        return tokenizer_of(
+            self.checkpoint.ref, places_of(self.checkpoint), trust_remote_code=self.loading.trust_remote_code
+        )
 
     @property
     def context(self) -> int | None:

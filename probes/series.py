@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
@@ -21,10 +21,17 @@ from probes.locate import MODEL_FILES, adapter_files
 # What is measured on one checkpoint: arrays and numbers by name.
 Measurement: TypeAlias = dict[str, np.ndarray]
 Progress: TypeAlias = Callable[[int, int, str], None]
+Calls: TypeAlias = Iterable[Callable[[], Mapping[str, Any]]]
+Each: TypeAlias = Callable[[Calls], Iterable[Mapping[str, Any]]]
 
 # How trainers and hub revisions write a step: checkpoint-500, global_step500, step1000-tokens4B, iter_20k.
 STEP = re.compile(r"(?:step|checkpoint|ckpt|iter(?:ation)?)s?[-_=]?(\d+)([kKmM](?![a-zA-Z]))?")
 THOUSANDS = {"": 1, "k": 1_000, "m": 1_000_000}
+
+
+def one_by_one(calls: Calls) -> Iterator[Mapping[str, Any]]:
+    """What calls return, each made here when it is asked for."""
+    return (call() for call in calls)
 
 
 class TooShortError(ValueError):
@@ -121,6 +128,7 @@ class CheckpointSeries:
         progress: Progress | None = None,
         *,
         least: tuple[int, str] = (1, ""),
+        each: Each = one_by_one,
     ) -> list[Measurement]:
         """What `measure` gives of every checkpoint, in order; one is in memory at a time.
 
@@ -130,6 +138,7 @@ class CheckpointSeries:
             measure: from a checkpoint to arrays and numbers by name, none of them of objects.
             progress: called with (checkpoints done, all, the label of the next).
             least: as of `at_least`, how many a conclusion takes and for what.
+            each: gives what calls return, in their order; those of what is not known yet.
 
         Raises:
             TooShortError: there are fewer; they are measured all the same where that is kept for a series
@@ -137,14 +146,17 @@ class CheckpointSeries:
         """
         if self.complete or not self.cache:
             self.at_least(*least)
-        found = []
-        for place, checkpoint in enumerate(self.checkpoints):
+        keys = [f"{name}.{_key(self._context, name, parameters, stamp)}" for stamp in self.stamps]
+        new = {key: checkpoint for key, checkpoint in zip(keys, self.checkpoints, strict=True)
+               if not self._known(key)}  # fmt: skip
+        made = iter(each(partial(measure, checkpoint) for checkpoint in new.values()))
+        for place, key in enumerate(keys):
             if progress:
                 progress(place, len(self), self.labels[place])
-            key = _key(self._context, name, parameters, self.stamps[place])
-            found.append(self._kept(f"{name}.{key}", partial(measure, checkpoint)))
+            if key in new and key not in self._held:
+                self._keep(key, next(made))
         self.at_least(*least)
-        return found
+        return [self._held[key] for key in keys]
 
     def at_least(self, count: int, why: str) -> None:
         """Refuse a series that is too short for a conclusion.
@@ -156,16 +168,17 @@ class CheckpointSeries:
             many = "checkpoint" if len(self) == 1 else "checkpoints"
             raise TooShortError(f"a series of {len(self)} {many}: {why} needs at least {count}; give more")
 
-    def _kept(self, key: str, measure: Callable[[], Mapping[str, Any]]) -> Measurement:
-        if key not in self._held:
-            path = self.cache / f"{key}.npz" if self.cache else None
-            known = read_measurement(path) if path else None
-            if known is None:
-                known = {name: np.asarray(value) for name, value in measure().items()}
-                if path:
-                    write_measurement(path, known)
-            self._held[key] = known
-        return self._held[key]
+    def _known(self, key: str) -> bool:
+        if key not in self._held and self.cache:
+            known = read_measurement(self.cache / f"{key}.npz")
+            if known is not None:
+                self._held[key] = known
+        return key in self._held
+
+    def _keep(self, key: str, measured: Mapping[str, Any]) -> None:
+        self._held[key] = {name: np.asarray(value) for name, value in measured.items()}
+        if self.cache:
+            write_measurement(self.cache / f"{key}.npz", self._held[key])
 
 
 class RecordedSeries(CheckpointSeries):
@@ -199,6 +212,7 @@ class RecordedSeries(CheckpointSeries):
         progress: Progress | None = None,
         *,
         least: tuple[int, str] = (1, ""),
+        each: Each = one_by_one,
     ) -> list[Measurement]:
         """As of a series of files; what an earlier step lacks cannot be measured any more.
 
@@ -215,7 +229,9 @@ class RecordedSeries(CheckpointSeries):
                 progress(place, len(self), self.labels[place])
             key = f"{name}.{_key(self._context, name, parameters, f'step {step:g}')}"
             if place == len(self) - 1 and self.checkpoints:
-                found.append(self._kept(key, partial(measure, self.checkpoints[0])))
+                if not self._known(key):
+                    self._keep(key, *each([partial(measure, self.checkpoints[0])]))
+                found.append(self._held[key])
                 continue
             known = read_measurement(self.cache / f"{key}.npz")
             if known is None:

@@ -61,6 +61,7 @@ QUICK: dict[str, dict[str, Any]] = {
         "WIDTH": 64,
         "DEPTH": 2,
         "ROWS": 20,
+        "SHARPNESS": {"rows": 8, "batches": 1, "batch_rows": 4, "steps": 2, "pairs": 0},
     },
     "masks": {"WIDTH": 64, "DEPTH": 2, "LEVELS": [0.3, 0.6, 0.9]},
     "memory": {

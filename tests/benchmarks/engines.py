@@ -1,4 +1,4 @@
-"""Intruders of a pair of 1B shape, and scores of rows, by one and by two Dask workers of one thread."""
+"""Intruders of a pair of 1B shape, scores of rows, sharpness: by one and by two Dask workers."""
 
 import importlib.util
 import json
@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -17,6 +18,7 @@ from diagnostics.demo import BUNDLED
 from diagnostics.engines import engine
 from diagnostics.intruders import intruder_dimensions
 from diagnostics.ood import likelihood_ratio_ood
+from diagnostics.sharpness import layer_sharpness
 from probes import CheckpointPair
 from tests.benchmarks.rows import made
 from tests.benchmarks.seven_b import write
@@ -36,6 +38,8 @@ SHAPES = {
 # Of the model whose rows are scored, and how many of how many tokens these are.
 WIDTH, DEPTH = 512, 8
 ROWS, TOKENS, BATCH = 200, 128, 2048
+# Of the sharpness that is measured.
+SHARPNESS = {"rows": 64, "batches": 4, "batch_rows": 16, "steps": 10, "pairs": 2}
 
 
 def timed(work: Callable[[], Result], workers: int, warm: Callable[[], object]) -> tuple[float, Result]:
@@ -111,6 +115,20 @@ def of_batches(folder: Path) -> None:
     )
 
 
+def of_layers() -> None:
+    """Sharpness of a bundled pair, by layer, place and batch."""
+    pair = CheckpointPair(BUNDLED / "base", BUNDLED / "full")
+
+    def measure(**settings: Any) -> Result:
+        return layer_sharpness(pair, BUNDLED / "task.jsonl", curvature=False, **settings)
+
+    compared(
+        f"sharpness of the bundled pair, {SHARPNESS['rows']} rows",
+        lambda: measure(**SHARPNESS),
+        lambda: measure(rows=4, batches=1, batch_rows=2, steps=2, pairs=0, alphas=(0.5,)),
+    )
+
+
 def main() -> None:
     if importlib.util.find_spec("distributed") is None:
         print("engines left out: distributed is not installed (pip install 'tunescope[dask]')")
@@ -119,6 +137,7 @@ def main() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
+        of_layers()
         of_batches(folder / "rows")
         of_matrices(folder / "matrices")
     finally:

@@ -4,6 +4,7 @@ import os
 import re
 import socket
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -236,6 +237,14 @@ def test_two_dask_workers_share_an_audit_and_give_the_same_bytes(cluster, pair, 
     assert {"exact", "subspace"} <= set(vectors["tier"])
     ended = executed(client)
     assert all(ended[worker] > began[worker] for worker in ended)
+
+
+def test_jobs_that_bring_many_rows_along_are_not_warned_of(cluster):
+    name, _ = cluster
+    with warnings.catch_warnings(record=True) as said, engines.engine(name):
+        warnings.simplefilter("always")
+        assert list(work.each([partial(len, bytes(12_000_000))] * 2)) == [12_000_000] * 2
+    assert not [each for each in said if "large graph" in str(each.message)]
 
 
 def executed(client):

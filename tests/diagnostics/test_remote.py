@@ -2,6 +2,7 @@
 
 import math
 import time
+import weakref
 
 import pandas as pd
 import pytest
@@ -167,13 +168,15 @@ def test_a_worker_holds_one_pair_and_lets_it_go_when_idle(places, apart, monkeyp
         ):
             assert not runnable._resident  # nothing is loaded here
     for side in sides.values():
-        with remote._held(side.packed) as first:
+        with remote._held(side.pair.packed) as first:
             pass
-        with remote._held(side.packed) as again:
+        with remote._held(side.pair.packed) as again:
             assert again is first
-        assert list(remote._OPEN) == [side.packed]
+        assert list(remote._OPEN) == [side.pair.packed]
+    gone = weakref.ref(first)
+    del first, again
     deadline = time.monotonic() + 30
     while remote._OPEN and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not remote._OPEN
-    assert first._resident is None
+    assert gone() is None
