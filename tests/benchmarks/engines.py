@@ -39,7 +39,7 @@ SHAPES = {
 WIDTH, DEPTH = 512, 8
 ROWS, TOKENS, BATCH = 200, 128, 2048
 # Of the sharpness that is measured.
-SHARPNESS = {"rows": 64, "batches": 4, "batch_rows": 16, "steps": 10, "pairs": 2}
+SHARPNESS = {"rows": 32, "batches": 4, "batch_rows": 8, "steps": 5, "pairs": 1}
 
 
 def timed(work: Callable[[], Result], workers: int, warm: Callable[[], object]) -> tuple[float, Result]:
