@@ -88,7 +88,11 @@ def each(there: Away[Thing] | None, here: Thing, calls: Iterable[Callable[[Thing
 
 
 def _stays(*checkpoints: Checkpoint) -> bool:
-    return in_this_process() or any(checkpoint.opened is None for checkpoint in checkpoints)
+    return in_this_process() or not all(map(_travels, checkpoints))
+
+
+def _travels(checkpoint: Checkpoint) -> bool:
+    return checkpoint.opened is not None and (checkpoint.base is None or _travels(checkpoint.base))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from diagnostics.drift import representation_drift
 from diagnostics.engines import engine
 from diagnostics.ood import likelihood_ratio_ood
 from probes import CheckpointPair
+from probes.checkpoint import open_checkpoint
 from probes.models import RunnablePair
 from tests.diagnostics import clusters
 from tests.diagnostics.chains import save_llama
@@ -146,6 +147,15 @@ def test_a_row_without_a_finite_likelihood_is_named_from_the_worker(places, apar
     pair = CheckpointPair(places["base"], broken)
     with pytest.raises(ValueError, match=r"task:24 \(tuned\): its logits are NaN or infinite \(first at"):
         likelihood_ratio_ood(pair, rows, ["ab", "cd"], batch_tokens=FEW, draws=2)
+
+
+def test_an_adapter_on_a_base_in_memory_runs_here(places, apart):
+    from transformers import AutoModelForCausalLM
+
+    base = open_checkpoint(AutoModelForCausalLM.from_pretrained(places["base"]))
+    tuned = open_checkpoint(places["adapter"], base=base)
+    with RunnablePair(CheckpointPair(places["base"], tuned)) as runnable:
+        assert remote.elsewhere(runnable.pair, runnable.loading, remote._opened) is None
 
 
 def test_models_in_memory_run_here(places, apart):
