@@ -5,6 +5,7 @@ import importlib
 import logging
 import os
 import socket
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,9 @@ LARGE = "distributed.admin.large-graph-warning-threshold"
 # How often Ray starts a worker again and gives it back what it was doing; Dask's scheduler has it in its own
 # configuration, with the same default.
 RESTARTS = 3
+# How often Ray is asked to let us in, and seconds in between: what it starts for each client begins to serve
+# before it can, and then fails.
+TRIES, PAUSE = 3, 2.0
 
 
 class EngineError(RuntimeError):
@@ -149,10 +153,16 @@ def ray(name: str, address: str, device: str) -> Iterator[None]:
     package = imported("ray", name, "tunescope[ray]")
     backend = imported("ray.util.joblib", name, "tunescope[ray]")
     answers(name, address, "cluster", "ray start --head --ray-client-server-port PORT")
-    try:
-        package.init(address=name, log_to_driver=False)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"--engine {name}: no Ray cluster answers there: {first_line(error)}") from error
+    for left in reversed(range(TRIES)):
+        try:
+            package.init(address=name, log_to_driver=False)
+            break
+        except (OSError, RuntimeError, ValueError) as error:
+            if not left or not isinstance(error, ConnectionAbortedError):
+                raise ValueError(
+                    f"--engine {name}: no Ray cluster answers there: {first_line(error)}"
+                ) from error
+            time.sleep(PAUSE)
     backend.register_ray()
     actors = {"max_restarts": RESTARTS, "max_task_retries": RESTARTS}
     if device == "cuda":

@@ -7,6 +7,7 @@ import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import SimpleNamespace
 
 import joblib
 import pandas as pd
@@ -170,6 +171,34 @@ def test_ray_is_asked_for_as_many_workers_as_it_has_room_for():
     assert engines.actors_of("ray://h:1", room, "cuda") == 2
     with pytest.raises(ValueError, match=r"--engine ray://h:1: the cluster has no GPU; add a machine"):
         engines.actors_of("ray://h:1", {"CPU": 16.0}, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("error", "failures", "said", "asked"),
+    [
+        (ConnectionAbortedError, 2, "the cluster has no CPU", 3),  # it let us in
+        (ConnectionAbortedError, 9, "no Ray cluster answers there: it failed", 3),
+        (ConnectionError, 1, "no Ray cluster answers there: it failed", 1),
+    ],
+)
+def test_a_ray_server_that_is_not_ready_is_asked_again(monkeypatch, error, failures, said, asked):
+    tries = []
+
+    def init(**options):
+        tries.append(options)
+        if len(tries) <= failures:
+            raise error("it failed")
+
+    package = SimpleNamespace(
+        init=init, cluster_resources=dict, shutdown=lambda: None, register_ray=tries.copy
+    )
+    monkeypatch.setattr(engines, "imported", lambda *names: package)
+    monkeypatch.setattr(engines, "PAUSE", 0.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        name = f"ray://127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(ValueError, match=f"--engine {name}: {said}"), engines.engine(name):
+            pass
+    assert tries == [{"address": name, "log_to_driver": False}] * asked
 
 
 def test_a_local_engine_with_workers_runs_elsewhere():
