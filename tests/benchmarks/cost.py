@@ -183,8 +183,8 @@ def page(found: Sequence[Cost]) -> str:
         f"{work_of('intruders', first.blocks, 0, 0):.2e}; at {rate_of(cost) / 1e9:.1f} G a second that takes "
         f"{spoken(seconds_of(cost, first))}.",
         "",
-        "Matrices are independent, as are batches of rows, and `--engine` divides them over machines. Fewer rows "
-        "will do, with wider intervals. A line in days is one for a GPU.",
+        "Matrices are independent, as are batches of rows, and `--engine` divides them over machines. Fewer "
+        "rows will do, with wider intervals. A line in days is one for a GPU.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -26,7 +26,8 @@ from tests.diagnostics.test_sharpness import QUICK, model_of, moved, planted, wr
 from tests.diagnostics.test_sharpness import save as save_deep
 
 ROWS = sampled(half_idle(), 16)
-FEW = {**QUICK, "rhos": (0.1,), "batches": 1, "pairs": 0, "curvature": False}
+SHORT = {**QUICK, "rhos": (0.1,), "steps": 2, "pairs": 0}
+FEW = {**SHORT, "batches": 1, "curvature": False}
 LETTERS = "abcdef"
 TASK = ["abcab", "fedcba", "acbd", "badef", "aabbcc", "cafe"]
 
@@ -113,12 +114,12 @@ def same(one, two):
 
 def test_layers_and_batches_on_workers_give_the_same_bits(deep, asked, monkeypatch):
     pair, task, ood = deep
-    there = layer_sharpness(pair, task, ood=ood, **QUICK)
+    there = layer_sharpness(pair, task, ood=ood, **SHORT)
     assert there.metrics["stragglers"] == 1
     # 5 places, 3 legs of each of 6 layers, 2 batches at each of 3 or 4 places, 3 layers' spectra at both ends
     assert 5 + 3 * 6 + 2 * 3 + 2 * 3 <= len(asked) <= 5 + 3 * 6 + 2 * 4 + 2 * 6
     monkeypatch.setattr(remote, "in_this_process", lambda: True)
-    same(layer_sharpness(pair, task, ood=ood, **QUICK), there)
+    same(layer_sharpness(pair, task, ood=ood, **SHORT), there)
 
 
 def test_what_is_not_finite_on_a_worker_is_missed_here(deep, asked, monkeypatch):
@@ -215,6 +216,7 @@ def test_processes_of_this_machine_give_the_same_bits(deep, idle, run):
         same(one, two)
 
 
+@pytest.mark.slow
 def test_a_worker_killed_in_the_middle_of_layers_loses_nothing(deep):
     pytest.importorskip("distributed", reason="needs tunescope[dask]")
     pair, task, ood = deep
