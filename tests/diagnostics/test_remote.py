@@ -102,6 +102,7 @@ def test_processes_of_this_machine_give_the_same_bits(places):
     assert told[-1][0] == told[-1][1]
 
 
+@pytest.mark.slow
 def test_a_worker_killed_in_the_middle_of_rows_loses_nothing(places):
     pytest.importorskip("distributed", reason="needs tunescope[dask]")
     pair = CheckpointPair(places["base"], places["tuned"])
