@@ -1,4 +1,4 @@
-"""Audits made up whole, to be reported on: no checkpoint is opened and nothing is computed."""
+"""Audits made up whole, to be reported on, without a checkpoint; and workers made up in this process."""
 
 import math
 from collections.abc import Callable
@@ -7,9 +7,29 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from diagnostics import remote, work
+
 HOSTILE = (
     """<script>document.title="owned"</script>"><img src=x onerror="document.title='owned'"><b>b</b>&lt;|`"""
 )
+
+
+@pytest.fixture
+def apart(monkeypatch):
+    """As if an engine with workers were chosen, whose jobs run here, each by itself; the device of each."""
+    monkeypatch.setattr(remote, "in_this_process", lambda: False)
+    seen = []
+
+    def each(calls, *, device):
+        for call in calls:
+            seen.append(device)
+            yield work.Job(call, 1, device)()
+
+    monkeypatch.setattr(remote.work, "each", each)
+    yield seen
+    for timer in remote._CLOSING:
+        timer.cancel()
+    remote._close()
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from diagnostics import remote, work
+from diagnostics import remote
 from diagnostics.dynamics import training_dynamics
 from diagnostics.engines import engine
 from diagnostics.path import interpolation_path
@@ -73,24 +73,6 @@ def routed(tmp_path_factory):
     return [save_routed(root / f"step{place}", mixture(seed=place)) for place in range(2)]
 
 
-@pytest.fixture
-def asked(monkeypatch):
-    """As if an engine with workers were chosen, whose jobs run here on a pair of their own; their number."""
-    monkeypatch.setattr(remote, "in_this_process", lambda: False)
-    seen = []
-
-    def each(calls, *, device):
-        for call in calls:
-            seen.append(device)
-            yield work.Job(call, 1, device)()
-
-    monkeypatch.setattr(remote.work, "each", each)
-    yield seen
-    for timer in remote._CLOSING:
-        timer.cancel()
-    remote._close()
-
-
 def pruned(pair, **settings):
     return essential_sparsity(pair, ROWS, **{"draws": 100, "grid": (0.0, 0.2, 0.4, 0.6, 0.8), **settings})
 
@@ -112,17 +94,17 @@ def same(one, two):
         pd.testing.assert_frame_equal(table, two.tables[name], check_exact=True)
 
 
-def test_layers_and_batches_on_workers_give_the_same_bits(deep, asked, monkeypatch):
+def test_layers_and_batches_on_workers_give_the_same_bits(deep, apart, monkeypatch):
     pair, task, ood = deep
     there = layer_sharpness(pair, task, ood=ood, **SHORT)
     assert there.metrics["stragglers"] == 1
     # 5 places, 3 legs of each of 6 layers, 2 batches at each of 3 or 4 places, 3 layers' spectra at both ends
-    assert 5 + 3 * 6 + 2 * 3 + 2 * 3 <= len(asked) <= 5 + 3 * 6 + 2 * 4 + 2 * 6
+    assert 5 + 3 * 6 + 2 * 3 + 2 * 3 <= len(apart) <= 5 + 3 * 6 + 2 * 4 + 2 * 6
     monkeypatch.setattr(remote, "in_this_process", lambda: True)
     same(layer_sharpness(pair, task, ood=ood, **SHORT), there)
 
 
-def test_what_is_not_finite_on_a_worker_is_missed_here(deep, asked, monkeypatch):
+def test_what_is_not_finite_on_a_worker_is_missed_here(deep, apart, monkeypatch):
     from diagnostics import along
     from diagnostics.unit_scores import unit_scores
     from probes.measure import NonFiniteError
@@ -140,15 +122,15 @@ def test_what_is_not_finite_on_a_worker_is_missed_here(deep, asked, monkeypatch)
     found = interpolation_path(pair, task, ood=ood, alphas=(0.25, 0.5))
     assert found.metrics["missing"] == 1
     assert "alpha 0.25 (row 1: its logits are NaN or infinite" in found.notes[0]
-    assert len(asked) == 4
+    assert len(apart) == 4
 
 
 @pytest.mark.parametrize("patterns", [None, ()])
-def test_masks_on_workers_give_the_same_bits(idle, asked, monkeypatch, patterns):
+def test_masks_on_workers_give_the_same_bits(idle, apart, monkeypatch, patterns):
     told = []
     there = pruned(idle, patterns=patterns, progress=lambda *step: told.append(step))
     # Both sides: 5 sparsities, 4 more at random, and the patterns; what refines the grid is run here.
-    assert len(asked) == 2 * (5 + 4 + (3 if patterns is None else 0))
+    assert len(apart) == 2 * (5 + 4 + (3 if patterns is None else 0))
     assert [done for done, _, _ in told] == list(range(1, len(told) + 1))
     monkeypatch.setattr(remote, "in_this_process", lambda: True)
     here = []
@@ -156,37 +138,37 @@ def test_masks_on_workers_give_the_same_bits(idle, asked, monkeypatch, patterns)
     assert len(here) == len(told)
 
 
-def test_checkpoints_on_workers_give_the_same_bits(run, asked, monkeypatch):
+def test_checkpoints_on_workers_give_the_same_bits(run, apart, monkeypatch):
     there = followed(run)
-    assert len(asked) == 2 * len(run)
+    assert len(apart) == 2 * len(run)
     monkeypatch.setattr(remote, "in_this_process", lambda: True)
     for one, two in zip(followed(run), there, strict=True):
         same(one, two)
 
 
-def test_strengths_on_workers_give_the_same_bits(spoiled, asked, monkeypatch):
+def test_strengths_on_workers_give_the_same_bits(spoiled, apart, monkeypatch):
     there = judge(spoiled)
     # The factors of one matrix; then five strengths of the update, and four more of top, which is all here,
     # and of neighbour: 1 is tuned in each.
-    assert len(asked) == 1 + 5 + 4 + 4
+    assert len(apart) == 1 + 5 + 4 + 4
     monkeypatch.setattr(remote, "in_this_process", lambda: True)
     same(judge(spoiled), there)
 
 
-def test_routes_on_workers_give_the_same_bits(routed, asked, monkeypatch):
+def test_routes_on_workers_give_the_same_bits(routed, apart, monkeypatch):
     there = grokking_pathways(routed, OF_LETTERS, permutations=100, draws=100)
-    assert len(asked) == len(routed)
+    assert len(apart) == len(routed)
     monkeypatch.setattr(remote, "in_this_process", lambda: True)
     same(grokking_pathways(routed, OF_LETTERS, permutations=100, draws=100), there)
 
 
-def test_checkpoints_that_are_known_are_not_measured_again_on_workers(run, asked, tmp_path):
+def test_checkpoints_that_are_known_are_not_measured_again_on_workers(run, apart, tmp_path):
     for _ in range(2):
         training_trajectory(CheckpointSeries(run, cache=tmp_path), TASK)
-    assert len(asked) == len(run)
+    assert len(apart) == len(run)
 
 
-def test_models_in_memory_stay_here(deep, run, asked):
+def test_models_in_memory_stay_here(deep, run, apart):
     from transformers import AutoModelForCausalLM
 
     pair = deep[0]

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from diagnostics import remote, work
+from diagnostics import remote
 from diagnostics.drift import representation_drift
 from diagnostics.engines import engine
 from diagnostics.ood import likelihood_ratio_ood
@@ -43,24 +43,6 @@ def places(tmp_path_factory):
     )
     model.save_pretrained(root / "adapter")
     return {**found, "adapter": root / "adapter"}
-
-
-@pytest.fixture
-def apart(monkeypatch):
-    """As if an engine with workers were chosen, whose jobs run here, each by itself."""
-    monkeypatch.setattr(remote, "in_this_process", lambda: False)
-    seen = []
-
-    def each(calls, *, device):
-        for call in calls:
-            seen.append(device)
-            yield work.Job(call, 1, device)()
-
-    monkeypatch.setattr(remote.work, "each", each)
-    yield seen
-    for timer in remote._CLOSING:
-        timer.cancel()
-    remote._close()
 
 
 def both(pair, rows=ROWS):
