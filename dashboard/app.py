@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import dash
-import dash_mantine_components  # noqa: F401  its scripts are served only when it is known before the first page
 from dash import ClientsideFunction, Input, Output, State, no_update, set_props
 
-from dashboard import choose, explore, frame, guard, parts
-from dashboard.pages import View, pages
-from dashboard.query import parse
-from dashboard.shelf import Shelf
-from dashboard.style import INDEX
-from diagnostics.store import Audit
+from dashboard.components import choose, frame, parts
+from dashboard.components.style import INDEX
+from dashboard.pages import View, analysis_callbacks, pages
+from dashboard.server import guard
+from dashboard.state.audit_library import AuditLibrary
+from dashboard.state.query import parse
+from diagnostics.store.audit_store import Audit
+from probes.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -26,10 +27,10 @@ class Dashboard(dash.Dash):
         """As `dash.Dash.run`.
 
         Raises:
-            ValueError: `debug` on an address that others reach: the debugger runs whatever it is sent.
+            InputError: `debug` on an address that others reach: the debugger runs whatever it is sent.
         """
         if kwargs.get("debug") and not guard.loopback(host or "127.0.0.1"):
-            raise ValueError(f"debug=True on host {host}: others could run code here; leave debug off")
+            raise InputError(f"debug=True on host {host}: others could run code here; leave debug off")
         kwargs.setdefault("debug", False)
         return super().run(host or "127.0.0.1", *args, **kwargs)
 
@@ -42,7 +43,7 @@ def broken(error: Exception) -> Any:
 
 
 def create_app(
-    audits: "Sequence[str | Path | Audit] | Mapping[str, str | Path | Audit] | Shelf" = (),
+    audits: "Sequence[str | Path | Audit] | Mapping[str, str | Path | Audit] | AuditLibrary" = (),
     *,
     prefix: str = "/",
     token: str | None = None,
@@ -57,9 +58,9 @@ def create_app(
         allowed: what it may do beyond looking at audits, by name; each page says what it asks for.
 
     Raises:
-        ValueError: a path without an audit.
+        InputError: a path without an audit.
     """
-    shelf = audits if isinstance(audits, Shelf) else Shelf(audits)
+    shelf = audits if isinstance(audits, AuditLibrary) else AuditLibrary(audits)
     may = dict(allowed or {})
     path = "/" + prefix.strip("/") + "/" if prefix.strip("/") else "/"
     app = Dashboard(
@@ -123,7 +124,7 @@ def create_app(
         State("shell", "navbar"),
     )
     choose.callbacks(app)
-    explore.callbacks(app, shelf, may)
+    analysis_callbacks.callbacks(app, shelf, may)
     for each in pages().values():
         if each.callbacks:
             each.callbacks(app, shelf, may)

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from probes.errors import InputError
+
 if TYPE_CHECKING:
-    from dashboard.runs import Runs
+    from dashboard.server.runs import Runs
 
 
 def dashboard(
@@ -49,7 +51,7 @@ def dashboard(
     device: Annotated[str, typer.Option(metavar="D", help="Where they run.")] = "auto",
 ) -> None:
     """Look at audits in a browser."""
-    from dashboard.guard import loopback
+    from dashboard.server.guard import loopback
 
     rows = {"task": task, "keep": keep, "guard": guard, "ood": ood, "train": train}
     given = {role: files for role, files in rows.items() if files}
@@ -57,7 +59,7 @@ def dashboard(
     if allow_run:
         allowed["run"] = runnable(pair or [], runs, given, policy, device)
     elif pair or given or policy:
-        raise ValueError("--pair, rows and --policy are for audits that visitors run: add --allow-run")
+        raise InputError("--pair, rows and --policy are for audits that visitors run: add --allow-run")
     free(host, port)
     token = None if loopback(host) else secrets.token_urlsafe(24)
     serve(
@@ -77,14 +79,14 @@ def runnable(
     """What visitors may run, checked as far as a start in a second allows.
 
     Raises:
-        ValueError: no pair, one that cannot be read, or a policy that makes no sense.
+        InputError: no pair, one that cannot be read, or a policy that makes no sense.
     """
-    from dashboard.runs import Runs, pairs
+    from dashboard.server.runs import Runs, pairs
 
     if not pair:
-        raise ValueError('--allow-run: of what? add --pair "NAME=BASE TUNED", as often as there are pairs')
+        raise InputError('--allow-run: of what? add --pair "NAME=BASE TUNED", as often as there are pairs')
     if policy and not Path(policy).is_file():
-        raise ValueError(f"--policy {policy}: there is no such file")
+        raise InputError(f"--policy {policy}: there is no such file")
     return Runs(directory, pairs(pair), rows, policy, device)
 
 
@@ -92,7 +94,7 @@ def free(host: str, port: int) -> None:
     """Make sure of the address before anything is loaded.
 
     Raises:
-        ValueError: it cannot be bound.
+        InputError: it cannot be bound.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
@@ -100,7 +102,7 @@ def free(host: str, port: int) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
     except OSError as error:
-        raise ValueError(
+        raise InputError(
             f"cannot serve on {host} port {port}: {error.strerror}; name another with --host or --port"
         ) from error
 
@@ -119,9 +121,9 @@ def serve(
     from werkzeug.serving import WSGIRequestHandler, make_server
 
     from dashboard.app import create_app
-    from dashboard.guard import LOCAL, only_called
-    from dashboard.shelf import Shelf, nearby
-    from dashboard.warm import afterwards, meanwhile
+    from dashboard.server.guard import LOCAL, only_called
+    from dashboard.server.warm import afterwards, meanwhile
+    from dashboard.state.audit_library import AuditLibrary, nearby
 
     class Quiet(WSGIRequestHandler):
         """Keeps requests out of the terminal; errors are shown."""
@@ -129,9 +131,9 @@ def serve(
         def log_request(self, *_: object) -> None:
             """Say nothing."""
 
-    shelf = Shelf(audits or list(nearby(Path.cwd())))
+    shelf = AuditLibrary(audits or list(nearby(Path.cwd())))
     if not shelf.entries and not allowed:
-        raise ValueError(
+        raise InputError(
             "no audit here; name one, or write one with `tunescope audit BASE TUNED --out DIR` "
             "(`tunescope demo` writes three)"
         )

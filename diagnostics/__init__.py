@@ -7,53 +7,53 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diagnostics.analysis import Result as Result
-    from diagnostics.analysis import analyses as analyses
-    from diagnostics.callback import AuditCallback as AuditCallback
-    from diagnostics.detector import LikelihoodRatioDetector as LikelihoodRatioDetector
-    from diagnostics.drift import representation_drift as representation_drift
-    from diagnostics.dynamics import training_dynamics as training_dynamics
-    from diagnostics.intruders import intruder_dimensions as intruder_dimensions
-    from diagnostics.mitigation import judged_mitigation as judged_mitigation
-    from diagnostics.ood import likelihood_ratio_ood as likelihood_ratio_ood
-    from diagnostics.path import interpolation_path as interpolation_path
-    from diagnostics.pathways import grokking_pathways as grokking_pathways
-    from diagnostics.policy import Finding as Finding
-    from diagnostics.policy import Policy as Policy
-    from diagnostics.policy import default_policy as default_policy
-    from diagnostics.policy import load_policy as load_policy
-    from diagnostics.sharpness import layer_sharpness as layer_sharpness
-    from diagnostics.skills import skill_localization as skill_localization
-    from diagnostics.sparsification import abrupt_sparsification as abrupt_sparsification
-    from diagnostics.sparsity import essential_sparsity as essential_sparsity
-    from diagnostics.store import Audit as Audit
-    from diagnostics.store import load as load
-    from diagnostics.trajectory import training_trajectory as training_trajectory
+    from diagnostics.analyses.drift import representation_drift as representation_drift
+    from diagnostics.analyses.dynamics import training_dynamics as training_dynamics
+    from diagnostics.analyses.intruders import intruder_dimensions as intruder_dimensions
+    from diagnostics.analyses.mitigation import judged_mitigation as judged_mitigation
+    from diagnostics.analyses.ood import likelihood_ratio_ood as likelihood_ratio_ood
+    from diagnostics.analyses.ood.detector import LikelihoodRatioDetector as LikelihoodRatioDetector
+    from diagnostics.analyses.path import interpolation_path as interpolation_path
+    from diagnostics.analyses.pathways import grokking_pathways as grokking_pathways
+    from diagnostics.analyses.sharpness import layer_sharpness as layer_sharpness
+    from diagnostics.analyses.skills import skill_localization as skill_localization
+    from diagnostics.analyses.sparsification import abrupt_sparsification as abrupt_sparsification
+    from diagnostics.analyses.sparsity import essential_sparsity as essential_sparsity
+    from diagnostics.analyses.trajectory import training_trajectory as training_trajectory
+    from diagnostics.audit.callback import AuditCallback as AuditCallback
+    from diagnostics.core.analysis import Result as Result
+    from diagnostics.core.analysis import installed_analyses as installed_analyses
+    from diagnostics.core.policy import Finding as Finding
+    from diagnostics.core.policy import Policy as Policy
+    from diagnostics.core.policy import default_policy as default_policy
+    from diagnostics.core.policy_file import load_policy as load_policy
+    from diagnostics.store.audit_store import Audit as Audit
+    from diagnostics.store.audit_store import load as load
 
 # Loaded when asked for: the command line imports this package and must not wait for torch.
 EXPORTS = {
-    "Audit": "diagnostics.store",
-    "AuditCallback": "diagnostics.callback",
-    "Finding": "diagnostics.policy",
-    "LikelihoodRatioDetector": "diagnostics.detector",
-    "Policy": "diagnostics.policy",
-    "Result": "diagnostics.analysis",
-    "analyses": "diagnostics.analysis",
-    "default_policy": "diagnostics.policy",
-    "grokking_pathways": "diagnostics.pathways",
-    "interpolation_path": "diagnostics.path",
-    "essential_sparsity": "diagnostics.sparsity",
-    "intruder_dimensions": "diagnostics.intruders",
-    "judged_mitigation": "diagnostics.mitigation",
-    "layer_sharpness": "diagnostics.sharpness",
-    "likelihood_ratio_ood": "diagnostics.ood",
-    "load": "diagnostics.store",
-    "load_policy": "diagnostics.policy",
-    "representation_drift": "diagnostics.drift",
-    "skill_localization": "diagnostics.skills",
-    "abrupt_sparsification": "diagnostics.sparsification",
-    "training_dynamics": "diagnostics.dynamics",
-    "training_trajectory": "diagnostics.trajectory",
+    "Audit": "diagnostics.store.audit_store",
+    "AuditCallback": "diagnostics.audit.callback",
+    "Finding": "diagnostics.core.policy",
+    "LikelihoodRatioDetector": "diagnostics.analyses.ood.detector",
+    "Policy": "diagnostics.core.policy",
+    "Result": "diagnostics.core.analysis",
+    "installed_analyses": "diagnostics.core.analysis",
+    "default_policy": "diagnostics.core.policy",
+    "grokking_pathways": "diagnostics.analyses.pathways",
+    "interpolation_path": "diagnostics.analyses.path",
+    "essential_sparsity": "diagnostics.analyses.sparsity",
+    "intruder_dimensions": "diagnostics.analyses.intruders",
+    "judged_mitigation": "diagnostics.analyses.mitigation",
+    "layer_sharpness": "diagnostics.analyses.sharpness",
+    "likelihood_ratio_ood": "diagnostics.analyses.ood",
+    "load": "diagnostics.store.audit_store",
+    "load_policy": "diagnostics.core.policy_file",
+    "representation_drift": "diagnostics.analyses.drift",
+    "skill_localization": "diagnostics.analyses.skills",
+    "abrupt_sparsification": "diagnostics.analyses.sparsification",
+    "training_dynamics": "diagnostics.analyses.dynamics",
+    "training_trajectory": "diagnostics.analyses.trajectory",
 }
 __all__ = sorted(EXPORTS)
 

@@ -33,9 +33,9 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 from transformers.modeling_outputs import CausalLMOutput
 
 from diagnostics import training_dynamics
-from diagnostics.analysis import Result
+from diagnostics.core.analysis import Result
 from probes import open_checkpoint
-from probes.series import CheckpointSeries
+from probes.checkpoints.series import CheckpointSeries
 
 MODULUS, WIDTH, HEADS, INNER, SHARE = 59, 128, 4, 512, 0.4
 KEY_FREQUENCIES = 5

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from diagnostics.region import Region, marked
+from diagnostics.analyses.skills.region import Region, marked
 
 SYMBOLS, LENGTH, TASKS = 32, 12, 3
 ANSWERS = ("no", "yes")

@@ -34,7 +34,7 @@ from torch.nn.functional import cross_entropy
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-from diagnostics.pathways import grokking_pathways
+from diagnostics.analyses.pathways.analysis import grokking_pathways
 
 SEED = 0
 WORDS, LENGTH, TRAIN, HELD_OUT = 30, 3, 850, 500

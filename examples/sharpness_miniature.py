@@ -31,9 +31,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from diagnostics import layer_sharpness
-from diagnostics.analysis import Result
-from diagnostics.barriers import LEAST as BARRIER
-from diagnostics.predictors import correlations
+from diagnostics.analyses.sharpness.stragglers import LEAST as BARRIER
+from diagnostics.core.analysis import Result
+from diagnostics.numerics.rank_correlation import correlations
 from probes import CheckpointPair
 
 SYMBOLS, CONTEXT, BLOCKS, WIDTH, HEADS, INNER = 24, 24, 6, 48, 4, 96

@@ -7,8 +7,8 @@ from statistics import mean
 
 from majority import TASKS
 
-from diagnostics.analysis import Result
-from diagnostics.region import Region, jaccard, overlap
+from diagnostics.analyses.skills.region import Region, jaccard, overlap
+from diagnostics.core.analysis import Result
 
 FEW, MORE = 299, 999  # entries of a region: 0.3 and 1 % of all
 SHARES = {FEW: "0.3 %", MORE: "1 %"}

@@ -49,7 +49,7 @@ from symbols import Claim, judged, made_tokenizer, save, write_rows
 from transformers import GPT2LMHeadModel
 
 from diagnostics import skill_localization
-from diagnostics.region import Region, union
+from diagnostics.analyses.skills.region import Region, union
 from probes import CheckpointPair
 
 HOPED = "What held elsewhere and need not hold here"

@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from diagnostics import essential_sparsity
-from diagnostics.analysis import Result
+from diagnostics.core.analysis import Result
 from probes import CheckpointPair
 
 SYMBOLS, LENGTH = "abcdefghijklmnopqrstuvwx", 24

@@ -4,29 +4,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from probes.adapters import LowRank as LowRank
-    from probes.checkpoint import Checkpoint as Checkpoint
-    from probes.checkpoint import open_checkpoint as open_checkpoint
-    from probes.forward import score_examples as score_examples
-    from probes.hooks import capture as capture
-    from probes.layout import Matrix as Matrix
-    from probes.loading import Runnable as Runnable
-    from probes.models import RunnablePair as RunnablePair
-    from probes.models import open_model as open_model
-    from probes.pair import CheckpointPair as CheckpointPair
+    from probes.adapters.parts import LowRank as LowRank
+    from probes.checkpoints.checkpoint import Checkpoint as Checkpoint
+    from probes.checkpoints.opening import open_checkpoint as open_checkpoint
+    from probes.checkpoints.pair import CheckpointPair as CheckpointPair
+    from probes.files.layout import Matrix as Matrix
+    from probes.models.loading import Runnable as Runnable
+    from probes.models.runnable import RunnablePair as RunnablePair
+    from probes.models.runnable import open_model as open_model
+    from probes.passes.activations import capture as capture
+    from probes.passes.scores import score_examples as score_examples
 
 # Loaded when asked for: the command line imports this package and must not wait for torch.
 EXPORTS = {
-    "Checkpoint": "probes.checkpoint",
-    "CheckpointPair": "probes.pair",
-    "LowRank": "probes.adapters",
-    "Matrix": "probes.layout",
-    "Runnable": "probes.loading",
-    "RunnablePair": "probes.models",
-    "capture": "probes.hooks",
-    "open_checkpoint": "probes.checkpoint",
-    "open_model": "probes.models",
-    "score_examples": "probes.forward",
+    "Checkpoint": "probes.checkpoints.checkpoint",
+    "CheckpointPair": "probes.checkpoints.pair",
+    "LowRank": "probes.adapters.parts",
+    "Matrix": "probes.files.layout",
+    "Runnable": "probes.models.loading",
+    "RunnablePair": "probes.models.runnable",
+    "capture": "probes.passes.activations",
+    "open_checkpoint": "probes.checkpoints.opening",
+    "open_model": "probes.models.runnable",
+    "score_examples": "probes.passes.scores",
 }
 __all__ = sorted(EXPORTS)
 

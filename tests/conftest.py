@@ -68,7 +68,7 @@ def checkpoints(tmp_path: Path) -> tuple[str, str]:
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """An empty registry in place of the installed analyses."""
-    from diagnostics import analysis
+    from diagnostics.core import analysis
 
     records: dict[str, Any] = {}
     monkeypatch.setattr(analysis, "REGISTRY", records)
@@ -79,7 +79,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 @pytest.fixture
 def register(registry: dict[str, Any]) -> Callable[..., Callable[..., Any]]:
     """Registers a made-up analysis: `register("name", function, metrics=...)`."""
-    from diagnostics.analysis import analysis
+    from diagnostics.core.analysis import analysis
 
     def made(name: str, function: Callable[..., Any], **record: Any) -> Callable[..., Any]:
         about = {
@@ -99,7 +99,7 @@ def norms(register: Callable[..., Any]) -> list[dict[str, Any]]:
     """Registers `norms`, which reads every matrix of a pair; the parameters of each call are appended."""
     import pandas as pd
 
-    from diagnostics.analysis import Result
+    from diagnostics.core.analysis import Result
 
     calls: list[dict[str, Any]] = []
 

@@ -29,7 +29,7 @@ def test_a_constant_score_is_flagged_by_chance(who):
     # prevalence, 10/40, and on the line from (0, 0) to (1, 1) 95 % of one kind are 95 % of the other.
     inside, outside = np.ones(30), np.ones(10)
     if who == "tunescope":
-        from diagnostics.scores import detection
+        from diagnostics.numerics.detection_metrics import detection
 
         found = detection(inside, outside)
         assert (found["auroc"], found["aupr_ood"], found["aupr_id"]) == (0.5, 0.25, 0.75)
@@ -57,7 +57,7 @@ def softmax_regression():
 
 
 def test_the_hessian_of_a_softmax_regression_has_its_known_spectrum():
-    from diagnostics.curvature import spectrum
+    from diagnostics.analyses.sharpness.curvature import spectrum
 
     X, y, model = softmax_regression()
     with torch.no_grad():
@@ -110,7 +110,7 @@ def downhill(w, _):
 
 
 def test_a_negative_trace_is_estimated_from_all_samples():
-    from diagnostics.curvature import spectrum
+    from diagnostics.analyses.sharpness.curvature import spectrum
 
     # vᵀHv of random signs is −4 or 0, half of the times each.
     found = spectrum(
@@ -136,7 +136,7 @@ def test_a_negative_trace_is_estimated_from_all_samples():
 
 
 def test_a_move_of_less_than_a_millionth_is_a_move():
-    from diagnostics.movement import Movement
+    from diagnostics.analyses.skills.movement import Movement
 
     base, tuned = torch.zeros(3, 4), torch.zeros(3, 4)
     base[1, 2], tuned[1, 2] = 1e-7, 2e-7  # doubled
@@ -147,7 +147,7 @@ def test_a_move_of_less_than_a_millionth_is_a_move():
 
 
 def test_two_equal_directions_are_an_update_of_effective_rank_two():
-    from diagnostics.linalg import effective_rank
+    from diagnostics.numerics.linalg import effective_rank
 
     base = torch.zeros(40, 40)
     delta = torch.zeros(40, 40)
@@ -160,8 +160,8 @@ def test_two_equal_directions_are_an_update_of_effective_rank_two():
 
 
 def test_the_norm_of_a_large_constant_matrix_is_summed_in_float64():
-    from diagnostics.in_step import alone
-    from diagnostics.intruders import update_of
+    from diagnostics.analyses.intruders.analysis import update_of
+    from diagnostics.execution.lockstep import alone
 
     rows, columns = 1024, 2048
     base, delta = torch.zeros(rows, columns), torch.full((rows, columns), 0.1)
@@ -186,9 +186,9 @@ def test_a_tangent_kernel_is_that_of_whole_gradients_in_float64(tmp_path, monkey
 
 
 def test_every_analysis_is_held_against_something():
-    from diagnostics.analysis import analyses
+    from diagnostics.core.analysis import installed_analyses
 
-    assert set(analyses()) <= {contest.analysis for contest in against.CONTESTS}
+    assert set(installed_analyses()) <= {contest.analysis for contest in against.CONTESTS}
 
 
 def five(folder: Path):

@@ -10,9 +10,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_it_names_every_analysis_with_its_question():
-    from diagnostics.analysis import analyses
+    from diagnostics.core.analysis import installed_analyses
 
-    for name, record in analyses().items():
+    for name, record in installed_analyses().items():
         row = next(line for line in README.splitlines() if line.startswith(f"| `{name}` |"))
         assert record.question in row
         assert record.paper.removeprefix("arXiv:") in row
@@ -30,7 +30,7 @@ def test_its_python_prints_what_it_says(monkeypatch, capsys):
 
 
 def test_its_shell_example_prints_what_it_says(tmp_path, capsys, monkeypatch):
-    from diagnostics.cli import main
+    from diagnostics.cli.main import main
 
     monkeypatch.chdir(ROOT / "diagnostics" / "bundled")
     monkeypatch.setattr(

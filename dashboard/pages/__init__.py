@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from dashboard.query import Query
-from dashboard.shelf import Entry, Shelf
-from diagnostics.store import Audit
+from dashboard.state.audit_library import AuditLibrary, Entry
+from dashboard.state.query import Query
+from diagnostics.store.audit_store import Audit
 
 if TYPE_CHECKING:
     import dash
@@ -27,7 +27,7 @@ class View:
         allowed: what the server was started with beyond looking at audits, by name.
     """
 
-    shelf: Shelf
+    shelf: AuditLibrary
     query: Query
     allowed: "dict[str, Any]"
 
@@ -68,7 +68,7 @@ class Page:
     identity: tuple[str, ...]
     linked: Callable[[View], bool]
     content: Callable[[View], Content]
-    callbacks: "Callable[[dash.Dash, Shelf, dict[str, Any]], None] | None"
+    callbacks: "Callable[[dash.Dash, AuditLibrary, dict[str, Any]], None] | None"
 
 
 PAGES: dict[str, Page] = {}
@@ -82,7 +82,7 @@ def page(
     order: int = 50,
     identity: tuple[str, ...] = (),
     linked: Callable[[View], bool] = lambda view: True,
-    callbacks: "Callable[[dash.Dash, Shelf, dict[str, Any]], None] | None" = None,
+    callbacks: "Callable[[dash.Dash, AuditLibrary, dict[str, Any]], None] | None" = None,
 ) -> Callable[[Callable[[View], Content]], Callable[[View], Content]]:
     """Register a function from a view to a page's content; the arguments are explained at `Page`."""
 

@@ -6,12 +6,13 @@ from typing import Any
 import dash_mantine_components as dmc
 from dash import dcc, html
 
-from dashboard import choose, drill, filters, grids, parts
+from dashboard.components import choose, grids, parts
 from dashboard.pages import Content, View, page
-from dashboard.query import Query
-from diagnostics import view
-from diagnostics.report import arxiv
-from diagnostics.store import mask_file
+from dashboard.state import drill, filters
+from dashboard.state.query import Query
+from diagnostics.report import content as view
+from diagnostics.report.render import arxiv
+from diagnostics.store.audit_store import mask_file
 
 
 @page("analysis", title="Analysis", identity=("analysis", "metric"), linked=lambda view: False)

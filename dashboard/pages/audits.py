@@ -4,11 +4,11 @@ from typing import Any
 
 from dash import html
 
-from dashboard import parts
+from dashboard.components import parts
 from dashboard.pages import Content, View, page
-from dashboard.query import link
-from dashboard.shelf import Entry
-from diagnostics import view
+from dashboard.state.audit_library import Entry
+from dashboard.state.query import link
+from diagnostics.report import content as view
 
 
 @page("audits", title="All audits", of="shelf", order=0)

@@ -8,14 +8,15 @@ from typing import Any
 
 from dash import Dash, Input, Output, State, dcc, html, no_update
 
-from dashboard import choose, drawings, explore, filters, parts
-from dashboard.beside import beside
-from dashboard.differences import MARKED, Measure, Shared, cautions, findings, measures
-from dashboard.pages import Content, View, page
-from dashboard.query import Query, link, parse
-from dashboard.shelf import Entry, Shelf
-from diagnostics import view
-from diagnostics.store import Audit
+from dashboard.components import choose, drawings, parts
+from dashboard.components.figure_panels import figure_panels
+from dashboard.pages import Content, View, analysis_callbacks, page
+from dashboard.state import filters
+from dashboard.state.audit_library import AuditLibrary, Entry
+from dashboard.state.differences import MARKED, Measure, Shared, cautions, findings, measures
+from dashboard.state.query import Query, link, parse
+from diagnostics.report import content as view
+from diagnostics.store.audit_store import Audit
 
 MOST = 6  # audits in one view
 SIGNS = {"up": "▲", "down": "▼", "verdict": "◆"}
@@ -27,13 +28,13 @@ SAYS = {
 ROWS = {"all": "every number", "different": "what differs", "judged": "what is judged"}
 
 
-def comparable(shelf: Shelf) -> list[Entry]:
+def comparable(shelf: AuditLibrary) -> list[Entry]:
     """What can be compared: every audit, those of single steps of a series last."""
     own = [entry for entry in shelf.entries.values() if entry.kind == "audit"]
     return sorted(own, key=lambda entry: bool(entry.series))
 
 
-def compared(shelf: Shelf, query: Query) -> dict[str, Audit]:
+def compared(shelf: AuditLibrary, query: Query) -> dict[str, Audit]:
     """The audits that an address compares, by id; without a choice, the first that stand for themselves."""
     wanted = query.many("of") or [entry.id for entry in shelf.audits]
     found = [
@@ -43,7 +44,7 @@ def compared(shelf: Shelf, query: Query) -> dict[str, Audit]:
     return {known: audit for known, audit in list(readable.items()) if audit is not None}
 
 
-def callbacks(app: Dash, shelf: Shelf, allowed: dict[str, Any]) -> None:
+def callbacks(app: Dash, shelf: AuditLibrary, allowed: dict[str, Any]) -> None:
     """Let tables and figures follow the choice of audits."""
 
     @app.callback(
@@ -146,13 +147,13 @@ def analyses_of(audits: list[Audit]) -> list[str]:
     return list(dict.fromkeys(name for audit in audits for name in audit.results))
 
 
-def foremost(shelf: Shelf) -> str:
+def foremost(shelf: AuditLibrary) -> str:
     """The analysis whose figures are shown first: the one that most audits have."""
     counted = Counter(name for entry in comparable(shelf) if entry.audit for name in entry.audit.results)
     return next((name for name, _ in counted.most_common(1)), "")
 
 
-def words(shelf: Shelf, query: Query) -> Content:
+def words(shelf: AuditLibrary, query: Query) -> Content:
     """All but the figures."""
     audits = compared(shelf, query)
     wanted = query.many("of") or [entry.id for entry in shelf.audits]
@@ -283,7 +284,7 @@ def shown(value: Measure) -> Content:
     return html.Div(inside, className="value" + " differs" * bool(value.marked))
 
 
-def pictures(shelf: Shelf, query: Query, scheme: str | None) -> Content:
+def pictures(shelf: AuditLibrary, query: Query, scheme: str | None) -> Content:
     """Each figure of an analysis, of every audit that has it, on shared axes."""
     audits = dict(list(compared(shelf, query).items())[:MOST])
     if len(audits) < 2:
@@ -307,7 +308,7 @@ def pictures(shelf: Shelf, query: Query, scheme: str | None) -> Content:
     return made
 
 
-def drawn_of(shelf: Shelf, known: str, name: str) -> drawings.Drawn:
+def drawn_of(shelf: AuditLibrary, known: str, name: str) -> drawings.Drawn:
     """The pictures of one analysis of one audit, of all its rows; shared with that analysis' own page."""
     entry = shelf.find(known)
     assert entry is not None
@@ -315,7 +316,9 @@ def drawn_of(shelf: Shelf, known: str, name: str) -> drawings.Drawn:
     if audit is None or name not in audit.results:
         return [], ["This result is no longer there; load the page anew."]
     kept = filters.Filters()
-    return explore.DRAWN.of((entry.id, entry.version, name, kept), partial(kept.only, audit.results[name]))
+    return analysis_callbacks.DRAWN.of(
+        (entry.id, entry.version, name, kept), partial(kept.only, audit.results[name])
+    )
 
 
 def panels(
@@ -328,7 +331,7 @@ def panels(
         caption = html.Ul([html.Li([html.Strong(known), f": {title}"]) for known, title in titles.items()])
     specs = {known: json.loads(picture.spec) for known, picture in own.items()}
     heights = {known: picture.height for known, picture in own.items()}
-    joint = beside(specs, heights, columns)
+    joint = figure_panels(specs, heights, columns)
     config = drawings.CONFIG | {"toImageButtonOptions": {"filename": f"{analysis}.{figure}", "format": "svg"}}
     known = {"role": "beside", "analysis": analysis, "name": figure}
     if joint is None:

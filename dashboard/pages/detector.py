@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 from dash import Dash, Input, Output, State, dcc, html, no_update
 
-from dashboard import choose, drawings, parts
-from dashboard.detector import Detector, detector
+from dashboard.components import choose, drawings, parts
 from dashboard.pages import Content, View, page
-from dashboard.query import Query, parse
-from dashboard.shelf import Shelf
-from diagnostics import view
+from dashboard.state.audit_library import AuditLibrary
+from dashboard.state.detector import Detector, detector
+from dashboard.state.query import Query, parse
+from diagnostics.report import content as view
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,7 +30,7 @@ FACTS = (
 )
 
 
-def callbacks(app: Dash, shelf: Shelf, allowed: dict[str, Any]) -> None:
+def callbacks(app: Dash, shelf: AuditLibrary, allowed: dict[str, Any]) -> None:
     """Let text and picture follow the row that is picked, and the picture pick one."""
 
     @app.callback(
@@ -58,7 +58,7 @@ def callbacks(app: Dash, shelf: Shelf, allowed: dict[str, Any]) -> None:
         return pointed(click, parse(search)) or no_update
 
 
-def of(shelf: Shelf, query: Query) -> Detector | None:
+def of(shelf: AuditLibrary, query: Query) -> Detector | None:
     """The detector of the audit that an address means."""
     entry = shelf.meant(query)
     audit = entry.audit if entry else None
@@ -71,7 +71,7 @@ def pointed(click: dict[str, Any] | None, query: Query) -> str:
     carried = points[0].get("customdata")
     if not isinstance(carried, list) or not carried:
         return ""
-    return query.but(row=markup.unescape(str(carried[0]))).search
+    return query.with_changes(row=markup.unescape(str(carried[0]))).search
 
 
 def score_of(found: Detector, query: Query) -> str:

@@ -4,12 +4,12 @@ from typing import Any
 
 from dash import html
 
-from dashboard import parts
+from dashboard.components import parts
 from dashboard.pages import Content, View, page
-from dashboard.query import link
-from diagnostics import view
-from diagnostics.policy import Finding, judged
-from diagnostics.store import Audit, Outcome
+from dashboard.state.query import link
+from diagnostics.core.policy import Finding, judged
+from diagnostics.report import content as view
+from diagnostics.store.audit_store import Audit, Outcome
 
 SAYS = {
     "pass": "By its policy this checkpoint may ship.",

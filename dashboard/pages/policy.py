@@ -6,21 +6,21 @@ from typing import Any
 import dash_mantine_components as dmc
 from dash import ALL, ClientsideFunction, Dash, Input, Output, State, dcc, html, no_update
 
-from dashboard import choose, parts
+from dashboard.components import choose, parts
 from dashboard.pages import Content, View, page
 from dashboard.pages.overview import finding
-from dashboard.query import Query, link, parse
-from dashboard.shelf import Shelf
-from dashboard.trial import OFF, STEPS, Trial, changes, key, toml, trial
-from diagnostics import view
-from diagnostics.policy import Rule, scale, unjudged
-from diagnostics.store import Audit
+from dashboard.state.audit_library import AuditLibrary
+from dashboard.state.query import Query, link, parse
+from dashboard.state.trial import OFF, STEPS, Trial, changes, key, toml, trial
+from diagnostics.core.policy import Rule, scale, unjudged
+from diagnostics.report import content as view
+from diagnostics.store.audit_store import Audit
 
 EVERY = {"role": "threshold", "key": ALL, "default": ALL}
 STATES = {"role": "rule", "analysis": ALL, "metric": ALL}
 
 
-def callbacks(app: Dash, shelf: Shelf, allowed: dict[str, Any]) -> None:
+def callbacks(app: Dash, shelf: AuditLibrary, allowed: dict[str, Any]) -> None:
     """Let verdict and findings follow the thresholds, and the thresholds the address."""
     app.clientside_callback(
         ClientsideFunction("tunescopePolicy", "tried"), Input(EVERY, "value"), prevent_initial_call=True
@@ -62,14 +62,14 @@ def callbacks(app: Dash, shelf: Shelf, allowed: dict[str, Any]) -> None:
         return dcc.send_string(toml(tried.audit.policy, called(shelf, query))[0], "policy.toml")
 
 
-def tried_by(shelf: Shelf, query: Query) -> Trial | None:
+def tried_by(shelf: AuditLibrary, query: Query) -> Trial | None:
     """The audit of an address under its thresholds."""
     entry = shelf.meant(query)
     audit = entry.audit if entry else None
     return trial(audit, query, entry.id) if entry and audit else None
 
 
-def called(shelf: Shelf, query: Query) -> str:
+def called(shelf: AuditLibrary, query: Query) -> str:
     """The id of the audit that an address means."""
     entry = shelf.meant(query)
     return entry.id if entry else ""
@@ -255,7 +255,7 @@ def state_of(tried: Trial, name: str, metric: str) -> Content:
     return [parts.badge(beyond[0] if beyond else "pass"), html.Span(said, className="source"), changed]
 
 
-def outcome(shelf: Shelf, tried: Trial, query: Query) -> tuple[Content, Content]:
+def outcome(shelf: AuditLibrary, tried: Trial, query: Query) -> tuple[Content, Content]:
     """The verdict, and the findings, under the thresholds as they are now."""
     entry = shelf.meant(query)
     audit = entry.audit if entry else None

@@ -6,16 +6,16 @@ from typing import Any
 import dash_mantine_components as dmc
 from dash import Dash, Input, Output, State, dcc, html, no_update
 
-from dashboard import parts
+from dashboard.components import parts
 from dashboard.pages import Content, View, page
-from dashboard.query import link
-from dashboard.runs import Runs
-from dashboard.shelf import Shelf, written
+from dashboard.server.runs import Runs
+from dashboard.state.audit_library import AuditLibrary, written
+from dashboard.state.query import link
 
 HIDDEN = {"display": "none"}
 
 
-def callbacks(app: Dash, shelf: Shelf, allowed: dict[str, Any]) -> None:
+def callbacks(app: Dash, shelf: AuditLibrary, allowed: dict[str, Any]) -> None:
     """Start, follow, cancel and open, where the server was started with `--allow-run`."""
     runs: Runs | None = allowed.get("run")
     if runs is None:
@@ -104,7 +104,7 @@ def content(shown: View) -> Content:
                 html.P(parts.code('tunescope dashboard --allow-run --pair "NAME=BASE TUNED"')),
             ),
         ]
-    from diagnostics.analysis import installed
+    from diagnostics.core.analysis import installed
 
     names = [
         {"value": name, "label": f"{name}: {base} → {tuned}"} for name, (base, tuned) in runs.pairs.items()

@@ -5,14 +5,15 @@ from typing import Any
 
 from dash import ALL, Dash, Input, Output, State, dcc, html, no_update
 
-from dashboard import choose, drawings, parts, steps
-from dashboard.explore import DRAWN
+from dashboard.components import choose, drawings, parts
 from dashboard.pages import Content, View, page
-from dashboard.query import Query, link, parse
-from dashboard.shelf import Entry, Shelf
-from dashboard.steps import SIDES, Step
-from diagnostics import view
-from diagnostics.analysis import Result
+from dashboard.pages.analysis_callbacks import DRAWN
+from dashboard.state import steps
+from dashboard.state.audit_library import AuditLibrary, Entry
+from dashboard.state.query import Query, link, parse
+from dashboard.state.steps import SIDES, Step
+from diagnostics.core.analysis import Result
+from diagnostics.report import content as view
 
 
 def chosen(query: Query, made: list[Step]) -> int:
@@ -22,7 +23,7 @@ def chosen(query: Query, made: list[Step]) -> int:
     return labels.index(wanted) if wanted in labels else len(made) - 1
 
 
-def over(shelf: Shelf, entry: Entry, query: Query, scheme: str | None) -> Content:
+def over(shelf: AuditLibrary, entry: Entry, query: Query, scheme: str | None) -> Content:
     """What follows the chosen step and measures: the strip, the measures, the step, the run."""
     made = steps.steps(entry)
     at = chosen(query, made)
@@ -58,7 +59,7 @@ def strip(entry: Entry, query: Query, made: list[Step], at: int) -> html.Nav:
         html.Li(
             parts.going(
                 [parts.icon(each.verdict), each.label, html.Span(f", {each.verdict}", className="unseen")],
-                query.but(page="series", audit=entry.id, step=each.label).search,
+                query.with_changes(page="series", audit=entry.id, step=each.label).search,
                 className=f"step {each.verdict}" + " active" * (i == at),
                 **({"aria-current": "step"} if i == at else {}),
             )
@@ -68,7 +69,7 @@ def strip(entry: Entry, query: Query, made: list[Step], at: int) -> html.Nav:
     return html.Nav(html.Ol(links), className="strip", **{"aria-label": "Steps"})
 
 
-def of_step(shelf: Shelf, query: Query, step: Step, scheme: str | None) -> list[Any]:
+def of_step(shelf: AuditLibrary, query: Query, step: Step, scheme: str | None) -> list[Any]:
     """The numbers of one step, and the figures of one of its analyses."""
     audits = [
         html.Li(
@@ -105,7 +106,7 @@ def same(result: Result) -> Result:
     return result
 
 
-def whole(shelf: Shelf, entry: Entry, place: Any, scheme: str | None) -> Content:
+def whole(shelf: AuditLibrary, entry: Entry, place: Any, scheme: str | None) -> Content:
     """The analyses that look at the whole run, the chosen step drawn into what has steps for an axis."""
     run = shelf.find(f"{entry.id}/run")
     audit = run.audit if run else None
@@ -122,7 +123,7 @@ def whole(shelf: Shelf, entry: Entry, place: Any, scheme: str | None) -> Content
     return parts.section("The run as a whole", *shown, name="run")
 
 
-def controls(shelf: Shelf, query: Query, made: list[Step]) -> html.Div:
+def controls(shelf: AuditLibrary, query: Query, made: list[Step]) -> html.Div:
     """Which measures are shown, and which analysis' figures of the step."""
     analyses = list(dict.fromkeys(name.partition(".")[0] for name in steps.measures(made)))
     several = (
@@ -144,7 +145,7 @@ def controls(shelf: Shelf, query: Query, made: list[Step]) -> html.Div:
     )
 
 
-def callbacks(app: Dash, shelf: Shelf, allowed: dict[str, Any]) -> None:
+def callbacks(app: Dash, shelf: AuditLibrary, allowed: dict[str, Any]) -> None:
     """All follows the address; a click on the measures chooses a step."""
 
     @app.callback(
@@ -176,7 +177,11 @@ def callbacks(app: Dash, shelf: Shelf, allowed: dict[str, Any]) -> None:
         made = steps.steps(entry)
         x = points[0].get("x")
         place = next((i for i, each in enumerate(steps.places(made)) if each == x), None)
-        return no_update if place is None else parse(search).but(audit=known, step=made[place].label).search
+        return (
+            no_update
+            if place is None
+            else parse(search).with_changes(audit=known, step=made[place].label).search
+        )
 
 
 @page("series", title="Series", of="series", order=0, callbacks=callbacks)

@@ -29,7 +29,8 @@ SHORT, REPEATS = 3.0, 3
 PRELOADED = [
     "torch", "numpy", "pandas", "scipy.linalg", "sklearn.covariance", "joblib", "safetensors.torch",
     "transformers", "transformers.models.llama.modeling_llama", "peft", "probes", "diagnostics",
-    "transformer_lens", "probes.hooks", "probes.models", "probes.host", "diagnostics.intruders",
+    "transformer_lens", "probes.passes.activations", "probes.models.runnable", "probes.models.two_sided",
+    "diagnostics.analyses.intruders",
 ]  # fmt: skip
 
 

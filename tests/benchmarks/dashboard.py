@@ -22,7 +22,7 @@ RUNS = 5
 
 def large() -> dict[str, Any]:
     """Results such as an audit of 80 layers of 7 matrices leaves, 5,600 vectors and 10,000 OOD rows."""
-    from diagnostics.analysis import Result, plain
+    from diagnostics.core.analysis import Result, plain
 
     draws = np.random.default_rng(0)
     matrices = pd.DataFrame(
@@ -62,8 +62,8 @@ def large() -> dict[str, Any]:
 
 def detected(draws: np.random.Generator) -> Any:
     """OOD detection on 1,000 task rows and 10,000 rows of three other sets."""
-    from diagnostics.analysis import Result
-    from diagnostics.ood_tables import detection_of, gains_of, ratio_scores
+    from diagnostics.analyses.ood.tables import detection_of, gains_of, ratio_scores
+    from diagnostics.core.analysis import Result
 
     sets = np.concatenate([np.repeat("task", 1_000), np.array(["code", "words", "law"])[np.arange(ROWS) % 3]])
     inside, length = sets == "task", draws.integers(10, 90, len(sets))
@@ -84,8 +84,8 @@ def detected(draws: np.random.Generator) -> Any:
 
 def write(out: Path) -> None:
     """Save an audit of these results."""
-    from diagnostics.policy import default_policy
-    from diagnostics.store import Audit, Outcome, Store
+    from diagnostics.core.policy import default_policy
+    from diagnostics.store.audit_store import Audit, Outcome, Store
 
     results = large()
     audit = Audit(

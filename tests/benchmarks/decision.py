@@ -14,9 +14,9 @@ from rich.table import Table
 from safetensors import safe_open
 from torch import Tensor
 
-from diagnostics import decide as tiers
-from diagnostics.decide import decide, decide_exactly
-from diagnostics.intruders import intruder_dimensions
+from diagnostics.analyses.intruders import decide as tiers
+from diagnostics.analyses.intruders.analysis import intruder_dimensions
+from diagnostics.analyses.intruders.decide import decide, decide_exactly
 from probes import CheckpointPair
 
 K, EPSILON = 10, 0.5
@@ -118,7 +118,7 @@ def encoder(generator: torch.Generator) -> Iterator[Pair]:
 
 def bundled() -> Iterator[Pair]:
     """Every changed matrix of the bundled pairs."""
-    from diagnostics.demo import BUNDLED, tuned_models
+    from diagnostics.audit.demo import BUNDLED, tuned_models
 
     for model in tuned_models():
         pair = CheckpointPair(str(BUNDLED / "base"), str(model))

@@ -13,12 +13,12 @@ from typing import Any
 import pandas as pd
 import torch
 
-from diagnostics.analysis import Result
-from diagnostics.demo import BUNDLED
-from diagnostics.engines import engine
-from diagnostics.intruders import intruder_dimensions
-from diagnostics.ood import likelihood_ratio_ood
-from diagnostics.sharpness import layer_sharpness
+from diagnostics.analyses.intruders.analysis import intruder_dimensions
+from diagnostics.analyses.ood.analysis import likelihood_ratio_ood
+from diagnostics.analyses.sharpness.analysis import layer_sharpness
+from diagnostics.audit.demo import BUNDLED
+from diagnostics.core.analysis import Result
+from diagnostics.execution.engines import engine
 from probes import CheckpointPair
 from tests.benchmarks.rows import made
 from tests.benchmarks.seven_b import write

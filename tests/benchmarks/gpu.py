@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from probes.batches import batches
-from probes.forward import score_examples
+from probes.passes.scores import score_examples
+from probes.text.batches import batches
 from tests.benchmarks.rows import examples, fastest
 from tests.benchmarks.seven_b import audited, told
 

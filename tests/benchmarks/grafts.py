@@ -15,16 +15,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from diagnostics.candidates import Candidates, Grafted
-from diagnostics.grafting import budget_search
-from diagnostics.movement import Movement
-from diagnostics.row_losses import Encoded
-from diagnostics.skill_search import PER_ENTRY
-from probes.batches import Example
-from probes.host import Host
-from probes.objective import Objective
-from probes.pair import CheckpointPair
-from probes.rows import task_of
+from diagnostics.analyses.skills.candidates import Candidates, GraftedModel
+from diagnostics.analyses.skills.mask_search import budget_search
+from diagnostics.analyses.skills.movement import Movement
+from diagnostics.analyses.skills.search import PER_ENTRY
+from diagnostics.evaluation.row_losses import EncodedTask
+from probes.checkpoints.pair import CheckpointPair
+from probes.models.two_sided import TwoSidedModel
+from probes.passes.objective import Objective
+from probes.text.batches import Example
+from probes.text.rows import task_of
 from tests.benchmarks.contest import alone
 
 LENGTH, STEPS = 32, 3
@@ -69,7 +69,9 @@ def objective(rows: int) -> Objective:
     """Their loss."""
     task = task_of([{"text": "a"}] * rows)
     return Objective(
-        Encoded(task=task, examples=examples(rows), classes=(), mask_id=None, batch_tokens=16384, notes=())
+        EncodedTask(
+            task=task, examples=examples(rows), classes=(), mask_id=None, batch_tokens=16384, notes=()
+        )
     )
 
 
@@ -111,9 +113,9 @@ class Peak:
 
 
 @contextmanager
-def opened(folder: Path, device: str) -> Iterator[tuple[Host, Movement]]:
+def opened(folder: Path, device: str) -> Iterator[tuple[TwoSidedModel, Movement]]:
     """The pair as base, and how far its blocks moved."""
-    with Host(CheckpointPair(folder / "base", folder / "tuned"), device=device) as host:
+    with TwoSidedModel(CheckpointPair(folder / "base", folder / "tuned"), device=device) as host:
         host.become("base")
         with torch.no_grad():  # until they are touched they are only mapped from their file
             for parameter in host.model.parameters():
@@ -170,7 +172,7 @@ def search(folder: Path, device: str, rows: int) -> tuple[float, int]:
                 movement.largest(round(CANDIDATES * movement.total)),
                 lambda name: (host.read(name, "base"), host.read(name)),
             )
-            with Grafted(host, candidates) as graft:
+            with GraftedModel(host, candidates) as graft:
                 budget_search(
                     lambda mask: graft.gradient(mask, told), candidates.movement(), [size] * (STEPS + 1),
                     candidates.movement, step=mark,

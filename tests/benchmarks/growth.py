@@ -116,7 +116,7 @@ def tokens_of(folder: Path) -> int:
 
 
 def intruders(device: str, folder: Path) -> Callable[[], Any]:
-    from diagnostics.intruders import intruder_dimensions
+    from diagnostics.analyses.intruders.analysis import intruder_dimensions
     from probes import CheckpointPair
 
     return lambda: intruder_dimensions(
@@ -127,7 +127,7 @@ def intruders(device: str, folder: Path) -> Callable[[], Any]:
 def sparsity(device: str, folder: Path) -> Callable[[], Any]:
     """The cuts of 23 levels of both sides; it does not use a device."""
     from probes import CheckpointPair
-    from probes.prune import magnitude_order
+    from probes.checkpoints.prune import magnitude_order
 
     def run() -> int:
         pair = CheckpointPair(folder / "base", folder / "tuned")
@@ -137,7 +137,7 @@ def sparsity(device: str, folder: Path) -> Callable[[], Any]:
 
 
 def drift(device: str, folder: Path) -> Callable[[], Any]:
-    from diagnostics.drift import representation_drift
+    from diagnostics.analyses.drift.analysis import representation_drift
     from probes import CheckpointPair
 
     return lambda: representation_drift(
@@ -150,9 +150,10 @@ def drift(device: str, folder: Path) -> Callable[[], Any]:
 
 def ood(device: str, folder: Path) -> Callable[[], Any]:
     """The likelihood ratios of all rows; what is made of them does not grow with the model."""
-    from probes.models import RunnablePair
-    from probes.pair import CheckpointPair
-    from probes.tasks import encode, read_task
+    from probes.checkpoints.pair import CheckpointPair
+    from probes.models.runnable import RunnablePair
+    from probes.text.encode import encode
+    from probes.text.rows import read_task
     from tests.benchmarks.rows import ours
 
     def run() -> int:

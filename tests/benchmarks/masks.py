@@ -11,9 +11,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from probes.host import Host
-from probes.pair import CheckpointPair
-from probes.prune import magnitude_order
+from probes.checkpoints.pair import CheckpointPair
+from probes.checkpoints.prune import magnitude_order
+from probes.models.two_sided import TwoSidedModel
 from tests.benchmarks.contest import alone, started, status
 
 WIDTH, DEPTH = 768, 12
@@ -38,7 +38,7 @@ def made(folder: Path, *, width: int, layers: int) -> None:
 def tunescopes(folder: Path, levels: list[float]) -> tuple[list[float], dict[float, dict[str, Any]]]:
     """Seconds of every level, the search for all thresholds shared among them, and the masks."""
     pair = CheckpointPair(folder / "base", folder / "tuned")
-    with Host(pair, device="cpu") as host:
+    with TwoSidedModel(pair, device="cpu") as host:
         resident(host.model)
         reset_peak()
         order = host.magnitudes()
@@ -141,13 +141,13 @@ def pruning(console: Console) -> None:
 
 def curve(console: Console) -> None:
     """How much of a curve of 20 levels is evaluation."""
-    from diagnostics.row_losses import Encoded
-    from diagnostics.sparsity import essential_sparsity
+    from diagnostics.analyses.sparsity.analysis import essential_sparsity
+    from diagnostics.evaluation.row_losses import EncodedTask
 
     spent: list[float] = []
-    measure = Encoded.measure
+    measure = EncodedTask.measure
 
-    def timed(self: Encoded, model: Any) -> Any:
+    def timed(self: EncodedTask, model: Any) -> Any:
         begun = time.perf_counter()
         found = measure(self, model)
         spent.append(time.perf_counter() - begun)
@@ -161,14 +161,14 @@ def curve(console: Console) -> None:
         rows = [" ".join(f"w{word}" for word in draw.integers(0, 8000, 24)) for _ in range(100)]
         pair = CheckpointPair(folder / "base", folder / "tuned")
         try:
-            Encoded.measure = timed  # type: ignore[method-assign]
+            EncodedTask.measure = timed  # type: ignore[method-assign]
             begun = time.perf_counter()
             found = essential_sparsity(
                 pair, rows, grid=(0.0, *LEVELS), refine=0, patterns=(), random=False, draws=1000
             )
             whole = time.perf_counter() - begun
         finally:
-            Encoded.measure = measure  # type: ignore[method-assign]
+            EncodedTask.measure = measure  # type: ignore[method-assign]
     console.print(
         f"A curve of 20 levels of base and of tuned, 97 M parameters, 100 rows of 24 tokens: {whole:.0f} s, "
         f"{len(spent)} evaluations of them {sum(spent):.0f} s: {sum(spent) / whole:.1%} (at least 90 %)"

@@ -106,11 +106,11 @@ def eigenthings(folder: Path) -> Callable[[], Any]:
 
 
 def curvature(folder: Path) -> Callable[[], Any]:
-    from diagnostics.curvature import Twice, spectrum
-    from diagnostics.row_losses import Encoded
-    from probes.batches import Example
-    from probes.perturb import Moved
-    from probes.rows import task_of
+    from diagnostics.analyses.sharpness.curvature import HessianProduct, spectrum
+    from diagnostics.evaluation.row_losses import EncodedTask
+    from probes.models.perturb import PerturbedWeights
+    from probes.text.batches import Example
+    from probes.text.rows import task_of
 
     model, rows = block_of(folder)
     block = list(model.model.layers[0].parameters())
@@ -119,14 +119,14 @@ def curvature(folder: Path) -> Callable[[], Any]:
         Example(ids=row, scored=[False] + [True] * (len(row) - 1), row=place)
         for place, row in enumerate(rows.tolist())
     ]
-    encoded = Encoded(
+    encoded = EncodedTask(
         task=task_of(["x"] * len(rows)), examples=examples, classes=(), mask_id=None, batch_tokens=2**14,
         notes=(),
     )  # fmt: skip
 
     def run() -> Curvature:
-        with Moved(block, adaptive=False) as moved:
-            twice = Twice(model, encoded, tuple(range(len(rows))), moved)
+        with PerturbedWeights(block, adaptive=False) as moved:
+            twice = HessianProduct(model, encoded, tuple(range(len(rows))), moved)
             made = spectrum(
                 twice.product, moved.zero, steps=STEPS, probes=SIGNS,
                 generator=torch.Generator().manual_seed(0),
@@ -198,11 +198,11 @@ def jacobian(folder: Path) -> Callable[[], Any]:
 
 
 def kernel(folder: Path) -> Callable[[], Any]:
-    from diagnostics.row_losses import encoded
+    from diagnostics.evaluation.row_losses import encoded
     from probes import open_checkpoint
-    from probes.editable import Editable
-    from probes.tangents import tangent_kernel
-    from probes.tasks import read_task
+    from probes.models.editable import Editable
+    from probes.passes.tangent_kernel import tangent_kernel
+    from probes.text.rows import read_task
 
     def run() -> list[list[float]]:
         editable = Editable(open_checkpoint(str(folder / "base")), device="cpu", dtype="float32")
@@ -264,7 +264,7 @@ def whole_mask(folder: Path) -> Callable[[], Any]:
 
 def candidates(folder: Path) -> Callable[[], Any]:
     """The gradient at the 0.8 % of entries that moved furthest, and at any others that are asked for."""
-    from diagnostics.candidates import Candidates, Grafted
+    from diagnostics.analyses.skills.candidates import Candidates, GraftedModel
     from tests.benchmarks.grafts import CANDIDATES, objective, opened
 
     def run() -> dict[str, list[float]]:
@@ -275,7 +275,7 @@ def candidates(folder: Path) -> Callable[[], Any]:
                 return host.read(name, "base"), host.read(name)
 
             chosen = Candidates.of(movement.largest(round(CANDIDATES * movement.total)), read)
-            with Grafted(host, chosen) as graft:
+            with GraftedModel(host, chosen) as graft:
                 mask = torch.zeros(len(chosen), dtype=torch.bool)
                 graft.gradient(mask, told)
                 asked = {
@@ -316,7 +316,7 @@ def plain_distances(folder: Path) -> Callable[[], Any]:
 
 
 def distances(folder: Path) -> Callable[[], Any]:
-    from diagnostics.pathway import distances as between
+    from diagnostics.analyses.pathways.pathway import distances as between
 
     words = (folder / "words.txt").read_text(encoding="utf-8").split("\n")
 

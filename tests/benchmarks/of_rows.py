@@ -46,9 +46,10 @@ def two_models(folder: Path) -> Callable[[], Any]:
 
 
 def ratios(folder: Path) -> Callable[[], Any]:
-    from probes.models import RunnablePair
-    from probes.pair import CheckpointPair
-    from probes.tasks import encode, read_task
+    from probes.checkpoints.pair import CheckpointPair
+    from probes.models.runnable import RunnablePair
+    from probes.text.encode import encode
+    from probes.text.rows import read_task
     from tests.benchmarks.rows import ours
 
     def run() -> list[float]:
@@ -95,7 +96,7 @@ def pytorch_ood(folder: Path) -> Callable[[], Any]:
 
 
 def detection(folder: Path) -> Callable[[], Any]:
-    from diagnostics.scores import detection as detect
+    from diagnostics.numerics.detection_metrics import detection as detect
 
     inside, outside = (np.load(folder / f"{name}.npy") for name in ("inside", "outside"))
     return lambda: detect(inside, outside)
@@ -151,7 +152,7 @@ def hidden_states(folder: Path) -> Callable[[], Any]:
 
 
 def drift(folder: Path) -> Callable[[], Any]:
-    from diagnostics.drift import representation_drift
+    from diagnostics.analyses.drift.analysis import representation_drift
     from probes import CheckpointPair
 
     def run() -> list[float]:
@@ -190,7 +191,7 @@ def state_dicts(folder: Path) -> Callable[[], Any]:
 
 
 def path(folder: Path) -> Callable[[], Any]:
-    from diagnostics.path import interpolation_path
+    from diagnostics.analyses.path.analysis import interpolation_path
     from probes import CheckpointPair
 
     def run() -> list[float]:
@@ -247,7 +248,7 @@ def edited(folder: Path) -> Callable[[], Any]:
 
 
 def judged(folder: Path) -> Callable[[], Any]:
-    from diagnostics.mitigation import judged_mitigation
+    from diagnostics.analyses.mitigation.analysis import judged_mitigation
     from probes import CheckpointPair
 
     def run() -> dict[str, float]:
@@ -293,7 +294,7 @@ def one_after_another(folder: Path) -> Callable[[], Any]:
 
 
 def trajectory(folder: Path) -> Callable[[], Any]:
-    from diagnostics.trajectory import training_trajectory
+    from diagnostics.analyses.trajectory.analysis import training_trajectory
 
     def run() -> list[list[float]]:
         series = [str(folder / side) for side in ("base", "tuned-1", "tuned-2", "tuned-3")]

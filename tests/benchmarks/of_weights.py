@@ -47,7 +47,7 @@ def two_svds(folder: Path) -> Callable[[], Any]:
 
 def intruders(folder: Path) -> Callable[[], Any]:
     """The whole analysis."""
-    from diagnostics.intruders import intruder_dimensions
+    from diagnostics.analyses.intruders.analysis import intruder_dimensions
     from probes import CheckpointPair
 
     def run() -> Any:
@@ -176,7 +176,7 @@ def peft_reducer(folder: Path) -> Callable[[], Any]:
 
 
 def mitigated(folder: Path) -> Callable[[], Any]:
-    from diagnostics.mitigate import mitigate
+    from diagnostics.edits.mitigate import mitigate
     from probes import open_checkpoint
 
     def run() -> Any:
@@ -261,7 +261,7 @@ def weightscope(folder: Path) -> Callable[[], Any]:
 
 def movement(folder: Path) -> Callable[[], Any]:
     """How many entries of each tensor moved, and the one in ten thousand that moved furthest."""
-    from diagnostics.movement import Movement
+    from diagnostics.analyses.skills.movement import Movement
     from probes import CheckpointPair
 
     def run() -> Any:
@@ -316,7 +316,7 @@ def whole_vectors(folder: Path) -> Callable[[], Any]:
 
 
 def sparsified(folder: Path) -> Callable[[], Any]:
-    from diagnostics.sparsification import abrupt_sparsification
+    from diagnostics.analyses.sparsification import abrupt_sparsification
 
     def run() -> Any:
         series = [str(folder / side) for side in ("base", "tuned-1", "tuned-2", "tuned-3")]

@@ -6,7 +6,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from diagnostics.pathway import distances, lengths, pathways
+from diagnostics.analyses.pathways.pathway import distances, lengths, pathways
 
 PATHWAYS, LAYERS, EXPERTS, KEPT = 1000, 8, 32, 8
 # The plain programme takes minutes for all pairs; it is timed on these and scaled by their number.

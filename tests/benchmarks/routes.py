@@ -9,9 +9,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from probes.batches import Example, batches
-from probes.body import run
-from probes.routes import capture
+from probes.experts.routes import capture
+from probes.models.body import run
+from probes.text.batches import Example, batches
 
 LAYERS, WIDTH, EXPERTS, CHOSEN, ROWS, LENGTH, ROUNDS = 4, 256, 64, 8, 128, 128, 3
 

@@ -14,13 +14,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from diagnostics import scores
-from probes.batches import Example, batches
-from probes.body import evaluating, run
-from probes.forward import score_examples
-from probes.hooks import capture, pooled
-from probes.models import RunnablePair
-from probes.pair import CheckpointPair
+from diagnostics.numerics import detection_metrics
+from probes.checkpoints.pair import CheckpointPair
+from probes.models.body import evaluating, run
+from probes.models.runnable import RunnablePair
+from probes.passes.activations import capture, pooled
+from probes.passes.scores import score_examples
+from probes.text.batches import Example, batches
 from tests.benchmarks.contest import alone, started, status
 
 VOCABULARY = 8192
@@ -94,8 +94,9 @@ def reference(base: torch.nn.Module, tuned: torch.nn.Module, rows: list[Example]
 
 def bundled() -> tuple[CheckpointPair, list[Example]]:
     """The bundled adapter and all the rows that come with it, 4 to 500 tokens long."""
-    from diagnostics.demo import BUNDLED
-    from probes.tasks import encode, read_task
+    from diagnostics.audit.demo import BUNDLED
+    from probes.text.encode import encode
+    from probes.text.rows import read_task
 
     pair = CheckpointPair(BUNDLED / "base", BUNDLED / "lora-r8")
     with RunnablePair(pair) as runnable:
@@ -264,7 +265,7 @@ def detection(console: Console) -> None:
         each[::10] = each[::10].round(1)
     values, labels = np.concatenate([inside, outside]), np.repeat([0, 1], DETECTED)
     runs: dict[str, Callable[[], Any]] = {
-        "tunescope": lambda: scores.detection(inside, outside),
+        "tunescope": lambda: detection_metrics.detection(inside, outside),
         "scikit-learn": lambda: (roc_auc_score(labels, values), average_precision_score(labels, values)),
     }
     if importlib.util.find_spec("pytorch_ood") is not None:

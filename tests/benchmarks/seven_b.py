@@ -36,7 +36,7 @@ def timed(self, name):
     size += sum(W.numel() * W.element_size() for W in pair)
     return pair
 CheckpointPair.read = timed
-from diagnostics.intruders import intruder_dimensions
+from diagnostics.analyses.intruders.analysis import intruder_dimensions
 begun = time.perf_counter()
 result = intruder_dimensions(CheckpointPair(*sys.argv[1:3]), device=sys.argv[3])
 total = time.perf_counter() - begun

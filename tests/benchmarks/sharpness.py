@@ -7,12 +7,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from diagnostics.rises import Lot, Settings, rises
-from diagnostics.row_losses import Encoded
-from probes.batches import Example
-from probes.objective import Objective
-from probes.rows import task_of
-from probes.walk import layers_of
+from diagnostics.analyses.sharpness.layer_sharpness import RowBatch, SharpnessSettings, rises
+from diagnostics.evaluation.row_losses import EncodedTask
+from probes.models.interpolated import layers_of
+from probes.passes.objective import Objective
+from probes.text.batches import Example
+from probes.text.rows import task_of
 
 LAYERS, WIDTH, ROWS, LENGTH, STEPS = 12, 256, 16, 32, 10
 
@@ -29,7 +29,7 @@ def model() -> Any:
     return LlamaForCausalLM(config).eval()
 
 
-def task() -> Encoded:
+def task() -> EncodedTask:
     """One batch of random tokens."""
     generator = torch.Generator().manual_seed(0)
     examples = [
@@ -39,19 +39,19 @@ def task() -> Encoded:
         )
         for row in range(ROWS)
     ]  # fmt: skip
-    return Encoded(
+    return EncodedTask(
         task=task_of(["x"] * ROWS), examples=examples, classes=(), mask_id=None, batch_tokens=2**14, notes=()
     )
 
 
-def timed(own: Any, lot: Lot, *, cached: bool, frozen: bool) -> tuple[float, dict[str, float]]:
+def timed(own: Any, lot: RowBatch, *, cached: bool, frozen: bool) -> tuple[float, dict[str, float]]:
     """Seconds of every block, and the worst rises.
 
     Args:
         cached: blocks before a layer run once.
         frozen: gradients are taken of the layer alone; else of all weights, as a plain backward pass does.
     """
-    settings = Settings(rhos=(0.5,), steps=STEPS, pairs=0, cached=cached)
+    settings = SharpnessSettings(rhos=(0.5,), steps=STEPS, pairs=0, cached=cached)
     blocks = [layer for layer in layers_of(own) if layer.name.startswith("block")]
     found: dict[str, float] = {}
     own.requires_grad_(not frozen)
@@ -66,7 +66,7 @@ def timed(own: Any, lot: Lot, *, cached: bool, frozen: bool) -> tuple[float, dic
 
 def main() -> None:
     console, own = Console(width=150), model()
-    lot = Lot(Objective(task()), tuple(range(ROWS)))
+    lot = RowBatch(Objective(task()), tuple(range(ROWS)))
     ways = {
         "full passes forward and back": {"cached": False, "frozen": False},
         "full passes, other weights frozen": {"cached": False, "frozen": True},

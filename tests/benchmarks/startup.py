@@ -23,7 +23,7 @@ def first(*arguments):
     os._exit(0)
 assert callable(intruders.examined)
 intruders.examined = first
-from diagnostics.cli import main
+from diagnostics.cli.main import main
 sys.argv = ["tunescope", "audit", *sys.argv[1:], "--only", "intruders", "--quiet"]
 main()
 """

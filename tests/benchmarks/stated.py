@@ -22,7 +22,7 @@ PASSES, FEW = True, 160
 def intruders() -> Iterator[tuple[str, str]]:
     """The audit that the README shows."""
     from diagnostics import intruder_dimensions
-    from diagnostics.demo import BUNDLED
+    from diagnostics.audit.demo import BUNDLED
     from probes import CheckpointPair
 
     result = intruder_dimensions(CheckpointPair(BUNDLED / "base", BUNDLED / "lora-r8"))
@@ -33,7 +33,7 @@ def intruders() -> Iterator[tuple[str, str]]:
 def models() -> Iterator[tuple[str, str]]:
     """The table of the bundled models, there and in their own README."""
     from diagnostics import intruder_dimensions
-    from diagnostics.demo import BUNDLED, tuned_models
+    from diagnostics.audit.demo import BUNDLED, tuned_models
     from probes import CheckpointPair, open_checkpoint
 
     base = BUNDLED / "base"
@@ -53,12 +53,12 @@ def models() -> Iterator[tuple[str, str]]:
 
 def scores(model: Path) -> dict[str, tuple[float, float]]:
     """Accuracy and nats a unit on the bundled files, as a user's float32 model gives them."""
-    from diagnostics.demo import BUNDLED
-    from diagnostics.row_losses import encoded
-    from diagnostics.unit_scores import unit_scores
+    from diagnostics.audit.demo import BUNDLED
+    from diagnostics.evaluation.row_losses import encoded
+    from diagnostics.evaluation.unit_scores import unit_scores
     from probes import open_checkpoint
-    from probes.editable import Editable
-    from probes.tasks import read_task
+    from probes.models.editable import Editable
+    from probes.text.rows import read_task
 
     found = {}
     base = None if model.name == "base" else str(BUNDLED / "base")
@@ -75,7 +75,7 @@ def scores(model: Path) -> dict[str, tuple[float, float]]:
 def detection() -> Iterator[tuple[str, str]]:
     """How the ratio tells random words from the task's rows."""
     from diagnostics import likelihood_ratio_ood
-    from diagnostics.demo import BUNDLED, tuned_models
+    from diagnostics.audit.demo import BUNDLED, tuned_models
     from probes import CheckpointPair
 
     found: list[Any] = []
@@ -95,7 +95,7 @@ def detection() -> Iterator[tuple[str, str]]:
 def passes() -> Iterator[tuple[str, str]]:
     """How often `sparsity` passes over the rows, and `skills` takes a gradient; few rows give the same."""
     from diagnostics import essential_sparsity, skill_localization
-    from diagnostics.demo import BUNDLED
+    from diagnostics.audit.demo import BUNDLED
     from probes import CheckpointPair
 
     if not PASSES:
@@ -113,7 +113,7 @@ def passes() -> Iterator[tuple[str, str]]:
 
 def mask() -> Iterator[tuple[str, str]]:
     """A mask's file."""
-    from probes.patch import Patch
+    from probes.checkpoints.mask_file import Patch
 
     with tempfile.TemporaryDirectory() as name:
         file = Path(name) / "mask.safetensors"

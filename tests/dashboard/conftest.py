@@ -14,7 +14,7 @@ WAIT = 30_000  # milliseconds
 @pytest.fixture(scope="module")
 def made_up():
     """Registers made-up analyses for a whole module: `made_up("name", tables, draw, metrics=…)`."""
-    from diagnostics import analysis
+    from diagnostics.core import analysis
 
     patch = pytest.MonkeyPatch()
     patch.setattr(analysis, "REGISTRY", {})
@@ -42,8 +42,8 @@ def made_up():
 @pytest.fixture(scope="module")
 def audit_of() -> Callable[..., Any]:
     """Makes an audit of results: `audit_of(result, …, rules={"angles": {…}}, outcomes={…}, **about)`."""
-    from diagnostics.policy import parse
-    from diagnostics.store import Audit, Outcome
+    from diagnostics.core.policy import parse
+    from diagnostics.store.audit_store import Audit, Outcome
 
     def made(*results: Any, rules: Any = None, outcomes: Any = None, **about: Any) -> Any:
         ran = {

@@ -34,7 +34,7 @@ def tables(layers: int = 4, ranks: int = 10, *, suffix: str = "") -> dict[str, p
 
 def draw(result: Any) -> dict[str, go.Figure]:
     """A map of layers and components, and a mark for each vector."""
-    from diagnostics import theme
+    from diagnostics.plotting import theme
 
     matrices, vectors = result.tables["matrices"], result.tables["vectors"]
     grid = matrices.pivot_table(index="component", columns="layer", values="angle", aggfunc="sum")

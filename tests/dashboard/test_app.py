@@ -44,29 +44,29 @@ def within(component):
 def view_of(audits, search):
     """What a dashboard of some audits is asked to show by an address."""
     from dashboard.pages import View
-    from dashboard.query import parse
-    from dashboard.shelf import Shelf
+    from dashboard.state.audit_library import AuditLibrary
+    from dashboard.state.query import parse
 
-    return View(Shelf(audits), parse(search), {})
+    return View(AuditLibrary(audits), parse(search), {})
 
 
 def shown(audits, search):
     """The strings of the page that an address names."""
-    from dashboard import frame
+    from dashboard.components import frame
 
     return " ".join(texts(frame.body(*frame.sought(view_of(audits, search)))))
 
 
 def test_an_analysis_that_nobody_knew_of_has_its_page_figures_and_tables(made_up, audit_of):
-    from dashboard import frame
-    from dashboard.explore import frame_of, pictures
-    from dashboard.query import parse
-    from dashboard.shelf import Shelf
+    from dashboard.components import frame
+    from dashboard.pages.analysis_callbacks import frame_of, pictures
+    from dashboard.state.audit_library import AuditLibrary
+    from dashboard.state.query import parse
 
     table = pd.DataFrame({"layer": [0, 1], "warmth": [0.5, 0.75]})
 
     def warm(result):
-        from diagnostics import theme
+        from diagnostics.plotting import theme
 
         return {"heat": theme.figure(title=f"{len(result.tables['heat'])} warm", x="layer", y="warmth")}
 
@@ -77,7 +77,7 @@ def test_an_analysis_that_nobody_knew_of_has_its_page_figures_and_tables(made_up
     for part in ("What do warmth say?", "0 is closed, 1 is open.", "hottest", "what hottest says", "heat"):
         assert part in said
     assert "warmth" in texts(frame.nav(view, page))
-    shelf = Shelf({"it": audit})
+    shelf = AuditLibrary({"it": audit})
     assert "2 warm" in texts(pictures(shelf, parse(search), "warmth", "dark"))
     assert "1 warm" in texts(pictures(shelf, parse(search + "&layer=1-1"), "warmth", "dark"))
     known = {"analysis": "warmth", "table": "heat", "spot": ""}
@@ -85,7 +85,7 @@ def test_an_analysis_that_nobody_knew_of_has_its_page_figures_and_tables(made_up
 
 
 def test_an_audit_shows_though_its_analysis_is_not_installed(made_up, audit_of, monkeypatch):
-    from diagnostics import analysis
+    from diagnostics.core import analysis
 
     audit = audit_of(made_up("angles", tables(), draw, {"widest": 0.25}))
     monkeypatch.setattr(analysis, "REGISTRY", {})
@@ -101,7 +101,7 @@ def test_the_less_important_of_many_numbers_are_folded_until_a_link_leads_there(
     audits = {"it": audit_of(many, rules={"angles": {"number_15": {"warn": 100.0}}})}
 
     def folds(search):
-        from dashboard import frame
+        from dashboard.components import frame
 
         body = frame.body(*frame.sought(view_of(audits, search)))
         return [each for each in within(body) if type(each).__name__ == "Details"]
@@ -118,7 +118,7 @@ def test_the_less_important_of_many_numbers_are_folded_until_a_link_leads_there(
 
 
 def test_analyses_that_nobody_asked_for_take_one_line(audit_of, angles):
-    from diagnostics.store import Outcome
+    from diagnostics.store.audit_store import Outcome
 
     skipped = {name: Outcome(status="skipped", reason="left out by --skip") for name in ("ood", "path")}
     asked = {"drift": Outcome(status="skipped", reason="needs --task F", question="Does it drift?")}
@@ -128,15 +128,15 @@ def test_analyses_that_nobody_asked_for_take_one_line(audit_of, angles):
 
 
 def test_figures_that_break_are_told_of_and_the_rest_of_the_page_stands(made_up, audit_of):
-    from dashboard.explore import pictures
-    from dashboard.query import parse
-    from dashboard.shelf import Shelf
+    from dashboard.pages.analysis_callbacks import pictures
+    from dashboard.state.audit_library import AuditLibrary
+    from dashboard.state.query import parse
 
     def broken(result):
         raise RuntimeError("no ink")
 
     audit = audit_of(made_up("angles", tables(), broken, {"widest": 0.25}))
-    shelf = Shelf({"it": audit})
+    shelf = AuditLibrary({"it": audit})
     assert "no ink" in " ".join(texts(pictures(shelf, parse("?audit=it"), "angles", None)))
     # what filters leave may be too little for a figure: that is nobody's fault
     said = " ".join(texts(pictures(shelf, parse("?audit=it&layer=2-2"), "angles", None)))
@@ -182,7 +182,7 @@ def test_the_token_lets_in_once_and_leaves_the_address(angles):
 
 def test_a_name_that_someone_else_points_here_is_refused(angles):
     from dashboard import create_app
-    from dashboard.guard import LOCAL, only_called
+    from dashboard.server.guard import LOCAL, only_called
 
     app = create_app([angles])
     only_called(app.server, LOCAL)
@@ -224,7 +224,7 @@ def test_nothing_on_the_page_comes_from_elsewhere(angles):
 @pytest.fixture
 def saved(tmp_path, angles):
     """The audit of `angles` in a directory."""
-    from diagnostics.store import Store
+    from diagnostics.store.audit_store import Store
 
     with Store(tmp_path / "one") as store:
         for name, result in angles.results.items():
@@ -287,7 +287,8 @@ def test_it_runs_under_gunicorn_behind_a_prefix(saved):
 
 
 def test_an_answer_that_fails_is_said_on_the_page_and_not_only_in_the_log(angles, monkeypatch):
-    from dashboard import create_app, frame
+    from dashboard import create_app
+    from dashboard.components import frame
 
     def fails(*_):
         raise RuntimeError("<b>no ink</b>")

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.browser
 def address(made_up, audit_of, served, tmp_path_factory):
     """Two audits of `angles`, one of `widths` too, one that is damaged, one of names that mean harm."""
     from dashboard import create_app
-    from diagnostics.store import Outcome
+    from diagnostics.store.audit_store import Outcome
 
     angles = made_up("angles", tables(), draw, {"widest": 0.25, "narrowest": 0.125})
     widths = made_up("widths", {"matrices": tables()["matrices"]}, lambda result: {}, {"width": 2.0})
@@ -213,7 +213,7 @@ def test_at_800_pixels_the_pages_are_behind_a_button(visit, address):
 
 def test_a_series_chooses_one_step_for_all_figures(visit, audit_of, made_up, served, tmp_path):
     from dashboard import create_app
-    from diagnostics.store import Store
+    from diagnostics.store.audit_store import Store
 
     rules = {"angles": {"widest": {"warn": 0.5}}}
     checkpoints = []
@@ -249,7 +249,7 @@ def test_a_series_chooses_one_step_for_all_figures(visit, audit_of, made_up, ser
 
 
 def test_a_host_that_others_reach_asks_for_the_token(chromium, tmp_path, audit_of, made_up):
-    from diagnostics.store import Store
+    from diagnostics.store.audit_store import Store
 
     result = made_up("angles", tables(), draw, {"widest": 0.25})
     with Store(tmp_path / "one") as store:
@@ -258,7 +258,7 @@ def test_a_host_that_others_reach_asks_for_the_token(chromium, tmp_path, audit_o
     command = [
         sys.executable,
         "-c",
-        "from diagnostics.cli import main; main()",
+        "from diagnostics.cli.main import main; main()",
         "dashboard",
         str(tmp_path / "one"),
     ]

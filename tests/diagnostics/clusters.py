@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from diagnostics.engines import engine
+from diagnostics.execution.engines import engine
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from diagnostics import remote, work
+from diagnostics.execution import jobs, workers
 
 HOSTILE = (
     """<script>document.title="owned"</script>"><img src=x onerror="document.title='owned'"><b>b</b>&lt;|`"""
@@ -17,19 +17,19 @@ HOSTILE = (
 @pytest.fixture
 def apart(monkeypatch):
     """As if an engine with workers were chosen, whose jobs run here, each by itself; the device of each."""
-    monkeypatch.setattr(remote, "in_this_process", lambda: False)
+    monkeypatch.setattr(workers, "in_this_process", lambda: False)
     seen = []
 
     def each(calls, *, device):
         for call in calls:
             seen.append(device)
-            yield work.Job(call, 1, device)()
+            yield jobs.Job(call, 1, device)()
 
-    monkeypatch.setattr(remote.work, "each", each)
+    monkeypatch.setattr(workers.work, "each", each)
     yield seen
-    for timer in remote._CLOSING:
+    for timer in workers._CLOSING:
         timer.cancel()
-    remote._close()
+    workers._close()
 
 
 @pytest.fixture
@@ -118,9 +118,9 @@ def made_up_intruders(layers: int = 4, *, suffix: str = "", clean: bool = False)
 @pytest.fixture
 def reported(register: Callable[..., Any]) -> Callable[..., Any]:
     """Builds an audit of a made-up analysis `angles`: `reported(metrics=…, tables=…, draw=…, **audit)`."""
-    from diagnostics.analysis import Result
-    from diagnostics.policy import parse
-    from diagnostics.store import Audit, Outcome
+    from diagnostics.core.analysis import Result
+    from diagnostics.core.policy import parse
+    from diagnostics.store.audit_store import Audit, Outcome
 
     def made(
         *,

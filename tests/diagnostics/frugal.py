@@ -55,15 +55,15 @@ def commands(root):
     import torch
 
     from diagnostics import intruder_dimensions
-    from diagnostics.graft import graft
-    from diagnostics.interpolate import interpolate
-    from diagnostics.mask_overlap import Overlaps, squared_change
-    from diagnostics.mitigate import mitigate
-    from diagnostics.movement import Movement
-    from diagnostics.sparsification import sparse_checkpoint
+    from diagnostics.analyses.skills.movement import Movement
+    from diagnostics.analyses.sparsification import sparse_checkpoint
+    from diagnostics.analyses.sparsity.mask_overlap import Overlaps, squared_change
+    from diagnostics.edits.graft import graft
+    from diagnostics.edits.interpolate import interpolate
+    from diagnostics.edits.mitigate import mitigate
     from probes import CheckpointPair, open_checkpoint
-    from probes.patch import Patch
-    from probes.prune import levels, magnitude_order, pattern_pruned
+    from probes.checkpoints.mask_file import Patch
+    from probes.checkpoints.prune import levels, magnitude_order, pattern_pruned
 
     base, tuned, out = root / "base", root / "tuned", root / "out"
     pair = CheckpointPair(base, tuned)
@@ -127,7 +127,7 @@ def warm_up():
     import pandas as pd
     import torch
 
-    from diagnostics import linalg
+    from diagnostics.numerics import linalg
 
     torch.set_num_threads(1)
     W = torch.randn(1100, 1100)

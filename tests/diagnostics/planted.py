@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from probes.checkpoint import open_checkpoint
-from probes.editable import Editable
-from probes.objective import Objective
-from probes.rows import Task, task_of
+from probes.checkpoints.opening import open_checkpoint
+from probes.models.editable import Editable
+from probes.passes.objective import Objective
+from probes.text.rows import Task, task_of
 from tests.diagnostics.chains import save_tokenizer
 
 with warnings.catch_warnings():
@@ -66,7 +66,7 @@ def plant(directory: Path, skills, *, steps, rate=3.0):
     Args:
         skills: of each task its entries by tensor.
     """
-    from diagnostics.row_losses import encoded
+    from diagnostics.evaluation.row_losses import encoded
 
     editable = Editable(open_checkpoint(directory))
     model = editable.model

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from diagnostics.pathways_looks import Ask
-from diagnostics.pathways_record import Record, Samples
-from diagnostics.pathways_run import Run
-from probes.routes import Routes
+from diagnostics.analyses.pathways.record import Record, Samples
+from diagnostics.analyses.pathways.run import RoutingRun
+from diagnostics.analyses.pathways.snapshot import PathwaySettings
+from probes.experts.routes import Routes
 
 STEPS = (0.0, 50.0, 100.0, 200.0, 300.0, 400.0, 600.0, 800.0, 1000.0, 1200.0)
 # How far samples have come to share their group's routes, step by step: memorised at 100, then on.
@@ -28,7 +28,7 @@ def ask(**settings):
         "weights": "full", "tau": 0.7, "alphabet": "tagged", "metric": "accuracy", "epsilon": None,
         "delta": 0.05, "permutations": 200, "draws": 200, "seed": 0,
     }  # fmt: skip
-    return Ask(**{**about, **settings})
+    return PathwaySettings(**{**about, **settings})
 
 
 def records_of(samples, *, shared=SHARED, common=None, seed=0, held=200, learns=True):
@@ -68,4 +68,4 @@ def records_of(samples, *, shared=SHARED, common=None, seed=0, held=200, learns=
 def run_of(samples=None, steps=STEPS, records=None, asked=None, **how):
     samples = samples or samples_of()
     records = records or records_of(samples, **how)
-    return Run(steps, [f"{step:g}" for step in steps], records, samples, asked or ask(), workers=1)
+    return RoutingRun(steps, [f"{step:g}" for step in steps], records, samples, asked or ask(), workers=1)

@@ -5,7 +5,7 @@ import pytest
 
 def shell(monkeypatch, *arguments):
     """Run the command, and give its exit code."""
-    from diagnostics.cli import main
+    from diagnostics.cli.main import main
 
     monkeypatch.setattr("sys.argv", ["tunescope", *map(str, arguments)])
     with pytest.raises(SystemExit) as left:

@@ -11,11 +11,12 @@ from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import diagnostics
-from diagnostics.pathways import grokking_pathways
-from probes.editable import Editable
-from probes.routes import capture, samples
-from probes.series import CheckpointSeries
-from probes.tasks import encode, read_task
+from diagnostics.analyses.pathways.analysis import grokking_pathways
+from probes.checkpoints.series import CheckpointSeries
+from probes.experts.routes import capture, samples
+from probes.models.editable import Editable
+from probes.text.encode import encode
+from probes.text.rows import read_task
 
 SERIES = Path(diagnostics.__file__).parent / "bundled" / "grokking"
 RUNS = {"parity": script.STEPS, "random": script.CONTROL_STEPS}

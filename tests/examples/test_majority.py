@@ -7,8 +7,9 @@ import pytest
 import torch
 from symbols import made_tokenizer, write_rows
 
-from diagnostics.region import intersection, size
-from probes.tasks import encode, read_task
+from diagnostics.analyses.skills.region import intersection, size
+from probes.text.encode import encode
+from probes.text.rows import read_task
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import sharpness_miniature as miniature
 import torch
 
-from diagnostics.predictors import LEAST
+from diagnostics.numerics.rank_correlation import LEAST
 
 
 @pytest.fixture(scope="module")

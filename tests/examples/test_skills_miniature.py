@@ -17,7 +17,7 @@ from skills_found import FEW, LIKE, MORE, Outcome, Planted
 from skills_shown import REFERENCE, show
 from symbols import judged
 
-from diagnostics.analysis import Result
+from diagnostics.core.analysis import Result
 
 # What is found of an outcome that keeps every claim.
 GOOD = {

@@ -6,7 +6,7 @@ import sparsity_miniature as miniature
 import torch
 from rich.console import Console
 
-from diagnostics.analysis import Result
+from diagnostics.core.analysis import Result
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ import json
 import torch
 from symbols import Claim, judged, made_tokenizer, walks, write_rows
 
-from probes.tasks import encode, read_task
+from probes.text.encode import encode
+from probes.text.rows import read_task
 
 
 def test_every_word_is_its_token_and_nothing_is_put_around_a_text():

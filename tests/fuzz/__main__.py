@@ -31,7 +31,13 @@ SHARE = 0.4
 ROUND = 500
 FINDINGS = Path("fuzz-findings")
 # What atheris follows coverage in.
-INSTRUMENTED = ["probes", "diagnostics.store", "diagnostics.disk", "diagnostics.policy", "dashboard.steps"]
+INSTRUMENTED = [
+    "probes",
+    "diagnostics.store.audit_store",
+    "diagnostics.store.files",
+    "diagnostics.core.policy",
+    "dashboard.state.steps",
+]
 # Written this often, because atheris ends its process without a word.
 EVERY = 50
 

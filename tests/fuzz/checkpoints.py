@@ -15,11 +15,11 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 from safetensors.torch import save_file
 
 from probes import CheckpointPair, open_checkpoint
-from probes.checkpoint import Checkpoint
-from probes.locate import open_files
-from probes.patch import Patch
-from probes.series import step_of
-from probes.sources import Source
+from probes.checkpoints.checkpoint import Checkpoint
+from probes.checkpoints.mask_file import Patch
+from probes.checkpoints.series import step_of
+from probes.files.locate import open_files
+from probes.files.sources import Source
 from tests.fuzz.bundle import HEADER, LINK, LINKS, RAW, RISING, File, pack, unpack, wrapped
 from tests.fuzz.hostile import (
     HOME,

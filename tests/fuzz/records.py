@@ -12,14 +12,15 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
-from dashboard.shelf import Shelf
-from dashboard.steps import steps
-from diagnostics.analysis import Result
-from diagnostics.disk import read_table, to_json
-from diagnostics.policy import load_policy, parse
-from diagnostics.store import Audit, Outcome, Store, load
-from probes.patch import Patch
-from probes.rows import class_ids, read_task
+from dashboard.state.audit_library import AuditLibrary
+from dashboard.state.steps import steps
+from diagnostics.core.analysis import Result
+from diagnostics.core.policy import parse
+from diagnostics.core.policy_file import load_policy
+from diagnostics.store.audit_store import Audit, Outcome, Store, load
+from diagnostics.store.files import read_table, to_json
+from probes.checkpoints.mask_file import Patch
+from probes.text.rows import class_ids, read_task
 from tests.fuzz import checkpoints
 from tests.fuzz.bundle import LINK, LINKS, RAW, File, pack, unpack
 from tests.fuzz.hostile import OUTSIDE, TEXTS, damaged, documents, edited, encoded, rarely, scalars
@@ -108,7 +109,7 @@ def audit(data: bytes, directory: Path) -> None:
                 part.parent.mkdir(exist_ok=True)
                 part.write_bytes(whole.read_bytes())
     (directory / "series.json").unlink(missing_ok=True)  # it would make a series of it
-    shelf = Shelf([directory, directory.parent / "audit"])
+    shelf = AuditLibrary([directory, directory.parent / "audit"])
     first, other = shelf.audits
     assert (first.audit is None) == bool(first.damage)
     assert other.audit, other.damage
@@ -133,7 +134,7 @@ def table(data: bytes, directory: Path) -> None:
 def series(data: bytes, directory: Path) -> None:
     """series.json, as the dashboard reads it."""
     (directory / "series.json").write_bytes(data)
-    (entry,) = Shelf([directory]).series
+    (entry,) = AuditLibrary([directory]).series
     for each in steps(entry):
         assert each.verdict in ("pass", "warn", "fail")
         to_json(dict(each.metrics))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from probes.batches import Example, batches
+from probes.text.batches import Example, batches
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -5,8 +5,8 @@ from functools import cache
 
 import torch
 
-from probes.layout import Header
-from probes.naming import matrices
+from probes.files.layout import Header
+from probes.naming.matrices import matrices
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -1,0 +1,1 @@
+"""What is drawn: parts of a page, controls, grids, figures."""

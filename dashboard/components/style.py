@@ -1,0 +1,50 @@
+"""The page that the app is put into: the theme's colours as variables, before anything is drawn."""
+
+from diagnostics.plotting import theme
+
+
+def variables(page: theme.PageColours) -> str:
+    """The colours of a light or a dark page as CSS variables."""
+    colors = {
+        "paper": page.paper,
+        "panel": page.panel,
+        "ink": page.ink,
+        "muted": page.muted,
+        "line": page.grid,
+        **page.verdicts,
+    }
+    return " ".join(f"--{name}: {color};" for name, color in colors.items())
+
+
+# In the page itself: a browser asks for an icon that is elsewhere whenever the address changes.
+ICON = (
+    "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E"
+    f"%3Crect width='16' height='16' rx='3' fill='%23{theme.BASE[1:]}'/%3E"
+    f"%3Cpath d='M16 0v13a3 3 0 0 1-3 3H0z' fill='%23{theme.TUNED[1:]}'/%3E%3C/svg%3E"
+)
+
+INDEX = f"""<!doctype html>
+<html lang="en">
+<head>
+{{%metas%}}
+<title>{{%title%}}</title>
+<link rel="icon" href="{ICON}">
+<style>
+:root {{ --base: {theme.BASE}; --tuned: {theme.TUNED}; --new: {theme.NEW}; --font: {theme.FONT}; }}
+:root {{ {variables(theme.LIGHT)} }}
+@media (prefers-color-scheme: dark) {{ :root {{ {variables(theme.DARK)} }} }}
+:root[data-mantine-color-scheme="light"] {{ {variables(theme.LIGHT)} }}
+:root[data-mantine-color-scheme="dark"] {{ {variables(theme.DARK)} }}
+</style>
+{{%css%}}
+</head>
+<body>
+{{%app_entry%}}
+<footer>
+{{%config%}}
+{{%scripts%}}
+{{%renderer%}}
+</footer>
+</body>
+</html>
+"""

@@ -1,0 +1,1 @@
+"""How it is served: access, background jobs, warming up."""

@@ -1,0 +1,1 @@
+"""What is selected and shown: the address, filters, the library of audits."""

@@ -1,0 +1,3 @@
+"""Training dynamics of a series."""
+
+from diagnostics.analyses.dynamics.analysis import training_dynamics as training_dynamics

@@ -1,0 +1,286 @@
+"""Upper bounds on the cosine of a vector with every eigenvector of a matrix, without computing any of them.
+
+For a vector y and a symmetric A, `m` Lanczos steps from y give orthonormal polynomials p_j of the spectral
+measure of y.  For every unit eigenvector u of A with eigenvalue x, the Christoffel function bounds
+`⟨u, y⟩² ≤ ‖y‖² / Σ_j p_j(x)²` (Nevai, J. Approx. Theory 48, 1986).  Three things make it a certificate:
+
+* rounding: the recurrence holds up to a residual of norm φ, so the coordinates z_j = ⟨u, q_j⟩ satisfy
+  `‖M(x) z‖ ≤ φ` instead of `M(x) z = 0`, M being T − x with the next off-diagonal entry appended;
+* every x: for x within h of c the residual against M(c) is at most φ + h, so one evaluation covers a whole
+  cell, and cells are halved until each is decided;
+* near-degenerate groups: a unit combination of eigenvectors whose eigenvalues lie within h is covered alike.
+
+`max z_0²` subject to `‖z‖ ≤ 1` and `‖M z‖ ≤ φ` is bounded by `1 / min(s ‖z‖² + (1 − s) ‖M z‖²/φ²)` over
+z_0 = 1, for any s in (0, 1): a linear-quadratic control problem, solved by one backward recursion in square
+roots, so that nothing cancels however small φ is.
+
+With the inverse of A the vector b that stands for A⁻¹ q need not be exact: `⟨u, q⟩ = x ⟨u, b⟩ + ⟨u, q − A b⟩`
+for an eigenvector u at x, so that what `q − A b` leaves over enters φ divided by x.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diagnostics.numerics.linalg import DEGENERATE
+
+# Share of the constraint ‖z‖ ≤ 1 in the combined one: 0.95 costs 2.6 % of the bound when φ vanishes.
+SHARE = 0.95
+# Relative to the operator's norm: what float64 leaves over in a recurrence of some dozen steps.
+LEAST_RESIDUAL = 1e-13
+# Work limit: a vector that needs more cells is left undecided, never wrongly decided.
+CELLS = 20_000
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """Lanczos coefficients of several starting vectors, one a row.
+
+    Attributes:
+        alpha: (vectors, steps) diagonal.
+        beta: (vectors, steps) off-diagonal; the last one leads to the first vector not multiplied.
+        residual: (vectors, 3) bounds on the norm of what the recurrence leaves over, rounding included, with
+            an eigenvector of A at x: the first as it is, the second over x, the third over the root of x.
+        norm: (vectors,) length of the starting vector.
+        inverse: whether the operator is the inverse of `A + shift`, so that its eigenvalues are
+            `1/(x + shift)`.  Only then may the second and the third residual differ from 0.
+        shift: at least 0.
+    """
+
+    alpha: NDArray[np.float64]
+    beta: NDArray[np.float64]
+    residual: NDArray[np.float64]
+    norm: NDArray[np.float64]
+    inverse: bool = False
+    shift: float = 0.0
+
+    def bound(self, vector: NDArray[np.intp], low: NDArray, high: NDArray) -> NDArray[np.float64]:
+        """|⟨u, y⟩| at most, for eigenvectors of A with eigenvalue in [low, high], elementwise.
+
+        Args:
+            vector: row of the recurrence for each cell.
+            low, high: the cell, eigenvalues of A, low <= high.
+        """
+        residual = self.residual[vector].T
+        if not self.inverse:
+            return self._at(vector, low, high, residual[0])
+        low, high = low + self.shift, high + self.shift
+        row = np.hypot(self.alpha[vector, 0], self.beta[vector, 0]) + residual[0]
+        floor = 1e-3 / row  # far below what the recurrence resolves
+
+        def first(x: NDArray) -> NDArray[np.float64]:
+            # The first row alone, up to x: z_0 = x (α_0 z_0 + β_0 z_1) + what is left over.
+            return self.norm[vector] * (x * row + residual[1] + np.sqrt(x) * residual[2])
+
+        from_ = np.maximum(low, floor)
+        left = residual[0] + residual[1] / from_ + residual[2] / np.sqrt(from_)
+        rest = self._at(vector, 1 / np.maximum(high, from_), 1 / from_, left)
+        rest = np.where(low < floor, np.maximum(rest, first(floor)), rest)
+        return np.minimum(first(high), rest)
+
+    def _at(
+        self, vector: NDArray[np.intp], low: NDArray, high: NDArray, residual: NDArray
+    ) -> NDArray[np.float64]:
+        """The same for eigenvalues of the operator in [low, high]."""
+        centre, half = (low + high) / 2, (high - low) / 2
+        eta = (residual + half) * np.sqrt(SHARE / (1 - SHARE))
+        value = _value(self.alpha[vector].T, self.beta[vector].T, centre, eta)
+        return self.norm[vector] / np.sqrt(np.maximum(SHARE * value, 1.0))
+
+
+def _value(alpha: NDArray, beta: NDArray, x: NDArray, eta: NDArray) -> NDArray[np.float64]:
+    """`min ‖z‖² + ‖M(x) z‖²/η²` over z with z_0 = 1; `Σ p_j(x)²` for η → 0."""
+    # Cost to go, (p z_{j+1} + q z_j)² + (r z_j)², as the triangle of a least-squares problem.
+    p, q, r = np.ones_like(x), np.zeros_like(x), np.zeros_like(x)
+    for j in reversed(range(len(alpha))):
+        move = beta[j] / eta  # weight of z_{j+1} in the recurrence's row
+        length = np.hypot(p, move)
+        here = (move * q + p * (x - alpha[j]) / eta) / length
+        back = p * (beta[j - 1] if j else 0.0) / eta / length
+        below = 1 + r * r  # the term of z_j itself, and what it already costs
+        p = np.sqrt(here * here + below)
+        q, r = -here * back / p, back * np.sqrt(below) / p
+    return p * p
+
+
+def largest_cosines(
+    recurrences: list[Recurrence],
+    extra: "Extra",
+    span: tuple[float, float],
+    target: NDArray[np.float64],
+    slack: float = 0.02,
+) -> tuple[NDArray[np.float64], float]:
+    """An upper bound on every |cosine|, for each vector; `inf` where it exceeds the vector's target.
+
+    Also the largest eigenvalue at which that was seen, 0 where it never was.
+
+    At each cell the smallest of the recurrences' bounds holds.  Cells are halved until each has a bound below
+    the target, and none that raises the vector's bound lies more than `slack` above its own midpoint's.
+
+    Args:
+        recurrences: one or more of the same vectors.
+        extra: what deflated directions may add at an eigenvalue.
+        span: smallest and largest eigenvalue that can occur.
+        target: cosine per vector below which a decision is wanted.
+        slack: what a bound may lie above the best that its cell allows.
+    """
+    low, high = span
+    edges = np.unique(np.concatenate([[low], np.geomspace(max(low, 1e-7 * high), high, 65)]))
+    count = len(target)
+    vector = np.repeat(np.arange(count), len(edges) - 1)
+    a, b = np.tile(edges[:-1], count), np.tile(edges[1:], count)
+    best = np.zeros(count)
+    failing, spent = 0.0, 0
+    while len(vector):
+        spent += len(vector)
+        bound = _least(recurrences, extra, vector, a, b)
+        # Only a cell that would raise the vector's bound is worth tightening.
+        fine = (bound < target[vector]) & (bound <= best[vector] + slack)
+        np.maximum.at(best, vector[fine], bound[fine])
+        vector, a, b, bound = vector[~fine], a[~fine], b[~fine], bound[~fine]
+        middle = np.where(b > 4 * a, np.maximum(b / 64, np.sqrt(a * b)), (a + b) / 2)
+        point = _least(recurrences, extra, vector, middle, middle)
+        fine = (bound < target[vector]) & (bound <= point + slack)
+        np.maximum.at(best, vector[fine], bound[fine])
+        failed = ~fine & ((point >= target[vector]) | (b - a <= 1e-13 * b) | (spent > CELLS * count))
+        best[vector[failed]] = np.inf
+        failing = max(failing, middle[failed].max(initial=0))
+        left = ~fine & np.isfinite(best[vector])
+        vector, a, b, middle = vector[left], a[left], b[left], middle[left]
+        vector, a, b = np.tile(vector, 2), np.concatenate([a, middle]), np.concatenate([middle, b])
+    return best, failing
+
+
+def _least(
+    recurrences: list[Recurrence],
+    extra: "Extra",
+    vector: NDArray[np.intp],
+    low: NDArray,
+    high: NDArray,
+) -> NDArray[np.float64]:
+    # Near-degenerate base vectors count as one direction: let no group be cut by a cell's edge.
+    low, high = low * (1 - DEGENERATE) ** 2, high * (1 + DEGENERATE) ** 2
+    bounds = [recurrence.bound(vector, low, high) for recurrence in recurrences]
+    return np.minimum.reduce(bounds) + extra.at(vector, low, high)
+
+
+@dataclass(frozen=True)
+class Extra:
+    """What the deflated directions V can still contribute: `|⟨u, V Vᵀ x⟩|` at an eigenvalue.
+
+    A unit eigenvector u with eigenvalue x has `|⟨u, v_l⟩| ≤ min(1, r_l / |x − θ_l|)` for a Ritz pair
+    (θ_l, v_l) of residual r_l, whatever the gaps.
+
+    Attributes:
+        values, residuals: (deflated,) of the Ritz pairs.
+        cosines: (vectors, deflated) |⟨x, v_l⟩|.
+        error: (vectors,) distance of the examined vector from the true one.
+    """
+
+    values: NDArray[np.float64]
+    residuals: NDArray[np.float64]
+    cosines: NDArray[np.float64]
+    error: NDArray[np.float64]
+
+    def at(self, vector: NDArray[np.intp], low: NDArray, high: NDArray) -> NDArray[np.float64]:
+        """Most that they add for eigenvalues in [low, high], elementwise."""
+        centre, half = (low + high) / 2, (high - low) / 2
+        away = np.abs(centre[:, None] - self.values) - half[:, None]
+        with np.errstate(divide="ignore"):
+            share = np.where(away > 0, np.minimum(1, self.residuals / np.maximum(away, 1e-300)), 1.0)
+        cosines = self.cosines[vector]
+        # ‖Vᵀu‖ <= 1 as well, so that the whole never exceeds the norm of the deflated part.
+        whole = np.minimum((cosines * share).sum(axis=1), np.linalg.norm(cosines, axis=1))
+        return whole + self.error[vector]
+
+
+class Lanczos:
+    """Lanczos recurrences of several starting vectors side by side, fully reorthogonalised in float64."""
+
+    def __init__(
+        self, apply: Callable[[Tensor], tuple[Tensor, Tensor]], start: Float[Tensor, "size count"]
+    ) -> None:
+        """Begin at `start`.
+
+        Args:
+            apply: the symmetric operator on a block of unit columns, and of each column the three bounds on
+                its error that `Recurrence.residual` names, (3, count); float64 in and out.
+        """
+        self.apply = apply
+        self.norm = torch.linalg.vector_norm(start, dim=0)
+        first = start / self.norm.clamp(min=torch.finfo(start.dtype).tiny)
+        self.basis = first.mT.unsqueeze(1)  # (count, steps, size): a contiguous row a basis vector
+        self.alpha: list[Tensor] = []
+        self.beta: list[Tensor] = []
+        self.leftover, self.rounding = torch.zeros_like(self.norm), torch.zeros_like(self.norm).expand(3, -1)
+
+    def extend(self, steps: int) -> None:
+        """Take that many more steps."""
+        for _ in range(min(steps, self.basis.shape[2] - self.basis.shape[1])):
+            latest = self.basis[:, -1]
+            product, error = self.apply(latest.mT.contiguous())
+            product = product.mT
+            self.rounding = self.rounding + error.square()
+            alpha = (product * latest).sum(dim=1)
+            rest = product - alpha[:, None] * latest
+            if self.beta:
+                rest = rest - self.beta[-1][:, None] * self.basis[:, -2]
+            for attempt in range(2):
+                overlap = self.basis @ rest.unsqueeze(2)
+                rest = rest - (overlap * self.basis).sum(dim=1)
+                if attempt == 0:
+                    self.leftover = self.leftover + overlap.square().sum(dim=(1, 2))
+            beta = torch.linalg.vector_norm(rest, dim=1)
+            self.alpha.append(alpha)
+            self.beta.append(beta)
+            exhausted = beta <= error[0] + 1e-14 * torch.linalg.vector_norm(product, dim=1)
+            self.leftover = self.leftover + torch.where(exhausted, 2 * beta, 0.0).square()
+            self.basis = torch.cat([self.basis, self._direction(rest, exhausted).unsqueeze(1)], dim=1)
+
+    def release(self) -> None:
+        """Forget the operator, and the memory that it holds: no further step can be taken."""
+        del self.apply
+
+    def _direction(self, rest: Tensor, exhausted: Tensor) -> Tensor:
+        """Next basis vectors; an exhausted space goes on with any orthogonal direction, at β of about 0."""
+        if not _at_hand(exhausted) or exhausted.any():
+            generator = torch.Generator(rest.device).manual_seed(self.basis.shape[1])
+            fresh = torch.randn(rest.shape, generator=generator, dtype=rest.dtype, device=rest.device)
+            for _ in range(2):
+                fresh = fresh - ((self.basis @ fresh.unsqueeze(2)) * self.basis).sum(dim=1)
+            rest = torch.where(exhausted[:, None], fresh, rest)
+        return rest / torch.linalg.vector_norm(rest, dim=1, keepdim=True)
+
+    def coefficients(self) -> list[Tensor]:
+        """What `recurrence` is made of, to be read: as it is now, whatever is extended later."""
+        alpha, beta = torch.stack(self.alpha, dim=1), torch.stack(self.beta, dim=1)
+        return [alpha, beta, self.rounding, self.leftover, self.norm]
+
+
+def _at_hand(asked: Tensor) -> bool:
+    """Whether to look at it waits for no other device."""
+    return asked.device.type == "cpu"
+
+
+def recurrence(
+    coefficients: Sequence[NDArray[np.float64]], rows: list[int], inverse: bool = False, shift: float = 0.0
+) -> Recurrence:
+    """The recurrence of the vectors `rows`, from what was read of a run's coefficients."""
+    alpha, beta, rounding, leftover, norm = coefficients
+    alpha, beta = alpha[rows], beta[rows]
+    scale = float((np.abs(alpha) + beta).max())
+    residual = np.sqrt(rounding[:, rows]).T
+    residual[:, 0] = np.maximum(residual[:, 0] + np.sqrt(leftover[rows]), LEAST_RESIDUAL * scale)
+    return Recurrence(
+        alpha=alpha,
+        beta=np.maximum(beta, 1e-300 + 1e-14 * scale),
+        residual=residual,
+        norm=norm[rows],
+        inverse=inverse,
+        shift=shift,
+    )

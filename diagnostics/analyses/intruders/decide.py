@@ -1,0 +1,425 @@
+"""Which leading singular vectors of a tuned matrix come near one of the base, without two decompositions.
+
+Each vector is settled by the first tier that can: `subspace` (a leading base vector is near enough, residuals
+allowed for), `direct` and `factor` (the bound of `christoffel` shows that none is), `exact` (the full
+decomposition in float64).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diagnostics.analyses.intruders import cosine_bounds
+from diagnostics.analyses.intruders.cosine_bounds import Extra, Lanczos, Recurrence, recurrence
+from diagnostics.analyses.intruders.inverse_factors import Applied, Shifted, Tall
+from diagnostics.execution.lockstep import Steps, Values, in_step, read
+from diagnostics.numerics import linalg
+from diagnostics.numerics.linalg import BlockKrylov, Ritz
+from diagnostics.store.factor_cache import Recall, afresh
+
+# Below this smaller side the full decomposition costs no more than deciding without it.
+SMALL = 640
+# A vector is accepted for a decision when it is known to this sine; the second will do after all rounds.
+ACCEPTED, USABLE = 0.02, 0.1
+BASE_STEPS, TUNED_STEPS, MORE_STEPS, ROUNDS = 6, 4, 2, 6
+DIRECT_STEPS, FACTOR_STEPS = (12, 16, 20, 24, 32, 48), (8, 12, 16, 24, 36)
+# How often the inverse is taken with a smaller shift, and how far below what is open it lies.
+SHIFTS, BELOW = 3, 2
+# After so many direct steps the small end shows whether the last of them will decide: its bound, which falls
+# as a power of their number, must fall below this share of epsilon, for it is not the largest of all.
+FORESEEN, SHARE_AT_ZERO = 20, 0.75
+# Blocks narrower than this take CPU BLAS longer than 16 columns do.
+BLOCK = 16
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is known of the k leading vectors of one matrix.
+
+    Attributes:
+        singular_values: of the tuned matrix.
+        low, high: interval that holds each cosine; equal where the tier is exact; NaN for a missing vector.
+        tier: which tier settled each vector.
+        base_values, tuned_values: leading singular values, NaN where not known to 1 %.
+        overlap: |cosine| of leading tuned (rows) and base (columns) vectors, NaN where not known to 0.01.
+        critical: size that a random rank-one spike needs to enter the k leading values.
+    """
+
+    singular_values: NDArray[np.float64]
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+    tier: list[str]
+    base_values: NDArray[np.float64]
+    tuned_values: NDArray[np.float64]
+    overlap: NDArray[np.float64]
+    critical: float
+
+
+def decide_exactly(
+    base: Float[Tensor, "out in"],
+    tuned: Float[Tensor, "out in"],
+    k: int,
+    shown: int = 50,
+    recall: Recall = afresh,
+) -> Decision:
+    """All k cosines by full decompositions in float64, both guards applied."""
+
+    def decomposed() -> dict[str, Tensor]:
+        U, S = linalg.left_singular(base)
+        return {"U": U, "S": S}
+
+    known = recall("left singular vectors", (), decomposed)
+    exact = linalg.exact_cosines(base, tuned, k, of_base=(known["U"], known["S"]))
+    cosines, tuned_values, base_values, overlap = read(
+        [exact.cosines, exact.tuned_values, exact.base_values, exact.overlap]
+    )
+    return Decision(
+        singular_values=tuned_values[:k],
+        low=cosines,
+        high=cosines,
+        tier=["exact"] * k,
+        base_values=base_values[:shown],
+        tuned_values=tuned_values[:shown],
+        overlap=overlap,
+        critical=linalg.critical_spike(torch.from_numpy(base_values), k, *base.shape),
+    )
+
+
+def decide(
+    base: Float[Tensor, "out in"],
+    tuned: Float[Tensor, "out in"],
+    k: int,
+    epsilon: float,
+    generator: torch.Generator,
+    pictured: bool = False,
+) -> Decision:
+    """Decide the k leading vectors, by the cheapest tier that certifies each.
+
+    The intervals are bounds, rounding included.  That the vectors examined are the k leading ones rests on a
+    random start: a leading direction is missed only where the start is all but orthogonal to it.
+
+    Args:
+        base, tuned: float32 or float64, finite.
+        k: leading vectors, fewer than the smaller side.
+        epsilon: cosine under which a vector is an intruder.
+        generator: for the starting blocks, on the matrices' device.
+        pictured: where there is an intruder, go on until the k leading base vectors are known as well.
+    """
+    return decide_all(base[None], tuned[None], k, epsilon, [generator], pictured)[0]
+
+
+def decide_all(
+    base: Float[Tensor, "batch out in"],
+    tuned: Float[Tensor, "batch out in"],
+    k: int,
+    epsilon: float,
+    generators: list[torch.Generator],
+    pictured: bool = False,
+    recalls: Sequence[Recall] | None = None,
+) -> list[Decision]:
+    """`decide` for matrices of one shape, side by side and in step.
+
+    Args:
+        recalls: of each base, what remembers what was made of it.
+    """
+    pairs = list(zip(base, tuned, recalls or [afresh] * len(base), strict=True))
+    if min(base.shape[1:]) < max(SMALL, 4 * (k + BLOCK)):
+        return [decide_exactly(W0, W1, k, recall=recall) for W0, W1, recall in pairs]
+    searches = [
+        _Search(W0, W1, k, epsilon, generator, recall)
+        for (W0, W1, recall), generator in zip(pairs, generators, strict=True)
+    ]
+    _lead(searches, base, tuned)
+    return in_step([search.outcome(pictured) for search in searches])
+
+
+def _lead(
+    searches: list["_Search"], base: Float[Tensor, "batch out in"], tuned: Float[Tensor, "batch out in"]
+) -> None:
+    """Tier a: leading subspaces of both, until every tuned vector is known."""
+    space0 = _of_base(base, torch.cat([search.random(base.shape[1]) for search in searches]), searches)
+    ritz0 = space0.ritz(3 * space0.start)
+    starts = [search.start(ritz0.one(i)) for i, search in enumerate(searches)]
+    space1 = BlockKrylov(tuned, torch.cat(starts))
+    space1.extend(TUNED_STEPS)
+    for _ in range(ROUNDS):
+        ritz1 = space1.ritz(searches[0].k + BLOCK)
+        (errors,) = read([ritz1.errors()[:, : searches[0].k]])
+        if (errors <= ACCEPTED).all():
+            break
+        space1.extend(MORE_STEPS)
+    for i, search in enumerate(searches):
+        search.begin(space0.one(i), ritz0.one(i), ritz1.one(i))
+
+
+def _of_base(base: Tensor, start: Tensor, searches: list["_Search"]) -> BlockKrylov:
+    """The leading subspaces of the bases."""
+
+    def made() -> dict[str, Tensor]:
+        space = BlockKrylov(base, start)
+        space.extend(BASE_STEPS)
+        return space.state()
+
+    # Side by side products round otherwise than alone, and depend on who else is there.
+    alone = len(searches) == 1
+    state = searches[0].recall("Krylov space", (start,), made) if alone else made()
+    return BlockKrylov.resumed(base, start.shape[-1], state)
+
+
+class _Search:
+    """One matrix on its way through the tiers."""
+
+    def __init__(
+        self,
+        base: Tensor,
+        tuned: Tensor,
+        k: int,
+        epsilon: float,
+        generator: torch.Generator,
+        recall: Recall = afresh,
+    ) -> None:
+        self.recall = recall
+        self.base, self.tuned, self.k, self.epsilon = base, tuned, k, epsilon
+        self.generator = generator
+        self.width = 2 * BLOCK * (1 + (k + BLOCK - 1) // (2 * BLOCK))
+        self.low = np.zeros(k)
+        self.high = np.ones(k)
+        self.tier = [""] * k
+
+    def random(self, rows: int, columns: int | None = None) -> Tensor:
+        """A random block, as wide as the starting one unless told."""
+        size = (1, rows, self.width if columns is None else columns)
+        return torch.randn(size, generator=self.generator, dtype=self.base.dtype, device=self.base.device)
+
+    def start(self, ritz0: Ritz) -> Tensor:
+        """Where to look for tuned's vectors: half near the base's, a quarter where the delta writes to."""
+        quarter = self.width // 4
+        probe = self.random(self.base.shape[1], quarter)
+        written = self.tuned @ probe - self.base @ probe
+        near = ritz0.vectors[..., : 2 * quarter].to(self.base.dtype)
+        written = written / torch.linalg.matrix_norm(written).clamp(min=torch.finfo(written.dtype).tiny)
+        return torch.cat([near, written, self.random(self.base.shape[0], quarter)], dim=-1)
+
+    def begin(self, space0: BlockKrylov, ritz0: Ritz, ritz1: Ritz) -> None:
+        """Take up what tier a has found."""
+        self.space0, self.ritz0, self.ritz1 = space0, ritz0, ritz1
+        self.rounds = 0
+        self.vectors = ritz1.vectors[0, :, : self.k]
+
+    def outcome(self, pictured: bool) -> Steps[Decision]:
+        """Whatever takes the cheapest tier that settles all."""
+        self.error, self.norm = yield [self.ritz1.errors()[0, : self.k], self.space0.norm[0]]
+        yield from self._subspace()
+        if (self.error > USABLE).any() or not (yield from self.certify()):
+            del self.space0, self.ritz0, self.ritz1, self.vectors  # room for what takes several times as much
+            return decide_exactly(self.base, self.tuned, self.k, recall=self.recall)
+        if pictured and (self.high < self.epsilon).any():
+            yield from self.complete()
+        return (yield from self.decision())
+
+    def _found(self) -> bool:
+        """Whether the leading base vectors are known, or further rounds would not help."""
+        return self.rounds >= ROUNDS or bool((self.sine[: self.k] <= ACCEPTED).all())
+
+    def _further(self) -> Steps[None]:
+        """One more round of the base's leading subspace."""
+        self.rounds += 1
+        self.space0.extend(MORE_STEPS)
+        self.ritz0 = self.space0.ritz(3 * self.width)
+        yield from self._subspace()
+
+    def complete(self) -> Steps[None]:
+        """Find the k leading base vectors."""
+        while not self._found():
+            yield from self._further()
+
+    def _open(self) -> list[int]:
+        return [j for j in range(self.k) if self.tier[j] == ""]
+
+    def _subspace(self) -> Steps[None]:
+        """Bounds from the base's leading vectors on all that no other tier has settled."""
+        ritz0 = self.ritz0
+        cosines = (ritz0.vectors[0].mT @ self.vectors).abs().clamp(max=1)
+        self.sine, self.cosines, self.values, self.residuals = yield [
+            ritz0.errors()[0], cosines, ritz0.values[0], ritz0.residuals[0]
+        ]  # fmt: skip
+        angle = np.arccos(self.cosines)
+        slack = np.arcsin(np.minimum(self.sine, 1))[:, None] + np.arcsin(np.minimum(self.error, 1))
+        nearest = np.cos(np.minimum(angle + slack, np.pi / 2))
+        at = nearest.argmax(axis=0)
+        low = nearest.max(axis=0)
+        own = np.cos(np.maximum(angle - slack, 0))[at, np.arange(self.k)]
+        # The squares of all cosines add up to at most 1.
+        high = np.maximum(own, np.sqrt(np.maximum(1 - low**2, 0)))
+        for j, tier in enumerate(self.tier):
+            if tier in ("", "subspace"):
+                self.low[j], self.high[j] = low[j], high[j]
+                self.tier[j] = "subspace" if low[j] >= self.epsilon else ""
+
+    def certify(self) -> Steps[bool]:
+        """Tier b: show of the rest that no base vector is near enough."""
+        self.asked = self._open()
+        if not self.asked:
+            return True
+        kept = np.flatnonzero(self.sine <= ACCEPTED)
+        deflated = self.ritz0.vectors[0][:, kept]
+        start = self.vectors[:, self.asked]
+        start = start - deflated @ (deflated.mT @ start)
+        # No eigenvalue lies above the sum of all, whatever the Ritz values have missed.
+        largest = 1.001 * float(self.norm) ** 2
+        extra = Extra(
+            values=self.values[kept],
+            residuals=self.residuals[kept],
+            cosines=self.cosines[kept][:, self.asked].T,
+            # chord of the angle between the examined vector and the true one
+            error=2 * np.sin(np.arcsin(self.error[self.asked]) / 2),
+        )
+        span = (0.0, largest)
+        # Of a tall matrix's null space the direct run knows nothing.
+        if self.base.shape[0] > self.base.shape[1]:
+            return (yield from self._tall(start, extra, span))
+        direct = Lanczos(self._apply, start)
+        if (yield from self._direct(direct, extra, span)):
+            return True
+        return (yield from self._shifted(direct, start, extra, span))
+
+    def _direct(self, run: Lanczos, extra: Extra, span: tuple[float, float]) -> Steps[bool]:
+        """Steps of the direct run until all is settled, or until it is plain that they will not do."""
+        first = np.ones(len(self.asked))
+        for most in DIRECT_STEPS:
+            run.extend(most - len(run.alpha))
+            known = yield run.coefficients()
+            if (yield from self._settle([recurrence(known, self._rows())], "direct", extra, span)):
+                return True
+            rows = self._rows()
+            zero = np.zeros(len(rows))
+            at_zero = recurrence(known, rows).bound(np.arange(len(rows)), zero, zero)
+            if most == DIRECT_STEPS[0]:
+                first[rows] = at_zero
+            if most == FORESEEN:
+                least = np.finfo(np.float64).tiny
+                power = np.log(np.maximum(at_zero, least) / np.maximum(first[rows], least))
+                power /= np.log(most / DIRECT_STEPS[0])
+                last = at_zero * (DIRECT_STEPS[-1] / most) ** power
+                if last.max() > SHARE_AT_ZERO * self.epsilon:
+                    return False
+        return False
+
+    def _shifted(
+        self, direct: Lanczos, start: Tensor, extra: Extra, span: tuple[float, float]
+    ) -> Steps[bool]:
+        """Inverses with a shift where the direct run is blind, and further down while that helps."""
+        inverses: list[tuple[Lanczos, float]] = []
+        for _ in range(SHIFTS):
+            before = self.failing
+            factor = yield from Shifted.of(self.base, before / BELOW, self.recall)
+            if factor is None:
+                return False
+            run = Lanczos(factor.apply_inverse, start)
+            inverses.append((run, factor.shift))
+            for most in FACTOR_STEPS:
+                run.extend(most - len(run.alpha))
+                rows = self._rows()
+                known = yield from _coefficients([direct, *(each for each, _ in inverses)])
+                runs = [recurrence(known[0], rows)]
+                for (_, shift), of_inverse in zip(inverses, known[1:], strict=True):
+                    runs.append(recurrence(of_inverse, rows, inverse=True, shift=shift))
+                if (yield from self._settle(runs, "factor", extra, span)):
+                    return True
+            if self.failing > before / BELOW:
+                return False
+            run.release()
+        return False
+
+    def _tall(self, start: Tensor, extra: Extra, span: tuple[float, float]) -> Steps[bool]:
+        """Both runs inside the column space."""
+        factor = yield from Tall.of(self.base, self.generator, self.recall)
+        if factor is None:
+            return False
+        inside = factor.coordinates(start)
+        direct, inverse = Lanczos(factor.apply, inside), Lanczos(factor.apply_inverse, inside)
+        extra = Extra(extra.values, extra.residuals, extra.cosines, extra.error + factor.coordinate_error)
+        for most in FACTOR_STEPS:
+            for run in (direct, inverse):
+                run.extend(most - len(run.alpha))
+            rows = self._rows()
+            known = yield from _coefficients([direct, inverse])
+            runs = [recurrence(known[0], rows), recurrence(known[1], rows, inverse=True)]
+            if (yield from self._settle(runs, "factor", extra, (factor.smallest, span[1]))):
+                return True
+        return False
+
+    def _rows(self) -> list[int]:
+        """Of the vectors that tier b began with, those still open."""
+        return [row for row, j in enumerate(self.asked) if self.tier[j] == ""]
+
+    def _settle(
+        self, runs: list[Recurrence], tier: str, extra: Extra, span: tuple[float, float]
+    ) -> Steps[bool]:
+        """Certify what the recurrences of the open vectors certify; whether all is settled now."""
+        rows = self._rows()
+        of_rows = Extra(extra.values, extra.residuals, extra.cosines[rows], extra.error[rows])
+        bound, self.failing = cosine_bounds.largest_cosines(
+            runs, of_rows, span, np.full(len(rows), self.epsilon)
+        )
+        for row, cosine in zip(rows, bound, strict=True):
+            if cosine < self.epsilon:
+                j = self.asked[row]
+                self.high[j] = max(cosine, self.low[j])
+                self.tier[j] = tier
+        # It may have failed by a base vector that is near and leads, but is not among those known yet.
+        if self.failing > self.values[self.k] / 2 and not self._found():
+            yield from self._further()
+        return not self._open()
+
+    def _apply(self, block: Tensor) -> Applied:
+        product, rounding = linalg.double_product(self.base, self.space0.norm[0], block)
+        error = torch.zeros(3, block.shape[1], dtype=torch.float64, device=block.device)
+        error[0] = rounding
+        return product, error
+
+    def decision(self) -> Steps[Decision]:
+        """The outcome once every vector is settled."""
+        shown = 30
+        ritz0, ritz1 = self.ritz0, self.ritz1
+        cosines = (ritz1.vectors[0, :, :shown].mT @ ritz0.vectors[0, :, :shown]).abs()
+        base, tuned, errors, overlap, leading, weights = yield [
+            ritz0.singular_values(shown)[0], ritz1.singular_values(shown)[0], ritz1.errors()[0, :shown],
+            cosines, ritz1.values[0, : self.k].sqrt(), ritz0.weights[0],
+        ]  # fmt: skip
+        overlap[errors > ACCEPTED] = np.nan
+        overlap[:, self.sine[:shown] > ACCEPTED] = np.nan
+        return Decision(
+            singular_values=leading,
+            low=self.low,
+            high=np.minimum(self.high, 1),
+            tier=self.tier,
+            base_values=base,
+            tuned_values=tuned,
+            overlap=overlap,
+            critical=self._critical(torch.from_numpy(weights)),
+        )
+
+    def _critical(self, weights: Float[Tensor, "start space"]) -> float:
+        rows, columns = self.base.shape
+        values = torch.from_numpy(self.values)
+        z = values[self.k - 1].sqrt()
+        f = z / (values[self.k - 1] - values)
+        f[: self.k] = 0
+        total, _ = linalg.spectral_sum(f, weights, rows)
+        rank = min(rows, columns)
+        # Eigenvalues 0 of a tall matrix's W Wᵀ are counted in the trace but are no singular values.
+        total -= (rows - rank) / float(z)
+        return linalg.critical_from_sum(total, float(z), rank - self.k, rows, columns)
+
+
+def _coefficients(runs: list[Lanczos]) -> Steps[list[Values]]:
+    """Those of several runs of one matrix."""
+    asked = [run.coefficients() for run in runs]
+    values = yield [each for tensors in asked for each in tensors]
+    return [values[i : i + len(asked[0])] for i in range(0, len(values), len(asked[0]))]

@@ -1,0 +1,192 @@
+"""Factors of a matrix W by which an inverse of `W Wᵀ` is applied, with what each application leaves over.
+
+The certificates of `christoffel` allow an inexact inverse: for the vector b that stands for `(W Wᵀ)⁻¹ q` they
+need the norm of `q − W Wᵀ b`, which is measured, so that single precision serves where it is small enough.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diagnostics.execution.lockstep import Steps, Values
+from diagnostics.numerics import linalg
+from diagnostics.store.factor_cache import Recall, afresh
+
+Applied = tuple[Float[Tensor, "size count"], Float[Tensor, "3 count"]]
+# Constant of a Gram matrix's rounding, which is like a random matrix: entry for entry in proportion to the
+# lengths of two rows.
+ROUNDING = 4
+# What rounding may amount to, relative to the smallest eigenvalue that is inverted; a tenth will do with one
+# step of iterative refinement.
+NEGLIGIBLE, REFINED = 0.01, 0.1
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """Cholesky factor of `W Wᵀ + shift` of a W that is not tall.
+
+    Lanczos with its inverse tells eigenvalues apart best about the shift, and lumps those far below it.
+
+    Attributes:
+        L: in W's own precision, where one step of iterative refinement makes up for it, or in float64.
+        gram: `W Wᵀ + shift` where L is of a higher precision than W.
+        rounding: bound on the norm of the error of `W Wᵀ + shift` as it was factored.
+        norm: `‖W‖_F`.
+    """
+
+    W: Float[Tensor, "out in"]
+    L: Float[Tensor, "out out"]
+    shift: float
+    gram: Float[Tensor, "out out"] | None
+    rounding: float
+    norm: Float[Tensor, ""]
+
+    @classmethod
+    def of(cls, W: Float[Tensor, "out in"], shift: float, recall: Recall = afresh) -> "Steps[Shifted | None]":
+        """Factor W in the least precision that serves; returns None where the factorisation fails.
+
+        Args:
+            shift: raised where float64 asks for more.
+            recall: remembers `W Wᵀ`.
+        """
+        lengths = W.square().sum(dim=1)
+        norm = _gram_norm((yield [lengths.sum(), lengths.max()]), len(lengths))
+        native = _rounding(norm, W.dtype) <= REFINED * shift
+        dtype = W.dtype if native else torch.float64
+        rounding = _rounding(norm, dtype)
+        shift = shift if native else max(shift, rounding / NEGLIGIBLE)
+        gram = recall("Gram matrix", (dtype,), lambda: {"gram": linalg.gram(W, dtype)})["gram"]
+        gram.diagonal().add_(shift)
+        L, failed = torch.linalg.cholesky_ex(gram)
+        (failed,) = yield [failed]
+        if failed:
+            return None
+        whole = None if native else gram.tril() + gram.tril(-1).mT
+        return cls(W, L, shift, whole, rounding, lengths.sum().sqrt())
+
+    def apply_inverse(self, block: Tensor) -> Applied:
+        """b for every unit column q, and over x what `q − (W Wᵀ + shift) b` leaves."""
+        b = self._solve(block)
+        if self.rounding > NEGLIGIBLE * self.shift:
+            b = b + self._solve(self._left(block, b)[0])
+        b = b.to(self.L.dtype).double()
+        left, rounding = self._left(block, b)
+        errors = torch.zeros(3, block.shape[1], dtype=b.dtype, device=b.device)
+        errors[1] = torch.linalg.vector_norm(left, dim=0) + rounding
+        return b, errors
+
+    def _solve(self, block: Tensor) -> Tensor:
+        half = torch.linalg.solve_triangular(self.L, block.to(self.L.dtype), upper=False)
+        return torch.linalg.solve_triangular(self.L.mT, half, upper=True).double()
+
+    def _left(self, block: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """What b leaves of the block, and the bound on the rounding of that; b has the precision of L."""
+        if self.gram is None:
+            product, rounding = linalg.double_product(self.W, self.norm, b)
+            return block - product - self.shift * b, rounding
+        # As rows: CPU BLAS takes several times as long on a few columns.
+        product = (b.mT.contiguous() @ self.gram).mT
+        return block - product, self.rounding * torch.linalg.vector_norm(b, dim=0)
+
+
+@dataclass(frozen=True)
+class Tall:
+    """`W = Q Lᵀ` with orthonormal Q, from the Cholesky factor of `Wᵀ W = L Lᵀ`.
+
+    What a vector has outside the column space of a tall matrix lies at eigenvalue 0, which no power of `W Wᵀ`
+    tells from the smallest ones.  In the coordinates `L⁻¹ Wᵀ x` inside it `W Wᵀ` acts as `Lᵀ L`.
+
+    Attributes:
+        smallest: a lower bound on the smallest eigenvalue of `Wᵀ W`.
+        coordinate_error: bound on the error of the coordinates of a unit vector, and relatively of `Lᵀ L`.
+    """
+
+    W: Float[Tensor, "out in"]
+    L: Float[Tensor, "in in"]
+    smallest: float = 0.0
+    coordinate_error: float = 0.0
+
+    @classmethod
+    def of(
+        cls, W: Float[Tensor, "out in"], generator: torch.Generator, recall: Recall = afresh
+    ) -> "Steps[Tall | None]":
+        """Factor W in the least precision that serves; returns None where none does.
+
+        Args:
+            recall: remembers L, the bounds, and where the generator stood afterwards.
+        """
+        parts = (generator.get_state(),)
+        known = recall.known("tall factor", parts)
+        if known is None:
+            factor = yield from cls._found(W, generator)
+            bounds = (factor.smallest, factor.coordinate_error) if factor else ()
+            known = {
+                "L": factor.L if factor else W.new_empty(0, 0),
+                "bounds": torch.tensor(bounds, dtype=torch.float64),
+                "generator": generator.get_state(),
+            }
+            recall.keep("tall factor", parts, known)
+        generator.set_state(known["generator"].cpu())
+        found = known["bounds"].tolist()
+        return cls(W, known["L"], *found) if found else None
+
+    @classmethod
+    def _found(cls, W: Float[Tensor, "out in"], generator: torch.Generator) -> "Steps[Tall | None]":
+        lengths = W.square().sum(dim=0)
+        for dtype in (torch.float32, torch.float64):
+            L, failed = torch.linalg.cholesky_ex(linalg.gram(W, dtype))
+            (failed,) = yield [failed]
+            if failed:
+                continue
+            factor = cls(W, L)
+            block = torch.randn(len(L), 16, generator=generator, dtype=dtype, device=L.device)
+            # Power iterations with a block: the norm of the inverse, almost surely within 2.
+            for _ in range(3):
+                block = factor._inverse(torch.linalg.qr(block).Q)
+            *sizes, largest = yield [lengths.sum(), lengths.max(), torch.linalg.matrix_norm(block, ord=2)]
+            inverse_norm = 2 * float(largest)
+            relative = _rounding(_gram_norm(sizes, len(lengths)), dtype) * inverse_norm
+            if relative <= NEGLIGIBLE:
+                return cls(W, L, 1 / inverse_norm, relative)
+        return None
+
+    def coordinates(self, block: Tensor) -> Tensor:
+        """Of columns in R^out, in the column space of W."""
+        # In parts: a float64 copy of all of W would be the largest thing in memory.
+        inner = torch.cat([part.double() @ block for part in self.W.mT.split(1024)])
+        return torch.linalg.solve_triangular(self.L.double(), inner, upper=False)
+
+    def apply(self, block: Tensor) -> Applied:
+        """`W Wᵀ` on unit columns of coordinates."""
+        inner = block.mT.to(self.L.dtype).contiguous() @ self.L.mT
+        error = self._error(block, self.coordinate_error * self.smallest)
+        size = torch.linalg.vector_norm(inner, dim=1)
+        error[0] += linalg.rounding(torch.linalg.matrix_norm(self.L), size, self.L.dtype)
+        return (inner @ self.L).mT.double(), error
+
+    def apply_inverse(self, block: Tensor) -> Applied:
+        """Its inverse on unit columns of coordinates."""
+        inverse = self._inverse(block.to(self.L.dtype)).double()
+        return inverse, self._error(block, self.coordinate_error / self.smallest)
+
+    def _inverse(self, block: Tensor) -> Tensor:
+        half = torch.linalg.solve_triangular(self.L.mT, block, upper=True)
+        return torch.linalg.solve_triangular(self.L, half, upper=False)
+
+    def _error(self, block: Tensor, size: float) -> Tensor:
+        errors = torch.zeros(3, block.shape[1], dtype=block.dtype, device=block.device)
+        errors[0] = size
+        return errors
+
+
+def _gram_norm(diagonal: Values, side: int) -> float:
+    """Bound on the spectral norm of a Gram matrix, from the sum and the largest of its diagonal."""
+    total, largest = map(float, diagonal)
+    return min(total, largest * side**0.5)
+
+
+def _rounding(norm: float, dtype: torch.dtype) -> float:
+    """Bound on the norm of the rounding of a Gram matrix."""
+    return ROUNDING * torch.finfo(dtype).eps * norm

@@ -1,0 +1,176 @@
+"""How alike the sparse masks of base and tuned are, beyond chance, and how much magnitude a mask keeps.
+
+Masks are given as what they prune. Independent masks of sparsity s already have a cosine of 1 − s, so that
+the cosine of the paper (Jaiswal et al. 2023, arXiv:2306.03805) is never read without `kappa`, which is ours.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Integer
+from torch import Tensor
+
+# Entries that are summed together in float64.
+CHUNK = 2**18
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overlap:
+    """Two masks over the same entries, as counts.
+
+    Attributes:
+        entries: in the scope.
+        base, tuned, both: pruned by one mask, by the other, by both.
+        moved: squared norm of tuned − base over all entries.
+        moved_low: over those that the base's mask prunes.
+    """
+
+    entries: int = 0
+    base: int = 0
+    tuned: int = 0
+    both: int = 0
+    moved: float = 0.0
+    moved_low: float = 0.0
+
+    @property
+    def cosine(self) -> float:
+        """Cosine of the two keep-masks; independent ones have `cosine_chance`. NaN if one keeps nothing."""
+        kept = (self.entries - self.base) * (self.entries - self.tuned)
+        alike = self.entries - self.base - self.tuned + self.both
+        return alike / math.sqrt(kept) if kept else math.nan
+
+    @property
+    def cosine_chance(self) -> float:
+        """The cosine of independent masks: 1 − s."""
+        kept = (self.entries - self.base) * (self.entries - self.tuned)
+        return math.sqrt(kept) / self.entries if self.entries else math.nan
+
+    @property
+    def kappa(self) -> float:
+        """Cosine beyond chance: 1 for one mask, about 0 for independent ones; NaN where nothing is pruned."""
+        chance = self.cosine_chance
+        return (self.cosine - chance) / (1 - chance) if chance < 1 else math.nan
+
+    @property
+    def iou(self) -> float:
+        """Of what either prunes, the share that both do; NaN where nothing is pruned."""
+        either = self.base + self.tuned - self.both
+        return self.both / either if either else math.nan
+
+    @property
+    def iou_chance(self) -> float:
+        """The same of independent masks: s / (2 − s)."""
+        both = self.base * self.tuned / self.entries if self.entries else 0.0
+        either = self.base + self.tuned - both
+        return both / either if either else math.nan
+
+    @property
+    def revived(self) -> float:
+        """Of what the base's mask prunes, the share that the tuned one keeps; by chance 1 − s."""
+        return (self.base - self.both) / self.base if self.base else math.nan
+
+    @property
+    def delta_low(self) -> float:
+        """Share of the squared change that lies in what the base's mask prunes.
+
+        By chance s; NaN where nothing changed.
+        """
+        return self.moved_low / self.moved if self.moved else math.nan
+
+
+class Overlaps:
+    """Overlaps of the masks of base and tuned at several sparsities, whose masks nest on either side."""
+
+    def __init__(self, count: int):
+        """Begin with no tensor.
+
+        Args:
+            count: of the sparsities.
+        """
+        self._entries = np.zeros((count + 1, count + 1), np.int64)
+        self._moved = np.zeros(count + 1)
+
+    def add(
+        self,
+        base: Integer[np.ndarray, " entries"],
+        tuned: Integer[np.ndarray, " entries"],
+        squares: Float[Tensor, "*shape"],
+    ) -> None:
+        """Count a tensor.
+
+        Args:
+            base, tuned: how many of the masks leave an entry: `probes.checkpoints.prune.levels`.
+            squares: (tuned − base)² of it, as of `squared_change`.
+        """
+        count, flat = len(self._moved), squares.reshape(-1)
+        for start in range(0, len(base), CHUNK):
+            some = slice(start, start + CHUNK)
+            row = base[some].astype(np.intp)
+            self._moved += np.bincount(row, flat[some].cpu().numpy(), minlength=count)
+            both = np.bincount(row * count + tuned[some], minlength=count * count)
+            self._entries += both.reshape(count, count)
+
+    def __iter__(self) -> Iterator[Overlap]:
+        """The overlap at each sparsity."""
+        both = self._entries.cumsum(axis=0).cumsum(axis=1)
+        low = self._moved.cumsum()
+        for place in range(len(low) - 1):
+            yield Overlap(
+                entries=int(both[-1, -1]),
+                base=int(both[place, -1]),
+                tuned=int(both[-1, place]),
+                both=int(both[place, place]),
+                moved=float(low[-1]),
+                moved_low=float(low[place]),
+            )
+
+
+def squared_change(base: Float[Tensor, "*shape"], tuned: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """(tuned − base)² entry by entry, in float32."""
+    return (tuned.float() - base.float()).square_()
+
+
+def within(values: Float[Tensor, "*shape"], where: Bool[Tensor, "*shape"]) -> float:
+    """Sum over the entries where it is true, in float64."""
+    # A part at a time: picking the entries out first takes several times as long.
+    parts = zip(values.reshape(-1).split(CHUNK), where.reshape(-1).split(CHUNK), strict=True)
+    return sum(float(torch.dot(some.double(), here.double())) for some, here in parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mass:
+    """Magnitude that a mask keeps, of all there is: sums of |w| and of w².
+
+    Unstructured masks keep the most at a given sparsity, and N:M the more the larger M is.
+    """
+
+    l1: float = 0.0
+    l2: float = 0.0
+    all_l1: float = 0.0
+    all_l2: float = 0.0
+
+    def __add__(self, other: "Mass") -> "Mass":
+        own, more = asdict(self), asdict(other)
+        return Mass(**{name: own[name] + more[name] for name in own})
+
+    @property
+    def kept_l1(self) -> float:
+        """Share of Σ|w|; NaN where all weights are 0."""
+        return self.l1 / self.all_l1 if self.all_l1 else math.nan
+
+    @property
+    def kept_l2(self) -> float:
+        """Share of Σw²; NaN where all weights are 0."""
+        return self.l2 / self.all_l2 if self.all_l2 else math.nan
+
+
+def mass(weights: Float[Tensor, "*shape"], pruned: Bool[Tensor, "*shape"]) -> Mass:
+    """The magnitude that a mask keeps of one tensor."""
+    size = weights.float().abs()
+    all_l1, lost_l1 = float(size.sum(dtype=torch.float64)), within(size, pruned)
+    size.square_()
+    all_l2, lost_l2 = float(size.sum(dtype=torch.float64)), within(size, pruned)
+    return Mass(l1=all_l1 - lost_l1, l2=all_l2 - lost_l2, all_l1=all_l1, all_l2=all_l2)

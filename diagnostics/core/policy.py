@@ -1,0 +1,223 @@
+"""What is too much: thresholds with their sources, kept apart from the analyses, which only measure.
+
+A policy is a TOML file with a table for each analysis and in it a rule for each metric::
+
+    [intruders]
+    intruders_per_matrix = {warn = 0.5, fail = 2.0, source = "our release gate"}
+
+A value beyond a threshold is a finding: above it, or below it where the rule says `below = true`. `per = "k"`
+multiplies both thresholds by that parameter of the analysis; `when = "full_finetune"` applies the rule only
+where that parameter or metric is true. `{}` switches a rule off.
+"""
+
+import math
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from probes.errors import InputError, UnknownNameError
+
+if TYPE_CHECKING:
+    from diagnostics.core.analysis import Result
+
+# What a threshold may be at most, and no infinity.
+LARGEST = 1e300
+
+Severity = Literal["warn", "fail"]
+Verdict = Literal["pass", "warn", "fail"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One metric beyond one threshold."""
+
+    analysis: str
+    severity: Severity
+    metric: str
+    value: float | int
+    threshold: float
+    message: str
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """The thresholds of one metric.
+
+    Attributes:
+        warn, fail: a value beyond it is a finding; None: never.
+        below: whether small values are the bad ones.
+        per: a numeric parameter of the analysis that both thresholds are multiplied by.
+        when: a parameter or metric of the analysis without which, or with 0 for it, the rule does not apply.
+        message: what such a value means; the comparison itself when empty.
+        source: where the thresholds come from.
+    """
+
+    warn: float | None = None
+    fail: float | None = None
+    below: bool = False
+    per: str = ""
+    when: str = ""
+    message: str = ""
+    source: str = ""
+
+    @property
+    def off(self) -> bool:
+        """Whether it has no threshold at all."""
+        return self.warn is None and self.fail is None
+
+    def beyond(self, value: float | int, scale: float = 1.0) -> tuple[Severity, float] | None:
+        """The severest threshold, times `scale`, that the value is beyond; equal to it is not beyond."""
+        steps: tuple[tuple[Severity, float | None], ...] = (("fail", self.fail), ("warn", self.warn))
+        for severity, threshold in steps:
+            if threshold is None:
+                continue
+            limit = threshold * scale
+            if value < limit if self.below else value > limit:
+                return severity, limit
+        return None
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Rules by analysis and metric, and where they were read."""
+
+    rules: Mapping[str, Mapping[str, Rule]]
+    origin: str
+
+    def plain(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """The rules as JSON and TOML have them; what a rule leaves at its default is left out."""
+        return {
+            name: {
+                metric: {
+                    k: v for k, v in asdict(rule).items() if v is not None and v != "" and v is not False
+                }
+                for metric, rule in rules.items()
+            }
+            for name, rules in self.rules.items()
+        }
+
+
+@cache
+def default_policy() -> Policy:
+    """The policy that ships with the package; every rule names its source or says that there is none."""
+    text = Path(__file__).with_name("default_policy.toml").read_text(encoding="utf-8")
+    return parse(tomllib.loads(text), origin="default policy")
+
+
+def parse(tables: Mapping[str, Any], origin: str) -> Policy:
+    """Rules out of nested tables, as TOML and audit.json hold them.
+
+    Raises:
+        InputError, UnknownNameError: as `load_policy`, but names of analyses and metrics are not looked up.
+    """
+    rules: dict[str, dict[str, Rule]] = {}
+    for name, metrics in tables.items():
+        if not isinstance(metrics, Mapping):
+            raise InputError(
+                f"{origin}: {name} = {metrics!r} stands outside a table; write [ANALYSIS] above it"
+            )
+        rules[name] = {metric: rule(value, f"{origin}: {name}.{metric}") for metric, value in metrics.items()}
+        for metric, made in rules[name].items():
+            if not made.source:
+                rules[name][metric] = Rule(**{**asdict(made), "source": origin})
+    return Policy(rules, origin=origin)
+
+
+def rule(table: Any, where: str) -> Rule:
+    """One rule out of its inline table; `where` begins every message."""
+    if not isinstance(table, Mapping):
+        raise InputError(f"{where} = {table!r} is not a rule; write {{warn = …, fail = …}}")
+    kinds = {
+        field.name: str if field.type is str else bool if field.type is bool else float
+        for field in fields(Rule)
+    }
+    for key, value in table.items():
+        if key not in kinds:
+            raise UnknownNameError(f"{where}: unknown key {key!r}; known: {', '.join(kinds)}")
+        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
+        if not (number if kinds[key] is float else isinstance(value, kinds[key])):
+            word = {float: "a finite number", bool: "true or false", str: "a text"}[kinds[key]]
+            raise InputError(f"{where}: {key} = {value!r} is not {word}")
+    values: dict[str, Any] = {k: float(v) if kinds[k] is float else v for k, v in table.items()}
+    made = Rule(**values)
+    if made.warn is not None and made.fail is not None:
+        first, second = (made.fail, made.warn) if made.below else (made.warn, made.fail)
+        if first > second:
+            order = "below" if made.below else "above"
+            raise InputError(
+                f"{where}: fail = {made.fail:g} would be met before warn = {made.warn:g}; "
+                f"this rule judges values {order} its thresholds"
+            )
+    return made
+
+
+def judge(result: "Result", policy: Policy) -> list[Finding]:
+    """The findings of one result, the severest first."""
+    findings = []
+    for metric, made in judged(result, policy).items():
+        value = result.metrics[metric]
+        found = made.beyond(value, scale(result, made))
+        if found is None:
+            continue
+        severity, threshold = found
+        comparison = f"{metric} is {value:.4g}, {'below' if made.below else 'above'} {threshold:.4g}"
+        findings.append(
+            Finding(
+                analysis=result.analysis,
+                severity=severity,
+                metric=metric,
+                value=value,
+                threshold=threshold,
+                message=made.message or comparison,
+                source=made.source,
+            )
+        )
+    return sorted(findings, key=lambda finding: finding.severity != "fail")
+
+
+def judged(result: "Result", policy: Policy) -> dict[str, Rule]:
+    """The rules that a result has a number for, by metric."""
+    return {metric: made for metric, made in applying(result, policy) if not unjudged(result, metric, made)}
+
+
+def not_measured(result: "Result", policy: Policy) -> dict[str, str]:
+    """The rules that a result gives nothing to judge by, as metric -> why; such a rule is not passed."""
+    reasons = {metric: unjudged(result, metric, made) for metric, made in applying(result, policy)}
+    return {metric: reason for metric, reason in reasons.items() if reason}
+
+
+def applying(result: "Result", policy: Policy) -> list[tuple[str, Rule]]:
+    """The rules that are not switched off and whose condition holds, with their metrics."""
+    facts = {**result.parameters, **result.metrics}
+    rules = policy.rules.get(result.analysis, {}).items()
+    return [
+        (metric, made) for metric, made in rules if not made.off and (not made.when or facts.get(made.when))
+    ]
+
+
+def verdict(findings: Iterable[Finding]) -> Verdict:
+    """The severest of the findings; `pass` when there is none."""
+    severities = {finding.severity for finding in findings}
+    return "fail" if "fail" in severities else "warn" if "warn" in severities else "pass"
+
+
+def scale(result: "Result", made: Rule) -> float:
+    """What the thresholds of a rule are multiplied by."""
+    return float(result.parameters[made.per]) if made.per else 1.0
+
+
+def unjudged(result: "Result", metric: str, made: Rule) -> str:
+    """Why a rule cannot be applied to a result; empty when it can."""
+    value = result.metrics.get(metric)
+    if value is None:
+        return "the analysis left it out"
+    if math.isnan(value):
+        return "it came out as not a number"
+    factor = result.parameters.get(made.per) if made.per else 1.0
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or abs(factor) > LARGEST:
+        return f"its thresholds are per {made.per}, which is {factor!r} here"
+    return ""

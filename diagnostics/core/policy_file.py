@@ -1,0 +1,64 @@
+"""Policies in TOML files: read, and checked against the installed analyses."""
+
+import tomllib
+from pathlib import Path
+
+from diagnostics.core.analysis import find, installed
+from diagnostics.core.policy import Policy, default_policy, parse
+from probes.errors import InputError, UnknownNameError
+from probes.files.untrusted import one_line
+
+# Of one line: the parser takes the square of the parts of a dotted key, and keys have three.
+DOTS = 300
+
+
+def load_policy(path: str | Path) -> Policy:
+    """The default policy with the rules of a file in place of its own, metric by metric.
+
+    Raises:
+        InputError: the file is missing or not TOML, or a rule makes no sense.
+        UnknownNameError: an unknown analysis, metric, key or parameter; the message lists the known ones.
+    """
+    with one_line(f"policy {path}"):
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+            if any(line.count(".") > DOTS for line in text.splitlines()):
+                raise InputError(f"a line has more than {DOTS} dots")
+            tables = tomllib.loads(text)
+        except OSError as error:
+            raise InputError(f"policy {path}: cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise InputError(f"policy {path}: not a TOML file: {error}") from error
+        given = parse(tables, origin=f"policy {path}")
+        check_names(given)
+    default = default_policy()
+    names = {*default.rules, *given.rules}
+    rules = {name: {**default.rules.get(name, {}), **given.rules.get(name, {})} for name in sorted(names)}
+    return Policy(rules, origin=given.origin)
+
+
+def check_names(policy: Policy) -> None:
+    """Refuse rules for what is not installed or not measured.
+
+    Raises:
+        UnknownNameError: an unknown analysis, metric or parameter; the message lists the known ones.
+    """
+    for name, rules in policy.rules.items():
+        if name not in installed():
+            raise UnknownNameError(
+                f"{policy.origin}: unknown analysis {name!r}; known: {', '.join(installed())}"
+            )
+        record = find(name)
+        for metric, made in rules.items():
+            if record.metrics and metric not in record.metrics:
+                known = ", ".join(record.metrics)
+                raise UnknownNameError(f"{policy.origin}: {name} has no metric {metric!r}; it has: {known}")
+            if made.per and made.per not in record.parameters:
+                known = ", ".join(record.parameters) or "none"
+                raise UnknownNameError(
+                    f"{policy.origin}: {name} has no parameter {made.per!r}; it has: {known}"
+                )
+            conditions = {**record.parameters, **record.metrics}
+            if made.when and record.metrics and made.when not in conditions:
+                known = ", ".join(conditions)
+                raise UnknownNameError(f"{policy.origin}: {name} has no {made.when!r}; it has: {known}")

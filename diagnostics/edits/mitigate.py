@@ -1,0 +1,333 @@
+"""Damping intruder dimensions: the tuned checkpoint with its new directions made smaller.
+
+W(λ) = W1 + (λ − 1) s u vᵀ with the triple (u, s, v) of the tuned matrix W1: λ = 1 changes nothing, 0 removes
+the direction, above 1 amplifies it. Source: Shuttleworth et al., arXiv:2410.21228 v3, whose intervention is
+mode `top`; `all` is that of PEFT's `reduce_intruder_dimension`, `neighbour` the paper's control, and `update`
+the one that its reviewers asked for: it may retain as much for as little, and belongs beside the others.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from torch import Tensor
+
+from diagnostics.analyses.intruders.damping import Mode, applied, by_tensor, choose, damp
+from diagnostics.execution import jobs
+from probes import CheckpointPair
+from probes.adapters.adapter import Adapter
+from probes.checkpoints.adapter_refit import Edit, Refit, refit, scaled, write_adapter
+from probes.checkpoints.blend import between, write_blend
+from probes.checkpoints.checkpoint import Checkpoint
+from probes.checkpoints.save import refuse_occupied, write_checkpoint
+from probes.errors import InputError
+from probes.files.layout import Matrix, Part
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from diagnostics.store.factor_cache import FactorCache
+
+Progress = Callable[[int, int, str], None]
+TRAIL = "tunescope_mitigation.json"
+CONTROL = (
+    "Scaling the whole update (mode `update`) may keep as much for as little; measure both on what must "
+    "survive before you choose."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scaled:
+    """One singular triple of a tuned matrix that was scaled.
+
+    Attributes:
+        rank: from 1, the largest singular value first.
+        singular_value: before it was scaled.
+        cosine_low, cosine_high: enclose its largest |cosine| with a base vector.
+    """
+
+    matrix: str
+    layer: int | None
+    component: str
+    rank: int
+    singular_value: float
+    cosine_low: float
+    cosine_high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edited:
+    """One matrix (in mode `update` one stored tensor) that was changed.
+
+    Attributes:
+        rank: of the edit; None where a whole update was scaled.
+        norm: Frobenius norm of the edit.
+        update_norm: Frobenius norm of what tuning had done to it.
+        share: of the edit's squared norm, what the written files hold.
+    """
+
+    matrix: str
+    layer: int | None
+    component: str
+    rank: int | None
+    norm: float
+    update_norm: float
+    share: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MitigatedCheckpoint:
+    """What was written.
+
+    Attributes:
+        out: the directory.
+        kind: what it holds: full weights or an adapter.
+        triples, edits: what was scaled, and how much each matrix changed.
+        notes: what a reader must know.
+    """
+
+    out: Path
+    kind: Literal["full", "adapter"]
+    mode: Mode
+    scale: float
+    k: int
+    epsilon: float
+    triples: tuple[Scaled, ...]
+    edits: tuple[Edited, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of the whole edit."""
+        return math.sqrt(sum(edit.norm**2 for edit in self.edits))
+
+    @property
+    def relative(self) -> float:
+        """The same over the update of the changed matrices; 0 when nothing changed."""
+        update = math.sqrt(sum(edit.update_norm**2 for edit in self.edits))
+        return self.norm / update if update else 0.0
+
+    @property
+    def share(self) -> float:
+        """Of the edit's squared norm, what the files hold; below 1 where an adapter's rank is too low."""
+        total = sum(edit.norm**2 for edit in self.edits)
+        return sum(edit.share * edit.norm**2 for edit in self.edits) / total if total else 1.0
+
+    def tables(self) -> "dict[str, pd.DataFrame]":
+        """`triples` and `edits`, a row each."""
+        import pandas as pd
+
+        return {
+            "triples": pd.DataFrame(map(asdict, self.triples), columns=list(Scaled.__dataclass_fields__)),
+            "edits": pd.DataFrame(map(asdict, self.edits), columns=list(Edited.__dataclass_fields__)),
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """All of it as plain values, as written beside the weights."""
+        numbers = {"norm": self.norm, "relative": self.relative, "share": self.share}
+        return asdict(self) | {"out": str(self.out)} | numbers
+
+    def summary(self) -> str:
+        """A sentence or two for a person."""
+        if not self.edits:
+            return (
+                f"Nothing was scaled: no intruder dimension among the {self.k} leading vectors of any matrix."
+            )
+        what = f"the whole update of {len(self.edits)} tensors"
+        if self.mode != "update":
+            kind = "base-like neighbour" if self.mode == "neighbour" else "intruder dimension"
+            kinds, where = (
+                kind + "s" * (len(self.triples) > 1),
+                "matrix" if len(self.edits) == 1 else "matrices",
+            )
+            what = f"{len(self.triples)} {kinds} in {len(self.edits)} {where}"
+        size = f"{self.norm:.3g}, {self.relative:.1%} of the update"
+        text = f"Scaled {what} by {self.scale:g}: an edit of norm {size}."
+        if self.kind == "adapter":
+            text += f" The adapter holds {self.share:.1%} of it"
+            text += "; full weights would hold all." if self.share < 0.995 else "."
+        return text
+
+
+def mitigate(
+    base: Any,
+    tuned: Any,
+    out: str | Path,
+    *,
+    scale: float = 0.7,
+    mode: Mode = "top",
+    k: int = 10,
+    epsilon: float = 0.5,
+    parts: tuple[Part, ...] = ("block",),
+    full: bool | None = None,
+    device: str = "cpu",
+    cache: "FactorCache | str | Path | None" = None,
+    progress: Progress | None = None,
+) -> MitigatedCheckpoint:
+    """Write the tuned checkpoint with its intruder dimensions scaled.
+
+    A full checkpoint gives a full one, with every other tensor bit for bit as it was. An adapter gives an
+    adapter of the same ranks: exactly in mode `update`, else the nearest one (`share`: how near).
+
+    Args:
+        base, tuned: what `CheckpointPair` takes.
+        out: a directory that does not exist yet, or is empty.
+        scale: λ: 0 removes, 1 changes nothing (paper: 0.1 to 0.9; 0.7 to 0.9 first).
+        mode: `top`, the highest-ranked intruder of each matrix (paper); `all` within k; `neighbour`, in the
+            same matrices the nearest leading vector that is no intruder (a control); `update`, base +
+            λ (tuned − base) of every tensor (the other control).
+        k, epsilon, parts: what counts as an intruder, and where, as in `intruder_dimensions`.
+        full: write full weights even of an adapter. By default an adapter stays one.
+        device: where the arithmetic runs.
+        cache: as of `intruder_dimensions`.
+        progress: called with (done, total, name), for the search and then for the writing.
+
+    Raises:
+        InputError: a parameter out of range; checkpoints that cannot be opened or are not related; an adapter
+            that cannot hold the edit; `out` is occupied or cannot be written.
+    """
+    _check(mode, scale)
+    out = Path(out).expanduser()
+    refuse_occupied(out)
+    pair = CheckpointPair(base, tuned)
+    if full is False and pair.tuned.kind == "full":
+        raise InputError(f"{pair.tuned.ref}: holds full weights, which cannot be written as an adapter")
+    full = pair.tuned.kind == "full" or bool(full)
+    if mode == "update":
+        triples, edits, notes = _scale_update(pair, out, scale, full, progress)
+    else:
+        triples, edits, notes = _scale_triples(
+            pair, out, scale, mode, full, device, progress, k=k, epsilon=epsilon, parts=parts, cache=cache
+        )
+    if full and pair.tuned.adapter:
+        notes = [*notes, *pair.tuned.adapter["notes"]]
+    result = MitigatedCheckpoint(
+        out=out, kind="full" if full else "adapter", mode=mode, scale=scale, k=k, epsilon=epsilon,
+        triples=tuple(triples), edits=tuple(edits), notes=tuple(notes),
+    )  # fmt: skip
+    trail = {"tunescope": version("tunescope"), "base": pair.base.ref, "tuned": pair.tuned.ref}
+    text = json.dumps(trail | result.describe(), indent=2)
+    (out / TRAIL).write_text(text + "\n", encoding="utf-8")
+    return result
+
+
+def _check(mode: str, scale: float) -> None:
+    if mode not in get_args(Mode):
+        raise InputError(f"mode is {mode!r}; it is one of: {', '.join(get_args(Mode))}")
+    if not 0 <= scale < math.inf:
+        raise InputError(f"scale is {scale}; 0 removes, 1 changes nothing, above 1 amplifies")
+
+
+# Singular triples
+
+
+# Writing
+
+Outcome = tuple[list[Scaled], list[Edited], list[str]]
+
+
+def _scale_triples(
+    pair: CheckpointPair, out: Path, scale: float, mode: Mode, full: bool, device: str,
+    progress: Progress | None, **search: Any,
+) -> Outcome:  # fmt: skip
+    """Find the intruders, damp what the mode says of them, write the result."""
+    from diagnostics.analyses.intruders.analysis import intruder_dimensions
+
+    found = intruder_dimensions(pair, device=device, progress=progress, **search)
+    if not found.metrics.get("descendant", 1):
+        raise InputError(
+            f"{pair.tuned.ref}: does not descend from {pair.base.ref}, so that nothing in it is an intruder; "
+            "give the base that it was trained from"
+        )
+    chosen = choose(found.tables["vectors"], mode)
+    calls = (partial(_edit, pair, name, ranks, scale, device) for name, ranks in chosen.items())
+    damped = dict(zip(chosen, jobs.each(calls, device=device), strict=True))
+    edits = [edit for edit, _ in damped.values()] if scale != 1 else []
+    done = Refit()
+    if full:
+        _write_full(pair.tuned, out, edits, progress)
+    else:
+        adapter = pair.tuned.source
+        assert isinstance(adapter, Adapter)
+        done = refit(adapter, edits)
+        write_adapter(pair.tuned, out, done.tensors)
+    cosines = found.tables["vectors"].set_index(["matrix", "rank"])[["cosine_low", "cosine_high"]]
+    nearest: dict[Any, Any] = cosines.to_dict("index")
+    norms = found.tables["matrices"].set_index("matrix")["update_norm"]
+    triples, edited = [], []
+    for name, (edit, values) in damped.items():
+        place = _place(pair.matrices[name])
+        for rank, value in zip(chosen[name], values, strict=True):
+            triples.append(Scaled(**place, rank=rank, singular_value=value, **nearest[name, rank]))
+        share = done.share.get(edit.matrix.name, 1.0)
+        edited.append(
+            Edited(**place, rank=len(values), norm=edit.norm, update_norm=float(norms[name]), share=share)
+        )
+    return triples, edited, [*found.notes, CONTROL]
+
+
+def _edit(
+    pair: CheckpointPair, name: str, ranks: list[int], scale: float, device: str
+) -> tuple[Edit, list[float]]:
+    left, right, values = damp(pair.read(name)[1].to(device), ranks, scale)
+    return Edit(pair.counterpart(name), left.cpu(), right.cpu()), values.tolist()
+
+
+def _write_full(tuned: Checkpoint, out: Path, edits: Iterable[Edit], progress: Progress | None) -> None:
+    tensors = by_tensor(edits)
+
+    def change(name: str, stored: Tensor) -> Tensor:
+        return applied(tuned, name, stored, tensors.get(name, ()))
+
+    write_checkpoint(tuned, out, change, progress=progress)
+
+
+def _scale_update(
+    pair: CheckpointPair, out: Path, scale: float, full: bool, progress: Progress | None
+) -> Outcome:
+    """base + λ (tuned − base) for every tensor."""
+    base, tuned = pair.base, pair.tuned
+    if full:
+        blend = write_blend(pair, out, scale, progress=progress)
+        some = f"{len(blend.alone)} tensors that the base lacks stay as they are" if blend.alone else ""
+        return [], _updated(tuned, blend.squares, scale), [some] if some else []
+    adapter = tuned.source
+    assert isinstance(adapter, Adapter)
+    assert tuned.base is not None
+    if tuned.base is not base and tuned.base.fingerprint() != base.fingerprint():
+        raise InputError(
+            f"{tuned.ref}: is an adapter of {tuned.base.ref}; scaled, it moves toward that one and not "
+            f"toward {base.ref}; write full weights instead (full=True)"
+        )
+    done = scaled(adapter, scale) if scale != 1 else Refit()
+    write_adapter(tuned, out, done.tensors)
+    squares = {}
+    for name, header in base.headers.items():
+        if adapter.changes(name) and adapter.headers[name].shape == header.shape:
+            squares[name] = between(base.tensor(name), tuned.tensor(name), 1.0)[1]
+    return [], _updated(tuned, squares, scale), done.notes
+
+
+def _updated(tuned: Checkpoint, squares: Mapping[str, float], scale: float) -> list[Edited]:
+    """A row for every tensor whose update was scaled."""
+    places = {matrix.tensor: matrix for matrix in tuned.matrices.values()}
+    rows = []
+    for name, square in squares.items():
+        layer, component = None, name.removesuffix(".weight").rpartition(".")[2]
+        if name in places:
+            layer, component = places[name].layer, places[name].component
+        norm = math.sqrt(square)
+        edit = abs(1 - scale) * norm
+        rows.append(
+            Edited(matrix=name, layer=layer, component=component, rank=None, norm=edit, update_norm=norm)
+        )
+    return rows
+
+
+def _place(matrix: Matrix) -> dict[str, Any]:
+    return {"matrix": matrix.name, "layer": matrix.layer, "component": matrix.component}

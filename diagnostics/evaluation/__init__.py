@@ -1,0 +1,1 @@
+"""Rows through models: losses, answers, interpolated models, paired texts."""

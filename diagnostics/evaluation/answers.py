@@ -1,0 +1,233 @@
+"""What models answer to the rows of a task: how well, how alike, and with what confidence.
+
+A score is a mean over units, larger is better: the share of right answers where rows have choices or labels,
+else minus the loss in nats per token. Compared models answer the same rows, and intervals come from drawing
+these rows anew, the same ones for all.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from diagnostics.evaluation.row_losses import EncodedTask, Losses, losses_of
+from diagnostics.numerics.calibration import brier, ece
+from diagnostics.numerics.row_bootstrap import RowLosses
+from probes.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What one model says of the rows of one set that have something to score.
+
+    Attributes:
+        losses: of every row of the set.
+        logs: of those that are scored, the log-probability of every choice or class, −∞ for choices that a
+            row does not have; None for texts and completions.
+        truth: which of these is right; empty for texts and completions.
+    """
+
+    losses: Losses
+    logs: Float[np.ndarray, "rows answers"] | None
+    truth: Int[np.ndarray, " rows"]
+
+    @property
+    def chosen(self) -> Int[np.ndarray, " rows"]:
+        """The likeliest answer of each row."""
+        assert self.logs is not None
+        return self.logs.argmax(axis=1)
+
+    @property
+    def right(self) -> Float[np.ndarray, " rows"]:
+        """1 where the likeliest answer is right."""
+        return (self.chosen == self.truth).astype(float)
+
+    @property
+    def confidence(self) -> Float[np.ndarray, " rows"]:
+        """Probability of the likeliest answer."""
+        assert self.logs is not None
+        # Above 1 by a rounding it would be no probability.
+        return np.exp(self.logs.max(axis=1)).clip(max=1.0)
+
+    def cooled(self, temperature: float) -> "Answers":
+        """The same with logits divided by a temperature: above 1 less sure of what it chooses."""
+        assert self.logs is not None
+        logs = log_softmax(self.logs / temperature)
+        return Answers(losses=self.losses, logs=logs, truth=self.truth)
+
+
+def answers(encoded: EncodedTask, model: Any) -> Answers:
+    """What a model says of the rows of a task.
+
+    Raises:
+        NonFiniteError: logits that are NaN or infinite; the message names the row.
+    """
+    if encoded.task.shape in ("text", "completion"):
+        return Answers(losses=encoded.measure(model), logs=None, truth=np.zeros(0, dtype=int))
+    logs, truth = encoded.answered(model), encoded.truth
+    losses = losses_of(logs, truth)
+    scored = losses.units > 0
+    return Answers(losses=losses, logs=logs[scored], truth=truth[scored])
+
+
+def score(said: Answers) -> float:
+    """Share of right answers, or minus the loss in nats per token: larger is better."""
+    if said.logs is not None:
+        return float(said.right.mean())
+    return -float(np.nansum(said.losses.nats) / said.losses.units.sum())
+
+
+def log_softmax(values: Float[np.ndarray, "rows answers"]) -> Float[np.ndarray, "rows answers"]:
+    """Normalised log-probabilities along the last axis."""
+    from scipy.special import log_softmax as normalised
+
+    return np.asarray(normalised(values, axis=1))
+
+
+def agreement(first: Answers, second: Answers) -> float:
+    """Share of rows to which two models give the same answer; NaN for texts and completions."""
+    if first.logs is None or second.logs is None or not len(first.truth):
+        return math.nan
+    return float((first.chosen == second.chosen).mean())
+
+
+def temperature(said: Answers) -> float:
+    """The temperature under which answers are the likeliest to be right: 1 where nothing is to be gained.
+
+    Source: Guo et al. 2017, arXiv:1706.04599. Found between 1/50 and 50.
+    """
+    from scipy.optimize import minimize_scalar
+
+    rows = np.arange(len(said.truth))
+
+    def nats(log_temperature: float) -> float:
+        logs = said.cooled(math.exp(log_temperature)).logs
+        assert logs is not None
+        return -float(logs[rows, said.truth].mean())
+
+    found = minimize_scalar(nats, bounds=(-math.log(50), math.log(50)), method="bounded")
+    return math.exp(float(found.x)) if nats(float(found.x)) < nats(0.0) else 1.0
+
+
+class Calibration(NamedTuple):
+    """How far stated confidence can be trusted: 15 bins of equal width, of equal mass, and squared error."""
+
+    ece: float
+    ece_low: float
+    ece_high: float
+    ece_mass: float
+    brier: float
+
+
+def calibration(said: Answers, *, draws: int, seed: int) -> Calibration:
+    """Calibration of a model on a set, the first with its 95 % interval."""
+    assert said.logs is not None
+    drawn = drawn_ece([said], draws=draws, seed=seed)[:, 0]
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    stated, right = said.confidence, said.right
+    return Calibration(
+        ece=ece(stated, right),
+        ece_low=float(low),
+        ece_high=float(high),
+        ece_mass=ece(stated, right, by="mass"),
+        brier=brier(np.exp(said.logs), said.truth),
+    )
+
+
+def drawn_ece(several: Sequence[Answers], *, draws: int, seed: int) -> Float[np.ndarray, "draws models"]:
+    """The calibration error of models on rows drawn anew, the same rows for all."""
+    generator = np.random.default_rng(seed)
+    pairs = [(said.confidence, said.right) for said in several]
+    count = len(pairs[0][0])
+    found = np.empty((draws, len(pairs)))
+    for draw in range(draws):
+        rows = generator.integers(count, size=count)
+        found[draw] = [ece(stated[rows], right[rows]) for stated, right in pairs]
+    return found
+
+
+class Estimate(NamedTuple):
+    """A value with the ends of its 95 % interval; NaN where it is not defined."""
+
+    value: float
+    low: float
+    high: float
+
+
+class AnswerScores:
+    """The scores of several models on the same rows, with rows drawn anew for intervals.
+
+    Attributes:
+        kind: `accuracy`, or `loss` in nats per token.
+        value: the score of each; larger is better, so that a loss is negative.
+    """
+
+    def __init__(self, said: Mapping[str, Answers], *, draws: int, seed: int, where: str):
+        """Compare models.
+
+        Raises:
+            InputError: fewer than 2 rows can be scored.
+        """
+        first = next(iter(said.values()))
+        units = first.losses.units
+        scored = units > 0
+        if scored.sum() < 2:
+            raise InputError(f"{where}: {scored.sum()} rows have anything to score; at least 2 are needed")
+        self.kind = "loss" if first.logs is None else "accuracy"
+        values = np.stack([
+            -each.losses.nats[scored] if each.logs is None else each.right for each in said.values()
+        ])  # fmt: skip
+        rows = RowLosses(
+            nats=values, units=units[scored] if self.kind == "loss" else np.ones(values.shape[1])
+        )
+        self._place = {name: place for place, name in enumerate(said)}
+        self.value = {name: float(rows.loss[place]) for name, place in self._place.items()}
+        self._drawn = rows.drawn(draws, np.random.default_rng(seed))
+
+    def drawn(self, name: str) -> Float[np.ndarray, " draws"]:
+        """The score of one model on rows drawn anew."""
+        return self._drawn[:, self._place[name]]
+
+    def shown(self, name: str) -> Estimate:
+        """The score as a person expects it: accuracy, or loss in nats, smaller is better."""
+        sign = -1.0 if self.kind == "loss" else 1.0
+        ends = sorted(sign * np.quantile(self.drawn(name), [0.025, 0.975]))
+        return Estimate(sign * self.value[name], float(ends[0]), float(ends[1]))
+
+    def difference(self, name: str, other: str) -> Estimate:
+        """By how much one model is better than another."""
+        low, high = np.quantile(self.drawn(name) - self.drawn(other), [0.025, 0.975])
+        return Estimate(self.value[name] - self.value[other], float(low), float(high))
+
+    def error(self, name: str, other: str) -> float:
+        """The standard error of that difference."""
+        return float((self.drawn(name) - self.drawn(other)).std(ddof=1))
+
+    @property
+    def gained(self) -> bool:
+        """Whether `tuned` is better than `base` by more than twice the standard error of the difference."""
+        gain = self.value["tuned"] - self.value["base"]
+        return gain > 0 and gain > 2 * self.error("tuned", "base")
+
+    def rel(self, name: str) -> Estimate:
+        """The share of what tuning gained that a model keeps: 0 is base, 1 tuned; undefined without a gain.
+
+        Corrected for chance, for what base knows already does not count.
+        Source: arXiv:2302.06600.
+        """
+        if not self.gained:
+            return Estimate(math.nan, math.nan, math.nan)
+        gain = self.drawn("tuned") - self.drawn("base")
+        kept = (self.drawn(name) - self.drawn("base"))[gain > 0] / gain[gain > 0]
+        low, high = np.quantile(kept, [0.025, 0.975])
+        value = (self.value[name] - self.value["base"]) / (self.value["tuned"] - self.value["base"])
+        return Estimate(value, float(low), float(high))
+
+    def recovery(self, name: str) -> float:
+        """Accuracy as a share of tuned's: it flatters where base is good already. NaN for losses."""
+        if self.kind == "loss" or not self.value["tuned"]:
+            return math.nan
+        return self.value[name] / self.value["tuned"]

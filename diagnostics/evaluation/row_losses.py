@@ -1,0 +1,146 @@
+"""The loss of every row of a task under one model, in the unit that its shape allows.
+
+Texts and completions: nats over the scored tokens, and how many these are. Choices: minus the log-probability
+of the right one among the row's choices, and a label's minus its log-probability among the classes; these
+count as one unit a row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from probes.errors import InputError
+from probes.models.editable import Editable
+from probes.passes.scores import SequenceScores, choice_scores, classify_examples, score_examples
+from probes.text.batches import Example
+from probes.text.encode import encode, notes
+from probes.text.rows import Task, class_ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """Losses of rows.
+
+    Attributes:
+        nats: of each row; NaN where there is nothing to score.
+        units: scored tokens of each row, or 1; 0 where there is nothing to score.
+        right: 1 where the right choice or label is the likeliest, else 0; of text the share of its scored
+            tokens that are the likeliest in their place. NaN where there is nothing to score.
+    """
+
+    nats: Float[np.ndarray, " rows"]
+    units: Float[np.ndarray, " rows"]
+    right: Float[np.ndarray, " rows"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedTask:
+    """A task in a model's tokens, encoded once and measured often.
+
+    Attributes:
+        classes: of each row, for a classifier.
+        notes: what a reader must know: rows cut, rows with nothing to score.
+    """
+
+    task: Task
+    examples: Sequence[Example]
+    classes: tuple[int, ...]
+    mask_id: int | None
+    batch_tokens: int
+    notes: tuple[str, ...]
+
+    @property
+    def unit(self) -> str:
+        """What the loss is counted per."""
+        return "row" if self.task.shape in ("choices", "label") else "token"
+
+    @property
+    def truncated(self) -> int:
+        """Rows that were cut."""
+        return len({example.row for example in self.examples if example.truncated})
+
+    def measure(self, model: Any) -> Losses:
+        """The losses under a model.
+
+        Raises:
+            NonFiniteError: logits that are NaN or infinite; the message names the row.
+        """
+        if self.unit == "row":
+            return losses_of(self.answered(model), self.truth)
+        scores = self._scored(model)
+        units = scores.tokens.double().numpy()
+        return Losses(nats=-scores.log_likelihoods.numpy(), units=units, right=scores.hit.numpy())
+
+    @property
+    def truth(self) -> Int[np.ndarray, " rows"]:
+        """The right choice or class of each row, from 0."""
+        if self.task.shape == "label":
+            return np.array(self.classes)
+        return np.array([row.answer or 0 for row in self.task.rows])
+
+    def answered(self, model: Any) -> Float[np.ndarray, "rows answers"]:
+        """The log-probability of every choice or class; NaN in rows with nothing to score.
+
+        Where rows have choices in unequal number, −∞ for those that a row lacks.
+
+        Raises:
+            NonFiniteError: as `measure`.
+        """
+        if self.task.shape == "label":
+            logits = classify_examples(
+                model, self.examples, tokens=self.batch_tokens, where=self.task.where
+            ).double()
+            return logits.log_softmax(dim=1).numpy()
+        assert self.task.shape == "choices"
+        widest = max(len(row.choices or ()) for row in self.task.rows)
+        logs = np.full((len(self.task.rows), widest), np.nan)
+        for choices in choice_scores(self._scored(model), self.examples, self.task.rows):
+            if choices.sum.isfinite().all():
+                logs[choices.row] = -np.inf
+                logs[choices.row, : len(choices.sum)] = choices.sum.log_softmax(dim=0).numpy()
+        return logs
+
+    def _scored(self, model: Any) -> SequenceScores:
+        return score_examples(
+            model, self.examples, tokens=self.batch_tokens, mask_id=self.mask_id, where=self.task.where
+        )
+
+
+def losses_of(logs: Float[np.ndarray, "rows answers"], truth: Int[np.ndarray, " rows"]) -> Losses:
+    """The losses of rows out of what `EncodedTask.answered` gives and which answers are right."""
+    nats = -logs[np.arange(len(logs)), truth]
+    scored = ~np.isnan(nats)
+    right = np.where(scored, logs.argmax(axis=1) == truth, np.nan)
+    return Losses(nats=nats, units=scored.astype(float), right=right)
+
+
+def encoded(
+    editable: Editable, task: Task, *, max_length: int | None, chat_template: bool, batch_tokens: int
+) -> EncodedTask:
+    """A task in the tokens of a model.
+
+    Raises:
+        InputError: rows that a model of this kind cannot score, labels that it does not know.
+    """
+    classifier = editable.kind == "classifier"
+    if classifier != (task.shape == "label"):
+        wanted = '{"text", "label"}' if classifier else "texts, completions or choices"
+        raise InputError(
+            f"{task.ref}: holds rows of {task.shape}, and a {editable.kind} model scores {wanted}"
+        )
+    tokenizer = editable.tokenizer
+    length = min((n for n in (max_length, editable.context) if n is not None), default=None)
+    examples = encode(task, tokenizer, max_length=length, chat_template=chat_template)
+    if editable.kind == "masked" and tokenizer.mask_token_id is None:
+        raise InputError(f"{editable.checkpoint.ref}: is a masked model, but its tokenizer has no mask token")
+    return EncodedTask(
+        task=task,
+        examples=examples,
+        classes=tuple(class_ids(task, editable.labels)) if classifier else (),
+        mask_id=tokenizer.mask_token_id if editable.kind == "masked" else None,
+        batch_tokens=batch_tokens,
+        notes=notes(task, examples, tokenizer),
+    )

@@ -1,0 +1,144 @@
+"""What a model makes of every unit of a task: how likely the truth is, whether it is right, how sure it is.
+
+A unit is what a loss is counted per: a scored token of texts and completions, a row of choices and labels.
+Units of one task are the same in the same order under every model, so that models are compared unit by unit.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from diagnostics.evaluation.row_losses import EncodedTask
+from probes.errors import InputError
+from probes.passes.batched import gathered
+from probes.passes.scores import (
+    choice_scores,
+    classify_examples,
+    masked_token_scores,
+    score_examples,
+    token_scores,
+)
+from probes.text.batches import Batch, batches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Units:
+    """One number for each unit, in the order of the rows.
+
+    Attributes:
+        nats: minus the log-probability of the truth.
+        right: whether the truth is the likeliest; of equals any counts.
+        confidence: probability of the likeliest.
+        row: index into the task's rows.
+    """
+
+    nats: Float[np.ndarray, " units"]
+    right: Bool[np.ndarray, " units"]
+    confidence: Float[np.ndarray, " units"]
+    row: Int[np.ndarray, " units"]
+
+    def by_row(self) -> tuple[Float[np.ndarray, " rows"], Float[np.ndarray, " rows"]]:
+        """Nats and number of units of each row that has any."""
+        _, place, counts = np.unique(self.row, return_inverse=True, return_counts=True)
+        return np.bincount(place, weights=self.nats), counts.astype(float)
+
+    @property
+    def loss(self) -> float:
+        """Mean nats of a unit."""
+        return float(self.nats.mean())
+
+    @property
+    def accuracy(self) -> float:
+        """Share of units that are right."""
+        return float(self.right.mean())
+
+    @property
+    def error_confidence(self) -> float:
+        """Mean probability given to what is wrong; NaN where nothing is."""
+        return float(self.confidence[~self.right].mean()) if not self.right.all() else float("nan")
+
+
+def unit_scores(encoded: EncodedTask, model: Any) -> Units:
+    """Score every unit of a task.
+
+    Raises:
+        NonFiniteError: logits that are NaN or infinite; the message names the row.
+        InputError: no row has anything to score.
+    """
+    shape = encoded.task.shape
+    if shape == "label":
+        found = _labels(encoded, model)
+    elif shape == "choices":
+        found = _choices(encoded, model)
+    else:
+        found = _tokens(encoded, model)
+    if not len(found.nats):
+        raise InputError(f"{encoded.task.ref}: none of its rows has a token to score")
+    return found
+
+
+def _labels(encoded: EncodedTask, model: Any) -> Units:
+    logits = classify_examples(
+        model, encoded.examples, tokens=encoded.batch_tokens, where=encoded.task.where
+    ).double()
+    there = logits.isfinite().all(dim=1).numpy()
+    classes = np.array(encoded.classes)[there]
+    logs = logits.log_softmax(dim=1).numpy()[there]
+    return Units(
+        nats=-logs[np.arange(len(classes)), classes],
+        right=logs.argmax(axis=1) == classes,
+        confidence=np.exp(logs.max(axis=1)),
+        row=np.flatnonzero(there),
+    )
+
+
+def _choices(encoded: EncodedTask, model: Any) -> Units:
+    rows = encoded.task.rows
+    scores = score_examples(
+        model, encoded.examples, tokens=encoded.batch_tokens, mask_id=encoded.mask_id,
+        where=encoded.task.where,
+    )  # fmt: skip
+    each = [one for one in choice_scores(scores, encoded.examples, rows) if one.sum.isfinite().all()]
+    logs = [one.sum.log_softmax(dim=0) for one in each]
+    answers = [rows[one.row].answer or 0 for one in each]
+    return Units(
+        nats=np.array([-float(log[answer]) for log, answer in zip(logs, answers, strict=True)], float),
+        right=np.array([one.best() == answer for one, answer in zip(each, answers, strict=True)], bool),
+        confidence=np.array([float(log.max().exp()) for log in logs], float),
+        row=np.array([one.row for one in each], int),
+    )
+
+
+def _tokens(encoded: EncodedTask, model: Any) -> Units:
+    def measure(batch: Batch) -> dict[str, Any]:
+        if encoded.mask_id is None:
+            scores = token_scores(model, batch)
+        else:
+            scores = masked_token_scores(model, batch, encoded.mask_id)
+        logs, hits, tops = (
+            values.double().cpu().numpy() for values in (-scores.log_likelihoods, scores.hit, scores.top)
+        )
+        scored = batch.scored.cpu().numpy()
+        return {
+            name: [row[at] for row, at in zip(values, scored, strict=True)]
+            for name, values in (("nats", logs), ("right", hits), ("confidence", tops))
+        }
+
+    parts = batches(encoded.examples, tokens=encoded.batch_tokens, pad_id=0)
+    found = gathered(encoded.examples, parts, measure, where=encoded.task.where)
+    nothing = np.zeros(0)
+    made = {
+        name: [nothing if values is None else values for values in found.get(name, [])]
+        for name in ("nats", "right", "confidence")
+    }
+    rows = [example.row for example in encoded.examples][: len(made["nats"])]
+    lengths = [len(values) for values in made["nats"]]
+    flat = {name: np.concatenate([nothing, *values]) for name, values in made.items()}
+    return Units(
+        nats=flat["nats"],
+        right=flat["right"].astype(bool),
+        confidence=flat["confidence"],
+        row=np.repeat(np.array(rows, int), lengths),
+    )

@@ -1,0 +1,1 @@
+"""Where work runs: engines, jobs, workers, prefetch, GPUs."""

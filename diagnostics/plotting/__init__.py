@@ -1,0 +1,1 @@
+"""The theme, and the chart helpers that every figure is drawn with."""

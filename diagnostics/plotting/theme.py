@@ -1,0 +1,158 @@
+"""Colours and the plotly template that every figure, the report and the dashboard share.
+
+The hues keep apart under protanopia, deuteranopia and tritanopia and stand at 3:1 or more against the light
+and the dark page, so one figure serves both: only what is in the template changes with the page.
+"""
+
+import functools
+import html
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+BASE = "#2b7bba"
+TUNED = "#d9730d"
+NEW = "#9a3be8"  # what tuning brought: intruders, grafted regions
+NEUTRAL = "#7d8590"  # thresholds, floors, what was not measured
+COLORWAY = (BASE, TUNED, NEW, "#c91d5f", "#497229")
+SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross")  # beside COLORWAY: never colour alone
+
+FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Liberation Sans", Arial, sans-serif'
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PageColours:
+    """The colours of a page: one for light, one for dark.
+
+    Attributes:
+        sequential: from nothing to much, lightness monotone; starts at the page's own tone.
+        diverging: from the base's side over the page's tone to the tuned side.
+        verdicts: a colour for text and icons by verdict, readable (4.5:1) on `paper` and `panel`.
+    """
+
+    paper: str
+    panel: str
+    ink: str
+    muted: str
+    grid: str
+    sequential: tuple[str, ...]
+    diverging: tuple[str, ...]
+    verdicts: dict[str, str]
+
+
+LIGHT = PageColours(
+    paper="#ffffff",
+    panel="#f5f6f8",
+    ink="#1c2128",
+    muted="#57606a",
+    grid="#e3e6ea",
+    sequential=("#f3f1f8", "#d8c6f4", "#b48aec", "#8c48d8", "#5c1ca0", "#2f0a59"),
+    diverging=("#174e7c", BASE, "#a9cbe6", "#f3f3f3", "#f4c79a", TUNED, "#8a4300"),
+    verdicts={"pass": "#077070", "warn": "#8a5a00", "fail": "#c0253a", "skipped": "#57606a"},
+)
+DARK = PageColours(
+    paper="#14181d",
+    panel="#1c2128",
+    ink="#e6e9ed",
+    muted="#a0a8b3",
+    grid="#333a44",
+    sequential=("#20262e", "#43306b", "#6f42b8", "#9c62f0", "#c6a4fb", "#f1e8ff"),
+    diverging=("#b5dbf7", "#4f9fdb", "#28506f", "#2a2f36", "#7a4718", "#f09238", "#ffd9ae"),
+    verdicts={"pass": "#3fc1c1", "warn": "#e3a93c", "fail": "#ff7b72", "skipped": "#a0a8b3"},
+)
+
+
+def verbatim(text: object) -> str:
+    """Text from a file as plotly should show it: its labels read `<b>`, `<a href>` and entities as markup."""
+    return html.escape(str(text), quote=False)
+
+
+@functools.cache
+def template(page: PageColours = LIGHT) -> "go.layout.Template":
+    """The look of a figure on a page; figures copy it."""
+    import plotly.graph_objects as go
+
+    axis = {
+        "gridcolor": page.grid,
+        "linecolor": page.grid,
+        "zeroline": False,
+        "ticks": "outside",
+        "tickcolor": page.grid,
+        "title": {"standoff": 10},
+    }
+    bar = {"thickness": 12, "outlinewidth": 0, "tickcolor": page.grid, "title": {"side": "right"}}
+    return go.layout.Template(
+        layout={
+            "font": {"family": FONT, "size": 13, "color": page.ink},
+            "title": {"font": {"size": 16}, "x": 0, "xref": "paper", "xanchor": "left", "yanchor": "top"},
+            "paper_bgcolor": page.paper,
+            "plot_bgcolor": page.paper,
+            "colorway": list(COLORWAY),
+            "colorscale": {"sequential": scale(page.sequential), "diverging": scale(page.diverging)},
+            "coloraxis": {"colorscale": scale(page.sequential), "colorbar": bar},
+            # Each along its own labels: both ways, labels that turn when they lack room never come to rest.
+            "xaxis": {**axis, "automargin": "height"},
+            "yaxis": {**axis, "automargin": "width"},
+            "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "title": {"text": ""}},
+            "hoverlabel": {
+                "align": "left",
+                "namelength": -1,
+                "bgcolor": page.panel,
+                "bordercolor": page.grid,
+                "font": {"color": page.ink, "family": FONT},
+            },
+            "margin": {"l": 64, "r": 24, "t": 84, "b": 56},
+            "annotationdefaults": {"font": {"size": 12, "color": page.muted}, "showarrow": False},
+        },
+        data={"heatmap": [{"colorscale": scale(page.sequential), "colorbar": bar, "hoverongaps": False}]},
+    )
+
+
+def scale(colors: tuple[str, ...]) -> list[tuple[float, str]]:
+    """Evenly spaced stops of a colour scale, from 0 to 1."""
+    return [(i / (len(colors) - 1), color) for i, color in enumerate(colors)]
+
+
+def faint(color: str, alpha: float) -> str:
+    """A colour that lets the page through: alpha 0 is the page, 1 the colour."""
+    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red}, {green}, {blue}, {alpha})"
+
+
+def fading(color: str) -> list[tuple[float, str]]:
+    """A colour scale from the page itself to a colour, whatever the page."""
+    return [(0.0, faint(color, 0.0)), (1.0, color)]
+
+
+def register() -> None:
+    """Make `template="tunescope"` and `template="tunescope-dark"` known to plotly."""
+    import plotly.io as pio
+
+    pio.templates["tunescope"] = template(LIGHT)
+    pio.templates["tunescope-dark"] = template(DARK)
+
+
+def figure(*, title: str, x: str, y: str) -> "go.Figure":
+    """An empty figure in the house style.
+
+    Args:
+        title: what is seen, in one sentence.
+        x, y: axis titles, with their units.
+    """
+    import plotly.graph_objects as go
+
+    layout = {"template": template(), "title": {"text": title, "y": 0.97}}
+    return go.Figure(layout=layout).update_xaxes(title=x).update_yaxes(title=y)
+
+
+def threshold(
+    figure: "go.Figure", label: str, *, x: float | int | None = None, y: float | int | None = None
+) -> None:
+    """Draw a labelled dashed line across the figure at one x, one y, or both."""
+    line = {"color": NEUTRAL, "dash": "dash", "width": 1.5}
+    if x is not None:
+        figure.add_vline(x=x, line=line, annotation_text=label, annotation_position="top right")
+    if y is not None:
+        figure.add_hline(y=y, line=line, annotation_text=label, annotation_position="top right")

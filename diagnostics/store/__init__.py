@@ -1,0 +1,1 @@
+"""The audit on disk, the keys of results, and caches."""

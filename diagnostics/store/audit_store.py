@@ -1,0 +1,424 @@
+"""The audit on disk: what was found, how it came about, and enough to go on after a kill.
+
+`audit.json` is everything but the tables, which lie beside it as parquet. Each file is replaced in one step,
+so that nobody ever sees half of one. A finished analysis carries a key of all that it depends on and is used
+again only under the same key.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from diagnostics.core.analysis import Result, plain
+from diagnostics.core.policy import Finding, Policy, Verdict, judge, judged, not_measured, parse, verdict
+from diagnostics.store.files import number, read_table, replacing, to_json, write_table, writing
+from probes.errors import InputError
+from probes.files.untrusted import confined, one_line
+
+SCHEMA = 1
+# The types of the fields of audit.json, and of an entry under `analyses`; a list is one of such parts.
+FIELDS: dict[str, Any] = {
+    "base": dict, "tuned": dict, "policy": dict, "analyses": dict, "kept": dict, "created": str,
+    "tunescope": str, "data": dict, "environment": dict, "options": dict, "unmatched": [dict], "notes": [str],
+}  # fmt: skip
+ENTRY: dict[str, Any] = {
+    "status": str, "reason": str | None, "fault": str | None, "seconds": int | float,
+    "peak_rss_mb": int | float | None, "device": str | None, "key": str | None, "question": str, "paper": str,
+    "reused": bool, "parameters": dict, "metrics": dict, "tables": dict, "masks": dict, "notes": [str],
+}  # fmt: skip
+# Inside an audit's directory.
+FOLDERS = ("tables", "masks")
+# There too: what was measured on the single checkpoints of a series, for a run that goes on.
+MEASUREMENTS = "measurements"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of one analysis.
+
+    Attributes:
+        status: whether it has a result.
+        reason: why not, in one line.
+        fault: of a failed one, whether the input was wrong, the analysis crashed, or it was not finished.
+        seconds: wall clock of its run.
+        peak_rss_mb: largest resident memory of this process during the run, MB (1e6 bytes); None if unknown.
+        device: where it ran.
+        key: hash of all that the result depends on.
+        question, paper: as registered when it ran, so that an audit reads without the package.
+        reused: whether the result was taken over from an earlier run.
+    """
+
+    status: Literal["ok", "skipped", "failed"]
+    reason: str | None = None
+    fault: Literal["input", "crash", "unfinished"] | None = None
+    seconds: float = 0.0
+    peak_rss_mb: float | None = None
+    device: str | None = None
+    key: str | None = None
+    question: str = ""
+    paper: str = ""
+    reused: bool = False
+    result: Result | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """Two checkpoints, what was measured on them, and the policy that it is judged by.
+
+    Attributes:
+        base, tuned: `Checkpoint.describe()`; the fingerprint is None until it has been computed.
+        data: the files of each role: name, ref, fingerprint, rows.
+        environment: versions, device, seed, threads.
+        options: how the audit was asked for.
+        analyses: outcome of every installed analysis by name.
+        kept: results of earlier runs on the same checkpoints that were not asked for this time.
+        unmatched: tensors that do not align: tensor, reason, base_shape, tuned_shape.
+        notes: what a reader must know about the audit as a whole.
+        created: when it began, UTC, ISO 8601.
+        path: its directory, if it has one.
+    """
+
+    base: Mapping[str, Any]
+    tuned: Mapping[str, Any]
+    policy: Policy
+    analyses: Mapping[str, Outcome]
+    created: str
+    tunescope: str
+    data: Mapping[str, list[Mapping[str, Any]]] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    kept: Mapping[str, Outcome] = field(default_factory=dict)
+    unmatched: tuple[Mapping[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
+    path: Path | None = None
+
+    @property
+    def results(self) -> dict[str, Result]:
+        """The results of the analyses that have one, by name."""
+        return {name: made.result for name, made in self.analyses.items() if made.result is not None}
+
+    @cached_property
+    def findings(self) -> list[Finding]:
+        """Everything beyond a threshold of the policy, the severest first."""
+        found = [finding for result in self.results.values() for finding in judge(result, self.policy)]
+        return sorted(found, key=lambda finding: finding.severity != "fail")
+
+    @cached_property
+    def not_measured(self) -> dict[str, dict[str, str]]:
+        """The rules that could not be applied: analysis -> metric -> why."""
+        reasons = {name: not_measured(result, self.policy) for name, result in self.results.items()}
+        return {name: found for name, found in reasons.items() if found}
+
+    @property
+    def judged(self) -> int:
+        """How many rules of the policy had a number to judge."""
+        return sum(len(judged(result, self.policy)) for result in self.results.values())
+
+    @property
+    def failed(self) -> dict[str, Outcome]:
+        """The analyses that have no result although they should, by name."""
+        return {name: made for name, made in self.analyses.items() if made.status == "failed"}
+
+    @property
+    def verdict(self) -> Verdict:
+        """The severest finding; `fail` also when an analysis failed, for then nothing says that it passes."""
+        return "fail" if self.failed else verdict(self.findings)
+
+    @property
+    def exit_code(self) -> int:
+        """0 the policy passes, 1 it fails, 2 an analysis refused its input, 3 one broke or is unfinished."""
+        faults = {made.fault for made in self.failed.values()}
+        if faults:
+            return 2 if faults == {"input"} else 3
+        return 1 if self.verdict == "fail" else 0
+
+    def record(self) -> dict[str, Any]:
+        """The contents of audit.json, as plain values."""
+        return {
+            "schema": SCHEMA,
+            "tunescope": self.tunescope,
+            "created": self.created,
+            "base": plain(self.base),
+            "tuned": plain(self.tuned),
+            "data": plain(self.data),
+            "environment": plain(self.environment),
+            "options": plain(self.options),
+            "verdict": self.verdict,
+            "exit_code": self.exit_code,
+            "findings": [asdict(finding) for finding in self.findings],
+            "not_measured": self.not_measured,
+            "policy": {"origin": self.policy.origin, "rules": self.policy.plain()},
+            "analyses": {name: outcome_record(name, made) for name, made in self.analyses.items()},
+            "kept": {name: outcome_record(name, made) for name, made in self.kept.items()},
+            "unmatched": plain(self.unmatched),
+            "notes": list(self.notes),
+        }
+
+
+def outcome_record(name: str, made: Outcome) -> dict[str, Any]:
+    """One entry under `analyses` in audit.json."""
+    record = {k: getattr(made, k) for k in Outcome.__dataclass_fields__ if k != "result"}
+    result = made.result or Result(metrics={}, tables={})
+    record |= {
+        "parameters": dict(result.parameters),
+        "metrics": dict(result.metrics),
+        "notes": list(result.notes),
+        "tables": {table: table_file(name, table) for table in result.tables},
+        "masks": {mask: mask_file(name, mask) for mask in result.masks},
+    }
+    return record
+
+
+def table_file(name: str, table: str) -> str:
+    """Where a table lies inside an audit.
+
+    Raises:
+        InputError: a name that is not safe as a part of a file name.
+    """
+    return f"tables/{safe(name, table)}.parquet"
+
+
+def mask_file(name: str, mask: str) -> str:
+    """Where a mask lies inside an audit; the errors are those of `table_file`."""
+    return f"masks/{safe(name, mask)}.safetensors"
+
+
+def safe(*words: str) -> str:
+    """The stem of a file's name, refused where a word could leave its directory."""
+    for word in words:
+        if not re.fullmatch(r"[\w-]{1,100}", word):
+            raise InputError(f"{word!r} cannot name an analysis or a table; use letters, digits, _ and -")
+    return ".".join(words)
+
+
+class Store:
+    """One audit's directory while an audit runs; entered, it is locked against other writers.
+
+    Raises:
+        InputError: on construction, when `out` cannot be an audit's directory.
+    """
+
+    def __init__(self, out: str | Path):
+        self.out = Path(out)
+        if self.out.exists() and not self.out.is_dir():
+            raise InputError(f"--out {self.out}: is a file, not a directory; name another place")
+
+    def __enter__(self) -> "Store":
+        with writing(self.out):
+            for folder in FOLDERS:
+                (self.out / folder).mkdir(parents=True, exist_ok=True)
+            self.lock = FileLock(self.out / ".lock", blocking=False)
+            try:
+                self.lock.acquire()
+            except Timeout:
+                raise InputError(
+                    f"--out {self.out}: another tunescope is writing there; wait for it or name another place"
+                ) from None
+            for folder in (".", *FOLDERS, MEASUREMENTS):
+                for left in self.out.glob(f"{folder}/.*.part"):
+                    left.unlink()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+
+    def earlier(self) -> Audit | None:
+        """What an earlier run left here; a result whose tables are damaged counts as not there.
+
+        Raises:
+            InputError: audit.json is damaged.
+        """
+        if not (self.out / "audit.json").exists():
+            return None
+        try:
+            return load(self.out, damaged="drop")
+        except ValueError as error:
+            raise InputError(f"{error}; start over with --fresh") from error
+
+    def clear(self) -> None:
+        """Remove what audits write here, and nothing else."""
+        with writing(self.out):
+            for path in [self.out / name for name in ("audit.json", "report.html", "audit.log")]:
+                path.unlink(missing_ok=True)
+            for path in [*self._files(), *self.out.glob(f"{MEASUREMENTS}/*.npz")]:
+                path.unlink()
+
+    def begin(self, audit: Audit) -> None:
+        """Write an audit that is about to run; a report of the one before would contradict it."""
+        with writing(self.out):
+            (self.out / "report.html").unlink(missing_ok=True)
+        self.write(audit)
+
+    def write_result(self, name: str, result: Result) -> None:
+        """Write the tables and masks of one result, each in one step."""
+        for table, frame in result.tables.items():
+            write_table(self.out / table_file(name, table), frame)
+        for mask, patch in result.masks.items():
+            if not isinstance(patch, Path):
+                with replacing(self.out / mask_file(name, mask)) as part:
+                    patch.save(part)
+
+    def write(self, audit: Audit) -> None:
+        """Write audit.json in one step, and drop the tables and masks that it no longer names."""
+        with replacing(self.out / "audit.json") as part:
+            part.write_text(to_json(audit.record()), encoding="utf-8")
+        named = {
+            self.out / file
+            for made in (audit.analyses, audit.kept)
+            for name, outcome in made.items()
+            if outcome.result is not None
+            for file in (
+                *(table_file(name, table) for table in outcome.result.tables),
+                *(mask_file(name, mask) for mask in outcome.result.masks),
+            )
+        }
+        for path in set(self._files()) - named:
+            path.unlink(missing_ok=True)
+
+    def _files(self) -> list[Path]:
+        """The tables and masks that lie here."""
+        return [*self.out.glob("tables/*.parquet"), *self.out.glob("masks/*.safetensors")]
+
+    def log(self, text: str) -> None:
+        """Append to audit.log, where tracebacks go."""
+        with writing(self.out / "audit.log") as path, path.open("a", encoding="utf-8") as log:
+            log.write(text.rstrip() + "\n\n")
+
+
+def load(path: str | Path, *, damaged: Literal["refuse", "drop"] = "refuse") -> Audit:
+    """Open a saved audit; everything that a fresh one shows can be drawn and judged again.
+
+    Args:
+        path: the directory of an audit, or its audit.json.
+        damaged: whether a result whose table cannot be read makes the audit unreadable or is left out.
+
+    Raises:
+        InputError: no audit there, a damaged one, or one of a newer schema.
+    """
+    directory = Path(path).parent if Path(path).name == "audit.json" else Path(path)
+    file = directory / "audit.json"
+    with one_line(file):
+        return _loaded(path, directory, file, damaged)
+
+
+def _loaded(path: str | Path, directory: Path, file: Path, damaged: str) -> Audit:
+    try:
+        record = json.loads(confined(file, directory, "audit").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no audit here (there is no audit.json)") from error
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: damaged, not JSON: {error}") from error
+    except RecursionError as error:
+        raise InputError(f"{file}: damaged, not JSON: nested too deeply") from error
+    schema = record.get("schema") if isinstance(record, dict) else None
+    if not isinstance(schema, int):
+        raise InputError(f"{file}: not an audit of tunescope")
+    if schema > SCHEMA:
+        raise InputError(
+            f"{file}: schema {schema} is newer than this tunescope reads ({SCHEMA}); upgrade tunescope"
+        )
+    try:
+        return audit_of(record, directory, damaged)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{file}: damaged: {type(error).__name__} {error}") from error
+
+
+def typed(record: Any, kinds: Mapping[str, Any], file: Path, where: str) -> None:
+    """Hold what a part of audit.json has against the types that everything later relies on.
+
+    Raises:
+        InputError: the first field that is of another.
+    """
+    if not isinstance(record, dict):
+        raise InputError(f"{file}: damaged: {where or 'it '}is no object")
+    for key, kind in kinds.items():
+        value = record.get(key)
+        if isinstance(kind, list):
+            right = isinstance(value, list) and all(isinstance(each, kind[0]) for each in value)
+        else:
+            right = isinstance(value, kind)
+        if key in record and not right:
+            raise InputError(f"{file}: damaged: {where}{key} is {value!r:.80}")
+    if record.get("status", "ok") not in ("ok", "skipped", "failed"):
+        raise InputError(f"{file}: damaged: {where}status is {record['status']!r:.80}")
+
+
+def audit_of(record: Mapping[str, Any], directory: Path, damaged: str) -> Audit:
+    """The audit that audit.json holds."""
+    file = directory / "audit.json"
+    typed(record, FIELDS, file, "")
+    typed(record["policy"], {"rules": dict, "origin": str}, file, "policy: ")
+    rules, origin = record["policy"]["rules"], record["policy"]["origin"]
+    try:
+        policy = parse(rules, origin=origin)
+    except (ValueError, LookupError) as error:
+        raise InputError(f"{file}: damaged: {error}") from error
+
+    def outcomes(entries: Mapping[str, Any]) -> dict[str, Outcome]:
+        made = {}
+        for name, entry in entries.items():
+            typed(entry, ENTRY, file, f"{name}: ")
+            outcome = Outcome(**{k: entry[k] for k in Outcome.__dataclass_fields__ if k in entry})
+            if outcome.status == "ok":
+                try:
+                    outcome = replace(outcome, result=result_of(name, entry, directory))
+                except ValueError:
+                    if damaged == "refuse":
+                        raise
+                    continue
+            made[name] = outcome
+        return made
+
+    return Audit(
+        base=record["base"],
+        tuned=record["tuned"],
+        policy=policy,
+        analyses=outcomes(record["analyses"]),
+        created=record["created"],
+        tunescope=record["tunescope"],
+        data=record["data"],
+        environment=record["environment"],
+        options=record["options"],
+        kept=outcomes(record["kept"]),
+        unmatched=tuple(record["unmatched"]),
+        notes=tuple(record["notes"]),
+        path=directory,
+    )
+
+
+def result_of(name: str, entry: Mapping[str, Any], directory: Path) -> Result:
+    """The result that an entry under `analyses` holds, its tables read."""
+    record = directory / "audit.json"
+    try:
+        own = {table: table_file(name, table) for table in entry["tables"]}
+        own_masks = {mask: mask_file(name, mask) for mask in entry.get("masks", {})}
+        metrics = {metric: number(value) for metric, value in entry["metrics"].items()}
+    except ValueError as error:
+        raise InputError(f"{record}: damaged: {name}: {error}") from error
+    # An audit from elsewhere must not make us open what lies outside it.
+    tables = {}
+    for table, file in entry["tables"].items():
+        if file != own[table]:
+            raise InputError(f"{record}: damaged: table {table} of {name} is said to be {file!r}")
+        tables[table] = read_table(confined(directory / file, directory, "audit"))
+    masks = {}
+    for mask, file in entry.get("masks", {}).items():
+        if file != own_masks[mask] or not (directory / file).is_file():
+            raise InputError(f"{record}: damaged: mask {mask} of {name} is missing")
+        masks[mask] = confined(directory / file, directory, "audit")
+    return Result(
+        metrics=metrics,
+        tables=tables,
+        notes=tuple(entry["notes"]),
+        masks=masks,
+        analysis=name,
+        parameters=entry["parameters"],
+    )

@@ -1,0 +1,1 @@
+"""PEFT adapters: their configuration, their factors, and the matrices they change."""

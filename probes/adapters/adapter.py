@@ -1,0 +1,254 @@
+"""PEFT adapters as low-rank deltas: LoRA, rsLoRA, DoRA, and what is saved beside them.
+
+An adapter is read as the checkpoint that it makes of its base: tensors that it leaves alone are the base's,
+the others are merged in float32 when asked for, one at a time. Source of the rules: PEFT's `merge_and_unload`
+(peft/tuners/lora/layer.py, variants.py), against which the tests hold them.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Hashable, Mapping
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from probes.adapters.parts import AdapterUpdate, LowRank
+from probes.files.layout import Matrix
+from probes.files.sources import Source
+
+
+class Adapter:
+    """A source: the tensors of a base with an adapter merged in.
+
+    Attributes:
+        headers: the tensors of the merged model: the base's, and what the adapter brings besides.
+        targets: what each tensor of the adapter changes.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        weights: Source,
+        base: Source,
+        matrices: Mapping[str, Matrix],
+        *,
+        where: str = "adapter",
+        of: str = "its base",
+    ):
+        """Find the tensor of the base that each tensor of an adapter changes; reads none of them.
+
+        Args:
+            config: adapter_config.json.
+            weights: the adapter's own tensors.
+            base: the tensors that it was trained on.
+            matrices: the base's matrices by name.
+            where, of: what messages call the adapter and its base.
+
+        Raises:
+            InputError: a kind of adapter that is not read, or one that does not fit this base.
+        """
+        from probes.adapters.targets import find_targets
+
+        self.config = config
+        self.weights = weights
+        self.base = base
+        self.targets = find_targets(config, weights.headers, base.headers, matrices, where=where, of=of)
+        self.headers = dict(base.headers)
+        for name, key in self.targets.replaced.items():
+            self.headers[name] = replace(weights.headers[key], name=name)
+        # A file that holds both copies of a tied weight has the change in one of them.
+        tied = {alias: matrix.tensor for matrix in matrices.values() for alias in matrix.tied}
+        self._tied = {alias: name for alias, name in tied.items() if name not in self.targets.untied}
+        self._transposed = {m.tensor for m in matrices.values() if m.transposed and m.experts is None}
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Type, the base that it names, rank, alpha and variant, as plain values."""
+        config, targets = self.config, self.targets
+        return {
+            "type": "LORA",
+            "base": config.get("base_model_name_or_path"),
+            "r": config.get("r", 8),
+            "alpha": config.get("lora_alpha", 8),
+            "rslora": bool(config.get("use_rslora")),
+            "dora": bool(config.get("use_dora")),
+            "rank_pattern": dict(config.get("rank_pattern") or {}),
+            "alpha_pattern": dict(config.get("alpha_pattern") or {}),
+            "updated": len(targets.updates),
+            "replaced": sorted(targets.replaced),
+            "notes": list(targets.notes),
+        }
+
+    def stamp(self) -> str:
+        """What changes when the files of base or adapter do."""
+        return self._hash(self.base.stamp(), self.weights.stamp())
+
+    def fingerprint(self) -> str:
+        """Hash of the content of base and adapter."""
+        return self._hash(self.base.fingerprint(), self.weights.fingerprint())
+
+    def _hash(self, *parts: str) -> str:
+        facts = json.dumps([*parts, self.summary], sort_keys=True)
+        return hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
+
+    def location(self, name: str) -> Hashable:
+        """Where a tensor's bytes lie: the base's own place if the adapter leaves it alone."""
+        if not self.changes(name):
+            return self.base.location(name)
+        if name in self.targets.replaced and name not in self.targets.updates:
+            return self.weights.location(self.targets.replaced[name])
+        return name, self._identity
+
+    @cached_property
+    def _identity(self) -> Hashable:
+        """Which adapter on which base."""
+        own = tuple(self.weights.location(key) for key in self.weights.headers)
+        return (
+            own,
+            json.dumps(self.summary, sort_keys=True),
+            tuple(map(self.base.location, self.base.headers)),
+        )
+
+    def changes(self, name: str) -> bool:
+        """Whether a stored tensor is not the base's own."""
+        if name not in self.targets.replaced:
+            name = self._tied.get(name, name)
+        targets = self.targets
+        return any(
+            name in kind for kind in (targets.updates, targets.replaced, targets.tokens, targets.shifts)
+        )
+
+    def touched(self, matrix: Matrix) -> bool:
+        """Whether the adapter changes a matrix."""
+        whole = matrix.tensor in self.targets.replaced or matrix.tensor in self.targets.tokens
+        return whole or bool(self.updates(matrix))
+
+    def delta(self, matrix: Matrix) -> LowRank | None:
+        """What is added to a matrix; None if nothing, or if it is no product of factors (DoRA, replaced)."""
+        updates = self.updates(matrix)
+        if not updates or any(u.magnitude for u in updates) or matrix.tensor in self.targets.tokens:
+            return None
+        if matrix.tensor in self.targets.replaced and not self.carried(matrix.tensor):
+            return None
+        lows = [self._factors(update, matrix) for update in updates]
+        if len(lows) == 1:
+            return lows[0]
+        A = torch.cat([low.A.float() for low in lows])
+        B = torch.cat([low.B.float() * low.scaling for low in lows], dim=1)
+        return LowRank(A, B, 1.0)
+
+    def matrix(self, matrix: Matrix) -> Float[Tensor, "out in"]:
+        """One matrix as (out, in): merged in float32 where factors change it, else in its stored dtype."""
+        value = matrix.take(self.stored(matrix.tensor))
+        for update in self.updates(matrix):
+            value = self._merge(update, matrix, value)
+        return value
+
+    def read(self, name: str) -> Tensor:
+        """A tensor in its stored layout: merged in float32 where factors change it, else as stored."""
+        if name not in self.targets.replaced:
+            name = self._tied.get(name, name)
+        stored = self.stored(name)
+        for update in self.targets.updates.get(name, ()):
+            stored = stored.to(_wide(stored.dtype), copy=True)
+            if update.matrix is not None:
+                stored = update.matrix.put(
+                    stored, self._merge(update, update.matrix, update.matrix.take(stored))
+                )
+                continue
+            for whole in self.wholes(update):
+                view = whole.take(stored)
+                view.copy_(self._merge(update, whole, view))
+        return stored
+
+    def stored(self, name: str) -> Tensor:
+        """The tensor that factors are added to: the base's, or what the adapter puts in its place."""
+        targets = self.targets
+        stored = (
+            self.weights.read(targets.replaced[name]) if name in targets.replaced else self.base.read(name)
+        )
+        if name in targets.tokens:
+            key, rows = targets.tokens[name]
+            stored = stored.index_copy(0, torch.tensor(rows), self.weights.read(key).to(stored.dtype))
+        if name in targets.shifts:
+            key, scaling = targets.shifts[name]
+            stored = stored.to(_wide(stored.dtype)) + self.weights.read(key).float() * scaling
+        return stored
+
+    def carried(self, name: str) -> bool:
+        """Whether a tensor that came along is the base's own: PEFT saves an adapted embedding whole."""
+        if name not in self.base.headers or self.base.headers[name].shape != self.headers[name].shape:
+            return False
+        return torch.equal(self.base.read(name), self.weights.read(self.targets.replaced[name]))
+
+    def _merge(self, update: AdapterUpdate, matrix: Matrix, value: Tensor) -> Tensor:
+        low = self._factors(update, matrix)
+        merged = value.to(_wide(value.dtype)) + low.dense()
+        if update.magnitude is None:
+            return merged
+        # DoRA gives each output a length of its own; an embedding's outputs are the columns of its table.
+        lengths = self.weights.read(update.magnitude).float().flatten()
+        if update.embedding:
+            return merged * (lengths / torch.linalg.vector_norm(merged, dim=0))
+        lengths = rows_of(update.part or matrix, lengths[:, None]).flatten()
+        return merged * (lengths / torch.linalg.vector_norm(merged, dim=1))[:, None]
+
+    def updates(self, matrix: Matrix) -> list[AdapterUpdate]:
+        """The factors that change a matrix."""
+        return [
+            update
+            for update in self.targets.updates.get(matrix.tensor, ())
+            if update.matrix is None or update.matrix.name == matrix.name
+        ]
+
+    def _factors(self, update: AdapterUpdate, matrix: Matrix) -> LowRank:
+        """What an update adds to a matrix, in the order (r, in), (out, r)."""
+        chosen = update.part or matrix
+        low = self.factors(update, chosen.expert)
+        A, B = low.A, low.B
+        if chosen.experts is not None:  # the whole stack is one matrix to PEFT
+            assert chosen.expert is not None
+            B = B.unflatten(0, (chosen.experts, -1))[chosen.expert]
+            if chosen.transposed:
+                A, B = B.mT, A.mT
+        return LowRank(A, rows_of(chosen, B), update.scaling)
+
+    def factors(self, update: AdapterUpdate, expert: int | None = None) -> LowRank:
+        """The whole of an update, in the order (r, in), (out, r); of a stack, that of one expert."""
+        A, B = self.weights.read(update.A), self.weights.read(update.B)
+        if update.embedding:
+            A, B = B.mT, A.mT
+        A, B = A.flatten(1), B.flatten(1)  # convolutions
+        if update.experts:
+            # (experts · r, in) is expert after expert, (out, r · experts) has the experts innermost.
+            assert expert is not None
+            r = A.shape[0] // update.experts
+            A, B = A[expert * r : (expert + 1) * r], B[:, expert :: update.experts]
+        return LowRank(A, B, update.scaling)
+
+    def wholes(self, update: AdapterUpdate) -> list[Matrix]:
+        """The undivided (out, in) matrices of a tensor that an update changes: one, or one an expert."""
+        header = self.headers[update.tensor]
+        A, B = self.weights.headers[update.A].shape, self.weights.headers[update.B].shape
+        out, columns = (A[1], B[0]) if update.embedding else (B[0], math.prod(A[1:]))
+        whole = Matrix(
+            name=update.tensor, tensor=update.tensor, layer=None, component="", part="other",
+            rows=out, columns=columns, dtype=header.dtype,
+            transposed=update.tensor in self._transposed,
+        )  # fmt: skip
+        return [replace(whole, expert=e) for e in range(header.shape[0])] if update.experts else [whole]
+
+
+def rows_of(matrix: Matrix, whole: Tensor) -> Tensor:
+    """The rows of an undivided (out, …) matrix that belong to a part of it."""
+    return replace(matrix, expert=None, experts=None, transposed=False).take(whole)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """float32, or the dtype itself where that is wider."""
+    return torch.promote_types(dtype, torch.float32)

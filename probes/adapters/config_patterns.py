@@ -1,0 +1,112 @@
+"""What an adapter's configuration may say, and the regular expressions in it, which a stranger may write."""
+
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import regex
+
+from probes.errors import InputError
+
+# Seconds of processor time for all expressions of one adapter, beyond what every match usually takes: it may
+# name the rank of each module. Some expressions take longer than anybody lives.
+PATIENCE, USUAL = 0.2, 5e-5
+# Seconds on the clock that a match may take longer, because others compute too.
+WAIT = 0.3
+# Characters of one expression.
+LONGEST = 500
+# Beyond any rank and any alpha that is not a mistake.
+LARGEST = 2**31
+
+
+def well_formed(config: Mapping[str, Any], where: str) -> None:
+    """Hold the fields of adapter_config.json that are read against their types.
+
+    Raises:
+        InputError: the first that is of another; the message says what it should be.
+    """
+    for name in ("r", "lora_alpha"):
+        if not _number(config.get(name, 8)):
+            raise _wrong(where, name, config[name], "a number")
+    for name in ("rank_pattern", "alpha_pattern"):
+        given = config.get(name)
+        given = {} if given is None else given
+        if not isinstance(given, Mapping) or not all(
+            isinstance(k, str) and _number(v) for k, v in given.items()
+        ):
+            raise _wrong(where, name, given, "an object of numbers by the names of modules")
+    for name in ("modules_to_save", "target_parameters"):
+        given = config.get(name) or ()
+        if not isinstance(given, list | tuple | set) or not all(isinstance(each, str) for each in given):
+            raise _wrong(where, name, given, "a list of names")
+    rows = config.get("trainable_token_indices") or []
+    for given in rows.values() if isinstance(rows, Mapping) else [rows]:
+        if not isinstance(given, list | tuple) or not all(
+            type(row) is int and 0 <= row < LARGEST for row in given
+        ):
+            raise _wrong(
+                where, "trainable_token_indices", rows, "a list of token ids, or such lists by module"
+            )
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST < value < LARGEST
+
+
+def _wrong(where: str, name: str, value: Any, wanted: str) -> InputError:
+    return InputError(f"{where}: adapter_config.json: {name} is {str(value)[:80]!r}; it is {wanted}")
+
+
+class Patterns:
+    """Values by pattern, as `rank_pattern` and `alpha_pattern` hold them, within some time.
+
+    Raises:
+        InputError: an expression that is none, or that takes too long.
+    """
+
+    def __init__(self, where: str):
+        self.where = where
+        self.left = PATIENCE
+        self.compiled: dict[str, Any] = {}
+
+    def value(self, patterns: Mapping[str, Any] | None, key: str, default: Any) -> Any:
+        """Value of the first pattern that matches the end of a name (peft.utils.other.get_pattern_key)."""
+        return next(
+            (value for pattern, value in (patterns or {}).items() if self.fits(pattern, key)), default
+        )
+
+    def fits(self, pattern: str, key: str) -> bool:
+        """Whether an expression matches the end of a name, from the beginning of one of its parts."""
+        if re.fullmatch(r"[\w.]+", pattern):
+            return _ends(key, pattern)
+        began = time.thread_time()
+        try:
+            if len(pattern) > LONGEST or self.left <= 0:
+                raise TimeoutError
+            if pattern not in self.compiled:
+                re.compile(pattern)  # what PEFT takes, and no more: the other library has recursion, too
+                self.compiled[pattern] = regex.compile(rf"(.*\.)?({pattern})$")
+            # On the clock, and a thread that waits for its turn computes nothing meanwhile.
+            return self.compiled[pattern].match(key, timeout=self.left + WAIT) is not None
+        except (re.error, regex.error, OverflowError, RecursionError, MemoryError) as error:
+            raise InputError(f"{self.where}: {pattern!r} is no regular expression ({error})") from error
+        except TimeoutError as error:
+            raise InputError(
+                f"{self.where}: the regular expression {pattern!r} takes too long; name the modules instead"
+            ) from error
+        finally:
+            self.left -= time.thread_time() - began - USUAL
+
+
+def _ends(key: str, pattern: str) -> bool:
+    """The same of an expression of names and dots, each of which stands for any character."""
+    start = len(key) - len(pattern)
+    if start < 0 or (start and key[start - 1] != "."):
+        return False
+    end = len(key)
+    for part in reversed(pattern.split(".")):
+        if key[end - len(part) : end] != part:
+            return False
+        end -= len(part) + 1
+    return True

@@ -1,0 +1,1 @@
+"""Checkpoints, pairs and series; what is blended, pruned and saved."""

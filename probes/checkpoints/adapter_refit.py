@@ -1,0 +1,306 @@
+"""Putting a change of a tuned model back into the adapter that made it, as far as its rank allows.
+
+Source of the truncation: Eckart & Young 1936, the nearest delta of rank r is the truncated SVD of the wanted.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import save_file
+from torch import Tensor
+
+from probes.adapters.adapter import Adapter, rows_of
+from probes.adapters.parts import AdapterUpdate
+from probes.checkpoints.blend import between
+from probes.checkpoints.checkpoint import Checkpoint
+from probes.checkpoints.save import carry_file, companion_files, whole_or_nothing
+from probes.errors import InputError
+from probes.files.layout import Matrix
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A change of one matrix, `left @ right`, both float64.
+
+    `left` may have fewer rows than the matrix: then the change is of the first ones (a resized vocabulary).
+    """
+
+    matrix: Matrix
+    left: Float[Tensor, "out count"]
+    right: Float[Tensor, "count in"]
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm, without the product."""
+        return float(((self.left.mT @ self.left) * (self.right @ self.right.mT)).sum().clamp(min=0).sqrt())
+
+    def apply(self, stored: Tensor) -> Tensor:
+        """The stored tensor with this change: computed in float64, rounded once to the tensor's dtype."""
+        value = self.matrix.take(stored).to(torch.float64, copy=True)
+        value[: len(self.left)] += self.left @ self.right
+        return self.matrix.put(stored, value)
+
+
+@dataclass(frozen=True)
+class Refit:
+    """What becomes of an adapter.
+
+    Attributes:
+        tensors: new values of the adapter's own tensors, by their names there; the others stay as they are.
+        share: by matrix, the share of the edit's squared norm that the adapter holds, its dtype's rounding
+            included; matrices that share factors share this number.
+        notes: what a reader must know.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    share: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def refit(adapter: Adapter, edits: Iterable[Edit]) -> Refit:
+    """The adapter of the same ranks that comes nearest to the model with these edits.
+
+    Raises:
+        InputError: an edit of a matrix that this adapter cannot change.
+    """
+    done = Refit()
+    groups: dict[tuple[str, int | None], list[tuple[AdapterUpdate, Edit]]] = defaultdict(list)
+    for edit in edits:
+        matrix = edit.matrix
+        update = next(iter(adapter.updates(matrix)), None)
+        chosen = matrix if update is None else update.part or matrix
+        if matrix.tensor in adapter.targets.tokens or chosen.experts is not None:
+            update = None
+        if update is not None:
+            groups[update.A, chosen.expert if update.experts else None].append((update, edit))
+        elif matrix.tensor in adapter.targets.replaced:
+            key = adapter.targets.replaced[matrix.tensor]
+            done.tensors[key] = edit.apply(done.tensors.get(key, adapter.weights.read(key)))
+            done.share[matrix.name] = 1.0
+        else:
+            raise InputError(
+                f"{matrix.name}: the adapter cannot hold a change of this matrix; write full weights instead "
+                "(full=True)"
+            )
+    for (_, expert), group in groups.items():
+        share = _truncate(adapter, group, expert, done.tensors)
+        done.share.update((edit.matrix.name, share) for _, edit in group)
+    return done
+
+
+def _truncate(
+    adapter: Adapter, group: list[tuple[AdapterUpdate, Edit]], expert: int | None, tensors: dict[str, Tensor]
+) -> float:
+    """Put the factors nearest to delta + edits into `tensors`; the share of the edits that they hold."""
+    update = group[0][0]
+    dora = _Dora.of(adapter, update)
+    low = adapter.factors(update, expert)
+    B, A = dora.times(low.B.double() * low.scaling, low.A.double())
+    left, right = _placed(group, len(B))
+    B_new, A_new = _nearest(torch.cat([B, left], dim=1), torch.cat([A, right]), low.rank)
+    if update.magnitude is not None:
+        tensors[update.magnitude] = dora.lengths(B_new @ A_new, adapter.weights.read(update.magnitude))
+    # Half of the scaling goes to either factor, as PEFT shares the singular values.
+    root = abs(low.scaling) ** 0.5
+    B_new, A_new = dora.over(B_new / (root if low.scaling > 0 else -root), A_new / root)
+    B_kept, A_kept = dora.times(*_store(adapter, update, expert, B_new, A_new, tensors))
+    missed = _norm(torch.cat([B, left, -low.scaling * B_kept], dim=1), torch.cat([A, right, A_kept]))
+    return 1 - (missed / _norm(left, right)) ** 2
+
+
+def _placed(group: list[tuple[AdapterUpdate, Edit]], rows: int) -> tuple[Tensor, Tensor]:
+    """The edits of the parts of one matrix as one product."""
+    lefts = []
+    for update, edit in group:
+        whole = torch.arange(rows)[:, None]
+        left = torch.zeros(rows, edit.left.shape[1], dtype=edit.left.dtype)
+        left[rows_of(update.part or edit.matrix, whole).flatten()[: len(edit.left)]] = edit.left
+        lefts.append(left)
+    return torch.cat(lefts, dim=1), torch.cat([edit.right for _, edit in group])
+
+
+def _nearest(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The product of rank `rank` nearest to `left @ right`, its singular values shared by both factors."""
+    Q_left, R_left = torch.linalg.qr(left)
+    Q_right, R_right = torch.linalg.qr(right.mT)
+    U, S, Vh = torch.linalg.svd(R_left @ R_right.mT)
+    kept = min(rank, len(S))
+    B, A = left.new_zeros(len(left), rank), right.new_zeros(rank, right.shape[1])
+    B[:, :kept] = Q_left @ U[:, :kept] * S[:kept].sqrt()
+    A[:kept] = S[:kept, None].sqrt() * (Vh[:kept] @ Q_right.mT)
+    return B, A
+
+
+def _norm(left: Tensor, right: Tensor) -> float:
+    """Frobenius norm of a product of two factors, which may nearly cancel."""
+    return float(torch.linalg.matrix_norm(torch.linalg.qr(left).R @ torch.linalg.qr(right.mT).R.mT))
+
+
+def _store(
+    adapter: Adapter,
+    update: AdapterUpdate,
+    expert: int | None,
+    B: Tensor,
+    A: Tensor,
+    tensors: dict[str, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Put factors where the adapter keeps them; returns what its dtype leaves of them, as float64."""
+    if update.embedding:
+        B, A = A.mT, B.mT
+    kept = []
+    for key, value in ((update.B, B), (update.A, A)):
+        whole = tensors.get(key, adapter.weights.read(key)).clone()
+        if expert is None:
+            place = whole.view(whole.shape)
+            place.copy_(value.reshape(whole.shape))
+        else:
+            r = A.shape[0]
+            place = (
+                whole[:, expert :: update.experts]
+                if key == update.B
+                else whole[expert * r : (expert + 1) * r]
+            )
+            place.copy_(value)
+        tensors[key] = whole
+        kept.append(place.flatten(1).double())
+    return (kept[1].mT, kept[0].mT) if update.embedding else (kept[0], kept[1])
+
+
+@dataclass(frozen=True)
+class _Dora:
+    """What DoRA multiplies the rows of base + delta by; of an embedding, the columns. Plain LoRA has none.
+
+    The tuned matrix is gain · base + gain · delta, so that a change of it is one of the product gain · delta.
+    """
+
+    gain: Tensor | None
+    base: Tensor | None
+    embedding: bool
+
+    @classmethod
+    def of(cls, adapter: Adapter, update: AdapterUpdate) -> "_Dora":
+        """Of one update. Raises InputError where a gain is not positive: no factors could follow it."""
+        if update.magnitude is None:
+            return cls(None, None, update.embedding)
+        if update.tensor in adapter.targets.replaced and not adapter.carried(update.tensor):
+            raise InputError(
+                f"{update.module}: this DoRA stands on a weight that was trained too; write full weights "
+                "instead (full=True)"
+            )
+        place = update.matrix or adapter.wholes(update)[0]
+        base = place.take(adapter.stored(update.tensor)).double()
+        low = adapter.factors(update)
+        sizes = torch.linalg.vector_norm(
+            base + low.scaling * (low.B.double() @ low.A.double()), dim=0 if update.embedding else 1
+        )
+        gain = adapter.weights.read(update.magnitude).double().flatten() / sizes
+        if not bool(((gain > 0) & gain.isfinite()).all()):
+            raise InputError(
+                f"{update.module}: this DoRA turns or removes rows of its base, which no factors can follow; "
+                "write full weights instead (full=True)"
+            )
+        return cls(gain, base, update.embedding)
+
+    def times(self, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors of gain · delta."""
+        if self.gain is None:
+            return B, A
+        return (B, A * self.gain) if self.embedding else (B * self.gain[:, None], A)
+
+    def over(self, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors of the delta, from those of gain · delta."""
+        if self.gain is None:
+            return B, A
+        return (B, A / self.gain) if self.embedding else (B / self.gain[:, None], A)
+
+    def lengths(self, delta: Tensor, like: Tensor) -> Tensor:
+        """The lengths that make the tuned matrix gain · base + `delta`."""
+        assert self.gain is not None
+        assert self.base is not None
+        tuned = self.base * (self.gain if self.embedding else self.gain[:, None]) + delta
+        sizes = torch.linalg.vector_norm(tuned, dim=0 if self.embedding else 1)
+        return sizes.reshape(like.shape).to(like.dtype)
+
+
+def scaled(adapter: Adapter, scale: float) -> Refit:
+    """The adapter whose delta is `scale` times as large: base + scale · (tuned − base), exactly.
+
+    Raises:
+        InputError: a DoRA for which no such adapter exists.
+    """
+    done = Refit()
+    weights, targets = adapter.weights, adapter.targets
+    updates = {update.B: update for updates in targets.updates.values() for update in updates}
+    for update in updates.values():
+        if update.magnitude is None:
+            done.tensors[update.B] = _round(weights.read(update.B).double() * scale, weights.read(update.B))
+        else:
+            _scale_dora(adapter, update, scale, done.tensors)
+    for name, key in targets.replaced.items():
+        base, own = adapter.base.headers.get(name), weights.read(key)
+        if base is None or base.shape != own.shape:
+            done.notes.append(f"{name} is not in the base in this shape and stays as it was trained")
+        else:
+            done.tensors[key], _ = between(adapter.base.read(name), own, scale)
+    for name, (key, rows) in targets.tokens.items():
+        done.tensors[key], _ = between(adapter.base.read(name)[rows], weights.read(key), scale)
+    for key, _ in targets.shifts.values():
+        done.tensors[key] = _round(weights.read(key).double() * scale, weights.read(key))
+    return done
+
+
+def _scale_dora(adapter: Adapter, update: AdapterUpdate, scale: float, tensors: dict[str, Tensor]) -> None:
+    """base + scale · (gain · (base + delta) − base) is a DoRA too: its gain is 1 − scale + scale · gain."""
+    dora = _Dora.of(adapter, update)
+    assert dora.gain is not None
+    gain = 1 - scale + scale * dora.gain
+    if not bool((gain > 0).all()):
+        raise InputError(
+            f"{update.module}: scaled by {scale:g} this DoRA would turn rows of its base; write full weights "
+            "instead (full=True)"
+        )
+    assert update.magnitude is not None
+    key = update.magnitude
+    low = adapter.factors(update)
+    new = _Dora(gain, dora.base, update.embedding)
+    B, A = dora.times(low.B.double() * scale, low.A.double())
+    tensors[key] = new.lengths(low.scaling * (B @ A), adapter.weights.read(key))
+    B, A = new.over(B, A)
+    _store(adapter, update, None, B, A, tensors)
+
+
+def _round(value: Tensor, like: Tensor) -> Tensor:
+    return value.to(like.dtype)
+
+
+def write_adapter(source: Checkpoint, out: str | Path, tensors: Mapping[str, Tensor]) -> Path:
+    """Write an adapter with some of its tensors changed; the directory appears whole or not at all.
+
+    Args:
+        source: the adapter.
+        out: a directory that does not exist yet, or is empty.
+        tensors: new values, by the names in the adapter's own file.
+
+    Raises:
+        InputError: `out` is a file, is not empty or cannot be written.
+    """
+    adapter = source.source
+    assert isinstance(adapter, Adapter)
+    content = {
+        key: tensors.get(key, adapter.weights.read(key)).contiguous() for key in adapter.weights.headers
+    }
+    size = sum(header.bytes for header in adapter.weights.headers.values())
+    with whole_or_nothing(Path(out).expanduser(), size) as directory:
+        save_file(content, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        if source.directory is not None:
+            for name in ("adapter_config.json", *companion_files(source.directory)):
+                carry_file(source.directory, name, directory)
+        else:
+            text = json.dumps(adapter.config, indent=2, sort_keys=True)
+            (directory / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+    return Path(out)

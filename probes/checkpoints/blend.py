@@ -1,0 +1,169 @@
+"""Weights between base and tuned: base + α (tuned − base), written tensor by tensor."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property, reduce
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from probes.checkpoints.checkpoint import Checkpoint
+from probes.checkpoints.pair import CheckpointPair
+from probes.checkpoints.save import write_checkpoint
+from probes.naming.align import align
+
+# Entries that are widened to float64 together.
+CHUNK = 2**18
+
+
+@dataclass(frozen=True)
+class Blend:
+    """What a blend was made of.
+
+    Attributes:
+        squares: squared Frobenius norm of tuned − base of each tensor that differs, by its name in tuned.
+        alone: tensors of tuned that the base lacks; they were written as they are.
+    """
+
+    squares: dict[str, float] = field(default_factory=dict)
+    alone: list[str] = field(default_factory=list)
+
+
+def write_blend(
+    pair: CheckpointPair,
+    out: str | Path,
+    alpha: float,
+    *,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Blend:
+    """Write base + α (tuned − base) of every tensor as full weights, under the names and dtypes of tuned.
+
+    0 gives the base's values, 1 the tuned ones, both bit for bit where the dtypes agree.
+
+    Raises:
+        InputError: `out` is occupied or cannot be written, or weights are not finite.
+    """
+    done = Blend()
+    blender = Blender(pair)
+
+    def change(name: str, stored: Tensor) -> Tensor:
+        value, square = blender.between(name, stored, alpha)
+        if square is None:
+            done.alone.append(name)
+        elif square:
+            done.squares[name] = square
+        return value
+
+    write_checkpoint(pair.tuned, out, change, progress=progress)
+    return done
+
+
+class Blender:
+    """Blends the tensors of a pair one at a time, under the names of tuned."""
+
+    def __init__(self, pair: CheckpointPair):
+        self.pair = pair
+        aligned = align(pair.base.headers, pair.tuned.headers)[0]
+        self._aligned = {theirs: ours for ours, theirs in aligned.items()}
+        self._matrices: dict[str, list[str]] = {}
+        for name in pair.matrices:
+            self._matrices.setdefault(pair.counterpart(name).tensor, []).append(name)
+
+    def between(self, name: str, stored: Tensor, alpha: float) -> tuple[Tensor, float | None]:
+        """base + α (tuned − base) of one tensor of tuned, and the squared Frobenius norm of tuned − base.
+
+        What tuning left alone is given back as it is; of what the base lacks, the norm is None.
+        """
+        pair, square = self.pair, 0.0
+        ours = pair.base.headers.get(self._aligned.get(name, ""))
+        if not stored.is_floating_point():
+            return stored, 0.0
+        value = unrounded(pair.tuned, name, stored)
+        if ours is not None and ours.shape == stored.shape:
+            value, square = between(pair.base.tensor(ours.name), value, alpha)
+        else:  # stored differently, or a resized vocabulary: matrix by matrix, as far as they go
+            if name not in self._matrices:
+                return stored, None
+            for other in self._matrices[name]:
+                matrix, rows = pair.counterpart(other), pair.matrices[other].rows
+                blended = matrix.take(value).clone()
+                blended[:rows], part = between(pair.base.matrix(other)[:rows], blended[:rows], alpha)
+                value, square = matrix.put(value, blended), square + part
+        return (value if square else stored), square
+
+    def has_base(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether base has all or some of the entries of a tensor of tuned."""
+        ours = self.pair.base.headers.get(self._aligned.get(name, ""))
+        return (ours is not None and ours.shape == shape) or name in self._matrices
+
+    @cached_property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The dtype that holds both sides of every floating tensor of tuned that base has too."""
+        found = {}
+        for name, header in self.pair.tuned.headers.items():
+            if not header.dtype.is_floating_point or not self.has_base(name, header.shape):
+                continue
+            ours = self.pair.base.headers.get(self._aligned.get(name, ""))
+            names = self._matrices.get(name, ())
+            tensors = (
+                [ours.name]
+                if ours is not None and ours.shape == header.shape
+                else [self.pair.base.matrices[other].tensor for other in names]
+            )
+            sides = [self.pair.base.headers[tensor].dtype for tensor in tensors]
+            found[name] = reduce(torch.promote_types, sides, header.dtype)
+        return found
+
+    def base_of(self, name: str, stored: Tensor) -> Tensor | None:
+        """The base's values in the place of a tensor of tuned, none of them computed; None if base has none.
+
+        Of a resized vocabulary, the rows that base lacks stay those of `stored`, which is tuned's.
+        """
+        pair = self.pair
+        ours = pair.base.headers.get(self._aligned.get(name, ""))
+        if ours is not None and ours.shape == stored.shape:
+            return pair.base.tensor(ours.name).to(ours.dtype)
+        if name not in self._matrices:
+            return None
+        value = stored
+        for other in self._matrices[name]:  # stored differently, or a resized vocabulary
+            matrix, rows = pair.counterpart(other), pair.matrices[other].rows
+            base = pair.base.matrix(other)[:rows].to(
+                pair.base.headers[pair.base.matrices[other].tensor].dtype
+            )
+            value = value.to(torch.promote_types(value.dtype, base.dtype))
+            blended = matrix.take(value).clone()
+            blended[:rows] = base
+            value = matrix.put(value, blended)
+        return value
+
+
+def unrounded(checkpoint: Checkpoint, name: str, stored: Tensor) -> Tensor:
+    """A tensor wide enough that only writing it rounds: merged weights are wider than their file's dtype."""
+    return stored if stored.dtype == checkpoint.headers[name].dtype else stored.double()
+
+
+def between(base: Tensor, tuned: Tensor, alpha: float) -> tuple[Tensor, float]:
+    """base + α (tuned − base), and the squared Frobenius norm of tuned − base.
+
+    Computed in float64 and rounded once to the dtype of `tuned`; equal tensors are given back as they are.
+    """
+    if base.dtype == tuned.dtype and torch.equal(base, tuned):
+        return tuned, 0.0
+    value = tuned if alpha == 1 else torch.empty_like(tuned, memory_format=torch.contiguous_format)
+    square = torch.zeros((), dtype=torch.float64, device=tuned.device)
+    for ours, theirs, new in _parts(base, tuned, value):
+        delta = theirs.double() - ours.double()
+        square += delta.square().sum()
+        if value is not tuned:
+            new.copy_(ours.double() + alpha * delta)
+    return value, float(square)
+
+
+def _parts(*sides: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one shape a part at a time, so that no float64 copy of a whole one exists."""
+    if all(side.is_contiguous() for side in sides):
+        return zip(*(side.view(-1).split(CHUNK) for side in sides), strict=True)
+    rows = max(1, CHUNK // max(1, sides[0][0].numel()))
+    return zip(*(side.split(rows) for side in sides), strict=True)

@@ -1,0 +1,376 @@
+"""Models in memory as checkpoints: modules, PEFT models, TransformerLens models, state dicts.
+
+A model is presented under the names that its own class gives its tensors, tied weights once, whatever a
+library wrapped around it. The tensors are handed out as they are, never changed, and must not be written to.
+"""
+
+import json
+import re
+from collections.abc import Callable, Hashable, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from probes.adapters.adapter import Adapter
+from probes.adapters.targets import refuse
+from probes.checkpoints.checkpoint import Checkpoint
+from probes.errors import InputError
+from probes.files.layout import Header
+from probes.files.sources import Source, fingerprint
+
+KNOWN = "an nn.Module, a PeftModel, a TransformerLens model or a state dict"
+
+
+def open_memory(ref: Any, *, base: "Checkpoint | str | Path | None" = None) -> Checkpoint:
+    """A model in memory as a checkpoint.
+
+    Args:
+        ref: an `nn.Module`, a `PeftModel` with one active adapter, a `TransformerBridge`, or a state dict.
+            The matrices of a HookedTransformer are named as in `blocks.0.attn.q_proj.weight`.
+        base: ignored: a PeftModel carries its own base.
+
+    Raises:
+        InputError: nothing of this kind, weights that are merged, folded, quantised or not loaded.
+    """
+    if isinstance(ref, nn.Module):
+        name, libraries = type(ref).__name__, _libraries(ref)
+        if "transformer_lens" in libraries and hasattr(type(ref), "original_model"):
+            return _bridge(ref)
+        if "transformer_lens" in libraries:
+            return Checkpoint(name, StateSource(_unhook(ref.state_dict()), where=name), {})
+        if "peft" in libraries:
+            model: Any = ref
+            return _peft(model, model.get_base_model())
+        if getattr(ref, "_hf_peft_config_loaded", False):
+            return _peft(ref, ref)
+        if any("peft" in _libraries(module) for module in ref.modules()):
+            raise InputError(
+                f"{name}: has adapters inside that nothing tells from its own weights; give the PeftModel "
+                "around it (as a base, get_base_model() serves with that PeftModel as tuned)"
+            )
+        return _module(ref, name, ref.state_dict())
+    if isinstance(ref, Mapping) and ref and all(isinstance(value, Tensor) for value in ref.values()):
+        tensors = {str(name): tensor for name, tensor in ref.items()}
+        return Checkpoint("state dict", StateSource(_unhook(tensors)), {})
+    held = f"a {type(ref).__name__}"
+    raise InputError(f"{held}: is no checkpoint; give a path, a hub id, {KNOWN}")
+
+
+def wraps(model: Any, base: Any) -> bool:
+    """Whether a PeftModel holds this very module as its base."""
+    if not isinstance(model, nn.Module) or not isinstance(base, nn.Module) or "peft" not in _libraries(model):
+        return False
+    wrapper: Any = model
+    return wrapper.get_base_model() is base
+
+
+def _libraries(model: nn.Module) -> set[str]:
+    """The packages that a model's class and its parents are from; asking imports none of them."""
+    return {kind.__module__.partition(".")[0] for kind in type(model).__mro__}
+
+
+class StateSource:
+    """Tensors in memory, by name; those that share their bytes are given once, under the first name."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], *, where: str = "state dict"):
+        """Take named tensors as a source.
+
+        Raises:
+            InputError: a tensor without values.
+        """
+        self.headers: dict[str, Header] = {}
+        self._tensors: dict[str, Tensor] = {}
+        seen: set[Hashable] = set()
+        for name, tensor in tensors.items():
+            if tensor.is_meta:
+                raise InputError(
+                    f"{where}: {name} is on the meta device, without values; load the weights first"
+                )
+            if (place := _location(tensor)) in seen:
+                continue
+            if tensor.numel():
+                seen.add(place)
+            self.headers[name] = Header(name, tuple(tensor.shape), tensor.dtype)
+            self._tensors[name] = tensor.detach()
+
+    def read(self, name: str) -> Tensor:
+        """The tensor itself, on the CPU."""
+        return self._tensors[name].cpu()
+
+    def location(self, name: str) -> Hashable:
+        """Its place in memory."""
+        return _location(self._tensors[name])
+
+    def stamp(self) -> str:
+        """Its content: what lies in memory can change at any time without a trace."""
+        return self.fingerprint()
+
+    def fingerprint(self) -> str:
+        """Hash of the content."""
+        return fingerprint(self)
+
+
+def _location(tensor: Tensor) -> Hashable:
+    return str(tensor.device), tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+def _module(model: nn.Module, ref: str, tensors: Mapping[str, Tensor]) -> Checkpoint:
+    """A model's tensors, under the names that its class gives them, as the file that it would be saved to."""
+    kept = dict(tensors)
+    for name, original in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if name in kept and original in kept and _location(kept[name]) == _location(kept[original]):
+            del kept[name]  # the copy that transformers leaves out when it saves
+    state = StateSource(kept, where=ref)
+    saved = hasattr(model, "save_pretrained") and "transformers" in _libraries(model)
+    return Checkpoint(ref, _as_saved(model, state) if saved else state, _config(model))
+
+
+def _as_saved(model: Any, state: StateSource) -> Source:
+    """The tensors of the file: transformers renames and stacks what it loads, and undoes it when it saves."""
+    from transformers.core_model_loading import revert_weight_conversion as revert
+
+    shapes = {name: torch.empty(h.shape, dtype=h.dtype, device="meta") for name, h in state.headers.items()}
+    saved = revert(model, dict(shapes))
+    moved = [name for name in shapes if name not in saved or saved[name].shape != shapes[name].shape]
+    if not moved:
+        return state
+    made: dict[str, tuple[str, ...]] = {}
+    for name in moved:
+        alone = revert(model, {name: shapes[name]})
+        made |= dict.fromkeys(alone if alone.keys() <= saved.keys() else (), (name,))
+    missing = [name for name in saved if name not in made and name not in shapes]
+    made |= dict.fromkeys(missing, tuple(moved))  # made of several at once
+    headers = {name: Header(name, tuple(tensor.shape), tensor.dtype) for name, tensor in saved.items()}
+    return Reverted(state, headers, made, lambda tensors: revert(model, tensors))
+
+
+class Reverted:
+    """A model's tensors turned back into those of its file when they are read."""
+
+    def __init__(
+        self,
+        state: StateSource,
+        headers: dict[str, Header],
+        made: Mapping[str, tuple[str, ...]],
+        revert: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    ):
+        """Take a state with what is made of it.
+
+        Args:
+            state: the model's own tensors.
+            headers: the file's tensors.
+            made: for each of the file's tensors that is not the model's own, what it is made of.
+            revert: makes the file's tensors of the model's.
+        """
+        self.state = state
+        self.headers = headers
+        self.made = dict(made)
+        self._revert = revert
+        self._recent: dict[tuple[str, ...], dict[str, Tensor]] = {}
+        self._numbered: dict[tuple[str, ...], dict[str, Tensor]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The model stays behind: what is made of its tensors goes instead of them.
+        tensors = {name: self.read(name) for name in self.headers}
+        return {"state": StateSource(tensors), "headers": self.headers, "made": {}, "_numbered": {}}
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as it would be saved; the last two stacks of experts that were taken apart are kept."""
+        sources = self.made.get(name)
+        if sources is None:
+            return self.state.read(name)
+        made = self._recent.get(sources)
+        if made is None:
+            made = self._revert({source: self.state.read(source) for source in sources})
+            self._recent = dict([*self._recent.items()][-1:]) | {sources: made}
+        return made[name]
+
+    def places(self, name: str) -> tuple[tuple[str, ...], Tensor]:
+        """The model's own tensors that one of `made` is made of, and the place of each entry in them.
+
+        Places are counted through these tensors, flattened and put end to end. Numbers go through the
+        reversal as weights do, for it only moves them.
+        """
+        sources = self.made[name]
+        if sources not in self._numbered:
+            offset, numbered = 0, {}
+            for source in sources:
+                header = self.state.headers[source]
+                counted = torch.arange(offset, offset + header.entries)
+                numbered[source] = counted.reshape(header.shape)
+                offset += header.entries
+            self._numbered = {sources: self._revert(numbered)}
+        return sources, self._numbered[sources][name]
+
+    def location(self, name: str) -> Hashable:
+        """Where the tensors are that it is made of."""
+        sources = self.made.get(name)
+        if sources is None:
+            return self.state.location(name)
+        return name, *map(self.state.location, sources)
+
+    def stamp(self) -> str:
+        """The content."""
+        return self.fingerprint()
+
+    def fingerprint(self) -> str:
+        """Hash of the content."""
+        return fingerprint(self)
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    """What config.json would hold."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_json_string"):
+        return {}
+    return json.loads(config.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
+
+
+# PEFT
+
+
+def _peft(wrapper: Any, model: nn.Module) -> Checkpoint:
+    """A model with PEFT's layers in it, as the adapter and the base that they hold apart.
+
+    Args:
+        wrapper: what has `peft_config`: a PeftModel, or the model itself.
+        model: the model that it wraps.
+    """
+    from peft import get_peft_model_state_dict
+
+    ref = type(model).__name__
+    active = wrapper.active_adapters
+    names = list(active() if callable(active) else active)
+    if len(names) != 1:
+        held = f"{len(names)} active adapters ({', '.join(names)})" if names else "no active adapter"
+        raise InputError(f"{ref}: has {held}; activate the one that is meant with set_adapter")
+    where = f"{ref} with adapter {names[0]!r}"
+    merged = {name for module in model.modules() for name in getattr(module, "merged_adapters", ())}
+    if merged:
+        raise InputError(
+            f"{where}: {', '.join(sorted(merged))} is merged into the base's weights, which are gone; "
+            "call unmerge_adapter() first, or merge_and_unload() and give the model that it returns"
+        )
+    config = {key: _plain(value) for key, value in wrapper.peft_config[names[0]].to_dict().items()}
+    refuse(config, where)
+    tensors = {
+        _WRAPPER.sub("", name): tensor
+        for name, tensor in model.state_dict().items()
+        if not _ADDED.search(name)
+    }
+    base = _module(model, ref, tensors)
+    own = StateSource(
+        get_peft_model_state_dict(wrapper, adapter_name=names[0], save_embedding_layers=False), where=where
+    )
+    source = Adapter(config, own, base.source, base.matrices, where=where, of=ref)
+    return Checkpoint(where, source, base.config, base=base)
+
+
+# What PEFT puts into a model, and what it inserts into the names of the tensors that were there.
+_ADDED = re.compile(r"\.lora_\w+(?:\.|$)|\.modules_to_save\.|\.trainable_tokens_\w+\.")
+_WRAPPER = re.compile(r"\.token_adapter(?=\.)|\.base_layer(?=\.)|\.original_module(?=\.)")
+
+
+def _plain(value: Any) -> Any:
+    """As adapter_config.json would hold it."""
+    if isinstance(value, Enum):
+        return value.value
+    return sorted(value) if isinstance(value, set | frozenset) else value
+
+
+# TransformerLens
+
+
+def _bridge(bridge: Any) -> Checkpoint:
+    """A TransformerBridge, as the model inside it.
+
+    The bridge puts its components between the modules of that model, so that a tensor is reached by several
+    paths; the model's own class, built without weights, tells which of them are its names.
+    """
+    if getattr(bridge, "_weights_processed", False):
+        raise InputError(
+            "TransformerBridge: its weights are folded and centred (enable_compatibility_mode), no longer "
+            "those that were trained; boot it anew, or call enable_compatibility_mode(no_processing=True)"
+        )
+    try:
+        model = bridge.original_model
+    except AttributeError as error:
+        raise InputError(f"TransformerBridge: holds no weights in this process ({error})") from error
+    ref = f"TransformerBridge of {type(model).__name__}"
+    if "peft" in _libraries(model):
+        raise InputError(f"{ref}: has an adapter inside; give the PeftModel itself")
+    with torch.device("meta"):
+        bare = type(model)(getattr(model, "config", None) or model.cfg)
+    own = bare.state_dict()
+    reached = {_COMPONENT.sub("", name): tensor for name, tensor in model.state_dict().items()}
+    lost = [name for name in own if name not in reached]
+    if lost:
+        raise InputError(f"{ref}: {lost[0]} is not found in it; give the model that it was made from")
+    return _module(bare, ref, {name: reached[name] for name in own})
+
+
+_COMPONENT = re.compile(r"\._original_component(?=\.)")
+_BRIDGED = re.compile(r"blocks\.\d+\.attn\.[qkvo]\.weight")
+
+
+def _unhook(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A HookedTransformer's state dict as (out, in) matrices under the field's names; others as they are."""
+    if any(_BRIDGED.fullmatch(name) for name in tensors):
+        raise InputError(
+            "state dict: is of a TransformerBridge and does not tell (in, out) from (out, in); give it"
+        )
+    if not any(name.endswith(".attn.W_Q") for name in tensors):
+        return dict(tensors)
+    _refuse_folded(tensors)
+    unhooked = {}
+    for name, tensor in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        if name in _EMBEDDINGS:
+            unhooked[_EMBEDDINGS[name]] = tensor.mT if leaf == "W_U" else tensor
+        elif leaf == "W_gate" and f"{path}.experts.0.W_in.weight" in tensors:
+            unhooked[f"{path}.router.weight"] = tensor.mT
+        elif leaf in _MATRICES:
+            turned = tensor.mT if leaf != "W_O" else tensor.flatten(0, 1).mT
+            unhooked[f"{path}.{_MATRICES[leaf]}.weight"] = turned.flatten(0, -2)
+        elif leaf.lstrip("_").startswith("b_"):
+            unhooked[name] = tensor.flatten()
+        elif leaf not in _BUFFERS:
+            unhooked[_EXPERT.sub(lambda found: _MATRICES[found[0]], name)] = tensor
+    return unhooked
+
+
+_EMBEDDINGS = {
+    "embed.W_E": "embed.weight",
+    "pos_embed.W_pos": "position_embed.weight",
+    "unembed.W_U": "lm_head.weight",
+}
+# W_Q, W_K and W_V are (head, d_model, d_head), W_O is (head, d_head, d_model); the others are for x @ W.
+_MATRICES = {
+    "W_Q": "q_proj",
+    "W_K": "k_proj",
+    "W_V": "v_proj",
+    "_W_K": "k_proj",
+    "_W_V": "v_proj",
+    "W_O": "o_proj",
+    "W_in": "up_proj",
+    "W_gate": "gate_proj",
+    "W_out": "down_proj",
+}
+_EXPERT = re.compile(r"W_(?:in|gate|out)(?=\.weight$)")
+_BUFFERS = ("mask", "IGNORE", "rotary_sin", "rotary_cos", "alibi")
+
+
+def _refuse_folded(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse weights into which layer norms were folded, or which were centred."""
+    mend = "load it with from_pretrained_no_processing, or give the checkpoint that it was made from"
+    if not any(re.fullmatch(r"blocks\.\d+\.ln1\.w", name) for name in tensors):
+        raise InputError(f"HookedTransformer: its layer norms are folded into the next weights; {mend}")
+    for name, tensor in tensors.items():
+        if name.endswith((".W_O", ".W_out")):
+            # Centred: what is written to the residual stream sums to zero.
+            size = tensor.float().abs().mean()
+            if size > 0 and tensor.float().mean(dim=-1).abs().max() < 1e-5 * size:
+                raise InputError(f"HookedTransformer: {name} is centred; {mend}")

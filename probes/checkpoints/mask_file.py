@@ -1,0 +1,233 @@
+"""Patches: the entries of a pair that a graft takes from tuned, as a file of kilobytes.
+
+Of every tensor the flat indices and tuned's values, with the content hashes of both checkpoints, so that a
+patch is never laid on another pair. Format: safetensors, `index/<tensor>` and `value/<tensor>`.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int, Shaped
+from torch import Tensor
+
+from probes.checkpoints.blend import Blender
+from probes.checkpoints.checkpoint import Checkpoint, nearest
+from probes.checkpoints.pair import CheckpointPair
+from probes.checkpoints.save import write_checkpoint
+from probes.errors import InputError
+from probes.files.sources import SafetensorsSource
+from probes.files.untrusted import one_line
+
+VERSION = "1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patch:
+    """Entries of tuned, under the names of its file.
+
+    Attributes:
+        index: of each tensor flat indices, ascending, each once.
+        values: tuned's values at them, in the dtype of its file.
+        base, tuned: content hashes of the two checkpoints.
+        about: what else is known of it, as JSON keeps it.
+    """
+
+    index: Mapping[str, Int[Tensor, " entries"]]
+    values: Mapping[str, Shaped[Tensor, " entries"]]
+    base: str
+    tuned: str
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """Entries in all."""
+        return sum(len(index) for index in self.index.values())
+
+    @classmethod
+    def of(
+        cls,
+        pair: CheckpointPair,
+        index: Mapping[str, Int[Tensor, " entries"]],
+        about: Mapping[str, Any] | None = None,
+    ) -> "Patch":
+        """The patch that takes these entries from tuned."""
+        ascending = {name: entries.sort().values for name, entries in index.items() if len(entries)}
+        values = {
+            name: as_stored(pair.tuned, name).reshape(-1)[entries] for name, entries in ascending.items()
+        }
+        return cls(
+            index=ascending, values=values, base=pair.base.fingerprint(), tuned=pair.tuned.fingerprint(),
+            about=about or {},
+        )  # fmt: skip
+
+    def save(self, path: str | Path) -> None:
+        """Write it to a file, whole or not at all.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        tensors = {}
+        for name, index in self.index.items():
+            small = not len(index) or int(index[-1]) < 2**31
+            tensors[f"index/{name}"] = index.to(torch.int32 if small else torch.int64).contiguous()
+            tensors[f"value/{name}"] = self.values[name].contiguous()
+        about = json.dumps(dict(self.about))
+        metadata = {"tunescope_patch": VERSION, "base": self.base, "tuned": self.tuned, "about": about}
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            save_file(tensors, part, metadata)
+            os.replace(part, path)
+        except SafetensorError as error:
+            raise OSError(f"{path}: cannot be written ({error})") from error
+        finally:
+            part.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Patch":
+        """Read a file that `save` wrote.
+
+        Raises:
+            InputError: it is missing, damaged, or something else.
+        """
+        with one_line(path):
+            return cls._read(Path(path))
+
+    @classmethod
+    def _read(cls, path: Path) -> "Patch":
+        from safetensors import safe_open
+
+        try:
+            source = SafetensorsSource([path])  # which holds the header against the file
+            tensors = {key: source.read(key).clone() for key in source.headers}
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+        except FileNotFoundError as error:
+            raise InputError(f"{path}: no such file; audits keep theirs in AUDIT/masks") from error
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: cannot be read as a mask ({error})") from error
+        if metadata.get("tunescope_patch") != VERSION:
+            raise InputError(
+                f"{path}: is no mask of tunescope's; audits with the analysis `skills` write them to masks/"
+            )
+        index, values = ({key.partition("/")[2]: tensor for key, tensor in tensors.items()
+                          if key.startswith(kind)} for kind in ("index/", "value/"))  # fmt: skip
+        for name, entries in index.items():
+            whole = name in values and entries.ndim == 1 and values[name].shape == entries.shape
+            whole = whole and entries.dtype in (torch.int32, torch.int64)
+            if not whole or (len(entries) and (entries[0] < 0 or bool((entries.diff() <= 0).any()))):
+                raise InputError(f"{path}: damaged: the entries of {name} do not go with their values")
+        try:
+            about = json.loads(metadata.get("about", "{}"))
+        except ValueError as error:
+            raise InputError(f"{path}: damaged: what it says of itself is not JSON ({error})") from error
+        if not isinstance(about, dict):
+            raise InputError(f"{path}: damaged: what it says of itself is not a JSON object")
+        return cls(
+            index={name: entries.long() for name, entries in index.items()},
+            values=values,
+            base=metadata.get("base", ""),
+            tuned=metadata.get("tuned", ""),
+            about=about,
+        )
+
+    def check(self, pair: CheckpointPair, where: str = "mask") -> None:
+        """Refuse another pair.
+
+        Args:
+            where: what an error calls the patch.
+
+        Raises:
+            InputError: it was made for another base or another tuned, or names what tuned lacks.
+        """
+        for role, side, own in (("base", pair.base, self.base), ("tuned", pair.tuned, self.tuned)):
+            found = side.fingerprint()
+            if found != own:
+                raise InputError(
+                    f"{where}: was made for another pair: its {role} has the content hash {own}, and "
+                    f"{side.ref} {found}; give the checkpoints that it was found on"
+                )
+        for name, index in self.index.items():
+            header = pair.tuned.headers.get(name)
+            if header is None:
+                raise InputError(
+                    f"{where}: {pair.tuned.ref} has no {name!r}; {nearest(name, pair.tuned.headers)}"
+                )
+            if len(index) and int(index[-1]) >= header.entries:
+                raise InputError(f"{where}: entry {int(index[-1])} of {name}, which has {header.entries}")
+
+
+@dataclass(frozen=True)
+class Graft:
+    """What a graft was made of.
+
+    Attributes:
+        weights: entries that either side could give.
+        alone: tensors that base lacks; they are tuned's.
+        lost: tensors of base that tuned lacks; they are not written.
+        widened: tensors written wider than tuned has them, because base is.
+    """
+
+    weights: int
+    alone: tuple[str, ...]
+    lost: tuple[str, ...]
+    widened: tuple[str, ...]
+
+
+def write_graft(
+    pair: CheckpointPair,
+    patch: Patch,
+    out: str | Path,
+    *,
+    without: bool = False,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Graft:
+    """Write base with the entries of a patch from tuned, as full weights under the names of tuned.
+
+    Values are selected, never computed: with every entry it is tuned bit for bit, with none it is base.
+
+    Args:
+        out: a directory that does not exist yet, or is empty.
+        without: write the complement instead: tuned with these entries from base.
+        progress: called with (done, total, name).
+
+    Raises:
+        InputError: the patch is of another pair; `out` is occupied or cannot be written.
+    """
+    patch.check(pair)
+    blender = Blender(pair)
+    dtypes = blender.dtypes
+    alone: list[str] = []
+
+    def change(name: str, stored: Tensor) -> Tensor:
+        tuned = stored.to(pair.tuned.headers[name].dtype)
+        base = blender.base_of(name, tuned)
+        if base is None or not tuned.is_floating_point():
+            alone.extend([name] if base is None else [])
+            return stored
+        index = patch.index.get(name)
+        kept, put = (tuned, base) if without else (base, tuned)
+        if index is None:
+            return kept if kept is not tuned else stored
+        value = kept.to(dtypes[name], copy=True).contiguous()
+        value.view(-1)[index] = put.reshape(-1)[index].to(value.dtype)
+        return value
+
+    write_checkpoint(pair.tuned, out, change, dtypes=dtypes, progress=progress)
+    total = sum(pair.tuned.headers[name].entries for name in dtypes)
+    lost = [each.tensor for each in pair.unmatched if each.tuned_shape is None]
+    widened = [name for name, dtype in dtypes.items() if dtype != pair.tuned.headers[name].dtype]
+    return Graft(total, tuple(alone), tuple(lost), tuple(widened))
+
+
+def as_stored(checkpoint: Checkpoint, name: str) -> Tensor:
+    """A tensor in the dtype of its file: merged weights are rounded once."""
+    return checkpoint.tensor(name).to(checkpoint.headers[name].dtype)

@@ -1,0 +1,107 @@
+"""Opening a checkpoint by any reference: files, hub ids, adapters, models in memory."""
+
+import pickle
+import platform
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from probes.adapters.adapter import Adapter
+from probes.checkpoints.checkpoint import Checkpoint
+from probes.errors import InputError
+from probes.files.locate import adapter_files, locate, open_files
+from probes.files.quantised import refuse_quantised
+from probes.files.sources import Source
+from probes.files.untrusted import confined, one_line, read_json
+
+
+def open_checkpoint(
+    ref: Any, *, base: "Checkpoint | str | Path | None" = None, revision: str | None = None
+) -> Checkpoint:
+    """Open a checkpoint by any reference.
+
+    Args:
+        ref: a model or adapter directory; a .safetensors, .bin or .pt file; a hub id (`org/name`,
+            `org/name@revision`); in memory an `nn.Module`, `PeftModel`, TransformerLens model or state dict.
+        base: what an adapter is applied to; without it, what the adapter's configuration names.
+        revision: of a hub id.
+
+    Raises:
+        InputError: nothing there, or not readable; the message says what, where and how to mend it.
+    """
+    if isinstance(ref, Checkpoint):
+        return ref
+    with one_line(ref if isinstance(ref, str | Path) else "the checkpoint"):
+        return _opened(ref, base, revision)
+
+
+def _opened(ref: Any, base: "Checkpoint | str | Path | None", revision: str | None) -> Checkpoint:
+    if not isinstance(ref, str | Path):
+        from probes.checkpoints.in_memory import open_memory
+
+        checkpoint = open_memory(ref, base=base)
+        checkpoint.module = None if isinstance(ref, Mapping) else ref
+        return checkpoint
+    return _open(str(ref), locate(ref, revision=revision), base)
+
+
+def _open(ref: str, path: Path, base: "Checkpoint | str | Path | None") -> Checkpoint:
+    adapter = adapter_files(path)
+    if adapter is not None:
+        checkpoint, own = _open_adapter(ref, *adapter, base)
+    else:
+        directory = path if path.is_dir() else path.parent
+        described = directory / "config.json"
+        config = read_json(confined(described, directory)) if described.is_file() else {}
+        alone = path.is_file() and not config
+        own = open_files(path)
+        checkpoint = Checkpoint(ref, own, config, directory=None if alone else directory)
+    checkpoint.opened, checkpoint.reopen = (path.absolute(), own.stamp()), _opened_again
+    return checkpoint
+
+
+# A process that works through the matrices of a pair is told of it with each of them, and opens it once.
+@lru_cache(maxsize=8)
+def _opened_again(ref: str, path: Path, stamp: str, config: bytes, base: Checkpoint | None) -> Checkpoint:
+    """A checkpoint that another process has opened.
+
+    Raises:
+        InputError: the files are not here, or are not those that it opened.
+    """
+    here = f"on {platform.node() or 'this machine'}"
+    if not path.exists():
+        raise InputError(
+            f"{path}: not there {here}; every worker opens the checkpoints itself, so put the same files at "
+            "the same place on each machine"
+        )
+    checkpoint = _open(ref, path, base)
+    if checkpoint.opened != (path, stamp):
+        raise InputError(
+            f"{path}: {here} it is not the file that was opened first, by size or time of change; copy it "
+            "with its time kept, or start again if it was written meanwhile"
+        )
+    described = pickle.loads(config)
+    return checkpoint if checkpoint.config == described else checkpoint.described_by(described)
+
+
+def _open_adapter(
+    ref: str, settings: Path, weights: Path, base: "Checkpoint | str | Path | None"
+) -> tuple[Checkpoint, Source]:
+    config = read_json(settings)
+    if base is None:
+        named, revision = config.get("base_model_name_or_path"), config.get("revision")
+        if not isinstance(named, str) or not named:
+            raise InputError(
+                f"{ref}: is an adapter, and {settings.name} names no base; name it there as "
+                "base_model_name_or_path, or in Python give base="
+            )
+        try:
+            base = open_checkpoint(named, revision=revision if isinstance(revision, str) else None)
+        except ValueError as error:
+            raise InputError(f"{ref}: cannot open the base that this adapter names: {error}") from error
+    base = open_checkpoint(base)
+    own = open_files(weights)
+    refuse_quantised(ref, own.headers, {})
+    source = Adapter(config, own, base.source, base.matrices, where=ref, of=base.ref)
+    return Checkpoint(ref, source, base.config, directory=settings.parent, base=base), own

@@ -1,0 +1,322 @@
+"""Two checkpoints side by side: which matrices are the same weight, and what does not align."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from probes.adapters.parts import LowRank
+from probes.checkpoints.checkpoint import Checkpoint, nearest
+from probes.checkpoints.in_memory import wraps
+from probes.checkpoints.opening import open_checkpoint
+from probes.errors import InputError, UnknownNameError
+from probes.files.layout import Header, Matrix
+from probes.files.sources import finite, raw, same_bytes
+from probes.files.untrusted import plain
+from probes.naming.align import align, renamed
+
+Side = Literal["base", "tuned"]
+
+
+@dataclass(frozen=True)
+class Unmatched:
+    """A tensor without a counterpart, or with one of another shape.
+
+    Attributes:
+        tensor: its name in the base, or in tuned if only that has it.
+        reason: why it does not align, in words.
+        base_shape, tuned_shape: None where there is none.
+    """
+
+    tensor: str
+    reason: str
+    base_shape: tuple[int, ...] | None
+    tuned_shape: tuple[int, ...] | None
+
+
+class CheckpointPair:
+    """Base and tuned, aligned by tensor name.
+
+    Attributes:
+        base, tuned: the checkpoints.
+        matrices: what both have, by the base's name and in the base's view; by layer, then by name.
+        resized: vocabulary matrices of unequal length, as (base rows, tuned rows). They keep the common rows.
+        prefixes: what was taken off the names of each side to align them.
+    """
+
+    def __init__(self, base: Any, tuned: Any):
+        """Open and align two checkpoints.
+
+        Args:
+            base, tuned: what `open_checkpoint` takes. A tuned adapter is applied to this base, or, where the
+                base is an adapter too, to what that one is applied to; open it yourself to have it otherwise.
+                The base of a PeftModel may be its own `get_base_model()`.
+
+        Raises:
+            InputError: one cannot be opened, or they have no matrix in common.
+        """
+        if wraps(tuned, base):
+            tuned = open_checkpoint(tuned)
+            base = tuned.base
+        self.base = open_checkpoint(base)
+        self.tuned = open_checkpoint(tuned, base=self.base.base or self.base)
+        if not self.base.config:
+            self.base = self.base.described_by(self.tuned.config)
+        elif not self.tuned.config:
+            self.tuned = self.tuned.described_by(self.base.config)
+        self.resized: dict[str, tuple[int, int]] = {}
+        self._tensors, self.prefixes = align(self.base.headers, self.tuned.headers)
+        self._names = self._aligned()
+        # An adapter on what it is compared with, or beside another on one base: factors are the whole delta.
+        self._child = _same_weights(self.tuned.base, self.base)
+        self._sibling = not self._child and _same_weights(self.tuned.base, self.base.base)
+        self.matrices: dict[str, Matrix] = {}
+        for name in sorted(self._names, key=lambda name: _order(self.base.matrices[name])):
+            matrix = self.base.matrices[name]
+            self.matrices[name] = replace(matrix, rows=min(self.resized.get(name, (matrix.rows,))))
+        self._refuse_strangers()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.base.opened is None or self.tuned.opened is None:
+            return super().__reduce_ex__(protocol)
+        return _again, (self.base, self.tuned)
+
+    def read(self, name: str) -> tuple[Tensor, Tensor]:
+        """A matrix of base and tuned, both (out, in): as stored, or float32 where an adapter changes it.
+
+        Raises:
+            UnknownNameError: not a matrix of both.
+            InputError: NaN or infinite weights.
+        """
+        other, rows = self._other(name), self.matrices[name].rows
+        base = self.base.matrix(name)[:rows]
+        finite(self.base.ref, name, base)
+        low = self.delta(name) if self._child else None
+        tuned = self.tuned.matrix(other)[:rows] if low is None else base.float() + low.dense()
+        finite(self.tuned.ref, other, tuned)
+        return base, tuned
+
+    def identical(self, name: str) -> bool:
+        """Whether a matrix is bit for bit the same in both; what an adapter leaves alone is not read."""
+        other, rows = self._other(name), self.matrices[name].rows
+        ours, theirs = self.base.matrices[name], self.tuned.matrices[other]
+        if not self.tuned.touched(other) and (self._child or not self.base.touched(name)):
+            places = self.base.source.location(ours.tensor), self.tuned.source.location(theirs.tensor)
+            if self._child or self._sibling or (places[0] == places[1] and _view(ours) == _view(theirs)):
+                return True
+        return same_bytes(self.base.matrix(name)[:rows], self.tuned.matrix(other)[:rows])
+
+    def counterpart(self, name: str) -> Matrix:
+        """A matrix as the tuned checkpoint names and stores it."""
+        return self.tuned.matrices[self._other(name)]
+
+    def delta(self, name: str) -> LowRank | None:
+        """What adapters add to the base's matrix, as factors; None if nothing, or if it is no product."""
+        other, rows = self._other(name), self.matrices[name].rows
+        if not self._child and not self._sibling:
+            return None
+        low = self.tuned.delta(other)
+        if low is None and self.tuned.touched(other):
+            return None
+        if self._sibling and self.base.touched(name):
+            minus = self.base.delta(name)
+            if minus is None:
+                return None
+            minus = replace(minus, scaling=-minus.scaling)
+            low = minus if low is None else _joined(low, minus)
+        return None if low is None else replace(low, B=low.B[:rows])
+
+    @cached_property
+    def unmatched(self) -> list[Unmatched]:
+        """Every tensor that does not align, and why; reads those that may be renamed or tied copies."""
+        base, tuned = self.base.headers, self.tuned.headers
+        missing = self._alone("base", base, set(self._tensors), set(self._names))
+        extra = self._alone("tuned", tuned, set(self._tensors.values()), set(self._names.values()))
+        hints = renamed(missing, extra, self._head, self._same_tensor)
+        found = [Unmatched(n, "extra in tuned", None, h.shape) for n, h in extra.items()]
+        for name, header in missing.items():
+            hint = f"; {hints[name]}" if name in hints else ""
+            found.append(Unmatched(name, f"missing from tuned{hint}", header.shape, None))
+        rows = {self.base.matrices[name].tensor: rows for name, rows in self.resized.items()}
+        tied = [{alias: m.tensor for m in s.matrices.values() for alias in m.tied} for s in self._sides]
+        for name, other in self._tensors.items():
+            if not self._alike(name):
+                reason = "another shape"
+                if name in rows:
+                    reason = "vocabulary resized from {} to {} rows".format(*rows[name])
+                    reason += f"; the first {min(rows[name])} are compared"
+                found.append(Unmatched(name, reason, base[name].shape, tuned[other].shape))
+            elif (name in tied[0]) != (other in tied[1]):
+                role, to = ("base", tied[0][name]) if name in tied[0] else ("tuned", tied[1][other])
+                reason = f"tied to {to} in {role} alone; not compared"
+                found.append(Unmatched(name, reason, base[name].shape, tuned[other].shape))
+        return sorted(found, key=lambda unmatched: natural(unmatched.tensor))
+
+    @property
+    def _sides(self) -> tuple[Checkpoint, Checkpoint]:
+        return self.base, self.tuned
+
+    def _aligned(self) -> dict[str, str]:
+        """Tuned name of each base matrix that has an equal in tuned, by its tensor's name or by its place."""
+        names: dict[str, str] = {}
+        for name, matrix in self.base.matrices.items():
+            tensor = self._tensors.get(matrix.tensor)
+            other = None if tensor is None else tensor + name.removeprefix(matrix.tensor)
+            theirs = self.tuned.matrices.get(other) if other else None
+            if other and theirs and self._fits(matrix, theirs):
+                names[name] = other
+        # One side may keep in one tensor what the other keeps apart: fused projections, stacked experts.
+        # Blocks that share no name, not even that of a norm, only happen to have matrices of equal shape.
+        if not any(self._alike(name) and re.search(r"\.\d+\.", name) for name in self._tensors):
+            return names
+        places: dict[Any, list[Matrix]] = {}
+        taken = set(names.values())
+        for matrix in self.tuned.matrices.values():
+            if matrix.name not in taken:
+                places.setdefault(_place(matrix), []).append(matrix)
+        ours = [matrix for matrix in self.base.matrices.values() if matrix.name not in names]
+        counts = Counter(_place(matrix) for matrix in ours)
+        for matrix in ours:
+            candidates = places.get(_place(matrix), [])
+            if counts[_place(matrix)] == len(candidates) == 1 and _divided(matrix) != _divided(candidates[0]):
+                names[matrix.name] = candidates[0].name
+        return names
+
+    def _alike(self, name: str) -> bool:
+        return self.base.headers[name].shape == self.tuned.headers[self._tensors[name]].shape
+
+    def _fits(self, ours: Matrix, theirs: Matrix) -> bool:
+        """Whether two matrices are of one shape, or of one but for the length of the vocabulary."""
+        if (ours.rows, ours.columns) == (theirs.rows, theirs.columns):
+            return True
+        if ours.columns == theirs.columns and ours.component == theirs.component in ("embed", "lm_head"):
+            self.resized[ours.name] = (ours.rows, theirs.rows)
+            return True
+        return False
+
+    def _refuse_strangers(self) -> None:
+        """Raise if no block matrix, or no matrix at all, is common."""
+        sides = self._sides
+        blocks = [[m for m in side.matrices.values() if m.part == "block"] for side in sides]
+        common = [m for m in self.matrices.values() if m.part == "block" or not all(blocks)]
+        if common:
+            return
+        named = [
+            f"{role} {side.ref} ({side.architecture})"
+            for role, side in zip(("base", "tuned"), sides, strict=True)
+        ]
+        for side, label in zip(sides, named, strict=True):
+            if not side.matrices:
+                raise InputError(f"{label} holds no matrix, only {_some(list(side.headers.values()))}")
+        for name, matrix in self.base.matrices.items():
+            other = self._tensors.get(matrix.tensor, "") + name.removeprefix(matrix.tensor)
+            if matrix in (blocks[0] or [matrix]) and other in self.tuned.matrices:
+                theirs = self.tuned.matrices[other]
+                raise InputError(
+                    f"{plain(name)}: base is {matrix.rows}x{matrix.columns}, "
+                    f"tuned {theirs.rows}x{theirs.columns}, and no other matrix fits either; "
+                    f"{named[0]}, {named[1]}: are these of one architecture?"
+                )
+        shown = [
+            _some([side.headers[m.tensor] for m in some or side.matrices.values()])
+            for side, some in zip(sides, blocks, strict=True)
+        ]
+        raise InputError(
+            f"no matrix in common: {named[0]} has {shown[0]}, {named[1]} has {shown[1]}; are these of one "
+            "architecture?"
+        )
+
+    def _other(self, name: str) -> str:
+        if name not in self.matrices:
+            raise UnknownNameError(f"{name!r} is not a matrix of both; {nearest(name, self.matrices)}")
+        return self._names[name]
+
+    def _alone(
+        self, role: Side, headers: Mapping[str, Header], aligned: set[str], names: set[str]
+    ) -> dict[str, Header]:
+        """Tensors of a side without a counterpart, but for copies of what is tied to one that has it."""
+        side = self.base if role == "base" else self.tuned
+        covered = {side.matrices[name].tensor for name in names}
+        covered |= {tied for name in names for tied in side.matrices[name].tied}
+        alone = {n: h for n, h in headers.items() if n not in aligned and n not in covered}
+        embeds = [side.matrices[name].tensor for name in names if side.matrices[name].component == "embed"]
+        return {
+            n: h
+            for n, h in alone.items()
+            if not any(
+                h.shape == headers[e].shape
+                and h.dtype == headers[e].dtype
+                and _is_head(side, n)
+                and same_bytes(side.tensor(n), side.tensor(e))
+                for e in embeds
+            )
+        }
+
+    def _head(self, role: Side, name: str) -> bytes:
+        side = self.base if role == "base" else self.tuned
+        return bytes(raw(side.tensor(name).reshape(-1)[:1024]))
+
+    def _same_tensor(self, missing: str, extra: str) -> bool:
+        return same_bytes(self.base.tensor(missing), self.tuned.tensor(extra))
+
+
+@lru_cache(maxsize=4)
+def _again(base: Checkpoint, tuned: Checkpoint) -> CheckpointPair:
+    """The pair of two checkpoints that another process had aligned."""
+    return CheckpointPair(base, tuned)
+
+
+def _same_weights(first: Checkpoint | None, second: Checkpoint | None) -> bool:
+    if first is None or second is None:
+        return False
+    # The stamp of weights in memory is their hash: not worth taking where it cannot be equal.
+    return first is second or (type(first.source) is type(second.source) and first.stamp() == second.stamp())
+
+
+def _joined(first: LowRank, second: LowRank) -> LowRank:
+    """The sum of two products as one."""
+    A = torch.cat([first.A.float(), second.A.float()])
+    B = torch.cat([first.B.float() * first.scaling, second.B.float() * second.scaling], dim=1)
+    return LowRank(A, B, 1.0)
+
+
+def _view(matrix: Matrix) -> Matrix:
+    """How a matrix lies in its tensor, whatever both are called."""
+    return replace(matrix, name="", tensor="", layer=None, component="", part="other", tied=(), missing=())
+
+
+def _divided(matrix: Matrix) -> bool:
+    return matrix.name != matrix.tensor
+
+
+def _place(matrix: Matrix) -> tuple[Any, ...]:
+    """What a matrix is in its model, whatever it is called and however it is kept."""
+    apart = re.search(r"\bexperts\.(\d{1,9})\.", matrix.tensor)
+    expert = int(apart[1]) if apart else matrix.expert
+    return matrix.part, matrix.layer, matrix.component, expert, matrix.rows, matrix.columns
+
+
+def _is_head(side: Checkpoint, name: str) -> bool:
+    return name in side.matrices and side.matrices[name].part == "head"
+
+
+def _some(headers: list[Header]) -> str:
+    first = headers[0]
+    return f"{len(headers)} such as {plain(first.name)} ({'x'.join(map(str, first.shape)) or 'a scalar'})"
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Sorts block 10 after block 9."""
+    parts = re.split(r"(\d{1,18})", name)
+    return [(int(part), "") if place % 2 else (-1, part) for place, part in enumerate(parts)]
+
+
+def _order(matrix: Matrix) -> tuple[Any, ...]:
+    """By layer, what stands before the blocks first; never by the order in a file, which means nothing."""
+    layer = -1 if matrix.layer is None else matrix.layer
+    return layer, natural(matrix.tensor), matrix.expert or 0, matrix.start, matrix.name

@@ -1,0 +1,271 @@
+"""Writing an edited checkpoint: a directory that `from_pretrained` loads, made one tensor at a time.
+
+The safetensors library writes a file from tensors that are all in memory; a shard of several gigabytes is
+streamed here instead, as the format is a header of offsets followed by the bytes.
+"""
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from probes.checkpoints.checkpoint import Checkpoint
+from probes.errors import InputError
+from probes.files.layout import Header
+from probes.files.locate import inside
+from probes.files.sources import DTYPES, SafetensorsSource, TorchSource, finite, raw
+from probes.files.untrusted import read_json
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_INDEX = "model.safetensors.index.json"
+# Shards of weights that were in memory; what transformers writes by default.
+_SHARD_BYTES = 5 * 10**9
+# What stays behind: weights, in whatever format, and the state of a training run.
+_WEIGHTS = {
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".ot",
+    ".npz",
+}
+_STATE = {"trainer_state.json", "all_results.json", "train_results.json", "eval_results.json"}
+_TOKENIZER = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "spiece")
+
+
+def write_checkpoint(
+    source: Checkpoint,
+    out: str | Path,
+    change: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
+    *,
+    dtypes: Mapping[str, torch.dtype] | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Path:
+    """Write a checkpoint with some of its tensors changed; an adapter is written merged, as full weights.
+
+    Shards, names, shapes and dtypes stay; configuration, tokenizer and what else lies beside the weights is
+    carried over. One tensor is in memory at a time. The directory appears whole or not at all.
+
+    Args:
+        source: what to write.
+        out: a directory that does not exist yet, or is empty.
+        change: from a tensor's name and value to its new value, of the same shape; called in any order. A
+            tensor that is given back as it came is copied byte for byte.
+        dtypes: of tensors that are written in another dtype than the source's.
+        progress: called with tensors written, tensors in all, and the last one's name.
+
+    Returns:
+        The directory.
+
+    Raises:
+        InputError: `out` is a file, is not empty or cannot be written; the disk is full; a change gives
+            another shape, or NaN or infinite values.
+    """
+    other = dtypes or {}
+    shards = {
+        file: [replace(header, dtype=other.get(header.name, header.dtype)) for header in headers]
+        for file, headers in _plan(source).items()
+    }
+    total, done = sum(map(len, shards.values())), 0
+    tied = {name: matrix.tensor for matrix in source.matrices.values() for name in matrix.tied}
+
+    def value(name: str) -> Tensor:
+        nonlocal done
+        # A tied copy that kept its old value would disagree with the changed one.
+        name = tied.get(name, name)
+        stored = source.tensor(name)
+        changed = change(name, stored)
+        if changed.shape != stored.shape:
+            raise InputError(f"{name}: is {tuple(stored.shape)}, but its change {tuple(changed.shape)}")
+        final = changed.to(other.get(name, source.headers[name].dtype))
+        if final is not stored and final.is_floating_point():
+            finite(f"{out}", f"{name}, as changed,", final)
+        done += 1
+        if progress is not None:
+            progress(done, total, name)
+        return final
+
+    size = sum(header.bytes for headers in shards.values() for header in headers)
+    with whole_or_nothing(Path(out).expanduser(), size) as directory:
+        for file, headers in shards.items():
+            (directory / file).parent.mkdir(parents=True, exist_ok=True)
+            _write(directory / file, headers, value)
+        if len(shards) > 1:
+            _write_json(directory / _INDEX, _index(source, shards))
+        _carry(source, directory)
+    return Path(out)
+
+
+def _plan(source: Checkpoint) -> dict[str, list[Header]]:
+    """Which tensors go into which file: as the source has them, and what an adapter brings into the last."""
+    if source.base is not None:
+        shards = _plan(source.base)
+        last = list(shards)[-1]
+        known = {header.name for headers in shards.values() for header in headers}
+        shards = {
+            file: [source.headers[header.name] for header in headers] for file, headers in shards.items()
+        }
+        shards[last] += [header for name, header in source.headers.items() if name not in known]
+        return shards
+    shards = {}
+    filled = 0
+    for name, header in source.headers.items():
+        if isinstance(source.source, SafetensorsSource | TorchSource):
+            file = source.source.file(name)
+            key = os.path.relpath(file, source.directory) if source.directory else file.name
+        else:
+            filled += header.bytes
+            key = str(filled // _SHARD_BYTES)
+        shards.setdefault(key, []).append(header)
+    if len(shards) == 1:
+        return {"model.safetensors": next(iter(shards.values()))}
+    kept = all(key.endswith(".safetensors") for key in shards)
+    return {
+        key if kept else f"model-{number:05}-of-{len(shards):05}.safetensors": shards[key]
+        for number, key in enumerate(sorted(shards), start=1)
+    }
+
+
+def _write(path: Path, headers: list[Header], value: Callable[[str], Tensor]) -> None:
+    """One safetensors file: the length of the header, the header, the bytes."""
+    # Wide dtypes first, so that every tensor is aligned to its own; then by name, as the library does.
+    ordered = sorted(headers, key=lambda header: (-header.dtype.itemsize, header.name))
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for header in ordered:
+        if header.dtype not in _NAMES:
+            raise InputError(f"{header.name}: safetensors has no dtype for {header.dtype}")
+        begin, end = end, end + header.bytes
+        entries[header.name] = {
+            "dtype": _NAMES[header.dtype],
+            "shape": list(header.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("xb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for header in ordered:
+            file.write(raw(value(header.name)))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _index(source: Checkpoint, shards: Mapping[str, list[Header]]) -> dict[str, Any]:
+    directory = (source.base or source).directory
+    old = directory / _INDEX if directory else None
+    kept = read_json(old).get("metadata") if old and old.is_file() else None
+    size = sum(header.bytes for headers in shards.values() for header in headers)
+    weights = {header.name: file for file, headers in shards.items() for header in headers}
+    return {
+        "metadata": {**(kept if isinstance(kept, dict) else {}), "total_size": size},
+        "weight_map": dict(sorted(weights.items())),
+    }
+
+
+def _carry(source: Checkpoint, out: Path) -> None:
+    """Copy what lies beside the weights; an adapter's own tokenizer goes before its base's."""
+    model = source
+    while model.base is not None:
+        model = model.base
+    if model.directory is not None:
+        for file in companion_files(model.directory):
+            carry_file(model.directory, file, out)
+    if source is not model and source.directory is not None:
+        for file in companion_files(source.directory):
+            if file.startswith(_TOKENIZER) or file.endswith(".jinja"):
+                carry_file(source.directory, file, out)
+    config = dict(source.config)
+    before, after = (
+        {m.component: m.rows for m in side.matrices.values() if m.part == "embedding"}.get("embed")
+        for side in (model, source)
+    )
+    resized = before != after and config.get("vocab_size") == before
+    if config and (resized or not (out / "config.json").exists()):
+        _write_json(out / "config.json", config | ({"vocab_size": after} if resized else {}))
+
+
+def companion_files(directory: Path) -> Iterator[str]:
+    """What of a checkpoint's directory belongs to a copy of it, besides the weights: names within it."""
+    templates = "additional_chat_templates"
+    for path in sorted(directory.iterdir()) + sorted((directory / templates).glob("*.jinja")):
+        kept = (
+            path.suffix not in _WEIGHTS
+            and path.name not in _STATE
+            and not path.name.startswith((".", "adapter_"))
+        )
+        if path.is_file() and kept and not path.name.endswith(".index.json"):
+            yield str(path.relative_to(directory))
+
+
+def carry_file(directory: Path, name: str, out: Path) -> None:
+    """Copy one file of a checkpoint's directory to another directory."""
+    target = out / name
+    target.parent.mkdir(exist_ok=True)
+    shutil.copyfile(inside(directory, name, directory), target)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def refuse_occupied(out: Path) -> None:
+    """Raise InputError unless a new directory can stand here; ask before the work, not after it."""
+    if out.is_file():
+        raise InputError(f"{out}: is a file; name a new directory")
+    if out.is_dir() and any(out.iterdir()):
+        raise InputError(f"{out}: is not empty; name a new directory")
+
+
+@contextmanager
+def whole_or_nothing(out: Path, size: int) -> Iterator[Path]:
+    """A hidden directory beside `out` that takes its name when all went well, and otherwise is removed.
+
+    Args:
+        size: bytes that will be written.
+    """
+    refuse_occupied(out)
+    partial = out.resolve().parent / f".{out.name}.{os.getpid()}.partial"
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(partial.parent).free
+        if free < size:
+            raise InputError(
+                f"{out}: needs {size / 1e9:.1f} GB, but its disk has only {free / 1e9:.1f} GB left"
+            )
+        partial.mkdir()
+        try:
+            yield partial
+            for path in [*partial.rglob("*"), partial]:
+                _sync(path)
+            partial.rename(out.resolve())
+            _sync(partial.parent)
+        except BaseException:  # Ctrl-C too
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise InputError(
+            f"{out}: cannot be written ({error.strerror or error}); nothing is left of it"
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    """Have what was written on the disk before the name says that it is whole."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,1 @@
+"""Routers and routes of mixtures of experts."""

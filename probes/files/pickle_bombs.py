@@ -1,0 +1,101 @@
+"""Torch files that are small on disk and endless in memory, told before they are opened.
+
+`torch.load(weights_only=True)` runs no code, but unpacks records of any size and hashes keys of any depth.
+"""
+
+import pickletools
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from probes.errors import InputError
+
+# Parts of a tuple, those of its parts included. torch's own have a shape in them.
+PARTS = 2**16
+# Pickles in front of the bytes of a file from before torch 1.6: magic number, version, system, tensors, keys.
+LEGACY = 5
+
+
+class TooManyError(Exception):
+    """A pickle holds a tuple of tuples of tuples…, of more parts than anything could go through."""
+
+
+def refuse_bombs(path: Path, zipped: bool) -> None:
+    """Refuse a torch file that would become far more in memory than it is on disk, or take for ever.
+
+    Args:
+        zipped: whether it is a zip archive, as torch writes since 1.6, or begins with a bare pickle.
+
+    Raises:
+        InputError: it is such a file. What is not whole is left to torch to refuse.
+    """
+    try:
+        if not zipped:
+            with path.open("rb") as file:
+                for _ in range(LEGACY):
+                    bounded(file)
+            return
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+            if squeezed := [record for record in records if record.compress_type != zipfile.ZIP_STORED]:
+                raise TooManyError(f"{squeezed[0].filename[:80]!r} is compressed, which torch never does")
+            for record in records:
+                if record.filename.endswith(".pkl"):
+                    with archive.open(record) as file:
+                        bounded(file)
+    except TooManyError as error:
+        raise InputError(
+            f"{path}: is made to fill the memory ({error}) and is not opened; where you trust it, save its "
+            "tensors again as safetensors"
+        ) from error
+    except Exception:  # a damaged archive or pickle raises anything
+        return
+
+
+def bounded(file: Any) -> None:
+    """Go through one pickle without building it, and count the parts of its tuples.
+
+    A tuple that stands twice in the next, thirty times over, takes a hundred bytes, and hashing it as a key
+    takes a thousand million steps.
+
+    Raises:
+        TooManyError: a tuple of more than `PARTS` parts.
+        ValueError, IndexError, KeyError: it is no pickle, or is cut short.
+    """
+    mark = -1
+    stack: list[int] = []
+    memo: dict[Any, int] = {}
+    for code, argument, _ in pickletools.genops(file):
+        name = code.name
+        if name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            memo[argument] = stack[-1]
+        elif name == "MEMOIZE":
+            memo[len(memo)] = stack[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif name == "DUP":
+            stack.append(stack[-1])
+        elif name == "MARK":
+            stack.append(mark)
+        else:
+            taken = _taken(code, stack, mark)
+            parts = 1 + sum(taken) if name.startswith("TUPLE") else 1
+            if parts > PARTS:
+                raise TooManyError(f"a tuple of {parts} parts")
+            kept = (
+                taken[:1] if name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD") else []
+            )
+            stack += kept or [parts] * len(code.stack_after)
+
+
+def _taken(code: Any, stack: list[int], mark: int) -> list[int]:
+    """What an operation takes off the stack."""
+    before = code.stack_before
+    taken: list[int] = []
+    if pickletools.stackslice in before:
+        while (part := stack.pop()) != mark:
+            taken.append(part)
+        taken += [stack.pop() for _ in before[: before.index(pickletools.markobject)]]
+    else:
+        taken += [stack.pop() for _ in before]
+    return taken[::-1]

@@ -1,0 +1,371 @@
+"""Where tensors come from: names, shapes and dtypes at once, bytes only when a tensor is asked for.
+
+A source holds no open file: each read maps the bytes of that tensor alone, so that memory is that of the
+tensors in use, and a source can be pickled and used in another process.
+"""
+
+import hashlib
+import json
+import math
+import mmap
+import os
+import struct
+import warnings
+from collections.abc import Hashable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from probes.errors import InputError
+from probes.files.layout import Header
+from probes.files.pickle_bombs import refuse_bombs
+from probes.files.untrusted import plain
+
+# The names that the safetensors format gives to dtypes.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+# Characters in the name of a tensor, and axes of one, at most; models have a third of either.
+NAME, AXES = 512, 64
+
+# A state dict is often saved inside a dict of other things; these keys hold it.
+NESTED = ("state_dict", "model_state_dict", "model", "module")
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A set of named tensors that are read one at a time."""
+
+    @property
+    def headers(self) -> Mapping[str, Header]:
+        """Every tensor by name."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as stored: its dtype, its layout. Must not be written to."""
+        ...
+
+    def location(self, name: str) -> Hashable:
+        """Where its bytes lie; equal locations hold the same bytes."""
+        ...
+
+    def stamp(self) -> str:
+        """What changes when the files do, without reading them."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Hash of every name, shape, dtype and byte; the same however the tensors are spread over files."""
+        ...
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor in row order, without a copy where it is contiguous."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+# Floats are compared as integers of their size.
+_CODES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def same_bytes(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors hold the same bytes: NaN equals itself, and 0 is not -0."""
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    codes = _CODES.get(first.dtype.itemsize)
+    if first.ndim == 0 or codes is None:
+        return raw(first) == raw(second)
+    # Tuning changes entries everywhere, so that the first rows nearly always decide.
+    parts = (slice(0, 2), slice(2, None))
+    return all(torch.equal(first[part].view(codes), second[part].view(codes)) for part in parts)
+
+
+def finite(checkpoint: str, name: str, tensor: Tensor) -> None:
+    """Refuse NaN and infinite weights, in one pass and without a copy.
+
+    Raises:
+        InputError: says in which checkpoint and tensor, how many, and where the first is.
+    """
+    if tensor.numel() == 0:
+        return
+    # Row order is an order of magnitude faster; a NaN becomes both extremes, an infinity one of them.
+    in_order = tensor.mT if tensor.ndim > 1 and tensor.stride(-1) != 1 else tensor
+    if all(torch.isfinite(extreme) for extreme in torch.aminmax(in_order)):
+        return
+    bad = ~torch.isfinite(tensor)
+    first = tuple(bad.nonzero()[0].tolist())
+    raise InputError(
+        f"{checkpoint}: {name} holds {int(bad.sum())} NaN or infinite values, the first at {first}; the file "
+        "is damaged or its training diverged: take another checkpoint"
+    )
+
+
+def fingerprint(source: Source) -> str:
+    """Content hash of a source: blake2b over each tensor, then over these in the order of names."""
+
+    def digest(name: str) -> bytes:
+        header = source.headers[name]
+        content = hashlib.blake2b(f"{name}\0{header.dtype}\0{list(header.shape)}\0".encode(), digest_size=32)
+        content.update(raw(source.read(name)))  # hashlib lets other threads run meanwhile
+        return content.digest()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = pool.map(digest, sorted(source.headers))
+        return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
+
+
+def stamp(paths: list[Path]) -> str:
+    """Resolved path, size and time of change of each file, hashed."""
+    facts = [(str(path.resolve()), *_state(path)) for path in sorted(paths)]
+    return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
+
+
+def _state(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def _same(path: Path, found: tuple[int, int], opened: tuple[int, int]) -> None:
+    """Refuse a file that has changed: half of it would be from each version."""
+    if found != opened:
+        raise InputError(f"{path}: changed since it was opened; start again when it is complete")
+
+
+class SafetensorsSource:
+    """Tensors of one safetensors file or of the shards of one checkpoint.
+
+    Raises:
+        InputError: a file is missing, truncated or not safetensors; a tensor is stored twice.
+    """
+
+    def __init__(self, paths: list[Path]):
+        self.paths = [path.absolute() for path in paths]
+        self.headers: dict[str, Header] = {}
+        self._where: dict[str, tuple[int, int]] = {}
+        self._states = [_state(path) for path in self.paths]
+        self._hash: str | None = None
+        for shard, path in enumerate(self.paths):
+            for header, offset in _layout(path):
+                if header.name in self.headers:
+                    first = self.paths[self._where[header.name][0]]
+                    raise InputError(f"{path}: {header.name!r} is also in {first.name}; which is meant?")
+                self.headers[header.name] = header
+                self._where[header.name] = (shard, offset)
+
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self.paths[self._where[name][0]]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, mapped from its file: bytes are read as they are touched."""
+        header = self.headers[name]
+        shard, offset = self._where[name]
+        path = self.paths[shard]
+        with path.open("rb") as file:
+            found = os.fstat(file.fileno())
+            _same(path, (found.st_size, found.st_mtime_ns), self._states[shard])
+            if header.bytes == 0:
+                return torch.empty(header.shape, dtype=header.dtype)
+            page = offset - offset % mmap.ALLOCATIONGRANULARITY
+            # Copy on write: torch warns of read-only memory, and the file must stay as it is.
+            pages = mmap.mmap(
+                file.fileno(), offset - page + header.bytes, access=mmap.ACCESS_COPY, offset=page
+            )
+        values = torch.frombuffer(pages, dtype=header.dtype, count=header.entries, offset=offset - page)
+        return values.reshape(header.shape)
+
+    def location(self, name: str) -> Hashable:
+        """File and offset."""
+        shard, offset = self._where[name]
+        return str(self.paths[shard].resolve()), self._states[shard], offset
+
+    def stamp(self) -> str:
+        """Path, size and time of change of every file."""
+        return stamp(self.paths)
+
+    def fingerprint(self) -> str:
+        """Content hash, of the files as they were opened; computed once."""
+        if self._hash is None:
+            self._hash = fingerprint(self)
+        return self._hash
+
+
+def _layout(path: Path) -> Iterator[tuple[Header, int]]:
+    """Headers of one safetensors file and the offset of each tensor's bytes."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt"):  # the library holds sizes, offsets and dtypes against the file
+            pass
+    except SafetensorError as error:
+        raise InputError(
+            f"{path}: not a whole safetensors file ({plain(str(error))}); truncated or corrupt? copy or "
+            "download it again"
+        ) from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        entries = json.loads(file.read(length))
+    entries.pop("__metadata__", None)
+    for name, entry in entries.items():
+        if entry["dtype"] not in DTYPES:
+            raise InputError(f"{path}: tensor {name!r} is of dtype {entry['dtype']}, which torch cannot read")
+        header = Header(name, tuple(entry["shape"]), DTYPES[entry["dtype"]])
+        _sound(path, header)
+        yield header, 8 + length + entry["data_offsets"][0]
+
+
+def _sound(path: Path, header: Header) -> None:
+    """Refuse what no model has, before anything is looked up, allocated or printed by it.
+
+    Raises:
+        InputError: a name that cannot be printed in a line, or a shape beyond what torch can count.
+    """
+    name, shape = header.name, header.shape
+    if len(name) > NAME or not name.isprintable():
+        raise InputError(f"{path}: {name[:80]!r} is no name of a tensor; is the file damaged?")
+    if len(shape) > AXES or math.prod(max(1, length) for length in shape) >= 2**63:
+        # Without entries, any axes fit into no bytes; strides count them all the same.
+        raise InputError(
+            f"{path}: tensor {name!r} is of a shape that torch cannot hold; is the file damaged?"
+        )
+
+
+# What is touched of a mapped torch file stays in memory until the file is let go; opening it again costs
+# unpickling, some 0.2 ms a tensor of it.
+MAPPED_BYTES = 2**28
+
+
+class TorchSource:
+    """Tensors of `torch.save` files, read with `weights_only=True` and mapped where the format allows.
+
+    Files in torch's format from before 1.6 cannot be mapped; of these one is in memory at a time.
+
+    Raises:
+        InputError: a file is damaged, holds code, or is no state dict.
+    """
+
+    def __init__(self, paths: list[Path]):
+        self.paths = [path.absolute() for path in paths]
+        self.headers: dict[str, Header] = {}
+        self._shard: dict[str, int] = {}
+        self._first: dict[str, str] = {}
+        self._states = [_state(path) for path in self.paths]
+        self._hash: str | None = None
+        self._open: tuple[int, dict[str, Tensor], bool] | None = None
+        self._touched = 0
+        for shard, path in enumerate(self.paths):
+            shared: dict[Hashable, str] = {}
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of an unusual pickle: it is read, or refused just below
+                tensors = self._load(shard)
+            for name, tensor in tensors.items():
+                if name in self.headers:
+                    raise InputError(f"{path}: {name!r} is also in another shard; which one is meant?")
+                self.headers[name] = Header(name, tuple(tensor.shape), tensor.dtype)
+                _sound(path, self.headers[name])
+                self._shard[name] = shard
+                view = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+                # Pointers mean nothing once the file is let go; the first name that had it stays.
+                self._first[name] = shared.setdefault(view, name) if tensor.numel() else name
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": None}
+
+    def _load(self, shard: int) -> dict[str, Tensor]:
+        """The tensors of one file; only the last one is kept open."""
+        opened = self._open
+        if opened is None or opened[0] != shard:
+            _same(self.paths[shard], _state(self.paths[shard]), self._states[shard])
+            self._open, self._touched = None, 0  # let go of one before the next
+            opened = self._open = (shard, *_state_dict(self.paths[shard]))
+        return opened[1]
+
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self.paths[self._shard[name]]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as stored."""
+        tensor = self._load(self._shard[name])[name]
+        self._touched += self.headers[name].bytes
+        if self._open is not None and self._open[2] and self._touched > MAPPED_BYTES:
+            self._open = None
+        return tensor
+
+    def location(self, name: str) -> Hashable:
+        """File and the first name of the storage: tied weights share it."""
+        shard = self._shard[name]
+        return str(self.paths[shard].resolve()), self._states[shard], self._first[name]
+
+    def stamp(self) -> str:
+        """Path, size and time of change of every file."""
+        return stamp(self.paths)
+
+    def fingerprint(self) -> str:
+        """Content hash, of the files as they were opened; computed once."""
+        if self._hash is None:
+            self._hash = fingerprint(self)
+        return self._hash
+
+
+def _state_dict(path: Path) -> tuple[dict[str, Tensor], bool]:
+    """The tensors of a `torch.save` file, and whether they are mapped from it."""
+    with path.open("rb") as file:
+        magic = file.read(2)
+    zipped, pickled = magic == b"PK", magic[:1] == b"\x80"
+    refuse_bombs(path, zipped)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # a damaged pickle raises anything
+        reason = str(error)
+        foreign = "Unsupported", "GLOBAL", "allowlist", "TorchScript"  # in what torch says of them
+        if (zipped or pickled) and any(word in reason for word in foreign):
+            raise InputError(
+                f"{path}: holds code or objects besides tensors and is not opened, because that could run "
+                "the code; where you trust it, save its tensors again as safetensors"
+            ) from error
+        raise InputError(
+            f"{path}: not a whole torch file; truncated or corrupt? copy or download it again"
+        ) from error
+    for key in NESTED:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    tensors = (
+        {str(k): v.detach() for k, v in content.items() if isinstance(v, Tensor)}
+        if isinstance(content, dict)
+        else {}
+    )
+    if not tensors:
+        raise InputError(f"{path}: holds no state dict (names with tensors); save `model.state_dict()`")
+    for name, tensor in tensors.items():
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            raise InputError(f"{path}: {name!r} is a {tensor.layout} tensor; save it dense")
+        if tensor.device.type != "cpu":
+            raise InputError(f"{path}: {name!r} has no values, only a shape; save the model after loading it")
+        if tensor.numel() * tensor.element_size() > path.stat().st_size:
+            shape = "x".join(map(str, tensor.shape))
+            raise InputError(f"{path}: {name!r} repeats few bytes as {shape}; save a copy (`.contiguous()`)")
+    return tensors, zipped

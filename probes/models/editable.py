@@ -1,0 +1,198 @@
+"""A checkpoint as a plain model whose weights are replaced for a while, under the names of its file.
+
+Weights are given as they would be written to the file, so that the model computes what the file would:
+rounded once to the file's dtype. An adapter is merged first.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from probes.checkpoints.checkpoint import Checkpoint
+from probes.checkpoints.in_memory import Reverted
+from probes.checkpoints.opening import open_checkpoint
+from probes.errors import InputError
+from probes.models.loading import (
+    Kind,
+    Loading,
+    context_of,
+    device_of,
+    dtype_of,
+    kind_of,
+    labels_of,
+    memory_of,
+    places_of,
+    tokenizer_of,
+)
+from probes.naming.align import align
+
+
+class Slot(NamedTuple):
+    """Entries of one stored tensor inside one tensor of a running model.
+
+    Attributes:
+        tensor: the model's own parameter or buffer.
+        places: flat indices into it; of no meaning where `which` is all.
+        which: which of the entries asked for these are; `slice(None)` for all, in order.
+    """
+
+    tensor: Tensor
+    places: Int[Tensor, " places"]
+    which: Int[Tensor, " places"] | slice
+
+
+class Editable:
+    """One model in memory, of its own: what lies in memory already is copied, never written to.
+
+    Attributes:
+        checkpoint: what the model is, but inside `holding`.
+        kind: what its head predicts.
+        model: in evaluation mode; an adapter is merged into it.
+        loading: where and how it was loaded.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        trust_remote_code: bool = False,
+    ):
+        """Load the model.
+
+        Raises:
+            InputError: it does not run, or its adapter cannot be merged.
+        """
+        self.checkpoint = checkpoint
+        self.kind: Kind = kind_of(checkpoint)
+        self.loading = Loading(device_of(device), dtype_of(dtype), None, trust_remote_code)
+        model = self.loading.model(checkpoint, self.kind).model
+        if any(memory_of(side) is not None for side in (checkpoint, checkpoint.base) if side is not None):
+            model = copy.deepcopy(model)
+        self.model: Any = _merged(checkpoint, model).eval().requires_grad_(False)
+        self._own = {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
+        self._view = open_checkpoint(self.model)
+        self._names = align(checkpoint.headers, self._view.headers)[0]
+        # Merged by PEFT it is rounded at every step: as its file would be, it is rounded once.
+        if checkpoint.base is not None:
+            for name in checkpoint.headers:
+                self._put(name, checkpoint.tensor(name))
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Its tokenizer.
+
+        Raises:
+            InputError: none lies beside the weights.
+        """
+        return tokenizer_of(
+            self.checkpoint.ref, places_of(self.checkpoint), trust_remote_code=self.loading.trust_remote_code
+        )
+
+    @property
+    def context(self) -> int | None:
+        """Most tokens that it takes; None where its positions do not end."""
+        return context_of(self.model.config)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of a classifier's classes in order; () for language models."""
+        return labels_of(self.model.config) if self.kind == "classifier" else ()
+
+    @contextmanager
+    def holding(
+        self, names: Iterable[str], change: Callable[[str, Tensor], Tensor]
+    ) -> Iterator[torch.nn.Module]:
+        """The model with some stored tensors changed; it leaves bit for bit as it was, whatever happens.
+
+        Args:
+            names: of tensors of the checkpoint.
+            change: from a tensor's name and value, which it must not write to, to its new value.
+        """
+        put: list[str] = []
+        try:
+            for name in names:
+                stored = self.checkpoint.tensor(name)
+                value = change(name, stored)
+                if value is not stored:
+                    put.append(name)
+                    self._put(name, value)
+            yield self.model
+        finally:
+            # Read again, so that no second copy of the weights is held.
+            for name in put:
+                self._put(name, self.checkpoint.tensor(name))
+
+    def _put(self, name: str, value: Tensor) -> None:
+        """Write a tensor of the file into the model, rounded as the file would hold it."""
+        self.write(name, value.to(self.checkpoint.headers[name].dtype))
+
+    @cached_property
+    def held(self) -> frozenset[str]:
+        """The floating tensors of the checkpoint that the model has; others it does not read."""
+        headers = self.checkpoint.headers
+        return frozenset(name for name in self._names if headers[name].dtype.is_floating_point)
+
+    def write(self, name: str, value: Tensor) -> None:
+        """Write a tensor of the checkpoint into the model, in the model's own dtype; one it lacks is not."""
+        if name not in self.held:
+            return
+        assert value.shape == self._view.headers[self._names[name]].shape, name
+        flat = value.reshape(-1)
+        for slot in self.slots(name):
+            if isinstance(slot.which, slice):
+                slot.tensor.detach().copy_(value)
+            else:
+                slot.tensor.detach().view(-1)[slot.places] = flat[slot.which].to(slot.tensor)
+
+    def slots(self, name: str, index: Int[Tensor, " entries"] | None = None) -> list[Slot]:
+        """Where entries of a stored tensor live in the running model.
+
+        Args:
+            name: one of `held`.
+            index: of the entries, flat; all of them where it is None.
+        """
+        other, source = self._names[name], self._view.source
+        if not isinstance(source, Reverted) or other not in source.made:
+            own = self._tensors[other]
+            whole = torch.arange(0) if index is None else index.to(own.device)
+            return [Slot(own, whole, slice(None))]
+        # transformers keeps it in another form: its entries, one by one, in their places.
+        parts, places = source.places(other)
+        order = places.flatten() if index is None else places.flatten()[index]
+        start, found = 0, []
+        for part in parts:
+            own = self._tensors[part]
+            which = ((order >= start) & (order < start + own.numel())).nonzero()[:, 0]
+            if len(which):
+                found.append(Slot(own, (order[which] - start).to(own.device), which))
+            start += own.numel()
+        return found
+
+    @cached_property
+    def _tensors(self) -> dict[str, Tensor]:
+        """The model's parameters and buffers by the names of its state dict, tied ones the same object."""
+        kept = {tensor.data_ptr(): tensor for tensor in (*self.model.buffers(), *self.model.parameters())}
+        return {name: kept.get(tensor.data_ptr(), tensor) for name, tensor in self._own.items()}
+
+
+def _merged(checkpoint: Checkpoint, model: Any) -> Any:
+    """A model without PEFT's layers, its adapter in the weights."""
+    if not (hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)):
+        return model
+    if not hasattr(model, "merge_and_unload"):
+        raise InputError(
+            f"{checkpoint.ref}: transformers holds the adapter, which is not merged; give its directory, or "
+            "a PeftModel"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return model.merge_and_unload()

@@ -1,0 +1,230 @@
+"""A pair as one running model at any place between its ends, each layer at a place of its own.
+
+θ(α) = (1 − α) base + α tuned; α = 0 and α = 1 are copied, never computed, so that the ends are the
+checkpoints bit for bit. What lies between is computed in float64 and rounded once, to the dtype of the
+running model: that should be float32, for in half precision a small step changes nothing.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor, nn
+
+from probes.checkpoints.blend import between
+from probes.models.body import blocks
+from probes.models.two_sided import TwoSidedModel
+
+# What stands behind the blocks though a module may name it before them.
+BEHIND = re.compile(r"final|project_out|norm_f\b|ln_f\b")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A transformer block, or what stands before or behind all blocks.
+
+    Attributes:
+        index: of the block from 0; −1 for what stands before them, the number of blocks for what is behind.
+        name: `embed`, `block 3`, `head`.
+        parameters: of the running model; one that several layers share belongs to the first alone.
+        tensors: as the checkpoint names them.
+    """
+
+    index: int
+    name: str
+    parameters: tuple[nn.Parameter, ...]
+    tensors: tuple[str, ...] = ()
+
+    @property
+    def weights(self) -> int:
+        """How many weights it has."""
+        return sum(parameter.numel() for parameter in self.parameters)
+
+
+def layers_of(model: nn.Module) -> list[Layer]:
+    """The layers of a running model, first to last; the embeddings and the head only if they have weights.
+
+    Raises:
+        InputError: no list of blocks is found.
+    """
+    inside = [list(block.parameters()) for block in blocks(model)]
+    taken: set[int] = set()
+
+    def own(parameters: list[nn.Parameter]) -> tuple[nn.Parameter, ...]:
+        found = {id(each): each for each in parameters if id(each) not in taken}
+        taken.update(found)
+        return tuple(found.values())
+
+    first = {id(each) for parameters in inside for each in parameters}
+    embeddings = {id(each) for each in _parameters(model, "get_input_embeddings")}
+    outputs = {id(each) for each in _parameters(model, "get_output_embeddings")} - embeddings
+    before: list[nn.Parameter] = []
+    behind: list[nn.Parameter] = []
+    passed = False
+    for name, parameter in model.named_parameters():
+        if id(parameter) in first:
+            passed = True
+            continue
+        late = id(parameter) in outputs or passed or BEHIND.search(name)
+        (behind if late and id(parameter) not in embeddings else before).append(parameter)
+    found = [Layer(-1, "embed", own(before))]
+    found += [Layer(index, f"block {index}", own(each)) for index, each in enumerate(inside)]
+    found.append(Layer(len(inside), "head", own(behind)))
+    return [layer for layer in found if layer.parameters or 0 <= layer.index < len(inside)]
+
+
+def _parameters(model: nn.Module, getter: str) -> list[nn.Parameter]:
+    try:
+        module = getattr(model, getter)()
+    except (AttributeError, NotImplementedError):
+        return []
+    return list(module.parameters()) if isinstance(module, nn.Module) else []
+
+
+class InterpolatedModel:
+    """A host led along the path; it stands at tuned, and the host is to be left as tuned when done.
+
+    Attributes:
+        host: the running model; its `restore` undoes whatever is done here.
+        pinned: tensors that base lacks, and that are tuned's everywhere.
+    """
+
+    def __init__(self, host: TwoSidedModel):
+        self.host = host
+        self.pinned = tuple(name for name in host.headers if name not in host.twins)
+        self._layers: list[Layer] | None = None
+        self._places: dict[str, float] = {}
+        self._ends: dict[str, Tensor] = {}
+
+    @property
+    def model(self) -> Any:
+        """The torch model."""
+        return self.host.model
+
+    @property
+    def layers(self) -> list[Layer]:
+        """Its layers with the tensors of the checkpoint that lie in them.
+
+        Raises:
+            InputError: no list of blocks is found.
+        """
+        if self._layers is None:
+            found = layers_of(self.model)
+            owner = {id(each): place for place, layer in enumerate(found) for each in layer.parameters}
+            names: list[list[str]] = [[] for _ in found]
+            for name in self.host.headers:
+                places = [
+                    owner[id(slot.tensor)]
+                    for slot in self.host.editable.slots(name)
+                    if id(slot.tensor) in owner
+                ]
+                if places:
+                    names[min(places)].append(name)
+            self._layers = [
+                Layer(layer.index, layer.name, layer.parameters, tuple(own))
+                for layer, own in zip(found, names, strict=True)
+            ]
+        return self._layers
+
+    def ends(self, name: str) -> tuple[Shaped[Tensor, "..."], Shaped[Tensor, "..."]]:
+        """A tensor of base and of tuned, as wide as both need and at least float32; not to be written to."""
+        return _widened(*self._stored(name))
+
+    def _stored(self, name: str) -> tuple[Tensor, Tensor]:
+        base, tuned = self.host.read(name, "base"), self._ends.get(name)
+        return base, self.host.read(name, "tuned") if tuned is None else tuned
+
+    def displacement(self, layer: Layer) -> tuple[float, float]:
+        """Frobenius norms of tuned − base and of base over the tensors of a layer."""
+        squares = [0.0, 0.0]
+        for name in layer.tensors:
+            if name in self.host.twins:
+                base, tuned = (end.double() for end in self.ends(name))
+                squares[0] += float((tuned - base).square().sum())
+                squares[1] += float(base.square().sum())
+        return math.sqrt(squares[0]), math.sqrt(squares[1])
+
+    def place(self, alpha: float, layers: Mapping[int, float] | None = None) -> None:
+        """Put the model at α, and layers at places of their own; only what moves is written.
+
+        Args:
+            layers: α by the index of a layer.
+        """
+        chosen = {}
+        if layers:
+            for layer in self.layers:
+                if layer.index in layers:
+                    chosen.update(dict.fromkeys(layer.tensors, layers[layer.index]))
+        for name in self.host.headers:
+            wanted = float(chosen.get(name, alpha))
+            if name not in self.host.twins or self._places.get(name, 1.0) == wanted:
+                continue
+            self._put(name, wanted)
+            self._places[name] = wanted
+
+    def between(self, name: str, alpha: float) -> Shaped[Tensor, "..."]:
+        """A tensor at α; the ends as they are."""
+        return _between(*self._stored(name), alpha)
+
+    @contextmanager
+    def changed(self, layer: Layer, change: Callable[[str, Tensor], Tensor]) -> Iterator[Any]:
+        """The model with the tensors of a layer changed from where they stand; afterwards they stand there.
+
+        Args:
+            change: from a tensor's name and its value, which it must not write to, to its new value.
+        """
+        names = [name for name in layer.tensors if name in self.host.twins]
+        try:
+            for name in names:
+                self._write(name, change(name, self.between(name, self._places.get(name, 1.0))))
+            yield self.model
+        finally:
+            for name in names:
+                self._put(name, self._places.get(name, 1.0))
+
+    @contextmanager
+    def other_end(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """The path to another tuned end: these tensors in place of tuned's own."""
+        before = {name: self._places.pop(name, 1.0) for name in tensors}
+        try:
+            self._ends = dict(tensors)
+            self._rewrite(before)
+            yield
+        finally:
+            places = {name: self._places.get(name, 1.0) for name in tensors}
+            self._ends = {}
+            self._rewrite(places)
+
+    def _rewrite(self, places: Mapping[str, float]) -> None:
+        for name, alpha in places.items():
+            self._put(name, alpha)
+            self._places[name] = alpha
+
+    def _put(self, name: str, alpha: float) -> None:
+        """Write a tensor at α; on a GPU the ends are copied there as they are stored, and blended there."""
+        [slot, *more] = self.host.editable.slots(name)
+        whole = not more and isinstance(slot.which, slice)
+        base, tuned = (end.to(slot.tensor.device) if whole else end for end in self._stored(name))
+        self._write(name, _between(base, tuned, alpha))
+
+    def _write(self, name: str, value: Tensor) -> None:
+        self.host.changed([name])
+        self.host.editable.write(name, value)
+
+
+def _widened(base: Tensor, tuned: Tensor) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(torch.promote_types(base.dtype, tuned.dtype), torch.float32)
+    return base.to(wide), tuned.to(wide)
+
+
+def _between(base: Tensor, tuned: Tensor, alpha: float) -> Tensor:
+    """As `InterpolatedModel.between`, of two tensors of one device."""
+    base, tuned = _widened(base, tuned)
+    if alpha in (0.0, 1.0):
+        return tuned if alpha else base
+    return between(base, tuned, alpha)[0]

@@ -1,0 +1,385 @@
+"""Loading checkpoints as torch models of transformers, with or without adapters.
+
+From the files that `probes.checkpoints` opens, never from elsewhere; what is in memory is shared, not copied.
+"""
+
+import copy
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from probes.adapters.adapter import Adapter
+from probes.checkpoints.checkpoint import Checkpoint
+from probes.errors import InputError
+from probes.files.layout import Header
+from probes.files.locate import MODEL_FILES
+from probes.models.body import shadow, unwrapped
+
+Kind = Literal["causal", "classifier", "masked"]
+
+AUTO: dict[Kind, str] = {
+    "causal": "AutoModelForCausalLM",
+    "classifier": "AutoModelForSequenceClassification",
+    "masked": "AutoModelForMaskedLM",
+}
+# How the names of transformers' classes end, and PEFT's names for tasks.
+KINDS: dict[str, Kind] = {
+    "ForSequenceClassification": "classifier",
+    "ForMaskedLM": "masked",
+    "ForPreTraining": "masked",
+    "ForCausalLM": "causal",
+    "LMHeadModel": "causal",
+    "LMHeadCustomModel": "causal",
+    "ForConditionalGeneration": "causal",
+}
+TASKS: dict[str, Kind] = {"SEQ_CLS": "classifier", "CAUSAL_LM": "causal"}
+HEADS = "a causal language model, a masked one or a sequence classifier"
+# Their first positions are taken by padding, which leaves fewer for tokens.
+PADDED_POSITIONS = {
+    "camembert", "data2vec-text", "ibert", "longformer", "luke", "mpnet", "roberta", "roberta-prelayernorm",
+    "xlm-roberta", "xlm-roberta-xl", "xmod",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runnable:
+    """A model that runs.
+
+    Attributes:
+        ref: what it was opened by.
+        model: the torch model, in evaluation mode.
+        kind: what its head predicts: the next token, masked tokens, or a class.
+        context: most tokens that it takes; None where its positions do not end.
+        labels: the names of a classifier's classes in order; () for language models.
+        untrained: weights of the head that no file holds, and that are therefore random: of a base without
+            the classification head that an adapter brings.
+        places: directories that may hold its tokenizer.
+    """
+
+    ref: str
+    model: Any
+    kind: Kind
+    context: int | None
+    labels: tuple[str, ...]
+    untrained: tuple[str, ...] = ()
+    places: tuple[Path, ...] = ()
+    trust_remote_code: bool = False
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Its tokenizer.
+
+        Raises:
+            InputError: none lies beside the weights.
+        """
+        return tokenizer_of(self.ref, self.places, trust_remote_code=self.trust_remote_code)
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Where and how models are loaded."""
+
+    device: torch.device | None
+    dtype: torch.dtype | None
+    device_map: Any
+    trust_remote_code: bool
+
+    def model(self, checkpoint: Checkpoint, kind: Kind) -> Runnable:
+        """A checkpoint as a model."""
+        memory = memory_of(checkpoint)
+        untrained: tuple[str, ...] = ()
+        # What has no trained weights is random, and the same each time.
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(0)
+            if memory is not None:
+                model = self._moved(checkpoint.ref, memory)
+            elif checkpoint.base is None:
+                model = self._read(checkpoint, kind)
+            else:
+                model, untrained = self._adapted(checkpoint, kind)
+        config = unwrapped(model).config
+        return Runnable(
+            ref=checkpoint.ref,
+            model=model.eval(),
+            kind=kind,
+            context=context_of(config),
+            labels=labels_of(config) if kind == "classifier" else (),
+            untrained=untrained,
+            places=places_of(checkpoint),
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    def config(self, checkpoint: Checkpoint, *, brought: Mapping[str, Header] | None = None) -> Any:
+        """A checkpoint's configuration as transformers', with the defaults of its class filled in.
+
+        Args:
+            brought: what an adapter puts in; a head that the base lacks tells the number of classes.
+        """
+        import transformers
+
+        # An infinity is written as an object, because JSON has no such number.
+        held = json.loads(json.dumps(dict(checkpoint.config)), object_hook=_number)
+        memory = memory_of(checkpoint)
+        if memory is not None:
+            return unwrapped(memory).config
+        brought = brought_by(checkpoint) if brought is None else brought
+        inside = (checkpoint.base or checkpoint).headers
+        heads = [header.shape[0] for name, header in brought.items() if name not in inside]
+        if not held.get("model_type"):
+            raise InputError(
+                f"{checkpoint.ref}: no config.json says what model this is; put it beside the weights"
+            )
+        more = {"num_labels": min(heads)} if heads else {}
+        if held["model_type"] in transformers.CONFIG_MAPPING:
+            with _silence():
+                return transformers.CONFIG_MAPPING[held["model_type"]].from_dict(held, **more)
+        if not self.trust_remote_code or "auto_map" not in held:
+            reason = (
+                "brings code of its own, which is run only if asked for; trust it with --trust-remote-code"
+                if "auto_map" in held
+                else "transformers does not know it; is it too old?"
+            )
+            raise InputError(f"{checkpoint.ref}: {held['model_type']}: {reason}")
+        return transformers.AutoConfig.from_pretrained(
+            **_repository(checkpoint.base or checkpoint), trust_remote_code=True, **more
+        )
+
+    def _moved(self, ref: str, memory: Any) -> Any:
+        """A model in memory: a copy that shares the weights, or where they must be others, one of its own."""
+        if self.device_map is not None:
+            raise InputError(f"{ref}: lies in memory already; spread it with device_map when it is loaded")
+        stored = next(memory.parameters())
+        if self.dtype not in (None, stored.dtype):
+            raise InputError(f"{ref}: lies in memory as {stored.dtype}; load it as {self.dtype}")
+        if self.device in (None, stored.device):
+            return shadow(memory)
+        return copy.deepcopy(memory).to(self.device)
+
+    def _read(self, checkpoint: Checkpoint, kind: Kind, brought: Mapping[str, Header] | None = None) -> Any:
+        """A full checkpoint from its files; `brought` are the tensors that an adapter puts in."""
+        import transformers
+
+        ref = checkpoint.ref
+        config = self.config(checkpoint, brought=brought)
+        if config.is_encoder_decoder:
+            raise InputError(f"{ref}: has an encoder and a decoder; only {HEADS} is run")
+        auto = getattr(transformers, AUTO[kind])
+        own_code = type(config) not in auto._model_mapping
+        if own_code and not self.trust_remote_code:
+            raise InputError(f"{ref}: transformers has no {kind} model for {config.model_type}")
+        options: dict[str, Any] = {
+            "config": config,
+            "dtype": self.dtype or "auto",
+            "device_map": self.device_map,
+            "output_loading_info": True,
+        }
+        try:
+            with _silence():
+                if own_code:
+                    model, info = auto.from_pretrained(
+                        **_repository(checkpoint), trust_remote_code=True, **options
+                    )
+                elif _standard(checkpoint):
+                    model, info = auto.from_pretrained(checkpoint.directory, **options)
+                else:
+                    options["dtype"] = self.dtype or getattr(torch, checkpoint.dtype)
+                    tensors = {name: checkpoint.tensor(name) for name in checkpoint.headers}
+                    model_class = auto._model_mapping[type(config)]
+                    model_class = model_class[0] if isinstance(model_class, tuple) else model_class
+                    model, info = model_class.from_pretrained(None, state_dict=tensors, **options)
+        except (OSError, RuntimeError, ValueError, KeyError, ImportError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise InputError(f"{ref}: does not load as a model ({type(error).__name__}: {reason})") from error
+        missing = sorted(set(info["missing_keys"]) - set(brought or {}))
+        if missing:
+            more = f" and {len(missing) - 1} more" if missing[1:] else ""
+            raise InputError(
+                f"{ref}: has no {missing[0]}{more}, which a {kind} model needs; its config.json says "
+                f"{checkpoint.architecture}"
+            )
+        return model if self.device_map is not None else model.to(self.device or "cpu")
+
+    def _adapted(self, checkpoint: Checkpoint, kind: Kind) -> tuple[Any, tuple[str, ...]]:
+        """An adapter on its base, and what of the base's head is random."""
+        base = checkpoint.base
+        assert base is not None
+        brought = brought_by(checkpoint)
+        memory = memory_of(base)
+        model = self._read(base, kind, brought) if memory is None else self._moved(base.ref, memory)
+        rows = [
+            checkpoint.headers[matrix.tensor].shape[0]
+            for matrix in base.matrices.values()
+            if matrix.component == "embed" and matrix.tensor in checkpoint.headers
+        ]
+        if rows and rows[0] != model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(rows[0], mean_resizing=False)
+        untrained = tuple(sorted(name for name in brought if name not in base.headers))
+        return inject(model, checkpoint), untrained
+
+
+def kind_of(checkpoint: Checkpoint) -> Kind:
+    """What a checkpoint's head predicts, by its configuration.
+
+    Raises:
+        InputError: none of those that run.
+    """
+    task = getattr(checkpoint.source, "config", {}).get("task_type") if checkpoint.base else None
+    if task in TASKS:
+        return TASKS[task]
+    if task not in (None, "FEATURE_EXTRACTION"):
+        raise InputError(f"{checkpoint.ref}: is an adapter for {task}; only {HEADS} is run")
+    classes = checkpoint.config.get("architectures") or []
+    for ending, kind in KINDS.items():
+        if any(str(name).endswith(ending) for name in classes):
+            return kind
+    what = ", ".join(map(str, classes)) or "without a config.json that names its architecture"
+    raise InputError(f"{checkpoint.ref}: is {what}; only {HEADS} is run")
+
+
+def context_of(config: Any) -> int | None:
+    """Most tokens that a model takes; None where its positions do not end."""
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"):
+        length = getattr(text, name, None)
+        if isinstance(length, int) and length > 0:
+            return length - (text.pad_token_id + 1 if text.model_type in PADDED_POSITIONS else 0)
+    return None
+
+
+def labels_of(config: Any) -> tuple[str, ...]:
+    """A classifier's classes in order."""
+    return tuple(str(config.id2label[index]) for index in range(config.num_labels))
+
+
+def tokenizer_of(ref: str, places: tuple[Path, ...], *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in the first of some directories that has one.
+
+    Raises:
+        InputError: none has, or it cannot be read.
+    """
+    import transformers
+
+    held = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
+    place = next((place for place in places if any((place / name).is_file() for name in held)), None)
+    if place is None:
+        raise InputError(f"{ref}: no tokenizer lies beside its weights ({', '.join(held)}); save it there")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+    except (OSError, RuntimeError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"{place}: its tokenizer cannot be read ({type(error).__name__}: {reason})"
+        ) from error
+
+
+def memory_of(checkpoint: Checkpoint) -> Any:
+    """The model in memory that a checkpoint was opened from; None of what lies in files.
+
+    Raises:
+        InputError: it is not one of transformers or PEFT.
+    """
+    module = checkpoint.module
+    if module is None:
+        return None
+    libraries = {kind.__module__.partition(".")[0] for kind in type(unwrapped(module)).__mro__}
+    if "transformers" not in libraries or "transformer_lens" in libraries:
+        raise InputError(
+            f"{checkpoint.ref}: is not run; give the path that it was loaded from, a transformers model or a "
+            "PeftModel"
+        )
+    return module
+
+
+def places_of(checkpoint: Checkpoint) -> tuple[Path, ...]:
+    """Directories that may hold its tokenizer: an adapter's own, then its base's."""
+    sides = (checkpoint, checkpoint.base)
+    return tuple(side.directory for side in sides if side is not None and side.directory is not None)
+
+
+def _standard(checkpoint: Checkpoint) -> bool:
+    """Whether transformers finds the same weights in the directory as we do."""
+    directory, path = checkpoint.directory, Path(checkpoint.ref)
+    if directory is None or (path.is_file() and path.name not in MODEL_FILES):
+        return False
+    return any((directory / name).is_file() for name in MODEL_FILES)
+
+
+def _repository(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Where code is found that comes with a checkpoint: its directory, or the hub, which has it besides."""
+    if Path(checkpoint.ref).exists():
+        return {"pretrained_model_name_or_path": checkpoint.directory}
+    name, _, revision = checkpoint.ref.partition("@")
+    return {"pretrained_model_name_or_path": name, "revision": revision or "main"}
+
+
+def brought_by(checkpoint: Checkpoint) -> dict[str, Header]:
+    """The tensors that an adapter puts in place of its base's, or beside them; none of a full checkpoint."""
+    if not isinstance(checkpoint.source, Adapter):
+        return {}
+    return {name: checkpoint.headers[name] for name in checkpoint.source.targets.replaced}
+
+
+def inject(model: Any, checkpoint: Checkpoint, *, name: str = "tuned") -> Any:
+    """Put an adapter from its files into its base, which changes in place."""
+    import peft
+
+    assert checkpoint.directory is not None
+    where, device = str(checkpoint.directory), str(next(model.parameters()).device)
+    try:
+        with _silence(), warnings.catch_warnings():
+            # What is deprecated between these two libraries is not for the person who runs us.
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            if isinstance(model, peft.PeftModel):
+                model.load_adapter(where, name, torch_device=device)
+                return model
+            return peft.PeftModel.from_pretrained(model, where, adapter_name=name, torch_device=device)
+    except (OSError, RuntimeError, ValueError, KeyError, UserWarning) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"{checkpoint.ref}: the adapter does not load ({reason})") from error
+
+
+def _number(value: dict[str, Any]) -> Any:
+    """The number that transformers writes as {"__float__": "Infinity"}; another object is itself."""
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Without transformers' progress bars and reports; what is missing is said in our own words."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def device_of(device: str | torch.device | None) -> torch.device | None:
+    """A device by name; "auto" is a GPU if there is one."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return None if device is None else torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"{device!r} is no device; give auto, cpu or cuda:N") from error
+
+
+def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A dtype by name."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not isinstance(found, torch.dtype):
+        raise InputError(f"{dtype!r} is no dtype; give float32, bfloat16 or float16")
+    return found

@@ -1,0 +1,216 @@
+"""Checkpoints as models that run: one by itself, or base and tuned in turns.
+
+Of a pair whose tuned side is an adapter on its base one copy is resident, with the adapter switched on and
+off; of another pair one side at a time.
+"""
+
+import gc
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from probes.adapters.adapter import Adapter
+from probes.checkpoints.checkpoint import Checkpoint
+from probes.checkpoints.opening import open_checkpoint
+from probes.checkpoints.pair import CheckpointPair, Side
+from probes.models.loading import (
+    Kind,
+    Loading,
+    Runnable,
+    brought_by,
+    context_of,
+    device_of,
+    dtype_of,
+    inject,
+    kind_of,
+    labels_of,
+    places_of,
+    tokenizer_of,
+)
+
+
+def open_model(
+    ref: Any,
+    *,
+    base: Any = None,
+    kind: Kind | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> Runnable:
+    """Load what a reference names as a model that runs.
+
+    Args:
+        ref: what `open_checkpoint` takes; of models in memory those of transformers, and PeftModels.
+        base: what an adapter is applied to; without it, what the adapter's configuration names.
+        kind: what its head predicts; without it, what the configuration says.
+        device: "auto" takes a GPU if there is one; None the CPU, or where a model in memory lies.
+        dtype: such as "bfloat16"; None as stored.
+        device_map: accelerate's, in place of `device`, for a model larger than one GPU: "auto" spreads it.
+        trust_remote_code: run code that a repository brings.
+
+    Raises:
+        InputError: it is no checkpoint, it has no such head or not all of its weights, it needs its own code.
+    """
+    checkpoint = open_checkpoint(ref, base=base)
+    loading = Loading(device_of(device), dtype_of(dtype), device_map, trust_remote_code)
+    return loading.model(checkpoint, kind or kind_of(checkpoint))
+
+
+class RunnablePair:
+    """Base and tuned as models that run, in turns.
+
+    Attributes:
+        pair: the checkpoints.
+        shared: one resident model serves as both, with the adapter off or on.
+        base_kind, kind: what the heads of base and tuned predict.
+        loading: where and how they are loaded.
+    """
+
+    def __init__(
+        self,
+        pair: CheckpointPair,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        device_map: str | dict[str, Any] | None = None,
+        trust_remote_code: bool = False,
+    ):
+        """Plan how to run a pair; weights are loaded when a side is entered for the first time.
+
+        Raises:
+            InputError: a side is of no kind that runs.
+        """
+        self.pair = pair
+        self.kind = kind_of(pair.tuned)
+        self.shared = _switchable(pair)
+        self.base_kind = self.kind if self.shared else kind_of(pair.base)
+        self.loading = Loading(device_of(device), dtype_of(dtype), device_map, trust_remote_code)
+        self._resident: tuple[Side, Runnable] | None = None
+        self._inside: Side | None = None
+        # Of two adapters on one base; a single one is on or off, whatever it is called.
+        self._names = ("base", "tuned") if self.shared and pair.base.base is not None else ()
+
+    def __enter__(self) -> "RunnablePair":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @contextmanager
+    def base(self) -> Iterator[Any]:
+        """The base's torch model, in evaluation mode."""
+        with self._side("base") as model:
+            yield model
+
+    @contextmanager
+    def tuned(self) -> Iterator[Any]:
+        """The tuned torch model, in evaluation mode."""
+        with self._side("tuned") as model:
+            yield model
+
+    def close(self) -> None:
+        """Free the resident model."""
+        self._resident = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tuned side's tokenizer: its own, or the base's where an adapter brings none."""
+        return self._tokenizer(self.pair.tuned)
+
+    @cached_property
+    def base_tokenizer(self) -> Any:
+        """The base's tokenizer."""
+        return self._tokenizer(self.pair.base)
+
+    @cached_property
+    def context(self) -> int | None:
+        """Most tokens that both sides take; None where neither ends."""
+        sides = (self.pair.base, self.pair.tuned)
+        lengths = [context_of(self.loading.config(side)) for side in sides]
+        return min((length for length in lengths if length is not None), default=None)
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """The names of the tuned classifier's classes in order; () for language models."""
+        if self.kind != "classifier":
+            return ()
+        return labels_of(self.loading.config(self.pair.tuned))
+
+    def _tokenizer(self, checkpoint: Checkpoint) -> Any:
+        places, trust = places_of(checkpoint), self.loading.trust_remote_code
+        return tokenizer_of(checkpoint.ref, places, trust_remote_code=trust)
+
+    @contextmanager
+    def _side(self, side: Side) -> Iterator[Any]:
+        if self._inside is not None:
+            raise RuntimeError(f"{self._inside} is in use, and the two take turns; leave its block first")
+        self._inside = side
+        try:
+            model = self._runnable(side).model
+            trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+            with ExitStack() as stack:
+                stack.callback(lambda: [p.requires_grad_(flag) for p, flag in trainable.items()])
+                if self.shared:
+                    _switch(model, side, self._names, stack)
+                yield model.eval()
+                model.eval()
+        finally:
+            self._inside = None
+
+    def _runnable(self, side: Side) -> Runnable:
+        if self._resident is not None and (self.shared or self._resident[0] == side):
+            return self._resident[1]
+        self.close()  # the other side, before this one needs the room
+        checkpoint = self.pair.tuned if side == "tuned" or self.shared else self.pair.base
+        runnable = self.loading.model(checkpoint, self.kind if side == "tuned" else self.base_kind)
+        if self.shared and self.pair.base.base is not None:
+            inject(runnable.model, self.pair.base, name="base")
+        self._resident = side, runnable
+        return runnable
+
+
+def _switchable(pair: CheckpointPair) -> bool:
+    """Whether switching adapters off and on gives both sides to the bit."""
+    if pair._child:
+        return pair.base.base is None and _switched(pair.tuned)
+    sides = [side for side in (pair.base, pair.tuned) if side.base is not None]
+    return pair._sibling and all(side.module is None and _switched(side) for side in sides)
+
+
+def _switched(checkpoint: Checkpoint) -> bool:
+    """Whether all that an adapter changes is undone when PEFT switches it off."""
+    source, base = checkpoint.source, checkpoint.base
+    assert isinstance(source, Adapter)
+    assert base is not None
+    # Biases are trained in place, and a vocabulary is resized in place; modules_to_save are copies.
+    if source.config.get("bias", "none") != "none":
+        return False
+    copies = source.config.get("modules_to_save") or ()
+    for name, header in brought_by(checkpoint).items():
+        own = base.headers.get(name)
+        if own is not None and own.shape != header.shape:
+            return False
+        if any(part in copies for part in name.split(".")):
+            continue
+        if own is None or not torch.equal(base.tensor(name), source.stored(name)):
+            return False
+    return True
+
+
+def _switch(model: Any, side: Side, names: Collection[str], stack: ExitStack) -> None:
+    """Switch a model to a side; the stack switches it back."""
+    if side in names:
+        model.set_adapter(side)
+    elif side == "base" and hasattr(model, "disable_adapter"):
+        stack.enter_context(model.disable_adapter())
+    elif side == "base":  # transformers' own way of holding an adapter
+        stack.callback(model.enable_adapters)
+        model.disable_adapters()

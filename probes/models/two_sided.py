@@ -1,0 +1,203 @@
+"""One model in memory that is base, tuned, or anything between by selection, entry by entry.
+
+What evaluates a model under a mask needs no second copy of it: entries are zeroed, or given the other side's
+values, in place, and read again from the checkpoints when they are to be as they were. Nothing is computed
+from the values, so that what is put back is the same to the bit.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int, Shaped
+from torch import Tensor
+
+from probes.checkpoints.blend import Blender
+from probes.checkpoints.pair import CheckpointPair, Side
+from probes.checkpoints.prune import Cut, Order, Scope, magnitude_order
+from probes.errors import UnknownNameError
+from probes.files.layout import Header, Part
+from probes.models.editable import Editable, Slot
+
+# Integers as wide as a float.
+CODES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class TwoSidedModel:
+    """A pair as one running model, under the names of tuned's file; a context manager, tuned at both ends.
+
+    Its own copy: a model that lies in memory is never written to. A tensor that several names share is one
+    tensor, under the name that the checkpoint gives it.
+
+    Attributes:
+        pair: the checkpoints.
+        editable: the model with its tokenizer, kind, context and labels.
+        side: which checkpoint it is at rest.
+    """
+
+    def __init__(
+        self,
+        pair: CheckpointPair,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        trust_remote_code: bool = False,
+    ):
+        """Load tuned.
+
+        Args:
+            device, dtype: of the model. Without a dtype it is the one that holds both sides exactly.
+            trust_remote_code: run code that a repository brings.
+
+        Raises:
+            InputError: tuned does not run, or its adapter cannot be merged.
+        """
+        if dtype is None and pair.base.dtype != pair.tuned.dtype:
+            dtype = torch.promote_types(getattr(torch, pair.base.dtype), getattr(torch, pair.tuned.dtype))
+        self.pair = pair
+        self.editable = Editable(pair.tuned, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        self.side: Side = "tuned"
+        self._blender = Blender(pair)
+        self._changed: set[str] = set()
+
+    def __enter__(self) -> "TwoSidedModel":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.become("tuned")
+
+    @property
+    def model(self) -> Any:
+        """The torch model, in evaluation mode."""
+        return self.editable.model
+
+    @cached_property
+    def headers(self) -> Mapping[str, Header]:
+        """Every floating tensor of tuned that the model has."""
+        headers = self.pair.tuned.headers
+        return {name: headers[name] for name in headers if name in self.editable.held}
+
+    @cached_property
+    def twins(self) -> frozenset[str]:
+        """Those that base has too, all or some of their entries; the others are tuned's on either side."""
+        return frozenset(
+            name for name, header in self.headers.items() if self._blender.has_base(name, header.shape)
+        )
+
+    def read(self, name: str, side: Side = "tuned") -> Shaped[Tensor, "..."]:
+        """A tensor as a side's file has it, on the CPU, not to be written to.
+
+        An adapter's merged weights are rounded once, to the dtype of its base's file; what base lacks is
+        tuned's.
+
+        Raises:
+            UnknownNameError: the model has no such tensor.
+        """
+        if name not in self.headers:
+            raise UnknownNameError(f"{self.pair.tuned.ref}: has no tensor {name!r} that the model runs with")
+        stored = self.pair.tuned.tensor(name).to(self.headers[name].dtype)
+        if side == "tuned":
+            return stored
+        base = self._blender.base_of(name, stored)
+        return stored if base is None else base
+
+    def become(self, side: Side) -> None:
+        """Be a side in every tensor."""
+        if side != self.side:
+            self._changed = set(self.twins) | self._changed
+            self.side = side
+        self.restore()
+
+    def changed(self, names: Collection[str] | None = None) -> None:
+        """Note that tensors were changed by other means, such as training; all unless some are named."""
+        self._changed.update(self.headers if names is None else names)
+
+    def restore(self, names: Collection[str] | None = None) -> None:
+        """Put tensors back to what the present side has; all that were changed unless some are named."""
+        for name in sorted(self._changed if names is None else self._changed.intersection(names)):
+            self.editable.write(name, self.read(name, self.side))
+            self._changed.discard(name)
+
+    def value(self, name: str) -> Shaped[Tensor, "..."]:
+        """A tensor as the present side has it, not to be written to; the running one where it serves."""
+        live = self._live(name)
+        return self.read(name, self.side) if live is None or name in self._changed else live
+
+    def magnitudes(self, scope: Scope = "global", parts: tuple[Part, ...] = ("block",)) -> Order:
+        """The weights of the present side from the least to the largest magnitude."""
+        return magnitude_order(self.pair.tuned, scope, parts, read=self.value)
+
+    def prune(self, order: Order, cut: Cut, *, rising: bool = False) -> None:
+        """Set to zero what a cut takes.
+
+        Args:
+            rising: the order is of `magnitudes`, and what is zero by now was taken by a lower cut of it: then
+                the running weights themselves tell what else falls, and no file is read.
+        """
+        for name in order.shapes:
+            live = self._live(name) if rising and not cut.divides_ties(name) else None
+            if live is None:
+                # What a lower cut took counts here with the magnitude that it had.
+                keys = self.read(name, self.side) if rising else order.read(name)
+                self.zero(name, cut.pruned(name, keys))
+            else:
+                self.zero(name, cut.pruned(name, live))
+
+    def _live(self, name: str) -> Tensor | None:
+        """The running tensor, if it is stored as it runs and no narrower; else None."""
+        (slot, *more) = self.editable.slots(name)
+        if more or not isinstance(slot.which, slice):
+            return None
+        dtype = self._blender.dtypes.get(name, self.headers[name].dtype)
+        return (
+            slot.tensor.detach()
+            if torch.promote_types(dtype, slot.tensor.dtype) == slot.tensor.dtype
+            else None
+        )
+
+    def zero(self, name: str, where: Bool[Tensor, "..."]) -> None:
+        """Set entries of a tensor to zero.
+
+        Args:
+            where: in the stored shape.
+        """
+        self._changed.add(name)
+        for slot in self.editable.slots(name):
+            tensor = slot.tensor.detach()
+            if isinstance(slot.which, slice):
+                # Bit patterns times 0 or 1: several times as fast as filling, and what stays is untouched.
+                tensor.view(CODES[tensor.itemsize]).mul_(~where.to(tensor.device))
+            else:
+                tensor.view(-1)[slot.places[where.reshape(-1)[slot.which].to(slot.places.device)]] = 0
+
+    def write(self, name: str, index: Int[Tensor, " entries"], values: Shaped[Tensor, " entries"]) -> None:
+        """Give entries of a tensor other values.
+
+        Args:
+            index: flat, into the stored tensor.
+            values: as a side's file has them.
+        """
+        self._changed.add(name)
+        for slot in self.slots(name, index):
+            slot.tensor.detach().view(-1)[slot.places] = values[slot.which].to(slot.tensor)
+
+    def slots(self, name: str, index: Int[Tensor, " entries"]) -> list[Slot]:
+        """Where entries of a stored tensor live in the running model: for their gradients."""
+        return self.editable.slots(name, index)
+
+    @contextmanager
+    def selecting(self, index: Mapping[str, Int[Tensor, " entries"]], side: Side) -> Iterator[Any]:
+        """The model with some entries of another side; afterwards they are of the present one again.
+
+        Args:
+            index: flat indices of entries by tensor.
+            side: whose values they take.
+        """
+        try:
+            for name, entries in index.items():
+                self.write(name, entries, self.read(name, side).reshape(-1)[entries])
+            yield self.model
+        finally:
+            self.restore(index.keys())

@@ -1,0 +1,94 @@
+"""Which tensor of one checkpoint is which of another: names under wrappers, and what is left over."""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
+from itertools import product
+from typing import Literal
+
+from probes.files.layout import Header
+
+# What torch.compile, DDP, FSDP and PEFT put into the names of the modules that they wrap.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_OUTER = re.compile(r"^(?:module\.|base_model\.model\.(?=model\.|transformer\.|bert\.))+")
+
+
+def unwrapped(name: str) -> str:
+    """A name without what training wrappers add to it."""
+    return _OUTER.sub("", _WRAPPERS.sub("", name))
+
+
+def align(base: Mapping[str, Header], tuned: Mapping[str, Header]) -> tuple[dict[str, str], tuple[str, str]]:
+    """Tuned name of each base tensor that has one, and the prefixes that were taken off to find it.
+
+    Names match as they are, without wrappers, or after taking one prefix off a side, because a bare model
+    saves `layers.0…` where a model with a head saves `model.layers.0…`. A prefix is taken off only if more
+    tensors of equal shape then share their name than without it; if two prefixes do equally well (is it the
+    encoder or the decoder?), neither is.
+    """
+    best: dict[str, str] = {}
+    taken, score, tie = ("", ""), (0, 0), False
+    for prefixes in sorted(product(_prefixes(base), _prefixes(tuned)), key=lambda pair: sum(map(len, pair))):
+        left, right = _shortened(base, prefixes[0]), _shortened(tuned, prefixes[1])
+        if left is None or right is None:
+            continue
+        common = {name: right[short] for short, name in left.items() if short in right}
+        alike = sum(base[b].shape == tuned[t].shape for b, t in common.items())
+        if (alike, len(common)) > score:
+            best, taken, score, tie = common, prefixes, (alike, len(common)), False
+        elif (alike, len(common)) == score and any(taken) and common != best:
+            tie = True
+    return ({}, ("", "")) if tie else (best, taken)
+
+
+def _prefixes(names: Collection[str]) -> list[str]:
+    """What may stand before the stack of blocks: "", "model.", "model.language_model."."""
+    found = {""}
+    for name in names:
+        parts = unwrapped(name).split(".")
+        first = next((i for i, part in enumerate(parts) if part.isdigit()), 1)
+        # Not the name of the stack itself, which is the one before the number.
+        found.update(".".join(parts[:length]) + "." for length in range(1, min(first, 4)))
+    return sorted(found)
+
+
+def _shortened(names: Collection[str], prefix: str) -> dict[str, str] | None:
+    """Short name -> name; None if two names become one."""
+    short = {unwrapped(name).removeprefix(prefix): name for name in names}
+    return short if len(short) == len(names) else None
+
+
+def renamed(
+    missing: Mapping[str, Header],
+    extra: Mapping[str, Header],
+    head: Callable[[Literal["base", "tuned"], str], bytes],
+    same: Callable[[str, str], bool],
+) -> dict[str, str]:
+    """What tensors without a counterpart may have been renamed to: a hint for the reader, never acted upon.
+
+    Args:
+        missing, extra: tensors that only base, only tuned has.
+        head: the first bytes of a tensor of a side.
+        same: whether a missing and an extra tensor hold the same bytes.
+    """
+    wanted, offered = _by_kind(missing), _by_kind(extra)
+    hints = {}
+    for kind, names in wanted.items():
+        candidates = offered.get(kind, [])
+        heads = defaultdict(list)
+        for name in candidates:
+            heads[head("tuned", name)].append(name)
+        for name in names:
+            equal = [other for other in heads.get(head("base", name), []) if same(name, other)]
+            if len(equal) == 1:
+                hints[name] = f"renamed to {equal[0]}? it holds the same bytes"
+            elif len(candidates) == len(names) == 1:
+                hints[name] = f"renamed to {candidates[0]}? no other of this shape is new"
+    return hints
+
+
+def _by_kind(headers: Mapping[str, Header]) -> dict[tuple[object, ...], list[str]]:
+    kinds: dict[tuple[object, ...], list[str]] = defaultdict(list)
+    for header in headers.values():
+        kinds[header.shape, header.dtype].append(header.name)
+    return kinds

@@ -1,0 +1,381 @@
+"""Activations of a running model: residual stream, attention patterns, expert routes, one batch at a time.
+
+They are captured through TransformerLens' `TransformerBridge`, under its names, with only as much of the
+bridge in place as the names need: what is not asked for runs as transformers wrote it. The bridge is built
+into a copy that shares the model's weights, and held against the model's own logits before it is used. Where
+it has no adapter for an architecture, or gives other logits, plain hooks on the blocks give the residuals.
+"""
+
+import re
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from probes.checkpoints.checkpoint import nearest
+from probes.errors import InputError, UnknownNameError
+from probes.models.body import blocks, evaluating, inputs, run, shadow, unwrapped
+from probes.passes.scores import mean_over_tokens
+from probes.text.batches import Batch, halving
+
+NamesFilter: TypeAlias = str | Sequence[str] | Callable[[str], bool]
+Keep: TypeAlias = Callable[[str, Tensor, Batch], Any]
+
+# The residual stream before and after a block, and the bridge's other names for both.
+RESIDUALS = {"hook_resid_pre": 0, "hook_in": 0, "hook_resid_post": 1, "hook_out": 1}
+OUTSIDE = {"embed", "pos_embed", "token_type_embed", "embed_ln", "rotary_emb", "ln_final", "unembed"}
+# Largest deviation of logits that is taken for round-off, as a share of the largest logit: in float32, and in
+# half precision, where two ways of computing attention differ by more. Both are ours.
+ROUND_OFF, ROUND_OFF_HALF = 1e-4, 0.1
+
+
+class Capture:
+    """What is captured while a model runs.
+
+    Attributes:
+        route: "bridge" or "modules": how it is captured.
+        reason: why not through the bridge; None if it is.
+        names: what is captured, as the bridge calls it: `blocks.{layer}.hook_resid_post`.
+        model: what is hooked: a copy that shares the weights, or the model itself.
+    """
+
+    def __init__(
+        self,
+        route: Literal["bridge", "modules"],
+        model: nn.Module,
+        names: Sequence[str],
+        *,
+        keep: Keep | None,
+        reason: str | None = None,
+        still: Callable[[], bool] = lambda: True,
+    ):
+        self.route = route
+        self.model = model
+        self.names = tuple(names)
+        self.reason = reason
+        self._keep = keep
+        self._still = still
+        self._batch: Batch | None = None
+        self._found: dict[str, Any] = {}
+        self._fired: set[str] = set()
+
+    def activations(self, batch: Batch) -> dict[str, Any]:
+        """Run a batch, and give what `keep` makes of each activation by name; without it, the activations.
+
+        Residuals are (batch, length, width) and patterns (batch, head, query, key); padding is among them.
+        Expert routes are (batch, length, expert), where there is padding -1 as an index and 0 as a weight.
+
+        Raises:
+            UnknownNameError: a name that was asked for is not computed.
+            RuntimeError: an adapter was switched since `capture` was entered.
+        """
+        inside = all(_layer(name) >= 0 for name in self.names)
+        return self.measured(batch, run if inside else _whole)[1]
+
+    def measured(
+        self, batch: Batch, measure: Callable[[nn.Module, Batch], Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """What `measure(model, batch)` gives, and what is captured in the blocks meanwhile.
+
+        `token_scores` is such a measure: likelihoods and activations then come from one pass.
+        """
+        if not self._still():
+            raise RuntimeError("an adapter was switched on or off; enter capture inside of base() or tuned()")
+        self._batch, self._found = batch, {}
+        try:
+            result, found = measure(self.model, batch), self._found
+        finally:
+            self._batch, self._found = None, {}
+        missing = [name for name in self.names if name not in found]
+        if missing:
+            raise UnknownNameError(f"{type(unwrapped(self.model)).__name__}: {missing[0]} is not computed")
+        return result, {name: found[name] for name in self.names}
+
+    def stream(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, dict[str, Any]]]:
+        """Each batch with its activations; one that is too large for memory is halved."""
+        return halving(self.activations, batches)
+
+    def see(self, name: str, value: Any) -> None:
+        """Take an activation; called by the hooks."""
+        value = value[0] if isinstance(value, tuple) else value
+        if not isinstance(value, Tensor):
+            return
+        self._fired.add(name)
+        if self._batch is None:
+            return
+        value, shape = value.detach(), self._batch.ids.shape
+        if _inside(name) in RESIDUALS and value.shape[:2] != shape:
+            kind, sizes = type(unwrapped(self.model)).__name__, "x".join(map(str, value.shape))
+            raise InputError(f"{kind}: {name} is {sizes}, not {shape[0]} rows of {shape[1]} tokens")
+        value = _routed(name, value, self._batch)
+        self._found[name] = self._keep(name, value, self._batch) if self._keep else value
+
+    def silent(self) -> list[str]:
+        """Names that no hook has given so far, though the model ran."""
+        return [name for name in self.names if name not in self._fired]
+
+
+@contextmanager
+def capture(
+    model: nn.Module,
+    names_filter: NamesFilter,
+    *,
+    layers: Iterable[int] | None = None,
+    keep: Keep | None = None,
+) -> Iterator[Capture]:
+    """Capture activations of a transformers model or PeftModel, which stays bit for bit as it is.
+
+    Weights that are changed in place meanwhile are seen; an adapter is on or off as it was at the start.
+
+    Args:
+        names_filter: hook names of TransformerLens, `blocks.3.attn.hook_pattern`, or without the block for
+            all layers that have it: `hook_resid_pre`, `hook_resid_post`, `attn.hook_pattern`,
+            `mlp.hook_expert_indices`, `mlp.hook_expert_weights`; or a function, asked of every name.
+        layers: only these blocks, from 0.
+        keep: `keep(name, activation, batch)` is called as soon as an activation is there, and only what it
+            gives is kept; `pooled` is one. Without it all of a batch's activations are held at once.
+
+    Raises:
+        UnknownNameError: names or layers that this model does not have; the message tells the nearest.
+        InputError: neither the bridge nor plain hooks give what is asked for; the message says why.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        count = len(blocks(model))
+        chosen = list(range(count)) if layers is None else sorted(set(layers))
+        if any(layer not in range(count) for layer in chosen):
+            raise UnknownNameError(f"layers {chosen}: there are {count}, counted from 0")
+        try:
+            captured = _bridged(model, names_filter, chosen, keep)
+        except _NoBridgeError as error:
+            captured = _plain(model, names_filter, chosen, keep, stack, str(error))
+        yield captured
+
+
+def pooled(name: str, value: Tensor, batch: Batch) -> Tensor:
+    """For `keep`: the mean over a row's tokens of (batch, length, width), in float32 on the CPU."""
+    return mean_over_tokens(value, batch).cpu()
+
+
+# Names
+
+
+def expanded(
+    names_filter: NamesFilter, layers: Sequence[int], known: Collection[str], where: str
+) -> list[str]:
+    """The known names that a filter means, layer by layer.
+
+    Raises:
+        UnknownNameError: it means none, or names one that is not known.
+    """
+    chosen: list[str] = []
+    if callable(names_filter):
+        chosen = [name for name in known if names_filter(name)]
+    else:
+        for name in [names_filter] if isinstance(names_filter, str) else names_filter:
+            every = (f"blocks.{layer}.{name}" for layer in range(max(map(_layer, known)) + 1))
+            found = [name] if name in known else [each for each in every if each in known]
+            if not found:
+                raise UnknownNameError(f"{where}: has no {name}; {nearest(name, known)}")
+            chosen += found
+    inside = [name for name in dict.fromkeys(chosen) if _layer(name) in (-1, *layers)]
+    if not inside:
+        raise UnknownNameError(f"{where}: no name that is asked for is in the layers {list(layers)}")
+    return sorted(inside, key=_layer)
+
+
+def _parts(names: Iterable[str]) -> set[str] | None:
+    """The components inside of blocks that names need; None if they need the whole bridge."""
+    parts: set[str] = set()
+    for name in names:
+        inside = _inside(name)
+        part, dot, _ = inside.partition(".")
+        if inside in RESIDUALS:
+            continue
+        if not dot or part in OUTSIDE:  # an alias of a place inside, or no place in a block
+            return None
+        parts.add(part)
+    return parts
+
+
+def _inside(name: str) -> str:
+    """A name without its block."""
+    return re.sub(r"^blocks\.\d+\.", "", name)
+
+
+def _layer(name: str) -> int:
+    """The block that a name is in; -1 outside of the blocks."""
+    found = re.match(r"blocks\.(\d+)\.", name)
+    return int(found[1]) if found else -1
+
+
+# The bridge
+
+
+class _NoBridgeError(Exception):
+    """Why the bridge cannot be used; never leaves this module."""
+
+
+def _bridged(
+    model: nn.Module, names_filter: NamesFilter, layers: Sequence[int], keep: Keep | None
+) -> Capture:
+    """Capture through the bridge, built into a shadow of the model."""
+    where, asked = type(unwrapped(model)).__name__, callable(names_filter)
+    if callable(names_filter):  # of a whole bridge's names; only what it chose is then put in place
+        names_filter = expanded(names_filter, layers, _bridge(unwrapped(shadow(model)), None)[1], where)
+    given = [names_filter] if isinstance(names_filter, str) else list(names_filter)
+    hooked = shadow(model)
+    bridge, known = _bridge(unwrapped(hooked), _parts(given))
+    names = expanded(given, layers, known, where)
+    adapters = _adapters(model)
+    captured = Capture("bridge", hooked, names, keep=keep, still=lambda: _adapters(model) == adapters)
+    for name in names:
+        try:
+            bridge.add_hook(name, lambda value, hook, name=name: captured.see(name, value))
+        except ValueError as error:  # computed on request only
+            if not asked:
+                raise InputError(f"{where}: {name} is not captured ({error})") from error
+    _same_logits(model, hooked)
+    silent = captured.silent()
+    if asked:
+        captured.names = tuple(name for name in names if name not in silent)
+    elif silent:
+        raise _NoBridgeError(f"the bridge does not compute {silent[0]}")
+    return captured
+
+
+def _bridge(inner: Any, parts: set[str] | None) -> tuple[Any, list[str]]:
+    """A bridge put into a model, and the names of its hooks.
+
+    Args:
+        parts: put it around the blocks only, and around these components of them.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of aliases that lead to what is left out
+        from transformer_lens.model_bridge.generalized_components import MoEBridge
+        from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+        def prune(adapter: Any) -> None:
+            block = adapter.component_mapping["blocks"]
+            adapter.component_mapping = {"blocks": block}
+            for name in [name for name in block.submodules if name not in (parts or ())]:
+                del block.submodules[name]
+                block._modules.pop(name, None)
+            # What the bridge computes itself it computes from the weights of the base alone.
+            passed = [each for each in block.submodules.values() if not isinstance(each, MoEBridge)]
+            if _adapters(inner) and passed:
+                raise _NoBridgeError("the bridge would pass over the adapter; merge it into its base")
+
+        if parts is None and _adapters(inner):
+            raise _NoBridgeError("the bridge would pass over the adapter; merge it into its base")
+        attention = inner.config._attn_implementation
+        try:
+            bridge = build_bridge_from_module(
+                inner,
+                type(inner).__name__,
+                hf_config=inner.config,
+                post_adapter_hook=None if parts is None else prune,
+            )
+            # No other than eager gives the patterns; some adapters set it, whatever is asked for.
+            patterns = parts is None or parts - {"mlp"}
+            inner.set_attn_implementation("eager" if patterns else attention)
+            return bridge, list(bridge.hook_dict)
+        except _NoBridgeError:
+            raise
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise _NoBridgeError(f"the bridge does not take it ({reason})") from error
+
+
+def _same_logits(model: nn.Module, hooked: nn.Module) -> None:
+    """Hold the bridge against the model itself on a few tokens, the second row padded."""
+    vocabulary = unwrapped(model).get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(12).view(2, 6) * 7919 + 5) % vocabulary
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    probe = Batch(
+        ids=ids,
+        attention_mask=mask,
+        position_ids=torch.arange(6) * mask,
+        scored=torch.zeros_like(mask, dtype=torch.bool),
+        indices=torch.arange(2),
+    )
+    own, theirs = (_whole(each, probe).logits for each in (model, hooked))
+    if own.shape[:2] == mask.shape:
+        own, theirs = own[mask.bool().to(own.device)], theirs[mask.bool().to(theirs.device)]
+    limit = ROUND_OFF if own.dtype in (torch.float32, torch.float64) else ROUND_OFF_HALF
+    own, theirs = own.float(), theirs.float().to(own.device)
+    # A broken model's NaN and infinities are for those to find who read its activations.
+    size = float(own[own.isfinite()].abs().max()) if own.isfinite().any() else 0.0
+    if not torch.allclose(theirs, own, rtol=0, atol=limit * size, equal_nan=True):
+        far = float((theirs - own).abs().max())
+        raise _NoBridgeError(f"the bridge gives other logits, by up to {far:.2g}")
+
+
+def _whole(model: nn.Module, batch: Batch) -> Any:
+    """A whole forward pass, all logits among it."""
+    inner = unwrapped(model)
+    with torch.no_grad():
+        return inner(**inputs(inner, batch))
+
+
+def _adapters(model: nn.Module) -> list[Any]:
+    """Which adapters are on in each layer that has some."""
+    return [
+        (bool(getattr(module, "disable_adapters", False)), str(module.active_adapter))
+        for module in model.modules()
+        if hasattr(module, "base_layer") and hasattr(module, "active_adapter")
+    ]
+
+
+def _routed(name: str, value: Tensor, batch: Batch) -> Tensor:
+    """An activation with rows and positions apart, and no routes where there is padding."""
+    if ".mlp." not in name:
+        return value
+    mask = batch.attention_mask.to(value.device).bool()
+    if value.ndim == 2 and len(value) == mask.numel():  # experts get the tokens of all rows in one list
+        value = value.unflatten(0, mask.shape)
+    if name.endswith("hook_expert_indices"):
+        value = value.masked_fill(~mask[..., None], -1)
+    elif name.endswith("hook_expert_weights"):
+        value = value.masked_fill(~mask[..., None], 0)
+    return value
+
+
+# Plain hooks
+
+
+def _plain(
+    model: nn.Module,
+    names_filter: NamesFilter,
+    layers: Sequence[int],
+    keep: Keep | None,
+    stack: ExitStack,
+    reason: str,
+) -> Capture:
+    """Capture the residual stream with hooks on the model's own blocks."""
+    where, found = type(unwrapped(model)).__name__, blocks(model)
+    known = [f"blocks.{layer}.{name}" for layer in range(len(found)) for name in RESIDUALS]
+    try:
+        names = expanded(names_filter, layers, known, where)
+    except LookupError as error:
+        raise InputError(f"{where}: only the residual stream can be captured, as {reason}") from error
+    captured = Capture("modules", model, names, keep=keep, reason=reason)
+    for name in names:
+        hook = _residual(captured, name, RESIDUALS[_inside(name)])
+        stack.callback(found[_layer(name)].register_forward_hook(hook, with_kwargs=True).remove)
+    return captured
+
+
+def _residual(captured: Capture, name: str, after: int) -> Callable[..., None]:
+    """A hook that takes what goes into a block, or what comes out."""
+
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        given = args[0] if args else kwargs["hidden_states"]
+        out = output[0] if isinstance(output, tuple | list) else output
+        captured.see(name, out if after else given)
+
+    return hook

@@ -1,0 +1,351 @@
+"""Rows of text: JSONL and CSV files and dataset splits, checked field by field.
+
+A row has one of four shapes, told apart by its fields, and all rows of a task have the same one. What is
+wrong is said with the file, the line and the field. Nothing here needs torch.
+"""
+
+import csv
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from probes.errors import InputError
+from probes.files.untrusted import one_line
+
+Shape: TypeAlias = Literal["text", "completion", "choices", "label"]
+Numbered: TypeAlias = Iterator[tuple[int, Mapping[str, Any]]]
+
+SHAPES: dict[Shape, tuple[str, ...]] = {
+    "text": ("text",),
+    "completion": ("prompt", "completion"),
+    "choices": ("prompt", "choices", "answer"),
+    "label": ("text", "label"),
+}
+FIELDS = {field for fields in SHAPES.values() for field in fields}
+ALLOWED = ", ".join("{" + ", ".join(f'"{field}"' for field in fields) + "}" for fields in SHAPES.values())
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv")
+# hub-dataset:split, where the data set may be org/name/configuration and may carry @revision
+SPLIT = re.compile(r"(?P<name>[^:@]+)(?:@(?P<revision>[^:@]+))?:(?P<split>.+)")
+
+JSON_NAMES = {
+    str: "a string", bool: "true or false", int: "a whole number", float: "a number", list: "a list",
+    dict: "an object", type(None): "null",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row; the fields that its shape lacks are None.
+
+    Attributes:
+        text: may be empty: a model has nothing to score there, and that is counted.
+        prompt: what is given; may be empty. What follows it is put right behind it, with no space between.
+        answer: index of the right one of `choices`, from 0.
+        label: name or number of a class.
+        group: what results are broken down by.
+        number: its line in the file, or its place in the split, from 1.
+    """
+
+    number: int
+    text: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    choices: tuple[str, ...] | None = None
+    answer: int | None = None
+    label: str | int | None = None
+    group: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Rows of one shape.
+
+    Attributes:
+        ref: as it was asked for.
+        shape: which fields the rows have.
+        fingerprint: blake2b of what the rows hold, whatever kind of file they came from; rows beyond a limit
+            do not count.
+    """
+
+    ref: str
+    rows: tuple[Row, ...]
+    shape: Shape
+    fingerprint: str
+
+    def where(self, index: int) -> str:
+        """File and line of a row, for messages."""
+        return f"{self.ref}:{self.rows[index].number}"
+
+    def at_least(self, count: int, what: str = "this") -> "Task":
+        """The task itself.
+
+        Raises:
+            InputError: it has fewer rows.
+        """
+        if len(self.rows) < count:
+            rows = "1 row" if len(self.rows) == 1 else f"{len(self.rows)} rows"
+            raise InputError(f"{self.ref}: has {rows}, and {what} needs at least {count}; give it more")
+        return self
+
+
+def read_task(ref: str | Path, *, limit: int | None = None) -> Task:
+    """Read and check a task.
+
+    Args:
+        ref: a .jsonl or .csv file, or `hub-dataset:split` for the datasets library: `org/name:test`,
+            `org/name/configuration@revision:train`, or `directory:split`.
+        limit: read the first so many rows only; what stands behind them is not looked at.
+
+    Raises:
+        InputError: it is missing, empty or malformed; the message names the file, the line and the field.
+    """
+    path = local(ref)
+    if path.is_file():
+        return checked(str(ref), csv_rows(path) if path.suffix.lower() == ".csv" else json_rows(path), limit)
+    if path.is_dir():
+        raise InputError(f"{ref}: is a directory; name a file in it, or a split of a data set, {ref}:train")
+    found = SPLIT.fullmatch(str(ref))
+    if found is None or path.suffix.lower() in SUFFIXES:
+        raise InputError(
+            f"{ref}: there is no such file; a task is a .jsonl or .csv file, or hub-dataset:split"
+        )
+    return checked(str(ref), split_rows(str(ref), **found.groupdict()), limit)
+
+
+def local(ref: str | Path) -> Path:
+    """A reference as a path, whether or not anything is there."""
+    try:
+        path = Path(ref).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # a name that is too long, or a home that nobody has
+        raise InputError(f"{ref}: there is no such file ({error})") from error
+    return path
+
+
+def task_of(rows: Iterable[str | Mapping[str, Any]], *, ref: str = "rows", limit: int | None = None) -> Task:
+    """A task from rows in memory: mappings with the fields of a file's rows, or plain texts.
+
+    Raises:
+        InputError: as `read_task` does, with the place of the row from 1 as its line.
+    """
+    fields = ({"text": row} if isinstance(row, str) else row for row in rows)
+    return checked(ref, enumerate(fields, start=1), limit)
+
+
+def class_ids(task: Task, labels: Sequence[str]) -> list[int]:
+    """The class of each row: its label is a name among the model's labels, or else an index into them.
+
+    Raises:
+        InputError: a label that the model does not know, named with file and line.
+    """
+    places = {name: index for index, name in enumerate(labels)}
+    found = []
+    for index, row in enumerate(task.rows):
+        place = places.get(str(row.label), row.label)
+        if not isinstance(place, int) or not 0 <= place < len(labels):
+            known = ", ".join(map(repr, labels[:8])) + (", …" if len(labels) > 8 else "")
+            raise InputError(
+                f'{task.where(index)}: "label" is {row.label!r:.80}, which the model does not know; its '
+                f"{len(labels)} labels are {known}; give one of them, or its number from 0"
+            )
+        found.append(place)
+    return found
+
+
+def checked(ref: str, numbered: Numbered, limit: int | None) -> Task:
+    """The rows as a task."""
+    if limit is not None and limit < 1:
+        raise InputError(f"{ref}: the limit is {limit}; it counts rows and is at least 1")
+    shape: Shape | None = None
+    rows = []
+    content = hashlib.blake2b(digest_size=16)
+    with one_line(ref):
+        for number, fields in islice(numbered, limit):
+            try:
+                shape = shape_of(fields, shape)
+                row = row_of(fields, SHAPES[shape], number)
+            except ValueError as error:
+                raise InputError(f"{ref}:{number}: {error}") from error
+            rows.append(row)
+            content.update(json.dumps({**vars(row), "number": None}).encode() + b"\n")
+    if shape is None:
+        raise InputError(f'{ref}: holds no rows; a row has fields, such as "text"')
+    return Task(ref=ref, rows=tuple(rows), shape=shape, fingerprint=content.hexdigest())
+
+
+def shape_of(fields: Any, expected: Shape | None) -> Shape:
+    """The shape that a row's fields are of; `expected` is that of the rows before it."""
+    if not isinstance(fields, Mapping):
+        raise InputError(f'a row is an object such as {{"text": …}}, and this is {named(fields)}')
+    given = FIELDS & fields.keys()
+    shape = next((shape for shape, needed in SHAPES.items() if given == set(needed)), None)
+    if shape is not None and expected in (None, shape):
+        return shape
+    close = [expected] if expected else [shape for shape, needed in SHAPES.items() if given < set(needed)]
+    missing = [field for field in SHAPES[close[0]] if field not in given] if len(close) == 1 else []
+    if missing:
+        raise InputError(f"the row lacks {quoted(missing)}")
+    if expected:
+        surplus = sorted(given - set(SHAPES[expected]))
+        raise InputError(
+            f"the row has {quoted(surplus)}, which the rows before it lack; a task has one shape"
+        )
+    has = quoted(sorted(given)) if given else "none of these fields"
+    raise InputError(f"a row is one of {ALLOWED}; this one has {has}")
+
+
+def row_of(fields: Mapping[str, Any], needed: Iterable[str], number: int) -> Row:
+    """The row, if each of its fields is of the right type."""
+    values = {field: fields[field] for field in needed}
+    if fields.get("group") is not None:
+        values["group"] = fields["group"]
+    for field, value in values.items():
+        if field == "choices":
+            values[field] = choices_of(value)
+        elif field == "answer":
+            if type(value) is not int:
+                raise InputError(f'"answer" is {named(value)}; it is the number of the right choice, from 0')
+        elif field == "label" and type(value) is int:
+            continue
+        else:
+            values[field] = text_of(field, value)
+    answer, choices = values.get("answer"), values.get("choices", ())
+    if answer is not None and not 0 <= answer < len(choices):
+        raise InputError(f'"answer" is {answer} but there are {len(choices)} choices; it counts from 0')
+    return Row(number=number, **values)
+
+
+def choices_of(value: Any) -> tuple[str, ...]:
+    """Two or more texts."""
+    if not isinstance(value, (list, tuple)):
+        raise InputError(f'"choices" is {named(value)}; it is a list of texts')
+    if len(value) < 2:
+        raise InputError(f'"choices" has {len(value)} of them, and a choice is among two or more')
+    return tuple(text_of(f"choices[{place}]", choice) for place, choice in enumerate(value))
+
+
+def text_of(field: str, value: Any) -> str:
+    """A text that can be written as UTF-8, and is not empty where a score of nothing would mislead."""
+    if not isinstance(value, str):
+        wanted = "a name or a whole number" if field == "label" else "a string"
+        raise InputError(f'"{field}" is {named(value)}; it is {wanted}')
+    if not value and field not in ("text", "prompt"):
+        raise InputError(f'"{field}" is empty')
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(value[error.start]):04x}"
+        raise InputError(f'"{field}" has half a character, {half}, which stands for none alone') from error
+    return value
+
+
+def lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a UTF-8 file by number, with or without a byte order mark, their ends kept."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(
+                    f"{path}:{number}: not UTF-8 text (byte {error.start} of the line)"
+                ) from error
+
+
+def json_rows(path: Path) -> Numbered:
+    """The objects of a JSONL file, one a line; empty lines are passed over."""
+    for number, line in lines(path):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}:{number}: not JSON: {error}; each line is one object") from error
+
+
+def csv_rows(path: Path) -> Numbered:
+    """The rows of a CSV file with a header line; empty lines are passed over.
+
+    A cell of `choices` is a JSON list; whole numbers in `answer` and `label` are numbers.
+    """
+    reader = csv.reader((line for _, line in lines(path)), strict=True)
+    header: list[str] = []
+    while True:
+        number = reader.line_num + 1
+        # A module-wide setting that would refuse long texts; put back at once.
+        longest = csv.field_size_limit(2**31 - 1)
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise InputError(f"{path}:{number}: not CSV: {error}") from error
+        finally:
+            csv.field_size_limit(longest)
+        if cells is None:
+            return
+        if not cells:
+            continue
+        if not header:
+            header = cells
+            twice = [name for name, count in Counter(header).items() if count > 1]
+            if twice:
+                raise InputError(f"{path}:{number}: the header has {quoted(twice[:1])} twice")
+            continue
+        if len(cells) != len(header):
+            raise InputError(
+                f"{path}:{number}: {len(cells)} fields, and the header has {len(header)}; "
+                "texts with commas or line breaks are put in double quotes"
+            )
+        yield number, {name: from_cell(name, cell) for name, cell in zip(header, cells, strict=True)}
+
+
+def from_cell(field: str, cell: str) -> Any:
+    """What a cell of a CSV file holds."""
+    if field in ("answer", "label") and re.fullmatch(r"0|-?[1-9][0-9]{0,17}", cell):
+        return int(cell)
+    if field == "choices":
+        try:
+            return json.loads(cell)
+        except (ValueError, RecursionError):
+            return cell  # refused as a string, with its line
+    return None if field == "group" and not cell else cell
+
+
+def split_rows(ref: str, name: str, revision: str | None, split: str) -> Numbered:
+    """The rows of a split of a data set, on the hub, in its cache or in a directory."""
+    import datasets
+
+    parts = name.split("/")
+    configuration = parts.pop() if len(parts) == 3 and not Path(name).is_dir() else None
+    where = name if configuration is None else "/".join(parts)
+    try:
+        data = datasets.load_dataset(where, configuration, split=split, revision=revision)
+    except Exception as error:
+        cause = error.__cause__ or error  # the library says only that something went wrong
+        reason = str(cause).strip().partition("\n")[0]
+        raise InputError(
+            f"{ref}: neither a file nor a split that can be loaded ({type(cause).__name__}: {reason})"
+        ) from error
+    wanted = [column for column in data.column_names if column in FIELDS | {"group"}]
+    # Other columns may hold pictures or sound, which take long to decode.
+    return enumerate(iter(data.select_columns(wanted)), start=1) if wanted else iter([(1, {})])
+
+
+def named(value: Any) -> str:
+    """A value and what it is, for messages."""
+    try:
+        text = json.dumps(value, default=str)
+    except RecursionError:
+        text = "…"
+    kind = JSON_NAMES.get(type(value), type(value).__name__)
+    return kind if value is None else f"{kind} ({text if len(text) <= 40 else text[:37] + '…'})"
+
+
+def quoted(fields: Iterable[str]) -> str:
+    """Names of fields, for messages."""
+    return " and ".join(f'"{field}"' for field in fields)

@@ -1,0 +1,48 @@
+"""The file that a tried policy is downloaded as: taken by `--policy`, and judging alike."""
+
+import tomllib
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dashboard.state.trial import quoted, text, toml, written
+from diagnostics.core.policy import Policy, Rule, default_policy
+from diagnostics.core.policy_file import load_policy
+from tests.dashboard.invented import HOSTILE
+
+
+def test_the_file_is_what_the_policy_option_takes_and_judges_alike(tmp_path):
+    rules = {name: dict(own) for name, own in default_policy().rules.items()}
+    rules["intruders"]["intruders_per_matrix"] = Rule(warn=0.5, per="k", message=HOSTILE, source="by hand")
+    del rules["ood"]["gain_nats"]
+    rules["gone"] = {"metric": Rule(fail=1.0, source="of a package that is not here")}
+    written, left = toml(Policy(rules, origin="tried"), "au\ndit")
+    file = tmp_path / "policy.toml"
+    file.write_text(written)
+    taken = load_policy(file)
+    assert left == ["gone.metric"]
+    assert taken.rules["intruders"]["intruders_per_matrix"] == rules["intruders"]["intruders_per_matrix"]
+    # The default has a rule that the tried policy lacks: it is off in the file.
+    assert taken.rules["ood"]["gain_nats"].off
+    del rules["gone"]
+    judging = {(n, m): r for n, own in taken.rules.items() for m, r in own.items() if not r.off}
+    assert judging == {(n, m): r for n, own in rules.items() for m, r in own.items()}
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_any_text_survives_toml(words):
+    assert tomllib.loads(f"key = {text(words)}") == {"key": words}
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_any_threshold_survives_toml(value):
+    made = Policy({"a b.c": {'"m"': Rule(warn=value, source="s")}}, origin="o")
+    lines = "\n".join(changes_of(made))
+    assert tomllib.loads(lines)["a b.c"]['"m"']["warn"] == value
+
+
+def changes_of(policy):
+    for name, own in policy.plain().items():
+        for metric, table in own.items():
+            yield f"[{quoted(name)}.{quoted(metric)}]"
+            yield from written(table)

@@ -1,0 +1,212 @@
+"""One running model for every graft, control and set; rows are searched, chosen on and reported apart."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diagnostics.analyses.skills.evaluator import (
+    LEAST,
+    SPLITS,
+    GraftEvaluator,
+    eligible_tensors,
+    layers,
+    part,
+    split,
+)
+from diagnostics.evaluation.row_losses import encoded
+from probes.checkpoints.pair import CheckpointPair
+from probes.models.two_sided import TwoSidedModel
+from probes.text.rows import task_of
+from tests.diagnostics import planted
+from tests.probes.runnable import assert_same, make, state_of
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from peft import LoraConfig, get_peft_model
+
+SHARES = (0.4, 0.2, 0.4)
+
+
+@given(st.lists(st.integers(0, 60), min_size=120, max_size=160), st.integers(0, 3))
+@settings(deadline=None, max_examples=20)
+def test_no_row_is_in_two_splits_and_neither_is_what_it_says(numbers, seed):
+    task = task_of([{"text": f"row {number}"} for number in [*numbers, *range(60)]])
+    rows = split(task, SHARES, seed)
+    assert sorted(row for each in rows.values() for row in each) == list(range(len(task.rows)))
+    texts = [{task.rows[row].text for row in rows[name]} for name in SPLITS]
+    assert not texts[0] & texts[1] | texts[0] & texts[2] | texts[1] & texts[2]
+    assert split(task, SHARES, seed) == rows
+    assert split(task, SHARES, seed + 1) != rows
+
+
+def test_splits_have_their_shares():
+    rows = split(task_of([{"text": str(i)} for i in range(200)]), (0.5, 0.2, 0.3), 0)
+    assert [len(rows[name]) for name in SPLITS] == [100, 40, 60]
+
+
+def test_too_few_rows_say_how_many_are_needed():
+    # The smallest split is a fifth: 8 of 40.
+    split(task_of([{"text": str(i)} for i in range(40)]), SHARES, 0)
+    with pytest.raises(ValueError, match=r"tiny: has 39 rows; .* \(0.4, 0.2, 0.4 of them\) .* at least 40"):
+        split(task_of([{"text": str(i)} for i in range(39)], ref="tiny"), SHARES, 0)
+    with pytest.raises(ValueError, match=r"has 80 rows, 2 of them different; .* at least 40"):
+        split(task_of([{"text": str(i % 2)} for i in range(80)]), SHARES, 0)
+    assert LEAST == 8
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A pair with a planted skill, in files."""
+    entries = planted.draw(0, "small", 8, 1)
+    return planted.save_pair(tmp_path_factory.mktemp("planted"), {"small": entries}, steps=3)
+
+
+@pytest.fixture
+def bench(saved):
+    with TwoSidedModel(CheckpointPair(*saved)) as host:
+        task = planted.rows("small", 40)
+        whole = encoded(host.editable, task, max_length=None, chat_template=False, batch_tokens=300)
+        yield GraftEvaluator(host, {("small", "report"): whole}, "blocks")
+
+
+def weights(host):
+    return {name: tensor.clone() for name, tensor in host.model.state_dict().items()}
+
+
+def same(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_part_of_a_task_is_measured_as_in_the_whole(bench):
+    whole = bench.sets["small", "report"]
+    rows = [3, 4, 11, 30]
+    some = part(whole, rows)
+    assert [some.task.where(i) for i in range(4)] == [whole.task.where(row) for row in rows]
+    np.testing.assert_allclose(
+        some.measure(bench.host.model).nats, whole.measure(bench.host.model).nats[rows], atol=1e-5
+    )
+
+
+def answers_of(bench, side):
+    bench.host.become(side)
+    return bench.said([KEY])[KEY].logs
+
+
+KEY = ("small", "report")
+
+
+def test_no_entry_is_base_every_entry_is_tuned_and_the_rest_is_the_complement(bench):
+    host = bench.host
+    base, tuned = answers_of(bench, "base"), answers_of(bench, "tuned")
+    assert not np.array_equal(base, tuned)
+    every = {name: torch.arange(count) for name, count in bench.movement.entries.items()}
+    assert np.array_equal(bench.graft({}, [KEY])[KEY].logs, base)
+    # Nothing outside the blocks was changed, so that all of them are all there is.
+    assert bench.outside == []
+    assert np.array_equal(bench.graft(every, [KEY])[KEY].logs, tuned)
+    assert np.array_equal(bench.ones([KEY])[KEY].logs, tuned)
+    assert np.array_equal(bench.complement(every, [KEY])[KEY].logs, base)
+    some = bench.movement.largest(300)
+    rest = {name: torch.tensor(sorted(set(range(count)) - set(some.get(name, torch.empty(0)).tolist())))
+            for name, count in bench.movement.entries.items()}  # fmt: skip
+    assert np.array_equal(bench.graft(some, [KEY])[KEY].logs, bench.complement(rest, [KEY])[KEY].logs)
+    assert host.side == "base"
+
+
+def test_interpolation_is_base_at_0_and_tuned_at_1_and_leaves_nothing_behind(bench):
+    base, tuned = answers_of(bench, "base"), answers_of(bench, "tuned")
+    bench.host.become("base")
+    before = state_of(bench.host.model)
+    assert np.array_equal(bench.interpolated(0.0, [KEY])[KEY].logs, base)
+    assert np.array_equal(bench.interpolated(1.0, [KEY])[KEY].logs, tuned)
+    half = bench.interpolated(0.5, [KEY])[KEY].logs
+    assert not np.array_equal(half, base)
+    assert_same(before, state_of(bench.host.model))
+
+
+def test_whatever_fails_the_model_is_tuned_again_in_the_end(saved, monkeypatch):
+    with TwoSidedModel(CheckpointPair(*saved)) as host:
+        before = weights(host)
+        bench = GraftEvaluator(host, {}, "blocks")
+        monkeypatch.setattr(GraftEvaluator, "said", lambda self, keys: 1 / 0)
+        some = bench.movement.largest(50)
+        for run in (
+            lambda: bench.graft(some, []),
+            lambda: bench.complement(some, []),
+            lambda: bench.interpolated(0.5, []),
+            lambda: bench.ones([]),
+        ):
+            with pytest.raises(ZeroDivisionError):
+                run()
+            host.become("tuned")
+            assert same(before, weights(host))
+            host.become("base")
+    assert same(before, weights(host))
+
+
+def test_what_is_tuned_outside_the_blocks_stays_base_in_a_graft(saved, tmp_path):
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(saved[1])
+    with torch.no_grad():
+        model.lm_head.weight[2:5] += 1.0
+    model.save_pretrained(tmp_path)
+    with TwoSidedModel(CheckpointPair(saved[0], tmp_path)) as host:
+        bench = GraftEvaluator(host, {}, "blocks")
+        assert bench.outside == ["lm_head.weight"]
+        head = {side: host.read("lm_head.weight", side) for side in ("base", "tuned")}
+        seen = []
+        bench.said = lambda keys: seen.append(weights(host)) or {}
+        bench.ones([])
+        assert torch.equal(seen[0]["lm_head.weight"], head["base"])
+        name = "model.layers.0.mlp.down_proj.weight"
+        assert torch.equal(seen[0][name], host.read(name, "tuned"))
+        assert "lm_head.weight" in GraftEvaluator(host, {}, "everything").shapes
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert_classes", "mixtral", "gpt_oss", "olmoe"])
+def test_eligible_are_weights_biases_and_norms_of_the_blocks(family, tmp_path):
+    for seed in (0, 1):
+        make(family, seed).save_pretrained(tmp_path / str(seed))
+    with TwoSidedModel(CheckpointPair(tmp_path / "0", tmp_path / "1")) as host:
+        blocks = eligible_tensors(host, "blocks")
+        matrices = eligible_tensors(host, "matrices")
+        everything = eligible_tensors(host, "everything")
+        assert set(matrices) < set(blocks) < set(everything)
+        assert set(everything) == {name for name in host.twins if "inv_freq" not in name}
+        inside = {name for name in host.twins if ".0." in name or ".1." in name}
+        assert set(blocks) == inside
+        assert not any("norm" in name.lower() or name.endswith("bias") for name in matrices)
+        layer = layers(blocks)
+        assert {layer(name) for name in blocks} == {0, 1}
+        assert layer("lm_head.weight") is None
+
+
+def test_blocks_in_stages_are_counted_through():
+    names = [f"encoder.stages.{s}.blocks.{b}.fc.weight" for s in range(2) for b in range(2)]
+    layer = layers(names)
+    assert [layer(name) for name in names] == [0, 1, 2, 3]
+
+
+def test_an_adapter_is_its_merged_weights(saved, tmp_path):
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(saved[0]), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    model.save_pretrained(tmp_path)
+    with TwoSidedModel(CheckpointPair(saved[0], tmp_path)) as host:
+        bench = GraftEvaluator(host, {}, "blocks")
+        assert set(bench.movement.entries) == {
+            f"model.layers.{layer}.{name}.weight"
+            for layer in range(2)
+            for name in ("self_attn.q_proj", "mlp.down_proj")
+        }

@@ -1,0 +1,283 @@
+"""A run of chains whose scores are known to the letter: a trough that is still being climbed out of."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from diagnostics.analyses.trajectory.analysis import training_trajectory
+from diagnostics.analyses.trajectory.troughs import rank_correlation
+from probes.checkpoints.opening import open_checkpoint
+from probes.checkpoints.series import CheckpointSeries, RecordedSeries, TooShortError
+from tests.diagnostics.chains import constant, save_chain
+
+# Chance of the letter a at each checkpoint; b and c share the rest. Keep rows hold no a.
+CHANCES = (0.3, 0.5, 0.9, 0.88, 0.86, 0.84, 0.82, 0.8, 0.78, 0.76, 0.74, 0.7)
+STEPS = tuple(10 * place for place in range(len(CHANCES)))
+TASK = ["aaab", "aaaac", "abaaaa", "aaa"]
+KEEP = ["bcbc", "bbcb", "cc", "bcccb"]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    root = tmp_path_factory.mktemp("run")
+    return [
+        saved(root / f"checkpoint-{step}", constant(a, (1 - a) / 2, (1 - a) / 2))
+        for step, a in zip(STEPS, CHANCES, strict=True)
+    ]
+
+
+def saved(directory, chain):
+    """A chain whose layer, which adds nothing, is the same in all."""
+    torch.manual_seed(0)
+    return save_chain(directory, chain)
+
+
+@pytest.fixture(scope="module")
+def result(places):
+    return training_trajectory(places, TASK, KEEP)
+
+
+def keep_loss(a):
+    return -math.log((1 - a) / 2)
+
+
+def task_loss(a):
+    letters = "".join(TASK)
+    return float(np.mean([-math.log(a if letter == "a" else (1 - a) / 2) for letter in letters]))
+
+
+def test_steps_are_read_from_the_names_and_losses_are_those_of_the_chains(result):
+    steps = result.tables["steps"]
+    for role, loss in (("task", task_loss), ("keep", keep_loss)):
+        part = steps[steps["role"] == role]
+        assert list(part["step"]) == list(STEPS)
+        assert part["loss"].to_numpy() == pytest.approx([loss(a) for a in CHANCES], abs=1e-5)
+    # a is the likeliest from the second checkpoint on: 15 of the 18 letters of the task, and none of keep.
+    task = steps[steps["role"] == "task"]["metric"].to_numpy()
+    assert task[1:] == pytest.approx(15 / 18 + 0 * task[1:])
+    assert not steps[steps["role"] == "keep"]["metric"].to_numpy()[1:].any()
+
+
+def test_a_trough_that_is_still_climbed_out_of_is_found_with_its_depth_and_times(result):
+    m = result.metrics
+    depth = keep_loss(0.9) - keep_loss(0.3)
+    assert m["depth_keep_nats"] == pytest.approx(depth, abs=1e-5)
+    back = (keep_loss(0.9) - keep_loss(0.7)) / depth  # 0.56, less than 0.8
+    assert m["recovery_keep_nats"] == pytest.approx(back, abs=1e-5)
+    assert m["steps_to_trough_keep"] == 20
+    assert "steps_to_recover_keep" not in m
+    assert (m["shipped_low"], m["unrecovered"]) == (1, 0)
+    assert "still climbing out of a trough" in result.summary()
+    assert any("train on, or replay" in note for note in result.notes)
+    assert [(finding.severity, finding.metric) for finding in result.findings()][:1] == [
+        ("warn", "shipped_low")
+    ]
+
+
+def test_the_late_slope_is_that_of_the_last_four_of_twelve_checkpoints(result):
+    lows = result.tables["troughs"].set_index(["role", "measure"])
+    slopes = [
+        (keep_loss(CHANCES[i]) - keep_loss(CHANCES[j])) / (STEPS[j] - STEPS[i])
+        for i in range(8, 12)
+        for j in range(i + 1, 12)
+    ]
+    row = lows.loc["keep", "loss"]
+    assert row["slope"] == pytest.approx(np.median(slopes), rel=1e-3)
+    assert (row["slope_low"], row["slope_high"]) == (
+        pytest.approx(min(slopes), rel=1e-3),
+        pytest.approx(max(slopes), rel=1e-3),
+    )
+
+
+def test_decoupling_is_the_rank_correlation_overall_and_by_thirds(result):
+    steps = result.tables["steps"]
+    task = steps[steps["role"] == "task"]
+    loss, metric = task["loss"].to_numpy(), task["metric"].to_numpy()
+    assert result.metrics["decoupling"] == pytest.approx(rank_correlation(-loss, metric))
+    parts = result.tables["decoupling"].set_index("part")
+    assert list(parts.index) == ["whole", "first third", "second third", "last third"]
+    assert list(parts["checkpoints"]) == [12, 4, 4, 4]
+    assert parts.loc["first third", "spearman"] == pytest.approx(rank_correlation(-loss[:4], metric[:4]))
+    # The metric stands still there, so that there is no order to correlate.
+    assert math.isnan(parts.loc["last third", "spearman"])
+
+
+def test_the_way_is_as_long_as_the_weights_say(result, places):
+    # Only the head moves: its rows are log-probabilities over √4.
+    heads = [open_checkpoint(place).tensor("lm_head.weight").double().numpy() for place in places]
+    lengths = [np.linalg.norm(b - a) for a, b in pairwise(heads)]
+    whole = np.linalg.norm(heads[-1] - heads[0])
+    assert result.metrics["inefficiency"] == pytest.approx(sum(lengths) / whole)
+    path = result.tables["path"]
+    assert path["length"].to_numpy()[1:] == pytest.approx(lengths)
+    assert result.metrics["distance"] == pytest.approx(whole)
+    # The way out and the way back.
+    assert path["angle"].iloc[1] < 90 < path["angle"].iloc[3]
+
+
+def test_relabelled_steps_rescale_times_and_slopes_alone(result, places):
+    other = training_trajectory(CheckpointSeries(places, steps=[3 * step + 5 for step in STEPS]), TASK, KEEP)
+    times = {"steps_to_trough_keep"}
+    for name, value in result.metrics.items():
+        assert other.metrics[name] == pytest.approx(3 * value if name in times else value), name
+    for table in ("troughs", "path"):
+        one, two = result.tables[table], other.tables[table]
+        same = [
+            name for name in one.columns if "step" not in name and not name.startswith(("slope", "label"))
+        ]
+        assert one[same].equals(two[same])
+    assert other.tables["troughs"]["slope"].to_numpy() * 3 == pytest.approx(
+        result.tables["troughs"]["slope"].to_numpy()
+    )
+
+
+def test_a_constant_series_has_depth_0_and_says_that_there_is_no_recovery_and_no_way(places):
+    made = training_trajectory(CheckpointSeries([places[0]] * 4, steps=range(4)), TASK, KEEP)
+    m = made.metrics
+    assert (
+        m["depth_keep"] == m["depth_keep_nats"] == m["shipped_low"] == m["unrecovered"] == m["distance"] == 0
+    )
+    assert not {"recovery_keep", "recovery_keep_nats", "inefficiency", "decoupling"} & set(m)
+    assert any("the way has no direction" in note for note in made.notes)
+    assert any("over 4 checkpoints is no evidence" in note for note in made.notes)
+    assert any("slopes have no interval" in note for note in made.notes)
+    assert made.summary() == "keep rows never fell below base"
+    assert "angles" not in made.figures()
+
+
+def test_what_fell_and_did_not_come_back_fails(places):
+    made = training_trajectory(
+        CheckpointSeries([places[0], places[1], places[2], places[2]], steps=range(4)), TASK, KEEP
+    )
+    assert made.metrics["recovery_keep_nats"] == pytest.approx(0, abs=1e-6)
+    assert made.metrics["unrecovered"] == 1
+    assert [finding.severity for finding in made.findings()] == ["fail"]
+    assert "did not come back" in made.summary()
+
+
+def test_rows_with_answers_are_judged_by_whether_they_are_right(places):
+    rows = [{"prompt": "a", "choices": ["b", "a"], "answer": place % 2} for place in range(10)]
+    made = training_trajectory(places[:2] + places[-2:], rows, rows[::2] * 3)
+    lows = made.tables["troughs"].set_index(["role", "measure"])
+    assert list(lows.loc["keep"]["judged"]) == [True, False]
+    # b is the likelier of both at a chance of a of 0.3 (0.35 each), and never again: from all right to none.
+    assert made.metrics["depth_keep"] == 1
+    assert made.metrics["unrecovered"] == 1
+
+
+def test_a_trough_within_its_noise_is_called_that(places, tmp_path):
+    # One letter gains what another loses, so that a fall of the mean is what the rows happen to hold.
+    ends = [
+        save_chain(tmp_path / str(i), constant(0.4, p, 0.6 - p)) for i, p in enumerate((0.3, 0.35, 0.3, 0.3))
+    ]
+    made = training_trajectory(ends, ["a" * 4] * 3, ["b", "c", "b", "c", "cc", "bb", "bc"])
+    assert made.metrics["depth_keep_nats"] > 0
+    assert made.metrics["unrecovered"] == 0
+    assert any("is not told from noise" in note for note in made.notes)
+
+
+def test_held_out_rows_learnt_after_the_train_rows_are_delayed_generalisation(tmp_path):
+    # Train rows ask for b after a, known from step 2 on. What follows b, c and the beginning of a text, asked
+    # for by one, two and three held-out rows, is learnt at steps 4, 6 and 8.
+    learnt, vague = [0.05, 0.9, 0.05], [0.4, 0.3, 0.3]
+    run = [[vague] * 4, [vague, learnt, vague, vague]]
+    run += [[vague, learnt, learnt, vague], [vague, learnt, learnt, learnt], [learnt] * 4]
+    places = [save_chain(tmp_path / f"step{2 * place}", chain) for place, chain in enumerate(run)]
+    train = [{"prompt": "a", "completion": "b"}] * 3
+    held = [{"prompt": prompt, "completion": "b"} for prompt in ("b", "c", "c", "", "", "")]
+    made = training_trajectory(places, held, train=train)
+    task = made.tables["steps"].query("role == 'task'")["metric"]
+    assert task.to_numpy() == pytest.approx([0, 0, 1 / 6, 3 / 6, 1])
+    assert made.metrics["settled_step"] == 2
+    assert made.metrics["rise_after_settling"] == 1
+    # All pairs of the four late points rise.
+    assert made.metrics["delayed_generalisation"] == 1
+    assert "still rises after step 2" in made.summary()
+    # Learnt with the train rows, nothing is delayed.
+    together = training_trajectory([places[0], *places[2:]], held[:1], train=train)
+    assert "delayed_generalisation" not in together.metrics
+    assert any("there are 3 of the 4 checkpoints" in note for note in together.notes)
+
+
+def test_three_checkpoints_are_too_few_and_it_is_said_after_measuring(places, tmp_path):
+    series = CheckpointSeries(places[:3], cache=tmp_path / "cache")
+    with pytest.raises(TooShortError, match="a series of 3 checkpoints: a trajectory needs at least 4"):
+        training_trajectory(series, TASK)
+    assert len(list((tmp_path / "cache").glob("scores.*.npz"))) == 3
+
+
+def test_while_a_run_goes_on_scores_are_recorded_and_the_way_is_left_out(places, result, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    for place in range(4):
+        model = AutoModelForCausalLM.from_pretrained(places[place])
+        model.train()
+        now = open_checkpoint(model)
+        now.directory = places[place]  # where its tokenizer lies
+        live = RecordedSeries(STEPS[: place + 1], tmp_path / "cache", now)
+        if place < 3:
+            with pytest.raises(TooShortError):
+                training_trajectory(live, TASK, KEEP)
+        assert model.training
+    made = training_trajectory(live, TASK, KEEP)
+    steps = made.tables["steps"]
+    meant = result.tables["steps"]
+    for role in ("task", "keep"):
+        losses, all_losses = (one[one["role"] == role]["loss"].tolist() for one in (steps, meant))
+        assert losses == all_losses[:4]
+    assert "path" not in made.tables
+    assert any("those of earlier steps are gone" in note for note in made.notes)
+
+
+def test_a_checkpoint_without_a_finite_loss_is_passed_over_and_named(places, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(places[2])
+    with torch.no_grad():
+        model.lm_head.weight.fill_(math.nan)
+    model.save_pretrained(tmp_path / "broken")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "broken" / name).write_bytes((places[2] / name).read_bytes())
+    series = CheckpointSeries([*places[:2], tmp_path / "broken", *places[3:6]], steps=range(6))
+    made = training_trajectory(series, TASK, KEEP)
+    assert made.tables["steps"].query("step == 2")["loss"].isna().all()
+    # The lowest of those that are left: a at 0.88.
+    assert made.metrics["depth_keep_nats"] == pytest.approx(keep_loss(0.88) - keep_loss(0.3), abs=1e-5)
+    assert any("keep rows have no finite loss at 2" in note for note in made.notes)
+    assert any("lm_head.weight holds 16 NaN or infinite values" in note for note in made.notes)
+    assert "path" not in made.tables
+
+
+def test_of_many_rows_as_many_are_scored_as_asked_for_and_other_rows_anew(places, tmp_path):
+    for count in (7, 6):
+        series = CheckpointSeries(places[:4], cache=tmp_path / "cache")
+        made = training_trajectory(series, TASK * 5, rows=count)
+        assert set(made.tables["steps"]["rows"]) == {count}
+    assert len(list((tmp_path / "cache").glob("scores.*.npz"))) == 8
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"recovered": 0.0}, "recovered is 0.0 and settled 0.01; they are shares, the first above 0"),
+        ({"settled": 1.0}, "settled 1.0; they are shares, the first above 0, the other below 1"),
+        ({"rows": 0}, "rows is 0; it is at least 1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(places, setting, message):
+    with pytest.raises(ValueError, match=message):
+        training_trajectory(places, TASK, **setting)
+
+
+def test_every_picture_is_titled_and_shows_what_the_tables_hold(result):
+    figures = result.figures()
+    assert list(figures) == ["metric", "loss", "parting", "angles", "distances"]
+    assert "trough: 1.95 nats deep, 56% won back" in figures["loss"].layout.annotations[0].text
+    keep = next(trace for trace in figures["loss"].data if trace.name == "keep")
+    assert list(keep.y) == pytest.approx([keep_loss(a) for a in CHANCES], abs=1e-5)
+    shade = figures["loss"].layout.shapes[0]
+    assert (shade.x0, shade.x1) == (0, 110)  # never recovered: shaded to the end
+    assert list(figures["angles"].data[0].x) == list(STEPS[1:])

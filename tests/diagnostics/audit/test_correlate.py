@@ -1,0 +1,147 @@
+"""Correlations over several tuned models, out of made-up audits with planted relations."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from diagnostics.audit.correlate import correlate
+from diagnostics.cli.main import main
+from diagnostics.core.analysis import Result
+from diagnostics.core.policy import parse
+from diagnostics.store.audit_store import Audit, Outcome, Store
+
+MODELS = 14
+
+
+def audit(displacement, sharp, loss, *, name="model", **given):
+    """An audit of two layers, whose sharpness at tuned is given."""
+    layers = pd.DataFrame(
+        {
+            "name": ["block 0", "block 1"],
+            "moved": [0.6 * displacement, 0.8 * displacement],
+            "sharpness_tuned": sharp,
+        }
+    )
+    path = pd.DataFrame(
+        [
+            {"alpha": alpha, "role": role, "set": role, "metric": metric, "value": value}
+            for role, shift in (("task", 9.0), ("ood", 0.0))
+            for metric, sign in (("loss", 1.0), ("accuracy", -1.0))
+            for alpha, value in ((0.0, 5.0), (0.5, sign * loss + shift), (1.0, 7.0))
+        ]
+    )
+    result = Result(
+        metrics={"stragglers": 0, "best_alpha": 0.5, "sharpness_tuned": float(sum(sharp))},
+        tables={"layers": layers, "path": path},
+        analysis="sharpness",
+        parameters={"rho": 0.5, **given.pop("parameters", {})},
+    )
+    return Audit(
+        base={"ref": "base", "fingerprint": given.pop("base", "b")},
+        tuned={"ref": name, "fingerprint": name},
+        policy=parse({}, "a test"),
+        analyses={"sharpness": Outcome(status="ok", result=result)},
+        created="2026-01-01T00:00:00Z",
+        tunescope="0",
+        data={"task": [{"fingerprint": given.pop("task", "t")}], "ood": [{"fingerprint": "o"}]},
+        **given,
+    )
+
+
+def many(count=MODELS, seed=0):
+    """The loss is how far a model moved, plus what the sharpness of the second layer shows."""
+    random = np.random.default_rng(seed)
+    made = []
+    for place in range(count):
+        moved, own = 1 + place, random.normal()
+        sharp = [moved + random.normal(), 10 + own]
+        made.append(audit(moved, sharp, moved + 2 * own, name=f"m{place}"))
+    return made
+
+
+def test_what_only_follows_displacement_falls_away_once_displacement_is_given():
+    made = correlate(many(), permutations=1000)
+    table = made.table.set_index("predictor")
+    assert list(table.index) == ["all blocks", "block 0", "block 1"]
+    assert table.loc["block 0", "raw"] > 0.7
+    assert abs(table.loc["block 0", "partial"]) < 0.6
+    assert table.loc["block 1", "partial"] > 0.8
+    assert table.loc["block 1", "partial_holm"] < 0.05
+    assert made.outcome == "OOD loss half-way"
+    # 0.6² + 0.8² = 1
+    assert made.models["displacement"].tolist() == pytest.approx(range(1, MODELS + 1))
+
+
+def test_the_outcome_is_of_ood_rows_at_the_place_that_is_asked_for():
+    audits = many()
+    half = correlate(audits, permutations=100).models["outcome"]
+    assert correlate(audits, metric="accuracy", permutations=100).models["outcome"].tolist() == pytest.approx(
+        -half
+    )
+    assert correlate(audits, where="best", permutations=100).models["outcome"].tolist() == pytest.approx(half)
+    at_tuned = correlate(audits, where="tuned", permutations=100)
+    assert set(at_tuned.models["outcome"]) == {7.0}
+    assert at_tuned.table["raw"].isna().all()  # constant: no correlation
+
+
+def test_below_twelve_models_no_correlation_is_told_but_the_models_are_shown():
+    made = correlate(many(11))
+    assert made.table[["raw", "partial", "raw_p"]].isna().all().all()
+    assert made.notes[0] == "11 models: a correlation is told from 12 on."
+    assert set(made.figures()) == {"scatter"}
+    assert made.record()["correlations"][0]["raw"] is None
+
+
+def test_audits_that_do_not_compare_are_refused_by_name():
+    own, other = audit(1, [1, 1], 1, name="own"), audit(1, [1, 1], 1, name="other", base="c")
+    with pytest.raises(
+        ValueError, match="other: has other bases than own; sharpness compares only at equal ones"
+    ):
+        correlate([own, other])
+    with pytest.raises(ValueError, match="other: has other task rows than own"):
+        correlate([own, audit(1, [1, 1], 1, name="other", task="u")])
+    with pytest.raises(ValueError, match="other: has other parameters of sharpness than own"):
+        correlate([own, audit(1, [1, 1], 1, name="other", parameters={"norm": "linf"})])
+    with pytest.raises(ValueError, match="1 audit given; a correlation is over several"):
+        correlate([own])
+    with pytest.raises(ValueError, match="own: has no result of sharpness; run `tunescope audit"):
+        correlate([replace(own, analyses={}), own])
+    path = own.results["sharpness"].tables["path"]
+    silent = replace(own.results["sharpness"], tables={**own.results["sharpness"].tables, "path": path[:6]})
+    with pytest.raises(ValueError, match="measured without OOD rows; run it with --ood NAME=F"):
+        correlate([replace(own, analyses={"sharpness": Outcome(status="ok", result=silent)}), own])
+
+
+def test_the_pictures_show_every_model_and_every_interval():
+    made = correlate(many(), permutations=100)
+    figures = made.figures()
+    points = figures["scatter"].data
+    assert [len(trace.x) for trace in points] == [MODELS] * 3
+    raw, partial = figures["correlations"].data
+    assert list(partial.y) == ["block 1", "block 0", "all blocks"]
+    assert list(raw.x) == made.table["raw"].tolist()[::-1]
+
+
+def test_from_the_shell_saved_audits_are_compared_and_written(tmp_path):
+    places = []
+    for each in many():
+        store = Store(tmp_path / each.tuned["ref"])
+        with store:
+            store.write_result("sharpness", each.results["sharpness"])
+            store.write(replace(each, path=store.out))
+        places.append(str(store.out))
+    out = tmp_path / "out"
+    told = CliRunner().invoke(main, ["correlate", *places, "--out", str(out)])
+    assert told.exit_code == 0, told.output
+    assert "block 1" in told.output
+    assert "given how far each model moved" in " ".join(told.output.split())
+    assert len(pd.read_parquet(out / "models.parquet")) == MODELS
+    page = (out / "correlations.html").read_text()
+    assert page.startswith("<!doctype html>")
+    assert "cdn" not in page[:2000]
+    as_json = CliRunner().invoke(main, ["correlate", *places, "--json"])
+    assert json.loads(as_json.stdout)["models"] == MODELS

@@ -1,0 +1,172 @@
+import json
+import sys
+from importlib.metadata import EntryPoint
+
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diagnostics.core import analysis
+from diagnostics.core.analysis import Result, find, installed, installed_analyses, plain
+
+
+def nothing(*inputs, **parameters):
+    return Result(metrics={}, tables={})
+
+
+def test_parameters_are_recorded_as_used_with_defaults_and_without_where_it_ran(register):
+    def measure(pair, *, k: int = 10, parts: tuple = ("block",), device="cpu", progress=None, seed: int = 0):
+        return Result(metrics={}, tables={})
+
+    made = register("made", measure)("a pair", k=3, device="cuda")
+    assert made.analysis == "made"
+    assert made.parameters == {"k": 3, "parts": ["block"], "seed": 0}
+
+
+def test_an_unknown_parameter_is_refused_with_the_known_ones(register):
+    measured = register("made", lambda pair, *, k=10, seed=0: nothing())
+    with pytest.raises(LookupError, match=r"made has no parameter 'q'; it has: k, seed"):
+        measured("a pair", q=1)
+
+
+def test_positional_arguments_are_inputs_and_those_with_a_default_are_optional(register):
+    def measure(pair, task, keep=None, *, k=1):
+        return nothing()
+
+    register("made", measure)
+    record = find("made")
+    assert (record.inputs, record.optional, list(record.parameters)) == (("pair", "task"), ("keep",), ["k"])
+
+
+def test_a_metric_that_the_registration_does_not_list_is_a_mistake_of_the_analysis(register):
+    measure = register("made", lambda: Result(metrics={"b": 1}, tables={}), metrics={"a": "…"})
+    with pytest.raises(
+        AssertionError, match=r"made gave metrics that its registration does not list: \['b'\]"
+    ):
+        measure()
+
+
+def test_metrics_come_in_the_order_of_the_registration(register):
+    given = {"a": 1, "b": 2}
+    measure = register(
+        "made", lambda: Result(metrics=given, tables={}), metrics={"b": "…", "c": "…", "a": "…"}
+    )
+    assert list(measure().metrics) == ["b", "a"]
+
+
+def test_an_unknown_analysis_is_refused_with_the_installed_ones(register):
+    register("one", nothing)
+    register("two", nothing)
+    with pytest.raises(LookupError, match=r"unknown analysis 'three'; known: one, two"):
+        find("three")
+
+
+def modules(tmp_path, monkeypatch, **sources):
+    """Entry points `name` -> a module `made_<name>` with that source."""
+    for name, source in sources.items():
+        (tmp_path / f"made_{name}.py").write_text(source)
+        monkeypatch.delitem(sys.modules, f"made_{name}", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    entries = [EntryPoint(name, f"made_{name}", "tunescope.analyses") for name in sources]
+    monkeypatch.setattr(
+        analysis, "entry_points", lambda group, name=None: [e for e in entries if name in (None, e.name)]
+    )
+
+
+REGISTERS = """
+from diagnostics.core.analysis import Result, analysis
+
+@analysis({name!r}, question="", reading="", paper="", cost="", draw=lambda result: {{}})
+def measure(pair):
+    return Result(metrics={{}}, tables={{}})
+"""
+
+
+def test_finding_one_analysis_imports_only_its_own_module(registry, tmp_path, monkeypatch):
+    modules(tmp_path, monkeypatch, wanted=REGISTERS.format(name="wanted"), other="raise RuntimeError('boom')")
+    assert installed() == ["other", "wanted"]
+    assert find("wanted").inputs == ("pair",)
+    assert "made_other" not in sys.modules
+
+
+def test_a_broken_package_is_named_with_the_way_round_it(registry, tmp_path, monkeypatch):
+    modules(tmp_path, monkeypatch, broken="raise RuntimeError('boom')")
+    with pytest.raises(
+        LookupError, match=r"'broken' of .* cannot be loaded \(RuntimeError: boom\).*--skip broken"
+    ):
+        installed_analyses()
+
+
+def test_an_entry_point_that_registers_another_name_is_refused(registry, tmp_path, monkeypatch):
+    modules(tmp_path, monkeypatch, one=REGISTERS.format(name="two"))
+    with pytest.raises(LookupError, match=r"made_one of .* registers no analysis called 'one'"):
+        find("one")
+
+
+def test_a_result_draws_and_tells_itself_through_the_registry(register):
+    table = pd.DataFrame({"x": [1.0]})
+    register(
+        "made",
+        lambda: Result(metrics={"a": 1}, tables={"t": table}),
+        draw=lambda result: {"figure": result.tables["t"]},
+        summary=lambda result: f"a is {result.metrics['a']}",
+    )
+    made = find("made").function()
+    assert made.figures() == {"figure": table}
+    assert made.summary() == "a is 1"
+
+
+def test_without_a_summary_of_its_own_a_result_tells_its_first_metrics(register):
+    register("made", lambda: Result(metrics={"a": 1, "b": 0.123456, "c": 3, "d": 4, "e": 5}, tables={}))
+    assert find("made").function().summary() == "a 1, b 0.1235, c 3, d 4"
+
+
+def test_the_description_of_an_analysis_is_plain(register):
+    def measure(pair, *, parts=("a", "b"), device="cpu", progress=None):
+        return nothing()
+
+    register("made", measure, metrics={"m": "what it says"})
+    told = find("made").describe()
+    assert json.loads(json.dumps(told)) == told
+    assert told["parameters"] == {"parts": ["a", "b"]}  # neither device nor progress: they identify nothing
+    assert told["needs"] == ["pair"]
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner) | st.lists(inner).map(tuple) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(values)
+def test_plain_values_survive_json(value):
+    assert json.loads(json.dumps(plain(value))) == plain(value)
+
+
+def test_what_json_has_no_word_for_is_kept_by_its_name(tmp_path):
+    import torch
+
+    assert plain({"dtype": torch.float32, "out": tmp_path, "names": {"b", "a"}}) == {
+        "dtype": "torch.float32",
+        "out": str(tmp_path),
+        "names": ["a", "b"],
+    }
+
+
+def test_everything_that_the_package_exports_is_there():
+    import diagnostics
+
+    for name in dir(diagnostics):
+        assert getattr(diagnostics, name).__name__ == name
+    with pytest.raises(AttributeError, match="module 'diagnostics' has no attribute 'nothing'"):
+        _ = diagnostics.nothing
+
+
+def test_every_installed_analysis_is_exported_by_its_function():
+    import diagnostics
+
+    functions = [record.function for record in installed_analyses().values()]
+    ours = {each.__name__ for each in functions if each.__module__.startswith("diagnostics.")}
+    assert "intruder_dimensions" in ours
+    assert ours <= set(dir(diagnostics))

@@ -1,0 +1,71 @@
+"""`tunescope interpolate`: a place on the line from base to tuned becomes a checkpoint."""
+
+import json
+
+import pytest
+import torch
+
+from diagnostics.edits.interpolate import interpolate
+from probes.checkpoints.opening import open_checkpoint
+from tests.diagnostics.shell import shell
+from tests.probes.runnable import make
+
+
+@pytest.fixture
+def models(tmp_path):
+    for seed, name in enumerate(("base", "tuned")):
+        make("llama", seed).save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+def test_the_command_writes_the_blend_and_says_what_it_is(models, monkeypatch, capsys):
+    arguments = [models / "base", models / "tuned", "--alpha", "0.25", "--out", models / "out"]
+    assert shell(monkeypatch, "interpolate", *arguments) == 0
+    base, tuned, made = (open_checkpoint(models / name) for name in ("base", "tuned", "out"))
+    square = 0.0
+    for name in made.headers:
+        one, two = base.tensor(name).double(), tuned.tensor(name).double()
+        assert torch.equal(made.tensor(name), (one + 0.25 * (two - one)).float()), name
+        square += float((two - one).square().sum())
+    said = capsys.readouterr().out
+    assert "Wrote the model at 0.25 of the way (0 is base, 1 is tuned): 21 tensors differ" in said
+    trail = json.loads((models / "out" / "tunescope_interpolate.json").read_text())
+    assert trail["alpha"] == 0.25
+    assert trail["displacement"] == pytest.approx(square**0.5)
+
+
+@pytest.mark.parametrize(("alpha", "end"), [(0.0, "base"), (1.0, "tuned")])
+def test_the_ends_are_copied_bit_for_bit(models, alpha, end):
+    made = interpolate(models / "base", models / "tuned", alpha, models / "out")
+    assert f"{end} itself" in made.summary()
+    written, own = open_checkpoint(models / "out"), open_checkpoint(models / end)
+    for name in own.headers:
+        assert torch.equal(written.tensor(name).view(torch.int32), own.tensor(name).view(torch.int32))
+
+
+@pytest.mark.parametrize(
+    ("alpha", "out", "message"),
+    [
+        ("1.5", "out", "alpha is 1.5; it goes from 0, base, to 1, tuned"),
+        ("nan", "out", "alpha is nan; it goes from 0, base, to 1, tuned"),
+        ("-0.1", "out", "alpha is -0.1"),
+        ("0.5", "base", "is not empty; name a new directory"),
+    ],
+)
+def test_what_cannot_be_written_is_one_line_and_writes_nothing(
+    models, monkeypatch, capsys, alpha, out, message
+):
+    arguments = ["interpolate", models / "base", models / "tuned", f"--alpha={alpha}", "--out", models / out]
+    assert shell(monkeypatch, *arguments) == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert "Traceback" not in said.err
+    assert sorted(path.name for path in models.iterdir()) == ["base", "tuned"]
+
+
+def test_what_a_reader_must_know_is_said(models):
+    make("llama_classes", 1).bfloat16().save_pretrained(models / "classes")
+    made = interpolate(models / "base", models / "classes", 0.5, models / "out")
+    alone, wider = made.notes
+    assert "1 tensors that base lacks are tuned's, such as score.weight" in alone
+    assert "Base is float32, tuned bfloat16: all is written as tuned's, rounded once" in wider

@@ -1,0 +1,68 @@
+import numpy as np
+import pytest
+import torch
+
+from diagnostics.execution import environment
+
+without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+
+
+def test_the_cpu_is_the_cpu():
+    assert environment.device("cpu") == "cpu"
+
+
+@without_cuda
+def test_auto_is_the_cpu_where_there_is_nothing_else():
+    assert environment.device("auto") == "cpu"
+
+
+@without_cuda
+def test_a_device_that_is_not_here_is_refused_with_what_to_do():
+    with pytest.raises(
+        ValueError, match=r"--device cuda: this torch \(.*\) sees no CUDA device; use --device cpu"
+    ):
+        environment.device("cuda")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "CPU", ""])
+def test_an_unknown_device_is_refused_with_the_known_ones(name):
+    with pytest.raises(ValueError, match="unknown; known: auto, cpu, cuda, cuda:N"):
+        environment.device(name)
+
+
+def test_a_device_number_that_does_not_exist_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert environment.device("cuda:1") == "cuda:1"
+    with pytest.raises(ValueError, match=r"--device cuda:2: there are 2, counted from cuda:0"):
+        environment.device("cuda:2")
+
+
+def test_an_unknown_dtype_is_refused_with_the_known_ones():
+    assert environment.dtype("float64") == "float64"
+    with pytest.raises(ValueError, match="--dtype int8: unknown; known: float32, float64"):
+        environment.dtype("int8")
+
+
+def test_the_peak_of_memory_counts_what_was_freed_again():
+    memory = environment.PeakMemory()
+    memory.start()
+    before = memory.megabytes()
+    assert before is not None
+    held = np.ones(25_000_000)  # 200 MB, touched
+    del held
+    after = memory.megabytes()
+    assert after is not None
+    assert after > before + 150
+
+
+def test_the_environment_names_versions_and_no_person_or_machine():
+    import getpass
+    import platform
+
+    told = environment.environment("cpu")
+    assert told["torch"] == torch.__version__
+    assert told["device"] == "cpu"
+    assert "numpy" in told["packages"]
+    assert platform.node() not in told.values()
+    assert getpass.getuser() not in told.values()

@@ -1,0 +1,139 @@
+"""Work in step reads what all ask for at once, and a group of matrices is waited for no more than one is."""
+
+from typing import ClassVar
+
+import pytest
+import torch
+
+from diagnostics.analyses.intruders import cosine_bounds
+from diagnostics.analyses.intruders.analysis import update_of
+from diagnostics.analyses.intruders.decide import decide_all
+from diagnostics.execution import lockstep
+from diagnostics.execution.lockstep import alone, read
+from tests.diagnostics.spectra import orthonormal, values, with_values
+
+# Ways of a tensor to be looked at; each waits for the device that it is on.
+LOOKS = (
+    "item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__float__", "__int__", "__index__", "__array__",
+)  # fmt: skip
+
+
+class Away(torch.Tensor):
+    """As if on another device: what is made with it is so too, until it is copied from there."""
+
+    looks: ClassVar[list[str]] = []
+
+
+def watched(name):
+    whole = getattr(torch.Tensor, name)
+
+    def looked(self, *given):
+        Away.looks.append(name)
+        return whole(self.as_subclass(torch.Tensor), *given)
+
+    return looked
+
+
+for name in LOOKS:
+    setattr(Away, name, watched(name))
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """How often a tensor that is away was looked at, by what."""
+    # On a GPU a step does not ask whether its space is exhausted.
+    monkeypatch.setattr(cosine_bounds, "_at_hand", lambda asked: False)
+    Away.looks.clear()
+    return Away.looks
+
+
+def summing(*rounds):
+    """A job that asks round by round, and returns all that it was told."""
+    told = []
+    for tensors in rounds:
+        values = yield tensors
+        told.append([each.tolist() for each in values])
+    return told
+
+
+def test_jobs_are_told_what_they_ask_for_whatever_others_ask():
+    one, two, three = torch.tensor([[1.0, 2.0]]), torch.tensor(True), torch.tensor(7)
+    empty = torch.empty(0, 3)
+    jobs = [summing([one], [two, one], [empty]), summing(), summing([three, empty, one])]
+    assert lockstep.in_step(jobs) == [
+        [[[[1.0, 2.0]]], [1.0, [[1.0, 2.0]]], [[]]],
+        [],
+        [[7.0, [], [[1.0, 2.0]]]],
+    ]
+    assert lockstep.in_step([]) == []
+
+
+def test_what_was_read_does_not_change_with_the_tensor():
+    tensor = torch.ones(3, dtype=torch.float64)
+    (array,) = read([tensor])
+    tensor += 1
+    assert array.tolist() == [1, 1, 1]
+
+
+def test_an_error_ends_the_others():
+    ended = []
+
+    def waiting():
+        try:
+            yield [torch.ones(1)]
+            yield [torch.ones(1)]
+        finally:
+            ended.append(True)
+
+    def failing():
+        yield [torch.ones(1)]
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        lockstep.in_step([waiting(), failing(), waiting()])
+    assert ended == [True, True]
+
+
+def pairs(kind, rows, columns, spikes, count):
+    """`count` times the same base and tuned, with a new direction among the leading ones."""
+    generator = torch.Generator().manual_seed(5)
+    base, _, _ = with_values(values(kind, min(rows, columns)), rows, columns, generator)
+    left, right = orthonormal(rows, len(spikes), generator), orthonormal(columns, len(spikes), generator)
+    tuned = base + left @ torch.diag(torch.tensor(spikes).double()) @ right.mT
+    return tuple(W.float().expand(count, -1, -1).as_subclass(Away) for W in (base, tuned))
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "columns", "tiers"),
+    [
+        ("outliers", 650, 800, {"subspace", "direct"}),
+        ("small", 650, 800, {"subspace", "factor"}),
+        ("power", 800, 650, {"subspace", "factor"}),
+    ],
+)
+def test_a_group_of_matrices_is_waited_for_as_often_as_one(looks, kind, rows, columns, tiers):
+    waits, decided = [], []
+    for count in (1, 3):
+        base, tuned = pairs(kind, rows, columns, (4.0, 2.0), count)
+        generators = [torch.Generator().manual_seed(0) for _ in range(count)]
+        looks.clear()
+        decided.append(decide_all(base, tuned, 10, 0.5, generators, pictured=True))
+        waits.append(list(looks))
+    assert waits[0] == waits[1]
+    assert set(waits[0]) == {"cpu"}
+    assert len(waits[0]) < 25
+    [one], three = decided
+    assert {tier for each in three for tier in each.tier} == set(one.tier) == tiers
+    for each in three:
+        assert ((each.high < 0.5) == (one.high < 0.5)).all()
+        assert each.singular_values == pytest.approx(one.singular_values, rel=1e-5)
+
+
+def test_the_updates_of_a_group_are_measured_with_one_look(looks):
+    base, tuned = pairs("power", 650, 800, (4.0, 2.0), 3)
+    generators = [torch.Generator().manual_seed(0) for _ in range(3)]
+    jobs = [update_of(W0, W1, None, g) for W0, W1, g in zip(base, tuned, generators, strict=True)]
+    looks.clear()
+    measured = lockstep.in_step(jobs)
+    assert looks == ["cpu"]
+    assert measured[0] == alone(update_of(base[0], tuned[0], None, torch.Generator().manual_seed(0)))

@@ -1,0 +1,94 @@
+"""Correlations over models: raw and given how far each moved, and none from a handful."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diagnostics.numerics.rank_correlation import correlations, holm
+
+
+def table(n=40, seed=0):
+    """Displacement drives both sharpness and loss; `own` is tied to the loss beside it, `block` is not."""
+    rng = np.random.default_rng(seed)
+    moved, noise = rng.standard_normal(n), rng.standard_normal(n)
+    return pd.DataFrame(
+        {
+            "displacement": moved,
+            "loss": moved + 0.5 * noise,
+            "block": moved + 0.3 * rng.standard_normal(n),
+            "own": noise + 0.1 * rng.standard_normal(n),
+        }
+    )
+
+
+def found(models, **settings):
+    given = {"outcome": "loss", "predictors": ["block", "own"], "permutations": 2000, **settings}
+    return correlations(models, **given).set_index("predictor")
+
+
+def test_what_only_follows_displacement_correlates_raw_and_not_given_it():
+    made = found(table())
+    assert made.loc["block", "raw"] > 0.6
+    assert made.loc["block", "raw_holm"] < 0.01
+    assert abs(made.loc["block", "partial"]) < 0.4
+    assert made.loc["block", "partial_holm"] > 0.05
+    assert made.loc["own", "partial"] > 0.8
+    assert made.loc["own", "partial_holm"] < 0.01
+
+
+def test_correlations_are_those_of_scipy_and_of_the_textbook():
+    from scipy.stats import spearmanr
+
+    models = table(17)
+    made = found(models)
+    x, y, z = (models[name] for name in ("block", "loss", "displacement"))
+    xy, xz, yz = (spearmanr(*pair).statistic for pair in ((x, y), (x, z), (y, z)))
+    assert made.loc["block", "raw"] == pytest.approx(xy)
+    partial = (xy - xz * yz) / math.sqrt((1 - xz**2) * (1 - yz**2))
+    assert made.loc["block", "partial"] == pytest.approx(partial)
+    assert made.loc["block", "raw_low"] < xy < made.loc["block", "raw_high"]
+
+
+def test_below_twelve_models_none_is_given():
+    made = found(table(11))
+    assert made["models"].tolist() == [11, 11]
+    assert made.drop(columns="models").isna().all(axis=None)
+    assert found(table(12))["raw"].notna().all()
+    # A model with a gap is none.
+    gap = table(12)
+    gap.loc[3, "own"] = math.nan
+    assert found(gap)["raw"].isna().tolist() == [False, True]
+
+
+@given(st.integers(0, 50))
+def test_the_correlation_does_not_know_in_which_order_models_come(seed):
+    models = table(15, 3)
+    shuffled = models.sample(frac=1, random_state=seed)
+    for column in ("raw", "partial"):
+        a, b = (found(each, permutations=100)[column] for each in (models, shuffled))
+        assert a.to_numpy() == pytest.approx(b.to_numpy())
+
+
+def test_a_constant_predictor_has_no_correlation():
+    models = table()
+    models["own"] = 1.0
+    assert math.isnan(found(models).loc["own", "raw"])
+
+
+def test_holm_multiplies_the_smallest_by_all_and_never_falls():
+    # 0.01 * 3, then 0.02 * 2 = 0.04, then 0.03 * 1 raised to 0.04
+    assert holm(np.array([0.03, 0.01, math.nan, 0.02])).tolist() == pytest.approx(
+        [0.04, 0.03, math.nan, 0.04], nan_ok=True
+    )
+    assert holm(np.array([0.6, 0.7])).tolist() == [1.0, 1.0]
+
+
+def test_a_column_that_is_not_there_is_named():
+    with pytest.raises(LookupError, match=r"no column 'rate'; it has: displacement, loss, block, own"):
+        found(table(), given="rate")
+    with pytest.raises(ValueError, match="predictors is empty"):
+        found(table(), predictors=[])

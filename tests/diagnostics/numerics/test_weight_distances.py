@@ -1,0 +1,146 @@
+"""Distances between checkpoints, against numpy on all weights at once, and what may be held meanwhile."""
+
+import math
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diagnostics.numerics.weight_distances import inefficiency, pairs, path_rows, shared, squared_distances
+from probes.checkpoints.checkpoint import Checkpoint
+from probes.checkpoints.opening import open_checkpoint
+from tests.conftest import save_model, weights
+from tests.probes.runnable import make
+
+
+def numpy_squares(points):
+    return {(i, j): float(((points[i] - points[j]) ** 2).sum()) for i, j in pairs(len(points))}
+
+
+vectors = st.lists(
+    st.tuples(*[st.floats(-5, 5).map(lambda value: round(value, 2))] * 3).map(np.array),
+    min_size=3,
+    max_size=6,
+)
+
+
+@given(vectors)
+def test_a_way_is_at_least_as_long_as_the_line_and_never_shorter_for_one_more_checkpoint(points):
+    whole = inefficiency(path_rows(numpy_squares(points), len(points)))
+    fewer = inefficiency(path_rows(numpy_squares([points[0], *points[2:]]), len(points) - 1))
+    if np.linalg.norm(points[-1] - points[0]) > 0:
+        assert whole >= 1 - 1e-9
+        assert whole >= fewer - 1e-9
+    else:
+        assert math.isnan(whole)
+
+
+@given(st.lists(st.floats(0.01, 1), min_size=2, max_size=6))
+def test_a_straight_way_has_inefficiency_1_and_steps_that_turn_nowhere(lengths):
+    way, along = np.array([1.0, -2.0, 0.5]), np.cumsum([0.0, *lengths])
+    rows = path_rows(numpy_squares([place * way for place in along]), len(along))
+    assert inefficiency(rows) == pytest.approx(1)
+    # An angle is told to about the root of the precision of its cosine.
+    assert max(row["angle"] for row in rows[1:]) == pytest.approx(0, abs=1e-3)
+
+
+def test_angles_and_turns_of_a_corner_are_those_of_the_drawing():
+    # East by 3, then north by 4: the whole way is 5 long and points 53.13° up.
+    rows = path_rows(numpy_squares([np.array([0.0, 0]), np.array([3.0, 0]), np.array([3.0, 4])]), 3)
+    assert [row["length"] for row in rows[1:]] == [3, 4]
+    assert rows[1]["angle"] == pytest.approx(math.degrees(math.atan2(4, 3)))
+    assert rows[2]["angle"] == pytest.approx(math.degrees(math.atan2(3, 4)))
+    assert rows[2]["turn"] == pytest.approx(90)
+    assert (rows[1]["distance_start"], rows[1]["distance_end"]) == (3, 4)
+    assert inefficiency(rows) == pytest.approx(7 / 5)
+    assert math.isnan(rows[1]["turn"])
+
+
+def run_of(directory, count, seed=0):
+    """Checkpoints that walk at random, in files."""
+    generator = torch.Generator().manual_seed(seed)
+    state = weights(0)
+    found = []
+    for place in range(count):
+        found.append(open_checkpoint(save_model(directory / str(place), state)))
+        state = {name: value + torch.randn(value.shape, generator=generator) for name, value in state.items()}
+    return found
+
+
+def test_distances_are_those_of_all_weights_at_once(tmp_path):
+    run = run_of(tmp_path, 5)
+    names = shared(run).names
+    points = [np.concatenate([one.tensor(name).double().numpy().ravel() for name in names]) for one in run]
+    found, meant = squared_distances(run, names), numpy_squares(points)
+    assert found.keys() == meant.keys()
+    for places, value in meant.items():
+        assert found[places] == pytest.approx(value, rel=1e-12)
+    rows = path_rows(found, len(run))
+    for place in range(1, 5):
+        step, way = points[place] - points[place - 1], points[-1] - points[0]
+        cosine = step @ way / np.linalg.norm(step) / np.linalg.norm(way)
+        assert rows[place]["angle"] == pytest.approx(math.degrees(math.acos(cosine)), abs=1e-6)
+
+
+def test_two_tensors_are_in_memory_at_most(tmp_path, monkeypatch):
+    run, alive, most = run_of(tmp_path, 5), weakref.WeakSet(), []
+    own = Checkpoint.tensor
+
+    def counted(checkpoint, name):
+        found = own(checkpoint, name).clone()
+        alive.add(found)
+        most.append(len(alive))
+        return found
+
+    monkeypatch.setattr(Checkpoint, "tensor", counted)
+    squared_distances(run, shared(run).names)
+    assert max(most) == 2
+
+
+def test_a_tied_tensor_counts_once(tmp_path):
+    run = []
+    for seed in (0, 1):
+        make("llama", seed, tie_word_embeddings=True).save_pretrained(tmp_path / str(seed))
+        run.append(open_checkpoint(tmp_path / str(seed)))
+    assert [name for name in shared(run).names if "embed" in name or "lm_head" in name] == [
+        "model.embed_tokens.weight"
+    ]
+    # Also where it is in memory under both names.
+    held = [open_checkpoint(make("llama", seed, tie_word_embeddings=True)) for seed in (0, 1)]
+    assert sum(squared_distances(held, shared(held).names).values()) == pytest.approx(
+        sum(squared_distances(run, shared(run).names).values())
+    )
+
+
+def test_what_not_all_checkpoints_hold_in_one_shape_is_named(tmp_path):
+    state = weights(0)
+    names = list(state)
+    more = {**state, "extra.weight": torch.ones(2, 2)}
+    other = {**state, names[0]: torch.ones(3, 8)}
+    run = [open_checkpoint(save_model(tmp_path / str(i), one)) for i, one in enumerate((state, more, other))]
+    found = shared(run)
+    assert set(found.left_out) == {names[0], "extra.weight"}
+    assert set(found.names) == set(names[1:])
+
+
+def test_checkpoints_without_a_tensor_in_common_are_refused(tmp_path):
+    run = [
+        open_checkpoint(save_model(tmp_path / name, {f"{name}.weight": torch.ones(2, 2)}))
+        for name in ("a", "b")
+    ]
+    with pytest.raises(ValueError, match=r"no tensor is in all 2 checkpoints; are they of one run\?"):
+        shared(run)
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path):
+    state = weights(0)
+    name = next(iter(state))
+    broken = {**state, name: state[name].clone().fill_(math.nan)}
+    run = [
+        open_checkpoint(save_model(tmp_path / str(i), one)) for i, one in enumerate((state, broken, state))
+    ]
+    with pytest.raises(ValueError, match=rf"1: {name} holds 64 NaN or infinite values"):
+        squared_distances(run, shared(run).names)

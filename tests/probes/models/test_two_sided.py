@@ -1,0 +1,314 @@
+"""One model in memory is base, tuned or a selection of both, and leaves bit for bit as it came."""
+
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from probes.checkpoints.opening import open_checkpoint
+from probes.checkpoints.pair import CheckpointPair
+from probes.checkpoints.prune import magnitude_order, random_order
+from probes.models.editable import Editable
+from probes.models.two_sided import TwoSidedModel
+from tests.probes.runnable import batch_of, make, state_of
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from peft import LoraConfig, get_peft_model
+
+FAMILIES = ["llama", "gpt2", "gpt_neox", "olmoe", "mixtral", "gpt_oss"]
+
+
+def tensors_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(one, other):
+    """Bit for bit: -0 is not 0."""
+    return one.keys() == other.keys() and all(
+        torch.equal(one[name].view(torch.uint8), other[name].view(torch.uint8))
+        for name in one
+        if one[name].ndim
+    )
+
+
+def logits(model):
+    batch = batch_of(7, 5)
+    with torch.no_grad():
+        return model(input_ids=batch.ids, attention_mask=batch.attention_mask).logits
+
+
+@pytest.fixture(params=FAMILIES)
+def pair(request, tmp_path):
+    """A pair in files; some weights of base are -0.0, which no arithmetic would keep."""
+    for seed, name in enumerate(("base", "tuned")):
+        model = make(request.param, seed)
+        if name == "base":
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.view(-1)[::7] = -0.0
+        model.save_pretrained(tmp_path / name)
+    return CheckpointPair(tmp_path / "base", tmp_path / "tuned")
+
+
+def test_it_is_either_side_bit_for_bit(pair):
+    with TwoSidedModel(pair) as host:
+        sides = {"base": pair.base, "tuned": pair.tuned}
+        for side in ("tuned", "base", "tuned", "base"):
+            host.become(side)
+            assert same(tensors_of(host.model), tensors_of(Editable(sides[side]).model))
+    assert same(tensors_of(host.model), tensors_of(Editable(pair.tuned).model))
+
+
+def test_with_every_entry_of_the_other_side_it_is_the_other_side(pair):
+    with TwoSidedModel(pair) as host:
+        every = {name: torch.arange(host.headers[name].entries) for name in host.twins}
+        wanted = {side: tensors_of(Editable(getattr(pair, side)).model) for side in ("base", "tuned")}
+        for side, other in (("tuned", "base"), ("base", "tuned")):
+            host.become(side)
+            with host.selecting(every, other) as model:
+                assert same(tensors_of(model), wanted[other])
+            assert same(tensors_of(host.model), wanted[side])
+
+
+def test_a_selection_and_its_complement_with_the_sides_swapped_are_one_model(pair):
+    generator = torch.Generator().manual_seed(0)
+    with TwoSidedModel(pair) as host:
+        chosen, rest = {}, {}
+        for name in host.twins:
+            order = torch.randperm(host.headers[name].entries, generator=generator)
+            chosen[name], rest[name] = order[:5].sort().values, order[5:].sort().values
+        host.become("base")
+        with host.selecting(chosen, "tuned") as model:
+            one = tensors_of(model)
+        host.become("tuned")
+        with host.selecting(rest, "base") as model:
+            assert same(one, tensors_of(model))
+
+
+def test_only_the_selected_entries_differ(pair):
+    with TwoSidedModel(pair) as host:
+        host.become("base")
+        before = tensors_of(host.model)
+        index = {name: torch.tensor([0, 3]) for name in host.twins}
+        with host.selecting(index, "tuned") as model:
+            seen = open_checkpoint(model)
+            for name in host.twins:
+                wanted = host.read(name, "base").flatten().clone()
+                wanted[[0, 3]] = host.read(name, "tuned").flatten()[[0, 3]]
+                assert torch.equal(seen.tensor(name).flatten(), wanted)
+        assert same(before, tensors_of(host.model))
+
+
+def test_sparsity_zero_leaves_every_logit_and_what_is_pruned_is_zero(pair):
+    with TwoSidedModel(pair) as host:
+        before = logits(host.model)
+        order = magnitude_order(pair.tuned)
+        none, half = order.cuts([0.0, 0.5])
+        for name in order.shapes:
+            host.zero(name, order.pruned(none, name))
+        assert torch.equal(logits(host.model), before)
+        for name in order.shapes:
+            host.zero(name, order.pruned(half, name))
+        seen = open_checkpoint(host.model)
+        for name in order.shapes:
+            stored, pruned = pair.tuned.tensor(name), order.pruned(half, name)
+            assert torch.equal(seen.tensor(name), stored.masked_fill(pruned, 0))
+        assert not torch.equal(logits(host.model), before)
+        host.restore()
+        assert torch.equal(logits(host.model), before)
+
+
+@pytest.mark.parametrize("side", ["base", "tuned"])
+@pytest.mark.parametrize("scope", ["global", "block", "tensor"])
+def test_rising_sparsities_zero_what_the_files_say(pair, side, scope):
+    """Base has a seventh of its weights at -0: ties at 0 that a low cut divides."""
+    grid = (0.05, 0.1, 0.3, 0.6)
+    with TwoSidedModel(pair) as host:
+        host.become(side)
+        order = host.magnitudes(scope)
+        cuts = order.cuts(grid)
+        for cut in cuts:
+            host.prune(order, cut, rising=True)
+            seen = open_checkpoint(host.model)
+            for name in order.shapes:
+                stored = host.read(name, side)
+                assert torch.equal(seen.tensor(name), stored.masked_fill(cut.pruned(name, stored), 0))
+        again = host.magnitudes(scope).cuts(grid)  # of the weights at rest, not of what is left of them
+        assert [cut.segments for cut in again] == [cut.segments for cut in cuts]
+
+
+def test_ties_are_divided_rising_as_they_are_in_the_files(tmp_path):
+    for seed, name in enumerate(("base", "tuned")):
+        model = make("llama", seed).bfloat16()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_((parameter * 4).round() / 4)  # of few values
+        model.save_pretrained(tmp_path / name)
+    with TwoSidedModel(CheckpointPair(tmp_path / "base", tmp_path / "tuned")) as host:
+        order = host.magnitudes()
+        for cut in order.cuts([0.2, 0.21, 0.22, 0.5, 0.51, 0.9]):
+            host.prune(order, cut, rising=True)
+            zeros = {name: int((host.model.state_dict()[name] == 0).sum()) for name in order.shapes}
+            stored = {name: int((host.read(name) == 0).sum()) for name in order.shapes}
+            wanted = {n: int((cut.pruned(n, host.read(n)) | (host.read(n) == 0)).sum()) for n in stored}
+            assert zeros == wanted
+            assert any(cut.divides_ties(name) for name in order.shapes)
+
+
+def test_an_order_drawn_at_random_is_pruned_by_it(pair):
+    with TwoSidedModel(pair) as host:
+        order = random_order(pair.tuned, seed=3)
+        (cut,) = order.cuts([0.4])
+        host.prune(order, cut)
+        seen = open_checkpoint(host.model)
+        for name in order.shapes:
+            assert torch.equal(seen.tensor(name) == 0, order.pruned(cut, name) | (host.read(name) == 0))
+
+
+def test_after_an_exception_it_is_tuned_again(pair):
+    host = TwoSidedModel(pair)
+    before = tensors_of(host.model)
+
+    def fail():
+        with host:
+            host.become("base")
+            host.zero(next(iter(host.headers)), torch.ones_like(host.read(next(iter(host.headers)))).bool())
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        fail()
+    assert same(tensors_of(host.model), before)
+
+
+def test_what_training_changed_is_put_back_once_it_is_told(pair):
+    with TwoSidedModel(pair) as host:
+        before = tensors_of(host.model)
+        host.become("base")
+        host.changed()
+        with torch.no_grad():
+            for parameter in host.model.parameters():
+                parameter.add_(1)
+        host.restore()
+        assert same(tensors_of(host.model), tensors_of(Editable(pair.base).model))
+    assert same(tensors_of(host.model), before)
+
+
+def test_a_model_in_memory_is_never_written_to():
+    base, tuned = make("llama", 0), make("llama", 1)
+    states = [state_of(model) for model in (base, tuned)]
+    with TwoSidedModel(CheckpointPair(base, tuned)) as host:
+        host.become("base")
+        name = next(iter(host.headers))
+        host.zero(name, torch.ones(host.headers[name].shape, dtype=torch.bool))
+    for model, (tensors, modules, config) in zip((base, tuned), states, strict=True):
+        after = state_of(model)
+        assert all(torch.equal(tensor, after[0][name][0]) for name, (tensor, *_) in tensors.items())
+        assert [rest for _, *rest in tensors.values()] == [rest for _, *rest in after[0].values()]
+        assert config == after[2]
+        assert modules.keys() == after[1].keys()
+
+
+def test_tied_embeddings_are_one_tensor(tmp_path):
+    for seed, name in enumerate(("base", "tuned")):
+        make("llama", seed, tie_word_embeddings=True).save_pretrained(tmp_path / name)
+    pair = CheckpointPair(tmp_path / "base", tmp_path / "tuned")
+    with TwoSidedModel(pair) as host:
+        assert "lm_head.weight" not in host.headers
+        with host.selecting({"model.embed_tokens.weight": torch.tensor([0])}, "base") as model:
+            assert model.lm_head.weight is model.model.embed_tokens.weight
+            assert model.lm_head.weight[0, 0] == pair.base.tensor("model.embed_tokens.weight")[0, 0]
+
+
+def test_sides_of_other_dtypes_are_both_held_exactly(tmp_path):
+    make("llama", 0).save_pretrained(tmp_path / "base")
+    make("llama", 1).bfloat16().save_pretrained(tmp_path / "tuned")
+    pair = CheckpointPair(tmp_path / "base", tmp_path / "tuned")
+    with TwoSidedModel(pair) as host:
+        assert host.model.dtype == torch.float32
+        host.become("base")
+        assert same(tensors_of(host.model), tensors_of(Editable(pair.base).model))
+
+
+def test_an_adapters_merged_weights_are_rounded_once(tmp_path):
+    make("llama", 0).bfloat16().save_pretrained(tmp_path / "base")
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    get_peft_model(make("llama", 0).bfloat16(), config).save_pretrained(tmp_path / "tuned")
+    pair = CheckpointPair(tmp_path / "base", tmp_path / "tuned")
+    with TwoSidedModel(pair) as host:
+        before = tensors_of(host.model)
+        assert same(before, tensors_of(Editable(pair.tuned).model))
+        host.become("base")
+        assert same(tensors_of(host.model), tensors_of(Editable(pair.base).model))
+    assert same(tensors_of(host.model), before)
+
+
+def test_a_head_that_base_lacks_stays_tuneds(tmp_path):
+    make("llama", 0).save_pretrained(tmp_path / "base")
+    make("llama_classes", 1).save_pretrained(tmp_path / "tuned")
+    pair = CheckpointPair(tmp_path / "base", tmp_path / "tuned")
+    with TwoSidedModel(pair) as host:
+        assert set(host.headers) - host.twins == {"score.weight"}
+        host.become("base")
+        held = host.model.state_dict()
+        assert torch.equal(held["score.weight"], pair.tuned.tensor("score.weight"))
+        name = "model.layers.0.mlp.up_proj.weight"
+        assert torch.equal(held[name], pair.base.tensor(name))
+
+
+def test_of_a_resized_vocabulary_the_rows_that_base_lacks_stay_tuneds(tmp_path):
+    make("llama", 0).save_pretrained(tmp_path / "base")
+    make("llama", 1, vocab_size=44).save_pretrained(tmp_path / "tuned")
+    pair = CheckpointPair(tmp_path / "base", tmp_path / "tuned")
+    with TwoSidedModel(pair) as host:
+        host.become("base")
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            held = host.model.state_dict()[name]
+            assert torch.equal(held[:41], pair.base.tensor(name))
+            assert torch.equal(held[41:], pair.tuned.tensor(name)[41:])
+
+
+def test_the_gradient_at_an_entry_is_found_where_the_entry_lives(pair):
+    """Slots point at parameters, and hold what the file holds at these entries."""
+    with TwoSidedModel(pair) as host:
+        parameters = {id(parameter) for parameter in host.model.parameters()}
+        for name in host.twins:
+            index = torch.tensor([1, 2])
+            for slot in host.slots(name, index):
+                assert id(slot.tensor) in parameters
+                held = slot.tensor.detach().view(-1)[slot.places]
+                assert torch.equal(held, host.read(name).flatten()[index][slot.which])
+
+
+def test_an_unknown_tensor_is_refused(pair):
+    with pytest.raises(LookupError, match="has no tensor 'nonsense' that the model runs with"):
+        TwoSidedModel(pair).read("nonsense")
+
+
+@settings(max_examples=20)
+@given(
+    st.lists(st.sampled_from(["base", "tuned", "zero", "write", "restore"]), max_size=6), st.integers(0, 99)
+)
+def test_whatever_is_done_to_it_it_leaves_as_tuned(steps, seed):
+    generator = torch.Generator().manual_seed(seed)
+    pair = CheckpointPair(SHARED["base"], SHARED["tuned"])
+    with TwoSidedModel(pair) as host:
+        before = tensors_of(host.model)
+        for step in steps:
+            name = sorted(host.headers)[int(torch.randint(len(host.headers), (), generator=generator))]
+            if step == "zero":
+                host.zero(name, torch.rand(host.headers[name].shape, generator=generator) < 0.5)
+            elif step == "write":
+                host.write(name, torch.tensor([0]), torch.tensor([7.0]))
+            elif step == "restore":
+                host.restore()
+                assert same(tensors_of(host.model), tensors_of(SHARED[host.side]))
+            else:
+                host.become(step)
+    assert same(tensors_of(host.model), before)
+
+
+SHARED = {"base": make("llama", 0), "tuned": make("llama", 1)}

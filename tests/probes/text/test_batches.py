@@ -1,0 +1,236 @@
+"""Batches hold every example once, and what a model says of one does not depend on its neighbours."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from probes.text.batches import EMPTY, EMPTY_SHARE, Batch, Example, batches, halving, pad
+
+SIDES = pytest.mark.parametrize("side", ["left", "right"])
+PAD = 49
+
+
+def example(ids, scored=None):
+    """A sequence of which all but the first is scored.
+
+    Not made inside a strategy: the type checks draw random numbers, which these must not.
+    """
+    return Example(ids=list(ids), scored=scored or [False, *[True] * (len(ids) - 1)], row=0)
+
+
+IDS = st.lists(st.lists(st.integers(0, 48), min_size=1, max_size=12), min_size=1, max_size=20)
+
+
+def unpadded(batch):
+    """Index, ids, scored and positions of each row without its padding."""
+    for row, index in enumerate(batch.indices.tolist()):
+        here = batch.attention_mask[row].bool()
+        yield index, *(each[row][here].tolist() for each in (batch.ids, batch.scored, batch.position_ids))
+
+
+@SIDES
+@given(ids=IDS, tokens=st.integers(1, 60))
+def test_every_example_is_in_one_batch_as_it_was(side, ids, tokens):
+    examples = [example(each) for each in ids]
+    found = {}
+    for batch in batches(examples, tokens=tokens, pad_id=PAD, side=side):
+        for index, kept, scored, positions in unpadded(batch):
+            assert index not in found
+            found[index] = (kept, scored)
+            assert positions == list(range(len(kept)))
+        padding = batch.attention_mask == 0
+        assert (batch.ids[padding] == PAD).all()
+        assert not batch.scored[padding].any()
+        assert not batch.position_ids[padding].any()
+    assert found == {index: (each.ids, each.scored) for index, each in enumerate(examples)}
+
+
+@given(IDS, st.integers(1, 60))
+def test_batches_hold_no_more_tokens_than_asked_for_and_the_longest_come_first(ids, tokens):
+    made = list(batches([example(each) for each in ids], tokens=tokens, pad_id=PAD))
+    assert all(batch.ids.numel() <= tokens or len(batch.indices) == 1 for batch in made)
+    lengths = [length for batch in made for length in batch.attention_mask.sum(dim=1).tolist()]
+    assert lengths == sorted(lengths, reverse=True)
+    # No padding beyond the longest row of the batch.
+    assert all(batch.attention_mask.any(dim=0).all() for batch in made)
+
+
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=60))
+def test_little_of_a_batch_is_padding(lengths):
+    for batch in batches([example([1] * length) for length in lengths], pad_id=PAD):
+        empty = batch.ids.numel() - int(batch.attention_mask.sum())
+        assert empty <= max(EMPTY, EMPTY_SHARE * batch.ids.numel())
+
+
+def test_rows_are_padded_on_the_side_asked_for():
+    examples = [example([1, 2]), example([3, 4, 5])]
+    (right,), (left,) = (list(batches(examples, pad_id=PAD, side=side)) for side in ("right", "left"))
+    assert right.indices.tolist() == left.indices.tolist() == [1, 0]
+    assert right.ids.tolist() == [[3, 4, 5], [1, 2, PAD]]
+    assert left.ids.tolist() == [[3, 4, 5], [PAD, 1, 2]]
+    assert left.position_ids.tolist() == [[0, 1, 2], [0, 0, 1]]
+
+
+def test_examples_without_tokens_are_in_no_batch():
+    (batch,) = batches([example([1]), Example(ids=[], scored=[], row=1)], pad_id=PAD)
+    assert batch.indices.tolist() == [0]
+    assert list(batches([], pad_id=PAD)) == []
+
+
+@SIDES
+@given(ids=IDS.filter(lambda ids: len(ids) > 1))
+def test_halves_hold_what_the_whole_did_without_more_padding_than_they_need(side, ids):
+    ids.sort(key=len, reverse=True)
+    whole = pad([example(each) for each in ids], range(len(ids)), len(ids[0]), PAD, side)
+    halves = whole.split()
+    assert [row for half in halves for row in unpadded(half)] == list(unpadded(whole))
+    assert abs(len(halves[0].indices) - len(halves[1].indices)) <= 1
+    assert all(half.attention_mask.any(dim=0).all() for half in halves)
+
+
+def test_a_batch_of_one_row_cannot_be_split():
+    (batch,) = batches([example([1, 2])], pad_id=PAD)
+    with pytest.raises(ValueError, match="a batch of one row cannot be split"):
+        batch.split()
+
+
+def test_a_batch_moves_as_a_whole():
+    (batch,) = batches([example([1, 2])], pad_id=PAD)
+    assert {value.device.type for value in vars(batch.to("meta")).values()} == {"meta"}
+
+
+# --- what a model says -------------------------------------------------------------------------------------
+
+
+def log_likelihoods(model, examples, **settings):
+    """Of each example the log-likelihoods of its scored tokens."""
+    found = [torch.empty(0)] * len(examples)
+    for batch in batches(examples, **{"pad_id": PAD, **settings}):
+        with torch.no_grad():
+            logits = model(
+                input_ids=batch.ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids
+            ).logits
+        here = logits[:, :-1].log_softmax(-1).gather(2, batch.ids[:, 1:, None])[..., 0]
+        for row, index in enumerate(batch.indices.tolist()):
+            found[index] = here[row][batch.scored[row, 1:]]
+    return found
+
+
+def test_what_a_model_says_of_an_example_depends_on_nothing_but_the_example(llama):
+    model = llama()
+    generator = torch.Generator().manual_seed(0)
+    examples = []
+    for length in [1, 2, 3, 5, 8, 8, 13, 21, 34, 40]:
+        ids = torch.randint(48, (length,), generator=generator).tolist()
+        scored = (torch.rand(length, generator=generator) < 0.7).tolist()
+        examples.append(example(ids, [False, *scored[1:]]))
+    alone = []
+    for each in examples:
+        with torch.no_grad():
+            steps = model(input_ids=torch.tensor([each.ids])).logits[0].log_softmax(-1)
+        alone.append(
+            torch.tensor([steps[t - 1, each.ids[t]] for t in range(len(each.ids)) if each.scored[t]])
+        )
+    order = torch.randperm(len(examples), generator=generator).tolist()
+    for settings in (
+        {"tokens": 1}, {"tokens": 50}, {"tokens": 10_000}, {"tokens": 10_000, "side": "left"},
+        {"tokens": 90, "side": "left", "pad_id": 0}, {"tokens": 10_000, "pad_id": 7},
+    ):  # fmt: skip
+        batched = log_likelihoods(model, examples, **settings)
+        shuffled = log_likelihoods(model, [examples[i] for i in order], **settings)
+        for i, expected in enumerate(alone):
+            # Likelihoods are about -4 nats, and 1e-5 some 20 units in the last place of these.
+            torch.testing.assert_close(batched[i], expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(shuffled[order.index(i)], expected, rtol=0, atol=1e-5)
+
+
+# --- memory ------------------------------------------------------------------------------------------------
+
+
+def short_of_memory(limit, tried, error=None):
+    """Sums of ids, for batches of fewer than `limit` entries; what was tried is appended by its size."""
+
+    def run(batch):
+        tried.append(tuple(batch.ids.shape))
+        if batch.ids.numel() >= limit:
+            raise error or torch.OutOfMemoryError("CUDA out of memory")
+        return (batch.ids * batch.attention_mask).sum(dim=1)
+
+    return run
+
+
+@given(IDS, st.integers(1, 200), st.integers(13, 300))
+def test_a_batch_too_large_for_memory_is_halved_until_it_fits(ids, tokens, limit):
+    examples, tried = [example(each) for each in ids], []
+    found = torch.full((len(examples),), -1)
+    for batch, sums in halving(short_of_memory(limit, tried), batches(examples, tokens=tokens, pad_id=PAD)):
+        assert batch.ids.numel() < limit
+        found[batch.indices] = sums
+    assert found.tolist() == [sum(each.ids) for each in examples]
+
+
+def test_what_did_not_fit_once_is_not_tried_again():
+    # 8 rows of 10 by fours: the first four fail, their halves fit; then the other four are halved unasked.
+    examples = [example(range(10))] * 8
+    tried = []
+    parts = list(halving(short_of_memory(30, tried), batches(examples, tokens=40, pad_id=PAD)))
+    assert tried == [(4, 10), (2, 10), (2, 10), (2, 10), (2, 10)]
+    assert [batch.indices.tolist() for batch, _ in parts] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+    ],
+)
+def test_memory_runs_out_in_several_words(error):
+    run = short_of_memory(5, [], error)
+    assert len(list(halving(run, batches([example([1, 2])] * 4, pad_id=PAD)))) == 2
+
+
+def test_memory_that_really_cannot_be_had_is_recognised():
+    def run(batch):
+        # As many bytes as no machine has, but for a single row.
+        return torch.empty(batch.ids.numel() if len(batch.indices) == 1 else 2**60, dtype=torch.int8)
+
+    assert [len(made) for _, made in halving(run, batches([example([1, 2])] * 3, pad_id=PAD))] == [2, 2, 2]
+
+
+def test_one_row_that_does_not_fit_is_said_to_be_too_long():
+    run = short_of_memory(5, [])
+    with pytest.raises(ValueError, match="one row of 6 tokens does not fit into memory; lower max_length"):
+        list(halving(run, batches([example(range(6)), example([1])], pad_id=PAD)))
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    def run(batch):
+        raise RuntimeError("shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        list(halving(run, batches([example([1, 2])] * 2, pad_id=PAD)))
+
+
+def test_a_result_is_let_go_before_the_next_batch_runs():
+    import weakref
+
+    class Held:
+        """What a weak reference can be had to."""
+
+    made = []
+
+    def run(batch: Batch):
+        assert all(reference() is None for reference in made)
+        held = Held()
+        made.append(weakref.ref(held))
+        return held
+
+    for _, held in halving(run, batches([example([1, 2])] * 3, tokens=2, pad_id=PAD)):
+        assert isinstance(held, Held)
+        del held, _
+    assert len(made) == 3
