@@ -45,6 +45,16 @@ class Result:
     analysis: str = ""
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        from diagnostics.core import display
+
+        return display.text(self)
+
+    def _repr_html_(self) -> str:
+        from diagnostics.core import display
+
+        return display.html(self)
+
     def figures(self) -> "dict[str, go.Figure]":
         """The pictures of this result by name."""
         return find(self.analysis).draw(self)

@@ -35,7 +35,6 @@ from diagnostics.evaluation import loss_curves
 from diagnostics.evaluation.interpolation import (
     ALPHAS,
     PathEvaluator,
-    Which,
     check_alphas,
     is_half,
     model_notes,
@@ -43,7 +42,7 @@ from diagnostics.evaluation.interpolation import (
     pinned_note,
     set_rows,
 )
-from diagnostics.evaluation.sets import sets_of
+from diagnostics.evaluation.sets import SetKey, encode_sets, load_sets
 from probes import CheckpointPair
 from probes.errors import InputError
 from probes.models.interpolated import InterpolatedModel, Layer
@@ -211,10 +210,12 @@ def layer_sharpness(
                 "sharpness: the model runs in half precision, in which small perturbations change no weight; "
                 "set sharpness.dtype to float32"
             )
-        given = {"task": task, "keep": keep, "ood": ood}
-        sets = sets_of(
-            given, host.editable, purpose="sharpness", max_length=max_length, chat_template=chat_template,
-            batch_tokens=batch_tokens, rows=rows, seed=seed,
+        loaded = load_sets(
+            {"task": task, "keep": keep, "ood": ood}, least=2, purpose="sharpness", rows=rows, seed=seed
+        )
+        sets = encode_sets(
+            host.editable, loaded, max_length=max_length, chat_template=chat_template,
+            batch_tokens=batch_tokens,
         )  # fmt: skip
         along = PathEvaluator(walk, sets, progress)
         along.measure(grid)
@@ -298,7 +299,7 @@ def _checked(
 
 
 # A batch of rows: of which set, and which of them.
-Drawn: TypeAlias = tuple[Which, tuple[int, ...]]
+Drawn: TypeAlias = tuple[SetKey, tuple[int, ...]]
 
 
 def _drawn(along: PathEvaluator, batches: int, size: int, seed: int) -> list[Drawn]:
@@ -309,7 +310,7 @@ def _drawn(along: PathEvaluator, batches: int, size: int, seed: int) -> list[Dra
     return [(names[id(lot.objective)], lot.rows) for lot in found]
 
 
-def _objective(along: PathEvaluator, which: Which) -> Objective:
+def _objective(along: PathEvaluator, which: SetKey) -> Objective:
     return Objective(along.sets[which], tokens=along.sets[which].batch_tokens)
 
 
@@ -348,7 +349,7 @@ def _sharpness(
         for place, (alpha, call) in enumerate(plan)
     )  # fmt: skip
     found: dict[float, list[Rises]] = {}
-    for place, ((alpha, _), made) in enumerate(zip(plan, along.each(calls), strict=True)):
+    for place, ((alpha, _), made) in enumerate(zip(plan, along.run(calls), strict=True)):
         found.setdefault(alpha, []).append(made)
         along.tell(sum(steps[: place + 1]), sum(steps), f"sharpness at alpha {alpha:g}")
     return [{"alpha": alpha, **row} for alpha, made in found.items() for row in averaged(parts[alpha], made)]
@@ -368,11 +369,11 @@ def _rises(
     total: int,
 ) -> Rises:
     """Sharpness at one place on one batch, here or on a worker."""
-    along.forget()
-    along.walk.place(alpha)
+    along.clear_prefix()
+    along.interpolated.place(alpha)
     which, rows = drawn
     return rises_of(
-        along.walk.model, [layer for layer in along.walk.layers if layer.index in layers],
+        along.interpolated.model, [layer for layer in along.interpolated.layers if layer.index in layers],
         RowBatch(_objective(along, which), rows), number, settings, whole=whole, radii=radii,
         tell=lambda count, name: along.tell(done + count, total, f"sharpness of {name}"),
     )  # fmt: skip
@@ -388,7 +389,7 @@ def _curvature(
         for alpha, layer in plan
     )
     found: list[dict[str, Any]] = []
-    for done, ((alpha, layer), made) in enumerate(zip(plan, along.each(calls), strict=True)):
+    for done, ((alpha, layer), made) in enumerate(zip(plan, along.run(calls), strict=True)):
         if isinstance(made, str):
             notes.append(f"Curvature was not measured: the model cannot be differentiated twice ({made}).")
             return found
@@ -403,16 +404,16 @@ def _spectrum(
     """The spectrum of one layer at one place, here or on a worker; or why it has none."""
     import torch
 
-    along.walk.place(alpha)
+    along.interpolated.place(alpha)
     which, rows = drawn
-    (layer,) = (each for each in along.walk.layers if each.index == index)
+    (layer,) = (each for each in along.interpolated.layers if each.index == index)
     with (
-        logits_normalised(along.walk.model, settings.normalise),
+        logits_normalised(along.interpolated.model, settings.normalise),
         PerturbedWeights(settings.parameters(layer), adaptive=settings.adaptive) as moved,
     ):
         try:
             return spectrum(
-                HessianProduct(along.walk.model, along.sets[which], rows, moved).product,
+                HessianProduct(along.interpolated.model, along.sets[which], rows, moved).product,
                 moved.zero,
                 generator=torch.Generator().manual_seed(settings.seed),
             )

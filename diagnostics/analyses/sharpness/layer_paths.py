@@ -19,7 +19,8 @@ from torch import Tensor
 
 from diagnostics.analyses.sharpness.stragglers import ScreenedLayer
 from diagnostics.evaluation import loss_curves
-from diagnostics.evaluation.interpolation import PathEvaluator, Which
+from diagnostics.evaluation.interpolation import PathEvaluator
+from diagnostics.evaluation.sets import SetKey
 from diagnostics.numerics.estimates import Estimate, combined
 from probes.models.interpolated import InterpolatedModel, Layer
 
@@ -58,7 +59,7 @@ class LayerPaths:
     def __init__(
         self,
         along: PathEvaluator,
-        on: Sequence[Which],
+        on: Sequence[SetKey],
         alphas: Sequence[float],
         *,
         draws: int = 4,
@@ -96,7 +97,7 @@ class LayerPaths:
         Args:
             worst: where layers are pinned.
         """
-        layers, inside = self.along.walk.layers, self.alphas[1:-1]
+        layers, inside = self.along.interpolated.layers, self.alphas[1:-1]
         leg = partial(_leg, on=self.on, cached=self.cached, seed=self.seed)
         plan: list[tuple[float, Layer, partial[list[LossesByRow]]]] = []
         for anchor, alphas, draws in (
@@ -107,12 +108,12 @@ class LayerPaths:
                 for layer in layers
             ]
         found: dict[tuple[float, int], Nats] = {}
-        made = self.along.each(call for _, _, call in plan)
+        made = self.along.run(call for _, _, call in plan)
         for done, ((anchor, layer, _), rows) in enumerate(zip(plan, made, strict=True)):
             found[anchor, layer.index] = np.stack([self._filled(each) for each in rows])
             where = {1.0: "from tuned", 0.0: "from base"}.get(anchor, "pinned")
             self.along.tell(done + 1, len(plan), f"{layer.name} {where}")
-        self.along.forget()
+        self.along.clear_prefix()
         base, tuned, between = self.whole(0.0)[None], self.whole(1.0)[None], len(inside)
         return [
             LayerPath(
@@ -123,7 +124,7 @@ class LayerPaths:
                 displacement=norms[0], size=norms[1],
             )
             for layer in layers
-            for away, norms in ((found[1.0, layer.index], self.along.walk.displacement(layer)),)
+            for away, norms in ((found[1.0, layer.index], self.along.interpolated.displacement(layer)),)
         ]  # fmt: skip
 
     def screened(self, path: LayerPath, worst: float) -> ScreenedLayer:
@@ -194,10 +195,10 @@ class LayerPaths:
 
     def _same(self) -> bool:
         """Whether a loss behind what was kept is that of a full pass, to the bit."""
-        self.along.walk.place(1.0)
-        last = self.along.walk.layers[-1].index
+        self.along.interpolated.place(1.0)
+        last = self.along.interpolated.layers[-1].index
         kept = [self._filled(_here(self.along, self.on, last, 1.0)) for _ in range(2)]
-        self.along.forget()
+        self.along.clear_prefix()
         return all(np.array_equal(self.whole(1.0), each) for each in kept)
 
 
@@ -207,7 +208,7 @@ class LayerPaths:
 def _leg(
     along: PathEvaluator,
     *,
-    on: Sequence[Which],
+    on: Sequence[SetKey],
     cached: bool,
     seed: int,
     anchor: float,
@@ -219,24 +220,24 @@ def _leg(
     behind = anchor if cached else None
     found = []
     for alpha in alphas:
-        along.walk.place(anchor, {layer: alpha})
+        along.interpolated.place(anchor, {layer: alpha})
         found.append(_here(along, on, layer, behind))
-    along.walk.place(anchor)
-    (moved,) = (each for each in along.walk.layers if each.index == layer)
+    along.interpolated.place(anchor)
+    (moved,) = (each for each in along.interpolated.layers if each.index == layer)
     for draw in range(draws):
-        with along.walk.changed(moved, _noise(along.walk, layer, seed, draw)):
+        with along.interpolated.changed(moved, _noise(along.interpolated, layer, seed, draw)):
             found.append(_here(along, on, layer, behind))
     return found
 
 
-def _here(along: PathEvaluator, on: Sequence[Which], layer: int, behind: float | None) -> LossesByRow:
+def _here(along: PathEvaluator, on: Sequence[SetKey], layer: int, behind: float | None) -> LossesByRow:
     """Nats by row wherever the model stands.
 
     Args:
         behind: where all that stands before the layer is; None: it is run again.
     """
-    with nullcontext() if behind is None else along.behind(layer, behind):
-        return [along.here(which) for which in on]
+    with nullcontext() if behind is None else along.prefix_cached(layer, behind):
+        return [along.current_rows(which) for which in on]
 
 
 def _noise(walk: InterpolatedModel, layer: int, seed: int, draw: int) -> Callable[[str, Tensor], Tensor]:

@@ -167,7 +167,7 @@ def remedy_rows(
             continue
         for alpha in alphas:
             with remedy.applied(alpha):
-                standing = along.standing()
+                standing = along.current_units()
             for (role, name), units in standing.items():
                 rows.append(
                     {
@@ -186,7 +186,7 @@ def remedy_rows(
 def same_function(along: PathEvaluator, remedy: Remedy) -> bool:
     """Whether the tuned end is as it was."""
     with remedy.applied(1.0):
-        standing = along.standing()
+        standing = along.current_units()
     for which, units in standing.items():
         own = along.at(1.0)[which]
         if units is None or own is None or abs(units.loss - own.loss) > SAME * max(abs(own.loss), 1e-3):

@@ -17,13 +17,11 @@ from diagnostics.analyses.trajectory import tables as made
 from diagnostics.core.analysis import Result, analysis
 from diagnostics.evaluation.checkpoint_scores import (
     ScoringOptions,
-    Which,
     curves,
     reading_notes,
     scores,
-    sets_of,
 )
-from diagnostics.evaluation.sets import drawn
+from diagnostics.evaluation.sets import SetKey, load_sets
 from diagnostics.execution.workers import by_checkpoint
 from probes.checkpoints.checkpoint import Checkpoint
 from probes.checkpoints.series import series_of
@@ -164,8 +162,8 @@ def training_trajectory(
         )
     if rows is not None and rows < 1:
         raise InputError(f"rows is {rows}; it is at least 1")
-    series, given = series_of(series), sets_of({"task": task, "keep": keep, "train": train})
-    sets = {which: drawn(one, rows, seed) for which, one in given.items()}
+    series = series_of(series)
+    sets = load_sets({"task": task, "keep": keep, "train": train}, rows=rows, seed=seed)
     reading = ScoringOptions(
         max_length=max_length, chat_template=chat_template, batch_tokens=batch_tokens,
         trust_remote_code=trust_remote_code, device=device, dtype=dtype,
@@ -200,7 +198,7 @@ def training_trajectory(
 
 
 def _measured(
-    checkpoint: Checkpoint, *, sets: Mapping[Which, Task], reading: ScoringOptions
+    checkpoint: Checkpoint, *, sets: Mapping[SetKey, Task], reading: ScoringOptions
 ) -> Mapping[str, np.ndarray]:
     """The scores of one checkpoint, here or on a worker."""
     return scores(reading.open(checkpoint), sets, reading)
