@@ -21,9 +21,9 @@ from jaxtyping import Bool, Float, Integer, Shaped
 from torch import Tensor
 
 from probes.checkpoints.checkpoint import Checkpoint
-from probes.checkpoints.pair import natural
 from probes.errors import InputError
 from probes.files.layout import Header, Matrix, Part
+from probes.naming.align import natural_key
 
 Scope = Literal["global", "block", "tensor"]
 # Entries that are looked at together: what a core's cache holds.
@@ -346,7 +346,7 @@ def scope_of(checkpoint: Checkpoint, parts: tuple[Part, ...] = ("block",)) -> di
         InputError: there are none.
     """
     wanted = [matrix for matrix in checkpoint.matrices.values() if matrix.part in parts]
-    wanted.sort(key=lambda matrix: (-1 if matrix.layer is None else matrix.layer, natural(matrix.tensor)))
+    wanted.sort(key=lambda matrix: (-1 if matrix.layer is None else matrix.layer, natural_key(matrix.tensor)))
     if not wanted:
         kinds = " or ".join(parts)
         raise InputError(f"{checkpoint.ref}: has no {kinds} matrix; there is nothing to prune")

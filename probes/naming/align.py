@@ -4,7 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 from probes.files.layout import Header
 
@@ -16,6 +16,12 @@ _OUTER = re.compile(r"^(?:module\.|base_model\.model\.(?=model\.|transformer\.|b
 def unwrapped(name: str) -> str:
     """A name without what training wrappers add to it."""
     return _OUTER.sub("", _WRAPPERS.sub("", name))
+
+
+def natural_key(name: Any) -> list[tuple[int, str]]:
+    """Sort key that orders the numbers in names by value: block 9 before block 10."""
+    parts = re.split(r"(\d{1,18})", str(name))
+    return [(int(part), "") if index % 2 else (-1, part) for index, part in enumerate(parts)]
 
 
 def align(base: Mapping[str, Header], tuned: Mapping[str, Header]) -> tuple[dict[str, str], tuple[str, str]]:

@@ -218,7 +218,7 @@ def grokking_pathways(
     )  # fmt: skip
     measured = series.measured(
         "pathways", plan.identity(), plan.measure, progress, least=(2, "a comparison of pathways"),
-        each=by_checkpoint(series, device),
+        run_calls=by_checkpoint(series, device),
     )  # fmt: skip
     if metric == "auto":
         metric = "loss" if all(each.shape == "text" for each in held.values()) else "accuracy"
