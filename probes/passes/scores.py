@@ -118,16 +118,6 @@ def token_scores(
         return _finite(model, batch, scores)
 
 
-def token_log_likelihoods(
-    model: nn.Module, batch: Batch, *, vocabulary: int | None = None, chunk: int | None = None
-) -> Float[Tensor, "rows length"]:
-    """Log-likelihood of each scored token of a batch given those before it, in float32; NaN at the others.
-
-    The arguments and errors are those of `token_scores`.
-    """
-    return token_scores(model, batch, vocabulary=vocabulary, chunk=chunk).log_likelihoods
-
-
 def masked_token_scores(
     model: nn.Module, batch: Batch, mask_id: int, *, tokens: int | None = None, chunk: int | None = None
 ) -> TokenScores:
@@ -193,6 +183,14 @@ def score_examples(
 
     Raises:
         NonFiniteError: logits that are NaN or infinite; the message names the row.
+
+    >>> from diagnostics.audit.demo import BUNDLED
+    >>> from probes import encode, open_model, task_of
+    >>> base = open_model(BUNDLED / "base")
+    >>> examples = encode(task_of(["Return a list."]), base.tokenizer, max_length=None)
+    >>> scores = score_examples(base.model, examples)
+    >>> scores.tokens.tolist(), scores.mean_loss < 10
+    ([4], True)
     """
 
     def scored(batch: Batch) -> dict[str, Any]:
@@ -261,12 +259,6 @@ def choice_scores(
     return gathered
 
 
-def choice_accuracy(choices: Sequence[ChoiceScores], rows: Sequence[Row], *, by: By = "sum") -> float:
-    """Share of rows whose answer is the likeliest choice."""
-    right = [scores.best(by) == rows[scores.row].answer for scores in choices]
-    return sum(right) / len(right)
-
-
 def class_logits(model: nn.Module, batch: Batch) -> Float[Tensor, "rows classes"]:
     """Logits of a sequence classifier, in float32.
 
@@ -316,11 +308,6 @@ def classify_examples(
     )
     classes = unwrapped(model).num_labels
     return found["logits"] if found else torch.full((len(examples), classes), torch.nan)
-
-
-def accuracy(logits: Float[Tensor, "examples classes"], labels: Sequence[int]) -> float:
-    """Share of examples whose class has the largest logit; the first of equals."""
-    return float((logits.argmax(dim=1) == torch.tensor(list(labels))).double().mean())
 
 
 def mean_over_tokens(hidden: Float[Tensor, "rows length width"], batch: Batch) -> Float[Tensor, "rows width"]:
