@@ -160,8 +160,8 @@ class Editable:
         other, source = self._names[name], self._view.source
         if not isinstance(source, Reverted) or other not in source.sources:
             tensor = self._tensors[other]
-            places = torch.arange(0) if index is None else index.to(tensor.device)
-            return [Slot(tensor, places, slice(None))]
+            flat = torch.arange(0) if index is None else index.to(tensor.device)
+            return [Slot(tensor, flat, slice(None))]
         # transformers keeps it in another form: each entry has a place of its own.
         parts, positions = source.positions(other)
         order = positions.flatten() if index is None else positions.flatten()[index]

@@ -26,7 +26,7 @@ from diagnostics.core.inputs import tasks
 from diagnostics.execution.workers import by_checkpoint
 from probes.checkpoints.series import series_of
 from probes.errors import InputError
-from probes.experts.routes import Weights
+from probes.experts.routes import RouteWeights
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -140,7 +140,7 @@ def grokking_pathways(
     task: Any,
     train: Any = None,
     *,
-    weights: Weights = "full",
+    weights: RouteWeights = "full",
     tau: float = 0.7,
     alphabet: Alphabet = "tagged",
     drop_first: bool = False,
@@ -257,7 +257,7 @@ def concluded(
 ) -> Result:
     """What the records of a run say: the end of `grokking_pathways`, for models that it cannot load.
 
-    Such as a module of one's own: `probes.experts.routes.capture` reads its routes when routers are named.
+    Such as a module of one's own: `probes.experts.routes.capture_routes` reads its routes from named routers.
 
     Args:
         steps: rising, one for each record.

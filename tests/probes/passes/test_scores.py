@@ -174,7 +174,7 @@ def test_only_the_first_tokens_of_a_larger_vocabulary_exist():
     expected = -cross_entropy(logits, batch.ids[0, 1:], reduction="none")
     found = token_logs(model, batch, vocabulary=30)[0, 1:]
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
-    with pytest.raises(ValueError, match=r"token \d+ is scored, but only 3 tokens are to exist"):
+    with pytest.raises(ValueError, match=r"token \d+ is scored, but the vocabulary is limited to 3"):
         token_logs(model, batch, vocabulary=3)
 
 
