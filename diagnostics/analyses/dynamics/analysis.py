@@ -186,7 +186,7 @@ def training_dynamics(
     )  # fmt: skip
     measurements = series.measured(
         "dynamics", probe.key(), probe.measure, progress, least=(2, "a trend"),
-        each=by_checkpoint(series, device),
+        run_calls=by_checkpoint(series, device),
     )  # fmt: skip
     moves, places = moved(series, progress)
     gaps = expansions(series, probe, progress) if linearity else []

@@ -173,7 +173,7 @@ def training_trajectory(
     measure = partial(_measured, sets=sets, reading=reading)
     measurements = series.measured(
         "scores", reading.key(sets), measure, progress, least=(4, "a trajectory"),
-        each=by_checkpoint(series, device),
+        run_calls=by_checkpoint(series, device),
     )  # fmt: skip
     steps, found = np.array(series.steps), curves(measurements, sets)
     notes = [] if series.stepped else ["No steps are known: the checkpoints are counted 0, 1, 2 …"]
