@@ -102,7 +102,7 @@ def test_one_audit_runs_at_a_time_and_what_was_cancelled_is_swept_away(runs, mon
     (runs.directory / UNFINISHED / "left").mkdir(parents=True)
 
     def second(*_):
-        with pytest.raises(ValueError, match="another audit is being run"):
+        with pytest.raises(ValueError, match="another audit is running"):
             runs.run("r1", {}, lambda *_: None)
 
     stand_in(monkeypatch, "import pathlib; pathlib.Path(OUT).mkdir(parents=True)")
