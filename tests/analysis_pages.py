@@ -1,11 +1,13 @@
-"""The pages `docs/analyses/NAME.md`: what the registry knows is written into them, and their figures are drawn.
+"""The pages `docs/analyses/NAME.md`: writes what the registry knows into them, and draws their figures.
 
     python -m tests.analysis_pages write      # the part below the mark, of every page
-    python -m tests.analysis_pages figures    # NAME.png, from the bundled models; needs Chromium; takes minutes
+    python -m tests.analysis_pages figures    # NAME.png, from the bundled models; needs Chromium and minutes
 
 What stands above the mark is written by hand.
 """
 
+import inspect
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -37,42 +39,53 @@ def generated(name: str) -> str:
     """What the registry and the default policy know of an analysis, as Markdown."""
     record = installed_analyses()[name]
     about = record.describe()
+    needs, uses = (
+        " and ".join(f"`{OPTIONS[role]}`" for role in roles) for roles in (record.inputs, record.optional)
+    )
+    meanings = explained(record.function)
+    parameters = [
+        (f"`{key}`", f"`{show(value)}`", meanings.get(key, "")) for key, value in about["parameters"].items()
+    ]
+    metrics = [(f"`{metric}`", meaning) for metric, meaning in about["metrics"].items()]
+    rules = default_policy().rules.get(name, {})
     lines = [
         MARK,
         "",
         "## Run it",
         "",
-        f"Needs {' and '.join(f'`{OPTIONS[role]}`' for role in record.inputs)}"
-        + (
-            f"; uses {' and '.join(f'`{OPTIONS[role]}`' for role in record.optional)}"
-            if record.optional
-            else ""
-        )
-        + ".",
+        f"Needs {needs}{f'; uses {uses}' if uses else ''}. From Python: `diagnostics.{record.function.__name__}`.",
         "",
         f"Cost: {about['cost']}.",
         "",
         f"Source: {source(about['paper'])}.",
         "",
-        *table(
-            ("parameter", "default"),
-            [(f"`{key}`", f"`{show(value)}`") for key, value in about["parameters"].items()],
-        ),
-        "",
-        "`--set "
-        + f"{name}.PARAMETER=VALUE` sets one; `help(diagnostics.{record.function.__name__})` explains them.",
+        *table((f"`--set {name}.…`", "default", "meaning"), parameters),
         "",
         "## Metrics",
         "",
-        *table(
-            ("metric", "meaning"), [(f"`{metric}`", meaning) for metric, meaning in about["metrics"].items()]
-        ),
+        *table(("metric", "meaning"), metrics),
     ]
-    rules = default_policy().rules.get(name, {})
     if rules:
-        rows = [(f"`{metric}`", bounds(rule), rule.message, rule.source) for metric, rule in rules.items()]
-        lines += ["", "## Default thresholds", "", *table(("metric", "threshold", "finding", "source"), rows)]
+        thresholds = [
+            (f"`{metric}`", bounds(rule), rule.message, rule.source) for metric, rule in rules.items()
+        ]
+        lines += [
+            "",
+            "## Default thresholds",
+            "",
+            *table(("metric", "threshold", "finding", "source"), thresholds),
+        ]
     return "\n".join(lines) + "\n"
+
+
+def explained(function: Any) -> dict[str, str]:
+    """The parameters of a function, as the `Args` of its docstring explain them."""
+    arguments = re.search(r"^Args:\n(.*?)(?:\n\S|\Z)", inspect.getdoc(function) or "", re.S | re.M)
+    meanings = {}
+    for entry in re.split(r"\n(?=    \S)", arguments[1] if arguments else ""):
+        names, _, text = " ".join(entry.split()).partition(": ")
+        meanings |= dict.fromkeys(names.split(", "), text)
+    return meanings
 
 
 def source(paper: str) -> str:
@@ -85,11 +98,9 @@ def show(value: Any) -> str:
     """A default as a person writes it for `--set`."""
     if isinstance(value, list):
         return ",".join(map(show, value))
-    return (
-        {None: "none", True: "true", False: "false"}.get(value, str(value))
-        if not isinstance(value, float)
-        else f"{value:g}"
-    )
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def bounds(rule: Any) -> str:

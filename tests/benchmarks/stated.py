@@ -46,7 +46,7 @@ def models() -> Iterator[tuple[str, str]]:
         scored = scores(model)
         metrics = intruder_dimensions(CheckpointPair(BUNDLED / "base", model)).metrics
         count, (right, nats) = metrics["intruders"], scored.pop("task")
-                others = " | ".join(f"{loss:.2f}" for _, loss in scored.values())
+        others = " | ".join(f"{loss:.2f}" for _, loss in scored.values())
         yield "diagnostics/bundled/README.md", f"| {right:.3f} | {nats:.3f} | {others} | {count} |"
 
 
