@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike
 
 from diagnostics.numerics.calibration import brier as brier
 from diagnostics.numerics.calibration import ece as ece
+from diagnostics.numerics.estimates import Estimate
 from probes.errors import InputError
 
 Metric: TypeAlias = Literal["auroc", "aupr_ood", "aupr_id", "fpr95", "ood_missed_at_95_id_kept"]
@@ -36,14 +37,6 @@ class DetectionScores(NamedTuple):
 
     inside: ArrayLike
     outside: ArrayLike
-
-
-class Interval(NamedTuple):
-    """An estimate, and the bounds that it lies between with the confidence asked for."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -256,7 +249,7 @@ def delong(inside: Array, outside: Array) -> float:
     return float(inside.var(ddof=1) / len(inside) + outside.var(ddof=1) / len(outside))
 
 
-def auroc_interval(inside: ArrayLike, outside: ArrayLike, *, level: float = 0.95) -> Interval:
+def auroc_interval(inside: ArrayLike, outside: ArrayLike, *, level: float = 0.95) -> Estimate:
     """AUROC with its interval.
 
     Normal with DeLong's variance, cut at 0 and 1. Where every pair is in one order that variance is 0 however
@@ -270,14 +263,14 @@ def auroc_interval(inside: ArrayLike, outside: ArrayLike, *, level: float = 0.95
     # Sorted, because looking up a million numbers in order is several times as fast.
     arrays = [np.sort(array) for array in checked(DetectionScores(inside, outside), least=2)]
     value = auroc(*arrays)
-    spread = deviation(level) * math.sqrt(delong(*placements(*arrays)))
-    if spread < ROUNDING and value in (0.0, 1.0):
-        width = 1 - lowest(len(arrays[0]), len(arrays[1]), level)
-        return Interval(value, max(0.0, value - width), min(1.0, value + width))
-    return Interval(value, max(0.0, value - spread), min(1.0, value + spread))
+    error = math.sqrt(delong(*placements(*arrays)))
+    half = deviation(level) * error
+    if half < ROUNDING and value in (0.0, 1.0):
+        half = 1 - lowest(len(arrays[0]), len(arrays[1]), level)
+    return Estimate(value, max(0.0, value - half), min(1.0, value + half), error)
 
 
-def auroc_difference(first: DetectionScores, second: DetectionScores, *, level: float = 0.95) -> Interval:
+def auroc_difference(first: DetectionScores, second: DetectionScores, *, level: float = 0.95) -> Estimate:
     """By how much the AUROC of one score exceeds that of another on the same rows: paired DeLong.
 
     Where that variance is 0 and the AUROCs differ, their own intervals are combined as if independent.
@@ -289,15 +282,13 @@ def auroc_difference(first: DetectionScores, second: DetectionScores, *, level: 
     same_rows(one, two)
     value = auroc(*one) - auroc(*two)
     pairs = zip(placements(*one), placements(*two), strict=True)
-    spread = deviation(level) * math.sqrt(delong(*(a - b for a, b in pairs)))
-    if spread < ROUNDING < abs(value):
+    error = math.sqrt(delong(*(a - b for a, b in pairs)))
+    below = above = deviation(level) * error
+    if below < ROUNDING < abs(value):
         a, b = auroc_interval(*one, level=level), auroc_interval(*two, level=level)
-        low, high = (
-            math.hypot(a.value - a.low, b.high - b.value),
-            math.hypot(a.high - a.value, b.value - b.low),
-        )
-        return Interval(value, max(-1.0, value - low), min(1.0, value + high))
-    return Interval(value, max(-1.0, value - spread), min(1.0, value + spread))
+        below = math.hypot(a.value - a.low, b.high - b.value)
+        above = math.hypot(a.high - a.value, b.value - b.low)
+    return Estimate(value, max(-1.0, value - below), min(1.0, value + above), error)
 
 
 def bootstrap(
@@ -308,7 +299,7 @@ def bootstrap(
     draws: int = 1000,
     level: float = 0.95,
     seed: int = 0,
-) -> Interval:
+) -> Estimate:
     """Percentile interval of a metric, or of its difference to another score on the same rows.
 
     Rows are drawn within each kind, the same ones for both scores. Time grows as rows times draws.
@@ -335,7 +326,7 @@ def bootstrap(
         counts = [np.bincount(generator.integers(size, size=size), minlength=size) for size in sizes]
         drawn[draw] = measured((counts[0], counts[1]))
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(measured(None), float(low), float(high))
+    return Estimate(measured(None), float(low), float(high))
 
 
 def lowest(inside: int, outside: int, level: float) -> float:

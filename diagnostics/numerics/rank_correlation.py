@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
+from diagnostics.numerics.estimates import Z95
 from probes.errors import InputError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def correlation(x: Values, y: Values) -> float:
 
 def interval(value: float, count: int, lost: int) -> tuple[float, float]:
     """Fisher's 95 % interval; `lost` is 3, and 1 more for each variable held fixed."""
-    half = 1.959963984540054 * 1.03 / math.sqrt(count - lost)  # 1.03: of ranks (Fieller et al. 1957)
+    half = Z95 * 1.03 / math.sqrt(count - lost)  # 1.03: of ranks (Fieller et al. 1957)
     middle = math.atanh(min(max(value, -1 + 1e-12), 1 - 1e-12))
     return math.tanh(middle - half), math.tanh(middle + half)
 

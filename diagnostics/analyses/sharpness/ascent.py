@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diagnostics.numerics.estimates import Estimate
 from probes.errors import InputError
 
 Norm: TypeAlias = Literal["l2", "linf"]
@@ -149,13 +150,6 @@ def _random(like: Tensor, size: float, norm: Norm, generator: torch.Generator) -
     return (drawn * (size / float(torch.linalg.vector_norm(drawn)))).to(like)
 
 
-class Average(NamedTuple):
-    """A mean rise over random perturbations in nats, and its standard error."""
-
-    rise: float
-    error: float
-
-
 def average(
     loss: Callable[[Tensor], float],
     zero: float,
@@ -165,7 +159,7 @@ def average(
     norm: Norm = "l2",
     pairs: int = 10,
     generator: torch.Generator,
-) -> Average:
+) -> Estimate:
     """Mean rise of a loss over perturbations and their mirrors, so that what is linear in them is gone.
 
     u is N(0, ρ² I) of kind l2, or uniform within ±ρ of kind linf; draws depend on the generator alone, so
@@ -191,7 +185,7 @@ def average(
         rises.append((loss(u) + loss(-u)) / 2 - zero)
     values = torch.tensor(rises, dtype=torch.float64)
     error = float(values.std() / math.sqrt(pairs)) if pairs > 1 else math.nan
-    return Average(float(values.mean()), error)
+    return Estimate.normal(float(values.mean()), error)
 
 
 def normalised(logits: Float[Tensor, "*places classes"]) -> Float[Tensor, "*places classes"]:

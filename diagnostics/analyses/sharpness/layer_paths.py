@@ -20,7 +20,7 @@ from torch import Tensor
 from diagnostics.analyses.sharpness.stragglers import ScreenedLayer
 from diagnostics.evaluation import loss_curves
 from diagnostics.evaluation.interpolation import PathEvaluator, Which
-from diagnostics.numerics.estimates import Estimate, combined
+from diagnostics.numerics.estimates import UNDEFINED, Estimate, combined
 from probes.models.interpolated import InterpolatedModel, Layer
 
 Nats = Float[np.ndarray, "alphas rows"]
@@ -177,10 +177,10 @@ class LayerPaths:
         alphas, losses = np.array(self.alphas), self.curve(nats)
         place = loss_curves.highest(alphas, losses)
         if not place:
-            return Estimate(math.nan, math.nan)
+            return UNDEFINED
         weights = [alphas[place] - 1, -alphas[place], 1.0]
         found = combined(nats[[0, -1, place]], self.units, weights)
-        return Estimate(max(0.0, found.value), found.error)
+        return Estimate.normal(max(0.0, found.value), found.error)
 
     def _filled(self, rows: LossesByRow) -> Float[np.ndarray, " rows"]:
         """Nats of the rows of all sets; NaN where the loss is not finite."""

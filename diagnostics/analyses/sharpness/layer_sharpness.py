@@ -244,7 +244,7 @@ def _layer(
                     slope.loss, zero.loss, zero.u, rho * scale, norm=settings.norm, pairs=settings.pairs,
                     generator=_generator(settings.seed + 1, layer.index, number),
                 )  # fmt: skip
-                rows[rho] |= {"average": mean.rise, "average_error": mean.error}
+                rows[rho] |= {"average": mean.value, "average_error": mean.error}
     return rows, worsts
 
 

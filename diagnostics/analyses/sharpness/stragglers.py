@@ -52,7 +52,7 @@ def stands_out(barriers: Sequence[Estimate], whole: float) -> Bool[np.ndarray, "
 def stragglers(layers: Sequence[ScreenedLayer], whole: float) -> Bool[np.ndarray, " layers"]:
     """Layers that stand out and that it helps to pin: (iii) one repair is positive beyond its noise."""
     found = stands_out([layer.barrier for layer in layers], whole)
-    helped = [any(each.value > each.half for each in layer.repairs) for layer in layers]
+    helped = [any(repair.low > 0 for repair in layer.repairs) for layer in layers]
     return found & np.array(helped, bool)
 
 
@@ -63,6 +63,6 @@ def load_bearing(layers: Sequence[ScreenedLayer], whole: float) -> Bool[np.ndarr
     """
     barred = stands_out([layer.barrier for layer in layers], whole)
     rewind = np.array([layer.rewind.value for layer in layers])
-    needed = (modified_z(rewind, SPREAD) > OUTLIER) & (rewind > [layer.rewind.half for layer in layers])
+    needed = (modified_z(rewind, SPREAD) > OUTLIER) & [layer.rewind.low > 0 for layer in layers]
     moved = np.array([layer.displacement for layer in layers])
     return needed & (moved > np.median(moved)) & ~barred

@@ -65,7 +65,7 @@ def trough_rows(steps: troughs.Curve, one: Curves, recovered: float) -> list[dic
                 "slope": slope.value,
                 "slope_low": slope.low,
                 "slope_high": slope.high,
-                "slope_points": slope.points,
+                "slope_points": int((~np.isnan(scored[late])).sum()),
             }
         )
     return rows

@@ -11,6 +11,8 @@ from statistics import NormalDist
 import numpy as np
 from jaxtyping import Float
 
+from diagnostics.numerics.estimates import UNDEFINED, Estimate
+
 Curve = Float[np.ndarray, " steps"]
 
 # Two-sided level of the interval of a slope, and the fewest points that it can be told of: of 4 points all in
@@ -58,32 +60,16 @@ def trough(steps: Curve, scores: Curve, *, recovered: float = 0.8) -> Trough:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Slope:
-    """Theil and Sen's slope, in units a step, with its 90 % interval; NaN where too few points tell it."""
-
-    value: float
-    low: float
-    high: float
-    points: int
-
-
-def slope(steps: Curve, scores: Curve) -> Slope:
-    """The median of the slopes between all pairs of points; of fewer than 4 without an interval."""
+def slope(steps: Curve, scores: Curve) -> Estimate:
+    """Theil-Sen slope in units a step with its 90 % interval; NaN below 2 points, no interval below 4."""
     from scipy.stats import theilslopes
 
-    there = ~np.isnan(scores)
-    x, y = steps[there], scores[there]
-    if len(x) < 2:
-        return Slope(value=math.nan, low=math.nan, high=math.nan, points=len(x))
-    found = theilslopes(y, x, alpha=LEVEL)
-    told = len(x) >= FEWEST
-    return Slope(
-        value=float(found.slope),
-        low=float(found.low_slope) if told else math.nan,
-        high=float(found.high_slope) if told else math.nan,
-        points=len(x),
-    )
+    measured = ~np.isnan(scores)
+    count = int(measured.sum())
+    if count < 2:
+        return UNDEFINED
+    median, _, low, high = map(float, theilslopes(scores[measured], steps[measured], alpha=LEVEL))
+    return Estimate(median, low, high) if count >= FEWEST else Estimate(median, math.nan, math.nan)
 
 
 def last_third(count: int) -> slice:

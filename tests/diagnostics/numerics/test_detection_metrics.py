@@ -242,17 +242,17 @@ def test_nineteen_of_twenty_intervals_hold_the_true_auroc():
     generator = np.random.default_rng(1)
     held = 0
     for _ in range(600):
-        _, low, high = auroc_interval(generator.normal(size=60), generator.normal(1, size=40))
-        held += low <= true <= high
+        found = auroc_interval(generator.normal(size=60), generator.normal(1, size=40))
+        held += found.low <= true <= found.high
     assert 0.92 <= held / 600 <= 0.98
 
 
 def test_a_score_compared_with_itself_differs_by_nothing():
     generator = np.random.default_rng(0)
     scores = DetectionScores(generator.normal(size=30), generator.normal(1, size=20))
-    assert auroc_difference(scores, scores) == (0.0, 0.0, 0.0)
+    assert auroc_difference(scores, scores) == (0.0, 0.0, 0.0, 0.0)
     for metric in METRICS:
-        assert bootstrap(metric, scores, scores, draws=20) == (0.0, 0.0, 0.0)
+        assert bootstrap(metric, scores, scores, draws=20)[:3] == (0.0, 0.0, 0.0)
 
 
 def test_pairing_makes_the_interval_of_a_difference_narrow():
@@ -277,7 +277,7 @@ def test_a_few_rows_in_perfect_order_leave_much_open():
     variance = A * (1 - A) * (1 + 1.5 * (1 - A) / (2 - A) + 1.5 * A / (1 + A)) / 6
     assert (1 - A) / variance**0.5 == pytest.approx(1.959963984540054, rel=1e-9)
     assert 0.3 < A < 0.5
-    assert auroc_interval([3.0, 4.0, 5.0], [0.0, 1.0]) == (0.0, 0.0, pytest.approx(1 - A))
+    assert auroc_interval([3.0, 4.0, 5.0], [0.0, 1.0]) == (0.0, 0.0, pytest.approx(1 - A), 0.0)
     # More rows leave less open.
     assert lowest(30, 20, 0.95) > lowest(3, 2, 0.95)
 
