@@ -17,7 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 
 from diagnostics.analyses.sharpness.ascent import Norm
-from diagnostics.analyses.sharpness.curvature import HessianProduct, Spectrum, spectrum
+from diagnostics.analyses.sharpness.curvature import (
+    HessianProduct,
+    Spectrum,
+    refuses_second_derivative,
+    spectrum,
+)
 from diagnostics.analyses.sharpness.layer_paths import LayerPaths
 from diagnostics.analyses.sharpness.layer_sharpness import (
     Rises,
@@ -416,5 +421,7 @@ def _spectrum(
                 moved.zero,
                 generator=torch.Generator().manual_seed(settings.seed),
             )
-        except (RuntimeError, NotImplementedError) as error:
+        except RuntimeError as error:
+            if not refuses_second_derivative(error):
+                raise
             return str(error).partition("\n")[0]

@@ -6,6 +6,7 @@ Lanczos iteration finds both ends of the spectrum at once, so that a saddle is s
 """
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +19,10 @@ from probes.models.perturb import PerturbedWeights
 from probes.passes.backward import log_likelihoods, widened
 from probes.passes.objective import EncodedRows, batch_of, wholes
 
+# What torch says of an operation whose gradient has no derivative.
+NO_DERIVATIVE = re.compile(
+    r"derivative for .* is not implemented|differentiate twice|double backward|does not require grad"
+)
 Product = Callable[[Tensor], Tensor]
 
 
@@ -112,6 +117,11 @@ class HessianProduct:
                 return torch.zeros_like(v)
             second = torch.autograd.grad(along, weights, allow_unused=True, retain_graph=True)
         return self._moved.scaled([None if each is None else each.detach() for each in second])
+
+
+def refuses_second_derivative(error: RuntimeError) -> bool:
+    """Whether torch says that an operation has no second derivative, and not that memory ran out."""
+    return bool(NO_DERIVATIVE.search(str(error)))
 
 
 def graph(model: nn.Module, encoded: EncodedRows, rows: tuple[int, ...]) -> Tensor:

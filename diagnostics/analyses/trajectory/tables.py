@@ -10,6 +10,7 @@ from diagnostics.analyses.trajectory import troughs
 from diagnostics.evaluation.checkpoint_scores import Curves
 from diagnostics.numerics import weight_distances
 from probes.checkpoints.series import CheckpointSeries
+from probes.errors import InputError
 
 # Depths from which a trough that stays is a loss: a share of rows, as for regressions, or nats (ours).
 DEEP = {"metric": 0.02, "loss": 0.05}
@@ -190,7 +191,7 @@ def path_of(
     try:
         common = weight_distances.shared(series.checkpoints)
         squares = weight_distances.squared_distances(series.checkpoints, common.names, progress)
-    except ValueError as error:  # the scores stand without it
+    except InputError as error:  # the scores stand without it
         notes.append(f"The way through the weights is not measured: {error}.")
         return []
     if common.left_out:

@@ -134,7 +134,7 @@ def test_a_barrier_that_stands_out_and_that_pinning_repairs_is_a_straggler():
     assert found(quiet, layer(0.5, error=0.26), quiet, quiet) == [False] * 4
     # and without a repair it is not to blame
     assert found(quiet, layer(0.5, repairs=(-1.0, 0.019)), quiet, quiet) == [False] * 4
-    assert found(quiet, layer(0.5, repairs=(-1, 0.02)), quiet, quiet) == [False, True, False, False]
+    assert found(quiet, layer(0.5, repairs=(-1.0, 0.02)), quiet, quiet) == [False, True, False, False]
 
 
 def test_a_layer_that_carries_its_equal_share_of_the_barrier_is_no_straggler():

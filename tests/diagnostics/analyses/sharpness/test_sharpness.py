@@ -293,6 +293,34 @@ def test_results_are_the_same_for_a_seed_and_do_not_know_the_size_of_a_pass(mode
         assert a == pytest.approx(b, abs=2e-5, rel=2e-2), column
 
 
+@pytest.mark.parametrize(
+    ("error", "noted"),
+    [
+        (RuntimeError("derivative for aten::flash_backward is not implemented"), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)"), False),
+    ],
+)
+def test_curvature_is_left_out_only_where_torch_has_no_second_derivative(
+    models, tmp_path, monkeypatch, error, noted
+):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(HessianProduct, "product", fail)
+    base, tuned, task, _ = models
+    pair = CheckpointPair(save(tmp_path / "base", base), save(tmp_path / "tuned", tuned))
+    quick = {**QUICK, "alphas": (0.5,), "rhos": (0.1,), "steps": 2, "batches": 1, "pairs": 0}
+    if not noted:
+        with pytest.raises(type(error), match=re.escape(str(error))):
+            layer_sharpness(pair, task[:4], **quick)
+        return
+    result = layer_sharpness(pair, task[:4], **quick)
+    assert result.tables["curvature"].empty
+    (note,) = (note for note in result.notes if "differentiated twice" in note)
+    assert "aten::flash_backward" in note
+
+
 def test_curvature_predicts_the_rise_at_a_minimum():
     model = model_of()
     rng = np.random.default_rng(0)
