@@ -14,7 +14,7 @@ from diagnostics.evaluation.row_losses import EncodedTask
 from diagnostics.evaluation.sets import SetKey
 from diagnostics.evaluation.unit_scores import Units, unit_scores
 from diagnostics.execution import workers
-from diagnostics.numerics.estimates import Estimate, combined
+from diagnostics.numerics.estimates import UNDEFINED, Estimate, combined
 from probes import CheckpointPair
 from probes.errors import InputError
 from probes.models.interpolated import InterpolatedModel
@@ -298,7 +298,7 @@ def set_rows(evaluator: PathEvaluator, alphas: Sequence[float]) -> list[dict[str
         assert base is not None
         assert tuned is not None
         best, fall = (
-            max(estimates, key=lambda estimate: estimate.value, default=Estimate(math.nan, math.nan))
+            max(estimates, key=lambda estimate: estimate.value, default=UNDEFINED)
             for estimates in (gains, falls)
         )
         rows.append(

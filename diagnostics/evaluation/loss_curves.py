@@ -73,9 +73,9 @@ def outcome(gains: Sequence[Estimate], losses: Sequence[Estimate]) -> PathOutcom
         strong: some interior point is worse than both ends; success: some is better than both; weak: neither.
         Each by more than half the paired 95 % interval. A strong failure takes precedence over a success.
     """
-    if any(each.value > each.half for each in losses):
+    if any(loss.low > 0 for loss in losses):
         return "strong"
-    if any(each.value > each.half for each in gains):
+    if any(gain.low > 0 for gain in gains):
         return "success"
     return "weak"
 

@@ -19,7 +19,7 @@ from probes.checkpoints.pair import Side as PairSide
 from probes.errors import InputError
 from probes.models.runnable import RunnablePair
 from probes.text.batches import Example
-from probes.text.encode import encode, notes
+from probes.text.encode import encode, encoding_notes
 from probes.text.rows import Row, Task
 
 Progress: TypeAlias = Callable[[int, int, str], None]
@@ -191,7 +191,9 @@ def read_sets(
         remarks += dict.fromkeys(
             note
             for side in SIDES
-            for note in notes(task, examples[side], tokenizers[side] if shared is None else expecting)
+            for note in encoding_notes(
+                task, examples[side], tokenizers[side] if shared is None else expecting
+            )
         )
         remarks += window_notes(task, examples["tuned"], options.window)
         if moved := encoded["tuned"][name].moved:

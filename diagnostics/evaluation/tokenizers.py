@@ -3,7 +3,7 @@
 from typing import Any
 
 from probes.errors import InputError
-from probes.text.encode import frame
+from probes.text.encode import special_tokens
 
 
 def common_tokenizer(base: Any, tuned: Any, *, approximate: bool) -> tuple[Any | None, int | None, list[str]]:
@@ -22,7 +22,7 @@ def common_tokenizer(base: Any, tuned: Any, *, approximate: bool) -> tuple[Any |
         notes = [
             "approximate: the tokenizers differ; lengths are bytes, means are per byte of the same texts"
         ]
-        framed = [bool(frame(tokenizer, ())[0]) for tokenizer in (base, tuned)]
+        framed = [bool(special_tokens(tokenizer)[0]) for tokenizer in (base, tuned)]
         if framed[0] != framed[1]:
             scoring, other = ("base", "tuned") if framed[0] else ("tuned", "base")
             notes.append(
@@ -56,7 +56,7 @@ def shared_tokenizer(base: Any, tuned: Any) -> tuple[Any, int | None, list[str]]
 def bos_notes(base: Any, used: Any) -> list[str]:
     """The note that texts lack the BOS that base expects; empty if they have it."""
     bos = base.bos_token_id
-    if bos is None or bos not in frame(base, ())[0] or bos in frame(used, ())[0]:
+    if bos is None or bos not in special_tokens(base)[0] or bos in special_tokens(used)[0]:
         return []
     return [
         f"texts do not begin with {base.bos_token!r} as base expects, because the tokenizer of tuned does "

@@ -470,7 +470,7 @@ class ModeComparison:
         """True for the candidates."""
         return np.array([mode in REPAIRS and scale < 1 for mode, scale in self.points])
 
-    def advantage(self) -> control.Advantage:
+    def advantage(self) -> control.ControlComparison:
         """Keep loss of the control minus that of each point."""
         strengths = np.array([scale if mode == "update" else math.nan for mode, scale in self.points])
         return control.advantage(self.task, self.keep, strengths, self.searched())
@@ -483,9 +483,9 @@ class ModeComparison:
         for mode in REPAIRS:
             points = [i for i, flag in enumerate(self.searched()) if flag and self.points[i][0] == mode]
             if points:
-                top = max(points, key=lambda i: advantage.value[i])
+                top = max(points, key=lambda i: advantage.gains[i].value)
                 strength = round(float(advantage.strength[top]), 3)
-                if advantage.value[top] > 0 and min(abs(strength - scale) for scale in measured) > NEAR:
+                if advantage.gains[top].value > 0 and min(abs(strength - scale) for scale in measured) > NEAR:
                     missing.add(strength)
         return sorted(missing)
 
@@ -504,12 +504,12 @@ class ModeComparison:
             retention=(keep[self.tuned] - keep) / forgotten if forgotten > 0 else math.nan,
             task_cost_nats=task - task[self.tuned],
             task_kept=(task[self.base] - task) / gained if gained > 0 else math.nan,
-            over_control_nats=advantage.value,
-            over_control_low_nats=advantage.low,
-            over_control_high_nats=advantage.high,
+            over_control_nats=[gain.value for gain in advantage.gains],
+            over_control_low_nats=[gain.low for gain in advantage.gains],
+            over_control_high_nats=[gain.high for gain in advantage.gains],
             control_scale=advantage.strength,
             control_short_nats=advantage.short,
-            recommended=self.searched() & (advantage.low > margin),
+            recommended=self.searched() & [gain.low > margin for gain in advantage.gains],
         )
         is_control = [mode == "update" for mode, _ in self.points]
         table.loc[is_control, [*COMPARED, "control_short_nats"]] = math.nan
