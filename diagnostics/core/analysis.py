@@ -48,12 +48,18 @@ class Result:
     def __repr__(self) -> str:
         from diagnostics.core import display
 
-        return display.text(self)
+        return display.text(self, self._record())
 
     def _repr_html_(self) -> str:
         from diagnostics.core import display
 
-        return display.html(self)
+        return display.html(self, self._record())
+
+    def _record(self) -> "Analysis | None":
+        try:
+            return find(self.analysis)
+        except UnknownNameError:
+            return None
 
     def figures(self) -> "dict[str, go.Figure]":
         """The pictures of this result by name."""

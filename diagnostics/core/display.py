@@ -4,17 +4,19 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from probes.errors import UnknownNameError
-
 if TYPE_CHECKING:
-    from diagnostics.core.analysis import Result
+    from diagnostics.core.analysis import Analysis, Result
 
 METRICS, NOTES, WIDTH = 12, 3, 200
 
 
-def text(result: "Result") -> str:
-    """At most a dozen lines: name, summary, first metrics, shapes of the tables, first notes."""
-    question, summary = _header(result)
+def text(result: "Result", record: "Analysis | None") -> str:
+    """At most a dozen lines: name, summary, first metrics, shapes of the tables, first notes.
+
+    Args:
+        record: the analysis of the result; None if it is not installed.
+    """
+    question, summary = _header(result, record)
     lines = [f"Result of {result.analysis or 'no analysis'}", question, summary]
     rest = len(result.metrics) - METRICS
     metrics = [f"{name} {number(value)}" for name, value in list(result.metrics.items())[:METRICS]]
@@ -24,10 +26,10 @@ def text(result: "Result") -> str:
     return "\n  ".join(line for line in lines if line)
 
 
-def html(result: "Result") -> str:
+def html(result: "Result", record: "Analysis | None") -> str:
     """The same, with metrics and tables as HTML tables; every string is escaped."""
-    question, summary = _header(result)
-    meanings = _meanings(result)
+    question, summary = _header(result, record)
+    meanings = record.metrics if record else {}
     rest = len(result.metrics) - METRICS
     first = list(result.metrics.items())[:METRICS]
     rows = [(name, number(value), meanings.get(name, "")) for name, value in first]
@@ -58,25 +60,14 @@ def notes(result: "Result") -> list[str]:
     return [*shown, *([f"and {rest} more notes"] if rest > 0 else [])]
 
 
-def _header(result: "Result") -> tuple[str, str]:
-    """Question and summary; empty for a result of no installed analysis."""
-    from diagnostics.core.analysis import find
-
-    try:
-        question = find(result.analysis).question
-    except UnknownNameError:
+def _header(result: "Result", record: "Analysis | None") -> tuple[str, str]:
+    """Question and summary, where there are any."""
+    if record is None:
         return "", ""
     try:
-        return question, result.summary()
+        return record.question, record.summary(result)
     except (KeyError, IndexError, ValueError):  # a filtered result may lack what the summary names
-        return question, ""
-
-
-def _meanings(result: "Result") -> dict[str, str]:
-    from diagnostics.core.analysis import REGISTRY
-
-    record = REGISTRY.get(result.analysis)
-    return dict(record.metrics) if record else {}
+        return record.question, ""
 
 
 def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
