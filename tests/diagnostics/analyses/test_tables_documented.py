@@ -13,7 +13,15 @@ from diagnostics import LikelihoodRatioDetector
 from diagnostics.core.analysis import find
 from tests.reference import BUNDLED, results
 
-DOCUMENTED = ("drift", "intruders", "mitigation", "ood", "path")
+DOCUMENTED = (
+    "drift",
+    "intruders",
+    "mitigation",
+    "ood",
+    "path",
+    "trajectory",
+    pytest.param("sharpness", marks=pytest.mark.slow),
+)
 
 
 def entries(documented):
