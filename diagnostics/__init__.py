@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from diagnostics.analyses.trajectory import training_trajectory as training_trajectory
     from diagnostics.audit.callback import AuditCallback as AuditCallback
     from diagnostics.core.analysis import Result as Result
-    from diagnostics.core.analysis import installed_analyses as installed_analyses
     from diagnostics.core.policy import Finding as Finding
     from diagnostics.core.policy import Policy as Policy
     from diagnostics.core.policy import default_policy as default_policy
     from diagnostics.core.policy_file import load_policy as load_policy
+    from diagnostics.core.registry import installed_analyses as installed_analyses
     from diagnostics.store.audit_store import Audit as Audit
     from diagnostics.store.audit_store import load as load
 
@@ -38,7 +38,7 @@ EXPORTS = {
     "LikelihoodRatioDetector": "diagnostics.analyses.ood.detector",
     "Policy": "diagnostics.core.policy",
     "Result": "diagnostics.core.analysis",
-    "installed_analyses": "diagnostics.core.analysis",
+    "installed_analyses": "diagnostics.core.registry",
     "default_policy": "diagnostics.core.policy",
     "grokking_pathways": "diagnostics.analyses.pathways",
     "interpolation_path": "diagnostics.analyses.path",

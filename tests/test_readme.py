@@ -10,7 +10,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_it_names_every_analysis_with_its_question():
-    from diagnostics.core.analysis import installed_analyses
+    from diagnostics.core.registry import installed_analyses
 
     for name, record in installed_analyses().items():
         row = next(line for line in README.splitlines() if line.startswith(f"| `{name}` |"))

@@ -104,7 +104,7 @@ def content(shown: View) -> Content:
                 html.P(parts.code('tunescope dashboard --allow-run --pair "NAME=BASE TUNED"')),
             ),
         ]
-    from diagnostics.core.analysis import installed
+    from diagnostics.core.registry import installed
 
     names = [
         {"value": name, "label": f"{name}: {base} → {tuned}"} for name, (base, tuned) in runs.pairs.items()

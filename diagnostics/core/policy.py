@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from diagnostics.core.registry import find_source, modules
 from probes.errors import InputError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -101,11 +102,34 @@ class Policy:
         }
 
 
-@cache
 def default_policy() -> Policy:
-    """The policy that ships with the package; every rule names its source or says that there is none."""
-    text = Path(__file__).with_name("default_policy.toml").read_text(encoding="utf-8")
-    return parse(tomllib.loads(text), origin="default policy")
+    """The rules that the installed analyses bring; every rule names its source, or says that there is none.
+
+    They are in the `policy.toml` in the folder of an analysis, which is read without importing the analysis.
+
+    >>> default_policy().rules["path"]["bump_task_nats"].warn
+    0.1
+
+    Raises:
+        InputError, UnknownNameError: a package brings a file that is not TOML, or a rule that makes no sense.
+    """
+    return _assembled(tuple(modules().items()))
+
+
+@cache
+def _assembled(places: tuple[tuple[str, str], ...]) -> Policy:
+    """The rules of analyses, given as name and module."""
+    tables: dict[str, Any] = {}
+    for name, module in places:
+        spec = find_source(module)
+        file = Path(spec.origin).with_name("policy.toml") if spec and spec.origin else None
+        if file and file.is_file():
+            try:
+                rules = tomllib.loads(file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise InputError(f"{file}: not a TOML file: {error}; mend or uninstall {module}") from error
+            tables |= {name: rules[name]} if name in rules else {}
+    return parse(tables, origin="default policy")
 
 
 def parse(tables: Mapping[str, Any], origin: str) -> Policy:

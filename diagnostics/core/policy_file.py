@@ -3,8 +3,8 @@
 import tomllib
 from pathlib import Path
 
-from diagnostics.core.analysis import find, installed
 from diagnostics.core.policy import Policy, default_policy, parse
+from diagnostics.core.registry import find, installed
 from probes.errors import InputError, UnknownNameError
 from probes.files.untrusted import one_line
 

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diagnostics.analyses.intruders.decide import SMALL, Decision, decide_all, decide_exactly
-from diagnostics.core.analysis import Result, analysis
+from diagnostics.core.analysis import DeviceTest, Result, analysis
 from diagnostics.execution import jobs
 from diagnostics.execution.engines import in_this_process
 from diagnostics.execution.lockstep import Steps, in_step
@@ -403,6 +403,10 @@ def draw(result: Result) -> "dict[str, go.Figure]":
     draw=draw,
     summary=summary,
     metrics=METRICS,
+    unshared=("dtype",),
+    device_test=DeviceTest(
+        absolute={"intruders": 0, "matrices": 0, "changed": 0, "frozen": 0},
+    ),
 )
 def intruder_dimensions(
     pair: CheckpointPair,
