@@ -22,6 +22,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from diagnostics.store.source_files import sources
 from probes.errors import InputError
 from probes.files.sources import raw
 
@@ -36,14 +37,8 @@ TAG = "CACHEDIR.TAG", "Signature: 8a477f597d28d172789f06886806bc55\n# Kept by tu
 WORTH_HASHING = {"left singular vectors"}
 # Seconds for which another process is waited for.
 PATIENCE = 60
-# The code that entries come from; no version tells what is changed between two.
-SOURCES = (
-    "numerics/linalg.py",
-    "analyses/intruders/decide.py",
-    "analyses/intruders/inverse_factors.py",
-    "store/factor_cache.py",
-    "execution/lockstep.py",
-)
+# The code that makes entries: this module and all that it imports. Between two versions only its hash tells.
+MAKES = "diagnostics.analyses.intruders.decide"
 
 
 class Recall:
@@ -243,8 +238,8 @@ def _here(device: torch.device) -> tuple[Any, ...]:
 
 @cache
 def _software() -> str:
-    code = {name: (Path(__file__).parents[1] / name).read_bytes() for name in SOURCES}
-    return _digest(code | {name: version(name) for name in ("tunescope", "torch", "scipy", "numpy")})
+    versions = {name: version(name) for name in ("tunescope", "torch", "scipy", "numpy")}
+    return _digest(sources(MAKES) | versions)
 
 
 def _digest(parts: Mapping[str, Any]) -> str:
