@@ -1,8 +1,10 @@
 import inspect
 import json
 import re
+import subprocess
 import sys
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -227,10 +229,27 @@ def test_everything_that_the_package_exports_is_there():
         _ = diagnostics.nothing
 
 
-def test_every_installed_analysis_is_exported_by_its_function():
+def test_every_analysis_of_ours_is_exported_by_its_function():
     import diagnostics
 
-    functions = [record.function for record in installed_analyses().values()]
-    ours = {each.__name__ for each in functions if each.__module__.startswith("diagnostics.")}
-    assert "intruder_dimensions" in ours
-    assert ours <= set(dir(diagnostics))
+    functions = {
+        name: record.function
+        for name, record in installed_analyses().items()
+        if record.function.__module__.startswith("diagnostics.")
+    }
+    assert "intruders" in functions
+    text = Path(diagnostics.__file__).read_text(encoding="utf-8")
+    for name, function in functions.items():
+        word = function.__name__
+        assert getattr(diagnostics, word) is function
+        line = f"    from diagnostics.analyses.{name} import {word} as {word}"
+        assert line in text.splitlines(), f"under TYPE_CHECKING in diagnostics/__init__.py, add\n{line}"
+
+
+def test_exports_are_listed_without_importing_any():
+    script = (
+        "import sys, diagnostics\nassert 'layer_sharpness' in dir(diagnostics)\n"
+        "print([name for name in sys.modules if name.startswith('diagnostics.')])"
+    )
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert process.stdout == "[]\n"
