@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from dashboard.state.query import Query
-from diagnostics.core.policy import Policy, Rule, default_policy, rule
+from diagnostics.core.policy import Policy, Rule, default_policy, parse_rule
 from diagnostics.core.policy_file import check_names
 from diagnostics.store.audit_store import Audit
 from probes.errors import InputError
@@ -91,7 +91,7 @@ def altered(old: Rule, parts: Mapping[str, str], where: str) -> Rule:
                 raise InputError(f"{where}: {step} is {parts[step]!r}, which is not a finite number")
     if parts.get("side") in SIDES:
         table["below"] = parts["side"] == "below"
-    return rule(table, where)
+    return parse_rule(table, where)
 
 
 def toml(policy: Policy, known: str) -> tuple[str, list[str]]:

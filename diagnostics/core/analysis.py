@@ -27,13 +27,17 @@ EXECUTION = frozenset({"device", "progress", "cache"})
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What one analysis measured.
+    """The metrics and tables of one analysis.
+
+    >>> result = Result(analysis="path", metrics={"bump_task_nats": 0.25}, tables={})
+    >>> [finding.metric for finding in result.findings()]
+    ['bump_task_nats']
 
     Attributes:
         metrics: plain numbers; a unit ends the name (`rise_nats`). What could not be measured is left out.
         tables: tidy frames: a row an observation, a column a variable; not measured is NaN.
-        notes: what a reader must know: skipped, dropped, approximated.
-        masks: what `tunescope graft` takes, by name; of a saved result, the files.
+        notes: caveats: what was skipped, dropped or approximated.
+        masks: masks for `tunescope graft` by name; of a saved result, their files.
         analysis, parameters: filled in by `@analysis`; parameters as used, defaults included, as JSON keeps
             them (a tuple is a list), so that a saved result equals a fresh one.
     """
@@ -46,7 +50,7 @@ class Result:
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
     def figures(self) -> "dict[str, go.Figure]":
-        """The pictures of this result by name."""
+        """The figures of this result by name."""
         return registry.find(self.analysis).draw(self)
 
     def summary(self) -> str:
@@ -54,7 +58,7 @@ class Result:
         return registry.find(self.analysis).summary(self)
 
     def findings(self, policy: "Policy | None" = None) -> "list[Finding]":
-        """What is wrong, how badly, by which threshold and source; the default policy unless one is given."""
+        """The metrics beyond a threshold of a policy, the default one unless one is given."""
         from diagnostics.core.policy import default_policy, judge
 
         return judge(self, default_policy() if policy is None else policy)

@@ -27,7 +27,7 @@ from diagnostics.execution.engines import in_this_process
 from diagnostics.execution.lockstep import Steps, in_step
 from diagnostics.execution.prefetch import ahead, in_halves
 from diagnostics.numerics import linalg
-from diagnostics.store.factor_cache import FactorCache, afresh
+from diagnostics.store.factor_cache import NO_RECALL, FactorCache
 from probes import CheckpointPair
 from probes.adapters.parts import LowRank
 from probes.errors import InputError
@@ -290,7 +290,7 @@ def _measure(
     if settings.side == "right":
         bases, tuneds = bases.mT.contiguous(), tuneds.mT.contiguous()
     recalls = [
-        settings.cache.of(each.stored[0], base) if settings.cache and each.stored else afresh
+        settings.cache.of(each.stored[0], base) if settings.cache and each.stored else NO_RECALL
         for each, base in zip(changed, bases, strict=True)
     ]
     depth = min(settings.depth, *bases.shape[1:])
