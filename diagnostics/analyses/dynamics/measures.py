@@ -173,6 +173,8 @@ def alignment(model: nn.Module) -> Arrays:
         W, G = weight.detach().double().flatten(), weight.grad.detach().double().flatten()
         unembedding = weight is head.weight if head is not None else is_head
         rows.append((name, layer, component, unembedding, float(-(G @ W)), float(G @ G), float(W @ W)))
+    if not rows:
+        raise InputError(f"{type(inner).__name__}: none of its matrices has a gradient")
     names, layers, components, heads, *sums = zip(*rows, strict=True)
     return {
         "name": np.array(names),
@@ -199,6 +201,6 @@ def _tried(name: str, measure: Callable[[], Arrays]) -> Arrays:
     """A measure under its name; where it is not defined, why."""
     try:
         found = measure()
-    except ValueError as error:
+    except InputError as error:
         return {f"{name}.missing": np.array(str(error))}
     return {f"{name}.{key}": value for key, value in found.items()}
