@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from diagnostics.core.row_options import RowOptions
 from diagnostics.evaluation.row_losses import EncodedTask, Losses, encoded
 from diagnostics.evaluation.sets import SetKey
 from diagnostics.numerics.estimates import Estimate, combined
@@ -27,35 +28,17 @@ ByRow = Float[np.ndarray, "checkpoints rows"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoringOptions:
-    """How rows are read and models are run: all that scores depend on, except rows and weights."""
-
-    max_length: int | None
-    chat_template: bool
-    batch_tokens: int
-    trust_remote_code: bool
-    device: str
-    dtype: str | None
+class ScoringOptions(RowOptions):
+    """Row options of the checkpoints of a run: all that scores depend on, except rows and weights."""
 
     def open(self, checkpoint: Checkpoint) -> Editable:
         """A checkpoint as a model; one in memory keeps its dtype and device."""
-        in_memory = memory_of(checkpoint) is not None
-        return Editable(
-            checkpoint,
-            device=None if in_memory else self.device,
-            dtype=None if in_memory else self.dtype,
-            trust_remote_code=self.trust_remote_code,
-        )
+        in_memory = {"device": None, "dtype": None} if memory_of(checkpoint) is not None else {}
+        return Editable(checkpoint, **(self.of_models | in_memory))
 
     def encode(self, editable: Editable, task: Task) -> EncodedTask:
         """A task as token ids of a model."""
-        return encoded(
-            editable,
-            task,
-            max_length=self.max_length,
-            chat_template=self.chat_template,
-            batch_tokens=self.batch_tokens,
-        )
+        return encoded(editable, task, **self.of_rows)
 
     def key(self, sets: Mapping[SetKey, Task]) -> dict[str, Any]:
         """Everything that a measurement on these sets depends on, as JSON keeps it."""

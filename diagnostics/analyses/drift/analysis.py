@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Float
 
 from diagnostics.analyses.drift.figures import ONSET, draw
-from diagnostics.core.analysis import Result, analysis
+from diagnostics.core.analysis import DeviceTest, Result, analysis
+from diagnostics.core.row_options import RowOptions
 from diagnostics.evaluation.paired_texts import SIDES
 from diagnostics.evaluation.sets import draw_items, load_named_sets
 from diagnostics.evaluation.tokenizers import bos_notes, first_difference, shared_tokenizer
@@ -147,6 +148,10 @@ def summary(result: Result) -> str:
     draw=draw,
     summary=summary,
     metrics=METRICS,
+    device_test=DeviceTest(
+        parameters={"rows": 40},
+        absolute={"lowest_rsa_keep": 1e-3, "lowest_cka_keep": 1e-3, "lowest_cka_task": 1e-3, "layers": 0},
+    ),
 )
 def representation_drift(
     pair: CheckpointPair,
@@ -155,12 +160,7 @@ def representation_drift(
     *,
     rows: int = 1000,
     skip: int = 1,
-    max_length: int | None = None,
-    chat_template: bool = False,
-    batch_tokens: int = 16384,
-    trust_remote_code: bool = False,
-    device: str = "cpu",
-    dtype: str | None = None,
+    options: RowOptions = RowOptions(),
     seed: int = 0,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Result:
@@ -176,11 +176,7 @@ def representation_drift(
         skip: tokens at the start of a row to leave out of its mean (ours; Telly: 0). The first token is an
             attention sink: its vector is nearly the same in every row and by far the longest, so with it the
             means would mainly compare the rows' lengths.
-        max_length: most tokens of a row; None: what both models take.
-        chat_template: texts and prompts are a user's messages.
-        batch_tokens: most tokens in a batch; changes no result.
-        trust_remote_code: run code that a repository brings.
-        device: where the models run.
+        options: how rows are read and how models run on them.
         dtype: of the models; None as stored. Similarities are float64.
         seed: of the row draw.
         progress: called with (done, total, what).
@@ -208,17 +204,17 @@ def representation_drift(
     if rows < LEAST or skip < 0:
         raise InputError(f"rows is {rows} and skip {skip}; they are at least {LEAST} and 0")
     roles, sets = load_named_sets({"task": task, "keep": keep}, least=LEAST, purpose="drift")
-    with RunnablePair(pair, device=device, dtype=dtype, trust_remote_code=trust_remote_code) as runnable:
+    with RunnablePair(pair, **options.of_models) as runnable:
         shared = shared_tokenizer(runnable.base_tokenizer, runnable.tokenizer)
         if shared is None:
             reason = first_difference(runnable.base_tokenizer, runnable.tokenizer)
             raise InputError(f"{reason}, so representations are not of the same tokens")
         tokenizer, _, remarks = shared
-        remarks += [] if chat_template else bos_notes(runnable.base_tokenizer, tokenizer)
-        length = min((n for n in (max_length, runnable.context) if n is not None), default=None)
+        remarks += [] if options.chat_template else bos_notes(runnable.base_tokenizer, tokenizer)
+        length = min((n for n in (options.max_length, runnable.context) if n is not None), default=None)
         chosen = {}
         for name, named_task in sets.items():
-            examples = encode(named_task, tokenizer, max_length=length, chat_template=chat_template)
+            examples = encode(named_task, tokenizer, max_length=length, chat_template=options.chat_template)
             chosen[name], set_notes = compared(named_task, examples, rows=rows, skip=skip, seed=seed)
             remarks += set_notes
         flat = [example for examples in chosen.values() for example in examples]
@@ -230,7 +226,7 @@ def representation_drift(
                     progress(turn * len(flat) + done, 2 * len(flat), f"residuals of {side}")
 
             with entered(runnable, side) as model:
-                points[side], route = residuals(model, flat, batch_tokens, skip, tell)
+                points[side], route = residuals(model, flat, options.batch_tokens, skip, tell)
             check_finite(points[side], chosen, sets, side)
             remarks.append(f"{side}: residuals captured through {route}")
     if list(points["base"]) != list(points["tuned"]):

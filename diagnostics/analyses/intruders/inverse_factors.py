@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diagnostics.execution.lockstep import Steps, Values
 from diagnostics.numerics import linalg
-from diagnostics.store.factor_cache import Recall, afresh
+from diagnostics.store.factor_cache import NO_RECALL, Recall
 
 Applied = tuple[Float[Tensor, "size count"], Float[Tensor, "3 count"]]
 # Constant of a Gram matrix's rounding error: a random matrix with entries in proportion to the lengths of two
@@ -43,7 +43,9 @@ class Shifted:
     norm: Float[Tensor, ""]
 
     @classmethod
-    def of(cls, W: Float[Tensor, "out in"], shift: float, recall: Recall = afresh) -> "Steps[Shifted | None]":
+    def of(
+        cls, W: Float[Tensor, "out in"], shift: float, recall: Recall = NO_RECALL
+    ) -> "Steps[Shifted | None]":
         """Factor W in the lowest sufficient precision; None if the factorisation fails.
 
         Args:
@@ -109,7 +111,7 @@ class Tall:
 
     @classmethod
     def of(
-        cls, W: Float[Tensor, "out in"], generator: torch.Generator, recall: Recall = afresh
+        cls, W: Float[Tensor, "out in"], generator: torch.Generator, recall: Recall = NO_RECALL
     ) -> "Steps[Tall | None]":
         """Factor W in the lowest sufficient precision; None if none suffices.
 
@@ -117,7 +119,7 @@ class Tall:
             recall: caches L, the bounds, and the generator's state afterwards.
         """
         parts = (generator.get_state(),)
-        saved = recall.known("tall factor", parts)
+        saved = recall.lookup("tall factor", parts)
         if saved is None:
             factor = yield from cls._factor(W, generator)
             bounds = (factor.smallest, factor.coordinate_error) if factor else ()

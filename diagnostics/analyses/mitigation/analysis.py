@@ -19,7 +19,8 @@ from torch import Tensor
 
 from diagnostics.analyses.intruders.damping import Mode, applied, by_tensor, choose, triples
 from diagnostics.analyses.mitigation import control
-from diagnostics.core.analysis import Result, analysis
+from diagnostics.core.analysis import DeviceTest, Result, analysis
+from diagnostics.core.row_options import RowOptions
 from diagnostics.evaluation.row_losses import EncodedTask, Losses
 from diagnostics.evaluation.sets import SetKey, encode_sets, load_sets
 from diagnostics.execution import jobs, workers
@@ -113,6 +114,11 @@ def draw(result: Result) -> "dict[str, go.Figure]":
     draw=draw,
     summary=summary,
     metrics=METRICS,
+    device_test=DeviceTest(
+        parameters={"scales": (0.5,), "draws": 100},
+        absolute={"task_accuracy_base": 1 / 60, "task_accuracy_tuned": 1 / 60, "intruders": 0, "edited": 0},
+        relative={"keep_loss_base": 1e-4, "keep_loss_tuned": 1e-4, "task_loss_tuned": 1e-4},
+    ),
 )
 def judged_mitigation(
     pair: CheckpointPair,
@@ -125,12 +131,7 @@ def judged_mitigation(
     parts: tuple[Part, ...] = ("block",),
     margin: float = 0.01,
     draws: int = 1000,
-    max_length: int | None = None,
-    chat_template: bool = False,
-    batch_tokens: int = 16384,
-    trust_remote_code: bool = False,
-    device: str = "cpu",
-    dtype: str | None = None,
+    options: RowOptions = RowOptions(),
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Result:
@@ -148,12 +149,8 @@ def judged_mitigation(
         margin: nats that a mode must significantly keep beyond the control to be recommended (ours: the
             largest effect of damping the neighbouring vector in our runs).
         draws: bootstrap draws of the rows, for the intervals (ours).
-        max_length: most tokens of a row; None: what the model takes.
-        chat_template: texts and prompts are a user's messages.
-        batch_tokens: most tokens in a batch; changes no result.
-        trust_remote_code: run code that a repository brings.
+        options: how rows are read and how models run on them.
         device: where the model runs and matrices are decomposed.
-        dtype: of the model; None as stored.
         seed: of the draws.
         progress: called with (done, total, what).
 
@@ -187,12 +184,10 @@ def judged_mitigation(
 
     _check(scales, margin, draws)
     loaded = load_sets({"task": task, "keep": keep}, least=2, purpose="judging a mitigation")
-    editable = Editable(pair.tuned, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    sets = encode_sets(
-        editable, loaded, max_length=max_length, chat_template=chat_template, batch_tokens=batch_tokens
-    )
+    editable = Editable(pair.tuned, **options.of_models)
+    sets = encode_sets(editable, loaded, **options.of_rows)
     # The search for intruders may take long: rows are checked first.
-    plan = DampingPlan.of(pair, k=k, epsilon=epsilon, parts=parts, device=device, progress=progress)
+    plan = DampingPlan.of(pair, k=k, epsilon=epsilon, parts=parts, device=options.device, progress=progress)
     evaluator = DampingEvaluator(plan, editable, sets, progress)
     evaluator.measure([("update", scale) for scale in sorted({0.0, 1.0, *scales})])
     for mode in plan.ranks:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from diagnostics.analyses.ood.figures import draw
 from diagnostics.analyses.ood.tables import ALL, detection_of, gains_of, rows_of, tokens_of
-from diagnostics.core.analysis import Result, analysis
+from diagnostics.core.analysis import DeviceTest, Result, analysis
+from diagnostics.core.row_options import RowOptions
 from diagnostics.evaluation.paired_texts import TextOptions, read_sets
 from diagnostics.evaluation.sets import load_named_sets
 from diagnostics.numerics import detection_metrics
@@ -88,6 +89,10 @@ def summary(result: Result) -> str:
     draw=draw,
     summary=summary,
     metrics=METRICS,
+    device_test=DeviceTest(
+        parameters={"draws": 100},
+        absolute={"auroc": 1e-3, "auroc_tuned_likelihood": 1e-3, "keep_gain_nats": 1e-3, "gain_nats": 1e-3},
+    ),
 )
 def likelihood_ratio_ood(
     pair: CheckpointPair,
@@ -96,19 +101,14 @@ def likelihood_ratio_ood(
     keep: Any = None,
     guard: Any = None,
     *,
-    max_length: int | None = None,
     windows: bool = False,
-    chat_template: bool = False,
     approximate: bool = False,
     answers: Literal["file", "greedy"] = "file",
     longest_answer: int = 768,
     alpha: float = 0.05,
     draws: int = 200,
     examples: int = 20,
-    batch_tokens: int = 16384,
-    trust_remote_code: bool = False,
-    device: str = "cpu",
-    dtype: str | None = None,
+    options: RowOptions = RowOptions(),
     seed: int = 0,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Result:
@@ -123,10 +123,10 @@ def likelihood_ratio_ood(
         ood: out-of-distribution rows, in the same forms; each set is also reported alone.
         keep: rows of the base's own text: for their gain, and as background of relative distances.
         guard: more rows for which the gain is measured.
+        options: how rows are read and how models run on them.
         max_length: most tokens of a row, or of a window; None: what both models take.
         windows: read longer rows to the end in windows that overlap by half; else they are cut. Each token is
             scored once, and both models read the same windows.
-        chat_template: texts and prompts are a user's messages.
         approximate: allow different tokenizers; ratios are then per byte, and of one segmentation of a text.
         answers: of the `file` (ours), or tuned's own `greedy` answers to the prompts (paper).
         longest_answer: most tokens of a greedy answer (paper: 768), at most half of what the models take.
@@ -134,9 +134,6 @@ def likelihood_ratio_ood(
         draws: bootstrap draws for all intervals but those of AUROC, which are DeLong's (ours).
         examples: rows of each set with the highest, and as many with the lowest ratio per token, for which
             tokens are kept; fewer if they are very long (ours).
-        batch_tokens: most tokens in a batch; changes no result.
-        trust_remote_code: run code that a repository brings.
-        device: where the models run.
         dtype: of the models; None as stored. Likelihoods are float32, sums float64.
         seed: of folds and draws.
         progress: called with (done, total, what).
@@ -180,17 +177,15 @@ def likelihood_ratio_ood(
         {"task": task, "ood": ood, "keep": keep, "guard": guard}, least=2, purpose="OOD detection"
     )
     refuse_overlap(roles, sets)
-    options = TextOptions(
-        max_length=max_length,
+    text_options = TextOptions(
         windows=windows,
-        chat_template=chat_template,
         approximate=approximate,
         answers=answers,
         longest_answer=longest_answer,
-        batch_tokens=batch_tokens,
+        **options.of_rows,
     )
-    with RunnablePair(pair, device=device, dtype=dtype, trust_remote_code=trust_remote_code) as runnable:
-        reading = read_sets(runnable, sets, options, progress)
+    with RunnablePair(pair, **options.of_models) as runnable:
+        reading = read_sets(runnable, sets, text_options, progress)
         tokenizer = runnable.tokenizer
     rows, notes = rows_of(reading, roles, seed=seed)
     inside, outside = (rows[(rows["role"] == role) & rows["ratio"].notna()] for role in ("task", "ood"))
