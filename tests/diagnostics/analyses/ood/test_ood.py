@@ -691,7 +691,7 @@ def test_an_audit_runs_it_with_its_rows_and_the_saved_result_redraws(places, tmp
     figures = result.figures()
     assert set(figures) == {"densities", "scores", "roc", "losses", "length", "gains", "tokens"}
     assert all(figure.layout.title.text and figure.layout.xaxis.title.text for figure in figures.values())
-    assert {"x", "&lt;b&gt;y&lt;/b&gt;"} <= {trace.name for trace in figures["length"].data}
+    assert {"x (ood)", "&lt;b&gt;y&lt;/b&gt; (ood)"} <= {trace.name for trace in figures["length"].data}
     assert "AUROC" in result.summary()
 
 
