@@ -105,12 +105,9 @@ def trace(
     panel: Panel, look: dict[str, Any],
 ) -> "go.Figure":  # fmt: skip
     """Two columns as a trace of plotly."""
-    data = {
-        "x": values(table[x]),
-        "y": values(table[y]),
-        **pointed(hover, lambda field: values(table[field])),
-    }
-    return figure.add_trace({"type": kind, "name": theme.verbatim(style.name), **data, **look}, *panel)
+    data = {"name": theme.verbatim(style.name), "x": values(table[x]), "y": values(table[y])}
+    data |= pointed(hover, lambda field: values(table[field]))
+    return figure.add_trace({"type": kind, **data, **look}, *panel)
 
 
 def heat(
@@ -160,10 +157,8 @@ def panels(
 ) -> "go.Figure":  # fmt: skip
     """A figure of panels, with axis titles at the bottom and on the left."""
     titles = [theme.verbatim(name) for name in names]
-    figure = theme.figure(title, "", "", height)
-    figure.set_subplots(rows=rows, cols=columns, subplot_titles=titles, **spacing).update_annotations(
-        font_size=13
-    )
+    figure = theme.figure(title, "", "", height).set_subplots(rows, columns, subplot_titles=titles, **spacing)
+    figure.update_annotations(font_size=13)
     return figure.update_xaxes(title=x, row=rows).update_yaxes(title=y, col=1)
 
 
@@ -186,8 +181,8 @@ def menu(figures: "Mapping[str, go.Figure]") -> "go.Figure":
         buttons.append({"label": theme.verbatim(label), **button})
     first.update_traces(visible=True)
     first.add_traces([trace.update(visible=False) for figure in others for trace in figure.data])
-    place = {"x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"}
-    return first.update_layout(updatemenus=[{"type": "dropdown", "buttons": buttons, **place}])
+    place = {"x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom", "pad": {"b": 26}}  # above the legend
+    return first.update_layout(updatemenus=[{"type": "dropdown", "buttons": buttons, **place}], margin_t=120)
 
 
 def whiskers(

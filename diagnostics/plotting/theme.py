@@ -74,14 +74,10 @@ def verbatim(text: object) -> str:
 @functools.cache
 def template(page: PageColours = LIGHT) -> "go.layout.Template":
     """The look of a figure on a page; figures copy it."""
-    axis = {
-        "gridcolor": page.grid,
-        "linecolor": page.grid,
-        "zeroline": False,
-        "ticks": "outside",
-        "tickcolor": page.grid,
-        "title": {"standoff": 10},
-    }
+    lines = {"gridcolor": page.grid, "linecolor": page.grid, "tickcolor": page.grid}
+    axis = {**lines, "zeroline": False, "ticks": "outside", "title": {"standoff": 10}}
+    hover = {"align": "left", "namelength": -1, "bgcolor": page.panel, "bordercolor": page.grid}
+    hover |= {"font": {"color": page.ink, "family": FONT}}
     bar = {"thickness": 12, "outlinewidth": 0, "tickcolor": page.grid, "title": {"side": "right"}}
     return go.layout.Template(
         layout={
@@ -95,14 +91,8 @@ def template(page: PageColours = LIGHT) -> "go.layout.Template":
             # Each axis in one direction only: with both, labels that turn when they lack room never settle.
             "xaxis": {**axis, "automargin": "height"},
             "yaxis": {**axis, "automargin": "width"},
-            "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "title": {"text": ""}},
-            "hoverlabel": {
-                "align": "left",
-                "namelength": -1,
-                "bgcolor": page.panel,
-                "bordercolor": page.grid,
-                "font": {"color": page.ink, "family": FONT},
-            },
+            "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "tracegroupgap": 0},
+            "hoverlabel": hover,
             "margin": {"l": 64, "r": 24, "t": 84, "b": 56},
             "annotationdefaults": {"font": {"size": 12, "color": page.muted}, "showarrow": False},
         },
@@ -119,11 +109,6 @@ def faint(color: str, alpha: float) -> str:
     """A colour that lets the page through: alpha 0 is the page, 1 the colour."""
     red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red}, {green}, {blue}, {alpha})"
-
-
-def fading(color: str) -> list[tuple[float, str]]:
-    """A colour scale from the page itself to a colour, whatever the page."""
-    return [(0.0, faint(color, 0.0)), (1.0, color)]
 
 
 def figure(title: str, x: str, y: str, height: int = 420) -> "go.Figure":

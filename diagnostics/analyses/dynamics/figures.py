@@ -29,12 +29,7 @@ LOOKS = ((theme.NEUTRAL, "circle", "●"), HELD_OUT)
 MAPS = {
     "complexity": ("layers", "share", "Units of each layer that switch near the rows", "share of units"),
     "nlm": ("tensors", "nlm_cosine", "Cosine of the descent direction with the weights", "mean cosine"),
-    "movement": (
-        "tensors",
-        "movement",
-        "Distance of each layer from the first checkpoint",
-        "share of its norm",
-    ),
+    "movement": ("tensors", "movement", "Distance of each layer from the first checkpoint", "share of norm"),
 }
 SCORES = {
     "train": Style("train rows", COLORS["train"]),

@@ -22,19 +22,15 @@ UNCOUNTED = {"frozen": (0.15, "="), "not applicable": (0.4, "×")}
 def draw(result: Result) -> "dict[str, go.Figure]":
     """The figures; one without data is left out."""
     matrices, vectors = result.tables["matrices"], result.tables["vectors"]
-    measured = matrices[matrices["status"] == MEASURED]
-    vectors = vectors[
-        vectors["matrix"].isin(measured["matrix"]) & (vectors["rank"] <= result.parameters["k"])
-    ]
+    measured = matrices.loc[matrices["status"] == MEASURED, "matrix"]
+    vectors = vectors[vectors["matrix"].isin(measured) & (vectors["rank"] <= result.parameters["k"])]
     vectors = vectors.assign(intruder=vectors["intruder"].astype(bool))
-    counted = replace(result, tables={**result.tables, "vectors": vectors})
     if not result.metrics.get("descendant", 1):
-        return {
-            "cosines": draw_cosines(vectors, matrices, result, title="Tuned does not descend from this base")
-        }
+        title = "Tuned does not descend from this base"
+        return {"cosines": draw_cosines(vectors, matrices, result, title)}
     return drawn(
-        counted, where=draw_where, cosines=draw_cosines, sweep=draw_sweep, spectra=draw_spectra,
-        similarity=draw_similarity,
+        replace(result, tables={**result.tables, "vectors": vectors}), where=draw_where, cosines=draw_cosines,
+        sweep=draw_sweep, spectra=draw_spectra, similarity=draw_similarity,
     )  # fmt: skip
 
 
@@ -100,9 +96,7 @@ def draw_cosines(
     new = f"{known['intruder'].sum():,} of {len(known):,} leading tuned directions"
     title = title or f"{new} come near no base direction"
     title += "; whiskers: certified intervals" * bool((known["cosine_low"] < known["cosine_high"]).any())
-    figure = theme.figure(
-        title, "rank of the tuned singular value", "|cosine| with the nearest base vector", 460
-    )
+    figure = theme.figure(title, "rank of the tuned singular value", "|cosine| with nearest base vector", 460)
     # Matrices lie next to one another within a rank, in file order: each lines up across ranks.
     order = pd.factorize(known["matrix"])[0]
     known["at"] = known["rank"] + 0.7 * ((order + 0.5) / (order.max(initial=0) + 1) - 0.5)
@@ -137,10 +131,8 @@ def draw_sweep(sweep: pd.DataFrame, result: Result) -> "go.Figure":
     colors = iter(color for color in theme.COLORWAY if color != theme.NEW)
     for value in sorted({*chosen, *({k} & set(sweep["k"]))}):
         color, dash, width = (theme.NEW, "solid", 3.0) if value == k else (next(colors), "dot", 1.5)
-        part, style = (
-            sweep[sweep["k"] == value].sort_values("epsilon"),
-            Style(f"k = {value}", color, "circle", dash, width),
-        )
+        part = sweep[sweep["k"] == value].sort_values("epsilon")
+        style = Style(f"k = {value}", color, dash=dash, width=width)
         line(figure, part, "epsilon", "intruders_low", style, hover, interval=interval, mode="lines")
     return theme.threshold(figure, f"epsilon {epsilon:g}", x=epsilon).update_yaxes(rangemode="tozero")
 
@@ -153,11 +145,10 @@ def draw_spectra(spectra: pd.DataFrame, matrices: pd.DataFrame, vectors: pd.Data
     figure = theme.figure(title, "rank", "singular value (log scale)")
     for name, color, dash in (("base", theme.BASE, "dash"), ("tuned", theme.TUNED, "solid")):
         line(figure, spectra, "rank", name, Style(name, color, dash=dash), "{y:.4g}", mode="lines")
-    style, hover = (
-        Style("intruder", theme.NEW, "diamond", size=10),
-        "{y:.4g}, cosine {cosine_low:.3f} to {cosine_high:.3f}",
+    hover = "{y:.4g}, cosine from {cosine_low:.3f} to {cosine_high:.3f}"
+    points(
+        figure, intruders, "rank", "singular_value", Style("intruder", theme.NEW, "diamond", size=10), hover
     )
-    points(figure, intruders, "rank", "singular_value", style, hover)
     sizes = spectra[["base", "tuned"]].to_numpy()
     ticks = decades(float(np.nanmin(sizes[sizes > 0])), float(np.nanmax(sizes)))
     figure.update_yaxes(type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
@@ -175,11 +166,13 @@ def decades(low: float, high: float) -> list[float]:
 def draw_similarity(cosines: pd.DataFrame, matrices: pd.DataFrame, vectors: pd.DataFrame) -> "go.Figure":
     """|U1ᵀ U0| of the worst matrix: an intruder is a blank column, and later ones shift off the diagonal."""
     matrix, (cosines, intruders) = worst(matrices, cosines, vectors[vectors["intruder"]])
-    title = f"Intruders (▼) of {matrix} are columns that match no base direction"
+    title = f"Intruders (▼) of {matrix} match no base direction"
     figure = theme.figure(title, "rank of the tuned vector", "rank of the base vector")
     cells = cosines.assign(size=cosines["cosine"].abs()).sort_values(["base_rank", "tuned_rank"])
-    hover, colors = "tuned {x}, base {y}: |cosine| {z:.3f}", theme.fading(theme.BASE)
+    # From the page itself to the colour of base, on a light page and on a dark one.
+    colors = theme.scale((theme.faint(theme.BASE, 0.0), theme.BASE))
     look: dict[str, Any] = {"bar": "|cosine|", "colorscale": colors, "zmax": 1, "xgap": 0, "ygap": 0}
+    hover = "tuned {x}, base {y}: |cosine| {z:.3f}"
     heat(figure, cells, "tuned_rank", "base_rank", "size", hover, **look)
     for rank in sorted(set(intruders["rank"]) & set(cells["tuned_rank"])):
         mark = {"yref": "paper", "y": 1, "yanchor": "bottom", "font": {"color": theme.NEW, "size": 14}}

@@ -34,11 +34,8 @@ def draw_retention(curve: pd.DataFrame, result: Result, sets: pd.DataFrame = NO_
     if (curve["mode"] != "update").any():
         mode = "A mode keeps" if result.metrics.get("recommended", 0) else "No mode surely keeps"
         title = f"{mode} more than scaling the whole update, at the same task loss"
-    x, y = (
-        f"task loss below base's, {unit_of(sets, 'task')}",
-        f"keep loss below tuned's, {unit_of(sets, 'keep')}",
-    )
-    figure = theme.figure(title, x, y, 520)
+    task, keep = (unit_of(sets, role) for role in ("task", "keep"))
+    figure = theme.figure(title, f"task loss below base's, {task}", f"keep loss below tuned's, {keep}", 520)
     ends = curve[(curve["mode"] == "update") & curve["scale"].isin([0.0, 1.0])].set_index("scale")
     curve = curve.assign(gained=ends["task_loss"][0.0] - curve["task_loss"])
     hover = "strength {scale:.3g}<br>keep loss {keep_loss:.3f}, task loss {task_loss:.3f}"

@@ -72,12 +72,13 @@ def draw_scores(detection: pd.DataFrame) -> "go.Figure":
 
 def draw_roc(rows: pd.DataFrame) -> "go.Figure":
     """OOD rows caught against task rows flagged, all OOD sets together."""
-    figure = theme.figure(
-        "OOD rows caught and task rows flagged, by score", "task rows flagged", "OOD rows caught", 560
-    )
+    from sklearn.metrics import roc_curve
+
+    title = "OOD rows caught and task rows flagged, by score"
+    figure = theme.figure(title, "task rows flagged", "OOD rows caught", 560)
+    judged = rows[rows["role"].isin(["task", "ood"])]
     for score, color, dash in zip(CURVES, theme.COLORWAY, DASHES, strict=True):
-        inside, outside = (rows.loc[rows["role"] == role, score].to_numpy() for role in ("task", "ood"))
-        flagged, caught = roc(inside, outside)
+        flagged, caught, _ = roc_curve(judged["role"] == "ood", judged[score])
         shares = pd.DataFrame({"flagged": flagged, "caught": caught})
         style = Style(score, color, dash=dash, width=3 if score == "ratio" else 1.5)
         line(figure, shares, "flagged", "caught", style, "{y:.1%} caught, {x:.1%} flagged", mode="lines")
@@ -86,27 +87,12 @@ def draw_roc(rows: pd.DataFrame) -> "go.Figure":
     return figure.update_layout(width=620, margin_t=110)
 
 
-def roc(inside: np.ndarray, outside: np.ndarray, points: int = 200) -> tuple[np.ndarray, np.ndarray]:
-    """Shares of both that reach each threshold, from the highest down, at a few hundred thresholds."""
-    levels = np.unique(np.concatenate([inside, outside]))[::-1]
-    if len(levels) > points:
-        levels = levels[np.linspace(0, len(levels) - 1, points).round().astype(int)]
-    shares = [
-        np.concatenate([[0], 1 - np.searchsorted(np.sort(part), levels, side="left") / len(part), [1]])
-        for part in (inside, outside)
-    ]
-    return shares[0], shares[1]
-
-
 def draw_losses(rows: pd.DataFrame) -> "go.Figure":
     """Loss of tuned against that of base, row by row: under the diagonal tuning helped."""
     won = (rows["ratio"] < 0).groupby([rows["role"]]).mean()
-    parts = ", ".join(
-        f"{won[role]:.0%} of the {role} rows" for role in ("task", "ood", "keep") if role in won
-    )
-    figure = theme.figure(
-        f"Tuned has the lower loss on {parts}", "loss of base, nats per token", "loss of tuned", 480
-    )
+    shares = [f"{won[role]:.0%} of the {role} rows" for role in ("task", "ood", "keep") if role in won]
+    title = f"Tuned has the lower loss on {', '.join(shares)}"
+    figure = theme.figure(title, "loss of base, nats per token", "loss of tuned, nats per token", 480)
     losses = rows[["base_loss", "tuned_loss"]].to_numpy()
     low, high = float(losses.min()), float(losses.max())
     diagonal = {"color": theme.NEUTRAL, "dash": "dash"}
@@ -117,9 +103,8 @@ def draw_losses(rows: pd.DataFrame) -> "go.Figure":
 
 def draw_length(rows: pd.DataFrame) -> "go.Figure":
     """The ratio against the length: what separates rows of one length is not length."""
-    figure = theme.figure(
-        "Ratio against length: a gap at one length is not due to length", "length, tokens", RATIO, 480
-    )
+    title = "Ratio against length: a gap at one length is not due to length"
+    figure = theme.figure(title, "length, tokens", RATIO, 480)
     if (rows["tokens"] > 0).all() and rows["tokens"].max() > 20 * rows["tokens"].median():
         figure.update_xaxes(type="log")
     return theme.threshold(row_points(figure, rows, "tokens", "ratio"), "no change", y=0)
@@ -129,9 +114,8 @@ def row_points(figure: "go.Figure", rows: pd.DataFrame, x: str, y: str) -> "go.F
     """One mark a row; its hover text has the start of the row's text."""
     for style, part in set_curves(rows.assign(start=rows["text"].str.slice(0, 80)), "row"):
         shown = part.iloc[:: max(1, -(-len(part) // POINTS))]
-        points(
-            figure, shown, x, y, style, "row {row}: {ratio:.3g} nats<br>{start}", marker_size=6, opacity=0.6
-        )
+        hover = "row {row}: {ratio:.3g} nats<br>{start}"
+        points(figure, shown, x, y, style, hover, marker_size=6, opacity=0.6)
     return figure
 
 
@@ -148,12 +132,15 @@ def draw_gains(sets: pd.DataFrame) -> "go.Figure":
 
 def draw_tokens(tokens: pd.DataFrame) -> "go.Figure":
     """The texts themselves, each token on the colour of its ratio: which words are foreign to tuned."""
-    height, starts, names, letters = 0, [], [], []
-    for (name, row), part in shown_rows(tokens):
-        starts.append(height)
-        names.append(f"{theme.verbatim(name)} {row}")
-        letters += [cell._replace(line=height + cell.line) for cell in laid(part)]
-        height = letters[-1].line + 1
+    height, starts, names = 0, list[int](), list[str]()
+    letters: list[TokenCell] = []
+    for name, part in tokens.groupby("set", sort=False):
+        rows = list(dict.fromkeys(part["row"]))
+        for row in list(dict.fromkeys([*rows[:ENDS], *rows[-ENDS:]]))[: TEXTS - len(starts)]:
+            starts.append(height)
+            names.append(f"{theme.verbatim(name)} {row}")
+            letters += [cell._replace(line=height + cell.line) for cell in laid(part[part["row"] == row])]
+            height = letters[-1].line + 1
     ratios, texts = np.full((height, WIDTH), np.nan), np.full((height, WIDTH), "", dtype=object)
     for cell in letters:
         ratios[cell.line, cell.column], texts[cell.line, cell.column] = cell.ratio, theme.verbatim(cell.token)
@@ -173,16 +160,6 @@ def draw_tokens(tokens: pd.DataFrame) -> "go.Figure":
     )  # fmt: skip
     figure.update_yaxes(range=[height - 0.5, -0.5], showgrid=False, tickvals=starts, ticktext=names)
     return figure.update_xaxes(range=[-0.5, WIDTH - 0.5], showgrid=False, showticklabels=False, ticks="")
-
-
-def shown_rows(tokens: pd.DataFrame) -> list[tuple[tuple[str, int], pd.DataFrame]]:
-    """The rows at both ends of every set, with their tokens, in the order of the table."""
-    chosen = []
-    for name, part in tokens.groupby("set", sort=False):
-        rows = list(dict.fromkeys(part["row"]))
-        ends = dict.fromkeys([*rows[:ENDS], *rows[-ENDS:]])
-        chosen += [((str(name), int(row)), part[part["row"] == row]) for row in ends]
-    return chosen[:TEXTS]
 
 
 class TokenCell(NamedTuple):

@@ -51,9 +51,9 @@ def draw_metric(path: pd.DataFrame, result: Result, metric: str) -> "go.Figure":
             opacity=0.6, legendgroup="mixture", showlegend=i == 0,
         )  # fmt: skip
     best = result.metrics.get("best_alpha")
-    return (
-        figure if best is None else theme.threshold(figure, f"best alpha {best:g}", x=best, left=best > 0.5)
-    )
+    if best is not None:
+        theme.threshold(figure, f"best alpha {best:g}", x=best, left=best > 0.5)
+    return figure
 
 
 def draw_trade(choices: pd.DataFrame) -> "go.Figure | None":
@@ -61,10 +61,10 @@ def draw_trade(choices: pd.DataFrame) -> "go.Figure | None":
     if choices["kept_nats"].isna().all():
         return None
     better = choices["dominates"].to_numpy(bool)
-    title = "An alpha keeps more at no cost" if better.any() else "No alpha keeps more without a cost"
-    figure = theme.figure(
-        f"{title} on the task", "task loss above tuned's, nats", "keep loss below tuned's, nats"
+    title = (
+        f"{'An alpha keeps more at no' if better.any() else 'No alpha keeps more without a'} cost on the task"
     )
+    figure = theme.figure(title, "task loss above tuned's, nats", "keep loss below tuned's, nats")
     look = {"color": theme.NEUTRAL, "thickness": 1, "width": 0}
     line(
         figure, choices, "task_cost_nats", "kept_nats", Style("alpha", theme.NEUTRAL, size=10),
@@ -82,9 +82,7 @@ def draw_trade(choices: pd.DataFrame) -> "go.Figure | None":
 def draw_sides(path: pd.DataFrame) -> "go.Figure":
     """What the blend alone gets right, and what it alone gets wrong, over alpha."""
     unit = " or ".join(f"{unit}s" for unit in dict.fromkeys(path["unit"]))
-    figure = theme.figure(
-        "What the blend alone gets right (solid) or wrong (dotted)", ALPHA, f"share of {unit}"
-    )
+    figure = theme.figure("What the blend alone gets right, or wrong (dotted)", ALPHA, f"share of {unit}")
     for metric, mark, dash, verdict in (("fft", "", "solid", "right"), ("ttf", "-open", "dot", "wrong")):
         for style, curve in set_curves(path[path["metric"] == metric], "alpha"):
             side = Style(f"{style.name}: {verdict}", style.color, style.symbol + mark, dash)
@@ -97,7 +95,7 @@ def draw_patterns(patterns: pd.DataFrame) -> "go.Figure":
     role, name = patterns[["role", "set"]].iloc[-1]
     part = patterns[(patterns["role"] == role) & (patterns["set"] == name)].sort_values("alpha")
     figure = theme.figure(
-        f"Which models are right as alpha grows: {set_name(role, name)}", ALPHA, "share of units", 460
+        f"Models that are right, by alpha: {set_name(role, name)}", ALPHA, "share of units", 460
     )
     for pattern, (label, color) in PATTERNS.items():
         look: dict[str, Any] = {"mode": "lines", "stackgroup": "one", "fillcolor": color}

@@ -61,9 +61,8 @@ def draw_steps(steps: pd.DataFrame, verdict: pd.DataFrame) -> "go.Figure":
         theme.threshold(figure, x=float(row["memorised"]), row="all", col="all")
         figure.add_annotation(x=row["memorised"], text="memorised", **note)
     if pd.notna(row["turn"]):
-        theme.shade(
-            figure, theme.NEW, x=(float(row["turn_low"]), float(row["turn_high"])), row="all", col="all"
-        )
+        turn = float(row["turn_low"]), float(row["turn_high"])
+        theme.shade(figure, theme.NEW, x=turn, row="all", col="all")
         figure.add_annotation(x=row["turn"], text="turn", **note)
     # Above the notes on top of the panels.
     return figure.update_layout(margin_t=110, legend_y=1.06)
@@ -76,10 +75,8 @@ def draw_against(steps: pd.DataFrame, verdict: pd.DataFrame) -> "go.Figure":
     figure = theme.figure(title, f"distance within groups ({DISTANCE})", metric)
     late, hover = steps[steps["step"] >= row["since"]], "step {step}: distance {x:.4f}, {y:.4f}"
     if len(late) < len(steps):
-        early, style = (
-            steps[steps["step"] <= row["since"]],
-            Style("until memorised", theme.NEUTRAL, "circle-open"),
-        )
+        early = steps[steps["step"] <= row["since"]]
+        style = Style("until memorised", theme.NEUTRAL, "circle-open")
         line(figure, early, "distance", "held_out", style, hover)
     # The labels of the steps between the ends would cover one another.
     ends = [f"{step:g}" if i in (0, len(late) - 1) else "" for i, step in enumerate(late["step"])]
@@ -107,13 +104,9 @@ def draw_distances(table: pd.DataFrame, unit: str) -> "go.Figure":
         horizontal_spacing=0.14, names=["within groups", "gap: between − within"][: len(columns)],
     )  # fmt: skip
     for i, column in enumerate(columns, start=1):
-        look: dict[str, Any] = {
-            "bar": column,
-            "colorbar_x": 0.43 if i < len(columns) else 1.0,
-            "name": column,
-        }
+        look: dict[str, Any] = {"bar": column, "name": column, "diverging": column == "gap", "panel": (1, i)}
         hover = f"{unit} {{y}}, step {{x}}: {column} {{z:.4f}}"
-        heat(figure, table, "step", unit, column, hover, panel=(1, i), diverging=column == "gap", **look)
+        heat(figure, table, "step", unit, column, hover, colorbar_x=0.43 if i < len(columns) else 1.0, **look)
     return figure
 
 
@@ -121,17 +114,13 @@ def draw_smoothness(values: pd.DataFrame) -> "go.Figure | None":
     """How smoothness is spread over samples at each checkpoint."""
     if values["consistency"].isna().all():
         return None
-    figure = theme.figure(
-        "Smoothness of single samples; higher is smoother", STEP, "mean cosine of consecutive layers"
+    figure = theme.figure("Smoothness of single samples; higher is smoother", STEP, "mean cosine of layers")
+    names, shares = (
+        ("lowerfence", "q1", "median", "q3", "upperfence"),
+        np.array([0.05, 0.25, 0.5, 0.75, 0.95]),
     )
-    cuts = (
-        values.groupby("step", sort=False)["consistency"]
-        .quantile(np.array([0.05, 0.25, 0.5, 0.75, 0.95]))
-        .unstack()
-    )
-    figure.add_box(
-        x=[f"{step:g}" for step in cuts.index], lowerfence=cuts[0.05], q1=cuts[0.25], median=cuts[0.5],
-        q3=cuts[0.75], upperfence=cuts[0.95], name="samples", showlegend=False, marker_color=theme.BASE,
-        fillcolor=theme.faint(theme.BASE, 0.2),
-    )  # fmt: skip
+    cuts = values.groupby("step", sort=False)["consistency"].quantile(shares).unstack()
+    look = {"showlegend": False, "marker_color": theme.BASE, "fillcolor": theme.faint(theme.BASE, 0.2)}
+    boxes = {name: cuts[share] for name, share in zip(names, shares, strict=True)}
+    figure.add_box(x=[f"{step:g}" for step in cuts.index], name="samples", **boxes, **look)
     return figure.update_xaxes(type="category")

@@ -47,26 +47,21 @@ def draw_single(layer_paths: pd.DataFrame, layers: pd.DataFrame) -> "go.Figure":
     names = part["layer"].map(layers.set_index("layer")["name"]).fillna(part["layer"].astype(str))
     part = part.assign(name=names, rise=part["loss"] - float(part.loc[part["alpha"] == 1.0, "loss"].iloc[0]))
     title = "One layer at a time: loss above tuned's, all others at tuned"
-    figure, hover = (
-        theme.figure(title, f"{ALPHA}, of this layer alone", "layer"),
-        "{y} at alpha {x}: {z:+.4f} nats",
-    )
+    figure = theme.figure(title, f"{ALPHA}, of this layer alone", "layer")
+    hover = "{y} at alpha {x}: {z:+.4f} nats"
     return heat(figure, part, "alpha", "name", "rise", hover, diverging=True, bar="nats")
 
 
 def draw_barriers(layers: pd.DataFrame) -> "go.Figure":
     """Barriers of single layers from both anchors, with random moves and repairs."""
     flagged = ", ".join(layers.loc[layers["straggler"], "name"])
-    tail = f"stragglers: {flagged}" if flagged else "no straggler"
-    figure = theme.figure(
-        f"Barrier of each layer alone, and what pinning it repairs; {tail}", "layer", "loss, nats", 440
-    )
+    title = "Barrier of each layer alone, and what pinning it repairs; "
+    title += f"stragglers: {flagged}" if flagged else "no straggler"
+    figure, hover = theme.figure(title, "layer", "loss, nats", 440), "{x}: {y:+.4f} nats"
     for column, style in BARRIERS.items():
         half = layers.get(f"{column}_half")
         error = None if half is None else {"array": half, "color": theme.faint(style.color, 0.6), "width": 0}
-        points(
-            figure, layers, "name", column, style, "{x}: {y:+.4f} nats", error_y=error, marker_line_width=2
-        )
+        points(figure, layers, "name", column, style, hover, error_y=error, marker_line_width=2)
     theme.threshold(figure, f"{LEAST:g} nats: least barrier of a straggler", y=LEAST)
     return figure.update_layout(margin_t=110).update_xaxes(type="category")
 
@@ -74,9 +69,7 @@ def draw_barriers(layers: pd.DataFrame) -> "go.Figure":
 def draw_by_layer(sharpness: pd.DataFrame, layers: pd.DataFrame, result: Result) -> "go.Figure":
     """Layer by alpha: the worst rise within one radius."""
     rho = float(result.parameters["rho"])
-    part = sharpness[(sharpness["rho"] == rho) & (sharpness["name"] != WHOLE)].sort_values(
-        "alpha", kind="stable"
-    )
+    part = sharpness[(sharpness["rho"] == rho) & (sharpness["name"] != WHOLE)].sort_values("alpha")
     rows = [name for name in layers["name"] if name in set(part["name"])]
     title = f"Sharpness of each layer on the task rows, radius {rho:g}: a description, not a fault"
     figure, hover = theme.figure(title, ALPHA, "layer"), "{y} at alpha {x}: {z:.3g} nats"
@@ -87,9 +80,8 @@ def draw_by_radius(sharpness: pd.DataFrame, layers: pd.DataFrame, result: Result
     """The worst rise over the radius on log axes, at tuned."""
     part = sharpness[(sharpness["alpha"] == 1.0) & (sharpness["worst"] > 0)]
     title = "Sharpness at tuned over the radius: slope 2 is curvature, slope 1 no minimum"
-    figure = theme.figure(
-        title, f"radius rho, {result.parameters['norm']}", "worst rise of the task loss, nats", 480
-    )
+    x = f"radius rho, {result.parameters['norm']}"
+    figure = theme.figure(title, x, "worst rise of the task loss, nats", 480)
     flagged = set(layers.loc[layers["straggler"], "name"])
     for i, (name, curve) in enumerate(part.groupby("name", sort=False)):
         color, dash = (theme.NEUTRAL, "dot") if name == WHOLE else (theme.COLORWAY[i % 5], DASHES[i // 5 % 5])

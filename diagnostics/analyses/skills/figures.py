@@ -73,12 +73,8 @@ def draw_task_curve(part: pd.DataFrame, task: str, kept: float) -> "go.Figure":
     for method, style in METHODS.items():
         sized = sizes[sizes["method"] == method]
         if len(sized):
-            look: dict[str, Any] = {
-                "interval": ("low", "high"),
-                "mode": "lines+markers",
-                "line": style.stroke,
-            }
-            points(figure, sized, "share", "rel", style, hover, **look)
+            look: dict[str, Any] = {"mode": "lines+markers", "line": style.stroke}
+            points(figure, sized, "share", "rel", style, hover, interval=("low", "high"), **look)
     blends = part[part["method"] == "interpolation"].sort_values("alpha").assign(at=most * 1.35)
     control = Style("base + α of the whole update (control)", theme.BASE, "line-ew-open", size=14)
     points(
@@ -149,15 +145,13 @@ def draw_reliability(part: pd.DataFrame, task: str) -> "go.Figure":
     figure = theme.figure(title, "stated confidence", "accuracy", 460)
     calibrated = Style("calibrated", theme.NEUTRAL, dash="dash", width=1)
     line(figure, pd.DataFrame({"at": [0, 1]}), "at", "at", calibrated, mode="lines", hoverinfo="skip")
+    hover = "{rows:,} rows: confidence {x:.2f}, accuracy {y:.2f}"
     for model in [model for model in MODELS if model in errors]:
         rows = part[part["model"] == model].sort_values("confidence")
         # A bin of a few rows says nothing, and its line would draw the eye.
         rows = rows[rows["rows"] >= max(5, 0.01 * rows["rows"].sum())]
         style = replace(MODELS[model], name=f"{MODELS[model].name}, error {errors[model]:.2f}")
-        sizes, hover = (
-            5 + 15 * np.sqrt(rows["rows"] / part["rows"].max()),
-            "{rows:,} rows: said {x:.2f}, right {y:.2f}",
-        )
+        sizes = 5 + 15 * np.sqrt(rows["rows"] / part["rows"].max())
         line(figure, rows, "confidence", "accuracy", style, hover, marker_size=sizes)
     figure.update_xaxes(range=[max(0.0, float(part["confidence"].min()) - 0.05), 1.02])
     return figure.update_yaxes(range=[-0.03, 1.03]).update_layout(margin_t=120)
@@ -170,9 +164,8 @@ def draw_sets(part: pd.DataFrame, task: str) -> "go.Figure":
     if len(kinds) == 1:
         y = "accuracy" if kinds == {"accuracy"} else "loss, nats per token; lower is better"
     verdicts = {"better than tuned": graft["over_tuned_low"] > 0, "worse": graft["over_tuned_high"] < 0}
-    words = [
-        f"surely {word} on {', '.join(graft.loc[on, 'set'])}" for word, on in verdicts.items() if on.any()
-    ]
+    sets = {word: ", ".join(graft.loc[rows, "set"]) for word, rows in verdicts.items()}
+    words = [f"surely {word} on {names}" for word, names in sets.items() if names]
     title = f"the graft is {' and '.join(words) or 'neither surely better nor worse than tuned'}"
     figure = theme.figure(f"{task}: {title if len(graft) else 'base and tuned on every set'}", "", y)
     labels = part["set"].map(theme.verbatim) + "<br>" + part["role"].map(ROLES)
@@ -190,10 +183,9 @@ def draw_overlap(overlap: pd.DataFrame) -> "go.Figure":
     """The share of each task's region that another's holds."""
     top = overlap[overlap["task"] != overlap["other"]].nlargest(1, "overlap").iloc[0]
     ratio = top["overlap"] / top["chance"] if top["chance"] else math.inf
-    title = (
-        f"Regions overlap by at most {top['overlap']:.2f}: {top['task']} holds that much of {top['other']}"
-    )
-    figure = theme.figure(f"{title}, {ratio:.3g} times chance", "of the region of", "the region of … holds")
+    title = f"Regions overlap by at most {top['overlap']:.2f}: {top['task']} holds that much of "
+    title += f"{top['other']}, {ratio:.3g} times chance"
+    figure = theme.figure(title, "of the region of", "the region of … holds")
     hover = "{y} holds {z:.3f} of {x}<br>by chance {chance:.3f}; Jaccard {jaccard:.3f}"
     cells = overlap.assign(text=overlap["overlap"].map("{:.2f}".format))
     return heat(figure, cells, "other", "task", "overlap", hover, text="text", bar="overlap", zmax=1)

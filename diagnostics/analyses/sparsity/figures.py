@@ -87,17 +87,16 @@ def draw_close(curve: pd.DataFrame, points: pd.DataFrame, role: str) -> "go.Figu
             marks(
                 figure, pd.DataFrame([row]).assign(y=tolerance), "robust_point", "y", style,
                 "{x:.3f} (95 % {low:.3f} to {high:.3f})<br>{verdict}", x_interval=("low", "high"),
-                showlegend=False, marker_size=13, marker_line={"color": "white", "width": 1.5},
+                showlegend=False, marker_size=13, marker_line={"color": "white", "width": 1}, error_x_width=6
             )  # fmt: skip
         if not row["decided"]:  # show its noise, up to where it first falls
             beyond = np.flatnonzero(part["drop"] > tolerance)
             noisy = part[: int(beyond[0]) + 1 if len(beyond) else None]
             low, high = min(low, float(noisy["drop_low"].min())), max(high, float(noisy["drop_high"].max()))
     # On the left, where curves are still near 0.
-    theme.threshold(figure, f"tolerance {tolerance:.3g}", y=tolerance, left=True).update_yaxes(
-        range=[low, high]
-    )
-    return figure.update_xaxes(range=[-0.02, float(curve["sparsity"].max()) + 0.02])
+    theme.threshold(figure, f"tolerance {tolerance:.3g}", y=tolerance, left=True)
+    reach = [-0.02, float(curve["sparsity"].max()) + 0.02]
+    return figure.update_yaxes(range=[low, high]).update_xaxes(range=reach)
 
 
 def draw_curve(curve: pd.DataFrame, points: pd.DataFrame, role: str) -> "go.Figure":
@@ -126,13 +125,9 @@ def draw_patterns(patterns: pd.DataFrame) -> "go.Figure":
     for col, role in enumerate(roles, start=1):
         for model, hatch in (("base", None), ("tuned", HATCHED)):
             part, style = where(shown, role=role, model=model), STYLES[model, "zero_shot"]
-            look: dict[str, Any] = {
-                "legendgroup": model,
-                "showlegend": col == 1,
-                "marker_pattern": hatch,
-                "panel": (1, col),
-            }
-            bars(figure, part, "label", "drop", style, hover, interval=("drop_low", "drop_high"), **look)
+            look: dict[str, Any] = {"legendgroup": model, "showlegend": col == 1, "marker_pattern": hatch}
+            ends = ("drop_low", "drop_high")
+            bars(figure, part, "label", "drop", style, hover, interval=ends, panel=(1, col), **look)
         unit = "accuracy lost" if part["metric"].iloc[0] == "accuracy" else "loss added, nats"
         figure.update_xaxes(title=f"{role} rows", showgrid=False, col=col).update_yaxes(title=unit, col=col)
     return figure.update_layout(barmode="group")

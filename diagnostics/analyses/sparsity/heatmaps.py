@@ -61,14 +61,10 @@ def draw_overlap(overlap: pd.DataFrame) -> "go.Figure":
     overlap = overlap.assign(kappa_chance=0.0)
     least = float(overlap["kappa"].min())
     tail = "" if np.isnan(least) else f": kappa is {least:.2f} or more, 0 is chance and 1 the same mask"
-    figure = theme.figure(
-        f"Similarity of the masks of base and tuned{tail}", "sparsity", "similarity; dotted: by chance"
-    )
+    title, hover = f"Similarity of the masks of base and tuned{tail}", "sparsity {x:.2f}: {y:.3f}"
+    figure = theme.figure(title, "sparsity", "similarity; dotted: by chance")
     for column, style in LIKENESS.items():
-        hover, chance = (
-            "sparsity {x:.2f}: {y:.3f}",
-            Style(f"{style.name} by chance", style.color, dash="dot", width=1),
-        )
+        chance = Style(f"{style.name} by chance", style.color, dash="dot", width=1)
         line(figure, overlap, "sparsity", column, style, hover, legendgroup=style.name)
         look: dict[str, Any] = {"mode": "lines", "legendgroup": style.name, "showlegend": False}
         line(figure, overlap, "sparsity", f"{column}_chance", chance, hover, **look)
@@ -87,7 +83,5 @@ def draw_change(overlap: pd.DataFrame) -> "go.Figure | None":
     shares = pd.concat([ends[:1], overlap[["sparsity", "delta_low"]], ends[1:]])
     blind = Style("a change blind to magnitude", theme.NEUTRAL, dash="dash", width=1.5)
     line(figure, shares, "sparsity", "sparsity", blind, mode="lines", hoverinfo="skip")
-    line(
-        figure, shares, "sparsity", "delta_low", Style("tuned − base", theme.NEW), "smallest {x:.2f}: {y:.3f}"
-    )
-    return figure.update_layout(width=640)
+    delta, hover = Style("tuned − base", theme.NEW), "smallest {x:.2f}: {y:.3f} of the change"
+    return line(figure, shares, "sparsity", "delta_low", delta, hover).update_layout(width=640)

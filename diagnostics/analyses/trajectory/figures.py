@@ -11,6 +11,7 @@ from diagnostics.plotting.charts import Style, drawn, line
 from diagnostics.plotting.set_styles import set_curves, set_lines
 
 SCORES = {"metric": "share of rows or tokens right", "loss": "loss, nats a row or token"}
+NONE = pd.DataFrame(columns=["role", "measure", "depth"])
 ANGLES = {
     "angle": Style("to the line from first to last", theme.TUNED),
     "turn": Style("to the step before", theme.NEUTRAL, "diamond"),
@@ -28,21 +29,14 @@ def draw(result: Result) -> "dict[str, go.Figure]":
     return drawn(result, **scores, parting=draw_parting, angles=draw_angles, distances=draw_distances)
 
 
-def draw_scores(
-    steps: pd.DataFrame, measure: str, troughs: pd.DataFrame | None = None
-) -> "go.Figure | None":  # fmt: skip
+def draw_scores(steps: pd.DataFrame, measure: str, troughs: pd.DataFrame = NONE) -> "go.Figure | None":
     """Task, keep and train rows over the steps; the deepest trough of keep rows is shaded."""
     if steps[measure].isna().all():
         return None
     title = "The keep rows did not fall" if (steps["role"] == "keep").any() else "The task over the steps"
-    figure = set_lines(
-        theme.figure(title, "step", SCORES[measure]), steps, "step", measure, "step {x}: {y:.4f}"
-    )
-    keep = (
-        pd.DataFrame()
-        if troughs is None
-        else troughs.query("role == 'keep' and measure == @measure and depth > 0")
-    )
+    figure = theme.figure(title, "step", SCORES[measure])
+    set_lines(figure, steps, "step", measure, "step {x}: {y:.4f}")
+    keep = troughs.query("role == 'keep' and measure == @measure and depth > 0")
     if not len(keep):
         return figure
     deepest = keep.sort_values("depth").iloc[-1]
@@ -53,9 +47,8 @@ def draw_scores(
     span = (float(steps["step"].min()), end)
     theme.shade(figure, theme.BASE, x=span, annotation_text=text, annotation_position="bottom left")
     ending = "recovered where the shade ends" if back else "have not recovered by the end"
-    return theme.threshold(figure, "lowest", x=low).update_layout(
-        title_text=f"The keep rows fell and {ending}"
-    )
+    figure.layout.title.text = f"The keep rows fell and {ending}"
+    return theme.threshold(figure, "lowest", x=low)
 
 
 def draw_parting(steps: pd.DataFrame, result: Result) -> "go.Figure | None":

@@ -105,10 +105,6 @@ def test_text_from_a_file_keeps_its_markup_as_characters():
     assert theme.verbatim('<b>"q&k"</b>') == '&lt;b&gt;"q&amp;k"&lt;/b&gt;'
 
 
-def test_a_fading_scale_starts_from_the_page_whatever_its_colour():
-    assert theme.fading("#102030") == [(0.0, "rgba(16, 32, 48, 0.0)"), (1.0, "#102030")]
-
-
 def test_a_figure_says_what_is_seen_and_in_which_units():
     figure = theme.figure(title="Loss falls", x="step", y="loss (nats per token)")
     assert figure.layout.title.text == "Loss falls"

@@ -713,12 +713,11 @@ def test_the_default_policy_judges_it(result):
 
 
 def test_the_curve_drawn_has_the_area_that_is_reported(result):
-    from diagnostics.analyses.ood.figures import roc
-
     rows = result.tables["rows"]
     inside, outside = (rows.loc[rows["role"] == role, "ratio"].to_numpy() for role in ("task", "ood"))
-    flagged, caught = roc(inside, outside)
-    assert np.trapezoid(caught, flagged) == pytest.approx(detection_metrics.auroc(inside, outside))
+    curve = result.figures()["roc"].data[0]
+    assert curve.name == "ratio"
+    assert np.trapezoid(curve.y, curve.x) == pytest.approx(detection_metrics.auroc(inside, outside))
 
 
 def test_the_letters_of_tokens_stand_in_lines_with_no_token_parted():
