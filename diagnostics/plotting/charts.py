@@ -16,6 +16,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from diagnostics.plotting import theme
+from probes.checkpoints.steps import step_label
 
 Interval = tuple[str, str]  # the columns of its lower and upper end
 Panel = tuple[int | None, int | None]  # row and column, counted from 1
@@ -218,5 +219,8 @@ def values(column: "pd.Series[Any]") -> np.ndarray:
 
 
 def names(categories: Iterable[Any]) -> list[str]:
-    """The categories of an axis; numbers such as steps without needless digits."""
-    return [theme.verbatim(name) if isinstance(name, str) else f"{name:g}" for name in categories]
+    """The categories of an axis: text escaped, steps in all their digits, shares without needless ones."""
+    return [
+        f"{name:g}" if isinstance(name, float) and not name.is_integer() else theme.verbatim(step_label(name))
+        for name in categories
+    ]

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from diagnostics.analyses.pathways.sample_figures import DISTANCE, draw_drift, draw_matrix, draw_routes
 from diagnostics.core.analysis import Result
 from diagnostics.plotting import theme
-from diagnostics.plotting.charts import Panel, Style, drawn, heat, line, panels
+from diagnostics.plotting.charts import Panel, Style, drawn, heat, line, names, panels
 from diagnostics.plotting.set_styles import COLORS
 
 STEP = "training step"
@@ -79,7 +79,7 @@ def draw_against(steps: pd.DataFrame, verdict: pd.DataFrame) -> "go.Figure":
         style = Style("until memorised", theme.NEUTRAL, "circle-open")
         line(figure, early, "distance", "held_out", style, hover)
     # The labels of the steps between the ends would cover one another.
-    ends = [f"{step:g}" if i in (0, len(late) - 1) else "" for i, step in enumerate(late["step"])]
+    ends = [name if i in (0, len(late) - 1) else "" for i, name in enumerate(names(late["step"]))]
     return line(
         figure, late, "distance", "held_out", Style("counted", COLORS["task"]), hover, text=ends,
         mode="lines+markers+text", textposition="top center", cliponaxis=False,
@@ -115,12 +115,9 @@ def draw_smoothness(values: pd.DataFrame) -> "go.Figure | None":
     if values["consistency"].isna().all():
         return None
     figure = theme.figure("Smoothness of single samples; higher is smoother", STEP, "mean cosine of layers")
-    names, shares = (
-        ("lowerfence", "q1", "median", "q3", "upperfence"),
-        np.array([0.05, 0.25, 0.5, 0.75, 0.95]),
-    )
-    cuts = values.groupby("step", sort=False)["consistency"].quantile(shares).unstack()
+    shares = {"lowerfence": 0.05, "q1": 0.25, "median": 0.5, "q3": 0.75, "upperfence": 0.95}
+    cuts = values.groupby("step")["consistency"].quantile(np.array([*shares.values()])).unstack()
     look = {"showlegend": False, "marker_color": theme.BASE, "fillcolor": theme.faint(theme.BASE, 0.2)}
-    boxes = {name: cuts[share] for name, share in zip(names, shares, strict=True)}
-    figure.add_box(x=[f"{step:g}" for step in cuts.index], name="samples", **boxes, **look)
+    boxes = {part: cuts[share] for part, share in shares.items()}
+    figure.add_box(x=names(cuts.index), name="samples", **boxes, **look)
     return figure.update_xaxes(type="category")

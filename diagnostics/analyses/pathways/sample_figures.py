@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from diagnostics.plotting import theme
-from diagnostics.plotting.charts import heat, panels
+from diagnostics.plotting.charts import heat, names, panels
 
 DISTANCE = "edits / longer pathway"
 # Most groups that a histogram tells apart.
@@ -17,21 +17,22 @@ APART = 5
 
 def borders(groups: list[str]) -> tuple[list[float], list[float], list[str]]:
     """Where groups end on an axis of samples in order, the middle of each, and its name."""
-    names, sizes = zip(*((name, len(list(members))) for name, members in groupby(groups)), strict=True)
-    ends = np.cumsum(sizes)
-    middles = ends - (np.array(sizes) + 1) / 2
-    return (ends[:-1] - 0.5).tolist(), middles.tolist(), [theme.verbatim(name) for name in names]
+    sizes = [(name, len(list(members))) for name, members in groupby(groups)]
+    ends = np.cumsum([size for _, size in sizes])
+    middles = [float(end) - (size + 1) / 2 for end, (_, size) in zip(ends, sizes, strict=True)]
+    return (ends[:-1] - 0.5).tolist(), middles, [theme.verbatim(name) for name, _ in sizes]
 
 
 def step_panels(title: str, x: str, steps: list[float], groups: list[str]) -> "go.Figure":
     """A panel for each step, on one axis of samples that names the groups, with a line between any two."""
-    names = [f"step {step:g}" for step in steps]
-    figure = panels(title, x, "", columns=len(steps), shared_yaxes=True, horizontal_spacing=0.04, names=names)
+    look: dict[str, Any] = {"shared_yaxes": True, "horizontal_spacing": 0.04}
+    labels = [f"step {name}" for name in names(steps)]
+    figure = panels(title, x, "", columns=len(steps), names=labels, **look)
     ends, middles, groups = borders(groups)
     for end in ends:  # in each panel, also while it is empty
         figure.add_hline(y=end, line={"color": theme.NEUTRAL, "width": 1}, exclude_empty_subplots=False)
-    labels = {"tickvals": middles, "ticktext": groups} if len(groups) > 1 else {}
-    return figure.update_yaxes(showgrid=False, autorange="reversed", **labels)
+    ticks = {"tickvals": middles, "ticktext": groups} if len(groups) > 1 else {}
+    return figure.update_yaxes(showgrid=False, autorange="reversed", **ticks)
 
 
 def draw_matrix(matrix: pd.DataFrame, samples: pd.DataFrame) -> "go.Figure":
@@ -79,7 +80,7 @@ def draw_routes(routes: pd.DataFrame, samples: pd.DataFrame) -> "go.Figure":
 
 def draw_drift(samples: pd.DataFrame, steps: pd.DataFrame) -> "go.Figure":
     """How far each sample's pathway moved from the first checkpoint to the last."""
-    first, last = (f"{steps['step'].iloc[end]:g}" for end in (0, -1))
+    first, *_, last = names(steps["step"])
     title = f"How far pathways moved from step {first} to step {last}; 0 is not at all"
     figure = theme.figure(title, f"{DISTANCE}, of one sample at the two checkpoints", "samples")
     parts: dict[Any, pd.DataFrame] = dict(list(samples.groupby("group", sort=False)))

@@ -19,9 +19,10 @@ from diagnostics.core.analysis import NotApplicableError, Result, analysis
 from diagnostics.plotting import theme
 from diagnostics.plotting.charts import Style, line
 from probes.checkpoints.checkpoint import Checkpoint
-from probes.checkpoints.series import Progress, series_of
+from probes.checkpoints.series import series_of
 from probes.errors import InputError
 from probes.files.layout import Part
+from probes.progress import Progress
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
