@@ -691,7 +691,7 @@ def test_an_audit_runs_it_with_its_rows_and_the_saved_result_redraws(places, tmp
     figures = result.figures()
     assert set(figures) == {"densities", "scores", "roc", "losses", "length", "gains", "tokens"}
     assert all(figure.layout.title.text and figure.layout.xaxis.title.text for figure in figures.values())
-    assert {"x", "&lt;b&gt;y&lt;/b&gt;"} <= {trace.name for trace in figures["length"].data}
+    assert {"x (ood)", "&lt;b&gt;y&lt;/b&gt; (ood)"} <= {trace.name for trace in figures["length"].data}
     assert "AUROC" in result.summary()
 
 
@@ -713,12 +713,11 @@ def test_the_default_policy_judges_it(result):
 
 
 def test_the_curve_drawn_has_the_area_that_is_reported(result):
-    from diagnostics.analyses.ood.figures import roc
-
     rows = result.tables["rows"]
     inside, outside = (rows.loc[rows["role"] == role, "ratio"].to_numpy() for role in ("task", "ood"))
-    flagged, caught = roc(inside, outside)
-    assert np.trapezoid(caught, flagged) == pytest.approx(detection_metrics.auroc(inside, outside))
+    curve = result.figures()["roc"].data[0]
+    assert curve.name == "ratio"
+    assert np.trapezoid(curve.y, curve.x) == pytest.approx(detection_metrics.auroc(inside, outside))
 
 
 def test_the_letters_of_tokens_stand_in_lines_with_no_token_parted():
