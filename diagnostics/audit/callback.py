@@ -21,12 +21,13 @@ import torch
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from diagnostics.audit.plan import about, check_settings, chosen, missing, not_chosen, parameters
+from diagnostics.audit.plan import about, check_settings, missing, not_chosen, parameters, usable
 from diagnostics.audit.step import run_one, write_report
-from diagnostics.core.analysis import NotApplicableError, find, installed
+from diagnostics.core.analysis import NotApplicableError
 from diagnostics.core.inputs import open_roles
 from diagnostics.core.policy import Policy, default_policy
 from diagnostics.core.policy_file import load_policy
+from diagnostics.core.registry import find, installed
 from diagnostics.execution import environment
 from diagnostics.store.audit_store import MEASUREMENTS, Audit, Outcome, Store
 from diagnostics.store.files import replacing
@@ -34,6 +35,7 @@ from diagnostics.store.keys import digest, key
 from probes.checkpoints.checkpoint import Checkpoint
 from probes.checkpoints.opening import open_checkpoint
 from probes.checkpoints.series import RecordedSeries, TooShortError
+from probes.checkpoints.steps import step_label
 from probes.errors import InputError
 
 STEPS = "steps.json"
@@ -93,7 +95,9 @@ class AuditCallback(TrainerCallback):
         }
         self.reasons = {name: not_chosen(name, only) for name in installed()}
         self.plan: dict[str, dict[str, Any]] = {}
-        for name in chosen(only, skip):
+        names, broken = usable(only, skip)
+        self.reasons |= broken
+        for name in names:
             record = find(name)
             lacks = missing(record, {"pair", "series", *self.rows})
             if "series" not in record.inputs:
@@ -103,7 +107,10 @@ class AuditCallback(TrainerCallback):
             else:
                 # A model in memory is measured in its own dtype.
                 self.plan[name] = parameters(record, settings or {}, {"seed": seed})
-                if "dtype" in self.plan[name] and "dtype" not in (settings or {}).get(name, {}):
+                if "dtype" in self.plan[name] and "dtype" not in {
+                    *record.unshared,
+                    *(settings or {}).get(name, {}),
+                }:
                     self.plan[name]["dtype"] = None
                 del self.reasons[name]
         if not self.plan:
@@ -220,7 +227,7 @@ class AuditCallback(TrainerCallback):
     def _described(self, checkpoint: Checkpoint, step: int | float) -> dict[str, Any]:
         """What the audit says of the model, without its hash: that would take longer than to measure it."""
         return {
-            "ref": f"{checkpoint.ref} at step {step:g}",
+            "ref": f"{checkpoint.ref} at step {step_label(step)}",
             "kind": checkpoint.kind,
             "fingerprint": None,
             "parameters": checkpoint.parameters,

@@ -8,17 +8,17 @@ from urllib.parse import urlsplit
 
 import pytest
 
-WAIT = 30_000  # milliseconds
+from tests.dashboard.browsing import WAIT, until
 
 
 @pytest.fixture(scope="module")
 def made_up():
     """Registers made-up analyses for a whole module: `made_up("name", tables, draw, metrics=…)`."""
-    from diagnostics.core import analysis
+    from diagnostics.core import analysis, registry
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(analysis, "REGISTRY", {})
-    patch.setattr(analysis, "entry_points", lambda **group: [])
+    patch.setattr(registry, "REGISTRY", {})
+    patch.setattr(registry, "entry_points", lambda **group: [])
 
     def register(name: str, tables: Any, draw: Any, metrics: dict[str, float]) -> Any:
         def measure(pair, *, k: int = 10):
@@ -114,9 +114,9 @@ class Visit:
     def settle(self) -> Any:
         """Wait until the server has answered everything, and what it answered is drawn."""
         self.page.wait_for_load_state("networkidle", timeout=WAIT)
-        self.page.wait_for_function(
+        until(
+            self.page,
             "!document.querySelector('[data-dash-is-loading=true], #page .mantine-Skeleton-root')",
-            timeout=WAIT,
         )
         return self.page
 

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from probes.models.body import evaluating, inputs, padding_known, run, unwrapped
+from probes.models.body import evaluating, inputs, run, unwrapped, with_padding_id
 from probes.models.perturb import PerturbedWeights
 from probes.passes.backward import log_likelihoods, widened
-from probes.passes.objective import EncodedRows, batch_of, wholes
+from probes.passes.objective import EncodedRows, batch_of, scoring_units
 
 # Torch's messages about operations without a second derivative.
 NO_DERIVATIVE = re.compile(
@@ -132,12 +132,12 @@ def refuses_second_derivative(error: RuntimeError) -> bool:
 
 def graph(model: nn.Module, encoded: EncodedRows, rows: tuple[int, ...]) -> Tensor:
     """Mean loss of rows in nats, with its graph, as one batch."""
-    part = [whole for whole in wholes(encoded) if whole.row in rows]
+    part = [unit for unit in scoring_units(encoded) if unit.row in rows]
     batch, targets = batch_of(encoded, part)
     inner: Any = unwrapped(model)
     if encoded.task.shape == "label":
         given = inputs(inner, batch)
-        with padding_known(inner, given):
+        with with_padding_id(inner, given):
             logits = widened(inner(**given).logits)
         classes = torch.tensor([encoded.classes[whole.row] for whole in part], device=logits.device)
         return torch.nn.functional.cross_entropy(logits, classes)
