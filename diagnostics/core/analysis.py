@@ -49,6 +49,22 @@ class Result:
     analysis: str = ""
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        from diagnostics.core import display
+
+        return display.text(self, self._record())
+
+    def _repr_html_(self) -> str:
+        from diagnostics.core import display
+
+        return display.html(self, self._record())
+
+    def _record(self) -> "Analysis | None":
+        try:
+            return registry.find(self.analysis)
+        except UnknownNameError:
+            return None
+
     def figures(self) -> "dict[str, go.Figure]":
         """The figures of this result by name."""
         return registry.find(self.analysis).draw(self)
