@@ -11,12 +11,12 @@ from dash import dcc, html
 from diagnostics.core.analysis import Result
 from diagnostics.plotting import theme
 from diagnostics.report import content
-from diagnostics.report.content import Picture
+from diagnostics.report.content import EmbeddedFigure
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-Drawn = tuple[list[Picture], list[str]]
+Drawn = tuple[list[EmbeddedFigure], list[str]]
 
 LIMIT = 800  # points of one figure: what a browser redraws while a person waits
 LOOKS = {"light": theme.LIGHT, "dark": theme.DARK}
@@ -35,7 +35,7 @@ class Drawings:
         """The pictures under a key, drawn if need be, and what to say if they cannot be drawn."""
         with self.lock:
             if key not in self.kept:
-                self.kept[key] = content.pictures(result(), LIMIT)
+                self.kept[key] = content.embedded_figures(result(), LIMIT)
                 while len(self.kept) > self.size:
                     self.kept.popitem(last=False)
             self.kept.move_to_end(key)
@@ -53,7 +53,7 @@ def template(scheme: str | None) -> dict[str, Any]:
 TEMPLATES: dict[str | None, dict[str, Any]] = {}
 
 
-def axes(picture: Picture, curve: int) -> tuple[str, str]:
+def axes(picture: EmbeddedFigure, curve: int) -> tuple[str, str]:
     """The titles of the axes that a trace of a picture stands on."""
     spec = json.loads(picture.spec)
     trace = spec["data"][curve] if curve < len(spec["data"]) else {}
@@ -65,7 +65,7 @@ def axes(picture: Picture, curve: int) -> tuple[str, str]:
     return title("x"), title("y")
 
 
-def figure(picture: Picture, scheme: str | None, step: Any = None) -> dict[str, Any]:
+def figure(picture: EmbeddedFigure, scheme: str | None, step: Any = None) -> dict[str, Any]:
     """What plotly.js draws; a step is drawn into a picture over steps."""
     spec = json.loads(picture.spec)
     layout = spec["layout"]
@@ -99,7 +99,9 @@ def cursor(place: Any) -> dict[str, Any]:
     }
 
 
-def panel(picture: Picture, scheme: str | None, known: dict[str, str], *, step: Any = None) -> html.Figure:
+def panel(
+    picture: EmbeddedFigure, scheme: str | None, known: dict[str, str], *, step: Any = None
+) -> html.Figure:
     """A figure under its title.
 
     Args:
@@ -124,7 +126,9 @@ def panel(picture: Picture, scheme: str | None, known: dict[str, str], *, step: 
     )
 
 
-def changes(picture: Picture, scheme: str | None, before: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def changes(
+    picture: EmbeddedFigure, scheme: str | None, before: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
     """What turns a panel into that of another picture of the same name: properties by the id's role.
 
     A panel that is replaced is built anew in the browser, which takes several times as long; so does a figure
@@ -138,12 +142,12 @@ def changes(picture: Picture, scheme: str | None, before: Mapping[str, Any]) -> 
     }
 
 
-def size(picture: Picture) -> dict[str, Any]:
+def size(picture: EmbeddedFigure) -> dict[str, Any]:
     """How large a figure is: as wide as the page, unless it says otherwise."""
     return {"height": picture.height, **({"maxWidth": picture.width} if picture.width else {})}
 
 
-def thinned(picture: Picture) -> str:
+def thinned(picture: EmbeddedFigure) -> str:
     """What is not drawn, if there is anything."""
     if picture.drawn == picture.total:
         return ""

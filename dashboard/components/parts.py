@@ -110,7 +110,10 @@ def pairs(items: Mapping[str, Any]) -> html.Dl:
     return html.Dl(
         [
             html.Div(
-                [html.Dt(key), html.Dd(value if hasattr(value, "to_plotly_json") else content.number(value))]
+                [
+                    html.Dt(key),
+                    html.Dd(value if hasattr(value, "to_plotly_json") else content.format_number(value)),
+                ]
             )
             for key, value in items.items()
         ]

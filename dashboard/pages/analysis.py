@@ -11,7 +11,7 @@ from dashboard.pages import Content, View, page
 from dashboard.state import drill, filters
 from dashboard.state.query import Query
 from diagnostics.report import content as view
-from diagnostics.report.render import arxiv
+from diagnostics.report.render import arxiv_url
 from diagnostics.store.audit_store import mask_file
 
 
@@ -21,7 +21,7 @@ def content(shown: View) -> Content:
     audit, name = shown.audit, shown.query.one("analysis")
     if name not in audit.results:
         return absent(shown, name)
-    section = view.section(audit, name)
+    section = view.build_section(audit, name)
     controls = filters.controls(section.result, shown.query)
     matrices = drill.matrices(section.result)
     if matrices:
@@ -76,7 +76,7 @@ def absent(shown: View, name: str) -> Content:
 
 def numbers(section: view.Section, sought: str) -> list[Content]:
     """The metrics, the less important ones of many folded; the one that a link led to stands out."""
-    leading, others = view.parted(section.metrics)
+    leading, others = view.leading_metrics(section.metrics)
     label = f"Numbers of {section.name}, of the whole audit"
     return [
         listed(leading, sought, label),
@@ -194,13 +194,13 @@ def masks(section: view.Section) -> Content:
 
 def made(section: view.Section) -> Content:
     """Where the method comes from, and what it took."""
-    address = arxiv(section.paper)
+    address = arxiv_url(section.paper)
     paper = (
         html.A(section.paper, href=address, target="_blank", rel="noreferrer") if address else section.paper
     )
-    took = f"Took {view.number(section.outcome.seconds)} s"
+    took = f"Took {view.format_number(section.outcome.seconds)} s"
     took += f" on {section.outcome.device}." if section.outcome.device else "."
-    settings = view.number(section.result.parameters)
+    settings = view.format_number(section.result.parameters)
     return html.P(
         [
             *(["Method: ", paper, ". "] if section.paper else []),

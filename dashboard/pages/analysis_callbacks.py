@@ -90,7 +90,7 @@ def counted(shelf: AuditLibrary, query: Query, known: Mapping[str, str], left: i
     """How many rows of a table are left by filters; of a table on a matrix, none but its own are meant."""
     result = result_of(shelf, query, known["analysis"])
     total = len(result.tables[known["table"]]) if result else left
-    return f"{left:,} of {content.counted(total, 'row')}" if left < total and not known["spot"] else ""
+    return f"{left:,} of {content.plural(total, 'row')}" if left < total and not known["spot"] else ""
 
 
 def opened(audit: Audit, query: Query, scheme: str | None) -> tuple[str, Any]:
@@ -129,15 +129,15 @@ def about(
         )
         .search
     )
-    made = content.pictures(part)[0] if drawing else []
+    made = content.embedded_figures(part)[0] if drawing else []
     # A map of one cell says nothing that its row does not.
     made = [picture for picture in made if set(drawings.axes(picture, 0)) != drill.CELL]
     shown: list[Any] = [drawings.panel(picture, scheme, {"analysis": name, "spot": key}) for picture in made]
     for kind, frame in part.tables.items():
-        shown.append(html.H3([parts.code(kind), " ", content.counted(len(frame), "row")]))
+        shown.append(html.H3([parts.code(kind), " ", content.plural(len(frame), "row")]))
         if len(frame) == 1:
             row = frame.iloc[0]
-            shown.append(parts.pairs({str(c): content.cell(row[c]).text for c in frame.columns}))
+            shown.append(parts.pairs({str(c): content.format_cell(row[c]).text for c in frame.columns}))
         else:
             shown.append(grid(name, kind, frame, key))
     return html.Section([html.H2(name), *shown], className="drilled")

@@ -54,7 +54,7 @@ def card(entry: Entry) -> Any:
             html.P(entry.damage, className="source"),
         ]
         return parts.going(inside, link(audit=entry.id), className="card damaged")
-    count = view.counted(len(audit.findings), "finding") if audit.findings else "no findings"
+    count = view.plural(len(audit.findings), "finding") if audit.findings else "no findings"
     return parts.going(
         [
             parts.badge(audit.verdict),
@@ -78,7 +78,7 @@ def when(created: str) -> str:
 
 def run(shown: View, entry: Entry) -> Any:
     """One series."""
-    steps = view.counted(len(shown.shelf.parts(entry.id)), "audit")
+    steps = view.plural(len(shown.shelf.parts(entry.id)), "audit")
     return parts.going(
         [html.Strong(entry.id), html.P(f"a series of {steps}", className="source")],
         link(audit=entry.id),

@@ -181,7 +181,7 @@ def card(known: str, audit: Audit) -> Any:
     """One audit in short."""
     adapter = audit.tuned.get("adapter") or {}
     rank = f", rank {adapter['r']}" if adapter.get("r") is not None else ""
-    count = view.counted(len(audit.findings), "finding") if audit.findings else "no findings"
+    count = view.plural(len(audit.findings), "finding") if audit.findings else "no findings"
     return parts.going(
         [
             parts.badge(audit.verdict),
@@ -232,7 +232,9 @@ def cells(each: Shared, names: list[str]) -> list[Content]:
             made.append(html.Span(why, className="empty"))
             continue
         where = link(page="analysis", audit=name, analysis=each.analysis, metric=each.metric)
-        made.append([parts.badge(finding.severity), " ", parts.going(view.number(finding.value), where)])
+        made.append(
+            [parts.badge(finding.severity), " ", parts.going(view.format_number(finding.value), where)]
+        )
     return made
 
 
@@ -322,7 +324,7 @@ def drawn_of(shelf: AuditLibrary, known: str, name: str) -> drawings.Drawn:
 
 
 def panels(
-    analysis: str, figure: str, own: Mapping[str, view.Picture], columns: int, scheme: str | None
+    analysis: str, figure: str, own: Mapping[str, view.EmbeddedFigure], columns: int, scheme: str | None
 ) -> html.Figure:
     """The same figure of several audits."""
     titles = {known: picture.title for known, picture in own.items()}

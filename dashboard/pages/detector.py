@@ -150,7 +150,9 @@ def options(found: Detector) -> list[dict[str, Any]]:
     for _, row in found.offered.iterrows():
         start = " ".join(str(row["text"]).split())[:70]
         mark = "" if found.has_tokens(row) else " (tokens not kept)"
-        label = f"{row['set']} {int(row['row'])}, {view.number(float(row['ratio']))} nats{mark}: {start}"
+        label = (
+            f"{row['set']} {int(row['row'])}, {view.format_number(float(row['ratio']))} nats{mark}: {start}"
+        )
         groups.setdefault(f"{row['set']} ({row['role']})", []).append(
             {"value": found.key(row), "label": label}
         )
@@ -161,7 +163,9 @@ def text(found: Detector, query: Query) -> Content:
     """All that is known of a row."""
     row = found.picked(query)
     score = score_of(found, query)
-    facts = {name: view.cell(row[name]).text for name in dict.fromkeys((score, *FACTS)) if name in row.index}
+    facts = {
+        name: view.format_cell(row[name]).text for name in dict.fromkeys((score, *FACTS)) if name in row.index
+    }
     group = row.get("group")
     return [
         parts.section(
@@ -191,7 +195,7 @@ def placed(found: Detector, row: "pd.Series", score: str) -> list[Content]:
     ]
     if not said:
         return []
-    value = view.number(float(row[score]))
+    value = view.format_number(float(row[score]))
     return [f"Its {score} of ", html.Strong(value), f" is above that of {', of '.join(said)}."]
 
 
@@ -246,16 +250,16 @@ def visible(token: str) -> str:
 
 def signed(ratio: float) -> str:
     """A ratio with its sign."""
-    return ("+" if ratio > 0 else "−" if ratio < 0 else "") + view.number(abs(ratio))
+    return ("+" if ratio > 0 else "−" if ratio < 0 else "") + view.format_number(abs(ratio))
 
 
 def legend(heat: float) -> html.P:
     """What the colours mean."""
     return html.P(
         [
-            span(f"−{view.number(heat)} nats", -heat, heat),
+            span(f"−{view.format_number(heat)} nats", -heat, heat),
             " tuned expects it better (dotted line)  ·  ",
-            span(f"+{view.number(heat)} nats", heat, heat),
+            span(f"+{view.format_number(heat)} nats", heat, heat),
             " base expects it better: foreign to tuned (solid line)",
         ],
         className="source token-legend",

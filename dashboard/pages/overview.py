@@ -43,7 +43,7 @@ def band(audit: Audit) -> html.Header:
         [
             html.H1([parts.icon(word), html.Span(word, className="word")], id="heading", tabIndex="-1"),
             html.P(says(audit), className="says"),
-            html.P(headline(audit), className="headline"),
+            html.P(view.sentence(view.count_findings(audit)), className="headline"),
             html.Div(
                 [
                     html.P([swatch("tuned"), "tuned ", parts.code(audit.tuned.get("ref", ""))]),
@@ -65,26 +65,6 @@ def says(audit: Audit) -> str:
     return SAYS[audit.verdict]
 
 
-def headline(audit: Audit) -> str:
-    """The report's headline, without importing any analysis."""
-    sections = [
-        view.Section(
-            name=name,
-            outcome=audit.analyses[name],
-            result=result,
-            question="",
-            reading="",
-            paper="",
-            summary="",
-            verdict="",
-            metrics=view.metrics(audit, name, None),
-            notes=[],
-        )
-        for name, result in audit.results.items()
-    ]
-    return view.headline(audit, sections)
-
-
 def swatch(name: str) -> html.Span:
     """The colour that a checkpoint has in every figure."""
     return html.Span(className=f"swatch {name}", **{"aria-hidden": "true"})
@@ -100,7 +80,7 @@ def findings(audit: Audit, known: str) -> Content:
         for metric, why in metrics.items()
     ]
     vain = (
-        parts.folded(f"{view.counted(len(lacking), 'rule')} could not be applied", html.Ul(lacking))
+        parts.folded(f"{view.plural(len(lacking), 'rule')} could not be applied", html.Ul(lacking))
         if lacking
         else None
     )
@@ -130,8 +110,8 @@ def finding(audit: Audit, each: Finding, known: str) -> html.Li:
                             ": ",
                             parts.code(each.metric),
                             " is ",
-                            html.Strong(view.number(each.value)),
-                            f", {view.side(audit, each)} {view.number(each.threshold)}",
+                            html.Strong(view.format_number(each.value)),
+                            f", {view.threshold_side(audit, each)} {view.format_number(each.threshold)}",
                         ],
                         className="measure",
                     ),
@@ -157,7 +137,7 @@ def glance(audit: Audit, known: str) -> Content:
     for name, result in audit.results.items():
         metric = next(iter(result.metrics), None)
         said = (
-            [parts.code(metric), " ", html.Strong(view.number(result.metrics[metric]))]
+            [parts.code(metric), " ", html.Strong(view.format_number(result.metrics[metric]))]
             if metric
             else view.NOTHING
         )
@@ -208,7 +188,7 @@ def unmatched(audit: Audit) -> Content:
     more = f" The first {view.ROWS} are listed; audit.json lists all." if count > view.ROWS else ""
     return parts.section(
         "What is wrong with the inputs",
-        html.P(f"{view.counted(count, 'tensor')} {verb} no part in any number here.{more}"),
+        html.P(f"{view.plural(count, 'tensor')} {verb} no part in any number here.{more}"),
         parts.folded("Which, and why", listed, opened=count <= view.HEAD),
         name="unmatched",
     )
@@ -252,7 +232,7 @@ def data(audit: Audit) -> Content:
         [
             role,
             [f"{each['name']}: " if each.get("name") else "", parts.code(each.get("ref", ""))],
-            view.number(each.get("rows")),
+            view.format_number(each.get("rows")),
             parts.short(each.get("fingerprint")),
         ]
         for role, given in audit.data.items()

@@ -173,7 +173,7 @@ def row(tried: Trial, query: Query, name: str, metric: str) -> list[Content]:
     condition = [
         f"thresholds per {made.per}"
         + (
-            f", which is {view.number(result.parameters.get(made.per))}"
+            f", which is {view.format_number(result.parameters.get(made.per))}"
             if made.per in result.parameters
             else ""
         )
@@ -192,7 +192,7 @@ def row(tried: Trial, query: Query, name: str, metric: str) -> list[Content]:
     )
     return [
         [parts.code(metric), html.Span("; ".join(filter(None, condition)), className="source")],
-        view.number(result.metrics.get(metric)),
+        view.format_number(result.metrics.get(metric)),
         html.Div(state_of(tried, name, metric), id={"role": "rule", "analysis": name, "metric": metric}),
         sided,
         *[threshold(tried, query, name, metric, step) for step in STEPS],
@@ -243,7 +243,7 @@ def state_of(tried: Trial, name: str, metric: str) -> Content:
     if made.off:
         text = "no threshold"
     elif made.when and not facts.get(made.when):
-        text = f"does not apply: {made.when} is {view.number(facts.get(made.when))}"
+        text = f"does not apply: {made.when} is {view.format_number(facts.get(made.when))}"
     else:
         text = unjudged(result, metric, made)
     changed = html.Span("changed", className="changed") if (name, metric) in tried.own else None
@@ -251,7 +251,7 @@ def state_of(tried: Trial, name: str, metric: str) -> Content:
         return [html.Span(text, className="empty"), changed]
     factor = scale(result, made)
     beyond = made.beyond(result.metrics[metric], factor)
-    said = f" {view.thresholds(made, factor)}" if made.per else ""
+    said = f" {view.threshold_text(made, factor)}" if made.per else ""
     return [parts.badge(beyond[0] if beyond else "pass"), html.Span(said, className="source"), changed]
 
 
@@ -288,7 +288,7 @@ def outcome(shelf: AuditLibrary, tried: Trial, query: Query) -> tuple[Content, C
         html.Ol([finding(now, each, entry.id) for each in now.findings], className="findings")
         if now.findings
         else parts.state("empty", "Nothing is beyond a threshold."),
-        parts.folded(f"{view.counted(len(tried.own), 'rule')} changed, as TOML", html.Pre(changes(tried)))
+        parts.folded(f"{view.plural(len(tried.own), 'rule')} changed, as TOML", html.Pre(changes(tried)))
         if tried.own
         else None,
     ]

@@ -83,11 +83,12 @@ def of_step(shelf: AuditLibrary, query: Query, step: Step, scheme: str | None) -
     ]
     names = list(dict.fromkeys(name for found in step.metrics.values() for name in found))
     rows = [
-        [parts.code(name), *(view.number(step.metrics[side].get(name)) for side in SIDES)] for name in names
+        [parts.code(name), *(view.format_number(step.metrics[side].get(name)) for side in SIDES)]
+        for name in names
     ]
     table = parts.table(("measure", *SIDES.values()), rows, label="Numbers of this step", numeric=[1, 2])
     shown: list[Any] = [html.P(parts.code(step.ref)), html.Ul(audits, className="audits")]
-    shown.append(parts.folded(view.counted(len(rows), "number"), table))
+    shown.append(parts.folded(view.plural(len(rows), "number"), table))
     entry = shelf.find(step.entries.get("against_first", ""))
     audit = entry.audit if entry else None
     if entry is None or audit is None or not audit.results:
@@ -202,7 +203,7 @@ def content(shown: View) -> Content:
         return only_whole(shown, entry)
     return [
         parts.heading(
-            entry.id, eyebrow="series", lead=f"{view.counted(len(made), 'checkpoint')} after the first"
+            entry.id, eyebrow="series", lead=f"{view.plural(len(made), 'checkpoint')} after the first"
         ),
         controls(shown.shelf, shown.query, made),
         html.Div(parts.waiting(), id="series", className="pictures", **{"data-of": entry.id}),

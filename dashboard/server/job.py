@@ -56,12 +56,16 @@ def progress(request: Mapping[str, Any], out: TextIO) -> Callable[[str, int, int
 
 def planned(request: Mapping[str, Any]) -> list[str]:
     """The analyses that an audit will run, in its order."""
-    from diagnostics.audit.plan import chosen, missing
+    from diagnostics.audit.plan import chosen_analyses, missing_inputs
     from diagnostics.core.analysis import find
     from diagnostics.core.inputs import ROLES
 
     supplied = {"pair", "series", *(role for role in ROLES if request.get(role))}
-    return [name for name in chosen(request.get("only") or (), ()) if not missing(find(name), supplied)]
+    return [
+        name
+        for name in chosen_analyses(request.get("only") or (), ())
+        if not missing_inputs(find(name), supplied)
+    ]
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diagnostics.core.policy import Finding, judged, scale
-from diagnostics.report.content import NOTHING, number
+from diagnostics.report.content import NOTHING, format_number
 from diagnostics.store.audit_store import Audit
 
 MARKED = 0.1  # a number that differs from the first by more than this share of the larger one is marked
@@ -59,11 +59,11 @@ def verdict(audit: Audit, name: str, metric: str) -> str:
 
 def measure(value: float | int | None, judged_as: str, first: float | int | None, first_as: str) -> Measure:
     """One number beside the first audit's."""
-    text = number(value)
+    text = format_number(value)
     if value is None or first is None or math.isnan(value) or math.isnan(first):
-        return Measure(text=text, verdict=judged_as, differs=text != number(first))
+        return Measure(text=text, verdict=judged_as, differs=text != format_number(first))
     delta = value - first
-    differs = text != number(first)
+    differs = text != format_number(first)
     marked = ""
     if judged_as != first_as:
         marked = "verdict"
@@ -80,7 +80,7 @@ def measure(value: float | int | None, judged_as: str, first: float | int | None
 
 def signed(delta: float | int) -> str:
     """A difference with its sign."""
-    return ("+" if delta > 0 else "−") + number(abs(delta))
+    return ("+" if delta > 0 else "−") + format_number(abs(delta))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,11 @@ def reason(audit: Audit, analysis: str, metric: str) -> str:
         return "not run"
     if metric not in result.metrics:
         return "not measured"
-    return f"{number(result.metrics[metric])}, passes" if verdict(audit, analysis, metric) else "not judged"
+    return (
+        f"{format_number(result.metrics[metric])}, passes"
+        if verdict(audit, analysis, metric)
+        else "not judged"
+    )
 
 
 def cautions(audits: Mapping[str, Audit]) -> list[str]:
@@ -147,7 +151,7 @@ def cautions(audits: Mapping[str, Audit]) -> list[str]:
     for name in dict.fromkeys(name for audit in audits.values() for name in audit.results):
         used = [audit.results[name].parameters for audit in audits.values() if name in audit.results]
         settings = {
-            key: list(dict.fromkeys(number(each.get(key)) or NOTHING for each in used))
+            key: list(dict.fromkeys(format_number(each.get(key)) or NOTHING for each in used))
             for key in dict.fromkeys(key for each in used for key in each)
         }
         unlike = [f"{key} is {' or '.join(values)}" for key, values in settings.items() if len(values) > 1]

@@ -12,6 +12,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diagnostics.core.inputs import check_input_types
 from probes.errors import InputError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -153,6 +154,7 @@ def analysis(
                 raise UnknownNameError(f"{name} has no parameter {unknown[0]!r}; it has: {known}")
             bound = inspect.signature(function).bind(*args, **kwargs)
             bound.apply_defaults()
+            check_input_types(name, {p.name: bound.arguments[p.name] for p in inputs})
             used = {k: v for k, v in bound.arguments.items() if k in parameters and k not in EXECUTION}
             result = function(*args, **kwargs)
             if metrics is not None:

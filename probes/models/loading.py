@@ -138,8 +138,15 @@ class Loading:
             )
         more = {"num_labels": min(heads)} if heads else {}
         if held["model_type"] in transformers.CONFIG_MAPPING:
-            with _silence():
-                return transformers.CONFIG_MAPPING[held["model_type"]].from_dict(held, **more)
+            try:
+                with _silence():
+                    return transformers.CONFIG_MAPPING[held["model_type"]].from_dict(held, **more)
+            except Exception as error:  # transformers raises whatever a malformed file makes it hit
+                reason = " ".join(str(error).split())
+                raise InputError(
+                    f"{checkpoint.ref}: its config.json is none of a {held['model_type']} model "
+                    f"({type(error).__name__}: {reason})"
+                ) from error
         if not self.trust_remote_code or "auto_map" not in held:
             reason = (
                 "brings code of its own, which is run only if asked for; trust it with --trust-remote-code"
@@ -194,7 +201,7 @@ class Loading:
                     model_class = auto._model_mapping[type(config)]
                     model_class = model_class[0] if isinstance(model_class, tuple) else model_class
                     model, info = model_class.from_pretrained(None, state_dict=tensors, **options)
-        except (OSError, RuntimeError, ValueError, KeyError, ImportError) as error:
+        except Exception as error:  # transformers raises whatever a malformed file makes it hit
             reason = str(error).strip().partition("\n")[0]
             raise InputError(f"{ref}: does not load as a model ({type(error).__name__}: {reason})") from error
         missing = sorted(set(info["missing_keys"]) - set(brought or {}))
@@ -272,7 +279,7 @@ def tokenizer_of(ref: str, places: tuple[Path, ...], *, trust_remote_code: bool 
         raise InputError(f"{ref}: no tokenizer lies beside its weights ({', '.join(held)}); save it there")
     try:
         return transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
-    except (OSError, RuntimeError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # transformers raises whatever its parsers hit in a malformed file
         reason = str(error).strip().partition("\n")[0]
         raise InputError(
             f"{place}: its tokenizer cannot be read ({type(error).__name__}: {reason})"
@@ -341,7 +348,7 @@ def inject(model: Any, checkpoint: Checkpoint, *, name: str = "tuned") -> Any:
                 model.load_adapter(where, name, torch_device=device)
                 return model
             return peft.PeftModel.from_pretrained(model, where, adapter_name=name, torch_device=device)
-    except (OSError, RuntimeError, ValueError, KeyError, UserWarning) as error:
+    except Exception as error:  # PEFT raises whatever a malformed file makes it hit
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"{checkpoint.ref}: the adapter does not load ({reason})") from error
 
