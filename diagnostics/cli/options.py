@@ -96,7 +96,6 @@ def run_options(
             "--approximate", help="Allow different tokenizers: nats per byte.", rich_help_panel=ROWS
         ),
     ] = False,
-    trust_remote_code: Trust = False,
     only: Annotated[
         Texts,
         typer.Option(metavar="NAMES", help="Run only these analyses, as a,b,c.", rich_help_panel=RUN),
@@ -111,14 +110,15 @@ def run_options(
     policy: Annotated[
         str | None, typer.Option(metavar="F", help="TOML file of thresholds.", rich_help_panel=RUN)
     ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of random draws.", rich_help_panel=RUN)] = 0,
     device: Device = "auto",
     dtype: Annotated[
         str | None, typer.Option(metavar="D", help="dtype of the arithmetic.", rich_help_panel=MACHINE)
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of random draws.", rich_help_panel=RUN)] = 0,
     engine: Engine = "local",
     cache: Cache = None,
     cache_gb: CacheGB = 20,
+    trust_remote_code: Trust = False,
     fresh: Fresh = False,
 ) -> dict[str, Any]:
     """The options of every command that audits, as keyword arguments of `diagnostics.audit.audit`."""
@@ -155,11 +155,13 @@ def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
     parameters = [p for p in signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
 
     @functools.wraps(command)
-    def run(**arguments: Any) -> None:
-        of_command = {p.name: arguments.pop(p.name) for p in parameters}
-        command(**of_command, **run_options(**arguments))
+    def run(**values: Any) -> None:
+        of_command = {p.name: values.pop(p.name) for p in parameters}
+        command(**of_command, **run_options(**values))
 
-    declared = [*parameters, *signature(run_options).parameters.values()]
+    arguments = [p for p in parameters if p.default is p.empty]
+    shared = list(signature(run_options).parameters.values())
+    declared = [*arguments, *shared, *(p for p in parameters if p not in arguments)]  # as --help shows them
     # Keyword-only: a signature with defaults before positional arguments would be refused.
     run.__signature__ = Signature([p.replace(kind=p.KEYWORD_ONLY) for p in declared])  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in declared}

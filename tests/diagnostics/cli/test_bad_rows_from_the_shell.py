@@ -318,7 +318,7 @@ def test_labels_that_the_models_head_does_not_know_are_refused(said, tmp_path):
     )
 
 
-# Files that make transformers raise a TypeError, an AttributeError, a ZeroDivisionError or a class of its own.
+# Files that make transformers raise a TypeError, an AttributeError, a ZeroDivisionError, a bare Exception…
 MALFORMED = {
     "tokenizer.json is a list": ("tokenizer.json", "[]", "its tokenizer cannot be read"),
     "tokenizer.json is a number": ("tokenizer.json", "3", "its tokenizer cannot be read"),
