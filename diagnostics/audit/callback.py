@@ -27,6 +27,7 @@ from diagnostics.store.keys import digest, key
 from probes.checkpoints.checkpoint import Checkpoint
 from probes.checkpoints.opening import open_checkpoint
 from probes.checkpoints.series import RecordedSeries, TooShortError
+from probes.checkpoints.steps import step_label
 from probes.errors import InputError
 
 STEPS = "steps.json"
@@ -207,7 +208,7 @@ class AuditCallback(TrainerCallback):
     def _describe(self, checkpoint: Checkpoint, step: int | float) -> dict[str, Any]:
         """The facts on the model, without a hash, which would take longer than the measurement."""
         return {
-            "ref": f"{checkpoint.ref} at step {step:.15g}",
+            "ref": f"{checkpoint.ref} at step {step_label(step)}",
             "kind": checkpoint.kind,
             "fingerprint": None,
             "parameters": checkpoint.parameters,

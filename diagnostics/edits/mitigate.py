@@ -260,7 +260,11 @@ def _scale_triples(
     triples, edited = [], []
     for name, (edit, values) in damped.items():
         matrix = pair.matrices[name]
-        location = {"matrix": matrix.name, "layer": matrix.layer, "component": matrix.component}
+        location: dict[str, Any] = {
+            "matrix": matrix.name,
+            "layer": matrix.layer,
+            "component": matrix.component,
+        }
         for rank, value in zip(chosen[name], values, strict=True):
             triples.append(Scaled(**location, rank=rank, singular_value=value, **nearest[name, rank]))
         share = refitted.share.get(edit.matrix.name, 1.0)

@@ -19,7 +19,7 @@ from diagnostics.execution import jobs
 from diagnostics.execution.engines import in_this_process
 from probes.checkpoints.checkpoint import Checkpoint
 from probes.checkpoints.pair import CheckpointPair, Side
-from probes.checkpoints.series import CheckpointSeries, Each, one_by_one
+from probes.checkpoints.series import CheckpointSeries, RunCalls, one_by_one
 from probes.models.loading import Loading
 from probes.models.runnable import RunnablePair
 from probes.models.two_sided import TwoSidedModel
@@ -33,7 +33,7 @@ Thing = TypeVar("Thing")
 IDLE = 30.0
 
 
-def by_checkpoint(series: CheckpointSeries, device: str) -> Each:
+def by_checkpoint(series: CheckpointSeries, device: str) -> RunCalls:
     """Does calls on a checkpoint each: on workers, if an engine with some is chosen and all can travel."""
     if _stays(*series.checkpoints):
         return one_by_one

@@ -26,7 +26,7 @@ def apart(monkeypatch):
             seen.append(device)
             yield jobs.Job(call, 1, device)()
 
-    monkeypatch.setattr(workers.work, "each", each)
+    monkeypatch.setattr(workers.jobs, "each", each)
     yield seen
     for timer in workers._CLOSING:
         timer.cancel()

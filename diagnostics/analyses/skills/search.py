@@ -27,7 +27,7 @@ from diagnostics.analyses.skills.mask_search import (
 )
 from diagnostics.analyses.skills.movement import kth_largest
 from diagnostics.analyses.skills.region import Region
-from probes.passes.masked_finetune import orders
+from probes.passes.masked_finetune import row_batches
 from probes.passes.objective import Objective
 
 Mode = Literal["budget", "faithful", "movement"]
@@ -150,7 +150,7 @@ class TaskSearch:
     def batch_rows(self) -> list[int]:
         """The rows that one-off gradients are taken on."""
         assert self.objective is not None
-        return list(next(orders(self.objective.rows, 8 * self.batch, self.seed)))
+        return list(next(row_batches(self.objective.rows, 8 * self.batch, self.seed)))
 
     def region(self, ranking: Ranking | None, size: int) -> Region:
         """The first entries of a ranking; behind the candidates, and without a ranking, by movement."""
@@ -212,7 +212,7 @@ class TaskSearch:
         objective = self.objective
         assert objective is not None
         if batch is not None:
-            drawn = orders(objective.rows, batch, seed)
+            drawn = row_batches(objective.rows, batch, seed)
             return lambda mask: graft.gradient(mask, objective, next(drawn))
         rows = list(objective.rows)
         if seed != self.seed:  # all rows are the same for every seed, unless they are drawn anew

@@ -30,13 +30,13 @@ def budget_rows(one: TaskMeasurements, total: int) -> list[dict[str, Any]]:
     scores, tuned = one.compared, one.report["tuned"]
     rows = []
     for name, about in one.points.items():
-        value, low, high = scores.shown(name)
+        metric = scores.shown(name)
         rel = scores.rel(name)
         rows.append(
             {
                 "task": one.task, "share": about["entries"] / total if total else math.nan,
-                "metric": value, "method": about["method"], "alpha": about.get("alpha", math.nan),
-                "entries": about["entries"], "low": low, "high": high, "rel": rel.value,
+                "metric": metric.value, "method": about["method"], "alpha": about.get("alpha", math.nan),
+                "entries": about["entries"], "low": metric.low, "high": metric.high, "rel": rel.value,
                 "rel_low": rel.low, "rel_high": rel.high, "recovery": scores.recovery(name),
                 "agreement": agreement(one.report[name], tuned),
                 "rel_selection": about.get("kept", math.nan), "alone": about.get("alone", False),
@@ -111,12 +111,12 @@ def set_rows(one: TaskMeasurements, *, draws: int, seed: int) -> list[dict[str, 
         models = {model: said[model] for model in kept if model in said}
         scores = AnswerScores(models, draws=draws, seed=seed, where=name)
         for model in models:
-            value, low, high = scores.shown(model)
+            metric = scores.shown(model)
             over = scores.difference(model, "tuned")
             rows.append(
                 {
                     "task": one.task, "role": role, "set": name, "model": model, "kind": scores.kind,
-                    "metric": value, "low": low, "high": high, "over_tuned": over.value,
+                    "metric": metric.value, "low": metric.low, "high": metric.high, "over_tuned": over.value,
                     "over_tuned_low": over.low, "over_tuned_high": over.high,
                     "agreement": agreement(models[model], models["tuned"]),
                     "ece": math.nan if models[model].logs is None
@@ -187,7 +187,7 @@ def headline(
         "base_metric": scores.shown("base").value,
         "tuned_metric": scores.shown("tuned").value,
         "gain": scores.value["tuned"] - scores.value["base"],
-        "gain_error": scores.error("tuned", "base"),
+        "gain_error": scores.difference("tuned", "base").error,
         "rows_report": len(one.report["tuned"].losses.units),
     }
     if one.report["tuned"].logs is not None:

@@ -19,8 +19,6 @@ Sparsities: TypeAlias = Float[np.ndarray, " points"]
 SparsityCurve: TypeAlias = Float[np.ndarray, " points"]
 Word = Literal["sharp", "gradual", "no plateau", "unclear", "not reached"]
 
-# Two-sided 95 % of a normal distribution.
-Z = 1.96
 # The customary marks of a difference in BIC: very strong, and not worth mentioning.
 STRONG, WEAK = 10.0, 2.0
 # How many times steeper a curve falls behind a sharp bend (ours).
@@ -224,7 +222,7 @@ def word(*, at: float, reached: bool, step: float, bent: Hinge) -> Word:
 def rows_needed(rows: int, half_width: float, tolerance: float) -> int:
     """Rows whose interval would be as narrow as the tolerance, given the half-width that so many have.
 
-    For accuracy, where d is the share of rows on which dense and pruned disagree, (1.96 / tolerance)² d.
+    For accuracy, where d is the share of rows on which dense and pruned disagree, (z / tolerance)² d.
     """
     return max(2, math.ceil(rows * (half_width / tolerance) ** 2 * (1 - ROUNDING)))
 
@@ -250,7 +248,7 @@ def dropping(
         tolerance: the drop that is tolerated: itself, or as a share of the first value.
         step: the first step of the grid, before it was refined.
         rows: how many rows were measured.
-        least: the smallest half-width that so many rows can have; 1.96 / rows for accuracy, where no row that
+        least: the smallest half-width that so many rows can have; z / rows for accuracy, where no row that
             disagrees is no proof that none would.
 
     Raises:

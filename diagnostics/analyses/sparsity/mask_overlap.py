@@ -102,7 +102,7 @@ class Overlaps:
         """Count a tensor.
 
         Args:
-            base, tuned: how many of the masks leave an entry: `probes.checkpoints.prune.levels`.
+            base, tuned: how many of the masks leave an entry: `probes.checkpoints.prune.cut_levels`.
             squares: (tuned − base)² of it, as of `squared_change`.
         """
         count, flat = len(self._moved), squares.reshape(-1)

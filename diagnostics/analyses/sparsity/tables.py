@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diagnostics.analyses.sparsity.dropping_point import ROUNDING, DroppingPoint, Z, dropping
+from diagnostics.analyses.sparsity.dropping_point import ROUNDING, DroppingPoint, dropping
 from diagnostics.analyses.sparsity.evaluator import MAGNITUDE, RANDOM, SIDES, MaskEvaluator, Metric, Regime
 from diagnostics.analyses.sparsity.grid import BY_ROW, COMPARED, SparsitySettings, higher
 from diagnostics.numerics import row_bootstrap
+from diagnostics.numerics.estimates import Z95
 from probes.checkpoints.pair import Side
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class SparsityMeasurements:
                     step=ask.grid[1],
                     rows=count,
                     # That no row differs is no proof that none would.
-                    least=Z / count if metric == "accuracy" and shapes <= set(BY_ROW) else 0.0,
+                    least=Z95 / count if metric == "accuracy" and shapes <= set(BY_ROW) else 0.0,
                 )
         return cls(
             bench=bench, ask=ask, roles=roles, patterns=patterns, values=values, drawn=drawn, drops=drops,

@@ -88,8 +88,8 @@ def test_a_worker_that_was_shown_its_own_gpu_first_takes_that_one(tmp_path):
 
 def test_the_gpu_of_a_process_that_was_killed_is_free_again(tmp_path):
     script = (
-        "import os, sys, pathlib; from diagnostics import work; "
-        "print(work.claim(['a', 'b'], pathlib.Path(sys.argv[1]), 1)[0], flush=True); sys.stdin.read()"
+        "import os, sys, pathlib; from diagnostics.execution import gpus; "
+        "print(gpus.claim(['a', 'b'], pathlib.Path(sys.argv[1]), 1)[0], flush=True); sys.stdin.read()"
     )
     held = subprocess.Popen(
         [sys.executable, "-c", script, str(tmp_path)],
@@ -108,7 +108,7 @@ def test_the_gpu_of_a_process_that_was_killed_is_free_again(tmp_path):
 
 
 def test_a_worker_stays_with_its_gpu_and_one_that_sees_one_gpu_takes_that(monkeypatch, tmp_path):
-    monkeypatch.setattr(jobs.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(gpus.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(uuid=f"gpu{i}"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert gpus.own_gpu() == 0

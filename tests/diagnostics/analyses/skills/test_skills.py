@@ -223,13 +223,12 @@ def test_the_mask_grafts_what_was_measured(one, found, tmp_path):
 
 
 def test_an_audit_keeps_the_mask_and_redraws(one, tmp_path, monkeypatch):
-    import diagnostics.analysis
-
+    import diagnostics.core.analysis
     from diagnostics.audit.run import audit
     from diagnostics.store.audit_store import load
 
     # Whatever else is installed.
-    monkeypatch.setattr(diagnostics.analysis, "entry_points", lambda **_: [])
+    monkeypatch.setattr(diagnostics.core.analysis, "entry_points", lambda **_: [])
     file = tmp_path / "small.jsonl"
     file.write_text(
         "\n".join(
