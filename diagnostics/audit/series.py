@@ -114,7 +114,7 @@ def series(
     only: str | Collection[str] = (),
     skip: str | Collection[str] = (),
     progress: Progress | None = None,
-    train: Iterable[str | Path] = (),
+    train: str | Path | Iterable[str | Path] = (),
     **options: Any,
 ) -> AuditSeries:
     """Audit every checkpoint against the first and the previous one, then the run as a whole.
