@@ -15,11 +15,12 @@ import torch
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from diagnostics.audit.plan import Settings, chosen_analyses, make_plan, name_list, resolve_policy
+from diagnostics.audit.plan import Settings, make_plan, name_list, resolve_policy, usable_analyses
 from diagnostics.audit.step import run_analysis, write_report
-from diagnostics.core.analysis import NotApplicableError, find
+from diagnostics.core.analysis import NotApplicableError
 from diagnostics.core.inputs import open_roles
 from diagnostics.core.policy import Policy
+from diagnostics.core.registry import find
 from diagnostics.execution import environment
 from diagnostics.store.audit_store import MEASUREMENTS, Audit, Outcome, Store
 from diagnostics.store.files import replacing
@@ -84,7 +85,8 @@ class AuditCallback(TrainerCallback):
         files = {"task": task, "keep": keep, "guard": guard, "ood": ood, "train": train}
         self.rows = open_roles(files, limit=limit)
         self.options: dict[str, Any] = {"only": only, "skip": skip, "settings": settings, "seed": seed}
-        of_pairs = [name for name in chosen_analyses(only, skip) if "series" not in find(name).inputs]
+        usable, _ = usable_analyses(only, skip)
+        of_pairs = [name for name in usable if "series" not in find(name).inputs]
         self.plan = make_plan(
             {"pair", "series", *self.rows},
             only=only,

@@ -1,15 +1,15 @@
 """The plan of an audit: which analyses run, with which parameters, and why the others do not."""
 
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diagnostics.core.analysis import EXECUTION, Analysis, find, installed
+from diagnostics.core.analysis import EXECUTION, Analysis
 from diagnostics.core.inputs import OPTIONS
 from diagnostics.core.policy import Policy, default_policy
 from diagnostics.core.policy_file import load_policy
+from diagnostics.core.registry import broken_analyses, find, installed, installed_analyses
 from diagnostics.store.audit_store import Outcome
 from probes.errors import UnknownNameError
 
@@ -29,11 +29,13 @@ class Plan:
         parameters: of each analysis that runs, defaults included, without where it runs (device, progress).
         lacking: the missing option of each analysis that was chosen and cannot run.
         left_out: the reason of each other one.
+        notes: on analyses that cannot be imported.
     """
 
     parameters: Mapping[str, dict[str, Any]]
     lacking: Mapping[str, str]
     left_out: Mapping[str, str]
+    notes: tuple[str, ...]
 
     def outcomes(self, pending: Outcome) -> dict[str, Outcome]:
         """An outcome for each installed analysis: `pending` if it runs, else skipped with the reason."""
@@ -68,8 +70,8 @@ def make_plan(
         if name not in installed():
             known = ", ".join(installed())
             raise UnknownNameError(f"--set {name}.…: unknown analysis {name!r}; known: {known}")
-    chosen = chosen_analyses(only, skip)
-    reasons = {name: not_chosen(name, only) for name in installed() if name not in chosen}
+    chosen, broken = usable_analyses(only, skip)
+    reasons = {name: not_chosen(name, only) for name in installed() if name not in chosen} | broken
     reasons |= {name: reason for name, reason in left_out.items() if name in chosen}
     parameters, lacking = {}, {}
     for name in chosen:
@@ -80,6 +82,7 @@ def make_plan(
         parameters={name: used for name, used in parameters.items() if not lacking[name]},
         lacking={name: reason for name, reason in lacking.items() if reason},
         left_out=reasons,
+        notes=tuple(f"Left out: {reason}" for reason in broken.values()),
     )
 
 
@@ -98,6 +101,20 @@ def chosen_analyses(only: Collection[str], skip: Collection[str]) -> list[str]:
             if name not in names:
                 raise UnknownNameError(f"{option}: unknown analysis {name!r}; known: {', '.join(names)}")
     return [name for name in names if (not only or name in only) and name not in skip]
+
+
+def usable_analyses(only: Collection[str], skip: Collection[str]) -> tuple[list[str], dict[str, str]]:
+    """The analyses that are asked for and can be imported, and why the others cannot be, by name.
+
+    Raises:
+        UnknownNameError: one of `only` cannot be imported, or a name is not installed.
+    """
+    names = chosen_analyses(only, skip)
+    broken = broken_analyses(names)
+    for name in only:
+        if name in broken:
+            raise UnknownNameError(broken[name])
+    return [name for name in names if name not in broken], broken
 
 
 def name_list(names: str | Collection[str]) -> list[str]:
@@ -132,7 +149,10 @@ def analysis_parameters(
         if name not in defaults:
             known = ", ".join(defaults)
             raise UnknownNameError(f"{record.name} has no parameter {name!r}; it has: {known}")
-    return {**defaults, **{name: value for name, value in shared.items() if name in defaults}, **settings}
+    taken = {
+        name: value for name, value in shared.items() if name in defaults and name not in record.unshared
+    }
+    return {**defaults, **taken, **settings}
 
 
 def resolve_policy(policy: Policy | str | Path | None) -> Policy:
@@ -158,10 +178,7 @@ def unread_role_notes(roles: Collection[str], names: Collection[str]) -> tuple[s
         roles: those that were given.
         names: the analyses that run.
     """
-    records = []
-    for name in installed() if roles else ():
-        with suppress(LookupError):  # a broken package reads nothing; it is refused when it is asked for
-            records.append(find(name))
+    records = installed_analyses().values() if roles else ()
     notes = []
     for role in roles:
         readers = {record.name for record in records if role in (*record.inputs, *record.optional)}

@@ -19,9 +19,10 @@ from diagnostics.audit.plan import (
     unread_role_notes,
 )
 from diagnostics.audit.step import run_analysis, write_report
-from diagnostics.core.analysis import NotApplicableError, find
+from diagnostics.core.analysis import NotApplicableError
 from diagnostics.core.inputs import ROLES, open_roles
 from diagnostics.core.policy import Policy
+from diagnostics.core.registry import find
 from diagnostics.execution import engines, environment
 from diagnostics.store.audit_store import MEASUREMENTS, Audit, Outcome, Store
 from diagnostics.store.keys import described, digest, key
@@ -81,7 +82,7 @@ def audit(
         settings: parameters by analysis, in place of their defaults.
         policy: thresholds, or a TOML file of them; by default the one that ships with the package.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        dtype: of the arithmetic, for the analyses that take one; by default each one's own.
+        dtype: of the models, for the analyses that run them; by default each one's own.
         seed: for the analyses that take one.
         engine: where work that splits runs: `local`, `local:N`, `dask://HOST:PORT`, `ray://HOST:PORT`.
         cache: directory of factorizations of a base, for the next model tuned from it; changes no result.
@@ -141,6 +142,7 @@ def audit(
             options={"only": only, "skip": skip, "settings": settings or {}, "engine": engine, **shared},
             notes=(
                 *run_notes(series),
+                *plan.notes,
                 *unread_role_notes(rows, [*plan.parameters, *plan.lacking]),
                 *adapter_notes(pair),
             ),

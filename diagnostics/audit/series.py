@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from diagnostics.audit.plan import Progress, chosen_analyses, missing_inputs, name_list
+from diagnostics.audit.plan import Progress, missing_inputs, name_list, usable_analyses
 from diagnostics.audit.run import audit
-from diagnostics.core.analysis import find
 from diagnostics.core.inputs import ROLES
 from diagnostics.core.policy import Verdict
+from diagnostics.core.registry import find
 from diagnostics.store.audit_store import Audit
 from diagnostics.store.files import replacing, to_json
 from diagnostics.store.keys import one_line
@@ -143,7 +143,7 @@ def series(
     if len(run) < 2:
         raise InputError("a series needs at least two checkpoints, the base first")
     only, skip, out = name_list(only), name_list(skip), Path(out)
-    chosen = chosen_analyses(only, skip)
+    chosen, _ = usable_analyses(only, skip)
     of_run = [name for name in chosen if "series" in find(name).inputs]
     of_pairs = [name for name in chosen if name not in of_run]
     rows: list[AuditedCheckpoint] = []

@@ -368,7 +368,7 @@ def list_analyses(
 ) -> None:
     """List the installed analyses; with a NAME, its cost, metrics and parameters."""
     from diagnostics.cli import terminal
-    from diagnostics.core.analysis import find, installed_analyses
+    from diagnostics.core.registry import broken_analyses, find, installed, installed_analyses
     from diagnostics.store.files import to_json
 
     records = {name: find(name) for name in names} if names else installed_analyses()
@@ -378,6 +378,8 @@ def list_analyses(
         terminal.print_analyses(records)
     else:
         terminal.list_analyses(records)
+    for reason in broken_analyses(set(names or installed()) - set(records)).values():
+        terminal.print_error(reason)
 
 
 @contextmanager

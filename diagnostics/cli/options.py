@@ -113,7 +113,7 @@ def run_options(
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of random draws.", rich_help_panel=RUN)] = 0,
     device: Device = "auto",
     dtype: Annotated[
-        str | None, typer.Option(metavar="D", help="dtype of the arithmetic.", rich_help_panel=MACHINE)
+        str | None, typer.Option(metavar="D", help="dtype of the models.", rich_help_panel=MACHINE)
     ] = None,
     engine: Engine = "local",
     cache: Cache = None,

@@ -203,7 +203,7 @@ def print_failures(audit: "Audit") -> None:
 
 def print_demo(audits: "Mapping[str, Audit]", *, verbose: bool = False) -> None:
     """Several models tuned from one base: the verdict on each, and how to read it."""
-    from diagnostics.core.analysis import find
+    from diagnostics.core.registry import find
 
     width = max(map(len, audits), default=0)
     print_lines(f"{len(audits)} models tuned from one small base, each compared with it:", "")

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from diagnostics.core.inputs import tasks
+from diagnostics.core.row_options import RowOptions
 from diagnostics.evaluation.row_losses import Losses, encoded
 from diagnostics.numerics.estimates import Estimate, combined
 from probes.checkpoints.checkpoint import Checkpoint
@@ -28,35 +29,17 @@ ByRow = Float[np.ndarray, "checkpoints rows"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoringOptions:
-    """How rows are read and models are run; all that scores depend on beside rows and weights."""
-
-    max_length: int | None
-    chat_template: bool
-    batch_tokens: int
-    trust_remote_code: bool
-    device: str
-    dtype: str | None
+class ScoringOptions(RowOptions):
+    """Row options with which the checkpoints of a run are scored; scores depend on nothing else but rows."""
 
     def open(self, checkpoint: Checkpoint) -> Editable:
         """A checkpoint as a model of its own; what lies in memory already keeps its dtype and its device."""
-        here = memory_of(checkpoint) is not None
-        return Editable(
-            checkpoint,
-            device=None if here else self.device,
-            dtype=None if here else self.dtype,
-            trust_remote_code=self.trust_remote_code,
-        )
+        in_memory = {"device": None, "dtype": None} if memory_of(checkpoint) is not None else {}
+        return Editable(checkpoint, **(self.of_models | in_memory))
 
     def encode(self, editable: Editable, task: Task) -> Any:
         """A task in a model's tokens."""
-        return encoded(
-            editable,
-            task,
-            max_length=self.max_length,
-            chat_template=self.chat_template,
-            batch_tokens=self.batch_tokens,
-        )
+        return encoded(editable, task, **self.of_rows)
 
     def key(self, sets: Mapping[Which, Task]) -> dict[str, Any]:
         """What a measurement on these sets depends on, as JSON keeps it."""

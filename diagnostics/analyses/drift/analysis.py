@@ -17,8 +17,9 @@ import numpy as np
 from jaxtyping import Float
 
 from diagnostics.analyses.drift.figures import ONSET, draw
-from diagnostics.core.analysis import Result, analysis
+from diagnostics.core.analysis import DeviceTest, Result, analysis
 from diagnostics.core.inputs import tasks
+from diagnostics.core.row_options import RowOptions
 from diagnostics.evaluation.paired_texts import SIDES
 from diagnostics.evaluation.tokenizers import differing, shared_tokenizer, without_bos
 from diagnostics.execution.workers import RemoteModel, entered
@@ -146,6 +147,10 @@ def summary(result: Result) -> str:
     draw=draw,
     summary=summary,
     metrics=METRICS,
+    device_test=DeviceTest(
+        parameters={"rows": 40},
+        absolute={"lowest_rsa_keep": 1e-3, "lowest_cka_keep": 1e-3, "lowest_cka_task": 1e-3, "layers": 0},
+    ),
 )
 def representation_drift(
     pair: CheckpointPair,
@@ -154,12 +159,7 @@ def representation_drift(
     *,
     rows: int = 1000,
     skip: int = 1,
-    max_length: int | None = None,
-    chat_template: bool = False,
-    batch_tokens: int = 16384,
-    trust_remote_code: bool = False,
-    device: str = "cpu",
-    dtype: str | None = None,
+    options: RowOptions = RowOptions(),
     seed: int = 0,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Result:
@@ -175,11 +175,7 @@ def representation_drift(
         skip: tokens at the start of a row that are left out of its mean (ours; Telly: 0). Attention rests on
             the first; its vector is the same in every row and by far the longest, so that similarities of
             means that hold it are those of the rows' lengths.
-        max_length: most tokens of a row; None: what both models take.
-        chat_template: texts and prompts are a user's messages.
-        batch_tokens: most tokens in a batch; changes no result.
-        trust_remote_code: run code that a repository brings.
-        device: where the models run.
+        options: how rows are read and how models run on them.
         dtype: of the models; None as stored. Similarities are float64.
         seed: of the choice of rows.
         progress: called with (done, total, what).
@@ -203,17 +199,17 @@ def representation_drift(
             name = name if name not in sets else f"{role}:{name}"
             roles[name], sets[name] = role, each.at_least(LEAST, "drift")
     said: list[str] = []
-    with RunnablePair(pair, device=device, dtype=dtype, trust_remote_code=trust_remote_code) as runnable:
+    with RunnablePair(pair, **options.of_models) as runnable:
         shared = shared_tokenizer(runnable.base_tokenizer, runnable.tokenizer)
         if shared is None:
             why = differing(runnable.base_tokenizer, runnable.tokenizer)
             raise InputError(f"{why}, so that representations are not of the same tokens")
         tokenizer, _, notice = shared
-        said += [*notice, *([] if chat_template else without_bos(runnable.base_tokenizer, tokenizer))]
-        length = min((n for n in (max_length, runnable.context) if n is not None), default=None)
+        said += [*notice, *([] if options.chat_template else without_bos(runnable.base_tokenizer, tokenizer))]
+        length = min((n for n in (options.max_length, runnable.context) if n is not None), default=None)
         chosen = {}
         for name, each in sets.items():
-            examples = encode(each, tokenizer, max_length=length, chat_template=chat_template)
+            examples = encode(each, tokenizer, max_length=length, chat_template=options.chat_template)
             chosen[name], more = compared(each, examples, rows=rows, skip=skip, seed=seed)
             said += more
         flat = [one for examples in chosen.values() for one in examples]
@@ -225,7 +221,7 @@ def representation_drift(
                     progress(turn * len(flat) + done, 2 * len(flat), f"residuals of {side}")
 
             with entered(runnable, side) as model:
-                points[side], route = residuals(model, flat, batch_tokens, skip, tell)
+                points[side], route = residuals(model, flat, options.batch_tokens, skip, tell)
             check_finite(points[side], chosen, sets, side)
             said.append(f"{side}: residuals captured through {route}")
     if list(points["base"]) != list(points["tuned"]):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from diagnostics.analyses.dynamics import tables as made
 from diagnostics.analyses.dynamics.measures import Arrays, DynamicsProbes, located
 from diagnostics.analyses.dynamics.notes import SCALING, notes_of
-from diagnostics.core.analysis import Result, analysis
+from diagnostics.core.analysis import DeviceTest, Result, analysis
 from diagnostics.evaluation.checkpoint_scores import ScoringOptions, curves, reading_notes, sets_of
 from diagnostics.evaluation.sets import drawn
 from diagnostics.execution.workers import by_checkpoint
@@ -106,6 +106,11 @@ def draw(result: Result) -> "dict[str, go.Figure]":
     draw=draw,
     summary=summary,
     metrics=METRICS,
+    device_test=DeviceTest(
+        parameters={"rows": 24, "probes": 4, "outputs": 4, "batch": 16, "vertices": 4},
+        absolute={"kernel_cka": 1e-2, "linearity_gap": 1e-2, "stalled": 0},
+        relative={"logit_scale": 1e-3, "movement": 1e-4},
+    ),
 )
 def training_dynamics(
     series: Any,
@@ -121,12 +126,7 @@ def training_dynamics(
     radius: float = 0.05,
     vertices: int = 40,
     loss_dtype: str = "float32",
-    max_length: int | None = None,
-    chat_template: bool = False,
-    batch_tokens: int = 16384,
-    trust_remote_code: bool = False,
-    device: str = "cpu",
-    dtype: str | None = "float32",
+    options: ScoringOptions = ScoringOptions(dtype="float32"),
     seed: int = 0,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Result:
@@ -149,11 +149,7 @@ def training_dynamics(
             pixels: 0.005, and 0.05 to 5).
         vertices: of local complexity, two for each direction (published: 40 and 50).
         loss_dtype: in which the training's loss takes its softmax; transformers takes float32.
-        max_length: most tokens of a row; None: what the model takes.
-        chat_template: texts and prompts are a user's messages.
-        batch_tokens: most tokens in a pass; changes no result.
-        trust_remote_code: run code that a repository brings.
-        device: where the models run.
+        options: how rows are read and how models run on them.
         dtype: of the models; None as stored. In half precision gradients and outputs are coarse.
         seed: of rows, projections and directions.
         progress: called with (done, total, what).
@@ -178,15 +174,12 @@ def training_dynamics(
     probe = DynamicsProbes(
         sets=sets, batch=drawn(trained[0], batch, seed) if trained else None,
         rows=drawn(next(iter(given.values())), probes, seed),
-        reading=ScoringOptions(
-            max_length=max_length, chat_template=chat_template, batch_tokens=batch_tokens,
-            trust_remote_code=trust_remote_code, device=device, dtype=dtype,
-        ),
+        reading=options,
         loss_dtype=loss_dtype, outputs=outputs, kernel=kernel, radius=radius, vertices=vertices, seed=seed,
     )  # fmt: skip
     measurements = series.measured(
         "dynamics", probe.key(), probe.measure, progress, least=(2, "a trend"),
-        run_calls=by_checkpoint(series, device),
+        run_calls=by_checkpoint(series, options.device),
     )  # fmt: skip
     notes: list[str] = []
     moves, places = moved(series, notes, progress)

@@ -21,14 +21,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diagnostics.analyses.intruders.decide import SMALL, Decision, decide_all, decide_exactly
-from diagnostics.core.analysis import Result, analysis
+from diagnostics.core.analysis import DeviceTest, Result, analysis
 from diagnostics.execution import jobs
 from diagnostics.execution.engines import in_this_process
 from diagnostics.execution.lockstep import Steps, in_step
 from diagnostics.execution.prefetch import ahead, in_halves
 from diagnostics.numerics import linalg
 from diagnostics.numerics.estimates import Z95
-from diagnostics.store.factor_cache import FactorCache, afresh
+from diagnostics.store.factor_cache import NO_RECALL, FactorCache
 from probes import CheckpointPair
 from probes.adapters.parts import LowRank
 from probes.errors import InputError
@@ -291,7 +291,7 @@ def _measure(
     if settings.side == "right":
         bases, tuneds = bases.mT.contiguous(), tuneds.mT.contiguous()
     recalls = [
-        settings.cache.of(each.stored[0], base) if settings.cache and each.stored else afresh
+        settings.cache.of(each.stored[0], base) if settings.cache and each.stored else NO_RECALL
         for each, base in zip(changed, bases, strict=True)
     ]
     depth = min(settings.depth, *bases.shape[1:])
@@ -404,6 +404,10 @@ def draw(result: Result) -> "dict[str, go.Figure]":
     draw=draw,
     summary=summary,
     metrics=METRICS,
+    unshared=("dtype",),
+    device_test=DeviceTest(
+        absolute={"intruders": 0, "matrices": 0, "changed": 0, "frozen": 0},
+    ),
 )
 def intruder_dimensions(
     pair: CheckpointPair,

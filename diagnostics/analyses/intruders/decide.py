@@ -20,7 +20,7 @@ from diagnostics.analyses.intruders.inverse_factors import Applied, Shifted, Tal
 from diagnostics.execution.lockstep import Steps, Values, in_step, read
 from diagnostics.numerics import linalg
 from diagnostics.numerics.linalg import BlockKrylov, Ritz
-from diagnostics.store.factor_cache import Recall, afresh
+from diagnostics.store.factor_cache import NO_RECALL, Recall
 
 # Below this smaller side the full decomposition costs no more than deciding without it.
 SMALL = 640
@@ -65,7 +65,7 @@ def decide_exactly(
     tuned: Float[Tensor, "out in"],
     k: int,
     shown: int = 50,
-    recall: Recall = afresh,
+    recall: Recall = NO_RECALL,
 ) -> Decision:
     """All k cosines by full decompositions in float64, both guards applied."""
 
@@ -127,7 +127,7 @@ def decide_all(
     Args:
         recalls: of each base, what remembers what was made of it.
     """
-    pairs = list(zip(base, tuned, recalls or [afresh] * len(base), strict=True))
+    pairs = list(zip(base, tuned, recalls or [NO_RECALL] * len(base), strict=True))
     if min(base.shape[1:]) < max(SMALL, 4 * (k + BLOCK)):
         return [decide_exactly(W0, W1, k, recall=recall) for W0, W1, recall in pairs]
     searches = [
@@ -181,7 +181,7 @@ class _Search:
         k: int,
         epsilon: float,
         generator: torch.Generator,
-        recall: Recall = afresh,
+        recall: Recall = NO_RECALL,
     ) -> None:
         self.recall = recall
         self.base, self.tuned, self.k, self.epsilon = base, tuned, k, epsilon

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diagnostics.execution.lockstep import Steps, Values
 from diagnostics.numerics import linalg
-from diagnostics.store.factor_cache import Recall, afresh
+from diagnostics.store.factor_cache import NO_RECALL, Recall
 
 Applied = tuple[Float[Tensor, "size count"], Float[Tensor, "3 count"]]
 # Constant of a Gram matrix's rounding, which is like a random matrix: entry for entry in proportion to the
@@ -44,7 +44,9 @@ class Shifted:
     norm: Float[Tensor, ""]
 
     @classmethod
-    def of(cls, W: Float[Tensor, "out in"], shift: float, recall: Recall = afresh) -> "Steps[Shifted | None]":
+    def of(
+        cls, W: Float[Tensor, "out in"], shift: float, recall: Recall = NO_RECALL
+    ) -> "Steps[Shifted | None]":
         """Factor W in the least precision that serves; returns None where the factorisation fails.
 
         Args:
@@ -110,7 +112,7 @@ class Tall:
 
     @classmethod
     def of(
-        cls, W: Float[Tensor, "out in"], generator: torch.Generator, recall: Recall = afresh
+        cls, W: Float[Tensor, "out in"], generator: torch.Generator, recall: Recall = NO_RECALL
     ) -> "Steps[Tall | None]":
         """Factor W in the least precision that serves; returns None where none does.
 
@@ -118,7 +120,7 @@ class Tall:
             recall: remembers L, the bounds, and where the generator stood afterwards.
         """
         parts = (generator.get_state(),)
-        known = recall.known("tall factor", parts)
+        known = recall.lookup("tall factor", parts)
         if known is None:
             factor = yield from cls._found(W, generator)
             bounds = (factor.smallest, factor.coordinate_error) if factor else ()

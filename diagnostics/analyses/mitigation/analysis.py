@@ -20,8 +20,9 @@ from torch import Tensor
 
 from diagnostics.analyses.intruders.damping import Mode, applied, by_tensor, choose, triples
 from diagnostics.analyses.mitigation import control
-from diagnostics.core.analysis import Result, analysis
+from diagnostics.core.analysis import DeviceTest, Result, analysis
 from diagnostics.core.inputs import tasks
+from diagnostics.core.row_options import RowOptions
 from diagnostics.evaluation.row_losses import EncodedTask, Losses, encoded
 from diagnostics.execution import jobs, workers
 from diagnostics.numerics import row_bootstrap
@@ -114,6 +115,11 @@ def draw(result: Result) -> "dict[str, go.Figure]":
     draw=draw,
     summary=summary,
     metrics=METRICS,
+    device_test=DeviceTest(
+        parameters={"scales": (0.5,), "draws": 100},
+        absolute={"task_accuracy_base": 1 / 60, "task_accuracy_tuned": 1 / 60, "intruders": 0, "edited": 0},
+        relative={"keep_loss_base": 1e-4, "keep_loss_tuned": 1e-4, "task_loss_tuned": 1e-4},
+    ),
 )
 def judged_mitigation(
     pair: CheckpointPair,
@@ -126,12 +132,7 @@ def judged_mitigation(
     parts: tuple[Part, ...] = ("block",),
     margin: float = 0.01,
     draws: int = 1000,
-    max_length: int | None = None,
-    chat_template: bool = False,
-    batch_tokens: int = 16384,
-    trust_remote_code: bool = False,
-    device: str = "cpu",
-    dtype: str | None = None,
+    options: RowOptions = RowOptions(),
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Result:
@@ -149,12 +150,8 @@ def judged_mitigation(
         margin: nats that a mode must surely keep beyond the control to be recommended (ours: the most by
             which damping the neighbouring vector lowered the loss in our runs).
         draws: of the rows, for the intervals (ours).
-        max_length: most tokens of a row; None: what the model takes.
-        chat_template: texts and prompts are a user's messages.
-        batch_tokens: most tokens in a batch; changes no result.
-        trust_remote_code: run code that a repository brings.
+        options: how rows are read and how models run on them.
         device: where the model runs and matrices are decomposed.
-        dtype: of the model; None as stored.
         seed: of the draws.
         progress: called with (done, total, what).
 
@@ -173,16 +170,14 @@ def judged_mitigation(
         role: {name: one.at_least(2, "judging a mitigation") for name, one in tasks(source, role).items()}
         for role, source in (("task", task), ("keep", keep))
     }
-    editable = Editable(pair.tuned, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    editable = Editable(pair.tuned, **options.of_models)
     sets = {
-        (role, name): encoded(
-            editable, one, max_length=max_length, chat_template=chat_template, batch_tokens=batch_tokens
-        )
+        (role, name): encoded(editable, one, **options.of_rows)
         for role, named in given.items()
         for name, one in named.items()
     }
     # Only now: the search may take long, and rows may be refused.
-    bench = DampingPlan.of(pair, k=k, epsilon=epsilon, parts=parts, device=device, progress=progress)
+    bench = DampingPlan.of(pair, k=k, epsilon=epsilon, parts=parts, device=options.device, progress=progress)
     measured = DampingEvaluator(bench, editable, sets, progress)
     measured.take([("update", scale) for scale in sorted({0.0, 1.0, *scales})])
     for mode in bench.chosen:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from diagnostics.analyses.ood.figures import draw
 from diagnostics.analyses.ood.tables import ALL, detection_of, gains_of, rows_of, tokens_of
-from diagnostics.core.analysis import Result, analysis
+from diagnostics.core.analysis import DeviceTest, Result, analysis
 from diagnostics.core.inputs import tasks
+from diagnostics.core.row_options import RowOptions
 from diagnostics.evaluation.paired_texts import TextOptions, read_sets
 from diagnostics.numerics import detection_metrics
 from probes import CheckpointPair
@@ -85,6 +86,10 @@ def summary(result: Result) -> str:
     draw=draw,
     summary=summary,
     metrics=METRICS,
+    device_test=DeviceTest(
+        parameters={"draws": 100},
+        absolute={"auroc": 1e-3, "auroc_tuned_likelihood": 1e-3, "keep_gain_nats": 1e-3, "gain_nats": 1e-3},
+    ),
 )
 def likelihood_ratio_ood(
     pair: CheckpointPair,
@@ -93,19 +98,14 @@ def likelihood_ratio_ood(
     keep: Any = None,
     guard: Any = None,
     *,
-    max_length: int | None = None,
     windows: bool = False,
-    chat_template: bool = False,
     approximate: bool = False,
     answers: Literal["file", "greedy"] = "file",
     longest_answer: int = 768,
     alpha: float = 0.05,
     draws: int = 200,
     examples: int = 20,
-    batch_tokens: int = 16384,
-    trust_remote_code: bool = False,
-    device: str = "cpu",
-    dtype: str | None = None,
+    options: RowOptions = RowOptions(),
     seed: int = 0,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Result:
@@ -120,10 +120,10 @@ def likelihood_ratio_ood(
         ood: the same, out of distribution; results are given for each.
         keep: rows of the base's own text: for their gain, and for what relative distances are relative to.
         guard: more rows whose gain is measured.
+        options: how rows are read and how models run on them.
         max_length: most tokens of a row, or of a window; None: what both models take.
         windows: read longer rows to their end, in windows of that many tokens that overlap by half; else they
             are cut. Each token is scored once, and both models read the same windows.
-        chat_template: texts and prompts are a user's messages.
         approximate: let tokenizers differ; ratios are then per byte, and of one segmentation of each text.
         answers: to prompts, those of the `file` (ours) or tuned's own `greedy` ones (paper).
         longest_answer: of the greedy ones, in tokens (paper: 768), but at most half of what the models take.
@@ -131,9 +131,6 @@ def likelihood_ratio_ood(
         draws: bootstrap draws for intervals of all but the AUROC, which has DeLong's (ours).
         examples: rows of each set whose tokens are kept, as many of the most and of the least foreign; fewer
             where they are very long (ours).
-        batch_tokens: most tokens in a batch; changes no result.
-        trust_remote_code: run code that a repository brings.
-        device: where the models run.
         dtype: of the models; None as stored. Likelihoods are float32, sums float64.
         seed: of folds and draws.
         progress: called with (done, total, what).
@@ -151,15 +148,13 @@ def likelihood_ratio_ood(
         raise InputError(f"answers is {answers!r}; it is one of: file, greedy")
     roles, sets = named({"task": task, "ood": ood, "keep": keep, "guard": guard})
     settings = TextOptions(
-        max_length=max_length,
         windows=windows,
-        chat_template=chat_template,
         approximate=approximate,
         answers=answers,
         longest_answer=longest_answer,
-        batch_tokens=batch_tokens,
+        **options.of_rows,
     )
-    with RunnablePair(pair, device=device, dtype=dtype, trust_remote_code=trust_remote_code) as runnable:
+    with RunnablePair(pair, **options.of_models) as runnable:
         reading = read_sets(runnable, sets, settings, progress)
         words = runnable.tokenizer
     rows, notes = rows_of(reading, roles, seed=seed)

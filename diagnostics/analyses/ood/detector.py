@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from diagnostics.analyses.ood.tables import token_ratios
-from diagnostics.core.inputs import one_task
+from diagnostics.core.inputs import task_from
 from diagnostics.evaluation.paired_texts import PairedText, PairedTexts, TextOptions, read_sets
 from diagnostics.numerics import detection_metrics
 from diagnostics.store.files import replacing, to_json
@@ -254,7 +254,7 @@ class LikelihoodRatioDetector:
 
     @staticmethod
     def _task(X: Any) -> Task:
-        return one_task(X if isinstance(X, str | Path) else texts_in(X), "rows")
+        return task_from(X if isinstance(X, str | Path) else texts_in(X), "rows")
 
     @staticmethod
     def _texts(reading: PairedTexts) -> list[PairedText]:

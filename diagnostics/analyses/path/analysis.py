@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diagnostics.core.analysis import Result, analysis
+from diagnostics.core.analysis import DeviceTest, Result, analysis
+from diagnostics.core.row_options import RowOptions
 from diagnostics.evaluation.interpolation import (
     ALPHAS,
     PathEvaluator,
@@ -101,6 +102,11 @@ def draw(result: Result) -> "dict[str, go.Figure]":
     draw=draw,
     summary=summary,
     metrics=METRICS,
+    device_test=DeviceTest(
+        parameters={"alphas": (0.0, 0.5, 1.0)},
+        absolute={"barrier_task_nats": 1e-3},
+        relative={"base_task_nats": 1e-4, "tuned_keep_nats": 1e-4, "tuned_ood_nats": 1e-4},
+    ),
 )
 def interpolation_path(
     pair: CheckpointPair,
@@ -109,12 +115,7 @@ def interpolation_path(
     ood: Any = None,
     *,
     alphas: tuple[float, ...] = ALPHAS,
-    max_length: int | None = None,
-    chat_template: bool = False,
-    batch_tokens: int = 16384,
-    trust_remote_code: bool = False,
-    device: str = "cpu",
-    dtype: str | None = "float32",
+    options: RowOptions = RowOptions(dtype="float32"),
     seed: int = 0,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Result:
@@ -128,11 +129,7 @@ def interpolation_path(
         keep: rows of what must survive.
         ood: rows that it was not made for.
         alphas: places on the path (WiSE-FT's grid); 0 and 1 are always measured.
-        max_length: most tokens of a row; None: what the model takes.
-        chat_template: texts and prompts are a user's messages.
-        batch_tokens: most tokens in a batch; changes no result.
-        trust_remote_code: run code that a repository brings.
-        device: where the model runs.
+        options: how rows are read and how models run on them.
         dtype: of the model. Not half precision: there a small step changes no weight.
         seed: nothing is drawn at random.
         progress: called with (done, total, what).
@@ -149,13 +146,10 @@ def interpolation_path(
     import pandas as pd
 
     grid = check_alphas(alphas)
-    with TwoSidedModel(pair, device=device, dtype=dtype, trust_remote_code=trust_remote_code) as host:
+    with TwoSidedModel(pair, **options.of_models) as host:
         walk = InterpolatedModel(host)
         given = {"task": task, "keep": keep, "ood": ood}
-        sets = sets_of(
-            given, host.editable, purpose="a path", max_length=max_length, chat_template=chat_template,
-            batch_tokens=batch_tokens,
-        )  # fmt: skip
+        sets = sets_of(given, host.editable, purpose="a path", **options.of_rows)
         said = model_notes(pair, host.model)
         along = PathEvaluator(walk, sets, progress)
         along.measure(grid)

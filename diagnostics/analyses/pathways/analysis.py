@@ -21,8 +21,9 @@ from diagnostics.analyses.pathways.run import RoutingRun
 from diagnostics.analyses.pathways.snapshot import PathwaySettings
 from diagnostics.analyses.pathways.tables import metrics as numbers
 from diagnostics.analyses.pathways.tables import tables
-from diagnostics.core.analysis import Result, analysis, plain
+from diagnostics.core.analysis import DeviceTest, Result, analysis, plain
 from diagnostics.core.inputs import tasks
+from diagnostics.core.row_options import RowOptions
 from diagnostics.execution.workers import by_checkpoint
 from probes.checkpoints.series import series_of
 from probes.errors import InputError
@@ -134,6 +135,10 @@ def draw(result: Result) -> "dict[str, go.Figure]":
     draw=draw,
     summary=summary,
     metrics=METRICS,
+    device_test=DeviceTest(
+        parameters={"samples": 24, "permutations": 100, "draws": 100},
+        relative={"distance_first": 1e-2},
+    ),
 )
 def grokking_pathways(
     series: Any,
@@ -151,12 +156,7 @@ def grokking_pathways(
     delta: float = 0.05,
     permutations: int = 1000,
     draws: int = 1000,
-    max_length: int | None = None,
-    chat_template: bool = False,
-    batch_tokens: int = 16384,
-    trust_remote_code: bool = False,
-    device: str = "cpu",
-    dtype: str | None = None,
+    options: RowOptions = RowOptions(),
     seed: int = 0,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Result:
@@ -185,12 +185,8 @@ def grokking_pathways(
         delta: how far from its last a memorised sample's loss may be (the paper's 0.05).
         permutations: of group labels and of checkpoints.
         draws: of samples, for the intervals of steps.
+        options: how rows are read and how models run on them.
         max_length: most tokens of a row; None: what the model takes. Length changes routes: compare alike.
-        chat_template: texts and prompts are a user's messages.
-        batch_tokens: most tokens in a batch; changes no result.
-        trust_remote_code: run code that a repository brings.
-        device: where the model runs.
-        dtype: of the model; None as stored.
         seed: of the choice of rows, permutations and draws.
         progress: called with (done, total, what).
 
@@ -212,13 +208,11 @@ def grokking_pathways(
     given = held if train is None else tasks(train, "train")
     followed, groups, rows = some(given, samples, seed)
     plan = RecordingPlan(
-        followed=followed, held=held, drop_first=drop_first, fold_gain=fold_gain, max_length=max_length,
-        chat_template=chat_template, batch_tokens=batch_tokens, trust_remote_code=trust_remote_code,
-        device=device, dtype=dtype,
+        followed=followed, held=held, drop_first=drop_first, fold_gain=fold_gain, options=options,
     )  # fmt: skip
     measured = series.measured(
         "pathways", plan.identity(), plan.measure, progress, least=(2, "a comparison of pathways"),
-        run_calls=by_checkpoint(series, device),
+        run_calls=by_checkpoint(series, options.device),
     )  # fmt: skip
     if metric == "auto":
         metric = "loss" if all(each.shape == "text" for each in held.values()) else "accuracy"

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from diagnostics.core.analysis import NotApplicableError
+from diagnostics.core.row_options import RowOptions
 from diagnostics.evaluation.row_losses import Losses, encoded
 from probes.checkpoints.checkpoint import Checkpoint
 from probes.errors import InputError
@@ -98,20 +99,16 @@ class RecordingPlan:
     held: Mapping[str, Task]
     drop_first: bool
     fold_gain: bool
-    max_length: int | None
-    chat_template: bool
-    batch_tokens: int
-    trust_remote_code: bool
-    device: str
-    dtype: str | None
+    options: RowOptions
 
     def identity(self) -> dict[str, Any]:
         """What a record depends on, besides the checkpoint."""
         return {
             "followed": [task.fingerprint for task in self.followed.values()],
             "held": [task.fingerprint for task in self.held.values()],
-            "drop_first": self.drop_first, "fold_gain": self.fold_gain, "max_length": self.max_length,
-            "chat_template": self.chat_template, "dtype": self.dtype,
+            "drop_first": self.drop_first, "fold_gain": self.fold_gain,
+            "max_length": self.options.max_length, "chat_template": self.options.chat_template,
+            "dtype": self.options.dtype,
         }  # fmt: skip
 
     def measure(self, checkpoint: Checkpoint) -> dict[str, np.ndarray]:
@@ -128,19 +125,14 @@ class RecordingPlan:
                 f"{checkpoint.ref}: is a dense model, and pathways are those through experts; `dynamics` "
                 "follows a series of dense checkpoints"
             ) from error
-        editable = Editable(
-            checkpoint, device=self.device, dtype=self.dtype, trust_remote_code=self.trust_remote_code
-        )
-        reading: dict[str, Any] = {
-            "max_length": self.max_length, "chat_template": self.chat_template,
-            "batch_tokens": self.batch_tokens,
-        }  # fmt: skip
+        editable = Editable(checkpoint, **self.options.of_models)
+        reading = self.options.of_rows
         followed = [encoded(editable, task, **reading) for task in self.followed.values()]
         held = [encoded(editable, task, **reading) for task in self.held.values()]
         routed = [
             capture_routes(
                 editable, routed_examples(each.task, each.examples), drop_first=self.drop_first,
-                tokens=self.batch_tokens, where=each.task.where,
+                tokens=self.options.batch_tokens, where=each.task.where,
             )
             for each in followed
         ]  # fmt: skip

@@ -11,6 +11,7 @@ rule is ours); arXiv:2302.07011 (the measures); arXiv:2109.01903 (the path).
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -35,10 +36,12 @@ from diagnostics.analyses.sharpness.layer_sharpness import (
 )
 from diagnostics.analyses.sharpness.remedies import remedies, remedy_rows
 from diagnostics.analyses.sharpness.tables import Flags, layer_table, metrics_of, notes_of, with_sharpness
-from diagnostics.core.analysis import Result, analysis
+from diagnostics.core.analysis import DeviceTest, Result, analysis
+from diagnostics.core.row_options import RowOptions
 from diagnostics.evaluation import loss_curves
 from diagnostics.evaluation.interpolation import (
     ALPHAS,
+    HALF,
     PathEvaluator,
     Which,
     check_alphas,
@@ -118,6 +121,21 @@ def draw(result: Result) -> "dict[str, go.Figure]":
     draw=draw,
     summary=summary,
     metrics=METRICS,
+    device_test=DeviceTest(
+        parameters={
+            "alphas": (0.0, 0.5, 1.0),
+            "layer_alphas": (0.5,),
+            "sharpness_alphas": (1.0,),
+            "rhos": (0.5,),
+            "steps": 3,
+            "batches": 1,
+            "batch_rows": 8,
+            "rows": 24,
+            "curvature": False,
+        },
+        absolute={"layers": 0},
+        relative={"sharpness_tuned": 0.05, "average_tuned": 0.05},
+    ),
 )
 def layer_sharpness(
     pair: CheckpointPair,
@@ -143,12 +161,7 @@ def layer_sharpness(
     sharpen: Literal["screened", "all"] = "screened",
     curvature: bool = True,
     rows: int = 256,
-    max_length: int | None = None,
-    chat_template: bool = False,
-    batch_tokens: int = 16384,
-    trust_remote_code: bool = False,
-    device: str = "cpu",
-    dtype: str | None = "float32",
+    options: RowOptions = RowOptions(dtype="float32"),
     seed: int = 0,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Result:
@@ -182,12 +195,8 @@ def layer_sharpness(
             radii and alphas; all: every layer at all of them.
         curvature: cross-check with the Hessian of the first batch, for the flagged layers and two others.
         rows: most rows of a set, drawn at random.
-        max_length: most tokens of a row; None: what the model takes.
-        chat_template: texts and prompts are a user's messages.
-        batch_tokens: most tokens in a pass; changes no result.
-        trust_remote_code: run code that a repository brings.
-        device: where the model runs.
-        dtype: of the model. Not half precision: there a small step changes no weight.
+        options: how rows are read and how models run on them.
+        dtype: of the model. Half precision is run as float32: in half precision small steps change no weight.
         seed: of rows, starts and random moves.
         progress: called with (done, total, what).
 
@@ -236,8 +245,13 @@ def layer_sharpness(
         raise InputError(f"sharpen is {sharpen!r}; it is 'screened' or 'all'")
     radii = _checked(rhos, rho, norm, steps, starts, pairs, batches, batch_rows)
     sharp_alphas = check_alphas(sharpness_alphas, least=2)
-    with TwoSidedModel(pair, device=device, dtype=dtype, trust_remote_code=trust_remote_code) as host:
+    asked = (options.dtype or "").removeprefix("torch.")
+    if asked in HALF:
+        options = replace(options, dtype="float32")
+    with TwoSidedModel(pair, **options.of_models) as host:
         interpolated, notes = InterpolatedModel(host), model_notes(pair, host.model)
+        if asked in HALF:
+            notes.append(f"The model was run in float32: in {asked} small perturbations change no weight.")
         if is_half(host.model):
             raise InputError(
                 "sharpness: in half precision small perturbations change no weight; set sharpness.dtype to "
@@ -245,8 +259,7 @@ def layer_sharpness(
             )
         given = {"task": task, "keep": keep, "ood": ood}
         sets = sets_of(
-            given, host.editable, purpose="sharpness", max_length=max_length, chat_template=chat_template,
-            batch_tokens=batch_tokens, rows=rows, seed=seed,
+            given, host.editable, purpose="sharpness", rows=rows, seed=seed, **options.of_rows
         )  # fmt: skip
         evaluator = PathEvaluator(interpolated, sets, progress)
         evaluator.measure(grid)
@@ -270,8 +283,8 @@ def layer_sharpness(
         flagged = [path.layer for path, flag in zip(measured, flags.stragglers, strict=True) if flag]
         remedied: list[dict[str, Any]] = []
         if flagged:
-            options = remedies(interpolated, pair, flagged)
-            remedied, remedy_notes = remedy_rows(evaluator, options, sorted({0.5, worst, 1.0}))
+            candidates = remedies(interpolated, pair, flagged)
+            remedied, remedy_notes = remedy_rows(evaluator, candidates, sorted({0.5, worst, 1.0}))
             notes += remedy_notes
         spectra = []
         if curvature:

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from diagnostics.analyses.mitigation import control
 from diagnostics.analyses.mitigation.analysis import SCALES, DampingPlan, judged_mitigation
 from diagnostics.audit.run import audit
-from diagnostics.core.analysis import find
 from diagnostics.core.policy import default_policy
+from diagnostics.core.registry import find
 from diagnostics.edits.mitigate import mitigate
 from diagnostics.evaluation.row_losses import encoded
 from diagnostics.numerics import row_bootstrap

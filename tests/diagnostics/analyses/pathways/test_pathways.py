@@ -15,8 +15,9 @@ from diagnostics.analyses.pathways.record import MOST, some
 from diagnostics.analyses.pathways.statistics import memorised_at
 from diagnostics.analyses.pathways.tables import metrics, tables
 from diagnostics.audit.callback import AuditCallback
-from diagnostics.core.analysis import NotApplicableError, installed
+from diagnostics.core.analysis import NotApplicableError
 from diagnostics.core.policy import default_policy, not_measured
+from diagnostics.core.registry import installed
 from probes.checkpoints.series import CheckpointSeries, TooShortError
 from probes.text.rows import task_of
 from tests.diagnostics.chains import save_tokenizer
