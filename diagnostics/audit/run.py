@@ -179,8 +179,8 @@ def run_plan(
     }
     if earlier is not None and any(stamps[side] != getattr(earlier, side).get("stamp") for side in stamps):
         earlier = None  # of other checkpoints
-    saved = {**earlier.kept, **earlier.analyses} if earlier is not None else {}
-    saved = {name: outcome for name, outcome in saved.items() if outcome.result is not None}
+    previous = [*earlier.kept.items(), *earlier.analyses.items()] if earlier is not None else []
+    saved = {name: outcome for name, outcome in previous if outcome.result is not None}
     outcomes = plan.outcomes(UNFINISHED)
     for name in keys:
         if name in saved and saved[name].key == keys[name]:
