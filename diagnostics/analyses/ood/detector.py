@@ -268,7 +268,7 @@ class LikelihoodRatioDetector:
 
     def _scores(self, reading: PairedTexts) -> Float[np.ndarray, " rows"]:
         texts = self._texts(reading)
-        ratio = np.array([text.base.full.log_likelihood - text.tuned.whole.log_likelihood for text in texts])
+        ratio = np.array([text.base.full.log_likelihood - text.tuned.full.log_likelihood for text in texts])
         length = np.array([text.length or np.nan for text in texts], dtype=np.float64)
         return ratio / length if self.per_token else ratio
 
