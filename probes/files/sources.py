@@ -295,7 +295,7 @@ def _state_dict(path: Path) -> tuple[dict[str, Tensor], bool]:
                 f"{path}: holds code or objects besides tensors and is not opened, because that could run "
                 "the code; where you trust it, save its tensors again as safetensors"
             ) from error
-        raise InputError(f"{path}: not a whole torch file; corrupt? copy or download it again") from error
+        raise InputError(f"{path}: not a whole torch file; truncated or corrupt? copy it again") from error
     for key in NESTED:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
