@@ -33,20 +33,14 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenised:
-    """A piece as tokens.
-
-    Attributes:
-        prefix, suffix: special tokens around `ids`.
-        scored: whether each of `ids` is.
-        start: how many of `ids` precede the scored text.
-    """
+    """A piece as tokens, with special tokens around its ids."""
 
     piece: Piece
     prefix: list[int]
     ids: list[int]
     suffix: list[int]
-    scored: list[bool]
-    start: int
+    scored: list[bool]  # whether each of `ids` is
+    start: int  # how many of `ids` precede the scored text
     doubled_bos: bool
 
     def __len__(self) -> int:
