@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diagnostics.core import registry, row_options
+from diagnostics.core.inputs import check_input_types
 from probes.errors import InputError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -48,6 +49,22 @@ class Result:
     masks: "Mapping[str, Patch | Path]" = field(default_factory=dict)
     analysis: str = ""
     parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        from diagnostics.core import display
+
+        return display.text(self, self._record())
+
+    def _repr_html_(self) -> str:
+        from diagnostics.core import display
+
+        return display.html(self, self._record())
+
+    def _record(self) -> "Analysis | None":
+        try:
+            return registry.find(self.analysis)
+        except UnknownNameError:
+            return None
 
     def figures(self) -> "dict[str, go.Figure]":
         """The figures of this result by name."""
@@ -180,6 +197,7 @@ def analysis(
                 )
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
+            check_input_types(name, {p.name: bound.arguments[p.name] for p in inputs})
             used = {k: v for k, v in bound.arguments.items() if k in parameters and k not in EXECUTION}
             call = inspect.BoundArguments(declared, row_options.collected(declared, bound.arguments))
             result = function(*call.args, **call.kwargs)

@@ -1,8 +1,8 @@
 """A pair as one running model, interpolated at any α, for each layer if need be.
 
 θ(α) = (1 − α) base + α tuned. α = 0 and α = 1 are copied, never computed, so that the ends are the
-checkpoints bit for bit. Interpolated values are computed in float64 and rounded once, to the dtype of the running model:
-it should be float32, as in half precision a small step changes nothing.
+checkpoints bit for bit. Interpolated values are computed in float64 and rounded once, to the dtype of the
+running model: it should be float32, as in half precision a small step changes nothing.
 """
 
 import math

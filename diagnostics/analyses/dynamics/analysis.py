@@ -13,8 +13,8 @@ from diagnostics.analyses.dynamics import tables as dynamics_tables
 from diagnostics.analyses.dynamics.measures import Arrays, DynamicsProbes, locate
 from diagnostics.analyses.dynamics.notes import SCALING, notes_of
 from diagnostics.core.analysis import DeviceTest, Result, analysis
-from diagnostics.evaluation.checkpoint_scores import ScoringOptions, curves, reading_notes, sets_of
-from diagnostics.evaluation.sets import drawn
+from diagnostics.evaluation.checkpoint_scores import ScoringOptions, curves, reading_notes
+from diagnostics.evaluation.sets import draw_rows, load_sets
 from diagnostics.execution.workers import by_checkpoint
 from diagnostics.numerics import weight_distances
 from probes.checkpoints.checkpoint import Checkpoint
@@ -180,12 +180,12 @@ def training_dynamics(
     check(rows=rows, batch=batch, probes=probes, outputs=outputs, vertices=vertices, radius=radius)
     if loss_dtype not in DTYPES:
         raise InputError(f"loss_dtype is {loss_dtype!r}; it is one of {', '.join(DTYPES)}")
-    series, given = series_of(series), sets_of({"task": task, "train": train})
-    sets = {which: drawn(one, rows, seed) for which, one in given.items()}
+    series, given = series_of(series), load_sets({"task": task, "train": train})
+    sets = {which: draw_rows(one, rows, seed) for which, one in given.items()}
     trained = [one for which, one in given.items() if which[0] == "train"]
     probe = DynamicsProbes(
-        sets=sets, batch=drawn(trained[0], batch, seed) if trained else None,
-        rows=drawn(next(iter(given.values())), probes, seed),
+        sets=sets, batch=draw_rows(trained[0], batch, seed) if trained else None,
+        rows=draw_rows(next(iter(given.values())), probes, seed),
         reading=options,
         loss_dtype=loss_dtype, outputs=outputs, kernel=kernel, radius=radius, vertices=vertices, seed=seed,
     )  # fmt: skip

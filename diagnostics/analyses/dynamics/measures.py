@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from diagnostics.analyses.dynamics.softmax_collapse import summarise
-from diagnostics.evaluation.checkpoint_scores import ScoringOptions, Which, identity, scores
+from diagnostics.evaluation.checkpoint_scores import ScoringOptions, identity, scores
+from diagnostics.evaluation.sets import SetKey
 from probes.checkpoints.checkpoint import Checkpoint
 from probes.errors import InputError
 from probes.files.layout import Header
@@ -43,7 +44,7 @@ class DynamicsProbes:
         radius, vertices: of local complexity.
     """
 
-    sets: Mapping[Which, Task]
+    sets: Mapping[SetKey, Task]
     batch: Task | None
     rows: Task
     reading: ScoringOptions

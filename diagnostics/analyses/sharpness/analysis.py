@@ -41,9 +41,8 @@ from diagnostics.core.row_options import RowOptions
 from diagnostics.evaluation import loss_curves
 from diagnostics.evaluation.interpolation import (
     ALPHAS,
-    HALF,
+    HALF_DTYPES,
     PathEvaluator,
-    Which,
     check_alphas,
     is_half,
     model_notes,
@@ -51,7 +50,7 @@ from diagnostics.evaluation.interpolation import (
     pinned_note,
     set_rows,
 )
-from diagnostics.evaluation.sets import sets_of
+from diagnostics.evaluation.sets import SetKey, encode_sets, load_sets
 from probes import CheckpointPair
 from probes.errors import InputError
 from probes.models.interpolated import InterpolatedModel, Layer
@@ -246,21 +245,21 @@ def layer_sharpness(
     radii = _checked(rhos, rho, norm, steps, starts, pairs, batches, batch_rows)
     sharp_alphas = check_alphas(sharpness_alphas, least=2)
     asked = (options.dtype or "").removeprefix("torch.")
-    if asked in HALF:
+    if asked in HALF_DTYPES:
         options = replace(options, dtype="float32")
     with TwoSidedModel(pair, **options.of_models) as host:
         interpolated, notes = InterpolatedModel(host), model_notes(pair, host.model)
-        if asked in HALF:
+        if asked in HALF_DTYPES:
             notes.append(f"The model was run in float32: in {asked} small perturbations change no weight.")
         if is_half(host.model):
             raise InputError(
                 "sharpness: in half precision small perturbations change no weight; set sharpness.dtype to "
                 "float32"
             )
-        given = {"task": task, "keep": keep, "ood": ood}
-        sets = sets_of(
-            given, host.editable, purpose="sharpness", rows=rows, seed=seed, **options.of_rows
-        )  # fmt: skip
+        loaded = load_sets(
+            {"task": task, "keep": keep, "ood": ood}, least=2, purpose="sharpness", rows=rows, seed=seed
+        )
+        sets = encode_sets(host.editable, loaded, **options.of_rows)
         evaluator = PathEvaluator(interpolated, sets, progress)
         evaluator.measure(grid)
         on = evaluator.role("ood") or evaluator.role("task")
@@ -348,7 +347,7 @@ def _checked(
 
 
 # A batch of rows, in a form that workers take: its set and the indices of its rows.
-BatchKey: TypeAlias = tuple[Which, tuple[int, ...]]
+BatchKey: TypeAlias = tuple[SetKey, tuple[int, ...]]
 
 
 def _task_batches(evaluator: PathEvaluator, batches: int, size: int, seed: int) -> list[BatchKey]:
@@ -358,7 +357,7 @@ def _task_batches(evaluator: PathEvaluator, batches: int, size: int, seed: int) 
     return [(set_of[id(batch.objective)], batch.rows) for batch in drawn]
 
 
-def _objective(evaluator: PathEvaluator, which: Which) -> Objective:
+def _objective(evaluator: PathEvaluator, which: SetKey) -> Objective:
     return Objective(evaluator.sets[which], tokens=evaluator.sets[which].batch_tokens)
 
 
@@ -397,7 +396,7 @@ def _sharpness(
         for index, (alpha, call) in enumerate(plan)
     )  # fmt: skip
     by_alpha: dict[float, list[BatchSharpness]] = {}
-    for index, ((alpha, _), values) in enumerate(zip(plan, evaluator.each(calls), strict=True)):
+    for index, ((alpha, _), values) in enumerate(zip(plan, evaluator.run(calls), strict=True)):
         by_alpha.setdefault(alpha, []).append(values)
         evaluator.tell(sum(steps[: index + 1]), sum(steps), f"sharpness at alpha {alpha:g}")
     return [
@@ -421,11 +420,12 @@ def _batch_sharpness(
     total: int,
 ) -> BatchSharpness:
     """Sharpness at one α on one batch, in this process or on a worker."""
-    evaluator.forget()
-    evaluator.walk.place(alpha)
+    evaluator.clear_prefix()
+    evaluator.interpolated.place(alpha)
     which, rows = batch
+    perturbed = [layer for layer in evaluator.interpolated.layers if layer.index in layers]
     return batch_sharpness(
-        evaluator.walk.model, [layer for layer in evaluator.walk.layers if layer.index in layers],
+        evaluator.interpolated.model, perturbed,
         RowBatch(_objective(evaluator, which), rows), number, settings, whole=whole, radii=radii,
         report=lambda count, name: evaluator.tell(done + count, total, f"sharpness of {name}"),
     )  # fmt: skip
@@ -445,7 +445,7 @@ def _curvature(
         for alpha, layer in plan
     )
     rows: list[dict[str, Any]] = []
-    for done, ((alpha, layer), result) in enumerate(zip(plan, evaluator.each(calls), strict=True)):
+    for done, ((alpha, layer), result) in enumerate(zip(plan, evaluator.run(calls), strict=True)):
         if isinstance(result, str):
             notes.append(f"Curvature was not measured: the model cannot be differentiated twice ({result}).")
             return rows
@@ -460,16 +460,16 @@ def _spectrum(
     """The spectrum of one layer at one α, in this process or on a worker; or why torch refuses it."""
     import torch
 
-    evaluator.walk.place(alpha)
+    evaluator.interpolated.place(alpha)
     which, rows = batch
-    (layer,) = (candidate for candidate in evaluator.walk.layers if candidate.index == index)
+    (layer,) = (candidate for candidate in evaluator.interpolated.layers if candidate.index == index)
     with (
-        logits_normalised(evaluator.walk.model, settings.normalise),
+        logits_normalised(evaluator.interpolated.model, settings.normalise),
         PerturbedWeights(settings.parameters(layer), adaptive=settings.adaptive) as weights,
     ):
         try:
             return spectrum(
-                HessianProduct(evaluator.walk.model, evaluator.sets[which], rows, weights).product,
+                HessianProduct(evaluator.interpolated.model, evaluator.sets[which], rows, weights).product,
                 weights.zero,
                 generator=torch.Generator().manual_seed(settings.seed),
             )

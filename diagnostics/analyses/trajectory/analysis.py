@@ -27,13 +27,11 @@ from diagnostics.analyses.trajectory.tables import (
 from diagnostics.core.analysis import DeviceTest, Result, analysis
 from diagnostics.evaluation.checkpoint_scores import (
     ScoringOptions,
-    Which,
     curves,
     reading_notes,
     scores,
-    sets_of,
 )
-from diagnostics.evaluation.sets import drawn
+from diagnostics.evaluation.sets import SetKey, load_sets
 from diagnostics.execution.workers import by_checkpoint
 from probes.checkpoints.checkpoint import Checkpoint
 from probes.checkpoints.series import series_of
@@ -182,8 +180,8 @@ def training_trajectory(
         )
     if rows is not None and rows < 1:
         raise InputError(f"rows is {rows}; it is at least 1")
-    series, given = series_of(series), sets_of({"task": task, "keep": keep, "train": train})
-    sets = {which: drawn(rows_of, rows, seed) for which, rows_of in given.items()}
+    series = series_of(series)
+    sets = load_sets({"task": task, "keep": keep, "train": train}, rows=rows, seed=seed)
     measure = partial(_measured, sets=sets, reading=options)
     measurements = series.measured(
         "scores", options.key(sets), measure, progress, least=(4, "a trajectory"),
@@ -218,7 +216,7 @@ def training_trajectory(
 
 
 def _measured(
-    checkpoint: Checkpoint, *, sets: Mapping[Which, Task], reading: ScoringOptions
+    checkpoint: Checkpoint, *, sets: Mapping[SetKey, Task], reading: ScoringOptions
 ) -> Mapping[str, np.ndarray]:
     """The scores of one checkpoint, in this process or on a worker."""
     return scores(reading.open(checkpoint), sets, reading)

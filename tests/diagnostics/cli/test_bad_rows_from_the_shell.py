@@ -47,6 +47,7 @@ def audit(said, tmp_path):
         return said(
             "audit", base, tuned, "--task", rows["task"], "--keep", rows["keep"], "--ood",
             f"a={rows['code']}", "--ood", f"b={rows['words']}", "--limit", 12, "--set", "ood.draws=2",
+            "--verbose",
             "--device", "cpu", "--out", tmp_path / "audit", "--only", "ood", *more,
         )  # fmt: skip
 
@@ -179,7 +180,7 @@ def test_rows_longer_than_the_context_are_counted_shown_and_read_whole_when_aske
     assert (code in (0, 1), err) == (True, []), err
     told = (
         r"long\.jsonl: 1 of 6 rows longer than the longest sequence and cut, the first at .*long\.jsonl:1",
-        r"1 of 42 rows were cut, and their ends not scored: --set ood\.windows=true reads them to the end",
+        r"1 of 42 rows were cut; --set ood\.windows=true scores them to the end",
     )
     report = (tmp_path / "audit" / "report.html").read_text()
     for message in told:
@@ -228,7 +229,7 @@ def test_tokenizers_that_differ_are_refused_by_the_first_token_that_does(audit, 
 
     edit(changed / "tokenizer.json", swap)
     message = (
-        r"the tokenizers of base and tuned differ: token '.*' is 300 in base and 301 in tuned, so that "
+        r"the tokenizers of base and tuned differ: token '.*' is 300 in base and 301 in tuned, so "
         "ratios of tokens mean nothing; an audit with --approximate compares whole texts, in nats per byte$"
     )
     code, _, err = audit(tuned=changed)
@@ -247,8 +248,8 @@ def test_a_bos_that_base_expects_and_texts_lack_is_said(audit, detect, changed):
     code, out, err = audit(tuned=changed)
     assert (code in (0, 1), err) == (True, [])
     told = (
-        r"note: ood: texts do not begin with '<s>' as base expects, for the tokenizer of tuned does not put "
-        "it there, .*; if tuned was trained with it, save the tokenizer of base with tuned$"
+        r"note: ood: texts do not begin with '<s>' as base expects, because the tokenizer of tuned does "
+        r"not add it\. .*\. If tuned was trained with it, save the tokenizer of base with tuned$"
     )
     assert sum(bool(re.search(told, line)) for line in out) == 1
     code, out, _ = audit("--only", "drift", tuned=changed)
@@ -315,3 +316,29 @@ def test_labels_that_the_models_head_does_not_know_are_refused(said, tmp_path):
         r"'no', 'yes'; give one of them, or its number from 0$",
         err[0],
     )
+
+
+# Files that make transformers raise a TypeError, an AttributeError, a ZeroDivisionError, a bare Exception…
+MALFORMED = {
+    "tokenizer.json is a list": ("tokenizer.json", "[]", "its tokenizer cannot be read"),
+    "tokenizer.json is a number": ("tokenizer.json", "3", "its tokenizer cannot be read"),
+    "tokenizer_config.json is a list": ("tokenizer_config.json", "[]", "its tokenizer cannot be read"),
+    "generation_config.json is a list": ("generation_config.json", "[]", "does not load as a model"),
+    "a size is a text": ("config.json", {"hidden_size": "big"}, "its config.json is none of a llama model"),
+    "no attention head": ("config.json", {"num_attention_heads": 0}, "its config.json is none of a llama"),
+    "7 heads of 128": ("config.json", {"num_attention_heads": 7}, "its config.json is none of a llama model"),
+}
+
+
+@pytest.mark.parametrize("which", MALFORMED)
+def test_a_malformed_file_of_a_checkpoint_is_wrong_input_and_no_crash(which, said, changed, tmp_path):
+    name, content, message = MALFORMED[which]
+    if isinstance(content, dict):
+        edit(changed / name, lambda record: record.update(content))
+    else:
+        (changed / name).write_text(content)
+    arguments = ("audit", BASE, changed, "--task", ROWS["task"], "--limit", 4, "--only", "drift")
+    code, _, err = said(*arguments, "--device", "cpu", "--out", tmp_path / "audit")
+    assert (code, len(err)) == (2, 1), err
+    assert f"drift: {changed}: {message}" in err[0]
+    assert not (tmp_path / "audit" / "audit.log").exists()
