@@ -113,14 +113,14 @@ class PathEvaluator:
         A call finds the walk wherever another has left it. What it cannot measure is noted here.
         """
         noting = (partial(_with_missing, call) for call in calls)
-        for made, missing in workers.each(self._there, self, noting):
+        for made, missing in workers.run_calls(self._there, self, noting):
             for note in missing:
                 self._note(note)
             yield made
 
     @cached_property
     def _there(self) -> "workers.WorkerObject[PathEvaluator] | None":
-        return workers.hosts(self.walk.host, partial(_of, sets=self.sets))
+        return workers.host_on_workers(self.walk.host, partial(_of, sets=self.sets))
 
     def measure(self, alphas: Sequence[float]) -> None:
         """Measure places of the whole model, the ends first: a broken one ends it.

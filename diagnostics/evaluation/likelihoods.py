@@ -82,7 +82,7 @@ def read(
         if isinstance(model, RemoteModel):
             tell = None if progress is None else lambda done: progress(done, len(pieces), "scored")
             found = [NOTHING] * len(pieces)
-            for own, made in model.by_batch(measure, pieces, tokens, tell):
+            for own, made in model.run_batches(measure, pieces, tokens, tell):
                 for index, one in zip(own, made, strict=True):
                     found[index] = one
         else:

@@ -12,7 +12,7 @@ import numpy as np
 
 from diagnostics.evaluation.likelihoods import NOTHING, ExampleScores, greedy, read
 from diagnostics.evaluation.tokenizers import common, without_bos
-from diagnostics.execution.workers import entered
+from diagnostics.execution.workers import open_side
 from probes.checkpoints.pair import Side as PairSide
 from probes.errors import InputError
 from probes.models.runnable import RunnablePair
@@ -159,7 +159,7 @@ def read_sets(
             def ours(done: int, total: int, what: str, turn: int = turn) -> None:
                 progress(turn * total + done, 2 * total, what)
 
-        with entered(runnable, side) as model:
+        with open_side(runnable, side) as model:
             sides[side], change = read_side(model, tasks, encoded[side], settings, vocabulary, side, ours)
         noise = max(noise, change)
     texts = {}

@@ -21,7 +21,7 @@ from diagnostics.core.analysis import Result, analysis
 from diagnostics.core.inputs import tasks
 from diagnostics.evaluation.paired_texts import SIDES
 from diagnostics.evaluation.tokenizers import differing, shared_tokenizer, without_bos
-from diagnostics.execution.workers import RemoteModel, entered
+from diagnostics.execution.workers import RemoteModel, open_side
 from diagnostics.numerics.kernel_alignment import hsic
 from probes import CheckpointPair
 from probes.errors import InputError
@@ -224,7 +224,7 @@ def representation_drift(
                 if progress:
                     progress(turn * len(flat) + done, 2 * len(flat), f"residuals of {side}")
 
-            with entered(runnable, side) as model:
+            with open_side(runnable, side) as model:
                 points[side], route = residuals(model, flat, batch_tokens, skip, tell)
             check_finite(points[side], chosen, sets, side)
             said.append(f"{side}: residuals captured through {route}")
@@ -288,7 +288,7 @@ def residuals(
         return captured(model, examples, tokens=tokens, skip=skip, progress=progress)
     found: dict[int, Any] = {}
     route = ""
-    for own, (points, route) in model.by_batch(  # noqa: B007
+    for own, (points, route) in model.run_batches(  # noqa: B007
         partial(captured, tokens=tokens, skip=skip), examples, tokens, progress
     ):
         for layer, values in points.items():

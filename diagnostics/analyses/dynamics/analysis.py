@@ -16,7 +16,7 @@ from diagnostics.analyses.dynamics.notes import SCALING, notes_of
 from diagnostics.core.analysis import Result, analysis
 from diagnostics.evaluation.checkpoint_scores import ScoringOptions, curves, reading_notes, sets_of
 from diagnostics.evaluation.sets import drawn
-from diagnostics.execution.workers import by_checkpoint
+from diagnostics.execution.workers import checkpoint_runner
 from diagnostics.numerics import weight_distances
 from probes.checkpoints.checkpoint import Checkpoint
 from probes.checkpoints.series import CheckpointSeries, series_of
@@ -186,7 +186,7 @@ def training_dynamics(
     )  # fmt: skip
     measurements = series.measured(
         "dynamics", probe.key(), probe.measure, progress, least=(2, "a trend"),
-        each=by_checkpoint(series, device),
+        each=checkpoint_runner(series, device),
     )  # fmt: skip
     moves, places = moved(series, progress)
     gaps = expansions(series, probe, progress) if linearity else []

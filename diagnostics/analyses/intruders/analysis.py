@@ -23,9 +23,9 @@ from torch import Tensor
 from diagnostics.analyses.intruders.decide import SMALL, Decision, decide_all, decide_exactly
 from diagnostics.core.analysis import Result, analysis
 from diagnostics.execution import jobs
-from diagnostics.execution.engines import in_this_process
-from diagnostics.execution.lockstep import Steps, in_step
-from diagnostics.execution.prefetch import ahead, in_halves
+from diagnostics.execution.engines import runs_in_this_process
+from diagnostics.execution.lockstep import Steps, run_in_lockstep
+from diagnostics.execution.prefetch import prefetch, run_halving_on_oom
 from diagnostics.numerics import linalg
 from diagnostics.store.factor_cache import FactorCache, afresh
 from probes import CheckpointPair
@@ -239,7 +239,7 @@ def examined(found: list[FetchedMatrix], settings: IntruderSettings, verify: set
     changed = [each for each in found if each.stored is not None]
     if changed:
         with linalg.threads_for(min(changed[0].matrix.rows, changed[0].matrix.columns)):
-            for each in in_halves(lambda some: _measure(some, settings, verify), changed, _called):
+            for each in run_halving_on_oom(lambda some: _measure(some, settings, verify), changed, _called):
                 results[each.matrix.name] = each
     return [results[each.matrix.name] for each in found]
 
@@ -252,12 +252,12 @@ def _all(
     pair: CheckpointPair, groups: list[list[str]], settings: IntruderSettings, verify: set[str]
 ) -> Generator[MatrixResult, None, None]:
     """Decide groups of matrices on the engine; in this process, the next group is read meanwhile."""
-    if not in_this_process():
+    if not runs_in_this_process():
         calls = (partial(examine, pair, group, settings, verify.intersection(group)) for group in groups)
-        for made in jobs.each(calls, device=settings.device):
+        for made in jobs.run_jobs(calls, device=settings.device):
             yield from made
         return
-    with closing(ahead(lambda group: fetch(pair, group, settings.device), groups)) as reading:
+    with closing(prefetch(lambda group: fetch(pair, group, settings.device), groups)) as reading:
         for found in reading:
             made = examined(found, settings, verify)
             del found  # before the next but one is read
@@ -278,7 +278,7 @@ def _measure(
         [W.to(settings.device, non_blocking=True).to(dtype) for W in side]
         for side in zip(*(each.stored or () for each in changed), strict=True)
     ]
-    updates = in_step(
+    updates = run_in_lockstep(
         [
             update_of(base, tuned, each.low, generator)
             for each, base, tuned, generator in zip(changed, *sides, generators, strict=True)

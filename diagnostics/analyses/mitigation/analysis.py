@@ -280,7 +280,7 @@ class DampingPlan:
             for name, ranks in by_matrix.items():
                 wanted.setdefault(name, set()).update(ranks)
         calls = (partial(_factors, pair, name, sorted(ranks), device) for name, ranks in wanted.items())
-        factors = dict(zip(wanted, jobs.each(calls, device=device), strict=True))
+        factors = dict(zip(wanted, jobs.run_jobs(calls, device=device), strict=True))
         intruders = int(found.metrics.get("intruders", 0))
         return cls(
             pair=pair, blender=Blender(pair), chosen=chosen, factors=factors, intruders=intruders,
@@ -333,7 +333,7 @@ class DampingEvaluator:
     def take(self, points: Sequence[tuple[Mode, float]]) -> None:
         """Measure these points; what has the weights of one measured before has its losses."""
         new = {self._key(*point): point for point in points if self._key(*point) not in self._known}
-        made = workers.each(
+        made = workers.run_calls(
             self._there, self, (partial(DampingEvaluator.at, point=point) for point in new.values())
         )
         for mode, scale in points:
@@ -359,7 +359,7 @@ class DampingEvaluator:
     @cached_property
     def _there(self) -> "workers.WorkerObject[DampingEvaluator] | None":
         make = partial(_measured, bench=self.bench, sets=self.sets)
-        return workers.elsewhere(self.bench.pair, self.editable.loading, make)
+        return workers.pair_on_workers(self.bench.pair, self.editable.loading, make)
 
     @property
     def unscored(self) -> int:

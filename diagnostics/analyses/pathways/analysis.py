@@ -23,7 +23,7 @@ from diagnostics.analyses.pathways.tables import metrics as numbers
 from diagnostics.analyses.pathways.tables import tables
 from diagnostics.core.analysis import Result, analysis, plain
 from diagnostics.core.inputs import tasks
-from diagnostics.execution.workers import by_checkpoint
+from diagnostics.execution.workers import checkpoint_runner
 from probes.checkpoints.series import series_of
 from probes.errors import InputError
 from probes.experts.routes import Weights
@@ -218,7 +218,7 @@ def grokking_pathways(
     )  # fmt: skip
     measured = series.measured(
         "pathways", plan.identity(), plan.measure, progress, least=(2, "a comparison of pathways"),
-        each=by_checkpoint(series, device),
+        each=checkpoint_runner(series, device),
     )  # fmt: skip
     if metric == "auto":
         metric = "loss" if all(each.shape == "text" for each in held.values()) else "accuracy"

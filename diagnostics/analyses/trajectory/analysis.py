@@ -24,7 +24,7 @@ from diagnostics.evaluation.checkpoint_scores import (
     sets_of,
 )
 from diagnostics.evaluation.sets import drawn
-from diagnostics.execution.workers import by_checkpoint
+from diagnostics.execution.workers import checkpoint_runner
 from probes.checkpoints.checkpoint import Checkpoint
 from probes.checkpoints.series import series_of
 from probes.errors import InputError
@@ -173,7 +173,7 @@ def training_trajectory(
     measure = partial(_measured, sets=sets, reading=reading)
     measurements = series.measured(
         "scores", reading.key(sets), measure, progress, least=(4, "a trajectory"),
-        each=by_checkpoint(series, device),
+        each=checkpoint_runner(series, device),
     )  # fmt: skip
     steps, found = np.array(series.steps), curves(measurements, sets)
     notes = [] if series.stepped else ["No steps are known: the checkpoints are counted 0, 1, 2 …"]
