@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from diagnostics.analyses.sparsity.grid import COMPARED
+from diagnostics.analyses.sparsity.grid import COMPARED_SPARSITY
 from diagnostics.plotting import theme
 from diagnostics.plotting.layer_axes import axes, layer_name
 
@@ -139,7 +139,7 @@ def draw_change(overlap: pd.DataFrame) -> "go.Figure":
     """What share of the squared change lies in base's smallest weights, against the diagonal of chance."""
     import plotly.graph_objects as go
 
-    row = overlap.iloc[int((overlap["sparsity"] - COMPARED).abs().argmin())]
+    row = overlap.iloc[int((overlap["sparsity"] - COMPARED_SPARSITY).abs().argmin())]
     held = f"{row['delta_low']:.2g} of the squared change"
     title = f"Base's smallest {row['sparsity']:.2g} of the weights hold {held}"
     figure = theme.figure(title=title, x="smallest share of base's weights", y="share of the squared change")

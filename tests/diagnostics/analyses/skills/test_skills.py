@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from diagnostics.analyses.skills import region
-from diagnostics.analyses.skills.analysis import METRICS, file_names, skill_localization
-from diagnostics.analyses.skills.notes import compact, percent, wording
+from diagnostics.analyses.skills.analysis import METRICS, mask_names, skill_localization
+from diagnostics.analyses.skills.notes import percent, short_count, size_label
 from diagnostics.core.analysis import Result, find, plain
 from diagnostics.core.policy import default_policy, judge
 from probes import CheckpointPair
@@ -223,13 +223,12 @@ def test_the_mask_grafts_what_was_measured(one, found, tmp_path):
 
 
 def test_an_audit_keeps_the_mask_and_redraws(one, tmp_path, monkeypatch):
-    import diagnostics.analysis
-
+    import diagnostics.core.analysis
     from diagnostics.audit.run import audit
     from diagnostics.store.audit_store import load
 
     # Whatever else is installed.
-    monkeypatch.setattr(diagnostics.analysis, "entry_points", lambda **_: [])
+    monkeypatch.setattr(diagnostics.core.analysis, "entry_points", lambda **_: [])
     file = tmp_path / "small.jsonl"
     file.write_text(
         "\n".join(
@@ -247,7 +246,7 @@ def test_an_audit_keeps_the_mask_and_redraws(one, tmp_path, monkeypatch):
 
 
 def test_names_of_masks_are_names_of_files():
-    assert file_names(["a/b", "a b", "c.jsonl", "..", "ü"]) == {
+    assert mask_names(["a/b", "a b", "c.jsonl", "..", "ü"]) == {
         "a/b": "a-b", "a b": "a-b-2", "c.jsonl": "c-jsonl", "..": "task", "ü": "ü",
     }  # fmt: skip
 
@@ -424,10 +423,10 @@ def test_rows_that_cannot_be_split_or_scored_are_refused(one):
 
 
 def test_words_for_sizes():
-    assert [wording(share) for share in (1e-5, 1e-4, 2e-4, 1e-2, 0.011)] == [
+    assert [size_label(share) for share in (1e-5, 1e-4, 2e-4, 1e-2, 0.011)] == [
         "sharp", "sharp", "moderate", "moderate", "diffuse",
     ]  # fmt: skip
-    assert [compact(n) for n in (8505, 85_054_464, 7_200_000_000)] == ["8,505", "85.1 M", "7.2 B"]
+    assert [short_count(n) for n in (8505, 85_054_464, 7_200_000_000)] == ["8,505", "85.1 M", "7.2 B"]
     assert percent(8505 / 85_054_464) == "0.01 %"
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from diagnostics.analyses.sparsity.analysis import METRICS, essential_sparsity
-from diagnostics.analyses.sparsity.dropping_point import dropping
+from diagnostics.analyses.sparsity.dropping_point import estimate_dropping_point
 from diagnostics.core.analysis import find
 from diagnostics.core.policy import default_policy, not_measured
 from diagnostics.evaluation.row_losses import EncodedTask, encoded
@@ -65,6 +65,42 @@ def loss_of(directory, model, rows=ROWS):
         editable, task_of(rows), max_length=None, chat_template=False, batch_tokens=9999
     ).measure(editable.model)
     return losses.nats.sum() / losses.units.sum()
+
+
+# --- masks ---
+
+
+def test_the_mask_at_the_dropping_point_is_what_graft_takes(pair, tmp_path, monkeypatch):
+    import diagnostics.core.analysis
+    from diagnostics.audit.run import audit
+    from diagnostics.edits.graft import graft
+    from diagnostics.store.audit_store import load
+
+    # Whatever else is installed.
+    monkeypatch.setattr(diagnostics.core.analysis, "entry_points", lambda **_: [])
+    (tmp_path / "task.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in ROWS[:20]))
+    refs = pair.base.ref, pair.tuned.ref
+    settings = {"grid": (0.0, 0.2, 0.4, 0.6), "refine": 0.0, "random": False, "patterns": (), "draws": 100}
+    audit(
+        *refs, out=tmp_path / "audit", only=("sparsity",), task=[str(tmp_path / "task.jsonl")],
+        settings={"sparsity": {**settings, "masks": True}},
+    )  # fmt: skip
+    saved = load(tmp_path / "audit").results["sparsity"]
+    # Base drops at 0.4 of the grid, tuned at 0: its mask would keep every weight.
+    assert saved.metrics["dropping_point_base"] == 0.4
+    assert {name: path.name for name, path in saved.masks.items()} == {"base": "sparsity.base.safetensors"}
+    assert any("No mask of tuned is given" in note for note in saved.notes)
+    graft(*refs, saved.masks["base"], tmp_path / "graft")
+    grafted = CheckpointPair(pair.base, tmp_path / "graft").tuned
+    kept = matrices(pruned_naively(half_idle(), 0.4))
+    for name in pair.tuned.headers:
+        base, tuned = pair.base.tensor(name), pair.tuned.tensor(name)
+        where = kept[name] != 0 if name in kept else torch.zeros(base.shape, dtype=torch.bool)
+        assert torch.equal(grafted.tensor(name), torch.where(where, tuned, base)), name
+
+
+def test_masks_are_given_on_request_alone(result):
+    assert result.masks == {}
 
 
 # --- plants ---
@@ -302,7 +338,7 @@ def test_the_estimates_are_those_of_the_curve_in_the_table(result):
     for row in result.tables["points"].to_dict("records"):
         own = curve(result, row["model"])
         values = -own.to_numpy()
-        alone = dropping(
+        alone = estimate_dropping_point(
             own.index.to_numpy(dtype=float), values, np.repeat(values[None], 100, 0), tolerance=0.01,
             relative=True, step=0.1, rows=len(ROWS),
         )  # fmt: skip
