@@ -22,7 +22,7 @@ DRIVER = """
 import os, resource, signal, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from diagnostics import analysis
+from diagnostics.core import analysis
 from diagnostics.core.analysis import Result
 
 analysis.entry_points = lambda **group: []
@@ -319,7 +319,7 @@ def test_a_bug_is_one_line_too_and_a_traceback_on_request(monkeypatch, norms, ch
     def bug(*args, **kwargs):
         raise TypeError("a bug")
 
-    monkeypatch.setattr("diagnostics.audit.audit", bug)
+    monkeypatch.setattr("diagnostics.audit.run.audit", bug)
     result = run("audit", *checkpoints)
     assert result.exit_code == 3
     assert told(result) == "tunescope: TypeError: a bug (TUNESCOPE_TRACEBACK=1 shows where)"

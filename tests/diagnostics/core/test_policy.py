@@ -159,7 +159,7 @@ def write(tmp_path, text):
 def test_a_policy_file_replaces_rules_metric_by_metric(register, tmp_path, monkeypatch):
     register("made", lambda: None, metrics={"a": "", "b": ""})
     default = parse({"made": {"a": {"warn": 1, "source": "x"}, "b": {"warn": 1, "source": "y"}}}, "default")
-    monkeypatch.setattr("diagnostics.core.policy.default_policy", lambda: default)
+    monkeypatch.setattr("diagnostics.core.policy_file.default_policy", lambda: default)
     path = write(tmp_path, "[made]\nb = {fail = 5}\n")
     rules = load_policy(path).rules["made"]
     assert rules["a"] == Rule(warn=1.0, source="x")
