@@ -24,6 +24,7 @@ from pandas import DataFrame
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
+from symbols import Claim, claims_table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -256,16 +257,6 @@ def agree(matrices: DataFrame, base: Decoder, model: Decoder) -> None:
         assert row.intruders == expected, f"{row.matrix}: {row.intruders} intruders, {expected} by definition"
 
 
-@dataclass(frozen=True)
-class Claim:
-    """A claim about a seed, and the numbers that decide it."""
-
-    seed: int
-    text: str
-    holds: bool
-    numbers: str
-
-
 def claims(full: Outcome, rank_one: Outcome, rank_four: Outcome) -> list[Claim]:
     """The claims about the outcomes of one seed."""
 
@@ -394,10 +385,7 @@ def main() -> int:
     if arguments.quick:
         return 0
     claimed = [claim for of_seed in outcomes for claim in claims(*of_seed)]
-    table = Table("seed", "must hold", "numbers", "holds", title="What must hold")
-    for claim in claimed:
-        table.add_row(str(claim.seed), claim.text, claim.numbers, "yes" if claim.holds else "NO")
-    console.print(table)
+    console.print(claims_table(claimed))
     console.print(
         "Shown, not claimed: scaling the whole update is the control that the paper lacks. Where it relieves "
         "as much for as little, nothing is special about the intruders. And at these learning rates LoRA "

@@ -220,8 +220,11 @@ def skill_localization(
         >>> from diagnostics import skill_localization
         >>> from diagnostics.audit.demo import BUNDLED
         >>> from probes import CheckpointPair
-        >>> pair = CheckpointPair(BUNDLED / "base", BUNDLED / "full")
-        >>> result = skill_localization(pair, BUNDLED / "task.jsonl", search="movement", draws=100)
+        >>> from probes.text.rows import read_task
+        >>> pair, task = CheckpointPair(BUNDLED / "base", BUNDLED / "full"), BUNDLED / "task.jsonl"
+        >>> result = skill_localization(
+        ...     pair, read_task(task, limit=96), search="movement", budgets=(0.01,), draws=100
+        ... )
         >>> sorted(result.masks)
         ['task']
     """

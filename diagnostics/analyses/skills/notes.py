@@ -31,7 +31,7 @@ def verdict(measured: TaskMeasurements, total: int, metrics: Mapping[str, float]
     gain = "gain of tuning" if scores.kind == "accuracy" else "loss reduction of tuning"
     rel = scores.rel("graft")
     text = (
-        f"{measured.task}: a region of {choice.size:,} of {short_count(total)} entries "
+        f"{measured.task}: a sufficient region of {choice.size:,} of {short_count(total)} entries "
         f"({percent(choice.size / total)}) keeps {rel.value:.0%} of the {gain} (Rel {with_interval(rel)})"
     )
     if "agreement" in metrics:
@@ -72,14 +72,13 @@ def pair_notes(pair: CheckpointPair, evaluator: GraftEvaluator) -> list[str]:
     ]
     if pair.tuned.kind == "adapter":
         notes.append(
-            "Tuned is an adapter. The region is one of its merged weights, whose delta is dense; it does not "
+            "Tuned is an adapter. The region is one of its merged weights, with a dense delta; it does not "
             "say which rank-one parts of the adapter carry the skill."
         )
     only_tuned = sorted(host.headers.keys() - host.twins)
     if only_tuned:
-        notes.append(
-            f"Base lacks {len(only_tuned)} tensors, such as {only_tuned[0]}; base is measured with tuned's."
-        )
+        many = f"{len(only_tuned)} tensors, such as {only_tuned[0]}" if len(only_tuned) > 1 else only_tuned[0]
+        notes.append(f"Base lacks {many}; it is measured with tuned's.")
     if evaluator.outside:
         notes.append(
             f"Tuning also changed {len(evaluator.outside)} tensors that are not eligible, such as "

@@ -44,49 +44,34 @@ if TYPE_CHECKING:
 # The grid of the paper's code.
 GRID = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
-METRICS = {
-    "dropping_point_tuned": "tuned, zero-shot: last measured sparsity before its task metric leaves the "
-    "tolerance",
-    "dropping_point_base": "the same of base",
+# One text for both sides, which take the place of `{side}`.
+METRIC_TEXTS = {
+    "dropping_point_{side}": "{side}, zero-shot: last sparsity before its task metric leaves the tolerance",
     "shift": "robust point of tuned minus that of base; below 0 tuned tolerates less",
     "shift_low": "lower end of its paired 95 % interval",
     "shift_high": "upper end",
-    "robust_point_tuned": "tuned: sparsity at which an isotonic fit leaves the tolerance",
-    "robust_point_tuned_low": "lower end of its 95 % interval",
-    "robust_point_tuned_high": "upper end",
-    "robust_point_base": "the same of base",
-    "robust_point_base_low": "lower end",
-    "robust_point_base_high": "upper end",
-    "reached_tuned": "1 if tuned falls within the grid; 0: its points are lower bounds",
-    "reached_base": "the same of base",
-    "hinge_tuned": "sparsity at which two slopes fitted to tuned's curve meet",
-    "hinge_base": "the same of base",
-    "dbic_tuned": "evidence for two slopes over one (difference in BIC); above 10 very strong",
-    "dbic_base": "the same of base",
-    "dropping_point_keep_tuned": "dropping point of tuned on the keep rows",
-    "dropping_point_keep_base": "the same of base",
+    "robust_point_{side}": "{side}: sparsity at which an isotonic fit leaves the tolerance",
+    "robust_point_{side}_low": "{side}: lower end of its 95 % interval",
+    "robust_point_{side}_high": "{side}: upper end",
+    "reached_{side}": "1 if {side} falls within the grid; 0: its points are lower bounds",
+    "hinge_{side}": "sparsity at which two slopes fitted to {side}'s curve meet",
+    "dbic_{side}": "{side}: evidence for two slopes over one (difference in BIC); above 10 very strong",
+    "dropping_point_keep_{side}": "dropping point of {side} on the keep rows",
     "finetuned_point": "dropping point of base with masked fine-tuning",
     "finetuned_robust_point": "the same by the robust fit",
     "finetuned_robust_point_low": "lower end of its 95 % interval",
     "finetuned_robust_point_high": "upper end",
     "finetuned_reached": "1 if it falls within the grid",
-    "whole_model_share_tuned": "share of tuned's parameters pruned at its dropping point",
-    "whole_model_share_base": "the same of base",
-    "value_tuned": "tuned's task metric without a mask",
-    "value_base": "the same of base",
-    "value_2_4_tuned": "tuned's task metric at 2:4",
-    "value_2_4_base": "the same of base",
-    "drop_2_4_tuned": "drop of tuned's task metric at 2:4; above 0 is worse",
-    "drop_2_4_base": "the same of base",
-    "perplexity_ratio_2_4_tuned": "perplexity of tuned at 2:4 over that without a mask",
-    "perplexity_ratio_2_4_base": "the same of base",
+    "whole_model_share_{side}": "share of {side}'s parameters pruned at its dropping point",
+    "value_{side}": "{side}'s task metric without a mask",
+    "value_2_4_{side}": "{side}'s task metric at 2:4",
+    "drop_2_4_{side}": "drop of {side}'s task metric at 2:4; above 0 is worse",
+    "perplexity_ratio_2_4_{side}": "perplexity of {side} at 2:4 over that without a mask",
     "kappa_at_0_3": "overlap of base's and tuned's masks at 0.3 beyond chance: 1 equal, 0 chance",
     "revived_at_0_3": "share of the weights pruned by base's mask at 0.3 that tuned's keeps; chance 0.7",
     "delta_low_at_0_3": "share of the squared change in base's lowest 30 % of weights; chance 0.3",
-    "fullest_tuned": "highest sparsity of one matrix of tuned at its dropping point",
-    "fullest_base": "the same of base",
-    "zeros_tuned": "share of the scope that is zero in tuned before pruning",
-    "zeros_base": "the same of base",
+    "fullest_{side}": "highest sparsity of one matrix of {side} at its dropping point",
+    "zeros_{side}": "share of the scope that is zero in {side} before pruning",
     "scope_share": "share of tuned's parameters in the scope",
     "evaluations": "passes over the rows",
     "rows_task": "task rows scored",
@@ -94,6 +79,11 @@ METRICS = {
     "rows_needed": "task rows that would tell the tolerance from noise",
     "unscored": "rows with nothing to score",
     "truncated": "rows cut because they are longer than the model takes",
+}
+METRICS = {
+    name.format(side=side): text.format(side=side)
+    for name, text in METRIC_TEXTS.items()
+    for side in (("tuned", "base") if "{side}" in name else ("",))
 }
 
 
@@ -237,7 +227,7 @@ def essential_sparsity(
         >>> from diagnostics.audit.demo import BUNDLED
         >>> from probes import CheckpointPair
         >>> pair, texts = CheckpointPair(BUNDLED / "base", BUNDLED / "full"), ["a cat sat", "the dog ran"]
-        >>> result = essential_sparsity(pair, texts, grid=(0, 0.3, 0.6), patterns=(), draws=100)
+        >>> result = essential_sparsity(pair, texts, grid=(0, 0.2, 0.4, 0.6), patterns=(), draws=100)
         >>> result.tables["curve"]["sparsity"].max()
         0.6
     """

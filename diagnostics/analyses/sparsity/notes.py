@@ -148,14 +148,13 @@ def scope_notes(measurements: SparsityMeasurements, metrics: Numbers) -> list[st
     )
     only_tuned = sorted(set(host.headers) - host.twins)
     if only_tuned:
-        lines.append(
-            f"Base lacks {len(only_tuned)} tensors, such as {only_tuned[0]}; base is measured with tuned's."
-        )
+        many = f"{len(only_tuned)} tensors, such as {only_tuned[0]}" if len(only_tuned) > 1 else only_tuned[0]
+        lines.append(f"Base lacks {many}; it is measured with tuned's.")
     if masks.left_out:
         lines.append(
             f"{len(masks.left_out)} of the file's tensors, such as {masks.left_out[0]}, are not part of the "
             "running model and are not pruned."
         )
     if any(matrix.part == "router" for matrix in host.pair.tuned.matrices.values()):
-        lines.append("Mixture of experts: an expert that no row is routed to looks free to prune.")
+        lines.append("Mixture of experts: experts that these rows are never routed to look free to prune.")
     return lines

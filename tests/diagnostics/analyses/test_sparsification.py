@@ -135,7 +135,7 @@ def test_a_jump_is_marked_at_its_checkpoint(tmp_path):
     assert table["small_jump"].tolist() == [False] * 4 + [True, False]
     assert (found.metrics["jumps"], found.metrics["jump"]) == (1, 4)
     assert found.metrics["zero_rise"] == pytest.approx(0.305, abs=1e-3)
-    assert any("Sparsification jumps at 4000" in note for note in found.notes)
+    assert any("Sparsification at 4000" in note for note in found.notes)
 
 
 def test_weights_that_only_shrink_are_told_from_sparsification(tmp_path):

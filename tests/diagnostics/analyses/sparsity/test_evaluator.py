@@ -57,8 +57,7 @@ def test_falling_sparsities_and_other_sides_start_from_the_checkpoint(evaluator)
         for name in evaluator.masks.names:
             pruned = evaluator.masks.pruned(side, "magnitude", sparsity, name)
             assert torch.equal(alone.tensor(name), evaluator.host.read(name, side).masked_fill(pruned, 0))
-    evaluator.host.become("tuned")
-    evaluator.forget()
+    evaluator.prune("tuned", "magnitude", 0.0)
 
 
 def test_random_masks_are_the_same_for_both_sides_and_nest(evaluator):
