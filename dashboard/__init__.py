@@ -1,4 +1,4 @@
-"""What is seen: the Dash app that explores audits. It reads audits only, never a checkpoint."""
+"""The Dash app that explores audits. It reads audits only, never a checkpoint."""
 
 from typing import TYPE_CHECKING, Any
 

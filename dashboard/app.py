@@ -1,4 +1,4 @@
-"""The Dash app: the frame, the pages, and what ties them to the address."""
+"""The Dash app: the frame, the pages, and the callbacks that follow the address."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -8,12 +8,13 @@ from typing import Any
 import dash
 from dash import ClientsideFunction, Input, Output, State, no_update, set_props
 
-from dashboard.components import choose, frame, parts
+from dashboard import frame
+from dashboard.components import choose, parts
 from dashboard.components.style import INDEX
-from dashboard.pages import View, analysis_callbacks, pages
+from dashboard.pages import PAGES
 from dashboard.server import guard
 from dashboard.state.audit_library import AuditLibrary
-from dashboard.state.query import parse
+from dashboard.state.view import Site
 from diagnostics.store.audit_store import Audit
 from probes.errors import InputError
 
@@ -21,13 +22,13 @@ log = logging.getLogger(__name__)
 
 
 class Dashboard(dash.Dash):
-    """A Dash app that refuses to offer its debugger to others than this machine."""
+    """A Dash app that offers its debugger to this machine only."""
 
     def run(self, host: str | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `dash.Dash.run`.
 
         Raises:
-            InputError: `debug` on an address that others reach: the debugger runs whatever it is sent.
+            InputError: `debug` on an address that others can reach: the debugger runs any code it is sent.
         """
         if kwargs.get("debug") and not guard.loopback(host or "127.0.0.1"):
             raise InputError(f"debug=True on host {host}: others could run code here; leave debug off")
@@ -35,9 +36,9 @@ class Dashboard(dash.Dash):
         return super().run(host or "127.0.0.1", *args, **kwargs)
 
 
-def broken(error: Exception) -> Any:
-    """Say on the page that an answer failed, and in the log how."""
-    log.error("the dashboard cannot answer", exc_info=error)
+def show_error(error: Exception) -> Any:
+    """Show the error of a callback on the page, and log it."""
+    log.error("a callback of the dashboard failed", exc_info=error)
     set_props("trouble", {"children": parts.failure(error)})
     return None
 
@@ -49,19 +50,24 @@ def create_app(
     token: str | None = None,
     allowed: Mapping[str, Any] | None = None,
 ) -> Dashboard:
-    """The dashboard over saved audits: run it, hand it to a WSGI server, or show it in a notebook.
+    """The dashboard of saved audits: run it, pass it to a WSGI server, or show it in a notebook.
+
+    >>> from dashboard import create_app
+    >>> app = create_app()  # or create_app(["audit-1", "audit-2"])
+    >>> app.server.test_client().get("/").status_code
+    200
 
     Args:
-        audits: directories of audits or of series, audits in memory, or these by the names to show.
-        prefix: the path under which it is served, where a proxy hands on only a part of a site.
-        token: what a visitor must bring, as `?token=…`; None lets everyone in.
-        allowed: what it may do beyond looking at audits, by name; each page says what it asks for.
+        audits: directories of audits or series, audits in memory, or either by the name to show.
+        prefix: the path that it is served under, where a proxy forwards only a part of a site.
+        token: what visitors must send once, as `?token=…`; None lets everyone in.
+        allowed: what visitors may do beyond reading audits, by name; see each page.
 
     Raises:
         InputError: a path without an audit.
     """
-    shelf = audits if isinstance(audits, AuditLibrary) else AuditLibrary(audits)
-    may = dict(allowed or {})
+    library = audits if isinstance(audits, AuditLibrary) else AuditLibrary(audits)
+    site = Site(library, dict(allowed or {}))
     path = "/" + prefix.strip("/") + "/" if prefix.strip("/") else "/"
     app = Dashboard(
         "tunescope",
@@ -72,15 +78,15 @@ def create_app(
         title="tunescope",
         update_title="",
         index_string=INDEX,
-        # Pages come and go, and with them what their callbacks name.
+        # The callbacks of a page name components that exist only while it is shown.
         suppress_callback_exceptions=True,
         enable_mcp=False,
         meta_tags=[{"name": "color-scheme", "content": "light dark"}],
-        background_callback_manager=may.get("background"),
-        on_error=broken,
+        background_callback_manager=site.allowed.get("background"),
+        on_error=show_error,
     )
     app.layout = frame.layout()
-    guard.protect(app.server, token=token, prefix=path)
+    guard.protect(app, token=token, prefix=path)
 
     app.clientside_callback(
         ClientsideFunction("tunescope", "placed"),
@@ -103,8 +109,8 @@ def create_app(
         State("shown", "data"),
     )
     def turn(_: str | None, search: str | None, shown: Any) -> Any:
-        """The page that the address names, unless it is the one that stands there."""
-        view, page = frame.sought(View(shelf, parse(search), may))
+        """The page that the address names, unless it is already shown."""
+        view, page = frame.resolve(site.view(search))
         now = frame.identity(view.query, page)
         if now == shown:
             return (no_update,) * 5
@@ -124,8 +130,7 @@ def create_app(
         State("shell", "navbar"),
     )
     choose.callbacks(app)
-    analysis_callbacks.callbacks(app, shelf, may)
-    for each in pages().values():
-        if each.callbacks:
-            each.callbacks(app, shelf, may)
+    for page in PAGES.values():
+        if page.callbacks:
+            page.callbacks(app, site)
     return app

@@ -1,4 +1,4 @@
-"""Look at audits in a browser: one explored, several compared, a series followed."""
+"""`tunescope dashboard`: explore an audit, compare several, or follow a series in a browser."""
 
 import secrets
 import socket
@@ -19,48 +19,55 @@ def dashboard(
         list[str] | None,
         typer.Argument(
             metavar="[AUDIT…]",
-            help="Directories of audits or of series, or that hold some; without any, those here.",
+            help="Directories of audits or series, or of several; without any, those in this directory.",
             show_default=False,
         ),
     ] = None,
     host: Annotated[
-        str, typer.Option(metavar="H", help="Address to bind to; one that others reach asks for a token.")
+        str,
+        typer.Option(
+            metavar="H", help="Address to bind to; one that others can reach asks visitors for a token."
+        ),
     ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option(metavar="P", min=0, max=65535, help="0 takes any that is free.")
-    ] = 8050,
-    prefix: Annotated[str, typer.Option(metavar="PATH", help="Path that a proxy serves it under.")] = "/",
+    port: Annotated[int, typer.Option(metavar="P", min=0, max=65535, help="0 takes any free port.")] = 8050,
+    prefix: Annotated[str, typer.Option(metavar="PATH", help="Path under which a proxy serves it.")] = "/",
     open_browser: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
     allow_run: Annotated[
-        bool, typer.Option("--allow-run", help="Let visitors run audits of the pairs given here.")
+        bool, typer.Option("--allow-run", help="Let visitors run audits of the pairs that --pair names.")
     ] = False,
     pair: Annotated[
-        list[str] | None, typer.Option(metavar='"NAME=BASE TUNED"', help="What visitors may run an audit of.")
+        list[str] | None,
+        typer.Option(metavar='"NAME=BASE TUNED"', help="A pair that visitors may audit; repeatable."),
     ] = None,
     runs: Annotated[
-        Path, typer.Option(metavar="DIR", help="Where these audits are written; made if need be.")
+        Path,
+        typer.Option(metavar="DIR", help="Where these audits are written; created if it does not exist."),
     ] = Path("audits"),
-    task: Annotated[list[str] | None, typer.Option(metavar="F", help="Rows for them, as of `audit`.")] = None,
-    keep: Annotated[list[str] | None, typer.Option(metavar="F", help="The same.")] = None,
-    guard: Annotated[list[str] | None, typer.Option(metavar="F", help="The same.")] = None,
-    ood: Annotated[list[str] | None, typer.Option(metavar="NAME=F", help="The same.")] = None,
-    train: Annotated[list[str] | None, typer.Option(metavar="F", help="The same.")] = None,
-    policy: Annotated[
-        str | None, typer.Option(metavar="F", help="A TOML file of thresholds for them.")
+    task: Annotated[
+        list[str] | None, typer.Option(metavar="F", help="Rows for these audits, as in `tunescope audit`.")
     ] = None,
-    device: Annotated[str, typer.Option(metavar="D", help="Where they run.")] = "auto",
+    keep: Annotated[list[str] | None, typer.Option(metavar="F", help="As --task.")] = None,
+    guard: Annotated[list[str] | None, typer.Option(metavar="F", help="As --task.")] = None,
+    ood: Annotated[list[str] | None, typer.Option(metavar="NAME=F", help="As --task.")] = None,
+    train: Annotated[list[str] | None, typer.Option(metavar="F", help="As --task.")] = None,
+    policy: Annotated[
+        str | None, typer.Option(metavar="F", help="A TOML file of thresholds for these audits.")
+    ] = None,
+    device: Annotated[str, typer.Option(metavar="D", help="Device for these audits.")] = "auto",
 ) -> None:
-    """Look at audits in a browser."""
+    """Explore audits in a browser."""
     from dashboard.server.guard import loopback
 
     rows = {"task": task, "keep": keep, "guard": guard, "ood": ood, "train": train}
-    given = {role: files for role, files in rows.items() if files}
+    files = {role: paths for role, paths in rows.items() if paths}
     allowed: dict[str, Any] = {}
     if allow_run:
-        allowed["run"] = runnable(pair or [], runs, given, policy, device)
-    elif pair or given or policy:
-        raise InputError("--pair, rows and --policy are for audits that visitors run: add --allow-run")
-    free(host, port)
+        allowed["run"] = runs_of(pair or [], runs, files, policy, device)
+    elif pair or files or policy:
+        raise InputError(
+            "--pair, files of rows and --policy are for audits that visitors run: add --allow-run"
+        )
+    check_port(host, port)
     token = None if loopback(host) else secrets.token_urlsafe(24)
     serve(
         audits or [],
@@ -73,25 +80,25 @@ def dashboard(
     )
 
 
-def runnable(
+def runs_of(
     pair: list[str], directory: Path, rows: dict[str, list[str]], policy: str | None, device: str
 ) -> "Runs":
-    """What visitors may run, checked as far as a start in a second allows.
+    """The audits that visitors may run, checked as far as a fast start allows.
 
     Raises:
-        InputError: no pair, one that cannot be read, or a policy that makes no sense.
+        InputError: no pair, a pair that cannot be parsed, or a policy file that does not exist.
     """
     from dashboard.server.runs import Runs, pairs
 
     if not pair:
-        raise InputError('--allow-run: of what? add --pair "NAME=BASE TUNED", as often as there are pairs')
+        raise InputError('--allow-run needs a pair: add --pair "NAME=BASE TUNED" for each pair to offer')
     if policy and not Path(policy).is_file():
         raise InputError(f"--policy {policy}: there is no such file")
     return Runs(directory, pairs(pair), rows, policy, device)
 
 
-def free(host: str, port: int) -> None:
-    """Make sure of the address before anything is loaded.
+def check_port(host: str, port: int) -> None:
+    """Check the address before anything is loaded.
 
     Raises:
         InputError: it cannot be bound.
@@ -122,39 +129,38 @@ def serve(
 
     from dashboard.app import create_app
     from dashboard.server.guard import LOCAL, only_called
-    from dashboard.server.warm import afterwards, meanwhile
+    from dashboard.server.warm import import_after_first_response, read_first
     from dashboard.state.audit_library import AuditLibrary, nearby
 
     class Quiet(WSGIRequestHandler):
-        """Keeps requests out of the terminal; errors are shown."""
+        """Prints errors, but not each request."""
 
         def log_request(self, *_: object) -> None:
-            """Say nothing."""
+            """Print nothing."""
 
-    shelf = AuditLibrary(audits or list(nearby(Path.cwd())))
-    if not shelf.entries and not allowed:
+    library = AuditLibrary(audits or nearby(Path.cwd()))
+    if not library.entries and not allowed:
         raise InputError(
-            "no audit here; name one, or write one with `tunescope audit BASE TUNED --out DIR` "
+            "no audit in this directory; name one, or write one with `tunescope audit BASE TUNED --out DIR` "
             "(`tunescope demo` writes three)"
         )
-    app = create_app(shelf, prefix=prefix, token=token, allowed=allowed)
+    app = create_app(library, prefix=prefix, token=token, allowed=allowed)
     if token is None and prefix.strip("/") == "":
         only_called(app.server, LOCAL | {host})
-    afterwards(app.server, shelf)
-    meanwhile(shelf)
+    import_after_first_response(app.server, library)
+    read_first(library)
     server = make_server(host, port, app.server, threaded=True, request_handler=Quiet)
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{server.server_port}{app.config.requests_pathname_prefix}"
     if token:
         typer.echo(
-            f"{host} can be reached by others, and audits tell of models and texts that may be private: "
-            "a token is asked for.",
+            f"Others can reach {host}, and audits describe models and texts that may be private: "
+            "visitors need the token.",
             err=True,
         )
         address += f"?token={token}"
-    typer.echo(
-        f"{len(shelf.entries)} on the shelf: {', '.join(list(shelf.entries)[:6]) or 'none yet'}", err=True
-    )
+    names = ", ".join([*list(library.entries)[:6], *(["…"] if len(library.entries) > 6 else [])])
+    typer.echo(f"{len(library.entries)} audits and series: {names or 'none yet'}", err=True)
     if "run" in allowed:
         typer.echo(f"visitors may run audits of {', '.join(allowed['run'].pairs)}", err=True)
     typer.echo(address)

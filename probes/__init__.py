@@ -1,4 +1,4 @@
-"""Reading what is in models: weights, one matrix at a time, and what they do when they run."""
+"""Read models: their weights, one matrix at a time, and their activations and scores when they run."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -8,25 +8,47 @@ if TYPE_CHECKING:
     from probes.checkpoints.checkpoint import Checkpoint as Checkpoint
     from probes.checkpoints.opening import open_checkpoint as open_checkpoint
     from probes.checkpoints.pair import CheckpointPair as CheckpointPair
+    from probes.checkpoints.series import CheckpointSeries as CheckpointSeries
+    from probes.errors import InputError as InputError
+    from probes.errors import UnknownNameError as UnknownNameError
     from probes.files.layout import Matrix as Matrix
     from probes.models.loading import Runnable as Runnable
     from probes.models.runnable import RunnablePair as RunnablePair
     from probes.models.runnable import open_model as open_model
     from probes.passes.activations import capture as capture
     from probes.passes.scores import score_examples as score_examples
+    from probes.text.batches import Batch as Batch
+    from probes.text.batches import Example as Example
+    from probes.text.batches import batches as batches
+    from probes.text.encode import encode as encode
+    from probes.text.rows import Row as Row
+    from probes.text.rows import Task as Task
+    from probes.text.rows import read_task as read_task
+    from probes.text.rows import task_of as task_of
 
 # Loaded when asked for: the command line imports this package and must not wait for torch.
 EXPORTS = {
+    "Batch": "probes.text.batches",
     "Checkpoint": "probes.checkpoints.checkpoint",
     "CheckpointPair": "probes.checkpoints.pair",
+    "CheckpointSeries": "probes.checkpoints.series",
+    "Example": "probes.text.batches",
+    "InputError": "probes.errors",
     "LowRank": "probes.adapters.parts",
     "Matrix": "probes.files.layout",
+    "Row": "probes.text.rows",
     "Runnable": "probes.models.loading",
     "RunnablePair": "probes.models.runnable",
+    "Task": "probes.text.rows",
+    "UnknownNameError": "probes.errors",
+    "batches": "probes.text.batches",
     "capture": "probes.passes.activations",
+    "encode": "probes.text.encode",
     "open_checkpoint": "probes.checkpoints.opening",
     "open_model": "probes.models.runnable",
+    "read_task": "probes.text.rows",
     "score_examples": "probes.passes.scores",
+    "task_of": "probes.text.rows",
 }
 __all__ = sorted(EXPORTS)
 

@@ -1,9 +1,22 @@
-"""What is wrong with the input: errors that a person can mend, and that a program can tell from a fault."""
+"""Errors of the input, which a person can mend and a program can tell from a crash."""
 
 
 class InputError(ValueError):
-    """The input is wrong. The text says what, where, and how to mend it, on one line."""
+    """The input is wrong. The text says what, where, and how to mend it, on one line.
+
+    >>> from probes import open_checkpoint
+    >>> open_checkpoint("no/such.safetensors")
+    Traceback (most recent call last):
+    probes.errors.InputError: no/such.safetensors: no such file or directory
+    """
 
 
 class UnknownNameError(InputError, LookupError):
-    """A name that is not known; the text lists those that are."""
+    """A name that is not known; the text lists the known ones.
+
+    >>> import torch
+    >>> from probes import open_checkpoint
+    >>> open_checkpoint({"model.layers.0.mlp.up_proj.weight": torch.eye(2)}).tensor("up_proj")
+    Traceback (most recent call last):
+    probes.errors.UnknownNameError: state dict: has no tensor 'up_proj'; the nearest of its 1: model.layers...
+    """

@@ -1,25 +1,32 @@
 "use strict";
-// Ties the controls to the address, follows links without loading anew, and keeps figures in the page's colours.
+// Connects the controls with the address, follows links without reloading, and keeps figures in the page's colours.
 window.dash_clientside = window.dash_clientside || {};
 (() => {
   const set = (id, props) => window.dash_clientside.set_props(id, props);
   const looks = document.documentElement;
   const scheme = () => looks.getAttribute("data-mantine-color-scheme") || "light";
 
-  // A value of a control as the address writes it, and back.
+  // A value of a control as the address writes it, and back. An empty number is written as OFF.
+  const OFF = "off";
+  const isEmpty = (value) => value === null || value === undefined || value === "";
   const written = (kind, value) => {
-    if (value === null || value === undefined || value === "") return [];
+    if (isEmpty(value)) return kind === "number" ? [OFF] : [];
     if (kind === "span") return [`${value[0]}-${value[1]}`];
     return kind === "many" ? value : [String(value)];
   };
   const read = (id, values) => {
-    const given = values.length ? values : id.default ? [id.default] : [];
-    if (id.kind === "many") return given;
-    if (!given.length) return null;
-    if (id.kind === "span") return given[0].split("-").map(Number);
-    return given[0];
+    const [first] = values.length ? values : [id.default];
+    if (id.kind === "many") return values;
+    if (id.kind === "number") return first === OFF ? "" : Number(first);
+    if (isEmpty(first)) return null;
+    return id.kind === "span" ? first.split("-").map(Number) : first;
   };
-  const same = (a, b) => JSON.stringify(a ?? null) === JSON.stringify(b ?? null);
+  // 0.5 and "0.50" are the same number; no value is the same as an empty list.
+  const plain = (kind, value) => {
+    if (kind === "number") return isEmpty(value) ? "" : Number(value);
+    return value ?? (kind === "many" ? [] : null);
+  };
+  const same = (kind, a, b) => JSON.stringify(plain(kind, a)) === JSON.stringify(plain(kind, b));
   const go = (params) => {
     const search = `?${params}`;
     if (search !== location.search) set("url", { search });
@@ -32,10 +39,10 @@ window.dash_clientside = window.dash_clientside || {};
         const at = each.prop_id.lastIndexOf(".");
         if (at < 1) continue;
         const id = JSON.parse(each.prop_id.slice(0, at));
-        const values = written(id.kind, each.value);
-        if (same(values, params.getAll(id.key))) continue;
+        if (same(id.kind, each.value, read(id, params.getAll(id.key)))) continue;
         params.delete(id.key);
-        if (!(values.length === 1 && values[0] === id.default)) values.forEach((value) => params.append(id.key, value));
+        if (same(id.kind, each.value, read(id, []))) continue;
+        written(id.kind, each.value).forEach((value) => params.append(id.key, value));
       }
       go(params);
     },
@@ -43,12 +50,11 @@ window.dash_clientside = window.dash_clientside || {};
       const params = new URLSearchParams(search || "");
       ids.forEach((id, i) => {
         const value = read(id, params.getAll(id.key));
-        const now = id.kind === "many" ? values[i] || [] : values[i];
-        if (!same(value, now)) set(id, { value });
+        if (!same(id.kind, value, values[i])) set(id, { value });
       });
     },
-    // Where an address leads, without what only the controls of that place read: the server is asked
-    // for a page, or for a matrix, only when it is another one.
+    // The keys of an address that select a page, and those that select a matrix. The server is asked for either only
+    // when its keys change.
     placed(search, inside, page, spot) {
       const params = new URLSearchParams(search || "");
       const now = { page: new URLSearchParams(), spot: new URLSearchParams() };
@@ -72,13 +78,13 @@ window.dash_clientside = window.dash_clientside || {};
     },
     refill(_search, ids) {
       clearTimeout(refilling);
-      // Figures first: they are what a person who filters looks at.
+      // Figures first: a visitor who filters looks at them.
       refilling = setTimeout(() => {
         for (const id of ids) {
           try {
             window.dash_ag_grid.getApi(id).purgeInfiniteCache();
           } catch (error) {
-            // A table that is not shown has not been drawn; it asks for its rows when it is.
+            // A table in a closed tab does not exist yet; it requests its rows when its tab opens.
           }
         }
       }, 350);

@@ -1,1 +1,1 @@
-"""What is drawn: parts of a page, controls, grids, figures."""
+"""What pages are built from: controls, tables, figures."""

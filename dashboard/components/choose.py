@@ -1,6 +1,6 @@
-"""Controls whose value stands in the address: the browser writes it there, and back from there on "back".
+"""Controls that keep their value in the address: the browser writes it there and restores it on "back".
 
-A control with an id of `choice` is all that a page needs for that; `assets/choose.js` does the rest.
+A page gives a control the id `choice(…)`; `assets/tunescope.js` does the rest.
 """
 
 from typing import Any, Literal
@@ -8,72 +8,86 @@ from typing import Any, Literal
 import dash_mantine_components as dmc
 from dash import ALL, ClientsideFunction, Dash, Input, State
 
+from dashboard.components.parts import Content
+from dashboard.state import filters
 from dashboard.state.query import Query
+from diagnostics.core.analysis import Result
+
+Kind = Literal["one", "many", "span", "number"]
+OFF = "off"  # an empty number in an address
 
 
-def choice(key: str, kind: Literal["one", "many", "span"] = "one", default: str = "") -> dict[str, str]:
+def choice(key: str, kind: Kind = "one", default: str = "") -> dict[str, str]:
     """The id of a control for a key of the query.
 
     Args:
-        kind: whether its value is one string, a list of them, or the two ends of a range.
-        default: the value, as an address writes it, that is left out of the address.
+        kind: one string, a list of strings, the two ends of a range, or a number that may be empty.
+        default: the value, as an address writes it, that the address omits.
     """
     return {"role": "choose", "key": key, "kind": kind, "default": default}
 
 
 def one(
-    query: Query, key: str, label: str, options: list[Any], default: str = "", **about: Any
+    query: Query, key: str, label: str, options: list[Any], default: str = "", **props: Any
 ) -> dmc.Select:
-    """A choice of one of some strings, or of `{"value", "label"}`."""
-    look = {"size": "sm", "allowDeselect": not default, "clearable": not default, **about}
-    return dmc.Select(
-        id=choice(key, "one", default),
-        label=label,
-        data=options,
-        value=query.one(key, default) or None,
-        **look,
+    """A choice of one string. Options are strings, or `{"value", "label"}`."""
+    look = {"size": "sm", "allowDeselect": not default, "clearable": not default, **props}
+    value = query.one(key, default) or None
+    return dmc.Select(id=choice(key, "one", default), label=label, data=options, value=value, **look)
+
+
+def many(query: Query, key: str, label: str, options: list[str], **props: Any) -> dmc.MultiSelect:
+    """A choice of any number of strings; none means all."""
+    look = {"size": "sm", "clearable": True, "searchable": len(options) > 8, "placeholder": "all", **props}
+    value = [name for name in query.many(key) if name in options]
+    return dmc.MultiSelect(id=choice(key, "many"), label=label, data=options, value=value, **look)
+
+
+def number(query: Query, key: str, default: float | None, **props: Any) -> dmc.NumberInput:
+    """A number, or nothing."""
+    written = OFF if default is None else repr(default)
+    try:
+        value: float | str = float(query.one(key, written))
+    except ValueError:
+        value = ""
+    look = {"size": "sm", "hideControls": True, "debounce": 200, **props}
+    return dmc.NumberInput(id=choice(key, "number", written), value=value, **look)
+
+
+def span(query: Query, key: str, label: str, low: int, high: int) -> dmc.InputWrapper:
+    """A range of whole numbers; the full range filters nothing."""
+    first, last = query.span(key) or (low, high)
+    slider = dmc.RangeSlider(
+        id=choice(key, "span", f"{low}-{high}"),
+        min=low,
+        max=high,
+        minRange=0,
+        value=[max(low, int(first)), min(high, int(last))],
+        marks=[{"value": end, "label": str(end)} for end in (low, high)],
+        thumbFromLabel=f"{label} from",
+        thumbToLabel=f"{label} to",
+        updatemode="mouseup",
+        size="sm",
+        mb="md",
     )
+    return dmc.InputWrapper(slider, label=label, className="span")
 
 
-def many(query: Query, key: str, label: str, options: list[str], **about: Any) -> dmc.MultiSelect:
-    """A choice of any of some strings; none means all."""
-    look = {"size": "sm", "clearable": True, "searchable": len(options) > 8, "placeholder": "all", **about}
-    return dmc.MultiSelect(
-        id=choice(key, "many"),
-        label=label,
-        data=options,
-        value=[value for value in query.many(key) if value in options],
-        **look,
-    )
-
-
-def span(query: Query, key: str, label: str, low: int, high: int, **about: Any) -> dmc.InputWrapper:
-    """A choice of a range of whole numbers; the whole of it means that nothing is left out."""
-    chosen = query.span(key) or (low, high)
-    marks = [{"value": low, "label": str(low)}, {"value": high, "label": str(high)}]
-    return dmc.InputWrapper(
-        dmc.RangeSlider(
-            id=choice(key, "span", f"{low}-{high}"),
-            min=low,
-            max=high,
-            step=1,
-            minRange=0,
-            value=[max(low, int(chosen[0])), min(high, int(chosen[1]))],
-            marks=marks,
-            thumbFromLabel=f"{label} from",
-            thumbToLabel=f"{label} to",
-            updatemode="mouseup",
-            size="sm",
-            mb="md",
-            **about,
-        ),
-        label=label,
-        className="span",
-    )
+def row_filters(result: Result, query: Query) -> list[Content]:
+    """A control for each column that a result can be filtered by and that has at least two values."""
+    controls: list[Content] = []
+    layers = filters.layer_range(result.tables)
+    if layers and layers[0] < layers[1]:
+        controls.append(span(query, "layer", "Layers", *layers))
+    for column in ("component", "group"):
+        options = filters.values(result.tables, column)
+        if len(options) > 1:
+            controls.append(many(query, column, f"{column.capitalize()}s", options))
+    return controls
 
 
 def callbacks(app: Dash) -> None:
-    """Tie the controls of every page to the address."""
+    """Connect the controls of every page with the address."""
     every = {"role": "choose", "key": ALL, "kind": ALL, "default": ALL}
     app.clientside_callback(
         ClientsideFunction("tunescope", "chosen"), Input(every, "value"), prevent_initial_call=True

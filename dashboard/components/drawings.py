@@ -1,60 +1,38 @@
-"""Figures of a page: drawn on the server from the tables, thinned, and kept for the next who looks."""
+"""Figures of a page, in the colours of a light or a dark page."""
 
 import json
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from dash import dcc, html
 
-from diagnostics.core.analysis import Result
+from dashboard.components.series_figure import cursor
 from diagnostics.plotting import theme
-from diagnostics.report import content
 from diagnostics.report.content import Picture
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-Drawn = tuple[list[Picture], list[str]]
-
-LIMIT = 800  # points of one figure: what a browser redraws while a person waits
-LOOKS = {"light": theme.LIGHT, "dark": theme.DARK}
 CONFIG = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
 
 
-class Drawings:
-    """The last few results that were drawn; each is drawn once, however many ask at the same time."""
-
-    def __init__(self, size: int = 32):
-        self.size = size
-        self.kept: OrderedDict[Hashable, Drawn] = OrderedDict()
-        self.lock = threading.Lock()
-
-    def of(self, key: Hashable, result: Callable[[], Result]) -> Drawn:
-        """The pictures under a key, drawn if need be, and what to say if they cannot be drawn."""
-        with self.lock:
-            if key not in self.kept:
-                self.kept[key] = content.pictures(result(), LIMIT)
-                while len(self.kept) > self.size:
-                    self.kept.popitem(last=False)
-            self.kept.move_to_end(key)
-            return self.kept[key]
+LOOKS = {"light": theme.LIGHT, "dark": theme.DARK}
 
 
-def template(scheme: str | None) -> dict[str, Any]:
-    """The look of figures on a light or a dark page, as JSON keeps it."""
-    if scheme not in TEMPLATES:
-        made = theme.template(LOOKS[scheme or "light"] if scheme in LOOKS else theme.LIGHT)
-        TEMPLATES[scheme] = made.to_plotly_json()
-    return TEMPLATES[scheme]
+@cache
+def look(scheme: str) -> dict[str, Any]:
+    """The template of figures on a `light` or a `dark` page, as JSON."""
+    return theme.template(LOOKS[scheme]).to_plotly_json()
 
 
-TEMPLATES: dict[str | None, dict[str, Any]] = {}
+def template(scheme: object) -> dict[str, Any]:
+    """The template for what a browser says of its page; light unless it is dark."""
+    return look("dark" if scheme == "dark" else "light")
 
 
-def axes(picture: Picture, curve: int) -> tuple[str, str]:
-    """The titles of the axes that a trace of a picture stands on."""
+def axis_titles(picture: Picture, curve: int) -> tuple[str, str]:
+    """The titles of the x and y axes of one trace of a picture."""
     spec = json.loads(picture.spec)
     trace = spec["data"][curve] if curve < len(spec["data"]) else {}
 
@@ -66,7 +44,7 @@ def axes(picture: Picture, curve: int) -> tuple[str, str]:
 
 
 def figure(picture: Picture, scheme: str | None, step: Any = None) -> dict[str, Any]:
-    """What plotly.js draws; a step is drawn into a picture over steps."""
+    """A picture for plotly.js; a step is marked where the x axis counts steps."""
     spec = json.loads(picture.spec)
     layout = spec["layout"]
     layout["template"] = template(scheme)
@@ -77,58 +55,40 @@ def figure(picture: Picture, scheme: str | None, step: Any = None) -> dict[str, 
     return {"data": spec["data"], "layout": layout}
 
 
-def shown(made: "go.Figure", scheme: str | None) -> dict[str, Any]:
-    """A figure of our own as plotly.js draws it."""
-    spec = json.loads(made.to_json())
+def own_figure(drawn: "go.Figure", scheme: str | None) -> dict[str, Any]:
+    """A figure of the dashboard itself for plotly.js."""
+    spec = json.loads(drawn.to_json())
     return {"data": spec["data"], "layout": {**spec["layout"], "template": template(scheme)}}
 
 
-def cursor(place: Any) -> dict[str, Any]:
-    """A shape that marks the chosen step."""
-    return {
-        "type": "line",
-        "xref": "x",
-        "x0": place,
-        "x1": place,
-        "yref": "paper",
-        "y0": 0,
-        "y1": 1,
-        "layer": "below",
-        "opacity": 0.25,
-        "line": {"color": theme.TUNED, "width": 6},
-    }
+def graph(id: Any, figure: Any, style: Mapping[str, Any], name: str = "") -> dcc.Graph:
+    """A plot; `name` is the name of the file that its camera button saves."""
+    saved = {"toImageButtonOptions": {"filename": name, "format": "svg"}} if name else {}
+    return dcc.Graph(id=id, figure=figure, config=CONFIG | saved, style=dict(style), className="plot")
 
 
-def panel(picture: Picture, scheme: str | None, known: dict[str, str], *, step: Any = None) -> html.Figure:
+def panel(picture: Picture, scheme: str | None, about: Mapping[str, str], *, step: Any = None) -> html.Figure:
     """A figure under its title.
 
     Args:
-        known: completes the id of the graph, `{"role": "graph", "name": …}`.
-        step: what is chosen among steps, if anything.
+        about: completes the id of the graph, `{"role": "graph", "name": …}`.
+        step: the selected step of a series, if any.
     """
-    about = {"name": picture.name, **known}
-    config = CONFIG | {"toImageButtonOptions": {"filename": picture.name, "format": "svg"}}
-    graph = dcc.Graph(
-        id={"role": "graph", **about},
-        figure=figure(picture, scheme, step),
-        config=config,
-        style=size(picture),
-        className="plot",
-    )
+    key = {"name": picture.name, **about}
     return html.Figure(
         [
-            html.Figcaption(picture.title, id={"role": "caption", **about}),
-            graph,
-            html.P(thinned(picture), id={"role": "thinned", **about}, className="source"),
+            html.Figcaption(picture.title, id={"role": "caption", **key}),
+            graph({"role": "graph", **key}, figure(picture, scheme, step), size(picture), picture.name),
+            html.P(thinned(picture), id={"role": "thinned", **key}, className="source"),
         ]
     )
 
 
 def changes(picture: Picture, scheme: str | None, before: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What turns a panel into that of another picture of the same name: properties by the id's role.
+    """The properties that turn a panel into that of another picture of the same name, by role of the id.
 
-    A panel that is replaced is built anew in the browser, which takes several times as long; so does a figure
-    that is given a size, even the one that it had `before`.
+    To replace the panel takes the browser several times as long, and so does setting a size, even the same
+    one as `before`.
     """
     resized = {} if before == size(picture) else {"style": size(picture)}
     return {
@@ -139,12 +99,12 @@ def changes(picture: Picture, scheme: str | None, before: Mapping[str, Any]) -> 
 
 
 def size(picture: Picture) -> dict[str, Any]:
-    """How large a figure is: as wide as the page, unless it says otherwise."""
+    """The style of a figure: as wide as the page unless the picture has a width."""
     return {"height": picture.height, **({"maxWidth": picture.width} if picture.width else {})}
 
 
 def thinned(picture: Picture) -> str:
-    """What is not drawn, if there is anything."""
+    """How many points are left out, if any."""
     if picture.drawn == picture.total:
         return ""
-    return f"{picture.drawn:,} of {picture.total:,} points are drawn: crowds are thinned, outliers kept."
+    return f"{picture.drawn:,} of {picture.total:,} points shown: dense regions are thinned, outliers kept."

@@ -1,10 +1,12 @@
-"""Tables of a page: the browser holds the rows that are seen, the server sorts and filters all of them."""
+"""Tables of a page: the browser holds the visible rows, the server sorts and filters all rows."""
 
 import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import dash_ag_grid as dag
+import dash_mantine_components as dmc
+from dash import dcc, html
 
 from diagnostics.report import content
 
@@ -13,29 +15,34 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BLOCK = 100  # rows that the browser asks for at once
-SEEN = 12  # rows that a long table shows without scrolling
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet calculates
+BLOCK = 100  # rows per request of the browser
+SEEN = 12  # rows of a long table that are visible without scrolling
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet evaluates cells that begin with these
 ROW, HEAD = 32, 36  # pixels
 
 
-def grid(frame: "pd.DataFrame", known: Mapping[str, str], label: str) -> dag.AgGrid:
-    """A table that asks for its rows; its id is `{"role": "grid", …known}`."""
-    columns = [
-        {
-            "field": str(i),  # a name from a file may hold anything
-            "headerName": str(name),
-            "filter": "agNumberColumnFilter" if numeric else "agTextColumnFilter",
-            "type": "rightAligned" if numeric else None,
-            "width": width(frame[name], str(name), numeric),
-            **({"cellClass": "opens"} if name == "matrix" else {}),
-        }
-        for i, name in enumerate(frame.columns)
-        for numeric in [is_number(frame[name])]
+def grid(frame: "pd.DataFrame", analysis: str, table: str, spot: str = "") -> html.Div:
+    """A table with a row count and a button that saves it as CSV.
+
+    Args:
+        spot: the address of the matrix that the rows belong to; empty for the whole table.
+    """
+    key: Mapping[str, str] = {"analysis": analysis, "table": table, "spot": spot}
+    button = dmc.Button(
+        "Save as CSV",
+        id={"role": "export", **key},
+        variant="default",
+        size="compact-sm",
+        **{"aria-label": f"Save table {table} as CSV"},
+    )
+    tools = [
+        html.Span(id={"role": "count", **key}, className="source", role="status"),
+        button,
+        dcc.Download(id={"role": "saved", **key}),
     ]
-    return dag.AgGrid(
-        id={"role": "grid", **known},
-        columnDefs=columns,
+    rows = dag.AgGrid(
+        id={"role": "grid", **key},
+        columnDefs=[column_definition(i, frame[name]) for i, name in enumerate(frame.columns)],
         rowModelType="infinite",
         defaultColDef={"sortable": True, "resizable": True, "minWidth": 80, "floatingFilter": False},
         dashGridOptions={
@@ -46,84 +53,96 @@ def grid(frame: "pd.DataFrame", known: Mapping[str, str], label: str) -> dag.AgG
             "suppressFieldDotNotation": True,
             "enableCellTextSelection": True,
             "animateRows": False,
-            "localeText": {"noRowsToShow": "No row matches.", "ariaLabel": label},
+            "localeText": {"noRowsToShow": "No rows match.", "ariaLabel": f"Table {table} of {analysis}"},
         },
         style={"height": HEAD + ROW * max(2, min(len(frame), SEEN)) + 18, "width": "100%"},
         className="grid",
     )
+    return html.Div([html.Div(tools, className="grid-tools"), rows])
+
+
+def column_definition(i: int, column: "pd.Series[Any]") -> dict[str, Any]:
+    """One column for AG Grid, called by its position: a name from a file may hold any character."""
+    name, numeric = str(column.name), is_number(column)
+    longest = 8 if numeric else max([4, *(len(str(value)) for value in column.head(50))])
+    return {
+        "field": str(i),
+        "headerName": name,
+        "filter": "agNumberColumnFilter" if numeric else "agTextColumnFilter",
+        "type": "rightAligned" if numeric else None,
+        "width": int(min(420, max(90, 8 * longest + 24, 8 * len(name) + 56))),
+        **({"cellClass": "opens"} if name == "matrix" else {}),
+    }
 
 
 def is_number(column: "pd.Series[Any]") -> bool:
-    """Whether a column is sorted and filtered by size."""
+    """Whether a column is sorted and filtered as numbers."""
     import pandas as pd
 
     return pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
 
 
-def width(column: "pd.Series[Any]", name: str, numeric: bool) -> int:
-    """Pixels that a column wants, by its first rows."""
-    longest = 8 if numeric else max([4, *(len(str(value)) for value in column.head(50))])
-    return int(min(420, max(90, 8 * longest + 24, 8 * len(name) + 56)))
-
-
 def selected(frame: "pd.DataFrame", request: Mapping[str, Any] | None) -> "pd.DataFrame":
-    """The rows that a grid's own filters leave, in the order that its heads ask for.
+    """The rows that pass a grid's column filters, in its sort order.
 
     Args:
-        request: what AG Grid calls `IGetRowsParams`: filterModel and sortModel.
+        request: AG Grid's `IGetRowsParams`: filterModel and sortModel.
     """
     request = request or {}
     for field, model in (request.get("filterModel") or {}).items():
-        column = column_of(frame, field)
-        if column is not None:
-            frame = frame[matches(frame[column], model)]
-    sorts = [
-        (column, each.get("sort") == "asc")
-        for each in request.get("sortModel") or []
-        if (column := column_of(frame, each.get("colId", ""))) is not None
+        name = column_name(frame, field)
+        if name is not None:
+            frame = frame[matches(frame[name], model)]
+    orders = [
+        (name, order.get("sort") == "asc")
+        for order in request.get("sortModel") or []
+        if (name := column_name(frame, order.get("colId", ""))) is not None
     ]
-    if sorts:
-        frame = frame.sort_values([c for c, _ in sorts], ascending=[up for _, up in sorts], kind="stable")
+    if orders:
+        names, ascending = zip(*orders, strict=True)
+        frame = frame.sort_values(list(names), ascending=list(ascending), kind="stable")
     return frame
 
 
 def csv(frame: "pd.DataFrame") -> str:
-    """A table as a spreadsheet opens it: text that it would take for a formula has a `'` before it.
+    """A table as CSV for a spreadsheet: text that it would evaluate as a formula gets a leading `'`.
 
-    A token or a row of text comes from a file, and a cell that begins with `=` is carried out. The table in
-    the audit itself is as it was.
+    Tokens and rows of text come from files. The table in the audit itself is unchanged.
     """
 
-    def told(value: Any) -> Any:
+    def escaped(value: Any) -> Any:
         return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
-    return frame.map(told).rename(columns=told).to_csv(index=False)
+    return frame.map(escaped).rename(columns=escaped).to_csv(index=False)
 
 
-def column_of(frame: "pd.DataFrame", field: str) -> Any:
-    """The column that a grid calls by its place."""
+def column_name(frame: "pd.DataFrame", field: str) -> Any:
+    """The name of the column at a position; None if there is no such position."""
     return frame.columns[int(field)] if field.isdecimal() and int(field) < frame.shape[1] else None
 
 
 def matches(column: "pd.Series[Any]", model: Mapping[str, Any]) -> "pd.Series[bool]":
-    """Which values a filter of a grid lets through."""
+    """Which values pass a filter of AG Grid."""
     if "conditions" in model:
-        parts = [matches(column, each) for each in model["conditions"]]
-        found = parts[0]
-        for part in parts[1:]:
-            found = (found & part) if model.get("operator") == "AND" else (found | part)
-        return found
+        first, *others = (matches(column, condition) for condition in model["conditions"])
+        for passes in others:
+            first = (first & passes) if model.get("operator") == "AND" else (first | passes)
+        return first
     kind, wanted = model.get("type", ""), model.get("filter")
     if kind in ("blank", "notBlank"):
-        empty = column.isna()
-        return empty if kind == "blank" else ~empty
-    if is_number(column):
-        return numbers(column, kind, wanted, model.get("filterTo"))
-    return texts(column, kind, wanted)
-
-
-def numbers(column: "pd.Series[Any]", kind: str, low: Any, high: Any) -> "pd.Series[bool]":
-    """Which numbers a filter lets through."""
+        return column.isna() if kind == "blank" else column.notna()
+    if not is_number(column):
+        text, wanted = column.astype(str).str.casefold(), str(wanted).casefold()
+        return {
+            "contains": lambda: text.str.contains(wanted, regex=False),
+            "notContains": lambda: ~text.str.contains(wanted, regex=False),
+            "equals": lambda: text == wanted,
+            "notEqual": lambda: text != wanted,
+            "startsWith": lambda: text.str.startswith(wanted),
+            "endsWith": lambda: text.str.endswith(wanted),
+        }[kind]()
+    if kind == "inRange":
+        return column.gt(float(wanted)) & column.lt(float(model["filterTo"]))  # type: ignore[arg-type]
     compare = {
         "equals": column.eq,
         "notEqual": column.ne,
@@ -132,38 +151,22 @@ def numbers(column: "pd.Series[Any]", kind: str, low: Any, high: Any) -> "pd.Ser
         "greaterThan": column.gt,
         "greaterThanOrEqual": column.ge,
     }
-    if kind == "inRange":
-        return column.gt(float(low)) & column.lt(float(high))
-    return compare[kind](float(low))
-
-
-def texts(column: "pd.Series[Any]", kind: str, wanted: Any) -> "pd.Series[bool]":
-    """Which texts a filter lets through, whatever their case."""
-    text, wanted = column.astype(str).str.casefold(), str(wanted).casefold()
-    tests = {
-        "contains": lambda: text.str.contains(wanted, regex=False),
-        "notContains": lambda: ~text.str.contains(wanted, regex=False),
-        "equals": lambda: text == wanted,
-        "notEqual": lambda: text != wanted,
-        "startsWith": lambda: text.str.startswith(wanted),
-        "endsWith": lambda: text.str.endswith(wanted),
-    }
-    return tests[kind]()
+    return compare[kind](float(wanted))  # type: ignore[arg-type]
 
 
 def response(frame: "pd.DataFrame", request: Mapping[str, Any]) -> dict[str, Any]:
-    """The rows that a grid asks for, as it shows them, and how many there are."""
+    """The block of rows that a grid requests, and the number of all rows that pass its filters."""
     try:
-        found = selected(frame, request)
-    except (KeyError, TypeError, ValueError) as error:
-        log.warning("a grid asks for rows in a way that is not understood: %r", error)
-        found = frame.head(0)
-    start, stop = int(request.get("startRow", 0)), int(request.get("endRow", BLOCK))
-    return {"rowData": rows(found.iloc[start:stop]), "rowCount": len(found)}
+        left = selected(frame, request)
+        block = left.iloc[int(request.get("startRow", 0)) : int(request.get("endRow", BLOCK))]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        log.warning("a grid sent a request that cannot be read: %r", error)
+        left = block = frame.head(0)
+    return {"rowData": rows(block), "rowCount": len(left)}
 
 
 def rows(frame: "pd.DataFrame") -> Sequence[dict[str, str]]:
-    """Rows as a grid shows them: text, by the place of its column."""
+    """Rows as a grid shows them: text by the position of its column."""
     return [
         {str(i): content.cell(value).text for i, value in enumerate(row)}
         for row in frame.to_numpy(dtype=object)

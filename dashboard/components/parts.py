@@ -1,4 +1,4 @@
-"""Small things that pages are made of; every string is shown as text."""
+"""Small components that pages are built from. Every string is shown as text."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -6,34 +6,37 @@ from typing import Any
 import dash_mantine_components as dmc
 from dash import html
 
+from dashboard.state.query import link
 from diagnostics.report import content
+from diagnostics.store.audit_store import Audit
 
-Content = Any
+Content = Any  # a Dash component, a string, or a list of them
 
-WORDS = {"pass": "pass", "warn": "warn", "fail": "fail"}
+VERDICTS = ("pass", "warn", "fail")
 
 
 def icon(verdict: str) -> html.Span:
-    """The sign of a verdict; the word stands beside it."""
-    return html.Span(className=f"icon {WORDS.get(verdict, 'skipped')}", **{"aria-hidden": "true"})
-
-
-def badge(verdict: str, word: str = "") -> html.Span:
-    """A verdict as its sign and a word, never by colour alone."""
+    """The sign of a verdict, for use next to its word."""
     return html.Span(
-        [icon(verdict), word or WORDS.get(verdict, "not judged")],
-        className=f"badge {WORDS.get(verdict, 'skipped')}",
+        className=f"icon {verdict if verdict in VERDICTS else 'skipped'}", **{"aria-hidden": "true"}
     )
 
 
+def badge(verdict: str, word: str = "") -> html.Span:
+    """A verdict as a sign and a word, never by colour alone."""
+    known = verdict in VERDICTS
+    text = word or (verdict if known else "not judged")
+    return html.Span([icon(verdict), text], className=f"badge {verdict if known else 'skipped'}")
+
+
 def code(text: object) -> html.Code:
-    """A name as it stands in a file or a command."""
+    """A name as it appears in a file or a command."""
     return html.Code(str(text))
 
 
-def going(children: Content, href: str, **about: Any) -> html.A:
-    """A link within the app, to a `?…`: `assets/tunescope.js` follows it without loading the page anew."""
-    return html.A(children, href=href, **about)
+def going(children: Content, href: str, **props: Any) -> html.A:
+    """A link within the app, `?…`; `assets/tunescope.js` follows it without reloading the page."""
+    return html.A(children, href=href, **props)
 
 
 def heading(question: str, *, eyebrow: Content = None, lead: Content = None) -> html.Header:
@@ -49,55 +52,70 @@ def heading(question: str, *, eyebrow: Content = None, lead: Content = None) -> 
 
 
 def flat(children: Iterable[Content]) -> list[Content]:
-    """Children of children in one list: Dash takes no list within a list."""
-    return [each for child in children for each in (flat(child) if isinstance(child, list) else [child])]
+    """Nested lists as one list: Dash does not accept a list within a list."""
+    return [item for child in children for item in (flat(child) if isinstance(child, list) else [child])]
 
 
 def section(title: str, *children: Content, name: str = "") -> html.Section:
-    """A part of a page under a title of its own."""
+    """A titled part of a page."""
     return html.Section([html.H2(title), *flat(children)], id=name or title.lower().replace(" ", "-"))
 
 
+def filters(label: str, *controls: Content, note: Content = None, className: str = "") -> html.Div:
+    """The bar of controls that stays on top while a page scrolls."""
+    return html.Div(
+        [
+            html.Div(list(controls), className=f"controls {className}".strip()),
+            html.P(note, className="source") if note else None,
+        ],
+        className="filters",
+        role="group",
+        **{"aria-label": label},
+    )
+
+
 def notes(texts: Iterable[str]) -> Content:
-    """What a reader must bear in mind, if there is anything."""
-    listed = [html.Li(text) for text in texts]
-    return html.Div([html.P("Bear in mind"), html.Ul(listed)], className="notes") if listed else None
+    """What a reader must know about the numbers, if there is anything."""
+    items = [html.Li(text) for text in texts]
+    return html.Div([html.P("Notes"), html.Ul(items)], className="notes") if items else None
 
 
 def state(kind: str, title: str, *children: Content) -> html.Div:
-    """What stands where there is nothing to show: `empty`, `damaged`, `unknown`, or `trouble`."""
+    """A message in place of missing content; kinds: `empty`, `damaged`, `unknown`, `trouble`."""
     return html.Div(
-        [
-            html.Span(className=f"state-sign {kind}", **{"aria-hidden": "true"}),
-            html.P(title),
-            *flat(children),
-        ],
+        [html.P(title), *flat(children)],
         className=f"state {kind}",
         role="alert" if kind in ("damaged", "trouble") else "status",
     )
 
 
+def troubles(title: str, texts: Iterable[str]) -> list[Content]:
+    """A message that lists errors; nothing without errors."""
+    reasons = [html.P(text) for text in texts]
+    return [state("trouble", title, *reasons)] if reasons else []
+
+
 def table(
     heads: Sequence[str], rows: Iterable[Sequence[Content]], *, label: str, numeric: Iterable[int] = ()
 ) -> Content:
-    """A short table; the first cell of a row is its head; `numeric` counts columns from 0."""
+    """A short table. The first cell of a row is its head; `numeric` lists columns, counted from 0."""
     right = set(numeric)
 
     def look(i: int) -> dict[str, str]:
         return {"className": "n"} if i in right else {}
 
-    body = [
-        html.Tr(
+    def line(cells: Sequence[Content]) -> html.Tr:
+        head, *others = cells
+        return html.Tr(
             [
-                (html.Th(c, scope="row", **look(i)) if i == 0 else html.Td(c, **look(i)))
-                for i, c in enumerate(row)
+                html.Th(head, scope="row", **look(0)),
+                *(html.Td(cell, **look(i)) for i, cell in enumerate(others, 1)),
             ]
         )
-        for row in rows
-    ]
+
     head = html.Tr([html.Th(text, scope="col", **look(i)) for i, text in enumerate(heads)])
     return html.Div(
-        html.Table([html.Thead(head), html.Tbody(body)], className="plain"),
+        html.Table([html.Thead(head), html.Tbody([line(row) for row in rows])], className="plain"),
         className="scroll",
         tabIndex="0",
         role="region",
@@ -107,50 +125,61 @@ def table(
 
 def pairs(items: Mapping[str, Any]) -> html.Dl:
     """Names and values."""
-    return html.Dl(
-        [
-            html.Div(
-                [html.Dt(key), html.Dd(value if hasattr(value, "to_plotly_json") else content.number(value))]
-            )
-            for key, value in items.items()
-        ]
-    )
+
+    def shown(value: Any) -> Content:
+        return value if hasattr(value, "to_plotly_json") else content.number(value)
+
+    return html.Dl([html.Div([html.Dt(key), html.Dd(shown(value))]) for key, value in items.items()])
 
 
 def short(fingerprint: str | None) -> Content:
-    """The start of a hash; the whole of it can be copied."""
+    """The first digits of a hash, and a button that copies all of it."""
     if not fingerprint:
         return content.NOTHING
-    return html.Span(
-        [
-            code(fingerprint[:12] + "…"),
-            dmc.CopyButton(
-                value=fingerprint,
-                size="compact-xs",
-                variant="default",
-                children="copy",
-                copiedChildren="copied",
-            ),
-        ],
-        className="hash",
+    button = dmc.CopyButton(
+        value=fingerprint, size="compact-xs", variant="default", children="copy", copiedChildren="copied"
     )
+    return html.Span([code(fingerprint[:12] + "…"), button], className="hash")
 
 
 def folded(title: Content, *children: Content, opened: bool = False) -> html.Details:
-    """Something that is unfolded by those who want it."""
+    """Details that open on request."""
     return html.Details([html.Summary(title), *flat(children)], open=opened)
 
 
+def audit_card(audit_id: str, audit: Audit, *details: Content) -> html.A:
+    """A link to one audit: verdict, checkpoints, findings."""
+    adapter = audit.tuned.get("adapter") or {}
+    rank = f", rank {adapter['r']}" if adapter.get("r") is not None else ""
+    kind = f"{audit.tuned['kind']}{rank}" if audit.tuned.get("kind") else ""
+    count = content.counted(len(audit.findings), "finding") if audit.findings else "no findings"
+    checkpoints = {
+        "tuned": html.Span([code(audit.tuned.get("ref", "")), f" ({kind})" if kind else ""]),
+        "base": code(audit.base.get("ref", "")),
+    }
+    return going(
+        [
+            badge(audit.verdict),
+            html.Strong(audit_id),
+            pairs(checkpoints),
+            html.P(f"{count}. Analyses: {', '.join(audit.results) or 'none'}.", className="source"),
+            *details,
+        ],
+        link(audit=audit_id),
+        className=f"card {audit.verdict}",
+    )
+
+
 def waiting() -> list[Content]:
-    """The outline of a figure that is being drawn."""
+    """A placeholder for a figure that is being drawn."""
     return [dmc.Skeleton(height=18, width="40%", mt="lg"), dmc.Skeleton(height=360, mt="sm")]
 
 
 def failure(error: Exception) -> Content:
-    """What a page says when the server could not answer."""
+    """The message of a page when a callback raised an error."""
     return state(
         "trouble",
         "This could not be shown",
         html.P([code(f"{type(error).__name__}: {error}")]),
-        html.P("Load the page anew; if it happens again, the terminal of the dashboard says more."),
+        html.P("Reload the page. If it happens again, see the terminal of the dashboard for details."),
     )

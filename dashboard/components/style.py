@@ -1,10 +1,10 @@
-"""The page that the app is put into: the theme's colours as variables, before anything is drawn."""
+"""The HTML page around the app, with the theme's colours as CSS variables."""
 
 from diagnostics.plotting import theme
 
 
 def variables(page: theme.PageColours) -> str:
-    """The colours of a light or a dark page as CSS variables."""
+    """The CSS variables of a light or a dark page."""
     colors = {
         "paper": page.paper,
         "panel": page.panel,
@@ -16,7 +16,7 @@ def variables(page: theme.PageColours) -> str:
     return " ".join(f"--{name}: {color};" for name, color in colors.items())
 
 
-# In the page itself: a browser asks for an icon that is elsewhere whenever the address changes.
+# Inside the page: browsers request an external icon again at every change of the address.
 ICON = (
     "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E"
     f"%3Crect width='16' height='16' rx='3' fill='%23{theme.BASE[1:]}'/%3E"

@@ -1,7 +1,6 @@
-"""What moves on the page of an analysis: figures and tables that follow the filters, one matrix opened."""
+"""The callbacks of the analysis page: figures and tables follow the filters, a click opens one matrix."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dash import (
@@ -19,132 +18,103 @@ from dash import (
     set_props,
 )
 
-from dashboard.components import drawings, parts
-from dashboard.components.drawings import Drawn
-from dashboard.components.grids import column_of, csv, response, selected
-from dashboard.pages.analysis import grid
-from dashboard.state import drill, filters
-from dashboard.state.audit_library import AuditLibrary
-from dashboard.state.query import Query, parse
+from dashboard.components import drawings, grids, parts
+from dashboard.pages.page import Content
+from dashboard.state import drill
+from dashboard.state.figure_cache import Drawn
+from dashboard.state.filters import filters_of
+from dashboard.state.query import link, parse
+from dashboard.state.view import Site, View
 from diagnostics.core.analysis import Result
 from diagnostics.report import content
-from diagnostics.store.audit_store import Audit
+from diagnostics.report.content import Picture
 
 if TYPE_CHECKING:
     import pandas as pd
 
-DRAWN = drawings.Drawings()
-GRID = {"analysis": MATCH, "table": MATCH, "spot": MATCH}
+TABLE = {"analysis": MATCH, "table": MATCH, "spot": MATCH}
 
 
-def result_of(shelf: AuditLibrary, query: Query, analysis: str) -> Result | None:
-    """The result of an analysis of the audit that an address names."""
-    entry = shelf.meant(query)
-    audit = entry.audit if entry else None
-    return audit.results.get(analysis) if audit else None
+def drawn(view: View, analysis: str) -> Drawn:
+    """The figures of an analysis under the filters of the address."""
+    return view.site.drawn(view.entry, analysis, filters_of(view.query))
 
 
-def drawn(shelf: AuditLibrary, query: Query, analysis: str) -> Drawn:
-    """The pictures of an analysis, of the rows that the filters leave."""
-    result = result_of(shelf, query, analysis)
-    entry = shelf.meant(query)
-    if result is None or entry is None:
-        return [], ["This result is no longer there; load the page anew."]
-    kept = filters.filters(query)
-    return DRAWN.of((entry.id, entry.version, analysis, kept), partial(kept.only, result))
+def pictures(figures: list[Picture], errors: list[str], view: View, scheme: str | None) -> list[Content]:
+    """The figures of the page, or why there are none."""
+    about = {"analysis": view.query.one("analysis"), "spot": ""}
+    shown: list[Content] = [drawings.panel(picture, scheme, about) for picture in figures]
+    if (errors or not figures) and filters_of(view.query):
+        reason = html.P("The filters remove rows that the figures need. Widen them.")
+        return [*shown, parts.state("empty", "Too few rows to draw", reason)]
+    if not figures and not errors:
+        return [parts.state("empty", "This analysis has no figures.")]
+    return [*shown, *parts.troubles("Figures could not be drawn", errors)]
 
 
-def pictures(shelf: AuditLibrary, query: Query, analysis: str, scheme: str | None) -> Any:
-    """The figures of a page, or what stands in their place."""
-    made, troubles = drawn(shelf, query, analysis)
-    shown = [drawings.panel(picture, scheme, {"analysis": analysis, "spot": ""}) for picture in made]
-    if (troubles or not made) and filters.filters(query):
-        shown.append(
-            parts.state(
-                "empty",
-                "Too little is left to draw",
-                html.P("The filters leave rows out that the figures need; widen them."),
-            )
-        )
-    elif troubles:
-        shown.append(parts.state("trouble", "No figures", *map(html.P, troubles)))
-    elif not made:
-        shown.append(parts.state("empty", "There is nothing to draw here."))
-    return shown
-
-
-def frame_of(shelf: AuditLibrary, query: Query, known: Mapping[str, str]) -> "pd.DataFrame | None":
-    """The rows of a table that a grid stands for, before its own filters."""
-    result = result_of(shelf, query, known["analysis"])
-    frame = result.tables.get(known["table"]) if result else None
+def table_rows(view: View, about: Mapping[str, str]) -> "pd.DataFrame | None":
+    """The rows that a grid shows, before its column filters."""
+    result = view.result(about["analysis"])
+    frame = result.tables.get(about["table"]) if result else None
     if frame is None:
         return None
-    if not known["spot"]:
-        return filters.only(filters.filters(query), frame)
-    entry = shelf.meant(query)
-    spot = drill.spot(entry.audit, parse(known["spot"])) if entry and entry.audit else None
-    return spot.rows(frame) if spot else None
+    if not about["spot"]:
+        return filters_of(view.query).rows(frame)
+    opened = drill.opened(view.audit, parse(about["spot"]))
+    return opened.rows(frame) if opened else None
 
 
-def counted(shelf: AuditLibrary, query: Query, known: Mapping[str, str], left: int) -> str:
-    """How many rows of a table are left by filters; of a table on a matrix, none but its own are meant."""
-    result = result_of(shelf, query, known["analysis"])
-    total = len(result.tables[known["table"]]) if result else left
-    return f"{left:,} of {content.counted(total, 'row')}" if left < total and not known["spot"] else ""
+def row_count(view: View, about: Mapping[str, str], left: int) -> str:
+    """How many rows of a table pass the filters; empty when all do, and for the rows of one matrix."""
+    result = view.result(about["analysis"])
+    total = len(result.tables[about["table"]]) if result else left
+    return f"{left:,} of {content.counted(total, 'row')}" if left < total and not about["spot"] else ""
 
 
-def opened(audit: Audit, query: Query, scheme: str | None) -> tuple[str, Any]:
+def drawer(view: View, scheme: str | None) -> tuple[str, Content]:
     """The title and the content of the drawer that an address opens."""
-    spot = drill.spot(audit, query)
-    if spot is None:
-        return "Not found", parts.state("unknown", "No table of this audit knows of it.")
-    first = query.one("analysis")
-    order = [first, *(name for name in audit.results if name != first)]
-    shown: list[Any] = [
-        parts.pairs(
-            {key: value for key, value in (("layer", spot.layer), ("component", spot.component)) if value}
-        )
-    ]
-    for name in order:
-        if name not in audit.results:
-            continue
-        part = spot.of(audit.results[name])
-        if part.tables:
-            shown.append(about(name, part, spot, scheme if name == first else None, drawing=name == first))
-    return spot.title, shown
+    opened = drill.opened(view.audit, view.query)
+    if opened is None:
+        return "Not found", parts.state("unknown", "No table of this audit contains it.")
+    place = {"layer": opened.layer, "component": opened.component}
+    shown: list[Content] = [parts.pairs({key: value for key, value in place.items() if value})]
+    first = view.query.one("analysis")
+    results = view.audit.results
+    for name in sorted(results, key=lambda name: name != first):
+        result = opened.of(results[name])
+        if result.tables:
+            shown.append(drawer_section(name, result, opened, scheme, drawing=name == first))
+    return opened.title, shown
 
 
-def about(
-    name: str, part: Result, spot: drill.OpenedMatrices, scheme: str | None, *, drawing: bool
+def drawer_section(
+    name: str, result: Result, opened: drill.OpenedMatrices, scheme: str | None, *, drawing: bool
 ) -> html.Section:
-    """What one analysis knows of a matrix: its figures, a single row in full, longer tables as grids."""
-    key = (
-        Query()
-        .with_changes(
-            **(
-                {"matrix": spot.matrices[0]}
-                if len(spot.matrices) == 1
-                else {"cell": f"{spot.layer}/{spot.component}"}
-            )
-        )
-        .search
+    """The results of one analysis for the opened matrices: figures, and tables or single rows."""
+    spot = (
+        link(matrix=opened.matrices[0])
+        if len(opened.matrices) == 1
+        else link(cell=f"{opened.layer}/{opened.component}")
     )
-    made = content.pictures(part)[0] if drawing else []
-    # A map of one cell says nothing that its row does not.
-    made = [picture for picture in made if set(drawings.axes(picture, 0)) != drill.CELL]
-    shown: list[Any] = [drawings.panel(picture, scheme, {"analysis": name, "spot": key}) for picture in made]
-    for kind, frame in part.tables.items():
-        shown.append(html.H3([parts.code(kind), " ", content.counted(len(frame), "row")]))
+    figures = content.pictures(result)[0] if drawing else []
+    shown: list[Content] = [
+        drawings.panel(picture, scheme, {"analysis": name, "spot": spot})
+        for picture in figures
+        # A heat map of one cell repeats the row below it.
+        if set(drawings.axis_titles(picture, 0)) != drill.CELL
+    ]
+    for table, frame in result.tables.items():
+        shown.append(html.H3([parts.code(table), " ", content.counted(len(frame), "row")]))
         if len(frame) == 1:
             row = frame.iloc[0]
-            shown.append(parts.pairs({str(c): content.cell(row[c]).text for c in frame.columns}))
+            shown.append(parts.pairs({str(name): content.cell(row[name]).text for name in frame.columns}))
         else:
-            shown.append(grid(name, kind, frame, key))
+            shown.append(grids.grid(frame, name, table, spot))
     return html.Section([html.H2(name), *shown], className="drilled")
 
 
-def callbacks(app: Dash, shelf: AuditLibrary, allowed: dict[str, Any]) -> None:
-    """Tie them to the address."""
+def callbacks(app: Dash, site: Site) -> None:
+    """Connect figures, tables and the drawer with the address."""
 
     @app.callback(
         Output({"role": "pictures", "analysis": MATCH}, "children"),
@@ -158,78 +128,70 @@ def callbacks(app: Dash, shelf: AuditLibrary, allowed: dict[str, Any]) -> None:
     )
     def redraw(
         search: str,
-        known: dict[str, str],
+        about: dict[str, str],
         before: str | None,
         graphs: list[dict[str, str]],
         sizes: list[dict[str, Any]],
         scheme: str | None,
     ) -> Any:
-        query, name = parse(search), known["analysis"]
-        now = repr((query.one("audit"), filters.filters(query)))
-        if query.one("analysis") != name or now == before:
+        view, name = site.view(search), about["analysis"]
+        now = repr((view.query.one("audit"), filters_of(view.query)))
+        if view.query.one("analysis") != name or now == before:
             return no_update, no_update
-        made, troubles = drawn(shelf, query, name)
-        if troubles or not made or [each.name for each in made] != [graph["name"] for graph in graphs]:
-            return pictures(shelf, query, name, scheme), now
-        for picture, size in zip(made, sizes, strict=True):
+        figures, errors = drawn(view, name)
+        if errors or not figures or [picture.name for picture in figures] != [g["name"] for g in graphs]:
+            return pictures(figures, errors, view, scheme), now
+        for picture, size in zip(figures, sizes, strict=True):
             for role, props in drawings.changes(picture, scheme, size).items():
                 set_props({"role": role, "name": picture.name, "analysis": name, "spot": ""}, props)
         return no_update, now
 
     @app.callback(
-        Output({"role": "grid", **GRID}, "getRowsResponse"),
-        Output({"role": "count", **GRID}, "children"),
-        Input({"role": "grid", **GRID}, "getRowsRequest"),
-        State({"role": "grid", **GRID}, "id"),
+        Output({"role": "grid", **TABLE}, "getRowsResponse"),
+        Output({"role": "count", **TABLE}, "children"),
+        Input({"role": "grid", **TABLE}, "getRowsRequest"),
+        State({"role": "grid", **TABLE}, "id"),
         State("url", "search"),
         prevent_initial_call=True,
     )
-    def fill(request: dict[str, Any] | None, known: dict[str, str], search: str) -> Any:
-        query = parse(search)
-        frame = frame_of(shelf, query, known) if request else None
+    def fill(request: dict[str, Any] | None, about: dict[str, str], search: str) -> Any:
+        view = site.view(search)
+        frame = table_rows(view, about) if request else None
         if frame is None or request is None:
             return no_update, no_update
-        answer = response(frame, request)
-        return answer, counted(shelf, query, known, answer["rowCount"])
+        answer = grids.response(frame, request)
+        return answer, row_count(view, about, answer["rowCount"])
 
     @app.callback(
-        Output({"role": "saved", **GRID}, "data"),
-        Input({"role": "export", **GRID}, "n_clicks"),
-        State({"role": "export", **GRID}, "id"),
-        State({"role": "grid", **GRID}, "getRowsRequest"),
+        Output({"role": "saved", **TABLE}, "data"),
+        Input({"role": "export", **TABLE}, "n_clicks"),
+        State({"role": "export", **TABLE}, "id"),
+        State({"role": "grid", **TABLE}, "getRowsRequest"),
         State("url", "search"),
         prevent_initial_call=True,
     )
-    def export(clicks: int | None, known: dict[str, str], request: dict[str, Any] | None, search: str) -> Any:
-        frame = frame_of(shelf, parse(search), known) if clicks else None
+    def export(clicks: int | None, about: dict[str, str], request: dict[str, Any] | None, search: str) -> Any:
+        frame = table_rows(site.view(search), about) if clicks else None
         if frame is None:
             return no_update
-        name = f"{known['analysis']}.{known['table']}.csv"
-        return dcc.send_string(csv(selected(frame, request)), name)
+        name = f"{about['analysis']}.{about['table']}.csv"
+        return dcc.send_string(grids.csv(grids.selected(frame, request)), name)
 
     @app.callback(
         Output("url", "search", allow_duplicate=True),
         Input({"role": "graph", "analysis": ALL, "spot": "", "name": ALL}, "clickData"),
-        State("url", "search"),
-        prevent_initial_call=True,
-    )
-    def open_clicked(clicks: list[Any], search: str) -> Any:
-        known, query = ctx.triggered_id, parse(search)
-        click = ctx.triggered[0]["value"] if ctx.triggered else None
-        if not known or not click or not click.get("points"):
-            return no_update
-        return clicked(shelf, query, known, click["points"][0]) or no_update
-
-    @app.callback(
-        Output("url", "search", allow_duplicate=True),
         Input({"role": "grid", "analysis": ALL, "table": ALL, "spot": ""}, "cellClicked"),
         State("url", "search"),
         prevent_initial_call=True,
     )
-    def open_row(clicks: list[Any], search: str) -> Any:
-        known, query = ctx.triggered_id, parse(search)
+    def open_clicked(points: list[Any], cells: list[Any], search: str) -> Any:
+        about, view = ctx.triggered_id, site.view(search)
         click = ctx.triggered[0]["value"] if ctx.triggered else None
-        return no_update if not known or not click else row_clicked(shelf, query, known, click) or no_update
+        if not about or not click:
+            return no_update
+        if about["role"] == "grid":
+            return row_clicked(view, about, click) or no_update
+        return (clicked(view, about, click["points"][0]) if click.get("points") else "") or no_update
 
     @app.callback(
         Output("drawer", "opened"),
@@ -241,11 +203,10 @@ def callbacks(app: Dash, shelf: AuditLibrary, allowed: dict[str, Any]) -> None:
         prevent_initial_call=True,
     )
     def unfold(search: str | None, is_open: bool, scheme: str | None) -> Any:
-        query = parse(search)
-        entry = shelf.meant(query) if query.one("analysis") else None
-        if entry is None or entry.audit is None:
+        view = site.view(search)
+        if not view.query.one("analysis") or view.readable_audit is None:
             return (False, no_update, no_update) if is_open else (no_update,) * 3
-        return True, *opened(entry.audit, query, scheme)
+        return True, *drawer(view, scheme)
 
     app.clientside_callback(
         ClientsideFunction("tunescope", "closed"), Input("drawer", "opened"), prevent_initial_call=True
@@ -258,25 +219,21 @@ def callbacks(app: Dash, shelf: AuditLibrary, allowed: dict[str, Any]) -> None:
     )
 
 
-def row_clicked(shelf: AuditLibrary, query: Query, known: Mapping[str, str], click: Mapping[str, Any]) -> str:
-    """The address that a click on the name of a matrix leads to; empty for other cells."""
-    result = result_of(shelf, query, known["analysis"])
-    frame = result.tables.get(known["table"]) if result else None
-    column = None if frame is None else column_of(frame, str(click.get("colId", "")))
-    return query.with_changes(matrix=str(click.get("value")), cell=None).search if column == "matrix" else ""
+def row_clicked(view: View, about: Mapping[str, str], click: Mapping[str, Any]) -> str:
+    """The address of the matrix whose name was clicked; empty for any other cell."""
+    result = view.result(about["analysis"])
+    frame = result.tables.get(about["table"]) if result else None
+    if frame is None or grids.column_name(frame, str(click.get("colId", ""))) != "matrix":
+        return ""
+    return view.query.with_changes(matrix=str(click.get("value")), cell=None).search
 
 
-def clicked(shelf: AuditLibrary, query: Query, known: Mapping[str, str], point: Mapping[str, Any]) -> str:
-    """The address that a click on a figure leads to; empty if it leads nowhere."""
-    result = result_of(shelf, query, known["analysis"])
-    made = {picture.name: picture for picture in drawn(shelf, query, known["analysis"])[0]}
-    if result is None or known["name"] not in made:
+def clicked(view: View, about: Mapping[str, str], point: Mapping[str, Any]) -> str:
+    """The address of the matrix that a click on a figure selects; empty if it selects none."""
+    result = view.result(about["analysis"])
+    picture = {picture.name: picture for picture in drawn(view, about["analysis"])[0]}.get(about["name"])
+    if result is None or picture is None:
         return ""
-    changes = drill.pointed(
-        point,
-        drawings.axes(made[known["name"]], int(point.get("curveNumber", 0))),
-        set(drill.matrices(result)),
-    )
-    if not changes:
-        return ""
-    return query.with_changes(**{"matrix": None, "cell": None} | changes).search
+    axes = drawings.axis_titles(picture, int(point.get("curveNumber", 0)))
+    selected = drill.pointed(point, axes, set(drill.matrices(result)))
+    return view.query.with_changes(**{"matrix": None, "cell": None} | selected).search if selected else ""

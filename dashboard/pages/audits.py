@@ -1,86 +1,67 @@
-"""Everything on the shelf: each audit with its verdict, each series with its steps."""
-
-from typing import Any
+"""All audits with their verdicts, and all series."""
 
 from dash import html
 
 from dashboard.components import parts
-from dashboard.pages import Content, View, page
+from dashboard.pages.page import Content, Page
 from dashboard.state.audit_library import Entry
 from dashboard.state.query import link
-from diagnostics.report import content as view
+from dashboard.state.view import View
+from diagnostics.report import content
 
 
-@page("audits", title="All audits", of="shelf", order=0)
-def content(shown: View) -> Content:
+def layout(view: View) -> Content:
     """The audits, then the series."""
-    shelf = shown.shelf
-    if not shelf.entries:
+    library = view.library
+    if not library.entries:
         return [
-            parts.heading("Nothing to show yet", eyebrow="tunescope"),
+            parts.heading("No audits yet", eyebrow="tunescope"),
             parts.state(
                 "empty",
-                "No audit was given",
+                "This dashboard was started without an audit",
                 html.P(
                     [
                         parts.code("tunescope audit BASE TUNED --out DIR"),
-                        " writes one; ",
+                        " writes an audit; ",
                         parts.code("tunescope dashboard DIR"),
                         " shows it.",
                     ]
                 ),
             ),
         ]
-    audits = html.Ul([html.Li(card(entry)) for entry in shelf.audits], className="shelf")
-    series = html.Ul([html.Li(run(shown, entry)) for entry in shelf.series], className="shelf")
+    audits = html.Ul([html.Li(card(entry)) for entry in library.audits], className="library")
+    series = html.Ul([html.Li(series_card(view, entry)) for entry in library.series], className="library")
+    if not library.audits:
+        return [parts.heading("Series", eyebrow="tunescope"), series]
     return [
-        parts.heading("Audits" if shelf.audits else "Series", eyebrow="tunescope"),
-        audits if shelf.audits else None,
-        parts.section("Series", series)
-        if shelf.audits and shelf.series
-        else series
-        if shelf.series
-        else None,
+        parts.heading("Audits", eyebrow="tunescope"),
+        audits,
+        parts.section("Series", series) if library.series else None,
     ]
 
 
-def card(entry: Entry) -> Any:
+def card(entry: Entry) -> html.A:
     """One audit."""
     audit = entry.audit
-    if audit is None:
-        inside = [
-            parts.badge("fail", "damaged"),
-            html.Strong(entry.id),
-            html.P(entry.damage, className="source"),
-        ]
-        return parts.going(inside, link(audit=entry.id), className="card damaged")
-    count = view.counted(len(audit.findings), "finding") if audit.findings else "no findings"
-    return parts.going(
-        [
-            parts.badge(audit.verdict),
-            html.Strong(entry.id),
-            html.P(["tuned ", parts.code(audit.tuned.get("ref", ""))]),
-            html.P(["base ", parts.code(audit.base.get("ref", ""))]),
-            html.P(
-                [f"{count}; ran {', '.join(audit.results) or 'nothing'}", html.Br(), when(audit.created)],
-                className="source",
-            ),
-        ],
-        link(audit=entry.id),
-        className=f"card {audit.verdict}",
-    )
+    if audit is not None:
+        return parts.audit_card(entry.id, audit, html.P(time(audit.created), className="source"))
+    inside = [parts.badge("fail", "damaged"), html.Strong(entry.id), html.P(entry.damage, className="source")]
+    return parts.going(inside, link(audit=entry.id), className="card damaged")
 
 
-def when(created: str) -> str:
-    """A time as people write it, to the minute."""
+def time(created: str) -> str:
+    """A time to the minute."""
     return created[:16].replace("T", " ") + " UTC" if created.endswith("Z") else created
 
 
-def run(shown: View, entry: Entry) -> Any:
+def series_card(view: View, entry: Entry) -> html.A:
     """One series."""
-    steps = view.counted(len(shown.shelf.parts(entry.id)), "audit")
+    count = content.counted(len(view.library.parts(entry.id)), "audit")
     return parts.going(
-        [html.Strong(entry.id), html.P(f"a series of {steps}", className="source")],
+        [html.Strong(entry.id), html.P(f"series, {count}", className="source")],
         link(audit=entry.id),
         className="card series",
     )
+
+
+PAGE = Page(name="audits", title="All audits", of="library", layout=layout)

@@ -1,50 +1,60 @@
-"""Audits side by side: what is found in one alone, every number of all, the same figure of each."""
+"""Audits side by side: their findings, all their numbers, and each figure on shared axes."""
 
 import json
 from collections import Counter
 from collections.abc import Mapping
-from functools import partial
-from typing import Any
 
-from dash import Dash, Input, Output, State, dcc, html, no_update
+from dash import Dash, Input, Output, State, html, no_update
 
 from dashboard.components import choose, drawings, parts
 from dashboard.components.figure_panels import figure_panels
-from dashboard.pages import Content, View, analysis_callbacks, page
-from dashboard.state import filters
+from dashboard.pages.page import Content, Page
 from dashboard.state.audit_library import AuditLibrary, Entry
-from dashboard.state.differences import MARKED, Measure, Shared, cautions, findings, measures
-from dashboard.state.query import Query, link, parse
-from diagnostics.report import content as view
+from dashboard.state.differences import (
+    MARKED,
+    Measure,
+    SharedFinding,
+    analyses_of,
+    cautions,
+    measures,
+    shared_findings,
+)
+from dashboard.state.query import Query, link
+from dashboard.state.view import Site, View
+from diagnostics.report import content
+from diagnostics.report.content import Picture
 from diagnostics.store.audit_store import Audit
 
-MOST = 6  # audits in one view
+MOST = 6  # audits in one comparison
 SIGNS = {"up": "▲", "down": "▼", "verdict": "◆"}
-SAYS = {
+MEANINGS = {
     "up": "far above the first",
     "down": "far below the first",
-    "verdict": "judged otherwise than the first",
+    "verdict": "different verdict from the first",
 }
-ROWS = {"all": "every number", "different": "what differs", "judged": "what is judged"}
+ROWS = {"all": "all numbers", "different": "numbers that differ", "judged": "numbers with a threshold"}
 
 
-def comparable(shelf: AuditLibrary) -> list[Entry]:
-    """What can be compared: every audit, those of single steps of a series last."""
-    own = [entry for entry in shelf.entries.values() if entry.kind == "audit"]
-    return sorted(own, key=lambda entry: bool(entry.series))
+def comparable(library: AuditLibrary) -> list[Entry]:
+    """Every audit, those of the steps of a series last."""
+    audits = [entry for entry in library.entries.values() if entry.kind == "audit"]
+    return sorted(audits, key=lambda entry: bool(entry.series))
 
 
-def compared(shelf: AuditLibrary, query: Query) -> dict[str, Audit]:
-    """The audits that an address compares, by id; without a choice, the first that stand for themselves."""
-    wanted = query.many("of") or [entry.id for entry in shelf.audits]
-    found = [
-        entry for known in dict.fromkeys(wanted) if (entry := shelf.find(known)) and entry.kind == "audit"
-    ]
-    readable = {entry.id: entry.audit for entry in found}
-    return {known: audit for known, audit in list(readable.items()) if audit is not None}
+def requested(view: View) -> list[str]:
+    """The ids of the audits that an address compares; by default, all that are not steps of a series."""
+    ids = view.query.many("of") or [entry.id for entry in view.library.audits]
+    return list(dict.fromkeys(ids))
 
 
-def callbacks(app: Dash, shelf: AuditLibrary, allowed: dict[str, Any]) -> None:
+def compared(view: View) -> dict[str, Audit]:
+    """The requested audits that can be read, by id."""
+    entries = {audit_id: view.library.find(audit_id) for audit_id in requested(view)}
+    audits = {audit_id: entry.audit if entry else None for audit_id, entry in entries.items()}
+    return {audit_id: audit for audit_id, audit in audits.items() if audit is not None}
+
+
+def callbacks(app: Dash, site: Site) -> None:
     """Let tables and figures follow the choice of audits."""
 
     @app.callback(
@@ -53,12 +63,12 @@ def callbacks(app: Dash, shelf: AuditLibrary, allowed: dict[str, Any]) -> None:
         Input("url", "search"),
         State("side-by-side", "data-of"),
     )
-    def tell(search: str, before: str | None) -> Any:
-        query = parse(search)
-        now = repr((query.many("of"), query.one("rows")))
-        if query.one("page") != "compare" or now == before:
+    def update_text(search: str, before: str | None) -> Content:
+        view = site.view(search)
+        now = repr((view.query.many("of"), view.query.one("rows")))
+        if view.query.one("page") != "compare" or now == before:
             return no_update, no_update
-        return words(shelf, query), now
+        return comparison(view), now
 
     @app.callback(
         Output("same-figures", "children"),
@@ -67,296 +77,255 @@ def callbacks(app: Dash, shelf: AuditLibrary, allowed: dict[str, Any]) -> None:
         State("same-figures", "data-of"),
         State("scheme", "data"),
     )
-    def draw(search: str, before: str | None, scheme: str | None) -> Any:
-        query = parse(search)
-        now = repr([query.many(key) for key in ("of", "figures", "columns")])
-        if query.one("page") != "compare" or now == before:
+    def update_figures(search: str, before: str | None, scheme: str | None) -> Content:
+        view = site.view(search)
+        now = repr([view.query.many(key) for key in ("of", "figures", "columns")])
+        if view.query.one("page") != "compare" or now == before:
             return no_update, no_update
-        return pictures(shelf, query, scheme), now
+        return pictures(view, scheme), now
 
 
-@page(
-    "compare",
-    title="Compare",
-    of="shelf",
-    order=20,
-    linked=lambda shown: len(comparable(shown.shelf)) > 1,
-    callbacks=callbacks,
-)
-def content(shown: View) -> Content:
-    """Which audits, and what of them."""
-    options = [entry.id for entry in comparable(shown.shelf)]
+def layout(view: View) -> Content:
+    """The choice of audits; callbacks fill in the comparison."""
+    query = view.query
+    entries = comparable(view.library)
     head = parts.heading(
-        "Compare audits",
-        eyebrow="tunescope",
-        lead="Differences are from the first audit chosen.",
+        "Compare audits", eyebrow="tunescope", lead="Every difference is from the first selected audit."
     )
-    if len(options) < 2:
-        return [
-            head,
-            parts.state("empty", "There is only one audit here", html.P("Two or more can be compared.")),
-        ]
-    analyses = analyses_of([entry.audit for entry in comparable(shown.shelf) if entry.audit])
-    first = foremost(shown.shelf)
-    controls = [
-        choose.many(
-            shown.query,
-            "of",
-            "Audits",
-            options,
-            maxValues=MOST,
-            placeholder="all",
-            comboboxProps={"zIndex": 300},
-        ),
+    if len(entries) < 2:
+        hint = html.P("A comparison needs at least two audits.")
+        return [head, parts.state("empty", "There is only one audit", hint)]
+    analyses = analyses_of(entry.audit for entry in entries if entry.audit)
+    ids = [entry.id for entry in entries]
+    rows = [{"value": key, "label": text} for key, text in ROWS.items()]
+    figures = [
         choose.one(
-            shown.query,
-            "rows",
-            "Show",
-            [{"value": key, "label": text} for key, text in ROWS.items()],
-            default="all",
+            query,
+            "figures",
+            "Figures of",
+            analyses,
+            default=commonest(view.library),
+            searchable=len(analyses) > 8,
         ),
-    ]
-    drawn = [
-        choose.one(
-            shown.query, "figures", "Figures of", analyses, default=first, searchable=len(analyses) > 8
-        ),
-        choose.one(shown.query, "columns", "Side by side", ["1", "2", "3"], default="2"),
+        choose.one(query, "columns", "Columns", ["1", "2", "3"], default="2"),
     ]
     return [
         head,
-        html.Div(
-            html.Div(controls, className="controls"),
-            className="filters",
-            role="group",
-            **{"aria-label": "What is compared"},
+        parts.filters(
+            "Audits to compare",
+            choose.many(query, "of", "Audits", ids, maxValues=MOST, comboboxProps={"zIndex": 300}),
+            choose.one(query, "rows", "Show", rows, default="all"),
         ),
         html.Div(id="side-by-side"),
         parts.section(
             "Figures",
-            html.Div(drawn, className="controls"),
+            html.Div(figures, className="controls"),
             html.Div(id="same-figures", className="pictures"),
-            name="figures",
         )
         if analyses
         else None,
     ]
 
 
-def analyses_of(audits: list[Audit]) -> list[str]:
-    """The names of the analyses that any of some audits has a result of."""
-    return list(dict.fromkeys(name for audit in audits for name in audit.results))
+def commonest(library: AuditLibrary) -> str:
+    """The analysis that most audits have."""
+    counts = Counter(name for entry in comparable(library) if entry.audit for name in entry.audit.results)
+    return next((name for name, _ in counts.most_common(1)), "")
 
 
-def foremost(shelf: AuditLibrary) -> str:
-    """The analysis whose figures are shown first: the one that most audits have."""
-    counted = Counter(name for entry in comparable(shelf) if entry.audit for name in entry.audit.results)
-    return next((name for name, _ in counted.most_common(1)), "")
-
-
-def words(shelf: AuditLibrary, query: Query) -> Content:
-    """All but the figures."""
-    audits = compared(shelf, query)
-    wanted = query.many("of") or [entry.id for entry in shelf.audits]
-    lost = [known for known in dict.fromkeys(wanted) if known not in audits]
-    notes = [f"{known} is left out: it is damaged or not on this shelf." for known in lost]
+def comparison(view: View) -> Content:
+    """Verdicts, findings and numbers of the selected audits."""
+    audits = compared(view)
+    missing = [audit_id for audit_id in requested(view) if audit_id not in audits]
+    notes = [f"{audit_id} is left out: it is damaged or unknown." for audit_id in missing]
     if len(audits) > MOST:
-        notes.append(f"The first {MOST} of {len(audits)} audits are shown; choose others above.")
+        notes.append(f"The first {MOST} of {len(audits)} audits are shown. Select others above.")
         audits = dict(list(audits.items())[:MOST])
     if len(audits) < 2:
-        return [
-            parts.notes(notes),
-            parts.state("empty", "Choose two audits or more", html.P("One alone has nothing beside it.")),
-        ]
+        hint = html.P("A comparison needs at least two audits.")
+        return [parts.notes(notes), parts.state("empty", "Select another audit", hint)]
+    cards = [parts.audit_card(audit_id, audit) for audit_id, audit in audits.items()]
     return [
-        parts.section(
-            "Verdicts", html.Div([card(k, a) for k, a in audits.items()], className="cards beside")
-        ),
+        parts.section("Verdicts", html.Div(cards, className="cards narrow")),
         parts.notes([*notes, *cautions(audits)]),
-        parts.section("Findings", found(audits), name="findings"),
-        parts.section("Numbers", *numbers(audits, query.one("rows", "all")), name="numbers"),
+        parts.section("Findings", finding_table(audits)),
+        parts.section("Numbers", *number_tables(audits, view.query.one("rows", "all"))),
     ]
 
 
-def card(known: str, audit: Audit) -> Any:
-    """One audit in short."""
-    adapter = audit.tuned.get("adapter") or {}
-    rank = f", rank {adapter['r']}" if adapter.get("r") is not None else ""
-    count = view.counted(len(audit.findings), "finding") if audit.findings else "no findings"
-    return parts.going(
-        [
-            parts.badge(audit.verdict),
-            html.Strong(known),
-            html.P(
-                ["tuned ", parts.code(audit.tuned.get("ref", "")), f" ({audit.tuned.get('kind', '')}{rank})"]
-            ),
-            html.P(["base ", parts.code(audit.base.get("ref", ""))]),
-            html.P(f"{count}; {', '.join(audit.results) or 'no result'}", className="source"),
-        ],
-        link(audit=known),
-        className=f"card {audit.verdict}",
-    )
-
-
-def found(audits: Mapping[str, Audit]) -> Content:
-    """The findings of all, those that one audit alone has first."""
-    listed = findings(audits)
-    if not listed:
+def finding_table(audits: Mapping[str, Audit]) -> Content:
+    """The findings of all audits, those of a single audit first."""
+    findings = shared_findings(audits)
+    if not findings:
         return parts.state("empty", "None of these audits has a finding.")
     names = list(audits)
-    rows = [[had(each, names), about(each), *cells(each, names)] for each in listed]
-    return parts.table(("who has it", "finding", *names), rows, label="Findings of each audit")
+    rows = [
+        [
+            owners(finding, names),
+            [
+                html.Span([finding.analysis, ": ", parts.code(finding.metric)]),
+                html.Span(finding.worst.message, className="source"),
+            ],
+            *finding_cells(finding, names),
+        ]
+        for finding in findings
+    ]
+    return parts.table(("found in", "finding", *names), rows, label="Findings of each audit")
 
 
-def had(each: Shared, names: list[str]) -> Content:
+def owners(shared: SharedFinding, names: list[str]) -> Content:
     """Which of the audits have a finding."""
-    own = [name for name, finding in zip(names, each.found, strict=True) if finding is not None]
-    if len(own) == len(names):
+    having = [name for name, finding in zip(names, shared.findings, strict=True) if finding is not None]
+    if len(having) == len(names):
         return "all"
-    text = f"only {own[0]}" if len(own) == 1 else f"{len(own)} of {len(names)}"
+    text = f"only {having[0]}" if len(having) == 1 else f"{len(having)} of {len(names)}"
     return html.Strong(text, className="apart")
 
 
-def about(each: Shared) -> Content:
-    """What a finding says."""
-    return [
-        html.Span([each.analysis, ": ", parts.code(each.metric)]),
-        html.Span(each.any.message, className="source"),
-    ]
-
-
-def cells(each: Shared, names: list[str]) -> list[Content]:
-    """The finding in each audit, or why it is not there."""
-    made: list[Content] = []
-    for name, finding, why in zip(names, each.found, each.why, strict=True):
+def finding_cells(shared: SharedFinding, names: list[str]) -> list[Content]:
+    """The finding in each audit, or why an audit does not have it."""
+    cells: list[Content] = []
+    for name, finding, reason in zip(names, shared.findings, shared.reasons, strict=True):
         if finding is None:
-            made.append(html.Span(why, className="empty"))
+            cells.append(html.Span(reason, className="empty"))
             continue
-        where = link(page="analysis", audit=name, analysis=each.analysis, metric=each.metric)
-        made.append([parts.badge(finding.severity), " ", parts.going(view.number(finding.value), where)])
-    return made
+        address = link(page="analysis", audit=name, analysis=shared.analysis, metric=shared.metric)
+        value = parts.going(content.number(finding.value), address)
+        cells.append(html.Span([parts.badge(finding.severity), " ", value], className="found"))
+    return cells
 
 
-def numbers(audits: Mapping[str, Audit], rows: str) -> list[Content]:
-    """Every number of all audits, one table for each analysis."""
-    by_analysis: dict[str, list[tuple[str, list[Measure]]]] = {}
+def number_tables(audits: Mapping[str, Audit], rows: str) -> list[Content]:
+    """The numbers of all audits, one table for each analysis."""
+    by_analysis: dict[str, list[list[Content]]] = {}
     for (name, metric), values in measures(audits).items():
-        differs = any(value.differs for value in values)
-        judged = any(value.verdict for value in values)
-        if {"different": differs, "judged": judged}.get(rows, True):
-            by_analysis.setdefault(name, []).append((metric, values))
+        wanted = {
+            "different": any(value.differs for value in values),
+            "judged": any(value.verdict for value in values),
+        }
+        if wanted.get(rows, True):
+            cells = [number_cell(value) for value in values]
+            by_analysis.setdefault(name, []).append([parts.code(metric), *cells])
     if not by_analysis:
-        return [parts.state("empty", "No number is left", html.P("Show every number to see them all."))]
+        hint = html.P(f"Select “{ROWS['all']}” to see the others.")
+        return [parts.state("empty", "No numbers to show", hint)]
     legend = html.P(
         [
-            f"Beside each number, how it differs from {next(iter(audits))}. Marked: ",
-            *[html.Span([mark(kind), f" {text}; "]) for kind, text in SAYS.items()],
-            f"far is more than {MARKED:.0%} of the larger.",
+            f"Small figures give the difference from {next(iter(audits))}. ",
+            *[html.Span([mark(kind), f" {meaning}; "]) for kind, meaning in MEANINGS.items()],
+            f"far means more than {MARKED:.0%} of the larger number.",
         ],
         className="source",
     )
-    made: list[Content] = [legend]
-    for name, listed in by_analysis.items():
-        body = [[parts.code(metric), *[shown(value) for value in values]] for metric, values in listed]
-        columns = range(1, len(audits) + 1)
-        made.append(html.H3(parts.code(name), className="of-analysis"))
-        made.append(
-            parts.table(("metric", *audits), body, label=f"Numbers of {name} in each audit", numeric=columns)
-        )
-    return made
+    shown: list[Content] = [legend]
+    for name, body in by_analysis.items():
+        label = f"Numbers of {name} in each audit"
+        shown.append(html.H3(parts.code(name), className="of-analysis"))
+        shown.append(parts.table(("metric", *audits), body, label=label, numeric=range(1, len(audits) + 1)))
+    return shown
 
 
 def mark(kind: str) -> html.Span:
     """The sign of a difference."""
-    return html.Span(SIGNS[kind], className=f"mark-{kind}", role="img", **{"aria-label": SAYS[kind]})
+    return html.Span(SIGNS[kind], className=f"mark-{kind}", role="img", **{"aria-label": MEANINGS[kind]})
 
 
-def shown(value: Measure) -> Content:
-    """One number beside the first audit's."""
-    inside = [
-        html.Span([parts.badge(value.verdict, " "), html.Span(value.verdict, className="unseen")])
-        if value.verdict in ("warn", "fail")
-        else None,
-        html.Span(value.text),
-        html.Span([mark(value.marked) if value.marked else None, " ", value.change], className="change")
-        if value.change or value.marked
-        else None,
-    ]
-    return html.Div(inside, className="value" + " differs" * bool(value.marked))
+def number_cell(value: Measure) -> Content:
+    """One number with its difference from the first audit's."""
+    verdict = [parts.badge(value.verdict, " "), html.Span(value.verdict, className="unseen")]
+    change = [mark(value.marked) if value.marked else None, " ", value.change]
+    return html.Div(
+        [
+            html.Span(verdict) if value.verdict in ("warn", "fail") else None,
+            html.Span(value.text),
+            html.Span(change, className="change") if value.change or value.marked else None,
+        ],
+        className="value" + " differs" * bool(value.marked),
+    )
 
 
-def pictures(shelf: AuditLibrary, query: Query, scheme: str | None) -> Content:
-    """Each figure of an analysis, of every audit that has it, on shared axes."""
-    audits = dict(list(compared(shelf, query).items())[:MOST])
+def pictures(view: View, scheme: str | None) -> Content:
+    """Each figure of an analysis, for all audits that have it, on shared axes."""
+    audits = dict(list(compared(view).items())[:MOST])
     if len(audits) < 2:
         return None
-    name = query.one("figures", foremost(shelf))
-    having = [known for known, audit in audits.items() if name in audit.results]
-    drawn = {known: drawn_of(shelf, known, name) for known in having}
-    columns = int(query.one("columns", "2")) if query.one("columns", "2") in ("1", "2", "3") else 2
-    made: list[Any] = []
-    lacking = [known for known in audits if known not in having]
-    if lacking:
-        made.append(html.P(f"Without a result of {name}: {', '.join(lacking)}.", className="source"))
-    troubles = [f"{known}: {text}" for known, (_, texts) in drawn.items() for text in texts]
-    if troubles:
-        made.append(parts.state("trouble", "Some figures are missing", *map(html.P, troubles)))
-    for figure in dict.fromkeys(each.name for pictures, _ in drawn.values() for each in pictures):
-        own = {k: each for k, (pictures, _) in drawn.items() for each in pictures if each.name == figure}
-        made.append(panels(name, figure, own, columns, scheme))
-    if not any(pictures for pictures, _ in drawn.values()) and not troubles:
-        made.append(parts.state("empty", "There is nothing to draw here."))
-    return made
+    name = view.query.one("figures", commonest(view.library))
+    drawn = {
+        audit_id: view.site.drawn(view.library.find(audit_id), name)
+        for audit_id, audit in audits.items()
+        if name in audit.results
+    }
+    shown: list[Content] = []
+    missing = [audit_id for audit_id in audits if audit_id not in drawn]
+    if missing:
+        shown.append(html.P(f"No result of {name} in {', '.join(missing)}.", className="source"))
+    errors = [f"{audit_id}: {text}" for audit_id, (_, texts) in drawn.items() for text in texts]
+    shown += parts.troubles("Some figures are missing", errors)
+    by_figure: dict[str, dict[str, Picture]] = {}
+    for audit_id, (figures, _) in drawn.items():
+        for picture in figures:
+            by_figure.setdefault(picture.name, {})[audit_id] = picture
+    shown += [
+        panels(name, figure, by_audit, column_count(view.query), scheme)
+        for figure, by_audit in by_figure.items()
+    ]
+    if not by_figure and not errors:
+        shown.append(parts.state("empty", "This analysis has no figures."))
+    return shown
 
 
-def drawn_of(shelf: AuditLibrary, known: str, name: str) -> drawings.Drawn:
-    """The pictures of one analysis of one audit, of all its rows; shared with that analysis' own page."""
-    entry = shelf.find(known)
-    assert entry is not None
-    audit = entry.audit
-    if audit is None or name not in audit.results:
-        return [], ["This result is no longer there; load the page anew."]
-    kept = filters.Filters()
-    return analysis_callbacks.DRAWN.of(
-        (entry.id, entry.version, name, kept), partial(kept.only, audit.results[name])
-    )
+def column_count(query: Query) -> int:
+    """How many panels share a row."""
+    asked = query.one("columns", "2")
+    return int(asked) if asked in ("1", "2", "3") else 2
 
 
 def panels(
-    analysis: str, figure: str, own: Mapping[str, view.Picture], columns: int, scheme: str | None
+    analysis: str, figure: str, pictures: Mapping[str, Picture], columns: int, scheme: str | None
 ) -> html.Figure:
-    """The same figure of several audits."""
-    titles = {known: picture.title for known, picture in own.items()}
+    """The same figure of several audits: on shared axes where that is possible, else one by one."""
+    titles = {audit_id: picture.title for audit_id, picture in pictures.items()}
     caption: Content = next(iter(titles.values()))
     if len(set(titles.values())) > 1:
-        caption = html.Ul([html.Li([html.Strong(known), f": {title}"]) for known, title in titles.items()])
-    specs = {known: json.loads(picture.spec) for known, picture in own.items()}
-    heights = {known: picture.height for known, picture in own.items()}
-    joint = figure_panels(specs, heights, columns)
-    config = drawings.CONFIG | {"toImageButtonOptions": {"filename": f"{analysis}.{figure}", "format": "svg"}}
-    known = {"role": "beside", "analysis": analysis, "name": figure}
-    if joint is None:
-        shown = [
+        caption = html.Ul(
+            [html.Li([html.Strong(audit_id), f": {title}"]) for audit_id, title in titles.items()]
+        )
+    joint = figure_panels(
+        {audit_id: json.loads(picture.spec) for audit_id, picture in pictures.items()},
+        {audit_id: picture.height for audit_id, picture in pictures.items()},
+        columns,
+    )
+    key = {"role": "joint", "analysis": analysis, "name": figure}
+    name = f"{analysis}.{figure}"
+    if joint is not None:
+        joint["layout"]["template"] = drawings.template(scheme)
+        plot: Content = drawings.graph({**key, "of": ""}, joint, {"height": joint["layout"]["height"]}, name)
+        note = "" if len(pictures) > 1 else "Only one of these audits has this figure."
+    else:
+        apart = [
             html.Div(
                 [
-                    html.Strong(each),
-                    graph({**known, "of": each}, drawings.figure(picture, scheme), picture.height, config),
+                    html.Strong(audit_id),
+                    drawings.graph(
+                        {**key, "of": audit_id},
+                        drawings.figure(picture, scheme),
+                        {"height": picture.height},
+                        name,
+                    ),
                 ]
             )
-            for each, picture in own.items()
+            for audit_id, picture in pictures.items()
         ]
-        note = html.P(
-            "Each has axes of its own: this figure cannot be put on shared ones.", className="source"
-        )
-        return html.Figure([html.Figcaption(caption), html.Div(shown, className="cards beside"), note])
-    joint["layout"]["template"] = drawings.template(scheme)
-    note = None if len(own) > 1 else html.P("Only one of these audits has this figure.", className="source")
-    return html.Figure(
-        [html.Figcaption(caption), graph({**known, "of": ""}, joint, joint["layout"]["height"], config), note]
-    )
+        plot = html.Div(apart, className="cards narrow")
+        note = "This figure cannot be drawn on shared axes; each audit has its own."
+    return html.Figure([html.Figcaption(caption), plot, html.P(note, className="source") if note else None])
 
 
-def graph(known: Mapping[str, str], figure: Any, height: int, config: Mapping[str, Any]) -> dcc.Graph:
-    """What plotly.js draws, at a height in pixels."""
-    return dcc.Graph(
-        id=dict(known), figure=figure, config=dict(config), style={"height": height}, className="plot"
-    )
+PAGE = Page(
+    name="compare",
+    title="Compare",
+    of="library",
+    layout=layout,
+    linked=lambda view: len(comparable(view.library)) > 1,
+    callbacks=callbacks,
+)

@@ -1,37 +1,33 @@
-"""One row of text under a detector: its tokens coloured by their ratio, and where its score falls."""
+"""One row of text under a detector: its tokens coloured by their ratio, and its score among all others."""
 
 import html as markup
 from typing import TYPE_CHECKING, Any
 
-from dash import Dash, Input, Output, State, dcc, html, no_update
+from dash import Dash, Input, Output, State, html, no_update
 
 from dashboard.components import choose, drawings, parts
-from dashboard.pages import Content, View, page
-from dashboard.state.audit_library import AuditLibrary
+from dashboard.components.score_figure import score_figure
+from dashboard.pages.page import Content, Page
 from dashboard.state.detector import Detector, detector
+from dashboard.state.differences import signed
 from dashboard.state.query import Query, parse
-from diagnostics.report import content as view
+from dashboard.state.view import Site, View
+from diagnostics.report import content
 
 if TYPE_CHECKING:
     import pandas as pd
 
 SPANS = 3_000  # tokens of a text that are shown
-MOST = 8  # tokens that are listed as the most foreign, and as the best learned
-STRONGEST = 60  # percent of its colour behind a token at full strength: the page's ink still reads on it
+LISTED = 8  # tokens in each of the two lists of extremes
+STRONGEST = 60  # percent of its colour behind a token at full strength: the text stays readable on it
 FACTS = (
-    "ratio",
-    "ratio_per_token",
-    "tokens",
-    "log_likelihood_base",
-    "log_likelihood_tuned",
-    "p_value",
-    "flagged",
+    "ratio", "ratio_per_token", "tokens", "log_likelihood_base", "log_likelihood_tuned", "p_value", "flagged",
     "truncated",
-)
+)  # fmt: skip
 
 
-def callbacks(app: Dash, shelf: AuditLibrary, allowed: dict[str, Any]) -> None:
-    """Let text and picture follow the row that is picked, and the picture pick one."""
+def callbacks(app: Dash, site: Site) -> None:
+    """Let text and figure follow the selected row, and let a click on the figure select one."""
 
     @app.callback(
         Output("detector-row", "children"),
@@ -40,13 +36,20 @@ def callbacks(app: Dash, shelf: AuditLibrary, allowed: dict[str, Any]) -> None:
         Input("url", "search"),
         State("scheme", "data"),
     )
-    def tell(search: str, scheme: str | None) -> Any:
-        query = parse(search)
-        found = of(shelf, query) if query.one("page") == "detector" else None
-        if found is None:
+    def update(search: str, scheme: str | None) -> Content:
+        view = site.view(search)
+        audit = view.readable_audit if view.query.one("page") == "detector" else None
+        scored = detector(audit) if audit else None
+        if scored is None:
             return (no_update,) * 3
-        figure = drawings.shown(found.draw(found.picked(query), score_of(found, query)), scheme)
-        return text(found, query), figure, {"height": figure["layout"]["height"]}
+        row = scored.selected(view.query)
+        score = score_name(scored, view.query)
+        figure = score_figure(scored, row, score)
+        return (
+            row_text(scored, row, score),
+            drawings.own_figure(figure, scheme),
+            {"height": figure.layout.height},
+        )
 
     @app.callback(
         Output("url", "search", allow_duplicate=True),
@@ -54,19 +57,12 @@ def callbacks(app: Dash, shelf: AuditLibrary, allowed: dict[str, Any]) -> None:
         State("url", "search"),
         prevent_initial_call=True,
     )
-    def pick(click: dict[str, Any] | None, search: str) -> Any:
+    def select(click: dict[str, Any] | None, search: str) -> Content:
         return pointed(click, parse(search)) or no_update
 
 
-def of(shelf: AuditLibrary, query: Query) -> Detector | None:
-    """The detector of the audit that an address means."""
-    entry = shelf.meant(query)
-    audit = entry.audit if entry else None
-    return detector(audit) if audit else None
-
-
 def pointed(click: dict[str, Any] | None, query: Query) -> str:
-    """The address of the row that a click on the picture picks; empty if it picks none."""
+    """The address of the row that a click on the figure selects; empty if it selects none."""
     points = (click or {}).get("points") or [{}]
     carried = points[0].get("customdata")
     if not isinstance(carried, list) or not carried:
@@ -74,210 +70,182 @@ def pointed(click: dict[str, Any] | None, query: Query) -> str:
     return query.with_changes(row=markup.unescape(str(carried[0]))).search
 
 
-def score_of(found: Detector, query: Query) -> str:
-    """The score that an address asks for."""
-    asked = query.one("score", "ratio")
-    return asked if asked in found.scores else "ratio"
+def score_name(scored: Detector, query: Query) -> str:
+    """The score that an address selects."""
+    name = query.one("score", "ratio")
+    return name if name in scored.scores else "ratio"
 
 
-@page(
-    "detector",
-    title="Detector",
-    order=40,
-    linked=lambda shown: detector(shown.audit) is not None,
-    callbacks=callbacks,
-)
-def content(shown: View) -> Content:
-    """The row that is picked."""
-    found = detector(shown.audit)
+def layout(view: View) -> Content:
+    """The choice of a row; callbacks fill in the text and the figure."""
+    scored = detector(view.audit)
     head = parts.heading(
         "Which words are foreign?",
-        eyebrow=parts.code(found.name) if found else None,
-        lead="Pick a text: its tokens are coloured by how much better tuned or base expects them.",
+        eyebrow=parts.code(scored.analysis) if scored else None,
+        lead="Select a text. Colours show which checkpoint predicts a token better, and by how much.",
     )
-    if found is None:
-        return [
-            head,
-            parts.state(
-                "empty",
-                "This audit scored no rows",
-                html.P(
-                    "`tunescope audit BASE TUNED --task F --ood NAME=F` scores rows and keeps their tokens."
-                ),
-            ),
-        ]
-    controls = [
-        choose.one(
-            shown.query,
-            "row",
-            "Text",
-            options(found),
-            default=found.key(found.foremost),
-            searchable=True,
-            limit=100,
-            nothingFoundMessage="No text like that; the picture below reaches every row",
-            maxDropdownHeight=420,
-        ),
-        choose.one(shown.query, "score", "Score in the picture", found.scores, default="ratio"),
-    ]
+    if scored is None:
+        command = parts.code("tunescope audit BASE TUNED --task F --ood NAME=F")
+        hint = html.P([command, " scores rows and records their tokens."])
+        return [head, parts.state("empty", "This audit scored no rows", hint)]
     return [
         head,
-        html.Div(
-            html.Div(controls, className="controls row-choice"),
-            className="filters",
-            role="group",
-            **{"aria-label": "Which text"},
+        parts.filters(
+            "Text and score",
+            choose.one(
+                view.query,
+                "row",
+                "Text",
+                options(scored),
+                default=scored.key(scored.first_row),
+                searchable=True,
+                limit=100,
+                nothingFoundMessage="No such text in this list; click a mark in the figure to reach any row",
+                maxDropdownHeight=420,
+            ),
+            choose.one(view.query, "score", "Score in the figure", scored.scores, default="ratio"),
+            className="row-choice",
         ),
         html.Div(id="detector-row", className="pictures"),
         parts.section(
-            "Where it falls among the sets",
-            dcc.Graph(
-                id="detector-scores",
-                figure={"layout": {"template": drawings.template("light")}},
-                config=drawings.CONFIG,
-                style={"height": 360},
-                className="plot",
+            "Score among all rows",
+            drawings.graph(
+                "detector-scores", {"layout": {"template": drawings.template("light")}}, {"height": 360}
             ),
-            html.P("Click a mark to read that row.", className="source"),
+            html.P("Click a mark to select its row.", className="source"),
             name="scores",
         ),
     ]
 
 
-def options(found: Detector) -> list[dict[str, Any]]:
-    """The rows that can be picked, set by set."""
+def options(scored: Detector) -> list[dict[str, Any]]:
+    """The rows that can be selected, by set."""
     groups: dict[str, list[dict[str, str]]] = {}
-    for _, row in found.offered.iterrows():
+    for _, row in scored.offered.iterrows():
         start = " ".join(str(row["text"]).split())[:70]
-        mark = "" if found.has_tokens(row) else " (tokens not kept)"
-        label = f"{row['set']} {int(row['row'])}, {view.number(float(row['ratio']))} nats{mark}: {start}"
+        mark = "" if row["has_tokens"] else " (no tokens recorded)"
+        label = f"{row['set']} {int(row['row'])}, {content.number(float(row['ratio']))} nats{mark}: {start}"
         groups.setdefault(f"{row['set']} ({row['role']})", []).append(
-            {"value": found.key(row), "label": label}
+            {"value": scored.key(row), "label": label}
         )
     return [{"group": name, "items": items} for name, items in groups.items()]
 
 
-def text(found: Detector, query: Query) -> Content:
-    """All that is known of a row."""
-    row = found.picked(query)
-    score = score_of(found, query)
-    facts = {name: view.cell(row[name]).text for name in dict.fromkeys((score, *FACTS)) if name in row.index}
+def row_text(scored: Detector, row: "pd.Series", score: str) -> Content:
+    """Everything recorded about a row."""
+    names = [name for name in dict.fromkeys((score, *FACTS)) if name in row.index]
     group = row.get("group")
-    return [
-        parts.section(
-            f"{row['set']} {int(row['row'])}",
-            html.P(
-                [
-                    f"A row of the {row['role']} rows",
-                    f", group {group}" if isinstance(group, str) else "",
-                    ". ",
-                    *placed(found, row, score),
-                ]
-            ),
-            coloured(found, row),
-            parts.folded("Its numbers", parts.pairs(facts)),
-            name="text",
-        )
-    ]
+    return parts.section(
+        f"{row['set']} {int(row['row'])}",
+        html.P(
+            [
+                f"Role {row['role']}",
+                f", group {group}" if isinstance(group, str) else "",
+                ". ",
+                *standing(scored, row, score),
+            ]
+        ),
+        coloured(scored, row),
+        parts.folded(
+            "All numbers of this row", parts.pairs({name: content.cell(row[name]).text for name in names})
+        ),
+        name="text",
+    )
 
 
-def placed(found: Detector, row: "pd.Series", score: str) -> list[Content]:
-    """In words, where the score of a row falls among those of every set."""
-    said = [
+def standing(scored: Detector, row: "pd.Series", score: str) -> list[Content]:
+    """A sentence: how the score of a row compares with the rows of every set."""
+    shares = [
         f"{share:.0%} of the other {name} rows"
         if name == row["set"]
         else f"{share:.0%} of the {name} rows ({role})"
-        for name, (role, share, _) in found.shares_below(row, score).items()
+        for name, (role, share) in scored.shares_below(row, score).items()
     ]
-    if not said:
+    if not shares:
         return []
-    value = view.number(float(row[score]))
-    return [f"Its {score} of ", html.Strong(value), f" is above that of {', of '.join(said)}."]
+    value = html.Strong(content.number(float(row[score])))
+    return [f"Its {score} of ", value, f" is higher than that of {', '.join(shares)}."]
 
 
-def coloured(found: Detector, row: "pd.Series") -> Content:
+def coloured(scored: Detector, row: "pd.Series") -> Content:
     """The text of a row, each token on the colour of its ratio."""
-    tokens = found.tokens(row)
+    tokens = scored.tokens(row)
     if not len(tokens):
-        kept = found.result.parameters.get("examples")
         more = (
-            f"; --set {found.name}.examples=N keeps those of N rows at both ends of each set" if kept else ""
+            f"; --set {scored.analysis}.examples=N records them for N rows at both ends of each set"
+            if scored.result.parameters.get("examples")
+            else ""
         )
         return [
             html.P(str(row["text"]), className="text"),
-            html.P(f"The ratios of its tokens were not kept{more}.", className="source"),
+            html.P(f"The ratios of its tokens were not recorded{more}.", className="source"),
         ]
+    shown = tokens.head(SPANS)
+    cut = len(tokens) - len(shown)
     spans = [
-        span(str(t), float(r), found.heat) for t, r in zip(tokens["token"], tokens["ratio"], strict=True)
+        token_span(str(token), float(ratio), scored.full_strength)
+        for token, ratio in zip(shown["token"], shown["ratio"], strict=True)
     ]
-    cut = len(spans) - SPANS
+    extremes = [
+        token_list("Most foreign", tokens.nlargest(LISTED, "ratio").query("ratio > 0")),
+        token_list("Best learned", tokens.nsmallest(LISTED, "ratio").query("ratio < 0")),
+    ]
+    truncated = "Truncated: the text is longer than the models' context."
     return [
-        legend(found.heat),
-        html.P(spans[:SPANS], className="text"),
-        html.P(f"{cut:,} more tokens are not shown.", className="source") if cut > 0 else None,
-        html.P("Cut: longer than the models take.", className="source") if row.get("truncated") else None,
-        html.Div(
-            [
-                listed("Most foreign", tokens.nlargest(MOST, "ratio").query("ratio > 0")),
-                listed("Best learned", tokens.nsmallest(MOST, "ratio").query("ratio < 0")),
-            ],
-            className="cards",
-        ),
+        legend(scored.full_strength),
+        html.P(spans, className="text"),
+        html.P(f"{cut:,} more tokens are not shown.", className="source") if cut else None,
+        html.P(truncated, className="source") if row.get("truncated") else None,
+        html.Div(extremes, className="cards"),
     ]
 
 
-def span(token: str, ratio: float, heat: float) -> html.Span:
-    """One token."""
-    strength = min(1.0, abs(ratio) / heat)
+def token_span(token: str, ratio: float, full_strength: float) -> html.Span:
+    """One token on its colour."""
+    strength = min(1.0, abs(ratio) / full_strength)
     side = "foreign" if ratio > 0 else "learned"
-    strong = " strong" if strength >= 0.5 else ""
     return html.Span(
-        visible(token),
-        className=f"token {side}{strong}",
+        token.replace("\n", "⏎\n") or "·",  # a line break is visible, and still breaks the line
+        className=f"token {side}" + " strong" * (strength >= 0.5),
         style={"--heat": f"{STRONGEST * strength:.0f}%"},
         title=f"{signed(ratio)} nats",
     )
 
 
-def visible(token: str) -> str:
-    """A token as it is read; line breaks show, and still break the line."""
-    return token.replace("\n", "⏎\n") or "·"
-
-
-def signed(ratio: float) -> str:
-    """A ratio with its sign."""
-    return ("+" if ratio > 0 else "−" if ratio < 0 else "") + view.number(abs(ratio))
-
-
-def legend(heat: float) -> html.P:
-    """What the colours mean."""
+def legend(full_strength: float) -> html.P:
+    """The meaning of the colours."""
+    limit = content.number(full_strength)
     return html.P(
         [
-            span(f"−{view.number(heat)} nats", -heat, heat),
-            " tuned expects it better (dotted line)  ·  ",
-            span(f"+{view.number(heat)} nats", heat, heat),
-            " base expects it better: foreign to tuned (solid line)",
+            token_span(f"−{limit} nats", -full_strength, full_strength),
+            " tuned predicts it better (dotted line)  ·  ",
+            token_span(f"+{limit} nats", full_strength, full_strength),
+            " base predicts it better: foreign to tuned (solid line)",
         ],
         className="source token-legend",
     )
 
 
-def listed(title: str, tokens: "pd.DataFrame") -> Content:
-    """The tokens at one end of a row's ratios."""
+def token_list(title: str, tokens: "pd.DataFrame") -> Content:
+    """The tokens at one end of the ratios of a row."""
+    visible = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥"})
     rows = [
-        [parts.code(quoted(str(token))), signed(float(ratio)), str(int(place) + 1)]
-        for token, ratio, place in zip(tokens["token"], tokens["ratio"], tokens["position"], strict=True)
+        [parts.code(str(token).translate(visible) or "·"), signed(float(ratio)), str(int(position) + 1)]
+        for token, ratio, position in zip(tokens["token"], tokens["ratio"], tokens["position"], strict=True)
     ]
-    if not rows:
-        return html.Div([html.H3(title), html.P("None.", className="empty")])
-    return html.Div(
-        [
-            html.H3(title),
-            parts.table(("token", "nats", "place"), rows, label=f"{title} tokens", numeric=[1, 2]),
-        ]
+    listed = (
+        parts.table(("token", "nats", "position"), rows, label=f"{title} tokens", numeric=[1, 2])
+        if rows
+        else html.P("None.", className="empty")
     )
+    return html.Div([html.H3(title), listed])
 
 
-def quoted(token: str) -> str:
-    """A token by itself, its blanks to be seen."""
-    return token.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥") or "·"
+PAGE = Page(
+    name="detector",
+    title="Detector",
+    of="audit",
+    layout=layout,
+    linked=lambda view: detector(view.audit) is not None,
+    callbacks=callbacks,
+)

@@ -1,74 +1,74 @@
-"""The first page of an audit: may it ship, and why; what was compared, not run, or does not align."""
+"""The first page of an audit: verdict and findings, then what was compared and what was not run."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from dash import html
 
 from dashboard.components import parts
-from dashboard.pages import Content, View, page
+from dashboard.pages.page import Content, Page
 from dashboard.state.query import link
+from dashboard.state.view import View
 from diagnostics.core.policy import Finding, judged
-from diagnostics.report import content as view
+from diagnostics.report import content
 from diagnostics.store.audit_store import Audit, Outcome
 
-SAYS = {
-    "pass": "By its policy this checkpoint may ship.",
-    "warn": "It may ship once someone has looked at the warnings.",
-    "fail": "By its policy this checkpoint must not ship.",
+ADVICE = {
+    "pass": "The policy allows this checkpoint to ship.",
+    "warn": "Review the warnings before this checkpoint ships.",
+    "fail": "The policy does not allow this checkpoint to ship.",
 }
 
 
-@page("overview", title="Overview", order=0)
-def content(shown: View) -> Content:
-    """Verdict and findings first, then what they rest on."""
-    audit = shown.audit
-    assert shown.entry is not None
-    known = shown.entry.id
+def layout(view: View) -> Content:
+    """Verdict and findings first, then the evidence."""
+    audit = view.audit
     return [
         band(audit),
-        findings(audit, known),
-        glance(audit, known),
+        findings(audit, view.audit_id),
+        analyses(audit, view.audit_id),
         not_run(audit),
         unmatched(audit),
-        compared(audit),
+        parts.section(
+            "Checkpoints",
+            html.Div([checkpoint("base", audit.base), checkpoint("tuned", audit.tuned)], className="cards"),
+        ),
         data(audit),
         provenance(audit),
     ]
 
 
 def band(audit: Audit) -> html.Header:
-    """The verdict, in one look."""
+    """The verdict."""
     word = audit.verdict
+    subject = [
+        html.P([swatch(name), f"{name} ", parts.code(record.get("ref", ""))])
+        for name, record in (("tuned", audit.tuned), ("base", audit.base))
+    ]
     return html.Header(
         [
             html.H1([parts.icon(word), html.Span(word, className="word")], id="heading", tabIndex="-1"),
-            html.P(says(audit), className="says"),
+            html.P(advice(audit), className="says"),
             html.P(headline(audit), className="headline"),
-            html.Div(
-                [
-                    html.P([swatch("tuned"), "tuned ", parts.code(audit.tuned.get("ref", ""))]),
-                    html.P([swatch("base"), "base ", parts.code(audit.base.get("ref", ""))]),
-                ],
-                className="subject",
-            ),
+            html.Div(subject, className="subject"),
         ],
         className=f"verdict {word}",
     )
 
 
-def says(audit: Audit) -> str:
-    """What the verdict means for whoever decides."""
+def advice(audit: Audit) -> str:
+    """What the verdict means for a release."""
     if audit.failed:
-        return "Do not ship on this audit: it is not whole."
+        return "Do not ship on this audit: it is incomplete."
     if not audit.judged:
-        return "This audit cannot tell whether it may ship: nothing was judged."
-    return SAYS[audit.verdict]
+        return "This audit cannot decide whether the checkpoint may ship: nothing was judged."
+    return ADVICE[audit.verdict]
 
 
 def headline(audit: Audit) -> str:
     """The report's headline, without importing any analysis."""
     sections = [
-        view.Section(
+        content.Section(
             name=name,
             outcome=audit.analyses[name],
             result=result,
@@ -77,201 +77,193 @@ def headline(audit: Audit) -> str:
             paper="",
             summary="",
             verdict="",
-            metrics=view.metrics(audit, name, None),
+            metrics=content.metrics(audit, name, None),
             notes=[],
         )
         for name, result in audit.results.items()
     ]
-    return view.headline(audit, sections)
+    return content.headline(audit, sections)
 
 
 def swatch(name: str) -> html.Span:
-    """The colour that a checkpoint has in every figure."""
+    """The colour of a checkpoint in every figure."""
     return html.Span(className=f"swatch {name}", **{"aria-hidden": "true"})
 
 
-def findings(audit: Audit, known: str) -> Content:
-    """What is beyond a threshold, the severest first, each with where it shows."""
-    listed = [finding(audit, each, known) for each in audit.findings]
-    broken = [failure(name, made) for name, made in audit.failed.items()]
+def findings(audit: Audit, audit_id: str) -> Content:
+    """Every value beyond a threshold, the most severe first, with a link to its number."""
+    items = [finding_item(audit, finding, audit_id) for finding in audit.findings]
+    items += [failure_item(name, outcome) for name, outcome in audit.failed.items()]
     lacking = [
         html.Li([parts.code(f"{name}.{metric}"), f": {why}"])
         for name, metrics in audit.not_measured.items()
         for metric, why in metrics.items()
     ]
-    vain = (
-        parts.folded(f"{view.counted(len(lacking), 'rule')} could not be applied", html.Ul(lacking))
-        if lacking
-        else None
-    )
-    listed = [*listed, *broken]
     return parts.section(
         "Findings",
-        html.Ol(listed, className="findings")
-        if listed
-        else parts.state("empty", "Nothing is beyond a threshold."),
-        vain,
+        html.Ol(items, className="findings")
+        if items
+        else parts.state("empty", "No value is beyond a threshold."),
+        parts.folded(f"{content.counted(len(lacking), 'rule')} could not be applied", html.Ul(lacking))
+        if lacking
+        else None,
         parts.notes(audit.notes),
     )
 
 
-def finding(audit: Audit, each: Finding, known: str) -> html.Li:
+def finding_item(audit: Audit, finding: Finding, audit_id: str) -> html.Li:
     """One finding."""
-    where = link(page="analysis", audit=known, analysis=each.analysis, metric=each.metric)
-    return html.Li(
-        [
-            parts.badge(each.severity),
-            html.Div(
-                [
-                    html.P(each.message, className="message"),
-                    html.P(
-                        [
-                            parts.going(each.analysis, where),
-                            ": ",
-                            parts.code(each.metric),
-                            " is ",
-                            html.Strong(view.number(each.value)),
-                            f", {view.side(audit, each)} {view.number(each.threshold)}",
-                        ],
-                        className="measure",
-                    ),
-                    html.P(f"Threshold: {each.source}", className="source"),
-                ]
-            ),
-        ],
-        className=each.severity,
-    )
+    number = link(page="analysis", audit=audit_id, analysis=finding.analysis, metric=finding.metric)
+    measure = [
+        parts.going(finding.analysis, number),
+        ": ",
+        parts.code(finding.metric),
+        " is ",
+        html.Strong(content.number(finding.value)),
+        f", {content.side(audit, finding)} {content.number(finding.threshold)}",
+    ]
+    text = [
+        html.P(finding.message, className="message"),
+        html.P(measure, className="measure"),
+        html.P(f"Threshold: {finding.source}", className="source"),
+    ]
+    return html.Li([parts.badge(finding.severity), html.Div(text)], className=finding.severity)
 
 
-def failure(name: str, made: Outcome) -> html.Li:
-    """An analysis that should have a result, and has none."""
-    text = [html.P(f"{name} gave no result", className="message"), html.P(made.reason, className="measure")]
+def failure_item(name: str, outcome: Outcome) -> html.Li:
+    """An analysis that failed."""
+    text = [
+        html.P(f"{name} gave no result", className="message"),
+        html.P(outcome.reason, className="measure"),
+    ]
     return html.Li([parts.badge("fail", "no result"), html.Div(text)], className="fail")
 
 
-def glance(audit: Audit, known: str) -> Content:
-    """Each analysis that has a result: its question, its first number, its verdict."""
+def analyses(audit: Audit, audit_id: str) -> Content:
+    """Each analysis with a result: its verdict, question and first number."""
     if not audit.results:
         return None
     rows = []
     for name, result in audit.results.items():
         metric = next(iter(result.metrics), None)
-        said = (
-            [parts.code(metric), " ", html.Strong(view.number(result.metrics[metric]))]
-            if metric
-            else view.NOTHING
+        number = html.Strong(content.number(result.metrics[metric])) if metric else None
+        severity = next((finding.severity for finding in audit.findings if finding.analysis == name), "")
+        rows.append(
+            [
+                parts.going(name, link(page="analysis", audit=audit_id, analysis=name)),
+                parts.badge(severity or ("pass" if judged(result, audit.policy) else "")),
+                audit.analyses[name].question or name,
+                [parts.code(metric), " ", number] if metric else content.NOTHING,
+            ]
         )
-        worst = next((f.severity for f in audit.findings if f.analysis == name), "")
-        verdict = worst or ("pass" if judged(result, audit.policy) else "")
-        asked = audit.analyses[name].question or name
-        to = link(page="analysis", audit=known, analysis=name)
-        rows.append([parts.going(name, to), parts.badge(verdict), asked, said])
-    return parts.section(
-        "What was asked",
-        parts.table(("analysis", "verdict", "question", "first number"), rows, label="Analyses"),
-    )
+    heads = ("analysis", "verdict", "question", "first number")
+    return parts.section("Analyses", parts.table(heads, rows, label="Analyses"))
 
 
 def not_run(audit: Audit) -> Content:
-    """What was skipped, and what would run it; what nobody asked for takes one line."""
-    lacking = {
-        name: made for name, made in audit.analyses.items() if made.result is None and made.status != "failed"
-    }
-    if not lacking:
-        return None
-    rows = [[parts.code(name), made.question, made.reason] for name, made in lacking.items() if made.question]
-    unasked: dict[str, list[str]] = {}
-    for name, made in lacking.items():
-        if not made.question:
-            unasked.setdefault(made.reason or view.NOTHING, []).append(name)
-    rows += [["not asked", parts.code(", ".join(names)), reason] for reason, names in unasked.items()]
-    heads = ("analysis", "question", "what would run it, or why not")
-    return parts.section("Not run", parts.table(heads, rows, label="Analyses without a result"))
+    """The analyses without a result and why; those that were not requested share one line."""
+    rows: list[list[Content]] = []
+    not_requested: dict[str, list[str]] = {}
+    for name, outcome in audit.analyses.items():
+        if outcome.result is not None or outcome.status == "failed":
+            continue
+        if outcome.question:
+            rows.append([parts.code(name), outcome.question, outcome.reason])
+        else:
+            not_requested.setdefault(outcome.reason or content.NOTHING, []).append(name)
+    rows += [
+        ["not requested", parts.code(", ".join(names)), reason] for reason, names in not_requested.items()
+    ]
+    heads = ("analysis", "question", "reason, or what it needs")
+    return (
+        parts.section("Not run", parts.table(heads, rows, label="Analyses that were not run"))
+        if rows
+        else None
+    )
 
 
 def unmatched(audit: Audit) -> Content:
-    """The tensors that do not align."""
+    """The tensors that base and tuned do not share."""
     if not audit.unmatched:
         return None
     count = len(audit.unmatched)
     rows = [
         [
-            parts.code(each["tensor"]),
-            shape(each.get("base_shape")),
-            shape(each.get("tuned_shape")),
-            each["reason"],
+            parts.code(tensor["tensor"]),
+            shape(tensor.get("base_shape")),
+            shape(tensor.get("tuned_shape")),
+            tensor["reason"],
         ]
-        for each in audit.unmatched[: view.ROWS]
+        for tensor in audit.unmatched[: content.ROWS]
     ]
-    listed = parts.table(("tensor", "base shape", "tuned shape", "reason"), rows, label="Unmatched tensors")
-    verb = "does not align, and has" if count == 1 else "do not align, and have"
-    more = f" The first {view.ROWS} are listed; audit.json lists all." if count > view.ROWS else ""
+    heads = ("tensor", "base shape", "tuned shape", "reason")
+    verb = "does not match and is" if count == 1 else "do not match and are"
+    more = f" The first {content.ROWS} are listed; audit.json lists all." if count > content.ROWS else ""
     return parts.section(
-        "What is wrong with the inputs",
-        html.P(f"{view.counted(count, 'tensor')} {verb} no part in any number here.{more}"),
-        parts.folded("Which, and why", listed, opened=count <= view.HEAD),
+        "Unmatched tensors",
+        html.P(f"{content.counted(count, 'tensor')} {verb} left out of every number.{more}"),
+        parts.folded(
+            "Names, shapes and reasons",
+            parts.table(heads, rows, label="Unmatched tensors"),
+            opened=count <= content.HEAD,
+        ),
         name="unmatched",
     )
 
 
 def shape(sizes: Any) -> str:
-    """A shape, or a dash where there is no tensor."""
-    return " × ".join(map(str, sizes)) if sizes else view.NOTHING
+    """A shape; a dash where there is no tensor."""
+    return " × ".join(map(str, sizes)) if sizes else content.NOTHING
 
 
-def compared(audit: Audit) -> Content:
-    """The two checkpoints."""
-    return parts.section(
-        "What was compared",
-        html.Div([side("base", audit.base), side("tuned", audit.tuned)], className="cards"),
-        name="compared",
-    )
-
-
-def side(name: str, about: Any) -> html.Article:
+def checkpoint(name: str, record: Mapping[str, Any]) -> html.Article:
     """One checkpoint."""
-    adapter = {f"adapter {k}": v for k, v in (about.get("adapter") or {}).items() if v not in (None, {}, [])}
-    facts = {
-        key: about.get(key)
-        for key in ("kind", "architecture", "parameters", "dtype")
-        if about.get(key) is not None
+    keys = ("kind", "architecture", "parameters", "dtype")
+    facts = {key: record[key] for key in keys if record.get(key) is not None}
+    adapter = {
+        f"adapter {key}": value
+        for key, value in (record.get("adapter") or {}).items()
+        if value not in (None, {}, [])
     }
     return html.Article(
         [
             html.H3([swatch(name), name]),
-            html.P(parts.code(about.get("ref", "")), className="ref"),
-            parts.pairs({**facts, **adapter, "fingerprint": parts.short(about.get("fingerprint"))}),
+            html.P(parts.code(record.get("ref", "")), className="ref"),
+            parts.pairs({**facts, **adapter, "fingerprint": parts.short(record.get("fingerprint"))}),
         ],
         className=f"card {name}",
     )
 
 
 def data(audit: Audit) -> Content:
-    """The rows of text, by role."""
+    """The files of rows, by role."""
     rows = [
         [
             role,
-            [f"{each['name']}: " if each.get("name") else "", parts.code(each.get("ref", ""))],
-            view.number(each.get("rows")),
-            parts.short(each.get("fingerprint")),
+            [f"{file['name']}: " if file.get("name") else "", parts.code(file.get("ref", ""))],
+            content.number(file.get("rows")),
+            parts.short(file.get("fingerprint")),
         ]
-        for role, given in audit.data.items()
-        for each in given
+        for role, files in audit.data.items()
+        for file in files
     ]
     if not rows:
-        return parts.section("Data", html.P("None: only the weights were read.", className="empty"))
-    heads = ("role", "rows of text", "rows", "fingerprint")
+        return parts.section("Data", html.P("No rows: only the weights were read.", className="empty"))
+    heads = ("role", "file", "rows", "fingerprint")
     return parts.section("Data", parts.table(heads, rows, label="Data", numeric=[2]))
 
 
 def provenance(audit: Audit) -> Content:
-    """How it came about."""
-    kept = f" Results of earlier runs are kept in audit.json: {', '.join(audit.kept)}." if audit.kept else ""
+    """Versions, options and policy."""
+    kept = f" audit.json also keeps results of earlier runs: {', '.join(audit.kept)}." if audit.kept else ""
     return parts.section(
         "Provenance",
         html.P(
-            f"Made by tunescope {audit.tunescope}, begun {audit.created}. "
-            f"Judged by: {audit.policy.origin}.{kept}"
+            f"Created by tunescope {audit.tunescope}, started {audit.created}. "
+            f"Policy: {audit.policy.origin}.{kept}"
         ),
         parts.folded("Environment and options", parts.pairs(audit.environment), parts.pairs(audit.options)),
     )
+
+
+PAGE = Page(name="overview", title="Overview", of="audit", layout=layout)

@@ -1,52 +1,40 @@
-"""Thresholds tried on an audit: the verdict and the findings follow at once, and a file takes them along."""
+"""Other thresholds tried on an audit: verdict and findings follow at once, and a file saves the policy."""
 
 from collections.abc import Iterable
-from typing import Any
 
 import dash_mantine_components as dmc
-from dash import ALL, ClientsideFunction, Dash, Input, Output, State, dcc, html, no_update
+from dash import ALL, Dash, Input, Output, State, dcc, html, no_update
 
 from dashboard.components import choose, parts
-from dashboard.pages import Content, View, page
-from dashboard.pages.overview import finding
-from dashboard.state.audit_library import AuditLibrary
-from dashboard.state.query import Query, link, parse
-from dashboard.state.trial import OFF, STEPS, Trial, changes, key, toml, trial
-from diagnostics.core.policy import Rule, scale, unjudged
-from diagnostics.report import content as view
+from dashboard.pages.overview import finding_item
+from dashboard.pages.page import Content, Page
+from dashboard.state.query import Query, link
+from dashboard.state.trial import STEPS, Trial, changes, key, toml, trial
+from dashboard.state.view import Site, View
+from diagnostics.core.policy import scale, unjudged
+from diagnostics.report import content
 from diagnostics.store.audit_store import Audit
 
-EVERY = {"role": "threshold", "key": ALL, "default": ALL}
-STATES = {"role": "rule", "analysis": ALL, "metric": ALL}
+RULES = {"role": "rule", "analysis": ALL, "metric": ALL}
 
 
-def callbacks(app: Dash, shelf: AuditLibrary, allowed: dict[str, Any]) -> None:
-    """Let verdict and findings follow the thresholds, and the thresholds the address."""
-    app.clientside_callback(
-        ClientsideFunction("tunescopePolicy", "tried"), Input(EVERY, "value"), prevent_initial_call=True
-    )
-    app.clientside_callback(
-        ClientsideFunction("tunescopePolicy", "restored"),
-        Input("url", "search"),
-        State(EVERY, "id"),
-        State(EVERY, "value"),
-        prevent_initial_call=True,
-    )
+def callbacks(app: Dash, site: Site) -> None:
+    """Let verdict and findings follow the thresholds in the address."""
 
     @app.callback(
         Output("trial", "children"),
         Output("trial-findings", "children"),
-        Output(STATES, "children"),
+        Output(RULES, "children"),
         Input("url", "search"),
-        State(STATES, "id"),
+        State(RULES, "id"),
     )
-    def follow(search: str, known: list[dict[str, str]]) -> Any:
-        query = parse(search)
-        tried = tried_by(shelf, query)
-        if query.one("page") != "policy" or tried is None:
-            return no_update, no_update, [no_update] * len(known)
-        rules = [state_of(tried, each["analysis"], each["metric"]) for each in known]
-        return *outcome(shelf, tried, query), rules
+    def update(search: str, rules: list[dict[str, str]]) -> Content:
+        view = site.view(search)
+        if view.query.one("page") != "policy" or view.readable_audit is None:
+            return no_update, no_update, [no_update] * len(rules)
+        tried = trial(view.audit, view.query, view.audit_id)
+        states = [rule_state(tried, rule["analysis"], rule["metric"]) for rule in rules]
+        return verdict(view.audit, tried), findings(tried, view.audit_id), states
 
     @app.callback(
         Output("policy-file", "data"),
@@ -54,259 +42,199 @@ def callbacks(app: Dash, shelf: AuditLibrary, allowed: dict[str, Any]) -> None:
         State("url", "search"),
         prevent_initial_call=True,
     )
-    def save(clicks: int | None, search: str) -> Any:
-        query = parse(search)
-        tried = tried_by(shelf, query) if clicks else None
-        if tried is None:
+    def save(clicks: int | None, search: str) -> Content:
+        view = site.view(search)
+        if not clicks or view.readable_audit is None:
             return no_update
-        return dcc.send_string(toml(tried.audit.policy, called(shelf, query))[0], "policy.toml")
+        policy = trial(view.audit, view.query, view.audit_id).audit.policy
+        return dcc.send_string(toml(policy, view.audit_id)[0], "policy.toml")
 
 
-def tried_by(shelf: AuditLibrary, query: Query) -> Trial | None:
-    """The audit of an address under its thresholds."""
-    entry = shelf.meant(query)
-    audit = entry.audit if entry else None
-    return trial(audit, query, entry.id) if entry and audit else None
-
-
-def called(shelf: AuditLibrary, query: Query) -> str:
-    """The id of the audit that an address means."""
-    entry = shelf.meant(query)
-    return entry.id if entry else ""
-
-
-@page(
-    "policy",
-    title="Try a policy",
-    order=30,
-    identity=("also",),
-    linked=lambda shown: bool(shown.audit.results),
-    callbacks=callbacks,
-)
-def content(shown: View) -> Content:
-    """Thresholds as controls, under what they lead to."""
-    audit, query = shown.audit, shown.query
-    assert shown.entry is not None
-    known = shown.entry.id
+def layout(view: View) -> Content:
+    """The outcome on top, then a control for each threshold."""
+    audit, query = view.audit, view.query
     head = parts.heading(
         "Try a policy",
-        eyebrow=known,
-        lead="Change a threshold and see what the verdict would be. The audit itself stays as it is.",
+        eyebrow=view.audit_id,
+        lead="Change a threshold to see the verdict that it would give. The audit itself does not change.",
     )
     if not audit.results:
-        return [head, parts.state("empty", "This audit has no number that a threshold could judge.")]
-    tried = trial(audit, query, known)
-    others = [f"{name}.{metric}" for name, metric in unruled(audit)]
-    controls = [
-        choose.many(
-            query,
-            "also",
-            "Judge also",
-            others,
-            placeholder="numbers without a threshold",
-            searchable=True,
-            limit=60,
-        ),
-        html.Div(
-            [
-                dmc.Button("Download policy.toml", id="policy-save", size="sm"),
-                parts.going(
-                    "Back to the audit's own",
-                    link(page="policy", audit=known),
-                    className="reset",
-                ),
-                dcc.Download(id="policy-file"),
-            ],
-            className="policy-tools",
-        ),
-    ]
-    sections = [section(tried, query, name) for name in audit.results]
-    return [
-        head,
-        html.Div(
-            [
-                html.Div(id="trial", role="status", **{"aria-live": "polite"}),
-                html.Div(controls, className="controls"),
-            ],
-            className="filters trial",
-        ),
-        parts.section("Findings", html.Div(id="trial-findings"), name="findings"),
-        *[each for each in sections if each],
-    ]
-
-
-def unruled(audit: Audit) -> list[tuple[str, str]]:
-    """The numbers of an audit that its policy has no rule for."""
-    return [
-        (name, metric)
+        return [head, parts.state("empty", "This audit has no number to judge.")]
+    without_rule = [
+        f"{name}.{metric}"
         for name, result in audit.results.items()
         for metric in result.metrics
         if metric not in audit.policy.rules.get(name, {})
     ]
-
-
-def section(tried: Trial, query: Query, name: str) -> Content:
-    """The rules of one analysis."""
-    also = set(query.many("also"))
-    own = tried.audit.policy.rules.get(name, {})
-    metrics = [
-        *own,
-        *(
-            metric
-            for metric in tried.audit.results[name].metrics
-            if metric not in own and f"{name}.{metric}" in also
+    tools = [
+        dmc.Button("Download policy.toml", id="policy-save", size="sm"),
+        parts.going(
+            "Reset to the audit's policy", link(page="policy", audit=view.audit_id), className="reset"
         ),
+        dcc.Download(id="policy-file"),
+    ]
+    bar = parts.filters(
+        "Policy",
+        choose.many(
+            query,
+            "also",
+            "Add a rule",
+            without_rule,
+            placeholder="metrics without a threshold",
+            searchable=True,
+            limit=60,
+        ),
+        html.Div(tools, className="policy-tools"),
+    )
+    bar.children.insert(0, html.Div(id="trial", role="status", **{"aria-live": "polite"}))
+    tried = trial(audit, query, view.audit_id)
+    return [
+        head,
+        bar,
+        parts.section("Findings", html.Div(id="trial-findings")),
+        *(rule_section(tried, query, name) for name in audit.results),
+    ]
+
+
+def rule_section(tried: Trial, query: Query, name: str) -> Content:
+    """The rules of one analysis, and those added in the address."""
+    rules = tried.audit.policy.rules.get(name, {})
+    added = {
+        metric for metric in tried.audit.results[name].metrics if f"{name}.{metric}" in query.many("also")
+    }
+    metrics = [
+        *rules,
+        *(metric for metric in tried.audit.results[name].metrics if metric in added - {*rules}),
     ]
     if not metrics:
         return None
-    rows = [row(tried, query, name, metric) for metric in metrics]
-    heads = ("metric", "value here", "judged", "bad when", "warn", "fail")
-    return parts.section(
-        name, parts.table(heads, rows, label=f"Thresholds of {name}", numeric=[1]), name=f"rules-{name}"
-    )
+    rows = [rule_row(tried, query, name, metric) for metric in metrics]
+    heads = ("metric", "value", "verdict", "bad side", "warn", "fail")
+    table = parts.table(heads, rows, label=f"Thresholds of {name}", numeric=[1])
+    return parts.section(name, table, name=f"rules-{name}")
 
 
-def row(tried: Trial, query: Query, name: str, metric: str) -> list[Content]:
-    """One rule: what it judges, its thresholds as controls, what it says."""
+def rule_row(tried: Trial, query: Query, name: str, metric: str) -> list[Content]:
+    """One rule: its value, its verdict, and its thresholds as controls."""
     result = tried.audit.results[name]
-    made = tried.audit.policy.rules.get(name, {}).get(metric, Rule())
-    condition = [
-        f"thresholds per {made.per}"
-        + (
-            f", which is {view.number(result.parameters.get(made.per))}"
-            if made.per in result.parameters
-            else ""
-        )
-        if made.per
-        else "",
-        f"only where {made.when}" if made.when else "",
-    ]
-    sided = choose.one(
+    rule = tried.rule(name, metric)
+    before = tried.changed.get((name, metric), rule)  # what the controls return to
+    conditions = []
+    if rule.per:
+        parameter = result.parameters.get(rule.per)
+        known = f" = {content.number(parameter)}" if rule.per in result.parameters else ""
+        conditions.append(f"thresholds per {rule.per}{known}")
+    if rule.when:
+        conditions.append(f"only with {rule.when}")
+    side = choose.one(
         query,
         key("side", name, metric),
         "",
         ["above", "below"],
-        default="below" if before(tried, name, metric).below else "above",
+        default="below" if before.below else "above",
         w=92,
         **{"aria-label": f"Which side of the thresholds of {metric} is bad"},
     )
+    thresholds = [
+        choose.number(
+            query,
+            key(step, name, metric),
+            getattr(before, step),
+            placeholder="none",
+            w=96,
+            **{"aria-label": f"{step} threshold of {metric}"},
+        )
+        for step in STEPS
+    ]
     return [
-        [parts.code(metric), html.Span("; ".join(filter(None, condition)), className="source")],
-        view.number(result.metrics.get(metric)),
-        html.Div(state_of(tried, name, metric), id={"role": "rule", "analysis": name, "metric": metric}),
-        sided,
-        *[threshold(tried, query, name, metric, step) for step in STEPS],
+        [parts.code(metric), html.Span("; ".join(conditions), className="source")],
+        content.number(result.metrics.get(metric)),
+        html.Div(rule_state(tried, name, metric), id={"role": "rule", "analysis": name, "metric": metric}),
+        side,
+        *thresholds,
     ]
 
 
-def before(tried: Trial, name: str, metric: str) -> Rule:
-    """A rule as the audit's own policy has it: what the controls return to."""
-    made = tried.audit.policy.rules.get(name, {}).get(metric, Rule())
-    return tried.own.get((name, metric), made)
-
-
-def threshold(tried: Trial, query: Query, name: str, metric: str, step: str) -> dmc.NumberInput:
-    """A control for one threshold; empty means that there is none."""
-    own = getattr(before(tried, name, metric), step)
-    default = OFF if own is None else repr(own)
-    asked = query.one(key(step, name, metric), default)
-    return dmc.NumberInput(
-        id={"role": "threshold", "key": key(step, name, metric), "default": default},
-        value="" if asked == OFF else number(asked),
-        placeholder="never",
-        size="sm",
-        w=96,
-        hideControls=True,
-        debounce=200,
-        **{"aria-label": f"{step} threshold of {metric}"},
-    )
-
-
-def number(asked: str) -> float | str:
-    """A threshold as a control shows it; one that makes no sense is shown as it came."""
-    try:
-        return float(asked)
-    except ValueError:
-        return ""
-
-
-def state_of(tried: Trial, name: str, metric: str) -> Content:
-    """What a rule says now."""
+def rule_state(tried: Trial, name: str, metric: str) -> Content:
+    """The verdict of one rule, or why it gives none."""
     result = tried.audit.results.get(name)
-    made = tried.audit.policy.rules.get(name, {}).get(metric, Rule())
-    trouble = tried.troubles.get((name, metric))
     if result is None:
         return None
-    if trouble:
-        return html.Span(trouble, className="trouble-text", role="alert")
+    if error := tried.errors.get((name, metric)):
+        return html.Span(error, className="trouble-text", role="alert")
+    rule = tried.rule(name, metric)
     facts = {**result.parameters, **result.metrics}
-    if made.off:
-        text = "no threshold"
-    elif made.when and not facts.get(made.when):
-        text = f"does not apply: {made.when} is {view.number(facts.get(made.when))}"
+    changed = html.Span("changed", className="changed") if (name, metric) in tried.changed else None
+    if rule.off:
+        reason = "no threshold"
+    elif rule.when and not facts.get(rule.when):
+        reason = f"does not apply: {rule.when} is {content.number(facts.get(rule.when))}"
     else:
-        text = unjudged(result, metric, made)
-    changed = html.Span("changed", className="changed") if (name, metric) in tried.own else None
-    if text:
-        return [html.Span(text, className="empty"), changed]
-    factor = scale(result, made)
-    beyond = made.beyond(result.metrics[metric], factor)
-    said = f" {view.thresholds(made, factor)}" if made.per else ""
-    return [parts.badge(beyond[0] if beyond else "pass"), html.Span(said, className="source"), changed]
+        reason = unjudged(result, metric, rule)
+    if reason:
+        return [html.Span(reason, className="empty"), changed]
+    factor = scale(result, rule)
+    beyond = rule.beyond(result.metrics[metric], factor)
+    scaled = f" {content.thresholds(rule, factor)}" if rule.per else ""
+    return [parts.badge(beyond[0] if beyond else "pass"), html.Span(scaled, className="source"), changed]
 
 
-def outcome(shelf: AuditLibrary, tried: Trial, query: Query) -> tuple[Content, Content]:
-    """The verdict, and the findings, under the thresholds as they are now."""
-    entry = shelf.meant(query)
-    audit = entry.audit if entry else None
-    assert entry is not None
-    assert audit is not None
-    now = tried.audit
-    old = {(f.analysis, f.metric): f.severity for f in audit.findings}
-    new = {(f.analysis, f.metric): f.severity for f in now.findings}
+def verdict(audit: Audit, tried: Trial) -> Content:
+    """The verdict under the tried thresholds, and how the findings change."""
+    before = {(finding.analysis, finding.metric): finding.severity for finding in audit.findings}
+    after = {(finding.analysis, finding.metric): finding.severity for finding in tried.audit.findings}
     moved = [
-        *(f"new: {one}.{two} ({new[one, two]})" for one, two in new if (one, two) not in old),
-        *(f"gone: {one}.{two}" for one, two in old if (one, two) not in new),
+        *(f"new: {'.'.join(name)} ({after[name]})" for name in after if name not in before),
+        *(f"gone: {'.'.join(name)}" for name in before if name not in after),
         *(
-            f"{one}.{two}: {old[one, two]} becomes {severity}"
-            for (one, two), severity in new.items()
-            if (one, two) in old and old[one, two] != severity
+            f"{'.'.join(name)}: {before[name]} becomes {after[name]}"
+            for name in after
+            if name in before and before[name] != after[name]
         ),
     ]
-    told = [
-        html.P(
-            [
-                parts.badge(now.verdict),
-                html.Strong(sentence(audit, now, len(tried.own)), className="outcome"),
-            ],
-            className="outcome-line",
-        ),
+    now, own = tried.audit.verdict, audit.verdict
+    if not tried.changed:
+        sentence = f"The audit's policy ({audit.policy.origin}): {own}."
+    elif now == own:
+        sentence = f"The verdict stays {now}."
+    else:
+        sentence = f"The verdict becomes {now}; the audit's policy gives {own}."
+    return [
+        html.P([parts.badge(now), html.Strong(sentence, className="outcome")], className="outcome-line"),
         html.P("; ".join(moved), className="source") if moved else None,
-        failed(now.failed),
+        incomplete(tried.audit.failed),
     ]
-    listed = [
-        html.Ol([finding(now, each, entry.id) for each in now.findings], className="findings")
-        if now.findings
-        else parts.state("empty", "Nothing is beyond a threshold."),
-        parts.folded(f"{view.counted(len(tried.own), 'rule')} changed, as TOML", html.Pre(changes(tried)))
-        if tried.own
+
+
+def findings(tried: Trial, audit_id: str) -> Content:
+    """The findings under the tried thresholds, and the changed rules as TOML."""
+    audit = tried.audit
+    items = [finding_item(audit, finding, audit_id) for finding in audit.findings]
+    return [
+        html.Ol(items, className="findings")
+        if items
+        else parts.state("empty", "No value is beyond a threshold."),
+        parts.folded(
+            f"{content.counted(len(tried.changed), 'changed rule')}, as TOML", html.Pre(changes(tried))
+        )
+        if tried.changed
         else None,
     ]
-    return told, listed
 
 
-def sentence(before: Audit, now: Audit, changed: int) -> str:
-    """The verdict, beside the audit's own."""
-    if not changed:
-        return f"The audit's own policy ({before.policy.origin}): {before.verdict}."
-    if now.verdict == before.verdict:
-        return f"The verdict stays {now.verdict}."
-    return f"The verdict becomes {now.verdict}; by the audit's own policy it is {before.verdict}."
+def incomplete(names: Iterable[str]) -> Content:
+    """A reminder that thresholds do not replace missing results."""
+    failed = ", ".join(names)
+    text = f"The verdict stays fail whatever the thresholds: {failed} gave no result."
+    return html.P(text, className="source") if failed else None
 
 
-def failed(names: Iterable[str]) -> Content:
-    """That no threshold mends an analysis without a result."""
-    listed = ", ".join(names)
-    return (
-        html.P(f"No threshold changes that {listed} gave no result.", className="source") if listed else None
-    )
+PAGE = Page(
+    name="policy",
+    title="Try a policy",
+    of="audit",
+    layout=layout,
+    identity=("also",),
+    linked=lambda view: bool(view.audit.results),
+    callbacks=callbacks,
+)

@@ -1,5 +1,6 @@
-"""An audit started from the page, of a pair that the server was started with: its progress, log and end."""
+"""A page that starts an audit of a pair chosen by the server: progress, log and result."""
 
+import logging
 import threading
 from typing import Any
 
@@ -7,35 +8,40 @@ import dash_mantine_components as dmc
 from dash import Dash, Input, Output, State, dcc, html, no_update
 
 from dashboard.components import parts
-from dashboard.pages import Content, View, page
+from dashboard.pages.page import Content, Page
 from dashboard.server.runs import Runs
-from dashboard.state.audit_library import AuditLibrary, written
+from dashboard.state.audit_library import file_stamp
 from dashboard.state.query import link
+from dashboard.state.view import Site, View
+from diagnostics.core.analysis import installed
+from probes.errors import InputError, UnknownNameError
+
+log = logging.getLogger(__name__)
 
 HIDDEN = {"display": "none"}
 
 
-def callbacks(app: Dash, shelf: AuditLibrary, allowed: dict[str, Any]) -> None:
-    """Start, follow, cancel and open, where the server was started with `--allow-run`."""
-    runs: Runs | None = allowed.get("run")
+def callbacks(app: Dash, site: Site) -> None:
+    """Start, follow, cancel and open audits, if the server was started with `--allow-run`."""
+    runs: Runs | None = site.allowed.get("run")
     if runs is None:
         return
-    runs.join(shelf)
-    seen, lock = written(runs.directory), threading.Lock()
+    runs.add_finished(site.library)
+    seen, lock = file_stamp(runs.directory), threading.Lock()
 
     @app.server.before_request
-    def join() -> None:
-        # A run ends in a process of its own, and maybe in that of another server of the same app.
+    def add_finished() -> None:
+        # An audit ends in another process, perhaps one of another server of the same app.
         nonlocal seen
         with lock:
-            now = written(runs.directory)
+            now = file_stamp(runs.directory)
             if now != seen:
                 seen = now
-                runs.join(shelf)
+                runs.add_finished(site.library)
 
     @app.callback(
         Output("run-done", "data"),
-        Output("run-told", "children"),
+        Output("run-message", "children"),
         Input("run-start", "n_clicks"),
         State("run-pair", "value"),
         State("run-only", "value"),
@@ -51,70 +57,60 @@ def callbacks(app: Dash, shelf: AuditLibrary, allowed: dict[str, Any]) -> None:
         progress=[
             Output("run-bar", "value"),
             Output("run-bar", "aria-label"),
-            Output("run-says", "children"),
+            Output("run-status", "children"),
             Output("run-log", "children"),
         ],
         cancel=[Input("run-cancel", "n_clicks")],
     )
     def start(set_progress: Any, clicks: int | None, pair: Any, only: Any, limit: Any) -> Any:
-        def tell(share: float, now: str, log: str) -> None:
-            set_progress((100 * share, f"{share:.0%} of the audit", now, log))
+        def report(share: float, now: str, lines: str) -> None:
+            set_progress((100 * share, f"{share:.0%} of the audit", now, lines))
 
-        tell(0.0, "starting", "")
+        report(0.0, "starting", "")
         try:
-            return runs.run(str(pair), runs.request(pair, only, limit), tell), None
-        except (LookupError, ValueError, OSError) as error:
-            return None, parts.state("trouble", "The audit was not finished", html.Pre(str(error)))
+            return runs.run(str(pair), runs.request(pair, only, limit), report), None
+        except (InputError, UnknownNameError, OSError) as error:
+            log.warning("the audit of %r failed: %s", pair, error)
+            return None, parts.state("trouble", "The audit failed", html.Pre(str(error)))
 
     @app.callback(
-        Output("run-told", "children", allow_duplicate=True),
+        Output("run-message", "children", allow_duplicate=True),
         Input("run-cancel", "n_clicks"),
         prevent_initial_call=True,
     )
-    def cancelled(clicks: int | None) -> Any:
+    def cancelled(clicks: int | None) -> Content:
         if not clicks:
             return no_update
-        return parts.state("empty", "Cancelled", html.P("Nothing of it is on the shelf."))
+        return parts.state("empty", "Cancelled", html.P("Nothing was saved."))
 
     @app.callback(
         Output("url", "search", allow_duplicate=True), Input("run-done", "data"), prevent_initial_call=True
     )
-    def opened(known: Any) -> Any:
-        entry = runs.entry(shelf, known)
+    def open_result(name: Any) -> Content:
+        entry = runs.entry(site.library, name)
         return link(audit=entry.id) if entry else no_update
 
 
-@page(
-    "run",
-    title="Run an audit",
-    of="shelf",
-    order=90,
-    linked=lambda shown: "run" in shown.allowed,
-    callbacks=callbacks,
-)
-def content(shown: View) -> Content:
-    """What to run, and how far it is."""
-    runs: Runs | None = shown.allowed.get("run")
+def layout(view: View) -> Content:
+    """What to run, and its progress."""
+    runs: Runs | None = view.site.allowed.get("run")
     if runs is None:
+        command = parts.code('tunescope dashboard --allow-run --pair "NAME=BASE TUNED"')
         return [
             parts.heading("Run an audit", eyebrow="tunescope"),
             parts.state(
-                "empty",
-                "This server runs no audits",
-                html.P(parts.code('tunescope dashboard --allow-run --pair "NAME=BASE TUNED"')),
+                "empty", "This server does not run audits", html.P([command, " starts one that does."])
             ),
         ]
-    from diagnostics.core.analysis import installed
-
-    names = [
+    pairs = [
         {"value": name, "label": f"{name}: {base} → {tuned}"} for name, (base, tuned) in runs.pairs.items()
     ]
-    read = [parts.code(f"--{role} {file}") for role, files in runs.rows.items() for file in files]
+    files = [parts.code(f"--{role} {file}") for role, paths in runs.rows.items() for file in paths]
     controls = [
         dmc.Select(
             id="run-pair",
             label="Checkpoints",
-            data=names,
+            data=pairs,
             value=next(iter(runs.pairs), None),
             allowDeselect=False,
             size="sm",
@@ -123,13 +119,13 @@ def content(shown: View) -> Content:
             id="run-only",
             label="Analyses",
             data=installed(),
-            placeholder="all that have what they need",
+            placeholder="all that these files allow",
             clearable=True,
             size="sm",
         ),
         dmc.NumberInput(
             id="run-limit",
-            label="Rows of each file",
+            label="Rows per file",
             placeholder="all",
             min=1,
             allowDecimal=False,
@@ -137,35 +133,40 @@ def content(shown: View) -> Content:
             size="sm",
         ),
     ]
+    rows = (
+        ["Rows: ", *[part for file in files for part in (file, " ")]]
+        if files
+        else "No files of rows: only analyses of the weights can run."
+    )
+    buttons = [
+        dmc.Button("Run", id="run-start", size="sm"),
+        dmc.Button("Cancel", id="run-cancel", size="sm", variant="default", disabled=True),
+    ]
+    progress = [
+        dmc.Progress(id="run-bar", value=0, size="lg", **{"aria-label": "0% of the audit"}),
+        html.P(id="run-status", className="source", role="status"),
+        html.Pre(id="run-log", tabIndex="0", **{"aria-label": "Log"}),
+    ]
     return [
         parts.heading(
             "Run an audit",
             eyebrow="tunescope",
-            lead="Of the checkpoints and rows that this server was started with.",
+            lead="The server was started with these checkpoints and files.",
         ),
         html.Div(controls, className="controls run-controls"),
-        html.P(
-            ["Rows: ", *[each for code in read for each in (code, " ")]]
-            if read
-            else "No rows were given: only what reads the weights alone can run.",
-            className="source",
-        ),
-        html.Div(
-            [
-                dmc.Button("Run", id="run-start", size="sm"),
-                dmc.Button("Cancel", id="run-cancel", size="sm", variant="default", disabled=True),
-            ],
-            className="policy-tools run-tools",
-        ),
-        html.Div(
-            [
-                dmc.Progress(id="run-bar", value=0, size="lg", **{"aria-label": "0% of the audit"}),
-                html.P(id="run-says", className="source", role="status"),
-                html.Pre(id="run-log", tabIndex="0", **{"aria-label": "Log"}),
-            ],
-            id="run-going",
-            style=HIDDEN,
-        ),
-        html.Div(id="run-told"),
+        html.P(rows, className="source"),
+        html.Div(buttons, className="policy-tools run-tools"),
+        html.Div(progress, id="run-going", style=HIDDEN),
+        html.Div(id="run-message"),
         dcc.Store(id="run-done"),
     ]
+
+
+PAGE = Page(
+    name="run",
+    title="Run an audit",
+    of="library",
+    layout=layout,
+    linked=lambda view: "run" in view.site.allowed,
+    callbacks=callbacks,
+)

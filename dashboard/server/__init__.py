@@ -1,1 +1,1 @@
-"""How it is served: access, background jobs, warming up."""
+"""Access, background work, and audits started by visitors."""

@@ -1,4 +1,4 @@
-"""One audit in a process of its own, which says how far it is: lines of JSON on its standard output.
+"""One audit in its own process, which writes its progress to standard output as lines of JSON.
 
 `python -m dashboard.server.job '{"base": …, "tuned": …, "out": …}'`; the arguments are those of
 `diagnostics.audit.audit`.
@@ -16,46 +16,46 @@ PAUSE = 0.2  # seconds between two lines of progress
 
 
 def main(argument: str, out: TextIO) -> int:
-    """Run the audit; the exit code, 0 whatever its verdict."""
+    """Run the audit. The exit code is 0 for every verdict."""
     from diagnostics.audit.run import audit
 
     request = json.loads(argument)
     try:
-        made = audit(request.pop("base"), request.pop("tuned"), progress=progress(request, out), **request)
+        done = audit(request.pop("base"), request.pop("tuned"), progress=progress(request, out), **request)
     except (InputError, OSError) as error:
-        say(out, error=" ".join(str(error).split()))
+        write_line(out, error=" ".join(str(error).split()))
         return 2
-    say(out, verdict=made.verdict)
+    write_line(out, verdict=done.verdict)
     return 0
 
 
-def say(out: TextIO, **about: Any) -> None:
-    """Write one line."""
-    out.write(json.dumps(about) + "\n")
+def write_line(out: TextIO, **fields: Any) -> None:
+    """Write one line of JSON."""
+    out.write(json.dumps(fields) + "\n")
     out.flush()
 
 
 def progress(request: Mapping[str, Any], out: TextIO) -> Callable[[str, int, int, str], None]:
-    """Tells how far an audit is: which of its analyses, and how far that one is."""
+    """A progress callback that writes which analysis runs and the share of the audit that is done."""
     names = planned(request)
     last = 0.0
     before = ""
 
-    def told(analysis: str, done: int, total: int, what: str) -> None:
+    def report(analysis: str, done: int, total: int, what: str) -> None:
         nonlocal last, before
         now = time.monotonic()
         if analysis == before and now - last < PAUSE:
             return
         last, before = now, analysis
-        place = names.index(analysis) if analysis in names else 0
-        share = (place + (done / total if total else 0.0)) / max(1, len(names))
-        say(out, analysis=analysis, done=done, total=total, what=what, share=min(1.0, share))
+        position = names.index(analysis) if analysis in names else 0
+        share = (position + (done / total if total else 0.0)) / max(1, len(names))
+        write_line(out, analysis=analysis, done=done, total=total, what=what, share=min(1.0, share))
 
-    return told
+    return report
 
 
 def planned(request: Mapping[str, Any]) -> list[str]:
-    """The analyses that an audit will run, in its order."""
+    """The analyses that an audit will run, in order."""
     from diagnostics.audit.plan import chosen, missing
     from diagnostics.core.analysis import find
     from diagnostics.core.inputs import ROLES
@@ -65,6 +65,6 @@ def planned(request: Mapping[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    # What libraries print is for the log; the lines of progress keep to themselves.
+    # Libraries print to the log; only lines of progress go to standard output.
     lines, sys.stdout = sys.stdout, sys.stderr
     sys.exit(main(sys.argv[1], lines))

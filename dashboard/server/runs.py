@@ -1,7 +1,7 @@
-"""Audits that visitors may start: of pairs that the server was started with, in a directory of their own.
+"""Audits that visitors may start, of pairs that the server was started with.
 
-A visitor chooses a pair and analyses by name. What is running lies apart from what is finished, so that no
-half of an audit is ever on the shelf.
+Visitors choose a pair and analyses by name. A running audit lies in a separate directory, so that the
+dashboard never shows a part of one.
 """
 
 import atexit
@@ -22,17 +22,17 @@ from filelock import FileLock, Timeout
 from dashboard.state.audit_library import AuditLibrary, Entry
 from probes.errors import InputError, UnknownNameError
 
-GOING = ".unfinished"
-LINES = 200  # of the log that a page shows
+UNFINISHED = ".unfinished"
+LINES = 200  # of the log on the page
 
 
 @dataclass(frozen=True)
 class Runs:
-    """What may be run, and where.
+    """The audits that visitors may run.
 
     Attributes:
-        directory: where audits are written; made if need be.
-        pairs: base and tuned by the name that visitors know.
+        directory: where audits are written; created if it does not exist.
+        pairs: base and tuned by the name that visitors see.
         rows: files of rows by role, as `tunescope audit` takes them.
         policy: a TOML file of thresholds; the default policy otherwise.
         device: where models run.
@@ -45,25 +45,27 @@ class Runs:
     device: str = "auto"
 
     def manager(self) -> Any:
-        """What runs Dash's background callbacks: every process that serves the app shares it."""
+        """Dash's manager of background callbacks, shared by every process that serves the app."""
         from dash import DiskcacheManager
         from diskcache import Cache
 
-        made = DiskcacheManager(Cache(str(self.directory / ".cache")))
-        atexit.register(stop, made)
-        return made
+        manager = DiskcacheManager(Cache(str(self.directory / ".cache")))
+        atexit.register(stop, manager)
+        return manager
 
     def request(self, pair: Any, only: Any, limit: Any) -> dict[str, Any]:
-        """What a visitor asks for, checked, as the arguments of `diagnostics.audit.audit` without `out`.
+        """The checked request of a visitor, as arguments of `diagnostics.audit.audit` without `out`.
 
         Raises:
             UnknownNameError: a pair or an analysis that is not offered.
-            InputError: a limit that is not a number of rows.
+            InputError: a limit that is not a number of rows, or analyses that are not a list.
         """
         from diagnostics.core.analysis import installed
 
         if not isinstance(pair, str) or pair not in self.pairs:
-            raise UnknownNameError(f"there is no pair {pair!r} here; there are: {', '.join(self.pairs)}")
+            raise UnknownNameError(f"unknown pair {pair!r}; known: {', '.join(self.pairs)}")
+        if not isinstance(only or [], list):
+            raise InputError(f"analyses: {only!r} is not a list of names")
         names = list(only or [])
         for name in names:
             if name not in installed():
@@ -71,7 +73,7 @@ class Runs:
         if limit in (None, ""):
             limit = None
         elif not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
-            raise InputError(f"{limit!r} rows cannot be read; give a whole number from 1")
+            raise InputError(f"rows per file: {limit!r} is not a whole number of 1 or more")
         base, tuned = self.pairs[pair]
         return {
             "base": base,
@@ -83,77 +85,82 @@ class Runs:
             **{role: list(files) for role, files in self.rows.items()},
         }
 
-    def run(self, name: str, request: Mapping[str, Any], tell: Callable[[float, str, str], None]) -> str:
-        """Run an audit in a process of its own; the name of the finished audit.
+    def run(self, name: str, request: Mapping[str, Any], report: Callable[[float, str, str], None]) -> str:
+        """Run an audit in its own process and return the name of the finished audit.
 
         Args:
-            name: of the pair.
+            name: the name of the pair.
             request: see `request`.
-            tell: called with the share that is done, what is being done, and the log.
+            report: called with the share that is done, the current activity, and the log.
 
         Raises:
-            InputError: another audit is running, or this one came to nothing; the text says why.
+            InputError: another audit is running, or this one failed.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.directory / ".lock", blocking=False):
-                return self._run(name, request, tell)
+                return self._run(name, request, report)
         except Timeout:
-            raise InputError("another audit is being run from here; wait for it, or cancel it") from None
+            raise InputError("another audit is running; wait for it, or cancel it") from None
 
-    def _run(self, name: str, request: Mapping[str, Any], tell: Callable[[float, str, str], None]) -> str:
-        """The run, once nobody else can run one."""
-        shutil.rmtree(self.directory / GOING, ignore_errors=True)  # what was cancelled
-        known = self.free(name)
-        going = self.directory / GOING / known
-        log = Log(tell)
-        log.say("starting")
-        command = [sys.executable, "-m", "dashboard.server.job", json.dumps({**request, "out": str(going)})]
+    def _run(self, name: str, request: Mapping[str, Any], report: Callable[[float, str, str], None]) -> str:
+        """Run an audit while holding the lock."""
+        shutil.rmtree(self.directory / UNFINISHED, ignore_errors=True)  # what was cancelled
+        finished = self.directory / self.unused_name(name)
+        unfinished = self.directory / UNFINISHED / finished.name
+        log = Log(report)
+        log.add("starting")
+        command = [
+            sys.executable,
+            "-m",
+            "dashboard.server.job",
+            json.dumps({**request, "out": str(unfinished)}),
+        ]
         with subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             encoding="utf-8", errors="replace",
         ) as job:  # fmt: skip
             assert job.stdout is not None
             for line in job.stdout:
-                log.take(line)
-        if job.returncode or log.trouble:
-            raise InputError(log.trouble or f"the audit ended with exit code {job.returncode}:\n{log.tail}")
-        going.rename(self.directory / known)
-        log.say("finished")
-        return known
+                log.read(line)
+        if job.returncode or log.error:
+            raise InputError(log.error or f"the audit ended with exit code {job.returncode}:\n{log.tail}")
+        unfinished.rename(finished)
+        log.add("finished")
+        return finished.name
 
-    def free(self, name: str) -> str:
-        """A name that no audit has yet: the pair's, the time, a number if need be."""
-        stem = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "audit"
+    def unused_name(self, pair: str) -> str:
+        """A name that no audit has yet: the pair, the time, and a number if necessary."""
+        stem = re.sub(r"[^\w.-]+", "-", pair).strip("-.") or "audit"
         stamp = f"{stem}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-        known, n = stamp, 1
-        while (self.directory / known).exists():
+        name, n = stamp, 1
+        while (self.directory / name).exists():
             n += 1
-            known = f"{stamp}-{n}"
-        return known
+            name = f"{stamp}-{n}"
+        return name
 
     def finished(self) -> list[Path]:
-        """The directories of finished audits, the oldest first."""
+        """The directories of finished audits, sorted by name."""
         if not self.directory.is_dir():
             return []
         return sorted(path for path in self.directory.iterdir() if (path / "audit.json").exists())
 
-    def join(self, shelf: AuditLibrary) -> None:
-        """Put finished audits that are not yet there on a shelf."""
-        there = {entry.path.resolve() for entry in list(shelf.entries.values()) if entry.path}
+    def add_finished(self, library: AuditLibrary) -> None:
+        """Add the finished audits that a library does not have yet."""
+        present = {entry.path.resolve() for entry in list(library.entries.values()) if entry.path}
         for path in self.finished():
-            if path.resolve() not in there:
-                shelf.add(path)
+            if path.resolve() not in present:
+                library.add(path)
 
-    def entry(self, shelf: AuditLibrary, known: Any) -> Entry | None:
-        """The entry of a finished audit by its name here; None for any other name."""
-        path = next((path.resolve() for path in self.finished() if path.name == known), None)
-        found = (each for each in shelf.entries.values() if each.path and each.path.resolve() == path)
-        return next(found, None) if path else None
+    def entry(self, library: AuditLibrary, name: Any) -> Entry | None:
+        """The entry of a finished audit; None for any other name."""
+        path = next((path.resolve() for path in self.finished() if path.name == name), None)
+        entries = (entry for entry in library.entries.values() if entry.path and entry.path.resolve() == path)
+        return next(entries, None) if path else None
 
 
 def stop(manager: Any) -> None:
-    """End what still runs: a server that is told to end would wait for it otherwise."""
+    """End the background jobs: a server that stops would wait for them otherwise."""
     import multiprocess
 
     for process in multiprocess.active_children():
@@ -161,70 +168,69 @@ def stop(manager: Any) -> None:
 
 
 class Log:
-    """What a running audit says, as a page shows it."""
+    """The progress and the output of a running audit, as the page shows them."""
 
-    def __init__(self, tell: Callable[[float, str, str], None]):
-        self.tell = tell
+    def __init__(self, report: Callable[[float, str, str], None]):
+        self.report = report
         self.lines: list[str] = []
         self.share = 0.0
         self.now = ""
         self.analysis = ""
-        self.trouble = ""
+        self.error = ""
 
     @property
     def tail(self) -> str:
         """The last lines."""
         return "\n".join(self.lines[-LINES:])
 
-    def say(self, text: str) -> None:
-        """Add a line with the time, and tell of it."""
+    def add(self, text: str) -> None:
+        """Add a line with the time, and report it."""
         self.lines.append(f"{datetime.now(UTC):%H:%M:%S} {text}")
-        self.tell(self.share, self.now or text, self.tail)
+        self.report(self.share, self.now or text, self.tail)
 
-    def take(self, line: str) -> None:
-        """A line of the job: progress as JSON, or whatever a library prints."""
+    def read(self, line: str) -> None:
+        """Read a line of the job: progress as JSON, or the output of a library."""
         try:
-            said = json.loads(line)
+            record = json.loads(line)
         except ValueError:
-            said = None
-        if not isinstance(said, dict) or not said.keys() & {"analysis", "error", "verdict"}:
+            record = None
+        if not isinstance(record, dict) or not record.keys() & {"analysis", "error", "verdict"}:
             if line.strip():
-                self.say(line.rstrip())
-            return
-        if "error" in said:
-            self.trouble = str(said["error"])
-            self.say(self.trouble)
-        elif "verdict" in said:
+                self.add(line.rstrip())
+        elif "error" in record:
+            self.error = str(record["error"])
+            self.add(self.error)
+        elif "verdict" in record:
             self.share, self.now = 1.0, "done"
-            self.say(f"verdict: {said['verdict']}")
+            self.add(f"verdict: {record['verdict']}")
         else:
-            self.share = float(said["share"])
-            self.now = f"{said['analysis']}: {said['done']} of {said['total']} {said['what']}".rstrip()
-            if said["analysis"] != self.analysis:
-                self.analysis = str(said["analysis"])
-                self.say(self.analysis)
+            self.share = float(record["share"])
+            self.now = (
+                f"{record['analysis']}: {record['done']} of {record['total']} {record['what']}".rstrip()
+            )
+            if record["analysis"] != self.analysis:
+                self.analysis = str(record["analysis"])
+                self.add(self.analysis)
             else:
-                self.tell(self.share, self.now, self.tail)
+                self.report(self.share, self.now, self.tail)
 
 
-def pairs(given: Iterable[str]) -> dict[str, tuple[str, str]]:
+def pairs(options: Iterable[str]) -> dict[str, tuple[str, str]]:
     """The pairs of `--pair "NAME=BASE TUNED"`, by name.
 
     Raises:
-        InputError: one is written otherwise, or two share a name.
+        InputError: an option has another form, or two share a name.
     """
-    found: dict[str, tuple[str, str]] = {}
-    for text in given:
+    by_name: dict[str, tuple[str, str]] = {}
+    for text in options:
         name, equals, rest = text.partition("=")
         try:
             sides = shlex.split(rest)
         except ValueError as error:
             raise InputError(f"--pair {text!r}: {error}") from error
         if not name.strip() or not equals or len(sides) != 2:
-            raise InputError(
-                f'--pair {text!r}: write "NAME=BASE TUNED", with quotes around a path with spaces'
-            )
-        if name.strip() in found:
-            raise InputError(f"--pair {text!r}: {name.strip()} is already the name of another pair")
-        found[name.strip()] = (sides[0], sides[1])
-    return found
+            raise InputError(f'--pair {text!r}: write "NAME=BASE TUNED"; quote a path that has spaces')
+        if name.strip() in by_name:
+            raise InputError(f"--pair {text!r}: another pair is already named {name.strip()}")
+        by_name[name.strip()] = (sides[0], sides[1])
+    return by_name

@@ -1,7 +1,8 @@
-"""What a first look at an analysis would wait for, loaded while the overview is being read."""
+"""Work done in the background so that the next page opens faster. What fails is logged."""
 
 import logging
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from dashboard.state.audit_library import AuditLibrary
@@ -9,43 +10,57 @@ from diagnostics.core.analysis import find
 
 log = logging.getLogger(__name__)
 
-PAUSE = 1.5  # seconds after the first page was asked for: importing would slow its drawing
+PAUSE = 1.5  # seconds after the first response: importing at once would slow down the first page
 
 
-def meanwhile(shelf: AuditLibrary) -> threading.Thread:
-    """Read the first audit while the browser still loads the page that will most likely ask for it."""
-
-    def load() -> None:
-        for entry in shelf.audits[:1]:
-            entry.refresh()
-
-    thread = threading.Thread(target=load, name="tables", daemon=True)
-    thread.start()
-    return thread
-
-
-def afterwards(server: Any, shelf: AuditLibrary) -> threading.Event:
-    """Load the analyses that the shelf's audits hold, once a Flask server has answered the first time.
+def in_background(task: Callable[[], None], *, pause: float = 0.0) -> threading.Event:
+    """Run a task in a thread after a pause, and log its failure.
 
     Returns:
-        An event that is set when all are loaded.
+        An event that is set when the task has ended.
     """
-    begun, done = threading.Lock(), threading.Event()
+    ended = threading.Event()
+
+    def run() -> None:
+        try:
+            task()
+        except Exception:
+            log.exception("the dashboard could not %s", (task.__doc__ or task.__name__).rstrip(".").lower())
+        finally:
+            ended.set()
+
+    timer = threading.Timer(pause, run)
+    timer.daemon = True
+    timer.start()
+    return ended
+
+
+def read_first(library: AuditLibrary) -> threading.Event:
+    """Read the first audit while the browser loads the page that will most likely show it."""
+
+    def read() -> None:
+        """Read the first audit."""
+        for entry in library.audits[:1]:
+            entry.refresh()
+
+    return in_background(read)
+
+
+def import_after_first_response(server: Any, library: AuditLibrary) -> None:
+    """Import the analyses of all audits once a Flask server has answered its first request."""
+    begun = threading.Lock()
+
+    def load() -> None:
+        """Import the analyses."""
+        for name in dict.fromkeys(name for e in library.audits if e.audit for name in e.audit.results):
+            try:
+                find(name)
+            except LookupError as error:  # not installed: its page says so
+                log.info("%s", error)
+            except Exception:
+                log.exception("the analysis %s cannot be imported", name)
 
     @server.teardown_request
     def begin(_: BaseException | None) -> None:
         if begun.acquire(blocking=False):
-            timer = threading.Timer(PAUSE, load)
-            timer.daemon = True
-            timer.start()
-
-    def load() -> None:
-        names = dict.fromkeys(n for entry in shelf.audits if entry.audit for n in entry.audit.results)
-        for name in names:
-            try:
-                find(name)
-            except LookupError as error:  # its page says so
-                log.info("%s", error)
-        done.set()
-
-    return done
+            in_background(load, pause=PAUSE)

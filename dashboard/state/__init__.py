@@ -1,1 +1,1 @@
-"""What is selected and shown: the address, filters, the library of audits."""
+"""What is selected and shown, as values."""

@@ -1,13 +1,13 @@
-"""The audits that a dashboard shows: a fixed set, known to its visitors by id and never by path.
+"""The audits that a dashboard shows: known to visitors by id, never by path.
 
-Audits are read when they are first looked at, and again when they change on disk. One that cannot be read is
-shown as damaged, and the others work.
+An audit is read when it is first requested, and again when it changes on disk. One that cannot be read is
+shown as damaged and does not affect the others.
 """
 
 import logging
 import re
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from probes.files.untrusted import confined, read_json
 
 log = logging.getLogger(__name__)
 
-NAMES = ("audit.json", "series.json")
+FILES = ("audit.json", "series.json")
 
 
 @dataclass
@@ -27,10 +27,10 @@ class Entry:
     """One audit, or a series of them.
 
     Attributes:
-        id: how addresses call it.
-        path: its directory; None for an audit that is only in memory.
-        kind: whether it is one audit or a series.
-        series: the id of the series that it is part of, if it is part of one.
+        id: its name in addresses.
+        path: its directory; None for an audit in memory.
+        kind: `audit` or `series`.
+        series: the id of the series that it belongs to, if any.
     """
 
     id: str
@@ -39,13 +39,8 @@ class Entry:
     series: str = ""
     held: Audit | None = None
     stamp: Any = None
-    trouble: str = ""
+    error: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-
-    @property
-    def file(self) -> Path | None:
-        """The file that makes the directory what it is."""
-        return None if self.path is None else self.path / f"{self.kind}.json"
 
     @property
     def version(self) -> Any:
@@ -55,7 +50,7 @@ class Entry:
 
     @property
     def audit(self) -> Audit | None:
-        """The audit, or None when it cannot be read; `damage` then says why."""
+        """The audit, or None when it cannot be read; `damage` then has the reason."""
         self.refresh()
         return self.held
 
@@ -63,104 +58,106 @@ class Entry:
     def damage(self) -> str:
         """Why it cannot be read; empty when it can."""
         self.refresh()
-        return self.trouble
+        return self.error
 
     def refresh(self) -> None:
-        """Read the audit unless that was done since it was last written."""
+        """Read the audit, unless it was read since it was last written."""
         if self.path is None or self.kind != "audit":
             return
         with self.lock:
-            stamp = written(self.file)
-            if stamp == self.stamp and (self.held or self.trouble):
+            stamp = file_stamp(self.path / "audit.json")
+            if stamp == self.stamp and (self.held or self.error):
                 return
-            self.held, self.trouble, self.stamp = None, "", stamp
+            self.held, self.error, self.stamp = None, "", stamp
             try:
                 self.held = load(self.path)
-            except Exception as error:  # half-written tables break in the ways of many libraries
+            except Exception as error:  # many libraries read the tables, and each fails in its own way
                 log.warning("%s: cannot be read: %r", self.id, error)
-                self.trouble = str(error) or type(error).__name__
+                self.error = str(error) or type(error).__name__
 
 
-def written(file: Path | None) -> Any:
-    """When and how a file was last written; None if it is not there."""
+def file_stamp(file: Path) -> Any:
+    """The time, size and inode of a file; None if it does not exist."""
     try:
-        about = file.stat() if file else None
+        status = file.stat()
     except OSError:
         return None
-    return about and (about.st_mtime_ns, about.st_size, about.st_ino)
+    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 class AuditLibrary:
-    """The entries by id, in order.
+    """The audits and series by id, in order.
 
     Args:
-        audits: directories of audits, of series, or that hold some; audits in memory; or names for these.
+        audits: directories of audits, of series, or of several of these; audits in memory; or either by name.
 
     Raises:
-        InputError: a path that does not exist, or a directory without any audit.
+        InputError: a path does not exist, or a directory has no audit.
     """
 
     def __init__(self, audits: "Sequence[str | Path | Audit] | Mapping[str, str | Path | Audit]" = ()):
         self.entries: dict[str, Entry] = {}
         if isinstance(audits, str | Path | Audit):
             audits = [audits]
-        named = audits.items() if isinstance(audits, Mapping) else [("", given) for given in audits]
-        for name, given in named:
-            if isinstance(given, Audit):
-                self._put(name or Path(str(given.tuned.get("ref", "audit"))).name, held=given)
+        named = audits.items() if isinstance(audits, Mapping) else [("", source) for source in audits]
+        for name, source in named:
+            if isinstance(source, Audit):
+                self._insert(name or Path(str(source.tuned.get("ref", "audit"))).name, held=source)
             else:
-                self.add(given, name)
+                self.add(source, name)
 
     def add(self, path: str | Path, name: str = "") -> list[Entry]:
-        """Put what a directory holds on the shelf: an audit, a series with its audits, or several of these.
+        """Add what a directory holds: an audit, a series with its audits, or several of these.
 
         Raises:
-            InputError: it does not exist, or holds no audit.
+            InputError: it does not exist, or has no audit.
         """
-        given = Path(path)
-        directory = given.parent if given.name in NAMES else given
+        source = Path(path)
+        directory = source.parent if source.name in FILES else source
         if not directory.exists():
             raise InputError(f"{path}: does not exist; give the directory of an audit")
         if (directory / "series.json").exists():
-            return self._series(directory, name)
+            return self._add_series(directory, name)
         if (directory / "audit.json").exists() or (directory / "tables").is_dir():
-            return [self._put(name or directory.resolve().name, path=directory)]
-        found = [entry for each in holding(directory) for entry in self.add(each)]
-        if not found:
+            return [self._insert(name or directory.resolve().name, path=directory)]
+        entries = [entry for child in audit_directories(directory) for entry in self.add(child)]
+        if not entries:
             raise InputError(
                 f"{path}: no audit here; `tunescope audit BASE TUNED --out {path}` would write one"
             )
-        return found
+        return entries
 
-    def _series(self, directory: Path, name: str) -> list[Entry]:
-        """A series and its audits."""
-        top = self._put(name or directory.resolve().name, path=directory, kind="series")
-        parts = sorted(each for each in directory.iterdir() if (each / "audit.json").exists())
-        return [top, *(self._put(f"{top.id}/{each.name}", path=each, series=top.id) for each in parts)]
+    def _add_series(self, directory: Path, name: str) -> list[Entry]:
+        """Add a series and its audits."""
+        top = self._insert(name or directory.resolve().name, path=directory, kind="series")
+        children = sorted(child for child in directory.iterdir() if (child / "audit.json").exists())
+        return [
+            top, *(self._insert(f"{top.id}/{child.name}", path=child, series=top.id) for child in children)
+        ]  # fmt: skip
 
-    def _put(self, name: str, **about: Any) -> Entry:
-        """A new entry, with an id of its own."""
+    def _insert(self, name: str, **fields: Any) -> Entry:
+        """Add an entry under an unused id."""
         stem = re.sub(r"[^\w./-]+", "-", name).strip("-") or "audit"
-        known, n = stem, 1
-        while known in self.entries:
+        entry_id, n = stem, 1
+        while entry_id in self.entries:
             n += 1
-            known = f"{stem}-{n}"
-        self.entries[known] = Entry(id=known, **about)
-        return self.entries[known]
+            entry_id = f"{stem}-{n}"
+        self.entries[entry_id] = Entry(id=entry_id, **fields)
+        return self.entries[entry_id]
 
-    def find(self, known: str) -> Entry | None:
+    def find(self, entry_id: str) -> Entry | None:
         """The entry with an id, if there is one."""
-        return self.entries.get(known)
+        return self.entries.get(entry_id)
 
-    def meant(self, query: Query) -> Entry | None:
-        """The entry that an address names, or means by naming none: the only one."""
-        alone = [*self.audits, *self.series]
-        known = query.one("audit")
-        return alone[0] if not known and len(alone) == 1 else self.find(known)
+    def selected(self, query: Query) -> Entry | None:
+        """The entry that an address names; without a name, the only one there is."""
+        entry_id = query.one("audit")
+        top = [*self.audits, *self.series]
+        return top[0] if not entry_id and len(top) == 1 else self.find(entry_id)
 
     @property
     def audits(self) -> list[Entry]:
-        """The audits that stand for themselves, not for a step of a series."""
+        """The audits that are not part of a series."""
         return [entry for entry in self.entries.values() if entry.kind == "audit" and not entry.series]
 
     @property
@@ -173,20 +170,20 @@ class AuditLibrary:
         return [entry for entry in self.entries.values() if entry.series == series]
 
 
-def holding(directory: Path) -> list[Path]:
-    """The directories of audits and series that lie directly in a directory."""
+def audit_directories(directory: Path) -> list[Path]:
+    """The directories of audits and series directly inside a directory."""
     return sorted(
-        each
-        for each in directory.iterdir()
-        if each.is_dir() and any((each / name).exists() for name in NAMES)
+        child
+        for child in directory.iterdir()
+        if child.is_dir() and any((child / name).exists() for name in FILES)
     )
 
 
-def nearby(directory: Path) -> Iterable[Path]:
-    """What a person who names no audit most likely means: those here, or one level down."""
-    if any((directory / name).exists() for name in NAMES):
+def nearby(directory: Path) -> list[Path]:
+    """The audits to show when none is named: a directory itself, or those directly inside."""
+    if any((directory / name).exists() for name in FILES):
         return [directory]
-    return holding(directory)
+    return audit_directories(directory)
 
 
 def read_series(entry: Entry) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What tells several audits apart: their numbers, their findings, and what makes them hard to compare."""
+"""How several audits differ: their numbers, their findings, and what makes them hard to compare."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -9,19 +9,21 @@ from diagnostics.core.policy import Finding, judged, scale
 from diagnostics.report.content import NOTHING, number
 from diagnostics.store.audit_store import Audit
 
-MARKED = 0.1  # a number that differs from the first by more than this share of the larger one is marked
+MARKED = 0.1  # differences beyond this share of the larger number are marked
+
+Value = float | int | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """One number of one audit beside that of the first audit.
+    """One number of one audit, compared with the first audit.
 
     Attributes:
         text: the number; a dash where there is none.
-        verdict: by the audit's own policy; empty where it is not judged.
-        change: how it differs from the first audit's; empty where it does not, or where one has no number.
-        differs: whether it reads otherwise than the first audit's, or is judged otherwise.
-        marked: `up` or `down` where it lies far above or below, `verdict` where the verdict is another.
+        verdict: under the audit's own policy; empty where it is not judged.
+        change: the difference from the first audit; empty if there is none, or if either has no number.
+        differs: whether text or verdict differ from the first audit's.
+        marked: `up` or `down` far above or below the first, `verdict` where the verdict differs.
     """
 
     text: str
@@ -32,23 +34,28 @@ class Measure:
 
 
 def measures(audits: Mapping[str, Audit]) -> dict[tuple[str, str], list[Measure]]:
-    """Every number that any of the audits has, by analysis and metric, in the order of the audits."""
-    made = {}
-    for name in dict.fromkeys(name for audit in audits.values() for name in audit.results):
+    """Every number that any of the audits has, by analysis and metric, one entry for each audit."""
+    rows = {}
+    for name in analyses_of(audits.values()):
         results = [audit.results.get(name) for audit in audits.values()]
         for metric in dict.fromkeys(metric for result in results if result for metric in result.metrics):
-            values = [result.metrics.get(metric) if result else None for result in results]
-            verdicts = [
-                verdict(audit, name, metric) if value is not None else ""
-                for audit, value in zip(audits.values(), values, strict=True)
+            values = [
+                (result.metrics[metric], verdict(audit, name, metric))
+                if result and metric in result.metrics
+                else (None, "")
+                for audit, result in zip(audits.values(), results, strict=True)
             ]
-            first = (values[0], verdicts[0])
-            made[name, metric] = [measure(*each, *first) for each in zip(values, verdicts, strict=True)]
-    return made
+            rows[name, metric] = [measure(*value, *values[0]) for value in values]
+    return rows
+
+
+def analyses_of(audits: Iterable[Audit]) -> list[str]:
+    """The names of the analyses that have a result in some audit."""
+    return list(dict.fromkeys(name for audit in audits for name in audit.results))
 
 
 def verdict(audit: Audit, name: str, metric: str) -> str:
-    """How an audit's policy judges one of its numbers."""
+    """The verdict of an audit's policy on one of its numbers; empty if it has no rule for it."""
     result = audit.results[name]
     rule = judged(result, audit.policy).get(metric)
     if rule is None:
@@ -57,74 +64,75 @@ def verdict(audit: Audit, name: str, metric: str) -> str:
     return beyond[0] if beyond else "pass"
 
 
-def measure(value: float | int | None, judged_as: str, first: float | int | None, first_as: str) -> Measure:
-    """One number beside the first audit's."""
+def measure(value: Value, value_verdict: str, first: Value, first_verdict: str) -> Measure:
+    """One number, compared with the first audit's."""
     text = number(value)
-    if value is None or first is None or math.isnan(value) or math.isnan(first):
-        return Measure(text=text, verdict=judged_as, differs=text != number(first))
-    delta = value - first
     differs = text != number(first)
+    if value is None or first is None or math.isnan(value) or math.isnan(first):
+        return Measure(text=text, verdict=value_verdict, differs=differs)
+    delta = value - first
     marked = ""
-    if judged_as != first_as:
+    if value_verdict != first_verdict:
         marked = "verdict"
-    elif abs(delta) > MARKED * max(abs(value), abs(first)):
+    elif differs and abs(delta) > MARKED * max(abs(value), abs(first)):
         marked = "up" if delta > 0 else "down"
     return Measure(
         text=text,
-        verdict=judged_as,
+        verdict=value_verdict,
         change=signed(delta) if differs else "",
-        differs=differs or judged_as != first_as,
-        marked=marked if differs or judged_as != first_as else "",
+        differs=differs or value_verdict != first_verdict,
+        marked=marked,
     )
 
 
-def signed(delta: float | int) -> str:
-    """A difference with its sign."""
-    return ("+" if delta > 0 else "−") + number(abs(delta))
+def signed(value: float | int) -> str:
+    """A number with its sign."""
+    return ("+" if value > 0 else "−" if value < 0 else "") + number(abs(value))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shared:
-    """A finding, and which audits have it.
+class SharedFinding:
+    """A finding that some of the audits have.
 
     Attributes:
-        found: the finding of each audit, in order; None where an audit has none.
-        why: where an audit has none, whether that number passed, was not judged, or is not there.
+        findings: one for each audit; None where an audit does not have it.
+        reasons: why an audit does not have it: the number passes, is not judged, or was not measured.
     """
 
     analysis: str
     metric: str
-    found: list[Finding | None]
-    why: list[str]
+    findings: list[Finding | None]
+    reasons: list[str]
 
     @property
-    def any(self) -> Finding:
-        """The severest of them."""
-        had = [each for each in self.found if each is not None]
-        return next((each for each in had if each.severity == "fail"), had[0])
+    def worst(self) -> Finding:
+        """The most severe of them."""
+        return min(filter(None, self.findings), key=lambda finding: finding.severity != "fail")
 
 
-def findings(audits: Mapping[str, Audit]) -> list[Shared]:
-    """Every finding of any audit: first those that fewest have, the severer before the others."""
+def shared_findings(audits: Mapping[str, Audit]) -> list[SharedFinding]:
+    """The findings of all audits: those that the fewest audits have first, then by severity."""
+    by_audit = [{(f.analysis, f.metric): f for f in reversed(audit.findings)} for audit in audits.values()]
     keys = dict.fromkeys((f.analysis, f.metric) for audit in audits.values() for f in audit.findings)
-    made = []
-    for analysis, metric in keys:
-        own = [
-            next((f for f in audit.findings if (f.analysis, f.metric) == (analysis, metric)), None)
-            for audit in audits.values()
-        ]
-        why = [
-            "" if found else reason(audit, analysis, metric)
-            for audit, found in zip(audits.values(), own, strict=True)
-        ]
-        made.append(Shared(analysis=analysis, metric=metric, found=own, why=why))
+    shared = [
+        SharedFinding(
+            analysis=analysis,
+            metric=metric,
+            findings=[findings.get((analysis, metric)) for findings in by_audit],
+            reasons=[
+                "" if (analysis, metric) in findings else reason(audit, analysis, metric)
+                for audit, findings in zip(audits.values(), by_audit, strict=True)
+            ],
+        )
+        for analysis, metric in keys
+    ]
     return sorted(
-        made, key=lambda each: (sum(f is not None for f in each.found), each.any.severity != "fail")
+        shared, key=lambda row: (sum(f is not None for f in row.findings), row.worst.severity != "fail")
     )
 
 
 def reason(audit: Audit, analysis: str, metric: str) -> str:
-    """Why an audit lacks a finding that another has."""
+    """Why an audit does not have a finding that another has."""
     result = audit.results.get(analysis)
     if result is None:
         return "not run"
@@ -135,31 +143,30 @@ def reason(audit: Audit, analysis: str, metric: str) -> str:
 
 def cautions(audits: Mapping[str, Audit]) -> list[str]:
     """What makes these audits hard to compare."""
-    said = []
+    notes = []
     bases = {str(audit.base.get("fingerprint") or audit.base.get("ref")) for audit in audits.values()}
     if len(bases) > 1:
-        said.append("These are of different bases: a difference may be one of the bases.")
-    said += [
-        f"The {role} rows are not the same: numbers that rest on them differ for that too."
+        notes.append("The bases differ: a difference in a number may come from the base.")
+    notes += [
+        f"The {role} rows differ: numbers measured on them differ for that reason too."
         for role in dict.fromkeys(role for audit in audits.values() for role in audit.data)
-        if len({prints(audit.data.get(role, ())) for audit in audits.values()}) > 1
+        if len({fingerprints(audit.data.get(role, ())) for audit in audits.values()}) > 1
     ]
-    for name in dict.fromkeys(name for audit in audits.values() for name in audit.results):
+    for name in analyses_of(audits.values()):
         used = [audit.results[name].parameters for audit in audits.values() if name in audit.results]
         settings = {
-            key: list(dict.fromkeys(number(each.get(key)) or NOTHING for each in used))
-            for key in dict.fromkeys(key for each in used for key in each)
+            key: list(dict.fromkeys(number(parameters.get(key)) or NOTHING for parameters in used))
+            for key in dict.fromkeys(key for parameters in used for key in parameters)
         }
-        unlike = [f"{key} is {' or '.join(values)}" for key, values in settings.items() if len(values) > 1]
-        if unlike:
-            said.append(f"{name} was run with other settings: {', '.join(unlike)}.")
-    rules = {repr(sorted(audit.policy.plain().items())) for audit in audits.values()}
-    if len(rules) > 1:
+        differing = [f"{key} is {' or '.join(values)}" for key, values in settings.items() if len(values) > 1]
+        if differing:
+            notes.append(f"{name} was run with different settings: {', '.join(differing)}.")
+    if len({repr(sorted(audit.policy.plain().items())) for audit in audits.values()}) > 1:
         origins = ", ".join(dict.fromkeys(audit.policy.origin for audit in audits.values()))
-        said.append(f"They are judged by different policies ({origins}).")
-    return said
+        notes.append(f"The policies differ ({origins}).")
+    return notes
 
 
-def prints(given: Iterable[Mapping[str, Any]]) -> frozenset[str]:
-    """What tells the rows of a role from other rows."""
-    return frozenset(str(each.get("fingerprint") or each.get("ref")) for each in given)
+def fingerprints(files: Iterable[Mapping[str, Any]]) -> frozenset[str]:
+    """What identifies the rows of a role."""
+    return frozenset(str(file.get("fingerprint") or file.get("ref")) for file in files)

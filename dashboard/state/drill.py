@@ -1,4 +1,4 @@
-"""One matrix, or one cell of a layer × component map: everything that an audit knows of it."""
+"""One matrix, or one cell of a layer × component heat map: every row of an audit about it."""
 
 import html as markup
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ CELL = {"layer", "component"}
 
 @dataclass(frozen=True)
 class OpenedMatrices:
-    """What was opened: matrices by name, and the cell of the map that they stand in."""
+    """The opened matrices by name, and their cell of the heat map."""
 
     matrices: tuple[str, ...] = ()
     layer: str = ""
@@ -26,78 +26,72 @@ class OpenedMatrices:
 
     @property
     def title(self) -> str:
-        """What it is called on the page."""
+        """Its name on the page."""
         if len(self.matrices) == 1:
             return self.matrices[0]
-        place = "outside the layers" if self.layer == "none" else f"layer {self.layer}"
-        return f"{self.component} of {place}" if self.layer != "none" else f"{self.component} {place}"
+        return (
+            f"{self.component} {'outside the layers' if self.layer == 'none' else f'of layer {self.layer}'}"
+        )
 
     def rows(self, frame: "pd.DataFrame") -> "pd.DataFrame | None":
-        """The rows of a table that are about it; None if the table has nothing that tells."""
+        """The rows of a table about it; None if the table has no column that names matrices or cells."""
         if "matrix" in frame and self.matrices:
-            return frame[frame["matrix"].astype(str).isin(self.matrices)].reset_index(drop=True)
-        if set(frame.columns) >= CELL and self.component:
-            here = (frame["component"].astype(str) == self.component) & (
-                frame["layer"].map(layer_name) == self.layer
-            )
-            return frame[here].reset_index(drop=True)
-        return None
+            kept = frame["matrix"].astype(str).isin(self.matrices)
+        elif set(frame.columns) >= CELL and self.component:
+            layers = frame["layer"].map(layer_name)
+            kept = (frame["component"].astype(str) == self.component) & (layers == self.layer)
+        else:
+            return None
+        return frame[kept].reset_index(drop=True)
 
     def of(self, result: Result) -> Result:
-        """The part of a result that is about it, without tables that cannot tell or hold no row of it."""
-        kept = {}
-        for name, frame in result.tables.items():
-            rows = self.rows(frame)
-            if rows is not None and len(rows):
-                kept[name] = rows
+        """The part of a result about it, without tables that have no row of it."""
+        rows = {name: self.rows(frame) for name, frame in result.tables.items()}
+        kept = {name: frame for name, frame in rows.items() if frame is not None and len(frame)}
         return replace(result, tables=kept)
 
 
-def spot(audit: Audit, query: Query) -> OpenedMatrices | None:
-    """What an address opens, by `matrix=NAME` or `cell=LAYER/COMPONENT`; None if nothing, or unknown."""
+def opened(audit: Audit, query: Query) -> OpenedMatrices | None:
+    """What an address opens, by `matrix=NAME` or `cell=LAYER/COMPONENT`; None for nothing known."""
     frames = [frame for result in audit.results.values() for frame in result.tables.values()]
-    matrix, cell = query.one("matrix"), query.one("cell")
-    if matrix:
-        for frame in frames:
-            if "matrix" not in frame:
-                continue
-            found = frame[frame["matrix"].astype(str) == matrix]
-            if len(found) and set(frame.columns) >= CELL:
-                first = found.iloc[0]
+    if matrix := query.one("matrix"):
+        named = [
+            rows
+            for frame in frames
+            if "matrix" in frame and len(rows := frame[frame["matrix"].astype(str) == matrix])
+        ]
+        for rows in named:
+            if set(rows.columns) >= CELL:
+                first = rows.iloc[0]
                 return OpenedMatrices((matrix,), layer_name(first["layer"]), str(first["component"]))
-        named = any("matrix" in frame and (frame["matrix"].astype(str) == matrix).any() for frame in frames)
         return OpenedMatrices((matrix,)) if named else None
-    if not cell:
+    layer, _, component = query.one("cell").partition("/")
+    cell = OpenedMatrices((), layer, component)
+    parts = [cell.rows(frame) for frame in frames if set(frame.columns) >= CELL]
+    cells = [part for part in parts if part is not None and len(part)]
+    if not cells:
         return None
-    layer, _, component = cell.partition("/")
-    at = OpenedMatrices((), layer, component)
-    parts = [rows for frame in frames if set(frame.columns) >= CELL and (rows := at.rows(frame)) is not None]
-    if not any(len(rows) for rows in parts):
-        return None
-    names = dict.fromkeys(str(name) for rows in parts if "matrix" in rows for name in rows["matrix"])
-    return replace(at, matrices=tuple(names))
+    names = dict.fromkeys(str(name) for part in cells if "matrix" in part for name in part["matrix"])
+    return replace(cell, matrices=tuple(names))
 
 
 def matrices(result: Result) -> list[str]:
-    """The names of the matrices that a result speaks of, in the order of its tables."""
-    return list(
-        dict.fromkeys(
-            str(n) for frame in result.tables.values() if "matrix" in frame for n in frame["matrix"]
-        )
-    )
+    """The names of the matrices in a result, in the order of its tables."""
+    frames = [frame for frame in result.tables.values() if "matrix" in frame]
+    return list(dict.fromkeys(str(name) for frame in frames for name in frame["matrix"]))
 
 
 def pointed(point: Mapping[str, Any], axes: tuple[str, str], known: set[str]) -> dict[str, str]:
-    """What a click on a figure opens, as changes of the address; empty when it opens nothing.
+    """The keys of the query that a click on a figure sets; empty when it opens nothing.
 
     Args:
-        point: the first of plotly's `clickData` points.
-        axes: the titles of the figure's x and y axis; a map has `layer` on one and `component` on the other.
-        known: the names of matrices, one of which a mark may carry among its `customdata`.
+        point: the first point of plotly's `clickData`.
+        axes: the titles of the x and y axis; a heat map has `layer` on one and `component` on the other.
+        known: the names of matrices; a mark may carry one in its `customdata`.
     """
     if set(axes) == CELL:
-        at = dict(zip(axes, (point.get("x"), point.get("y")), strict=True))
-        return {"cell": f"{at['layer']}/{markup.unescape(str(at['component']))}"}
+        cell = dict(zip(axes, (point.get("x"), point.get("y")), strict=True))
+        return {"cell": f"{cell['layer']}/{markup.unescape(str(cell['component']))}"}
     carried = point.get("customdata")
     for value in carried if isinstance(carried, list) else [carried, point.get("x"), point.get("y")]:
         name = markup.unescape(str(value))

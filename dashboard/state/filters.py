@@ -1,10 +1,9 @@
-"""Which rows of an analysis' tables a page shows: filters that follow the columns that tables have."""
+"""Which rows of an analysis' tables a page shows: filters by layer, component and group."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dashboard.components import choose
 from dashboard.state.query import Query
 from diagnostics.core.analysis import Result
 from diagnostics.plotting.layer_axes import FLOW
@@ -12,12 +11,10 @@ from diagnostics.plotting.layer_axes import FLOW
 if TYPE_CHECKING:
     import pandas as pd
 
-NAMED = ("component", "group")
-
 
 @dataclass(frozen=True)
 class Filters:
-    """What a page leaves in; None or empty leaves all of that column."""
+    """The rows that a page keeps; None or empty keeps every value of that column."""
 
     layers: tuple[float, float] | None = None
     components: tuple[str, ...] = ()
@@ -26,69 +23,53 @@ class Filters:
     def __bool__(self) -> bool:
         return self != Filters()
 
-    def mask(self, frame: "pd.DataFrame") -> "pd.Series[bool]":
-        """Which rows of a table stay; a table without the column of a filter keeps all for it."""
+    def rows(self, frame: "pd.DataFrame") -> "pd.DataFrame":
+        """The rows of a table that pass; a filter keeps all rows of a table without its column."""
         import pandas as pd
 
+        if not self:
+            return frame
         kept = pd.Series(True, index=frame.index)
         if self.layers is not None and "layer" in frame and pd.api.types.is_numeric_dtype(frame["layer"]):
             kept &= frame["layer"].between(*self.layers)
         if self.components and "component" in frame:
             kept &= frame["component"].astype(str).isin(self.components)
         if self.groups and "group" in frame:
-            # What is of no group is said of all of them, or stands beside them to be compared with.
+            # A row without a group covers all groups, or is what the groups are compared with.
             kept &= frame["group"].isna() | frame["group"].astype(str).isin(self.groups)
-        return kept
+        return frame[kept].reset_index(drop=True)
 
     def only(self, result: Result) -> Result:
-        """The result with the rows that stay."""
+        """The result with the rows that pass."""
         if not self:
             return result
-        return replace(result, tables={name: only(self, frame) for name, frame in result.tables.items()})
+        return replace(result, tables={name: self.rows(frame) for name, frame in result.tables.items()})
 
 
-def only(filters: Filters, frame: "pd.DataFrame") -> "pd.DataFrame":
-    """The rows of a table that stay, numbered anew."""
-    return frame[filters.mask(frame)].reset_index(drop=True) if filters else frame
-
-
-def filters(query: Query) -> Filters:
-    """What an address asks for."""
+def filters_of(query: Query) -> Filters:
+    """The filters that an address sets."""
     return Filters(query.span("layer"), query.many("component"), query.many("group"))
 
 
 def values(tables: "Mapping[str, pd.DataFrame]", column: str) -> list[str]:
-    """What a column holds over all tables: components as a model computes them, others by name."""
-    found = {
+    """The distinct values of a column over all tables: components in the order of a forward pass."""
+    names = {
         str(value)
         for frame in tables.values()
         if column in frame
         for value in frame[column].dropna().unique()
     }
-    return sorted(found, key=lambda name: (*(name != each for each in FLOW), name))
+    return sorted(names, key=lambda name: (*(name != component for component in FLOW), name))
 
 
-def layers(tables: "Mapping[str, pd.DataFrame]") -> tuple[int, int] | None:
-    """The first and the last layer that tables speak of."""
+def layer_range(tables: "Mapping[str, pd.DataFrame]") -> tuple[int, int] | None:
+    """The first and the last layer in any table."""
     import pandas as pd
 
-    seen = [
+    columns = [
         frame["layer"].dropna()
         for frame in tables.values()
         if "layer" in frame and pd.api.types.is_numeric_dtype(frame["layer"])
     ]
-    seen = [each for each in seen if len(each)]
-    return (int(min(map(min, seen))), int(max(map(max, seen)))) if seen else None
-
-
-def controls(result: Result, query: Query) -> list[Any]:
-    """A control for each column that can be filtered by; none where there is no choice."""
-    made: list[Any] = []
-    ends = layers(result.tables)
-    if ends and ends[0] < ends[1]:
-        made.append(choose.span(query, "layer", "Layers", *ends))
-    for column in NAMED:
-        options = values(result.tables, column)
-        if len(options) > 1:
-            made.append(choose.many(query, column, column.capitalize() + "s", options))
-    return made
+    layers = pd.concat(columns) if columns else pd.Series(dtype=float)
+    return (int(layers.min()), int(layers.max())) if len(layers) else None

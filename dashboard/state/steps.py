@@ -1,11 +1,9 @@
-"""A series as its pages show it: the checkpoints in order, and each measure over them."""
+"""A series as its page shows it: the checkpoints in order, and every measure over them."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dashboard.components.drawings import cursor
 from dashboard.state.audit_library import AuditLibrary, Entry, read_series
 from diagnostics.core.policy import judged, scale
 from diagnostics.plotting import theme
@@ -13,15 +11,9 @@ from diagnostics.store.files import number
 from probes.errors import InputError
 from probes.files.untrusted import plain
 
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
 SIDES = {"against_first": "against the first", "against_previous": "against the previous"}
-LOOKS = {
-    "against_first": {"color": theme.COLORWAY[0], "dash": "solid", "symbol": theme.SYMBOLS[0]},
-    "against_previous": {"color": theme.COLORWAY[2], "dash": "dot", "symbol": theme.SYMBOLS[1]},
-}
-ROW = 130  # pixels of one measure
+VERDICTS = ("pass", "warn", "fail")
+LEADING = 8  # measures shown before a visitor chooses
 
 
 @dataclass(frozen=True)
@@ -29,7 +21,7 @@ class Step:
     """One checkpoint after the first.
 
     Attributes:
-        entries: the id of its audit, by side; a side that was not audited is not there.
+        entries: the id of its audit by side; a side without an audit is missing.
         verdicts, metrics: by side; metrics by `analysis.metric`.
     """
 
@@ -41,11 +33,16 @@ class Step:
 
     @property
     def verdict(self) -> str:
-        """The severest."""
-        return max(self.verdicts.values(), key=("pass", "warn", "fail").index, default="")
+        """The most severe verdict."""
+        return max(self.verdicts.values(), key=VERDICTS.index, default="")
+
+    @property
+    def title(self) -> str:
+        """Its name in a sentence."""
+        return f"step {self.label}" if self.label.isdecimal() else self.label
 
 
-def steps(entry: Entry) -> list[Step]:
+def read_steps(entry: Entry) -> list[Step]:
     """The checkpoints of a series after the first.
 
     Raises:
@@ -53,51 +50,53 @@ def steps(entry: Entry) -> list[Step]:
     """
     record = read_series(entry)
     try:
-        return [step(entry, each) for each in record["checkpoints"]]
+        return [read_step(entry, checkpoint) for checkpoint in record["checkpoints"]]
+    except InputError as error:
+        raise InputError(f"series.json of {entry.id}: damaged: {plain(str(error))}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        said = plain(f"damaged: {type(error).__name__} {error}")
-        raise InputError(f"series.json of {entry.id}: {said}") from error
+        reason = plain(f"{type(error).__name__} {error}")
+        raise InputError(f"series.json of {entry.id}: damaged: {reason}") from error
 
 
-def step(entry: Entry, record: Mapping[str, Any]) -> Step:
-    """One checkpoint as series.json holds it."""
-    sides = {side: record[side] for side in SIDES}
+def read_step(entry: Entry, checkpoint: Mapping[str, Any]) -> Step:
+    """One checkpoint of series.json."""
+    sides = {side: checkpoint[side] for side in SIDES}
     metrics = {
         side: {
             f"{analysis}.{metric}": number(value)
-            for analysis, found in about["metrics"].items()
-            for metric, value in found.items()
+            for analysis, values in record["metrics"].items()
+            for metric, value in values.items()
         }
-        for side, about in sides.items()
+        for side, record in sides.items()
     }
-    verdicts = {side: str(about["verdict"]) for side, about in sides.items()}
-    if unknown := set(verdicts.values()) - {"pass", "warn", "fail"}:
-        raise InputError(f"verdict {unknown.pop()!r}")
+    verdicts = {side: str(record["verdict"]) for side, record in sides.items()}
+    if unknown := set(verdicts.values()) - set(VERDICTS):
+        raise InputError(f"unknown verdict {unknown.pop()!r}")
     return Step(
-        label=str(record["label"]),
-        ref=str(record["ref"]),
-        entries={side: f"{entry.id}/{about['audit']}" for side, about in sides.items() if about["audit"]},
+        label=str(checkpoint["label"]),
+        ref=str(checkpoint["ref"]),
+        entries={side: f"{entry.id}/{record['audit']}" for side, record in sides.items() if record["audit"]},
         verdicts=verdicts,
         metrics=metrics,
     )
 
 
-def measures(made: Sequence[Step]) -> list[str]:
+def measures(steps: Sequence[Step]) -> list[str]:
     """Every number that some checkpoint has, as `analysis.metric`, in the order of the audits."""
-    return list(dict.fromkeys(name for each in made for found in each.metrics.values() for name in found))
+    return list(dict.fromkeys(name for step in steps for side in step.metrics.values() for name in side))
 
 
-def telling(shelf: AuditLibrary, made: Sequence[Step]) -> list[str]:
-    """The measures to begin with: the first of each analysis, and those that are judged."""
-    known = measures(made)
-    firsts = {name.partition(".")[0]: name for name in reversed(known)}.values()
-    return [name for name in known if name in firsts or name in limits(shelf, made)][:8]
+def leading(steps: Sequence[Step], thresholds: Mapping[str, Any]) -> list[str]:
+    """The measures shown first: the first of each analysis, and those with a threshold."""
+    names = measures(steps)
+    firsts = {name.partition(".")[0]: name for name in reversed(names)}.values()
+    return [name for name in names if name in firsts or name in thresholds][:LEADING]
 
 
-def limits(shelf: AuditLibrary, made: Sequence[Step]) -> dict[str, dict[str, float]]:
-    """The thresholds of each judged measure, by severity, as the last audit that reads has them."""
-    for each in reversed(made):
-        entry = shelf.find(next(iter(each.entries.values()), ""))
+def limits(library: AuditLibrary, steps: Sequence[Step]) -> dict[str, dict[str, float]]:
+    """The thresholds of each judged measure by severity, from the last audit that can be read."""
+    for step in reversed(steps):
+        entry = library.find(next(iter(step.entries.values()), ""))
         audit = entry.audit if entry else None
         if audit is not None:
             return {
@@ -112,91 +111,9 @@ def limits(shelf: AuditLibrary, made: Sequence[Step]) -> dict[str, dict[str, flo
     return {}
 
 
-def places(made: Sequence[Step]) -> list[Any]:
-    """Where the checkpoints stand on an axis: at their steps, or one after the other by name."""
+def positions(steps: Sequence[Step]) -> list[Any]:
+    """Where the checkpoints lie on an axis: at their step numbers, or at their names if some have none."""
     try:
-        numbers = [float(each.label) for each in made]
+        return [float(step.label) for step in steps]
     except ValueError:
-        return [theme.verbatim(each.label) for each in made]
-    return numbers
-
-
-def span(values: Sequence[float]) -> tuple[float, float]:
-    """An axis that holds some values and has room for a word beyond the outermost."""
-    finite = [value for value in values if math.isfinite(value)]
-    if not finite:
-        return 0.0, 1.0
-    low, high = min(finite), max(finite)
-    room = 0.2 * (high - low) or 0.5 * abs(high) or 0.5
-    return low - room, high + room
-
-
-def draw(
-    made: Sequence[Step], names: Sequence[str], chosen: int, thresholds: Mapping[str, Mapping[str, float]]
-) -> "go.Figure":
-    """The measures over the steps, one above the other: a cursor over one is a cursor over all."""
-    import plotly.graph_objects as go
-
-    where = places(made)
-    figure = go.Figure(layout={"template": theme.template()})
-    tall = 124 + ROW * len(names)
-    gap = 0.32 / max(1, len(names))
-    height = (1 - gap * (len(names) - 1)) / max(1, len(names))
-    for i, name in enumerate(names):
-        axis = "" if i == 0 else str(i + 1)
-        top = 1 - i * (height + gap)
-        for side, look in LOOKS.items():
-            values = [each.metrics[side].get(name) for each in made]
-            if all(value is None for value in values):
-                continue
-            figure.add_trace(
-                go.Scatter(
-                    x=where,
-                    y=values,
-                    yaxis="y" + axis,
-                    mode="lines+markers",
-                    name=SIDES[side],
-                    legendgroup=side,
-                    showlegend=i == 0,
-                    line={"color": look["color"], "dash": look["dash"]},
-                    marker={"symbol": look["symbol"], "size": 8},
-                    hovertemplate=f"{theme.verbatim(name)}: %{{y:.4g}}<extra>{SIDES[side]}</extra>",
-                )
-            )
-        limits = thresholds.get(name, {})
-        known = [each.metrics[side].get(name) for each in made for side in LOOKS]
-        # Where nothing else decides, a threshold's word would be cut off at the edge.
-        low, high = span([*limits.values(), *(value for value in known if value is not None)])
-        figure.update_layout(
-            {
-                "yaxis" + axis: {
-                    "domain": [max(0.0, top - height), top],
-                    "nticks": 4,
-                    "anchor": "x",
-                    "range": [low, high],
-                }
-            }
-        )
-        title = {"text": f"<b>{theme.verbatim(name)}</b>", "font": {"size": 13}}
-        figure.add_annotation(
-            x=0, y=top, xref="paper", yref="paper", xanchor="left", yanchor="bottom", showarrow=False, **title
-        )
-        for severity, limit in limits.items():
-            figure.add_shape(
-                type="line", xref="paper", x0=0, x1=1, yref="y" + axis, y0=limit, y1=limit,
-                line={"color": theme.NEUTRAL, "width": 1, "dash": "dash"},
-                label={"text": severity, "textposition": "end", "font": {"color": theme.NEUTRAL, "size": 11}},
-            )  # fmt: skip
-    figure.add_shape(cursor(where[chosen]))
-    figure.update_xaxes(
-        title="step" if isinstance(where[0], float) else "checkpoint", showspikes=True,
-        anchor=f"y{len(names)}" if len(names) > 1 else "y", spikemode="across", spikethickness=1,
-        spikecolor=theme.NEUTRAL, spikedash="solid", spikesnap="cursor",
-    )  # fmt: skip
-    return figure.update_layout(
-        height=tall,
-        hovermode="x unified",
-        hoversubplots="axis",
-        margin={"t": 72, "b": 52},
-        legend={"y": 1 + 26 / (tall - 124)},
-    )
+        return [theme.verbatim(step.label) for step in steps]

@@ -1,4 +1,4 @@
-"""Other thresholds tried on a saved audit: what they would say, and the file that `--policy` takes."""
+"""Other thresholds tried on a saved audit, and the file for `--policy` that they are saved as."""
 
 import json
 import math
@@ -11,40 +11,40 @@ from dashboard.state.query import Query
 from diagnostics.core.policy import Policy, Rule, default_policy, rule
 from diagnostics.core.policy_file import check_names
 from diagnostics.store.audit_store import Audit
-from probes.errors import InputError
+from probes.errors import InputError, UnknownNameError
 
-OFF = "off"  # how an address writes a threshold that was taken away
+OFF = "off"  # a removed threshold in an address
 STEPS = ("warn", "fail")
 SIDES = ("above", "below")
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 @dataclass(frozen=True)
 class Trial:
-    """An audit under the thresholds that an address asks for.
+    """An audit under the thresholds of an address.
 
     Attributes:
-        audit: judged by them.
-        own: the rules that were changed, by (analysis, metric), as the audit's own policy has them; a rule
-            without thresholds where it has none.
-        troubles: rules that make no sense and stay as they were, with why.
+        audit: judged by the tried thresholds.
+        changed: the audit's own rule for each changed one, by (analysis, metric); empty if it had none.
+        errors: rules that are invalid and stay as they were, with the reason.
     """
 
     audit: Audit
-    own: Mapping[tuple[str, str], Rule] = field(default_factory=dict)
-    troubles: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    changed: Mapping[tuple[str, str], Rule] = field(default_factory=dict)
+    errors: Mapping[tuple[str, str], str] = field(default_factory=dict)
+
+    def rule(self, analysis: str, metric: str) -> Rule:
+        """The tried rule of a metric; without thresholds if there is none."""
+        return self.audit.policy.rules.get(analysis, {}).get(metric, Rule())
 
 
 def key(part: str, analysis: str, metric: str) -> str:
-    """What an address calls a threshold, or the side that is bad."""
+    """The key of a threshold, or of the bad side, in an address."""
     return f"{part}.{analysis}.{metric}"
 
 
-def trial(audit: Audit, query: Query, known: str) -> Trial:
-    """The audit under the thresholds of an address.
-
-    Args:
-        known: what the audit is called, for the sources of the new rules.
-    """
+def trial(audit: Audit, query: Query, audit_id: str) -> Trial:
+    """The audit under the thresholds of an address; the new rules name the audit as their source."""
     wanted: dict[tuple[str, str], dict[str, str]] = {}
     for name in query.values:
         part, _, rest = name.partition(".")
@@ -52,115 +52,111 @@ def trial(audit: Audit, query: Query, known: str) -> Trial:
         if part in (*STEPS, "side") and analysis in audit.results:
             wanted.setdefault((analysis, metric), {})[part] = query.one(name)
     rules = {name: dict(own) for name, own in audit.policy.rules.items()}
-    own: dict[tuple[str, str], Rule] = {}
-    troubles = {}
-    for (analysis, metric), parts in wanted.items():
-        found = rules.get(analysis, {}).get(metric)
-        old = found or Rule()
-        if found is None and metric not in audit.results[analysis].metrics:
-            continue  # an address of another audit: this one has no such number
+    changed: dict[tuple[str, str], Rule] = {}
+    errors = {}
+    for (analysis, metric), values in wanted.items():
+        known = metric in rules.get(analysis, {}) or metric in audit.results[analysis].metrics
+        if not known:
+            continue  # an address of another audit
+        old = rules.get(analysis, {}).get(metric, Rule())
         try:
-            new = altered(old, parts, f"{analysis}.{metric}")
+            new = altered(old, values, f"{analysis}.{metric}")
         except ValueError as error:
-            troubles[analysis, metric] = str(error)
+            errors[analysis, metric] = str(error)
             continue
         if new != old:
-            rules.setdefault(analysis, {})[metric] = replace(new, source=f"set by hand, tried on {known}")
-            own[analysis, metric] = old
-    policy = Policy(rules, origin=f"thresholds tried on {known}" if own else audit.policy.origin)
-    return Trial(replace(audit, policy=policy), own, troubles)
+            rules.setdefault(analysis, {})[metric] = replace(new, source=f"set by hand, tried on {audit_id}")
+            changed[analysis, metric] = old
+    policy = Policy(rules, origin=f"thresholds tried on {audit_id}" if changed else audit.policy.origin)
+    return Trial(replace(audit, policy=policy), changed, errors)
 
 
-def altered(old: Rule, parts: Mapping[str, str], where: str) -> Rule:
+def altered(old: Rule, values: Mapping[str, str], name: str) -> Rule:
     """A rule with some of its thresholds changed.
 
     Raises:
-        InputError: one is not a number, or `fail` would be met before `warn`.
+        InputError: a threshold is not a number, or `fail` would be met before `warn`.
     """
-    table = {name: value for name, value in asdict(old).items() if value is not None}
+    table = {field: value for field, value in asdict(old).items() if value is not None}
     for step in STEPS:
-        if step not in parts:
+        if step not in values:
             continue
         table.pop(step, None)
-        if parts[step] != OFF:
+        if values[step] != OFF:
             try:
-                table[step] = float(parts[step])
+                table[step] = float(values[step])
             except ValueError:
                 table[step] = math.nan
             if not math.isfinite(table[step]):
-                raise InputError(f"{where}: {step} is {parts[step]!r}, which is not a finite number")
-    if parts.get("side") in SIDES:
-        table["below"] = parts["side"] == "below"
-    return rule(table, where)
+                raise InputError(f"{name}: {step} is {values[step]!r}, which is not a finite number")
+    if values.get("side") in SIDES:
+        table["below"] = values["side"] == "below"
+    return rule(table, name)
 
 
-def toml(policy: Policy, known: str) -> tuple[str, list[str]]:
-    """A policy as the file that `--policy` takes, and the rules that had to be left out.
+def toml(policy: Policy, audit_id: str) -> tuple[str, list[str]]:
+    """A policy as a file for `--policy`, and the rules that it leaves out.
 
-    Every rule is written, and the default rules that it lacks are switched off: the file judges the same
-    whatever the defaults become. Rules of analyses that are not installed would be refused.
+    The file has every rule, and switches off the default rules that the policy lacks: it judges the same when
+    the defaults change. Rules of analyses that are not installed are left out, since `--policy` refuses them.
     """
-    rules: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in policy.rules}
-    left = []
-    for name, own in policy.plain().items():
-        for metric, table in own.items():
-            if known_rule(name, metric, policy.rules[name][metric]):
-                rules[name][metric] = table
-            else:
-                left.append(f"{name}.{metric}")
-    for name, others in default_policy().rules.items():
-        for metric, made in others.items():
-            if metric not in policy.rules.get(name, {}) and known_rule(name, metric, made):
-                rules.setdefault(name, {})[metric] = {}
-    lines = [f"# Thresholds tried on the audit {bare(known)}: `tunescope audit BASE TUNED --policy FILE`"]
-    lines += [f"# left out, for it is not installed here: {bare(each)}" for each in left]
-    for name, own in rules.items():
-        for metric, table in own.items():
-            lines += ["", f"[{quoted(name)}.{quoted(metric)}]", *written(table)]
-    return "\n".join(lines) + "\n", left
+    tables = policy.plain()
+    listed = {
+        (name, metric): tables[name][metric]
+        for name, rules in policy.rules.items()
+        for metric, own in rules.items()
+        if is_known(name, metric, own)
+    }
+    omitted = [
+        f"{name}.{metric}"
+        for name, rules in tables.items()
+        for metric in rules
+        if (name, metric) not in listed
+    ]
+    for name, rules in default_policy().rules.items():
+        for metric, own in rules.items():
+            if metric not in policy.rules.get(name, {}) and is_known(name, metric, own):
+                listed[name, metric] = {}
+    head = [
+        f"Thresholds tried on the audit {audit_id}: `tunescope audit BASE TUNED --policy FILE`",
+        *(f"left out, not installed: {name}" for name in omitted),
+    ]
+    comments = ["# " + CONTROL.sub(" ", line) for line in head]
+    return "\n".join(comments) + "\n\n" + "\n".join(map(rule_table, listed, listed.values())), omitted
 
 
-def known_rule(name: str, metric: str, made: Rule) -> bool:
-    """Whether a rule would be taken by this installation."""
+def is_known(name: str, metric: str, own: Rule) -> bool:
+    """Whether this installation accepts a rule."""
     try:
-        check_names(Policy({name: {metric: made}}, origin=""))
-    except LookupError:
+        check_names(Policy({name: {metric: own}}, origin=""))
+    except UnknownNameError:
         return False
     return True
 
 
 def changes(tried: Trial) -> str:
-    """The changed rules alone, as TOML, for reading."""
-    lines = []
-    for analysis, metric in tried.own:
-        table = tried.audit.policy.plain()[analysis][metric]
-        kept = {name: table[name] for name in (*STEPS, "below", "per", "when") if name in table}
-        lines += [f"[{quoted(analysis)}.{quoted(metric)}]", *written(kept), ""]
-    return "\n".join(lines).strip()
+    """The changed rules as TOML, without their messages and sources."""
+    tables = tried.audit.policy.plain()
+    shown = (*STEPS, "below", "per", "when")
+    return "\n".join(
+        rule_table((name, metric), {k: v for k, v in tables[name][metric].items() if k in shown})
+        for name, metric in tried.changed
+    )
 
 
-def written(table: Mapping[str, Any]) -> list[str]:
-    """The keys and values of a rule as lines of TOML."""
-    return [f"{name} = {value_of(value)}" for name, value in table.items()]
+def rule_table(names: tuple[str, str], table: Mapping[str, Any]) -> str:
+    """One rule as a table of TOML."""
+    keys = ".".join(name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else toml_string(name) for name in names)
+    return "\n".join([f"[{keys}]", *(f"{name} = {toml_value(value)}" for name, value in table.items()), ""])
 
 
-def value_of(value: Any) -> str:
-    """A value as TOML writes it."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return repr(float(value)) if isinstance(value, int | float) else text(value)
+def toml_value(value: Any) -> str:
+    """A boolean, a number or a string in TOML."""
+    if isinstance(value, str):
+        return toml_string(value)
+    return str(value).lower() if isinstance(value, bool) else repr(float(value))
 
 
-def text(value: str) -> str:
-    """A string as TOML writes it: as JSON does, and DEL escaped too."""
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def quoted(name: str) -> str:
-    """A key as TOML writes it."""
-    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else text(name)
-
-
-def bare(words: str) -> str:
-    """Words that fit into a comment."""
-    return re.sub(r"[\x00-\x1f\x7f]", " ", words)
+def toml_string(text: str) -> str:
+    """A string in TOML: as in JSON, with DEL escaped too."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

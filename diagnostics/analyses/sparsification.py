@@ -17,9 +17,10 @@ from torch import Tensor
 
 from diagnostics.core.analysis import NotApplicableError, Result, analysis
 from probes.checkpoints.checkpoint import Checkpoint
-from probes.checkpoints.series import Progress, series_of
+from probes.checkpoints.series import series_of
 from probes.errors import InputError
 from probes.files.layout import Part
+from probes.progress import Progress
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -34,6 +34,7 @@ from diagnostics.store.keys import digest, key
 from probes.checkpoints.checkpoint import Checkpoint
 from probes.checkpoints.opening import open_checkpoint
 from probes.checkpoints.series import RecordedSeries, TooShortError
+from probes.checkpoints.steps import step_label
 from probes.errors import InputError
 
 STEPS = "steps.json"
@@ -220,7 +221,7 @@ class AuditCallback(TrainerCallback):
     def _described(self, checkpoint: Checkpoint, step: int | float) -> dict[str, Any]:
         """What the audit says of the model, without its hash: that would take longer than to measure it."""
         return {
-            "ref": f"{checkpoint.ref} at step {step:g}",
+            "ref": f"{checkpoint.ref} at step {step_label(step)}",
             "kind": checkpoint.kind,
             "fingerprint": None,
             "parameters": checkpoint.parameters,

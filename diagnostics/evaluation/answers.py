@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 
 from diagnostics.evaluation.row_losses import EncodedTask, Losses, losses_of
 from diagnostics.numerics.calibration import brier, ece
+from diagnostics.numerics.estimates import UNDEFINED, Estimate
 from diagnostics.numerics.row_bootstrap import RowLosses
 from probes.errors import InputError
 
@@ -149,14 +150,6 @@ def drawn_ece(several: Sequence[Answers], *, draws: int, seed: int) -> Float[np.
     return found
 
 
-class Estimate(NamedTuple):
-    """A value with the ends of its 95 % interval; NaN where it is not defined."""
-
-    value: float
-    low: float
-    high: float
-
-
 class AnswerScores:
     """The scores of several models on the same rows, with rows drawn anew for intervals.
 
@@ -199,18 +192,16 @@ class AnswerScores:
 
     def difference(self, name: str, other: str) -> Estimate:
         """By how much one model is better than another."""
-        low, high = np.quantile(self.drawn(name) - self.drawn(other), [0.025, 0.975])
-        return Estimate(self.value[name] - self.value[other], float(low), float(high))
-
-    def error(self, name: str, other: str) -> float:
-        """The standard error of that difference."""
-        return float((self.drawn(name) - self.drawn(other)).std(ddof=1))
+        differences = self.drawn(name) - self.drawn(other)
+        low, high = np.quantile(differences, [0.025, 0.975])
+        error = float(differences.std(ddof=1))
+        return Estimate(self.value[name] - self.value[other], float(low), float(high), error)
 
     @property
     def gained(self) -> bool:
         """Whether `tuned` is better than `base` by more than twice the standard error of the difference."""
-        gain = self.value["tuned"] - self.value["base"]
-        return gain > 0 and gain > 2 * self.error("tuned", "base")
+        gain = self.difference("tuned", "base")
+        return gain.value > 0 and gain.value > 2 * gain.error
 
     def rel(self, name: str) -> Estimate:
         """The share of what tuning gained that a model keeps: 0 is base, 1 tuned; undefined without a gain.
@@ -219,7 +210,7 @@ class AnswerScores:
         Source: arXiv:2302.06600.
         """
         if not self.gained:
-            return Estimate(math.nan, math.nan, math.nan)
+            return UNDEFINED
         gain = self.drawn("tuned") - self.drawn("base")
         kept = (self.drawn(name) - self.drawn("base"))[gain > 0] / gain[gain > 0]
         low, high = np.quantile(kept, [0.025, 0.975])

@@ -16,7 +16,7 @@ from diagnostics.evaluation import loss_curves
 from diagnostics.evaluation.row_losses import EncodedTask
 from diagnostics.evaluation.unit_scores import Units, unit_scores
 from diagnostics.execution import workers
-from diagnostics.numerics.estimates import Estimate, combined
+from diagnostics.numerics.estimates import UNDEFINED, Estimate, combined
 from probes import CheckpointPair
 from probes.errors import InputError
 from probes.models.interpolated import InterpolatedModel
@@ -306,8 +306,8 @@ def set_rows(along: PathEvaluator, alphas: Sequence[float]) -> list[dict[str, An
         base, tuned = along.at(0.0)[which], along.at(1.0)[which]
         assert base is not None
         assert tuned is not None
-        best = max(gains, key=lambda each: each.value, default=Estimate(math.nan, math.nan))
-        fall = max(falls, key=lambda each: each.value, default=Estimate(math.nan, math.nan))
+        best = max(gains, key=lambda each: each.value, default=UNDEFINED)
+        fall = max(falls, key=lambda each: each.value, default=UNDEFINED)
         found.append(
             {
                 "role": which[0],

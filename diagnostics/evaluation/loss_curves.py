@@ -79,9 +79,9 @@ def outcome(gains: Sequence[Estimate], losses: Sequence[Estimate]) -> PathOutcom
         strong: some interior point is worse than both ends; weak: none is better than both; each by more
         than half the paired 95 % interval. A hole counts for more than a gain beside it.
     """
-    if any(each.value > each.half for each in losses):
+    if any(loss.low > 0 for loss in losses):
         return "strong"
-    if any(each.value > each.half for each in gains):
+    if any(gain.low > 0 for gain in gains):
         return "success"
     return "weak"
 

@@ -17,7 +17,7 @@ from probes.checkpoints.pair import Side as PairSide
 from probes.errors import InputError
 from probes.models.runnable import RunnablePair
 from probes.text.batches import Example
-from probes.text.encode import encode, notes
+from probes.text.encode import encode, encoding_notes
 from probes.text.rows import Row, Task
 
 Progress: TypeAlias = Callable[[int, int, str], None]
@@ -174,7 +174,7 @@ def read_sets(
         said += dict.fromkeys(
             note
             for side, own in zip(("base", "tuned"), both, strict=True)
-            for note in notes(task, own, tokenizers[side] if shared is None else expecting)
+            for note in encoding_notes(task, own, tokenizers[side] if shared is None else expecting)
         )
         said += in_windows(task, both[1], settings.window)
         moved = sum(not prefixed(each) for each in pieces(encoded["tuned"][name]))

@@ -16,7 +16,7 @@ from probes.errors import InputError
 from probes.models.editable import Editable
 from probes.passes.scores import SequenceScores, choice_scores, classify_examples, score_examples
 from probes.text.batches import Example
-from probes.text.encode import encode, notes
+from probes.text.encode import encode, encoding_notes
 from probes.text.rows import Task, class_ids
 
 
@@ -142,5 +142,5 @@ def encoded(
         classes=tuple(class_ids(task, editable.labels)) if classifier else (),
         mask_id=tokenizer.mask_token_id if editable.kind == "masked" else None,
         batch_tokens=batch_tokens,
-        notes=notes(task, examples, tokenizer),
+        notes=encoding_notes(task, examples, tokenizer),
     )

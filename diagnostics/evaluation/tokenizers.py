@@ -3,7 +3,7 @@
 from typing import Any
 
 from probes.errors import InputError
-from probes.text.encode import frame
+from probes.text.encode import special_tokens
 
 
 def common(base: Any, tuned: Any, *, approximate: bool) -> tuple[Any | None, int | None, list[str]]:
@@ -20,7 +20,7 @@ def common(base: Any, tuned: Any, *, approximate: bool) -> tuple[Any | None, int
         return tokenizer, known, [f"{each}, and the others share what probability they have" for each in said]
     if approximate:
         said = ["approximate: the tokenizers differ; lengths are bytes, means per byte of the same texts"]
-        begun = [bool(frame(tokenizer, ())[0]) for tokenizer in (base, tuned)]
+        begun = [bool(special_tokens(tokenizer)[0]) for tokenizer in (base, tuned)]
         if begun[0] != begun[1]:
             one, two = ("base", "tuned") if begun[0] else ("tuned", "base")
             said.append(
@@ -54,7 +54,7 @@ def shared_tokenizer(base: Any, tuned: Any) -> tuple[Any, int | None, list[str]]
 def without_bos(base: Any, used: Any) -> list[str]:
     """What to say where texts lack the BOS that base expects, for the tokenizer that is used puts none."""
     bos = base.bos_token_id
-    if bos is None or bos not in frame(base, ())[0] or bos in frame(used, ())[0]:
+    if bos is None or bos not in special_tokens(base)[0] or bos in special_tokens(used)[0]:
         return []
     return [
         f"texts do not begin with {base.bos_token!r} as base expects, for the tokenizer of tuned does not "

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from diagnostics.evaluation.row_losses import EncodedTask
 from probes.errors import InputError
-from probes.passes.batched import gathered
+from probes.passes.batched import measure_examples
 from probes.passes.scores import (
     choice_scores,
     classify_examples,
@@ -127,7 +127,7 @@ def _tokens(encoded: EncodedTask, model: Any) -> Units:
         }
 
     parts = batches(encoded.examples, tokens=encoded.batch_tokens, pad_id=0)
-    found = gathered(encoded.examples, parts, measure, where=encoded.task.where)
+    found = measure_examples(encoded.examples, parts, measure, where=encoded.task.where)
     nothing = np.zeros(0)
     made = {
         name: [nothing if values is None else values for values in found.get(name, [])]

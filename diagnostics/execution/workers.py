@@ -19,7 +19,7 @@ from diagnostics.execution import jobs
 from diagnostics.execution.engines import runs_in_this_process
 from probes.checkpoints.checkpoint import Checkpoint
 from probes.checkpoints.pair import CheckpointPair, Side
-from probes.checkpoints.series import CheckpointSeries, Each, one_by_one
+from probes.checkpoints.series import CheckpointSeries, RunCalls, one_by_one
 from probes.models.loading import Loading
 from probes.models.runnable import RunnablePair
 from probes.models.two_sided import TwoSidedModel
@@ -33,7 +33,7 @@ Object = TypeVar("Object")
 IDLE_SECONDS = 30.0
 
 
-def checkpoint_runner(series: CheckpointSeries, device: str) -> Each:
+def checkpoint_runner(series: CheckpointSeries, device: str) -> RunCalls:
     """Runs a call for each checkpoint: on workers, if the engine has some and all checkpoints are files."""
     if _runs_here(*series.checkpoints):
         return one_by_one

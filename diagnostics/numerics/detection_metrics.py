@@ -1,8 +1,8 @@
-"""How well a score tells in-distribution from out-of-distribution rows, and how sure that is.
+"""Detection metrics of OOD scores, with intervals.
 
-Functions take the scores of the `inside` (in-distribution) rows and of the `outside` (OOD) rows. Higher means
-more out-of-distribution; OOD is the positive class. Only order matters, and ties count as half. Metrics are
-in [0, 1] and come from counts at the distinct scores, so that millions of rows cost two sorts.
+Functions take the scores of the `inside` (in-distribution) and `outside` (OOD) rows. Higher means more
+out-of-distribution; OOD is the positive class. Only order matters; ties count half. Metrics are in [0, 1] and
+come from counts at the distinct scores, so that millions of rows cost two sorts.
 """
 
 import math
@@ -17,8 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 
-from diagnostics.numerics.calibration import brier as brier
-from diagnostics.numerics.calibration import ece as ece
+from diagnostics.numerics.estimates import Estimate
 from probes.errors import InputError
 
 Metric: TypeAlias = Literal["auroc", "aupr_ood", "aupr_id", "fpr95", "ood_missed_at_95_id_kept"]
@@ -26,29 +25,21 @@ Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 Counts: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 
 KEPT = 0.95
-ROUNDING = 1e-12  # a narrower interval is none
-MANY = 2**17  # scores whose sorting takes longer than starting a thread
+ROUNDING = 1e-12  # half-widths below this are 0
+MANY = 2**17  # from so many scores on, sorting takes longer than starting a thread
 T = TypeVar("T")
 
 
 class DetectionScores(NamedTuple):
-    """One number for each in-distribution and each OOD row; what is compared has its rows in one order."""
+    """Scores of in-distribution and of OOD rows; two scores are compared in the same order of rows."""
 
     inside: ArrayLike
     outside: ArrayLike
 
 
-class Interval(NamedTuple):
-    """An estimate, and the bounds that it lies between with the confidence asked for."""
-
-    value: float
-    low: float
-    high: float
-
-
 @dataclass(frozen=True)
-class Steps:
-    """The ROC at each distinct score of the positive rows, from the highest down: what every metric needs.
+class ROC:
+    """The ROC at each distinct score of the positive rows, from the highest down.
 
     Attributes:
         caught: positive rows with at least this score.
@@ -64,7 +55,7 @@ class Steps:
 
 
 class Ranks:
-    """Where the distinct scores of the positive rows stand among all, however often a row counts."""
+    """Ranks of the distinct positive scores among all: the ROC of every bootstrap draw follows from them."""
 
     def __init__(
         self,
@@ -75,20 +66,20 @@ class Ranks:
         *,
         orders: tuple[Array, Array] | None = None,
     ):
-        """Take the positive scores, sorted upwards, with where each stands among the negative ones.
+        """Take the positive scores in ascending order.
 
         Args:
-            left, right: for each, how many negative scores are below it, and how many not above it.
-            negatives: how many there are.
-            orders: what sorts negative and positive rows, if rows are to be copied.
+            left, right: for each, the number of negative scores below it, and of those not above it.
+            negatives: number of negative scores.
+            orders: argsort of negative and of positive rows; needed for `copies`.
         """
         self.sizes = negatives, len(positive)
         self.orders = orders
         self.starts = np.flatnonzero(np.concatenate([[True], positive[1:] != positive[:-1]]))[::-1]
         self.left, self.right = left[self.starts], right[self.starts]
 
-    def steps(self, copies: tuple[Array, Array] | None = None) -> Steps:
-        """The counts; `copies` says how often each negative and each positive row counts, as first given."""
+    def roc(self, copies: tuple[Array, Array] | None = None) -> ROC:
+        """The ROC; `copies` holds how often each negative and each positive row counts, in input order."""
         if copies is None:
             negatives, positives = self.sizes
             caught, flagged, before = positives - self.starts, negatives - self.left, negatives - self.right
@@ -101,11 +92,11 @@ class Ranks:
             negatives = below_negative[-1]
             caught = below_positive[-1] - below_positive[self.starts]
             flagged, before = negatives - below_negative[self.left], negatives - below_negative[self.right]
-        return Steps(caught.astype(float), flagged.astype(float), before.astype(float), float(negatives))
+        return ROC(caught.astype(float), flagged.astype(float), before.astype(float), float(negatives))
 
 
 def both_ways(scores: DetectionScores, *, ordered: bool = False) -> tuple[Ranks, Ranks]:
-    """Ranks with OOD as the class to find, and with in-distribution as the class to find."""
+    """Ranks with OOD as the positive class, and with in-distribution as the positive class."""
     arrays = checked(scores)
     orders = None
     if ordered:
@@ -116,30 +107,30 @@ def both_ways(scores: DetectionScores, *, ordered: bool = False) -> tuple[Ranks,
     (below_inside, upto_outside), (below_outside, upto_inside) = both(
         merged, (inside, outside), (outside, inside)
     )
-    # The other class is found from below: what is not above a score becomes what is not below it.
-    found = Ranks(outside, below_outside, upto_outside, len(inside), orders=orders)
+    ood = Ranks(outside, below_outside, upto_outside, len(inside), orders=orders)
+    # With all signs turned, "not above a score" becomes "not below it".
     below, upto = (len(outside) - counts[::-1] for counts in (upto_inside, below_inside))
     if orders is not None:
         orders = orders[1][::-1], orders[0][::-1]
-    return found, Ranks(-inside[::-1], below, upto, len(outside), orders=orders)
+    return ood, Ranks(-inside[::-1], below, upto, len(outside), orders=orders)
 
 
-def both(run: Callable[..., T], one: tuple[Array, ...], two: tuple[Array, ...]) -> tuple[T, T]:
-    """What `run` gives for two lists of arguments, side by side where it takes long enough."""
-    if len(one[0]) + len(two[0]) < MANY:
-        return run(*one), run(*two)
-    with ThreadPoolExecutor(1) as other:
-        later = other.submit(run, *two)
-        return run(*one), later.result()
+def both(run: Callable[..., T], first: tuple[Array, ...], second: tuple[Array, ...]) -> tuple[T, T]:
+    """`run` on two argument lists, in two threads where they are long."""
+    if len(first[0]) + len(second[0]) < MANY:
+        return run(*first), run(*second)
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(run, *second)
+        return run(*first), future.result()
 
 
 def merged(first: Array, second: Array) -> tuple[Counts, Counts]:
-    """For each of `first` how many of `second` are below it; for each of `second` how many not above it.
+    """For each of `first` the number of `second` below it; for each of `second` that of `first` not above it.
 
-    Both are sorted, so that the stable sort only merges them: far faster than searching for each.
+    Both are sorted, so that the stable sort only merges them: far faster than a search for each.
     """
-    of_first = np.argsort(np.concatenate([first, second]), kind="stable") < len(first)
-    ranks = np.flatnonzero(of_first), np.flatnonzero(~of_first)
+    from_first = np.argsort(np.concatenate([first, second]), kind="stable") < len(first)
+    ranks = np.flatnonzero(from_first), np.flatnonzero(~from_first)
     return ranks[0] - np.arange(len(first)), ranks[1] - np.arange(len(second))
 
 
@@ -147,12 +138,12 @@ def checked(scores: DetectionScores, *, least: int = 1) -> tuple[Array, Array]:
     """Both arrays as float64.
 
     Raises:
-        InputError: one is not one number a row, has too few rows, or holds a NaN.
+        InputError: an array that is not one number per row, has too few rows, or holds a NaN.
     """
     arrays = np.asarray(scores.inside, dtype=np.float64), np.asarray(scores.outside, dtype=np.float64)
     for name, array in zip(("in-distribution", "OOD"), arrays, strict=True):
         if array.ndim != 1:
-            raise InputError(f"{name} scores have shape {array.shape}; give one number a row")
+            raise InputError(f"{name} scores have shape {array.shape}; give one number per row")
         if len(array) < least:
             raise InputError(f"{len(array)} {name} rows; at least {least} of each kind are needed")
         missing = np.isnan(array)
@@ -161,30 +152,30 @@ def checked(scores: DetectionScores, *, least: int = 1) -> tuple[Array, Array]:
     return arrays
 
 
-def area(steps: Steps) -> float:
-    """Under the ROC: pairs in the right order, over all pairs."""
-    right = steps.negatives - (steps.flagged + steps.before) / 2
-    return float((np.diff(steps.caught, prepend=0.0) * right).sum() / (steps.caught[-1] * steps.negatives))
+def area(roc: ROC) -> float:
+    """Area under the ROC: share of pairs in the right order."""
+    right = roc.negatives - (roc.flagged + roc.before) / 2
+    return float((np.diff(roc.caught, prepend=0.0) * right).sum() / (roc.caught[-1] * roc.negatives))
 
 
-def precision(steps: Steps) -> float:
-    """Share of positive rows among those flagged, averaged over the positive rows."""
-    share = steps.caught / np.maximum(steps.caught + steps.flagged, 1.0)
-    return float((np.diff(steps.caught, prepend=0.0) * share).sum() / steps.caught[-1])
+def precision(roc: ROC) -> float:
+    """Average precision: share of positive rows among those flagged, averaged over the positive rows."""
+    share = roc.caught / np.maximum(roc.caught + roc.flagged, 1.0)
+    return float((np.diff(roc.caught, prepend=0.0) * share).sum() / roc.caught[-1])
 
 
-def false_alarm(steps: Steps) -> float:
-    """Share of negative rows flagged where the ROC first has `KEPT` of the positive rows."""
-    needed = KEPT * steps.caught[-1]  # 0.95 is so near its float that this is whole where it should be
-    step = int(np.searchsorted(steps.caught, needed))
-    earlier = steps.caught[step - 1] if step else 0.0
-    part = (needed - earlier) / (steps.caught[step] - earlier)
-    flagged = steps.before[step] + part * (steps.flagged[step] - steps.before[step])
-    return float(flagged / steps.negatives)
+def false_alarm(roc: ROC) -> float:
+    """Share of negative rows flagged where the ROC reaches `KEPT` of the positive rows, interpolated."""
+    needed = KEPT * roc.caught[-1]  # a whole number where it should be: 0.95 is near its float
+    step = int(np.searchsorted(roc.caught, needed))
+    earlier = roc.caught[step - 1] if step else 0.0
+    part = (needed - earlier) / (roc.caught[step] - earlier)
+    flagged = roc.before[step] + part * (roc.flagged[step] - roc.before[step])
+    return float(flagged / roc.negatives)
 
 
-# metric -> its formula, and which class it is to find: 0 OOD, 1 in-distribution
-METRICS: dict[Metric, tuple[Callable[[Steps], float], int]] = {
+# metric -> its formula, and the positive class: 0 OOD, 1 in-distribution
+METRICS: dict[Metric, tuple[Callable[[ROC], float], int]] = {
     "auroc": (area, 0),
     "aupr_ood": (precision, 0),
     "aupr_id": (precision, 1),
@@ -194,110 +185,86 @@ METRICS: dict[Metric, tuple[Callable[[Steps], float], int]] = {
 
 
 def detection(inside: ArrayLike, outside: ArrayLike) -> dict[str, float]:
-    """Every metric of `METRICS`, and `prevalence`, the share of OOD rows: chance for `aupr_ood`."""
-    scores = DetectionScores(inside, outside)
-    ways = [ranks.steps() for ranks in both_ways(scores)]
-    negatives, positives = ways[0].negatives, ways[1].negatives
-    found: dict[str, float] = {name: formula(ways[way]) for name, (formula, way) in METRICS.items()}
-    return found | {"prevalence": positives / (negatives + positives)}
+    """Every metric of `METRICS`, and `prevalence`, the share of OOD rows: chance for `aupr_ood`.
+
+    `fpr95` is the share of in-distribution rows flagged when 95 % of the OOD rows are; other papers mean
+    `ood_missed_at_95_id_kept` by that name. Chance is 0.95 for both. Average precision is a sum of steps:
+    trapezoids would give a constant score (1 + prevalence) / 2.
+
+    >>> detection(inside=[0, 1, 2], outside=[3, 4])["fpr95"]
+    0.0
+    """
+    curves = [ranks.roc() for ranks in both_ways(DetectionScores(inside, outside))]
+    negatives, positives = curves[0].negatives, curves[1].negatives
+    metrics: dict[str, float] = {name: formula(curves[side]) for name, (formula, side) in METRICS.items()}
+    return metrics | {"prevalence": positives / (negatives + positives)}
 
 
 def auroc(inside: ArrayLike, outside: ArrayLike) -> float:
     """Probability that an OOD row scores above an in-distribution row, ties as half (Mann–Whitney).
 
-    0.5 is chance; under it the score has the two the wrong way round.
+    0.5 is chance; below it the score ranks the two classes the wrong way round.
     """
-    return area(one_way(DetectionScores(inside, outside)))
-
-
-def average_precision(inside: ArrayLike, outside: ArrayLike) -> float:
-    """Share of OOD rows among those flagged, averaged over the OOD rows; chance is their prevalence.
-
-    A sum of steps: trapezoids would give a constant score (1 + prevalence) / 2.
-    """
-    return precision(one_way(DetectionScores(inside, outside)))
-
-
-def fpr95(inside: ArrayLike, outside: ArrayLike) -> float:
-    """Share of in-distribution rows flagged when 95 % of the OOD rows are caught; chance is 0.95.
-
-    Linear between the points of the ROC. Other papers mean `ood_missed_at_95_id_kept` by this name.
-    """
-    return false_alarm(one_way(DetectionScores(inside, outside)))
-
-
-def ood_missed_at_95_id_kept(inside: ArrayLike, outside: ArrayLike) -> float:
-    """Share of OOD rows missed when 95 % of the in-distribution rows are kept; chance is 0.95.
-
-    Linear between the points of the ROC.
-    """
-    inside, outside = checked(DetectionScores(inside, outside))
-    return false_alarm(one_way(DetectionScores(-outside, -inside)))
-
-
-def one_way(scores: DetectionScores) -> Steps:
-    """The counts with OOD as the class to find."""
-    inside, outside = (np.sort(array) for array in checked(scores))
-    return Ranks(outside, merged(outside, inside)[0], merged(inside, outside)[1], len(inside)).steps()
+    inside, outside = (np.sort(array) for array in checked(DetectionScores(inside, outside)))
+    left, right = merged(outside, inside)[0], merged(inside, outside)[1]
+    return area(Ranks(outside, left, right, len(inside)).roc())
 
 
 def placements(inside: Array, outside: Array) -> tuple[Array, Array]:
-    """For each row the share of rows of the other kind that it is in the right order with, ties as half."""
+    """For each row the share of rows of the other class in the right order with it, ties as half."""
     shares = []
-    for own, other in ((-inside, -outside), (outside, inside)):
+    for rows, other in ((-inside, -outside), (outside, inside)):
         ranked = np.sort(other)
-        below = np.searchsorted(ranked, own, side="left") + np.searchsorted(ranked, own, side="right")
+        below = np.searchsorted(ranked, rows, side="left") + np.searchsorted(ranked, rows, side="right")
         shares.append(below / (2 * len(other)))
     return shares[0], shares[1]
 
 
 def delong(inside: Array, outside: Array) -> float:
-    """Variance of a mean over pairs, from the mean of each row of either kind."""
+    """DeLong's variance of a mean over pairs, from the mean of each row of either class."""
     return float(inside.var(ddof=1) / len(inside) + outside.var(ddof=1) / len(outside))
 
 
-def auroc_interval(inside: ArrayLike, outside: ArrayLike, *, level: float = 0.95) -> Interval:
-    """AUROC with its interval.
+def auroc_interval(inside: ArrayLike, outside: ArrayLike, *, level: float = 0.95) -> Estimate:
+    """AUROC with its interval: normal with DeLong's variance, clipped to [0, 1].
 
-    Normal with DeLong's variance, cut at 0 and 1. Where every pair is in one order that variance is 0 however
-    few the rows are; then Newcombe's, which solves for the AUROC that could still have shown this.
+    Where all pairs are in one order that variance is 0 however few the rows are. Then the interval is
+    Newcombe's, which ends at the AUROC that could still have shown this.
 
     Raises:
-        InputError: fewer than 2 rows of either kind.
+        InputError: fewer than 2 rows of either class.
 
     Source: DeLong, DeLong and Clarke-Pearson 1988; Newcombe 2006, part 2, method 5.
     """
-    # Sorted, because looking up a million numbers in order is several times as fast.
+    # Sorted: looking up a million numbers in order is several times faster.
     arrays = [np.sort(array) for array in checked(DetectionScores(inside, outside), least=2)]
     value = auroc(*arrays)
-    spread = deviation(level) * math.sqrt(delong(*placements(*arrays)))
-    if spread < ROUNDING and value in (0.0, 1.0):
-        width = 1 - lowest(len(arrays[0]), len(arrays[1]), level)
-        return Interval(value, max(0.0, value - width), min(1.0, value + width))
-    return Interval(value, max(0.0, value - spread), min(1.0, value + spread))
+    error = math.sqrt(delong(*placements(*arrays)))
+    half = deviation(level) * error
+    if half < ROUNDING and value in (0.0, 1.0):
+        half = 1 - lowest(len(arrays[0]), len(arrays[1]), level)
+    return Estimate(value, max(0.0, value - half), min(1.0, value + half), error)
 
 
-def auroc_difference(first: DetectionScores, second: DetectionScores, *, level: float = 0.95) -> Interval:
-    """By how much the AUROC of one score exceeds that of another on the same rows: paired DeLong.
+def auroc_difference(first: DetectionScores, second: DetectionScores, *, level: float = 0.95) -> Estimate:
+    """AUROC of one score minus that of another on the same rows, by paired DeLong.
 
-    Where that variance is 0 and the AUROCs differ, their own intervals are combined as if independent.
+    Where that variance is 0 and the AUROCs differ, their two intervals are combined as if independent.
 
     Raises:
-        InputError: fewer than 2 rows of either kind, or not the same number for both scores.
+        InputError: fewer than 2 rows of either class, or different numbers of rows.
     """
     one, two = checked(first, least=2), checked(second, least=2)
     same_rows(one, two)
     value = auroc(*one) - auroc(*two)
     pairs = zip(placements(*one), placements(*two), strict=True)
-    spread = deviation(level) * math.sqrt(delong(*(a - b for a, b in pairs)))
-    if spread < ROUNDING < abs(value):
+    error = math.sqrt(delong(*(a - b for a, b in pairs)))
+    below = above = deviation(level) * error
+    if below < ROUNDING < abs(value):
         a, b = auroc_interval(*one, level=level), auroc_interval(*two, level=level)
-        low, high = (
-            math.hypot(a.value - a.low, b.high - b.value),
-            math.hypot(a.high - a.value, b.value - b.low),
-        )
-        return Interval(value, max(-1.0, value - low), min(1.0, value + high))
-    return Interval(value, max(-1.0, value - spread), min(1.0, value + spread))
+        below = math.hypot(a.value - a.low, b.high - b.value)
+        above = math.hypot(a.high - a.value, b.value - b.low)
+    return Estimate(value, max(-1.0, value - below), min(1.0, value + above), error)
 
 
 def bootstrap(
@@ -308,38 +275,38 @@ def bootstrap(
     draws: int = 1000,
     level: float = 0.95,
     seed: int = 0,
-) -> Interval:
-    """Percentile interval of a metric, or of its difference to another score on the same rows.
+) -> Estimate:
+    """Percentile bootstrap of a metric, or of its difference to another score on the same rows.
 
-    Rows are drawn within each kind, the same ones for both scores. Time grows as rows times draws.
+    Rows are drawn within each class, the same ones for both scores. Time grows as rows times draws.
 
     Raises:
-        InputError: fewer than 2 rows of either kind, or not the same number for both scores.
+        InputError: fewer than 2 rows of either class, or different numbers of rows.
     """
     if draws < 1:
-        raise InputError(f"draws is {draws}; at least 1, and some hundreds for bounds worth the name")
-    given = [checked(each, least=2) for each in (scores, against) if each is not None]
-    same_rows(given[0], given[-1])
-    formula, way = METRICS[metric]
-    ranks = [both_ways(DetectionScores(*each), ordered=True)[way] for each in given]
+        raise InputError(f"draws is {draws}; at least 1, and some hundreds for stable bounds")
+    arrays = [checked(compared, least=2) for compared in (scores, against) if compared is not None]
+    same_rows(arrays[0], arrays[-1])
+    formula, side = METRICS[metric]
+    ranks = [both_ways(DetectionScores(*pair), ordered=True)[side] for pair in arrays]
     generator = np.random.default_rng(seed)
 
     def measured(copies: tuple[Array, Array] | None) -> float:
-        values = [formula(each.steps(copies)) for each in ranks]
+        values = [formula(rank.roc(copies)) for rank in ranks]
         return values[0] - sum(values[1:])
 
     drawn = np.empty(draws)
     for draw in range(draws):
-        # As the class that is not to be found, and the one that is.
+        # Negative rows, then positive ones.
         sizes = ranks[0].sizes
         counts = [np.bincount(generator.integers(size, size=size), minlength=size) for size in sizes]
         drawn[draw] = measured((counts[0], counts[1]))
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(measured(None), float(low), float(high))
+    return Estimate(measured(None), float(low), float(high))
 
 
 def lowest(inside: int, outside: int, level: float) -> float:
-    """The lowest AUROC that could still have shown so many rows without one pair in the wrong order."""
+    """Newcombe's lower bound of the AUROC where all pairs of so many rows are in the right order."""
     from scipy.optimize import brentq
 
     z, rows = deviation(level), (inside + outside) / 2 - 1
@@ -353,15 +320,15 @@ def lowest(inside: int, outside: int, level: float) -> float:
 
 
 def deviation(level: float) -> float:
-    """Standard deviations to either side that hold this share of a normal distribution."""
+    """Half-width, in standard deviations, of the interval that holds this share of a normal distribution."""
     if not 0 < level < 1:
         raise InputError(f"level is {level}; a share between 0 and 1, such as 0.95")
     return NormalDist().inv_cdf((1 + level) / 2)
 
 
 def same_rows(first: tuple[Array, Array], second: tuple[Array, Array]) -> None:
-    """Refuse scores that cannot be of the same rows."""
-    one, two = (tuple(map(len, each)) for each in (first, second))
+    """Refuse scores of different rows."""
+    one, two = (tuple(map(len, pair)) for pair in (first, second))
     if one != two:
         raise InputError(
             f"the two scores have {one} and {two} rows inside and outside; compare the same rows"
@@ -369,12 +336,12 @@ def same_rows(first: tuple[Array, Array], second: tuple[Array, Array]) -> None:
 
 
 def threshold_catching(outside: ArrayLike, share: float = KEPT) -> float:
-    """The highest threshold that at least this share of the OOD rows reach."""
+    """The highest threshold reached by at least this share of the OOD rows."""
     return -threshold_keeping(np.negative(outside), share)
 
 
 def threshold_keeping(inside: ArrayLike, share: float = KEPT) -> float:
-    """The lowest threshold that at least this share of in-distribution rows do not exceed.
+    """The lowest threshold not exceeded by at least this share of the in-distribution rows.
 
     Raises:
         InputError: no rows, a NaN, or a share outside (0, 1].
@@ -387,22 +354,22 @@ def threshold_keeping(inside: ArrayLike, share: float = KEPT) -> float:
 
 
 def conformal_p(calibration: ArrayLike, scores: ArrayLike) -> Float[np.ndarray, " rows"]:
-    """For each score the probability of one as high by chance, if it were a further in-distribution row.
+    """Conformal p-value of each score as a further in-distribution row.
 
-    `(1 + #{calibration >= score}) / (n + 1)`. Holds for calibration rows that tuning never saw.
+    `(1 + #{calibration >= score}) / (n + 1)`. It holds for calibration rows that tuning never saw.
     """
-    known, new = checked(DetectionScores(calibration, scores))
-    ranked = np.sort(known)
+    calibrated, new = checked(DetectionScores(calibration, scores))
+    ranked = np.sort(calibrated)
     return (1 + len(ranked) - np.searchsorted(ranked, new, side="left")) / (len(ranked) + 1)
 
 
 class LengthMatchedAUROC(NamedTuple):
-    """AUROC among rows of like length.
+    """AUROC among rows of similar length.
 
     Attributes:
-        value: over all pairs of like length; NaN when there is no such pair.
-        pairs: share of all pairs that these are.
-        aurocs: by bin; NaN where it holds rows of one kind only.
+        value: over all pairs of one length bin; NaN without such a pair.
+        pairs: their share of all pairs.
+        aurocs: by bin; NaN where it holds rows of one class only.
         inside, outside: rows by bin.
         longest: greatest length in each bin but the last.
     """
@@ -416,23 +383,23 @@ class LengthMatchedAUROC(NamedTuple):
 
 
 def auroc_within(scores: DetectionScores, lengths: DetectionScores, *, bins: int = 10) -> LengthMatchedAUROC:
-    """AUROC that length cannot account for: of pairs in the same decile of length.
+    """AUROC within deciles of length, so that length cannot explain it.
 
-    Deciles are of all rows together, and equal lengths share one.
+    Deciles are of all rows together; equal lengths share one.
 
     Raises:
-        InputError: scores and lengths are not of the same rows.
+        InputError: scores and lengths are of different rows.
     """
     inside, outside = checked(scores)
     lengths_inside, lengths_outside = checked(lengths)
     same_rows((inside, outside), (lengths_inside, lengths_outside))
     edges = np.quantile(np.concatenate([lengths_inside, lengths_outside]), np.arange(1, bins) / bins)
-    places = [np.searchsorted(edges, each, side="left") for each in (lengths_inside, lengths_outside)]
-    counts = [np.bincount(each, minlength=bins) for each in places]
+    bin_of = [np.searchsorted(edges, array, side="left") for array in (lengths_inside, lengths_outside)]
+    counts = [np.bincount(array, minlength=bins) for array in bin_of]
     pairs = (counts[0] * counts[1]).astype(float)
     aurocs = np.full(bins, np.nan)
     for bin_ in np.flatnonzero(pairs):
-        aurocs[bin_] = auroc(inside[places[0] == bin_], outside[places[1] == bin_])
+        aurocs[bin_] = auroc(inside[bin_of[0] == bin_], outside[bin_of[1] == bin_])
     compared = pairs.sum()
     value = float(np.nansum(aurocs * pairs) / compared) if compared else math.nan
     return LengthMatchedAUROC(

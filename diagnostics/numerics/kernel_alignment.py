@@ -1,8 +1,7 @@
-"""Kernels of rows compared: how alike two are, and how well one is aligned with labels.
+"""Centred kernel alignment (CKA) of two kernels, and alignment of a kernel with labels.
 
 Sources: Kornblith et al., arXiv:1905.00414 (CKA); Song et al. 2012 (the unbiased estimate); Kumar et al.,
-arXiv:2310.06110 (kernel–task alignment, in its standard
-form: its own normalisation could not be checked).
+arXiv:2310.06110 (kernel–task alignment, in its standard form: its own normalisation could not be checked).
 """
 
 import math
@@ -27,20 +26,23 @@ def hsic(K: Kernel, M: Kernel) -> float:
 
 
 def centred(K: Kernel) -> Kernel:
-    """The kernel of features less their mean."""
+    """The kernel of centred features."""
     return K - K.mean(axis=0) - K.mean(axis=1)[:, None] + K.mean()
 
 
 def cka(K: Kernel, M: Kernel) -> float:
     """Centred kernel alignment: 1 for kernels that differ by a factor; NaN where one has no spread.
 
-    With few rows and features in many dimensions it is high for unrelated kernels too: their diagonals agree.
+    Few rows in many dimensions give unrelated kernels a high value too: their diagonals agree.
+
+    >>> round(cka(np.diag([1.0, 2.0, 3.0]), np.diag([2.0, 4.0, 6.0])), 6)
+    1.0
     """
     return _cosine(centred(K), centred(M))
 
 
 def debiased_cka(K: Kernel, M: Kernel) -> float:
-    """The same without the diagonals: 0 on average for unrelated kernels; NaN of fewer than 4 rows."""
+    """CKA without the diagonals: 0 on average for unrelated kernels; NaN below 4 rows."""
     if len(K) < LEAST:
         return math.nan
     size = hsic(K, K) * hsic(M, M)
@@ -48,12 +50,12 @@ def debiased_cka(K: Kernel, M: Kernel) -> float:
 
 
 def alignment(K: Kernel, labels: Sequence[Hashable]) -> float:
-    """Kernel–task alignment: ⟨K, YYᵀ⟩ / (‖K‖ ‖YYᵀ‖), Y one column a class, each centred.
+    """Kernel–task alignment ⟨K, YYᵀ⟩ / (‖K‖ ‖YYᵀ‖), with one centred column of Y for each class.
 
-    Of two classes it is yᵀKy / (‖K‖ ‖y‖²) with y the centred label. NaN of a single class.
+    For two classes it is yᵀKy / (‖K‖ ‖y‖²), y being the centred label. NaN for a single class.
     """
     classes = list(dict.fromkeys(labels))
-    Y = np.array([[label == each for each in classes] for label in labels], float)
+    Y = np.array([[label == kind for kind in classes] for label in labels], float)
     Y -= Y.mean(axis=0)
     return _cosine(K, Y @ Y.T)
 

@@ -1,7 +1,7 @@
 """Singular vectors: exact ones in float64, leading ones from block Krylov spaces with their residuals.
 
-Everything speaks of the left singular vectors of an (out, in) matrix `W`, that is of the eigenvectors of
-`W Wᵀ`; pass the transpose for right vectors.  Shapes may carry a leading batch of equal matrices.
+All functions are about the left singular vectors of an (out, in) matrix `W`, the eigenvectors of `W Wᵀ`; pass
+the transpose for right vectors. Shapes may carry a leading batch of matrices of one shape.
 """
 
 import copy
@@ -27,9 +27,7 @@ TWO_THREADS = 1024
 
 @contextmanager
 def threads_for(side: int) -> Iterator[None]:
-    """One BLAS thread for matrices so small that several would mostly wait for each other.
-
-    On a busy machine the waiting makes a decomposition many times slower, not faster.
+    """One BLAS thread for small matrices: on a busy machine several make a decomposition many times slower.
 
     Args:
         side: smaller side of the matrices.
@@ -44,14 +42,14 @@ def threads_for(side: int) -> Iterator[None]:
 
 
 def random_floor(rows: int) -> float:
-    """Largest |cosine| that a random unit vector in R^rows reaches against an orthonormal basis, about."""
+    """Approximate largest |cosine| of a random unit vector in R^rows with an orthonormal basis."""
     return math.sqrt(2 * math.log(rows) / rows) if rows > 1 else 1.0
 
 
 def gram(W: Float[Tensor, "out in"], dtype: torch.dtype = torch.float64) -> Float[Tensor, "side side"]:
-    """The lower triangle of `W Wᵀ` or `Wᵀ W`, whichever is smaller; what is above it means nothing.
+    """The lower triangle of the smaller of `W Wᵀ` and `Wᵀ W`; the upper one is arbitrary.
 
-    It is accumulated, so that no copy of W in that dtype exists.
+    It is accumulated in parts, so that W is never copied whole in that dtype.
     """
     wide = W if W.shape[0] <= W.shape[1] else W.mT
     total = torch.zeros(wide.shape[0], wide.shape[0], dtype=dtype, device=W.device)
@@ -65,11 +63,11 @@ def gram(W: Float[Tensor, "out in"], dtype: torch.dtype = torch.float64) -> Floa
 
 
 def _add_symmetric(total: Float[Tensor, "side side"], part: Float[Tensor, "side some"]) -> None:
-    """Add `part partᵀ` to the lower triangle, by the BLAS product of half the work that torch lacks."""
+    """Add `part partᵀ` to the lower triangle by BLAS's syrk, which torch lacks and which is half the work."""
     from scipy.linalg.blas import dsyrk, ssyrk
 
     syrk = dsyrk if total.dtype == torch.float64 else ssyrk
-    # It has a number of threads of its own, and sums in another order with another number.
+    # scipy's BLAS has its own thread count, on which the order of sums depends.
     with _blas().limit(limits=torch.get_num_threads(), user_api="blas"):
         # BLAS counts by columns: a row-major array is its transpose, and a lower triangle the upper one.
         if part.is_contiguous():
@@ -80,7 +78,7 @@ def _add_symmetric(total: Float[Tensor, "side side"], part: Float[Tensor, "side 
 
 @functools.cache
 def _blas() -> Any:
-    """The BLAS libraries of this process other than torch's, once they are loaded."""
+    """The BLAS libraries of this process, torch's excepted."""
     from threadpoolctl import ThreadpoolController
 
     return ThreadpoolController()
@@ -115,7 +113,7 @@ def grouped_cosines(
     vectors: Float[Tensor, "out count"],
     columns: int,
 ) -> Float[Tensor, " count"]:
-    """For each vector the largest |cosine| with the base's left singular vectors, both guards applied.
+    """For each vector the largest |cosine| with the base's left singular vectors, with two guards.
 
     Rank guard: vectors with `s <= max(out, in) · eps · s_1` span an arbitrary null space and are dropped.
     Degeneracy guard: around each base value s the vectors within 1e-6 s count as one subspace, since inside
@@ -130,7 +128,7 @@ def grouped_cosines(
     kept = (S / S[0].clamp(min=torch.finfo(S.dtype).tiny)) > max(U.shape[0], columns) * torch.finfo(
         S.dtype
     ).eps
-    if not kept.any():  # a base of zeros has no direction at all
+    if not kept.any():  # a base of zeros has no directions
         return torch.zeros(vectors.shape[1], dtype=vectors.dtype, device=vectors.device)
     U, S = U[:, kept], S[kept]
     mass = torch.zeros(len(S) + 1, vectors.shape[1], dtype=U.dtype, device=U.device)
@@ -138,7 +136,7 @@ def grouped_cosines(
     rising = S.flip(0).contiguous()
     first = len(S) - torch.searchsorted(rising, S * (1 + DEGENERATE), right=True)
     last = len(S) - torch.searchsorted(rising, S * (1 - DEGENERATE))
-    # A difference of running sums loses what is far below 1: take single vectors from their own cosine.
+    # A difference of running sums loses digits far below 1: single vectors take their cosine itself.
     alone = (last - first == 1).unsqueeze(1)
     single = (U.mT @ vectors).square()
     best = torch.where(alone, single, mass[last] - mass[first]).amax(dim=0)
@@ -174,7 +172,7 @@ def exact_cosines(
     Source: arXiv:2410.21228 v3, Algorithm 1, with the rank and degeneracy guards of `grouped_cosines`.
 
     Args:
-        of_base: `left_singular` of the base, where it is known.
+        of_base: `left_singular` of the base, if already computed.
     """
     U0, S0 = of_base or left_singular(base)
     U1, S1 = left_singular(tuned)
@@ -201,16 +199,16 @@ class Ritz:
     residuals: Float[Tensor, "batch count"]
 
     def one(self, index: int) -> "Ritz":
-        """Those of one matrix of the batch."""
-        own = slice(index, index + 1)
-        return Ritz(self.values[own], self.weights[own], self.vectors[own], self.residuals[own])
+        """The pairs of one matrix of the batch."""
+        at = slice(index, index + 1)
+        return Ritz(self.values[at], self.weights[at], self.vectors[at], self.residuals[at])
 
     def errors(self) -> Float[Tensor, "batch count"]:
-        """Sine of the angle of each leading Ritz vector to its eigenvector, at most; 1 where nothing holds.
+        """Bound on the sine of the angle of each leading Ritz vector to its eigenvector; 1 without a bound.
 
-        Davis & Kahan: residual over the distance to every other eigenvalue, itself known to a residual. That
-        no leading eigenvalue is missed rests on the random start: two that are equal are both found, and at
-        the same pace, where the start is much wider than their number.
+        Davis & Kahan: residual over the distance to every other eigenvalue, itself known to a residual. The
+        random start is what keeps a leading eigenvalue from being missed: equal ones are all found, at one
+        pace, if the start is much wider than their number.
         """
         count = self.residuals.shape[-1]
         values = self.values[..., :count]
@@ -218,14 +216,14 @@ class Ritz:
         apart.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
         gap = apart.amin(dim=-1)
         errors = torch.where(gap > self.residuals, self.residuals / gap.clamp(min=1e-300), 1.0)
-        errors[..., -1] = 1.0  # nothing is known of the next one
+        errors[..., -1] = 1.0  # the next eigenvalue is unknown
         return errors
 
     def singular_values(self, count: int) -> Float[Tensor, "batch count"]:
         """The leading singular values of W, NaN where the residual leaves more than 1 % open."""
         values = self.values[..., : min(count, self.residuals.shape[-1])]
-        known = self.residuals[..., : values.shape[-1]] <= 0.02 * values
-        return torch.where(known, values.sqrt(), torch.nan)
+        converged = self.residuals[..., : values.shape[-1]] <= 0.02 * values
+        return torch.where(converged, values.sqrt(), torch.nan)
 
 
 def rounding(
@@ -275,14 +273,14 @@ class BlockKrylov:
         self._append(start)
 
     def state(self) -> dict[str, Tensor]:
-        """All that `resumed` needs beside the matrix."""
+        """All that `resumed` needs besides the matrix."""
         return {"basis": self.basis, "products": self.products, "norm": self.norm}
 
     @classmethod
     def resumed(
         cls, W: Float[Tensor, "batch out in"], start: int, state: Mapping[str, Tensor]
     ) -> "BlockKrylov":
-        """The space of W with this state, as it went on from a block of `start` columns."""
+        """The space of W in a saved state, begun with `start` columns."""
         space = cls.__new__(cls)
         space.W, space.start = W, start
         space.basis, space.products, space.norm = state["basis"], state["products"], state["norm"]
@@ -290,18 +288,18 @@ class BlockKrylov:
 
     def one(self, index: int) -> "BlockKrylov":
         """The space of one matrix of the batch, to be extended alone."""
-        own = copy.copy(self)
+        single = copy.copy(self)
         for name in ("W", "norm", "basis", "products"):
-            setattr(own, name, getattr(self, name)[index : index + 1])
-        return own
+            setattr(single, name, getattr(self, name)[index : index + 1])
+        return single
 
     @property
     def full(self) -> bool:
-        """Whether another block would not fit into the space."""
+        """Whether no further block fits into the space."""
         return self.basis.shape[-1] + self.start > self.basis.shape[-2]
 
     def _append(self, block: Tensor) -> None:
-        # Twice, then on normalised columns: of a block that the basis nearly holds, rounding is the most.
+        # Twice, then on normalised columns: what is left of a block near the basis's span is mostly rounding.
         for _ in range(2):
             block = block - self.basis @ (self.basis.mT @ block)
             block = torch.linalg.qr(block).Q
@@ -332,14 +330,14 @@ class BlockKrylov:
 
 
 def symmetric(T: Float[Tensor, "*batch space space"]) -> Float[Tensor, "*batch space space"]:
-    """A matrix that is symmetric but for rounding, made so."""
+    """A matrix that is symmetric up to rounding, symmetrised."""
     return (T + T.mT) / 2
 
 
 def descending(
     T: Float[Tensor, "*batch space space"],
 ) -> tuple[Float[Tensor, "*batch space"], Float[Tensor, "*batch space space"]]:
-    """Eigenvalues, none below 0, and eigenvectors of a symmetric matrix, the largest first."""
+    """Eigenvalues, clamped at 0, and eigenvectors of a symmetric matrix, in descending order."""
     values, S = torch.linalg.eigh(T)
     return values.flip(-1).clamp(min=0), S.flip(-1)
 
@@ -371,7 +369,7 @@ def effective_rank(S: Float[Tensor, " rank"]) -> float:
 
 
 def product_core(B: Float[Tensor, "out r"], A: Float[Tensor, "r in"]) -> Float[Tensor, "left right"]:
-    """A small matrix, float64, with the singular values of `B A`, which is not formed."""
+    """A small float64 matrix with the singular values of `B A`, without forming the product."""
     left = torch.linalg.qr(B.double()).R
     right = torch.linalg.qr(A.double().mT).R
     return left @ right.mT

@@ -1,8 +1,8 @@
-"""Does sharpness predict how a blend does out of distribution, over several tuned models of one base?
+"""Rank correlations over several tuned models of one base, raw and partial.
 
-Learning rate and length of tuning move sharpness and quality alike, so that every correlation is given twice:
-raw, and partial, given how far each model moved. Of few models none is given. Along one path α itself is
-such a confounder: rows must be models, not places on a path.
+Learning rate and training length move predictors and outcome alike. Each correlation is therefore given
+twice: raw, and partial given how far each model moved. Rows must be models, not points of one path, where α
+itself is such a confounder.
 """
 
 import math
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
+from diagnostics.numerics.estimates import Z95
 from probes.errors import InputError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -31,38 +32,44 @@ def correlations(
     permutations: int = 10_000,
     seed: int = 0,
 ) -> "pd.DataFrame":
-    """Rank correlations of predictors with an outcome over models, raw and given a confounder.
+    """Spearman correlations of predictors with an outcome over models, raw and given a confounder.
 
     Args:
-        models: a row a tuned model of one base; rows with a gap in what is asked for are left out.
-        outcome: column of what is to be predicted, such as the OOD loss of the blend.
+        models: one row per tuned model of one base; rows with a missing value are left out.
+        outcome: column to be predicted, such as the OOD loss of the blend.
         predictors: columns, such as the sharpness of each layer and of all blocks.
-        given: column of what both may follow: displacement, or learning rate if it is known.
-        permutations: of the two-sided permutation tests.
+        given: column of the confounder: displacement, or the learning rate if it is known.
+        permutations: of the two-sided permutation tests; exact where all permutations are no more.
 
     Returns:
-        a row a predictor: predictor, models, raw and partial Spearman correlation with 95 % intervals
-        (`raw_low`…), permutation p-values (`raw_p`, `partial_p`) and these after Holm's correction over the
-        predictors (`raw_holm`, `partial_holm`). All NaN below 12 models, and where a column is constant.
+        one row per predictor: predictor, models, raw and partial Spearman correlation with 95 % intervals
+        (`raw_low`…), permutation p-values (`raw_p`, `partial_p`), and these after Holm's correction over the
+        predictors (`raw_holm`, `partial_holm`). All NaN below 12 models and where a column is constant.
 
     Raises:
         UnknownNameError: a column that the table lacks.
         InputError: no predictors, or fewer than 100 permutations.
+
+    >>> import pandas as pd
+    >>> models = pd.DataFrame({"sharp": range(12), "loss": range(12), "displacement": [0, 1] * 6})
+    >>> correlations(models, outcome="loss", predictors=["sharp"])[["models", "raw"]]
+       models  raw
+    0      12  1.0
     """
     import pandas as pd
 
     for column in (outcome, given, *predictors):
         if column not in models:
-            known = ", ".join(map(str, models.columns))
-            raise UnknownNameError(f"the table of models has no column {column!r}; it has: {known}")
+            names = ", ".join(map(str, models.columns))
+            raise UnknownNameError(f"the table of models has no column {column!r}; it has: {names}")
     if not predictors:
-        raise InputError("predictors is empty; name the columns whose correlation is asked for")
+        raise InputError("predictors is empty; name the columns to correlate with the outcome")
     if permutations < 100:
         raise InputError(f"permutations is {permutations}; at least 100")
     rows = [
-        {"predictor": name, "models": len(known), **_row(known, outcome, name, given, permutations, seed)}
+        {"predictor": name, "models": len(whole), **_row(whole, outcome, name, given, permutations, seed)}
         for name in predictors
-        for known in (models[[outcome, given, name]].dropna(),)
+        for whole in (models[[outcome, given, name]].dropna(),)
     ]
     for kind in ("raw", "partial"):
         corrected = holm(np.array([row[f"{kind}_p"] for row in rows]))
@@ -72,35 +79,29 @@ def correlations(
 
 
 def _row(
-    known: "pd.DataFrame", outcome: str, name: str, given: str, permutations: int, seed: int
+    models: "pd.DataFrame", outcome: str, name: str, given: str, permutations: int, seed: int
 ) -> dict[str, float]:
-    names = [f"{kind}{end}" for kind in ("raw", "partial") for end in ("", "_low", "_high", "_p")]
-    found = dict.fromkeys(names, math.nan)
-    x, y, z = (ranks(known[column].to_numpy(float)) for column in (name, outcome, given))
-    if len(known) < LEAST or not np.ptp(x) or not np.ptp(y):
-        return found
-    generator = np.random.default_rng(seed)
-    # What is left of both once the confounder is taken out of their ranks.
-    pairs = {"raw": (x, y, 3), "partial": (residuals(x, z), residuals(y, z), 4)}
-    for kind, (one, two, lost) in pairs.items():
-        if np.linalg.norm(one - one.mean()) < 1e-9 * len(one) or np.linalg.norm(two - two.mean()) < 1e-9:
-            continue
-        value = correlation(one, two)
-        low, high = interval(value, len(known), lost)
-        found |= {kind: value, f"{kind}_low": low, f"{kind}_high": high}
-        found[f"{kind}_p"] = permutation_p(one, two, permutations, generator)
-    return found
-
-
-def ranks(values: Values) -> Values:
-    """Ranks from 1, equal values at their mean rank."""
     from scipy.stats import rankdata
 
-    return np.asarray(rankdata(values), dtype=float)
+    names = [f"{kind}{end}" for kind in ("raw", "partial") for end in ("", "_low", "_high", "_p")]
+    row = dict.fromkeys(names, math.nan)
+    x, y, z = (np.asarray(rankdata(models[column]), dtype=float) for column in (name, outcome, given))
+    if len(models) < LEAST or not np.ptp(x) or not np.ptp(y):
+        return row
+    generator = np.random.default_rng(seed)
+    pairs = {"raw": (x, y, 3), "partial": (residuals(x, z), residuals(y, z), 4)}
+    for kind, (predictor, target, lost) in pairs.items():
+        if any(np.linalg.norm(values - values.mean()) < 1e-9 * len(values) for values in (predictor, target)):
+            continue
+        value = correlation(predictor, target)
+        low, high = interval(value, len(models), lost)
+        row |= {kind: value, f"{kind}_low": low, f"{kind}_high": high}
+        row[f"{kind}_p"] = permutation_p(predictor, target, permutations, generator)
+    return row
 
 
 def residuals(values: Values, given: Values) -> Values:
-    """What is left of values once a line in another is taken out."""
+    """Values minus their least-squares line in another variable."""
     if not np.ptp(given):
         return values - values.mean()
     slope = float(np.cov(values, given)[0, 1] / given.var(ddof=1))
@@ -108,32 +109,40 @@ def residuals(values: Values, given: Values) -> Values:
 
 
 def correlation(x: Values, y: Values) -> float:
-    """Pearson's."""
+    """Pearson correlation."""
     a, b = x - x.mean(), y - y.mean()
     return float(a @ b / math.sqrt((a @ a) * (b @ b)))
 
 
 def interval(value: float, count: int, lost: int) -> tuple[float, float]:
-    """Fisher's 95 % interval; `lost` is 3, and 1 more for each variable held fixed."""
-    half = 1.959963984540054 * 1.03 / math.sqrt(count - lost)  # 1.03: of ranks (Fieller et al. 1957)
+    """Fisher's 95 % interval of a rank correlation; `lost` is 3, and 1 more for each variable held fixed."""
+    half = Z95 * 1.03 / math.sqrt(count - lost)  # 1.03: of ranks (Fieller et al. 1957)
     middle = math.atanh(min(max(value, -1 + 1e-12), 1 - 1e-12))
     return math.tanh(middle - half), math.tanh(middle + half)
 
 
 def permutation_p(x: Values, y: Values, permutations: int, generator: np.random.Generator) -> float:
-    """Two-sided: how often shuffling one makes a correlation at least as large; never 0."""
-    a, b = x - x.mean(), y - y.mean()
-    own = abs(a @ b)
-    shuffled = np.stack([generator.permutation(a) for _ in range(permutations)]) @ b
-    return float((1 + (np.abs(shuffled) >= own - 1e-9 * abs(own)).sum()) / (1 + permutations))
+    """Two-sided p-value of a correlation by permuting x; exact if there are no more orders."""
+    from scipy.stats import permutation_test
+
+    centred = y - y.mean()
+
+    def size(permuted: np.ndarray, axis: int = -1) -> np.ndarray:
+        return np.asarray(np.abs(permuted @ centred))
+
+    test = permutation_test(
+        (x - x.mean(),), size, permutation_type="pairings", vectorized=True, n_resamples=permutations,
+        alternative="greater", rng=generator,
+    )  # fmt: skip
+    return float(test.pvalue)
 
 
 def holm(p: Float[np.ndarray, " tests"]) -> Float[np.ndarray, " tests"]:
-    """Holm's step-down correction; NaN are no tests."""
-    found = np.full(len(p), math.nan)
-    tested = [int(place) for place in np.argsort(p) if not math.isnan(p[place])]
-    running = 0.0
-    for turn, place in enumerate(tested):
-        running = max(running, min(1.0, (len(tested) - turn) * float(p[place])))
-        found[place] = running
-    return found
+    """Holm's step-down correction; a NaN is no test."""
+    corrected = np.full(len(p), math.nan)
+    tests = [int(test) for test in np.argsort(p) if not math.isnan(p[test])]
+    largest = 0.0
+    for done, test in enumerate(tests):
+        largest = max(largest, min(1.0, (len(tests) - done) * float(p[test])))
+        corrected[test] = largest
+    return corrected

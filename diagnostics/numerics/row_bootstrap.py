@@ -1,4 +1,4 @@
-"""Losses of the same rows at several points, and their bootstrap over rows."""
+"""Losses of the same rows under several models, and their bootstrap over rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ HELD = 2**23
 
 @dataclass(frozen=True, kw_only=True)
 class RowLosses:
-    """The losses of one set of rows at every point.
+    """Losses of one set of rows at every point.
 
     Attributes:
-        nats: of each row.
-        units: what a row counts; rows with 0 are left out beforehand.
+        nats: summed over each row.
+        units: weight of each row in the mean, above 0.
     """
 
     nats: Float[np.ndarray, "points rows"]
@@ -24,27 +24,27 @@ class RowLosses:
 
     @property
     def loss(self) -> Float[np.ndarray, " points"]:
-        """Mean loss of a unit."""
+        """Mean loss per unit."""
         return self.nats.sum(axis=1) / self.units.sum()
 
     def drawn(self, draws: int, generator: np.random.Generator) -> Float[np.ndarray, "draws points"]:
-        """The same with rows drawn anew, the same ones at every point."""
+        """Bootstrap of `loss`: every draw resamples the same rows at all points."""
         count = len(self.units)
         parts, chunk = [], max(1, HELD // count)
-        for first in range(0, draws, chunk):
-            size = min(chunk, draws - first)
+        for start in range(0, draws, chunk):
+            size = min(chunk, draws - start)
             copies = generator.multinomial(count, np.full(count, 1 / count), size=size).astype(float)
             parts.append((copies @ self.nats.T) / (copies @ self.units)[:, None])
         return np.concatenate(parts)
 
 
 def mean_loss(sets: Sequence[RowLosses]) -> Float[np.ndarray, " points"]:
-    """Mean over sets, each of which counts alike."""
+    """Mean loss over sets, which count equally."""
     return np.mean([rows.loss for rows in sets], axis=0)
 
 
 def mean_drawn(
     sets: Sequence[RowLosses], draws: int, generator: np.random.Generator
 ) -> Float[np.ndarray, "draws points"]:
-    """Mean over sets of the losses with rows drawn anew within each."""
+    """Bootstrap of `mean_loss`, rows being resampled within each set."""
     return np.mean([rows.drawn(draws, generator) for rows in sets], axis=0)

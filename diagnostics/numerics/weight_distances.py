@@ -1,7 +1,7 @@
-"""Distances between the weights of a run's checkpoints, two tensors in memory at a time.
+"""Distances between the weights of a run's checkpoints, with two tensors in memory at a time.
 
-Angles follow from distances alone: 2⟨a − b, c − d⟩ = |a − d|² + |b − c|² − |a − c|² − |b − d|². So no third
-tensor need be held to compare a step with the whole way, and nothing of the size of the weights cancels.
+Angles follow from distances: 2⟨a − b, c − d⟩ = |a − d|² + |b − c|² − |a − c|² − |b − d|². No third tensor is
+held, and nothing of the size of the weights cancels.
 """
 
 import math
@@ -15,19 +15,20 @@ from probes.checkpoints.checkpoint import Checkpoint
 from probes.errors import InputError
 from probes.files.sources import finite
 
-# Entries that are widened to float64 at a time: 8 MB each of two tensors and their difference.
+# Entries converted to float64 at a time: 8 MB each of two tensors and their difference.
 CHUNK = 2**20
 
-Places: TypeAlias = tuple[int, int]
+# Indices of two checkpoints.
+Pair: TypeAlias = tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SharedWeights:
-    """What all checkpoints of a run hold alike.
+    """Tensors that can be compared over a run.
 
     Attributes:
-        names: floating tensors of one shape in all of them, a tied one once.
-        left_out: floating tensors that some lack, or hold in another shape.
+        names: floating tensors with one shape in all checkpoints, a tied one once.
+        left_out: floating tensors that are missing or of another shape in some checkpoint.
     """
 
     names: tuple[str, ...]
@@ -35,7 +36,7 @@ class SharedWeights:
 
 
 def shared(checkpoints: Sequence[Checkpoint]) -> SharedWeights:
-    """The tensors whose distances can be told.
+    """The floating tensors that all checkpoints have in one shape.
 
     Raises:
         InputError: there are none.
@@ -50,10 +51,10 @@ def shared(checkpoints: Sequence[Checkpoint]) -> SharedWeights:
     common = [
         name
         for name in floating
-        if all(name in one.headers and one.headers[name].shape == first[name].shape for one in checkpoints)
+        if all(name in c.headers and c.headers[name].shape == first[name].shape for c in checkpoints)
     ]
     copies = set.intersection(
-        *({name for matrix in one.matrices.values() for name in matrix.tied} for one in checkpoints)
+        *({name for matrix in c.matrices.values() for name in matrix.tied} for c in checkpoints)
     )
     names = tuple(name for name in common if name not in copies)
     if not names:
@@ -62,86 +63,83 @@ def shared(checkpoints: Sequence[Checkpoint]) -> SharedWeights:
     return SharedWeights(names=names, left_out=tuple(name for name in floating if name not in set(common)))
 
 
-def pairs(count: int) -> list[Places]:
-    """The pairs whose distances tell a path: with the first, the last and the two before."""
+def pairs(count: int) -> list[Pair]:
+    """The pairs of checkpoints that `path_rows` needs: with the first, the last and the two before."""
     last = count - 1
-    wanted = {(0, place) for place in range(1, count)} | {(place, last) for place in range(last)}
-    wanted |= {(place - back, place) for back in (1, 2) for place in range(back, count)}
-    return sorted(wanted)
+    needed = {(0, index) for index in range(1, count)} | {(index, last) for index in range(last)}
+    needed |= {(index - back, index) for back in (1, 2) for index in range(back, count)}
+    return sorted(needed)
 
 
 def squared_distances(
     checkpoints: Sequence[Checkpoint],
     names: Sequence[str],
     progress: Callable[[int, int, str], None] | None = None,
-) -> dict[Places, float]:
-    """Squared distances over all these tensors, of `pairs`.
+) -> dict[Pair, float]:
+    """Squared distances of `pairs`, summed over tensors.
 
     Raises:
         InputError: weights that are NaN or infinite.
     """
-    found = dict.fromkeys(pairs(len(checkpoints)), 0.0)
+    squares = dict.fromkeys(pairs(len(checkpoints)), 0.0)
     for done, name in enumerate(names):
         if progress:
             progress(done, len(names), name)
         held: tuple[int, Tensor] | None = None
-        for one, other in found:
-            places = (checkpoints[one].source.location(name), checkpoints[other].source.location(name))
-            if places[0] == places[1]:  # one file's tensor, which an adapter leaves alone
-                continue
-            if held is None or held[0] != one:
-                held = None  # before the next is read
-                held = one, checkpoints[one].tensor(name)
-            apart = squared(held[1], checkpoints[other].tensor(name))
-            if not math.isfinite(apart):
-                for place in (one, other):
-                    finite(checkpoints[place].ref, name, checkpoints[place].tensor(name))
-            found[one, other] += apart
-    return found
+        for pair in squares:
+            first, second = (checkpoints[index] for index in pair)
+            if first.source.location(name) == second.source.location(name):
+                continue  # the tensor of one file, which an adapter leaves alone
+            if held is None or held[0] != pair[0]:
+                held = None  # freed before the next is read
+                held = pair[0], first.tensor(name)
+            distance = squared(held[1], second.tensor(name))
+            if not math.isfinite(distance):
+                for checkpoint in (first, second):
+                    finite(checkpoint.ref, name, checkpoint.tensor(name))
+            squares[pair] += distance
+    return squares
 
 
 def squared(first: Tensor, second: Tensor) -> float:
-    """The squared distance of two tensors of one shape, summed in float64."""
+    """Squared distance of two tensors of one shape, summed in float64."""
     total = 0.0
-    for one, other in zip(first.reshape(-1).split(CHUNK), second.reshape(-1).split(CHUNK), strict=True):
-        apart = one.double() - other.double()
-        total += float(apart @ apart)
+    for a, b in zip(first.reshape(-1).split(CHUNK), second.reshape(-1).split(CHUNK), strict=True):
+        difference = a.double() - b.double()
+        total += float(difference @ difference)
     return total
 
 
-def path_rows(squares: dict[Places, float], count: int) -> list[dict[str, float]]:
-    """Of each checkpoint: the step that led to it, and where it lies.
+def path_rows(squares: dict[Pair, float], count: int) -> list[dict[str, float]]:
+    """One row a checkpoint: the step that led to it, and its distance from both ends.
 
-    Columns: `length` of the step; `angle` of the step to the whole way and `turn` against the step before it,
-    in degrees; `distance_start` and `distance_end`. NaN where there is no step, or no way to turn from.
+    Columns: `length` of the step; its `angle` to the line from first to last checkpoint and its `turn` from
+    the step before, in degrees; `distance_start`, `distance_end`. NaN where a step is missing or 0.
     """
     last = count - 1
 
-    def apart(one: int, other: int) -> float:
-        return 0.0 if one == other else squares[min(one, other), max(one, other)]
+    def square(first: int, second: int) -> float:
+        return 0.0 if first == second else squares[min(first, second), max(first, second)]
 
-    def angle(step: Places, way: Places) -> float:
-        (a, b), (c, d) = step, way
-        product = (apart(b, c) + apart(a, d) - apart(b, d) - apart(a, c)) / 2
-        size = math.sqrt(apart(a, b) * apart(c, d))
+    def angle(first: Pair, second: Pair) -> float:
+        (a, b), (c, d) = first, second
+        product = (square(b, c) + square(a, d) - square(b, d) - square(a, c)) / 2
+        size = math.sqrt(square(a, b) * square(c, d))
         return math.degrees(math.acos(max(-1.0, min(1.0, product / size)))) if size > 0 else math.nan
 
-    rows = []
-    for place in range(count):
-        step = (place - 1, place)
-        rows.append(
-            {
-                "length": math.sqrt(apart(*step)) if place else math.nan,
-                "angle": angle(step, (0, last)) if place else math.nan,
-                "turn": angle(step, (place - 2, place - 1)) if place > 1 else math.nan,
-                "distance_start": math.sqrt(apart(0, place)),
-                "distance_end": math.sqrt(apart(place, last)),
-            }
-        )
-    return rows
+    return [
+        {
+            "length": math.sqrt(square(index - 1, index)) if index else math.nan,
+            "angle": angle((index - 1, index), (0, last)) if index else math.nan,
+            "turn": angle((index - 1, index), (index - 2, index - 1)) if index > 1 else math.nan,
+            "distance_start": math.sqrt(square(0, index)),
+            "distance_end": math.sqrt(square(index, last)),
+        }
+        for index in range(count)
+    ]
 
 
 def inefficiency(rows: Sequence[dict[str, float]]) -> float:
-    """Length of the way over the distance between its ends; 1 on a straight line, NaN if the ends are one."""
-    whole = rows[-1]["distance_start"]
-    return math.fsum(row["length"] for row in rows[1:]) / whole if whole > 0 else math.nan
+    """Path length over the distance of its ends; 1 on a straight line, NaN if both ends are equal."""
+    distance = rows[-1]["distance_start"]
+    return math.fsum(row["length"] for row in rows[1:]) / distance if distance > 0 else math.nan

@@ -107,9 +107,9 @@ class Adapter:
     @cached_property
     def _identity(self) -> Hashable:
         """Which adapter on which base."""
-        own = tuple(self.weights.location(key) for key in self.weights.headers)
+        locations = tuple(self.weights.location(key) for key in self.weights.headers)
         return (
-            own,
+            locations,
             json.dumps(self.summary, sort_keys=True),
             tuple(map(self.base.location, self.base.headers)),
         )
@@ -125,8 +125,8 @@ class Adapter:
 
     def touched(self, matrix: Matrix) -> bool:
         """Whether the adapter changes a matrix."""
-        whole = matrix.tensor in self.targets.replaced or matrix.tensor in self.targets.tokens
-        return whole or bool(self.updates(matrix))
+        replaced = matrix.tensor in self.targets.replaced or matrix.tensor in self.targets.tokens
+        return replaced or bool(self.updates(matrix))
 
     def delta(self, matrix: Matrix) -> LowRank | None:
         """What is added to a matrix; None if nothing, or if it is no product of factors (DoRA, replaced)."""
@@ -161,9 +161,9 @@ class Adapter:
                     stored, self._merge(update, update.matrix, update.matrix.take(stored))
                 )
                 continue
-            for whole in self.wholes(update):
-                view = whole.take(stored)
-                view.copy_(self._merge(update, whole, view))
+            for matrix in self.undivided(update):
+                view = matrix.take(stored)
+                view.copy_(self._merge(update, matrix, view))
         return stored
 
     def stored(self, name: str) -> Tensor:
@@ -195,7 +195,7 @@ class Adapter:
         lengths = self.weights.read(update.magnitude).float().flatten()
         if update.embedding:
             return merged * (lengths / torch.linalg.vector_norm(merged, dim=0))
-        lengths = rows_of(update.part or matrix, lengths[:, None]).flatten()
+        lengths = rows_of_part(update.part or matrix, lengths[:, None]).flatten()
         return merged * (lengths / torch.linalg.vector_norm(merged, dim=1))[:, None]
 
     def updates(self, matrix: Matrix) -> list[AdapterUpdate]:
@@ -216,7 +216,7 @@ class Adapter:
             B = B.unflatten(0, (chosen.experts, -1))[chosen.expert]
             if chosen.transposed:
                 A, B = B.mT, A.mT
-        return LowRank(A, rows_of(chosen, B), update.scaling)
+        return LowRank(A, rows_of_part(chosen, B), update.scaling)
 
     def factors(self, update: AdapterUpdate, expert: int | None = None) -> LowRank:
         """The whole of an update, in the order (r, in), (out, r); of a stack, that of one expert."""
@@ -231,20 +231,20 @@ class Adapter:
             A, B = A[expert * r : (expert + 1) * r], B[:, expert :: update.experts]
         return LowRank(A, B, update.scaling)
 
-    def wholes(self, update: AdapterUpdate) -> list[Matrix]:
+    def undivided(self, update: AdapterUpdate) -> list[Matrix]:
         """The undivided (out, in) matrices of a tensor that an update changes: one, or one an expert."""
         header = self.headers[update.tensor]
         A, B = self.weights.headers[update.A].shape, self.weights.headers[update.B].shape
         out, columns = (A[1], B[0]) if update.embedding else (B[0], math.prod(A[1:]))
-        whole = Matrix(
+        matrix = Matrix(
             name=update.tensor, tensor=update.tensor, layer=None, component="", part="other",
             rows=out, columns=columns, dtype=header.dtype,
             transposed=update.tensor in self._transposed,
         )  # fmt: skip
-        return [replace(whole, expert=e) for e in range(header.shape[0])] if update.experts else [whole]
+        return [replace(matrix, expert=e) for e in range(header.shape[0])] if update.experts else [matrix]
 
 
-def rows_of(matrix: Matrix, whole: Tensor) -> Tensor:
+def rows_of_part(matrix: Matrix, whole: Tensor) -> Tensor:
     """The rows of an undivided (out, …) matrix that belong to a part of it."""
     return replace(matrix, expert=None, experts=None, transposed=False).take(whole)
 

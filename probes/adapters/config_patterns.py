@@ -30,20 +30,20 @@ def well_formed(config: Mapping[str, Any], where: str) -> None:
         if not _number(config.get(name, 8)):
             raise _wrong(where, name, config[name], "a number")
     for name in ("rank_pattern", "alpha_pattern"):
-        given = config.get(name)
-        given = {} if given is None else given
-        if not isinstance(given, Mapping) or not all(
-            isinstance(k, str) and _number(v) for k, v in given.items()
+        value = config.get(name)
+        value = {} if value is None else value
+        if not isinstance(value, Mapping) or not all(
+            isinstance(k, str) and _number(v) for k, v in value.items()
         ):
-            raise _wrong(where, name, given, "an object of numbers by the names of modules")
+            raise _wrong(where, name, value, "an object of numbers by the names of modules")
     for name in ("modules_to_save", "target_parameters"):
-        given = config.get(name) or ()
-        if not isinstance(given, list | tuple | set) or not all(isinstance(each, str) for each in given):
-            raise _wrong(where, name, given, "a list of names")
+        value = config.get(name) or ()
+        if not isinstance(value, list | tuple | set) or not all(isinstance(item, str) for item in value):
+            raise _wrong(where, name, value, "a list of names")
     rows = config.get("trainable_token_indices") or []
-    for given in rows.values() if isinstance(rows, Mapping) else [rows]:
-        if not isinstance(given, list | tuple) or not all(
-            type(row) is int and 0 <= row < LARGEST for row in given
+    for value in rows.values() if isinstance(rows, Mapping) else [rows]:
+        if not isinstance(value, list | tuple) or not all(
+            type(row) is int and 0 <= row < LARGEST for row in value
         ):
             raise _wrong(
                 where, "trainable_token_indices", rows, "a list of token ids, or such lists by module"

@@ -1,4 +1,4 @@
-"""What an adapter is made of: its factors, one update of one tensor, all updates of a file."""
+"""The parts of an adapter: the factors of a delta, one update of a tensor, all updates of a file."""
 
 from dataclasses import dataclass, field
 
@@ -10,7 +10,13 @@ from probes.files.layout import Matrix
 
 @dataclass(frozen=True)
 class LowRank:
-    """A delta of one matrix, kept as its factors: scaling · B @ A."""
+    """A delta of one matrix, kept as its factors: scaling · B @ A.
+
+    >>> import torch
+    >>> LowRank(A=torch.ones(1, 3), B=torch.ones(2, 1), scaling=0.5).dense()
+    tensor([[0.5000, 0.5000, 0.5000],
+            [0.5000, 0.5000, 0.5000]])
+    """
 
     A: Float[Tensor, "r in"]
     B: Float[Tensor, "out r"]
@@ -28,7 +34,7 @@ class LowRank:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterUpdate:
-    """One pair of factors and the place in the base that they change.
+    """One pair of factors and the tensor or matrix of the base that they change.
 
     Attributes:
         module: the adapted module, as the adapter names it.
@@ -53,15 +59,15 @@ class AdapterUpdate:
 
 @dataclass(kw_only=True)
 class Targets:
-    """What every tensor of an adapter's file means for its base (found by `probes.adapters.targets`).
+    """The role of every tensor of an adapter's file (found by `probes.adapters.targets`).
 
     Attributes:
         updates: stored tensor -> the factors that change it.
-        replaced: stored tensor -> the tensor that takes its place (`modules_to_save`, biases).
-        tokens: embedding -> the trained rows, and which they are.
-        shifts: bias -> what LoRA adds to it (`lora_bias`), and the scaling.
+        replaced: stored tensor -> its replacement (`modules_to_save`, biases).
+        tokens: embedding -> the trained rows and their indices.
+        shifts: bias -> the bias that LoRA adds to it (`lora_bias`), and the scaling.
         untied: embeddings trained as a copy, which a head tied to them in the base does not follow.
-        notes: what a reader must know.
+        notes: for a reader.
     """
 
     updates: dict[str, list[AdapterUpdate]] = field(default_factory=dict)

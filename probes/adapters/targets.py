@@ -15,7 +15,7 @@ from probes.adapters.config_patterns import Patterns, well_formed
 from probes.adapters.parts import AdapterUpdate, Targets
 from probes.errors import InputError
 from probes.files.layout import Header, Matrix
-from probes.naming.align import unwrapped
+from probes.naming.align import without_wrappers
 from probes.naming.lookup import Lookup, probe
 
 # Adapters that put something before the text or between the layers and leave every weight as it is.
@@ -128,26 +128,26 @@ class _Search:
         self.moved: list[str] = []
 
         factors: dict[str, dict[str, str]] = defaultdict(dict)
-        wholes: dict[str, str] = {}
+        saved_whole: dict[str, str] = {}
         tokens: dict[str, str] = {}
         adapters: set[str] = set()
         for key in weights:
-            name = unwrapped(key.removeprefix("base_model.model."))
-            if found := _FACTOR.fullmatch(name):
-                adapters.add(found["name"] or "default")
-                leaf = found["factor"] + (".bias" if found["leaf"] == "bias" else "")
-                factors[found["module"]][leaf] = key
-            elif found := _TOKENS.fullmatch(name):
-                tokens[found["module"]] = key
+            name = without_wrappers(key.removeprefix("base_model.model."))
+            if match := _FACTOR.fullmatch(name):
+                adapters.add(match["name"] or "default")
+                leaf = match["factor"] + (".bias" if match["leaf"] == "bias" else "")
+                factors[match["module"]][leaf] = key
+            elif match := _TOKENS.fullmatch(name):
+                tokens[match["module"]] = key
             elif ".lora_" in name:
                 raise InputError(
                     f"{where}: tensor {key!r} belongs to a variant of LoRA that is not read; {MERGE}"
                 )
             elif ".original_module." not in name:
-                wholes[key] = _WRAPPED.sub("", name)
+                saved_whole[key] = _WRAPPED.sub("", name)
         # Beside an embedding of another length PEFT saves the head, also where the base ties it.
-        self.heads = {name for key, name in wholes.items() if self._tied_head(name, key)}
-        for key, name in wholes.items():
+        self.heads = {name for key, name in saved_whole.items() if self._tied_head(name, key)}
+        for key, name in saved_whole.items():
             self._whole(name, key)
         for module, key in tokens.items():  # rows of what may have come whole
             self._tokens(module, key)
@@ -207,10 +207,12 @@ class _Search:
             rows = fitting[0] if fitting else []
         if stored is None or len(self.shapes[stored]) != 2:
             raise self._fail(module, "has trained tokens, but the base has no such embedding")
-        (height, width), own = self.shapes[stored], self.weights[key].shape
-        if not rows or own != (len(rows), width) or max(rows) >= height:
+        (height, width), trained_shape = self.shapes[stored], self.weights[key].shape
+        if not rows or trained_shape != (len(rows), width) or max(rows) >= height:
             which = f"tokens {min(rows)} to {max(rows)}" if rows else "tokens that its config does not name,"
-            raise self._fail(module, f"trained {which} in {_by(own)}, the base has {height}x{width}")
+            raise self._fail(
+                module, f"trained {which} in {_by(trained_shape)}, the base has {height}x{width}"
+            )
         self.targets.tokens[stored] = key, list(rows)
 
     # Factors
@@ -253,14 +255,14 @@ class _Search:
 
     def _parameters(self, path: str) -> list[str]:
         """Which parameters of a module are adapted themselves (`target_parameters`), by their own names."""
-        found = set()
+        names = set()
         for parameter in self.config.get("target_parameters") or ():
             owner, _, name = parameter.rpartition(".")
             # PEFT writes the bare name where it turned the modules of experts into their stack.
             bare = not owner and (_ends(path, "experts") or self.names.find(f"{path}.{name}") is not None)
             if bare or (owner and _ends(path, owner)):
-                found.add(name)
-        return sorted(found)
+                names.add(name)
+        return sorted(names)
 
     def _module(self, update: AdapterUpdate) -> list[AdapterUpdate]:
         """Factors of a linear layer, a convolution or an embedding."""
@@ -281,7 +283,7 @@ class _Search:
                 self._note_tied(stored)
                 return [replace(update, tensor=stored)]
         # Memory may name, stack and fuse otherwise than the file: what stands in the same place is meant.
-        found = []
+        updates = []
         for theirs in probe(f"{path}.weight", out, columns):
             ours = self.names.alike(theirs)
             if ours is None:
@@ -289,9 +291,9 @@ class _Search:
             if (ours.rows, ours.columns) != (theirs.rows, theirs.columns):
                 shapes = f"{theirs.rows}x{theirs.columns}, the base holds {ours.rows}x{ours.columns}"
                 raise self._fail(path, f"the adapter is for {shapes} in {ours.name}")
-            found.append(replace(update, tensor=ours.tensor, matrix=ours, part=theirs))
-        self.moved.append(f"{path} for {found[0].matrix and found[0].matrix.name}")
-        return found
+            updates.append(replace(update, tensor=ours.tensor, matrix=ours, part=theirs))
+        self.moved.append(f"{path} for {updates[0].matrix and updates[0].matrix.name}")
+        return updates
 
     def _parameter(self, update: AdapterUpdate, parameters: list[str]) -> list[AdapterUpdate]:
         """Factors of an `nn.Parameter` (`target_parameters`): a matrix, or the stacked experts of a layer.
@@ -301,12 +303,12 @@ class _Search:
         path = update.module
         fitting = {name: found for name in parameters if (found := self._stack(update, name))}
         if len(fitting) != 1:
-            known = ", ".join(
+            candidates = ", ".join(
                 f"{name} {_by(shape)}" for name in parameters for shape in self._known(f"{path}.{name}")
             )
             problem = "fits several of" if fitting else "fits none of"
             raise self._fail(
-                path, f"a delta of {_by(self._shape(update))} {problem} target_parameters ({known})"
+                path, f"a delta of {_by(self._shape(update))} {problem} target_parameters ({candidates})"
             )
         ((name, found),) = fitting.items()
         experts = max(found[0].experts, 1)
@@ -325,13 +327,13 @@ class _Search:
             return [replace(update, tensor=stored, experts=experts)] if fits else []
         # In memory the experts are one tensor, in the file each has its own; routers differ in name.
         experts = self.names.experts(name)
-        found = []
+        updates = []
         for theirs in probe(name, *([experts] if experts else []), *delta):
             ours = self.names.alike(theirs)
             if ours is None or (ours.rows, ours.columns) != (theirs.rows, theirs.columns):
                 return []
-            found.append(replace(update, tensor=ours.tensor, matrix=ours, part=theirs, experts=experts))
-        return found if self._rank(update) % max(experts, 1) == 0 else []
+            updates.append(replace(update, tensor=ours.tensor, matrix=ours, part=theirs, experts=experts))
+        return updates if self._rank(update) % max(experts, 1) == 0 else []
 
     def _known(self, name: str) -> Iterable[tuple[int, ...]]:
         stored = self.names.find(name)

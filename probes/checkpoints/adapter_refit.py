@@ -14,7 +14,7 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 
-from probes.adapters.adapter import Adapter, rows_of
+from probes.adapters.adapter import Adapter, rows_of_part
 from probes.adapters.parts import AdapterUpdate
 from probes.checkpoints.blend import between
 from probes.checkpoints.checkpoint import Checkpoint
@@ -117,9 +117,9 @@ def _placed(group: list[tuple[AdapterUpdate, Edit]], rows: int) -> tuple[Tensor,
     """The edits of the parts of one matrix as one product."""
     lefts = []
     for update, edit in group:
-        whole = torch.arange(rows)[:, None]
+        row_indices = torch.arange(rows)[:, None]
         left = torch.zeros(rows, edit.left.shape[1], dtype=edit.left.dtype)
-        left[rows_of(update.part or edit.matrix, whole).flatten()[: len(edit.left)]] = edit.left
+        left[rows_of_part(update.part or edit.matrix, row_indices).flatten()[: len(edit.left)]] = edit.left
         lefts.append(left)
     return torch.cat(lefts, dim=1), torch.cat([edit.right for _, edit in group])
 
@@ -154,20 +154,20 @@ def _store(
         B, A = A.mT, B.mT
     kept = []
     for key, value in ((update.B, B), (update.A, A)):
-        whole = tensors.get(key, adapter.weights.read(key)).clone()
+        values = tensors.get(key, adapter.weights.read(key)).clone()
         if expert is None:
-            place = whole.view(whole.shape)
-            place.copy_(value.reshape(whole.shape))
+            view = values.view(values.shape)
+            view.copy_(value.reshape(values.shape))
         else:
             r = A.shape[0]
-            place = (
-                whole[:, expert :: update.experts]
+            view = (
+                values[:, expert :: update.experts]
                 if key == update.B
-                else whole[expert * r : (expert + 1) * r]
+                else values[expert * r : (expert + 1) * r]
             )
-            place.copy_(value)
-        tensors[key] = whole
-        kept.append(place.flatten(1).double())
+            view.copy_(value)
+        tensors[key] = values
+        kept.append(view.flatten(1).double())
     return (kept[1].mT, kept[0].mT) if update.embedding else (kept[0], kept[1])
 
 
@@ -192,8 +192,8 @@ class _Dora:
                 f"{update.module}: this DoRA stands on a weight that was trained too; write full weights "
                 "instead (full=True)"
             )
-        place = update.matrix or adapter.wholes(update)[0]
-        base = place.take(adapter.stored(update.tensor)).double()
+        matrix = update.matrix or adapter.undivided(update)[0]
+        base = matrix.take(adapter.stored(update.tensor)).double()
         low = adapter.factors(update)
         sizes = torch.linalg.vector_norm(
             base + low.scaling * (low.B.double() @ low.A.double()), dim=0 if update.embedding else 1
@@ -242,11 +242,11 @@ def scaled(adapter: Adapter, scale: float) -> Refit:
         else:
             _scale_dora(adapter, update, scale, done.tensors)
     for name, key in targets.replaced.items():
-        base, own = adapter.base.headers.get(name), weights.read(key)
-        if base is None or base.shape != own.shape:
+        base, replacement = adapter.base.headers.get(name), weights.read(key)
+        if base is None or base.shape != replacement.shape:
             done.notes.append(f"{name} is not in the base in this shape and stays as it was trained")
         else:
-            done.tensors[key], _ = between(adapter.base.read(name), own, scale)
+            done.tensors[key], _ = between(adapter.base.read(name), replacement, scale)
     for name, (key, rows) in targets.tokens.items():
         done.tensors[key], _ = between(adapter.base.read(name)[rows], weights.read(key), scale)
     for key, _ in targets.shifts.values():

@@ -100,7 +100,7 @@ class Blender:
     @cached_property
     def dtypes(self) -> dict[str, torch.dtype]:
         """The dtype that holds both sides of every floating tensor of tuned that base has too."""
-        found = {}
+        dtypes = {}
         for name, header in self.pair.tuned.headers.items():
             if not header.dtype.is_floating_point or not self.has_base(name, header.shape):
                 continue
@@ -112,8 +112,8 @@ class Blender:
                 else [self.pair.base.matrices[other].tensor for other in names]
             )
             sides = [self.pair.base.headers[tensor].dtype for tensor in tensors]
-            found[name] = reduce(torch.promote_types, sides, header.dtype)
-        return found
+            dtypes[name] = reduce(torch.promote_types, sides, header.dtype)
+        return dtypes
 
     def base_of(self, name: str, stored: Tensor) -> Tensor | None:
         """The base's values in the place of a tensor of tuned, none of them computed; None if base has none.

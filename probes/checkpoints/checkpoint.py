@@ -1,13 +1,15 @@
-"""Any reference to weights becomes a `Checkpoint`: headers now, one tensor when asked.
+"""A checkpoint: headers are read when it is opened, a tensor when it is asked for.
 
-An adapter is opened as the model that it makes of its base, with the adapter merged in one tensor at a time.
+An adapter is presented as its base with the adapter merged in, one tensor at a time.
 """
 
+import hashlib
 import pickle
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache
+from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,20 +25,30 @@ from probes.files.untrusted import plain
 
 
 class Checkpoint:
-    """Weights that are opened but not read.
+    """Weights that are opened but not read; `open_checkpoint` makes one.
 
     Attributes:
-        ref: what it was opened by.
-        source: where its tensors come from; of an adapter, its base with the adapter merged in.
+        ref: the reference that it was opened by.
+        source: its tensors; of an adapter, the base's with the adapter merged in.
         config: config.json of the model, or {}.
-        directory: where its own files lie, if they lie in one: configuration and tokenizer are there.
-        base: what an adapter is applied to; None for full weights.
+        directory: holds its configuration and tokenizer; None if its files lie in no directory.
+        base: the checkpoint that an adapter is applied to; None for full weights.
         module: the model in memory that it was opened from; not pickled.
-        opened: path and stamp of its own files, where it has any: these are pickled, and not what they hold.
-        reopen: what opens it again from these in another process.
+        tokenizer: the tokenizer given with it; None: the one in its directory. Not pickled.
+        tokenizer_lost: it came from another process, without the tokenizer that was given with it there.
+        opened: path and stamp of its files, which are pickled in place of their content.
+        reopen: opens it from these in another process.
+
+    >>> from diagnostics.audit.demo import BUNDLED
+    >>> from probes import open_checkpoint
+    >>> checkpoint = open_checkpoint(BUNDLED / "base")
+    >>> checkpoint.architecture, checkpoint.parameters, checkpoint.matrix("model.embed_tokens.weight").shape
+    ('LlamaForCausalLM', 1000576, torch.Size([1536, 128]))
     """
 
     module: Any = None
+    tokenizer: Any = None
+    tokenizer_lost: bool = False
     opened: tuple[Path, str] | None = None
     reopen: "Callable[..., Checkpoint] | None" = None
 
@@ -64,15 +76,43 @@ class Checkpoint:
         self.base = base
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "module": None}
+        lost = self.tokenizer_lost or self.tokenizer is not None
+        return {**self.__dict__, "module": None, "tokenizer": None, "tokenizer_lost": lost}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if self.opened is None or self.reopen is None:
             return super().__reduce_ex__(protocol)
-        return self.reopen, (self.ref, *self.opened, pickle.dumps(self.config), self.base)
+        reopened = self.reopen, (self.ref, *self.opened, pickle.dumps(self.config), self.base)
+        if self.tokenizer is None and not self.tokenizer_lost:
+            return reopened
+        return _without_tokenizer, reopened
 
     def __repr__(self) -> str:
-        return f"<Checkpoint {self.ref}: {self.kind}, {self.architecture}, {len(self.headers)} tensors>"
+        ref, kind, architecture, dtype, parameters = self.summary.values()
+        return f"<Checkpoint {ref}: {kind}, {architecture}, {dtype}, {parameters} parameters>"
+
+    def _repr_html_(self) -> str:
+        return summary_table({"checkpoint": self.summary})
+
+    @property
+    def summary(self) -> dict[str, str]:
+        """What a notebook shows of it; reads headers alone."""
+        return {
+            "ref": self.ref,
+            "kind": self.kind,
+            "architecture": self.architecture,
+            "dtype": self.dtype,
+            "parameters": f"{self.parameters:,}",
+        }
+
+    def with_tokenizer(self, tokenizer: Any) -> "Checkpoint":
+        """The same weights, read with this tokenizer in place of the one in their directory."""
+        return self._with(tokenizer=tokenizer, tokenizer_lost=False)
+
+    def _with(self, **attributes: Any) -> "Checkpoint":
+        changed = object.__new__(type(self))
+        changed.__dict__ = {**self.__dict__, **attributes}
+        return changed
 
     @property
     def kind(self) -> Literal["full", "adapter"]:
@@ -86,37 +126,40 @@ class Checkpoint:
 
     @property
     def headers(self) -> Mapping[str, Header]:
-        """Every tensor by name; of an adapter, of the model that it makes."""
+        """Every tensor by name; of an adapter, those of the merged model."""
         return self.source.headers
 
     @cached_property
     def matrices(self) -> dict[str, Matrix]:
-        """Every two-dimensional weight, presented as (out, in); what shares its bytes with another, once."""
+        """Every two-dimensional weight as (out, in); weights that share their bytes, once."""
         from probes.naming.matrices import matrices
 
         try:
-            found = matrices(self.headers, self.config)
-            if own := [name for one in found.values() for name in one.tied if self._differ(name, one.tensor)]:
-                # transformers does not tie what the file holds with other values, whatever the config says.
-                found = matrices(self.headers, self.config, untied=own)
+            named = matrices(self.headers, self.config)
+            untied = [
+                name for matrix in named.values() for name in matrix.tied if self._differ(name, matrix.tensor)
+            ]
+            if untied:  # transformers ties no weights that the file holds with other values
+                named = matrices(self.headers, self.config, untied=untied)
         except ValueError as error:
             raise InputError(plain(f"{self.ref}: {error}")) from error
         first: dict[Any, Matrix] = {}
         # The embedding gives its name to a tied pair.
-        for matrix in sorted(found.values(), key=lambda matrix: matrix.part != "embedding"):
-            place = self.source.location(matrix.tensor), matrix.expert, matrix.start, matrix.stop
-            kept = first.setdefault(place, matrix)
+        for matrix in sorted(named.values(), key=lambda matrix: matrix.part != "embedding"):
+            location = self.source.location(matrix.tensor), matrix.expert, matrix.start, matrix.stop
+            kept = first.setdefault(location, matrix)
             if kept is not matrix:
-                found[kept.name] = first[place] = replace(kept, tied=(*kept.tied, matrix.tensor))
-                del found[matrix.name]
-        return found
+                named[kept.name] = first[location] = replace(kept, tied=(*kept.tied, matrix.tensor))
+                del named[matrix.name]
+        return named
 
     @property
     def architecture(self) -> str:
         """Class of the model as its configuration names it."""
         classes = self.config.get("architectures")
-        named = classes[:1] if isinstance(classes, list) else []
-        return str((*named, self.config.get("model_type") or "unknown")[0])
+        if isinstance(classes, list) and classes:
+            return str(classes[0])
+        return str(self.config.get("model_type") or "unknown")
 
     @cached_property
     def parameters(self) -> int:
@@ -146,7 +189,7 @@ class Checkpoint:
         return matrix.take(self.source.read(matrix.tensor))
 
     def delta(self, name: str) -> LowRank | None:
-        """What an adapter adds to a matrix; None if nothing, or if it is no product of two factors."""
+        """The factors that an adapter adds to a matrix; None if it adds none, or no product of factors."""
         return self.source.delta(self._find(name)) if isinstance(self.source, Adapter) else None
 
     def touched(self, name: str) -> bool:
@@ -154,19 +197,23 @@ class Checkpoint:
         return isinstance(self.source, Adapter) and self.source.touched(self._find(name))
 
     def stamp(self) -> str:
-        """Changes when the files do; reads none of their tensors."""
-        return self.source.stamp()
+        """Changes when the files or a given tokenizer do; reads no tensor of a file."""
+        if self.tokenizer is None:
+            return self.source.stamp()
+        return hashlib.blake2b(
+            f"{self.source.stamp()} {_tokenizer_text(self.tokenizer)}".encode(), digest_size=16
+        ).hexdigest()
 
     @cached_property
     def _fingerprint(self) -> str:
         return self.source.fingerprint()
 
     def fingerprint(self) -> str:
-        """Hash of names, shapes, dtypes and bytes, the same however sharded; reads everything once."""
+        """Hash of names, shapes, dtypes and bytes, however they are sharded; reads everything once."""
         return self._fingerprint
 
     def describe(self) -> dict[str, Any]:
-        """What an audit records of it."""
+        """The record of it in an audit."""
         return {
             "ref": self.ref,
             "kind": self.kind,
@@ -178,9 +225,10 @@ class Checkpoint:
         }
 
     def described_by(self, config: Mapping[str, Any]) -> "Checkpoint":
-        """This checkpoint, read by another's config.json."""
+        """The same weights under another config.json."""
         described = Checkpoint(self.ref, self.source, config, directory=self.directory, base=self.base)
-        described.opened = self.opened
+        described.opened, described.tokenizer = self.opened, self.tokenizer
+        described.tokenizer_lost = self.tokenizer_lost
         return described
 
     def _differ(self, name: str, other: str) -> bool:
@@ -196,7 +244,7 @@ class Checkpoint:
 
 
 def nearest(name: str, known: Collection[str]) -> str:
-    """The known names that are most like an unknown one, in words."""
+    """The known names most like an unknown one, as a clause of a message."""
     from difflib import get_close_matches
 
     parts = set(name.split("."))
@@ -205,3 +253,31 @@ def nearest(name: str, known: Collection[str]) -> str:
     alike = [other for other, count in shared.items() if count == most]
     close = get_close_matches(name, alike, n=3, cutoff=0)
     return f"the nearest of its {len(known)}: {', '.join(close)}"
+
+
+# A worker unpickles the checkpoints of a pair with each job; one object for all of them keeps its caches.
+@lru_cache(maxsize=8)
+def _without_tokenizer(reopen: "Callable[..., Checkpoint]", arguments: tuple[Any, ...]) -> Checkpoint:
+    """A checkpoint in another process, where the tokenizer that was given with it is not."""
+    return reopen(*arguments)._with(tokenizer_lost=True)
+
+
+def _tokenizer_text(tokenizer: Any) -> str:
+    """All of a tokenizer that decides which ids a text becomes."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = repr(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
+    special = sorted(getattr(tokenizer, "special_tokens_map", {}).items())
+    return f"{rules} {special} {getattr(tokenizer, 'chat_template', None)}"
+
+
+def summary_table(columns: Mapping[str, Mapping[str, Any]]) -> str:
+    """Summaries side by side as an HTML table, for notebooks; every text is escaped."""
+    rows = list(dict.fromkeys(row for column in columns.values() for row in column))
+    head = "".join(f"<th>{escape(name)}</th>" for name in ("", *columns))
+    body = "".join(
+        f"<tr><th>{escape(row)}</th>"
+        + "".join(f"<td>{escape(str(column.get(row, '')))}</td>" for column in columns.values())
+        + "</tr>"
+        for row in rows
+    )
+    return f"<table><tr>{head}</tr>{body}</table>"

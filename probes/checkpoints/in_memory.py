@@ -1,7 +1,7 @@
 """Models in memory as checkpoints: modules, PEFT models, TransformerLens models, state dicts.
 
-A model is presented under the names that its own class gives its tensors, tied weights once, whatever a
-library wrapped around it. The tensors are handed out as they are, never changed, and must not be written to.
+A model is presented under the names of its own class, without wrappers, tied weights once. Its tensors are
+handed out uncopied and must not be written to.
 """
 
 import json
@@ -33,7 +33,7 @@ def open_memory(ref: Any, *, base: "Checkpoint | str | Path | None" = None) -> C
         base: ignored: a PeftModel carries its own base.
 
     Raises:
-        InputError: nothing of this kind, weights that are merged, folded, quantised or not loaded.
+        InputError: it is none of these, or its weights are merged, folded, quantised or not loaded.
     """
     if isinstance(ref, nn.Module):
         name, libraries = type(ref).__name__, _libraries(ref)
@@ -73,7 +73,7 @@ def _libraries(model: nn.Module) -> set[str]:
 
 
 class StateSource:
-    """Tensors in memory, by name; those that share their bytes are given once, under the first name."""
+    """Tensors in memory by name; tensors that share their bytes appear once, under the first name."""
 
     def __init__(self, tensors: Mapping[str, Tensor], *, where: str = "state dict"):
         """Take named tensors as a source.
@@ -83,16 +83,16 @@ class StateSource:
         """
         self.headers: dict[str, Header] = {}
         self._tensors: dict[str, Tensor] = {}
-        seen: set[Hashable] = set()
+        locations: set[Hashable] = set()
         for name, tensor in tensors.items():
             if tensor.is_meta:
                 raise InputError(
                     f"{where}: {name} is on the meta device, without values; load the weights first"
                 )
-            if (place := _location(tensor)) in seen:
+            if (location := _location(tensor)) in locations:
                 continue
             if tensor.numel():
-                seen.add(place)
+                locations.add(location)
             self.headers[name] = Header(name, tuple(tensor.shape), tensor.dtype)
             self._tensors[name] = tensor.detach()
 
@@ -105,7 +105,7 @@ class StateSource:
         return _location(self._tensors[name])
 
     def stamp(self) -> str:
-        """Its content: what lies in memory can change at any time without a trace."""
+        """The hash of its content: memory can change at any time without a trace."""
         return self.fingerprint()
 
     def fingerprint(self) -> str:
@@ -118,7 +118,7 @@ def _location(tensor: Tensor) -> Hashable:
 
 
 def _module(model: nn.Module, ref: str, tensors: Mapping[str, Tensor]) -> Checkpoint:
-    """A model's tensors, under the names that its class gives them, as the file that it would be saved to."""
+    """A model's tensors as it would save them."""
     kept = dict(tensors)
     for name, original in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         if name in kept and original in kept and _location(kept[name]) == _location(kept[original]):
@@ -129,7 +129,7 @@ def _module(model: nn.Module, ref: str, tensors: Mapping[str, Tensor]) -> Checkp
 
 
 def _as_saved(model: Any, state: StateSource) -> Source:
-    """The tensors of the file: transformers renames and stacks what it loads, and undoes it when it saves."""
+    """The tensors of the file: transformers renames and stacks what it loads, and reverts that to save it."""
     from transformers.core_model_loading import revert_weight_conversion as revert
 
     shapes = {name: torch.empty(h.shape, dtype=h.dtype, device="meta") for name, h in state.headers.items()}
@@ -137,14 +137,14 @@ def _as_saved(model: Any, state: StateSource) -> Source:
     moved = [name for name in shapes if name not in saved or saved[name].shape != shapes[name].shape]
     if not moved:
         return state
-    made: dict[str, tuple[str, ...]] = {}
+    sources: dict[str, tuple[str, ...]] = {}
     for name in moved:
-        alone = revert(model, {name: shapes[name]})
-        made |= dict.fromkeys(alone if alone.keys() <= saved.keys() else (), (name,))
-    missing = [name for name in saved if name not in made and name not in shapes]
-    made |= dict.fromkeys(missing, tuple(moved))  # made of several at once
+        reverted = revert(model, {name: shapes[name]})
+        sources |= dict.fromkeys(reverted if reverted.keys() <= saved.keys() else (), (name,))
+    missing = [name for name in saved if name not in sources and name not in shapes]
+    sources |= dict.fromkeys(missing, tuple(moved))  # made of several at once
     headers = {name: Header(name, tuple(tensor.shape), tensor.dtype) for name, tensor in saved.items()}
-    return Reverted(state, headers, made, lambda tensors: revert(model, tensors))
+    return Reverted(state, headers, sources, lambda tensors: revert(model, tensors))
 
 
 class Reverted:
@@ -154,47 +154,47 @@ class Reverted:
         self,
         state: StateSource,
         headers: dict[str, Header],
-        made: Mapping[str, tuple[str, ...]],
+        sources: Mapping[str, tuple[str, ...]],
         revert: Callable[[dict[str, Tensor]], dict[str, Tensor]],
     ):
-        """Take a state with what is made of it.
+        """Take a model's state.
 
         Args:
             state: the model's own tensors.
             headers: the file's tensors.
-            made: for each of the file's tensors that is not the model's own, what it is made of.
+            sources: the tensors of the model that each converted tensor of the file is made of.
             revert: makes the file's tensors of the model's.
         """
         self.state = state
         self.headers = headers
-        self.made = dict(made)
+        self.sources = dict(sources)
         self._revert = revert
         self._recent: dict[tuple[str, ...], dict[str, Tensor]] = {}
         self._numbered: dict[tuple[str, ...], dict[str, Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # The model stays behind: what is made of its tensors goes instead of them.
+        # The model stays behind: the tensors of the file are pickled in place of its own.
         tensors = {name: self.read(name) for name in self.headers}
-        return {"state": StateSource(tensors), "headers": self.headers, "made": {}, "_numbered": {}}
+        return {"state": StateSource(tensors), "headers": self.headers, "sources": {}, "_numbered": {}}
 
     def read(self, name: str) -> Tensor:
-        """The tensor as it would be saved; the last two stacks of experts that were taken apart are kept."""
-        sources = self.made.get(name)
+        """The tensor as it would be saved; the last two unstacked groups of experts are kept."""
+        sources = self.sources.get(name)
         if sources is None:
             return self.state.read(name)
-        made = self._recent.get(sources)
-        if made is None:
-            made = self._revert({source: self.state.read(source) for source in sources})
-            self._recent = dict([*self._recent.items()][-1:]) | {sources: made}
-        return made[name]
+        tensors = self._recent.get(sources)
+        if tensors is None:
+            tensors = self._revert({source: self.state.read(source) for source in sources})
+            self._recent = dict([*self._recent.items()][-1:]) | {sources: tensors}
+        return tensors[name]
 
-    def places(self, name: str) -> tuple[tuple[str, ...], Tensor]:
-        """The model's own tensors that one of `made` is made of, and the place of each entry in them.
+    def positions(self, name: str) -> tuple[tuple[str, ...], Tensor]:
+        """The model's tensors that a tensor of the file is made of, and the position of each entry in them.
 
-        Places are counted through these tensors, flattened and put end to end. Numbers go through the
-        reversal as weights do, for it only moves them.
+        Positions count through these tensors, flattened and concatenated. The reversal only moves entries, so
+        that it carries their numbers as it carries weights.
         """
-        sources = self.made[name]
+        sources = self.sources[name]
         if sources not in self._numbered:
             offset, numbered = 0, {}
             for source in sources:
@@ -206,8 +206,8 @@ class Reverted:
         return sources, self._numbered[sources][name]
 
     def location(self, name: str) -> Hashable:
-        """Where the tensors are that it is made of."""
-        sources = self.made.get(name)
+        """The places of the tensors that it is made of."""
+        sources = self.sources.get(name)
         if sources is None:
             return self.state.location(name)
         return name, *map(self.state.location, sources)
@@ -222,7 +222,7 @@ class Reverted:
 
 
 def _config(model: nn.Module) -> dict[str, Any]:
-    """What config.json would hold."""
+    """The content of its config.json."""
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_json_string"):
         return {}
@@ -233,10 +233,10 @@ def _config(model: nn.Module) -> dict[str, Any]:
 
 
 def _peft(wrapper: Any, model: nn.Module) -> Checkpoint:
-    """A model with PEFT's layers in it, as the adapter and the base that they hold apart.
+    """A model with PEFT's layers, as an adapter and its base.
 
     Args:
-        wrapper: what has `peft_config`: a PeftModel, or the model itself.
+        wrapper: has `peft_config`: a PeftModel, or the model itself.
         model: the model that it wraps.
     """
     from peft import get_peft_model_state_dict
@@ -262,14 +262,14 @@ def _peft(wrapper: Any, model: nn.Module) -> Checkpoint:
         if not _ADDED.search(name)
     }
     base = _module(model, ref, tensors)
-    own = StateSource(
+    factors = StateSource(
         get_peft_model_state_dict(wrapper, adapter_name=names[0], save_embedding_layers=False), where=where
     )
-    source = Adapter(config, own, base.source, base.matrices, where=where, of=ref)
+    source = Adapter(config, factors, base.source, base.matrices, where=where, of=ref)
     return Checkpoint(where, source, base.config, base=base)
 
 
-# What PEFT puts into a model, and what it inserts into the names of the tensors that were there.
+# Tensors that PEFT adds to a model, and parts that it inserts into the names of the model's own.
 _ADDED = re.compile(r"\.lora_\w+(?:\.|$)|\.modules_to_save\.|\.trainable_tokens_\w+\.")
 _WRAPPER = re.compile(r"\.token_adapter(?=\.)|\.base_layer(?=\.)|\.original_module(?=\.)")
 
@@ -287,13 +287,13 @@ def _plain(value: Any) -> Any:
 def _bridge(bridge: Any) -> Checkpoint:
     """A TransformerBridge, as the model inside it.
 
-    The bridge puts its components between the modules of that model, so that a tensor is reached by several
-    paths; the model's own class, built without weights, tells which of them are its names.
+    The bridge inserts its components between the model's modules, so that a tensor has several paths; the
+    model's class, built without weights, tells which path is its name.
     """
     if getattr(bridge, "_weights_processed", False):
         raise InputError(
             "TransformerBridge: its weights are folded and centred (enable_compatibility_mode), no longer "
-            "those that were trained; boot it anew, or call enable_compatibility_mode(no_processing=True)"
+            "those that were trained; boot it again, or call enable_compatibility_mode(no_processing=True)"
         )
     try:
         model = bridge.original_model
@@ -304,12 +304,12 @@ def _bridge(bridge: Any) -> Checkpoint:
         raise InputError(f"{ref}: has an adapter inside; give the PeftModel itself")
     with torch.device("meta"):
         bare = type(model)(getattr(model, "config", None) or model.cfg)
-    own = bare.state_dict()
+    names = list(bare.state_dict())
     reached = {_COMPONENT.sub("", name): tensor for name, tensor in model.state_dict().items()}
-    lost = [name for name in own if name not in reached]
+    lost = [name for name in names if name not in reached]
     if lost:
         raise InputError(f"{ref}: {lost[0]} is not found in it; give the model that it was made from")
-    return _module(bare, ref, {name: reached[name] for name in own})
+    return _module(bare, ref, {name: reached[name] for name in names})
 
 
 _COMPONENT = re.compile(r"\._original_component(?=\.)")
@@ -317,10 +317,11 @@ _BRIDGED = re.compile(r"blocks\.\d+\.attn\.[qkvo]\.weight")
 
 
 def _unhook(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A HookedTransformer's state dict as (out, in) matrices under the field's names; others as they are."""
+    """A HookedTransformer's state dict as (out, in) matrices under the field's names; others unchanged."""
     if any(_BRIDGED.fullmatch(name) for name in tensors):
         raise InputError(
-            "state dict: is of a TransformerBridge and does not tell (in, out) from (out, in); give it"
+            "state dict: is of a TransformerBridge and does not tell (in, out) from (out, in); give "
+            "the bridge"
         )
     if not any(name.endswith(".attn.W_Q") for name in tensors):
         return dict(tensors)
@@ -338,7 +339,7 @@ def _unhook(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif leaf.lstrip("_").startswith("b_"):
             unhooked[name] = tensor.flatten()
         elif leaf not in _BUFFERS:
-            unhooked[_EXPERT.sub(lambda found: _MATRICES[found[0]], name)] = tensor
+            unhooked[_EXPERT.sub(lambda match: _MATRICES[match[0]], name)] = tensor
     return unhooked
 
 
@@ -364,7 +365,7 @@ _BUFFERS = ("mask", "IGNORE", "rotary_sin", "rotary_cos", "alibi")
 
 
 def _refuse_folded(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse weights into which layer norms were folded, or which were centred."""
+    """Refuse weights with folded layer norms, or centred ones."""
     mend = "load it with from_pretrained_no_processing, or give the checkpoint that it was made from"
     if not any(re.fullmatch(r"blocks\.\d+\.ln1\.w", name) for name in tensors):
         raise InputError(f"HookedTransformer: its layer norms are folded into the next weights; {mend}")

@@ -121,9 +121,9 @@ class Patch:
         index, values = ({key.partition("/")[2]: tensor for key, tensor in tensors.items()
                           if key.startswith(kind)} for kind in ("index/", "value/"))  # fmt: skip
         for name, entries in index.items():
-            whole = name in values and entries.ndim == 1 and values[name].shape == entries.shape
-            whole = whole and entries.dtype in (torch.int32, torch.int64)
-            if not whole or (len(entries) and (entries[0] < 0 or bool((entries.diff() <= 0).any()))):
+            consistent = name in values and entries.ndim == 1 and values[name].shape == entries.shape
+            consistent = consistent and entries.dtype in (torch.int32, torch.int64)
+            if not consistent or (len(entries) and (entries[0] < 0 or bool((entries.diff() <= 0).any()))):
                 raise InputError(f"{path}: damaged: the entries of {name} do not go with their values")
         try:
             about = json.loads(metadata.get("about", "{}"))
@@ -148,12 +148,12 @@ class Patch:
         Raises:
             InputError: it was made for another base or another tuned, or names what tuned lacks.
         """
-        for role, side, own in (("base", pair.base, self.base), ("tuned", pair.tuned, self.tuned)):
-            found = side.fingerprint()
-            if found != own:
+        for role, side, expected in (("base", pair.base, self.base), ("tuned", pair.tuned, self.tuned)):
+            fingerprint = side.fingerprint()
+            if fingerprint != expected:
                 raise InputError(
-                    f"{where}: was made for another pair: its {role} has the content hash {own}, and "
-                    f"{side.ref} {found}; give the checkpoints that it was found on"
+                    f"{where}: was made for another pair: its {role} has the content hash {expected}, and "
+                    f"{side.ref} {fingerprint}; give the checkpoints that it was found on"
                 )
         for name, index in self.index.items():
             header = pair.tuned.headers.get(name)
@@ -223,7 +223,7 @@ def write_graft(
 
     write_checkpoint(pair.tuned, out, change, dtypes=dtypes, progress=progress)
     total = sum(pair.tuned.headers[name].entries for name in dtypes)
-    lost = [each.tensor for each in pair.unmatched if each.tuned_shape is None]
+    lost = [tensor.tensor for tensor in pair.unmatched if tensor.tuned_shape is None]
     widened = [name for name, dtype in dtypes.items() if dtype != pair.tuned.headers[name].dtype]
     return Graft(total, tuple(alone), tuple(lost), tuple(widened))
 

@@ -17,23 +17,32 @@ from probes.files.untrusted import confined, one_line, read_json
 
 
 def open_checkpoint(
-    ref: Any, *, base: "Checkpoint | str | Path | None" = None, revision: str | None = None
+    ref: Any,
+    *,
+    base: "Checkpoint | str | Path | None" = None,
+    revision: str | None = None,
+    tokenizer: Any = None,
 ) -> Checkpoint:
     """Open a checkpoint by any reference.
 
     Args:
         ref: a model or adapter directory; a .safetensors, .bin or .pt file; a hub id (`org/name`,
             `org/name@revision`); in memory an `nn.Module`, `PeftModel`, TransformerLens model or state dict.
-        base: what an adapter is applied to; without it, what the adapter's configuration names.
+        base: what an adapter is applied to; by default the base that its configuration names.
         revision: of a hub id.
+        tokenizer: reads the rows for it in this process; by default the one in its directory.
 
     Raises:
         InputError: nothing there, or not readable; the message says what, where and how to mend it.
+
+    >>> import torch
+    >>> open_checkpoint({"model.layers.0.mlp.up_proj.weight": torch.eye(2)}).parameters
+    4
     """
-    if isinstance(ref, Checkpoint):
-        return ref
-    with one_line(ref if isinstance(ref, str | Path) else "the checkpoint"):
-        return _opened(ref, base, revision)
+    if not isinstance(ref, Checkpoint):
+        with one_line(ref if isinstance(ref, str | Path) else "the checkpoint"):
+            ref = _opened(ref, base, revision)
+    return ref if tokenizer is None else ref.with_tokenizer(tokenizer)
 
 
 def _opened(ref: Any, base: "Checkpoint | str | Path | None", revision: str | None) -> Checkpoint:
@@ -49,40 +58,40 @@ def _opened(ref: Any, base: "Checkpoint | str | Path | None", revision: str | No
 def _open(ref: str, path: Path, base: "Checkpoint | str | Path | None") -> Checkpoint:
     adapter = adapter_files(path)
     if adapter is not None:
-        checkpoint, own = _open_adapter(ref, *adapter, base)
+        checkpoint, weights = _open_adapter(ref, *adapter, base)
     else:
         directory = path if path.is_dir() else path.parent
-        described = directory / "config.json"
-        config = read_json(confined(described, directory)) if described.is_file() else {}
-        alone = path.is_file() and not config
-        own = open_files(path)
-        checkpoint = Checkpoint(ref, own, config, directory=None if alone else directory)
-    checkpoint.opened, checkpoint.reopen = (path.absolute(), own.stamp()), _opened_again
+        settings = directory / "config.json"
+        config = read_json(confined(settings, directory)) if settings.is_file() else {}
+        lone_file = path.is_file() and not config
+        weights = open_files(path)
+        checkpoint = Checkpoint(ref, weights, config, directory=None if lone_file else directory)
+    checkpoint.opened, checkpoint.reopen = (path.absolute(), weights.stamp()), _reopened
     return checkpoint
 
 
-# A process that works through the matrices of a pair is told of it with each of them, and opens it once.
+# A worker unpickles the pair with each of its matrices, and opens the files once.
 @lru_cache(maxsize=8)
-def _opened_again(ref: str, path: Path, stamp: str, config: bytes, base: Checkpoint | None) -> Checkpoint:
+def _reopened(ref: str, path: Path, stamp: str, config: bytes, base: Checkpoint | None) -> Checkpoint:
     """A checkpoint that another process has opened.
 
     Raises:
         InputError: the files are not here, or are not those that it opened.
     """
-    here = f"on {platform.node() or 'this machine'}"
+    machine = f"on {platform.node() or 'this machine'}"
     if not path.exists():
         raise InputError(
-            f"{path}: not there {here}; every worker opens the checkpoints itself, so put the same files at "
-            "the same place on each machine"
+            f"{path}: not there {machine}; every worker opens the checkpoints itself, so put the same files "
+            "at the same place on each machine"
         )
     checkpoint = _open(ref, path, base)
     if checkpoint.opened != (path, stamp):
         raise InputError(
-            f"{path}: {here} it is not the file that was opened first, by size or time of change; copy it "
+            f"{path}: {machine} it is not the file that was opened first, by size or time of change; copy it "
             "with its time kept, or start again if it was written meanwhile"
         )
-    described = pickle.loads(config)
-    return checkpoint if checkpoint.config == described else checkpoint.described_by(described)
+    first_config = pickle.loads(config)
+    return checkpoint if checkpoint.config == first_config else checkpoint.described_by(first_config)
 
 
 def _open_adapter(
@@ -101,7 +110,7 @@ def _open_adapter(
         except ValueError as error:
             raise InputError(f"{ref}: cannot open the base that this adapter names: {error}") from error
     base = open_checkpoint(base)
-    own = open_files(weights)
-    refuse_quantised(ref, own.headers, {})
-    source = Adapter(config, own, base.source, base.matrices, where=ref, of=base.ref)
-    return Checkpoint(ref, source, base.config, directory=settings.parent, base=base), own
+    factors = open_files(weights)
+    refuse_quantised(ref, factors.headers, {})
+    source = Adapter(config, factors, base.source, base.matrices, where=ref, of=base.ref)
+    return Checkpoint(ref, source, base.config, directory=settings.parent, base=base), factors

@@ -1,4 +1,4 @@
-"""Two checkpoints side by side: which matrices are the same weight, and what does not align."""
+"""Two checkpoints, aligned: which matrices are the same weight, and which tensors have no counterpart."""
 
 import re
 from collections import Counter
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from probes.adapters.parts import LowRank
-from probes.checkpoints.checkpoint import Checkpoint, nearest
+from probes.checkpoints.checkpoint import Checkpoint, nearest, summary_table
 from probes.checkpoints.in_memory import wraps
 from probes.checkpoints.opening import open_checkpoint
 from probes.errors import InputError, UnknownNameError
 from probes.files.layout import Header, Matrix
 from probes.files.sources import finite, raw, same_bytes
 from probes.files.untrusted import plain
-from probes.naming.align import align, renamed
+from probes.naming.align import align, natural_key, renamed
 
 Side = Literal["base", "tuned"]
 
@@ -44,18 +44,25 @@ class CheckpointPair:
 
     Attributes:
         base, tuned: the checkpoints.
-        matrices: what both have, by the base's name and in the base's view; by layer, then by name.
+        matrices: the common matrices under the base's names and in its view; by layer, then by name.
         resized: vocabulary matrices of unequal length, as (base rows, tuned rows). They keep the common rows.
-        prefixes: what was taken off the names of each side to align them.
+        prefixes: taken off the names of each side to align them.
+
+    >>> from diagnostics.audit.demo import BUNDLED
+    >>> pair = CheckpointPair(BUNDLED / "base", BUNDLED / "lora-r8")
+    >>> pair.tuned.kind, len(pair.unmatched), pair.delta("model.layers.0.self_attn.q_proj.weight").rank
+    ('adapter', 0, 8)
     """
 
-    def __init__(self, base: Any, tuned: Any):
+    def __init__(self, base: Any, tuned: Any, *, tokenizer: Any = None):
         """Open and align two checkpoints.
 
         Args:
             base, tuned: what `open_checkpoint` takes. A tuned adapter is applied to this base, or, where the
-                base is an adapter too, to what that one is applied to; open it yourself to have it otherwise.
+                base is an adapter too, to that adapter's base; open it yourself to have it otherwise.
                 The base of a PeftModel may be its own `get_base_model()`.
+            tokenizer: reads the rows for both, in this process; by default each has its directory's. Open
+                the sides yourself to give each its own.
 
         Raises:
             InputError: one cannot be opened, or they have no matrix in common.
@@ -65,6 +72,8 @@ class CheckpointPair:
             base = tuned.base
         self.base = open_checkpoint(base)
         self.tuned = open_checkpoint(tuned, base=self.base.base or self.base)
+        if tokenizer is not None:
+            self.base, self.tuned = (side.with_tokenizer(tokenizer) for side in self._sides)
         if not self.base.config:
             self.base = self.base.described_by(self.tuned.config)
         elif not self.tuned.config:
@@ -72,7 +81,7 @@ class CheckpointPair:
         self.resized: dict[str, tuple[int, int]] = {}
         self._tensors, self.prefixes = align(self.base.headers, self.tuned.headers)
         self._names = self._aligned()
-        # An adapter on what it is compared with, or beside another on one base: factors are the whole delta.
+        # An adapter of this very base, or of the base of another adapter: its factors are the whole delta.
         self._child = _same_weights(self.tuned.base, self.base)
         self._sibling = not self._child and _same_weights(self.tuned.base, self.base.base)
         self.matrices: dict[str, Matrix] = {}
@@ -84,7 +93,18 @@ class CheckpointPair:
     def __reduce_ex__(self, protocol: Any) -> Any:
         if self.base.opened is None or self.tuned.opened is None:
             return super().__reduce_ex__(protocol)
-        return _again, (self.base, self.tuned)
+        return _realigned, (self.base, self.tuned)
+
+    def __repr__(self) -> str:
+        return f"<CheckpointPair {self.base!r} and {self.tuned!r}: {self._alignment}>"
+
+    def _repr_html_(self) -> str:
+        table = summary_table({"base": self.base.summary, "tuned": self.tuned.summary})
+        return f"{table}<p>{self._alignment}</p>"
+
+    @property
+    def _alignment(self) -> str:
+        return f"{len(self.matrices)} matrices aligned, {len(self.unmatched)} tensors unmatched"
 
     def read(self, name: str) -> tuple[Tensor, Tensor]:
         """A matrix of base and tuned, both (out, in): as stored, or float32 where an adapter changes it.
@@ -102,12 +122,12 @@ class CheckpointPair:
         return base, tuned
 
     def identical(self, name: str) -> bool:
-        """Whether a matrix is bit for bit the same in both; what an adapter leaves alone is not read."""
+        """Whether a matrix is bit for bit the same in both; reads none that an adapter leaves alone."""
         other, rows = self._other(name), self.matrices[name].rows
         ours, theirs = self.base.matrices[name], self.tuned.matrices[other]
         if not self.tuned.touched(other) and (self._child or not self.base.touched(name)):
-            places = self.base.source.location(ours.tensor), self.tuned.source.location(theirs.tensor)
-            if self._child or self._sibling or (places[0] == places[1] and _view(ours) == _view(theirs)):
+            shared = self.base.source.location(ours.tensor) == self.tuned.source.location(theirs.tensor)
+            if self._child or self._sibling or (shared and _view(ours) == _view(theirs)):
                 return True
         return same_bytes(self.base.matrix(name)[:rows], self.tuned.matrix(other)[:rows])
 
@@ -116,7 +136,7 @@ class CheckpointPair:
         return self.tuned.matrices[self._other(name)]
 
     def delta(self, name: str) -> LowRank | None:
-        """What adapters add to the base's matrix, as factors; None if nothing, or if it is no product."""
+        """The factors that adapters add to the base's matrix; None if they add none, or no product."""
         other, rows = self._other(name), self.matrices[name].rows
         if not self._child and not self._sibling:
             return None
@@ -133,15 +153,15 @@ class CheckpointPair:
 
     @cached_property
     def unmatched(self) -> list[Unmatched]:
-        """Every tensor that does not align, and why; reads those that may be renamed or tied copies."""
+        """Every tensor without a counterpart, and why; reads those that may be renamed or tied copies."""
         base, tuned = self.base.headers, self.tuned.headers
         missing = self._alone("base", base, set(self._tensors), set(self._names))
         extra = self._alone("tuned", tuned, set(self._tensors.values()), set(self._names.values()))
         hints = renamed(missing, extra, self._head, self._same_tensor)
-        found = [Unmatched(n, "extra in tuned", None, h.shape) for n, h in extra.items()]
+        unmatched = [Unmatched(n, "extra in tuned", None, h.shape) for n, h in extra.items()]
         for name, header in missing.items():
             hint = f"; {hints[name]}" if name in hints else ""
-            found.append(Unmatched(name, f"missing from tuned{hint}", header.shape, None))
+            unmatched.append(Unmatched(name, f"missing from tuned{hint}", header.shape, None))
         rows = {self.base.matrices[name].tensor: rows for name, rows in self.resized.items()}
         tied = [{alias: m.tensor for m in s.matrices.values() for alias in m.tied} for s in self._sides]
         for name, other in self._tensors.items():
@@ -150,19 +170,19 @@ class CheckpointPair:
                 if name in rows:
                     reason = "vocabulary resized from {} to {} rows".format(*rows[name])
                     reason += f"; the first {min(rows[name])} are compared"
-                found.append(Unmatched(name, reason, base[name].shape, tuned[other].shape))
+                unmatched.append(Unmatched(name, reason, base[name].shape, tuned[other].shape))
             elif (name in tied[0]) != (other in tied[1]):
                 role, to = ("base", tied[0][name]) if name in tied[0] else ("tuned", tied[1][other])
                 reason = f"tied to {to} in {role} alone; not compared"
-                found.append(Unmatched(name, reason, base[name].shape, tuned[other].shape))
-        return sorted(found, key=lambda unmatched: natural(unmatched.tensor))
+                unmatched.append(Unmatched(name, reason, base[name].shape, tuned[other].shape))
+        return sorted(unmatched, key=lambda tensor: natural_key(tensor.tensor))
 
     @property
     def _sides(self) -> tuple[Checkpoint, Checkpoint]:
         return self.base, self.tuned
 
     def _aligned(self) -> dict[str, str]:
-        """Tuned name of each base matrix that has an equal in tuned, by its tensor's name or by its place."""
+        """Tuned name of each base matrix that has a counterpart, by its tensor's name or its role."""
         names: dict[str, str] = {}
         for name, matrix in self.base.matrices.items():
             tensor = self._tensors.get(matrix.tensor)
@@ -174,16 +194,16 @@ class CheckpointPair:
         # Blocks that share no name, not even that of a norm, only happen to have matrices of equal shape.
         if not any(self._alike(name) and re.search(r"\.\d+\.", name) for name in self._tensors):
             return names
-        places: dict[Any, list[Matrix]] = {}
+        by_role: dict[Any, list[Matrix]] = {}
         taken = set(names.values())
         for matrix in self.tuned.matrices.values():
             if matrix.name not in taken:
-                places.setdefault(_place(matrix), []).append(matrix)
+                by_role.setdefault(_role(matrix), []).append(matrix)
         ours = [matrix for matrix in self.base.matrices.values() if matrix.name not in names]
-        counts = Counter(_place(matrix) for matrix in ours)
+        counts = Counter(_role(matrix) for matrix in ours)
         for matrix in ours:
-            candidates = places.get(_place(matrix), [])
-            if counts[_place(matrix)] == len(candidates) == 1 and _divided(matrix) != _divided(candidates[0]):
+            candidates = by_role.get(_role(matrix), [])
+            if counts[_role(matrix)] == len(candidates) == 1 and _divided(matrix) != _divided(candidates[0]):
                 names[matrix.name] = candidates[0].name
         return names
 
@@ -191,7 +211,7 @@ class CheckpointPair:
         return self.base.headers[name].shape == self.tuned.headers[self._tensors[name]].shape
 
     def _fits(self, ours: Matrix, theirs: Matrix) -> bool:
-        """Whether two matrices are of one shape, or of one but for the length of the vocabulary."""
+        """Whether two matrices have the same shape, up to the length of the vocabulary."""
         if (ours.rows, ours.columns) == (theirs.rows, theirs.columns):
             return True
         if ours.columns == theirs.columns and ours.component == theirs.component in ("embed", "lm_head"):
@@ -239,7 +259,7 @@ class CheckpointPair:
     def _alone(
         self, role: Side, headers: Mapping[str, Header], aligned: set[str], names: set[str]
     ) -> dict[str, Header]:
-        """Tensors of a side without a counterpart, but for copies of what is tied to one that has it."""
+        """Tensors of a side without a counterpart; copies tied to a tensor that has one are left out."""
         side = self.base if role == "base" else self.tuned
         covered = {side.matrices[name].tensor for name in names}
         covered |= {tied for name in names for tied in side.matrices[name].tied}
@@ -266,16 +286,18 @@ class CheckpointPair:
 
 
 @lru_cache(maxsize=4)
-def _again(base: Checkpoint, tuned: Checkpoint) -> CheckpointPair:
-    """The pair of two checkpoints that another process had aligned."""
+def _realigned(base: Checkpoint, tuned: Checkpoint) -> CheckpointPair:
+    """The pair of two checkpoints that come from another process."""
     return CheckpointPair(base, tuned)
 
 
 def _same_weights(first: Checkpoint | None, second: Checkpoint | None) -> bool:
     if first is None or second is None:
         return False
+    if first.source is second.source:
+        return True
     # The stamp of weights in memory is their hash: not worth taking where it cannot be equal.
-    return first is second or (type(first.source) is type(second.source) and first.stamp() == second.stamp())
+    return type(first.source) is type(second.source) and first.source.stamp() == second.source.stamp()
 
 
 def _joined(first: LowRank, second: LowRank) -> LowRank:
@@ -286,7 +308,7 @@ def _joined(first: LowRank, second: LowRank) -> LowRank:
 
 
 def _view(matrix: Matrix) -> Matrix:
-    """How a matrix lies in its tensor, whatever both are called."""
+    """How a matrix lies in its tensor, without the names of both."""
     return replace(matrix, name="", tensor="", layer=None, component="", part="other", tied=(), missing=())
 
 
@@ -294,10 +316,10 @@ def _divided(matrix: Matrix) -> bool:
     return matrix.name != matrix.tensor
 
 
-def _place(matrix: Matrix) -> tuple[Any, ...]:
-    """What a matrix is in its model, whatever it is called and however it is kept."""
-    apart = re.search(r"\bexperts\.(\d{1,9})\.", matrix.tensor)
-    expert = int(apart[1]) if apart else matrix.expert
+def _role(matrix: Matrix) -> tuple[Any, ...]:
+    """The role of a matrix in its model, however it is named and stored."""
+    unstacked = re.search(r"\bexperts\.(\d{1,9})\.", matrix.tensor)
+    expert = int(unstacked[1]) if unstacked else matrix.expert
     return matrix.part, matrix.layer, matrix.component, expert, matrix.rows, matrix.columns
 
 
@@ -310,13 +332,7 @@ def _some(headers: list[Header]) -> str:
     return f"{len(headers)} such as {plain(first.name)} ({'x'.join(map(str, first.shape)) or 'a scalar'})"
 
 
-def natural(name: str) -> list[tuple[int, str]]:
-    """Sorts block 10 after block 9."""
-    parts = re.split(r"(\d{1,18})", name)
-    return [(int(part), "") if place % 2 else (-1, part) for place, part in enumerate(parts)]
-
-
 def _order(matrix: Matrix) -> tuple[Any, ...]:
-    """By layer, what stands before the blocks first; never by the order in a file, which means nothing."""
+    """By layer, matrices outside the blocks first; the order in a file means nothing."""
     layer = -1 if matrix.layer is None else matrix.layer
-    return layer, natural(matrix.tensor), matrix.expert or 0, matrix.start, matrix.name
+    return layer, natural_key(matrix.tensor), matrix.expert or 0, matrix.start, matrix.name

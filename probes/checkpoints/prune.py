@@ -21,9 +21,9 @@ from jaxtyping import Bool, Float, Integer, Shaped
 from torch import Tensor
 
 from probes.checkpoints.checkpoint import Checkpoint
-from probes.checkpoints.pair import natural
 from probes.errors import InputError
 from probes.files.layout import Header, Matrix, Part
+from probes.naming.align import natural_key
 
 Scope = Literal["global", "block", "tensor"]
 # Entries that are looked at together: what a core's cache holds.
@@ -101,7 +101,9 @@ class Cut:
         return taken
 
 
-def levels(cuts: Sequence[Cut], name: str, keys: Shaped[Tensor, "*shape"]) -> Integer[np.ndarray, " entries"]:
+def cut_levels(
+    cuts: Sequence[Cut], name: str, keys: Shaped[Tensor, "*shape"]
+) -> Integer[np.ndarray, " entries"]:
     """Of cuts of one order, how many leave each entry of a tensor: all their masks at once, for they nest.
 
     Args:
@@ -109,38 +111,40 @@ def levels(cuts: Sequence[Cut], name: str, keys: Shaped[Tensor, "*shape"]) -> In
         name: of the tensor.
         keys: what the order was made from.
     """
-    found = np.empty(keys.numel(), np.uint8 if len(cuts) < 256 else np.int32)
+    counts = np.empty(keys.numel(), np.uint8 if len(cuts) < 256 else np.int32)
     segments = [cut.segments[name] for cut in cuts]
-    thresholds = torch.tensor([[each.threshold for each in parts] for parts in segments], dtype=torch.float64)
+    thresholds = torch.tensor(
+        [[segment.threshold for segment in parts] for parts in segments], dtype=torch.float64
+    )
     # An order over several dtypes has thresholds that the narrower ones do not hold.
     held = bool((thresholds.float() == thresholds).all()) and keys.dtype != torch.float64
     bits, integers, _ = PATTERNS[torch.float32 if held else torch.float64]
     dtype = torch.float32 if held else torch.float64
     shift = bits - DIGIT
-    parts = keys.reshape(len(segments[0]), -1), found.reshape(len(segments[0]), -1)
-    for place, (values, marks) in enumerate(zip(*parts, strict=True)):
-        bounds = thresholds[:, place].to(dtype).view(integers).numpy()
+    parts = keys.reshape(len(segments[0]), -1), counts.reshape(len(segments[0]), -1)
+    for part, (values, marks) in enumerate(zip(*parts, strict=True)):
+        bounds = thresholds[:, part].to(dtype).view(integers).numpy()
         heads = bounds >> shift
-        below = np.searchsorted(heads, np.arange(1 << DIGIT)).astype(found.dtype)
+        below = np.searchsorted(heads, np.arange(1 << DIGIT)).astype(counts.dtype)
         near = np.zeros(1 << DIGIT, bool)
         near[heads] = True
-        left = [parts[place].ties for parts in segments]
+        left = [parts[part].ties for parts in segments]
         for start in range(0, len(marks), CHUNK):
             chunk = values[start : start + CHUNK].cpu().to(dtype).view(integers).numpy()
             patterns = chunk & ((1 << bits) - 1)
             tops = patterns >> shift
             mark = below[tops]
             # The top digits decide for nearly all; only what shares one with a threshold is looked at closer.
-            here = np.flatnonzero(near[tops])
-            close = patterns[here]
+            close_at = np.flatnonzero(near[tops])
+            close = patterns[close_at]
             above = np.searchsorted(bounds, close, side="right")
             for index in np.flatnonzero(left):
                 equal = np.flatnonzero(close == bounds[index])[: left[index]]
                 above[equal] -= 1
                 left[index] -= len(equal)
-            mark[here] = above
+            mark[close_at] = above
             marks[start : start + CHUNK] = mark
-    return found
+    return counts
 
 
 class Order:
@@ -189,8 +193,8 @@ class Order:
         dtype = self._dtype()
         members: dict[Hashable, list[tuple[str, int]]] = defaultdict(list)
         for name, groups in self.groups.items():
-            for place, group in enumerate(groups):
-                members[group].append((name, place))
+            for part, group in enumerate(groups):
+                members[group].append((name, part))
         segments: dict[str, list[list[Segment]]] = {
             name: [[] for _ in groups] for name, groups in self.groups.items()
         }
@@ -201,45 +205,47 @@ class Order:
             ranks = [round(sparsity * size) for sparsity in sparsities]
             search = RankSearch(ranks, PATTERNS[dtype][0])
             for level in search.levels:
-                for name, place in parts:
-                    search.count(level, self._patterns(name, place, dtype))
+                for name, part in parts:
+                    search.count(level, self._patterns(name, part, dtype))
                 search.descend(level)
             left = [search.ties[rank] for rank in ranks]
-            for name, place in parts:
-                found = search.tally(self._patterns(name, place, dtype))
+            for name, part in parts:
+                tallies = search.tally(self._patterns(name, part, dtype))
                 for index, rank in enumerate(ranks):
-                    below, equal = found[rank]
+                    below, equal = tallies[rank]
                     ties = min(left[index], equal)
                     left[index] -= ties
                     threshold = number(search.thresholds[rank], dtype)
-                    segments[name][place].append(Segment(threshold, ties, 0 < ties == equal))
+                    segments[name][part].append(Segment(threshold, ties, 0 < ties == equal))
                     taken[index][name] += below + ties
         return [
             Cut(
                 sparsity=sparsity,
                 entries=self.entries,
                 pruned_entries=taken[index],
-                segments={name: tuple(each[index] for each in parts) for name, parts in segments.items()},
+                segments={
+                    name: tuple(segment[index] for segment in parts) for name, parts in segments.items()
+                },
             )
             for index, sparsity in enumerate(sparsities)
         ]
 
     def _dtype(self) -> torch.dtype:
         """The narrowest dtype that holds the keys of every tensor exactly."""
-        found: list[torch.dtype] = []
+        dtypes: list[torch.dtype] = []
         for name in self.shapes:
-            found.append(self.read(name).dtype)
-            if found[-1] not in PATTERNS:
+            dtypes.append(self.read(name).dtype)
+            if dtypes[-1] not in PATTERNS:
                 raise InputError(
-                    f"{name}: is stored as {str(found[-1]).removeprefix('torch.')}, and codes have no order "
+                    f"{name}: is stored as {str(dtypes[-1]).removeprefix('torch.')}, and codes have no order "
                     "of magnitude; dequantise the checkpoint first"
                 )
-        return reduce(torch.promote_types, found, torch.float32 if not found else found[0])
+        return reduce(torch.promote_types, dtypes, torch.float32 if not dtypes else dtypes[0])
 
-    def _patterns(self, name: str, place: int, dtype: torch.dtype) -> Iterator[np.ndarray]:
+    def _patterns(self, name: str, part: int, dtype: torch.dtype) -> Iterator[np.ndarray]:
         """The bit patterns of the keys of one part of a tensor, without their signs, in chunks."""
         bits, integers, infinity = PATTERNS[dtype]
-        keys = self.read(name).detach().reshape(len(self.groups[name]), -1)[place]
+        keys = self.read(name).detach().reshape(len(self.groups[name]), -1)[part]
         for chunk in keys.split(CHUNK):
             patterns = chunk.cpu().to(dtype).view(integers).numpy() & ((1 << bits) - 1)
             if patterns.size and patterns.max() >= infinity:
@@ -278,10 +284,10 @@ class RankSearch:
             if level == self.levels[0]:
                 self._counts[0] += np.bincount(chunk >> level, minlength=size)
                 continue
-            rows, here = self._sharing(chunk >> (level + self._widths[level]))
-            digits = (chunk[here] >> level) & (size - 1)
-            places = rows.astype(np.int64) * size + digits
-            self._counts += np.bincount(places, minlength=self._counts.size).reshape(self._counts.shape)
+            rows, sharing = self._sharing(chunk >> (level + self._widths[level]))
+            digits = (chunk[sharing] >> level) & (size - 1)
+            cells = rows.astype(np.int64) * size + digits
+            self._counts += np.bincount(cells, minlength=self._counts.size).reshape(self._counts.shape)
 
     def descend(self, level: int) -> None:
         """Take the counted digit into every threshold."""
@@ -311,8 +317,8 @@ class RankSearch:
             start = np.searchsorted(near, (patterns >> top) << top)
             below += sums[patterns >> top] + first - start
             equal += last - first
-        found = {int(pattern): (int(below[i]), int(equal[i])) for i, pattern in enumerate(patterns)}
-        return {rank: found[pattern] if rank else (0, 0) for rank, pattern in self.thresholds.items()}
+        by_pattern = {int(pattern): (int(below[i]), int(equal[i])) for i, pattern in enumerate(patterns)}
+        return {rank: by_pattern[pattern] if rank else (0, 0) for rank, pattern in self.thresholds.items()}
 
     def _sharing(self, heads: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return _sharing(self._prefixes, heads)
@@ -346,7 +352,7 @@ def scope_of(checkpoint: Checkpoint, parts: tuple[Part, ...] = ("block",)) -> di
         InputError: there are none.
     """
     wanted = [matrix for matrix in checkpoint.matrices.values() if matrix.part in parts]
-    wanted.sort(key=lambda matrix: (-1 if matrix.layer is None else matrix.layer, natural(matrix.tensor)))
+    wanted.sort(key=lambda matrix: (-1 if matrix.layer is None else matrix.layer, natural_key(matrix.tensor)))
     if not wanted:
         kinds = " or ".join(parts)
         raise InputError(f"{checkpoint.ref}: has no {kinds} matrix; there is nothing to prune")
@@ -411,10 +417,10 @@ def n_of_m(W: Shaped[Tensor, "out in"], n_keep: int, m: int) -> Bool[Tensor, "ou
         raise InputError(f"its {W.shape[1]} inputs are not groups of {m}; leave {n_keep}:{m} out")
     sizes = W.abs().unflatten(1, (-1, m))
     ranks = torch.zeros(sizes.shape, dtype=torch.uint8, device=W.device)
-    for place in range(m):
-        one = sizes[..., place : place + 1]
-        ranks += one < sizes
-        ranks[..., place + 1 :] += one == sizes[..., place + 1 :]
+    for position in range(m):
+        current = sizes[..., position : position + 1]
+        ranks += current < sizes
+        ranks[..., position + 1 :] += current == sizes[..., position + 1 :]
     return (ranks >= m - n_keep).flatten(1)
 
 

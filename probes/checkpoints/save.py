@@ -114,11 +114,11 @@ def _plan(source: Checkpoint) -> dict[str, list[Header]]:
     if source.base is not None:
         shards = _plan(source.base)
         last = list(shards)[-1]
-        known = {header.name for headers in shards.values() for header in headers}
+        base_names = {header.name for headers in shards.values() for header in headers}
         shards = {
             file: [source.headers[header.name] for header in headers] for file, headers in shards.items()
         }
-        shards[last] += [header for name, header in source.headers.items() if name not in known]
+        shards[last] += [header for name, header in source.headers.items() if name not in base_names]
         return shards
     shards = {}
     filled = 0

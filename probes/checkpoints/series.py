@@ -1,43 +1,41 @@
-"""The checkpoints of one run in step order, and what is measured on each, kept as soon as it is known."""
+"""The checkpoints of one run in step order, and a store that keeps each measurement at once."""
 
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from glob import glob, has_magic
+from html import escape
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from probes.checkpoints.checkpoint import Checkpoint
+from probes.checkpoints.checkpoint import Checkpoint, summary_table
 from probes.checkpoints.opening import open_checkpoint
+from probes.checkpoints.steps import Step, exact, in_order, step_in, step_label
 from probes.errors import InputError
 from probes.files.locate import MODEL_FILES, adapter_files
 from probes.files.untrusted import confined, read_json
+from probes.naming.align import natural_key
+from probes.progress import Progress
 
-# What is measured on one checkpoint: arrays and numbers by name.
+# The measurement of one checkpoint: arrays and numbers by name.
 Measurement: TypeAlias = dict[str, np.ndarray]
-Progress: TypeAlias = Callable[[int, int, str], None]
 Calls: TypeAlias = Iterable[Callable[[], Mapping[str, Any]]]
-Each: TypeAlias = Callable[[Calls], Iterable[Mapping[str, Any]]]
-
-# How trainers and hub revisions write a step: checkpoint-500, global_step500, step1000-tokens4B, iter_20k.
-STEP = re.compile(r"(?:step|checkpoint|ckpt|iter(?:ation)?)s?[-_=]?(\d+)([kKmM](?![a-zA-Z]))?")
-THOUSANDS = {"": 1, "k": 1_000, "m": 1_000_000}
+RunCalls: TypeAlias = Callable[[Calls], Iterable[Mapping[str, Any]]]
 
 
 def one_by_one(calls: Calls) -> Iterator[Mapping[str, Any]]:
-    """What calls return, each made here when it is asked for."""
+    """The results of calls, each made in this process when it is asked for."""
     return (call() for call in calls)
 
 
 class TooShortError(InputError):
-    """A series has fewer checkpoints than a conclusion needs; what was measured on them is kept."""
+    """A series has fewer checkpoints than a conclusion needs; their measurements are kept."""
 
 
 class CheckpointSeries:
@@ -45,9 +43,13 @@ class CheckpointSeries:
 
     Attributes:
         checkpoints: in order; adapters among them are adapters of the first, or of its base.
-        steps: rising; 0, 1, 2 … where nothing tells them.
-        labels: the steps as they were given or found, else the references.
-        stepped: whether the steps are those of the run, not mere places.
+        steps: rising; 0, 1, 2 … where no step is known. A step that a float would round is an int.
+        labels: the steps as they were given or read, else the references.
+        stepped: whether the steps are those of the run, not positions.
+
+    >>> from diagnostics.audit.demo import BUNDLED
+    >>> CheckpointSeries([BUNDLED / "base", BUNDLED / "full"], steps=[0, 230])
+    <CheckpointSeries of 2: 0 to 230>
     """
 
     def __init__(
@@ -62,49 +64,55 @@ class CheckpointSeries:
 
         Args:
             refs: as of `expand`, or whatever `open_checkpoint` takes.
-            steps: one for each, rising; without them those in trainer_state.json or in the names, by which
+            steps: one for each, rising; by default those in trainer_state.json or in the names, by which
                 the checkpoints are put in order.
             cache: a directory that keeps measurements; without it they live as long as the series.
-            complete: no checkpoint will follow, as none does a pair.
+            complete: no checkpoint will follow, as for a pair.
 
         Raises:
             InputError: no checkpoint, one that does not open, not as many steps, or steps that do not rise.
         """
-        found = expand(refs)
-        if not found:
+        expanded = expand(refs)
+        if not expanded:
             raise InputError("a series needs checkpoints; none is given")
-        if len(steps) and len(steps) != len(found):
-            raise InputError(f"--steps: {len(steps)} steps for {len(found)} checkpoints, the first included")
-        given = tuple(steps)
-        if given:
-            in_order(given)  # told before files are opened
-        base = open_checkpoint(found[0])
-        of = base.base or base  # a series may begin with an adapter
-        opened = [base, *(open_checkpoint(ref, base=of) for ref in found[1:])]
-        told = None if given else steps_of(opened)
-        if told is not None:  # a shell puts checkpoint-1000 before checkpoint-200
-            order = np.argsort(told, kind="stable")
-            opened, told = [opened[place] for place in order], tuple(told[place] for place in order)
-        self.checkpoints = tuple(opened)
-        self._take_steps(given or told)
+        if len(steps) and len(steps) != len(expanded):
+            raise InputError(
+                f"--steps: {len(steps)} steps for {len(expanded)} checkpoints, the first included"
+            )
+        labels: Sequence[Any] | None = tuple(steps)
+        if labels:
+            in_order(labels)  # before files are opened
+        base = open_checkpoint(expanded[0])
+        adapted = base.base or base  # a series may begin with an adapter
+        checkpoints = [base, *(open_checkpoint(ref, base=adapted) for ref in expanded[1:])]
+        if not labels:
+            labels = steps_of(checkpoints)
+            if labels is not None:  # a shell puts checkpoint-1000 before checkpoint-200
+                order = sorted(range(len(labels)), key=labels.__getitem__)
+                checkpoints, labels = [checkpoints[i] for i in order], [labels[i] for i in order]
+        self.checkpoints = tuple(checkpoints)
+        run_steps = in_order(labels) if labels else None
+        self.stepped = run_steps is not None
+        self.steps: tuple[Step, ...] = run_steps or tuple(map(float, range(len(checkpoints))))
+        self.labels = tuple(map(step_label, labels or [checkpoint.ref for checkpoint in checkpoints]))
         self.cache = cache
         self.complete = complete
         self._context = ""
         self._held: dict[str, Measurement] = {}
-
-    def _take_steps(self, labels: Sequence[Any] | None) -> None:
-        known = in_order(labels) if labels else None
-        self.stepped = known is not None
-        places = tuple(float(place) for place in range(len(self.checkpoints)))
-        self.steps: tuple[float, ...] = places if known is None else known
-        names = labels or [each.ref for each in self.checkpoints]
-        self.labels: tuple[str, ...] = tuple(map(_written, names))
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def __repr__(self) -> str:
         return f"<CheckpointSeries of {len(self)}: {self.labels[0]} to {self.labels[-1]}>"
+
+    def _repr_html_(self) -> str:
+        # A series that is still recorded has the weights of its last step alone.
+        labels = self.labels[len(self) - len(self.checkpoints) :]
+        ends = dict.fromkeys((0, len(labels) - 1)) if labels else ()
+        shown = {labels[i]: self.checkpoints[i].summary for i in ends}
+        title = f"{len(self)} checkpoints: {', '.join(self.labels[:8])}{', …' if len(self) > 8 else ''}"
+        return f"<p>{escape(title)}</p>{summary_table(shown)}"
 
     @property
     def base(self) -> Checkpoint:
@@ -113,14 +121,14 @@ class CheckpointSeries:
 
     @cached_property
     def stamps(self) -> tuple[str, ...]:
-        """A stamp of each checkpoint, in order: `Checkpoint.stamp`."""
+        """`Checkpoint.stamp` of each checkpoint, in order."""
         return tuple(checkpoint.stamp() for checkpoint in self.checkpoints)
 
     def within(self, context: str, cache: Path | None) -> "CheckpointSeries":
-        """The same series, whose measurements are kept in a directory under what else they depend on."""
-        made = object.__new__(type(self))
-        made.__dict__ = {**self.__dict__, "_context": context, "cache": cache, "_held": {}}
-        return made
+        """The same series, whose measurements depend on `context` too and are kept in a directory."""
+        series = object.__new__(type(self))
+        series.__dict__ = {**self.__dict__, "_context": context, "cache": cache, "_held": {}}
+        return series
 
     def measured(
         self,
@@ -130,33 +138,33 @@ class CheckpointSeries:
         progress: Progress | None = None,
         *,
         least: tuple[int, str] = (1, ""),
-        each: Each = one_by_one,
+        run_calls: RunCalls = one_by_one,
     ) -> list[Measurement]:
-        """What `measure` gives of every checkpoint, in order; one is in memory at a time.
+        """The measurement of every checkpoint, in order; one checkpoint is in memory at a time.
 
         Args:
             name: of the measurement.
             parameters: all that it depends on beside the checkpoint, as JSON keeps it.
             measure: from a checkpoint to arrays and numbers by name, none of them of objects.
             progress: called with (checkpoints done, all, the label of the next).
-            least: as of `at_least`, how many a conclusion takes and for what.
-            each: gives what calls return, in their order; those of what is not known yet.
+            least: as of `at_least`: how many checkpoints a conclusion takes, and for what.
+            run_calls: runs the calls for the measurements that are not kept yet; gives results in order.
 
         Raises:
-            TooShortError: there are fewer; they are measured all the same where that is kept for a series
-                that others may follow.
+            TooShortError: there are fewer; they are measured all the same where measurements are kept and
+                more checkpoints may follow.
         """
         if self.complete or not self.cache:
             self.at_least(*least)
         keys = [f"{name}.{_key(self._context, name, parameters, stamp)}" for stamp in self.stamps]
         new = {key: checkpoint for key, checkpoint in zip(keys, self.checkpoints, strict=True)
-               if not self._known(key)}  # fmt: skip
-        made = iter(each(partial(measure, checkpoint) for checkpoint in new.values()))
-        for place, key in enumerate(keys):
+               if not self._is_kept(key)}  # fmt: skip
+        results = iter(run_calls(partial(measure, checkpoint) for checkpoint in new.values()))
+        for index, key in enumerate(keys):
             if progress:
-                progress(place, len(self), self.labels[place])
+                progress(index, len(self), self.labels[index])
             if key in new and key not in self._held:
-                self._keep(key, next(made))
+                self._keep(key, next(results))
         self.at_least(*least)
         return [self._held[key] for key in keys]
 
@@ -167,24 +175,24 @@ class CheckpointSeries:
             TooShortError: it has fewer checkpoints; the text says why so many are needed.
         """
         if len(self) < count:
-            many = "checkpoint" if len(self) == 1 else "checkpoints"
-            raise TooShortError(f"a series of {len(self)} {many}: {why} needs at least {count}; give more")
+            noun = "checkpoint" if len(self) == 1 else "checkpoints"
+            raise TooShortError(f"a series of {len(self)} {noun}: {why} needs at least {count}; give more")
 
-    def _known(self, key: str) -> bool:
+    def _is_kept(self, key: str) -> bool:
         if key not in self._held and self.cache:
-            known = read_measurement(self.cache / f"{key}.npz")
-            if known is not None:
-                self._held[key] = known
+            measurement = read_measurement(self.cache / f"{key}.npz")
+            if measurement is not None:
+                self._held[key] = measurement
         return key in self._held
 
-    def _keep(self, key: str, measured: Mapping[str, Any]) -> None:
-        self._held[key] = {name: np.asarray(value) for name, value in measured.items()}
+    def _keep(self, key: str, result: Mapping[str, Any]) -> None:
+        self._held[key] = {name: np.asarray(value) for name, value in result.items()}
         if self.cache:
             write_measurement(self.cache / f"{key}.npz", self._held[key])
 
 
 class RecordedSeries(CheckpointSeries):
-    """A run that is still going on: what was measured at earlier steps, and the model as it is now.
+    """A run that is still training: the measurements of earlier steps, and the model as it is now.
 
     Attributes:
         checkpoints: the present model alone, if there is one; the weights of earlier steps are gone.
@@ -195,12 +203,12 @@ class RecordedSeries(CheckpointSeries):
 
         Args:
             steps: all, the present one last.
-            cache: the directory that keeps what was measured.
+            cache: the directory that keeps the measurements.
             now: the model at the last step; None once everything has been measured.
         """
         self.checkpoints = () if now is None else (open_checkpoint(now),)
         self.steps = in_order(steps) or ()
-        self.labels = tuple(f"{step:g}" for step in steps)
+        self.labels = tuple(map(step_label, self.steps))
         self.stepped = True
         self.cache = cache
         self._context = ""
@@ -214,9 +222,9 @@ class RecordedSeries(CheckpointSeries):
         progress: Progress | None = None,
         *,
         least: tuple[int, str] = (1, ""),
-        each: Each = one_by_one,
+        run_calls: RunCalls = one_by_one,
     ) -> list[Measurement]:
-        """As of a series of files; what an earlier step lacks cannot be measured any more.
+        """As of a series of files; an earlier step cannot be measured any more.
 
         However few there are, the present step is measured: others will follow it.
 
@@ -225,34 +233,35 @@ class RecordedSeries(CheckpointSeries):
             TooShortError: there are fewer than `least`.
         """
         assert self.cache is not None
-        found = []
-        for place, step in enumerate(self.steps):
+        measurements = []
+        for index, label in enumerate(self.labels):
             if progress:
-                progress(place, len(self), self.labels[place])
-            key = f"{name}.{_key(self._context, name, parameters, f'step {step:g}')}"
-            if place == len(self) - 1 and self.checkpoints:
-                if not self._known(key):
-                    self._keep(key, *each([partial(measure, self.checkpoints[0])]))
-                found.append(self._held[key])
+                progress(index, len(self), label)
+            # The label is exact: two steps never share a key.
+            key = f"{name}.{_key(self._context, name, parameters, f'step {label}')}"
+            if index == len(self) - 1 and self.checkpoints:
+                if not self._is_kept(key):
+                    self._keep(key, *run_calls([partial(measure, self.checkpoints[0])]))
+                measurements.append(self._held[key])
                 continue
-            known = read_measurement(self.cache / f"{key}.npz")
-            if known is None:
-                raise InputError(f"{self.cache}: holds no {name} of step {step:g} with these parameters")
-            found.append(known)
+            kept = read_measurement(self.cache / f"{key}.npz")
+            if kept is None:
+                raise InputError(f"{self.cache}: holds no {name} of step {label} with these parameters")
+            measurements.append(kept)
         self.at_least(*least)
-        return found
+        return measurements
 
 
-def series_of(given: Any, *, steps: Sequence[Any] = ()) -> CheckpointSeries:
-    """A series, whatever form it was given in: one already, or references in order.
+def series_of(series: Any, *, steps: Sequence[Any] = ()) -> CheckpointSeries:
+    """A series from a series, a reference or references in order.
 
     Raises:
         InputError: as `CheckpointSeries`, or one reference where several are meant.
     """
-    if isinstance(given, CheckpointSeries):
-        return given
-    many = [given] if isinstance(given, str | Path) else list(given)
-    return CheckpointSeries(many, steps=steps)
+    if isinstance(series, CheckpointSeries):
+        return series
+    refs = [series] if isinstance(series, str | Path) else list(series)
+    return CheckpointSeries(refs, steps=steps)
 
 
 def expand(refs: Sequence[Any]) -> list[Any]:
@@ -264,32 +273,32 @@ def expand(refs: Sequence[Any]) -> list[Any]:
     Raises:
         InputError: a pattern that nothing matches, or a hub that cannot be asked.
     """
-    found: list[Any] = []
+    expanded: list[Any] = []
     for ref in refs:
         if not isinstance(ref, str | Path):
-            found.append(ref)
+            expanded.append(ref)
             continue
         text = str(ref)
         path = Path(text).expanduser()
         if path.exists():
-            found += checkpoints_in(path) or [ref]
+            expanded += checkpoints_in(path) or [ref]
         elif not has_magic(text):
-            found.append(ref)
+            expanded.append(ref)
         elif "@" in text and not text.startswith((".", "/", "~")):
-            found += revisions(text)
+            expanded += revisions(text)
         else:
             matched = [match for match in glob(str(path)) if _holds_weights(Path(match))]
             if not matched:
                 raise InputError(f"{text}: no checkpoint matches this pattern")
-            found += sorted(matched, key=natural)
-    return found
+            expanded += sorted(matched, key=natural_key)
+    return expanded
 
 
 def checkpoints_in(run: Path) -> list[str]:
     """The checkpoint-N in the directory of a run that is no checkpoint itself, in step order."""
     if not run.is_dir() or _holds_weights(run):
         return []
-    return [str(place) for place in sorted(run.glob("checkpoint-*"), key=natural) if place.is_dir()]
+    return [str(path) for path in sorted(run.glob("checkpoint-*"), key=natural_key) if path.is_dir()]
 
 
 def revisions(ref: str) -> list[str]:
@@ -300,75 +309,42 @@ def revisions(ref: str) -> list[str]:
     """
     from huggingface_hub import HfApi
 
-    name, _, pattern = ref.partition("@")
+    repository, _, pattern = ref.partition("@")
     try:
-        told = HfApi().list_repo_refs(name)
+        listing = HfApi().list_repo_refs(repository)
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise InputError(
-            f"{ref}: the revisions of {name} cannot be listed ({type(error).__name__}: {reason}); name "
-            f"each as {name}@REVISION"
+            f"{ref}: the revisions of {repository} cannot be listed ({type(error).__name__}: {reason}); name "
+            f"each as {repository}@REVISION"
         ) from error
-    known = [each.name for each in (*told.branches, *told.tags)]
-    matched = sorted({each for each in known if fnmatchcase(each, pattern)}, key=natural)
+    names = [reference.name for reference in (*listing.branches, *listing.tags)]
+    matched = sorted({name for name in names if fnmatchcase(name, pattern)}, key=natural_key)
     if not matched:
-        raise InputError(f"{ref}: none of the {len(known)} revisions of {name} matches {pattern!r}")
-    return [f"{name}@{each}" for each in matched]
+        raise InputError(f"{ref}: none of the {len(names)} revisions of {repository} matches {pattern!r}")
+    return [f"{repository}@{name}" for name in matched]
 
 
-def natural(text: Any) -> list[tuple[int, int | str]]:
-    """A key that sorts numbers inside names by their value."""
-    parts = re.split(r"(\d{1,18})", str(text))
-    return [(0, int(part)) if place % 2 else (1, part) for place, part in enumerate(parts) if part]
+def steps_of(checkpoints: Sequence[Checkpoint]) -> list[Step] | None:
+    """The steps of checkpoints of a run; None unless all but the first have one.
 
-
-def steps_of(checkpoints: Sequence[Checkpoint]) -> tuple[float, ...] | None:
-    """The steps of the run that checkpoints are known to be of; None unless all but the first tell theirs.
-
-    A first one that tells none is the base, at step 0.
+    A first one without a step is the base, at step 0.
     """
-    told = [step_of(checkpoint) for checkpoint in checkpoints]
-    if told[0] is None:
-        told[0] = 0.0
-    if len(told) == 1 or any(step is None for step in told):
-        return None
-    return tuple(step for step in told if step is not None)
+    steps = [step_of(checkpoint) for checkpoint in checkpoints]
+    if steps[0] is None:
+        steps[0] = 0.0
+    numbers = [step for step in steps if step is not None]
+    return numbers if len(numbers) == len(steps) > 1 else None
 
 
-def step_of(checkpoint: Checkpoint) -> float | None:
-    """The step of a checkpoint: of its trainer_state.json, of its revision, or of the end of its path."""
+def step_of(checkpoint: Checkpoint) -> Step | None:
+    """The step of a checkpoint: in its trainer_state.json, its revision, or the end of its path."""
     directory = checkpoint.directory
     if directory is not None and (directory / "trainer_state.json").is_file():
         with suppress(ValueError, TypeError, KeyError, OverflowError):
-            return float(read_json(confined(directory / "trainer_state.json", directory))["global_step"])
+            return exact(read_json(confined(directory / "trainer_state.json", directory))["global_step"])
     _, _, revision = checkpoint.ref.partition("@")
-    name = revision or Path(checkpoint.ref).name
-    matched = STEP.search(name)
-    if matched is None:
-        return None
-    return float(int(matched[1]) * THOUSANDS[(matched[2] or "").lower()])
-
-
-def in_order(labels: Sequence[Any]) -> tuple[float, ...] | None:
-    """The labels as steps, if all of them are finite numbers.
-
-    Raises:
-        InputError: they are, and do not rise.
-    """
-    try:
-        steps = tuple(float(label) for label in labels)
-    except (TypeError, ValueError):
-        return None
-    if not steps or not np.isfinite(steps).all():
-        return None
-    for place in range(1, len(steps)):
-        if steps[place] <= steps[place - 1]:
-            late, early = (_written(labels[at]) for at in (place, place - 1))
-            raise InputError(
-                f"step {late} comes after step {early}: give the checkpoints in step order, or say with "
-                "--steps what their steps are"
-            )
-    return steps
+    return step_in(revision or Path(checkpoint.ref).name)
 
 
 def read_measurement(path: Path) -> Measurement | None:
@@ -381,7 +357,7 @@ def read_measurement(path: Path) -> Measurement | None:
         return None
 
 
-def write_measurement(path: Path, made: Measurement) -> None:
+def write_measurement(path: Path, measurement: Measurement) -> None:
     """Keep a measurement, whole or not at all.
 
     Raises:
@@ -391,7 +367,7 @@ def write_measurement(path: Path, made: Measurement) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:
-            np.savez(file, allow_pickle=False, **made)
+            np.savez(file, allow_pickle=False, **measurement)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -406,10 +382,6 @@ def _holds_weights(path: Path) -> bool:
         or adapter_files(path) is not None
         or any(path.glob("*.safetensors"))
     )
-
-
-def _written(step: Any) -> str:
-    return f"{step:g}" if isinstance(step, float) else str(step)
 
 
 def _key(*parts: Any) -> str:

@@ -1,4 +1,4 @@
-"""The weights of routers: what each expert is chosen by, as a checkpoint's file has them."""
+"""The weights of routers, as a checkpoint's file has them."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -18,13 +18,13 @@ from probes.naming.families import GAIN_FROM_ONE, NORM_BEFORE_EXPERTS, NORM_BEHI
 def router_matrices(
     checkpoint: Checkpoint, *, fold_gain: bool = False, routers: Sequence[str] | None = None
 ) -> Float[np.ndarray, "layers experts width"]:
-    """The weights of a checkpoint's routers as its file has them, layer by layer, a row an expert; float32.
+    """The weights of a checkpoint's routers, layer by layer, a row for each expert; float32.
 
-    Layers that the model does not run, such as those for predicting several tokens, are left out.
+    Layers that the model does not run, such as those for multi-token prediction, are left out.
 
     Args:
-        fold_gain: times the gain of the norm before the experts: what a row weighs in the normalised stream.
-        routers: modules that are its routers, first to last; without them the names of the file tell.
+        fold_gain: multiply by the gain of the norm before the experts, for weights in the normalised stream.
+        routers: modules that are its routers, first to last; by default found by name.
 
     Raises:
         NoRoutersError: it has no routers.
@@ -44,35 +44,35 @@ def router_matrices(
         chosen.sort(key=lambda matrix: matrix.layer or 0)
     if not chosen:
         raise NoRoutersError(f"{checkpoint.ref}: {checkpoint.architecture} has no router among its weights")
-    for one, other in pairwise(chosen):
-        if routers is None and one.layer == other.layer:
+    for matrix, other in pairwise(chosen):
+        if routers is None and matrix.layer == other.layer:
             raise InputError(
-                f"{checkpoint.ref}: {one.name} and {other.name} are in one block; name those to be read"
+                f"{checkpoint.ref}: {matrix.name} and {other.name} are in one block; name those to be read"
             )
-        if (one.rows, one.columns) != (other.rows, other.columns):
+        if (matrix.rows, matrix.columns) != (other.rows, other.columns):
             raise InputError(
-                f"{checkpoint.ref}: {one.name} is {one.rows}x{one.columns}, {other.name} "
-                f"{other.rows}x{other.columns}; only layers with as many experts go together"
+                f"{checkpoint.ref}: {matrix.name} is {matrix.rows}x{matrix.columns}, {other.name} "
+                f"{other.rows}x{other.columns}; only layers with equally many experts go together"
             )
-    found = []
+    weights = []
     for matrix in chosen:
         weight = checkpoint.matrix(matrix.name).float()
-        found.append(weight * _gain(checkpoint, matrix) if fold_gain else weight)
-    return torch.stack(found).numpy()
+        weights.append(weight * _gain(checkpoint, matrix) if fold_gain else weight)
+    return torch.stack(weights).numpy()
 
 
 def _named(checkpoint: Checkpoint, name: str) -> Matrix:
     """The matrix of a router that was named."""
-    found = checkpoint.matrices.get(f"{name}.weight") or checkpoint.matrices.get(name)
-    if found is None:
+    matrix = checkpoint.matrices.get(f"{name}.weight") or checkpoint.matrices.get(name)
+    if matrix is None:
         raise UnknownNameError(
             f"{checkpoint.ref}: has no {name}.weight; {nearest(name, checkpoint.matrices)}"
         )
-    return found
+    return matrix
 
 
 def _gain(checkpoint: Checkpoint, matrix: Matrix) -> Float[Tensor, " width"]:
-    """The gain of the norm whose output a router is given."""
+    """The gain of the norm before a router."""
     start, number, _ = matrix.name.partition(f".{matrix.layer}.")
     for norm in NORM_BEFORE_EXPERTS:
         name = f"{start}{number}{norm}.weight"
@@ -87,5 +87,5 @@ def _gain(checkpoint: Checkpoint, matrix: Matrix) -> Float[Tensor, " width"]:
         gain = checkpoint.tensor(name).float()
         return gain + 1 if checkpoint.config.get("model_type") in GAIN_FROM_ONE else gain
     raise InputError(
-        f"{checkpoint.ref}: no norm is known that stands before {matrix.name}; leave fold_gain out"
+        f"{checkpoint.ref}: the norm before {matrix.name} is not recognised; leave fold_gain out"
     )

@@ -1,9 +1,9 @@
-"""The routers of a mixture of experts: found by what they give, and read by what they compute.
+"""The routers of a mixture of experts: recognised by their output, read by watching them compute.
 
-A router is a module inside a block that gives, for every token, the numbers of the experts it chose and as
-many weights; nearly every one of transformers gives its logits besides. Whether it weighs all experts (by a
-softmax, or each by a sigmoid) or only those it chose is seen by watching it compute once. So no table of
-architectures is needed, and models with code of their own are read the same way.
+A router is a module inside a block that returns, for every token, the indices of the experts it chose and as
+many weights; most in transformers return their logits too. Watching one forward pass tells whether it weighs
+all experts (by a softmax, or each by a sigmoid) or only the chosen ones. So no table of architectures is
+needed, and models with their own code are read the same way.
 """
 
 import inspect
@@ -24,11 +24,11 @@ from probes.models.body import blocks, run, unwrapped
 from probes.naming.families import BLOCK
 from probes.text.batches import Batch
 
-# What may lead from what a router gives to the weights of all experts.
+# Functions from a router's output to the weights of all experts.
 ASPECTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "as it is": lambda given: given,
-    "softmax": lambda given: given.softmax(dim=-1),
-    "sigmoid": lambda given: given.sigmoid(),
+    "as it is": lambda values: values,
+    "softmax": lambda values: values.softmax(dim=-1),
+    "sigmoid": lambda values: values.sigmoid(),
 }
 WEIGHING = {torch.ops.aten._softmax.default, torch.ops.aten.sigmoid.default}
 # Two ways to the same number: relative round-off of float32, and of weights in half precision.
@@ -36,7 +36,7 @@ CLOSE, CLOSE_HALF = 1e-4, 2e-2
 
 
 class NoRoutersError(InputError):
-    """A model without experts to choose among, or whose routers do not tell what they chose."""
+    """The model has no experts to choose among, or its routers do not return their choice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,15 +44,15 @@ class Router:
     """One router, and how its output is read.
 
     Attributes:
-        name: its module in the model.
-        layer: its block, from 0.
+        name: of its module.
+        layer: index of its block, from 0.
         experts: how many there are.
-        top_k: how many are chosen for a token.
-        logits: which part of its output tells of all experts; None where none does.
-        aspect: of `ASPECTS`: how that part becomes the weights of all experts.
-        weights, ids: which parts are the weights of the chosen experts and their numbers; None where the
-            `top_k` largest of all are chosen, and weighed so that they sum to 1.
-        scale: factor common to all experts that is in the weights.
+        top_k: experts chosen for a token.
+        logits: the part of its output with a value for each expert; None if there is none.
+        aspect: key of `ASPECTS`: from that part to the weights of all experts.
+        weights, ids: the parts with the weights and the indices of the chosen experts; None where the
+            `top_k` largest of all are chosen and normalised to sum to 1.
+        scale: factor in the weights that is common to all experts.
     """
 
     name: str
@@ -65,19 +65,19 @@ class Router:
     ids: int | None
     scale: float = 1.0
 
-    def full(self, given: Float[Tensor, "*tokens experts"]) -> Float[Tensor, "*tokens experts"]:
-        """The weights of all experts from the part that tells of them, in float32."""
-        return ASPECTS[self.aspect](given.float())
+    def full(self, values: Float[Tensor, "*tokens experts"]) -> Float[Tensor, "*tokens experts"]:
+        """The weights of all experts, in float32, from the part with a value for each."""
+        return ASPECTS[self.aspect](values.float())
 
     def top(
         self, weights: Float[Tensor, "*tokens chosen"], ids: Shaped[Tensor, "*tokens chosen"]
     ) -> Float[Tensor, "*tokens experts"]:
-        """The weights of the chosen experts in their places, 0 of the others, in float32."""
+        """The weights of the chosen experts at their indices, 0 for the others, in float32."""
         spread = weights.new_zeros((*weights.shape[:-1], self.experts), dtype=torch.float32)
         return spread.scatter_(-1, ids.long(), weights.float() / self.scale)
 
     def read(self, output: Any) -> tuple[Tensor | None, Tensor]:
-        """What a router gave as the weights of all experts, and of the chosen ones in their places."""
+        """From a router's output, the weights of all experts, and of the chosen ones at their indices."""
         parts = output if isinstance(output, tuple | list) else (output,)
         full = None if self.logits is None else self.full(parts[self.logits])
         if self.weights is not None and self.ids is not None:
@@ -95,55 +95,59 @@ def find_routers(
     Args:
         model: in evaluation mode; it stays bit for bit as it is.
         batch: a few tokens.
-        names: modules that are routers, in order; of any torch module, whose `forward` takes token ids. One
-            that gives a single tensor gives logits: all experts are weighed by their softmax.
-        top_k: how many experts are chosen where `names` give logits alone; their weights then sum to 1.
+        names: modules that are routers, in order; then the model may be any torch module that takes token
+            ids. A single tensor is taken for logits, with a softmax over all experts.
+        top_k: experts chosen where `names` return logits alone; their weights then sum to 1.
 
     Raises:
         UnknownNameError: a name that the model does not have.
         NoRoutersError: none are found.
-        InputError: several in one block, not as many experts or choices in all, a name that gives no routes.
+        InputError: several in one block, unequal numbers of experts or choices, a module without routes.
     """
     kind = type(unwrapped(model)).__name__
     if names is None:
-        places = dict(_in_blocks(model))
+        candidates = dict(_in_blocks(model))
     else:
-        known = dict(model.named_modules())
-        missing = [name for name in names if name not in known]
+        modules = dict(model.named_modules())
+        missing = [name for name in names if name not in modules]
         if missing:
             raise UnknownNameError(
                 f"{kind}: has no module {missing[0]}; routers are named as in named_modules()"
             )
-        places = {name: (layer, known[name]) for name, layer in zip(names, _numbers(names), strict=True)}
-    seen: dict[str, Router] = {}
+        candidates = {
+            name: (layer, modules[name]) for name, layer in zip(names, _numbers(names), strict=True)
+        }
+    routers: dict[str, Router] = {}
     with ExitStack() as stack:
-        for name, (layer, module) in places.items():
-            look = _look(name, layer, seen, named=names is not None, top_k=top_k)
+        for name, (layer, module) in candidates.items():
+            look = _look(name, layer, routers, named=names is not None, top_k=top_k)
             stack.callback(module.register_forward_hook(look, with_kwargs=True).remove)
         forward(model, batch)
-    # What hands on what a module inside of it gave is not itself the router.
-    found = [
-        router for name, router in seen.items() if not any(other.startswith(f"{name}.") for other in seen)
+    # A module that only returns the output of a router inside it is no router.
+    outermost = [
+        router
+        for name, router in routers.items()
+        if not any(other.startswith(f"{name}.") for other in routers)
     ]
-    found.sort(key=lambda router: router.layer)
-    if not found:
+    outermost.sort(key=lambda router: router.layer)
+    if not outermost:
         raise NoRoutersError(
-            f"{kind}: has no routers that can be read: no module in its blocks gives the numbers of the "
+            f"{kind}: has no routers that can be read: no module in its blocks returns the indices of the "
             "chosen experts and their weights"
         )
-    _alike(kind, found)
-    return found
+    _alike(kind, outermost)
+    return outermost
 
 
 def _numbers(names: Sequence[str]) -> Sequence[int]:
-    """The blocks that named modules are in, where the names tell; else their places."""
+    """The blocks of modules, as their names tell; else 0, 1, 2 …."""
     blocks = [re.search(BLOCK, f"{name}.") for name in names]
     numbers = [int(block[1].rpartition(".")[2]) for block in blocks if block]
     return numbers if len(numbers) == len(names) else range(len(names))
 
 
 def forward(model: nn.Module, batch: Batch) -> None:
-    """Run a model on a batch for what its modules give: without logits where these are not needed."""
+    """Run a model on a batch for its hooks; without logits where the model allows."""
     inner = unwrapped(model)
     with torch.no_grad():
         if hasattr(inner, "get_input_embeddings") and hasattr(inner, "config"):
@@ -153,9 +157,9 @@ def forward(model: nn.Module, batch: Batch) -> None:
 
 
 def _masked(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """The mask, if a module of any kind asks for it."""
-    known = inspect.signature(model.forward).parameters
-    return {"attention_mask": batch.attention_mask} if "attention_mask" in known else {}
+    """The mask, if the module's `forward` accepts one."""
+    accepted = inspect.signature(model.forward).parameters
+    return {"attention_mask": batch.attention_mask} if "attention_mask" in accepted else {}
 
 
 def _in_blocks(model: nn.Module) -> Iterator[tuple[str, tuple[int, nn.Module]]]:
@@ -165,7 +169,7 @@ def _in_blocks(model: nn.Module) -> Iterator[tuple[str, tuple[int, nn.Module]]]:
         stacked = list(blocks(model))
     except (AttributeError, ValueError) as error:
         kind = type(unwrapped(model)).__name__
-        raise NoRoutersError(f"{kind}: has no blocks that are known; name its routers") from error
+        raise NoRoutersError(f"{kind}: its blocks are not recognised; name its routers") from error
     for layer, block in enumerate(stacked):
         for name, module in block.named_modules(prefix=names[id(block)]):
             if module is not block:
@@ -173,12 +177,12 @@ def _in_blocks(model: nn.Module) -> Iterator[tuple[str, tuple[int, nn.Module]]]:
 
 
 def _look(
-    name: str, layer: int, seen: dict[str, Router], *, named: bool, top_k: int | None
+    name: str, layer: int, routers: dict[str, Router], *, named: bool, top_k: int | None
 ) -> Callable[..., None]:
-    """A hook that notes how a module's output is read, if it is a router's."""
+    """A hook that records how a module's output is read, if the module is a router."""
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if name in seen:
+        if name in routers:
             return
         if named and isinstance(output, Tensor):
             if top_k is None or not 1 <= top_k <= output.shape[-1]:
@@ -186,17 +190,17 @@ def _look(
                     f"{name}: gives {output.shape[-1]} logits and no choice; say with top_k how many of the "
                     "experts are chosen"
                 )
-            seen[name] = Router(
+            routers[name] = Router(
                 name=name, layer=layer, experts=output.shape[-1], top_k=top_k, logits=0, aspect="softmax",
                 weights=None, ids=None,
             )  # fmt: skip
             return
-        places = _places(output)
-        if places is None:
+        parts = _parts(output)
+        if parts is None:
             if named:
                 raise InputError(f"{name}: gives neither logits nor experts with their weights")
             return
-        weights, ids, wide = places
+        weights, ids, wide = parts
         experts = _experts(module, output, wide)
         if experts is None:  # it chooses something else, such as the positions that attention reads
             if named:
@@ -210,42 +214,42 @@ def _look(
             name=name, layer=layer, experts=experts, top_k=output[ids].shape[-1], logits=logits,
             aspect=aspect, weights=weights, ids=ids,
         )  # fmt: skip
-        seen[name] = _unscaled(module, router, output)
+        routers[name] = _unscaled(module, router, output)
 
     return hook
 
 
-def _places(output: Any) -> tuple[int, int, list[int]] | None:
-    """Where in a router's output the weights, the ids and what tells of all experts are; None of others."""
+def _parts(output: Any) -> tuple[int, int, list[int]] | None:
+    """Indices in a router's output of the weights, the ids and the parts over all experts; else None."""
     if not isinstance(output, tuple | list):
         return None
-    tensors = {place: part for place, part in enumerate(output) if isinstance(part, Tensor)}
-    whole = [place for place, part in tensors.items() if part.dtype in (torch.int64, torch.int32)]
-    if len(whole) != 1 or output[whole[0]].ndim < 2:
+    tensors = {index: part for index, part in enumerate(output) if isinstance(part, Tensor)}
+    integers = [index for index, part in tensors.items() if part.dtype in (torch.int64, torch.int32)]
+    if len(integers) != 1 or output[integers[0]].ndim < 2:
         return None
-    ids, shape = whole[0], output[whole[0]].shape
-    real = [place for place, part in tensors.items() if part.is_floating_point()]
-    # The last, for where all experts are chosen the logits before it are of the same shape.
-    weights = [place for place in real if output[place].shape == shape]
+    ids, shape = integers[0], output[integers[0]].shape
+    real = [index for index, part in tensors.items() if part.is_floating_point()]
+    # The last: where all experts are chosen, the logits before it have the same shape.
+    weights = [index for index in real if output[index].shape == shape]
     if not weights:
         return None
     wide = [
-        place for place in real if place != weights[-1] and output[place].shape[:-1] == shape[:-1]
-        and output[place].shape[-1] >= shape[-1]
+        index for index in real if index != weights[-1] and output[index].shape[:-1] == shape[:-1]
+        and output[index].shape[-1] >= shape[-1]
     ]  # fmt: skip
     return weights[-1], ids, wide
 
 
 def _experts(module: nn.Module, output: Any, wide: list[int]) -> int | None:
-    """How many experts a router chooses among; None where neither its output nor its weight tells."""
+    """Number of experts that a router chooses among; None if neither output nor weight tells."""
     if wide:
-        return max(output[place].shape[-1] for place in wide)
+        return max(output[index].shape[-1] for index in wide)
     weight = getattr(module, "weight", None)
     return weight.shape[0] if isinstance(weight, Tensor) and weight.ndim == 2 else None
 
 
 class _Watched(TorchDispatchMode):
-    """Keeps what is computed inside as a softmax or a sigmoid."""
+    """Keeps the softmaxes and sigmoids that are computed inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -259,22 +263,22 @@ class _Watched(TorchDispatchMode):
 
 
 def _weighed(output: Any, wide: list[int], shares: list[Tensor]) -> tuple[int | None, str]:
-    """Which part of the output gives, and how, what the router computed as the weights of all experts."""
+    """The part of the output, and the aspect, that give the weights of all experts."""
     for share in shares:
-        for place in wide:
-            part = output[place].float()
+        for index in wide:
+            part = output[index].float()
             for aspect, function in ASPECTS.items():
                 if part.numel() == share.numel() and _near(function(part).reshape(share.shape), share):
-                    return place, aspect
+                    return index, aspect
     return None, "softmax"
 
 
-def _near(one: Tensor, other: Tensor, rough: bool = False) -> bool:
-    return torch.allclose(one, other, rtol=CLOSE_HALF if rough else CLOSE, atol=1e-6)
+def _near(first: Tensor, second: Tensor, rough: bool = False) -> bool:
+    return torch.allclose(first, second, rtol=CLOSE_HALF if rough else CLOSE, atol=1e-6)
 
 
 def _unscaled(module: nn.Module, router: Router, output: Any) -> Router:
-    """The router with the factor that its weights carry, for what they should be tells whether they do."""
+    """The router with the scale of its weights, found by comparing them with what they should be."""
     assert router.weights is not None
     assert router.ids is not None
     weights, ids = output[router.weights], output[router.ids].long()
@@ -296,28 +300,30 @@ def _unscaled(module: nn.Module, router: Router, output: Any) -> Router:
 
 
 def _alike(kind: str, routers: Sequence[Router]) -> None:
-    """Whether routes of all layers fit into one array."""
-    for one, other in pairwise(routers):
-        if one.layer == other.layer:
-            raise InputError(f"{kind}: {one.name} and {other.name} are in one block; name those to be read")
-        if (one.experts, one.top_k) != (other.experts, other.top_k):
+    """Refuse routers whose routes do not fit into one array."""
+    for router, other in pairwise(routers):
+        if router.layer == other.layer:
             raise InputError(
-                f"{kind}: {one.name} chooses {one.top_k} of {one.experts} experts and {other.name} "
+                f"{kind}: {router.name} and {other.name} are in one block; name those to be read"
+            )
+        if (router.experts, router.top_k) != (other.experts, other.top_k):
+            raise InputError(
+                f"{kind}: {router.name} chooses {router.top_k} of {router.experts} experts and {other.name} "
                 f"{other.top_k} of {other.experts}; name those to be read, with as many"
             )
 
 
 @contextmanager
-def reading(
+def watching_routers(
     model: nn.Module, routers: Sequence[Router], see: Callable[[int, Tensor | None, Tensor], None]
 ) -> Iterator[None]:
-    """Call `see(place, full, top)` whenever one of the routers has run; the model is as before afterwards."""
+    """Call `see(index, full, top)` whenever one of the routers has run; the hooks are removed afterwards."""
 
-    def hook(place: int) -> Callable[..., None]:
-        return lambda module, args, output: see(place, *routers[place].read(output))
+    def hook(index: int) -> Callable[..., None]:
+        return lambda module, args, output: see(index, *routers[index].read(output))
 
     with ExitStack() as stack:
-        for place, router in enumerate(routers):
+        for index, router in enumerate(routers):
             module = model.get_submodule(router.name)
-            stack.callback(module.register_forward_hook(hook(place)).remove)
+            stack.callback(module.register_forward_hook(hook(index)).remove)
         yield

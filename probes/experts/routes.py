@@ -1,9 +1,8 @@
 """Routes of a mixture of experts: how much of a sample's tokens each router sends to each expert.
 
-A sample's routing is the mean over its tokens of the router's weights, layer by layer; padding never counts.
-Source: "Grokking in LLM Pretraining?", arXiv:2506.21551, which leaves open whether the weights are the whole
-distribution or those of the chosen experts: both are given. Sums are made batch by batch: what a single token
-chose is never kept.
+A sample's routing is the mean of the router's weights over its tokens, layer by layer, without padding.
+Source: "Grokking in LLM Pretraining?", arXiv:2506.21551, which leaves open whether the weights are the full
+distribution or those of the chosen experts: both are returned. The routes of single tokens are never kept.
 """
 
 import logging
@@ -18,37 +17,36 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from probes.errors import InputError
-from probes.experts.router_weights import router_matrices as router_matrices
-from probes.experts.routers import NoRoutersError as NoRoutersError
-from probes.experts.routers import Router, find_routers, forward, reading
+from probes.experts.routers import Router, find_routers, forward, watching_routers
 from probes.models.body import evaluating
 from probes.passes import activations
-from probes.passes.batched import gathered, not_finite
+from probes.passes.batched import measure_examples, non_finite_error
+from probes.progress import Progress
 from probes.text.batches import Batch, Example, PaddingSide, batches
 from probes.text.rows import Task
 
-Weights: TypeAlias = Literal["full", "top"]
+RouteWeights: TypeAlias = Literal["full", "top"]
 
 log = logging.getLogger(__name__)
-# Rows and tokens of each that are run once to see what a model's routers compute.
+# Rows and tokens of each for the trial pass that shows what a model's routers compute.
 TRIAL_ROWS, TRIAL_TOKENS = 2, 16
-# Sums over a trial row by the bridge and by the routers themselves; half precision takes other ways to them.
+# Tolerance between the sums of a trial row by the bridge and by the routers, in half precision too.
 SAME = 1e-2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Routes:
-    """What the routers of a model did with each sample.
+    """The routes of each sample.
 
     Attributes:
-        full: mean over a sample's tokens of all that a router weighs: the softmax over all experts, or the
-            sigmoid of each; NaN where its routers tell only of those that they chose.
-        top: mean of the weights with which the chosen experts are combined, 0 of the others; without scaling
-            factors common to all experts. They need not sum to 1.
-        tokens: how many tokens of each sample count; where it is 0, `full` and `top` are NaN.
-        layers: the block of each router, from 0, rising.
+        full: mean over a sample's tokens of the weights of all experts: a softmax over them, or the sigmoid
+            of each; NaN where the routers return the chosen experts alone.
+        top: mean of the weights that combine the chosen experts, 0 for the others; without scaling factors
+            common to all experts. They need not sum to 1.
+        tokens: tokens of each sample that count; where it is 0, `full` and `top` are NaN.
+        layers: index of the block of each router, rising.
         top_k: experts chosen for a token.
-        via: how they were captured: hooks of TransformerLens' bridge, or of the model's own modules.
+        via: captured by hooks of TransformerLens' bridge, or of the model's own modules.
     """
 
     full: Float[np.ndarray, "samples layers experts"]
@@ -68,13 +66,12 @@ class Routes:
             raise InputError(f"weights are {kind!r}; give full or top")
         if kind == "full" and len(self.full) and np.isnan(self.full[self.tokens > 0]).any():
             raise InputError(
-                "its routers tell the weights of the experts that they chose, and no full "
-                "distribution over all; give top"
+                "its routers return the weights of the chosen experts alone, no full distribution; give top"
             )
         return self.full if kind == "full" else self.top
 
     def record(self) -> dict[str, np.ndarray]:
-        """All of it as plain arrays, which `of` reads."""
+        """The routes as plain arrays, which `of` reads."""
         return {
             "full": self.full,
             "top": self.top,
@@ -86,7 +83,7 @@ class Routes:
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> "Routes":
-        """Routes out of what `record` gave; other entries are passed over."""
+        """Routes from a record; other entries of it are ignored."""
         return cls(
             full=np.asarray(record["full"]),
             top=np.asarray(record["top"]),
@@ -97,20 +94,19 @@ class Routes:
         )
 
 
-def samples(task: Task, examples: Sequence[Example]) -> list[Example]:
-    """The sequence of each row whose routes are its own: one a row, in the order of the rows.
+def routed_examples(task: Task, examples: Sequence[Example]) -> list[Example]:
+    """One sequence for each row, in the order of the rows: its prompt, or all that the model reads.
 
-    A row with choices is its prompt alone: what stands in a choice would tell them apart. Of others it is all
-    that the model reads.
+    Of a row with choices it is the prompt alone, which they share.
 
     Args:
-        examples: what `encode` made of the task.
+        examples: of the task, as `encode` returns them.
     """
     first: dict[int, Example] = {}
     for example in examples:
         first.setdefault(example.row, example)
-    found = [first[row] for row in range(len(task.rows))]
-    return [_prompt(example) for example in found] if task.shape == "choices" else found
+    sequences = [first[row] for row in range(len(task.rows))]
+    return [_prompt(example) for example in sequences] if task.shape == "choices" else sequences
 
 
 def _prompt(example: Example) -> Example:
@@ -119,7 +115,7 @@ def _prompt(example: Example) -> Example:
     return replace(example, ids=example.ids[:stop], scored=example.scored[:stop])
 
 
-def capture(
+def capture_routes(
     model: Any,
     examples: Sequence[Example],
     *,
@@ -130,24 +126,24 @@ def capture(
     pad_id: int = 0,
     tokens: int = 16384,
     side: PaddingSide = "right",
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
     where: Callable[[int], str] = "row index {}".format,
 ) -> Routes:
     """The routes of every example, through the expert hooks of TransformerLens' bridge where it has them.
 
     Where the bridge has no adapter for an architecture, or no hooks on its routers, hooks on the model's own
-    routers serve: `Routes.via` says which. Experts that are always on, and shared, are not among the experts.
+    routers serve: `Routes.via` says which. Shared experts, which are always on, are left out.
 
     Args:
         model: a transformers model, an `Editable`, or with `routers` any torch module that takes token ids.
-            It is run without dropout and stays bit for bit as it is.
-        examples: one a sample, such as `samples` gives.
-        drop_first: leave the first token out, whose route is often the same whatever follows.
-        routers: modules that are its routers, first to last; without them they are found.
-        top_k: how many experts are chosen where these give logits alone.
+            It runs without dropout and stays bit for bit as it is.
+        examples: one for each sample, such as `routed_examples` returns.
+        drop_first: leave out the first token, whose route often is the same in all texts.
+        routers: modules that are its routers, first to last; by default they are detected.
+        top_k: experts chosen where these return logits alone.
         bridge: try the bridge first.
-        pad_id, tokens, side: how examples are batched; no result depends on it, but for float round-off.
-        progress, where: as in `gathered`.
+        pad_id, tokens, side: of the batches; no result depends on them, up to float round-off.
+        progress, where: as in `measure_examples`.
 
     Raises:
         NoRoutersError: the model has no experts to choose among.
@@ -165,15 +161,15 @@ def capture(
         raise InputError("no row has a token whose route could be read")
     trial = next(iter(batches(few, pad_id=pad_id, side=side)))
     with evaluating(model), ExitStack() as stack:
-        found = find_routers(model, trial, names=routers, top_k=top_k)
-        own = _by_modules(model, found, drop_first)
-        theirs = None
+        found_routers = find_routers(model, trial, names=routers, top_k=top_k)
+        by_modules = _by_modules(model, found_routers, drop_first)
+        by_bridge = None
         if bridge and routers is None:
-            theirs = stack.enter_context(_bridged(model, found, drop_first))
-        # What a hook of the bridge holds depends on the architecture: it is held against the router itself.
-        bridged = theirs is not None and _agree(own, theirs, trial)
-        run = theirs if theirs is not None and bridged else own
-        measured = gathered(
+            by_bridge = stack.enter_context(_bridged(model, found_routers, drop_first))
+        # The meaning of the bridge's hooks depends on the architecture: compare them with the router itself.
+        bridged = by_bridge is not None and _agree(by_modules, by_bridge, trial)
+        run = by_bridge if by_bridge is not None and bridged else by_modules
+        measured = measure_examples(
             examples,
             batches(examples, tokens=tokens, pad_id=pad_id, side=side),
             lambda batch: _means(model, run(batch), batch),
@@ -185,8 +181,8 @@ def capture(
         full=measured["full"].numpy(),
         top=measured["top"].numpy(),
         tokens=measured["tokens"].numpy(),
-        layers=tuple(router.layer for router in found),
-        top_k=found[0].top_k,
+        layers=tuple(router.layer for router in found_routers),
+        top_k=found_routers[0].top_k,
         via="bridge" if bridged else "modules",
     )
 
@@ -212,27 +208,29 @@ def _counted(batch: Batch, drop_first: bool) -> Bool[Tensor, "rows length"]:
 def _summed(
     values: Float[Tensor, "..."], mask: Bool[Tensor, "rows length"], name: str
 ) -> tuple[Float[Tensor, "rows experts"], Int[Tensor, " rows"]]:
-    """The sum over each row's tokens, and how many these are; what is routed at padding may be anything."""
+    """The sum over each row's tokens, and their number; routes at padding may be anything."""
     values = values.reshape(-1, values.shape[-1])
     if len(values) == mask.numel():
-        here = mask.to(values.device)
-        values = values.unflatten(0, mask.shape).masked_fill(~here[..., None], 0).sum(dim=1)
+        counted = mask.to(values.device)
+        values = values.unflatten(0, mask.shape).masked_fill(~counted[..., None], 0).sum(dim=1)
         return values.cpu(), mask.sum(dim=1).cpu()
     if len(values) == len(mask):  # one route a row
         return values.cpu(), torch.ones(len(mask), dtype=torch.long)
     raise InputError(f"{name}: gives {len(values)} routes for {mask.shape[0]} rows of {mask.shape[1]} tokens")
 
 
-def _agree(own: Callable[[Batch], RouteSums], theirs: Callable[[Batch], RouteSums], batch: Batch) -> bool:
-    """Whether two ways give the same sums, but for round-off."""
+def _agree(
+    by_modules: Callable[[Batch], RouteSums], by_bridge: Callable[[Batch], RouteSums], batch: Batch
+) -> bool:
+    """Whether two ways give the same sums, up to round-off."""
     try:
-        pairs = list(zip(own(batch), theirs(batch), strict=True))
+        pairs = list(zip(by_modules(batch), by_bridge(batch), strict=True))
     except ValueError as error:
         log.debug("the bridge's hooks hold something else: %s", error)
         return False
     return all(
-        one.shape == other.shape and torch.allclose(one, other, rtol=SAME, atol=SAME, equal_nan=True)
-        for one, other in pairs
+        first.shape == second.shape and torch.allclose(first, second, rtol=SAME, atol=SAME, equal_nan=True)
+        for first, second in pairs
     )
 
 
@@ -247,16 +245,16 @@ def _by_modules(
         top: dict[int, Tensor] = {}
         tokens = mask.sum(dim=1)
 
-        def see(place: int, all_of: Tensor | None, chosen: Tensor) -> None:
+        def see(index: int, all_of: Tensor | None, chosen: Tensor) -> None:
             nonlocal tokens
-            name = routers[place].name
-            if place in top:
-                raise InputError(f"{name}: ran twice in one pass, so that no one route is a token's")
-            top[place], tokens = _summed(chosen, mask, name)
-            nothing = torch.full_like(top[place], torch.nan)
-            full[place] = nothing if all_of is None else _summed(all_of, mask, name)[0]
+            name = routers[index].name
+            if index in top:
+                raise InputError(f"{name}: ran twice in one pass, so that a token has two routes")
+            top[index], tokens = _summed(chosen, mask, name)
+            nothing = torch.full_like(top[index], torch.nan)
+            full[index] = nothing if all_of is None else _summed(all_of, mask, name)[0]
 
-        with reading(model, routers, see):
+        with watching_routers(model, routers, see):
             forward(model, batch)
         return RouteSums(_by_place(full), _by_place(top), tokens.cpu())
 
@@ -264,15 +262,15 @@ def _by_modules(
 
 
 def _by_place(sums: Mapping[int, Tensor]) -> Tensor:
-    """What each router gave, in order."""
-    return torch.stack([sums[place] for place in range(len(sums))], dim=1)
+    """The sums of each router, in order."""
+    return torch.stack([sums[index] for index in range(len(sums))], dim=1)
 
 
 @contextmanager
 def _bridged(
     model: nn.Module, routers: Sequence[Router], drop_first: bool
 ) -> Iterator[Callable[[Batch], RouteSums] | None]:
-    """Sums by the bridge's hooks on routers; None where it has none, or is not to be used."""
+    """Sums by the bridge's hooks on routers; None where it has none, or cannot tell the experts."""
     by_layer = {router.layer: router for router in routers}
 
     def keep(name: str, value: Tensor, batch: Batch) -> Tensor:
@@ -281,6 +279,7 @@ def _bridged(
         return _summed(weights, _counted(batch, drop_first), name)[0]
 
     with ExitStack() as stack:
+        # Where all experts are chosen the bridge's weights are in the order of choice and name no expert.
         captured = None if routers[0].top_k == routers[0].experts else _captured(model, routers, keep, stack)
         if captured is None:
             yield None
@@ -302,10 +301,7 @@ def _bridged(
 def _captured(
     model: nn.Module, routers: Sequence[Router], keep: activations.Keep, stack: ExitStack
 ) -> activations.Capture | None:
-    """The bridge around the routers, if it knows all of them.
-
-    Where all experts are chosen its weights are in the order of choice, and tell no expert's.
-    """
+    """The bridge around the routers, if it has hooks on all of them."""
     layers = [router.layer for router in routers]
     # As transformers calls the router, or as nearly every adapter does.
     for key in dict.fromkeys((routers[0].name.rpartition(".")[2], "gate")):
@@ -320,10 +316,10 @@ def _captured(
 
 
 def _means(model: nn.Module, sums: RouteSums, batch: Batch) -> dict[str, Tensor]:
-    """Means over the tokens that count, NaN where none does."""
+    """Means over the tokens that count; NaN without any."""
     full, top, tokens = sums
     bad = (tokens > 0) & ~top.isfinite().flatten(1).all(dim=1)
     if bad.any():
-        raise not_finite(model, batch, int(bad.nonzero()[0, 0]))
+        raise non_finite_error(model, batch, int(bad.nonzero()[0, 0]))
     count = torch.where(tokens > 0, tokens, torch.nan)[:, None, None]
     return {"full": full / count, "top": top / count, "tokens": tokens}

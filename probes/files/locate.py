@@ -101,9 +101,9 @@ def _cached(repository: str, revision: str | None) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     for name in ("config.json", "adapter_config.json", *MODEL_FILES):
-        found = try_to_load_from_cache(repository, name, revision=revision)
-        if isinstance(found, str):
-            return Path(found).parent
+        path = try_to_load_from_cache(repository, name, revision=revision)
+        if isinstance(path, str):
+            return Path(path).parent
     return None
 
 
@@ -123,13 +123,13 @@ def open_files(path: Path) -> Source:
         if (path / name).is_file():
             file = confined(path / name, path)
             return _indexed(path, file) if name.endswith(".json") else _open([file])
-    found = sorted(file for file in path.glob("*.safetensors") if file.is_file())
-    if len(found) == 1:
-        return _open([confined(found[0], path)])
-    if found:
-        names = ", ".join(file.name for file in found[:3])
-        more = ", …" if len(found) > 3 else ""
-        raise InputError(f"{path}: {len(found)} safetensors files ({names}{more}) and no index; name one")
+    files = sorted(file for file in path.glob("*.safetensors") if file.is_file())
+    if len(files) == 1:
+        return _open([confined(files[0], path)])
+    if files:
+        names = ", ".join(file.name for file in files[:3])
+        more = ", …" if len(files) > 3 else ""
+        raise InputError(f"{path}: {len(files)} safetensors files ({names}{more}) and no index; name one")
     raise InputError(f"{path}: no weights (none of {', '.join(MODEL_FILES)}); is it a model directory?")
 
 

@@ -142,13 +142,13 @@ def stamp(paths: list[Path]) -> str:
 
 
 def _state(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
-def _same(path: Path, found: tuple[int, int], opened: tuple[int, int]) -> None:
+def _same(path: Path, state: tuple[int, int], opened: tuple[int, int]) -> None:
     """Refuse a file that has changed: half of it would be from each version."""
-    if found != opened:
+    if state != opened:
         raise InputError(f"{path}: changed since it was opened; start again when it is complete")
 
 
@@ -183,8 +183,8 @@ class SafetensorsSource:
         shard, offset = self._where[name]
         path = self.paths[shard]
         with path.open("rb") as file:
-            found = os.fstat(file.fileno())
-            _same(path, (found.st_size, found.st_mtime_ns), self._states[shard])
+            status = os.fstat(file.fileno())
+            _same(path, (status.st_size, status.st_mtime_ns), self._states[shard])
             if header.bytes == 0:
                 return torch.empty(header.shape, dtype=header.dtype)
             page = offset - offset % mmap.ALLOCATIONGRANULARITY

@@ -1,8 +1,8 @@
-"""A transformers model taken apart into what running it needs: body, blocks, head and inputs.
+"""A transformers model as body, blocks, head and inputs.
 
-A language model is run in two steps, so that logits need never be held for all positions at once: the body
-gives the hidden states, and the head turns some of them into logits. The head is the model's own `forward`
-around a body that returns what it is told to; logit softcaps and scales are therefore the architecture's own.
+A language model runs in two steps, so that logits are never held for all positions at once: the body computes
+hidden states, and the head turns some of them into logits. The head is the model's own `forward` around a
+body that returns given states, so that logit softcaps and scales are the architecture's own.
 """
 
 import copy
@@ -25,9 +25,9 @@ class Pass:
     """One forward pass of the body.
 
     Attributes:
-        hidden: what the head is given (batch, length, width); None if the model does not let it be seen.
-        logits: gives the logits of some positions, counted through the flattened batch, in the model's dtype.
-        head: gives the logits of hidden states; None where these are not seen.
+        hidden: the input of the head (batch, length, width); None if the model does not expose it.
+        logits: from positions in the flattened batch to their logits, in the model's dtype.
+        head: from hidden states to logits; None where `hidden` is.
     """
 
     hidden: Float[Tensor, "rows length width"] | None
@@ -36,10 +36,10 @@ class Pass:
 
 
 def unwrapped(model: nn.Module) -> Any:
-    """The transformers model inside a PeftModel; another model is itself.
+    """The transformers model inside a PeftModel; any other model unchanged.
 
     Raises:
-        InputError: an adapter that works through the prompt, and not inside the model.
+        InputError: a prompt-learning adapter, which is not inside the model.
     """
     wrapper: Any = model
     if not hasattr(wrapper, "get_base_model"):
@@ -54,11 +54,9 @@ def body(model: nn.Module) -> Any:
     """The part of a model before its head."""
     inner = unwrapped(model)
     part = getattr(inner, inner.base_model_prefix, None)
-    if not isinstance(
-        part, nn.Module
-    ):  # a text model taken out of a larger one keeps the larger one's prefix
+    if not isinstance(part, nn.Module):  # a text model from a larger one keeps the larger one's prefix
         part = getattr(inner, "model", inner)
-    # Decoders of the BART family, OPT among them, are called past the model around them.
+    # Decoders of the BART family, such as OPT, are called directly, not through the model around them.
     return getattr(part, "decoder", part) if not hasattr(part, "encoder") else part
 
 
@@ -70,7 +68,7 @@ def blocks(model: nn.Module) -> nn.ModuleList:
     """
     inner = unwrapped(model)
     count = getattr(inner.config.get_text_config(), "num_hidden_layers", None)
-    # What transformers calls the decoder is, beside images, the text's.
+    # In multimodal models, transformers calls the text model the decoder.
     for root in (inner.get_decoder() if hasattr(inner, "get_decoder") else None, body(inner)):
         lists = [
             (name.count("."), module)
@@ -79,17 +77,17 @@ def blocks(model: nn.Module) -> nn.ModuleList:
         ]
         if lists:
             return min(lists, key=lambda depth: depth[0])[1]
-    raise InputError(f"{type(inner).__name__}: has no list of {count} blocks, so that none can be hooked")
+    raise InputError(f"{type(inner).__name__}: has no list of {count} blocks to hook")
 
 
 def inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    """What a model's `forward` is given for a batch, on the device of its embeddings.
+    """The arguments of a model's `forward` for a batch, on the device of its embeddings.
 
     Raises:
         InputError: token ids that the model does not have.
     """
     inner = unwrapped(model)
-    known = inspect.signature(inner.forward).parameters
+    accepted = inspect.signature(inner.forward).parameters
     embeddings = inner.get_input_embeddings().weight
     device, largest = embeddings.device, int(batch.ids.max())
     if largest >= len(embeddings):  # a GPU would only say that an assertion failed
@@ -98,43 +96,43 @@ def inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
             "tokenizer?"
         )
     ids, mask = batch.ids.to(device), batch.attention_mask.to(device)
-    given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-    # RoBERTa and its kin count positions from the padding id on, and find padding by that id.
+    arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    # The RoBERTa family counts positions from the padding id on, and finds padding by that id.
     padding = getattr(
         getattr(getattr(body(inner), "embeddings", None), "position_embeddings", None), "padding_idx", None
     )
     if padding is not None:
-        given["input_ids"] = ids.masked_fill(mask == 0, padding)
-    elif "position_ids" in known:
-        given["position_ids"] = batch.position_ids.to(device)
+        arguments["input_ids"] = ids.masked_fill(mask == 0, padding)
+    elif "position_ids" in accepted:
+        arguments["position_ids"] = batch.position_ids.to(device)
     for switch in ("use_cache", "output_router_logits"):
-        if switch in known:
-            given[switch] = False
-    return given
+        if switch in accepted:
+            arguments[switch] = False
+    return arguments
 
 
 @contextmanager
-def padding_known(inner: Any, given: dict[str, Any]) -> Iterator[None]:
-    """Let a classifier that pools at the last token find it: it looks for the padding id, and may have none.
+def with_padding_id(inner: Any, arguments: dict[str, Any]) -> Iterator[None]:
+    """Let a classifier that pools at the last token find it by a padding id, if need be an unused one.
 
     Raises:
-        InputError: it has none, and all ids are in use.
+        InputError: it has no padding id, and all ids are in use.
     """
-    config, padding = inner.config.get_text_config(), given["attention_mask"] == 0
-    own = config.pad_token_id
-    if own is None:
-        used = set(given["input_ids"][~padding].tolist())
+    config, padding = inner.config.get_text_config(), arguments["attention_mask"] == 0
+    pad_token_id = config.pad_token_id
+    if pad_token_id is None:
+        used = set(arguments["input_ids"][~padding].tolist())
         free = next((i for i in range(config.vocab_size) if i not in used), None)
         if free is None and padding.any():
             raise InputError(
                 f"{type(inner).__name__}: set pad_token_id in its config.json, to find the last token"
             )
         config.pad_token_id = -1 if free is None else free
-    given["input_ids"] = given["input_ids"].masked_fill(padding, config.pad_token_id)
+    arguments["input_ids"] = arguments["input_ids"].masked_fill(padding, config.pad_token_id)
     try:
         yield
     finally:
-        config.pad_token_id = own
+        config.pad_token_id = pad_token_id
 
 
 def run(model: nn.Module, batch: Batch, *, differentiable: bool = False) -> Pass:
@@ -145,29 +143,29 @@ def run(model: nn.Module, batch: Batch, *, differentiable: bool = False) -> Pass
     """
     inner = unwrapped(model)
     part = body(inner)
-    given = inputs(inner, batch)
+    arguments = inputs(inner, batch)
     forward, headed = part.forward, inner.get_output_embeddings() is not None
     outputs: list[Any] = []
 
-    def seen(*args: Any, **kwargs: Any) -> Any:
+    def record(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
         outputs.append(output)
-        # The head gets one position here, for nothing; a classifier's picks its own and costs little.
+        # The head gets one position, which is not used; a classifier's picks its own and costs little.
         return _with_hidden(output, output[0][:, :1]) if headed else output
 
     with torch.set_grad_enabled(differentiable):
         if part is not inner:
-            with calling(part, seen):
-                whole = inner(**given)
+            with replaced_forward(part, record):
+                complete = inner(**arguments)
         if not outputs:
-            whole = inner(**given)
-            logits = whole.logits.flatten(0, 1)
+            complete = inner(**arguments)
+            logits = complete.logits.flatten(0, 1)
             return Pass(None, lambda positions: logits[positions.to(logits.device)], None)
-    hidden, stub = outputs[0][0], given["input_ids"][:1, :1]
+    hidden, stub = outputs[0][0], arguments["input_ids"][:1, :1]
 
     def head(states: Float[Tensor, "positions width"]) -> Float[Tensor, "positions vocabulary"]:
-        told = _with_hidden(outputs[0], states[None])
-        with calling(part, lambda *args, **kwargs: told), torch.set_grad_enabled(differentiable):
+        output = _with_hidden(outputs[0], states[None])
+        with replaced_forward(part, lambda *args, **kwargs: output), torch.set_grad_enabled(differentiable):
             return inner(input_ids=stub).logits[0]
 
     def logits_at(positions: Int[Tensor, " positions"]) -> Float[Tensor, "positions vocabulary"]:
@@ -177,13 +175,13 @@ def run(model: nn.Module, batch: Batch, *, differentiable: bool = False) -> Pass
 
 
 def shadow(model: nn.Module) -> Any:
-    """A copy that shares the weights: what changes in the modules of one is not seen in the other.
+    """A copy that shares the weights, with its own modules, gradients, hooks, modes and configuration.
 
-    A weight changed in place changes in both; gradients, hooks, modes and configurations are the copy's own.
+    A weight changed in place changes in both.
     """
     shared: dict[int, Any] = {}
     for parameter in model.parameters():
-        # Other kinds, such as quantised ones, carry state of their own.
+        # Other kinds, such as quantised ones, carry their own state.
         plain = type(parameter) is nn.Parameter
         shared[id(parameter)] = (
             nn.Parameter(parameter.detach(), parameter.requires_grad) if plain else parameter
@@ -199,7 +197,7 @@ def shadow(model: nn.Module) -> Any:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout and the like are off inside; each module has its own mode again outside."""
+    """Evaluation mode inside; outside each module has its own mode again."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -210,17 +208,32 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def calling(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Another `forward` in place of a module's own."""
-    own = module.__dict__.get("forward")  # accelerate puts one there
+def trainable(model: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """The floating weights, all requiring gradients and without any; restored outside."""
+    before = [(weight, weight.requires_grad, weight.grad) for weight in model.parameters()]
+    try:
+        for weight, _, _ in before:
+            weight.grad = None
+            weight.requires_grad_(weight.is_floating_point())
+        yield [weight for weight, _, _ in before if weight.is_floating_point()]
+    finally:
+        for weight, required, gradient in before:
+            weight.requires_grad_(required)
+            weight.grad = gradient
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside, a module runs another `forward`."""
+    previous = module.__dict__.get("forward")  # accelerate puts one there
     module.__dict__["forward"] = forward
     try:
         yield
     finally:
-        if own is None:
+        if previous is None:
             del module.__dict__["forward"]
         else:
-            module.__dict__["forward"] = own
+            module.__dict__["forward"] = previous
 
 
 def _with_hidden(output: Any, hidden: Tensor) -> Any:

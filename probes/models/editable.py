@@ -1,7 +1,7 @@
-"""A checkpoint as a plain model whose weights are replaced for a while, under the names of its file.
+"""A checkpoint as a running model with replaceable weights, under the names of its file.
 
-Weights are given as they would be written to the file, so that the model computes what the file would:
-rounded once to the file's dtype. An adapter is merged first.
+New weights are rounded once, to the file's dtype, so that the model computes what the file would if they were
+written to it. An adapter is merged first.
 """
 
 import copy
@@ -28,7 +28,6 @@ from probes.models.loading import (
     kind_of,
     labels_of,
     memory_of,
-    places_of,
     tokenizer_of,
 )
 from probes.naming.align import align
@@ -39,8 +38,8 @@ class Slot(NamedTuple):
 
     Attributes:
         tensor: the model's own parameter or buffer.
-        places: flat indices into it; of no meaning where `which` is all.
-        which: which of the entries asked for these are; `slice(None)` for all, in order.
+        places: flat indices into it; unused where `which` is all.
+        which: which of the requested entries these are; `slice(None)` for all, in order.
     """
 
     tensor: Tensor
@@ -49,10 +48,10 @@ class Slot(NamedTuple):
 
 
 class Editable:
-    """One model in memory, of its own: what lies in memory already is copied, never written to.
+    """A running model of its own: a model in memory is copied, never written to.
 
     Attributes:
-        checkpoint: what the model is, but inside `holding`.
+        checkpoint: the weights of the model outside of `holding`.
         kind: what its head predicts.
         model: in evaluation mode; an adapter is merged into it.
         loading: where and how it was loaded.
@@ -91,15 +90,13 @@ class Editable:
         """Its tokenizer.
 
         Raises:
-            InputError: none lies beside the weights.
+            InputError: there is none.
         """
-        return tokenizer_of(
-            self.checkpoint.ref, places_of(self.checkpoint), trust_remote_code=self.loading.trust_remote_code
-        )
+        return tokenizer_of(self.checkpoint, trust_remote_code=self.loading.trust_remote_code)
 
     @property
     def context(self) -> int | None:
-        """Most tokens that it takes; None where its positions do not end."""
+        """Most tokens of a sequence; None without a limit."""
         return context_of(self.model.config)
 
     @property
@@ -111,24 +108,24 @@ class Editable:
     def holding(
         self, names: Iterable[str], change: Callable[[str, Tensor], Tensor]
     ) -> Iterator[torch.nn.Module]:
-        """The model with some stored tensors changed; it leaves bit for bit as it was, whatever happens.
+        """The model with some stored tensors changed; restored bit for bit, also after an exception.
 
         Args:
             names: of tensors of the checkpoint.
             change: from a tensor's name and value, which it must not write to, to its new value.
         """
-        put: list[str] = []
+        written: list[str] = []
         try:
             for name in names:
                 stored = self.checkpoint.tensor(name)
                 value = change(name, stored)
                 if value is not stored:
-                    put.append(name)
+                    written.append(name)
                     self._put(name, value)
             yield self.model
         finally:
             # Read again, so that no second copy of the weights is held.
-            for name in put:
+            for name in written:
                 self._put(name, self.checkpoint.tensor(name))
 
     def _put(self, name: str, value: Tensor) -> None:
@@ -137,12 +134,12 @@ class Editable:
 
     @cached_property
     def held(self) -> frozenset[str]:
-        """The floating tensors of the checkpoint that the model has; others it does not read."""
+        """The floating tensors of the checkpoint that the model uses."""
         headers = self.checkpoint.headers
         return frozenset(name for name in self._names if headers[name].dtype.is_floating_point)
 
     def write(self, name: str, value: Tensor) -> None:
-        """Write a tensor of the checkpoint into the model, in the model's own dtype; one it lacks is not."""
+        """Write a tensor of the checkpoint into the model, in the model's dtype; skip one that it lacks."""
         if name not in self.held:
             return
         assert value.shape == self._view.headers[self._names[name]].shape, name
@@ -161,21 +158,21 @@ class Editable:
             index: of the entries, flat; all of them where it is None.
         """
         other, source = self._names[name], self._view.source
-        if not isinstance(source, Reverted) or other not in source.made:
-            own = self._tensors[other]
-            whole = torch.arange(0) if index is None else index.to(own.device)
-            return [Slot(own, whole, slice(None))]
-        # transformers keeps it in another form: its entries, one by one, in their places.
-        parts, places = source.places(other)
-        order = places.flatten() if index is None else places.flatten()[index]
-        start, found = 0, []
+        if not isinstance(source, Reverted) or other not in source.sources:
+            tensor = self._tensors[other]
+            flat = torch.arange(0) if index is None else index.to(tensor.device)
+            return [Slot(tensor, flat, slice(None))]
+        # transformers keeps it in another form: each entry has a place of its own.
+        parts, positions = source.positions(other)
+        order = positions.flatten() if index is None else positions.flatten()[index]
+        start, slots = 0, []
         for part in parts:
-            own = self._tensors[part]
-            which = ((order >= start) & (order < start + own.numel())).nonzero()[:, 0]
+            tensor = self._tensors[part]
+            which = ((order >= start) & (order < start + tensor.numel())).nonzero()[:, 0]
             if len(which):
-                found.append(Slot(own, (order[which] - start).to(own.device), which))
-            start += own.numel()
-        return found
+                slots.append(Slot(tensor, (order[which] - start).to(tensor.device), which))
+            start += tensor.numel()
+        return slots
 
     @cached_property
     def _tensors(self) -> dict[str, Tensor]:

@@ -56,13 +56,13 @@ def layers_of(model: nn.Module) -> list[Layer]:
     taken: set[int] = set()
 
     def own(parameters: list[nn.Parameter]) -> tuple[nn.Parameter, ...]:
-        found = {id(each): each for each in parameters if id(each) not in taken}
-        taken.update(found)
-        return tuple(found.values())
+        layers = {id(parameter): parameter for parameter in parameters if id(parameter) not in taken}
+        taken.update(layers)
+        return tuple(layers.values())
 
-    first = {id(each) for parameters in inside for each in parameters}
-    embeddings = {id(each) for each in _parameters(model, "get_input_embeddings")}
-    outputs = {id(each) for each in _parameters(model, "get_output_embeddings")} - embeddings
+    first = {id(parameter) for parameters in inside for parameter in parameters}
+    embeddings = {id(parameter) for parameter in _parameters(model, "get_input_embeddings")}
+    outputs = {id(parameter) for parameter in _parameters(model, "get_output_embeddings")} - embeddings
     before: list[nn.Parameter] = []
     behind: list[nn.Parameter] = []
     passed = False
@@ -72,10 +72,10 @@ def layers_of(model: nn.Module) -> list[Layer]:
             continue
         late = id(parameter) in outputs or passed or BEHIND.search(name)
         (behind if late and id(parameter) not in embeddings else before).append(parameter)
-    found = [Layer(-1, "embed", own(before))]
-    found += [Layer(index, f"block {index}", own(each)) for index, each in enumerate(inside)]
-    found.append(Layer(len(inside), "head", own(behind)))
-    return [layer for layer in found if layer.parameters or 0 <= layer.index < len(inside)]
+    layers = [Layer(-1, "embed", own(before))]
+    layers += [Layer(index, f"block {index}", own(parameter)) for index, parameter in enumerate(inside)]
+    layers.append(Layer(len(inside), "head", own(behind)))
+    return [layer for layer in layers if layer.parameters or 0 <= layer.index < len(inside)]
 
 
 def _parameters(model: nn.Module, getter: str) -> list[nn.Parameter]:
@@ -114,20 +114,24 @@ class InterpolatedModel:
             InputError: no list of blocks is found.
         """
         if self._layers is None:
-            found = layers_of(self.model)
-            owner = {id(each): place for place, layer in enumerate(found) for each in layer.parameters}
-            names: list[list[str]] = [[] for _ in found]
+            layers = layers_of(self.model)
+            owner = {
+                id(parameter): position
+                for position, layer in enumerate(layers)
+                for parameter in layer.parameters
+            }
+            names: list[list[str]] = [[] for _ in layers]
             for name in self.host.headers:
-                places = [
+                positions = [
                     owner[id(slot.tensor)]
                     for slot in self.host.editable.slots(name)
                     if id(slot.tensor) in owner
                 ]
-                if places:
-                    names[min(places)].append(name)
+                if positions:
+                    names[min(positions)].append(name)
             self._layers = [
-                Layer(layer.index, layer.name, layer.parameters, tuple(own))
-                for layer, own in zip(found, names, strict=True)
+                Layer(layer.index, layer.name, layer.parameters, tuple(tensors))
+                for layer, tensors in zip(layers, names, strict=True)
             ]
         return self._layers
 
@@ -196,20 +200,20 @@ class InterpolatedModel:
             self._rewrite(before)
             yield
         finally:
-            places = {name: self._places.get(name, 1.0) for name in tensors}
+            alphas = {name: self._places.get(name, 1.0) for name in tensors}
             self._ends = {}
-            self._rewrite(places)
+            self._rewrite(alphas)
 
-    def _rewrite(self, places: Mapping[str, float]) -> None:
-        for name, alpha in places.items():
+    def _rewrite(self, alphas: Mapping[str, float]) -> None:
+        for name, alpha in alphas.items():
             self._put(name, alpha)
             self._places[name] = alpha
 
     def _put(self, name: str, alpha: float) -> None:
         """Write a tensor at α; on a GPU the ends are copied there as they are stored, and blended there."""
         [slot, *more] = self.host.editable.slots(name)
-        whole = not more and isinstance(slot.which, slice)
-        base, tuned = (end.to(slot.tensor.device) if whole else end for end in self._stored(name))
+        single = not more and isinstance(slot.which, slice)
+        base, tuned = (end.to(slot.tensor.device) if single else end for end in self._stored(name))
         self._write(name, _between(base, tuned, alpha))
 
     def _write(self, name: str, value: Tensor) -> None:

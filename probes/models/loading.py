@@ -1,6 +1,7 @@
 """Loading checkpoints as torch models of transformers, with or without adapters.
 
-From the files that `probes.checkpoints` opens, never from elsewhere; what is in memory is shared, not copied.
+Weights come from the files that `probes.checkpoints` opens and from nowhere else; a model in memory is
+shared, not copied.
 """
 
 import copy
@@ -29,7 +30,7 @@ AUTO: dict[Kind, str] = {
     "classifier": "AutoModelForSequenceClassification",
     "masked": "AutoModelForMaskedLM",
 }
-# How the names of transformers' classes end, and PEFT's names for tasks.
+# Endings of transformers' class names, and PEFT's names for tasks.
 KINDS: dict[str, Kind] = {
     "ForSequenceClassification": "classifier",
     "ForMaskedLM": "masked",
@@ -41,7 +42,7 @@ KINDS: dict[str, Kind] = {
 }
 TASKS: dict[str, Kind] = {"SEQ_CLS": "classifier", "CAUSAL_LM": "causal"}
 HEADS = "a causal language model, a masked one or a sequence classifier"
-# Their first positions are taken by padding, which leaves fewer for tokens.
+# Padding takes their first positions, which leaves fewer for tokens.
 PADDED_POSITIONS = {
     "camembert", "data2vec-text", "ibert", "longformer", "luke", "mpnet", "roberta", "roberta-prelayernorm",
     "xlm-roberta", "xlm-roberta-xl", "xmod",
@@ -53,23 +54,29 @@ class Runnable:
     """A model that runs.
 
     Attributes:
-        ref: what it was opened by.
+        ref: the reference that it was opened by.
         model: the torch model, in evaluation mode.
+        checkpoint: its weights.
         kind: what its head predicts: the next token, masked tokens, or a class.
-        context: most tokens that it takes; None where its positions do not end.
+        context: most tokens of a sequence; None without a limit.
         labels: the names of a classifier's classes in order; () for language models.
-        untrained: weights of the head that no file holds, and that are therefore random: of a base without
-            the classification head that an adapter brings.
-        places: directories that may hold its tokenizer.
+        untrained: weights of the head that no file holds and that are therefore random: a base has no
+            classification head until an adapter brings one.
+
+    >>> from diagnostics.audit.demo import BUNDLED
+    >>> from probes import open_model
+    >>> runnable = open_model(BUNDLED / "base")
+    >>> runnable.kind, runnable.context, runnable.tokenizer.decode(runnable.tokenizer("a text").input_ids)
+    ('causal', 256, '<s>a text')
     """
 
     ref: str
     model: Any
+    checkpoint: Checkpoint
     kind: Kind
     context: int | None
     labels: tuple[str, ...]
     untrained: tuple[str, ...] = ()
-    places: tuple[Path, ...] = ()
     trust_remote_code: bool = False
 
     @cached_property
@@ -77,9 +84,9 @@ class Runnable:
         """Its tokenizer.
 
         Raises:
-            InputError: none lies beside the weights.
+            InputError: there is none.
         """
-        return tokenizer_of(self.ref, self.places, trust_remote_code=self.trust_remote_code)
+        return tokenizer_of(self.checkpoint, trust_remote_code=self.trust_remote_code)
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,7 @@ class Loading:
         """A checkpoint as a model."""
         memory = memory_of(checkpoint)
         untrained: tuple[str, ...] = ()
-        # What has no trained weights is random, and the same each time.
+        # Weights that no file holds are random, and the same each time.
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(0)
             if memory is not None:
@@ -108,11 +115,11 @@ class Loading:
         return Runnable(
             ref=checkpoint.ref,
             model=model.eval(),
+            checkpoint=checkpoint,
             kind=kind,
             context=context_of(config),
             labels=labels_of(config) if kind == "classifier" else (),
             untrained=untrained,
-            places=places_of(checkpoint),
             trust_remote_code=self.trust_remote_code,
         )
 
@@ -120,39 +127,39 @@ class Loading:
         """A checkpoint's configuration as transformers', with the defaults of its class filled in.
 
         Args:
-            brought: what an adapter puts in; a head that the base lacks tells the number of classes.
+            brought: the tensors that an adapter puts in; a new head tells the number of classes.
         """
         import transformers
 
         # An infinity is written as an object, because JSON has no such number.
-        held = json.loads(json.dumps(dict(checkpoint.config)), object_hook=_number)
+        stored = json.loads(json.dumps(dict(checkpoint.config)), object_hook=_number)
         memory = memory_of(checkpoint)
         if memory is not None:
             return unwrapped(memory).config
         brought = brought_by(checkpoint) if brought is None else brought
         inside = (checkpoint.base or checkpoint).headers
         heads = [header.shape[0] for name, header in brought.items() if name not in inside]
-        if not held.get("model_type"):
+        if not stored.get("model_type"):
             raise InputError(
                 f"{checkpoint.ref}: no config.json says what model this is; put it beside the weights"
             )
         more = {"num_labels": min(heads)} if heads else {}
-        if held["model_type"] in transformers.CONFIG_MAPPING:
+        if stored["model_type"] in transformers.CONFIG_MAPPING:
             with _silence():
-                return transformers.CONFIG_MAPPING[held["model_type"]].from_dict(held, **more)
-        if not self.trust_remote_code or "auto_map" not in held:
+                return transformers.CONFIG_MAPPING[stored["model_type"]].from_dict(stored, **more)
+        if not self.trust_remote_code or "auto_map" not in stored:
             reason = (
                 "brings code of its own, which is run only if asked for; trust it with --trust-remote-code"
-                if "auto_map" in held
+                if "auto_map" in stored
                 else "transformers does not know it; is it too old?"
             )
-            raise InputError(f"{checkpoint.ref}: {held['model_type']}: {reason}")
+            raise InputError(f"{checkpoint.ref}: {stored['model_type']}: {reason}")
         return transformers.AutoConfig.from_pretrained(
             **_repository(checkpoint.base or checkpoint), trust_remote_code=True, **more
         )
 
     def _moved(self, ref: str, memory: Any) -> Any:
-        """A model in memory: a copy that shares the weights, or where they must be others, one of its own."""
+        """A model in memory: a copy that shares its weights, or a deep one where they must move."""
         if self.device_map is not None:
             raise InputError(f"{ref}: lies in memory already; spread it with device_map when it is loaded")
         stored = next(memory.parameters())
@@ -163,7 +170,7 @@ class Loading:
         return copy.deepcopy(memory).to(self.device)
 
     def _read(self, checkpoint: Checkpoint, kind: Kind, brought: Mapping[str, Header] | None = None) -> Any:
-        """A full checkpoint from its files; `brought` are the tensors that an adapter puts in."""
+        """A full checkpoint from its files, without the tensors that an adapter brings."""
         import transformers
 
         ref = checkpoint.ref
@@ -207,7 +214,7 @@ class Loading:
         return model if self.device_map is not None else model.to(self.device or "cpu")
 
     def _adapted(self, checkpoint: Checkpoint, kind: Kind) -> tuple[Any, tuple[str, ...]]:
-        """An adapter on its base, and what of the base's head is random."""
+        """An adapter on its base, and the weights of the base's head that are random."""
         base = checkpoint.base
         assert base is not None
         brought = brought_by(checkpoint)
@@ -228,7 +235,7 @@ def kind_of(checkpoint: Checkpoint) -> Kind:
     """What a checkpoint's head predicts, by its configuration.
 
     Raises:
-        InputError: none of those that run.
+        InputError: it is of no kind that runs.
     """
     task = getattr(checkpoint.source, "config", {}).get("task_type") if checkpoint.base else None
     if task in TASKS:
@@ -244,7 +251,7 @@ def kind_of(checkpoint: Checkpoint) -> Kind:
 
 
 def context_of(config: Any) -> int | None:
-    """Most tokens that a model takes; None where its positions do not end."""
+    """Most tokens of a sequence; None without a limit."""
     text = config.get_text_config()
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"):
         length = getattr(text, name, None)
@@ -258,29 +265,46 @@ def labels_of(config: Any) -> tuple[str, ...]:
     return tuple(str(config.id2label[index]) for index in range(config.num_labels))
 
 
-def tokenizer_of(ref: str, places: tuple[Path, ...], *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer in the first of some directories that has one.
+def tokenizer_of(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer given with a checkpoint or its base, else the one in the directory of either.
 
     Raises:
-        InputError: none has, or it cannot be read.
+        InputError: there is none, or it cannot be read.
     """
     import transformers
 
-    held = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
-    place = next((place for place in places if any((place / name).is_file() for name in held)), None)
-    if place is None:
-        raise InputError(f"{ref}: no tokenizer lies beside its weights ({', '.join(held)}); save it there")
+    sides = [side for side in (checkpoint, checkpoint.base) if side is not None]
+    if any(side.tokenizer_lost for side in sides):
+        raise InputError(
+            f"{checkpoint.ref}: its tokenizer was given in memory, and workers do not have it; run without "
+            "--engine, or save the tokenizer in the checkpoint's directory"
+        )
+    in_memory = [side.tokenizer for side in sides if side.tokenizer is not None]
+    if in_memory:
+        return in_memory[0]
+    files = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
+    directories = [side.directory for side in sides if side.directory is not None]
+    directory = next((path for path in directories if any((path / name).is_file() for name in files)), None)
+    if directory is None and not directories:
+        raise InputError(
+            f"{checkpoint.ref}: has no directory that could hold a tokenizer; give it as tokenizer="
+        )
+    if directory is None:
+        raise InputError(
+            f"{checkpoint.ref}: no tokenizer lies beside its weights ({', '.join(files)}); save it there, or "
+            "in Python give it as tokenizer="
+        )
     try:
-        return transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+        return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except (OSError, RuntimeError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise InputError(
-            f"{place}: its tokenizer cannot be read ({type(error).__name__}: {reason})"
+            f"{directory}: its tokenizer cannot be read ({type(error).__name__}: {reason})"
         ) from error
 
 
 def memory_of(checkpoint: Checkpoint) -> Any:
-    """The model in memory that a checkpoint was opened from; None of what lies in files.
+    """The model in memory that a checkpoint was opened from; None if it lies in files.
 
     Raises:
         InputError: it is not one of transformers or PEFT.
@@ -297,12 +321,6 @@ def memory_of(checkpoint: Checkpoint) -> Any:
     return module
 
 
-def places_of(checkpoint: Checkpoint) -> tuple[Path, ...]:
-    """Directories that may hold its tokenizer: an adapter's own, then its base's."""
-    sides = (checkpoint, checkpoint.base)
-    return tuple(side.directory for side in sides if side is not None and side.directory is not None)
-
-
 def _standard(checkpoint: Checkpoint) -> bool:
     """Whether transformers finds the same weights in the directory as we do."""
     directory, path = checkpoint.directory, Path(checkpoint.ref)
@@ -312,7 +330,7 @@ def _standard(checkpoint: Checkpoint) -> bool:
 
 
 def _repository(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Where code is found that comes with a checkpoint: its directory, or the hub, which has it besides."""
+    """Where the code of a checkpoint is found: its directory, or its repository on the hub."""
     if Path(checkpoint.ref).exists():
         return {"pretrained_model_name_or_path": checkpoint.directory}
     name, _, revision = checkpoint.ref.partition("@")
@@ -320,7 +338,7 @@ def _repository(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def brought_by(checkpoint: Checkpoint) -> dict[str, Header]:
-    """The tensors that an adapter puts in place of its base's, or beside them; none of a full checkpoint."""
+    """The tensors that an adapter replaces or adds; none for a full checkpoint."""
     if not isinstance(checkpoint.source, Adapter):
         return {}
     return {name: checkpoint.headers[name] for name in checkpoint.source.targets.replaced}
@@ -331,29 +349,29 @@ def inject(model: Any, checkpoint: Checkpoint, *, name: str = "tuned") -> Any:
     import peft
 
     assert checkpoint.directory is not None
-    where, device = str(checkpoint.directory), str(next(model.parameters()).device)
+    directory, device = str(checkpoint.directory), str(next(model.parameters()).device)
     try:
         with _silence(), warnings.catch_warnings():
-            # What is deprecated between these two libraries is not for the person who runs us.
+            # Deprecations between these two libraries do not concern our users.
             warnings.simplefilter("ignore", FutureWarning)
             warnings.filterwarnings("error", message="Found missing adapter keys")
             if isinstance(model, peft.PeftModel):
-                model.load_adapter(where, name, torch_device=device)
+                model.load_adapter(directory, name, torch_device=device)
                 return model
-            return peft.PeftModel.from_pretrained(model, where, adapter_name=name, torch_device=device)
+            return peft.PeftModel.from_pretrained(model, directory, adapter_name=name, torch_device=device)
     except (OSError, RuntimeError, ValueError, KeyError, UserWarning) as error:
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"{checkpoint.ref}: the adapter does not load ({reason})") from error
 
 
 def _number(value: dict[str, Any]) -> Any:
-    """The number that transformers writes as {"__float__": "Infinity"}; another object is itself."""
+    """The number that transformers writes as {"__float__": "Infinity"}; other objects are returned as is."""
     return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Without transformers' progress bars and reports; what is missing is said in our own words."""
+    """Without transformers' progress bars and reports; our own errors name missing weights."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -379,7 +397,7 @@ def device_of(device: str | torch.device | None) -> torch.device | None:
 
 def dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
     """A dtype by name."""
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is not None and not isinstance(found, torch.dtype):
+    torch_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not isinstance(torch_dtype, torch.dtype):
         raise InputError(f"{dtype!r} is no dtype; give float32, bfloat16 or float16")
-    return found
+    return torch_dtype

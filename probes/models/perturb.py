@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from probes.models.body import blocks, calling, unwrapped
+from probes.models.body import blocks, replaced_forward, unwrapped
 
 
 class PerturbedWeights:
@@ -42,10 +42,10 @@ class PerturbedWeights:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for parameter, own, (required, gradient) in zip(
+        for parameter, stored, (required, gradient) in zip(
             self._parameters, self._own, self._state, strict=True
         ):
-            parameter.detach().copy_(own)
+            parameter.detach().copy_(stored)
             parameter.requires_grad_(required)
             parameter.grad = gradient
         self._own, self._state = [], []
@@ -57,9 +57,9 @@ class PerturbedWeights:
 
     def put(self, u: Float[Tensor, " size"]) -> None:
         """Give the weights w + c ⊙ u."""
-        for parameter, own, part in self._parts(u):
-            move = part * own.abs() if self._adaptive else part
-            parameter.detach().copy_(own + move)
+        for parameter, stored, part in self._parts(u):
+            move = part * stored.abs() if self._adaptive else part
+            parameter.detach().copy_(stored + move)
 
     @contextmanager
     def sloping(self) -> Iterator[None]:
@@ -80,14 +80,14 @@ class PerturbedWeights:
     def scaled(self, gradients: Sequence[Tensor | None]) -> Float[Tensor, " size"]:
         """c ⊙ some gradients of the weights, in their order, as one vector."""
         parts = []
-        for own, gradient in zip(self._own, gradients, strict=True):
-            part = torch.zeros_like(own) if gradient is None else gradient
-            parts.append((part * own.abs() if self._adaptive else part).reshape(-1))
+        for stored, gradient in zip(self._own, gradients, strict=True):
+            part = torch.zeros_like(stored) if gradient is None else gradient
+            parts.append((part * stored.abs() if self._adaptive else part).reshape(-1))
         return torch.cat(parts)
 
     def divided(self, u: Float[Tensor, " size"]) -> list[Tensor]:
         """c ⊙ u by weight: what is added to each."""
-        return [part * own.abs() if self._adaptive else part for _, own, part in self._parts(u)]
+        return [part * stored.abs() if self._adaptive else part for _, stored, part in self._parts(u)]
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
@@ -96,8 +96,8 @@ class PerturbedWeights:
 
     def _parts(self, u: Tensor) -> Iterator[tuple[nn.Parameter, Tensor, Tensor]]:
         sizes = [parameter.numel() for parameter in self._parameters]
-        for parameter, own, part in zip(self._parameters, self._own, u.split(sizes), strict=True):
-            yield parameter, own, part.view(own.shape)
+        for parameter, stored, part in zip(self._parameters, self._own, u.split(sizes), strict=True):
+            yield parameter, stored, part.view(stored.shape)
 
 
 class Prefix:
@@ -147,18 +147,18 @@ class Prefix:
             if key[0] in self._kept and self._kept[key[0]][0] > layer:
                 del self._kept[key[0]]
 
-        def stand_in(place: int) -> Callable[..., Any]:
-            own = self._blocks[place].forward
+        def stand_in(index: int) -> Callable[..., Any]:
+            block_forward = self._blocks[index].forward
 
             def forward(*args: Any, **kwargs: Any) -> Any:
                 depth, hidden = self._kept.get(key[0], (0, None))
-                if place < depth:
+                if index < depth:
                     assert hidden is not None
-                    return self._forms[place](hidden)
+                    return self._forms[index](hidden)
                 with torch.no_grad():
-                    output = own(*args, **kwargs)
-                self._forms[place] = _form(output)
-                if place == layer - 1:
+                    output = block_forward(*args, **kwargs)
+                self._forms[index] = _form(output)
+                if index == layer - 1:
                     self._keep(key[0], layer, _hidden(output))
                 return output
 
@@ -166,12 +166,12 @@ class Prefix:
 
         with ExitStack() as stack:
             stack.callback(self._inner.register_forward_pre_hook(see, with_kwargs=True).remove)
-            for place in range(min(layer, len(self._blocks))):
-                stack.enter_context(calling(self._blocks[place], stand_in(place)))
+            for index in range(min(layer, len(self._blocks))):
+                stack.enter_context(replaced_forward(self._blocks[index], stand_in(index)))
             yield
 
     def _keep(self, key: Any, layer: int, hidden: Tensor) -> None:
-        held = sum(each.nbytes for other, (_, each) in self._kept.items() if other != key)
+        held = sum(kept.nbytes for other, (_, kept) in self._kept.items() if other != key)
         if held + hidden.nbytes <= self._room:
             self._kept[key] = layer, hidden
         else:
@@ -187,7 +187,7 @@ def _form(output: Any) -> Callable[[Tensor], Any]:
     """How a block wraps the residual stream; what it gives beside it, such as patterns, is not kept."""
     if not isinstance(output, tuple | list):
         return lambda hidden: hidden
-    rest = [None if isinstance(each, Tensor) else each for each in output[1:]]
+    rest = [None if isinstance(value, Tensor) else value for value in output[1:]]
     return lambda hidden: type(output)([hidden, *rest])
 
 

@@ -1,7 +1,7 @@
-"""Checkpoints as models that run: one by itself, or base and tuned in turns.
+"""Checkpoints as models that run: one model, or base and tuned in turns.
 
-Of a pair whose tuned side is an adapter on its base one copy is resident, with the adapter switched on and
-off; of another pair one side at a time.
+A pair of a base and its adapter has one resident model, with the adapter switched on and off. Of any other
+pair one side is resident at a time.
 """
 
 import gc
@@ -27,7 +27,6 @@ from probes.models.loading import (
     inject,
     kind_of,
     labels_of,
-    places_of,
     tokenizer_of,
 )
 
@@ -42,12 +41,12 @@ def open_model(
     device_map: str | dict[str, Any] | None = None,
     trust_remote_code: bool = False,
 ) -> Runnable:
-    """Load what a reference names as a model that runs.
+    """Load a checkpoint as a model that runs.
 
     Args:
         ref: what `open_checkpoint` takes; of models in memory those of transformers, and PeftModels.
-        base: what an adapter is applied to; without it, what the adapter's configuration names.
-        kind: what its head predicts; without it, what the configuration says.
+        base: what an adapter is applied to; by default the base that its configuration names.
+        kind: what its head predicts; by default as the configuration says.
         device: "auto" takes a GPU if there is one; None the CPU, or where a model in memory lies.
         dtype: such as "bfloat16"; None as stored.
         device_map: accelerate's, in place of `device`, for a model larger than one GPU: "auto" spreads it.
@@ -55,6 +54,10 @@ def open_model(
 
     Raises:
         InputError: it is no checkpoint, it has no such head or not all of its weights, it needs its own code.
+
+    >>> from diagnostics.audit.demo import BUNDLED
+    >>> open_model(BUNDLED / "lora-r8", base=BUNDLED / "base", dtype="float32").kind
+    'causal'
     """
     checkpoint = open_checkpoint(ref, base=base)
     loading = Loading(device_of(device), dtype_of(dtype), device_map, trust_remote_code)
@@ -69,6 +72,13 @@ class RunnablePair:
         shared: one resident model serves as both, with the adapter off or on.
         base_kind, kind: what the heads of base and tuned predict.
         loading: where and how they are loaded.
+
+    >>> from diagnostics.audit.demo import BUNDLED
+    >>> from probes import CheckpointPair
+    >>> with RunnablePair(CheckpointPair(BUNDLED / "base", BUNDLED / "lora-r8")) as runnable:
+    ...     with runnable.tuned() as model:
+    ...         print(type(model).__name__, runnable.shared)
+    PeftModelForCausalLM True
     """
 
     def __init__(
@@ -132,7 +142,7 @@ class RunnablePair:
 
     @cached_property
     def context(self) -> int | None:
-        """Most tokens that both sides take; None where neither ends."""
+        """Most tokens of a sequence on both sides; None if neither has a limit."""
         sides = (self.pair.base, self.pair.tuned)
         lengths = [context_of(self.loading.config(side)) for side in sides]
         return min((length for length in lengths if length is not None), default=None)
@@ -145,8 +155,7 @@ class RunnablePair:
         return labels_of(self.loading.config(self.pair.tuned))
 
     def _tokenizer(self, checkpoint: Checkpoint) -> Any:
-        places, trust = places_of(checkpoint), self.loading.trust_remote_code
-        return tokenizer_of(checkpoint.ref, places, trust_remote_code=trust)
+        return tokenizer_of(checkpoint, trust_remote_code=self.loading.trust_remote_code)
 
     @contextmanager
     def _side(self, side: Side) -> Iterator[Any]:
@@ -178,7 +187,7 @@ class RunnablePair:
 
 
 def _switchable(pair: CheckpointPair) -> bool:
-    """Whether switching adapters off and on gives both sides to the bit."""
+    """Whether switching adapters off and on gives both sides bit for bit."""
     if pair._child:
         return pair.base.base is None and _switched(pair.tuned)
     sides = [side for side in (pair.base, pair.tuned) if side.base is not None]
@@ -186,7 +195,7 @@ def _switchable(pair: CheckpointPair) -> bool:
 
 
 def _switched(checkpoint: Checkpoint) -> bool:
-    """Whether all that an adapter changes is undone when PEFT switches it off."""
+    """Whether PEFT undoes every change of an adapter when it switches the adapter off."""
     source, base = checkpoint.source, checkpoint.base
     assert isinstance(source, Adapter)
     assert base is not None
@@ -195,12 +204,12 @@ def _switched(checkpoint: Checkpoint) -> bool:
         return False
     copies = source.config.get("modules_to_save") or ()
     for name, header in brought_by(checkpoint).items():
-        own = base.headers.get(name)
-        if own is not None and own.shape != header.shape:
+        replaced = base.headers.get(name)
+        if replaced is not None and replaced.shape != header.shape:
             return False
         if any(part in copies for part in name.split(".")):
             continue
-        if own is None or not torch.equal(base.tensor(name), source.stored(name)):
+        if replaced is None or not torch.equal(base.tensor(name), source.stored(name)):
             return False
     return True
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from probes.checkpoints.blend import Blender
 from probes.checkpoints.pair import CheckpointPair, Side
-from probes.checkpoints.prune import Cut, Order, Scope, magnitude_order
+from probes.checkpoints.prune import Cut, Order
 from probes.errors import UnknownNameError
-from probes.files.layout import Header, Part
+from probes.files.layout import Header
 from probes.models.editable import Editable, Slot
 
 # Integers as wide as a float.
@@ -120,20 +120,11 @@ class TwoSidedModel:
             self.editable.write(name, self.read(name, self.side))
             self._changed.discard(name)
 
-    def value(self, name: str) -> Shaped[Tensor, "..."]:
-        """A tensor as the present side has it, not to be written to; the running one where it serves."""
-        live = self._live(name)
-        return self.read(name, self.side) if live is None or name in self._changed else live
-
-    def magnitudes(self, scope: Scope = "global", parts: tuple[Part, ...] = ("block",)) -> Order:
-        """The weights of the present side from the least to the largest magnitude."""
-        return magnitude_order(self.pair.tuned, scope, parts, read=self.value)
-
     def prune(self, order: Order, cut: Cut, *, rising: bool = False) -> None:
         """Set to zero what a cut takes.
 
         Args:
-            rising: the order is of `magnitudes`, and what is zero by now was taken by a lower cut of it: then
+            rising: the order is of magnitudes, and what is zero by now was taken by a lower cut of it: then
                 the running weights themselves tell what else falls, and no file is read.
         """
         for name in order.shapes:

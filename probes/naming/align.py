@@ -1,30 +1,35 @@
-"""Which tensor of one checkpoint is which of another: names under wrappers, and what is left over."""
+"""Alignment of two checkpoints by the names of their tensors, with or without wrappers."""
 
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 from probes.files.layout import Header
 
-# What torch.compile, DDP, FSDP and PEFT put into the names of the modules that they wrap.
+# Parts that torch.compile, DDP, FSDP and PEFT insert into the names of modules that they wrap.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _OUTER = re.compile(r"^(?:module\.|base_model\.model\.(?=model\.|transformer\.|bert\.))+")
 
 
-def unwrapped(name: str) -> str:
-    """A name without what training wrappers add to it."""
+def without_wrappers(name: str) -> str:
+    """A name without the parts that training wrappers insert."""
     return _OUTER.sub("", _WRAPPERS.sub("", name))
+
+
+def natural_key(name: Any) -> list[tuple[int, str]]:
+    """Sort key that orders the numbers in names by value: block 9 before block 10."""
+    parts = re.split(r"(\d{1,18})", str(name))
+    return [(int(part), "") if index % 2 else (-1, part) for index, part in enumerate(parts)]
 
 
 def align(base: Mapping[str, Header], tuned: Mapping[str, Header]) -> tuple[dict[str, str], tuple[str, str]]:
     """Tuned name of each base tensor that has one, and the prefixes that were taken off to find it.
 
-    Names match as they are, without wrappers, or after taking one prefix off a side, because a bare model
-    saves `layers.0…` where a model with a head saves `model.layers.0…`. A prefix is taken off only if more
-    tensors of equal shape then share their name than without it; if two prefixes do equally well (is it the
-    encoder or the decoder?), neither is.
+    Names match unchanged, without wrappers, or after taking one prefix off a side, because a bare model saves
+    `layers.0…` and a model with a head `model.layers.0…`. A prefix is taken off only if more tensors of equal
+    shape then share their name; if two prefixes do equally well (encoder or decoder?), neither is.
     """
     best: dict[str, str] = {}
     taken, score, tie = ("", ""), (0, 0), False
@@ -42,19 +47,19 @@ def align(base: Mapping[str, Header], tuned: Mapping[str, Header]) -> tuple[dict
 
 
 def _prefixes(names: Collection[str]) -> list[str]:
-    """What may stand before the stack of blocks: "", "model.", "model.language_model."."""
-    found = {""}
+    """Possible prefixes of the stack of blocks: "", "model.", "model.language_model."."""
+    prefixes = {""}
     for name in names:
-        parts = unwrapped(name).split(".")
+        parts = without_wrappers(name).split(".")
         first = next((i for i, part in enumerate(parts) if part.isdigit()), 1)
         # Not the name of the stack itself, which is the one before the number.
-        found.update(".".join(parts[:length]) + "." for length in range(1, min(first, 4)))
-    return sorted(found)
+        prefixes.update(".".join(parts[:length]) + "." for length in range(1, min(first, 4)))
+    return sorted(prefixes)
 
 
 def _shortened(names: Collection[str], prefix: str) -> dict[str, str] | None:
     """Short name -> name; None if two names become one."""
-    short = {unwrapped(name).removeprefix(prefix): name for name in names}
+    short = {without_wrappers(name).removeprefix(prefix): name for name in names}
     return short if len(short) == len(names) else None
 
 
@@ -64,10 +69,10 @@ def renamed(
     head: Callable[[Literal["base", "tuned"], str], bytes],
     same: Callable[[str, str], bool],
 ) -> dict[str, str]:
-    """What tensors without a counterpart may have been renamed to: a hint for the reader, never acted upon.
+    """Likely new names of tensors without a counterpart: a hint for the reader, never acted upon.
 
     Args:
-        missing, extra: tensors that only base, only tuned has.
+        missing, extra: tensors of base alone, of tuned alone.
         head: the first bytes of a tensor of a side.
         same: whether a missing and an extra tensor hold the same bytes.
     """

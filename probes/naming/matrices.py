@@ -35,10 +35,10 @@ def matrices(
     Raises:
         InputError: the config's number of heads does not divide a fused tensor.
     """
-    places = _places([name for name, header in headers.items() if is_weight(header)])
-    file = _File(headers, places, config)
-    found = {matrix.name: matrix for name in places for matrix in file.parts(name)}
-    return file.without_copies(found, untied)
+    roles = _locations([name for name, header in headers.items() if is_weight(header)])
+    file = _File(headers, roles, config)
+    named = {matrix.name: matrix for name in roles for matrix in file.parts(name)}
+    return file.without_copies(named, untied)
 
 
 def is_weight(header: Header) -> bool:
@@ -51,8 +51,8 @@ def is_weight(header: Header) -> bool:
     return matrix_like and not re.search(families.NOT_WEIGHTS, header.name)
 
 
-class _Place(NamedTuple):
-    """Where a tensor stands: its block, its module's parent, and what the tables say of it."""
+class _Location(NamedTuple):
+    """A tensor's location: its block, its module's parent, and its entry in the tables."""
 
     layer: int | None
     parent: str
@@ -62,32 +62,32 @@ class _Place(NamedTuple):
     part: Part
 
 
-def _places(names: Iterable[str]) -> dict[str, _Place]:
+def _locations(names: Iterable[str]) -> dict[str, _Location]:
     blocks = {name: re.search(families.BLOCK, name) for name in names}
     indices = {
         name: (name[: block.start()], tuple(int(number) for number in re.findall(r"\.(\d+)", block[1])))
         for name, block in blocks.items()
         if block
     }
-    # The first block of stage 1 follows the last of stage 0; what a stage has beside its blocks is in none.
+    # The first block of stage 1 follows the last of stage 0; other tensors of a stage are in no block.
     stages: dict[str, list[tuple[int, ...]]] = {}
     for stack, index in sorted(set(indices.values())):
         if len(index) > 1:
             stages.setdefault(stack, []).append(index)
-    places = {}
+    locations = {}
     for name, block in blocks.items():
         stack, index = indices.get(name, ("", ()))
         if block is None or (stack in stages and index not in stages[stack]):
-            places[name] = _outside(name)
+            locations[name] = _outside(name)
         else:
             layer = stages[stack].index(index) if stack in stages else index[0]
             module = _module(name)
             beside_c_proj = f"{module.rpartition('.')[0]}.c_proj.weight" in blocks
-            places[name] = _inside(layer, module, module[block.end() :], beside_c_proj)
-    return places
+            locations[name] = _inside(layer, module, module[block.end() :], beside_c_proj)
+    return locations
 
 
-def _outside(name: str) -> _Place:
+def _outside(name: str) -> _Location:
     path = _module(name)
     parent, _, leaf = path.rpartition(".")
     role = _leaf(path)
@@ -100,10 +100,10 @@ def _outside(name: str) -> _Place:
         role, part = families.EMBEDDINGS[leaf], "embedding"
     elif "emb" in path:
         role, part = path[path.rfind(".", 0, path.rfind("emb")) + 1 :], "embedding"
-    return _Place(None, parent, "", role, "", part)
+    return _Location(None, parent, "", role, "", part)
 
 
-def _inside(layer: int, module: str, rest: str, beside_c_proj: bool) -> _Place:
+def _inside(layer: int, module: str, rest: str, beside_c_proj: bool) -> _Location:
     segments = rest.split(".")
     suffixes = (".".join(segments[start:]) for start in range(len(segments)))
     path = next((suffix for suffix in suffixes if suffix in IN_BLOCK or suffix in FUSED), "")
@@ -116,7 +116,7 @@ def _inside(layer: int, module: str, rest: str, beside_c_proj: bool) -> _Place:
     part = families.PARTS.get(role, "embedding" if not path and "emb" in role else "block")
     variants = (prefix for prefix, modules in families.VARIANTS.items() if not modules.isdisjoint(segments))
     prefix = "".join(variants) if path and part == "block" else ""
-    return _Place(layer, module.rpartition(".")[0], path, role, prefix, part)
+    return _Location(layer, module.rpartition(".")[0], path, role, prefix, part)
 
 
 def _module(name: str) -> str:
@@ -132,7 +132,7 @@ def _leaf(path: str) -> str:
 
 
 class _Stored(NamedTuple):
-    """How a tensor keeps its matrix, or its stack of them; rows and columns are those of one, (out, in)."""
+    """How a tensor stores its matrix or stack of matrices; rows and columns are of one, (out, in)."""
 
     rows: int
     columns: int
@@ -143,22 +143,22 @@ class _Stored(NamedTuple):
 
 @dataclass(frozen=True)
 class _File:
-    """What the tensors of one file, and its config, tell about each other."""
+    """The tensors of one file and its config, which tell about each other."""
 
     headers: Mapping[str, Header]
-    places: Mapping[str, _Place]
+    locations: Mapping[str, _Location]
     config: Mapping[str, Any]
 
     @cached_property
     def siblings(self) -> dict[tuple[str, str], str]:
         """Tensors by parent module and role: the output projection beside a fused input, and so on."""
-        return {(place.parent, place.role): name for name, place in self.places.items()}
+        return {(location.parent, location.role): name for name, location in self.locations.items()}
 
     @cached_property
     def conv1d(self) -> bool:
         """Whether the file keeps (in, out): c_attn, or c_fc, widens columns; without them, c_proj rows."""
         for ending, axis in ((".c_attn.weight", 1), (".c_fc.weight", 1), (".mlp.c_proj.weight", 0)):
-            shapes = (self.headers[name].shape for name in self.places if name.endswith(ending))
+            shapes = (self.headers[name].shape for name in self.locations if name.endswith(ending))
             for shape in shapes:
                 if shape[0] != shape[1]:
                     return shape[axis] > shape[1 - axis]
@@ -167,26 +167,26 @@ class _File:
     @cached_property
     def configs(self) -> list[Mapping[Any, Any]]:
         """The config and those nested in it (text_config, ffn_config…), outermost first."""
-        found: list[Mapping[Any, Any]] = [self.config]
-        for config in found:  # grows while it is read
-            found += [value for value in config.values() if isinstance(value, Mapping)]
-        return found
+        configs: list[Mapping[Any, Any]] = [self.config]
+        for config in configs:  # grows while it is read
+            configs += [value for value in config.values() if isinstance(value, Mapping)]
+        return configs
 
     def ask(self, layout: Fused, keys: Iterable[str]) -> int | None:
         """The first number or switch under these keys in the config of this layout's model; None if none."""
-        own = [config for config in self.configs if config.get("model_type") in layout.types]
-        values = (config.get(key) for key in keys for config in own or self.configs)
+        matching = [config for config in self.configs if config.get("model_type") in layout.types]
+        values = (config.get(key) for key in keys for config in matching or self.configs)
         return next((value for value in values if isinstance(value, int)), None)
 
     def parts(self, name: str) -> Iterator[Matrix]:
         """The matrices of one tensor: itself, its experts, the parts fused in it."""
-        place, stored = self.places[name], self.stored(name)
-        whole = Matrix(
+        location, stored = self.locations[name], self.stored(name)
+        undivided = Matrix(
             name=name,
             tensor=name,
-            layer=place.layer,
-            component=place.prefix + place.role,
-            part=place.part,
+            layer=location.layer,
+            component=location.prefix + location.role,
+            part=location.part,
             rows=stored.rows,
             columns=stored.columns,
             dtype=self.headers[name].dtype,
@@ -194,12 +194,12 @@ class _File:
             experts=stored.experts,
         )
         if stored.stack is None:
-            yield from self.divided(whole)
+            yield from self.divided(undivided)
         elif not re.search(families.STACK, name):
-            yield replace(whole, expert=0)
+            yield replace(undivided, expert=0)
         else:
             for expert in range(stored.stack):
-                yield from self.divided(replace(whole, name=f"{name}:{expert}", expert=expert))
+                yield from self.divided(replace(undivided, name=f"{name}:{expert}", expert=expert))
 
     def stored(self, name: str) -> _Stored:
         """Stack and orientation of a tensor, from its name and shape and from those of its siblings."""
@@ -219,7 +219,7 @@ class _File:
                 shape = (shape[0] // experts, *shape[1:])
         elif len(shape) > 2 and re.search(families.STACK, name):
             stack, shape = shape[0], shape[1:]
-            transposed = self.swapped(self.places[name].parent)
+            transposed = self.swapped(self.locations[name].parent)
         elif len(shape) > 2 and shape[0] == 1 and not name.endswith(".weight"):
             stack, shape = 1, shape[1:]  # a parameter's axis to broadcast over the batch
         rows, columns = shape[0], prod(shape[1:])
@@ -235,32 +235,32 @@ class _File:
         (*_, a, b), (*_, c, d) = self.headers[gate_up].shape, self.headers[down].shape
         return a == d and b == 2 * c
 
-    def divided(self, whole: Matrix) -> Iterator[Matrix]:
+    def divided(self, undivided: Matrix) -> Iterator[Matrix]:
         """The parts fused in a matrix, or the matrix itself."""
-        place = self.places[whole.tensor]
-        biased = families.FUSED_WITH_BIAS if f"{whole.tensor}_bias" in self.headers else FUSED
-        layout = next(filter(self.applies, biased.get(place.path, FUSED.get(place.path, ()))), None)
-        if layout is None or not self.doubled(layout, whole):
-            yield whole
+        location = self.locations[undivided.tensor]
+        biased = families.FUSED_WITH_BIAS if f"{undivided.tensor}_bias" in self.headers else FUSED
+        layout = next(filter(self.applies, biased.get(location.path, FUSED.get(location.path, ()))), None)
+        if layout is None or not self.doubled(layout, undivided):
+            yield undivided
             return
-        groups, shares = self.grouping(layout, whole)
+        groups, shares = self.grouping(layout, undivided)
         if not groups:
             missing = "model_type" if layout.per == "unknown" else families.HEAD_KEYS[0]
-            yield replace(whole, missing=(missing,))
+            yield replace(undivided, missing=(missing,))
             return
-        unit, rest = divmod(whole.rows, groups * sum(shares))
+        unit, rest = divmod(undivided.rows, groups * sum(shares))
         if rest:
             raise InputError(
-                f"{whole.tensor}: its {whole.rows} rows are no multiple of {groups} x {sum(shares)} "
+                f"{undivided.tensor}: its {undivided.rows} rows are no multiple of {groups} x {sum(shares)} "
                 f"({', '.join(layout.order)} of every {layout.per}); is config.json that of another model?"
             )
         start = 0
         for letter, share in zip(layout.order, shares, strict=True):
             stop = start + share * unit
             yield replace(
-                whole,
-                name=f"{whole.name}:{letter}",
-                component=f"{place.prefix}{letter}_proj",
+                undivided,
+                name=f"{undivided.name}:{letter}",
+                component=f"{location.prefix}{letter}_proj",
                 rows=groups * (stop - start),
                 start=start,
                 stop=stop,
@@ -269,18 +269,18 @@ class _File:
             start = stop
 
     def applies(self, layout: Fused) -> bool:
-        """Whether a layout is that of this checkpoint's model."""
-        known = not layout.types or any(config.get("model_type") in layout.types for config in self.configs)
-        return known and (layout.when is None or self.ask(layout, layout.when[:1]) is layout.when[1])
+        """Whether a layout is the one of this checkpoint's model."""
+        fits = not layout.types or any(config.get("model_type") in layout.types for config in self.configs)
+        return fits and (layout.when is None or self.ask(layout, layout.when[:1]) is layout.when[1])
 
-    def doubled(self, layout: Fused, whole: Matrix) -> bool:
-        """Whether a gated tensor is twice as high as its down projection is wide; if not, it is no such."""
+    def doubled(self, layout: Fused, undivided: Matrix) -> bool:
+        """Whether a gated tensor is twice as high as its down projection is wide, as it must be."""
         if "gate" not in layout.order:
             return True
-        down = self.siblings.get((self.places[whole.tensor].parent, "down_proj"))
-        return whole.rows == 2 * self.stored(down).columns if down else whole.rows % 2 == 0
+        down = self.siblings.get((self.locations[undivided.tensor].parent, "down_proj"))
+        return undivided.rows == 2 * self.stored(down).columns if down else undivided.rows % 2 == 0
 
-    def grouping(self, layout: Fused, whole: Matrix) -> tuple[int, tuple[int, ...]]:
+    def grouping(self, layout: Fused, undivided: Matrix) -> tuple[int, tuple[int, ...]]:
         """Number of equal groups of rows, and each part's share of one; 0 groups if the config must tell."""
         equal = (1,) * len(layout.order)
         heads = max(0, self.ask(layout, families.HEAD_KEYS) or 0)
@@ -290,40 +290,42 @@ class _File:
         if layout.per == "kv head":
             if heads and heads % kv_heads:
                 raise InputError(
-                    f"{whole.tensor}: {heads} heads do not share {kv_heads} for keys and values evenly; is "
-                    "config.json that of another model?"
+                    f"{undivided.tensor}: {heads} heads do not share {kv_heads} for keys and values evenly; "
+                    "is config.json that of another model?"
                 )
             return (kv_heads, (heads // kv_heads, 1, 1)) if heads else (0, equal)
         if layout.per == "rank":
             return families.CODEGEN_RANKS, equal
         if layout.per == "row":
-            return whole.rows // len(equal), equal
+            return undivided.rows // len(equal), equal
         if layout.per == "unknown":
             return 0, equal
         # The output projection has a column for every row of q.
         output = (
-            self.siblings.get((self.places[whole.tensor].parent, "o_proj")) if "q" in layout.order else None
+            self.siblings.get((self.locations[undivided.tensor].parent, "o_proj"))
+            if "q" in layout.order
+            else None
         )
         queries = self.stored(output).columns if output else 0
-        others, odd = divmod(whole.rows - queries, 2)
+        others, odd = divmod(undivided.rows - queries, 2)
         if queries and others > 0 and not odd:
             return 1, (queries, others, others)
-        if "q" not in layout.order or whole.rows == 3 * whole.columns:
+        if "q" not in layout.order or undivided.rows == 3 * undivided.columns:
             return 1, equal
         return int(heads > 0), (heads, kv_heads, kv_heads)
 
-    def without_copies(self, found: dict[str, Matrix], untied: Collection[str]) -> dict[str, Matrix]:
-        """The matrices without those that the model overwrites with its embedding when it is loaded."""
+    def without_copies(self, named: dict[str, Matrix], untied: Collection[str]) -> dict[str, Matrix]:
+        """The matrices without those that the model overwrites with its embedding when it loads."""
         stated = (config["tie_word_embeddings"] for config in self.configs if "tie_word_embeddings" in config)
         if not next(stated, False):
-            return found
-        embeds = [matrix for matrix in found.values() if matrix.component == "embed" and matrix.layer is None]
+            return named
+        embeds = [matrix for matrix in named.values() if matrix.component == "embed" and matrix.layer is None]
         originals = [matrix for matrix in embeds if _module(matrix.name).endswith("shared")]
-        tied = [matrix for matrix in found.values() if matrix.component == "lm_head"]
+        tied = [matrix for matrix in named.values() if matrix.component == "lm_head"]
         if originals:  # one table for encoder, decoder and head
             tied = [matrix for matrix in embeds if matrix not in originals] + tied
         copies: dict[str, list[str]] = {}
-        for matrix in (each for each in tied if each.tensor not in untied):
+        for matrix in (matrix for matrix in tied if matrix.tensor not in untied):
             shape = matrix.rows, matrix.columns
             alike = (embed for embed in originals or embeds if (embed.rows, embed.columns) == shape)
             if original := next(alike, None):
@@ -331,6 +333,6 @@ class _File:
         dropped = {name for names in copies.values() for name in names}
         return {
             name: replace(matrix, tied=tuple(copies.get(name, ())))
-            for name, matrix in found.items()
+            for name, matrix in named.items()
             if name not in dropped
         }

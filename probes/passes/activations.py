@@ -1,14 +1,14 @@
 """Activations of a running model: residual stream, attention patterns, expert routes, one batch at a time.
 
-They are captured through TransformerLens' `TransformerBridge`, under its names, with only as much of the
-bridge in place as the names need: what is not asked for runs as transformers wrote it. The bridge is built
-into a copy that shares the model's weights, and held against the model's own logits before it is used. Where
-it has no adapter for an architecture, or gives other logits, plain hooks on the blocks give the residuals.
+They are captured through TransformerLens' `TransformerBridge`, under its names. Only the parts of the bridge
+that the names need are installed, into a copy that shares the model's weights, and their logits are compared
+with the model's before use. Where the bridge has no adapter for an architecture, or gives other logits, plain
+hooks on the blocks give the residual stream.
 """
 
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, TypeAlias
 
@@ -27,19 +27,19 @@ Keep: TypeAlias = Callable[[str, Tensor, Batch], Any]
 # The residual stream before and after a block, and the bridge's other names for both.
 RESIDUALS = {"hook_resid_pre": 0, "hook_in": 0, "hook_resid_post": 1, "hook_out": 1}
 OUTSIDE = {"embed", "pos_embed", "token_type_embed", "embed_ln", "rotary_emb", "ln_final", "unembed"}
-# Largest deviation of logits that is taken for round-off, as a share of the largest logit: in float32, and in
-# half precision, where two ways of computing attention differ by more. Both are ours.
+# Largest deviation of logits that counts as round-off, as a share of the largest logit: in float32, and in
+# half precision, where two implementations of attention differ by more. Both are ours.
 ROUND_OFF, ROUND_OFF_HALF = 1e-4, 0.1
 
 
 class Capture:
-    """What is captured while a model runs.
+    """A model with hooks that capture activations; `capture` makes one.
 
     Attributes:
-        route: "bridge" or "modules": how it is captured.
-        reason: why not through the bridge; None if it is.
-        names: what is captured, as the bridge calls it: `blocks.{layer}.hook_resid_post`.
-        model: what is hooked: a copy that shares the weights, or the model itself.
+        route: "bridge" or "modules": where the hooks are.
+        reason: why the bridge is not used; None if it is.
+        names: of the activations, as the bridge calls them: `blocks.{layer}.hook_resid_post`.
+        model: the hooked model: a copy that shares the weights, or the model itself.
     """
 
     def __init__(
@@ -50,53 +50,57 @@ class Capture:
         *,
         keep: Keep | None,
         reason: str | None = None,
-        still: Callable[[], bool] = lambda: True,
+        unchanged: Callable[[], bool] = lambda: True,
     ):
         self.route = route
         self.model = model
         self.names = tuple(names)
         self.reason = reason
         self._keep = keep
-        self._still = still
+        self._unchanged = unchanged
         self._batch: Batch | None = None
-        self._found: dict[str, Any] = {}
+        self._values: dict[str, Any] = {}
         self._fired: set[str] = set()
 
-    def activations(self, batch: Batch) -> dict[str, Any]:
-        """Run a batch, and give what `keep` makes of each activation by name; without it, the activations.
+    def activations(self, batch: Batch | Mapping[str, Any]) -> dict[str, Any]:
+        """Run a batch; its activations by name, as `keep` returns them.
 
-        Residuals are (batch, length, width) and patterns (batch, head, query, key); padding is among them.
-        Expert routes are (batch, length, expert), where there is padding -1 as an index and 0 as a weight.
+        Residuals are (batch, length, width) and patterns (batch, head, query, key), padding included. Expert
+        routes are (batch, length, expert); at padding an index is -1 and a weight 0.
+
+        Args:
+            batch: one of `batches`, or the output of a tokenizer, as `Batch.of` takes it.
 
         Raises:
             UnknownNameError: a name that was asked for is not computed.
             RuntimeError: an adapter was switched since `capture` was entered.
         """
         inside = all(_layer(name) >= 0 for name in self.names)
-        return self.measured(batch, run if inside else _whole)[1]
+        return self.measured(batch, run if inside else _full_pass)[1]
 
     def measured(
-        self, batch: Batch, measure: Callable[[nn.Module, Batch], Any]
+        self, batch: Batch | Mapping[str, Any], measure: Callable[[nn.Module, Batch], Any]
     ) -> tuple[Any, dict[str, Any]]:
-        """What `measure(model, batch)` gives, and what is captured in the blocks meanwhile.
+        """The result of `measure(model, batch)`, and the activations captured in the blocks during it.
 
-        `token_scores` is such a measure: likelihoods and activations then come from one pass.
+        With `token_scores`, likelihoods and activations come from one pass.
         """
-        if not self._still():
+        if not self._unchanged():
             raise RuntimeError("an adapter was switched on or off; enter capture inside of base() or tuned()")
-        self._batch, self._found = batch, {}
+        batch = Batch.of(batch)
+        self._batch, self._values = batch, {}
         try:
-            result, found = measure(self.model, batch), self._found
+            result, values = measure(self.model, batch), self._values
         finally:
-            self._batch, self._found = None, {}
-        missing = [name for name in self.names if name not in found]
+            self._batch, self._values = None, {}
+        missing = [name for name in self.names if name not in values]
         if missing:
             raise UnknownNameError(f"{type(unwrapped(self.model)).__name__}: {missing[0]} is not computed")
-        return result, {name: found[name] for name in self.names}
+        return result, {name: values[name] for name in self.names}
 
-    def stream(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, dict[str, Any]]]:
-        """Each batch with its activations; one that is too large for memory is halved."""
-        return halving(self.activations, batches)
+    def stream(self, batches: Iterable[Batch | Mapping[str, Any]]) -> Iterator[tuple[Batch, dict[str, Any]]]:
+        """Each batch with its activations; a batch too large for memory is halved."""
+        return halving(self.activations, map(Batch.of, batches))
 
     def see(self, name: str, value: Any) -> None:
         """Take an activation; called by the hooks."""
@@ -111,10 +115,10 @@ class Capture:
             kind, sizes = type(unwrapped(self.model)).__name__, "x".join(map(str, value.shape))
             raise InputError(f"{kind}: {name} is {sizes}, not {shape[0]} rows of {shape[1]} tokens")
         value = _routed(name, value, self._batch)
-        self._found[name] = self._keep(name, value, self._batch) if self._keep else value
+        self._values[name] = self._keep(name, value, self._batch) if self._keep else value
 
     def silent(self) -> list[str]:
-        """Names that no hook has given so far, though the model ran."""
+        """Names whose hooks have not fired, though the model ran."""
         return [name for name in self.names if name not in self._fired]
 
 
@@ -128,26 +132,33 @@ def capture(
 ) -> Iterator[Capture]:
     """Capture activations of a transformers model or PeftModel, which stays bit for bit as it is.
 
-    Weights that are changed in place meanwhile are seen; an adapter is on or off as it was at the start.
+    Weights may be changed in place inside; an adapter stays on or off as at the start.
 
     Args:
         names_filter: hook names of TransformerLens, `blocks.3.attn.hook_pattern`, or without the block for
             all layers that have it: `hook_resid_pre`, `hook_resid_post`, `attn.hook_pattern`,
             `mlp.hook_expert_indices`, `mlp.hook_expert_weights`; or a function, asked of every name.
         layers: only these blocks, from 0.
-        keep: `keep(name, activation, batch)` is called as soon as an activation is there, and only what it
-            gives is kept; `pooled` is one. Without it all of a batch's activations are held at once.
+        keep: `keep(name, activation, batch)` is called with each activation at once, and only its result is
+            kept, as `pooled` does. Without it all activations of a batch are held.
 
     Raises:
         UnknownNameError: names or layers that this model does not have; the message tells the nearest.
-        InputError: neither the bridge nor plain hooks give what is asked for; the message says why.
+        InputError: neither the bridge nor plain hooks give these activations; the message says why.
+
+    >>> from diagnostics.audit.demo import BUNDLED
+    >>> from probes import open_model
+    >>> base = open_model(BUNDLED / "base")
+    >>> with capture(base.model, "hook_resid_post", layers=[0]) as captured:
+    ...     captured.activations(base.tokenizer(["some text"]))["blocks.0.hook_resid_post"].shape[-1]
+    128
     """
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         count = len(blocks(model))
         chosen = list(range(count)) if layers is None else sorted(set(layers))
         if any(layer not in range(count) for layer in chosen):
-            raise UnknownNameError(f"layers {chosen}: there are {count}, counted from 0")
+            raise UnknownNameError(f"layers {chosen}: the model has {count}, counted from 0")
         try:
             captured = _bridged(model, names_filter, chosen, keep)
         except _NoBridgeError as error:
@@ -164,31 +175,31 @@ def pooled(name: str, value: Tensor, batch: Batch) -> Tensor:
 
 
 def expanded(
-    names_filter: NamesFilter, layers: Sequence[int], known: Collection[str], where: str
+    names_filter: NamesFilter, layers: Sequence[int], hooks: Collection[str], where: str
 ) -> list[str]:
-    """The known names that a filter means, layer by layer.
+    """The hooks that a filter means, layer by layer.
 
     Raises:
-        UnknownNameError: it means none, or names one that is not known.
+        UnknownNameError: it means none, or names one that is not there.
     """
     chosen: list[str] = []
     if callable(names_filter):
-        chosen = [name for name in known if names_filter(name)]
+        chosen = [name for name in hooks if names_filter(name)]
     else:
         for name in [names_filter] if isinstance(names_filter, str) else names_filter:
-            every = (f"blocks.{layer}.{name}" for layer in range(max(map(_layer, known)) + 1))
-            found = [name] if name in known else [each for each in every if each in known]
-            if not found:
-                raise UnknownNameError(f"{where}: has no {name}; {nearest(name, known)}")
-            chosen += found
+            every = (f"blocks.{layer}.{name}" for layer in range(max(map(_layer, hooks)) + 1))
+            matches = [name] if name in hooks else [hook for hook in every if hook in hooks]
+            if not matches:
+                raise UnknownNameError(f"{where}: has no {name}; {nearest(name, hooks)}")
+            chosen += matches
     inside = [name for name in dict.fromkeys(chosen) if _layer(name) in (-1, *layers)]
     if not inside:
-        raise UnknownNameError(f"{where}: no name that is asked for is in the layers {list(layers)}")
+        raise UnknownNameError(f"{where}: none of these names is in the layers {list(layers)}")
     return sorted(inside, key=_layer)
 
 
 def _parts(names: Iterable[str]) -> set[str] | None:
-    """The components inside of blocks that names need; None if they need the whole bridge."""
+    """The components of blocks that names need; None if they need the whole bridge."""
     parts: set[str] = set()
     for name in names:
         inside = _inside(name)
@@ -208,8 +219,8 @@ def _inside(name: str) -> str:
 
 def _layer(name: str) -> int:
     """The block that a name is in; -1 outside of the blocks."""
-    found = re.match(r"blocks\.(\d+)\.", name)
-    return int(found[1]) if found else -1
+    match = re.match(r"blocks\.(\d+)\.", name)
+    return int(match[1]) if match else -1
 
 
 # The bridge
@@ -224,14 +235,14 @@ def _bridged(
 ) -> Capture:
     """Capture through the bridge, built into a shadow of the model."""
     where, asked = type(unwrapped(model)).__name__, callable(names_filter)
-    if callable(names_filter):  # of a whole bridge's names; only what it chose is then put in place
+    if callable(names_filter):  # chooses among all names of a whole bridge; only its choice is installed
         names_filter = expanded(names_filter, layers, _bridge(unwrapped(shadow(model)), None)[1], where)
-    given = [names_filter] if isinstance(names_filter, str) else list(names_filter)
+    filters = [names_filter] if isinstance(names_filter, str) else list(names_filter)
     hooked = shadow(model)
-    bridge, known = _bridge(unwrapped(hooked), _parts(given))
-    names = expanded(given, layers, known, where)
+    bridge, hooks = _bridge(unwrapped(hooked), _parts(filters))
+    names = expanded(filters, layers, hooks, where)
     adapters = _adapters(model)
-    captured = Capture("bridge", hooked, names, keep=keep, still=lambda: _adapters(model) == adapters)
+    captured = Capture("bridge", hooked, names, keep=keep, unchanged=lambda: _adapters(model) == adapters)
     for name in names:
         try:
             bridge.add_hook(name, lambda value, hook, name=name: captured.see(name, value))
@@ -254,7 +265,7 @@ def _bridge(inner: Any, parts: set[str] | None) -> tuple[Any, list[str]]:
         parts: put it around the blocks only, and around these components of them.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of aliases that lead to what is left out
+        warnings.simplefilter("ignore")  # of aliases to parts that are left out
         from transformer_lens.model_bridge.generalized_components import MoEBridge
         from transformer_lens.model_bridge.sources import build_bridge_from_module
 
@@ -264,9 +275,9 @@ def _bridge(inner: Any, parts: set[str] | None) -> tuple[Any, list[str]]:
             for name in [name for name in block.submodules if name not in (parts or ())]:
                 del block.submodules[name]
                 block._modules.pop(name, None)
-            # What the bridge computes itself it computes from the weights of the base alone.
-            passed = [each for each in block.submodules.values() if not isinstance(each, MoEBridge)]
-            if _adapters(inner) and passed:
+            # The bridge's own computations use the weights of the base alone.
+            own_code = [part for part in block.submodules.values() if not isinstance(part, MoEBridge)]
+            if _adapters(inner) and own_code:
                 raise _NoBridgeError("the bridge would pass over the adapter; merge it into its base")
 
         if parts is None and _adapters(inner):
@@ -279,7 +290,7 @@ def _bridge(inner: Any, parts: set[str] | None) -> tuple[Any, list[str]]:
                 hf_config=inner.config,
                 post_adapter_hook=None if parts is None else prune,
             )
-            # No other than eager gives the patterns; some adapters set it, whatever is asked for.
+            # Only eager attention gives the patterns; some adapters set it in any case.
             patterns = parts is None or parts - {"mlp"}
             inner.set_attn_implementation("eager" if patterns else attention)
             return bridge, list(bridge.hook_dict)
@@ -291,7 +302,7 @@ def _bridge(inner: Any, parts: set[str] | None) -> tuple[Any, list[str]]:
 
 
 def _same_logits(model: nn.Module, hooked: nn.Module) -> None:
-    """Hold the bridge against the model itself on a few tokens, the second row padded."""
+    """Compare the logits of bridge and model on a few tokens, the second row padded."""
     vocabulary = unwrapped(model).get_input_embeddings().weight.shape[0]
     ids = (torch.arange(12).view(2, 6) * 7919 + 5) % vocabulary
     mask = torch.ones_like(ids)
@@ -303,27 +314,27 @@ def _same_logits(model: nn.Module, hooked: nn.Module) -> None:
         scored=torch.zeros_like(mask, dtype=torch.bool),
         indices=torch.arange(2),
     )
-    own, theirs = (_whole(each, probe).logits for each in (model, hooked))
-    if own.shape[:2] == mask.shape:
-        own, theirs = own[mask.bool().to(own.device)], theirs[mask.bool().to(theirs.device)]
-    limit = ROUND_OFF if own.dtype in (torch.float32, torch.float64) else ROUND_OFF_HALF
-    own, theirs = own.float(), theirs.float().to(own.device)
-    # A broken model's NaN and infinities are for those to find who read its activations.
-    size = float(own[own.isfinite()].abs().max()) if own.isfinite().any() else 0.0
-    if not torch.allclose(theirs, own, rtol=0, atol=limit * size, equal_nan=True):
-        far = float((theirs - own).abs().max())
+    expected, bridged = (_full_pass(side, probe).logits for side in (model, hooked))
+    if expected.shape[:2] == mask.shape:
+        expected, bridged = expected[mask.bool().to(expected.device)], bridged[mask.bool().to(bridged.device)]
+    limit = ROUND_OFF if expected.dtype in (torch.float32, torch.float64) else ROUND_OFF_HALF
+    expected, bridged = expected.float(), bridged.float().to(expected.device)
+    # NaN and infinities of a broken model are left to the readers of its activations.
+    size = float(expected[expected.isfinite()].abs().max()) if expected.isfinite().any() else 0.0
+    if not torch.allclose(bridged, expected, rtol=0, atol=limit * size, equal_nan=True):
+        far = float((bridged - expected).abs().max())
         raise _NoBridgeError(f"the bridge gives other logits, by up to {far:.2g}")
 
 
-def _whole(model: nn.Module, batch: Batch) -> Any:
-    """A whole forward pass, all logits among it."""
+def _full_pass(model: nn.Module, batch: Batch) -> Any:
+    """A full forward pass with all logits."""
     inner = unwrapped(model)
     with torch.no_grad():
         return inner(**inputs(inner, batch))
 
 
 def _adapters(model: nn.Module) -> list[Any]:
-    """Which adapters are on in each layer that has some."""
+    """The active adapters of each layer that has some."""
     return [
         (bool(getattr(module, "disable_adapters", False)), str(module.active_adapter))
         for module in model.modules()
@@ -332,7 +343,7 @@ def _adapters(model: nn.Module) -> list[Any]:
 
 
 def _routed(name: str, value: Tensor, batch: Batch) -> Tensor:
-    """An activation with rows and positions apart, and no routes where there is padding."""
+    """An activation as (row, position, …), without routes at padding."""
     if ".mlp." not in name:
         return value
     mask = batch.attention_mask.to(value.device).bool()
@@ -357,25 +368,25 @@ def _plain(
     reason: str,
 ) -> Capture:
     """Capture the residual stream with hooks on the model's own blocks."""
-    where, found = type(unwrapped(model)).__name__, blocks(model)
-    known = [f"blocks.{layer}.{name}" for layer in range(len(found)) for name in RESIDUALS]
+    where, modules = type(unwrapped(model)).__name__, blocks(model)
+    hooks = [f"blocks.{layer}.{name}" for layer in range(len(modules)) for name in RESIDUALS]
     try:
-        names = expanded(names_filter, layers, known, where)
+        names = expanded(names_filter, layers, hooks, where)
     except LookupError as error:
         raise InputError(f"{where}: only the residual stream can be captured, as {reason}") from error
     captured = Capture("modules", model, names, keep=keep, reason=reason)
     for name in names:
         hook = _residual(captured, name, RESIDUALS[_inside(name)])
-        stack.callback(found[_layer(name)].register_forward_hook(hook, with_kwargs=True).remove)
+        stack.callback(modules[_layer(name)].register_forward_hook(hook, with_kwargs=True).remove)
     return captured
 
 
 def _residual(captured: Capture, name: str, after: int) -> Callable[..., None]:
-    """A hook that takes what goes into a block, or what comes out."""
+    """A hook that takes the input of a block, or its output."""
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        given = args[0] if args else kwargs["hidden_states"]
+        before = args[0] if args else kwargs["hidden_states"]
         out = output[0] if isinstance(output, tuple | list) else output
-        captured.see(name, out if after else given)
+        captured.see(name, out if after else before)
 
     return hook

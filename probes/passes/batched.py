@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from probes.errors import InputError
-from probes.models.body import blocks, evaluating, inputs, padding_known, unwrapped
+from probes.models.body import blocks, evaluating, inputs, unwrapped, with_padding_id
+from probes.progress import Progress
 from probes.text.batches import Batch, Example, halving
 
 
@@ -17,7 +18,7 @@ class NonFiniteError(InputError):
     Attributes:
         example: index of the example, as in `Batch.indices`.
         layer: the first block whose output is not finite, from 0; None if all are, or none can be seen.
-        name: what the example is called.
+        name: of the example, for messages.
     """
 
     def __init__(self, example: int, layer: int | None, name: str):
@@ -32,52 +33,52 @@ class NonFiniteError(InputError):
         )
 
 
-def gathered(
+def measure_examples(
     examples: Sequence[Example],
     parts: Iterable[Batch],
     measure: Callable[[Batch], dict[str, Any]],
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
     where: Callable[[int], str] = "row index {}".format,
     what: str = "scored",
 ) -> dict[str, Any]:
-    """What is measured of each example, in the order of the examples; NaN or None for those in no batch.
+    """The measurements of each example, in order; NaN or None for examples in no batch.
 
     Args:
-        measure: gives tensors or lists with an entry for each row of a batch.
-        progress: called with examples done, of how many, and `what`.
-        where: from the index of a task's row to what an error calls it: `Task.where`.
+        measure: returns tensors or lists with an entry for each row of a batch.
+        progress: called with (examples done, all, `what`).
+        where: from the index of a task's row to its name in errors, as `Task.where`.
     """
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     done = 0
     try:
         for batch, measured in halving(measure, parts):
             for name, values in measured.items():
                 if isinstance(values, list):
-                    kept = found.setdefault(name, [None] * len(examples))
+                    kept = results.setdefault(name, [None] * len(examples))
                     for index, value in zip(batch.indices.tolist(), values, strict=True):
                         kept[index] = value
                     continue
-                if name not in found:
+                if name not in results:
                     empty = torch.nan if values.is_floating_point() else 0
-                    found[name] = torch.full((len(examples), *values.shape[1:]), empty, dtype=values.dtype)
-                found[name][batch.indices.cpu()] = values
+                    results[name] = torch.full((len(examples), *values.shape[1:]), empty, dtype=values.dtype)
+                results[name][batch.indices.cpu()] = values
             done += len(batch.indices)
             if progress:
                 progress(done, len(examples), what)
     except NonFiniteError as error:
         name = where(examples[error.example].row)
         raise NonFiniteError(error.example, error.layer, name) from error
-    return found
+    return results
 
 
-def not_finite(model: nn.Module, batch: Batch, row: int) -> NonFiniteError:
-    """The error for a row of a batch, with the first layer that is to blame."""
+def non_finite_error(model: nn.Module, batch: Batch, row: int) -> NonFiniteError:
+    """The error for a row of a batch, with the first layer whose output is not finite."""
     example = int(batch.indices[row])
     alone = Batch(**{name: value[row : row + 1] for name, value in vars(batch).items()})
     finite: list[bool] = []
     mask = alone.attention_mask.bool()
 
-    def look(module: nn.Module, given: Any, output: Any) -> None:
+    def look(module: nn.Module, arguments: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple | list) else output
         finite.append(bool(hidden[mask.to(hidden.device)].isfinite().all()))
 
@@ -87,9 +88,9 @@ def not_finite(model: nn.Module, batch: Batch, row: int) -> NonFiniteError:
         return NonFiniteError(example, None, f"example {example}")
     try:
         inner = unwrapped(model)
-        given = inputs(inner, alone)
-        with evaluating(model), padding_known(inner, given), torch.no_grad():
-            inner(**given)
+        arguments = inputs(inner, alone)
+        with evaluating(model), with_padding_id(inner, arguments), torch.no_grad():
+            inner(**arguments)
     finally:
         for handle in handles:
             handle.remove()

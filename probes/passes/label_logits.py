@@ -1,7 +1,7 @@
-"""Logits where a task's labels are: at each scored token, or of a row's classes.
+"""Logits at a task's labels: at each scored token, or of a row's classes.
 
-Of rows with choices the labels are the tokens of the right one, for these are what training is given; of a
-masked model every place is asked for with all others shown.
+The labels of a row with choices are the tokens of the right one, which training is given; a masked model
+predicts every position with all others shown.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -12,20 +12,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from probes.models.body import evaluating, inputs, padding_known, run, unwrapped
-from probes.passes.batched import not_finite
-from probes.passes.objective import EncodedRows, ScoringUnit, batch_of, micro_batches, wholes
+from probes.models.body import evaluating, inputs, run, unwrapped, with_padding_id
+from probes.passes.batched import non_finite_error
+from probes.passes.objective import EncodedRows, ScoringUnit, batch_of, micro_batches, scoring_units
 from probes.passes.scores import at_once
 from probes.text.batches import Batch
 
 
-class Labelled(NamedTuple):
+class LabelLogits(NamedTuple):
     """Logits of some label positions.
 
     Attributes:
-        logits: in float32, or as the model gives them where they are differentiated.
-        targets: the label at each.
-        rows: which row of the task each is of.
+        logits: in float32; in the model's dtype where they are differentiated.
+        targets: the label at each position.
+        rows: the task's row of each position.
     """
 
     logits: Float[Tensor, "positions classes"]
@@ -33,54 +33,56 @@ class Labelled(NamedTuple):
     rows: Int[Tensor, " positions"]
 
 
-def labelled(encoded: EncodedRows, rows: Collection[int] | None = None) -> list[ScoringUnit]:
-    """What must be run to see every label of some rows, by default of all that have one."""
-    found = []
-    for whole in wholes(encoded):
-        if rows is not None and whole.row not in rows:
+def label_units(encoded: EncodedRows, rows: Collection[int] | None = None) -> list[ScoringUnit]:
+    """The units to run for every label of some rows, by default of all rows with a label."""
+    units = []
+    for unit in scoring_units(encoded):
+        if rows is not None and unit.row not in rows:
             continue
         if encoded.task.shape == "choices":
-            answer = encoded.task.rows[whole.row].answer or 0
+            answer = encoded.task.rows[unit.row].answer or 0
             right = tuple(
-                each for each in whole.sequences if (encoded.examples[each[0]].choice or 0) == answer
+                sequence
+                for sequence in unit.sequences
+                if (encoded.examples[sequence[0]].choice or 0) == answer
             )
-            whole = ScoringUnit(whole.row, right, whole.length)
-        found.append(whole)
-    return found
+            unit = ScoringUnit(unit.row, right, unit.length)
+        units.append(unit)
+    return units
 
 
 def label_logits(
     model: nn.Module, encoded: EncodedRows, *, rows: Collection[int] | None = None, tokens: int = 16384
-) -> Iterator[Labelled]:
+) -> Iterator[LabelLogits]:
     """The logits at every label, a chunk at a time.
 
     Args:
-        rows: of the task; by default all that have something to score.
+        rows: of the task; by default all with something to score.
         tokens: most tokens in a forward pass, padding included.
 
     Raises:
         NonFiniteError: logits that are NaN or infinite; the message names the row.
     """
     with evaluating(model):
-        for part in micro_batches(labelled(encoded, rows), tokens):
-            seen = Seen(model, encoded, part)
-            for at in torch.arange(seen.count).split(seen.at_once):
-                logits = seen.logits(at).float()
+        for part in micro_batches(label_units(encoded, rows), tokens):
+            label_pass = LabelPass(model, encoded, part)
+            for at in torch.arange(label_pass.count).split(label_pass.at_once):
+                logits = label_pass.logits(at).float()
                 bad = ~logits.isfinite().all(dim=1)
                 if bad.any():
-                    place = int(seen.sequence[at[int(bad.nonzero()[0, 0])]])
-                    raise not_finite(model, seen.batch, place)
-                yield Labelled(logits, seen.targets[at], seen.rows[at])
+                    sequence = int(label_pass.sequence[at[int(bad.nonzero()[0, 0])]])
+                    raise non_finite_error(model, label_pass.batch, sequence)
+                yield LabelLogits(logits, label_pass.targets[at], label_pass.rows[at])
 
 
-class Seen:
-    """One forward pass over what shows some labels.
+class LabelPass:
+    """One forward pass over the units of some labels.
 
     Attributes:
-        count: labels.
-        at_once: how many labels' logits are made at a time.
-        targets, rows: of each label, as in `Labelled`.
-        sequence: which sequence of the batch each label is in.
+        count: number of labels.
+        at_once: labels whose logits are computed at a time.
+        targets, rows: of each label, as in `LabelLogits`.
+        sequence: of each label, its sequence in the batch.
     """
 
     def __init__(
@@ -92,17 +94,17 @@ class Seen:
         differentiable: bool = False,
     ):
         self.batch, self.targets = batch_of(encoded, part)
-        owner = torch.tensor([whole.row for whole in part for _ in whole.sequences])
+        owner = torch.tensor([unit.row for unit in part for _ in unit.sequences])
         self.at_once = at_once(model)
         self.logits: Callable[[Int[Tensor, " labels"]], Tensor]
         if encoded.task.shape == "label":
             self.sequence = torch.arange(len(owner))
             self.targets = torch.tensor([encoded.classes[row] for row in owner.tolist()])
-            whole = _classes(model, self.batch, differentiable)
-            self.logits = lambda at: whole[at.to(whole.device)]
+            class_logits = _classes(model, self.batch, differentiable)
+            self.logits = lambda at: class_logits[at.to(class_logits.device)]
         else:
-            self.sequence, places = self.batch.scored.nonzero(as_tuple=True)
-            at_labels = self.sequence * self.batch.ids.shape[1] + places - int(encoded.mask_id is None)
+            self.sequence, positions = self.batch.scored.nonzero(as_tuple=True)
+            at_labels = self.sequence * self.batch.ids.shape[1] + positions - int(encoded.mask_id is None)
             passed = run(model, self.batch, differentiable=differentiable)
             self.logits = lambda at: passed.logits(at_labels[at])
         self.rows = owner[self.sequence]
@@ -111,9 +113,9 @@ class Seen:
 
 def _classes(model: nn.Module, batch: Batch, differentiable: bool) -> Float[Tensor, "rows classes"]:
     inner = unwrapped(model)
-    given = inputs(inner, batch)
-    with padding_known(inner, given), nullcontext() if differentiable else torch.no_grad():
-        return inner(**given).logits
+    arguments = inputs(inner, batch)
+    with with_padding_id(inner, arguments), nullcontext() if differentiable else torch.no_grad():
+        return inner(**arguments).logits
 
 
 def row_outputs(
@@ -124,14 +126,14 @@ def row_outputs(
     *,
     differentiable: bool = False,
 ) -> Float[Tensor, " outputs"]:
-    """A row's logits, projected and averaged over its labels: a function of the row to compare models by.
+    """A row's logits, projected and averaged over its labels: the function that the kernel linearises.
 
     Raises:
         NonFiniteError: it is NaN or infinite.
     """
-    seen = Seen(model, encoded, labelled(encoded, {row}), differentiable=differentiable)
-    logits = seen.logits(torch.arange(seen.count))
-    made = (logits.to(projection) @ projection.T).mean(dim=0)
-    if not made.isfinite().all():
-        raise not_finite(model, seen.batch, 0)
-    return made
+    label_pass = LabelPass(model, encoded, label_units(encoded, {row}), differentiable=differentiable)
+    logits = label_pass.logits(torch.arange(label_pass.count))
+    outputs = (logits.to(projection) @ projection.T).mean(dim=0)
+    if not outputs.isfinite().all():
+        raise non_finite_error(model, label_pass.batch, 0)
+    return outputs

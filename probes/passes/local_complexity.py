@@ -1,9 +1,9 @@
-"""Local complexity: how many MLP units switch within a small neighbourhood of what a model reads.
+"""Local complexity: how many MLP units switch within a small neighbourhood of a model's input.
 
-Around the embeddings of a row lie P vertices: at every token its embedding moved by ± r along P/2 random
+Around the embeddings of a row lie P vertices: the embedding of every token moved by ± r along P/2 random
 orthonormal directions. A unit is crossed at a token where the sign of its pre-activation differs between any
-two vertices. Tokens being discrete, it is their embeddings that are moved; of a gated MLP the gate decides.
-Source: Humayun et al., arXiv:2402.15555, whose code counts crossings over the same cross-polytope.
+two vertices. Embeddings are moved because tokens are discrete; of a gated MLP the gate decides.
+Source: Humayun et al., arXiv:2402.15555; its code counts crossings over the same cross-polytope.
 """
 
 from collections import Counter
@@ -18,17 +18,17 @@ from torch import Tensor, nn
 
 from probes.errors import InputError
 from probes.files.layout import Header
-from probes.models.body import evaluating, inputs, padding_known, run, unwrapped
+from probes.models.body import evaluating, inputs, run, unwrapped, with_padding_id
 from probes.naming.matrices import matrices
 from probes.text.batches import Batch, Example, batches
 
 
 class ActivationSwitch(NamedTuple):
-    """Where a layer's units are seen before they are activated.
+    """The place of a layer's pre-activations.
 
     Attributes:
-        module: what gives the pre-activations.
-        start, stop, groups: which of its outputs they are: these of each of so many equal groups.
+        module: returns the pre-activations.
+        start, stop, groups: they are the outputs `start:stop` of each of `groups` equal groups.
     """
 
     layer: int
@@ -38,7 +38,7 @@ class ActivationSwitch(NamedTuple):
     groups: int = 1
 
     def units(self, output: Tensor) -> Tensor:
-        """The pre-activations among what the module gives."""
+        """The pre-activations in the module's output."""
         if self.stop is None:
             return output
         return output.unflatten(-1, (self.groups, -1))[..., self.start : self.stop].flatten(-2)
@@ -46,14 +46,14 @@ class ActivationSwitch(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Complexity:
-    """What is crossed.
+    """Share of crossed units.
 
     Attributes:
-        share: of each layer's units, at a token, on average.
-        units: of each layer.
-        radius: by which embeddings are moved, in their own units.
-        vertices: to which they are moved.
-        tokens: looked at.
+        share: of each layer's units, averaged over tokens.
+        units: number of units of each layer.
+        radius: length of the moves of embeddings, in their own units.
+        vertices: number of vertices.
+        tokens: number of tokens.
     """
 
     share: dict[int, float]
@@ -64,13 +64,16 @@ class Complexity:
 
 
 def switches(model: nn.Module) -> tuple[list[ActivationSwitch], list[int]]:
-    """Where the units of each block are seen, and the blocks that have routed experts.
+    """The pre-activations of each block, and the blocks with routed experts.
 
-    Units of routed experts are not seen: at each vertex an expert is given other tokens.
+    Units of routed experts are left out: at each vertex an expert gets other tokens.
     """
     inner = unwrapped(model)
-    headers = {name: Header(name, tuple(each.shape), each.dtype) for name, each in inner.named_parameters()}
-    found: dict[tuple[int, str], ActivationSwitch] = {}
+    headers = {
+        name: Header(name, tuple(parameter.shape), parameter.dtype)
+        for name, parameter in inner.named_parameters()
+    }
+    by_mlp: dict[tuple[int, str], ActivationSwitch] = {}
     routed: set[int] = set()
     for matrix in matrices(headers, inner.config.to_dict()).values():
         role = matrix.component.removeprefix("shared_")
@@ -80,16 +83,16 @@ def switches(model: nn.Module) -> tuple[list[ActivationSwitch], list[int]]:
             routed.add(matrix.layer)
             continue
         mlp = matrix.layer, matrix.component.removesuffix(role)
-        if role == "gate_proj" or mlp not in found:
+        if role == "gate_proj" or mlp not in by_mlp:
             module = inner.get_submodule(matrix.tensor.removesuffix(".weight"))
-            found[mlp] = ActivationSwitch(matrix.layer, module, matrix.start, matrix.stop, matrix.heads)
-    return [found[mlp] for mlp in sorted(found)], sorted(routed)
+            by_mlp[mlp] = ActivationSwitch(matrix.layer, module, matrix.start, matrix.stop, matrix.heads)
+    return [by_mlp[mlp] for mlp in sorted(by_mlp)], sorted(routed)
 
 
 def orthonormal(
     tokens: int, width: int, count: int, generator: torch.Generator
 ) -> Float[Tensor, "count tokens width"]:
-    """For each token so many random directions at right angles, of length 1; at most as many as the width."""
+    """For each token `count` random orthonormal directions; at most as many as the width."""
     drawn = torch.randn(tokens, width, count, generator=generator, dtype=torch.float64)
     return torch.linalg.qr(drawn).Q.permute(2, 0, 1)
 
@@ -107,16 +110,16 @@ def local_complexity(
 
     Args:
         radius: as a share of the mean length of an embedding.
-        vertices: P; half of them are directions, at most as many as embeddings have.
+        vertices: P, for P/2 directions; limited by the width of the embeddings.
         seed: of the directions: the same for every checkpoint of a run.
-        tokens: most tokens in a forward pass, those of all vertices together; changes no result.
+        tokens: most tokens in a forward pass, over all vertices; changes no result.
 
     Raises:
         InputError: no dense MLP, or embeddings that cannot be moved.
     """
-    places, _ = switches(model)
-    if not places:
-        raise InputError(f"{type(unwrapped(model)).__name__}: has no dense MLP whose units could be seen")
+    layer_switches, _ = switches(model)
+    if not layer_switches:
+        raise InputError(f"{type(unwrapped(model)).__name__}: has no dense MLP with units to watch")
     embeddings = unwrapped(model).get_input_embeddings()
     directions = min(vertices // 2, embeddings.weight.shape[1])
     crossed, units, count = Counter[int](), Counter[int](), 0
@@ -124,13 +127,13 @@ def local_complexity(
         parts = list(batches(examples, tokens=max(1, tokens // (2 * directions)), pad_id=0))
         size = _mean_length(embeddings, parts)
         for batch in parts:
-            known = batch.attention_mask.bool()
+            tokens_at = batch.attention_mask.bool()
             moves = _moves(batch, embeddings.weight, directions, radius * size, seed)
             units.clear()
-            for layer, switched in _switched(model, embeddings, places, batch, moves):
-                crossed[layer] += int(switched[known.to(switched.device)].sum())
+            for layer, switched in _switched(model, embeddings, layer_switches, batch, moves):
+                crossed[layer] += int(switched[tokens_at.to(switched.device)].sum())
                 units[layer] += switched.shape[-1]
-            count += int(known.sum())
+            count += int(tokens_at.sum())
     return Complexity(
         share={layer: crossed[layer] / (count * units[layer]) for layer in sorted(units)},
         units={layer: units[layer] for layer in sorted(units)},
@@ -143,39 +146,39 @@ def local_complexity(
 def _mean_length(embeddings: Any, parts: Sequence[Batch]) -> float:
     """Mean length of the embeddings of all tokens."""
     ids = torch.cat([batch.ids[batch.attention_mask.bool()] for batch in parts])
-    known, times = ids.unique(return_counts=True)
-    lengths = torch.linalg.vector_norm(embeddings(known.to(embeddings.weight.device)).double(), dim=-1)
+    distinct, times = ids.unique(return_counts=True)
+    lengths = torch.linalg.vector_norm(embeddings(distinct.to(embeddings.weight.device)).double(), dim=-1)
     return float((lengths.cpu() * times).sum() / times.sum())
 
 
 def _moves(
     batch: Batch, weight: Tensor, directions: int, length: float, seed: int
 ) -> Float[Tensor, "vertices rows length width"]:
-    """By how much each vertex moves the embedding of each token; padding is not moved."""
+    """The move of each token's embedding to each vertex; padding is not moved."""
     width = weight.shape[1]
     moves = torch.zeros(2 * directions, *batch.ids.shape, width, dtype=weight.dtype)
-    for place, index in enumerate(batch.indices.tolist()):
-        here = batch.attention_mask[place].bool()
-        # Of each row its own, so that they do not depend on what is in a batch with it.
+    for row, index in enumerate(batch.indices.tolist()):
+        at_tokens = batch.attention_mask[row].bool()
+        # A generator for each row, so that its directions do not depend on the batch.
         generator = torch.Generator().manual_seed(1_000_003 * seed + index)
-        drawn = length * orthonormal(int(here.sum()), width, directions, generator)
-        moves[:, place, here] = torch.cat([drawn, -drawn]).to(weight.dtype)
+        drawn = length * orthonormal(int(at_tokens.sum()), width, directions, generator)
+        moves[:, row, at_tokens] = torch.cat([drawn, -drawn]).to(weight.dtype)
     return moves
 
 
 def _switched(
     model: nn.Module,
     embeddings: nn.Module,
-    places: Sequence[ActivationSwitch],
+    layer_switches: Sequence[ActivationSwitch],
     batch: Batch,
     moves: Float[Tensor, "vertices rows length width"],
 ) -> Iterator[tuple[int, Bool[Tensor, "rows length units"]]]:
-    """Which units switch between the vertices of a batch, for each place."""
+    """The units that switch between the vertices of a batch, for each layer."""
     count, where = len(moves), type(unwrapped(model)).__name__
     repeated = Batch(
         **{name: value.repeat(count, *[1] * (value.ndim - 1)) for name, value in vars(batch).items()}
     )
-    seen: dict[int, Tensor] = {}
+    switched_units: dict[int, Tensor] = {}
 
     def move(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         if output.shape != (*repeated.ids.shape, moves.shape[-1]):
@@ -183,21 +186,21 @@ def _switched(
             raise InputError(f"{where}: its embeddings are {sizes}, not rows by tokens, and are not moved")
         return output + moves.flatten(0, 1).to(output)
 
-    def seeing(index: int, place: ActivationSwitch) -> Callable[..., None]:
+    def seeing(index: int, switch: ActivationSwitch) -> Callable[..., None]:
         def see(module: nn.Module, args: Any, output: Tensor) -> None:
-            on = place.units(output) > 0
+            on = switch.units(output) > 0
             on = on.reshape(count, *batch.ids.shape, on.shape[-1])  # some modules get all tokens in one list
-            seen[index] = on.any(dim=0) & ~on.all(dim=0)
+            switched_units[index] = on.any(dim=0) & ~on.all(dim=0)
 
         return see
 
     with ExitStack() as stack:
         stack.callback(embeddings.register_forward_hook(move).remove)
-        for index, place in enumerate(places):
-            stack.callback(place.module.register_forward_hook(seeing(index, place)).remove)
+        for index, switch in enumerate(layer_switches):
+            stack.callback(switch.module.register_forward_hook(seeing(index, switch)).remove)
         _run(model, repeated)
-    for index, switched in seen.items():
-        yield places[index].layer, switched
+    for index, switched in switched_units.items():
+        yield layer_switches[index].layer, switched
 
 
 def _run(model: nn.Module, batch: Batch) -> None:
@@ -205,6 +208,6 @@ def _run(model: nn.Module, batch: Batch) -> None:
     if inner.get_output_embeddings() is not None:
         run(model, batch)
         return
-    given = inputs(inner, batch)
-    with padding_known(inner, given):
-        inner(**given)
+    arguments = inputs(inner, batch)
+    with with_padding_id(inner, arguments):
+        inner(**arguments)

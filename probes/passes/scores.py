@@ -1,44 +1,44 @@
-"""What running a model gives: log-likelihoods of tokens and rows, scores of choices and classes.
+"""Log-likelihoods of tokens and rows, scores of choices and classes.
 
-Logits are made a chunk of positions at a time, in float32 where they are turned into likelihoods; sums over a
-row are float64. Likelihoods are natural logarithms: nats, 0 is certain, more negative is less likely. Nothing
-depends on how examples are batched or padded, but for float round-off.
+Logits are computed a chunk of positions at a time and turned into likelihoods in float32; sums over a row are
+float64. Likelihoods are in nats: 0 is certain, more negative is less likely. Up to float round-off, no result
+depends on batching or padding.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from probes.errors import InputError
-from probes.models.body import Pass, evaluating, inputs, padding_known, run, unwrapped
-from probes.passes.batched import gathered, not_finite
+from probes.models.body import Pass, evaluating, inputs, run, unwrapped, with_padding_id
+from probes.passes.batched import measure_examples, non_finite_error
+from probes.progress import Progress
 from probes.text.batches import Batch, Example, PaddingSide, batches
 from probes.text.rows import Row
 
-T = TypeVar("T")
 By = Literal["sum", "mean", "per_byte"]
 
-# Logits held at once, in float32: 128 MB on a GPU; on a CPU 8 MB, which its caches hold. Fewer positions than
-# 256 would read the head's weights too often.
+# Logits held at once, in float32: 128 MB on a GPU; on a CPU 8 MB, which its caches hold. Chunks of fewer than
+# 256 positions would read the head's weights too often.
 LOGITS, LOGITS_CPU, POSITIONS = 2**25, 2**21, 256
-# What is scored of each token.
+# The scores of each token.
 NAMES = ("log_likelihoods", "top", "energy", "hit")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenScores:
-    """What a language model says of each token of a batch; NaN where `Batch.scored` is False.
+    """A language model's scores of each token of a batch; NaN where `Batch.scored` is False.
 
     Attributes:
-        log_likelihoods: of the token that is there.
-        top: probability of the token that is the likeliest in its place.
+        log_likelihoods: of the actual token.
+        top: probability of the likeliest token at its position.
         energy: minus the logsumexp of the logits.
-        hit: 1 where the token that is there is the likeliest, one of several equals included; else 0.
-        hidden: what the head was given, in the model's dtype; None if the model does not let it be seen.
+        hit: 1 where the actual token is the likeliest, or one of several equals; else 0.
+        hidden: the input of the head, in the model's dtype; None if the model does not expose it.
     """
 
     log_likelihoods: Float[Tensor, "rows length"]
@@ -50,14 +50,14 @@ class TokenScores:
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceScores:
-    """What a language model says of each example, in the order of the examples, on the CPU.
+    """A language model's scores of each example, in order, on the CPU.
 
     Attributes:
-        log_likelihoods: sum over the scored tokens; NaN where there is none.
-        tokens: how many are scored.
-        top, energy, hit: mean over the scored tokens of what `TokenScores` has; NaN where there is none.
-        pooled: mean over all tokens of the hidden states that the head is given; None unless asked for.
-        by_token: of each example the log-likelihoods of its ids, NaN where not scored; None unless asked for.
+        log_likelihoods: sum over the scored tokens; NaN without any.
+        tokens: number of scored tokens.
+        top, energy, hit: mean of the scores in `TokenScores` over the scored tokens; NaN without any.
+        pooled: mean of the head's input over all tokens; None unless requested.
+        by_token: the log-likelihoods of each example's ids, NaN where not scored; None unless requested.
     """
 
     log_likelihoods: Float[Tensor, " examples"]
@@ -76,13 +76,13 @@ class SequenceScores:
 
 @dataclass(frozen=True, kw_only=True)
 class ChoiceScores:
-    """How likely each choice of a row is, given its prompt; the largest is what the model chooses.
+    """The likelihoods of each choice of a row given its prompt; the model chooses the largest.
 
     Attributes:
         row: index into the task's rows.
         sum: log-likelihood of the choice's tokens.
-        mean: the same for each of its tokens.
-        per_byte: the same for each byte of its text, which no tokenizer changes.
+        mean: `sum` per token.
+        per_byte: `sum` per byte of the text, comparable between tokenizers.
     """
 
     row: int
@@ -102,30 +102,27 @@ def token_scores(
     """Score the tokens of a batch with a causal language model.
 
     Args:
-        vocabulary: only the first so many tokens exist; the probabilities of others go to them. For two
-            models of which one has rows that the other lacks.
-        chunk: positions whose logits are made at once; by default as many as serve the device.
+        vocabulary: number of tokens that exist; the probability of later ones goes to them. For two models
+            with vocabularies of unequal length.
+        chunk: positions whose logits are computed at once; by default as many as suit the device.
 
     Raises:
         NonFiniteError: logits that are NaN or infinite.
     """
     with evaluating(model):
         passed = run(model, batch)
-        rows, places = batch.scored[:, 1:].nonzero(as_tuple=True)
+        rows, positions = batch.scored[:, 1:].nonzero(as_tuple=True)
         scores = _scores(
-            model, batch, passed, rows, places + 1, rows * batch.ids.shape[1] + places, vocabulary, chunk
+            model,
+            batch,
+            passed,
+            rows,
+            positions + 1,
+            rows * batch.ids.shape[1] + positions,
+            vocabulary,
+            chunk,
         )
         return _finite(model, batch, scores)
-
-
-def token_log_likelihoods(
-    model: nn.Module, batch: Batch, *, vocabulary: int | None = None, chunk: int | None = None
-) -> Float[Tensor, "rows length"]:
-    """Log-likelihood of each scored token of a batch given those before it, in float32; NaN at the others.
-
-    The arguments and errors are those of `token_scores`.
-    """
-    return token_scores(model, batch, vocabulary=vocabulary, chunk=chunk).log_likelihoods
 
 
 def masked_token_scores(
@@ -134,11 +131,11 @@ def masked_token_scores(
     """Score the tokens of a batch with a masked language model, each given all the others.
 
     Their sum is the pseudo-log-likelihood of a row (Salazar et al. 2020, arXiv:1910.14659): no probability of
-    the row, but comparable between rows. It takes one forward pass a scored token; `hidden` is None.
+    the row, but comparable between rows. It takes a forward pass for each scored token; `hidden` is None.
 
     Args:
         mask_id: the mask token.
-        tokens: most tokens in a forward pass; by default as many as the batch has.
+        tokens: most tokens in a forward pass; by default those of the batch.
         chunk: as in `token_scores`.
 
     Raises:
@@ -146,13 +143,13 @@ def masked_token_scores(
     """
     length = batch.ids.shape[1]
     count = max(1, (tokens or batch.ids.numel()) // length)
-    rows, places = batch.scored.nonzero(as_tuple=True)
-    found = _empty(batch, batch.ids.device)
+    rows, positions = batch.scored.nonzero(as_tuple=True)
+    scored = _empty(batch, batch.ids.device)
     with evaluating(model):
-        for row, place in zip(rows.split(count), places.split(count), strict=True):
-            here = torch.arange(len(row), device=row.device)
+        for row, masked in zip(rows.split(count), positions.split(count), strict=True):
+            copy = torch.arange(len(row), device=row.device)
             ids = batch.ids[row]
-            targets, ids[here, place] = ids[here, place], mask_id
+            targets, ids[copy, masked] = ids[copy, masked], mask_id
             copies = Batch(
                 ids=ids,
                 attention_mask=batch.attention_mask[row],
@@ -161,11 +158,11 @@ def masked_token_scores(
                 indices=batch.indices[row],
             )
             passed = run(model, copies)
-            truth = replace(copies, ids=copies.ids.index_put((here, place), targets))
-            scores = _scores(model, truth, passed, here, place, here * length + place, None, chunk)
-            for name, values in found.items():
-                values[row, place] = getattr(scores, name)[here, place].to(values.device)
-        return _finite(model, batch, TokenScores(**found, hidden=None))
+            truth = replace(copies, ids=copies.ids.index_put((copy, masked), targets))
+            scores = _scores(model, truth, passed, copy, masked, copy * length + masked, None, chunk)
+            for name, values in scored.items():
+                values[row, masked] = getattr(scores, name)[copy, masked].to(values.device)
+        return _finite(model, batch, TokenScores(**scored, hidden=None))
 
 
 def score_examples(
@@ -179,20 +176,28 @@ def score_examples(
     vocabulary: int | None = None,
     pooled: bool = False,
     by_token: bool = False,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
     where: Callable[[int], str] = "row index {}".format,
 ) -> SequenceScores:
-    """Score every example, in batches of like length that are halved when memory runs out.
+    """Score every example, in batches of similar length that are halved when memory runs out.
 
     Args:
-        pad_id, tokens, side: how they are batched; no result depends on it.
-        mask_id: the mask token of a masked language model, which is scored as `masked_token_scores` does.
+        pad_id, tokens, side: of the batches; no result depends on them.
+        mask_id: the mask token of a masked language model, which `masked_token_scores` scores.
         vocabulary: as in `token_scores`.
-        pooled, by_token: keep these too.
-        progress, where: as in `gathered`.
+        pooled, by_token: return these too.
+        progress, where: as in `measure_examples`.
 
     Raises:
         NonFiniteError: logits that are NaN or infinite; the message names the row.
+
+    >>> from diagnostics.audit.demo import BUNDLED
+    >>> from probes import encode, open_model, task_of
+    >>> base = open_model(BUNDLED / "base")
+    >>> examples = encode(task_of(["Return a list."]), base.tokenizer, max_length=None)
+    >>> scores = score_examples(base.model, examples)
+    >>> scores.tokens.tolist(), scores.mean_loss < 10
+    ([4], True)
     """
 
     def scored(batch: Batch) -> dict[str, Any]:
@@ -205,7 +210,7 @@ def score_examples(
             values.double().cpu()
             for values in (scores.log_likelihoods, scores.top, scores.energy, scores.hit)
         )
-        found: dict[str, Any] = {
+        results: dict[str, Any] = {
             "log_likelihoods": torch.where(counts > 0, logs.nansum(dim=1), torch.nan),
             "tokens": counts,
             "top": top.nansum(dim=1) / counts,
@@ -215,63 +220,59 @@ def score_examples(
         if pooled:
             if scores.hidden is None:
                 raise InputError(f"{type(unwrapped(model)).__name__}: gives no hidden states to pool")
-            found["pooled"] = mean_over_tokens(scores.hidden, batch).cpu()
+            results["pooled"] = mean_over_tokens(scores.hidden, batch).cpu()
         if by_token:
-            here = batch.attention_mask.bool().cpu()
-            found["by_token"] = [row[at] for row, at in zip(scores.log_likelihoods.cpu(), here, strict=True)]
-        return found
+            at_tokens = batch.attention_mask.bool().cpu()
+            results["by_token"] = [
+                row[at] for row, at in zip(scores.log_likelihoods.cpu(), at_tokens, strict=True)
+            ]
+        return results
 
-    found = gathered(
+    results = measure_examples(
         examples, batches(examples, tokens=tokens, pad_id=pad_id, side=side), scored, progress, where
     )
-    if not found:
+    if not results:
         nothing = torch.full((len(examples),), torch.nan, dtype=torch.float64)
-        found = dict.fromkeys(NAMES, nothing)
-        found["tokens"] = torch.zeros(len(examples), dtype=torch.long)
+        results = dict.fromkeys(NAMES, nothing)
+        results["tokens"] = torch.zeros(len(examples), dtype=torch.long)
     if by_token:
-        rows = found.get("by_token", [None] * len(examples))
-        found["by_token"] = tuple(torch.empty(0) if row is None else row for row in rows)
-    return SequenceScores(**found)
+        rows = results.get("by_token", [None] * len(examples))
+        results["by_token"] = tuple(torch.empty(0) if row is None else row for row in rows)
+    return SequenceScores(**results)
 
 
 def choice_scores(
     scores: SequenceScores, examples: Sequence[Example], rows: Sequence[Row]
 ) -> list[ChoiceScores]:
-    """Put the scores of the choices of each row side by side, in the order of the rows.
+    """The scores of the choices, by row, in the order of the rows.
 
     Args:
         scores: of `examples`.
-        examples: what `encode` made of `rows`: one for each choice.
+        examples: of `rows`, as `encode` returns them: one for each choice.
     """
-    found: dict[int, dict[int, int]] = {}
+    by_row: dict[int, dict[int, int]] = {}
     for index, example in enumerate(examples):
         if example.choice is not None:
-            found.setdefault(example.row, {})[example.choice] = index
-    gathered = []
-    for row, places in sorted(found.items()):
+            by_row.setdefault(example.row, {})[example.choice] = index
+    rows_of_choices = []
+    for row, by_choice in sorted(by_row.items()):
         choices = rows[row].choices
         assert choices is not None
-        assert sorted(places) == list(range(len(choices)))
-        order = torch.tensor([places[choice] for choice in range(len(choices))])
+        assert sorted(by_choice) == list(range(len(choices)))
+        order = torch.tensor([by_choice[choice] for choice in range(len(choices))])
         total = scores.log_likelihoods[order]
         lengths = torch.tensor([len(choice.encode()) for choice in choices])
-        gathered.append(
+        rows_of_choices.append(
             ChoiceScores(row=row, sum=total, mean=total / scores.tokens[order], per_byte=total / lengths)
         )
-    return gathered
-
-
-def choice_accuracy(choices: Sequence[ChoiceScores], rows: Sequence[Row], *, by: By = "sum") -> float:
-    """Share of rows whose answer is the likeliest choice."""
-    right = [scores.best(by) == rows[scores.row].answer for scores in choices]
-    return sum(right) / len(right)
+    return rows_of_choices
 
 
 def class_logits(model: nn.Module, batch: Batch) -> Float[Tensor, "rows classes"]:
     """Logits of a sequence classifier, in float32.
 
     Raises:
-        InputError: it is none, or has a single output.
+        InputError: the model is none, or has a single output.
         NonFiniteError: logits that are NaN or infinite.
     """
     inner = unwrapped(model)
@@ -280,16 +281,16 @@ def class_logits(model: nn.Module, batch: Batch) -> Float[Tensor, "rows classes"
         raise InputError(f"{name}: is no sequence classifier")
     if inner.num_labels < 2:
         raise InputError(f"{name}: has one output, a number and no class")
-    # Those that pool at the first position need a token there.
+    # Models that pool at the first position need a token there.
     order = batch.attention_mask.argsort(dim=1, descending=True, stable=True)
     rows = {name: value.gather(1, order) for name, value in vars(batch).items() if name != "indices"}
     batch = Batch(**rows, indices=batch.indices)
-    given = inputs(inner, batch)
-    with evaluating(model), padding_known(inner, given), torch.no_grad():
-        logits = inner(**given).logits.float()
+    arguments = inputs(inner, batch)
+    with evaluating(model), with_padding_id(inner, arguments), torch.no_grad():
+        logits = inner(**arguments).logits.float()
     bad = ~logits.isfinite().all(dim=1)
     if bad.any():
-        raise not_finite(model, batch, int(bad.nonzero()[0, 0]))
+        raise non_finite_error(model, batch, int(bad.nonzero()[0, 0]))
     return logits
 
 
@@ -300,14 +301,14 @@ def classify_examples(
     pad_id: int = 0,
     tokens: int = 16384,
     side: PaddingSide = "right",
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
     where: Callable[[int], str] = "row index {}".format,
 ) -> Float[Tensor, "examples classes"]:
     """Class logits of every example, in order, on the CPU; NaN for one without tokens.
 
     The arguments and errors are those of `score_examples` and `class_logits`.
     """
-    found = gathered(
+    results = measure_examples(
         examples,
         batches(examples, tokens=tokens, pad_id=pad_id, side=side),
         lambda batch: {"logits": class_logits(model, batch).cpu()},
@@ -315,18 +316,13 @@ def classify_examples(
         where,
     )
     classes = unwrapped(model).num_labels
-    return found["logits"] if found else torch.full((len(examples), classes), torch.nan)
-
-
-def accuracy(logits: Float[Tensor, "examples classes"], labels: Sequence[int]) -> float:
-    """Share of examples whose class has the largest logit; the first of equals."""
-    return float((logits.argmax(dim=1) == torch.tensor(list(labels))).double().mean())
+    return results["logits"] if results else torch.full((len(examples), classes), torch.nan)
 
 
 def mean_over_tokens(hidden: Float[Tensor, "rows length width"], batch: Batch) -> Float[Tensor, "rows width"]:
     """Mean of a row's hidden states over its tokens, padding left out, in float32."""
     mask = batch.attention_mask.to(hidden.device).bool()
-    # Row by row: all of it in float32 at once would take more than the model's own activations.
+    # Row by row: in float32 all rows would take more memory than the model's own activations.
     return torch.stack([row[at].float().mean(dim=0) for row, at in zip(hidden, mask, strict=True)])
 
 
@@ -335,30 +331,32 @@ def _scores(
     batch: Batch,
     passed: Pass,
     rows: Int[Tensor, " positions"],
-    places: Int[Tensor, " positions"],
-    seen: Int[Tensor, " positions"],
+    positions: Int[Tensor, " positions"],
+    predicted_at: Int[Tensor, " positions"],
     vocabulary: int | None,
     chunk: int | None,
 ) -> TokenScores:
-    """Scores of the tokens at (rows, places), from the logits at `seen` in the flattened batch."""
-    targets, size = batch.ids[rows, places], chunk or at_once(model)
+    """Scores of the tokens at (rows, places), from the logits at `predicted_at` in the flattened batch."""
+    targets, size = batch.ids[rows, positions], chunk or at_once(model)
     if vocabulary is not None and (targets >= vocabulary).any():
-        raise InputError(f"token {int(targets.max())} is scored, but only {vocabulary} tokens are to exist")
-    values: list[Tensor] = []
-    for at, target in zip(seen.split(size), targets.split(size), strict=True):
+        raise InputError(
+            f"token {int(targets.max())} is scored, but the vocabulary is limited to {vocabulary}"
+        )
+    chunks: list[Tensor] = []
+    for at, target in zip(predicted_at.split(size), targets.split(size), strict=True):
         logits = passed.logits(at)[:, :vocabulary].float()
         largest = logits.amax(dim=1, keepdim=True)
         logits.sub_(largest)  # so that large logits cost no digits
         chosen = logits.gather(1, target.to(logits.device)[:, None])[:, 0]
         rest = logits.exp_().sum(dim=1).log()
         hit = (chosen == 0).float()
-        values.append(torch.stack([chosen - rest, (-rest).exp(), -(largest[:, 0] + rest), hit]))
-    device = values[0].device if values else batch.ids.device
-    found = _empty(batch, device)
-    if values:
-        for tensor, part in zip(found.values(), torch.cat(values, dim=1), strict=True):
-            tensor[rows.to(device), places.to(device)] = part
-    return TokenScores(**found, hidden=passed.hidden)
+        chunks.append(torch.stack([chosen - rest, (-rest).exp(), -(largest[:, 0] + rest), hit]))
+    device = chunks[0].device if chunks else batch.ids.device
+    scored = _empty(batch, device)
+    if chunks:
+        for values, computed in zip(scored.values(), torch.cat(chunks, dim=1), strict=True):
+            values[rows.to(device), positions.to(device)] = computed
+    return TokenScores(**scored, hidden=passed.hidden)
 
 
 def _empty(batch: Batch, device: torch.device) -> dict[str, Tensor]:
@@ -366,15 +364,15 @@ def _empty(batch: Batch, device: torch.device) -> dict[str, Tensor]:
 
 
 def at_once(model: nn.Module) -> int:
-    """Positions whose logits fit into what is held at once."""
+    """Number of positions whose logits are held at once."""
     inner = unwrapped(model)
     most = LOGITS_CPU if inner.get_input_embeddings().weight.device.type == "cpu" else LOGITS
     return max(POSITIONS, most // inner.config.get_text_config().vocab_size)
 
 
 def _finite(model: nn.Module, batch: Batch, scores: TokenScores) -> TokenScores:
-    """The scores, if every scored token has one."""
+    """The scores; raises NonFiniteError unless all are finite."""
     bad = batch.scored & ~scores.log_likelihoods.isfinite().to(batch.scored.device)
     if bad.any():
-        raise not_finite(model, batch, int(bad.any(dim=1).nonzero()[0, 0]))
+        raise non_finite_error(model, batch, int(bad.any(dim=1).nonzero()[0, 0]))
     return scores

@@ -1,7 +1,7 @@
-"""The tangent kernel of a model on a few rows, and what a first-order expansion of it foretells.
+"""The tangent kernel of a model on a few rows, and the prediction of its first-order expansion.
 
 A row's output is its logits, projected at random and averaged over its labels (`row_outputs`). The kernel is
-K = J Jᵀ, where row i of J is the gradient of the first projected output of row i in all weights.
+K = J Jᵀ; row i of J is the gradient of the first projected output of row i in all weights.
 """
 
 import warnings
@@ -15,27 +15,12 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from probes.errors import InputError
-from probes.models.body import evaluating
+from probes.models.body import evaluating, trainable
 from probes.passes.label_logits import row_outputs
 from probes.passes.objective import EncodedRows
 
-# Entries of gradients that are held at once: 1 GB in float32.
+# Entries of gradients held at once: 1 GB in float32.
 HELD = 2**28
-
-
-@contextmanager
-def learning(model: nn.Module) -> Iterator[list[nn.Parameter]]:
-    """Every floating weight requires a gradient inside; outside all is as it was, and no gradient is left."""
-    kept = [(weight, weight.requires_grad, weight.grad) for weight in model.parameters()]
-    try:
-        for weight, _, _ in kept:
-            weight.grad = None
-            weight.requires_grad_(weight.is_floating_point())
-        yield [weight for weight, _, _ in kept if weight.is_floating_point()]
-    finally:
-        for weight, required, gradient in kept:
-            weight.requires_grad_(required)
-            weight.grad = gradient
 
 
 def projection(outputs: int, classes: int, seed: int) -> Float[Tensor, "outputs classes"]:
@@ -54,25 +39,25 @@ def tangent_kernel(
 ) -> Float[Tensor, "rows rows"]:
     """K = J Jᵀ in float64, over all weights, tied ones once.
 
-    It takes a backward pass a row for each group of weights whose gradients of all rows fit.
+    It takes a backward pass a row for each group of weights; the gradients of all rows in a group are held.
 
     Args:
         held: entries of gradients in memory at once.
     """
     kernel = torch.zeros(len(rows), len(rows), dtype=torch.float64)
-    with evaluating(model), learning(model) as weights, torch.enable_grad():
-        for group in grouped(weights, held // max(1, len(rows))):
+    with evaluating(model), trainable(model) as weights, torch.enable_grad():
+        for group in weight_groups(weights, held // max(1, len(rows))):
             jacobian = [_gradient(model, encoded, row, direction, group) for row in rows]
-            for place in range(len(group)):
-                part = torch.stack([gradient[place] for gradient in jacobian])
+            for index in range(len(group)):
+                part = torch.stack([gradient[index] for gradient in jacobian])
                 for chunk in part.split(2**20, dim=1):
                     wide = chunk.double()
                     kernel += (wide @ wide.T).cpu()
     return kernel
 
 
-def grouped(weights: Sequence[nn.Parameter], most: int) -> list[list[nn.Parameter]]:
-    """Weights in groups of at most so many entries; a larger one is a group of its own."""
+def weight_groups(weights: Sequence[nn.Parameter], most: int) -> list[list[nn.Parameter]]:
+    """Weights in groups of at most `most` entries; a larger weight is a group of its own."""
     groups: list[list[nn.Parameter]] = []
     room = 0
     for weight in weights:
@@ -89,12 +74,12 @@ def _gradient(
 ) -> list[Tensor]:
     projected = direction[None].to(group[0])
     (output,) = row_outputs(model, encoded, row, projected, differentiable=True)
-    found = torch.autograd.grad(output, group, allow_unused=True)
+    gradients = torch.autograd.grad(output, group, allow_unused=True)
     return [
         torch.zeros(weight.numel(), dtype=weight.dtype, device=weight.device)
-        if each is None
-        else each.flatten()
-        for weight, each in zip(group, found, strict=True)
+        if gradient is None
+        else gradient.flatten()
+        for weight, gradient in zip(group, gradients, strict=True)
     ]
 
 
@@ -108,38 +93,42 @@ def first_order(
     """J Δθ for every row and projected output, by forward differentiation, in the model's dtype.
 
     Args:
-        delta: of parameters by name; others do not move.
+        delta: of parameters by name; the others do not move.
 
     Raises:
-        InputError: some operation of this model cannot be differentiated forward.
+        InputError: an operation of this model has no forward derivative.
     """
-    own = dict(model.named_parameters())
-    found, wanted = [], directions.to(next(model.parameters()))
-    with evaluating(model), written_out(model), forward_ad.dual_level():
+    parameters = dict(model.named_parameters())
+    products, wanted = [], directions.to(next(model.parameters()))
+    with evaluating(model), without_fused_kernels(model), forward_ad.dual_level():
         with warnings.catch_warnings():
-            # For the first of them torch scripts some functions, of which it warns itself.
+            # torch warns of its own scripted functions.
             warnings.simplefilter("ignore", DeprecationWarning)
             moving = {
-                id(own[name]): forward_ad.make_dual(own[name].detach(), moved.to(own[name]))
+                id(parameters[name]): forward_ad.make_dual(
+                    parameters[name].detach(), moved.to(parameters[name])
+                )
                 for name, moved in delta.items()
             }
-        with standing_in(model, moving):
+        with replaced_parameters(model, moving):
             for row in rows:
                 try:
-                    made = row_outputs(model, encoded, row, wanted, differentiable=True)
-                    moved = forward_ad.unpack_dual(made).tangent
+                    outputs = row_outputs(model, encoded, row, wanted, differentiable=True)
+                    moved = forward_ad.unpack_dual(outputs).tangent
                 except (NotImplementedError, RuntimeError) as error:
                     reason = str(error).strip().partition("\n")[0]
                     raise InputError(
                         f"{type(model).__name__} cannot be differentiated forward ({reason})"
                     ) from error
-                found.append((torch.zeros_like(made) if moved is None else moved).detach().double().cpu())
-    return torch.stack(found)
+                products.append(
+                    (torch.zeros_like(outputs) if moved is None else moved).detach().double().cpu()
+                )
+    return torch.stack(products)
 
 
 @contextmanager
-def standing_in(model: nn.Module, tensors: Mapping[int, Tensor]) -> Iterator[None]:
-    """Other tensors in the place of parameters, by the parameter's identity; outside all is as it was."""
+def replaced_parameters(model: nn.Module, tensors: Mapping[int, Tensor]) -> Iterator[None]:
+    """Inside, tensors replace parameters, keyed by the parameter's identity."""
     kept = [(module, dict(module._parameters)) for module in model.modules()]
     try:
         for module, parameters in kept:
@@ -152,14 +141,14 @@ def standing_in(model: nn.Module, tensors: Mapping[int, Tensor]) -> Iterator[Non
         for module, parameters in kept:
             for name in parameters:
                 module.__dict__.pop(name, None)
-            # In their own order, which decides that of the model's parameters.
+            # In their own order, which is the order of the model's parameters.
             module._parameters.clear()
             module._parameters.update(parameters)
 
 
 @contextmanager
-def written_out(model: nn.Module) -> Iterator[None]:
-    """Attention and experts without fused kernels, which cannot be differentiated forward; then as before."""
+def without_fused_kernels(model: nn.Module) -> Iterator[None]:
+    """Inside, attention and experts run without fused kernels, which have no forward derivative."""
     config: Any = getattr(model, "config", None)
     before = {
         kind: getattr(config, f"_{kind}_implementation", None)

@@ -1,8 +1,8 @@
-"""Batches: examples of like length side by side, padded, and halved when memory runs out."""
+"""Examples for a model: padded batches of similar length, halved when memory runs out, and windows."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Bool, Int
@@ -12,7 +12,7 @@ from probes.errors import InputError
 
 T = TypeVar("T")
 PaddingSide: TypeAlias = Literal["left", "right"]
-# Padding that a batch may hold: as many places as a pass of its own would cost, or this share of it.
+# Padding that a batch may hold: as many positions as an extra pass costs, or this share of it.
 EMPTY, EMPTY_SHARE = 64, 0.05
 
 
@@ -22,13 +22,15 @@ class Example:
 
     Attributes:
         ids: token ids, special tokens included.
-        scored: for each of `ids`, whether its likelihood given what stands before it counts. Never the first,
-            which has nothing before it.
+        scored: whether the likelihood of each token counts. The first never does: nothing precedes it.
         row: index into the task's rows.
         truncated: the row was longer than `max_length`.
         choice: which of the row's choices, from 0.
-        doubled_bos: there would have been a second BOS: the row or the template brought one besides.
-        head: how many of `ids` are the special tokens that it begins with.
+        doubled_bos: a second BOS, from the row or the template, was left out.
+        head: how many special tokens it begins with.
+
+    >>> Example(ids=[1, 7, 9], scored=[False, True, True], row=0).truncated
+    False
     """
 
     ids: list[int]
@@ -47,11 +49,15 @@ class Batch:
     Attributes:
         ids: token ids, `pad_id` where there is no token.
         attention_mask: 1 at tokens, 0 at padding.
-        position_ids: place of each token in its own sequence, from 0; 0 at padding. Models that count
-            otherwise, RoBERTa among them, make their own.
-        scored: which of `ids` count; `ids[:, t]` is what a causal model predicts at `t - 1`. False at padding
-            and at the first token.
-        indices: which examples these are.
+        position_ids: index of each token in its own sequence, from 0; 0 at padding. Models that count
+            differently, such as RoBERTa, make their own.
+        scored: which of `ids` count; a causal model predicts `ids[:, t]` at `t - 1`. False at padding and at
+            the first token.
+        indices: of the examples.
+
+    >>> Batch.of({"input_ids": [[5, 6, 7], [8, 9, 0]], "attention_mask": [[1, 1, 1], [1, 1, 0]]}).scored
+    tensor([[False,  True,  True],
+            [False,  True, False]])
     """
 
     ids: Int[Tensor, "rows length"]
@@ -60,8 +66,47 @@ class Batch:
     scored: Bool[Tensor, "rows length"]
     indices: Int[Tensor, " rows"]
 
+    @classmethod
+    def of(cls, encoding: "Batch | Mapping[str, Any]") -> "Batch":
+        """A batch from the output of a tokenizer: a `BatchEncoding`, or a dict of tensors or lists.
+
+        All tokens but the first of a sequence are scored. Lists without a mask may be of unequal length.
+
+        Args:
+            encoding: `input_ids` and, where it holds padding, `attention_mask`; `position_ids` if it has any.
+                One sequence, or several.
+
+        Raises:
+            InputError: it has no `input_ids`, or its parts differ in shape.
+        """
+        if isinstance(encoding, Batch):
+            return encoding
+        if "input_ids" not in encoding:
+            raise InputError(
+                f"has {', '.join(encoding) or 'nothing'}, no input_ids; give a tokenizer's output"
+            )
+        parts = {
+            name: _two_dimensional(name, encoding[name])
+            for name in ("input_ids", "attention_mask", "position_ids")
+            if encoding.get(name) is not None
+        }
+        ids, lengths = parts["input_ids"]
+        mask = parts.get("attention_mask", (_mask(lengths, ids.shape[1]), lengths))[0].long()
+        positions = parts.get("position_ids", ((mask.cumsum(dim=1) - 1) * mask, lengths))[0]
+        for name, values in (("attention_mask", mask), ("position_ids", positions)):
+            if values.shape != ids.shape:
+                shapes = f"{tuple(values.shape)} and input_ids {tuple(ids.shape)}"
+                raise InputError(f"{name} is of shape {shapes}; give what one call of a tokenizer returns")
+        if not mask.any(dim=1).all():
+            raise InputError("a sequence has no token; leave it out")
+        scored = mask.bool() & (mask.cumsum(dim=1) > 1)
+        return cls(
+            ids=ids, attention_mask=mask, position_ids=positions, scored=scored,
+            indices=torch.arange(len(ids)),
+        )  # fmt: skip
+
     def to(self, device: torch.device | str) -> "Batch":
-        """The same on a device."""
+        """The same batch on a device."""
         return Batch(**{name: value.to(device) for name, value in vars(self).items()})
 
     def split(self) -> tuple["Batch", "Batch"]:
@@ -91,13 +136,17 @@ def batches(
     pad_id: int,
     side: PaddingSide = "right",
 ) -> Iterator[Batch]:
-    """Examples in batches of like length, the longest first so that memory runs out at once or never.
+    """Examples in batches of similar length, the longest first so that memory runs out at once or never.
 
-    Those without any token are in none; `Batch.indices` says which are.
+    Examples without tokens are left out; `Batch.indices` tells which examples a batch holds.
 
     Args:
         tokens: most tokens in a batch, padding included; a longer example is a batch of its own.
-        pad_id: the id at padding; any will do.
+        pad_id: the id at padding; any id will do.
+
+    >>> rows = [Example(ids=[1] * length, scored=[False] * length, row=0) for length in (2, 400)]
+    >>> [tuple(batch.ids.shape) for batch in batches(rows, pad_id=0)]
+    [(1, 400), (1, 2)]
     """
     order = sorted(
         (i for i, example in enumerate(examples) if example.ids), key=lambda i: -len(examples[i].ids)
@@ -121,25 +170,45 @@ def pad(
     pad_id: int,
     side: PaddingSide,
 ) -> Batch:
-    """Some of the examples as one batch."""
+    """The examples at `indices` as one batch."""
     ids = torch.full((len(indices), length), pad_id)
     mask, positions = torch.zeros_like(ids), torch.zeros_like(ids)
     scored = torch.zeros_like(ids, dtype=torch.bool)
-    for place, index in enumerate(indices):
+    for row, index in enumerate(indices):
         example = examples[index]
         size = len(example.ids)
-        where = slice(0, size) if side == "right" else slice(length - size, length)
-        ids[place, where] = torch.tensor(example.ids)
-        scored[place, where] = torch.tensor(example.scored)
-        positions[place, where] = torch.arange(size)
-        mask[place, where] = 1
+        columns = slice(0, size) if side == "right" else slice(length - size, length)
+        ids[row, columns] = torch.tensor(example.ids)
+        scored[row, columns] = torch.tensor(example.scored)
+        positions[row, columns] = torch.arange(size)
+        mask[row, columns] = 1
     return Batch(
         ids=ids, attention_mask=mask, position_ids=positions, scored=scored, indices=torch.tensor(indices)
     )
 
 
+def _two_dimensional(name: str, values: Any) -> tuple[Tensor, list[int]]:
+    """Values of one sequence or several as a tensor padded with 0, and their lengths."""
+    if hasattr(values, "ndim"):  # numpy's too
+        values = torch.as_tensor(values)
+    else:
+        rows = [values] if values and not isinstance(values[0], Sequence | Tensor) else values
+        rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
+        if not rows or any(row.ndim != 1 for row in rows):
+            raise InputError(f"{name} holds no sequences of token ids; give a tokenizer's output")
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), [len(row) for row in rows]
+    if values.ndim not in (1, 2):
+        raise InputError(f"{name} has {values.ndim} axes; it is (rows, tokens)")
+    table = torch.atleast_2d(values)
+    return table, [table.shape[1]] * len(table)
+
+
+def _mask(lengths: Sequence[int], width: int) -> Tensor:
+    return (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+
+
 def halving(run: Callable[[Batch], T], batches: Iterable[Batch]) -> Iterator[tuple[Batch, T]]:
-    """Each batch with what `run` gives for it; one too large for memory is halved until it fits.
+    """Each batch with the result of `run`; a batch too large for memory is halved until it fits.
 
     Later batches of a size that did not fit are halved without a trial.
 
@@ -174,18 +243,18 @@ def halving(run: Callable[[Batch], T], batches: Iterable[Batch]) -> Iterator[tup
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether that is what went wrong, on whichever device."""
+    """Whether an error says that memory ran out, on any device."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
         sign in str(error) for sign in ("out of memory", "can't allocate memory", "ALLOC_FAILED")
     )
 
 
 def windows(example: Example, longest: int) -> list[Example]:
-    """The example in windows that a model takes; one that is short enough is the only one, as it is.
+    """The example in windows of at most `longest` tokens; a short example is returned unchanged.
 
-    Windows begin `longest` // 2 tokens apart, each with the special tokens that begin the sequence: a model
-    that was trained with a BOS does not do without. A token is scored in the first window that holds it,
-    which of all that do has the most tokens before it; so each is scored once.
+    Windows begin `longest` // 2 tokens apart, each with the special tokens that begin the sequence, which a
+    model trained with a BOS needs. A token is scored once, in the first window that holds it: of all its
+    windows this one gives it the most context.
 
     Args:
         longest: most tokens of a window, special ones included.
@@ -202,12 +271,12 @@ def windows(example: Example, longest: int) -> list[Example]:
     step = min(longest // 2, room if head else room - 1)
     if step < 1:
         raise InputError(f"windows of {longest} tokens leave no room for a scored token")
-    made: list[Example] = []
+    parts: list[Example] = []
     done = 0
     while done < len(ids):
-        start = len(made) * step
+        start = len(parts) * step
         stop = start + room
         fresh = [False] * (len(head) + done - start) + scored[done:stop]
-        made.append(replace(example, ids=head + ids[start:stop], scored=fresh))
+        parts.append(replace(example, ids=head + ids[start:stop], scored=fresh))
         done = stop
-    return made
+    return parts

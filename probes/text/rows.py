@@ -1,7 +1,7 @@
 """Rows of text: JSONL and CSV files and dataset splits, checked field by field.
 
-A row has one of four shapes, told apart by its fields, and all rows of a task have the same one. What is
-wrong is said with the file, the line and the field. Nothing here needs torch.
+The fields of a row decide which of four shapes it has; all rows of a task have the same. Errors name the
+file, the line and the field. Nothing here needs torch. `docs/rows.md` is the user's page.
 """
 
 import csv
@@ -19,7 +19,7 @@ from probes.errors import InputError
 from probes.files.untrusted import one_line
 
 Shape: TypeAlias = Literal["text", "completion", "choices", "label"]
-Numbered: TypeAlias = Iterator[tuple[int, Mapping[str, Any]]]
+NumberedRows: TypeAlias = Iterator[tuple[int, Mapping[str, Any]]]
 
 SHAPES: dict[Shape, tuple[str, ...]] = {
     "text": ("text",),
@@ -30,7 +30,16 @@ SHAPES: dict[Shape, tuple[str, ...]] = {
 FIELDS = {field for fields in SHAPES.values() for field in fields}
 ALLOWED = ", ".join("{" + ", ".join(f'"{field}"' for field in fields) + "}" for fields in SHAPES.values())
 
+# Fields by which a row of another kind is recognised, and the way to give it.
+OTHER_FIELDS = {
+    "messages": 'write its turns as {"prompt", "completion"}',
+    "chosen": 'write its prompt and its chosen answer as {"prompt", "completion"}',
+    "image": "images are not read",
+}
+DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "bars"}
+
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv")
+TABLES = (".parquet", ".arrow")
 # hub-dataset:split, where the data set may be org/name/configuration and may carry @revision
 SPLIT = re.compile(r"(?P<name>[^:@]+)(?:@(?P<revision>[^:@]+))?:(?P<split>.+)")
 
@@ -45,12 +54,15 @@ class Row:
     """One row; the fields that its shape lacks are None.
 
     Attributes:
-        text: may be empty: a model has nothing to score there, and that is counted.
-        prompt: what is given; may be empty. What follows it is put right behind it, with no space between.
-        answer: index of the right one of `choices`, from 0.
+        text: may be empty: nothing of it is scored, and a note counts such rows.
+        prompt: may be empty; the completion or choice follows it without a space.
+        answer: index of the right choice, from 0.
         label: name or number of a class.
-        group: what results are broken down by.
-        number: its line in the file, or its place in the split, from 1.
+        group: a name to break results down by.
+        number: its line in the file, or its position in the split, from 1.
+
+    >>> Row(number=1, prompt="2 + 2 =", completion=" 4").text is None
+    True
     """
 
     number: int
@@ -68,10 +80,12 @@ class Task:
     """Rows of one shape.
 
     Attributes:
-        ref: as it was asked for.
+        ref: the reference that it was read from.
         shape: which fields the rows have.
-        fingerprint: blake2b of what the rows hold, whatever kind of file they came from; rows beyond a limit
-            do not count.
+        fingerprint: blake2b of the rows that were read, independent of the file's format.
+
+    >>> task_of(["one text", "another"]).shape
+    'text'
     """
 
     ref: str
@@ -101,26 +115,36 @@ def read_task(ref: str | Path, *, limit: int | None = None) -> Task:
     Args:
         ref: a .jsonl or .csv file, or `hub-dataset:split` for the datasets library: `org/name:test`,
             `org/name/configuration@revision:train`, or `directory:split`.
-        limit: read the first so many rows only; what stands behind them is not looked at.
+        limit: read this many rows from the start; later rows are not looked at.
 
     Raises:
         InputError: it is missing, empty or malformed; the message names the file, the line and the field.
+
+    >>> from diagnostics.audit.demo import BUNDLED
+    >>> task = read_task(BUNDLED / "task.jsonl", limit=2)
+    >>> task.shape, task.rows[0].answer
+    ('choices', 0)
     """
     path = local(ref)
+    if path.is_file() and path.suffix.lower() in TABLES:
+        raise InputError(
+            f"{ref}: is read as a split of a data set; give the directory that it alone is in, "
+            f"{path.parent}:train"
+        )
     if path.is_file():
         return checked(str(ref), csv_rows(path) if path.suffix.lower() == ".csv" else json_rows(path), limit)
     if path.is_dir():
         raise InputError(f"{ref}: is a directory; name a file in it, or a split of a data set, {ref}:train")
-    found = SPLIT.fullmatch(str(ref))
-    if found is None or path.suffix.lower() in SUFFIXES:
+    dataset = SPLIT.fullmatch(str(ref))
+    if dataset is None or path.suffix.lower() in SUFFIXES:
         raise InputError(
             f"{ref}: there is no such file; a task is a .jsonl or .csv file, or hub-dataset:split"
         )
-    return checked(str(ref), split_rows(str(ref), **found.groupdict()), limit)
+    return checked(str(ref), split_rows(str(ref), **dataset.groupdict()), limit)
 
 
 def local(ref: str | Path) -> Path:
-    """A reference as a path, whether or not anything is there."""
+    """A reference as a path, which need not exist."""
     try:
         path = Path(ref).expanduser()
         path.exists()
@@ -133,33 +157,36 @@ def task_of(rows: Iterable[str | Mapping[str, Any]], *, ref: str = "rows", limit
     """A task from rows in memory: mappings with the fields of a file's rows, or plain texts.
 
     Raises:
-        InputError: as `read_task` does, with the place of the row from 1 as its line.
+        InputError: as `read_task`, with the position of the row from 1 as its line.
+
+    >>> task_of([{"prompt": "2 + 2 =", "choices": [" 4", " 5"], "answer": 0}]).rows[0].choices
+    (' 4', ' 5')
     """
     fields = ({"text": row} if isinstance(row, str) else row for row in rows)
     return checked(ref, enumerate(fields, start=1), limit)
 
 
 def class_ids(task: Task, labels: Sequence[str]) -> list[int]:
-    """The class of each row: its label is a name among the model's labels, or else an index into them.
+    """The class of each row: its label is one of the model's label names, or else an index into them.
 
     Raises:
         InputError: a label that the model does not know, named with file and line.
     """
-    places = {name: index for index, name in enumerate(labels)}
-    found = []
+    by_name = {name: index for index, name in enumerate(labels)}
+    classes = []
     for index, row in enumerate(task.rows):
-        place = places.get(str(row.label), row.label)
-        if not isinstance(place, int) or not 0 <= place < len(labels):
-            known = ", ".join(map(repr, labels[:8])) + (", …" if len(labels) > 8 else "")
+        class_id = by_name.get(str(row.label), row.label)
+        if not isinstance(class_id, int) or not 0 <= class_id < len(labels):
+            listed = ", ".join(map(repr, labels[:8])) + (", …" if len(labels) > 8 else "")
             raise InputError(
                 f'{task.where(index)}: "label" is {row.label!r:.80}, which the model does not know; its '
-                f"{len(labels)} labels are {known}; give one of them, or its number from 0"
+                f"{len(labels)} labels are {listed}; give one of them, or its number from 0"
             )
-        found.append(place)
-    return found
+        classes.append(class_id)
+    return classes
 
 
-def checked(ref: str, numbered: Numbered, limit: int | None) -> Task:
+def checked(ref: str, numbered: NumberedRows, limit: int | None) -> Task:
     """The rows as a task."""
     if limit is not None and limit < 1:
         raise InputError(f"{ref}: the limit is {limit}; it counts rows and is at least 1")
@@ -181,28 +208,42 @@ def checked(ref: str, numbered: Numbered, limit: int | None) -> Task:
 
 
 def shape_of(fields: Any, expected: Shape | None) -> Shape:
-    """The shape that a row's fields are of; `expected` is that of the rows before it."""
+    """The shape of a row, by its fields.
+
+    Args:
+        expected: the shape of the rows before it.
+    """
     if not isinstance(fields, Mapping):
-        raise InputError(f'a row is an object such as {{"text": …}}, and this is {named(fields)}')
-    given = FIELDS & fields.keys()
-    shape = next((shape for shape, needed in SHAPES.items() if given == set(needed)), None)
+        raise InputError(f'a row is an object such as {{"text": …}}, and this is {described(fields)}')
+    present = FIELDS & fields.keys()
+    shape = next((shape for shape, needed in SHAPES.items() if present == set(needed)), None)
     if shape is not None and expected in (None, shape):
         return shape
-    close = [expected] if expected else [shape for shape, needed in SHAPES.items() if given < set(needed)]
-    missing = [field for field in SHAPES[close[0]] if field not in given] if len(close) == 1 else []
+    if expected is None:
+        close = [shape for shape, needed in SHAPES.items() if present and present < set(needed)]
+    else:
+        close = [expected]
+    missing = [field for field in SHAPES[close[0]] if field not in present] if len(close) == 1 else []
     if missing:
-        raise InputError(f"the row lacks {quoted(missing)}")
+        raise InputError(f"the row lacks {quoted(missing)}; {columns(fields)}")
     if expected:
-        surplus = sorted(given - set(SHAPES[expected]))
+        surplus = sorted(present - set(SHAPES[expected]))
         raise InputError(
             f"the row has {quoted(surplus)}, which the rows before it lack; a task has one shape"
         )
-    has = quoted(sorted(given)) if given else "none of these fields"
-    raise InputError(f"a row is one of {ALLOWED}; this one has {has}")
+    hints = [hint for field, hint in OTHER_FIELDS.items() if field in fields]
+    raise InputError("; ".join([f"a row is one of {ALLOWED}", columns(fields), *hints]))
+
+
+def columns(fields: Mapping[str, Any]) -> str:
+    """The fields of a row, for messages."""
+    names = [str(name) for name in fields]
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return f"this one has {quoted(names[:8])}{more}" if names else "this one has no field"
 
 
 def row_of(fields: Mapping[str, Any], needed: Iterable[str], number: int) -> Row:
-    """The row, if each of its fields is of the right type."""
+    """A row with each of its fields checked."""
     values = {field: fields[field] for field in needed}
     if fields.get("group") is not None:
         values["group"] = fields["group"]
@@ -211,7 +252,9 @@ def row_of(fields: Mapping[str, Any], needed: Iterable[str], number: int) -> Row
             values[field] = choices_of(value)
         elif field == "answer":
             if type(value) is not int:
-                raise InputError(f'"answer" is {named(value)}; it is the number of the right choice, from 0')
+                raise InputError(
+                    f'"answer" is {described(value)}; it is the number of the right choice, from 0'
+                )
         elif field == "label" and type(value) is int:
             continue
         else:
@@ -225,29 +268,29 @@ def row_of(fields: Mapping[str, Any], needed: Iterable[str], number: int) -> Row
 def choices_of(value: Any) -> tuple[str, ...]:
     """Two or more texts."""
     if not isinstance(value, (list, tuple)):
-        raise InputError(f'"choices" is {named(value)}; it is a list of texts')
+        raise InputError(f'"choices" is {described(value)}; it is a list of texts')
     if len(value) < 2:
-        raise InputError(f'"choices" has {len(value)} of them, and a choice is among two or more')
-    return tuple(text_of(f"choices[{place}]", choice) for place, choice in enumerate(value))
+        raise InputError(f'"choices" has {len(value)} of them; a choice needs two or more')
+    return tuple(text_of(f"choices[{index}]", choice) for index, choice in enumerate(value))
 
 
 def text_of(field: str, value: Any) -> str:
-    """A text that can be written as UTF-8, and is not empty where a score of nothing would mislead."""
+    """A text that UTF-8 can encode; only "text" and "prompt" may be empty."""
     if not isinstance(value, str):
         wanted = "a name or a whole number" if field == "label" else "a string"
-        raise InputError(f'"{field}" is {named(value)}; it is {wanted}')
+        raise InputError(f'"{field}" is {described(value)}; it is {wanted}')
     if not value and field not in ("text", "prompt"):
         raise InputError(f'"{field}" is empty')
     try:
         value.encode()
     except UnicodeEncodeError as error:
         half = f"\\u{ord(value[error.start]):04x}"
-        raise InputError(f'"{field}" has half a character, {half}, which stands for none alone') from error
+        raise InputError(f'"{field}" has half a character, {half}, which is none by itself') from error
     return value
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a UTF-8 file by number, with or without a byte order mark, their ends kept."""
+    """The numbered lines of a UTF-8 file, without a byte order mark, their ends kept."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -258,8 +301,8 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
                 ) from error
 
 
-def json_rows(path: Path) -> Numbered:
-    """The objects of a JSONL file, one a line; empty lines are passed over."""
+def json_rows(path: Path) -> NumberedRows:
+    """The objects of a JSONL file, one a line; empty lines are skipped."""
     for number, line in lines(path):
         if not line.strip():
             continue
@@ -269,11 +312,12 @@ def json_rows(path: Path) -> Numbered:
             raise InputError(f"{path}:{number}: not JSON: {error}; each line is one object") from error
 
 
-def csv_rows(path: Path) -> Numbered:
-    """The rows of a CSV file with a header line; empty lines are passed over.
+def csv_rows(path: Path) -> NumberedRows:
+    """The rows of a CSV file with a header line; empty lines are skipped.
 
     A cell of `choices` is a JSON list; whole numbers in `answer` and `label` are numbers.
     """
+    refuse_delimiter(path)
     reader = csv.reader((line for _, line in lines(path)), strict=True)
     header: list[str] = []
     while True:
@@ -304,8 +348,23 @@ def csv_rows(path: Path) -> Numbered:
         yield number, {name: from_cell(name, cell) for name, cell in zip(header, cells, strict=True)}
 
 
+def refuse_delimiter(path: Path) -> None:
+    """Raise InputError if another delimiter than the comma divides the header of a CSV file."""
+    number, header = next(((number, line) for number, line in lines(path) if line.strip()), (0, ""))
+    header = header.strip()[:10_000]
+    if len(next(csv.reader([header]), [])) > 1:
+        return
+    for delimiter, plural in DELIMITERS.items():
+        if delimiter in header:
+            names = next(csv.reader([header], delimiter=delimiter))
+            raise InputError(
+                f"{path}:{number}: {plural} seem to divide its columns {quoted(names[:8])}; save it with "
+                "commas"
+            )
+
+
 def from_cell(field: str, cell: str) -> Any:
-    """What a cell of a CSV file holds."""
+    """The value of a cell of a CSV file."""
     if field in ("answer", "label") and re.fullmatch(r"0|-?[1-9][0-9]{0,17}", cell):
         return int(cell)
     if field == "choices":
@@ -316,7 +375,7 @@ def from_cell(field: str, cell: str) -> Any:
     return None if field == "group" and not cell else cell
 
 
-def split_rows(ref: str, name: str, revision: str | None, split: str) -> Numbered:
+def split_rows(ref: str, name: str, revision: str | None, split: str) -> NumberedRows:
     """The rows of a split of a data set, on the hub, in its cache or in a directory."""
     import datasets
 
@@ -332,12 +391,14 @@ def split_rows(ref: str, name: str, revision: str | None, split: str) -> Numbere
             f"{ref}: neither a file nor a split that can be loaded ({type(cause).__name__}: {reason})"
         ) from error
     wanted = [column for column in data.column_names if column in FIELDS | {"group"}]
+    if not wanted:
+        return iter([(1, dict.fromkeys(data.column_names))])
     # Other columns may hold pictures or sound, which take long to decode.
-    return enumerate(iter(data.select_columns(wanted)), start=1) if wanted else iter([(1, {})])
+    return enumerate(iter(data.select_columns(wanted)), start=1)
 
 
-def named(value: Any) -> str:
-    """A value and what it is, for messages."""
+def described(value: Any) -> str:
+    """A value and its type, for messages."""
     try:
         text = json.dumps(value, default=str)
     except RecursionError:

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from probes.experts.routes import capture
+from probes.experts.routes import capture_routes
 from probes.models.body import run
 from probes.text.batches import Example, batches
 
@@ -63,10 +63,10 @@ def main() -> None:
     ways: dict[str, Callable[[], Any]] = {
         "plain forward": partial(plain, own, rows, logits=True),
         "plain forward without logits": partial(plain, own, rows, logits=False),
-        "capture through the bridge": partial(capture, own, rows, tokens=2048),
-        "capture at the routers themselves": partial(capture, own, rows, tokens=2048, bridge=False),
+        "capture through the bridge": partial(capture_routes, own, rows, tokens=2048),
+        "capture at the routers themselves": partial(capture_routes, own, rows, tokens=2048, bridge=False),
     }
-    assert capture(own, rows[:1]).via == "bridge"
+    assert capture_routes(own, rows[:1]).via == "bridge"
     for way in ways.values():
         way()  # warm up
     rounds = [{name: timed(way) for name, way in ways.items()} for _ in range(ROUNDS)]

@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from diagnostics.analyses.sharpness.layer_sharpness import RowBatch, SharpnessSettings, rises
+from diagnostics.analyses.sharpness.layer_sharpness import RowBatch, SharpnessSettings, batch_sharpness
 from diagnostics.evaluation.row_losses import EncodedTask
 from probes.models.interpolated import layers_of
 from probes.passes.objective import Objective
@@ -44,7 +44,7 @@ def task() -> EncodedTask:
     )
 
 
-def timed(own: Any, lot: RowBatch, *, cached: bool, frozen: bool) -> tuple[float, dict[str, float]]:
+def timed(own: Any, batch: RowBatch, *, cached: bool, frozen: bool) -> tuple[float, dict[str, float]]:
     """Seconds of every block, and the worst rises.
 
     Args:
@@ -56,8 +56,8 @@ def timed(own: Any, lot: RowBatch, *, cached: bool, frozen: bool) -> tuple[float
     found: dict[str, float] = {}
     own.requires_grad_(not frozen)
     begun = time.perf_counter()
-    for row in rises(own, blocks, [lot], settings, whole=False):
-        found[row["name"]] = row["worst"]
+    for (name, _), row in batch_sharpness(own, blocks, batch, 0, settings, whole=False).items():
+        found[name] = row["worst"]
     seconds = time.perf_counter() - begun
     own.requires_grad_(False)
     own.zero_grad(set_to_none=True)
@@ -66,14 +66,14 @@ def timed(own: Any, lot: RowBatch, *, cached: bool, frozen: bool) -> tuple[float
 
 def main() -> None:
     console, own = Console(width=150), model()
-    lot = RowBatch(Objective(task()), tuple(range(ROWS)))
+    batch = RowBatch(Objective(task()), tuple(range(ROWS)))
     ways = {
         "full passes forward and back": {"cached": False, "frozen": False},
         "full passes, other weights frozen": {"cached": False, "frozen": True},
         "blocks before the layer once": {"cached": True, "frozen": True},
     }
-    timed(own, lot, cached=True, frozen=True)  # warm up
-    rounds = [{name: timed(own, lot, **how) for name, how in ways.items()} for _ in range(3)]
+    timed(own, batch, cached=True, frozen=True)  # warm up
+    rounds = [{name: timed(own, batch, **how) for name, how in ways.items()} for _ in range(3)]
     table = Table(
         title=f"Worst rise of each of {LAYERS} blocks: {STEPS} steps, {ROWS} rows of {LENGTH} tokens"
     )

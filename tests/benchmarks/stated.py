@@ -1,4 +1,4 @@
-"""What the README states of the bundled models and files, measured again and looked up in its text."""
+"""What the documentation states of the bundled models and files, measured again and looked up in its text."""
 
 import math
 import tempfile
@@ -31,7 +31,7 @@ def intruders() -> Iterator[tuple[str, str]]:
 
 
 def models() -> Iterator[tuple[str, str]]:
-    """The table of the bundled models, there and in their own README."""
+    """The table of the bundled models in their README."""
     from diagnostics import intruder_dimensions
     from diagnostics.audit.demo import BUNDLED, tuned_models
     from probes import CheckpointPair, open_checkpoint
@@ -46,7 +46,6 @@ def models() -> Iterator[tuple[str, str]]:
         scored = scores(model)
         metrics = intruder_dimensions(CheckpointPair(BUNDLED / "base", model)).metrics
         count, (right, nats) = metrics["intruders"], scored.pop("task")
-        yield "README.md", f"| `{model.name}` | {count} | {right:.3f} |"
         others = " | ".join(f"{loss:.2f}" for _, loss in scored.values())
         yield "diagnostics/bundled/README.md", f"| {right:.3f} | {nats:.3f} | {others} | {count} |"
 
@@ -85,9 +84,9 @@ def detection() -> Iterator[tuple[str, str]]:
         found.append(likelihood_ratio_ood(pair, *files, draws=DRAWS, examples=0).metrics)
     least = math.floor(1000 * min(each["auroc"] for each in found)) / 1000
     tuned = [each["auroc_tuned_likelihood"] for each in found]
-    yield "README.md", f"AUROC of {least:.3f} or more"
+    yield "diagnostics/bundled/README.md", f"AUROC of {least:.3f} or more"
     yield (
-        "README.md",
+        "diagnostics/bundled/README.md",
         f"with {min(tuned):.2f} to {max(tuned):.2f}, the length alone with {found[0]['auroc_length']:.2f}",
     )
 
@@ -107,8 +106,8 @@ def passes() -> Iterator[tuple[str, str]]:
         pair = CheckpointPair(BUNDLED / "base", BUNDLED / "lora-r8")
         count = essential_sparsity(pair, str(file), draws=100).metrics["evaluations"]
         gradients = skill_localization(pair, str(file), draws=100).metrics["gradients"]
-    yield "README.md", f"`sparsity` passes over the rows about {round(count, -1)} times"
-    yield "README.md", f"`skills` takes some {round(gradients, -2)} gradients"
+    yield "docs/analyses/sparsity.md", f"`sparsity` passes over the rows about {round(count, -1)} times"
+    yield "docs/analyses/skills.md", f"`skills` takes some {round(gradients, -2)} gradients"
 
 
 def mask() -> Iterator[tuple[str, str]]:
@@ -120,7 +119,7 @@ def mask() -> Iterator[tuple[str, str]]:
         patch = Patch(index={"w": torch.arange(8505)}, values={"w": torch.rand(8505)}, base="b", tuned="t")
         patch.save(file)
         size = round(file.stat().st_size, -4)
-    yield "README.md", f"A mask of 8,505 entries is a file of {size / 1000:.0f} kB"
+    yield "docs/repair.md", f"A mask of 8,505 entries is a file of {size / 1000:.0f} kB"
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-WAIT = 30_000  # milliseconds
+from tests.dashboard.browsing import WAIT, until
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +114,9 @@ class Visit:
     def settle(self) -> Any:
         """Wait until the server has answered everything, and what it answered is drawn."""
         self.page.wait_for_load_state("networkidle", timeout=WAIT)
-        self.page.wait_for_function(
+        until(
+            self.page,
             "!document.querySelector('[data-dash-is-loading=true], #page .mantine-Skeleton-root')",
-            timeout=WAIT,
         )
         return self.page
 

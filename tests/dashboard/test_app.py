@@ -43,25 +43,29 @@ def within(component):
 
 def view_of(audits, search):
     """What a dashboard of some audits is asked to show by an address."""
-    from dashboard.pages import View
     from dashboard.state.audit_library import AuditLibrary
-    from dashboard.state.query import parse
+    from dashboard.state.view import Site
 
-    return View(AuditLibrary(audits), parse(search), {})
+    return Site(AuditLibrary(audits)).view(search)
 
 
 def shown(audits, search):
     """The strings of the page that an address names."""
-    from dashboard.components import frame
+    from dashboard import frame
 
-    return " ".join(texts(frame.body(*frame.sought(view_of(audits, search)))))
+    return " ".join(texts(frame.body(*frame.resolve(view_of(audits, search)))))
+
+
+def figures(view):
+    """The strings of the figures of an analysis, and of what stands in their place."""
+    from dashboard.pages.analysis_callbacks import drawn, pictures
+
+    return texts(pictures(*drawn(view, view.query.one("analysis")), view, "dark"))
 
 
 def test_an_analysis_that_nobody_knew_of_has_its_page_figures_and_tables(made_up, audit_of):
-    from dashboard.components import frame
-    from dashboard.pages.analysis_callbacks import frame_of, pictures
-    from dashboard.state.audit_library import AuditLibrary
-    from dashboard.state.query import parse
+    from dashboard import frame
+    from dashboard.pages.analysis_callbacks import table_rows
 
     table = pd.DataFrame({"layer": [0, 1], "warmth": [0.5, 0.75]})
 
@@ -72,16 +76,16 @@ def test_an_analysis_that_nobody_knew_of_has_its_page_figures_and_tables(made_up
 
     audit = audit_of(made_up("warmth", {"heat": table}, warm, {"hottest": 0.75}))
     search = "?audit=it&analysis=warmth"
-    view, page = frame.sought(view_of({"it": audit}, search))
+    view, page = frame.resolve(view_of({"it": audit}, search))
     said = " ".join(texts(frame.body(view, page)))
     for part in ("What do warmth say?", "0 is closed, 1 is open.", "hottest", "what hottest says", "heat"):
         assert part in said
     assert "warmth" in texts(frame.nav(view, page))
-    shelf = AuditLibrary({"it": audit})
-    assert "2 warm" in texts(pictures(shelf, parse(search), "warmth", "dark"))
-    assert "1 warm" in texts(pictures(shelf, parse(search + "&layer=1-1"), "warmth", "dark"))
+    assert "2 warm" in figures(view)
+    filtered = view_of({"it": audit}, search + "&layer=1-1")
+    assert "1 warm" in figures(filtered)
     known = {"analysis": "warmth", "table": "heat", "spot": ""}
-    assert list(frame_of(shelf, parse(search + "&layer=1-1"), known)["warmth"]) == [0.75]
+    assert list(table_rows(filtered, known)["warmth"]) == [0.75]
 
 
 def test_an_audit_shows_though_its_analysis_is_not_installed(made_up, audit_of, monkeypatch):
@@ -101,9 +105,9 @@ def test_the_less_important_of_many_numbers_are_folded_until_a_link_leads_there(
     audits = {"it": audit_of(many, rules={"angles": {"number_15": {"warn": 100.0}}})}
 
     def folds(search):
-        from dashboard.components import frame
+        from dashboard import frame
 
-        body = frame.body(*frame.sought(view_of(audits, search)))
+        body = frame.body(*frame.resolve(view_of(audits, search)))
         return [each for each in within(body) if type(each).__name__ == "Details"]
 
     (fold,) = folds("?audit=it&analysis=angles")
@@ -123,25 +127,20 @@ def test_analyses_that_nobody_asked_for_take_one_line(audit_of, angles):
     skipped = {name: Outcome(status="skipped", reason="left out by --skip") for name in ("ood", "path")}
     asked = {"drift": Outcome(status="skipped", reason="needs --task F", question="Does it drift?")}
     said = shown({"it": replace(angles, analyses={**angles.analyses, **skipped, **asked})}, "?audit=it")
-    assert "not asked ood, path left out by --skip" in said
+    assert "not requested ood, path left out by --skip" in said
     assert "drift Does it drift? needs --task F" in said
 
 
 def test_figures_that_break_are_told_of_and_the_rest_of_the_page_stands(made_up, audit_of):
-    from dashboard.pages.analysis_callbacks import pictures
-    from dashboard.state.audit_library import AuditLibrary
-    from dashboard.state.query import parse
-
     def broken(result):
         raise RuntimeError("no ink")
 
     audit = audit_of(made_up("angles", tables(), broken, {"widest": 0.25}))
-    shelf = AuditLibrary({"it": audit})
-    assert "no ink" in " ".join(texts(pictures(shelf, parse("?audit=it"), "angles", None)))
+    assert "no ink" in " ".join(figures(view_of([audit], "?analysis=angles")))
     # what filters leave may be too little for a figure: that is nobody's fault
-    said = " ".join(texts(pictures(shelf, parse("?audit=it&layer=2-2"), "angles", None)))
+    said = " ".join(figures(view_of([audit], "?analysis=angles&layer=2-2")))
     assert "no ink" not in said
-    assert "widen" in said
+    assert "Widen" in said
 
 
 @pytest.mark.parametrize(
@@ -149,7 +148,7 @@ def test_figures_that_break_are_told_of_and_the_rest_of_the_page_stands(made_up,
     [
         ("?audit=nowhere", "no such audit"),
         ("?page=nowhere", "no such page"),
-        ("?audit=it&page=series", "which it is not"),
+        ("?audit=it&page=series", "but it is an audit"),
         ("?audit=it&analysis=nothing", "no such analysis"),
         ("?audit=../../etc/passwd", "no such audit"),
     ],
@@ -159,7 +158,7 @@ def test_an_address_that_leads_nowhere_says_so(angles, search, words):
 
 
 def test_an_audit_in_which_nothing_was_judged_cannot_say_that_it_may_ship(angles):
-    assert "cannot tell whether it may ship" in shown([angles], "")
+    assert "cannot decide whether the checkpoint may ship" in shown([angles], "")
 
 
 def test_the_token_lets_in_once_and_leaves_the_address(angles):
@@ -259,7 +258,7 @@ from dashboard import create_app
 from tests.dashboard.test_app import turned
 answer = turned(create_app([sys.argv[1]]), "")
 heavy = {"torch", "transformers", "transformer_lens", "peft", "sklearn", "datasets"} & set(sys.modules)
-print(json.dumps([sorted(heavy), "cannot tell whether it may ship" in json.dumps(answer)]))
+print(json.dumps([sorted(heavy), "cannot decide whether the checkpoint may ship" in json.dumps(answer)]))
 """
     done = subprocess.run(
         [sys.executable, "-c", code, str(saved)], check=True, capture_output=True, text=True
@@ -287,8 +286,7 @@ def test_it_runs_under_gunicorn_behind_a_prefix(saved):
 
 
 def test_an_answer_that_fails_is_said_on_the_page_and_not_only_in_the_log(angles, monkeypatch):
-    from dashboard import create_app
-    from dashboard.components import frame
+    from dashboard import create_app, frame
 
     def fails(*_):
         raise RuntimeError("<b>no ink</b>")

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from tests.dashboard.browsing import until
 from tests.dashboard.invented import HOSTILE, draw, tables
 
 pytestmark = pytest.mark.browser
@@ -46,16 +47,16 @@ def address(made_up, audit_of, served, tmp_path_factory):
 def test_the_first_page_lists_the_audits_and_one_of_them_says_whether_it_may_ship(visit, address):
     tab = visit(address)
     page = tab.page
-    assert page.locator(".shelf .card strong").all_text_contents() == ["one", "two", "broken", "hostile"]
+    assert page.locator(".library .card strong").all_text_contents() == ["one", "two", "broken", "hostile"]
     page.get_by_text("one", exact=True).click()
     page.wait_for_selector(".verdict")
     assert page.locator("h1").inner_text().lower() == "fail"
-    assert "must not ship" in page.inner_text(".verdict")
+    assert "does not allow" in page.inner_text(".verdict")
     assert "too wide to ship" in page.inner_text("#findings").lower()
     assert "needs --task F" in page.inner_text("#not-run")
     page.locator("#findings a").click()
     page.wait_for_selector("#numbers")
-    assert page.locator(".sought").inner_text() == "widest"
+    assert page.locator(".linked").inner_text() == "widest"
     page.go_back()
     page.wait_for_selector(".verdict")
     tab.settle()
@@ -75,7 +76,7 @@ def test_filters_reach_every_figure_and_table_and_the_address_brings_them_back(v
     assert titles.all_text_contents() == ["Angles of 12 matrices", "120 vectors"]
     page.get_by_role("textbox", name="Components").click()
     page.get_by_role("option", name="o_proj").click()
-    page.wait_for_function("document.querySelector('figcaption').textContent.includes('of 4 ')")
+    until(page, "document.querySelector('figcaption').textContent.includes('of 4 ')")
     tab.settle()
     # one of three components: a third of 12 matrices and of 120 vectors
     assert titles.all_text_contents() == ["Angles of 4 matrices", "40 vectors"]
@@ -87,10 +88,10 @@ def test_filters_reach_every_figure_and_table_and_the_address_brings_them_back(v
     assert again.locator("figcaption").all_text_contents() == ["Angles of 4 matrices", "40 vectors"]
     assert again.locator(".mantine-Pill-label").all_text_contents() == ["o_proj"]
     again.goto(page.url + "&layer=1-2")
-    again.wait_for_function("document.querySelector('figcaption')?.textContent.includes('of 2 ')")
+    until(again, "document.querySelector('figcaption')?.textContent.includes('of 2 ')")
 
     page.go_back()
-    page.wait_for_function("document.querySelector('figcaption').textContent.includes('of 12 ')")
+    until(page, "document.querySelector('figcaption').textContent.includes('of 12 ')")
     tab.settle()
     assert page.locator(".mantine-Pill-label").count() == 0
 
@@ -115,7 +116,7 @@ def test_a_cell_of_the_map_opens_what_every_analysis_knows_of_that_matrix(visit,
     assert "layers.3.o_proj.weight" in again.page.locator(".mantine-Drawer-content").inner_text()
     page.keyboard.press("Escape")
     drawer.wait_for(state="hidden")
-    page.wait_for_function("!location.search.includes('cell')")
+    until(page, "!location.search.includes('cell')")
 
 
 def test_names_that_mean_harm_are_shown_as_text(visit, address):
@@ -177,11 +178,11 @@ def test_light_turns_dark_with_every_figure(visit, address):
         "[...document.querySelectorAll('.plot .js-plotly-plot')].map((p) => p._fullLayout.paper_bgcolor)"
     )
     assert page.evaluate(grounds) == ["#ffffff", "#ffffff"]
-    page.get_by_role("button", name="Light or dark").click()
-    page.wait_for_function(f"{grounds}.every((color) => color === '#14181d')")
+    page.get_by_role("button", name="Switch between light and dark").click()
+    until(page, f"{grounds}.every((color) => color === '#14181d')")
     page.get_by_role("textbox", name="Components").click()
     page.get_by_role("option", name="o_proj").click()
-    page.wait_for_function("document.querySelector('figcaption').textContent.includes('of 4 ')")
+    until(page, "document.querySelector('figcaption').textContent.includes('of 4 ')")
     tab.settle()
     assert page.evaluate(grounds) == ["#14181d", "#14181d"]
 
@@ -193,12 +194,12 @@ def test_the_way_is_found_by_keyboard_alone(visit, address):
     page.get_by_role("navigation", name="Pages").get_by_role("link", name="angles").focus()
     page.keyboard.press("Enter")
     page.wait_for_selector("#numbers")
-    page.wait_for_function("document.activeElement.id === 'heading'")
+    until(page, "document.activeElement.id === 'heading'")
     slider = page.get_by_role("slider", name="Layers from")
     slider.focus()
     page.keyboard.press("ArrowRight")
-    page.wait_for_function("location.search.includes('layer=1-3')")
-    page.wait_for_function("document.querySelector('figcaption').textContent.includes('of 9 ')")
+    until(page, "location.search.includes('layer=1-3')")
+    until(page, "document.querySelector('figcaption').textContent.includes('of 9 ')")
 
 
 def test_at_800_pixels_the_pages_are_behind_a_button(visit, address):
@@ -236,7 +237,7 @@ def test_a_series_chooses_one_step_for_all_figures(visit, audit_of, made_up, ser
     # two layers of three components at step 200, one layer at step 100
     assert "Angles of 6 matrices" in page.locator("figcaption").all_text_contents()
     page.get_by_role("link", name="100").click()
-    page.wait_for_function("document.querySelector('#step').textContent.includes('Angles of 3 matrices')")
+    until(page, "document.querySelector('#step').textContent.includes('Angles of 3 matrices')")
     tab.settle()
     assert "step=100" in page.url
     lines = (
@@ -282,4 +283,4 @@ def test_a_host_that_others_reach_asks_for_the_token(chromium, tmp_path, audit_o
     finally:
         process.terminate()
         _, said = process.communicate()
-    assert "a token is asked for" in said
+    assert "visitors need the token" in said

@@ -27,16 +27,22 @@ def save_tokenizer(directory: Path, characters: str, *, bos: bool = True) -> Non
 
 
 def save_llama(
-    directory: Path, *, seed: int, characters: str, shift: float = 0.0, rows: int | None = None
+    directory: Path,
+    *,
+    seed: int,
+    characters: str,
+    shift: float = 0.0,
+    rows: int | None = None,
+    width: int = 16,
 ) -> Path:
     """A random Llama of two layers; `shift` moves all of its weights by noise of that size."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=rows or len(characters) + 1, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64, bos_token_id=0,
-        eos_token_id=0, initializer_range=0.2, tie_word_embeddings=False,
+        vocab_size=rows or len(characters) + 1, hidden_size=width, intermediate_size=2 * width,
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
+        bos_token_id=0, eos_token_id=0, initializer_range=0.2, tie_word_embeddings=False,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     generator = torch.Generator().manual_seed(seed)

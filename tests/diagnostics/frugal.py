@@ -63,7 +63,7 @@ def commands(root):
     from diagnostics.edits.mitigate import mitigate
     from probes import CheckpointPair, open_checkpoint
     from probes.checkpoints.mask_file import Patch
-    from probes.checkpoints.prune import levels, magnitude_order, pattern_pruned
+    from probes.checkpoints.prune import cut_levels, magnitude_order, pattern_pruned
 
     base, tuned, out = root / "base", root / "tuned", root / "out"
     pair = CheckpointPair(base, tuned)
@@ -76,7 +76,7 @@ def commands(root):
         found = Overlaps(3)
         for name in orders[0].shapes:
             sides = pair.base.tensor(name), pair.tuned.tensor(name)
-            kept = (levels(cut, name, stored) for cut, stored in zip(cuts, sides, strict=True))
+            kept = (cut_levels(cut, name, stored) for cut, stored in zip(cuts, sides, strict=True))
             found.add(*kept, squared_change(*sides))
         half = list(found)[1]
         assert half.base == half.tuned == round(0.5 * CHECKPOINT / 4)

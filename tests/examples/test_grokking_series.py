@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import diagnostics
 from diagnostics.analyses.pathways.analysis import grokking_pathways
 from probes.checkpoints.series import CheckpointSeries
-from probes.experts.routes import capture, samples
+from probes.experts.routes import capture_routes, routed_examples
 from probes.models.editable import Editable
 from probes.text.encode import encode
 from probes.text.rows import read_task
@@ -116,7 +116,9 @@ def test_routes_are_of_the_three_words_and_not_of_the_answer():
     (checkpoint,) = CheckpointSeries([str(SERIES / "parity" / "checkpoint-0")]).checkpoints
     editable = Editable(checkpoint)
     task = read_task(SERIES / "held-out.jsonl", limit=5)
-    found = capture(editable, samples(task, encode(task, editable.tokenizer, max_length=editable.context)))
+    found = capture_routes(
+        editable, routed_examples(task, encode(task, editable.tokenizer, max_length=editable.context))
+    )
     assert found.tokens.tolist() == [3] * 5
     assert (found.via, found.layers, found.top_k) == ("bridge", (0, 1, 2), 2)
 

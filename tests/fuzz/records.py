@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
 from dashboard.state.audit_library import AuditLibrary
-from dashboard.state.steps import steps
+from dashboard.state.steps import read_steps
 from diagnostics.core.analysis import Result
 from diagnostics.core.policy import parse
 from diagnostics.core.policy_file import load_policy
@@ -135,7 +135,7 @@ def series(data: bytes, directory: Path) -> None:
     """series.json, as the dashboard reads it."""
     (directory / "series.json").write_bytes(data)
     (entry,) = AuditLibrary([directory]).series
-    for each in steps(entry):
+    for each in read_steps(entry):
         assert each.verdict in ("pass", "warn", "fail")
         to_json(dict(each.metrics))
 

@@ -27,7 +27,7 @@ from probes import CheckpointPair
 from probes.errors import InputError
 from probes.models.runnable import RunnablePair
 from probes.text.batches import Batch, Example, batches
-from probes.text.encode import encode, notes
+from probes.text.encode import encode, encoding_notes
 from probes.text.rows import Task
 
 if TYPE_CHECKING:
@@ -267,7 +267,7 @@ def compared(
         raise InputError(
             f"{task.ref}: {len(long)} rows have a token behind the first {skip}; drift needs at least {LEAST}"
         )
-    said = list(notes(task, examples))
+    said = list(encoding_notes(task, examples))
     if len(long) < len(firsts):
         said.append(f"{task.ref}: {len(firsts) - len(long)} rows have no token behind the first {skip}")
     return [firsts[row] for row in drawn(long, rows, seed)], said

@@ -186,9 +186,10 @@ def training_dynamics(
     )  # fmt: skip
     measurements = series.measured(
         "dynamics", probe.key(), probe.measure, progress, least=(2, "a trend"),
-        each=checkpoint_runner(series, device),
+        run_calls=checkpoint_runner(series, device),
     )  # fmt: skip
-    moves, places = moved(series, progress)
+    notes: list[str] = []
+    moves, places = moved(series, notes, progress)
     gaps = expansions(series, probe, progress) if linearity else []
     found = curves(measurements, sets)
     labels = list(zip(series.steps, series.labels, strict=True))
@@ -208,7 +209,8 @@ def training_dynamics(
     tensors = made.tensor_rows(labels, measurements, moves, places)
     layers = made.layer_rows(labels, measurements)
     tables |= {name: pd.DataFrame(each) for name, each in (("tensors", tensors), ("layers", layers)) if each}
-    notes = notes_of(table, measurements, gaps, probe, files=bool(moves), stepped=series.stepped)
+    saved = len(series.checkpoints) == len(series)
+    notes = notes_of(table, measurements, gaps, probe, saved=saved, stepped=series.stepped) + notes
     notes += reading_notes(measurements, sets, series.labels)
     return Result(metrics=metrics_of(table, bool(trained)), tables=tables, notes=tuple(notes))
 
@@ -228,7 +230,7 @@ def checked(*, radius: float, **counts: int) -> None:
 
 
 def moved(
-    series: CheckpointSeries, progress: Callable[[int, int, str], None] | None
+    series: CheckpointSeries, notes: list[str], progress: Callable[[int, int, str], None] | None
 ) -> tuple[list[Arrays], Mapping[str, tuple[int | None, str, bool]]]:
     """How far each tensor is from the first checkpoint's; nothing where the first's weights are gone."""
     if len(series.checkpoints) < len(series):
@@ -236,7 +238,8 @@ def moved(
     first = series.checkpoints[0]
     try:
         names = weight_distances.shared(series.checkpoints).names
-    except ValueError:
+    except InputError as error:
+        notes.append(f"Movement is not measured: {error}.")
         return [], {}
     found = series.measured(
         "movement",

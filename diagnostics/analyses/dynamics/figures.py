@@ -9,6 +9,7 @@ from diagnostics.core.analysis import Result
 from diagnostics.plotting import theme
 from diagnostics.plotting.layer_axes import layer_name
 from diagnostics.plotting.set_styles import COLORS
+from probes.checkpoints.steps import step_label
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -158,7 +159,7 @@ def draw_map(
         scale = {"zmin": -1, "zmax": 1, "colorscale": theme.scale(theme.LIGHT.diverging)}
     figure.add_trace(
         go.Heatmap(
-            z=grid.to_numpy(), x=[f"{step:g}" for step in grid.columns], y=list(grid.index),
+            z=grid.to_numpy(), x=[step_label(step) for step in grid.columns], y=list(grid.index),
             colorbar={"title": {"text": what}},
             hovertemplate=f"layer %{{y}}, step %{{x}}: %{{z:.4g}} {what}<extra></extra>", **scale,
         )

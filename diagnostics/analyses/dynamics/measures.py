@@ -21,10 +21,10 @@ from probes.files.layout import Header
 from probes.models.body import unwrapped
 from probes.models.editable import Editable
 from probes.naming.matrices import is_weight, matrices
-from probes.passes.label_logits import label_logits, labelled, row_outputs
+from probes.passes.label_logits import label_logits, label_units, row_outputs
 from probes.passes.local_complexity import local_complexity, switches
 from probes.passes.objective import Objective
-from probes.passes.tangent_kernel import first_order, learning, projection, tangent_kernel
+from probes.passes.tangent_kernel import first_order, projection, tangent_kernel, trainable
 from probes.text.rows import Task
 
 Arrays = dict[str, np.ndarray]
@@ -95,7 +95,7 @@ class DynamicsProbes:
         assert self.batch is not None
         model = editable.model
         objective = Objective(self.reading.encode(editable, self.batch), tokens=self.reading.batch_tokens)
-        with learning(model):
+        with trainable(model):
             objective.backward(model)
             return alignment(model)
 
@@ -104,7 +104,7 @@ class DynamicsProbes:
         encoded = self.reading.encode(editable, self.rows)
         head = unwrapped(editable.model).get_output_embeddings()
         classes = len(editable.labels) if editable.kind == "classifier" else head.weight.shape[0]
-        rows = list(dict.fromkeys(whole.row for whole in labelled(encoded)))
+        rows = list(dict.fromkeys(whole.row for whole in label_units(encoded)))
         if not rows:
             raise InputError(f"{self.rows.ref}: none of the probe rows has a label")
         return encoded, rows, projection(self.outputs, classes, self.seed)
@@ -137,7 +137,7 @@ class DynamicsProbes:
 
     def _complexity(self, editable: Editable) -> Arrays:
         encoded = self.reading.encode(editable, self.rows)
-        shown = {index for whole in labelled(encoded) for index, _ in whole.sequences}
+        shown = {index for whole in label_units(encoded) for index, _ in whole.sequences}
         made = local_complexity(
             editable.model,
             [encoded.examples[index] for index in sorted(shown)],
@@ -173,6 +173,8 @@ def alignment(model: nn.Module) -> Arrays:
         W, G = weight.detach().double().flatten(), weight.grad.detach().double().flatten()
         unembedding = weight is head.weight if head is not None else is_head
         rows.append((name, layer, component, unembedding, float(-(G @ W)), float(G @ G), float(W @ W)))
+    if not rows:
+        raise InputError(f"{type(inner).__name__}: none of its matrices has a gradient")
     names, layers, components, heads, *sums = zip(*rows, strict=True)
     return {
         "name": np.array(names),
@@ -199,6 +201,6 @@ def _tried(name: str, measure: Callable[[], Arrays]) -> Arrays:
     """A measure under its name; where it is not defined, why."""
     try:
         found = measure()
-    except ValueError as error:
+    except InputError as error:
         return {f"{name}.missing": np.array(str(error))}
     return {f"{name}.{key}": value for key, value in found.items()}

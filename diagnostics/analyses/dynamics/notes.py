@@ -33,7 +33,7 @@ def notes_of(
     gaps: Sequence[Arrays],
     probe: DynamicsProbes,
     *,
-    files: bool,
+    saved: bool,
     stepped: bool,
 ) -> list[str]:
     """All of them, findings first."""
@@ -46,7 +46,7 @@ def notes_of(
             f"{len(steps)} checkpoints show differences, no trend: nothing is correlated below {TREND}."
         )
     notes += conditions(measurements, probe, role)
-    if not files:
+    if not saved:
         notes.append(
             "Movement and the linearity gap are not measured: they need the weights of the first checkpoint, "
             "which are gone while a run goes on. `tunescope series` measures them on saved checkpoints."

@@ -27,6 +27,7 @@ from diagnostics.execution.engines import runs_in_this_process
 from diagnostics.execution.lockstep import Steps, run_in_lockstep
 from diagnostics.execution.prefetch import prefetch, run_halving_on_oom
 from diagnostics.numerics import linalg
+from diagnostics.numerics.estimates import Z95
 from diagnostics.store.factor_cache import FactorCache, afresh
 from probes import CheckpointPair
 from probes.adapters.parts import LowRank
@@ -135,7 +136,7 @@ def _estimated(
     # ln Σs − Σ s ln s / Σs, and its error from the same probes by linearising.
     rank = math.exp(math.log(size) + entropy / size)
     _, error = linalg.spectral_sum(sizes * (1 - entropy / size) / size + entropies / size, weights, side)
-    return float(S[0]), rank, rank * math.exp(-1.96 * error), rank * math.exp(1.96 * error)
+    return float(S[0]), rank, rank * math.exp(-Z95 * error), rank * math.exp(Z95 * error)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -461,7 +461,7 @@ class ControlComparison:
         """Which points are candidates."""
         return np.array([mode in REPAIRS and scale < 1 for mode, scale in self.points])
 
-    def advantage(self) -> control.Advantage:
+    def advantage(self) -> control.ControlComparison:
         """What each keeps beyond the control."""
         strengths = np.array([scale if mode == "update" else math.nan for mode, scale in self.points])
         return control.advantage(self.task, self.keep, strengths, self.searched())
@@ -473,9 +473,9 @@ class ControlComparison:
         for mode in REPAIRS:
             own = [i for i, flag in enumerate(self.searched()) if flag and self.points[i][0] == mode]
             if own:
-                place = max(own, key=lambda i: found.value[i])
+                place = max(own, key=lambda i: found.gains[i].value)
                 strength = round(float(found.strength[place]), 3)
-                if found.value[place] > 0 and min(abs(strength - each) for each in known) > NEAR:
+                if found.gains[place].value > 0 and min(abs(strength - each) for each in known) > NEAR:
                     wanted.add(strength)
         return sorted(wanted)
 
@@ -494,12 +494,12 @@ class ControlComparison:
             retention=(keep[self.tuned] - keep) / forgotten if forgotten > 0 else math.nan,
             task_cost_nats=task - task[self.tuned],
             task_kept=(task[self.base] - task) / gained if gained > 0 else math.nan,
-            over_control_nats=found.value,
-            over_control_low_nats=found.low,
-            over_control_high_nats=found.high,
+            over_control_nats=[gain.value for gain in found.gains],
+            over_control_low_nats=[gain.low for gain in found.gains],
+            over_control_high_nats=[gain.high for gain in found.gains],
             control_scale=found.strength,
             control_short_nats=found.short,
-            recommended=self.searched() & (found.low > margin),
+            recommended=self.searched() & [gain.low > margin for gain in found.gains],
         )
         compared = [*(f"over_control{end}_nats" for end in ("", "_low", "_high")), "control_scale"]
         compared.append("control_short_nats")

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float
 
+from diagnostics.numerics.estimates import Estimate
+
 # Strengths between those measured at which the control is interpolated.
 BETWEEN = 400
 
@@ -64,19 +66,17 @@ class Control:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Advantage:
-    """What points keep beyond the control at the same task loss, in nats; above 0 they keep more.
+class ControlComparison:
+    """Points against the control at the same task loss.
 
     Attributes:
-        low, high: ends of 95 % intervals that hold for all the points searched at once, so that picking the
-            best of them does not make it look better than it is.
+        gains: nats that each point keeps beyond the control; above 0 it keeps more. The 95 % intervals hold
+            for all searched points at once, so that picking the best does not make it look better than it is.
         strength: of the control, where it is as good on the task, or best on it where no strength is.
         short: task loss of the control there beyond that of the point; 0 where it is as good.
     """
 
-    value: Float[np.ndarray, " points"]
-    low: Float[np.ndarray, " points"]
-    high: Float[np.ndarray, " points"]
+    gains: tuple[Estimate, ...]
     strength: Float[np.ndarray, " points"]
     short: Float[np.ndarray, " points"]
 
@@ -86,7 +86,7 @@ def advantage(
     keep: Float[np.ndarray, "draws points"],
     strengths: Float[np.ndarray, " points"],
     searched: Bool[np.ndarray, " points"],
-) -> Advantage:
+) -> ControlComparison:
     """What every point keeps beyond the control.
 
     Args:
@@ -103,7 +103,6 @@ def advantage(
     # Standardised, so that a point whose losses are noisy does not widen the intervals of the others.
     away = np.abs(gain[1:] - value) / np.where(spread > 0, spread, np.inf)
     width = float(np.quantile(away[:, searched].max(axis=1), 0.95)) if searched.any() else np.nan
-    return Advantage(
-        value=value, low=value - width * spread, high=value + width * spread, strength=chosen[0],
-        short=beyond[0].clip(min=0),
-    )  # fmt: skip
+    bounds = zip(value, value - width * spread, value + width * spread, spread, strict=True)
+    gains = tuple(Estimate(*map(float, columns)) for columns in bounds)
+    return ControlComparison(gains=gains, strength=chosen[0], short=beyond[0].clip(min=0))

@@ -1,6 +1,5 @@
 """The tables of likelihood-ratio OOD: every score of every row, and how well each finds the OOD rows."""
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +8,7 @@ from jaxtyping import Float
 
 from diagnostics.evaluation.paired_texts import PairedText, PairedTexts
 from diagnostics.numerics import detection_metrics, vector_distances
+from diagnostics.numerics.estimates import combined
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -205,7 +205,7 @@ def gains_of(rows: "pd.DataFrame") -> "pd.DataFrame":
         for group, part in [(None, whole), *whole.groupby("group", sort=False)]:
             tokens = part["tokens"].to_numpy(dtype=float)
             won = -part["ratio"].to_numpy()
-            gain, error = rate(won, tokens)
+            gain = combined(won[None], tokens, [1.0])
             table.append(
                 {
                     "set": name,
@@ -216,24 +216,14 @@ def gains_of(rows: "pd.DataFrame") -> "pd.DataFrame":
                     "median_tokens": float(np.median(tokens)),
                     "loss_base": -part["log_likelihood_base"].sum() / tokens.sum(),
                     "loss_tuned": -part["log_likelihood_tuned"].sum() / tokens.sum(),
-                    "gain": gain,
-                    "gain_low": gain - 1.96 * error,
-                    "gain_high": gain + 1.96 * error,
+                    "gain": gain.value,
+                    "gain_low": gain.low,
+                    "gain_high": gain.high,
                     "flagged": float(part["flagged"].mean()),
                     "truncated": float(part["truncated"].mean()),
                 }
             )
     return pd.DataFrame(table)
-
-
-def rate(sums: Float[np.ndarray, " rows"], counts: Float[np.ndarray, " rows"]) -> tuple[float, float]:
-    """Σ sums / Σ counts and its standard error over rows, linearised; NaN for one row."""
-    value = sums.sum() / counts.sum()
-    n = len(sums)
-    if n < 2:
-        return float(value), math.nan
-    residual = sums - value * counts
-    return float(value), float(math.sqrt((residual**2).sum() * n / (n - 1)) / counts.sum())
 
 
 def tokens_of(reading: PairedTexts, rows: "pd.DataFrame", words: Any, examples: int) -> "pd.DataFrame":

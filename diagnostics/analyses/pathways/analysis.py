@@ -26,7 +26,7 @@ from diagnostics.core.inputs import tasks
 from diagnostics.execution.workers import checkpoint_runner
 from probes.checkpoints.series import series_of
 from probes.errors import InputError
-from probes.experts.routes import Weights
+from probes.experts.routes import RouteWeights
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -140,7 +140,7 @@ def grokking_pathways(
     task: Any,
     train: Any = None,
     *,
-    weights: Weights = "full",
+    weights: RouteWeights = "full",
     tau: float = 0.7,
     alphabet: Alphabet = "tagged",
     drop_first: bool = False,
@@ -218,7 +218,7 @@ def grokking_pathways(
     )  # fmt: skip
     measured = series.measured(
         "pathways", plan.identity(), plan.measure, progress, least=(2, "a comparison of pathways"),
-        each=checkpoint_runner(series, device),
+        run_calls=checkpoint_runner(series, device),
     )  # fmt: skip
     if metric == "auto":
         metric = "loss" if all(each.shape == "text" for each in held.values()) else "accuracy"
@@ -257,7 +257,7 @@ def concluded(
 ) -> Result:
     """What the records of a run say: the end of `grokking_pathways`, for models that it cannot load.
 
-    Such as a module of one's own: `probes.experts.routes.capture` reads its routes when routers are named.
+    Such as a module of one's own: `probes.experts.routes.capture_routes` reads its routes from named routers.
 
     Args:
         steps: rising, one for each record.

@@ -8,6 +8,7 @@ import pandas as pd
 from diagnostics.analyses.pathways.sample_figures import draw_drift, draw_matrix, draw_routes
 from diagnostics.core.analysis import Result
 from diagnostics.plotting import theme
+from probes.checkpoints.steps import step_label
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -159,7 +160,7 @@ def draw_heat(table: pd.DataFrame, rows: str, title: str) -> "go.Figure":
         rows=1, cols=len(panels), shared_yaxes=True, horizontal_spacing=0.14,
         subplot_titles=["within groups", "gap: between − within"][: len(panels)],
     )  # fmt: skip
-    names = [f"{step:g}" for step in dict.fromkeys(table["step"])]
+    names = [step_label(step) for step in dict.fromkeys(table["step"])]
     for place, column in enumerate(panels, start=1):
         wide = table.pivot(index=rows, columns="step", values=column)
         wide = wide.reindex(index=list(dict.fromkeys(table[rows])))
@@ -195,7 +196,7 @@ def draw_smoothness(values: pd.DataFrame) -> "go.Figure":
     cuts = cuts.loc[steps]
     figure.add_trace(
         go.Box(
-            x=[f"{step:g}" for step in steps], lowerfence=cuts[0.05], q1=cuts[0.25], median=cuts[0.5],
+            x=[step_label(step) for step in steps], lowerfence=cuts[0.05], q1=cuts[0.25], median=cuts[0.5],
             q3=cuts[0.75], upperfence=cuts[0.95], name="samples", showlegend=False,
             marker={"color": SMOOTH}, line={"color": SMOOTH}, fillcolor=theme.faint(SMOOTH, 0.2),
         )

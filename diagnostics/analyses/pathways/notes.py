@@ -43,8 +43,9 @@ def memorisation(run: RoutingRun) -> list[str]:
     chosen = "" if run.ask.epsilon is not None else ", chosen so that 20 to 25 % are memorised before the end"
     said = [f"Memorised is a sample with {rule}{chosen}; here a share of {run.memorised_share:.2g} is."]
     if run.memorised_step is not None:
-        at, low, high = run.memorised_step
-        text = f"Half of these are memorised by step {at:g} (95 % interval {low:g} to {high:g})."
+        half = run.memorised_step
+        text = f"Half of these are memorised by step {half.value:g} "
+        text += f"(95 % interval {half.low:g} to {half.high:g})."
         if run.since == 0:
             text += (
                 " That is the first checkpoint: they were memorised before it, or nothing is learnt; a drop "
@@ -57,14 +58,13 @@ def memorisation(run: RoutingRun) -> list[str]:
 def turning(run: RoutingRun) -> list[str]:
     """The step at which memorisation turns to generalisation, or why none is given."""
     if run.turn is not None:
-        at, low, high = run.turn
+        turn, held = run.turn, run.held_out_turn
         text = (
-            f"Memorisation turns to generalisation around step {at:.4g} (95 % interval {low:.4g} to "
-            f"{high:.4g}), where the gap between groups has made half of its way"
+            f"Memorisation turns to generalisation around step {turn.value:.4g} (95 % interval "
+            f"{turn.low:.4g} to {turn.high:.4g}), where the gap between groups has made half of its way"
         )
-        if run.held_out_turn is not None:
-            held, below, above = run.held_out_turn
-            text += f"; the held-out metric has by step {held:.4g} ({below:.4g} to {above:.4g})"
+        if held is not None:
+            text += f"; the held-out metric has by step {held.value:.4g} ({held.low:.4g} to {held.high:.4g})"
         return [f"{text}."]
     if run.verdict == "reorganising after memorisation":
         return [

@@ -13,7 +13,7 @@ from probes.checkpoints.checkpoint import Checkpoint
 from probes.errors import InputError
 from probes.experts.router_weights import router_matrices
 from probes.experts.routers import NoRoutersError
-from probes.experts.routes import Routes, capture, samples
+from probes.experts.routes import Routes, capture_routes, routed_examples
 from probes.models.editable import Editable
 from probes.text.rows import Task
 
@@ -138,8 +138,8 @@ class RecordingPlan:
         followed = [encoded(editable, task, **reading) for task in self.followed.values()]
         held = [encoded(editable, task, **reading) for task in self.held.values()]
         routed = [
-            capture(
-                editable, samples(each.task, each.examples), drop_first=self.drop_first,
+            capture_routes(
+                editable, routed_examples(each.task, each.examples), drop_first=self.drop_first,
                 tokens=self.batch_tokens, where=each.task.where,
             )
             for each in followed

@@ -14,14 +14,14 @@ from diagnostics.analyses.pathways.snapshot import PathwaySettings, Snapshot
 from diagnostics.analyses.pathways.statistics import (
     LEAST,
     WANTED,
-    Estimate,
-    Placed,
+    SampleStatistic,
     chosen_epsilon,
     gap_p,
     halfway,
     memorised_at,
     redrawn,
 )
+from diagnostics.numerics.estimates import Estimate
 
 # A gap that surely widens by less is called flat (ours): sparse parity widened it by 0.18 to 0.34, and the
 # same inputs with labels at random by 0.005 at most.
@@ -116,7 +116,7 @@ class RoutingRun:
         return self.memorised[self.memorised < self.last]
 
     @cached_property
-    def memorised_step(self) -> Placed | None:
+    def memorised_step(self) -> Estimate | None:
         """The median step at which samples were memorised, with the interval that drawing them anew gives."""
         if not self.dated:
             return None
@@ -124,12 +124,12 @@ class RoutingRun:
         drawn = generator.choice(self.early, (self.ask.draws, len(self.early)))
         medians = np.quantile(drawn, 0.5, axis=1, method="lower")
         low, high = np.quantile(medians, [0.025, 0.975], method="nearest")
-        return Placed(*(self.steps[int(place)] for place in (self.since, low, high)))
+        return Estimate(*(self.steps[int(place)] for place in (self.since, low, high)))
 
     # --- changes ---
 
     @cached_property
-    def changes(self) -> dict[str, Estimate]:
+    def changes(self) -> dict[str, SampleStatistic]:
         """How the followed numbers changed from `since` to the last checkpoint."""
         first, last = self.looks[self.since].estimates, self.looks[self.last].estimates
         return {name: last[name].minus(first[name]) for name in last}
@@ -137,7 +137,7 @@ class RoutingRun:
     def surely(self, name: str) -> int:
         """1 if a number surely rose, −1 if it surely fell, 0 if neither is sure: by two standard errors."""
         change = self.changes[name]
-        return int(np.sign(change.value)) if abs(change.value) > max(2 * change.se, 1e-9) else 0
+        return int(np.sign(change.value)) if abs(change.value) > max(2 * change.estimate.error, 1e-9) else 0
 
     @property
     def improved(self) -> bool:
@@ -159,7 +159,7 @@ class RoutingRun:
                 "rows of one group have no gap between groups, and weight decay alone moves all else; give "
                 "rows a group"
             )
-        low, high = gap.interval
+        _, low, high, _ = gap.estimate
         told = (
             f"the distance within groups changes by {self.changes['distance'].value:+.3f}, and the gap "
             f"between groups by {gap.value:+.3f} ({low:+.3f} to {high:+.3f}, p {self.widened_p:.2g})"
@@ -176,18 +176,18 @@ class RoutingRun:
         return "no movement after memorisation", told
 
     @cached_property
-    def turn(self) -> Placed | None:
+    def turn(self) -> Estimate | None:
         """The step at which the gap has made half of its way, if all says that memorisation gave way."""
         if self.verdict != "reorganising after memorisation" or not self.improved:
             return None
         return self._halfway("gap")
 
     @cached_property
-    def held_out_turn(self) -> Placed | None:
+    def held_out_turn(self) -> Estimate | None:
         """The step at which the held-out metric has made half of its way since memorisation."""
         return self._halfway("held_out") if self.dated and self.last > 1 and self.improved else None
 
-    def _halfway(self, name: str) -> Placed:
+    def _halfway(self, name: str) -> Estimate:
         looks = self.looks[self.since :]
         estimates = [look.estimates[name] for look in looks]
         drawn = redrawn(estimates, draws=self.ask.draws, seed=self.ask.seed)

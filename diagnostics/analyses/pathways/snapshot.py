@@ -11,7 +11,14 @@ from jaxtyping import Float, Int
 from diagnostics.analyses.pathways import pathway
 from diagnostics.analyses.pathways.pathway import Alphabet
 from diagnostics.analyses.pathways.record import Record, Samples
-from diagnostics.analyses.pathways.statistics import Estimate, Pairs, gap_p, mean, pairs, pairs_of_groups
+from diagnostics.analyses.pathways.statistics import (
+    Pairs,
+    SampleStatistic,
+    gap_p,
+    mean,
+    pairs,
+    pairs_of_groups,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +70,7 @@ class Snapshot:
         return raw / pathway.longer(self.lengths, self.lengths)
 
     @cached_property
-    def estimates(self) -> dict[str, Estimate]:
+    def estimates(self) -> dict[str, SampleStatistic]:
         """The numbers that are followed, by name."""
         groups, record = self.samples.groups, self.record
         return {
@@ -78,7 +85,7 @@ class Snapshot:
         }
 
     @cached_property
-    def held_out(self) -> Estimate:
+    def held_out(self) -> SampleStatistic:
         """The metric of the held-out rows."""
         rows = np.zeros(len(self.record.held_nats), dtype=np.int64)
         if self.ask.metric == "accuracy":

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from diagnostics.numerics.estimates import Estimate
+
 # Checkpoints below which no correlation is given (ours: the paper's own seem to rest on 4 to 6).
 LEAST = 6
 # Share of samples that are to be memorised before the last checkpoint, from which the paper takes epsilon.
@@ -25,11 +27,11 @@ Matrix = Float[np.ndarray, "samples samples"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """A number estimated from samples that were drawn group by group.
+class SampleStatistic:
+    """A statistic of samples drawn group by group, with its influence function.
 
     Attributes:
-        influence: what each sample contributes to its deviation: they add up to it, to first order.
+        influence: contribution of each sample to the deviation of the value, to first order.
         groups: of the samples, from 0.
     """
 
@@ -38,14 +40,24 @@ class Estimate:
     groups: Labels
 
     @cached_property
-    def se(self) -> float:
-        """Standard error; NaN if no group has two samples."""
+    def estimate(self) -> Estimate:
+        """With standard error and 95 % interval; these are NaN if no group has two samples.
+
+        The interval is Student's, with as many degrees of freedom as samples beyond one a group.
+        """
+        from scipy.stats import t
+
         counts = np.bincount(self.groups)
         several = counts > 1
         if not several.any():
-            return math.nan
+            return Estimate(self.value, math.nan, math.nan)
         squares = np.bincount(self.groups, self._centred**2)[several]
-        return float(np.sqrt((squares * counts[several] / (counts[several] - 1)).sum()))
+        counts = counts[several]
+        error = float(np.sqrt((squares * counts / (counts - 1)).sum()))
+        if math.isnan(self.value):
+            return Estimate(self.value, math.nan, math.nan, error)
+        half = float(t.ppf(0.975, int((counts - 1).sum()))) * error
+        return Estimate(self.value, self.value - half, self.value + half, error)
 
     @property
     def _centred(self) -> Float[np.ndarray, " samples"]:
@@ -53,37 +65,25 @@ class Estimate:
         counts = np.maximum(np.bincount(self.groups), 1)
         return self.influence - (np.bincount(self.groups, self.influence) / counts)[self.groups]
 
-    @cached_property
-    def interval(self) -> tuple[float, float]:
-        """95 %, by Student's t with as many degrees of freedom as samples beyond one a group."""
-        from scipy.stats import t
-
-        counts = np.bincount(self.groups)
-        freedom = int((counts - 1)[counts > 1].sum())
-        if not freedom or math.isnan(self.value):
-            return math.nan, math.nan
-        half = float(t.ppf(0.975, freedom)) * self.se
-        return self.value - half, self.value + half
-
-    def minus(self, earlier: "Estimate") -> "Estimate":
-        """The change since an earlier estimate from the same samples."""
-        return Estimate(
+    def minus(self, earlier: "SampleStatistic") -> "SampleStatistic":
+        """The change from an earlier statistic of the same samples."""
+        return SampleStatistic(
             value=self.value - earlier.value, influence=self.influence - earlier.influence, groups=self.groups
         )
 
 
 def mean(
     values: Float[np.ndarray, " samples"], groups: Labels, units: Float[np.ndarray, " samples"] | None = None
-) -> Estimate:
+) -> SampleStatistic:
     """Mean of values, or their sum over that of units; samples with NaN do not count."""
     known = ~np.isnan(values)
     weights = known.astype(float) if units is None else np.where(known, units, 0.0)
     total = weights.sum()
     if not total:
-        return Estimate(value=math.nan, influence=np.zeros(len(values)), groups=groups)
+        return SampleStatistic(value=math.nan, influence=np.zeros(len(values)), groups=groups)
     filled = np.where(known, values, 0.0)
     value = float(filled.sum() / total)
-    return Estimate(value=value, influence=(filled - value * weights) / total, groups=groups)
+    return SampleStatistic(value=value, influence=(filled - value * weights) / total, groups=groups)
 
 
 class Pairs(NamedTuple):
@@ -96,10 +96,10 @@ class Pairs(NamedTuple):
         overall: all pairs.
     """
 
-    within: Estimate
-    between: Estimate
-    gap: Estimate
-    overall: Estimate
+    within: SampleStatistic
+    between: SampleStatistic
+    gap: SampleStatistic
+    overall: SampleStatistic
 
 
 def pairs(found: Matrix, groups: Labels) -> Pairs:
@@ -140,14 +140,14 @@ def _pairs(inside: Rows, outside: Rows, groups: Labels) -> Pairs:
 
 def _mean_of_pairs(
     sums: Float[np.ndarray, " samples"], counts: Float[np.ndarray, " samples"], groups: Labels
-) -> Estimate:
+) -> SampleStatistic:
     """Mean over pairs, from the sum and the number of those that each sample is in."""
     count = counts.sum() / 2
     if not count:
-        return Estimate(value=math.nan, influence=np.full(len(sums), math.nan), groups=groups)
+        return SampleStatistic(value=math.nan, influence=np.full(len(sums), math.nan), groups=groups)
     value = float(sums.sum() / 2 / count)
     # Hájek's projection: a sample moves the mean by what its own pairs are off, over all pairs.
-    return Estimate(value=value, influence=(sums - value * counts) / count, groups=groups)
+    return SampleStatistic(value=value, influence=(sums - value * counts) / count, groups=groups)
 
 
 def _hot(labels: Int[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape kinds"]:
@@ -221,19 +221,11 @@ def chosen_epsilon(losses: Float[np.ndarray, "steps samples"], delta: float = 0.
     return best[1], best[2]
 
 
-class Placed(NamedTuple):
-    """A step with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-
 def halfway(
     steps: Sequence[float],
     values: Float[np.ndarray, " steps"],
     drawn: Float[np.ndarray, "draws steps"],
-) -> Placed:
+) -> Estimate:
     """The step at which a number has made half of its way from the first to the last, for good.
 
     Linear between checkpoints. The interval holds 95 % of the redrawn ones, and always both checkpoints
@@ -247,7 +239,7 @@ def halfway(
     _, others = _crossing(at, drawn)
     low, high = np.quantile(others, [0.025, 0.975])
     before, after = at[place[0]], at[min(place[0] + 1, len(at) - 1)]
-    return Placed(float(own[0]), float(min(low, before)), float(max(high, after)))
+    return Estimate(float(own[0]), float(min(low, before)), float(max(high, after)))
 
 
 def _crossing(
@@ -266,12 +258,14 @@ def _crossing(
     return place, at[place] + part * (at[place + 1] - at[place])
 
 
-def redrawn(estimates: Sequence[Estimate], *, draws: int, seed: int) -> Float[np.ndarray, "draws estimates"]:
-    """Estimates from the same samples with these drawn anew, group by group, to first order."""
+def redrawn(
+    statistics: Sequence[SampleStatistic], *, draws: int, seed: int
+) -> Float[np.ndarray, "draws statistics"]:
+    """Bootstrap of statistics of the same samples, drawn group by group, to first order."""
     generator = np.random.default_rng(seed)
-    groups = estimates[0].groups
-    influence = np.stack([each._centred for each in estimates], axis=1)
-    values = np.array([each.value for each in estimates])
+    groups = statistics[0].groups
+    influence = np.stack([statistic._centred for statistic in statistics], axis=1)
+    values = np.array([statistic.value for statistic in statistics])
     found = np.tile(values, (draws, 1))
     for group in np.unique(groups):
         own = np.flatnonzero(groups == group)

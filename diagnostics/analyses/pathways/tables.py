@@ -9,7 +9,8 @@ from jaxtyping import Float, Int
 
 from diagnostics.analyses.pathways import pathway
 from diagnostics.analyses.pathways.run import RoutingRun
-from diagnostics.analyses.pathways.statistics import Estimate, Placed, correlation, mean
+from diagnostics.analyses.pathways.statistics import correlation, mean
+from diagnostics.numerics.estimates import UNDEFINED, Estimate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,10 +42,7 @@ def judged(run: RoutingRun) -> "pd.DataFrame":
     """One row: the verdict in words, why, and the steps that it speaks of."""
     import pandas as pd
 
-    memorised, turn, held = (
-        each or Placed(math.nan, math.nan, math.nan)
-        for each in (run.memorised_step, run.turn, run.held_out_turn)
-    )
+    memorised, turn, held = (step or UNDEFINED for step in (run.memorised_step, run.turn, run.held_out_turn))
     row = {
         "verdict": run.verdict, "why": run.why, "since": run.steps[run.since],
         "until": run.steps[run.last], "memorised": memorised.value, "memorised_low": memorised.low,
@@ -61,7 +59,7 @@ def by_step(run: RoutingRun) -> "pd.DataFrame":
 
     rows = []
     for place, look in enumerate(run.looks):
-        made = look.estimates
+        made = {name: statistic.estimate for name, statistic in look.estimates.items()}
         known = look.rough[~np.isnan(look.rough)]
         share = float((run.memorised <= place).mean()) if run.samples.trained else math.nan
         rows.append(
@@ -71,17 +69,16 @@ def by_step(run: RoutingRun) -> "pd.DataFrame":
                 "consistency": made["consistency"].value, "loss": made["loss"].value,
                 "held_out": made["held_out"].value, "between": look.pairs.between.value,
                 "overall": look.pairs.overall.value, **spread("gap", made["gap"]), "gap_p": look.p,
-                "distance_raw": made["distance_raw"].value, "distance_raw_se": made["distance_raw"].se,
+                "distance_raw": made["distance_raw"].value, "distance_raw_se": made["distance_raw"].error,
                 "length": made["length"].value,
-                **dict(zip(("consistency_low", "consistency_high"), made["consistency"].interval,
-                           strict=True)),
+                **bounds("consistency", made["consistency"]),
                 "gp_inconsistency": float(np.median(known)) if len(known) else math.nan,
                 "gp_undefined": int(np.isnan(look.rough).sum()),
                 "entropy": made["entropy"].value,
                 "effective_dimension": float(np.mean([each[1] for each in look.layers])),
                 "memorised": share,
-                **dict(zip(("loss_low", "loss_high"), made["loss"].interval, strict=True)),
-                **dict(zip(("held_out_low", "held_out_high"), made["held_out"].interval, strict=True)),
+                **bounds("loss", made["loss"]),
+                **bounds("held_out", made["held_out"]),
             }
         )  # fmt: skip
     return pd.DataFrame(rows)
@@ -94,11 +91,12 @@ def by_change(run: RoutingRun) -> "pd.DataFrame":
     rows = []
     for name, change in run.changes.items():
         before, after = (run.looks[place].estimates[name].value for place in (run.since, run.last))
-        low, high = change.interval
+        estimate = change.estimate
         rows.append(
             {
                 "quantity": name, "since": run.steps[run.since], "until": run.steps[run.last],
-                "before": before, "after": after, "change": change.value, "low": low, "high": high,
+                "before": before, "after": after, "change": estimate.value,
+                "low": estimate.low, "high": estimate.high,
                 "p": run.widened_p if name == "gap" else math.nan,
             }
         )  # fmt: skip
@@ -155,8 +153,8 @@ def by_group(run: RoutingRun) -> "pd.DataFrame":
             rows.append(
                 {
                     "group": name, "step": run.steps[place], "samples": int(own.sum()),
-                    **spread("distance", found.within), "between": found.between.value,
-                    **spread("gap", found.gap), "gap_p": float(look.p_of_groups[group]),
+                    **spread("distance", found.within.estimate), "between": found.between.value,
+                    **spread("gap", found.gap.estimate), "gap_p": float(look.p_of_groups[group]),
                     "distance_raw": look.raw_of_groups[group],
                     "length": float(look.lengths[own].mean()),
                     "consistency": float(np.mean(look.smooth[own])),
@@ -181,8 +179,8 @@ def by_layer(run: RoutingRun) -> "pd.DataFrame":
             rows.append(
                 {
                     "layer": look.record.routes.layers[at], "step": run.steps[place],
-                    **spread("distance", found.within), "between": found.between.value,
-                    **spread("gap", found.gap), "length": float(look.pathways.kept[:, at].mean()),
+                    **spread("distance", found.within.estimate), "between": found.between.value,
+                    **spread("gap", found.gap.estimate), "length": float(look.pathways.kept[:, at].mean()),
                     "entropy": float(look.entropies[:, at].mean()), "effective_dimension": dimension,
                     "cosine_ahead": ahead,
                 }
@@ -299,26 +297,25 @@ def metrics(run: RoutingRun, tables: "Mapping[str, pd.DataFrame]") -> dict[str, 
     for name, placed in (("memorised", run.memorised_step), ("turn", run.turn),
                          ("held_out_turn", run.held_out_turn)):  # fmt: skip
         if placed is not None:
-            found |= dict(zip((f"{name}_step", f"{name}_step_low", f"{name}_step_high"), placed, strict=True))
+            found |= {f"{name}_step": placed.value, **bounds(f"{name}_step", placed)}
     now = at_once(tables["correlations"])
     for name in ("distance", "consistency", "gap", "loss"):
         found |= {f"{kind}_{name}": now[name][kind] for kind in ("spearman", "pearson")}
     for name in ("distance", "gap", "consistency", "loss", "held_out"):
-        low, high = run.changes[name].interval
+        change = run.changes[name].estimate
         unit = "_nats" if name == "loss" else ""
         found |= {
             f"{name}_first{unit}": run.looks[0].estimates[name].value,
             f"{name}_last{unit}": run.looks[run.last].estimates[name].value,
-            f"{name}_change{unit}": run.changes[name].value,
-            f"{name}_change_low{unit}": low,
-            f"{name}_change_high{unit}": high,
+            f"{name}_change{unit}": change.value,
+            f"{name}_change_low{unit}": change.low,
+            f"{name}_change_high{unit}": change.high,
         }
-    drift = mean(run.drifts()[1], run.samples.groups)
-    low, high = drift.interval
+    drift = mean(run.drifts()[1], run.samples.groups).estimate
     found |= {
         "gap_p": run.looks[run.last].p, "gap_change_p": run.widened_p,
-        "memorised_share": run.share_memorised, "drift": drift.value, "drift_low": low,
-        "drift_high": high, "checkpoints": len(run.looks), "since_step": run.steps[run.since],
+        "memorised_share": run.share_memorised, "drift": drift.value, **bounds("drift", drift),
+        "checkpoints": len(run.looks), "since_step": run.steps[run.since],
         "points": int(now["distance"]["points"]), "samples": len(run.samples.groups),
         "groups": len(run.samples.names), "layers": run.looks[0].weights.shape[1],
         "experts": run.looks[0].weights.shape[2], "top_k": run.looks[0].record.routes.top_k,
@@ -334,8 +331,12 @@ def metrics(run: RoutingRun, tables: "Mapping[str, pd.DataFrame]") -> dict[str, 
 
 def spread(name: str, made: Estimate) -> dict[str, float]:
     """An estimate with its standard error and interval, as columns."""
-    low, high = made.interval
-    return {name: made.value, f"{name}_se": made.se, f"{name}_low": low, f"{name}_high": high}
+    return {name: made.value, f"{name}_se": made.error, **bounds(name, made)}
+
+
+def bounds(name: str, made: Estimate) -> dict[str, float]:
+    """The interval of an estimate, as columns."""
+    return {f"{name}_low": made.low, f"{name}_high": made.high}
 
 
 def median(values: Float[np.ndarray, " samples"]) -> float:

@@ -1,12 +1,12 @@
-"""Layer-wise sharpness on the path from base to tuned: which block makes a hole, and how fragile it is there.
+"""Layer-wise barriers and sharpness on the path from base to tuned.
 
-Every layer is led alone from base to tuned, from either anchor, and held against random moves of the same
-size and against its equal share of the whole path's barrier; one that stands out, and that it helps to pin,
-is a straggler. Sharpness, the worst and the mean rise of the task loss within a radius, is measured for each
-layer and for all blocks at places on the path. It is described, never judged: whole-model sharpness does not
-tell how a model generalises, and follows the learning rate.
-Sources: arXiv:2410.16476 (the question, and the notion of stragglers; no code, and only its abstract could be
-read: the rule is ours); arXiv:2302.07011 (the measures); arXiv:2109.01903 (the path).
+Each layer is interpolated alone, with all others at tuned or at base. Its barrier is compared with random
+moves of the same size and with its equal share of the whole path's barrier. A layer that stands out, and
+where pinning helps, is a straggler. Sharpness, the worst and the mean rise of the task loss within a radius,
+is measured at points of the path for each layer and for all blocks. It is described, never judged:
+whole-model sharpness does not predict generalisation, and follows the learning rate.
+Sources: arXiv:2410.16476 (the question and the notion of stragglers; only its abstract could be read, and the
+rule is ours); arXiv:2302.07011 (the measures); arXiv:2109.01903 (the path).
 """
 
 import math
@@ -17,19 +17,24 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 
 from diagnostics.analyses.sharpness.ascent import Norm
-from diagnostics.analyses.sharpness.curvature import HessianProduct, Spectrum, spectrum
+from diagnostics.analyses.sharpness.curvature import (
+    HessianProduct,
+    Spectrum,
+    refuses_second_derivative,
+    spectrum,
+)
 from diagnostics.analyses.sharpness.layer_paths import LayerPaths
 from diagnostics.analyses.sharpness.layer_sharpness import (
-    Rises,
+    BatchSharpness,
     RowBatch,
     SharpnessSettings,
-    averaged,
+    batch_sharpness,
     logits_normalised,
-    lots,
-    rises_of,
+    mean_over_batches,
+    row_batches,
 )
 from diagnostics.analyses.sharpness.remedies import remedies, remedy_rows
-from diagnostics.analyses.sharpness.tables import Flags, judgement, layer_table, metrics_of, with_sharpness
+from diagnostics.analyses.sharpness.tables import Flags, layer_table, metrics_of, notes_of, with_sharpness
 from diagnostics.core.analysis import Result, analysis
 from diagnostics.evaluation import loss_curves
 from diagnostics.evaluation.interpolation import (
@@ -56,39 +61,39 @@ if TYPE_CHECKING:
 
 LAYER_ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 METRICS = {
-    "stragglers": "layers that make a hole in the path, and that it helps to pin",
-    "best_alpha": "the α of the lowest OOD loss; without OOD rows, of the lowest task loss",
-    "worst_alpha": "the interior α furthest above the line between the ends; the middle if none is above",
-    "barrier_nats": "by how much, on the OOD rows if there are any, else on the task rows",
-    "strong_failures": "OOD sets on which some α is surely worse than both ends",
-    "successes": "OOD sets on which some α is surely better than both ends",
-    "repaired_nats": "loss that pinning the best single layer takes off at the worst α",
+    "stragglers": "layers with a barrier that stands out and that pinning repairs",
+    "best_alpha": "α of the lowest OOD loss; without OOD rows, of the lowest task loss",
+    "worst_alpha": "interior α furthest above the line between the ends; the middle if none is above",
+    "barrier_nats": "height above that line, in nats, on the OOD rows if given, else on the task rows",
+    "strong_failures": "OOD sets on which some α is significantly worse than both ends",
+    "successes": "OOD sets on which some α is significantly better than both ends",
+    "repaired_nats": "largest fall of the loss at the worst α from pinning a single layer",
     "overconfidence_ood": "confidence of tuned over base on OOD sets where tuned is less accurate, else 0",
     "load_bearing": "layers without a barrier that tuned needs and that moved far",
     "sharpness_base": "worst rise of the normalised task loss over all blocks at base, nats; not a fault",
     "sharpness_tuned": "the same at tuned",
-    "average_base": "mean rise at base",
+    "average_base": "mean rise at base, nats",
     "average_tuned": "the same at tuned",
-    "layers": "layers, embeddings and head among them",
-    "batches": "batches of task rows that sharpness was measured on",
-    "unsteady": "values whose starts disagree by more than a tenth: lower bounds",
-    "pinned": "tensors that base lacks, and that are tuned's at every α",
-    "missing": "places whose loss was not finite",
+    "layers": "number of layers, embeddings and head included",
+    "batches": "batches of task rows on which sharpness was measured",
+    "unsteady": "values whose starts differ by more than 10 %: lower bounds",
+    "pinned": "tensors that base lacks; tuned's are used at every α",
+    "missing": "points whose loss was not finite",
     **{f"rows_{role}": f"{role} rows measured" for role in ("task", "keep", "ood")},
 }
 
 
 def summary(result: Result) -> str:
-    """Whether base and tuned can be blended, and which layers stand in the way."""
+    """Whether base and tuned can be blended, and the layers that prevent it."""
     m, layers = result.metrics, result.tables["layers"]
     names = ", ".join(layers.loc[layers["straggler"], "name"])
-    who = f"stragglers: {names}" if names else "no straggler"
-    hole = f"barrier {m['barrier_nats']:.3g} nats at alpha {m['worst_alpha']:g}"
-    return f"best alpha {m['best_alpha']:g} (0 base, 1 tuned); {hole}; {who}"
+    flagged = f"stragglers: {names}" if names else "no straggler"
+    barrier = f"barrier {m['barrier_nats']:.3g} nats at alpha {m['worst_alpha']:g}"
+    return f"best alpha {m['best_alpha']:g} (0 base, 1 tuned); {barrier}; {flagged}"
 
 
 def draw(result: Result) -> "dict[str, go.Figure]":
-    """The pictures of a result; their module is loaded when something is drawn."""
+    """The figures of a result; plotting is imported only here."""
     from diagnostics.analyses.sharpness import figures
 
     return figures.draw(result)
@@ -96,19 +101,19 @@ def draw(result: Result) -> "dict[str, go.Figure]":
 
 @analysis(
     "sharpness",
-    question="Can base and tuned be blended without a hole in between, and if not, which layer makes it?",
+    question="Can base and tuned be blended without a loss barrier, and if not, which layer makes it?",
     reading=(
-        "A barrier of 0 says that a layer may stand anywhere between base and tuned; from 0.05 nats, and far "
-        "from the other layers, it is a straggler: pin it, realign it, or leave it out of a blend. Sharpness "
-        "is the rise of the task loss within a radius; it compares only at equal rows, radius and batch. A "
-        "sharper layer is not a worse one: it follows learning rate and displacement. On log axes a slope of "
-        "2 is curvature, and of 1 a loss that is not at its minimum."
+        "A barrier of 0 means that a layer can be anywhere between base and tuned. From 0.05 nats on, and "
+        "far from the other layers, it is a straggler: pin it, realign it, or leave it out of a blend. "
+        "Sharpness is the rise of the task loss within a radius; values compare only for equal rows, radius "
+        "and batch size. A sharper layer is not a worse one: it follows learning rate and displacement. On "
+        "log axes a slope of 2 is curvature; a slope of 1 is a loss that is not at its minimum."
     ),
     paper="arXiv:2410.16476",
     cost=(
-        "forward passes over all rows for each alpha and about 12 for each layer; for sharpness about 200 "
-        "passes forward and back over a few batches for each layer, and as many more at further places for "
-        "those that stand out: best on a GPU"
+        "forward passes over all rows: one for each alpha and about 12 for each layer. Sharpness: about 200 "
+        "passes forward and back over a few batches for each layer, and as many again at further alphas for "
+        "flagged layers. Best on a GPU"
     ),
     draw=draw,
     summary=summary,
@@ -147,35 +152,35 @@ def layer_sharpness(
     seed: int = 0,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Result:
-    """Measure barriers, stragglers, remedies and sharpness, layer by layer, along the path.
+    """Measure barriers, stragglers, remedies and sharpness of every layer on the path.
 
-    A layer is a transformer block; embeddings, and what is behind the blocks, are two more. Barriers are of
-    the OOD rows, pooled, or of the task rows where there are none; sharpness is of the task rows.
+    Layers are the transformer blocks, the embeddings, and everything after the blocks. Barriers are measured
+    on the pooled OOD rows, or on the task rows without any; sharpness on the task rows.
 
     Args:
         pair: base and tuned; adapters are merged.
-        task: rows of what was trained: a task, a file, texts, or several of these by name.
+        task: held-out rows of the trained task: a task, a file, texts, or several of these by name.
         keep: rows of what must survive.
-        ood: rows that it was not made for.
-        alphas: places of the whole model (WiSE-FT's grid).
-        layer_alphas: places of a single layer (ours); 0, 0.5, 1 screens faster.
+        ood: rows that the tuned model was not made for.
+        alphas: α of the whole model (WiSE-FT's grid).
+        layer_alphas: α of a single layer (ours); 0, 0.5, 1 screens faster.
         sharpness_alphas: where sharpness is measured; 0 and 1 always are. Flagged layers are also measured
             at the best and the worst α.
-        rhos: radii, a doubling grid (ours; published ones go by model and norm).
-        rho: the one that `layers` shows.
-        norm: l2; or linf, a hard search whose values are lower bounds, with at least 5 starts.
-        adaptive: perturb in proportion to |w|; a weight that is zero stays zero.
-        normalise: normalise logits, as published: else any rise in their scale moves the measure.
+        rhos: radii, a doubling grid (ours; published ones depend on model and norm).
+        rho: the radius shown in `layers`.
+        norm: l2; or linf, a harder search with lower bounds as values, which takes at least 5 starts.
+        adaptive: perturb in proportion to |w|; a zero weight stays zero.
+        normalise: normalise logits, as published: else their scale alone moves the measure.
         steps: of an ascent (as published).
-        starts: of an ascent; the first is no perturbation with a kick.
-        pairs: of random perturbations for the mean rise (published: 20 samples, which are 10); 0: none.
-        batches, batch_rows: task rows that sharpness is measured on (published: 8 of 128); the maximum is
-            taken batch by batch, so that larger ones give smaller values.
+        starts: of an ascent; the first is no perturbation with a little noise.
+        pairs: mirrored random perturbations for the mean rise (published: 20 samples, which are 10); 0: none.
+        batches, batch_rows: task rows for sharpness (published: 8 of 128). The maximum is taken batch by
+            batch: larger batches give smaller values.
         per_size: scale radii by √(weights of a layer / of the median layer).
-        matrices_only: leave norm gains and biases as they are.
+        matrices_only: leave norm gains and biases unperturbed.
         sharpen: screened: every layer at `rho` at both ends, and the flagged ones with two others at all
-            radii and places; all: every layer there.
-        curvature: cross-check by the Hessian of the first batch, of the flagged layers and two others.
+            radii and alphas; all: every layer at all of them.
+        curvature: cross-check with the Hessian of the first batch, for the flagged layers and two others.
         rows: most rows of a set, drawn at random.
         max_length: most tokens of a row; None: what the model takes.
         chat_template: texts and prompts are a user's messages.
@@ -183,19 +188,46 @@ def layer_sharpness(
         trust_remote_code: run code that a repository brings.
         device: where the model runs.
         dtype: of the model. Not half precision: there a small step changes no weight.
-        seed: of rows, kicks and random moves.
+        seed: of rows, starts and random moves.
         progress: called with (done, total, what).
 
     Metrics: see `METRICS`.
-    Tables: `layers` (layer: -1 is the embeddings, the last what is behind the blocks; name, displacement,
-        barrier …, sharpness_base, sharpness_tuned, straggler, load_bearing, action), `path` (alpha, role,
-        set, metric, value), `sets`, `layer_paths` (layer, anchor, alpha, loss), `sharpness` (alpha, layer,
-        name, rho, worst, average …), `remedies` (remedy, setting, alpha, role, set, loss, accuracy),
-        `curvature` (alpha, layer, top, bottom, trace, predicted, worst).
+    Tables:
+        `layers`: one row a layer: layer (index; -1 embeddings, the last what follows the blocks), name,
+            weights (count), displacement (norm of the delta over that of base), moved (norm of the delta),
+            barrier, barrier_error, barrier_tuned, barrier_base (nats; the larger, its standard error, either
+            anchor), lag (α at which half of the gain is won), rewind_cost, rewind_half (nats, half of its 95
+            % interval), midway_rise, control_rise (nats; halfway to base, random moves of that size),
+            repair_base, repair_base_half, repair_tuned, repair_tuned_half (nats; gain from pinning),
+            sharpness_<place>, average_<place> (nats; worst and mean rise at base, half, tuned),
+            sharpness_ratio (tuned over base), straggler, load_bearing (booleans), action (best remedy),
+            action_barrier_nats, action_task_nats.
+        `path`: one row a set, alpha and metric: alpha, role, set, metric (loss, accuracy, confidence,
+            error_confidence, fft, ttf or ensemble_loss), value (losses in nats per unit, else a share), unit.
+        `sets`: one row a set: role, set, rows, units (counts), unit, loss_<side>, barrier, bump, dip (nats),
+            best_alpha, worst_alpha, gain, gain_half, fall, fall_half (nats), outcome (success, weak or
+            strong), accuracy_<side>, confidence_ratio, error_confidence_<side> (shares).
+        `layer_paths`: one row a layer, anchor and alpha: layer, anchor (base or tuned), alpha, loss (nats).
+        `sharpness`: one row an alpha, layer and radius: alpha, layer, name, rho, radius (rho, scaled if
+            per_size), worst, worst_error, single, average, average_error, loss (nats), spread (share by which
+            starts differ), slope (norm of the gradient, nats).
+        `remedies`: one row a remedy, alpha and set: remedy, setting (end or share), alpha, role, set, loss
+            (nats), accuracy (share).
+        `curvature`: one row an alpha and layer: alpha, layer, name, top, bottom (eigenvalues, nats), trace,
+            trace_error (nats), predicted, predicted_average (rises at rho from these, nats), rho, worst,
+            average, slope (as measured).
 
     Raises:
         InputError: a parameter out of range, rows or a model that cannot be scored, ends that are not finite,
             a model without a list of blocks.
+
+    Example:
+        >>> from diagnostics.audit.demo import BUNDLED
+        >>> pair = CheckpointPair(BUNDLED / "base", BUNDLED / "full")
+        >>> fast = {"rows": 2, "max_length": 8, "steps": 2, "pairs": 0, "rhos": (0.5,), "curvature": False}
+        >>> alphas = {"alphas": (0, 0.5, 1), "layer_alphas": (0, 0.5, 1), "sharpness_alphas": (0, 1)}
+        >>> layer_sharpness(pair, BUNDLED / "task.jsonl", **fast, **alphas).metrics["stragglers"]
+        0
     """
     import pandas as pd
 
@@ -203,60 +235,65 @@ def layer_sharpness(
     if sharpen not in ("screened", "all"):
         raise InputError(f"sharpen is {sharpen!r}; it is 'screened' or 'all'")
     radii = _checked(rhos, rho, norm, steps, starts, pairs, batches, batch_rows)
-    places = check_alphas(sharpness_alphas, least=2)
+    sharp_alphas = check_alphas(sharpness_alphas, least=2)
     with TwoSidedModel(pair, device=device, dtype=dtype, trust_remote_code=trust_remote_code) as host:
-        walk, notes = InterpolatedModel(host), model_notes(pair, host.model)
+        interpolated, notes = InterpolatedModel(host), model_notes(pair, host.model)
         if is_half(host.model):
             raise InputError(
-                "sharpness: the model runs in half precision, in which small perturbations change no weight; "
-                "set sharpness.dtype to float32"
+                "sharpness: in half precision small perturbations change no weight; set sharpness.dtype to "
+                "float32"
             )
         given = {"task": task, "keep": keep, "ood": ood}
         sets = sets_of(
             given, host.editable, purpose="sharpness", max_length=max_length, chat_template=chat_template,
             batch_tokens=batch_tokens, rows=rows, seed=seed,
         )  # fmt: skip
-        along = PathEvaluator(walk, sets, progress)
-        along.measure(grid)
-        on = along.role("ood") or along.role("task")
-        layer_paths = LayerPaths(along, on, layer_grid, seed=seed)
+        evaluator = PathEvaluator(interpolated, sets, progress)
+        evaluator.measure(grid)
+        on = evaluator.role("ood") or evaluator.role("task")
+        layer_paths = LayerPaths(evaluator, on, layer_grid, seed=seed)
         worst = layer_paths.worst(grid)
         measured = layer_paths.measure(worst)
         flags = Flags(layer_paths, measured, worst, layer_paths.barrier(grid))
-        best = loss_curves.best_alpha(np.array(grid), {which[1]: along.losses(which, grid) for which in on})
+        best = loss_curves.best_alpha(
+            np.array(grid), {which[1]: evaluator.losses(which, grid) for which in on}
+        )
         settings = SharpnessSettings(
             rhos=radii, norm=norm, adaptive=adaptive, normalise=normalise, steps=steps, starts=starts,
             pairs=pairs, per_size=per_size, matrices_only=matrices_only, cached=layer_paths.cached, seed=seed,
         )  # fmt: skip
-        drawn = _drawn(along, batches, batch_rows, seed)
-        alone = rho if sharpen == "screened" else None
-        sharp = _sharpness(along, flags, drawn, settings, places, {best, worst}, alone)
+        task_batches = _task_batches(evaluator, batches, batch_rows, seed)
+        screening_rho = rho if sharpen == "screened" else None
+        sharp = _sharpness(
+            evaluator, flags, task_batches, settings, sharp_alphas, {best, worst}, screening_rho
+        )
         flagged = [path.layer for path, flag in zip(measured, flags.stragglers, strict=True) if flag]
         remedied: list[dict[str, Any]] = []
         if flagged:
-            remedied, said = remedy_rows(along, remedies(walk, pair, flagged), sorted({0.5, worst, 1.0}))
-            notes += said
-        curved = []
+            options = remedies(interpolated, pair, flagged)
+            remedied, remedy_notes = remedy_rows(evaluator, options, sorted({0.5, worst, 1.0}))
+            notes += remedy_notes
+        spectra = []
         if curvature:
             chosen = flags.chosen() if sharpen == "screened" else flags.layers
-            curved = _curvature(along, chosen, drawn[0], settings, notes)
+            spectra = _curvature(evaluator, chosen, task_batches[0], settings, notes)
     sharp_table, remedy_table = pd.DataFrame(sharp), pd.DataFrame(remedied, columns=REMEDIES)
     table = layer_table(flags, sharp_table, rho, remedy_table, worst, on)
-    set_table = set_rows(along, grid)
+    set_table = set_rows(evaluator, grid)
     metrics = metrics_of(flags, table, set_table, sharp_table, rho)
     metrics |= {
         "best_alpha": best,
-        "batches": len(drawn),
-        "pinned": len(walk.pinned),
-        "missing": len(along.missing),
+        "batches": len(task_batches),
+        "pinned": len(interpolated.pinned),
+        "missing": len(evaluator.missing),
     }
-    notes = [*along.missing, *judgement(table, set_table, metrics, on, settings, layer_paths), *notes]
-    notes += pinned_note(walk.pinned)
-    notes += dict.fromkeys(note for each in sets.values() for note in each.notes)
-    curves = pd.DataFrame(curved, columns=CURVATURE)
+    notes = [*evaluator.missing, *notes_of(table, set_table, metrics, on, settings, layer_paths), *notes]
+    notes += pinned_note(interpolated.pinned)
+    notes += dict.fromkeys(note for encoded in sets.values() for note in encoded.notes)
+    curves = pd.DataFrame(spectra, columns=CURVATURE)
     tables = {
         "layers": table,
-        "path": pd.DataFrame(path_rows(along, grid)),
+        "path": pd.DataFrame(path_rows(evaluator, grid)),
         "sets": pd.DataFrame(set_table),
         "layer_paths": pd.DataFrame([row for path in measured for row in layer_paths.path_rows(path)]),
         "sharpness": sharp_table,
@@ -280,141 +317,150 @@ def _checked(
     batches: int,
     batch_rows: int,
 ) -> tuple[float, ...]:
-    for each in (*rhos, rho):
-        if not 0 < each < math.inf:
-            raise InputError(f"rhos holds {each}; a radius is above 0")
+    for radius in (*rhos, rho):
+        if not 0 < radius < math.inf:
+            raise InputError(f"rhos holds {radius}; a radius is above 0")
     if rho not in rhos:
-        raise InputError(f"rho is {rho}, which is not among rhos {tuple(rhos)}; add it, or name one of them")
+        raise InputError(f"rho is {rho}, which is not in rhos {tuple(rhos)}; add it, or choose one of them")
     if norm == "linf" and starts < 5:
         raise InputError(
-            f"starts is {starts}, and one search of kind linf may find less than half of the worst rise; set "
-            "starts to 5 or more"
+            f"starts is {starts}; with norm linf a single start may find less than half of the worst rise. "
+            "Set starts to 5 or more"
         )
     least = {"steps": (steps, 2), "starts": (starts, 1), "pairs": (pairs, 0), "batches": (batches, 1)}
     for name, (value, low) in {**least, "batch_rows": (batch_rows, 1)}.items():
         if value < low:
             raise InputError(f"{name} is {value}; at least {low}")
-    return tuple(sorted({float(each) for each in rhos}))
+    return tuple(sorted({float(radius) for radius in rhos}))
 
 
-# A batch of rows: of which set, and which of them.
-Drawn: TypeAlias = tuple[Which, tuple[int, ...]]
+# A batch of rows, in a form that workers take: its set and the indices of its rows.
+BatchKey: TypeAlias = tuple[Which, tuple[int, ...]]
 
 
-def _drawn(along: PathEvaluator, batches: int, size: int, seed: int) -> list[Drawn]:
-    """Batches of task rows."""
-    objectives = {which: _objective(along, which) for which in along.role("task")}
-    names = {id(objective): which for which, objective in objectives.items()}
-    found = lots(list(objectives.values()), batches, size, seed)
-    return [(names[id(lot.objective)], lot.rows) for lot in found]
+def _task_batches(evaluator: PathEvaluator, batches: int, size: int, seed: int) -> list[BatchKey]:
+    objectives = {which: _objective(evaluator, which) for which in evaluator.role("task")}
+    set_of = {id(objective): which for which, objective in objectives.items()}
+    drawn = row_batches(list(objectives.values()), batches, size, seed)
+    return [(set_of[id(batch.objective)], batch.rows) for batch in drawn]
 
 
-def _objective(along: PathEvaluator, which: Which) -> Objective:
-    return Objective(along.sets[which], tokens=along.sets[which].batch_tokens)
+def _objective(evaluator: PathEvaluator, which: Which) -> Objective:
+    return Objective(evaluator.sets[which], tokens=evaluator.sets[which].batch_tokens)
 
 
 def _sharpness(
-    along: PathEvaluator,
+    evaluator: PathEvaluator,
     flags: Flags,
-    batches: Sequence[Drawn],
+    batches: Sequence[BatchKey],
     settings: SharpnessSettings,
-    places: Sequence[float],
-    more: set[float],
+    alphas: Sequence[float],
+    flagged_alphas: set[float],
     rho: float | None,
 ) -> list[dict[str, Any]]:
-    """Sharpness of layers at places on the path, and of flagged ones at some more.
+    """Sharpness of layers at some α, and of flagged layers at some more.
 
     Args:
-        rho: of layers that do not stand out, the one radius, at both ends alone; None: all are measured.
+        rho: the only radius of layers that do not stand out, at both ends only; None: all are measured.
     """
     chosen = flags.layers if rho is None else flags.chosen()
     others = {layer.name: (rho,) for layer in flags.layers if layer not in chosen and rho is not None}
     parts = {
-        alpha: flags.layers if alpha in (0.0, 1.0) else chosen if alpha in places else flags.flagged()
-        for alpha in sorted({*places, *more})
+        alpha: flags.layers if alpha in (0.0, 1.0) else chosen if alpha in alphas else flags.flagged()
+        for alpha in sorted({*alphas, *flagged_alphas})
     }
     plan = [
-        (alpha, partial(_rises, number=number, drawn=drawn, whole=alpha in places))
+        (alpha, partial(_batch_sharpness, number=number, batch=batch, whole=alpha in alphas))
         for alpha, layers in parts.items()
-        for number, drawn in enumerate(batches)
+        for number, batch in enumerate(batches)
         if layers
     ]
-    steps = [len(parts[alpha]) + (alpha in places) for alpha, _ in plan]
+    steps = [len(parts[alpha]) + (alpha in alphas) for alpha, _ in plan]
     calls = (
         partial(
             call, alpha=alpha, layers=tuple(layer.index for layer in parts[alpha]), settings=settings,
-            radii=others, done=sum(steps[:place]), total=sum(steps),
+            radii=others, done=sum(steps[:index]), total=sum(steps),
         )
-        for place, (alpha, call) in enumerate(plan)
+        for index, (alpha, call) in enumerate(plan)
     )  # fmt: skip
-    found: dict[float, list[Rises]] = {}
-    for place, ((alpha, _), made) in enumerate(zip(plan, along.each(calls), strict=True)):
-        found.setdefault(alpha, []).append(made)
-        along.tell(sum(steps[: place + 1]), sum(steps), f"sharpness at alpha {alpha:g}")
-    return [{"alpha": alpha, **row} for alpha, made in found.items() for row in averaged(parts[alpha], made)]
+    by_alpha: dict[float, list[BatchSharpness]] = {}
+    for index, ((alpha, _), values) in enumerate(zip(plan, evaluator.each(calls), strict=True)):
+        by_alpha.setdefault(alpha, []).append(values)
+        evaluator.tell(sum(steps[: index + 1]), sum(steps), f"sharpness at alpha {alpha:g}")
+    return [
+        {"alpha": alpha, **row}
+        for alpha, values in by_alpha.items()
+        for row in mean_over_batches(parts[alpha], values)
+    ]
 
 
-def _rises(
-    along: PathEvaluator,
+def _batch_sharpness(
+    evaluator: PathEvaluator,
     *,
     alpha: float,
     number: int,
-    drawn: Drawn,
+    batch: BatchKey,
     layers: Sequence[int],
     settings: SharpnessSettings,
     radii: Mapping[str, Sequence[float]],
     whole: bool,
     done: int,
     total: int,
-) -> Rises:
-    """Sharpness at one place on one batch, here or on a worker."""
-    along.forget()
-    along.walk.place(alpha)
-    which, rows = drawn
-    return rises_of(
-        along.walk.model, [layer for layer in along.walk.layers if layer.index in layers],
-        RowBatch(_objective(along, which), rows), number, settings, whole=whole, radii=radii,
-        tell=lambda count, name: along.tell(done + count, total, f"sharpness of {name}"),
+) -> BatchSharpness:
+    """Sharpness at one α on one batch, in this process or on a worker."""
+    evaluator.forget()
+    evaluator.walk.place(alpha)
+    which, rows = batch
+    return batch_sharpness(
+        evaluator.walk.model, [layer for layer in evaluator.walk.layers if layer.index in layers],
+        RowBatch(_objective(evaluator, which), rows), number, settings, whole=whole, radii=radii,
+        report=lambda count, name: evaluator.tell(done + count, total, f"sharpness of {name}"),
     )  # fmt: skip
 
 
 def _curvature(
-    along: PathEvaluator, layers: Sequence[Layer], drawn: Drawn, settings: SharpnessSettings, notes: list[str]
+    evaluator: PathEvaluator,
+    layers: Sequence[Layer],
+    batch: BatchKey,
+    settings: SharpnessSettings,
+    notes: list[str],
 ) -> list[dict[str, Any]]:
     """Both ends of the spectrum and the trace of each layer at base and tuned, on one batch."""
     plan = [(alpha, layer) for alpha in (0.0, 1.0) for layer in layers]
     calls = (
-        partial(_spectrum, alpha=alpha, index=layer.index, drawn=drawn, settings=settings)
+        partial(_spectrum, alpha=alpha, index=layer.index, batch=batch, settings=settings)
         for alpha, layer in plan
     )
-    found: list[dict[str, Any]] = []
-    for done, ((alpha, layer), made) in enumerate(zip(plan, along.each(calls), strict=True)):
-        if isinstance(made, str):
-            notes.append(f"Curvature was not measured: the model cannot be differentiated twice ({made}).")
-            return found
-        found.append({"alpha": alpha, "layer": layer.index, "name": layer.name, **made._asdict()})
-        along.tell(done + 1, len(plan), f"curvature of {layer.name}")
-    return found
+    rows: list[dict[str, Any]] = []
+    for done, ((alpha, layer), result) in enumerate(zip(plan, evaluator.each(calls), strict=True)):
+        if isinstance(result, str):
+            notes.append(f"Curvature was not measured: the model cannot be differentiated twice ({result}).")
+            return rows
+        rows.append({"alpha": alpha, "layer": layer.index, "name": layer.name, **result._asdict()})
+        evaluator.tell(done + 1, len(plan), f"curvature of {layer.name}")
+    return rows
 
 
 def _spectrum(
-    along: PathEvaluator, *, alpha: float, index: int, drawn: Drawn, settings: SharpnessSettings
+    evaluator: PathEvaluator, *, alpha: float, index: int, batch: BatchKey, settings: SharpnessSettings
 ) -> Spectrum | str:
-    """The spectrum of one layer at one place, here or on a worker; or why it has none."""
+    """The spectrum of one layer at one α, in this process or on a worker; or why torch refuses it."""
     import torch
 
-    along.walk.place(alpha)
-    which, rows = drawn
-    (layer,) = (each for each in along.walk.layers if each.index == index)
+    evaluator.walk.place(alpha)
+    which, rows = batch
+    (layer,) = (candidate for candidate in evaluator.walk.layers if candidate.index == index)
     with (
-        logits_normalised(along.walk.model, settings.normalise),
-        PerturbedWeights(settings.parameters(layer), adaptive=settings.adaptive) as moved,
+        logits_normalised(evaluator.walk.model, settings.normalise),
+        PerturbedWeights(settings.parameters(layer), adaptive=settings.adaptive) as weights,
     ):
         try:
             return spectrum(
-                HessianProduct(along.walk.model, along.sets[which], rows, moved).product,
-                moved.zero,
+                HessianProduct(evaluator.walk.model, evaluator.sets[which], rows, weights).product,
+                weights.zero,
                 generator=torch.Generator().manual_seed(settings.seed),
             )
-        except (RuntimeError, NotImplementedError) as error:
+        except RuntimeError as error:
+            if not refuses_second_derivative(error):
+                raise
             return str(error).partition("\n")[0]

@@ -1,10 +1,10 @@
-"""Sharpness of a loss around some weights: by how much it rises within a radius, at worst and on average.
+"""Sharpness: the worst and the mean rise of a loss within a radius of some weights.
 
-Everything works on u, where weights are w + c ⊙ u with c = |w| (adaptive) or 1 (plain): projection is then
-exact, a weight that is zero stays zero, and nothing is divided. Losses are functions of u; slopes are their
-gradients in u, which is c ⊙ ∇L. Values are rises in nats: 0 is flat, and no value alone is good or bad.
+All is computed in u, with weights w + c ⊙ u and c = |w| (adaptive) or 1 (plain). Projection is then exact, a
+zero weight stays zero, and nothing is divided. The gradient in u is c ⊙ ∇L. Rises are in nats: 0 is flat, and
+no value by itself is good or bad.
 Source of the measures: Andriushchenko et al. 2023, arXiv:2302.07011; ascent in u, starts and warm starts are
-ours (its code steps along |w| ∇L, starts at zero alone, and does not enforce the radius where a weight is 0).
+ours (its code steps along |w| ∇L, starts at zero only, and does not enforce the radius where a weight is 0).
 """
 
 import math
@@ -16,37 +16,38 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diagnostics.numerics.estimates import Estimate
 from probes.errors import InputError
 
 Norm: TypeAlias = Literal["l2", "linf"]
 Point: TypeAlias = Float[Tensor, " weights"]
-# From u to the loss and its slope there.
-Slope: TypeAlias = Callable[[Tensor], tuple[float, Tensor]]
+# From u to the loss and its gradient.
+LossGradient: TypeAlias = Callable[[Tensor], tuple[float, Tensor]]
 
-# Size of the random kick as a share of the radius: it frees an ascent from a stationary point.
-KICK = 0.01
-# Of the ascent: the first step in radii and the momentum are the published code's; a step that does not rise
-# is halved, one that does is doubled up to the first (ours).
+# Size of the initial noise as a share of the radius: it frees an ascent from a stationary point.
+NOISE = 0.01
+# First step in radii and momentum, as in the published code. A step that lowers the loss is halved, another
+# one doubled up to the first (ours).
 FIRST, MOMENTUM, GROWTH = 2.0, 0.75, 2.0
 
 
 class PerturbedLoss(NamedTuple):
-    """A perturbation with the loss and the slope there."""
+    """A perturbation with its loss and gradient."""
 
     u: Tensor
     loss: float
-    slope: Tensor
+    gradient: Tensor
 
 
 @dataclass(frozen=True)
 class Worst:
-    """The worst rise that was found within a radius; the true one may be larger.
+    """The largest rise found within a radius; a lower bound of the true one.
 
     Attributes:
         rise: nats; at least 0.
-        single: of one step along the slope alone; at least 0, at most `rise`.
-        spread: what the poorest start fell short of the best, as a share of the best; 0 of a single start.
-        best: where it is.
+        single: rise of a single gradient step; at least 0, at most `rise`.
+        spread: relative shortfall of the poorest start against the best; 0 with one start.
+        best: the perturbation.
     """
 
     rise: float
@@ -63,16 +64,16 @@ def projected(u: Point, rho: float, norm: Norm) -> Point:
     return u * (rho / size) if size > rho else u
 
 
-def ahead(slope: Point, norm: Norm) -> Point:
-    """The direction of steepest ascent, of length 1 in its norm; zero where there is no slope."""
+def steepest(gradient: Point, norm: Norm) -> Point:
+    """The direction of steepest ascent, of length 1 in its norm; zero without a gradient."""
     if norm == "linf":
-        return slope.sign()
-    size = float(torch.linalg.vector_norm(slope, dtype=torch.float64))
-    return slope / size if size > 0 and math.isfinite(size) else torch.zeros_like(slope)
+        return gradient.sign()
+    size = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
+    return gradient / size if size > 0 and math.isfinite(size) else torch.zeros_like(gradient)
 
 
 def worst(
-    slope: Slope,
+    loss_gradient: LossGradient,
     zero: PerturbedLoss,
     rho: float,
     *,
@@ -82,29 +83,29 @@ def worst(
     generator: torch.Generator,
     warm: Sequence[PerturbedLoss] = (),
 ) -> Worst:
-    """Climb from no perturbation to the worst one within a radius.
+    """Gradient ascent from no perturbation to the worst one within a radius.
 
     Args:
-        slope: loss and slope of a perturbation; called at most `steps` times a start.
+        loss_gradient: called at most `steps` times a start.
         zero: no perturbation.
         rho: the radius.
-        starts: the first is zero with a small random kick, the others are random within the radius.
+        starts: the first is zero with a little noise, the others are random within the radius.
         generator: on the CPU, whatever the device.
-        warm: perturbations within the radius, such as that of a smaller one: their loss is never lost.
+        warm: known perturbations within the radius; the result is at least as bad as each of them.
 
     Raises:
         InputError: a radius that is not above 0.
     """
     if not 0 < rho < math.inf:
         raise InputError(f"rho is {rho}; a radius is above 0")
-    kick = _random(zero.u, KICK * rho, norm, generator)
-    single = _at(slope, projected(rho * ahead(zero.slope, norm), rho, norm))
-    finals = [_climb(slope, [zero, single, *warm], rho, norm, steps - 1, kick)]
+    noise = _random(zero.u, NOISE * rho, norm, generator)
+    single = _at(loss_gradient, projected(rho * steepest(zero.gradient, norm), rho, norm))
+    finals = [_ascend(loss_gradient, [zero, single, *warm], rho, norm, steps - 1, noise)]
     for _ in range(starts - 1):
-        start = _at(slope, projected(_random(zero.u, rho, norm, generator), rho, norm))
-        finals.append(_climb(slope, [start], rho, norm, steps - 1, torch.zeros_like(kick)))
-    rises = [here.loss - zero.loss for here in finals]
-    best = max(zero, *finals, key=lambda here: here.loss)
+        start = _at(loss_gradient, projected(_random(zero.u, rho, norm, generator), rho, norm))
+        finals.append(_ascend(loss_gradient, [start], rho, norm, steps - 1, torch.zeros_like(noise)))
+    rises = [final.loss - zero.loss for final in finals]
+    best = max(zero, *finals, key=lambda final: final.loss)
     rise = best.loss - zero.loss
     return Worst(
         rise=rise,
@@ -114,67 +115,65 @@ def worst(
     )
 
 
-def _climb(
-    slope: Slope, known: Sequence[PerturbedLoss], rho: float, norm: Norm, steps: int, kick: Tensor
+def _ascend(
+    loss_gradient: LossGradient,
+    starts: Sequence[PerturbedLoss],
+    rho: float,
+    norm: Norm,
+    steps: int,
+    noise: Tensor,
 ) -> PerturbedLoss:
-    """Steps uphill from the best known point, with momentum; one that does not rise is taken back."""
-    here = max(known, key=lambda each: each.loss)
-    if not bool(ahead(here.slope, norm).any()) and steps:  # nothing is uphill before the kick
-        here, steps = _at(slope, projected(here.u + kick, rho, norm)), steps - 1
-    step, push = FIRST * rho, kick
+    """Projected ascent with momentum from the best start; a step that lowers the loss is taken back."""
+    current = max(starts, key=lambda start: start.loss)
+    if not bool(steepest(current.gradient, norm).any()) and steps:  # a stationary point
+        current, steps = _at(loss_gradient, projected(current.u + noise, rho, norm)), steps - 1
+    step, momentum = FIRST * rho, noise
     for _ in range(steps):
-        trial = _at(slope, projected(here.u + step * ahead(here.slope, norm) + push, rho, norm))
-        if trial.loss > here.loss:
-            push, here = MOMENTUM * (trial.u - here.u), trial
+        u = projected(current.u + step * steepest(current.gradient, norm) + momentum, rho, norm)
+        trial = _at(loss_gradient, u)
+        if trial.loss > current.loss:
+            momentum, current = MOMENTUM * (trial.u - current.u), trial
             step = min(GROWTH * step, FIRST * rho)
         else:
-            step, push = step / 2, torch.zeros_like(push)
-    return max(here, *known, key=lambda each: each.loss)
+            step, momentum = step / 2, torch.zeros_like(momentum)
+    return max(current, *starts, key=lambda point: point.loss)
 
 
-def _at(slope: Slope, u: Tensor) -> PerturbedLoss:
-    loss, gradient = slope(u)
-    # A place where the loss is not finite is no place to climb from.
-    if not math.isfinite(loss):
+def _at(loss_gradient: LossGradient, u: Tensor) -> PerturbedLoss:
+    loss, gradient = loss_gradient(u)
+    if not math.isfinite(loss):  # no point to ascend from
         return PerturbedLoss(u, -math.inf, torch.zeros_like(u))
     return PerturbedLoss(u, loss, gradient)
 
 
-def _random(like: Tensor, size: float, norm: Norm, generator: torch.Generator) -> Tensor:
-    """Normal and scaled to a length, or uniform up to it."""
+def _random(template: Tensor, size: float, norm: Norm, generator: torch.Generator) -> Tensor:
+    """Normal scaled to a length (l2), or uniform up to it (linf)."""
     if norm == "linf":
-        drawn = 2 * torch.rand(like.shape, generator=generator) - 1
-        return drawn.to(like) * size
-    drawn = torch.randn(like.shape, generator=generator)
-    return (drawn * (size / float(torch.linalg.vector_norm(drawn)))).to(like)
-
-
-class Average(NamedTuple):
-    """A mean rise over random perturbations in nats, and its standard error."""
-
-    rise: float
-    error: float
+        noise = 2 * torch.rand(template.shape, generator=generator) - 1
+        return noise.to(template) * size
+    noise = torch.randn(template.shape, generator=generator)
+    return (noise * (size / float(torch.linalg.vector_norm(noise)))).to(template)
 
 
 def average(
     loss: Callable[[Tensor], float],
     zero: float,
-    like: Point,
+    template: Point,
     rho: float,
     *,
     norm: Norm = "l2",
     pairs: int = 10,
     generator: torch.Generator,
-) -> Average:
-    """Mean rise of a loss over perturbations and their mirrors, so that what is linear in them is gone.
+) -> Estimate:
+    """Mean rise of a loss over random perturbations and their mirrors, which cancel its linear part.
 
-    u is N(0, ρ² I) of kind l2, or uniform within ±ρ of kind linf; draws depend on the generator alone, so
-    that losses at several places are compared under the same ones.
+    u is N(0, ρ² I) for l2, or uniform within ±ρ for linf. Draws depend on the generator only, so that losses
+    at several points are compared under the same perturbations.
 
     Args:
         zero: the loss without a perturbation.
-        like: a perturbation, for its shape and device.
-        pairs: of perturbations, each two evaluations.
+        template: a vector with the shape, dtype and device of a perturbation.
+        pairs: number of mirrored pairs, two evaluations each.
 
     Raises:
         InputError: a radius that is not above 0.
@@ -184,17 +183,17 @@ def average(
     rises = []
     for _ in range(pairs):
         if norm == "linf":
-            drawn = 2 * torch.rand(like.shape, generator=generator) - 1
+            noise = 2 * torch.rand(template.shape, generator=generator) - 1
         else:
-            drawn = torch.randn(like.shape, generator=generator)
-        u = drawn.to(like) * rho
+            noise = torch.randn(template.shape, generator=generator)
+        u = noise.to(template) * rho
         rises.append((loss(u) + loss(-u)) / 2 - zero)
     values = torch.tensor(rises, dtype=torch.float64)
     error = float(values.std() / math.sqrt(pairs)) if pairs > 1 else math.nan
-    return Average(float(values.mean()), error)
+    return Estimate.normal(float(values.mean()), error)
 
 
 def normalised(logits: Float[Tensor, "*places classes"]) -> Float[Tensor, "*places classes"]:
-    """Logits less their mean and over their length, of at least 1e-10: no shift or scale of them counts."""
+    """Logits minus their mean, over their length (at least 1e-10): shift and scale do not count."""
     centred = logits - logits.mean(dim=-1, keepdim=True)
     return centred / torch.linalg.vector_norm(centred, dim=-1, keepdim=True).clamp_min(1e-10)

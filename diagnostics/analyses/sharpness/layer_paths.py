@@ -1,8 +1,8 @@
-"""Paths of single layers, from tuned and from base, with what they are held against.
+"""Paths of single layers between base and tuned, with their controls.
 
-A layer's path moves it alone from base to tuned while all others stay at one end. Its barrier is compared
-with random moves of the same size, with its equal share of the whole path's barrier, and with what pinning it
-to an end takes off the loss where the whole path is at its worst.
+A layer's path moves it alone while all others stay at one end. Its barrier is compared with random moves of
+the same size, with its equal share of the whole model's barrier, and with the gain from pinning it to an end
+at the α where the whole model's path is worst.
 """
 
 import math
@@ -20,7 +20,7 @@ from torch import Tensor
 from diagnostics.analyses.sharpness.stragglers import ScreenedLayer
 from diagnostics.evaluation import loss_curves
 from diagnostics.evaluation.interpolation import PathEvaluator, Which
-from diagnostics.numerics.estimates import Estimate, combined
+from diagnostics.numerics.estimates import UNDEFINED, Estimate, combined
 from probes.models.interpolated import InterpolatedModel, Layer
 
 Nats = Float[np.ndarray, "alphas rows"]
@@ -30,12 +30,12 @@ LossesByRow: TypeAlias = list[Float[np.ndarray, " rows"] | None]
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPath:
-    """What was measured of one layer, in nats by row.
+    """Losses of one layer's paths, in nats by row.
 
     Attributes:
-        tuned, base: the paths from either anchor; α is that of the layer.
-        control: tuned with the layer moved at random, by half its change in each tensor.
-        pinned: the whole model at the worst α with the layer held at base, and at tuned.
+        tuned, base: the paths with all other layers at that end; α is the layer's.
+        control: tuned with the layer moved at random, each tensor by half the norm of its delta.
+        pinned: the whole model at the worst α with the layer at base, and at tuned.
         displacement, size: norms of the layer's delta and of its base.
     """
 
@@ -49,123 +49,127 @@ class LayerPath:
 
 
 class LayerPaths:
-    """Layer paths on the rows of some sets, which are pooled.
+    """Layer paths on the pooled rows of some sets.
 
     Attributes:
-        cached: whether blocks before a layer are run once; they are unless that changes a loss.
+        cached: whether the blocks before a layer are run once: not where that would change a loss.
     """
 
     def __init__(
         self,
-        along: PathEvaluator,
+        evaluator: PathEvaluator,
         on: Sequence[Which],
         alphas: Sequence[float],
         *,
         draws: int = 4,
         seed: int = 0,
     ):
-        self.along, self.on, self.alphas = along, tuple(on), tuple(alphas)
+        self.evaluator, self.on, self.alphas = evaluator, tuple(on), tuple(alphas)
         self.draws, self.seed = draws, seed
-        self.units = np.concatenate([along.units(which) for which in on])
-        self.cached = self._same()
+        self.units = np.concatenate([evaluator.units(which) for which in on])
+        self.cached = self._cache_is_exact()
 
-    def whole(self, alpha: float) -> Float[np.ndarray, " rows"]:
+    def path(self, alpha: float) -> Float[np.ndarray, " rows"]:
         """Nats by row of the whole model at α."""
-        return np.concatenate([self.along.rows(which, alpha) for which in self.on])
+        return np.concatenate([self.evaluator.rows(which, alpha) for which in self.on])
 
     def curve(self, nats: Nats) -> loss_curves.Curve:
-        """Losses of nats by row."""
+        """Mean losses from nats by row."""
         return nats.sum(axis=1) / self.units.sum()
 
     def worst(self, alphas: Sequence[float]) -> float:
-        """The interior α at which the whole path lies furthest above its chord; the middle if nowhere."""
-        if self.barrier(alphas) <= 0:  # where layers are furthest from both ends
+        """The interior α furthest above the line between the ends; the middle if none is above it."""
+        if self.barrier(alphas) <= 0:
             return float(min(alphas[1:-1], key=lambda alpha: abs(alpha - 0.5)))
-        losses = self.curve(np.stack([self.whole(alpha) for alpha in alphas]))
+        losses = self.curve(np.stack([self.path(alpha) for alpha in alphas]))
         return float(alphas[loss_curves.highest(np.array(alphas), losses)])
 
     def barrier(self, alphas: Sequence[float]) -> float:
-        """That of the whole path."""
+        """The barrier of the whole model's path."""
         return loss_curves.barrier(
-            np.array(alphas), self.curve(np.stack([self.whole(alpha) for alpha in alphas]))
+            np.array(alphas), self.curve(np.stack([self.path(alpha) for alpha in alphas]))
         )
 
     def measure(self, worst: float) -> list[LayerPath]:
-        """Every layer, in order.
+        """The paths of all layers, in order.
 
         Args:
-            worst: where layers are pinned.
+            worst: the α at which layers are pinned.
         """
-        layers, inside = self.along.walk.layers, self.alphas[1:-1]
-        leg = partial(_leg, on=self.on, cached=self.cached, seed=self.seed)
+        layers, inside = self.evaluator.walk.layers, self.alphas[1:-1]
+        measure = partial(_layer_losses, on=self.on, cached=self.cached, seed=self.seed)
         plan: list[tuple[float, Layer, partial[list[LossesByRow]]]] = []
         for anchor, alphas, draws in (
             (1.0, (*inside, 0.0), self.draws), (0.0, (*inside, 1.0), 0), (worst, (0.0, 1.0), 0),
         ):  # fmt: skip
             plan += [
-                (anchor, layer, partial(leg, anchor=anchor, layer=layer.index, alphas=alphas, draws=draws))
+                (
+                    anchor,
+                    layer,
+                    partial(measure, anchor=anchor, layer=layer.index, alphas=alphas, draws=draws),
+                )
                 for layer in layers
             ]
-        found: dict[tuple[float, int], Nats] = {}
-        made = self.along.each(call for _, _, call in plan)
-        for done, ((anchor, layer, _), rows) in enumerate(zip(plan, made, strict=True)):
-            found[anchor, layer.index] = np.stack([self._filled(each) for each in rows])
+        losses: dict[tuple[float, int], Nats] = {}
+        results = self.evaluator.each(call for _, _, call in plan)
+        for done, ((anchor, layer, _), rows) in enumerate(zip(plan, results, strict=True)):
+            losses[anchor, layer.index] = np.stack([self._filled(sets) for sets in rows])
             where = {1.0: "from tuned", 0.0: "from base"}.get(anchor, "pinned")
-            self.along.tell(done + 1, len(plan), f"{layer.name} {where}")
-        self.along.forget()
-        base, tuned, between = self.whole(0.0)[None], self.whole(1.0)[None], len(inside)
+            self.evaluator.tell(done + 1, len(plan), f"{layer.name} {where}")
+        self.evaluator.forget()
+        base, tuned, between = self.path(0.0)[None], self.path(1.0)[None], len(inside)
         return [
             LayerPath(
                 layer=layer,
                 tuned=np.concatenate([away[[between]], away[:between], tuned]),
-                base=np.concatenate([base, found[0.0, layer.index]]),
-                control=away[between + 1 :], pinned=found[worst, layer.index],
+                base=np.concatenate([base, losses[0.0, layer.index]]),
+                control=away[between + 1 :], pinned=losses[worst, layer.index],
                 displacement=norms[0], size=norms[1],
             )
             for layer in layers
-            for away, norms in ((found[1.0, layer.index], self.along.walk.displacement(layer)),)
+            for away, norms in ((losses[1.0, layer.index], self.evaluator.walk.displacement(layer)),)
         ]  # fmt: skip
 
     def screened(self, path: LayerPath, worst: float) -> ScreenedLayer:
-        """What the rule for stragglers asks of a layer."""
+        """The measurements that the rule for stragglers takes."""
         ends = [self._barrier(nats) for nats in (path.tuned, path.base)]
-        stood = self.whole(worst)
-        repairs = [combined(np.stack([stood, end]), self.units, [1.0, -1.0]) for end in path.pinned]
+        unpinned = self.path(worst)
+        repairs = [combined(np.stack([unpinned, end]), self.units, [1.0, -1.0]) for end in path.pinned]
         return ScreenedLayer(
-            barrier=max(ends, key=lambda each: each.value),
+            barrier=max(ends, key=lambda end: end.value),
             repairs=(repairs[0], repairs[1]),
             rewind=combined(path.tuned[[0, -1]], self.units, [1.0, -1.0]),
             displacement=path.displacement / path.size if path.size else math.nan,
         )
 
     def row(self, path: LayerPath, worst: float) -> dict[str, Any]:
-        """A layer as a row of a table."""
-        found = self.screened(path, worst)
+        """The layer's columns of `layers`, without sharpness and verdicts."""
+        screened = self.screened(path, worst)
         alphas, tuned = np.array(self.alphas), self.curve(path.tuned)
         middle = int(np.argmin(np.abs(alphas - 0.5)))
         return {
             "layer": path.layer.index,
             "name": path.layer.name,
             "weights": path.layer.weights,
-            "displacement": found.displacement,
+            "displacement": screened.displacement,
             "moved": path.displacement,
-            "barrier": found.barrier.value,
-            "barrier_error": found.barrier.error,
+            "barrier": screened.barrier.value,
+            "barrier_error": screened.barrier.error,
             "barrier_tuned": self._barrier(path.tuned).value,
             "barrier_base": self._barrier(path.base).value,
             "lag": loss_curves.lag(alphas, tuned),
-            "rewind_cost": found.rewind.value,
-            "rewind_half": found.rewind.half,
+            "rewind_cost": screened.rewind.value,
+            "rewind_half": screened.rewind.half,
             "midway_rise": float(tuned[middle] - tuned[-1]),
             "control_rise": float(self.curve(path.control).mean() - tuned[-1]),
-            "repair_base": found.repairs[0].value,
-            "repair_base_half": found.repairs[0].half,
-            "repair_tuned": found.repairs[1].value,
-            "repair_tuned_half": found.repairs[1].half,
+            "repair_base": screened.repairs[0].value,
+            "repair_base_half": screened.repairs[0].half,
+            "repair_tuned": screened.repairs[1].value,
+            "repair_tuned_half": screened.repairs[1].half,
         }
 
     def path_rows(self, path: LayerPath) -> list[dict[str, Any]]:
-        """A layer's paths, a row a place."""
+        """A layer's rows of `layer_paths`."""
         return [
             {"layer": path.layer.index, "anchor": anchor, "alpha": alpha, "loss": float(loss)}
             for anchor, nats in (("tuned", path.tuned), ("base", path.base))
@@ -173,39 +177,39 @@ class LayerPaths:
         ]
 
     def _barrier(self, nats: Nats) -> Estimate:
-        """The barrier of a layer's path with the error of the place where it is highest."""
+        """The barrier of a layer's path, with the standard error at its highest point."""
         alphas, losses = np.array(self.alphas), self.curve(nats)
-        place = loss_curves.highest(alphas, losses)
-        if not place:
-            return Estimate(math.nan, math.nan)
-        weights = [alphas[place] - 1, -alphas[place], 1.0]
-        found = combined(nats[[0, -1, place]], self.units, weights)
-        return Estimate(max(0.0, found.value), found.error)
+        top = loss_curves.highest(alphas, losses)
+        if not top:
+            return UNDEFINED
+        weights = [alphas[top] - 1, -alphas[top], 1.0]
+        height = combined(nats[[0, -1, top]], self.units, weights)
+        return Estimate.normal(max(0.0, height.value), height.error)
 
     def _filled(self, rows: LossesByRow) -> Float[np.ndarray, " rows"]:
         """Nats of the rows of all sets; NaN where the loss is not finite."""
-        whole = [self.along.units(which) for which in self.on]
+        sizes = [self.evaluator.units(which) for which in self.on]
         return np.concatenate(
             [
-                np.full(len(units), math.nan) if each is None else each
-                for units, each in zip(whole, rows, strict=True)
+                np.full(len(units), math.nan) if nats is None else nats
+                for units, nats in zip(sizes, rows, strict=True)
             ]
         )
 
-    def _same(self) -> bool:
-        """Whether a loss behind what was kept is that of a full pass, to the bit."""
-        self.along.walk.place(1.0)
-        last = self.along.walk.layers[-1].index
-        kept = [self._filled(_here(self.along, self.on, last, 1.0)) for _ in range(2)]
-        self.along.forget()
-        return all(np.array_equal(self.whole(1.0), each) for each in kept)
+    def _cache_is_exact(self) -> bool:
+        """Whether a loss from cached blocks equals that of a full pass, bit for bit."""
+        self.evaluator.walk.place(1.0)
+        last = self.evaluator.walk.layers[-1].index
+        cached = [self._filled(_current_losses(self.evaluator, self.on, last, 1.0)) for _ in range(2)]
+        self.evaluator.forget()
+        return all(np.array_equal(self.path(1.0), nats) for nats in cached)
 
 
-# At one place of one layer, here or on a worker
+# For one layer and anchor, in this process or on a worker
 
 
-def _leg(
-    along: PathEvaluator,
+def _layer_losses(
+    evaluator: PathEvaluator,
     *,
     on: Sequence[Which],
     cached: bool,
@@ -215,32 +219,34 @@ def _leg(
     alphas: Sequence[float],
     draws: int,
 ) -> list[LossesByRow]:
-    """A layer at places of its own and all others at an anchor, then moved at random there."""
-    behind = anchor if cached else None
-    found = []
+    """Losses with a layer at some α and all others at an anchor, then with it moved at random there."""
+    prefix = anchor if cached else None
+    losses = []
     for alpha in alphas:
-        along.walk.place(anchor, {layer: alpha})
-        found.append(_here(along, on, layer, behind))
-    along.walk.place(anchor)
-    (moved,) = (each for each in along.walk.layers if each.index == layer)
+        evaluator.walk.place(anchor, {layer: alpha})
+        losses.append(_current_losses(evaluator, on, layer, prefix))
+    evaluator.walk.place(anchor)
+    (moved,) = (candidate for candidate in evaluator.walk.layers if candidate.index == layer)
     for draw in range(draws):
-        with along.walk.changed(moved, _noise(along.walk, layer, seed, draw)):
-            found.append(_here(along, on, layer, behind))
-    return found
+        with evaluator.walk.changed(moved, _noise(evaluator.walk, layer, seed, draw)):
+            losses.append(_current_losses(evaluator, on, layer, prefix))
+    return losses
 
 
-def _here(along: PathEvaluator, on: Sequence[Which], layer: int, behind: float | None) -> LossesByRow:
-    """Nats by row wherever the model stands.
+def _current_losses(
+    evaluator: PathEvaluator, on: Sequence[Which], layer: int, prefix: float | None
+) -> LossesByRow:
+    """Nats by row at the model's current weights.
 
     Args:
-        behind: where all that stands before the layer is; None: it is run again.
+        prefix: α of the cached blocks before the layer; None: they are run again.
     """
-    with nullcontext() if behind is None else along.behind(layer, behind):
-        return [along.here(which) for which in on]
+    with nullcontext() if prefix is None else evaluator.behind(layer, prefix):
+        return [evaluator.here(which) for which in on]
 
 
 def _noise(walk: InterpolatedModel, layer: int, seed: int, draw: int) -> Callable[[str, Tensor], Tensor]:
-    """Moves each tensor of a layer at random, by half its change."""
+    """Move each tensor of a layer at random, by half the norm of its delta."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + layer + 2) * 1_000_003 + draw)
 
     def change(name: str, value: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What sharpness and layer paths say together: the table of layers, its verdicts and actions, in words."""
+"""Tables, metrics and notes of `sharpness`."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,21 +14,20 @@ from probes.models.interpolated import Layer
 if TYPE_CHECKING:
     import pandas as pd
 
-# The spread of starts beyond which a value of kind linf is only a lower bound; a ratio that is noted (ours).
+# Spread of the starts above which a value is only a lower bound; ratio of sharpness that is noted (ours).
 UNSTEADY, SHARPER = 0.1, 3.0
-# Loss within which remedies are as good as one another: then the one that leaves both ends as they are.
-ALIKE = 0.02
+# Remedies within so many nats are equally good: the one that leaves both ends unchanged is preferred.
+TIE = 0.02
 
 
 class Flags:
-    """Which layers stand out, and by what."""
+    """The stragglers and load-bearing layers of a path."""
 
-    def __init__(self, paths: LayerPaths, measured: Sequence[LayerPath], worst: float, whole: float):
-        self.paths, self.measured, self.worst, self.whole = paths, measured, worst, whole
-        screened = [paths.screened(path, worst) for path in measured]
-        self.screened = screened
-        self.stragglers = stragglers.stragglers(screened, whole)
-        self.load_bearing = stragglers.load_bearing(screened, whole)
+    def __init__(self, paths: LayerPaths, measured: Sequence[LayerPath], worst: float, path_barrier: float):
+        self.paths, self.measured, self.worst, self.path_barrier = paths, measured, worst, path_barrier
+        self.screened = [paths.screened(path, worst) for path in measured]
+        self.stragglers = stragglers.stragglers(self.screened, path_barrier)
+        self.load_bearing = stragglers.load_bearing(self.screened, path_barrier)
 
     @property
     def layers(self) -> list[Layer]:
@@ -41,23 +40,23 @@ class Flags:
         return [layer for layer, flag in zip(self.layers, marked, strict=True) if flag]
 
     def chosen(self) -> list[Layer]:
-        """These, and the two blocks beside them whose barrier is nearest to the median."""
+        """The flagged layers, and the two others with a barrier nearest to the median for comparison."""
         flagged = self.flagged()
-        values = np.array([each.barrier.value for each in self.screened])
-        far = np.abs(values - np.median(values))
-        others = [place for place in np.argsort(far, kind="stable") if self.layers[place] not in flagged]
-        names = {layer.name for layer in flagged} | {self.layers[place].name for place in others[:2]}
+        barriers = np.array([screened.barrier.value for screened in self.screened])
+        order = np.argsort(np.abs(barriers - np.median(barriers)), kind="stable")
+        others = [index for index in order if self.layers[index] not in flagged]
+        names = {layer.name for layer in flagged} | {self.layers[index].name for index in others[:2]}
         return [layer for layer in self.layers if layer.name in names]
 
 
 def with_sharpness(curves: "pd.DataFrame", sharp: "pd.DataFrame", rho: float) -> "pd.DataFrame":
-    """Curvature beside the rises at the smallest radius that it predicts near a stationary point."""
-    found = curves.copy()
-    found["predicted"] = (rho**2 * curves["top"] / 2).clip(lower=0)
-    found["predicted_average"] = rho**2 * curves["trace"] / 2
+    """Curvature with the rises that it predicts at the smallest radius, and with those measured there."""
+    predicted = curves.assign(
+        predicted=(rho**2 * curves["top"] / 2).clip(lower=0), predicted_average=rho**2 * curves["trace"] / 2
+    )
     keys = ["alpha", "name"]
-    own = sharp[sharp["rho"] == rho][[*keys, "rho", "worst", "average", "slope"]]
-    return found.merge(own, on=keys, how="left")
+    measured = sharp[sharp["rho"] == rho][[*keys, "rho", "worst", "average", "slope"]]
+    return predicted.merge(measured, on=keys, how="left")
 
 
 def layer_table(
@@ -68,48 +67,48 @@ def layer_table(
     worst: float,
     on: Sequence[tuple[str, str]],
 ) -> "pd.DataFrame":
-    """A row a layer: barriers, controls, sharpness at both ends, verdict, action."""
+    """One row a layer: barriers, controls, sharpness at both ends, verdict, action."""
     import pandas as pd
 
-    found = []
-    action = best_remedy(remedied, worst, {which[0] for which in on})
-    for place, path in enumerate(flags.measured):
+    rows = []
+    action = best_remedy(remedied, worst, {role for role, _ in on})
+    for index, path in enumerate(flags.measured):
         row = flags.paths.row(path, flags.worst)
         for column, alpha in (("base", 0.0), ("half", 0.5), ("tuned", 1.0)):
             for measure, prefix in (("worst", "sharpness"), ("average", "average")):
                 row[f"{prefix}_{column}"] = at(sharp, alpha, path.layer.name, rho, measure)
         base = row["sharpness_base"]
         row["sharpness_ratio"] = row["sharpness_tuned"] / base if base > 0 else math.nan
-        straggler = bool(flags.stragglers[place])
-        row |= {"straggler": straggler, "load_bearing": bool(flags.load_bearing[place])}
+        straggler = bool(flags.stragglers[index])
+        row |= {"straggler": straggler, "load_bearing": bool(flags.load_bearing[index])}
         row["action"] = action[0] if straggler else ""
         row["action_barrier_nats"] = action[1] if straggler else math.nan
         row["action_task_nats"] = action[2] if straggler else math.nan
-        found.append(row)
-    return pd.DataFrame(found)
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def at(sharp: "pd.DataFrame", alpha: float, name: str, rho: float, column: str) -> float:
-    """A value of the table of sharpness; NaN where it was not measured."""
-    here = (sharp["alpha"] == alpha) & (sharp["name"] == name) & (sharp["rho"] == rho)
-    return float(sharp.loc[here, column].to_numpy(float)[0]) if here.any() else math.nan
+    """A value of the table `sharpness`; NaN where it was not measured."""
+    row = (sharp["alpha"] == alpha) & (sharp["name"] == name) & (sharp["rho"] == rho)
+    return float(sharp.loc[row, column].to_numpy(float)[0]) if row.any() else math.nan
 
 
 def best_remedy(remedied: "pd.DataFrame", alpha: float, roles: set[str]) -> tuple[str, float, float]:
-    """What lowers the loss of some roles most at α, with what it changes there and on the task.
+    """The remedy with the lowest loss of some roles at α, and its change of that loss and of the task loss.
 
-    Of remedies within 0.02 nats the one that leaves both ends as they are comes first: realign, then pin.
+    Within 0.02 nats of it, remedies that leave both ends unchanged are preferred: realign, then pin.
     """
-    here = remedied[remedied["alpha"] == alpha]
-    if not len(here):
+    rows = remedied[remedied["alpha"] == alpha]
+    if not len(rows):
         return "", math.nan, math.nan
-    label = (here["remedy"] + " " + here["setting"]).str.strip()
-    own = here[here["role"].isin(roles)].groupby(label, sort=False)["loss"].mean()
-    task = here[here["role"] == "task"].groupby(label, sort=False)["loss"].mean()
-    near = own[own <= own.min() + ALIKE].index
-    order = ("realign", "pin base", "pin tuned")
-    name = next((each for each in order if each in near), str(own.idxmin()))
-    return name, float(own[name] - own["none"]), float(task[name] - task["none"])
+    label = (rows["remedy"] + " " + rows["setting"]).str.strip()
+    losses = rows[rows["role"].isin(roles)].groupby(label, sort=False)["loss"].mean()
+    task = rows[rows["role"] == "task"].groupby(label, sort=False)["loss"].mean()
+    ties = losses[losses <= losses.min() + TIE].index
+    preferred = ("realign", "pin base", "pin tuned")
+    best = next((remedy for remedy in preferred if remedy in ties), str(losses.idxmin()))
+    return best, float(losses[best] - losses["none"]), float(task[best] - task["none"])
 
 
 def metrics_of(
@@ -119,11 +118,11 @@ def metrics_of(
     sharp: "pd.DataFrame",
     rho: float,
 ) -> dict[str, float | int]:
-    """What is told of all layers together."""
-    found: dict[str, float | int | None] = {
+    """Metrics over all layers."""
+    metrics: dict[str, float | int | None] = {
         "stragglers": int(table["straggler"].sum()),
         "worst_alpha": flags.worst,
-        "barrier_nats": flags.whole,
+        "barrier_nats": flags.path_barrier,
         "repaired_nats": float(table[["repair_base", "repair_tuned"]].to_numpy(float).max()),
         "load_bearing": int(table["load_bearing"].sum()),
         "layers": len(table),
@@ -132,19 +131,19 @@ def metrics_of(
     for name, column in (("sharpness", "worst"), ("average", "average")):
         for side, alpha in (("base", 0.0), ("tuned", 1.0)):
             value = at(sharp, alpha, WHOLE, rho, column)
-            found[f"{name}_{side}"] = None if math.isnan(value) else value
+            metrics[f"{name}_{side}"] = None if math.isnan(value) else value
     ood = [row for row in sets if row["role"] == "ood"]
     if ood:
-        found["strong_failures"] = sum(row["outcome"] == "strong" for row in ood)
-        found["successes"] = sum(row["outcome"] == "success" for row in ood)
-        lost = [row["confidence_ratio"] for row in ood if row["accuracy_tuned"] < row["accuracy_base"]]
-        found["overconfidence_ood"] = max(lost, default=0.0)
+        metrics["strong_failures"] = sum(row["outcome"] == "strong" for row in ood)
+        metrics["successes"] = sum(row["outcome"] == "success" for row in ood)
+        worse = [row["confidence_ratio"] for row in ood if row["accuracy_tuned"] < row["accuracy_base"]]
+        metrics["overconfidence_ood"] = max(worse, default=0.0)
     for role in ("task", "keep", "ood"):
-        found[f"rows_{role}"] = sum(row["rows"] for row in sets if row["role"] == role) or None
-    return {name: value for name, value in found.items() if value is not None}
+        metrics[f"rows_{role}"] = sum(row["rows"] for row in sets if row["role"] == role) or None
+    return {name: value for name, value in metrics.items() if value is not None}
 
 
-def judgement(
+def notes_of(
     table: "pd.DataFrame",
     sets: Sequence[Mapping[str, Any]],
     metrics: Mapping[str, float | int],
@@ -152,49 +151,47 @@ def judgement(
     settings: SharpnessSettings,
     paths: LayerPaths,
 ) -> list[str]:
-    """What follows, in plain words."""
+    """Notes on stragglers, sharpness and the limits of both."""
     data = " and ".join(f"{name} ({role})" if name != role else role for role, name in on)
     notes = [
-        f"Barriers are of the rows {data}. Sharpness is of the task rows, in batches of one size: it says "
-        "nothing of other rows, and a sharper layer is not a worse one."
+        f"Barriers are measured on the rows {data}; sharpness on the task rows, in batches of one size. "
+        "Sharpness says nothing about other rows, and a sharper layer is not a worse one."
     ]
     for row in table[table["straggler"]].to_dict("records"):
-        text = f"{row['name']} is a straggler: a barrier of {row['barrier']:.3g} nats by itself"
-        text += f" ({row['control_rise']:+.3g} for a random move of its size). "
+        text = f"{row['name']} is a straggler: its own barrier is {row['barrier']:.3g} nats"
+        text += f" (a random move of the same size: {row['control_rise']:+.3g})."
         if row["action"] and row["action"] != "none":
-            text += f"Best of the remedies at alpha {metrics['worst_alpha']:g} is `{row['action']}`: "
+            text += f" Best remedy at alpha {metrics['worst_alpha']:g}: `{row['action']}`, "
             text += f"{row['action_barrier_nats']:+.3g} nats on {data}, "
             text += f"{row['action_task_nats']:+.3g} on the task."
         notes.append(text)
     bearing = table.loc[table["load_bearing"], "name"]
     if len(bearing):
         notes.append(
-            f"{', '.join(bearing)}: no barrier, but tuned needs what changed there; not a straggler."
+            f"{', '.join(bearing)}: load-bearing. Tuned needs the change there, but it makes no barrier."
         )
     beyond = table[(table["midway_rise"] > table["control_rise"]) & (table["midway_rise"] > stragglers.LEAST)]
     if len(beyond):
         notes.append(
-            f"Half-way back, {', '.join(beyond['name'])} cost more than a random move of the same size would."
+            f"{', '.join(beyond['name'])}: halfway back to base, the loss rises more than under a random "
+            "move of the same size."
         )
     ratio = table[table["sharpness_ratio"] > SHARPER]
     if len(ratio):
         notes.append(
-            f"{', '.join(ratio['name'])}: sharpness at tuned is more than {SHARPER:g} times that at base, at "
-            "the same rows and radius. That is a description: nothing published reads it as a risk."
+            f"{', '.join(ratio['name'])}: sharpness at tuned is more than {SHARPER:g} times that at base, on "
+            "the same rows and radius. No publication reads that as a risk."
         )
     weak = [str(row["set"]) for row in sets if row["role"] == "ood" and row["outcome"] == "weak"]
     if weak:
-        notes.append(f"No alpha between the ends is surely better than both on {', '.join(weak)}.")
+        notes.append(f"No alpha between the ends is significantly better than both on {', '.join(weak)}.")
     if metrics["unsteady"]:
         notes.append(
-            f"{metrics['unsteady']} values of sharpness differ by more than a tenth between starts: they are "
+            f"{metrics['unsteady']} values of sharpness differ by more than 10 % between starts: they are "
             "lower bounds."
         )
     if settings.norm == "linf":
-        notes.append("Worst rises of kind linf come from a sign search: lower bounds.")
+        notes.append("With norm linf the worst rises come from a sign search: they are lower bounds.")
     if not paths.cached:
-        notes.append(
-            "This model gives other losses where blocks before a layer are not run again: all passes were "
-            "whole."
-        )
+        notes.append("Every pass ran all blocks: with cached blocks this model gives other losses.")
     return notes

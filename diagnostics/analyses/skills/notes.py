@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from diagnostics.analyses.skills.evaluator import GraftEvaluator
 from diagnostics.analyses.skills.measurements import TaskMeasurements
-from diagnostics.evaluation.answers import Estimate
+from diagnostics.numerics.estimates import Estimate
 from probes import CheckpointPair
 
 # Largest skill size with each label; ours, nothing is published.

@@ -28,7 +28,7 @@ from diagnostics.analyses.skills.mask_search import (
 )
 from diagnostics.analyses.skills.movement import kth_largest
 from diagnostics.analyses.skills.region import Region
-from probes.passes.masked_finetune import orders
+from probes.passes.masked_finetune import row_batches
 from probes.passes.objective import Objective
 
 Mode = Literal["budget", "faithful", "movement"]
@@ -150,7 +150,7 @@ class TaskSearch:
     def probe_rows(self) -> list[int]:
         """The rows for single gradients."""
         assert self.objective is not None
-        return list(next(orders(self.objective.rows, 8 * self.batch, self.seed)))
+        return list(next(row_batches(self.objective.rows, 8 * self.batch, self.seed)))
 
     def region(self, ranking: Ranking | None, size: int) -> Region:
         """The first entries of a ranking; by movement beyond the candidates and without a ranking."""
@@ -210,8 +210,8 @@ class TaskSearch:
         objective = self.objective
         assert objective is not None
         if batch is not None:
-            order = orders(objective.rows, batch, seed)
-            return lambda mask: graft.gradient(mask, objective, next(order))
+            batches = row_batches(objective.rows, batch, seed)
+            return lambda mask: graft.gradient(mask, objective, next(batches))
         rows = list(objective.rows)
         if seed != self.seed:  # else another seed would change nothing
             rows = np.random.default_rng(seed).choice(rows, len(rows)).tolist()

@@ -32,13 +32,13 @@ def budget_rows(measured: TaskMeasurements, total: int) -> list[dict[str, Any]]:
     scores, tuned = measured.scores, measured.report["tuned"]
     rows = []
     for name, point in measured.points.items():
-        value, low, high = scores.shown(name)
+        metric = scores.shown(name)
         rel = scores.rel(name)
         rows.append(
             {
                 "task": measured.task, "share": point["entries"] / total if total else math.nan,
-                "metric": value, "method": point["method"], "alpha": point.get("alpha", math.nan),
-                "entries": point["entries"], "low": low, "high": high, "rel": rel.value,
+                "metric": metric.value, "method": point["method"], "alpha": point.get("alpha", math.nan),
+                "entries": point["entries"], "low": metric.low, "high": metric.high, "rel": rel.value,
                 "rel_low": rel.low, "rel_high": rel.high, "recovery": scores.recovery(name),
                 "agreement": agreement(measured.report[name], tuned),
                 "rel_selection": point.get("kept", math.nan), "alone": point.get("alone", False),
@@ -111,12 +111,12 @@ def set_rows(measured: TaskMeasurements, *, draws: int, seed: int) -> list[dict[
         models = {model: by_model[model] for model in names if model in by_model}
         scores = AnswerScores(models, draws=draws, seed=seed, where=set_name)
         for model, answers in models.items():
-            value, low, high = scores.shown(model)
+            metric = scores.shown(model)
             over = scores.difference(model, "tuned")
             rows.append(
                 {
                     "task": measured.task, "role": role, "set": set_name, "model": model,
-                    "kind": scores.kind, "metric": value, "low": low, "high": high,
+                    "kind": scores.kind, "metric": metric.value, "low": metric.low, "high": metric.high,
                     "over_tuned": over.value, "over_tuned_low": over.low, "over_tuned_high": over.high,
                     "agreement": agreement(answers, models["tuned"]),
                     "ece": math.nan if answers.logs is None else error_of(answers),
@@ -199,7 +199,7 @@ def task_metrics(
         "base_metric": scores.shown("base").value,
         "tuned_metric": scores.shown("tuned").value,
         "gain": scores.value["tuned"] - scores.value["base"],
-        "gain_error": scores.error("tuned", "base"),
+        "gain_error": scores.difference("tuned", "base").error,
         "rows_report": len(report["tuned"].losses.units),
     }
     if with_confidence:

@@ -19,8 +19,6 @@ Sparsities: TypeAlias = Float[np.ndarray, " points"]
 SparsityCurve: TypeAlias = Float[np.ndarray, " points"]
 Verdict = Literal["sharp", "gradual", "no plateau", "unclear", "not reached"]
 
-# Two-sided 95 % of a normal distribution.
-Z = 1.96
 # Differences in BIC that are usually called very strong, and not worth mentioning.
 STRONG, WEAK = 10.0, 2.0
 # How much steeper a curve falls behind a sharp bend (ours).
@@ -223,7 +221,7 @@ def verdict_of(*, at: float, reached: bool, step: float, bent: Hinge) -> Verdict
 def rows_needed(rows: int, half_width: float, tolerance: float) -> int:
     """Rows for an interval as narrow as the tolerance, given the half-width of the interval of `rows`.
 
-    For accuracy this is (1.96 / tolerance)² d, where dense and pruned disagree on a share d of the rows.
+    For accuracy this is (z / tolerance)² d, where dense and pruned disagree on a share d of the rows.
     """
     return max(2, math.ceil(rows * (half_width / tolerance) ** 2 * (1 - ROUNDING)))
 
@@ -250,7 +248,7 @@ def estimate_dropping_point(
         relative: whether it is a share.
         step: the first step of the grid before refinement.
         rows: number of rows measured.
-        least: lower bound of the half-width; 1.96 / rows for accuracy: that no row disagrees does not prove
+        least: lower bound of the half-width; z / rows for accuracy: that no row disagrees does not prove
             that none would.
 
     Raises:

@@ -20,7 +20,7 @@ from probes.checkpoints.prune import (
     Cut,
     Order,
     Scope,
-    levels,
+    cut_levels,
     magnitude_order,
     n_of_m,
     pattern_pruned,
@@ -240,7 +240,7 @@ class Masks:
         for name in self.names:
             if name in self.host.twins:
                 sides = [self.host.read(name, side) for side in SIDES]
-                base, tuned = (levels(of_side, name, W) for of_side, W in zip(cuts, sides, strict=True))
+                base, tuned = (cut_levels(of_side, name, W) for of_side, W in zip(cuts, sides, strict=True))
                 overlaps.add(base, tuned, squared_change(*sides))
         return pd.DataFrame(
             {

@@ -99,7 +99,7 @@ class Overlaps:
         """Count a tensor.
 
         Args:
-            base, tuned: how many masks keep each entry: `probes.checkpoints.prune.levels`.
+            base, tuned: how many masks keep each entry: `probes.checkpoints.prune.cut_levels`.
             squares: (tuned − base)² of each entry: `squared_change`.
         """
         count, flat = len(self._moved), squares.reshape(-1)

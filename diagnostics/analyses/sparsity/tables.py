@@ -10,7 +10,6 @@ import numpy as np
 from diagnostics.analyses.sparsity.dropping_point import (
     ROUNDING,
     DroppingPoint,
-    Z,
     estimate_dropping_point,
 )
 from diagnostics.analyses.sparsity.evaluator import (
@@ -28,6 +27,7 @@ from diagnostics.analyses.sparsity.grid import (
     higher_is_better,
 )
 from diagnostics.numerics import row_bootstrap
+from diagnostics.numerics.estimates import Z95
 from probes.checkpoints.pair import Side
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class SparsityMeasurements:
                     step=settings.grid[1],
                     rows=count,
                     # That no row differs does not prove that none would.
-                    least=Z / count if metric == "accuracy" and shapes <= set(BY_ROW) else 0.0,
+                    least=Z95 / count if metric == "accuracy" and shapes <= set(BY_ROW) else 0.0,
                 )
         return cls(
             evaluator=evaluator, settings=settings, roles=roles, patterns=patterns, values=values,

@@ -1,10 +1,10 @@
-"""The trajectory of a run: troughs of what must survive, detours in weights, metrics that part from the loss.
+"""Scores and weights over a training run: troughs of keep scores, detours in weights, loss against metric.
 
-A keep score that fell and is still climbing back says that the run is shipped from a trough. The way through
-the weights is compared with the straight line between its ends. Where the task's loss improves and its metric
-does not, the loss is no longer what to stop by. Every formula is ours, from `further_diagnostics`; the papers
-show curves: Guo et al., arXiv:2406.14833 (the stability gap); Gupta et al., arXiv:2308.04014 (re-warming);
-Frankle et al., arXiv:1903.01611 (distance and angle); Isik et al., arXiv:2402.04177 (loss against BLEU).
+A keep score that fell and still rises means that the run is shipped from a trough. The path through the
+weights is compared with the straight line between its ends. Where the task loss improves and its metric does
+not, the loss is no longer a stopping criterion. The formulas are ours; the papers show curves: Guo et al.,
+arXiv:2406.14833 (the stability gap); Gupta et al., arXiv:2308.04014 (re-warming); Frankle et al.,
+arXiv:1903.01611 (distance and angle); Isik et al., arXiv:2402.04177 (loss against BLEU).
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diagnostics.analyses.trajectory import tables as made
+from diagnostics.analyses.trajectory.tables import (
+    decoupling_metrics,
+    decoupling_rows,
+    path_metrics,
+    settling_metrics,
+    step_rows,
+    trough_metrics,
+    trough_notes,
+    trough_rows,
+    weight_path,
+)
 from diagnostics.core.analysis import Result, analysis
 from diagnostics.evaluation.checkpoint_scores import (
     ScoringOptions,
@@ -34,57 +44,57 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 METRICS = {
-    "shipped_low": "keep sets that are surely below base at the last step, and surely still rising",
-    "unrecovered": "keep sets that fell far and won next to nothing back",
+    "shipped_low": "keep sets significantly below the first step at the last one, and still rising",
+    "unrecovered": "keep sets that fell far and regained less than 10 % of it",
     **{
-        f"{name}_{role}{unit}": f"{text} {of}, of the {role} set that fell deepest"
+        f"{name}_{role}{unit}": f"{text} {of}, for the {role} set that fell deepest"
         for role in ("keep", "task")
-        for unit, of in (("", "in share of rows or tokens right"), ("_nats", "in nats of loss"))
+        for unit, of in (("", "as share of rows or tokens"), ("_nats", "in nats"))
         for name, text in (
-            ("depth", "how far it fell below the first checkpoint"),
-            ("recovery", "share of that which the last checkpoint won back,"),
+            ("depth", "deepest fall below the first checkpoint"),
+            ("recovery", "share of that fall regained at the last checkpoint; measured"),
         )
     },
     "steps_to_trough_keep": "steps from the first checkpoint to the lowest of that keep set",
-    "steps_to_recover_keep": "steps from there until the share that counts as recovered is won back",
-    "decoupling": "Spearman of minus the task's loss and its metric over the steps, the lowest of sets",
-    "delayed_generalisation": "1 where a task metric surely still rises after the train metric has settled",
-    "settled_step": "step from which the train metric stays where it ends",
-    "rise_after_settling": "most by which a task metric rose after that",
-    "inefficiency": "length of the way through the weights over the distance of its ends; 1 is straight",
-    "widest_angle_degrees": "largest angle of a step to the way from first to last",
+    "steps_to_recover_keep": "steps from there until the share that counts as recovered is regained",
+    "decoupling": "Spearman correlation of minus the task loss with its metric over the steps; lowest set",
+    "delayed_generalisation": "1 if a task metric still rises after the train metric has settled",
+    "settled_step": "step from which on the train metric stays near its last value",
+    "rise_after_settling": "largest rise of a task metric after that step",
+    "inefficiency": "length of the path through the weights over the distance of its ends; 1 is straight",
+    "widest_angle_degrees": "largest angle of a step to the line from first to last checkpoint",
     "distance": "distance of the last checkpoint's weights from the first's",
-    "checkpoints": "checkpoints of the series",
+    "checkpoints": "number of checkpoints",
 }
 
 
 def summary(result: Result) -> str:
-    """What must survive, then the way."""
+    """Keep scores first, then loss against metric, then weights."""
     m = result.metrics
     parts = []
     if "depth_keep" in m or "depth_keep_nats" in m:
-        low, gone = m["shipped_low"], m["unrecovered"]
-        if gone:
-            parts.append(f"{gone} keep {'set' if gone == 1 else 'sets'} fell and did not come back")
+        low, lost = m["shipped_low"], m["unrecovered"]
+        if lost:
+            parts.append(f"{lost} keep {'set' if lost == 1 else 'sets'} fell and did not recover")
         elif low:
-            parts.append(f"{low} keep {'set is' if low == 1 else 'sets are'} still climbing out of a trough")
+            parts.append(f"{low} keep {'set is' if low == 1 else 'sets are'} still in a trough, and rising")
         else:
-            deep = {"": m.get("depth_keep", 0.0), " nats": m.get("depth_keep_nats", 0.0)}
-            fell = " and ".join(f"{depth:.3g}{unit}" for unit, depth in deep.items() if depth > 0)
-            parts.append(f"keep rows fell by {fell} at most" if fell else "keep rows never fell below base")
+            depths = {"": m.get("depth_keep", 0.0), " nats": m.get("depth_keep_nats", 0.0)}
+            fell = " and ".join(f"{depth:.3g}{unit}" for unit, depth in depths.items() if depth > 0)
+            parts.append(f"keep scores fell by at most {fell}" if fell else "no keep score ever fell")
     if "decoupling" in m:
-        parts.append(f"loss and metric go together at {m['decoupling']:.2f}")
+        parts.append(f"rank correlation of loss and metric {m['decoupling']:.2f}")
     if m.get("delayed_generalisation"):
         parts.append(
-            f"the task metric still rises after step {m['settled_step']:g}, when training had settled"
+            f"the task metric still rises after step {m['settled_step']:g}, where the train metric settled"
         )
     if "inefficiency" in m:
-        parts.append(f"the way is {m['inefficiency']:.2f} times its straight line")
-    return "; ".join(parts) or f"{m['checkpoints']} checkpoints, and nothing that could be told of them"
+        parts.append(f"path through the weights {m['inefficiency']:.2f} times the straight line")
+    return "; ".join(parts) or f"{m['checkpoints']} checkpoints, nothing measurable"
 
 
 def draw(result: Result) -> "dict[str, go.Figure]":
-    """The pictures of a result; their module is loaded when something is drawn."""
+    """The figures of a result; plotting is imported only here."""
     from diagnostics.analyses.trajectory import figures
 
     return figures.draw(result)
@@ -92,12 +102,13 @@ def draw(result: Result) -> "dict[str, go.Figure]":
 
 @analysis(
     "trajectory",
-    question="Is the run shipped from a trough, and does its loss still tell what its metric does?",
+    question="Is the run shipped from a trough, and does its loss still follow its metric?",
     reading=(
-        "Depth 0 says that nothing ever fell below base; a recovery of 1 that all of a trough came back, and "
-        "it says nothing where the depth is noise. An inefficiency of 1 is a straight way through weights; "
-        "large values are common and no fault. Decoupling is 1 where loss and metric order the checkpoints "
-        "alike, 0 where the loss tells nothing of the metric, and negative where it misleads."
+        "A depth of 0 means that no score ever fell below the first step; a recovery of 1 that all of a "
+        "trough was regained (meaningless where the depth is within noise). An inefficiency of 1 is a "
+        "straight path through the weights; large values are common and no fault. Decoupling is 1 where loss "
+        "and metric order the checkpoints the same way, 0 where they are unrelated, negative where they "
+        "disagree."
     ),
     paper="arXiv:2406.14833",
     cost="for each checkpoint a forward pass over all rows, and four readings of its weights",
@@ -125,18 +136,18 @@ def training_trajectory(
 ) -> Result:
     """Follow task and keep scores, and the weights, over the checkpoints of one run.
 
-    A set's metric is the share of its rows that are right, or where rows have no answer the share of tokens
-    that are the likeliest; its loss is in nats a row or token. Rows with answers are judged by the metric,
+    The metric of a set is its accuracy; for rows without answers, the share of tokens that are the model's
+    most likely ones. Its loss is in nats per row or token. Rows with answers are judged by the metric,
     others by the loss.
 
     Args:
         series: at least 4 checkpoints, the base first: a series, or references in order.
-        task: held-out rows of what was trained: a task, a file, texts, or several of these by name.
+        task: held-out rows of the trained task: a task, a file, texts, or several of these by name.
         keep: rows of what must survive.
-        train: rows that the run was trained on.
-        rows: most rows of a set that are scored, drawn at random (ours); None: all.
-        recovered: share of a trough that counts as won back (ours).
-        settled: the train metric has settled from where it stays so near to its last value (ours).
+        train: rows of the training data.
+        rows: most scored rows of a set, drawn at random (ours); None: all.
+        recovered: share of a trough to regain that counts as recovered (ours).
+        settled: the train metric has settled where it stays within this of its last value (ours).
         max_length: most tokens of a row; None: what the model takes.
         chat_template: texts and prompts are a user's messages.
         batch_tokens: most tokens in a batch; changes no result.
@@ -147,25 +158,38 @@ def training_trajectory(
         progress: called with (done, total, what).
 
     Metrics: see `METRICS`.
-    Tables: `steps` (step, label, role, set, metric, loss, rows, unit), `troughs` (role, set, measure, judged,
-        depth, depth_low, recovery, steps, late slope a step with its 90 % interval), `decoupling` (set, part,
-        spearman, checkpoints), `path` (step, length, angle and turn in degrees, distances to both ends).
+    Tables:
+        `steps`: one row a set and checkpoint: step, label, role, set, metric (share), loss (nats per unit),
+            rows (count), unit (row or token).
+        `troughs`: one row a set and measure: role, set, measure (metric or loss), judged (boolean: the
+            measure the set is judged by), first, lowest, last (scores; minus the loss), depth, depth_low
+            (share or nats; lower bound), recovery (share), trough_step, steps_to_trough, steps_to_recover
+            (steps), slope, slope_low, slope_high (late slope per step, 90 % interval), slope_points (count).
+        `decoupling`: one row a task set and part of the run: set, part, spearman, checkpoints (count).
+        `path`: one row a checkpoint: step, label, length (of the step in weights), angle, turn (degrees; to
+            the line from first to last, to the step before), distance_start, distance_end (in weights).
 
     Raises:
         TooShortError: fewer than 4 checkpoints.
         InputError: rows that cannot be scored.
+
+    Example:
+        >>> from diagnostics.audit.demo import BUNDLED
+        >>> run = [BUNDLED / f"grokking/parity/checkpoint-{step}" for step in (0, 50, 100, 150)]
+        >>> training_trajectory(run, BUNDLED / "grokking/held-out.jsonl", rows=4).metrics["checkpoints"]
+        4
     """
     import pandas as pd
 
     if not 0 < recovered <= 1 or not 0 <= settled < 1:
         raise InputError(
-            f"recovered is {recovered} and settled {settled}; they are shares, the first above 0, the other "
+            f"recovered is {recovered} and settled {settled}; both are shares, recovered above 0 and settled "
             "below 1"
         )
     if rows is not None and rows < 1:
         raise InputError(f"rows is {rows}; it is at least 1")
     series, given = series_of(series), sets_of({"task": task, "keep": keep, "train": train})
-    sets = {which: drawn(one, rows, seed) for which, one in given.items()}
+    sets = {which: drawn(rows_of, rows, seed) for which, rows_of in given.items()}
     reading = ScoringOptions(
         max_length=max_length, chat_template=chat_template, batch_tokens=batch_tokens,
         trust_remote_code=trust_remote_code, device=device, dtype=dtype,
@@ -173,34 +197,38 @@ def training_trajectory(
     measure = partial(_measured, sets=sets, reading=reading)
     measurements = series.measured(
         "scores", reading.key(sets), measure, progress, least=(4, "a trajectory"),
-        each=checkpoint_runner(series, device),
+        run_calls=checkpoint_runner(series, device),
     )  # fmt: skip
-    steps, found = np.array(series.steps), curves(measurements, sets)
-    notes = [] if series.stepped else ["No steps are known: the checkpoints are counted 0, 1, 2 …"]
-    lows = [
-        row for one in found if one.which[0] != "train" for row in made.trough_rows(steps, one, recovered)
+    steps, by_set = np.array(series.steps), curves(measurements, sets)
+    notes = [] if series.stepped else ["The steps are unknown: checkpoints are numbered 0, 1, 2 …"]
+    trough_table = [
+        row for one in by_set if one.which[0] != "train" for row in trough_rows(steps, one, recovered)
     ]
-    parted = [row for one in found if one.which[0] == "task" for row in made.decoupling_rows(one)]
+    decoupling = [row for one in by_set if one.which[0] == "task" for row in decoupling_rows(one)]
     metrics: dict[str, float | int] = {"checkpoints": len(series)}
-    metrics |= made.of_troughs(lows, recovered)
-    metrics |= made.of_decoupling(found, parted, notes)
-    metrics |= made.of_settling(steps, found, settled, notes)
+    metrics |= trough_metrics(trough_table, recovered)
+    metrics |= decoupling_metrics(by_set, decoupling, notes)
+    metrics |= settling_metrics(steps, by_set, settled, notes)
     tables = {
-        "steps": pd.DataFrame(made.step_rows(series, found)),
-        "troughs": pd.DataFrame(lows),
-        "decoupling": pd.DataFrame(parted),
+        "steps": pd.DataFrame(step_rows(series, by_set)),
+        "troughs": pd.DataFrame(trough_table),
+        "decoupling": pd.DataFrame(decoupling),
     }
-    way = made.path_of(series, notes, progress)
-    if way:
-        steps_and_way = zip(series.steps, series.labels, way, strict=True)
-        tables["path"] = pd.DataFrame([{"step": s, "label": label, **row} for s, label, row in steps_and_way])
-        metrics |= made.of_path(way, notes)
-    notes += made.trough_notes(lows, recovered) + reading_notes(measurements, sets, series.labels)
+    path = weight_path(series, notes, progress)
+    if path:
+        tables["path"] = pd.DataFrame(
+            [
+                {"step": step, "label": label, **row}
+                for step, label, row in zip(series.steps, series.labels, path, strict=True)
+            ]
+        )
+        metrics |= path_metrics(path, notes)
+    notes += trough_notes(trough_table, recovered) + reading_notes(measurements, sets, series.labels)
     return Result(metrics=metrics, tables=tables, notes=tuple(notes))
 
 
 def _measured(
     checkpoint: Checkpoint, *, sets: Mapping[Which, Task], reading: ScoringOptions
 ) -> Mapping[str, np.ndarray]:
-    """The scores of one checkpoint, here or on a worker."""
+    """The scores of one checkpoint, in this process or on a worker."""
     return scores(reading.open(checkpoint), sets, reading)

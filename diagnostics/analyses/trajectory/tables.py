@@ -1,4 +1,4 @@
-"""What the scores and weights of a run say: the tables of `trajectory`, and what follows from them."""
+"""Tables, metrics and notes of `trajectory`."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,229 +10,225 @@ from diagnostics.analyses.trajectory import troughs
 from diagnostics.evaluation.checkpoint_scores import Curves
 from diagnostics.numerics import weight_distances
 from probes.checkpoints.series import CheckpointSeries
+from probes.errors import InputError
 
-# Depths from which a trough that stays is a loss: a share of rows, as for regressions, or nats (ours).
+# Depth from which a lasting trough counts as a loss: a share of rows, or nats (ours).
 DEEP = {"metric": 0.02, "loss": 0.05}
-# Share of a trough up to which next to nothing of it has come back (ours).
-NOTHING = 0.1
-# Fewer checkpoints than this support no correlation over steps.
+# Recovery below which a trough counts as not recovered (ours).
+UNRECOVERED = 0.1
+# The fewest checkpoints for a correlation over steps.
 CORRELATED = 6
 
 
-def step_rows(series: CheckpointSeries, found: Sequence[Curves]) -> list[dict[str, Any]]:
-    """Every set at every checkpoint."""
+def step_rows(series: CheckpointSeries, sets: Sequence[Curves]) -> list[dict[str, Any]]:
+    """One row a set and checkpoint."""
     return [
         {
             "step": step,
-            "label": series.labels[place],
-            "role": one.which[0],
-            "set": one.which[1],
-            "metric": float(one.metric[place]),
-            "loss": float(one.loss[place]),
-            "rows": one.nats.shape[1],
-            "unit": one.unit,
+            "label": series.labels[index],
+            "role": curve.which[0],
+            "set": curve.which[1],
+            "metric": float(curve.metric[index]),
+            "loss": float(curve.loss[index]),
+            "rows": curve.nats.shape[1],
+            "unit": curve.unit,
         }
-        for one in found
-        for place, step in enumerate(series.steps)
+        for curve in sets
+        for index, step in enumerate(series.steps)
     ]
 
 
-def trough_rows(steps: troughs.Curve, one: Curves, recovered: float) -> list[dict[str, Any]]:
-    """What both curves of a set say: a trough, how much of it is no noise, and the late slope."""
+def trough_rows(steps: troughs.Curve, curves: Curves, recovered: float) -> list[dict[str, Any]]:
+    """The trough of both curves of a set, with its lower bound and the late slope."""
     rows = []
     for measure in ("metric", "loss"):
-        scored = one.score(measure)
+        scored = curves.score(measure)
         low = troughs.trough(steps, scored, recovered=recovered)
-        # The lowest of all is compared, so that its error must hold for every checkpoint.
-        width = troughs.deviations(len(steps) - 1) * one.difference(measure, 0, low.place).error
+        # The lowest checkpoint was selected, so that its interval must hold for all of them.
+        width = troughs.deviations(len(steps) - 1) * curves.difference(measure, 0, low.index).error
         late = troughs.last_third(len(steps))
         slope = troughs.slope(steps[late], scored[late])
         rows.append(
             {
-                "role": one.which[0],
-                "set": one.which[1],
+                "role": curves.which[0],
+                "set": curves.which[1],
                 "measure": measure,
-                "judged": measure == one.judged,
+                "judged": measure == curves.judged,
                 "first": float(scored[0]),
-                "lowest": float(scored[low.place]),
+                "lowest": float(scored[low.index]),
                 "last": float(scored[-1]),
                 "depth": low.depth,
                 "depth_low": low.depth - width,
                 "recovery": low.recovery,
-                "trough_step": float(steps[low.place]),
+                "trough_step": float(steps[low.index]),
                 "steps_to_trough": low.steps_down,
                 "steps_to_recover": low.steps_up,
                 "slope": slope.value,
                 "slope_low": slope.low,
                 "slope_high": slope.high,
-                "slope_points": slope.points,
+                "slope_points": int((~np.isnan(scored[late])).sum()),
             }
         )
     return rows
 
 
-def decoupling_rows(one: Curves) -> list[dict[str, Any]]:
-    """Rank correlation of minus loss and metric over the whole run and over each third of its checkpoints."""
-    parts = {"whole": slice(None)} | troughs.thirds(len(one.loss))
+def decoupling_rows(curves: Curves) -> list[dict[str, Any]]:
+    """Rank correlation of minus the loss with the metric, over the whole run and over each third."""
+    parts = {"whole": slice(None)} | troughs.thirds(len(curves.loss))
     return [
         {
-            "set": one.which[1],
+            "set": curves.which[1],
             "part": part,
-            "spearman": troughs.rank_correlation(-one.loss[places], one.metric[places]),
-            "checkpoints": len(one.loss[places]),
+            "spearman": troughs.rank_correlation(-curves.loss[at], curves.metric[at]),
+            "checkpoints": len(curves.loss[at]),
         }
-        for part, places in parts.items()
+        for part, at in parts.items()
     ]
 
 
-def of_troughs(rows: Sequence[Mapping[str, Any]], recovered: float) -> dict[str, float | int]:
-    """The deepest trough of each role, and the keep sets that are low or lost."""
-    found: dict[str, float | int] = {}
+def trough_metrics(rows: Sequence[Mapping[str, Any]], recovered: float) -> dict[str, float | int]:
+    """The deepest trough of each role, and the number of keep sets in one."""
+    metrics: dict[str, float | int] = {}
     for role in ("keep", "task"):
         for measure, unit in (("metric", ""), ("loss", "_nats")):
-            of = [row for row in rows if (row["role"], row["measure"]) == (role, measure)]
-            if not of or any(math.isnan(row["depth"]) for row in of):
+            candidates = [row for row in rows if (row["role"], row["measure"]) == (role, measure)]
+            if not candidates or any(math.isnan(row["depth"]) for row in candidates):
                 continue
-            deepest = max(of, key=lambda row: row["depth"])
-            found[f"depth_{role}{unit}"] = deepest["depth"]
+            deepest = max(candidates, key=lambda row: row["depth"])
+            metrics[f"depth_{role}{unit}"] = deepest["depth"]
             if deepest["depth"] > 0:
-                found[f"recovery_{role}{unit}"] = deepest["recovery"]
+                metrics[f"recovery_{role}{unit}"] = deepest["recovery"]
             if role == "keep" and deepest["judged"] and deepest["depth"] > 0:
-                found["steps_to_trough_keep"] = deepest["steps_to_trough"]
+                metrics["steps_to_trough_keep"] = deepest["steps_to_trough"]
                 if not math.isnan(deepest["steps_to_recover"]):
-                    found["steps_to_recover_keep"] = deepest["steps_to_recover"]
+                    metrics["steps_to_recover_keep"] = deepest["steps_to_recover"]
     judged = [row for row in rows if row["role"] == "keep" and row["judged"]]
     if judged:
-        found["shipped_low"] = sum(shipped_low(row, recovered) for row in judged)
-        found["unrecovered"] = sum(unrecovered(row) for row in judged)
-    return found
+        metrics["shipped_low"] = sum(shipped_low(row, recovered) for row in judged)
+        metrics["unrecovered"] = sum(unrecovered(row) for row in judged)
+    return metrics
 
 
 def shipped_low(row: Mapping[str, Any], recovered: float) -> bool:
-    """Whether a score surely fell, has not recovered, and surely still rises."""
+    """Whether a score significantly fell, has not recovered, and significantly still rises."""
     return bool(row["depth_low"] > 0 and row["recovery"] < recovered and row["slope_low"] > 0)
 
 
 def unrecovered(row: Mapping[str, Any]) -> bool:
-    """Whether a score surely fell by what counts as a loss, and next to nothing came back."""
-    return bool(row["depth_low"] > DEEP[row["measure"]] and row["recovery"] < NOTHING)
+    """Whether a score significantly fell by what counts as a loss, and has not recovered."""
+    return bool(row["depth_low"] > DEEP[row["measure"]] and row["recovery"] < UNRECOVERED)
 
 
-def of_decoupling(
-    found: Sequence[Curves], rows: Sequence[Mapping[str, Any]], notes: list[str]
+def decoupling_metrics(
+    sets: Sequence[Curves], rows: Sequence[Mapping[str, Any]], notes: list[str]
 ) -> dict[str, float | int]:
-    """The lowest correlation over the whole run, where there are points and movement enough."""
-    known = []
-    for one in (each for each in found if each.which[0] == "task"):
-        row = next(row for row in rows if row["set"] == one.which[1] and row["part"] == "whole")
+    """The lowest correlation over the whole run, where there are enough checkpoints and the loss moved."""
+    correlations = []
+    for curves in (curves for curves in sets if curves.which[0] == "task"):
+        name = curves.which[1]
+        row = next(row for row in rows if row["set"] == name and row["part"] == "whole")
         if row["checkpoints"] < CORRELATED:
             notes.append(
-                f"Decoupling over {row['checkpoints']} checkpoints is no evidence and is left out; it takes "
-                f"{CORRELATED}."
+                f"Decoupling is left out: it needs {CORRELATED} checkpoints, and there are "
+                f"{row['checkpoints']}."
             )
         elif math.isnan(row["spearman"]):
+            notes.append(f"Decoupling of the task rows {name} is undefined: loss or metric is constant.")
+        elif not loss_moved(curves):
             notes.append(
-                f"Decoupling of the task rows {one.which[1]} is undefined: loss or metric is constant."
-            )
-        elif not moved(one):
-            notes.append(
-                f"The loss of the task rows {one.which[1]} moved by no more than its noise, so that "
-                "its order over the steps tells nothing; decoupling is left out."
+                f"Decoupling is left out: the loss of the task rows {name} moved by no more than its noise."
             )
         else:
-            known.append(row["spearman"])
-    return {"decoupling": min(known)} if known else {}
+            correlations.append(row["spearman"])
+    return {"decoupling": min(correlations)} if correlations else {}
 
 
-def moved(one: Curves) -> bool:
-    """Whether the loss of any checkpoint surely differs from the first's."""
-    count = len(one.loss) - 1
-    apart = [one.difference("loss", 0, place) for place in range(1, count + 1)]
-    return any(abs(each.value) > troughs.deviations(count) * each.error for each in apart)
+def loss_moved(curves: Curves) -> bool:
+    """Whether the loss of any checkpoint differs significantly from the first's."""
+    count = len(curves.loss) - 1
+    differences = [curves.difference("loss", 0, index) for index in range(1, count + 1)]
+    return any(abs(change.value) > troughs.deviations(count) * change.error for change in differences)
 
 
-def of_settling(
-    steps: troughs.Curve, found: Sequence[Curves], settled: float, notes: list[str]
+def settling_metrics(
+    steps: troughs.Curve, sets: Sequence[Curves], settled: float, notes: list[str]
 ) -> dict[str, float | int]:
-    """Whether held-out rows are still learnt after the rows of the training have been."""
-    trained = [one for one in found if one.which[0] == "train"]
+    """Whether the task metric still rises after the train metric has settled."""
+    trained = [curves.metric for curves in sets if curves.which[0] == "train"]
     if not trained:
         return {}
-    place = troughs.settled_from(np.mean([one.metric for one in trained], axis=0), settled)
-    left = len(steps) - place
+    start = troughs.settled_from(np.mean(trained, axis=0), settled)
+    left = len(steps) - start
     if left < troughs.FEWEST:
         notes.append(
-            f"From where the train metric settles on, if it does, there are {left} of the {len(steps)} "
-            f"checkpoints; whether held-out rows are learnt later takes {troughs.FEWEST}."
+            f"The train metric settles with {left} of {len(steps)} checkpoints left, if it does. Delayed "
+            f"generalisation is left out: it needs {troughs.FEWEST}."
         )
-        return {"settled_step": float(steps[place])}
-    held = [one.metric[place:] for one in found if one.which[0] == "task"]
-    rises = [float(curve[-1] - curve[0]) for curve in held]
-    sure = [troughs.slope(steps[place:], curve).low > 0 for curve in held]
-    later = any(rise > settled and up for rise, up in zip(rises, sure, strict=True))
+        return {"settled_step": float(steps[start])}
+    held_out = [curves.metric[start:] for curves in sets if curves.which[0] == "task"]
+    rises = [float(metric[-1] - metric[0]) for metric in held_out]
+    rising = [troughs.slope(steps[start:], metric).low > 0 for metric in held_out]
+    delayed = any(rise > settled and up for rise, up in zip(rises, rising, strict=True))
     return {
-        "delayed_generalisation": int(later),
-        "settled_step": float(steps[place]),
+        "delayed_generalisation": int(delayed),
+        "settled_step": float(steps[start]),
         "rise_after_settling": max(rises),
     }
 
 
-def path_of(
+def weight_path(
     series: CheckpointSeries, notes: list[str], progress: Callable[[int, int, str], None] | None
 ) -> list[dict[str, float]]:
-    """The way through the weights; nothing where those of earlier steps are gone."""
+    """The path through the weights; empty where the weights of earlier steps are not kept."""
     if len(series.checkpoints) < len(series):
         notes.append(
-            "The way through the weights is not measured: those of earlier steps are gone while a run goes "
-            "on. `tunescope series` measures it on saved checkpoints."
+            "The path through the weights is not measured: a live run does not keep the weights of earlier "
+            "steps. `tunescope series` measures it on saved checkpoints."
         )
         return []
     try:
         common = weight_distances.shared(series.checkpoints)
         squares = weight_distances.squared_distances(series.checkpoints, common.names, progress)
-    except ValueError as error:  # the scores stand without it
-        notes.append(f"The way through the weights is not measured: {error}.")
+    except InputError as error:  # scores do not need it
+        notes.append(f"The path through the weights is not measured: {error}.")
         return []
     if common.left_out:
         notes.append(
-            f"The way leaves out {len(common.left_out)} tensors that not every checkpoint has in one shape: "
+            f"The path leaves out {len(common.left_out)} tensors that some checkpoint lacks in that shape: "
             f"{', '.join(common.left_out[:5])}{' …' if len(common.left_out) > 5 else ''}."
         )
     return weight_distances.path_rows(squares, len(series))
 
 
-def of_path(way: Sequence[dict[str, float]], notes: list[str]) -> dict[str, float | int]:
-    """What the way says as a whole."""
-    found: dict[str, float | int] = {"distance": way[-1]["distance_start"]}
-    times = weight_distances.inefficiency(way)
-    if math.isnan(times):
-        notes.append(
-            "The last checkpoint's weights are the first's: the way has no direction and no inefficiency."
-        )
-        return found
-    angles = [row["angle"] for row in way if not math.isnan(row["angle"])]
-    return found | {"inefficiency": times, "widest_angle_degrees": max(angles)}
+def path_metrics(path: Sequence[dict[str, float]], notes: list[str]) -> dict[str, float | int]:
+    """Distance, inefficiency and widest angle of the path through the weights."""
+    metrics: dict[str, float | int] = {"distance": path[-1]["distance_start"]}
+    ratio = weight_distances.inefficiency(path)
+    if math.isnan(ratio):
+        notes.append("The weights of the last checkpoint equal the first's: inefficiency is undefined.")
+        return metrics
+    angles = [row["angle"] for row in path if not math.isnan(row["angle"])]
+    return metrics | {"inefficiency": ratio, "widest_angle_degrees": max(angles)}
 
 
 def trough_notes(rows: Sequence[Mapping[str, Any]], recovered: float) -> list[str]:
-    """Troughs in words, and what the late slope cannot tell."""
+    """Notes on troughs and on slopes without an interval."""
     notes = []
-    for row in (each for each in rows if each["judged"]):
+    for row in (row for row in rows if row["judged"]):
         name = f"{row['role']} rows" if row["set"] == row["role"] else f"{row['role']} rows {row['set']}"
-        unit = "nats" if row["measure"] == "loss" else "of what is right"
+        unit = "nats" if row["measure"] == "loss" else "of the metric"
         if row["depth"] > 0 and not row["depth_low"] > 0:
             notes.append(
-                f"The trough of the {name}, {row['depth']:.3g} {unit}, is not told from noise; its recovery "
-                "means nothing."
+                f"The trough of the {name} ({row['depth']:.3g} {unit}) is within noise; so is its recovery."
             )
         elif row["role"] == "keep" and shipped_low(row, recovered):
             notes.append(
-                f"The {name} fell by {row['depth']:.3g} {unit} and have won back {row['recovery']:.0%} of "
-                "it; they still rise: train on, or replay what must survive, before this is shipped."
+                f"The {name} fell by {row['depth']:.3g} {unit}, regained {row['recovery']:.0%} of it and "
+                "still rise. Before shipping, train longer or mix in rows of what must survive."
             )
     if rows and max(row["slope_points"] for row in rows) < troughs.FEWEST:
         notes.append(
-            f"The last third holds {rows[0]['slope_points']} checkpoints: its slopes have no interval, which "
-            f"takes {troughs.FEWEST}, and no set can be said to be still rising."
+            f"Late slopes have no interval: that needs {troughs.FEWEST} checkpoints in the last third, and "
+            f"there are {rows[0]['slope_points']}. No set can count as still rising."
         )
     return notes

@@ -1,7 +1,7 @@
-"""What a curve over the steps of a run says: troughs, what is recovered of them, late slopes, partings.
+"""Troughs, recovery, late slopes and rank correlations of curves over the steps of a run.
 
-Scores are higher for better. `further_diagnostics`' formulas: depth = s_0 − min s, recovery = (s_T − min s) /
-depth; they are ours, for the papers on the stability gap show curves. Slopes are Theil and Sen's.
+Higher scores are better. depth = s_0 − min s, recovery = (s_T − min s) / depth. These formulas are ours: the
+papers on the stability gap show curves. Slopes are Theil–Sen.
 """
 
 import math
@@ -11,28 +11,30 @@ from statistics import NormalDist
 import numpy as np
 from jaxtyping import Float
 
+from diagnostics.numerics.estimates import UNDEFINED, Estimate
+
 Curve = Float[np.ndarray, " steps"]
 
-# Two-sided level of the interval of a slope, and the fewest points that it can be told of: of 4 points all in
-# order one of 24 arrangements rises throughout, so that [least, largest slope] holds 92 %. 95 % would need 5.
+# Two-sided level of a slope's interval, and the fewest points for one: of the 24 orders of 4 points one rises
+# throughout, so that [least, largest slope] holds 92 %. 95 % would need 5 points.
 LEVEL, FEWEST = 0.90, 4
-# The fewest points of a rank correlation in a table; between 3 points only 4 values are possible.
+# The fewest points of a rank correlation; between 3 points only 4 values are possible.
 RANKED = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trough:
-    """Where a score fell below its first value, and what came back.
+    """The fall of a score below its first value, and its recovery.
 
     Attributes:
-        place: of the lowest score.
-        depth: first score less the lowest; 0 if it never fell below the first.
-        recovery: share of the depth that the last score has won back; NaN without a depth.
+        index: of the lowest score.
+        depth: first score minus the lowest; 0 if it never fell below the first.
+        recovery: share of the depth that the last score has regained; NaN without a depth.
         steps_down: from the first checkpoint to the lowest.
-        steps_up: from the lowest to the first that has won back the share asked for; NaN if none has.
+        steps_up: from the lowest to the first that has regained the required share; NaN if none has.
     """
 
-    place: int
+    index: int
     depth: float
     recovery: float
     steps_down: float
@@ -40,81 +42,65 @@ class Trough:
 
 
 def trough(steps: Curve, scores: Curve, *, recovered: float = 0.8) -> Trough:
-    """The trough of a curve; missing scores are passed over, but not the first nor the last."""
+    """The trough of a curve; missing scores are skipped, except for the first and the last."""
     if np.isnan(scores[[0, -1]]).any():
-        return Trough(place=0, depth=math.nan, recovery=math.nan, steps_down=math.nan, steps_up=math.nan)
-    place = int(np.nanargmin(scores))
-    low = scores[place]
+        return Trough(index=0, depth=math.nan, recovery=math.nan, steps_down=math.nan, steps_up=math.nan)
+    index = int(np.nanargmin(scores))
+    low = scores[index]
     depth = float(scores[0] - low)
     if depth == 0:
-        return Trough(place=0, depth=0.0, recovery=math.nan, steps_down=0.0, steps_up=math.nan)
-    back = np.flatnonzero(scores[place:] >= low + recovered * depth)
+        return Trough(index=0, depth=0.0, recovery=math.nan, steps_down=0.0, steps_up=math.nan)
+    regained = np.flatnonzero(scores[index:] >= low + recovered * depth)
     return Trough(
-        place=place,
+        index=index,
         depth=depth,
         recovery=float((scores[-1] - low) / depth),
-        steps_down=float(steps[place] - steps[0]),
-        steps_up=float(steps[place + back[0]] - steps[place]) if len(back) else math.nan,
+        steps_down=float(steps[index] - steps[0]),
+        steps_up=float(steps[index + regained[0]] - steps[index]) if len(regained) else math.nan,
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Slope:
-    """Theil and Sen's slope, in units a step, with its 90 % interval; NaN where too few points tell it."""
-
-    value: float
-    low: float
-    high: float
-    points: int
-
-
-def slope(steps: Curve, scores: Curve) -> Slope:
-    """The median of the slopes between all pairs of points; of fewer than 4 without an interval."""
+def slope(steps: Curve, scores: Curve) -> Estimate:
+    """Theil-Sen slope in units a step with its 90 % interval; NaN below 2 points, no interval below 4."""
     from scipy.stats import theilslopes
 
-    there = ~np.isnan(scores)
-    x, y = steps[there], scores[there]
-    if len(x) < 2:
-        return Slope(value=math.nan, low=math.nan, high=math.nan, points=len(x))
-    found = theilslopes(y, x, alpha=LEVEL)
-    told = len(x) >= FEWEST
-    return Slope(
-        value=float(found.slope),
-        low=float(found.low_slope) if told else math.nan,
-        high=float(found.high_slope) if told else math.nan,
-        points=len(x),
-    )
+    measured = ~np.isnan(scores)
+    count = int(measured.sum())
+    if count < 2:
+        return UNDEFINED
+    median, _, low, high = map(float, theilslopes(scores[measured], steps[measured], alpha=LEVEL))
+    return Estimate(median, low, high) if count >= FEWEST else Estimate(median, math.nan, math.nan)
 
 
 def last_third(count: int) -> slice:
-    """The last third of so many checkpoints, rounded up, and at least two."""
+    """The last third of `count` checkpoints, rounded up, at least two."""
     return slice(count - max(2, math.ceil(count / 3)), None)
 
 
 def thirds(count: int) -> dict[str, slice]:
-    """The first, second and last third of so many checkpoints, the first ones longer by one."""
+    """The three thirds of `count` checkpoints; the first ones get the remainder."""
     ends = np.cumsum([0, *(len(part) for part in np.array_split(np.arange(count), 3))]).tolist()
     names = ("first third", "second third", "last third")
     return {name: slice(start, stop) for name, start, stop in zip(names, ends, ends[1:], strict=False)}
 
 
 def rank_correlation(first: Curve, second: Curve) -> float:
-    """Spearman's; NaN of fewer than 4 points, or where either does not vary."""
+    """Spearman correlation; NaN below 4 points, or where a curve is constant."""
     from scipy.stats import spearmanr
 
-    there = ~(np.isnan(first) | np.isnan(second))
-    first, second = first[there], second[there]
+    measured = ~(np.isnan(first) | np.isnan(second))
+    first, second = first[measured], second[measured]
     if len(first) < RANKED or np.ptp(first) == 0 or np.ptp(second) == 0:
         return math.nan
     return float(spearmanr(first, second).statistic)
 
 
 def settled_from(scores: Curve, within: float) -> int:
-    """The first place from which every score lies within so much of the last; the last place always does."""
+    """The first index from which on every score lies within `within` of the last."""
     beyond = np.flatnonzero(~(np.abs(scores - scores[-1]) <= within))
     return int(beyond[-1]) + 1 if len(beyond) else 0
 
 
 def deviations(comparisons: int) -> float:
-    """Half-widths, in standard errors, that hold for so many comparisons at once at 95 % (Bonferroni)."""
+    """Half-width, in standard errors, of simultaneous 95 % intervals (Bonferroni)."""
     return NormalDist().inv_cdf(1 - 0.05 / (2 * max(1, comparisons)))

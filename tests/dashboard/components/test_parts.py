@@ -45,7 +45,7 @@ def test_what_is_of_no_group_stays_beside_the_groups_that_are_chosen():
     from dashboard.state.filters import Filters
 
     frame = pd.DataFrame({"group": ["a", "b", None], "auroc": [0.5, 0.75, 1.0]})
-    assert list(frame[Filters(groups=("a",)).mask(frame)]["auroc"]) == [0.5, 1.0]
+    assert list(Filters(groups=("a",)).rows(frame)["auroc"]) == [0.5, 1.0]
 
 
 FRAME = pd.DataFrame(
@@ -119,7 +119,7 @@ def test_a_cell_of_a_map_and_a_mark_of_a_matrix_are_both_found():
 
 
 def test_what_is_known_of_a_cell_are_the_rows_of_all_its_matrices(made_up, audit_of):
-    from dashboard.state.drill import spot
+    from dashboard.state.drill import opened
     from dashboard.state.query import parse
     from tests.dashboard.invented import draw
 
@@ -133,21 +133,21 @@ def test_what_is_known_of_a_cell_are_the_rows_of_all_its_matrices(made_up, audit
     )
     names = pd.DataFrame({"matrix": ["e.1", "e.1", "e.2"], "rank": [1, 2, 1]})
     audit = audit_of(made_up("angles", {"experts": experts, "names": names}, draw, {"widest": 0.25}))
-    found = spot(audit, parse("?cell=1/up_proj"))
+    found = opened(audit, parse("?cell=1/up_proj"))
     assert found.matrices == ("e.0", "e.1")
     part = found.of(audit.results["angles"])
     assert list(part.tables["experts"]["norm"]) == [1.0, 2.0]
     assert list(part.tables["names"]["rank"]) == [1, 2]
-    assert spot(audit, parse("?matrix=e.2")).layer == "2"
-    assert spot(audit, parse("?matrix=e.9")) is None
-    assert spot(audit, parse("?cell=9/up_proj")) is None
+    assert opened(audit, parse("?matrix=e.2")).layer == "2"
+    assert opened(audit, parse("?matrix=e.9")) is None
+    assert opened(audit, parse("?cell=9/up_proj")) is None
 
 
 def test_an_axis_over_steps_has_room_for_the_word_at_its_outermost_threshold():
-    from dashboard.state.steps import span
+    from dashboard.components.series_figure import padded_range
 
     # a fifth of 2 − 1 beyond both ends; half of a lone value; nothing that is not a number
-    assert span([1.0, 2.0, float("nan")]) == (0.8, 2.2)
-    assert span([4.0]) == (2.0, 6.0)
-    assert span([0.0]) == (-0.5, 0.5)
-    assert span([float("inf")]) == (0.0, 1.0)
+    assert padded_range([1.0, 2.0, float("nan")]) == (0.8, 2.2)
+    assert padded_range([4.0]) == (2.0, 6.0)
+    assert padded_range([0.0]) == (-0.5, 0.5)
+    assert padded_range([float("inf")]) == (0.0, 1.0)

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from dashboard.components.figure_panels import figure_panels, united
-from dashboard.state.differences import cautions, findings, measure, measures
+from dashboard.state.differences import cautions, measure, measures, shared_findings
+from tests.dashboard.browsing import until
 from tests.dashboard.invented import HOSTILE, draw, tables
 
 
@@ -174,11 +175,11 @@ def audits(made_up, audit_of):
 
 
 def test_findings_of_one_audit_alone_come_first_and_say_why_the_other_lacks_them(audits):
-    listed = findings(audits)
+    listed = shared_findings(audits)
     assert [each.metric for each in listed] == ["widest", "narrowest"]
-    assert [finding is None for finding in listed[0].found] == [True, False]
-    assert listed[0].why == ["0.25, passes", ""]
-    assert all(listed[1].found)
+    assert [finding is None for finding in listed[0].findings] == [True, False]
+    assert listed[0].reasons == ["0.25, passes", ""]
+    assert all(listed[1].findings)
 
 
 def test_numbers_stand_beside_those_of_the_first_audit(audits):
@@ -192,8 +193,8 @@ def test_numbers_stand_beside_those_of_the_first_audit(audits):
 
 def test_what_spoils_the_comparison_is_said(audits):
     said = " ".join(cautions(audits))
-    assert "different bases" in said
-    assert "task rows are not the same" in said
+    assert "The bases differ" in said
+    assert "The task rows differ" in said
     assert cautions({"one": audits["one"], "again": audits["one"]}) == []
 
 
@@ -203,7 +204,7 @@ def test_other_settings_of_an_analysis_are_one_line(audits):
     other = replace(result, parameters={"k": 20, "epsilon": 0.25})
     again = replace(audits["one"], analyses={"angles": replace(outcome, result=other)})
     said = cautions({"one": audits["one"], "again": again})
-    assert said == ["angles was run with other settings: k is 10 or 20, epsilon is – or 0.25."]
+    assert said == ["angles was run with different settings: k is 10 or 20, epsilon is – or 0.25."]
 
 
 @pytest.mark.browser
@@ -234,15 +235,15 @@ def test_two_audits_are_compared_in_a_browser(visit, served, audits, audit_of):
     assert len(ranges) == 2
 
     page.get_by_role("textbox", name="Show").click()
-    page.get_by_role("option", name="what differs").click()
-    page.wait_for_function("document.querySelectorAll('#numbers tbody tr').length === 2")
+    page.get_by_role("option", name="numbers that differ").click()
+    until(page, "document.querySelectorAll('#numbers tbody tr').length === 2")
     assert "rows=different" in page.url
     page.get_by_role("textbox", name="Audits").click()
     page.get_by_role("option", name="third").click()
-    page.wait_for_function("document.querySelectorAll('#side-by-side .card').length === 3")
+    until(page, "document.querySelectorAll('#side-by-side .card').length === 3")
     tab.settle()
     assert page.locator("main b, main img, main script").count() == 0
     assert HOSTILE in page.inner_text("#side-by-side .cards")
     page.go_back()
-    page.wait_for_function("document.querySelectorAll('#side-by-side .card').length === 2")
+    until(page, "document.querySelectorAll('#side-by-side .card').length === 2")
     tab.settle()

@@ -3,11 +3,13 @@
 import pandas as pd
 import pytest
 
-from dashboard.pages.detector import options, placed, pointed, signed, span, text, visible
-from dashboard.state import detector as detectors
+from dashboard.components import score_figure
+from dashboard.pages.detector import options, pointed, row_text, standing, token_span
 from dashboard.state.detector import Detector, detector
+from dashboard.state.differences import signed
 from dashboard.state.query import Query, parse
 from diagnostics.core.analysis import Result
+from tests.dashboard.browsing import until
 from tests.dashboard.invented import HOSTILE
 
 RATIOS = {"task": [-4.0, -3.0, -2.0, -1.0], "ood": [-2.5, 5.0]}
@@ -51,21 +53,21 @@ def strings(component):
 
 
 def test_the_most_foreign_ood_row_is_shown_unless_another_is_picked(found):
-    assert found.key(found.picked(Query())) == "2 foreign"
-    assert found.key(found.picked(parse("?row=3+own"))) == "3 own"
+    assert found.key(found.selected(Query())) == "2 foreign"
+    assert found.key(found.selected(parse("?row=3+own"))) == "3 own"
     # Rows that are not there: of another audit, or not a row at all.
-    assert found.key(found.picked(parse("?row=9+own"))) == "2 foreign"
-    assert found.key(found.picked(parse("?row=own"))) == "2 foreign"
+    assert found.key(found.selected(parse("?row=9+own"))) == "2 foreign"
+    assert found.key(found.selected(parse("?row=own"))) == "2 foreign"
 
 
 def test_a_row_stands_above_its_share_of_every_set(found):
-    row = found.picked(parse("?row=1+foreign"))
+    row = found.selected(parse("?row=1+foreign"))
     # −2.5 is above −4 and −3 of the four task rows, and below the other OOD row
-    assert found.shares_below(row, "ratio") == {"own": ("task", 0.5, 4), "foreign": ("ood", 0.0, 1)}
-    said = "".join(strings(placed(found, row, "ratio")))
+    assert found.shares_below(row, "ratio") == {"own": ("task", 0.5), "foreign": ("ood", 0.0)}
+    said = "".join(strings(standing(found, row, "ratio")))
     assert (
-        said
-        == "Its ratio of -2.5 is above that of 50% of the own rows (task), of 0% of the other foreign rows."
+        said == "Its ratio of -2.5 is higher than that of 50% of the own rows (task), "
+        "0% of the other foreign rows."
     )
 
 
@@ -76,28 +78,28 @@ def test_rows_with_tokens_are_offered_first(found):
     groups = options(found)
     assert [group["group"] for group in groups] == ["foreign (ood)", "own (task)"]
     assert groups[0]["items"][0]["label"] == "foreign 2, 5 nats: text 1 of ood"
-    assert "tokens not kept" in groups[1]["items"][0]["label"]
+    assert "no tokens recorded" in groups[1]["items"][0]["label"]
 
 
 def test_a_row_whose_tokens_were_not_kept_says_how_to_keep_them(found):
-    said = " ".join(strings(text(found, parse("?row=1+own"))))
+    said = " ".join(strings(row_text(found, found.selected(parse("?row=1+own")), "ratio")))
     assert "text 0 of task" in said
     assert "--set ood.examples=N" in said
 
 
 def test_a_token_is_the_stronger_coloured_the_further_from_nought():
     # half of what is shown at full strength, of which 60 % covers the page
-    half = span("x", 1.0, 2.0)
+    half = token_span("x", 1.0, 2.0)
     assert (half.style["--heat"], half.className, half.title) == ("30%", "token foreign strong", "+1 nats")
-    assert span("x", -9.0, 2.0).style["--heat"] == "60%"
-    assert span("x", -0.5, 2.0).className == "token learned"
+    assert token_span("x", -9.0, 2.0).style["--heat"] == "60%"
+    assert token_span("x", -0.5, 2.0).className == "token learned"
     assert signed(-0.5) == "−0.5"
     assert signed(0.0) == "0"
 
 
 def test_blanks_of_a_text_can_be_seen_and_break_its_lines():
-    assert visible(" the\n") == " the⏎\n"
-    assert visible("") == "·"
+    assert token_span(" the\n", 0.0, 1.0).children == " the⏎\n"
+    assert token_span("", 0.0, 1.0).children == "·"
 
 
 def test_a_click_picks_the_row_that_a_mark_stands_for():
@@ -111,14 +113,14 @@ def test_the_picture_keeps_both_ends_of_many_rows(monkeypatch):
         {"set": "own", "role": "task", "row": range(1, 101), "ratio": range(100), "text": "t"}
     ).astype({"ratio": float})
     one = Detector("ood", Result(metrics={}, tables={"rows": many, "tokens": result().tables["tokens"]}))
-    monkeypatch.setattr(detectors, "POINTS", 5)
+    monkeypatch.setattr(score_figure, "POINTS", 5)
     # five of a hundred in even steps of 24.75: 0, 24.75, 49.5, 74.25, 99
-    assert one.shown("ratio")["ratio"].tolist() == [0, 25, 50, 74, 99]
+    assert score_figure.sample(one.rows, "ratio")["own"]["ratio"].tolist() == [0, 25, 50, 74, 99]
 
 
 def test_only_results_with_scores_and_tokens_of_rows_make_a_detector(audit_of, made_up):
     made_up("ood", {}, lambda result: {}, {})
-    assert detector(audit_of(result())).name == "ood"
+    assert detector(audit_of(result())).analysis == "ood"
     bare = Result(metrics={}, tables={"rows": result().tables["rows"]}, analysis="ood")
     assert detector(audit_of(bare)) is None
     empty = {name: table.head(0) for name, table in result().tables.items()}
@@ -145,7 +147,7 @@ def test_a_row_is_read_and_another_picked_in_a_browser(visit, served, audit_of, 
     assert tab.barriers() == []
     page.get_by_role("textbox", name="Text").click()
     page.get_by_role("option").nth(1).click()
-    page.wait_for_function("document.querySelector('#text h2').textContent === 'foreign 1'")
+    until(page, "document.querySelector('#text h2').textContent === 'foreign 1'")
     tab.settle()
     assert "row=1+foreign" in page.url
     mark = page.locator("#detector-scores .scatterlayer .trace").first.locator(".point").first
@@ -153,7 +155,7 @@ def test_a_row_is_read_and_another_picked_in_a_browser(visit, served, audit_of, 
     box = mark.bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    page.wait_for_function("document.querySelector('#text h2').textContent === 'own 1'")
+    until(page, "document.querySelector('#text h2').textContent === 'own 1'")
     tab.settle()
     tab.go(address + "/?page=detector&audit=harm")
     page.wait_for_selector(".text .token")

@@ -7,6 +7,7 @@ import pytest
 from dashboard.state.query import Query, parse
 from dashboard.state.trial import altered, changes, trial
 from diagnostics.core.policy import Rule
+from tests.dashboard.browsing import until
 from tests.dashboard.invented import HOSTILE, draw, tables
 
 RULES = {
@@ -31,7 +32,7 @@ def said(tried):
 def test_without_thresholds_an_audit_is_judged_as_it_was(audit):
     tried = trial(audit, Query(), "one")
     assert said(tried) == {"narrowest": "fail", "widest": "warn"}
-    assert tried.own == {}
+    assert tried.changed == {}
     assert tried.audit.policy.origin == audit.policy.origin
 
 
@@ -42,7 +43,7 @@ def test_a_threshold_in_the_address_changes_verdict_and_source(audit):
     assert tried.audit.verdict == "pass"
     assert audit.verdict == "fail"
     assert tried.audit.policy.rules["angles"]["widest"].source == "set by hand, tried on one"
-    assert tried.own["angles", "widest"].source == "a rule of ours"
+    assert tried.changed["angles", "widest"].source == "a rule of ours"
 
 
 def test_a_threshold_is_taken_away_and_one_is_made_for_a_number_without(audit):
@@ -54,12 +55,12 @@ def test_a_threshold_is_taken_away_and_one_is_made_for_a_number_without(audit):
 
 
 def test_a_rule_as_it_was_is_not_a_change(audit):
-    assert trial(audit, parse("?warn.angles.widest=0.5&side.angles.widest=above"), "x").own == {}
+    assert trial(audit, parse("?warn.angles.widest=0.5&side.angles.widest=above"), "x").changed == {}
 
 
 def test_numbers_and_analyses_that_are_not_there_are_passed_over(audit):
     tried = trial(audit, parse("?fail.angles.nothing=1&fail.other.widest=0&fail=3"), "x")
-    assert tried.own == tried.troubles == {}
+    assert tried.changed == tried.errors == {}
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_numbers_and_analyses_that_are_not_there_are_passed_over(audit):
 )
 def test_a_rule_that_makes_no_sense_is_told_and_stays_as_it_was(audit, asked, why):
     tried = trial(audit, parse(f"?{asked}"), "x")
-    assert why in tried.troubles["angles", "widest"]
+    assert why in tried.errors["angles", "widest"]
     assert said(tried)["widest"] == "warn"
 
 
@@ -104,15 +105,15 @@ def test_a_policy_is_tried_and_downloaded_in_a_browser(visit, served, audit, aud
     assert page.locator("#findings li").count() == 2
     assert tab.barriers() == []
     page.get_by_role("textbox", name="fail threshold of narrowest").fill("0.05")
-    page.wait_for_function("document.querySelectorAll('#findings li').length === 1")
+    until(page, "document.querySelectorAll('#findings li').length === 1")
     assert "becomes warn" in page.inner_text("#trial")
     assert "gone: angles.narrowest" in page.inner_text("#trial")
     page.get_by_role("textbox", name="warn threshold of widest").fill("")
-    page.wait_for_function("document.querySelector('#trial').textContent.includes('becomes pass')")
+    until(page, "document.querySelector('#trial').textContent.includes('becomes pass')")
     tab.settle()
     assert "warn.angles.widest=off" in page.url
     page.get_by_role("textbox", name="fail threshold of widest").fill("0.75")
-    page.wait_for_function("document.querySelector('#trial').textContent.includes('stays fail')")
+    until(page, "document.querySelector('#trial').textContent.includes('stays fail')")
     page.get_by_role("textbox", name="warn threshold of widest").fill("1.5")
     page.wait_for_selector(".trouble-text[role=alert]")
     assert "would be met before warn" in page.inner_text(".trouble-text[role=alert]")
@@ -130,11 +131,9 @@ def test_a_policy_is_tried_and_downloaded_in_a_browser(visit, served, audit, aud
 
     again = visit(page.url).page
     assert again.get_by_role("textbox", name="fail threshold of widest").input_value() == "0.75"
-    page.get_by_role("link", name="Back to the audit's own").click()
-    page.wait_for_function("document.querySelectorAll('#findings li').length === 2")
-    page.wait_for_function(
-        "document.querySelector('input[aria-label=\"fail threshold of widest\"]').value === '2'"
-    )
+    page.get_by_role("link", name="Reset to the audit's policy").click()
+    until(page, "document.querySelectorAll('#findings li').length === 2")
+    until(page, "document.querySelector('input[aria-label=\"fail threshold of widest\"]').value === '2'")
     tab.settle()
 
     tab.go(address + "/?page=policy&audit=harm&fail.angles.widest=%3Cb%3E")

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from dashboard.server import job
-from dashboard.server.runs import GOING, Log, Runs, pairs
+from dashboard.server.runs import UNFINISHED, Log, Runs, pairs
 from dashboard.state.audit_library import AuditLibrary
 from diagnostics.audit.demo import BUNDLED
+from tests.dashboard.browsing import until
 from tests.dashboard.invented import HOSTILE
 
 POPEN = subprocess.Popen
@@ -44,7 +45,7 @@ def test_pairs_are_read_from_the_command_line():
 def test_a_pair_that_cannot_be_read_is_refused(text):
     with pytest.raises(ValueError, match="--pair"):
         pairs([text])
-    with pytest.raises(ValueError, match="already the name"):
+    with pytest.raises(ValueError, match="already named"):
         pairs(["x=a b", "x=c d"])
 
 
@@ -52,7 +53,7 @@ def test_only_what_the_server_was_started_with_is_run(runs):
     asked = runs.request("r1", ["intruders"], 5)
     assert (asked["base"], asked["tuned"], asked["only"], asked["limit"]) == (BASE, TUNED, ["intruders"], 5)
     for pair in ("../../etc", TUNED, None, ["r1"], HOSTILE):
-        with pytest.raises(LookupError, match="there is no pair"):
+        with pytest.raises(LookupError, match="unknown pair"):
             runs.request(pair, [], None)
     with pytest.raises(LookupError, match=r"unknown analysis '\.\./x'"):
         runs.request("r1", ["../x"], None)
@@ -61,7 +62,7 @@ def test_only_what_the_server_was_started_with_is_run(runs):
             runs.request("r1", [], limit)
 
 
-def test_an_audit_is_on_the_shelf_only_when_it_is_whole(runs, monkeypatch):
+def test_an_audit_is_listed_only_when_it_is_whole(runs, monkeypatch):
     told = []
     stand_in(
         monkeypatch,
@@ -78,13 +79,13 @@ def test_an_audit_is_on_the_shelf_only_when_it_is_whole(runs, monkeypatch):
     assert (0.5, "angles: 1 of 2 a") in [each[:2] for each in told]
     assert told[-1][0] == 1.0
     assert "a library speaks" in told[-1][2]
-    shelf = AuditLibrary()
-    runs.join(shelf)
-    runs.join(shelf)
-    assert list(shelf.entries) == [known]
-    assert runs.entry(shelf, known).id == known
-    assert runs.entry(shelf, "../" + known) is None
-    assert runs.entry(shelf, None) is None
+    library = AuditLibrary()
+    runs.add_finished(library)
+    runs.add_finished(library)
+    assert list(library.entries) == [known]
+    assert runs.entry(library, known).id == known
+    assert runs.entry(library, "../" + known) is None
+    assert runs.entry(library, None) is None
 
 
 def test_a_run_that_fails_says_why_and_leaves_nothing(runs, monkeypatch):
@@ -98,29 +99,29 @@ def test_a_run_that_fails_says_why_and_leaves_nothing(runs, monkeypatch):
 
 
 def test_one_audit_runs_at_a_time_and_what_was_cancelled_is_swept_away(runs, monkeypatch):
-    (runs.directory / GOING / "left").mkdir(parents=True)
+    (runs.directory / UNFINISHED / "left").mkdir(parents=True)
 
     def second(*_):
-        with pytest.raises(ValueError, match="another audit is being run"):
+        with pytest.raises(ValueError, match="another audit is running"):
             runs.run("r1", {}, lambda *_: None)
 
     stand_in(monkeypatch, "import pathlib; pathlib.Path(OUT).mkdir(parents=True)")
     runs.run("r1", {}, second)
-    assert list((runs.directory / GOING).iterdir()) == []
+    assert list((runs.directory / UNFINISHED).iterdir()) == []
 
 
 def test_names_of_pairs_make_names_of_directories(runs):
     made = Runs(runs.directory, {})
-    assert made.free("../../up up").startswith("up-up-") or "/" not in made.free("../../up up")
-    assert "/" not in made.free(HOSTILE)
-    assert not made.free("...").startswith(".")
+    assert made.unused_name("../../up up").startswith("up-up-") or "/" not in made.unused_name("../../up up")
+    assert "/" not in made.unused_name(HOSTILE)
+    assert not made.unused_name("...").startswith(".")
 
 
 def test_the_log_keeps_to_lines_that_are_progress():
     told = []
     log = Log(lambda *about: told.append(about))
     for line in ("[1, 2]\n", '{"other": 1}\n', "\n", "plain\n"):
-        log.take(line)
+        log.read(line)
     assert [line.split(" ", 1)[1] for line in log.lines] == ["[1, 2]", '{"other": 1}', "plain"]
 
 
@@ -183,11 +184,11 @@ def test_an_audit_is_run_cancelled_and_run_to_its_end_in_a_browser(visit, served
     page.get_by_role("option", name="intruders").click()
     page.keyboard.press("Escape")
     start.click()
-    page.wait_for_function("document.querySelector('#run-log').textContent.includes('starting')")
+    until(page, "document.querySelector('#run-log').textContent.includes('starting')")
     assert start.is_disabled()
     cancel.click()
-    page.wait_for_function("document.querySelector('#run-told').textContent.includes('Cancelled')")
-    page.wait_for_function("!document.querySelector('#run-start').disabled")
+    until(page, "document.querySelector('#run-message').textContent.includes('Cancelled')")
+    until(page, "!document.querySelector('#run-start').disabled")
     deadline = time.monotonic() + 10
     while processes(runs.directory) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -195,20 +196,20 @@ def test_an_audit_is_run_cancelled_and_run_to_its_end_in_a_browser(visit, served
     assert runs.finished() == []
 
     start.click()
-    page.wait_for_function("document.querySelector('#run-log').textContent.includes('intruders')")
+    until(page, "document.querySelector('#run-log').textContent.includes('intruders')")
     page.wait_for_selector(".verdict")
     tab.settle()
     (done,) = runs.finished()
     assert f"audit={done.name}" in page.url
     tab.go(address + "/?page=audits")
-    assert page.locator(".shelf .card strong").all_text_contents() == [done.name]
+    assert page.locator(".library .card strong").all_text_contents() == [done.name]
 
     tab.go(address + "/?page=run")
     page.get_by_role("textbox", name="Checkpoints").click()
     page.get_by_role("option", name="lost").click()
     start.click()
-    page.wait_for_selector("#run-told [role=alert]")
-    assert "nowhere" in page.inner_text("#run-told")
+    page.wait_for_selector("#run-message [role=alert]")
+    assert "nowhere" in page.inner_text("#run-message")
     tab.settle()
 
 

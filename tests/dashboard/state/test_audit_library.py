@@ -1,4 +1,4 @@
-"""The shelf: which audits are on it, by which names, and what becomes of those that cannot be read."""
+"""The library: which audits are on it, by which names, and what becomes of those that cannot be read."""
 
 import json
 
@@ -32,10 +32,10 @@ def test_an_audit_a_folder_of_audits_and_a_series_are_each_found(save, tmp_path)
     for part in ("001-against-first", "002-against-previous", "run"):
         save(tmp_path / "steps" / part)
     (tmp_path / "steps" / "series.json").write_text(json.dumps({"checkpoints": []}))
-    shelf = AuditLibrary([tmp_path / "many", tmp_path / "single" / "audit.json", tmp_path / "steps"])
-    assert [entry.id for entry in shelf.audits] == ["a", "b", "single"]
-    assert [entry.id for entry in shelf.series] == ["steps"]
-    assert [entry.id for entry in shelf.parts("steps")] == [
+    library = AuditLibrary([tmp_path / "many", tmp_path / "single" / "audit.json", tmp_path / "steps"])
+    assert [entry.id for entry in library.audits] == ["a", "b", "single"]
+    assert [entry.id for entry in library.series] == ["steps"]
+    assert [entry.id for entry in library.parts("steps")] == [
         "steps/001-against-first",
         "steps/002-against-previous",
         "steps/run",
@@ -45,8 +45,8 @@ def test_an_audit_a_folder_of_audits_and_a_series_are_each_found(save, tmp_path)
 def test_two_audits_of_one_name_are_told_apart(save, tmp_path):
     from dashboard.state.audit_library import AuditLibrary
 
-    shelf = AuditLibrary([save(tmp_path / "x" / "audit"), save(tmp_path / "y" / "audit")])
-    assert [(entry.id, entry.path.parent.name) for entry in shelf.audits] == [
+    library = AuditLibrary([save(tmp_path / "x" / "audit"), save(tmp_path / "y" / "audit")])
+    assert [(entry.id, entry.path.parent.name) for entry in library.audits] == [
         ("audit", "x"),
         ("audit-2", "y"),
     ]
@@ -55,11 +55,11 @@ def test_two_audits_of_one_name_are_told_apart(save, tmp_path):
 def test_a_table_cut_short_damages_its_audit_alone_until_it_is_whole_again(save, tmp_path):
     from dashboard.state.audit_library import AuditLibrary
 
-    shelf = AuditLibrary([save(tmp_path / "one"), save(tmp_path / "two")])
+    library = AuditLibrary([save(tmp_path / "one"), save(tmp_path / "two")])
     file = tmp_path / "one" / "tables" / "angles.vectors.parquet"
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    one, two = shelf.audits
+    one, two = library.audits
     assert one.audit is None
     assert "angles.vectors.parquet" in one.damage
     assert two.audit is not None
@@ -94,9 +94,9 @@ def test_a_place_without_audits_is_an_error_that_says_how_to_write_one(tmp_path,
 def test_a_corrupted_audit_does_not_stop_the_others(save, tmp_path, content):
     from dashboard.state.audit_library import AuditLibrary
 
-    shelf = AuditLibrary([save(tmp_path / "one"), save(tmp_path / "two")])
+    library = AuditLibrary([save(tmp_path / "one"), save(tmp_path / "two")])
     (tmp_path / "one" / "audit.json").write_bytes(content)
-    one, two = shelf.audits
+    one, two = library.audits
     assert one.audit is None
     assert "audit.json" in one.damage
     assert one.damage.isprintable()
@@ -108,11 +108,11 @@ def test_a_corrupted_audit_does_not_stop_the_others(save, tmp_path, content):
 def test_an_audit_that_names_a_table_outside_is_shown_as_damaged(save, tmp_path, place):
     from dashboard.state.audit_library import AuditLibrary
 
-    shelf = AuditLibrary([save(tmp_path / "one"), save(tmp_path / "two")])
+    library = AuditLibrary([save(tmp_path / "one"), save(tmp_path / "two")])
     file = tmp_path / "one" / "audit.json"
     file.write_text(file.read_text().replace("tables/angles.vectors.parquet", place.format(root=tmp_path)))
     (tmp_path / "one" / "tables" / "angles.vectors.parquet").rename(tmp_path / "x.parquet")
-    one, two = shelf.audits
+    one, two = library.audits
     assert one.audit is None
     assert "is said to be" in one.damage
     assert two.audit is not None
@@ -130,12 +130,12 @@ def test_a_damaged_series_is_said_to_be(save, tmp_path, content):
 
 def test_what_is_wrong_with_a_checkpoint_of_a_series_is_said_shortly(save, tmp_path):
     from dashboard.state.audit_library import AuditLibrary
-    from dashboard.state.steps import steps
+    from dashboard.state.steps import read_steps
 
     side = {"audit": None, "metrics": {}, "verdict": "7" * 5000}
     record = {"label": "1", "ref": "r", "against_first": side, "against_previous": side}
     (tmp_path / "series.json").write_text(json.dumps({"checkpoints": [record]}))
     (entry,) = AuditLibrary([tmp_path]).series
-    with pytest.raises(ValueError, match=r"series\.json of .*: damaged: ValueError verdict '777") as refused:
-        steps(entry)
+    with pytest.raises(ValueError, match=r"series\.json of .*: damaged: unknown verdict '777") as refused:
+        read_steps(entry)
     assert len(str(refused.value)) < 1200

@@ -5,7 +5,7 @@ import tomllib
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dashboard.state.trial import quoted, text, toml, written
+from dashboard.state.trial import rule_table, toml, toml_string
 from diagnostics.core.policy import Policy, Rule, default_policy
 from diagnostics.core.policy_file import load_policy
 from tests.dashboard.invented import HOSTILE
@@ -31,18 +31,11 @@ def test_the_file_is_what_the_policy_option_takes_and_judges_alike(tmp_path):
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_any_text_survives_toml(words):
-    assert tomllib.loads(f"key = {text(words)}") == {"key": words}
+    assert tomllib.loads(f"key = {toml_string(words)}") == {"key": words}
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_any_threshold_survives_toml(value):
     made = Policy({"a b.c": {'"m"': Rule(warn=value, source="s")}}, origin="o")
-    lines = "\n".join(changes_of(made))
+    lines = rule_table(("a b.c", '"m"'), made.plain()["a b.c"]['"m"'])
     assert tomllib.loads(lines)["a b.c"]['"m"']["warn"] == value
-
-
-def changes_of(policy):
-    for name, own in policy.plain().items():
-        for metric, table in own.items():
-            yield f"[{quoted(name)}.{quoted(metric)}]"
-            yield from written(table)

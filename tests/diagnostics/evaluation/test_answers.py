@@ -69,7 +69,7 @@ def test_what_is_kept_is_0_for_base_1_for_tuned_and_linear_between():
 def test_without_a_gain_beyond_twice_its_error_nothing_is_said_to_be_kept():
     scores = compared(base=model(60), tuned=model(64, 1), graft=model(62, 2))
     # 100 rows: the error of a difference of two shares is about sqrt(2 x 0.24 / 100) = 0.07.
-    assert scores.error("tuned", "base") == pytest.approx(0.07, abs=0.015)
+    assert scores.difference("tuned", "base").error == pytest.approx(0.07, abs=0.015)
     assert not scores.gained
     assert math.isnan(scores.rel("graft").value)
     assert not compared(base=model(90), tuned=model(60, 1)).gained
@@ -100,8 +100,8 @@ def test_of_texts_the_loss_is_what_counts_and_long_rows_count_for_more():
 
 def test_the_same_rows_are_drawn_for_all_so_that_equal_models_never_differ():
     scores = compared(base=model(60), tuned=model(90, 1), other=model(90, 1))
-    assert scores.difference("other", "tuned") == (0, 0, 0)
-    assert scores.error("other", "tuned") == 0
+    assert scores.difference("other", "tuned") == (0, 0, 0, 0)
+    assert scores.difference("other", "tuned").error == 0
 
 
 def test_one_row_is_too_few_to_compare():

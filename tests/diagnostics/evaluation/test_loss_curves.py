@@ -77,16 +77,16 @@ def test_the_error_of_a_difference_is_that_of_a_ratio_over_rows():
     # differences 1, 2, 0 over 6 units: 0.5; rests 0.5, 1, -1.5; sqrt(3/2 * 3.5) / 6
     assert found.value == pytest.approx(0.5)
     assert found.error == pytest.approx(math.sqrt(1.5 * 3.5) / 6)
-    assert estimates.combined(nats[:1], units, [0.0]) == (0, 0)
+    assert estimates.combined(nats[:1], units, [0.0]) == (0, 0, 0, 0)
     assert math.isnan(estimates.combined(nats[:, :1], units[:1], [1.0, -1.0]).error)
 
 
 def test_a_hole_beyond_its_noise_is_a_strong_failure_even_beside_a_gain():
-    none, sure, unsure = Estimate(-1, 0.1), Estimate(0.3, 0.1), Estimate(0.1, 0.1)
+    none, sure, unsure = Estimate.normal(-1.0, 0.1), Estimate.normal(0.3, 0.1), Estimate.normal(0.1, 0.1)
     assert loss_curves.outcome([none, sure], [none, unsure]) == "success"
     assert loss_curves.outcome([none, unsure], [none, none]) == "weak"
     assert loss_curves.outcome([sure, none], [none, sure]) == "strong"
-    assert loss_curves.outcome([Estimate(1, math.nan)], [Estimate(1, math.nan)]) == "weak"
+    assert loss_curves.outcome([Estimate.normal(1.0, math.nan)], [Estimate.normal(1.0, math.nan)]) == "weak"
 
 
 @given(answers)
@@ -115,7 +115,10 @@ def test_the_mixture_of_both_ends_is_no_worse_than_its_chord(alpha, nats):
 
 def layer(barrier, *, error=0.001, repairs=(1.0, 1.0), rewind=0.0, moved=0.1):
     return ScreenedLayer(
-        Estimate(barrier, error), tuple(Estimate(r, 0.01) for r in repairs), Estimate(rewind, 0.01), moved
+        Estimate.normal(barrier, error),
+        tuple(Estimate.normal(repair, 0.01) for repair in repairs),
+        Estimate.normal(rewind, 0.01),
+        moved,
     )
 
 
@@ -130,8 +133,8 @@ def test_a_barrier_that_stands_out_and_that_pinning_repairs_is_a_straggler():
     assert found(quiet, layer(0.049), quiet, quiet) == [False] * 4
     assert found(quiet, layer(0.5, error=0.26), quiet, quiet) == [False] * 4
     # and without a repair it is not to blame
-    assert found(quiet, layer(0.5, repairs=(-1, 0.019)), quiet, quiet) == [False] * 4
-    assert found(quiet, layer(0.5, repairs=(-1, 0.02)), quiet, quiet) == [False, True, False, False]
+    assert found(quiet, layer(0.5, repairs=(-1.0, 0.019)), quiet, quiet) == [False] * 4
+    assert found(quiet, layer(0.5, repairs=(-1.0, 0.02)), quiet, quiet) == [False, True, False, False]
 
 
 def test_a_layer_that_carries_its_equal_share_of_the_barrier_is_no_straggler():

@@ -94,8 +94,8 @@ def test_the_squared_error_over_classes_is_scikit_learns(seed, classes, rows):
     [
         ([], [], r"shape \(0,\) and correct \(0,\)"),
         ([0.5, 0.6], [1], r"shape \(2,\) and correct \(1,\)"),
-        ([0.5, 1.5], [1, 0], r"some are outside \[0, 1\]"),
-        ([0.5, float("nan")], [1, 0], r"some are outside \[0, 1\]"),
+        ([0.5, 1.5], [1, 0], r"some values are outside \[0, 1\]"),
+        ([0.5, float("nan")], [1, 0], r"some values are outside \[0, 1\]"),
     ],
 )
 def test_confidences_that_are_none_are_refused(confidence, correct, message):

@@ -1,6 +1,7 @@
 """Correlations over models: raw and given how far each moved, and none from a handful."""
 
 import math
+from itertools import permutations
 
 import numpy as np
 import pandas as pd
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diagnostics.numerics.rank_correlation import correlations, holm
+from diagnostics.numerics.rank_correlation import correlations, holm, permutation_p
 
 
 def table(n=40, seed=0):
@@ -77,6 +78,22 @@ def test_a_constant_predictor_has_no_correlation():
     models = table()
     models["own"] = 1.0
     assert math.isnan(found(models).loc["own", "raw"])
+
+
+def test_the_permutation_test_of_few_points_counts_all_orders():
+    x, y = np.array([0.0, 1, 2, 4, 3]), np.array([1.0, 0, 2, 3, 5])
+    reached = [abs(np.corrcoef(order, y)[0, 1]) >= abs(np.corrcoef(x, y)[0, 1]) - 1e-12
+               for order in permutations(x)]  # fmt: skip
+    assert permutation_p(x, y, 120, np.random.default_rng(0)) == pytest.approx(np.mean(reached))
+
+
+def test_the_permutation_test_of_unrelated_values_is_even_and_never_0():
+    generator = np.random.default_rng(0)
+    found = [permutation_p(*generator.normal(size=(2, 20)), 199, generator) for _ in range(200)]
+    # Uniform on 0.005 … 1: the mean is 0.5, give or take 0.289/√200 = 0.02.
+    assert np.mean(found) == pytest.approx(0.5, abs=0.07)
+    x = np.arange(20.0)
+    assert permutation_p(x, x, 199, generator) == pytest.approx(1 / 200)
 
 
 def test_holm_multiplies_the_smallest_by_all_and_never_falls():

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from probes import CheckpointPair, open_checkpoint
 from probes.adapters.parts import LowRank
 from probes.files.layout import Header
-from probes.naming.align import align, unwrapped
+from probes.naming.align import align, without_wrappers
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 K = Q.replace("q_proj", "k_proj")
@@ -239,7 +239,7 @@ def test_alignment_is_one_to_one_complete_and_symmetric(stems, wraps, extra):
     assert set(found) == set(base)
     assert len(set(found.values())) == len(found)
     for name, other in found.items():
-        assert unwrapped(name).removeprefix(stems[0]) == unwrapped(other).removeprefix(stems[1])
+        assert without_wrappers(name).removeprefix(stems[0]) == without_wrappers(other).removeprefix(stems[1])
     assert align(tuned, base)[0] == {other: name for name, other in found.items()}
 
 

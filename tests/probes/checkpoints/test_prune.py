@@ -16,7 +16,7 @@ import diagnostics
 from probes.checkpoints.opening import open_checkpoint
 from probes.checkpoints.prune import (
     Order,
-    levels,
+    cut_levels,
     magnitude_order,
     n_of_m,
     pattern_pruned,
@@ -95,7 +95,7 @@ def test_levels_count_the_masks_that_leave_an_entry(tensors, sparsities, apart):
     cuts = order.cuts(sparsities)
     for name, tensor in tensors.items():
         left = sum((~cut.pruned(name, tensor)).int() for cut in cuts)
-        assert torch.equal(torch.from_numpy(levels(cuts, name, tensor)).int(), left.flatten())
+        assert torch.equal(torch.from_numpy(cut_levels(cuts, name, tensor)).int(), left.flatten())
 
 
 def test_levels_of_many_entries_and_cuts_and_of_several_dtypes_agree_with_their_masks():
@@ -111,7 +111,7 @@ def test_levels_of_many_entries_and_cuts_and_of_several_dtypes_agree_with_their_
         masks = torch.cat([cut.pruned(name, tensor).flatten() for name, tensor in tensors.items()])
         assert torch.equal(masks, sorted_reference(flat, cut.sparsity))
     for name, tensor in tensors.items():
-        found = torch.from_numpy(levels(cuts, name, tensor)).view(tensor.shape)
+        found = torch.from_numpy(cut_levels(cuts, name, tensor)).view(tensor.shape)
         for place in (0, 1, 120, 250, 299):
             assert torch.equal(found <= place, cuts[place].pruned(name, tensor))
 

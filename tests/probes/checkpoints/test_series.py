@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,12 +17,12 @@ from probes.checkpoints.series import (
     RecordedSeries,
     TooShortError,
     expand,
-    in_order,
-    natural,
     read_measurement,
     series_of,
     write_measurement,
 )
+from probes.checkpoints.steps import in_order, step_label
+from probes.naming.align import natural_key
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
 
@@ -97,7 +98,9 @@ def test_a_hub_that_cannot_be_asked_is_an_error_with_a_way_out(monkeypatch):
 
 @given(st.lists(st.integers(0, 10**6), unique=True))
 def test_numbers_in_names_sort_by_value(numbers):
-    assert sorted((f"step-{n}-x" for n in numbers), key=natural) == [f"step-{n}-x" for n in sorted(numbers)]
+    assert sorted((f"step-{n}-x" for n in numbers), key=natural_key) == [
+        f"step-{n}-x" for n in sorted(numbers)
+    ]
 
 
 # --- steps ---
@@ -268,6 +271,45 @@ def test_a_series_that_is_too_short_is_measured_only_where_that_is_kept_for_a_lo
     with pytest.raises(TooShortError, match="a trough needs at least 4"):
         series.measured("trace", {}, trace, least=(4, "a trough"))
     assert len(list(tmp_path.iterdir())) == kept
+
+
+# --- labels and keys that tell every step from every other ---
+
+
+@pytest.mark.parametrize(
+    ("step", "label"),
+    [
+        (0, "0"), (500, "500"), (500.0, "500"), (0.5, "0.5"), (1e-5, "1e-05"), (-3.0, "-3"),
+        ("step-7", "step-7"), (np.int64(12), "12"), (np.float64(12.0), "12"), (1_000_001.0, "1000001"),
+        (2**53 + 1, "9007199254740993"), (1e300, "1e+300"),
+    ],
+)  # fmt: skip
+def test_a_step_is_labelled_in_as_many_digits_as_it_has(step, label):
+    assert step_label(step) == label
+
+
+@given(st.lists(st.one_of(st.integers(0, 2**60), st.floats(0, 2**60)), min_size=2, max_size=8, unique=True))
+def test_labels_of_any_steps_are_exact_and_no_two_are_alike(steps):
+    steps = sorted(steps)
+    labels = RecordedSeries(steps, Path()).labels
+    assert len(set(labels)) == len(steps)
+    for step, label in zip(steps, labels, strict=True):
+        assert step == (float(label) if isinstance(step, float) else int(label))
+
+
+@pytest.mark.parametrize("steps", [(1_000_001, 1_000_002), (2**53, 2**53 + 1), (1e6 + 0.25, 1e6 + 0.5)])
+def test_steps_that_differ_in_their_last_digit_have_measurements_of_their_own(tmp_path, steps):
+    for count, value in ((1, 2.0), (2, 3.0)):
+        live = RecordedSeries(steps[:count], tmp_path, {NAME: value * torch.eye(2)})
+        traces = [measurement["trace"].item() for measurement in live.measured("trace", {}, trace)]
+    assert traces == [4, 6]
+
+
+def test_steps_beyond_what_a_float_tells_apart_are_read_from_names_and_put_in_order(tmp_path):
+    steps = (2**53 + 1, 2**53)
+    series = CheckpointSeries([saved(tmp_path / f"checkpoint-{step}") for step in steps])
+    assert series.steps == tuple(sorted(steps))
+    assert series.labels == tuple(map(str, sorted(steps)))
 
 
 # --- a run that is going on ---

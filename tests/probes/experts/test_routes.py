@@ -14,7 +14,7 @@ from torch import nn
 from probes.checkpoints.opening import open_checkpoint
 from probes.experts.router_weights import router_matrices
 from probes.experts.routers import NoRoutersError
-from probes.experts.routes import Routes, capture, samples
+from probes.experts.routes import Routes, capture_routes, routed_examples
 from probes.models.editable import Editable
 from probes.passes.batched import NonFiniteError
 from probes.text.batches import Example
@@ -134,7 +134,7 @@ def close(found, wanted):
 @pytest.mark.parametrize("family", VIA)
 def test_routes_are_the_means_of_what_the_paper_of_the_architecture_has(family, side):
     model, examples = mixture(family), rows_of(*LENGTHS)
-    found = capture(model, examples, side=side)
+    found = capture_routes(model, examples, side=side)
     full, top = expected(family, model, examples)
     close(found.full, full)
     close(found.top, top)
@@ -147,7 +147,7 @@ def test_routes_are_the_means_of_what_the_paper_of_the_architecture_has(family, 
 @pytest.mark.parametrize("family", [family for family, via in VIA.items() if via == "bridge"])
 def test_the_bridge_and_the_models_own_routers_give_the_same(family):
     model, examples = mixture(family), rows_of(*LENGTHS)
-    bridged, own = capture(model, examples), capture(model, examples, bridge=False)
+    bridged, own = capture_routes(model, examples), capture_routes(model, examples, bridge=False)
     assert (bridged.via, own.via) == ("bridge", "modules")
     close(bridged.top, own.top)
     close(bridged.full, own.full)
@@ -159,7 +159,7 @@ def test_experts_that_are_all_chosen_are_told_apart_where_the_bridge_would_not()
         make("mixtral", num_experts=3, num_local_experts=3, num_experts_per_tok=3),
         rows_of(*LENGTHS),
     )
-    found = capture(model, examples)
+    found = capture_routes(model, examples)
     assert found.via == "modules"
     close(found.top, expected("mixtral", model, examples)[1])
     close(found.top, found.full)  # normalised, the chosen are all of the distribution
@@ -167,7 +167,7 @@ def test_experts_that_are_all_chosen_are_told_apart_where_the_bridge_would_not()
 
 def test_layers_without_experts_are_left_out():
     model = make("qwen3_moe", num_hidden_layers=4, mlp_only_layers=[0, 2])
-    found = capture(model, rows_of(5))
+    found = capture_routes(model, rows_of(5))
     assert found.layers == (1, 3)
     close(found.full, expected("qwen3_moe", model, rows_of(5))[0])
 
@@ -177,7 +177,7 @@ def test_layers_without_experts_are_left_out():
 def test_a_scaling_factor_common_to_all_experts_does_not_enter(scale, normalised):
     plain = make("deepseek_v3", routed_scaling_factor=1.0, norm_topk_prob=normalised)
     scaled = make("deepseek_v3", routed_scaling_factor=scale, norm_topk_prob=normalised, num_hidden_layers=2)
-    found, wanted = (capture(model, rows_of(*LENGTHS), bridge=False) for model in (scaled, plain))
+    found, wanted = (capture_routes(model, rows_of(*LENGTHS), bridge=False) for model in (scaled, plain))
     # The first mixture's own input is before any expert's output, and so before the factor.
     close(found.top[:, 0], wanted.top[:, 0])
     sums = found.top.sum(axis=2)
@@ -187,7 +187,7 @@ def test_a_scaling_factor_common_to_all_experts_does_not_enter(scale, normalised
 @pytest.mark.parametrize("family", ["olmoe", "deepseek_v3"])
 def test_the_first_token_can_be_left_out(family):
     model, examples = mixture(family), rows_of(7, 4)
-    found = capture(model, [*examples, *rows_of(1)], drop_first=True)
+    found = capture_routes(model, [*examples, *rows_of(1)], drop_first=True)
     full, top = expected(family, model, examples, drop_first=True)
     close(found.full[:2], full)
     close(found.top[:2], top)
@@ -198,7 +198,7 @@ def test_the_first_token_can_be_left_out(family):
 
 def test_a_row_without_tokens_is_missing_and_the_others_are_not():
     rows = rows_of(7, 0, 4)
-    found = capture(mixture("olmoe"), rows)
+    found = capture_routes(mixture("olmoe"), rows)
     assert np.isnan(found.top).any(axis=(1, 2)).tolist() == [False, True, False]
     close(found.top[[0, 2]], expected("olmoe", mixture("olmoe"), [rows[0], rows[2]])[1])
     assert found.select("full") is found.full  # a row without tokens is not one without a distribution
@@ -217,8 +217,8 @@ def test_a_row_without_tokens_is_missing_and_the_others_are_not():
 )
 def test_batches_and_padding_change_nothing(lengths, tokens, side, pad_id, family):
     model, examples = mixture(family), rows_of(*lengths)
-    found = capture(model, examples, tokens=tokens, side=side, pad_id=pad_id, bridge=False)
-    alone = [capture(model, [example], bridge=False) for example in examples]
+    found = capture_routes(model, examples, tokens=tokens, side=side, pad_id=pad_id, bridge=False)
+    alone = [capture_routes(model, [example], bridge=False) for example in examples]
     np.testing.assert_allclose(found.top, np.concatenate([each.top for each in alone]), atol=1e-6)
     np.testing.assert_allclose(found.full, np.concatenate([each.full for each in alone]), atol=1e-6)
 
@@ -267,7 +267,7 @@ def test_repeating_or_reordering_a_samples_tokens_leaves_its_routes(ids, times, 
     model = Blocks(linear)
     shuffled = np.random.default_rng(seed).permutation(ids * times).tolist()
     one, other = (
-        capture(model, [Example(ids=each, scored=[True] * len(each), row=0)], routers=NAMES, top_k=2)
+        capture_routes(model, [Example(ids=each, scored=[True] * len(each), row=0)], routers=NAMES, top_k=2)
         for each in (ids, shuffled)
     )
     np.testing.assert_allclose(one.full, other.full, atol=1e-6)
@@ -279,7 +279,7 @@ def test_repeating_or_reordering_a_samples_tokens_leaves_its_routes(ids, times, 
 
 def test_named_routers_that_give_logits_are_a_softmax_of_which_the_largest_sum_to_one():
     model, examples = Blocks(linear), rows_of(7, 4)
-    found = capture(model, examples, routers=NAMES, top_k=2)
+    found = capture_routes(model, examples, routers=NAMES, top_k=2)
     for row, example in enumerate(examples):
         hidden = model.embed.weight[example.ids].detach().double().numpy()
         for layer in range(3):
@@ -294,10 +294,10 @@ def test_named_routers_that_give_logits_are_a_softmax_of_which_the_largest_sum_t
 
 
 def test_a_router_that_tells_only_of_the_experts_it_chose_has_no_full_distribution():
-    found = capture(Blocks(Choosing), rows_of(7, 4), routers=NAMES)
+    found = capture_routes(Blocks(Choosing), rows_of(7, 4), routers=NAMES)
     close(found.top.sum(axis=2), np.ones((2, 3)))
     assert found.top.shape == (2, 3, 5)
-    with pytest.raises(ValueError, match="and no full distribution over all; give top"):
+    with pytest.raises(ValueError, match="chosen experts alone, no full distribution; give top"):
         found.select("full")
 
 
@@ -310,7 +310,7 @@ class Pooled(Blocks):
 
 def test_a_sample_may_be_one_token_to_its_routers():
     model, examples = Pooled(linear, count=1), rows_of(4, 4)
-    found = capture(model, examples, routers=NAMES[:1], top_k=2)
+    found = capture_routes(model, examples, routers=NAMES[:1], top_k=2)
     weight = model.blocks[0]["router"].weight.detach().double().numpy()
     for row, example in enumerate(examples):
         pooled = model.embed.weight[example.ids].detach().double().numpy().mean(axis=0)
@@ -325,14 +325,14 @@ def test_a_router_that_runs_twice_in_a_pass_is_refused():
                 super().forward(ids)
 
     with pytest.raises(ValueError, match=r"blocks.0.router: ran twice in one pass"):
-        capture(Looped(linear), rows_of(4), routers=NAMES, top_k=2)
+        capture_routes(Looped(linear), rows_of(4), routers=NAMES, top_k=2)
 
 
 def test_routers_of_a_transformers_model_can_be_named():
     model = mixture("olmoe")
-    found = capture(model, rows_of(7), routers=["model.layers.1.mlp.gate"])
+    found = capture_routes(model, rows_of(7), routers=["model.layers.1.mlp.gate"])
     assert found.layers == (1,)
-    close(found.top[:, 0], capture(model, rows_of(7)).top[:, 1])
+    close(found.top[:, 0], capture_routes(model, rows_of(7)).top[:, 1])
 
 
 # What is left behind
@@ -344,7 +344,7 @@ def test_the_model_is_bit_for_bit_as_it_was(family, bridge):
     model = make(family)
     model.model.layers[0].train()
     before = state_of(model)
-    capture(model, rows_of(*LENGTHS), bridge=bridge)
+    capture_routes(model, rows_of(*LENGTHS), bridge=bridge)
     assert_same(before, state_of(model))
 
 
@@ -356,14 +356,14 @@ def test_the_model_is_as_it_was_after_an_exception():
         raise RuntimeError("no more")
 
     with pytest.raises(RuntimeError, match="no more"):
-        capture(model, rows_of(7), progress=fail)
+        capture_routes(model, rows_of(7), progress=fail)
     assert_same(before, state_of(model))
 
 
 def test_dropout_is_off_and_the_mode_is_kept():
     model = make("mixtral", attention_dropout=0.9, router_jitter_noise=0.5)
-    wanted = capture(model, rows_of(7, 4))
-    found = capture(model.train(), rows_of(7, 4))
+    wanted = capture_routes(model, rows_of(7, 4))
+    found = capture_routes(model.train(), rows_of(7, 4))
     assert model.training
     assert np.array_equal(found.top, wanted.top)
 
@@ -374,8 +374,8 @@ def test_dropout_is_off_and_the_mode_is_kept():
 def test_half_precision_gives_nearly_the_same_routes():
     # Not 28: transformers' product of grouped matrices needs rows of 16 bytes.
     model = make("olmoe", intermediate_size=32)
-    wanted = capture(model, rows_of(*LENGTHS))
-    found = capture(model.bfloat16(), rows_of(*LENGTHS))
+    wanted = capture_routes(model, rows_of(*LENGTHS))
+    found = capture_routes(model.bfloat16(), rows_of(*LENGTHS))
     # One token more or less of at most seven for an expert, where bfloat16 breaks a near tie otherwise.
     assert np.abs(found.full - wanted.full).max() < 0.05
     assert np.abs(found.top - wanted.top).mean() < 0.05
@@ -390,14 +390,14 @@ def test_an_adapter_routes_as_its_merged_weights_do():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_()
-    found = capture(model, rows_of(*LENGTHS))
-    close(found.top, capture(model.merge_and_unload(), rows_of(*LENGTHS)).top)
+    found = capture_routes(model, rows_of(*LENGTHS))
+    close(found.top, capture_routes(model.merge_and_unload(), rows_of(*LENGTHS)).top)
 
 
 def test_an_editable_is_taken_as_its_model():
     model = make("olmoe")
-    found = capture(Editable(open_checkpoint(model)), rows_of(7))
-    assert np.array_equal(found.top, capture(model, rows_of(7)).top)
+    found = capture_routes(Editable(open_checkpoint(model)), rows_of(7))
+    assert np.array_equal(found.top, capture_routes(model, rows_of(7)).top)
 
 
 # Samples
@@ -411,16 +411,16 @@ def test_a_row_with_choices_is_its_prompt_and_other_rows_are_whole():
         for choice in (8, 9)
     ]
     task = task_of([{"prompt": "a", "choices": ["b", "c"], "answer": 0}] * 2)
-    assert [(each.ids, each.row) for each in samples(task, examples)] == [(prompt, 0), (prompt, 1)]
+    assert [(each.ids, each.row) for each in routed_examples(task, examples)] == [(prompt, 0), (prompt, 1)]
     text = rows_of(4, 3)
-    assert samples(task_of(["a", "b"]), text) == text
+    assert routed_examples(task_of(["a", "b"]), text) == text
 
 
 # A record
 
 
 def test_a_record_gives_the_same_routes_again():
-    found = capture(mixture("gpt_oss"), rows_of(7, 4))
+    found = capture_routes(mixture("gpt_oss"), rows_of(7, 4))
     again = Routes.of(found.record() | {"loss": np.zeros(2)})
     assert (again.layers, again.top_k, again.via) == (found.layers, found.top_k, found.via)
     for name in ("full", "top", "tokens"):
@@ -429,7 +429,7 @@ def test_a_record_gives_the_same_routes_again():
 
 def test_weights_of_an_unknown_kind_are_refused():
     with pytest.raises(ValueError, match="weights are 'best'; give full or top"):
-        capture(mixture("olmoe"), rows_of(4)).select("best")
+        capture_routes(mixture("olmoe"), rows_of(4)).select("best")
 
 
 # Weights of routers
@@ -482,26 +482,26 @@ def test_router_matrices_of_named_routers_are_read_from_memory():
 @pytest.mark.parametrize(("family", "kind"), [("llama", "LlamaForCausalLM"), ("gpt2", "GPT2LMHeadModel")])
 def test_a_dense_model_has_no_routers(family, kind):
     with pytest.raises(NoRoutersError, match=f"{kind}: has no routers"):
-        capture(model_of(family), rows_of(4))
+        capture_routes(model_of(family), rows_of(4))
     with pytest.raises(NoRoutersError, match="has no router among its weights"):
         router_matrices(open_checkpoint(model_of(family)))
 
 
 def test_a_module_that_is_no_transformers_model_needs_its_routers_named():
-    with pytest.raises(NoRoutersError, match="Blocks: has no blocks that are known; name its routers"):
-        capture(Blocks(linear), rows_of(4))
+    with pytest.raises(NoRoutersError, match="Blocks: its blocks are not recognised; name its routers"):
+        capture_routes(Blocks(linear), rows_of(4))
 
 
 def test_what_cannot_be_read_is_said():
     model = Blocks(linear)
     with pytest.raises(LookupError, match=r"Blocks: has no module blocks.9.router"):
-        capture(model, rows_of(4), routers=["blocks.9.router"], top_k=2)
+        capture_routes(model, rows_of(4), routers=["blocks.9.router"], top_k=2)
     with pytest.raises(ValueError, match=r"blocks.0.router: gives 5 logits and no choice; say with top_k"):
-        capture(model, rows_of(4), routers=NAMES)
+        capture_routes(model, rows_of(4), routers=NAMES)
     with pytest.raises(ValueError, match=r"blocks.0.router: gives 5 logits and no choice; say with top_k"):
-        capture(model, rows_of(4), routers=NAMES, top_k=6)
+        capture_routes(model, rows_of(4), routers=NAMES, top_k=6)
     with pytest.raises(ValueError, match="no row has a token"):
-        capture(model, rows_of(0), routers=NAMES, top_k=2)
+        capture_routes(model, rows_of(0), routers=NAMES, top_k=2)
     with pytest.raises(LookupError, match=r"has no embedding.weight; the nearest of its 4: embed.weight"):
         router_matrices(open_checkpoint(model), routers=["embedding"])
 
@@ -511,7 +511,7 @@ def test_routers_with_unlike_numbers_of_experts_do_not_go_together():
     model.blocks[1]["router"] = nn.Linear(6, 4, bias=False)
     message = r"blocks.0.router chooses 2 of 5 experts and blocks.1.router 2 of 4"
     with pytest.raises(ValueError, match=message):
-        capture(model, rows_of(4), routers=NAMES, top_k=2)
+        capture_routes(model, rows_of(4), routers=NAMES, top_k=2)
     with pytest.raises(ValueError, match=r"blocks.0.router.weight is 5x6, blocks.1.router.weight 4x6"):
         router_matrices(open_checkpoint(model), routers=NAMES)
 
@@ -522,4 +522,4 @@ def test_a_broken_model_is_named_with_the_row_and_the_layer():
         model.model.embed_tokens.weight[39] = torch.nan
     examples[1] = replace(examples[1], ids=[4, 39, 4, 4])
     with pytest.raises(NonFiniteError, match=r"row index 1: .*first at layer 0"):
-        capture(model, examples)
+        capture_routes(model, examples)

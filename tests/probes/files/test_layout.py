@@ -92,7 +92,7 @@ def test_a_part_takes_its_rows_from_every_head():
 def test_a_matrix_of_another_shape_is_not_put():
     matrix = matrix_of(rows=2, columns=3, dtype=torch.float32)
     for value in (torch.zeros(3, 2), torch.zeros(1, 3), torch.zeros(3)):
-        with pytest.raises(ValueError, match=r"w:part: a tensor of shape .* where a 2 x 3 matrix stands"):
+        with pytest.raises(ValueError, match=r"w:part: is 2 x 3, and a tensor of shape .* cannot replace it"):
             matrix.put(torch.zeros(2, 3), value)
 
 

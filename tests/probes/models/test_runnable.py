@@ -137,7 +137,7 @@ def test_a_model_that_accelerate_spread_runs_and_is_captured_alike(family):
     # Over one device, as there may be no other; its hooks take over each module's forward all the same.
     hooks = pytest.importorskip("accelerate.hooks")
     model, batch = make(family), batch_of(7, 4)
-    expected = forward.token_log_likelihoods(model, batch)
+    expected = forward.token_scores(model, batch).log_likelihoods
     for module in model.modules():
         hooks.add_hook_to_module(module, hooks.AlignDevicesHook(execution_device="cpu"))
     before = state_of(model)
@@ -145,7 +145,7 @@ def test_a_model_that_accelerate_spread_runs_and_is_captured_alike(family):
         scores, activations = captured.measured(batch, forward.token_scores)
     assert captured.route == "bridge"
     assert torch.equal(scores.log_likelihoods.nan_to_num(), expected.nan_to_num())
-    assert torch.equal(forward.token_log_likelihoods(model, batch).nan_to_num(), expected.nan_to_num())
+    assert torch.equal(forward.token_scores(model, batch).log_likelihoods.nan_to_num(), expected.nan_to_num())
     with capture(model_of(family), "hook_resid_post") as captured:
         assert torch.equal(
             captured.activations(batch)["blocks.0.hook_resid_post"], activations["blocks.0.hook_resid_post"]

@@ -203,9 +203,9 @@ def test_what_is_outside_of_the_blocks_is_captured_whole():
         ("hook_resid_pst", None, r"LlamaForCausalLM: has no hook_resid_pst; the nearest of its \d+: "),
         ("mlp.hook_expert_indices", None, "LlamaForCausalLM: has no mlp.hook_expert_indices; the nearest"),
         ("blocks.7.hook_resid_post", None, "has no blocks.7.hook_resid_post"),
-        ("hook_resid_post", [2], r"layers \[2\]: there are 2, counted from 0"),
-        ("blocks.0.hook_resid_post", [1], r"no name that is asked for is in the layers \[1\]"),
-        (lambda name: False, None, "no name that is asked for"),
+        ("hook_resid_post", [2], r"layers \[2\]: the model has 2, counted from 0"),
+        ("blocks.0.hook_resid_post", [1], r"none of these names is in the layers \[1\]"),
+        (lambda name: False, None, "none of these names"),
     ],
 )
 def test_unknown_names_and_layers_are_refused_with_the_nearest(names, layers, message):
@@ -270,7 +270,7 @@ def test_memory_does_not_grow_with_rows(family):
                 held.append(live())
     assert len(held) == 4
     assert max(held) - min(held) <= 4096  # the batches themselves: 100 of them are 300 kB of activations
-    assert captured._found == {}
+    assert captured._values == {}
 
 
 def test_keep_is_given_each_activation_once_and_only_its_result_is_held():

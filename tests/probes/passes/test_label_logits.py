@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from probes.passes.batched import NonFiniteError
-from probes.passes.label_logits import label_logits, labelled, row_outputs
+from probes.passes.label_logits import label_logits, label_units, row_outputs
 from probes.text.batches import Example
 from probes.text.rows import task_of
 from tests.probes.runnable import VOCABULARY, make, model_of, rows_of
@@ -98,7 +98,7 @@ def test_a_rows_output_is_the_mean_of_its_projected_logits():
 
 def test_rows_that_have_nothing_to_score_have_no_label():
     examples = [*rows_of(5), Example(ids=[1, 2], scored=[False, False], row=1)]
-    assert [whole.row for whole in labelled(Given(task_of(["a", "b"]), examples))] == [0]
+    assert [whole.row for whole in label_units(Given(task_of(["a", "b"]), examples))] == [0]
 
 
 def test_logits_that_are_not_finite_name_the_row():

@@ -127,7 +127,7 @@ def test_routed_experts_are_told_from_dense_units():
     assert switches(model_of("olmoe")) == ([], [0, 1])
     places, routed = switches(model_of("qwen2_moe"))
     assert [place.layer for place in places] == routed == [0, 1]
-    with pytest.raises(ValueError, match="OlmoeForCausalLM: has no dense MLP whose units could be seen"):
+    with pytest.raises(ValueError, match="OlmoeForCausalLM: has no dense MLP with units to watch"):
         local_complexity(model_of("olmoe"), rows_of(5), radius=0.1)
 
 

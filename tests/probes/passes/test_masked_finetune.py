@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diagnostics.evaluation.row_losses import EncodedTask
-from probes.passes.masked_finetune import masked_finetune, orders
+from probes.passes.masked_finetune import masked_finetune, row_batches
 from probes.passes.objective import Objective
 from probes.text.rows import task_of
 from tests.probes.runnable import assert_same, make, rows_of, state_of
@@ -69,7 +69,7 @@ def test_what_is_held_is_exactly_zero_after_every_step_and_all_else_is_trained()
 
 
 def test_without_a_mask_it_is_adamw_whose_rate_falls_to_zero():
-    objective, rows = objective_of(), orders(range(10), 4, 3)
+    objective, rows = objective_of(), row_batches(range(10), 4, 3)
     model, other = make("gpt2"), make("gpt2").requires_grad_(True)
     losses = masked_finetune(
         model, objective, {}, steps=STEPS, lr=1e-2, batch_rows=4, weight_decay=0.1, seed=3

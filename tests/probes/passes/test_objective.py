@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from diagnostics.evaluation.row_losses import EncodedTask
 from probes.passes import backward
 from probes.passes.batched import NonFiniteError
-from probes.passes.objective import Objective, micro_batches, tokens_of, wholes
+from probes.passes.objective import Objective, micro_batches, scoring_units, tokens_of
 from probes.text.batches import Example
 from probes.text.rows import task_of
 from tests.probes.runnable import VOCABULARY, assert_same, make, state_of
@@ -241,7 +241,7 @@ def test_a_micro_batch_is_halved_when_memory_runs_out_and_no_gradient_is_added_t
     block = (getattr(block, "h", None) or getattr(block, "layers", None) or block.encoder.layer)[1]
     failed = []
     # What is not divided fits.
-    most = max(2, *(len(whole.sequences) for whole in wholes(encoded)))
+    most = max(2, *(len(whole.sequences) for whole in scoring_units(encoded)))
 
     def look(module, *tensors):
         hidden = tensors[-1][0]
@@ -386,7 +386,7 @@ def test_every_row_is_in_one_micro_batch_that_is_no_larger_than_it_may_be(length
     made = EncodedTask(
         task=task_of(rows), examples=examples, classes=(), mask_id=None, batch_tokens=1, notes=()
     )
-    parts = list(micro_batches(wholes(made), tokens))
+    parts = list(micro_batches(scoring_units(made), tokens))
     assert sorted(whole.row for part in parts for whole in part) == list(range(len(lengths)))
     assert all(len(part) == 1 or tokens_of(part) <= tokens for part in parts)
     longest = [max(whole.length for whole in part) for part in parts]

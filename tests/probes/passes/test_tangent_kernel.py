@@ -8,11 +8,11 @@ import torch
 from probes.passes.label_logits import row_outputs
 from probes.passes.tangent_kernel import (
     first_order,
-    grouped,
-    learning,
     projection,
-    standing_in,
+    replaced_parameters,
     tangent_kernel,
+    trainable,
+    weight_groups,
 )
 from probes.text.rows import task_of
 from tests.probes.passes.test_label_logits import TEXTS, Given
@@ -31,7 +31,7 @@ def given(family):
 def jacobian(model, encoded, directions):
     """Gradients of every row's every output in all weights, one after the other."""
     rows = []
-    with learning(model) as weights, torch.enable_grad():
+    with trainable(model) as weights, torch.enable_grad():
         for row in range(3):
             for output in row_outputs(model, encoded, row, directions, differentiable=True):
                 found = torch.autograd.grad(output, weights, allow_unused=True, retain_graph=True)
@@ -115,7 +115,7 @@ def test_a_model_is_left_as_it_was_after_an_exception_too():
     model = make("llama")
     before = state_of(model)
     weight = model.lm_head.weight
-    with suppress(KeyError), standing_in(model, {id(weight): torch.zeros(1)}):
+    with suppress(KeyError), replaced_parameters(model, {id(weight): torch.zeros(1)}):
         assert not isinstance(model.lm_head.weight, torch.nn.Parameter)
         raise KeyError
     assert model.lm_head.weight is weight
@@ -132,4 +132,4 @@ def test_a_model_with_functions_that_have_no_forward_derivative_is_named():
 def test_groups_hold_each_weight_once_and_no_more_than_fits():
     weights = [torch.nn.Parameter(torch.zeros(size)) for size in (3, 4, 10, 1, 1)]
     # 3 + 4 fill 8, 10 stands alone, 1 + 1 follow.
-    assert [[each.numel() for each in group] for group in grouped(weights, 8)] == [[3, 4], [10], [1, 1]]
+    assert [[each.numel() for each in group] for group in weight_groups(weights, 8)] == [[3, 4], [10], [1, 1]]

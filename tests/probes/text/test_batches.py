@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from probes.text.batches import EMPTY, EMPTY_SHARE, Batch, Example, batches, halving, pad
+from probes.text.batches import EMPTY, EMPTY_SHARE, Batch, Example, batches, halving, pad, windows
 
 SIDES = pytest.mark.parametrize("side", ["left", "right"])
 PAD = 49
@@ -234,3 +234,58 @@ def test_a_result_is_let_go_before_the_next_batch_runs():
         assert isinstance(held, Held)
         del held, _
     assert len(made) == 3
+
+
+# --- windows ---
+
+
+def sequence(size, *, head=0, scored=None):
+    ids = list(range(100, 100 + size))
+    return Example(ids=ids, scored=scored or [False, *[True] * (size - 1)], row=3, choice=1, head=head)
+
+
+@given(st.data(), st.integers(1, 60), st.integers(2, 20), st.integers(0, 2))
+def test_windows_score_each_token_once_and_behind_as_many_as_any_window_has_before_it(
+    data, size, longest, head
+):
+    head = min(head, size, longest - 1)
+    flags = [False, *data.draw(st.lists(st.booleans(), min_size=size - 1, max_size=size - 1))]
+    flags[:head] = [False] * head
+    full = sequence(size, head=head, scored=flags)
+    parts = windows(full, longest)
+    assert all(len(window.ids) <= longest and window.scored[:1] == [False] for window in parts)
+    assert all((window.row, window.choice, window.ids[:head]) == (3, 1, full.ids[:head]) for window in parts)
+    scored_at = [
+        (token, index)
+        for window in parts
+        for index, (token, counts) in enumerate(zip(window.ids, window.scored, strict=True))
+        if counts
+    ]
+    assert [token for token, _ in scored_at] == [
+        token for token, counts in zip(full.ids, flags, strict=True) if counts
+    ]
+    for token, index in scored_at:
+        assert index == max(window.ids.index(token) for window in parts if token in window.ids)
+
+
+def test_windows_begin_half_of_their_length_apart_behind_the_special_tokens():
+    parts = windows(sequence(12, head=1), 6)
+    # 11 tokens behind the BOS, 5 to a window, which begin 3 apart: 101–105, 104–108, 107–111.
+    assert [window.ids for window in parts] == [
+        [100, *range(101, 106)], [100, *range(104, 109)], [100, *range(107, 112)],
+    ]  # fmt: skip
+    assert [window.scored for window in parts] == [
+        [False, *[True] * 5], [*[False] * 3, *[True] * 3], [*[False] * 3, *[True] * 3],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [0, 1, 6])
+def test_a_sequence_that_is_short_enough_stays_as_it_is(size):
+    short = Example(ids=[1] * size, scored=[False] * size, row=0)
+    assert windows(short, 6) == [short]
+
+
+@pytest.mark.parametrize(("longest", "head"), [(1, 0), (1, 1), (3, 3)])
+def test_windows_that_special_tokens_fill_are_refused(longest, head):
+    with pytest.raises(ValueError, match=f"windows of {longest} tokens leave no room for a scored token"):
+        windows(sequence(9, head=head), longest)

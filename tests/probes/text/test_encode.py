@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast, PythonBackend
 
 from probes.text import encode as tasks
-from probes.text.encode import encode, notes
+from probes.text.encode import encode, encoding_notes
 from probes.text.rows import task_of
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
@@ -471,12 +471,12 @@ def test_what_was_cut_and_what_has_nothing_to_score_is_said():
     cut = {"prompt": "q", "choices": ["1", "234567"], "answer": 0}
     doubled = {"prompt": "<s>", "choices": ["1", "2"], "answer": 1}
     task = task_of([cut, doubled], ref="task.jsonl")
-    assert notes(task, encode(task, tokenizer, max_length=5)) == (
+    assert encoding_notes(task, encode(task, tokenizer, max_length=5)) == (
         "task.jsonl: 1 of 2 rows longer than the longest sequence and cut, the first at task.jsonl:1",
         "task.jsonl: 1 of 2 rows with a second BOS, which was left out, the first at task.jsonl:2",
     )
     texts = task_of(["cat", "", ""], ref="task.jsonl")
-    assert notes(texts, encode(texts, tokenizer, max_length=5), tokenizer) == (
+    assert encoding_notes(texts, encode(texts, tokenizer, max_length=5), tokenizer) == (
         "task.jsonl: 2 of 3 rows without a token to score, the first at task.jsonl:2",
     )
 
@@ -485,7 +485,7 @@ def test_a_bos_that_is_missing_is_said_where_the_tokenizer_would_put_one():
     task = task_of(["cat", "<s>dog"], ref="task.jsonl")
     for brings, expected in ((True, 1), (False, 0)):
         tokenizer = characters(bos=brings)
-        found = notes(task, encode(task, tokenizer, max_length=None, add_bos=False), tokenizer)
+        found = encoding_notes(task, encode(task, tokenizer, max_length=None, add_bos=False), tokenizer)
         missing = [note for note in found if "2 of 2 rows without the BOS that the tokenizer puts" in note]
         assert len(missing) == expected
 
@@ -493,4 +493,4 @@ def test_a_bos_that_is_missing_is_said_where_the_tokenizer_would_put_one():
 def test_there_is_nothing_to_say_of_rows_that_fit():
     tokenizer = characters(bos=True)
     task = task_of(["cat"])
-    assert notes(task, encode(task, tokenizer, max_length=8), tokenizer) == ()
+    assert encoding_notes(task, encode(task, tokenizer, max_length=8), tokenizer) == ()

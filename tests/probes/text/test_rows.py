@@ -1,15 +1,20 @@
 """Files of rows are read whole and in order, or refused with file, line and field."""
 
 import csv
+import inspect
 import io
 import json
+import re
 import string
+from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from probes.text.rows import ALLOWED, Row, class_ids, read_task, task_of
+from diagnostics.cli.main import run_options
+from probes.text.rows import ALLOWED, SHAPES, Row, class_ids, read_task, task_of
 
 ROWS = {
     "text": [{"text": "one"}, {"text": ""}],
@@ -101,11 +106,15 @@ def test_a_csv_file_with_nothing_but_a_header_is_refused(write):
         ('["a"]', r"a row is an object such as \{\"text\": …\}, and this is a list \(\[\"a\"\]\)"),
         ("3", r"and this is a whole number \(3\)"),
         ("null", "and this is null"),
-        ("{}", "this one has none of these fields"),
-        ('{"words": "a"}', "this one has none of these fields"),
+        ("{}", "this one has no field"),
+        ('{"words": "a"}', 'this one has "words"$'),
+        (json.dumps(dict.fromkeys("abcdefghij", 1)), '"g" and "h" and 2 more$'),
+        ('{"messages": []}', r'this one has "messages"; write its turns as \{"prompt", "completion"\}'),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c"}', "write its prompt and its chosen answer as"),
+        ('{"image": "a.png", "class": 1}', 'this one has "image" and "class"; images are not read'),
         ('{"prompt": "a"}', 'this one has "prompt"'),
-        ('{"text": "a", "prompt": "b"}', 'this one has "prompt" and "text"'),
-        ('{"completion": "a"}', 'the row lacks "prompt"'),
+        ('{"text": "a", "prompt": "b"}', 'this one has "text" and "prompt"'),
+        ('{"completion": "a", "id": 3}', 'the row lacks "prompt"; this one has "completion" and "id"'),
         ('{"prompt": "a", "choices": ["b", "c"]}', 'the row lacks "answer"'),
         ('{"answer": 0}', 'the row lacks "prompt" and "choices"'),
         ('{"label": "a"}', 'the row lacks "text"'),
@@ -207,7 +216,14 @@ def test_a_text_longer_than_the_csv_modules_limit_is_read(write):
         (["text,label", 'a,"b'], "2: not CSV: unexpected end of data"),
         (["text,label", '"a"b,c'], "2: not CSV: ',' expected after '\"'"),
         (["text,text", "a,b"], '1: the header has "text" twice'),
-        (["words", "a"], "2: a row is one of .* has none of these fields"),
+        (["words", "a"], '2: a row is one of .* this one has "words"'),
+        (
+            ["", "text;label", "a;1"],
+            '2: semicolons seem to divide its columns "text" and "label"; save it with',
+        ),
+        (['"Text";"Class"', '"a";"b"'], '1: semicolons seem to divide its columns "Text" and "Class"'),
+        (["prompt\tcompletion", "a\tb"], '1: tabs seem to divide its columns "prompt" and "completion"'),
+        (["text|group", "a|b"], '1: bars seem to divide its columns "text" and "group"'),
         (["prompt,choices,answer", "a,b|c,0"], r'2: "choices" is a string \("b|c"\); it is a list of texts'),
         (["prompt,choices,answer", 'a,"[""b"", ""c""]",two'], r'2: "answer" is a string \("two"\)'),
         (["prompt,choices,answer", 'a,"[""b"", ""c""]",2'], '2: "answer" is 2 but there are 2 choices'),
@@ -373,13 +389,33 @@ def test_a_split_with_other_columns_or_none_at_all_is_refused(splits, tmp_path):
     words = tmp_path / "words"
     words.mkdir()
     (words / "train.jsonl").write_text('{"words": "a"}')
-    with pytest.raises(ValueError, match=r"words:train:1: a row is one of .* has none of these fields"):
+    with pytest.raises(ValueError, match=r'words:train:1: a row is one of .* this one has "words"$'):
         read_task(f"{words}:train")
     with pytest.raises(ValueError, match=r'data:dev: neither a file nor a split .*Unknown split "dev"'):
         read_task(f"{splits}:dev")
     (splits / "train.jsonl").write_text('{"text": "a"}\n{"text": ')
     with pytest.raises(ValueError, match=r"data:train: neither a file nor a split .*JSON parse error"):
         read_task(f"{splits}:train")
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_parquet_or_arrow_file_is_a_split_of_its_directory(splits, tmp_path, suffix):
+    from datasets import Dataset
+
+    rows = [{"text": "one", "group": "a"}, {"text": "two", "group": None}]
+    path = tmp_path / "table" / f"train.{suffix}"
+    path.parent.mkdir()
+    if suffix == "parquet":
+        Dataset.from_list(rows).to_parquet(path)
+    else:
+        table = Dataset.from_list(rows).data.table
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    assert read_task(f"{path.parent}:train").rows == (
+        Row(number=1, text="one", group="a"), Row(number=2, text="two"),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=rf"train\.{suffix}: is read as a split .* {path.parent}:train$"):
+        read_task(path)
 
 
 def test_a_data_set_that_cannot_be_reached_is_said_to_be():
@@ -409,3 +445,44 @@ def test_nesting_of_any_depth_is_refused(tmp_path, depth):
     (tmp_path / "x.jsonl").write_text('{"text": ' + "[" * depth + "]" * depth + "}\n")
     with pytest.raises(ValueError, match=r"x\.jsonl:1: (\"text\" is a list|not JSON)"):
         read_task(tmp_path / "x.jsonl")
+
+
+# --- the page ---
+
+PAGE = Path(__file__).parents[3] / "docs" / "rows.md"
+EXAMPLES = re.findall(r"```(jsonl|csv)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize(("suffix", "content"), EXAMPLES)
+def test_each_example_of_the_page_is_a_task(tmp_path, suffix, content):
+    path = tmp_path / f"task.{suffix}"
+    path.write_text(content, encoding="utf-8")
+    task = read_task(path)
+    assert len(task.rows) == len(content.splitlines()) - (suffix == "csv")
+    # A format is another way to write the same rows.
+    fields = [{name: value for name, value in vars(row).items() if value is not None} for row in task.rows]
+    assert task_of(fields).fingerprint == task.fingerprint
+
+
+def test_the_page_shows_every_shape_every_format_groups_and_the_roles_of_the_command():
+    shapes = {task_of([json.loads(text.splitlines()[0])]).shape for kind, text in EXAMPLES if kind == "jsonl"}
+    assert shapes == set(SHAPES)
+    assert {kind for kind, _ in EXAMPLES} == {"jsonl", "csv"}
+    assert sum('"group"' in text or ",group" in text for _, text in EXAMPLES) == 2
+    shown = set(re.findall(r"^\| `--(\w+) ", PAGE.read_text(encoding="utf-8"), re.MULTILINE))
+    assert shown == {"task", "keep", "guard", "ood", "train"}
+    assert shown <= set(inspect.signature(run_options).parameters)
+
+
+def test_the_errors_on_the_page_are_those_of_such_files(write):
+    filler = [json.dumps({"prompt": "a", "choices": ["b", "c", "d"], "answer": 0})] * 16
+    answer = json.dumps({"prompt": "a", "choices": ["b", "c", "d"], "answer": 4})
+    files = {
+        "choices": ("task.jsonl", [*filler, answer]),
+        "label": ("task.jsonl", ['{"sentence": "a", "label": 1}']),
+        "csv": ("task.csv", ["text;label", "a;1"]),
+    }
+    (block,) = re.findall(r"```text\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    for (name, content), line in zip(files.values(), block.splitlines(), strict=True):
+        with pytest.raises(ValueError, match=rf"{re.escape(line)}$"):
+            read_task(write(name, *content))

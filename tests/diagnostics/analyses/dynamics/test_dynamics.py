@@ -268,7 +268,7 @@ def test_experts_are_measured_but_for_their_local_complexity(tmp_path):
     made = training_dynamics(CheckpointSeries(places, steps=[0, 1]), TASK, TRAIN, **QUICK)
     assert {"nlm_unembedding", "kernel_cka", "linearity_gap", "movement"} <= set(made.metrics)
     assert "local_complexity" not in made.metrics
-    assert any("OlmoeForCausalLM: has no dense MLP whose units could be seen" in note for note in made.notes)
+    assert any("OlmoeForCausalLM: has no dense MLP with units to watch" in note for note in made.notes)
 
 
 def test_a_classifier_and_choices_are_measured_too(places, tmp_path):
@@ -347,6 +347,35 @@ def test_while_a_run_goes_on_all_but_movement_and_gap_are_recorded(places, resul
     gone = {"movement", "linearity_gap"}
     assert dict(made.metrics) == pytest.approx({k: v for k, v in result.metrics.items() if k not in gone})
     assert any("Movement and the linearity gap are not measured" in note for note in made.notes)
+
+
+def test_checkpoints_without_a_common_tensor_are_said_to_have_none(places, tmp_path):
+    wider = save_llama(tmp_path / "wider", seed=1, characters=LETTERS, width=32)
+    result = training_dynamics([places[0], wider], TASK, **QUICK, kernel=False)
+    (note,) = (note for note in result.notes if note.startswith("Movement is not measured: "))
+    assert "no tensor is in all 2 checkpoints" in note
+    assert not any("gone" in note for note in result.notes)
+    assert result.tables["steps"]["movement"].isna().all()
+    assert any("its weights are not those of" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("broken", ["tangent_kernel", "first_order"])
+def test_a_failure_of_a_library_is_no_missing_measure(places, monkeypatch, broken):
+    def fail(*_, **__):
+        raise ValueError("operands could not be broadcast together")
+
+    monkeypatch.setattr(f"diagnostics.analyses.dynamics.measures.{broken}", fail)
+    with pytest.raises(ValueError, match="could not be broadcast"):
+        training_dynamics(places[:2], TASK, **QUICK)
+
+
+def test_a_failure_while_weights_are_compared_is_not_said_to_be_missing_weights(places, monkeypatch):
+    def fail(*_):
+        raise ValueError("cannot reshape array")
+
+    monkeypatch.setattr("diagnostics.numerics.weight_distances.shared", fail)
+    with pytest.raises(ValueError, match="cannot reshape array"):
+        training_dynamics(places[:2], TASK, **QUICK)
 
 
 @pytest.mark.parametrize(

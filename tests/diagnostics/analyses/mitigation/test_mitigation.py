@@ -354,9 +354,9 @@ def test_a_point_keeps_more_by_what_is_taken_off_its_loss():
     searched = np.array([False, False, False, True, True])
     found = control.advantage(task, keep, strengths, searched)
     # The same noise everywhere is paired away, but for what is within a step of the interpolation, 1 / 400.
-    assert found.value[3:] == pytest.approx([0.2, 0.0], abs=0.01)
-    assert found.low[3] > 0.15
-    assert found.low[4] <= 0 <= found.high[4]
+    assert [gain.value for gain in found.gains[3:]] == pytest.approx([0.2, 0.0], abs=0.01)
+    assert found.gains[3].low > 0.15
+    assert found.gains[4].low <= 0 <= found.gains[4].high
 
 
 def test_intervals_of_rows_cover_the_truth_as_often_as_they_say():

@@ -131,14 +131,14 @@ def widening(each, share):
 def test_a_gap_that_widens_by_next_to_nothing_is_flat_however_sure_that_is():
     run = widening(120, 0.15)
     assert run.surely("gap") > 0
-    assert run.changes["gap"].interval[1] < 0.02
+    assert run.changes["gap"].estimate.high < 0.02
     assert run.verdict == "routing drift without a generalisation signal"
 
 
 def test_a_gap_that_may_have_widened_by_more_than_drift_does_is_undecided():
     run = widening(60, 0.22)
     assert run.surely("gap") > 0
-    assert 0 < run.changes["gap"].value < 0.02 < run.changes["gap"].interval[1]
+    assert 0 < run.changes["gap"].value < 0.02 < run.changes["gap"].estimate.high
     assert run.verdict == "undecided"
     assert "less than the 0.02 that is more than drift" in run.why
 

@@ -228,10 +228,10 @@ def test_the_average_rise_is_the_trace_within_four_standard_errors(norm, divisor
     g, H, c = drawn(8, seed)
     loss = Quadratic(g, H, c)
     found = average(loss.loss, 0.0, loss.zero.u, 0.3, norm=norm, pairs=400, generator=generator(seed))
-    assert abs(found.rise - 0.09 * float(loss.M.trace()) / divisor) < 4 * found.error
+    assert abs(found.value - 0.09 * float(loss.M.trace()) / divisor) < 4 * found.error
     # What is linear cancels in a pair.
     line = Quadratic(g, np.zeros((8, 8)), c)
-    assert average(line.loss, 0.0, line.zero.u, 0.3, norm=norm, generator=generator()).rise == pytest.approx(
+    assert average(line.loss, 0.0, line.zero.u, 0.3, norm=norm, generator=generator()).value == pytest.approx(
         0, abs=1e-12
     )
 
@@ -240,7 +240,7 @@ def test_the_same_draws_are_met_wherever_the_loss_is_taken():
     g, H, c = drawn(5, 0)
     one, two = (Quadratic(g, scale * H, c) for scale in (1, 2))
     first, second = (
-        average(each.loss, 0.0, each.zero.u, 0.2, generator=generator(3)).rise for each in (one, two)
+        average(each.loss, 0.0, each.zero.u, 0.2, generator=generator(3)).value for each in (one, two)
     )
     assert second == pytest.approx(2 * first)
 

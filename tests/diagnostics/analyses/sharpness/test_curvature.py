@@ -5,7 +5,12 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from diagnostics.analyses.sharpness.curvature import HessianProduct, graph, spectrum
+from diagnostics.analyses.sharpness.curvature import (
+    HessianProduct,
+    graph,
+    refuses_second_derivative,
+    spectrum,
+)
 from diagnostics.evaluation.row_losses import EncodedTask
 from probes.models.perturb import PerturbedWeights
 from probes.passes.objective import Objective
@@ -80,3 +85,19 @@ def test_products_are_those_of_the_whole_hessian():
     assert torch.allclose(products[1], 2 * products[0])
     assert weight.grad is None
     assert not weight.requires_grad
+
+
+def test_operations_without_a_second_derivative_are_told_from_other_failures_of_torch():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q = torch.randn(1, 2, 4, 8, requires_grad=True)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        attended = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        (slope,) = torch.autograd.grad(attended.sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError) as fused:
+        torch.autograd.grad(slope.sum(), q)
+    with pytest.raises(RuntimeError) as full:
+        torch.empty(2**60)
+    assert refuses_second_derivative(fused.value)
+    assert not refuses_second_derivative(full.value)
+    assert not refuses_second_derivative(torch.OutOfMemoryError("CUDA out of memory."))

@@ -12,7 +12,14 @@ import torch
 from diagnostics.analyses.sharpness.analysis import layer_sharpness
 from diagnostics.analyses.sharpness.ascent import PerturbedLoss, worst
 from diagnostics.analyses.sharpness.curvature import HessianProduct, spectrum
-from diagnostics.analyses.sharpness.layer_sharpness import BatchLoss, RowBatch, SharpnessSettings, lots, rises
+from diagnostics.analyses.sharpness.layer_sharpness import (
+    BatchLoss,
+    RowBatch,
+    SharpnessSettings,
+    batch_sharpness,
+    mean_over_batches,
+    row_batches,
+)
 from diagnostics.analyses.sharpness.tables import best_remedy
 from diagnostics.core.policy import default_policy
 from diagnostics.evaluation.row_losses import EncodedTask
@@ -121,6 +128,11 @@ def plant(request, models, tmp_path_factory):
     return layer, kind, found, other
 
 
+def rows_of_batch(model, layers, batch, settings):
+    """Sharpness of layers on one batch."""
+    return mean_over_batches(layers, [batch_sharpness(model, layers, batch, 0, settings, whole=False)])
+
+
 def losses(result, role="ood"):
     path = result.tables["path"]
     part = path[(path["role"] == role) & (path["metric"] == "loss")]
@@ -175,7 +187,7 @@ def test_realigning_restores_the_plain_path(plant):
     worst = result.metrics["worst_alpha"]
     untouched = remedies["none", "", worst, "ood"]
     assert row["action_barrier_nats"] == pytest.approx(remedies["realign", "", worst, "ood"] - untouched)
-    assert any("Best of the remedies" in note and "`realign`" in note for note in result.notes)
+    assert any("Best remedy" in note and "`realign`" in note for note in result.notes)
 
 
 def test_every_remedy_is_measured_on_every_set_and_none_changes_what_is_beyond_it(plant):
@@ -293,6 +305,34 @@ def test_results_are_the_same_for_a_seed_and_do_not_know_the_size_of_a_pass(mode
         assert a == pytest.approx(b, abs=2e-5, rel=2e-2), column
 
 
+@pytest.mark.parametrize(
+    ("error", "noted"),
+    [
+        (RuntimeError("derivative for aten::flash_backward is not implemented"), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)"), False),
+    ],
+)
+def test_curvature_is_left_out_only_where_torch_has_no_second_derivative(
+    models, tmp_path, monkeypatch, error, noted
+):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(HessianProduct, "product", fail)
+    base, tuned, task, _ = models
+    pair = CheckpointPair(save(tmp_path / "base", base), save(tmp_path / "tuned", tuned))
+    quick = {**QUICK, "alphas": (0.5,), "rhos": (0.1,), "steps": 2, "batches": 1, "pairs": 0}
+    if not noted:
+        with pytest.raises(type(error), match=re.escape(str(error))):
+            layer_sharpness(pair, task[:4], **quick)
+        return
+    result = layer_sharpness(pair, task[:4], **quick)
+    assert result.tables["curvature"].empty
+    (note,) = (note for note in result.notes if "differentiated twice" in note)
+    assert "aten::flash_backward" in note
+
+
 def test_curvature_predicts_the_rise_at_a_minimum():
     model = model_of()
     rng = np.random.default_rng(0)
@@ -327,10 +367,10 @@ def test_curvature_predicts_the_rise_at_a_minimum():
     descent.step(loss)
     model.requires_grad_(False)
     settings = SharpnessSettings(rhos=(0.02,), normalise=False, steps=40, pairs=50)
-    lot = RowBatch(Objective(task), tuple(range(40)))
-    (row,) = rises(model, [head], [lot], settings, whole=False)
+    batch = RowBatch(Objective(task), tuple(range(40)))
+    (row,) = rows_of_batch(model, [head], batch, settings)
     with PerturbedWeights(head.parameters) as moved:
-        product = HessianProduct(model, task, lot.rows, moved).product
+        product = HessianProduct(model, task, batch.rows, moved).product
         found = spectrum(product, moved.zero, probes=40, generator=torch.Generator().manual_seed(0))
     assert row["slope"] < 1e-3 * found.top
     assert row["worst"] == pytest.approx(0.02**2 * found.top / 2, rel=0.03)
@@ -351,7 +391,7 @@ def test_rises_are_those_of_a_naive_ascent_with_full_passes(adaptive):
     )
     layer = layers_of(model)[3]  # block 2
     settings = SharpnessSettings(rhos=(0.3,), steps=2, pairs=1, adaptive=adaptive)
-    (row,) = rises(model, [layer], [RowBatch(Objective(task), (0, 1, 2))], settings, whole=False)
+    (row,) = rows_of_batch(model, [layer], RowBatch(Objective(task), (0, 1, 2)), settings)
     # The single step of the page in float64: u = ρ c∇L / ‖c∇L‖, logits normalised.
     double = model.double()
     own = list(double.model.layers[2].parameters())
@@ -406,12 +446,12 @@ def test_a_layer_is_as_sharp_whatever_is_measured_beside_it_and_before_it():
     task = EncodedTask(
         task=task_of(["a", "b"]), examples=examples, classes=(), mask_id=None, batch_tokens=99, notes=()
     )
-    lot = RowBatch(Objective(task), (0, 1))
+    batch = RowBatch(Objective(task), (0, 1))
     settings = SharpnessSettings(rhos=(0.1, 0.3), steps=3, pairs=1)
     layers = layers_of(model)
 
     def found(chosen, settings):
-        rows = rises(model, chosen, [lot], settings, whole=False)
+        rows = rows_of_batch(model, chosen, batch, settings)
         return {(row["name"], row["rho"]): (row["worst"], row["average"]) for row in rows}
 
     every = found(layers, settings)
@@ -425,14 +465,14 @@ def test_batches_hold_each_row_once_and_are_of_one_size():
     task = EncodedTask(
         task=task_of(["a"] * 11), examples=examples, classes=(), mask_id=None, batch_tokens=99, notes=()
     )
-    drawn = lots([Objective(task), Objective(task)], 10, 4, seed=0)
+    drawn = row_batches([Objective(task), Objective(task)], 10, 4, seed=0)
     # two full batches of each task; what is left of 11 rows would be a smaller one
-    assert [len(lot.rows) for lot in drawn] == [4] * 4
+    assert [len(batch.rows) for batch in drawn] == [4] * 4
     for turn in (0, 1):
-        rows = [row for lot in drawn[turn::2] for row in lot.rows]
+        rows = [row for batch in drawn[turn::2] for row in batch.rows]
         assert len(set(rows)) == 8
-    assert len(lots([Objective(task)], 1, 4, seed=0)) == 1
-    assert [len(lot.rows) for lot in lots([Objective(task)], 3, 50, seed=0)] == [11]
+    assert len(row_batches([Objective(task)], 1, 4, seed=0)) == 1
+    assert [len(batch.rows) for batch in row_batches([Objective(task)], 3, 50, seed=0)] == [11]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What stands around every page: the head, the links, and the page that the address names."""
+"""The frame of every page: header, navigation, and the page that the address names."""
 
 from typing import Any
 
@@ -7,37 +7,31 @@ from dash import dcc, html
 
 from dashboard.components import choose, parts
 from dashboard.components.drawings import template
-from dashboard.pages import Page, View, pages
+from dashboard.pages import PAGES, Page
 from dashboard.state.audit_library import Entry
 from dashboard.state.query import Query, link
+from dashboard.state.view import View
+from diagnostics.core.policy import judged
 from diagnostics.plotting import theme
 
-# Mantine asks for ten shades of its first colour; the base's blue is the sixth, and readable on white.
+# Mantine wants ten shades of its primary colour. The colour of the base is the sixth, and readable on white.
 BLUES = [
-    "#eaf3fa",
-    "#d3e5f3",
-    "#a9cbe6",
-    "#7bb0d8",
-    "#559acc",
-    theme.BASE,
-    "#1f6ba8",
-    "#1a5b90",
-    "#174e7c",
+    "#eaf3fa", "#d3e5f3", "#a9cbe6", "#7bb0d8", "#559acc", theme.BASE, "#1f6ba8", "#1a5b90", "#174e7c",
     "#0f3a5e",
-]
-
-# From the dark page's text to below its paper; Mantine draws borders in the fifth, controls on the seventh.
+]  # fmt: skip
+# From the text of a dark page to below its background. Mantine draws borders in the fifth and controls in the
+# seventh.
 DARKS = [
     theme.DARK.ink, "#c5cad1", theme.DARK.muted, "#7d8590", "#4a525d", theme.DARK.grid, "#262d36",
     theme.DARK.paper, "#10141a", "#0b0e12",
 ]  # fmt: skip
 
-# Keys of the query that no page is another page for: filters, and what is opened on a page.
+# Keys of the query that do not change which page is shown: filters, and what is opened on a page.
 INSIDE = {"layer", "component", "group", "matrix", "cell", "table", "step", "measure"}
 
 
 def layout() -> Any:
-    """The empty frame; what it holds follows from the address."""
+    """The empty frame; callbacks fill it from the address."""
     waiting = html.Div([dmc.Skeleton(height=120), dmc.Skeleton(height=320, mt="md")], className="waiting")
     return dmc.MantineProvider(
         [
@@ -59,7 +53,7 @@ def layout() -> Any:
                     dmc.AppShellMain(
                         [
                             html.Div(
-                                "The dashboard does not answer. Is it still running?",
+                                "The dashboard does not respond. Check that it is still running.",
                                 className="lost",
                                 role="status",
                             ),
@@ -99,7 +93,7 @@ def layout() -> Any:
 
 
 def head() -> html.Div:
-    """The bar on top."""
+    """The header."""
     return html.Div(
         [
             dmc.Burger(
@@ -114,7 +108,7 @@ def head() -> html.Div:
                 darkIcon=html.Span(className="moon"),
                 variant="subtle",
                 color="gray",
-                **{"aria-label": "Light or dark"},
+                **{"aria-label": "Switch between light and dark"},
             ),
         ],
         className="head-in",
@@ -122,8 +116,8 @@ def head() -> html.Div:
 
 
 def chooser(view: View) -> Any:
-    """The choice of an audit, where there is one."""
-    options = [entry.id for entry in view.shelf.entries.values() if entry.kind == "audit"]
+    """The choice of an audit, if the page shows an audit and there are others."""
+    options = [entry.id for entry in view.library.entries.values() if entry.kind == "audit"]
     if len(options) < 2 or view.entry is None or view.entry.kind != "audit":
         return None
     return choose.one(
@@ -140,12 +134,11 @@ def chooser(view: View) -> Any:
     )
 
 
-def sought(view: View) -> tuple[View, Page]:
-    """The view as it is meant, and its page: an address may leave out what goes without saying."""
-    known = pages()
+def resolve(view: View) -> tuple[View, Page]:
+    """The page that an address names, and the view with the keys that the address leaves out."""
     query = view.query
     if not query.one("page"):
-        entry = view.shelf.meant(query)
+        entry = view.entry
         if entry is not None and not query.one("audit"):
             query = query.with_changes(audit=entry.id)
         if not query.one("audit"):
@@ -155,121 +148,105 @@ def sought(view: View) -> tuple[View, Page]:
         else:
             page = "analysis" if query.one("analysis") else "overview"
         query = query.with_changes(page=page)
-    return View(view.shelf, query, view.allowed), known.get(query.one("page"), known["audits"])
+    return View(view.site, query), PAGES.get(query.one("page"), PAGES["audits"])
 
 
 def body(view: View, page: Page) -> Any:
-    """The content of a page, or what stands in its place."""
+    """The content of a page, or why there is none."""
     if page.name != view.query.one("page"):
-        return nowhere("There is no such page.")
-    if page.of == "shelf":
-        return page.content(view)
+        return not_found("There is no such page.")
+    if page.of == "library":
+        return page.layout(view)
     entry = view.entry
     if entry is None:
-        return nowhere("This dashboard has no such audit.")
+        return not_found("This dashboard has no such audit.")
     if entry.kind == "audit" and entry.audit is None:
         return damaged(entry)
     if entry.kind != page.of:
-        return nowhere(f"This page is of one {page.of}, which {entry.id} is not.")
-    return page.content(view)
+        kinds = {"audit": "an audit", "series": "a series"}
+        return not_found(f"This page shows {kinds[page.of]}, but {entry.id} is {kinds[entry.kind]}.")
+    return page.layout(view)
 
 
 def damaged(entry: Entry) -> Any:
-    """What stands in place of an audit that cannot be read."""
+    """The message for an audit that cannot be read."""
     return [
         parts.heading(entry.id, eyebrow="audit"),
         parts.state(
             "damaged",
-            "This audit is damaged or only half written",
+            "This audit is damaged or incomplete",
             html.P(parts.code(entry.damage)),
             html.P(
-                "If it is still running, it shows here once it has written its first results. "
-                "Otherwise run `tunescope audit` once more with the same --out: what is whole is kept."
+                "If it is still running, it appears here after its first results. Otherwise run "
+                "`tunescope audit` again with the same --out: it keeps the results that are complete."
             ),
             back(),
         ),
     ]
 
 
-def nowhere(why: str) -> Any:
-    """What stands at an address that leads nowhere."""
+def not_found(why: str) -> Any:
+    """The message for an address that names nothing."""
     return [parts.heading("Not found"), parts.state("unknown", why, back())]
 
 
 def back() -> html.P:
-    """The way out of a dead end."""
+    """A link to all audits."""
     return html.P(parts.going("All audits", link(page="audits")))
 
 
 def nav(view: View, page: Page) -> Any:
-    """The links to other pages: of this audit or series, and of the whole shelf."""
-    entry = view.entry
-    shown: list[Any] = []
+    """Links to the other pages of this audit or series, and to the pages of all audits."""
+    entry, audit = view.entry, view.readable_audit
+    groups: list[Any] = []
     if entry is not None and entry.series:
-        shown.append(group("Series", [to(f"← {entry.series}", link(page="series", audit=entry.series))]))
-    if entry is not None and entry.kind == "audit" and entry.audit is not None:
-        audit = entry.audit
-        verdicts = {}
-        for finding in reversed(audit.findings):
-            verdicts[finding.analysis] = finding.severity
-        of_audit = [each for each in pages().values() if each.of == "audit" and each.linked(view)]
+        groups.append(group("Series", [to(f"← {entry.series}", link(page="series", audit=entry.series))]))
+    if entry is not None and entry.kind == "audit" and audit is not None:
         own = [
-            to(each.title, link(page=each.name, audit=entry.id), active=page.name == each.name)
-            for each in of_audit
+            to(other.title, link(page=other.name, audit=entry.id), active=other == page)
+            for other in PAGES.values()
+            if other.of == "audit" and other.linked(view)
         ]
-        name = view.query.one("analysis")
-        each_analysis = [
+        verdicts = {finding.analysis: finding.severity for finding in reversed(audit.findings)}
+        order = sorted(audit.results, key=lambda name: ("fail", "warn", "").index(verdicts.get(name, "")))
+        analyses = [
             to(
-                analysis,
-                link(page="analysis", audit=entry.id, analysis=analysis),
-                active=page.name == "analysis" and analysis == name,
-                sign=parts.badge(verdicts.get(analysis, "pass" if judged(view, analysis) else ""), " "),
+                name,
+                link(page="analysis", audit=entry.id, analysis=name),
+                active=page.name == "analysis" and name == view.query.one("analysis"),
+                verdict=verdicts.get(name, "pass" if judged(audit.results[name], audit.policy) else "none"),
             )
-            for analysis in sorted(
-                audit.results, key=lambda n: ("fail", "warn", "").index(verdicts.get(n, ""))
-            )
+            for name in order
         ]
-        shown.append(group("This audit", own[:1]))
-        if each_analysis:
-            shown.append(group("Analyses", each_analysis))
-        if own[1:]:
-            shown.append(group("More", own[1:]))
-    shelf = [
-        to(each.title, link(page=each.name), active=page.name == each.name)
-        for each in pages().values()
-        if each.of == "shelf" and each.linked(view)
+        groups += [group("This audit", own[:1]), group("Analyses", analyses), group("More", own[1:])]
+    library = [
+        to(other.title, link(page=other.name), active=other == page)
+        for other in PAGES.values()
+        if other.of == "library" and other.linked(view)
     ]
-    shown += [group("Everything", shelf)] if shelf else []
-    return shown
+    return [*groups, group("Library", library)]
 
 
-def judged(view: View, analysis: str) -> bool:
-    """Whether the policy has a threshold for what an analysis measured."""
-    from diagnostics.core.policy import judged
-
-    return bool(judged(view.audit.results[analysis], view.audit.policy))
-
-
-def group(title: str, links: list[Any]) -> html.Div:
-    """Links under a common title."""
-    return html.Div([html.P(title, className="nav-title"), html.Ul([html.Li(each) for each in links])])
+def group(title: str, links: list[Any]) -> html.Div | None:
+    """Links under a common title; nothing without links."""
+    if not links:
+        return None
+    return html.Div([html.P(title, className="nav-title"), html.Ul([html.Li(item) for item in links])])
 
 
-def to(title: str, href: str, *, active: bool = False, sign: Any = None) -> Any:
-    """One link."""
-    about = {"aria-current": "page"} if active else {}
-    return parts.going(
-        [sign, title] if sign else title, href, className="nav-link" + " active" * active, **about
-    )
+def to(title: str, href: str, *, active: bool = False, verdict: str = "") -> html.A:
+    """One link of the navigation."""
+    props = {"aria-current": "page"} if active else {}
+    text = [parts.badge(verdict, " "), title] if verdict else title
+    return parts.going(text, href, className="nav-link" + " active" * active, **props)
 
 
 def title(view: View, page: Page) -> str:
-    """What the browser's tab says."""
-    of = view.entry.id if view.entry else ""
+    """The title of the browser's tab."""
     name = view.query.one("analysis") if page.name == "analysis" else page.title
-    return " · ".join(filter(None, (name, of, "tunescope")))
+    return " · ".join(filter(None, (name, view.audit_id, "tunescope")))
 
 
 def identity(query: Query, page: Page) -> list[list[str]]:
-    """What makes it this page: while this stays, the page stands."""
-    return [list(query.many(key)) for key in page.identity]
+    """The values that make it this page: it stays in place until one of them changes."""
+    return [list(query.many(key)) for key in ("page", "audit", *page.identity)]
