@@ -32,6 +32,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # What is compared with; a peer that cannot be installed is named in the table. See `bench` in pyproject.toml for
 # pytorch-ood. QUICK=1 runs everything small.

@@ -202,7 +202,7 @@ def nav(view: View, page: Page) -> Any:
     if entry is not None and entry.series:
         groups.append(group("Series", [to(f"← {entry.series}", link(page="series", audit=entry.series))]))
     if entry is not None and entry.kind == "audit" and audit is not None:
-        own = [
+        audit_pages = [
             to(other.title, link(page=other.name, audit=entry.id), active=other == page)
             for other in PAGES.values()
             if other.of == "audit" and other.linked(view)
@@ -218,7 +218,11 @@ def nav(view: View, page: Page) -> Any:
             )
             for name in order
         ]
-        groups += [group("This audit", own[:1]), group("Analyses", analyses), group("More", own[1:])]
+        groups += [
+            group("This audit", audit_pages[:1]),
+            group("Analyses", analyses),
+            group("More", audit_pages[1:]),
+        ]
     library = [
         to(other.title, link(page=other.name), active=other == page)
         for other in PAGES.values()

@@ -1,9 +1,10 @@
-"""What is concluded from models: one module an analysis, and the audit that runs them.
+"""Analyses of what fine-tuning did to a model, and the audit that runs them.
 
 `diagnostics.audit.audit` runs them all; each can be called alone.
 """
 
 from importlib import import_module
+from importlib.metadata import distribution
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,15 +23,16 @@ if TYPE_CHECKING:
     from diagnostics.analyses.trajectory import training_trajectory as training_trajectory
     from diagnostics.audit.callback import AuditCallback as AuditCallback
     from diagnostics.core.analysis import Result as Result
-    from diagnostics.core.analysis import installed_analyses as installed_analyses
     from diagnostics.core.policy import Finding as Finding
     from diagnostics.core.policy import Policy as Policy
     from diagnostics.core.policy import default_policy as default_policy
     from diagnostics.core.policy_file import load_policy as load_policy
+    from diagnostics.core.registry import installed_analyses as installed_analyses
     from diagnostics.store.audit_store import Audit as Audit
     from diagnostics.store.audit_store import load as load
 
-# Loaded when asked for: the command line imports this package and must not wait for torch.
+# Loaded when asked for: the command line imports this package and must not wait for torch. The functions of
+# analyses are exported too, as pyproject.toml announces them: `name = "diagnostics.analyses.name:function"`.
 EXPORTS = {
     "Audit": "diagnostics.store.audit_store",
     "AuditCallback": "diagnostics.audit.callback",
@@ -38,22 +40,15 @@ EXPORTS = {
     "LikelihoodRatioDetector": "diagnostics.analyses.ood.detector",
     "Policy": "diagnostics.core.policy",
     "Result": "diagnostics.core.analysis",
-    "installed_analyses": "diagnostics.core.analysis",
     "default_policy": "diagnostics.core.policy",
-    "grokking_pathways": "diagnostics.analyses.pathways",
-    "interpolation_path": "diagnostics.analyses.path",
-    "essential_sparsity": "diagnostics.analyses.sparsity",
-    "intruder_dimensions": "diagnostics.analyses.intruders",
-    "judged_mitigation": "diagnostics.analyses.mitigation",
-    "layer_sharpness": "diagnostics.analyses.sharpness",
-    "likelihood_ratio_ood": "diagnostics.analyses.ood",
+    "installed_analyses": "diagnostics.core.registry",
     "load": "diagnostics.store.audit_store",
     "load_policy": "diagnostics.core.policy_file",
-    "representation_drift": "diagnostics.analyses.drift",
-    "skill_localization": "diagnostics.analyses.skills",
-    "abrupt_sparsification": "diagnostics.analyses.sparsification",
-    "training_dynamics": "diagnostics.analyses.dynamics",
-    "training_trajectory": "diagnostics.analyses.trajectory",
+}
+EXPORTS |= {
+    entry.attr: entry.module
+    for entry in distribution("tunescope").entry_points
+    if entry.group == "tunescope.analyses"
 }
 __all__ = sorted(EXPORTS)
 

@@ -68,11 +68,11 @@ def checkpoints(tmp_path: Path) -> tuple[str, str]:
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """An empty registry in place of the installed analyses."""
-    from diagnostics.core import analysis
+    from diagnostics.core import registry
 
     records: dict[str, Any] = {}
-    monkeypatch.setattr(analysis, "REGISTRY", records)
-    monkeypatch.setattr(analysis, "entry_points", lambda **group: [])
+    monkeypatch.setattr(registry, "REGISTRY", records)
+    monkeypatch.setattr(registry, "entry_points", lambda **group: [])
     return records
 
 

@@ -187,7 +187,7 @@ def test_a_tangent_kernel_is_that_of_whole_gradients_in_float64(tmp_path, monkey
 
 
 def test_every_analysis_is_held_against_something():
-    from diagnostics.core.analysis import installed_analyses
+    from diagnostics.core.registry import installed_analyses
 
     assert set(installed_analyses()) <= {contest.analysis for contest in against.CONTESTS}
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from diagnostics.core.analysis import find, installed
+from diagnostics.core.registry import find, installed
 from tests.analysis_pages import MARK, PAGES, page
 
 ROOT = Path(__file__).parents[1]

@@ -10,12 +10,14 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_it_names_every_analysis_with_its_question():
-    from diagnostics.core.analysis import installed_analyses
+    from diagnostics.core.registry import installed_analyses
 
     for name, record in installed_analyses().items():
-        row = next(line for line in README.splitlines() if line.startswith(f"| `{name}` |"))
-        assert record.question in row
-        assert record.paper.removeprefix("arXiv:") in row
+        rows = [line for line in README.splitlines() if line.startswith(f"| `{name}` |")]
+        line = f"| `{name}` | {record.question} | {' and '.join(record.inputs)} | {record.paper} |"
+        assert rows, f"add to the table of analyses in README.md:\n{line}"
+        assert record.question in rows[0]
+        assert record.paper.removeprefix("arXiv:") in rows[0]
 
 
 def test_its_python_prints_what_it_says(monkeypatch, capsys):

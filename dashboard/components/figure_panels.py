@@ -95,8 +95,8 @@ def figure_panels(
 def is_cartesian(spec: Spec) -> bool:
     """Whether a figure has only x and y axes and no slider."""
     kinds = {trace.get("type", "scatter") for trace in spec["data"]}
-    known = {"scatter", "scattergl", "bar", "heatmap", "histogram", "box", "violin"}
-    return bool(spec["data"]) and kinds <= known and not spec["layout"].get("sliders")
+    supported = {"scatter", "scattergl", "bar", "heatmap", "histogram", "box", "violin"}
+    return bool(spec["data"]) and kinds <= supported and not spec["layout"].get("sliders")
 
 
 def grid(count: int, columns: int, height: float, gap: float, between: float) -> list[Domain]:
@@ -257,19 +257,19 @@ class Panel:
         """Its axes, each inside the panel."""
         axes = {}
         for key, axis in axes_of(self.spec).items():
-            letter, own = key[0], key[0] + key[5:]
+            letter, name = key[0], key[0] + key[5:]
             moved = {
-                name: self.reference(value) if name in REFERENCES else value for name, value in axis.items()
+                part: self.reference(value) if part in REFERENCES else value for part, value in axis.items()
             }
             moved["domain"] = [self.domain.within(letter, end) for end in axis.get("domain", (0, 1))]
             moved.setdefault("anchor", self.renamed(("y" if letter == "x" else "x") + key[5:]))
             if letter == "x" and self.narrow:
                 moved["title"] = wrapped(moved.get("title"))
             if key in self.shared and self.i:
-                moved["matches"] = own
+                moved["matches"] = name
             if key in self.shared and letter == "y" and not self.first:
                 moved |= {"showticklabels": False, "title": {"text": ""}, "ticks": ""}
-            axes[f"{letter}axis{self.renamed(own)[1:]}"] = moved
+            axes[f"{letter}axis{self.renamed(name)[1:]}"] = moved
         return axes
 
     def marks(self, kind: str) -> list[dict[str, Any]]:

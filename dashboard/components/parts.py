@@ -24,9 +24,8 @@ def icon(verdict: str) -> html.Span:
 
 def badge(verdict: str, word: str = "") -> html.Span:
     """A verdict as a sign and a word, never by colour alone."""
-    known = verdict in VERDICTS
-    text = word or (verdict if known else "not judged")
-    return html.Span([icon(verdict), text], className=f"badge {verdict if known else 'skipped'}")
+    kind, text = (verdict, verdict) if verdict in VERDICTS else ("skipped", "not judged")
+    return html.Span([icon(verdict), word or text], className=f"badge {kind}")
 
 
 def code(text: object) -> html.Code:

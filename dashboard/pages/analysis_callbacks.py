@@ -76,8 +76,8 @@ def drawer(view: View, scheme: str | None) -> tuple[str, Content]:
     opened = drill.opened(view.audit, view.query)
     if opened is None:
         return "Not found", parts.state("unknown", "No table of this audit contains it.")
-    place = {"layer": opened.layer, "component": opened.component}
-    shown: list[Content] = [parts.pairs({key: value for key, value in place.items() if value})]
+    cell = {"layer": opened.layer, "component": opened.component}
+    shown: list[Content] = [parts.pairs({key: value for key, value in cell.items() if value})]
     first = view.query.one("analysis")
     results = view.audit.results
     for name in sorted(results, key=lambda name: name != first):
@@ -220,7 +220,7 @@ def callbacks(app: Dash, site: Site) -> None:
 
 
 def row_clicked(view: View, about: Mapping[str, str], click: Mapping[str, Any]) -> str:
-    """The address of the matrix whose name was clicked; empty for any other cell."""
+    """The address of the matrix with the clicked name; empty for any other cell."""
     result = view.result(about["analysis"])
     frame = result.tables.get(about["table"]) if result else None
     if frame is None or grids.column_name(frame, str(click.get("colId", ""))) != "matrix":

@@ -12,11 +12,6 @@ if TYPE_CHECKING:
 Content = Any  # a Dash component, or a list of them
 
 
-def always(view: View) -> bool:
-    """Link a page from every view of its kind."""
-    return True
-
-
 @dataclass(frozen=True, kw_only=True)
 class Page:
     """One page.
@@ -37,5 +32,5 @@ class Page:
     of: Literal["audit", "series", "library"]
     layout: Callable[[View], Content]
     identity: tuple[str, ...] = ()
-    linked: Callable[[View], bool] = always
+    linked: Callable[[View], bool] = lambda view: True
     callbacks: "Callable[[dash.Dash, Site], None] | None" = None

@@ -122,8 +122,8 @@ def rule_row(tried: Trial, query: Query, name: str, metric: str) -> list[Content
     conditions = []
     if rule.per:
         parameter = result.parameters.get(rule.per)
-        known = f" = {content.number(parameter)}" if rule.per in result.parameters else ""
-        conditions.append(f"thresholds per {rule.per}{known}")
+        value = f" = {content.number(parameter)}" if rule.per in result.parameters else ""
+        conditions.append(f"thresholds per {rule.per}{value}")
     if rule.when:
         conditions.append(f"only with {rule.when}")
     side = choose.one(
@@ -192,13 +192,13 @@ def verdict(audit: Audit, tried: Trial) -> Content:
             if name in before and before[name] != after[name]
         ),
     ]
-    now, own = tried.audit.verdict, audit.verdict
+    now, recorded = tried.audit.verdict, audit.verdict
     if not tried.changed:
-        sentence = f"The audit's policy ({audit.policy.origin}): {own}."
-    elif now == own:
+        sentence = f"The audit's policy ({audit.policy.origin}): {recorded}."
+    elif now == recorded:
         sentence = f"The verdict stays {now}."
     else:
-        sentence = f"The verdict becomes {now}; the audit's policy gives {own}."
+        sentence = f"The verdict becomes {now}; the audit's policy gives {recorded}."
     return [
         html.P([parts.badge(now), html.Strong(sentence, className="outcome")], className="outcome-line"),
         html.P("; ".join(moved), className="source") if moved else None,

@@ -13,7 +13,6 @@ from dashboard.server.runs import Runs
 from dashboard.state.audit_library import file_stamp
 from dashboard.state.query import link
 from dashboard.state.view import Site, View
-from diagnostics.core.analysis import installed
 from probes.errors import InputError, UnknownNameError
 
 log = logging.getLogger(__name__)
@@ -102,6 +101,8 @@ def layout(view: View) -> Content:
                 "empty", "This server does not run audits", html.P([command, " starts one that does."])
             ),
         ]
+    from diagnostics.core.registry import installed
+
     pairs = [
         {"value": name, "label": f"{name}: {base} → {tuned}"} for name, (base, tuned) in runs.pairs.items()
     ]

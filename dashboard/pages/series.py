@@ -96,8 +96,8 @@ def series_content(view: View, entry: Entry, scheme: str | None) -> Content:
     asked = view.query.one("step")
     at = labels.index(asked) if asked in labels else len(steps) - 1
     thresholds = limits(view.library, steps)
-    known = measures(steps)
-    names = [name for name in view.query.many("measure") if name in known] or leading(steps, thresholds)
+    available = measures(steps)
+    names = [name for name in view.query.many("measure") if name in available] or leading(steps, thresholds)
     figure = series_figure(steps, names, at, thresholds)
     plot = drawings.graph(
         {"role": "measures", "series": entry.id},

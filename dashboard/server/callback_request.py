@@ -35,21 +35,21 @@ def problem(body: Any, callbacks: Mapping[str, Mapping[str, Any]]) -> str:
     changed = body.get("changedPropIds", [])
     if not isinstance(changed, list) or not all(map(is_property_name, changed)):
         return "changedPropIds: not a list of property names"
-    outputs = callback["output"] if isinstance(callback["output"], list) else [callback["output"]]
+    expected = callback["output"] if isinstance(callback["output"], list) else [callback["output"]]
     declared_outputs = [
-        {"id": stringify_id(o.component_id), "property": o.component_property} for o in outputs
+        {"id": stringify_id(o.component_id), "property": o.component_property} for o in expected
     ]
-    given_outputs = body.get("outputs")
+    outputs = body.get("outputs")
     if not isinstance(callback["output"], list):
-        given_outputs = [given_outputs]
-    for name, given, declared, accepts in (
-        ("outputs", given_outputs, declared_outputs, is_declared),
+        outputs = [outputs]
+    for name, items, declared, accepts in (
+        ("outputs", outputs, declared_outputs, is_declared),
         ("inputs", body.get("inputs"), callback["inputs"], is_valid_value),
         ("state", body.get("state", []), callback["state"], is_valid_value),
     ):
-        if not isinstance(given, list) or len(given) != len(declared):
+        if not isinstance(items, list) or len(items) != len(declared):
             return f"{name}: {len(declared)} expected"
-        for i, (item, spec) in enumerate(zip(given, declared, strict=True)):
+        for i, (item, spec) in enumerate(zip(items, declared, strict=True)):
             if not fits(item, spec, accepts):
                 return f"{name}[{i}]: not a {spec['property']} of {spec['id']}"
     return ""
@@ -68,15 +68,15 @@ def is_declared(item: Any, spec: Mapping[str, str]) -> bool:
         return False
     if item["property"].partition("@")[0] != spec["property"]:  # `@…` tells duplicate outputs apart
         return False
-    given = item.get("id")
+    actual = item.get("id")
     if not spec["id"].startswith("{"):
-        return given == spec["id"]
+        return actual == spec["id"]
     declared = json.loads(spec["id"])
     return (
-        isinstance(given, dict)
-        and given.keys() == declared.keys()
+        isinstance(actual, dict)
+        and actual.keys() == declared.keys()
         and all(
-            isinstance(given[key], str) if isinstance(value, list) else given[key] == value
+            isinstance(actual[key], str) if isinstance(value, list) else actual[key] == value
             for key, value in declared.items()
         )
     )

@@ -60,7 +60,7 @@ class Runs:
             UnknownNameError: a pair or an analysis that is not offered.
             InputError: a limit that is not a number of rows, or analyses that are not a list.
         """
-        from diagnostics.core.analysis import installed
+        from diagnostics.core.registry import installed
 
         if not isinstance(pair, str) or pair not in self.pairs:
             raise UnknownNameError(f"unknown pair {pair!r}; known: {', '.join(self.pairs)}")

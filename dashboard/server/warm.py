@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dashboard.state.audit_library import AuditLibrary
-from diagnostics.core.analysis import find
+from diagnostics.core.registry import find
 
 log = logging.getLogger(__name__)
 

@@ -81,13 +81,13 @@ def matrices(result: Result) -> list[str]:
     return list(dict.fromkeys(str(name) for frame in frames for name in frame["matrix"]))
 
 
-def pointed(point: Mapping[str, Any], axes: tuple[str, str], known: set[str]) -> dict[str, str]:
+def pointed(point: Mapping[str, Any], axes: tuple[str, str], names: set[str]) -> dict[str, str]:
     """The keys of the query that a click on a figure sets; empty when it opens nothing.
 
     Args:
         point: the first point of plotly's `clickData`.
         axes: the titles of the x and y axis; a heat map has `layer` on one and `component` on the other.
-        known: the names of matrices; a mark may carry one in its `customdata`.
+        names: the names of matrices; a mark may carry one in its `customdata`.
     """
     if set(axes) == CELL:
         cell = dict(zip(axes, (point.get("x"), point.get("y")), strict=True))
@@ -95,6 +95,6 @@ def pointed(point: Mapping[str, Any], axes: tuple[str, str], known: set[str]) ->
     carried = point.get("customdata")
     for value in carried if isinstance(carried, list) else [carried, point.get("x"), point.get("y")]:
         name = markup.unescape(str(value))
-        if name in known:
+        if name in names:
             return {"matrix": name}
     return {}

@@ -31,9 +31,9 @@ class Query:
         """The query with some keys changed; None or nothing removes a key."""
         values = dict(self.values)
         for key, value in changes.items():
-            given = () if value is None else (value,) if isinstance(value, str) else tuple(value)
-            if given:
-                values[key] = given
+            texts = () if value is None else (value,) if isinstance(value, str) else tuple(value)
+            if texts:
+                values[key] = texts
             else:
                 values.pop(key, None)
         return Query(values)
@@ -49,7 +49,7 @@ def parse(search: str | None) -> Query:
     values: dict[str, list[str]] = {}
     for key, value in parse_qsl((search or "").removeprefix("?"), keep_blank_values=True)[:200]:
         values.setdefault(key, []).append(value)
-    return Query({key: tuple(given) for key, given in values.items()})
+    return Query({key: tuple(texts) for key, texts in values.items()})
 
 
 def link(**values: str | Iterable[str] | None) -> str:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from dashboard.state.query import Query
-from diagnostics.core.policy import Policy, Rule, default_policy, rule
+from diagnostics.core.policy import Policy, Rule, default_policy, parse_rule
 from diagnostics.core.policy_file import check_names
 from diagnostics.store.audit_store import Audit
 from probes.errors import InputError, UnknownNameError
@@ -51,12 +51,11 @@ def trial(audit: Audit, query: Query, audit_id: str) -> Trial:
         analysis, _, metric = rest.partition(".")
         if part in (*STEPS, "side") and analysis in audit.results:
             wanted.setdefault((analysis, metric), {})[part] = query.one(name)
-    rules = {name: dict(own) for name, own in audit.policy.rules.items()}
+    rules = {name: dict(by_metric) for name, by_metric in audit.policy.rules.items()}
     changed: dict[tuple[str, str], Rule] = {}
     errors = {}
     for (analysis, metric), values in wanted.items():
-        known = metric in rules.get(analysis, {}) or metric in audit.results[analysis].metrics
-        if not known:
+        if metric not in rules.get(analysis, {}) and metric not in audit.results[analysis].metrics:
             continue  # an address of another audit
         old = rules.get(analysis, {}).get(metric, Rule())
         try:
@@ -91,7 +90,7 @@ def altered(old: Rule, values: Mapping[str, str], name: str) -> Rule:
                 raise InputError(f"{name}: {step} is {values[step]!r}, which is not a finite number")
     if values.get("side") in SIDES:
         table["below"] = values["side"] == "below"
-    return rule(table, name)
+    return parse_rule(table, name)
 
 
 def toml(policy: Policy, audit_id: str) -> tuple[str, list[str]]:
@@ -104,8 +103,8 @@ def toml(policy: Policy, audit_id: str) -> tuple[str, list[str]]:
     listed = {
         (name, metric): tables[name][metric]
         for name, rules in policy.rules.items()
-        for metric, own in rules.items()
-        if is_known(name, metric, own)
+        for metric, judging in rules.items()
+        if is_known(name, metric, judging)
     }
     omitted = [
         f"{name}.{metric}"
@@ -114,8 +113,8 @@ def toml(policy: Policy, audit_id: str) -> tuple[str, list[str]]:
         if (name, metric) not in listed
     ]
     for name, rules in default_policy().rules.items():
-        for metric, own in rules.items():
-            if metric not in policy.rules.get(name, {}) and is_known(name, metric, own):
+        for metric, judging in rules.items():
+            if metric not in policy.rules.get(name, {}) and is_known(name, metric, judging):
                 listed[name, metric] = {}
     head = [
         f"Thresholds tried on the audit {audit_id}: `tunescope audit BASE TUNED --policy FILE`",
@@ -125,10 +124,10 @@ def toml(policy: Policy, audit_id: str) -> tuple[str, list[str]]:
     return "\n".join(comments) + "\n\n" + "\n".join(map(rule_table, listed, listed.values())), omitted
 
 
-def is_known(name: str, metric: str, own: Rule) -> bool:
+def is_known(name: str, metric: str, judging: Rule) -> bool:
     """Whether this installation accepts a rule."""
     try:
-        check_names(Policy({name: {metric: own}}, origin=""))
+        check_names(Policy({name: {metric: judging}}, origin=""))
     except UnknownNameError:
         return False
     return True

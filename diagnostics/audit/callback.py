@@ -21,12 +21,13 @@ import torch
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from diagnostics.audit.plan import about, check_settings, chosen, missing, not_chosen, parameters
+from diagnostics.audit.plan import about, check_settings, missing, not_chosen, parameters, usable
 from diagnostics.audit.step import run_one, write_report
-from diagnostics.core.analysis import NotApplicableError, find, installed
+from diagnostics.core.analysis import NotApplicableError
 from diagnostics.core.inputs import open_roles
 from diagnostics.core.policy import Policy, default_policy
 from diagnostics.core.policy_file import load_policy
+from diagnostics.core.registry import find, installed
 from diagnostics.execution import environment
 from diagnostics.store.audit_store import MEASUREMENTS, Audit, Outcome, Store
 from diagnostics.store.files import replacing
@@ -94,7 +95,9 @@ class AuditCallback(TrainerCallback):
         }
         self.reasons = {name: not_chosen(name, only) for name in installed()}
         self.plan: dict[str, dict[str, Any]] = {}
-        for name in chosen(only, skip):
+        names, broken = usable(only, skip)
+        self.reasons |= broken
+        for name in names:
             record = find(name)
             lacks = missing(record, {"pair", "series", *self.rows})
             if "series" not in record.inputs:
@@ -104,7 +107,10 @@ class AuditCallback(TrainerCallback):
             else:
                 # A model in memory is measured in its own dtype.
                 self.plan[name] = parameters(record, settings or {}, {"seed": seed})
-                if "dtype" in self.plan[name] and "dtype" not in (settings or {}).get(name, {}):
+                if "dtype" in self.plan[name] and "dtype" not in {
+                    *record.unshared,
+                    *(settings or {}).get(name, {}),
+                }:
                     self.plan[name]["dtype"] = None
                 del self.reasons[name]
         if not self.plan:

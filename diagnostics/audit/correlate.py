@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from diagnostics.numerics.rank_correlation import LEAST, correlations
 from diagnostics.plotting import theme
+from diagnostics.plotting.charts import Style, panels, points
 from diagnostics.store.audit_store import Audit, load
 from diagnostics.store.files import replacing, write_table
 from probes.errors import InputError
@@ -48,8 +49,6 @@ class Correlations:
 
     def figures(self) -> "dict[str, go.Figure]":
         """Sharpness against the outcome, a panel a predictor, and the correlations with their intervals."""
-        pass
-
         return draw(self)
 
     def write(self, out: Path) -> None:
@@ -58,8 +57,6 @@ class Correlations:
         Raises:
             OSError: it cannot be written.
         """
-        pass
-
         out.mkdir(parents=True, exist_ok=True)
         write_table(out / "models.parquet", self.models)
         write_table(out / "correlations.parquet", self.table)
@@ -176,67 +173,52 @@ def one_model(audit: Audit, name: str, metric: Metric, where: Where) -> dict[str
 
 # Panels of the scatter: more would not be read.
 MOST = 9
+KINDS = {
+    "raw": Style("raw", theme.NEUTRAL, size=10),
+    "partial": Style("given displacement", theme.NEW, "diamond", size=10),
+}
 
 
-def draw(made: Correlations) -> "dict[str, go.Figure]":
-    """Both pictures; without a correlation only the scatter."""
-    figures = {"scatter": scatter(made)}
-    if made.table["raw"].notna().any():
-        figures["correlations"] = intervals(made)
+def draw(correlations: Correlations) -> "dict[str, go.Figure]":
+    """Both figures; without a correlation only the scatter."""
+    figures = {"scatter": draw_scatter(correlations)}
+    if correlations.table["raw"].notna().any():
+        figures["correlations"] = draw_intervals(correlations)
     return figures
 
 
-def scatter(made: Correlations) -> "go.Figure":
+def draw_scatter(correlations: Correlations) -> "go.Figure":
     """Sharpness against the outcome, a panel a predictor, coloured by displacement."""
-    from plotly.subplots import make_subplots
-
-    order = made.table["partial"].abs().sort_values(ascending=False, na_position="last").index
-    chosen = made.table.loc[order, "predictor"].tolist()[:MOST]
-    wide = min(3, len(chosen))
-    high = -(-len(chosen) // wide)
-    figure = make_subplots(
-        rows=high, cols=wide, subplot_titles=[theme.verbatim(name) for name in chosen],
-        horizontal_spacing=0.07, vertical_spacing=0.14 / high + 0.06,
+    table, models = correlations.table, correlations.models
+    order = table["partial"].abs().sort_values(ascending=False, na_position="last").index
+    names = table.loc[order, "predictor"].tolist()[:MOST]
+    columns, rows = min(3, len(names)), -(-len(names) // 3)
+    tail = f"; the {MOST} of {len(table)} with the largest partial one" if len(table) > MOST else ""
+    figure = panels(
+        f"{correlations.outcome} against sharpness at tuned, {len(models)} models{tail}", "sharpness, nats",
+        correlations.outcome, height=120 + 260 * rows, rows=rows, columns=columns, names=names,
+        horizontal_spacing=0.07, vertical_spacing=0.14 / rows + 0.06,
     )  # fmt: skip
-    models = made.models
-    for place, name in enumerate(chosen):
-        figure.add_scatter(
-            x=models[f"sharpness:{name}"], y=models["outcome"], mode="markers", showlegend=False,
-            row=place // wide + 1, col=place % wide + 1, customdata=models[["model", "displacement"]],
-            marker={"color": models["displacement"], "coloraxis": "coloraxis", "size": 9,
-                "line": {"width": 1, "color": theme.NEUTRAL}},
-            hovertemplate="%{customdata[0]}<br>sharpness %{x:.3g}<br>outcome %{y:.4g}<br>"
-            "displacement %{customdata[1]:.3g}<extra></extra>",
-        )  # fmt: skip
-    more = f"; the {MOST} of {len(made.table)} with the largest partial one" if len(made.table) > MOST else ""
-    return figure.update_layout(
-        template=theme.template(), height=120 + 260 * high,
-        title=f"{made.outcome} against sharpness at tuned (x, nats), {len(models)} models{more}",
-        coloraxis={"colorbar": {"title": "moved"}, "colorscale": theme.scale(theme.LIGHT.sequential)},
-    )  # fmt: skip
+    hover = (
+        "{model}<br>sharpness {x:.3g}<br>outcome {y:.4g}<br>displacement {displacement:.3g}<extra></extra>"
+    )
+    outline = {"width": 1, "color": theme.NEUTRAL}
+    marker = {"color": models["displacement"], "coloraxis": "coloraxis", "size": 9, "line": outline}
+    for i, name in enumerate(names):
+        panel = (i // columns + 1, i % columns + 1)
+        x, look = f"sharpness:{name}", Style("", theme.NEUTRAL)
+        points(figure, models, x, "outcome", look, hover, panel=panel, marker=marker, showlegend=False)
+    return figure.update_layout(coloraxis_colorbar_title_text="displacement")
 
 
-def intervals(made: Correlations) -> "go.Figure":
+def draw_intervals(correlations: Correlations) -> "go.Figure":
     """Raw and partial correlation of every predictor with 95 % intervals."""
-    figure = theme.figure(
-        title=f"Rank correlation of sharpness with {made.outcome}",
-        x="Spearman correlation", y="",
-    )  # fmt: skip
-    table = made.table.iloc[::-1]
-    for kind, color, symbol in (("raw", theme.NEUTRAL, "circle"), ("partial", theme.NEW, "diamond")):
-        figure.add_scatter(
-            x=table[kind], y=table["predictor"], mode="markers",
-            name="raw" if kind == "raw" else "given displacement",
-            marker={"color": color, "symbol": symbol, "size": 10},
-            error_x={
-                "type": "data", "symmetric": False, "array": table[f"{kind}_high"] - table[kind],
-                "arrayminus": table[kind] - table[f"{kind}_low"], "thickness": 1,
-            },
-            customdata=table[[f"{kind}_p", f"{kind}_holm"]],
-            hovertemplate="%{y}: %{x:+.2f}, p %{customdata[0]:.3g}, after Holm %{customdata[1]:.3g}",
-        )  # fmt: skip
-    theme.threshold(figure, "", x=0)
-    return figure.update_layout(height=180 + 30 * len(table)).update_xaxes(range=[-1.05, 1.05])
+    table, title = correlations.table.iloc[::-1], f"Rank correlation of sharpness with {correlations.outcome}"
+    figure = theme.figure(title, "Spearman correlation with 95 % interval", "", 180 + 30 * len(table))
+    for kind, style in KINDS.items():
+        hover = f"{{y}}: {{x:+.2f}}, p {{{kind}_p:.3g}}, after Holm {{{kind}_holm:.3g}}"
+        points(figure, table, kind, "predictor", style, hover, x_interval=(f"{kind}_low", f"{kind}_high"))
+    return theme.threshold(figure, x=0).update_xaxes(range=[-1.05, 1.05])
 
 
 def page(made: Correlations) -> str:

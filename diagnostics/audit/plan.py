@@ -1,12 +1,12 @@
 """What an audit will run: the chosen analyses, their parameters, and the inputs they lack."""
 
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diagnostics.core.analysis import EXECUTION, Analysis, find, installed
+from diagnostics.core.analysis import EXECUTION, Analysis
 from diagnostics.core.inputs import OPTIONS
+from diagnostics.core.registry import broken_analyses, find, installed, installed_analyses
 from probes.errors import UnknownNameError
 
 if TYPE_CHECKING:
@@ -31,6 +31,20 @@ def chosen(only: Collection[str], skip: Collection[str]) -> list[str]:
     return [name for name in known if (not only or name in only) and name not in skip]
 
 
+def usable(only: Collection[str], skip: Collection[str]) -> tuple[list[str], dict[str, str]]:
+    """The analyses that are asked for and can be imported, and why the others cannot be, by name.
+
+    Raises:
+        UnknownNameError: one of `only` cannot be imported, or a name is not installed.
+    """
+    names = chosen(only, skip)
+    broken = broken_analyses(names)
+    for name in only:
+        if name in broken:
+            raise UnknownNameError(broken[name])
+    return [name for name in names if name not in broken], broken
+
+
 def not_chosen(name: str, only: Collection[str]) -> str:
     """Why an analysis is not run although it could be."""
     return f"not asked for: --only {','.join(only)}" if only and name not in only else "left out by --skip"
@@ -47,10 +61,7 @@ def missing(record: Analysis, supplied: Collection[str]) -> str:
 
 def unread_role_notes(rows: Collection[str], names: Collection[str]) -> tuple[str, ...]:
     """Notes on the roles that were given and that nothing reads."""
-    records = []
-    for name in installed() if rows else ():
-        with suppress(LookupError):  # a broken package reads nothing; asked for by name, it is refused
-            records.append(find(name))
+    records = installed_analyses().values() if rows else ()
     notes = []
     for role in rows:
         readers = {record.name for record in records if role in (*record.inputs, *record.optional)}
@@ -111,7 +122,11 @@ def parameters(
     for name in given:
         if name not in own:
             raise UnknownNameError(f"{record.name} has no parameter {name!r}; it has: {', '.join(own)}")
-    shared = {name: value for name, value in common.items() if name in own and value is not None}
+    shared = {
+        name: value
+        for name, value in common.items()
+        if name in own and name not in record.unshared and value is not None
+    }
     return {**own, **shared, **given}
 
 

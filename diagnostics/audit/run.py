@@ -12,18 +12,19 @@ from diagnostics.audit.plan import (
     about,
     adapter_notes,
     check_settings,
-    chosen,
     missing,
     not_chosen,
     parameters,
     run_notes,
     unread_role_notes,
+    usable,
 )
 from diagnostics.audit.step import run_one, write_report
-from diagnostics.core.analysis import NotApplicableError, find, installed
+from diagnostics.core.analysis import NotApplicableError
 from diagnostics.core.inputs import ROLES, open_roles
 from diagnostics.core.policy import Policy, default_policy
 from diagnostics.core.policy_file import load_policy
+from diagnostics.core.registry import find, installed
 from diagnostics.execution import engines, environment
 from diagnostics.store.audit_store import MEASUREMENTS, Audit, Outcome, Store
 from diagnostics.store.keys import described, digest, key
@@ -77,7 +78,7 @@ def audit(
         settings: parameters by analysis, in place of their defaults.
         policy: thresholds, or a TOML file of them; the default policy otherwise.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        dtype: of the arithmetic, for the analyses that take one; each one's default otherwise.
+        dtype: of the models, for the analyses that run them; the default of each otherwise.
         seed: for the analyses that take one.
         engine: where work that splits runs: `local`, `local:N`, `dask://HOST:PORT`, `ray://HOST:PORT`.
         cache: a directory that keeps what was made of a base for the next model tuned from it; changes no
@@ -97,8 +98,9 @@ def audit(
         OSError: `out` cannot be written; what was finished is kept.
         RuntimeError: the report could not be drawn; all else is written.
     """
-    reasons = {name: why for name, why in (aside or {}).items() if name in chosen(only, skip)}
-    names = [name for name in chosen(only, skip) if name not in reasons]
+    names, broken = usable(only, skip)
+    reasons = {name: why for name, why in (aside or {}).items() if name in names}
+    names = [name for name in names if name not in reasons]
     rules = policy if isinstance(policy, Policy) else load_policy(policy) if policy else default_policy()
     where = environment.device(device)
     common = {"dtype": environment.dtype(dtype), "seed": seed}
@@ -132,6 +134,7 @@ def audit(
             skipped={
                 **{name: not_chosen(name, only) for name in installed() if name not in names},
                 **reasons,
+                **broken,
                 **{name: reason for name, reason in lacking.items() if reason},
             },
             policy=rules,
@@ -140,7 +143,12 @@ def audit(
             fresh=fresh,
             progress=progress,
             options={"only": only, "skip": skip, "settings": settings or {}, "engine": engine, **common},
-            notes=(*run_notes(series), *unread_role_notes(rows, names), *adapter_notes(pair)),
+            notes=(
+                *run_notes(series),
+                *(f"Left out: {why}" for why in broken.values()),
+                *unread_role_notes(rows, names),
+                *adapter_notes(pair),
+            ),
         )
 
 

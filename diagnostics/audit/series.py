@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from diagnostics.audit.plan import Progress, chosen, missing
+from diagnostics.audit.plan import Progress, missing, usable
 from diagnostics.audit.run import audit
-from diagnostics.core.analysis import find
 from diagnostics.core.inputs import ROLES
 from diagnostics.core.policy import Verdict
+from diagnostics.core.registry import find
 from diagnostics.store.audit_store import Audit
 from diagnostics.store.files import replacing, to_json
 from diagnostics.store.keys import one_line
@@ -128,8 +128,9 @@ def series(
     over = CheckpointSeries(checkpoints, steps=labels)
     if len(over) < 2:
         raise InputError("a series needs at least two checkpoints, the base first")
-    whole = {name for name in chosen(only, skip) if "series" in find(name).inputs}
-    compared = set(chosen(only, skip)) - whole
+    names, _ = usable(only, skip)
+    whole = {name for name in names if "series" in find(name).inputs}
+    compared = set(names) - whole
     rows: list[SeriesRow] = []
     if compared:
         aside = dict.fromkeys(whole, "looks at the whole run: see the audit `run` beside this one")

@@ -212,7 +212,9 @@ def run_options(
     ] = None,
     policy: Annotated[str | None, typer.Option(metavar="F", help="A TOML file of thresholds.")] = None,
     device: Device = "auto",
-    dtype: Annotated[str | None, typer.Option(metavar="D", help="Of the arithmetic.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="D", help="Of the models; else the default of each analysis.")
+    ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="For what is drawn at random.")] = 0,
     engine: Engine = "local",
     cache: Cache = None,
@@ -560,7 +562,7 @@ def write_report(
 def list_analyses(as_json: Json = False) -> None:
     """List the installed analyses: questions, needs, settings."""
     from diagnostics.cli import terminal
-    from diagnostics.core.analysis import installed_analyses
+    from diagnostics.core.registry import broken_analyses, installed, installed_analyses
     from diagnostics.store.files import to_json
 
     records = installed_analyses()
@@ -568,6 +570,8 @@ def list_analyses(as_json: Json = False) -> None:
         typer.echo(to_json({name: record.describe() for name, record in records.items()}), nl=False)
     else:
         terminal.registry(records)
+    for reason in broken_analyses(set(installed()) - set(records)).values():
+        terminal.trouble(reason)
 
 
 @contextmanager

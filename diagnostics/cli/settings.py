@@ -6,7 +6,8 @@ from inspect import Parameter
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from diagnostics.core.analysis import EXECUTION, Analysis, find
+from diagnostics.core.analysis import EXECUTION, Analysis
+from diagnostics.core.registry import find
 from probes.errors import InputError, UnknownNameError
 
 WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}

@@ -157,7 +157,7 @@ def failures(audit: "Audit") -> None:
 
 def explanation(audits: "Mapping[str, Audit]") -> None:
     """Several models tuned from one base: what each is found to be, and how to read it."""
-    from diagnostics.core.analysis import find
+    from diagnostics.core.registry import find
 
     width = max(map(len, audits), default=0)
     say(f"{len(audits)} models tuned from one small base, each against it:", "")

@@ -8,10 +8,10 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diagnostics.core import registry, row_options
 from probes.errors import InputError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -27,13 +27,17 @@ EXECUTION = frozenset({"device", "progress", "cache"})
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What one analysis measured.
+    """The metrics and tables of one analysis.
+
+    >>> result = Result(analysis="path", metrics={"bump_task_nats": 0.25}, tables={})
+    >>> [finding.metric for finding in result.findings()]
+    ['bump_task_nats']
 
     Attributes:
         metrics: plain numbers; a unit ends the name (`rise_nats`). What could not be measured is left out.
         tables: tidy frames: a row an observation, a column a variable; not measured is NaN.
-        notes: what a reader must know: skipped, dropped, approximated.
-        masks: what `tunescope graft` takes, by name; of a saved result, the files.
+        notes: caveats: what was skipped, dropped or approximated.
+        masks: masks for `tunescope graft` by name; of a saved result, their files.
         analysis, parameters: filled in by `@analysis`; parameters as used, defaults included, as JSON keeps
             them (a tuple is a list), so that a saved result equals a fresh one.
     """
@@ -45,25 +49,41 @@ class Result:
     analysis: str = ""
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        from diagnostics.core import display
+
+        return display.text(self, self._record())
+
+    def _repr_html_(self) -> str:
+        from diagnostics.core import display
+
+        return display.html(self, self._record())
+
+    def _record(self) -> "Analysis | None":
+        try:
+            return registry.find(self.analysis)
+        except UnknownNameError:
+            return None
+
     def figures(self) -> "dict[str, go.Figure]":
-        """The pictures of this result by name."""
-        return find(self.analysis).draw(self)
+        """The figures of this result by name."""
+        return registry.find(self.analysis).draw(self)
 
     def summary(self) -> str:
         """The result in one line."""
-        return find(self.analysis).summary(self)
+        return registry.find(self.analysis).summary(self)
 
     def findings(self, policy: "Policy | None" = None) -> "list[Finding]":
-        """What is wrong, how badly, by which threshold and source; the default policy unless one is given."""
+        """The metrics beyond a threshold of a policy, the default one unless one is given."""
         from diagnostics.core.policy import default_policy, judge
 
         return judge(self, default_policy() if policy is None else policy)
 
 
 class NotApplicableError(InputError):
-    """An analysis can say nothing of such a model or of such data; the text says why, and what does instead.
+    """An analysis does not apply to this kind of model or data; the text says why, and what does.
 
-    An audit of everything leaves it out; asked for by name, it is an error of the input.
+    An audit of everything skips the analysis. Asked for by name, it is an error of the input.
     """
 
 
@@ -73,13 +93,28 @@ def metrics_in_a_line(result: Result) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeviceTest:
+    """How a test compares an analysis on a GPU with the same on a CPU, on the bundled checkpoints.
+
+    Attributes:
+        parameters: few rows and steps; what is compared is the arithmetic, not the answer.
+        absolute: by how much a metric may differ; for counts, and for shares of few rows.
+        relative: the same, as a share of the metric.
+    """
+
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    absolute: Mapping[str, float | int] = field(default_factory=dict)
+    relative: Mapping[str, float | int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Analysis:
-    """The registry's record of one analysis; the attributes are explained at `analysis`.
+    """The registry's record of one analysis; `analysis` explains the attributes that are not listed here.
 
     Attributes:
         inputs: what an audit must supply for it to run.
         optional: what it uses when supplied.
-        parameters: its keyword-only arguments.
+        parameters: its keyword-only arguments, the fields of `RowOptions` among them.
     """
 
     name: str
@@ -91,12 +126,14 @@ class Analysis:
     draw: "Callable[[Result], dict[str, go.Figure]]"
     summary: Callable[[Result], str]
     metrics: Mapping[str, str]
+    unshared: tuple[str, ...]
+    device_test: DeviceTest | None
     inputs: tuple[str, ...]
     optional: tuple[str, ...]
     parameters: Mapping[str, inspect.Parameter]
 
     def describe(self) -> dict[str, Any]:
-        """The record as JSON keeps it: what a person needs to choose it and to set it."""
+        """The record as JSON keeps it: what a person needs to choose the analysis and to set it."""
         defaults = {name: p.default for name, p in self.parameters.items() if name not in EXECUTION}
         return {
             "question": self.question,
@@ -110,9 +147,6 @@ class Analysis:
         }
 
 
-REGISTRY: dict[str, Analysis] = {}
-
-
 def analysis(
     name: str,
     *,
@@ -123,11 +157,14 @@ def analysis(
     draw: "Callable[[Result], dict[str, go.Figure]]",
     summary: Callable[[Result], str] = metrics_in_a_line,
     metrics: Mapping[str, str] | None = None,
+    unshared: tuple[str, ...] = (),
+    device_test: DeviceTest | None = None,
 ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """Register a function as the analysis `name`.
 
     Its positional arguments are the inputs that an audit supplies (`pair`, `task`, `series`…; one with a
-    default is optional); its keyword-only ones are parameters, recorded as used.
+    default is optional). Its keyword-only arguments are parameters, recorded as used; one that is a
+    `RowOptions` stands for its fields. The rules that judge it are in the `policy.toml` in its folder.
 
     Args:
         question: the one-line question it answers.
@@ -136,25 +173,32 @@ def analysis(
         cost: what it costs to run, in words.
         draw: from a result to its figures by name.
         summary: from a result to the one line that a reader wants first.
-        metrics: every metric it can give, the most telling first, and what it says; a policy may name these.
+        metrics: every metric it can give, the most telling first, and its meaning; a policy may name these.
             Left out, any name is taken and none is checked.
+        unshared: parameters that an audit's option of the same name does not set, because they mean
+            something else here: `dtype` is the model's there.
+        device_test: how results on a GPU are tested; for an analysis with a `device`.
     """
 
     def register(function: Callable[..., Result]) -> Callable[..., Result]:
-        arguments = inspect.signature(function).parameters.values()
+        declared = inspect.signature(function)
+        signature = row_options.with_fields(declared)
+        arguments = signature.parameters.values()
         parameters = {p.name: p for p in arguments if p.kind is p.KEYWORD_ONLY}
         inputs = [p for p in arguments if p.kind is not p.KEYWORD_ONLY]
 
         @functools.wraps(function)
         def measured(*args: Any, **kwargs: Any) -> Result:
-            unknown = sorted(set(kwargs) - {p.name for p in arguments})
+            unknown = sorted(set(kwargs) - set(signature.parameters))
             if unknown:
-                known = ", ".join(parameters)
-                raise UnknownNameError(f"{name} has no parameter {unknown[0]!r}; it has: {known}")
-            bound = inspect.signature(function).bind(*args, **kwargs)
+                raise UnknownNameError(
+                    f"{name} has no parameter {unknown[0]!r}; it has: {', '.join(parameters)}"
+                )
+            bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
             used = {k: v for k, v in bound.arguments.items() if k in parameters and k not in EXECUTION}
-            result = function(*args, **kwargs)
+            call = inspect.BoundArguments(declared, row_options.collected(declared, bound.arguments))
+            result = function(*call.args, **call.kwargs)
             if metrics is not None:
                 undeclared = sorted(set(result.metrics) - set(metrics))
                 assert not undeclared, (
@@ -164,7 +208,9 @@ def analysis(
                 result = replace(result, metrics=ordered)
             return replace(result, analysis=name, parameters=plain(used))
 
-        REGISTRY[name] = Analysis(
+        measured.__signature__ = signature  # type: ignore[attr-defined]
+        measured.__doc__ = row_options.with_explanations(declared, function.__doc__)
+        registry.REGISTRY[name] = Analysis(
             name=name,
             function=measured,
             question=question,
@@ -174,6 +220,8 @@ def analysis(
             draw=draw,
             summary=summary,
             metrics=metrics or {},
+            unshared=unshared,
+            device_test=device_test,
             inputs=tuple(p.name for p in inputs if p.default is p.empty),
             optional=tuple(p.name for p in inputs if p.default is not p.empty),
             parameters=parameters,
@@ -184,7 +232,7 @@ def analysis(
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON keeps it: tuples are lists; what JSON lacks (a dtype, a path) is its name."""
+    """The value as JSON keeps it: a tuple is a list; what JSON lacks (a dtype, a path) is its name."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):
@@ -194,48 +242,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return str(value)
-
-
-def installed() -> list[str]:
-    """The names of every analysis that is installed, without importing any."""
-    return sorted({entry.name for entry in entry_points(group="tunescope.analyses")} | set(REGISTRY))
-
-
-def installed_analyses() -> dict[str, Analysis]:
-    """Every analysis that is installed, by name, ours and those of other packages."""
-    return {name: find(name) for name in installed()}
-
-
-def find(name: str) -> Analysis:
-    """The analysis called `name`; only its own module is imported.
-
-    Raises:
-        UnknownNameError: unknown name (the message lists the known ones), or its package is broken.
-    """
-    if name not in REGISTRY:
-        for entry in entry_points(group="tunescope.analyses", name=name):
-            load(entry)
-    if name not in REGISTRY:
-        raise UnknownNameError(f"unknown analysis {name!r}; known: {', '.join(installed())}")
-    return REGISTRY[name]
-
-
-def load(entry: Any) -> None:
-    """Import the module behind an entry point, which registers its analysis.
-
-    Args:
-        entry: an `EntryPoint`; of `importlib_metadata` once any package has imported that, Dash among them.
-
-    Raises:
-        UnknownNameError: it cannot be imported, or registers another name.
-    """
-    package = entry.dist.name if entry.dist else "an unknown package"
-    try:
-        entry.load()
-    except Exception as error:  # any plug-in may fail in any way; its name is what the user needs
-        raise UnknownNameError(
-            f"analysis {entry.name!r} of {package} cannot be loaded ({type(error).__name__}: {error}); "
-            f"mend or uninstall that package, or leave it out with --skip {entry.name}"
-        ) from error
-    if entry.name not in REGISTRY:
-        raise UnknownNameError(f"{entry.value} of {package} registers no analysis called {entry.name!r}")

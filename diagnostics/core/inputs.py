@@ -1,7 +1,7 @@
-"""What an audit supplies to its analyses: the pair, the series that it is of, and tasks by role.
+"""What an audit supplies to its analyses: the pair, its series, and tasks by role.
 
-An analysis names its inputs by the names of its positional arguments; `OPTIONS` says what supplies each. A
-role reaches it as its tasks by name, whole and checked; called from Python it takes any of `Source`.
+The positional arguments of an analysis name its inputs; `OPTIONS` says what supplies each. An audit supplies
+a role as checked tasks by name; a call from Python may give any `Source`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from probes.errors import InputError
 from probes.text.rows import Task, read_task, task_of
 
-# What names the rows of a role: a task, a file or `hub-dataset:split`, texts, or several of these by name.
+# Rows of a role: a task, a file or `hub-dataset:split`, or texts. Several are given by name.
 Source: TypeAlias = "Task | str | Path | Iterable[str | Mapping[str, Any]]"
 
 # input -> the option that supplies it
@@ -34,7 +34,7 @@ class NamedTask:
 
     Attributes:
         name: what results call it; the file's own name unless `--ood NAME=F` gives one.
-        ref: as it was asked for.
+        ref: as the user wrote it.
     """
 
     name: str
@@ -42,7 +42,7 @@ class NamedTask:
     task: Task
 
     def describe(self) -> dict[str, Any]:
-        """What an audit records of it."""
+        """The task as an audit records it."""
         return {
             "name": self.name,
             "ref": self.ref,
@@ -58,7 +58,7 @@ def open_roles(
 
     Args:
         files: role -> references; one of `ood` may be `NAME=F`.
-        limit: read the first so many rows of each only.
+        limit: rows that are read of each, the first; None: all.
 
     Raises:
         InputError: a missing, empty or malformed file, one name twice in a role, or one text that is to be
@@ -68,16 +68,16 @@ def open_roles(
         role: tuple(open_rows(role, str(ref), limit=limit) for ref in refs) for role, refs in files.items()
     }
     for role, rows in opened.items():
-        names = [made.name for made in rows]
+        names = [named.name for named in rows]
         for name in names:
             if names.count(name) > 1:
                 hint = "give each a name, --ood NAME=F" if role == "ood" else "rename one of the files"
                 raise InputError(f"--{role}: two files are called {name!r}; {hint}")
-    for made in opened.get("task", ()):
-        for other in opened.get("ood", ()):
-            if made.task.fingerprint == other.task.fingerprint:
+    for inside in opened.get("task", ()):
+        for outside in opened.get("ood", ()):
+            if inside.task.fingerprint == outside.task.fingerprint:
                 raise InputError(
-                    f"--task {made.ref} and --ood {other.ref} hold the same rows; what is in distribution "
+                    f"--task {inside.ref} and --ood {outside.ref} hold the same rows; rows in distribution "
                     "cannot be out of it: give another file for one of them"
                 )
     return {role: rows for role, rows in opened.items() if rows}
@@ -89,37 +89,37 @@ def open_rows(role: str, ref: str, *, limit: int | None = None) -> NamedTask:
     Raises:
         InputError: it is missing, empty or malformed; the message names the file, the line and the field.
     """
-    name, place = "", ref
+    name, path = "", ref
     if role == "ood" and "=" in ref and not Path(ref).exists():
-        name, _, place = ref.partition("=")
+        name, _, path = ref.partition("=")
     try:
-        task = read_task(place, limit=limit)
+        task = read_task(path, limit=limit)
     except ValueError as error:
-        if Path(place).is_file():
+        if Path(path).is_file():
             raise  # begins with the file and the line
         raise InputError(f"--{role} {error}") from error
-    stem = Path(place).stem if Path(place).is_file() else place
+    stem = Path(path).stem if Path(path).is_file() else path
     return NamedTask(name=name or stem, ref=ref, task=task)
 
 
-def tasks(given: "Source | Mapping[str, Source]", role: str) -> dict[str, Task]:
-    """The tasks of a role by name, whatever form they were given in.
+def tasks(sources: "Source | Mapping[str, Source]", role: str) -> dict[str, Task]:
+    """The tasks of a role by name, from one source or several.
 
     Raises:
         InputError: as `open_rows`, or nothing was given.
     """
-    if isinstance(given, Mapping):
-        made = {str(name): one_task(source, str(name)) for name, source in given.items()}
+    if isinstance(sources, Mapping):
+        by_name = {str(name): task_from(source, str(name)) for name, source in sources.items()}
     else:
-        task = one_task(given, role)
-        made = {Path(task.ref).stem if Path(task.ref).is_file() else task.ref: task}
-    if not made:
+        task = task_from(sources, role)
+        by_name = {Path(task.ref).stem if Path(task.ref).is_file() else task.ref: task}
+    if not by_name:
         raise InputError(f"{role} is empty; give a task, or several by name")
-    return made
+    return by_name
 
 
-def one_task(source: Source, name: str) -> Task:
-    """One task out of whatever names its rows; texts in memory are called `name`."""
+def task_from(source: Source, name: str) -> Task:
+    """The task that a source names; texts in memory are called `name`."""
     if isinstance(source, Task):
         return source
     return read_task(source) if isinstance(source, str | Path) else task_of(source, ref=name)

@@ -1,4 +1,4 @@
-"""What is too much: thresholds with their sources, kept apart from the analyses, which only measure.
+"""Policies: thresholds with their sources, kept apart from the analyses, which only measure.
 
 A policy is a TOML file with a table for each analysis and in it a rule for each metric::
 
@@ -13,17 +13,18 @@ where that parameter or metric is true. `{}` switches a rule off.
 import math
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from diagnostics.core.registry import find_source, modules
 from probes.errors import InputError, UnknownNameError
 
 if TYPE_CHECKING:
     from diagnostics.core.analysis import Result
 
-# What a threshold may be at most, and no infinity.
+# The largest threshold; infinity is refused.
 LARGEST = 1e300
 
 Severity = Literal["warn", "fail"]
@@ -32,7 +33,13 @@ Verdict = Literal["pass", "warn", "fail"]
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One metric beyond one threshold."""
+    """One metric beyond one threshold.
+
+    >>> from diagnostics.core.analysis import Result
+    >>> result = Result(analysis="path", metrics={"bump_task_nats": 0.3}, tables={})
+    >>> [(finding.severity, finding.threshold) for finding in result.findings()]
+    [('warn', 0.1)]
+    """
 
     analysis: str
     severity: Severity
@@ -51,8 +58,8 @@ class Rule:
         warn, fail: a value beyond it is a finding; None: never.
         below: whether small values are the bad ones.
         per: a numeric parameter of the analysis that both thresholds are multiplied by.
-        when: a parameter or metric of the analysis without which, or with 0 for it, the rule does not apply.
-        message: what such a value means; the comparison itself when empty.
+        when: a parameter or metric of the analysis; where it is missing or 0, the rule does not apply.
+        message: the meaning of such a value; the comparison itself when empty.
         source: where the thresholds come from.
     """
 
@@ -83,13 +90,18 @@ class Rule:
 
 @dataclass(frozen=True)
 class Policy:
-    """Rules by analysis and metric, and where they were read."""
+    """Rules by analysis and metric, and where they were read.
+
+    >>> policy = parse({"path": {"bump_task_nats": {"fail": 1}}}, origin="our release gate")
+    >>> policy.plain()
+    {'path': {'bump_task_nats': {'fail': 1.0, 'source': 'our release gate'}}}
+    """
 
     rules: Mapping[str, Mapping[str, Rule]]
     origin: str
 
     def plain(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """The rules as JSON and TOML have them; what a rule leaves at its default is left out."""
+        """The rules as JSON and TOML hold them, without what a rule leaves at its default."""
         return {
             name: {
                 metric: {
@@ -101,11 +113,34 @@ class Policy:
         }
 
 
-@cache
 def default_policy() -> Policy:
-    """The policy that ships with the package; every rule names its source or says that there is none."""
-    text = Path(__file__).with_name("default_policy.toml").read_text(encoding="utf-8")
-    return parse(tomllib.loads(text), origin="default policy")
+    """The rules that the installed analyses bring; every rule names its source, or says that there is none.
+
+    They are in the `policy.toml` in the folder of an analysis, which is read without importing the analysis.
+
+    >>> default_policy().rules["path"]["bump_task_nats"].warn
+    0.1
+
+    Raises:
+        InputError, UnknownNameError: a package brings a file that is not TOML, or a rule that makes no sense.
+    """
+    return _assembled(tuple(modules().items()))
+
+
+@cache
+def _assembled(places: tuple[tuple[str, str], ...]) -> Policy:
+    """The rules of analyses, given as name and module."""
+    tables: dict[str, Any] = {}
+    for name, module in places:
+        spec = find_source(module)
+        file = Path(spec.origin).with_name("policy.toml") if spec and spec.origin else None
+        if file and file.is_file():
+            try:
+                rules = tomllib.loads(file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise InputError(f"{file}: not a TOML file: {error}; mend or uninstall {module}") from error
+            tables |= {name: rules[name]} if name in rules else {}
+    return parse(tables, origin="default policy")
 
 
 def parse(tables: Mapping[str, Any], origin: str) -> Policy:
@@ -120,15 +155,15 @@ def parse(tables: Mapping[str, Any], origin: str) -> Policy:
             raise InputError(
                 f"{origin}: {name} = {metrics!r} stands outside a table; write [ANALYSIS] above it"
             )
-        rules[name] = {metric: rule(value, f"{origin}: {name}.{metric}") for metric, value in metrics.items()}
-        for metric, made in rules[name].items():
-            if not made.source:
-                rules[name][metric] = Rule(**{**asdict(made), "source": origin})
+        named = {metric: parse_rule(value, f"{origin}: {name}.{metric}") for metric, value in metrics.items()}
+        rules[name] = {
+            metric: rule if rule.source else replace(rule, source=origin) for metric, rule in named.items()
+        }
     return Policy(rules, origin=origin)
 
 
-def rule(table: Any, where: str) -> Rule:
-    """One rule out of its inline table; `where` begins every message."""
+def parse_rule(table: Any, where: str) -> Rule:
+    """A rule from its inline table; `where` begins every message."""
     if not isinstance(table, Mapping):
         raise InputError(f"{where} = {table!r} is not a rule; write {{warn = …, fail = …}}")
     kinds = {
@@ -143,28 +178,28 @@ def rule(table: Any, where: str) -> Rule:
             word = {float: "a finite number", bool: "true or false", str: "a text"}[kinds[key]]
             raise InputError(f"{where}: {key} = {value!r} is not {word}")
     values: dict[str, Any] = {k: float(v) if kinds[k] is float else v for k, v in table.items()}
-    made = Rule(**values)
-    if made.warn is not None and made.fail is not None:
-        first, second = (made.fail, made.warn) if made.below else (made.warn, made.fail)
+    rule = Rule(**values)
+    if rule.warn is not None and rule.fail is not None:
+        first, second = (rule.fail, rule.warn) if rule.below else (rule.warn, rule.fail)
         if first > second:
-            order = "below" if made.below else "above"
+            order = "below" if rule.below else "above"
             raise InputError(
-                f"{where}: fail = {made.fail:g} would be met before warn = {made.warn:g}; "
+                f"{where}: fail = {rule.fail:g} would be met before warn = {rule.warn:g}; "
                 f"this rule judges values {order} its thresholds"
             )
-    return made
+    return rule
 
 
 def judge(result: "Result", policy: Policy) -> list[Finding]:
     """The findings of one result, the severest first."""
     findings = []
-    for metric, made in judged(result, policy).items():
+    for metric, rule in judged(result, policy).items():
         value = result.metrics[metric]
-        found = made.beyond(value, scale(result, made))
-        if found is None:
+        crossed = rule.beyond(value, scale(result, rule))
+        if crossed is None:
             continue
-        severity, threshold = found
-        comparison = f"{metric} is {value:.4g}, {'below' if made.below else 'above'} {threshold:.4g}"
+        severity, threshold = crossed
+        comparison = f"{metric} is {value:.4g}, {'below' if rule.below else 'above'} {threshold:.4g}"
         findings.append(
             Finding(
                 analysis=result.analysis,
@@ -172,30 +207,30 @@ def judge(result: "Result", policy: Policy) -> list[Finding]:
                 metric=metric,
                 value=value,
                 threshold=threshold,
-                message=made.message or comparison,
-                source=made.source,
+                message=rule.message or comparison,
+                source=rule.source,
             )
         )
     return sorted(findings, key=lambda finding: finding.severity != "fail")
 
 
 def judged(result: "Result", policy: Policy) -> dict[str, Rule]:
-    """The rules that a result has a number for, by metric."""
-    return {metric: made for metric, made in applying(result, policy) if not unjudged(result, metric, made)}
+    """The rules for which a result has a number, by metric."""
+    return {metric: rule for metric, rule in applying(result, policy) if not unjudged(result, metric, rule)}
 
 
 def not_measured(result: "Result", policy: Policy) -> dict[str, str]:
-    """The rules that a result gives nothing to judge by, as metric -> why; such a rule is not passed."""
-    reasons = {metric: unjudged(result, metric, made) for metric, made in applying(result, policy)}
+    """The rules for which a result has no number, as metric -> reason; such a rule is not passed."""
+    reasons = {metric: unjudged(result, metric, rule) for metric, rule in applying(result, policy)}
     return {metric: reason for metric, reason in reasons.items() if reason}
 
 
 def applying(result: "Result", policy: Policy) -> list[tuple[str, Rule]]:
-    """The rules that are not switched off and whose condition holds, with their metrics."""
+    """The rules that are switched on and apply to this result, with their metrics."""
     facts = {**result.parameters, **result.metrics}
     rules = policy.rules.get(result.analysis, {}).items()
     return [
-        (metric, made) for metric, made in rules if not made.off and (not made.when or facts.get(made.when))
+        (metric, rule) for metric, rule in rules if not rule.off and (not rule.when or facts.get(rule.when))
     ]
 
 
@@ -205,19 +240,19 @@ def verdict(findings: Iterable[Finding]) -> Verdict:
     return "fail" if "fail" in severities else "warn" if "warn" in severities else "pass"
 
 
-def scale(result: "Result", made: Rule) -> float:
-    """What the thresholds of a rule are multiplied by."""
-    return float(result.parameters[made.per]) if made.per else 1.0
+def scale(result: "Result", rule: Rule) -> float:
+    """The factor by which the thresholds of a rule are multiplied."""
+    return float(result.parameters[rule.per]) if rule.per else 1.0
 
 
-def unjudged(result: "Result", metric: str, made: Rule) -> str:
+def unjudged(result: "Result", metric: str, rule: Rule) -> str:
     """Why a rule cannot be applied to a result; empty when it can."""
     value = result.metrics.get(metric)
     if value is None:
         return "the analysis left it out"
     if math.isnan(value):
         return "it came out as not a number"
-    factor = result.parameters.get(made.per) if made.per else 1.0
+    factor = result.parameters.get(rule.per) if rule.per else 1.0
     if isinstance(factor, bool) or not isinstance(factor, int | float) or abs(factor) > LARGEST:
-        return f"its thresholds are per {made.per}, which is {factor!r} here"
+        return f"its thresholds are per {rule.per}, which is {factor!r} here"
     return ""

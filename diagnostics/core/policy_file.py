@@ -3,8 +3,8 @@
 import tomllib
 from pathlib import Path
 
-from diagnostics.core.analysis import find, installed
 from diagnostics.core.policy import Policy, default_policy, parse
+from diagnostics.core.registry import find, installed
 from probes.errors import InputError, UnknownNameError
 from probes.files.untrusted import one_line
 
@@ -13,7 +13,13 @@ DOTS = 300
 
 
 def load_policy(path: str | Path) -> Policy:
-    """The default policy with the rules of a file in place of its own, metric by metric.
+    """The default policy, in which a file replaces rules metric by metric.
+
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp(), "policy.toml")
+    >>> _ = file.write_text("path.bump_task_nats = {fail = 1}")
+    >>> load_policy(file).rules["path"]["bump_task_nats"].fail
+    1.0
 
     Raises:
         InputError: the file is missing or not TOML, or a rule makes no sense.
@@ -29,12 +35,12 @@ def load_policy(path: str | Path) -> Policy:
             raise InputError(f"policy {path}: cannot be read: {error.strerror}") from error
         except ValueError as error:
             raise InputError(f"policy {path}: not a TOML file: {error}") from error
-        given = parse(tables, origin=f"policy {path}")
-        check_names(given)
+        replacing = parse(tables, origin=f"policy {path}")
+        check_names(replacing)
     default = default_policy()
-    names = {*default.rules, *given.rules}
-    rules = {name: {**default.rules.get(name, {}), **given.rules.get(name, {})} for name in sorted(names)}
-    return Policy(rules, origin=given.origin)
+    names = {*default.rules, *replacing.rules}
+    rules = {name: {**default.rules.get(name, {}), **replacing.rules.get(name, {})} for name in sorted(names)}
+    return Policy(rules, origin=replacing.origin)
 
 
 def check_names(policy: Policy) -> None:
@@ -49,16 +55,16 @@ def check_names(policy: Policy) -> None:
                 f"{policy.origin}: unknown analysis {name!r}; known: {', '.join(installed())}"
             )
         record = find(name)
-        for metric, made in rules.items():
+        for metric, rule in rules.items():
             if record.metrics and metric not in record.metrics:
                 known = ", ".join(record.metrics)
                 raise UnknownNameError(f"{policy.origin}: {name} has no metric {metric!r}; it has: {known}")
-            if made.per and made.per not in record.parameters:
+            if rule.per and rule.per not in record.parameters:
                 known = ", ".join(record.parameters) or "none"
                 raise UnknownNameError(
-                    f"{policy.origin}: {name} has no parameter {made.per!r}; it has: {known}"
+                    f"{policy.origin}: {name} has no parameter {rule.per!r}; it has: {known}"
                 )
             conditions = {**record.parameters, **record.metrics}
-            if made.when and record.metrics and made.when not in conditions:
+            if rule.when and record.metrics and rule.when not in conditions:
                 known = ", ".join(conditions)
-                raise UnknownNameError(f"{policy.origin}: {name} has no {made.when!r}; it has: {known}")
+                raise UnknownNameError(f"{policy.origin}: {name} has no {rule.when!r}; it has: {known}")

@@ -1,8 +1,8 @@
-"""What models answer to the rows of a task: how well, how alike, and with what confidence.
+"""Models' answers to the rows of a task: accuracy, agreement, calibration.
 
-A score is a mean over units, larger is better: the share of right answers where rows have choices or labels,
-else minus the loss in nats per token. Compared models answer the same rows, and intervals come from drawing
-these rows anew, the same ones for all.
+A score is a mean over units, larger is better: accuracy where rows have choices or labels, else minus the
+loss in nats per token. Models are compared on the same rows; intervals come from a bootstrap over these
+rows, with the same draws for all models.
 """
 
 import math
@@ -22,13 +22,13 @@ from probes.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """What one model says of the rows of one set that have something to score.
+    """One model's answers to the rows of one set.
 
     Attributes:
         losses: of every row of the set.
-        logs: of those that are scored, the log-probability of every choice or class, −∞ for choices that a
-            row does not have; None for texts and completions.
-        truth: which of these is right; empty for texts and completions.
+        logs: of each scored row, the log-probability of every choice or class, −∞ for choices that the row
+            lacks; None for texts and completions.
+        truth: index of the right one; empty for texts and completions.
     """
 
     losses: Losses
@@ -54,14 +54,14 @@ class Answers:
         return np.exp(self.logs.max(axis=1)).clip(max=1.0)
 
     def cooled(self, temperature: float) -> "Answers":
-        """The same with logits divided by a temperature: above 1 less sure of what it chooses."""
+        """The answers with logits divided by a temperature; above 1 lowers the confidence."""
         assert self.logs is not None
         logs = log_softmax(self.logs / temperature)
         return Answers(losses=self.losses, logs=logs, truth=self.truth)
 
 
 def answers(encoded: EncodedTask, model: Any) -> Answers:
-    """What a model says of the rows of a task.
+    """A model's answers to the rows of a task.
 
     Raises:
         NonFiniteError: logits that are NaN or infinite; the message names the row.
@@ -74,11 +74,11 @@ def answers(encoded: EncodedTask, model: Any) -> Answers:
     return Answers(losses=losses, logs=logs[scored], truth=truth[scored])
 
 
-def score(said: Answers) -> float:
-    """Share of right answers, or minus the loss in nats per token: larger is better."""
-    if said.logs is not None:
-        return float(said.right.mean())
-    return -float(np.nansum(said.losses.nats) / said.losses.units.sum())
+def score(answers: Answers) -> float:
+    """Accuracy, or minus the loss in nats per token: larger is better."""
+    if answers.logs is not None:
+        return float(answers.right.mean())
+    return -float(np.nansum(answers.losses.nats) / answers.losses.units.sum())
 
 
 def log_softmax(values: Float[np.ndarray, "rows answers"]) -> Float[np.ndarray, "rows answers"]:
@@ -95,26 +95,26 @@ def agreement(first: Answers, second: Answers) -> float:
     return float((first.chosen == second.chosen).mean())
 
 
-def temperature(said: Answers) -> float:
-    """The temperature under which answers are the likeliest to be right: 1 where nothing is to be gained.
+def temperature(answers: Answers) -> float:
+    """The temperature of the lowest mean loss, between 1/50 and 50; 1 where none lowers the loss.
 
-    Source: Guo et al. 2017, arXiv:1706.04599. Found between 1/50 and 50.
+    Source: Guo et al. 2017, arXiv:1706.04599.
     """
     from scipy.optimize import minimize_scalar
 
-    rows = np.arange(len(said.truth))
+    rows = np.arange(len(answers.truth))
 
     def nats(log_temperature: float) -> float:
-        logs = said.cooled(math.exp(log_temperature)).logs
+        logs = answers.cooled(math.exp(log_temperature)).logs
         assert logs is not None
-        return -float(logs[rows, said.truth].mean())
+        return -float(logs[rows, answers.truth].mean())
 
-    found = minimize_scalar(nats, bounds=(-math.log(50), math.log(50)), method="bounded")
-    return math.exp(float(found.x)) if nats(float(found.x)) < nats(0.0) else 1.0
+    best = float(minimize_scalar(nats, bounds=(-math.log(50), math.log(50)), method="bounded").x)
+    return math.exp(best) if nats(best) < nats(0.0) else 1.0
 
 
 class Calibration(NamedTuple):
-    """How far stated confidence can be trusted: 15 bins of equal width, of equal mass, and squared error."""
+    """Expected calibration error, 15 bins of equal width (with interval) or of equal mass; Brier score."""
 
     ece: float
     ece_low: float
@@ -123,75 +123,75 @@ class Calibration(NamedTuple):
     brier: float
 
 
-def calibration(said: Answers, *, draws: int, seed: int) -> Calibration:
-    """Calibration of a model on a set, the first with its 95 % interval."""
-    assert said.logs is not None
-    drawn = drawn_ece([said], draws=draws, seed=seed)[:, 0]
+def calibration(answers: Answers, *, draws: int, seed: int) -> Calibration:
+    """Calibration of a model on a set."""
+    assert answers.logs is not None
+    drawn = drawn_ece([answers], draws=draws, seed=seed)[:, 0]
     low, high = np.quantile(drawn, [0.025, 0.975])
-    stated, right = said.confidence, said.right
+    stated, right = answers.confidence, answers.right
     return Calibration(
         ece=ece(stated, right),
         ece_low=float(low),
         ece_high=float(high),
         ece_mass=ece(stated, right, by="mass"),
-        brier=brier(np.exp(said.logs), said.truth),
+        brier=brier(np.exp(answers.logs), answers.truth),
     )
 
 
 def drawn_ece(several: Sequence[Answers], *, draws: int, seed: int) -> Float[np.ndarray, "draws models"]:
-    """The calibration error of models on rows drawn anew, the same rows for all."""
+    """The calibration error of models on bootstrap draws of the rows, the same draws for all."""
     generator = np.random.default_rng(seed)
-    pairs = [(said.confidence, said.right) for said in several]
+    pairs = [(answers.confidence, answers.right) for answers in several]
     count = len(pairs[0][0])
-    found = np.empty((draws, len(pairs)))
+    errors = np.empty((draws, len(pairs)))
     for draw in range(draws):
         rows = generator.integers(count, size=count)
-        found[draw] = [ece(stated[rows], right[rows]) for stated, right in pairs]
-    return found
+        errors[draw] = [ece(stated[rows], right[rows]) for stated, right in pairs]
+    return errors
 
 
 class AnswerScores:
-    """The scores of several models on the same rows, with rows drawn anew for intervals.
+    """The scores of several models on the same rows, with bootstrap intervals.
 
     Attributes:
         kind: `accuracy`, or `loss` in nats per token.
         value: the score of each; larger is better, so that a loss is negative.
     """
 
-    def __init__(self, said: Mapping[str, Answers], *, draws: int, seed: int, where: str):
+    def __init__(self, answers: Mapping[str, Answers], *, draws: int, seed: int, where: str):
         """Compare models.
 
         Raises:
             InputError: fewer than 2 rows can be scored.
         """
-        first = next(iter(said.values()))
+        first = next(iter(answers.values()))
         units = first.losses.units
         scored = units > 0
         if scored.sum() < 2:
             raise InputError(f"{where}: {scored.sum()} rows have anything to score; at least 2 are needed")
         self.kind = "loss" if first.logs is None else "accuracy"
         values = np.stack([
-            -each.losses.nats[scored] if each.logs is None else each.right for each in said.values()
+            -model.losses.nats[scored] if model.logs is None else model.right for model in answers.values()
         ])  # fmt: skip
         rows = RowLosses(
             nats=values, units=units[scored] if self.kind == "loss" else np.ones(values.shape[1])
         )
-        self._place = {name: place for place, name in enumerate(said)}
-        self.value = {name: float(rows.loss[place]) for name, place in self._place.items()}
+        self._index = {name: index for index, name in enumerate(answers)}
+        self.value = {name: float(rows.loss[index]) for name, index in self._index.items()}
         self._drawn = rows.drawn(draws, np.random.default_rng(seed))
 
     def drawn(self, name: str) -> Float[np.ndarray, " draws"]:
-        """The score of one model on rows drawn anew."""
-        return self._drawn[:, self._place[name]]
+        """The score of one model on every draw."""
+        return self._drawn[:, self._index[name]]
 
     def shown(self, name: str) -> Estimate:
-        """The score as a person expects it: accuracy, or loss in nats, smaller is better."""
+        """Accuracy, or the positive loss in nats, where smaller is better."""
         sign = -1.0 if self.kind == "loss" else 1.0
         ends = sorted(sign * np.quantile(self.drawn(name), [0.025, 0.975]))
         return Estimate(sign * self.value[name], float(ends[0]), float(ends[1]))
 
     def difference(self, name: str, other: str) -> Estimate:
-        """By how much one model is better than another."""
+        """Score of one model minus that of another."""
         differences = self.drawn(name) - self.drawn(other)
         low, high = np.quantile(differences, [0.025, 0.975])
         error = float(differences.std(ddof=1))
@@ -204,9 +204,8 @@ class AnswerScores:
         return gain.value > 0 and gain.value > 2 * gain.error
 
     def rel(self, name: str) -> Estimate:
-        """The share of what tuning gained that a model keeps: 0 is base, 1 tuned; undefined without a gain.
+        """Share of tuning's gain that a model keeps: 0 is base, 1 tuned; undefined without a gain.
 
-        Corrected for chance, for what base knows already does not count.
         Source: arXiv:2302.06600.
         """
         if not self.gained:
@@ -218,7 +217,7 @@ class AnswerScores:
         return Estimate(value, float(low), float(high))
 
     def recovery(self, name: str) -> float:
-        """Accuracy as a share of tuned's: it flatters where base is good already. NaN for losses."""
+        """Accuracy as a share of tuned's; it flatters where base is already good. NaN for losses."""
         if self.kind == "loss" or not self.value["tuned"]:
             return math.nan
         return self.value[name] / self.value["tuned"]

@@ -1,20 +1,21 @@
-"""Rows scored at every checkpoint of a run: what is recorded of one, and the curves that all of them make.
+"""Row scores at every checkpoint of a run, and their curves over the run.
 
-What is recorded is flat arrays by name, so that it outlives the checkpoint: `score.{n}.nats`, `.units` and
-`.right` of the n-th set, a number a row, and `score.{n}.missing`, why there is none.
+The scores of a checkpoint are flat arrays by name, to be stored: `score.{n}.nats`, `.units` and `.right` of
+the n-th set, one number a row, and `score.{n}.missing`, the reason if there are none.
 """
 
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from diagnostics.core.inputs import tasks
-from diagnostics.evaluation.row_losses import Losses, encoded
+from diagnostics.core.row_options import RowOptions
+from diagnostics.evaluation.row_losses import EncodedTask, Losses, encoded
+from diagnostics.evaluation.sets import SetKey
 from diagnostics.numerics.estimates import Estimate, combined
 from probes.checkpoints.checkpoint import Checkpoint
 from probes.errors import InputError
@@ -23,44 +24,25 @@ from probes.models.loading import memory_of
 from probes.passes.batched import NonFiniteError
 from probes.text.rows import Task
 
-Which: TypeAlias = tuple[str, str]  # role and name of a set
 ByRow = Float[np.ndarray, "checkpoints rows"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoringOptions:
-    """How rows are read and models are run; all that scores depend on beside rows and weights."""
-
-    max_length: int | None
-    chat_template: bool
-    batch_tokens: int
-    trust_remote_code: bool
-    device: str
-    dtype: str | None
+class ScoringOptions(RowOptions):
+    """Row options of the checkpoints of a run: all that scores depend on, except rows and weights."""
 
     def open(self, checkpoint: Checkpoint) -> Editable:
-        """A checkpoint as a model of its own; what lies in memory already keeps its dtype and its device."""
-        here = memory_of(checkpoint) is not None
-        return Editable(
-            checkpoint,
-            device=None if here else self.device,
-            dtype=None if here else self.dtype,
-            trust_remote_code=self.trust_remote_code,
-        )
+        """A checkpoint as a model; one in memory keeps its dtype and device."""
+        in_memory = {"device": None, "dtype": None} if memory_of(checkpoint) is not None else {}
+        return Editable(checkpoint, **(self.of_models | in_memory))
 
-    def encode(self, editable: Editable, task: Task) -> Any:
-        """A task in a model's tokens."""
-        return encoded(
-            editable,
-            task,
-            max_length=self.max_length,
-            chat_template=self.chat_template,
-            batch_tokens=self.batch_tokens,
-        )
+    def encode(self, editable: Editable, task: Task) -> EncodedTask:
+        """A task as token ids of a model."""
+        return encoded(editable, task, **self.of_rows)
 
-    def key(self, sets: Mapping[Which, Task]) -> dict[str, Any]:
-        """What a measurement on these sets depends on, as JSON keeps it."""
-        rows = [[*which, identity(task)] for which, task in sets.items()]
+    def key(self, sets: Mapping[SetKey, Task]) -> dict[str, Any]:
+        """Everything that a measurement on these sets depends on, as JSON keeps it."""
+        rows = [[*key, identity(task)] for key, task in sets.items()]
         return {
             "sets": rows,
             "max_length": self.max_length,
@@ -70,41 +52,28 @@ class ScoringOptions:
 
 
 def identity(task: Task) -> str:
-    """What tells rows from others, also some of a task's from all of them."""
+    """A fingerprint of a task's rows; a subset has another than the whole."""
     numbers = ",".join(str(row.number) for row in task.rows)
     return f"{task.fingerprint} {hashlib.blake2b(numbers.encode(), digest_size=8).hexdigest()}"
 
 
-def sets_of(given: Mapping[str, Any]) -> dict[Which, Task]:
-    """The sets of every role that was given, in order."""
-    return {
-        (role, name): task
-        for role, source in given.items()
-        if source is not None
-        for name, task in tasks(source, role).items()
-    }
-
-
-def scores(editable: Editable, sets: Mapping[Which, Task], reading: ScoringOptions) -> dict[str, np.ndarray]:
-    """What one model makes of every row of every set.
-
-    A set whose loss is not finite has NaN throughout, and says so.
-    """
-    found: dict[str, np.ndarray] = {}
-    for place, task in enumerate(sets.values()):
-        rows = reading.encode(editable, task)
+def scores(editable: Editable, sets: Mapping[SetKey, Task], options: ScoringOptions) -> dict[str, np.ndarray]:
+    """One model's scores of every row of every set; a set with a loss that is not finite is all NaN."""
+    arrays: dict[str, np.ndarray] = {}
+    for index, task in enumerate(sets.values()):
+        rows = options.encode(editable, task)
         try:
             losses, missing = rows.measure(editable.model), ""
         except NonFiniteError as error:
             nothing = np.full(len(task.rows), np.nan)
             losses, missing = Losses(nats=nothing, units=nothing, right=nothing), str(error)
-        start = f"score.{place}"
-        found |= {f"{start}.{name}": getattr(losses, name) for name in ("nats", "units", "right")}
-        found |= {
+        start = f"score.{index}"
+        arrays |= {f"{start}.{name}": getattr(losses, name) for name in ("nats", "units", "right")}
+        arrays |= {
             f"{start}.missing": np.array(missing),
             f"{start}.notes": np.array(list(rows.notes), dtype=str),
         }
-    return found
+    return arrays
 
 
 @dataclass(frozen=True)
@@ -112,10 +81,10 @@ class Curves:
     """One set of rows over the checkpoints of a run.
 
     Attributes:
-        nats, units, right: of each row at each checkpoint; rows that no checkpoint can score are left out.
+        nats, units, right: of each row at each checkpoint; without rows that no checkpoint can score.
     """
 
-    which: Which
+    which: SetKey
     task: Task
     nats: ByRow
     units: ByRow
@@ -123,17 +92,17 @@ class Curves:
 
     @property
     def unit(self) -> str:
-        """What the loss is counted per."""
+        """The unit of the loss."""
         return "row" if self.task.shape in ("choices", "label") else "token"
 
     @property
     def judged(self) -> str:
-        """The curve by which a set is judged: right rows, or the loss where rows have no answer."""
+        """The curve by which a set is judged: accuracy, or the loss where rows have no answer."""
         return "metric" if self.unit == "row" else "loss"
 
     @cached_property
     def loss(self) -> Float[np.ndarray, " checkpoints"]:
-        """Mean nats of a unit; NaN where it is not finite."""
+        """Mean nats per unit; NaN where not finite."""
         return self.nats.sum(axis=1) / self.units.sum(axis=1)
 
     @cached_property
@@ -142,48 +111,50 @@ class Curves:
         return (self.right * self.units).sum(axis=1) / self.units.sum(axis=1)
 
     def score(self, measure: str) -> Float[np.ndarray, " checkpoints"]:
-        """A curve that is higher for better: the metric, or minus the loss."""
+        """A curve where higher is better: the metric, or minus the loss."""
         return self.metric if measure == "metric" else -self.loss
 
     def difference(self, measure: str, first: int, second: int) -> Estimate:
-        """Score of one checkpoint less that of another on the same rows, with its standard error."""
+        """Score of one checkpoint minus that of another on the same rows."""
         by_row = self.right * self.units if measure == "metric" else -self.nats
         return combined(by_row[[first, second]], self.units[first], [1.0, -1.0])
 
 
-def curves(measurements: Sequence[Mapping[str, np.ndarray]], sets: Mapping[Which, Task]) -> list[Curves]:
-    """The curves of every set out of what was recorded of every checkpoint.
+def curves(measurements: Sequence[Mapping[str, np.ndarray]], sets: Mapping[SetKey, Task]) -> list[Curves]:
+    """The curves of every set, from the arrays of `scores` of every checkpoint.
 
     Raises:
-        InputError: a set of which nothing can be scored.
+        InputError: a set without a scored row.
     """
-    found = []
-    for place, (which, task) in enumerate(sets.items()):
+    by_set = []
+    for index, (key, task) in enumerate(sets.items()):
         nats, units, right = (
-            np.stack([one[f"score.{place}.{name}"] for one in measurements])
+            np.stack([arrays[f"score.{index}.{name}"] for arrays in measurements])
             for name in ("nats", "units", "right")
         )
         scored = np.nan_to_num(units).max(axis=0) > 0
         if not scored.any():
             raise InputError(f"{task.ref}: none of its rows can be scored at any checkpoint")
-        found.append(Curves(which, task, nats[:, scored], units[:, scored], right[:, scored]))
-    return found
+        by_set.append(Curves(key, task, nats[:, scored], units[:, scored], right[:, scored]))
+    return by_set
 
 
 def reading_notes(
-    measurements: Sequence[Mapping[str, np.ndarray]], sets: Mapping[Which, Task], labels: Sequence[str]
+    measurements: Sequence[Mapping[str, np.ndarray]], sets: Mapping[SetKey, Task], labels: Sequence[str]
 ) -> list[str]:
-    """What a reader must know of the rows: what was cut, and where a loss is missing."""
+    """Notes on the rows: cut ones, and checkpoints without a finite loss."""
     notes: dict[str, None] = {}
-    for place, (role, name) in enumerate(sets):
-        notes |= {str(note): None for one in measurements for note in one[f"score.{place}.notes"]}
-        lost = [
-            (label, str(one[f"score.{place}.missing"]))
-            for label, one in zip(labels, measurements, strict=True)
-            if str(one[f"score.{place}.missing"])
-        ]
-        if lost:
-            what = f"{role} rows" if role == name else f"{role} rows {name}"
-            at = ", ".join(label for label, _ in lost)
-            notes[f"The {what} have no finite loss at {at} ({lost[0][1]}); they are left out there."] = None
+    for index, (role, name) in enumerate(sets):
+        notes |= {str(note): None for arrays in measurements for note in arrays[f"score.{index}.notes"]}
+        missing = {
+            label: reason
+            for label, arrays in zip(labels, measurements, strict=True)
+            if (reason := str(arrays[f"score.{index}.missing"]))
+        }
+        if missing:
+            rows = f"{role} rows" if role == name else f"{role} rows {name}"
+            reason = next(iter(missing.values()))
+            notes[f"The {rows} have no finite loss at {', '.join(missing)} ({reason}): left out there."] = (
+                None
+            )
     return list(notes)

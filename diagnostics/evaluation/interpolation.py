@@ -1,7 +1,4 @@
-"""Measuring sets of rows at places between base and tuned, each place once.
-
-What `path` and `sharpness` share: the curves of every set, and what they say of it.
-"""
+"""Scores of every set of rows between base and tuned, and the tables that `path` and `sharpness` share."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +11,7 @@ from jaxtyping import Float
 
 from diagnostics.evaluation import loss_curves
 from diagnostics.evaluation.row_losses import EncodedTask
+from diagnostics.evaluation.sets import SetKey
 from diagnostics.evaluation.unit_scores import Units, unit_scores
 from diagnostics.execution import workers
 from diagnostics.numerics.estimates import UNDEFINED, Estimate, combined
@@ -25,48 +23,45 @@ from probes.models.perturb import Prefix
 from probes.models.two_sided import TwoSidedModel
 from probes.passes.batched import NonFiniteError
 
-Made = TypeVar("Made")
-Which: TypeAlias = tuple[str, str]  # role and name of a set
+T = TypeVar("T")
 Progress: TypeAlias = Callable[[int, int, str], None]
 
-HALF = ("bfloat16", "float16")
-# WiSE-FT's grid, its code's.
+HALF_DTYPES = ("bfloat16", "float16")
+# The grid of WiSE-FT's code.
 ALPHAS = tuple(round(0.1 * step, 1) for step in range(11))
 
 
 def check_alphas(alphas: Sequence[float], least: int = 3) -> tuple[float, ...]:
-    """The places on the path, rising, both ends among them.
+    """The alphas in ascending order, with 0 and 1.
 
     Raises:
-        InputError: one outside [0, 1], or no place between the ends.
+        InputError: an alpha outside [0, 1], or fewer than `least`.
     """
     for alpha in alphas:
         if not 0 <= alpha <= 1:
             raise InputError(f"alphas holds {alpha}; they go from 0, base, to 1, tuned")
-    chosen = tuple(sorted({0.0, 1.0, *map(float, alphas)}))
-    if len(chosen) < least:
-        raise InputError("alphas holds no place between 0, base, and 1, tuned")
-    return chosen
+    grid = tuple(sorted({0.0, 1.0, *map(float, alphas)}))
+    if len(grid) < least:
+        raise InputError("alphas holds no value between 0, base, and 1, tuned")
+    return grid
 
 
 def is_half(model: Any) -> bool:
     """Whether any weight of a model is in half precision."""
-    return any(str(each.dtype).removeprefix("torch.") in HALF for each in model.parameters())
+    return any(str(weight.dtype).removeprefix("torch.") in HALF_DTYPES for weight in model.parameters())
 
 
 def model_notes(pair: CheckpointPair, model: Any) -> list[str]:
-    """What a reader must know of a model that is blended and perturbed.
+    """Notes on how a model is interpolated and perturbed.
 
     Raises:
-        InputError: batch norms, whose statistics no blend has.
+        InputError: batch norms: their statistics cannot be interpolated.
     """
     from torch import nn
 
     modules = list(model.modules())
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules):
-        raise InputError(
-            f"{pair.tuned.ref}: has batch norms; those of a blend are not known, and no path of it is run"
-        )
+        raise InputError(f"{pair.tuned.ref}: has batch norms, and their statistics cannot be interpolated")
     notes = []
     training = any(
         memory is not None and getattr(memory, "training", False)
@@ -74,146 +69,147 @@ def model_notes(pair: CheckpointPair, model: Any) -> list[str]:
     )
     dropping = any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules)
     if training or dropping:
-        what = "was given in training mode" if training else "has dropout"
-        notes.append(f"The model {what}: it was run in evaluation mode, without dropout.")
+        reason = "was given in training mode" if training else "has dropout"
+        notes.append(f"The model {reason}: it was run in evaluation mode, without dropout.")
     if any(matrix.expert is not None for matrix in pair.tuned.matrices.values()):
         notes.append(
-            "Experts that no token is routed to cannot show a barrier or any sharpness, and where routes "
-            "change a path jumps."
+            "Experts without tokens show neither barrier nor sharpness. Where routes change, the path jumps."
         )
     if is_half(model):
-        notes.append("Blends were run in half precision: small steps from an end change few weights or none.")
-    elif any(dtype in HALF for dtype in (pair.base.dtype, pair.tuned.dtype)):
         notes.append(
-            "Blends were run in float32; written in the file's half precision, small steps from an end are "
-            "rounded away."
+            "Interpolated models ran in half precision: small steps from an end change few weights or none."
+        )
+    elif any(dtype in HALF_DTYPES for dtype in (pair.base.dtype, pair.tuned.dtype)):
+        notes.append(
+            "Interpolated models ran in float32. Saved in the file's half precision, small steps from an end "
+            "are rounded away."
         )
     return notes
 
 
 class PathEvaluator:
-    """What a walk makes of every set, measured as it is asked for.
+    """Scores every set at points between base and tuned; each alpha is run once.
 
     Attributes:
-        missing: what was not finite, in words.
-        progress: told of what is done here; on a worker nobody is.
+        missing: notes on losses that are not finite.
+        progress: called with (done, total, what); None on a worker.
     """
 
     def __init__(
-        self, walk: InterpolatedModel, sets: Mapping[Which, EncodedTask], progress: Progress | None = None
+        self,
+        interpolated: InterpolatedModel,
+        sets: Mapping[SetKey, EncodedTask],
+        progress: Progress | None = None,
     ):
-        self.walk, self.sets, self.progress = walk, dict(sets), progress
+        self.interpolated, self.sets, self.progress = interpolated, dict(sets), progress
         self.missing: list[str] = []
-        self._known: dict[float, dict[Which, Units | None]] = {}
-        self._before: float | None = None
+        self._units_at: dict[float, dict[SetKey, Units | None]] = {}
+        self._prefix_alpha: float | None = None
 
-    def each(self, calls: Iterable[Callable[["PathEvaluator"], Made]]) -> Iterator[Made]:
-        """What calls make of this, in their order; on an engine with workers, of one like it on each.
+    def run(self, calls: Iterable[Callable[["PathEvaluator"], T]]) -> Iterator[T]:
+        """Results of calls with an evaluator, in order: this one, or its copy on each worker of the engine.
 
-        A call finds the walk wherever another has left it. What it cannot measure is noted here.
+        A call finds the model at the point where another call left it. `missing` collects the notes of all.
         """
         noting = (partial(_with_missing, call) for call in calls)
-        for made, missing in workers.run_calls(self._there, self, noting):
+        for result, missing in workers.run_calls(self._on_workers, self, noting):
             for note in missing:
                 self._note(note)
-            yield made
+            yield result
 
     @cached_property
-    def _there(self) -> "workers.WorkerObject[PathEvaluator] | None":
-        return workers.host_on_workers(self.walk.host, partial(_of, sets=self.sets))
+    def _on_workers(self) -> "workers.WorkerObject[PathEvaluator] | None":
+        return workers.host_on_workers(self.interpolated.host, partial(_on_worker, sets=self.sets))
 
     def measure(self, alphas: Sequence[float]) -> None:
-        """Measure places of the whole model, the ends first: a broken one ends it.
+        """Score all sets at these alphas, the ends first: without them there is no path.
 
         Raises:
             NonFiniteError: at an end.
         """
-        order = sorted(alphas, key=lambda each: each not in (0, 1))
-        made = self.each(partial(PathEvaluator._at, alpha=alpha) for alpha in order)
-        for done, (alpha, units) in enumerate(zip(order, made, strict=True)):
-            self._known[alpha] = units
+        order = sorted(alphas, key=lambda alpha: alpha not in (0, 1))
+        scores = self.run(partial(PathEvaluator._at, alpha=alpha) for alpha in order)
+        for done, (alpha, units) in enumerate(zip(order, scores, strict=True)):
+            self._units_at[alpha] = units
             self.tell(done + 1, len(order), f"alpha {alpha:g}")
 
     def tell(self, done: int, total: int, what: str) -> None:
-        """Tell of progress, if anyone is to be told."""
+        """Report progress."""
         if self.progress:
             self.progress(done, total, what)
 
-    def at(self, alpha: float) -> dict[Which, Units | None]:
-        """The units of every set with the whole model at α; None where the loss is not finite.
+    def at(self, alpha: float) -> dict[SetKey, Units | None]:
+        """Unit scores of every set with all layers at α; None where the loss is not finite.
 
         Raises:
-            NonFiniteError: at an end, without which there is no path.
+            NonFiniteError: at an end.
         """
-        if alpha not in self._known:
-            self._known[alpha] = self._at(alpha)
-        return self._known[alpha]
+        if alpha not in self._units_at:
+            self._units_at[alpha] = self._at(alpha)
+        return self._units_at[alpha]
 
-    def _at(self, alpha: float) -> dict[Which, Units | None]:
-        self.walk.place(alpha)
-        return {which: self._units(which, alpha) for which in self.sets}
+    def _at(self, alpha: float) -> dict[SetKey, Units | None]:
+        self.interpolated.place(alpha)
+        return {key: self._units(key, alpha) for key in self.sets}
 
-    def rows(self, which: Which, alpha: float) -> Float[np.ndarray, " rows"]:
+    def rows(self, key: SetKey, alpha: float) -> Float[np.ndarray, " rows"]:
         """Nats of each row of a set at α; NaN where the loss is not finite."""
-        units = self.at(alpha)[which]
-        return self._nats(which, units)
+        units = self.at(alpha)[key]
+        return np.full(len(self.units(key)), math.nan) if units is None else units.by_row()[0]
 
-    def here(self, which: Which) -> Float[np.ndarray, " rows"] | None:
-        """Nats of each row of a set wherever the walk stands; None where the loss is not finite."""
+    def current_rows(self, key: SetKey) -> Float[np.ndarray, " rows"] | None:
+        """Nats of each row of a set at the model's current point; None where the loss is not finite."""
         try:
-            return unit_scores(self.sets[which], self.walk.model).by_row()[0]
+            return unit_scores(self.sets[key], self.interpolated.model).by_row()[0]
         except NonFiniteError as error:
             self._miss(f"a single layer's path ({error})")
             return None
 
     @contextmanager
-    def behind(self, layer: int, alpha: float) -> Iterator[None]:
-        """Inside, what stands before a layer is not run again for rows that it has seen; it is at α."""
-        if self._before != alpha:
-            self.forget()
-            self._before = alpha
+    def prefix_cached(self, layer: int, alpha: float) -> Iterator[None]:
+        """Inside, the layers in front of `layer`, all at α, run once per row: their output is kept."""
+        if self._prefix_alpha != alpha:
+            self.clear_prefix()
+            self._prefix_alpha = alpha
         with self._prefix.entering(layer):
             yield
 
-    def forget(self) -> None:
-        """Let go of what `behind` keeps."""
+    def clear_prefix(self) -> None:
+        """Free the activations that `prefix_cached` keeps."""
         self._prefix.clear()
-        self._before = None
+        self._prefix_alpha = None
 
     @cached_property
     def _prefix(self) -> Prefix:
-        return Prefix(self.walk.model)
+        return Prefix(self.interpolated.model)
 
-    def standing(self) -> dict[Which, Units | None]:
-        """The units of every set wherever the walk stands; None where the loss is not finite."""
-        return {which: self._units(which, math.nan) for which in self.sets}
+    def current_units(self) -> dict[SetKey, Units | None]:
+        """Unit scores of every set at the model's current point; None where the loss is not finite."""
+        return {key: self._units(key, math.nan) for key in self.sets}
 
-    def units(self, which: Which) -> Float[np.ndarray, " rows"]:
-        """How many units each row of a set has."""
-        base = self.at(0.0)[which]
+    def units(self, key: SetKey) -> Float[np.ndarray, " rows"]:
+        """Number of units of each row of a set."""
+        base = self.at(0.0)[key]
         assert base is not None
         return base.by_row()[1]
 
-    def losses(self, which: Which, alphas: Sequence[float]) -> loss_curves.Curve:
-        """Loss of a set at places on the path."""
-        total = self.units(which).sum()
-        return np.array([self.rows(which, alpha).sum() / total for alpha in alphas])
+    def losses(self, key: SetKey, alphas: Sequence[float]) -> loss_curves.Curve:
+        """Loss of a set at each alpha."""
+        total = self.units(key).sum()
+        return np.array([self.rows(key, alpha).sum() / total for alpha in alphas])
 
-    def combined(self, which: Which, weights: Mapping[float, float]) -> Estimate:
-        """A weighted sum of the losses of a set at places on the path."""
-        nats = np.stack([self.rows(which, alpha) for alpha in weights])
-        return combined(nats, self.units(which), list(weights.values()))
+    def combined(self, key: SetKey, weights: Mapping[float, float]) -> Estimate:
+        """A weighted sum of the losses of a set, weights by alpha."""
+        nats = np.stack([self.rows(key, alpha) for alpha in weights])
+        return combined(nats, self.units(key), list(weights.values()))
 
-    def role(self, role: str) -> list[Which]:
+    def role(self, role: str) -> list[SetKey]:
         """The sets of a role."""
-        return [which for which in self.sets if which[0] == role]
+        return [key for key in self.sets if key[0] == role]
 
-    def _nats(self, which: Which, units: Units | None) -> Float[np.ndarray, " rows"]:
-        return np.full(len(self.units(which)), math.nan) if units is None else units.by_row()[0]
-
-    def _units(self, which: Which, alpha: float) -> Units | None:
+    def _units(self, key: SetKey, alpha: float) -> Units | None:
         try:
-            return unit_scores(self.sets[which], self.walk.model)
+            return unit_scores(self.sets[key], self.interpolated.model)
         except NonFiniteError as error:
             if alpha in (0.0, 1.0):
                 raise
@@ -221,48 +217,43 @@ class PathEvaluator:
             return None
 
     def _miss(self, where: str) -> None:
-        self._note(f"Not measured, because it is not finite: {where}.")
+        self._note(f"Not measured, because the loss is not finite: {where}.")
 
     def _note(self, note: str) -> None:
         if note not in self.missing:
             self.missing.append(note)
 
 
-# On a worker
-
-
-def _of(host: TwoSidedModel, sets: Mapping[Which, EncodedTask]) -> PathEvaluator:
+def _on_worker(host: TwoSidedModel, sets: Mapping[SetKey, EncodedTask]) -> PathEvaluator:
     return PathEvaluator(InterpolatedModel(host), sets)
 
 
-def _with_missing(call: Callable[[PathEvaluator], Made], along: PathEvaluator) -> tuple[Made, list[str]]:
-    """What a call makes, and what it alone could not measure."""
-    before, along.missing = along.missing, []
+def _with_missing(call: Callable[[PathEvaluator], T], evaluator: PathEvaluator) -> tuple[T, list[str]]:
+    """The result of a call, and its own notes on missing losses."""
+    before, evaluator.missing = evaluator.missing, []
     try:
-        return call(along), along.missing
+        return call(evaluator), evaluator.missing
     finally:
-        along.missing = before
+        evaluator.missing = before
 
 
-def path_rows(along: PathEvaluator, alphas: Sequence[float]) -> list[dict[str, Any]]:
-    """Every set at every α: loss, accuracy, confidence, who is right where, and the mixture of both ends."""
-    found = []
-    for which, encoded_set in along.sets.items():
-        base, tuned = (along.at(end)[which] for end in (0.0, 1.0))
+METRICS = ("loss", "accuracy", "confidence", "error_confidence", "fft", "ttf", "ensemble_loss")
+
+
+def path_rows(evaluator: PathEvaluator, alphas: Sequence[float]) -> list[dict[str, Any]]:
+    """A row for every set, α and metric of `METRICS`."""
+    rows = []
+    for key, encoded_set in evaluator.sets.items():
+        base, tuned = (evaluator.at(end)[key] for end in (0.0, 1.0))
         assert base is not None
         assert tuned is not None
         for alpha in alphas:
-            units = along.at(alpha)[which]
+            units = evaluator.at(alpha)[key]
             values = {} if units is None else _values(base, tuned, units, alpha)
             for metric in METRICS:
-                row = {"alpha": alpha, "role": which[0], "set": which[1], "metric": metric}
-                found.append(row | {"value": values.get(metric, math.nan), "unit": encoded_set.unit})
-    return found
-
-
-METRICS = (
-    "loss", "accuracy", "confidence", "error_confidence", "fft", "ttf", "ensemble_loss",
-)  # fmt: skip
+                row = {"alpha": alpha, "role": key[0], "set": key[1], "metric": metric}
+                rows.append(row | {"value": values.get(metric, math.nan), "unit": encoded_set.unit})
+    return rows
 
 
 def _values(base: Units, tuned: Units, units: Units, alpha: float) -> dict[str, float]:
@@ -278,49 +269,51 @@ def _values(base: Units, tuned: Units, units: Units, alpha: float) -> dict[str, 
     }
 
 
-def pattern_rows(along: PathEvaluator, alphas: Sequence[float]) -> list[dict[str, Any]]:
-    """Of every set and α the shares of the eight patterns of base, tuned and blend."""
-    found = []
-    for which in along.sets:
+def pattern_rows(evaluator: PathEvaluator, alphas: Sequence[float]) -> list[dict[str, Any]]:
+    """The shares of the eight patterns of base, tuned and interpolated model, for every set and α."""
+    rows = []
+    for key in evaluator.sets:
         for alpha in alphas:
-            base, tuned, units = (along.at(each)[which] for each in (0.0, 1.0, alpha))
+            base, tuned, units = (evaluator.at(point)[key] for point in (0.0, 1.0, alpha))
             if base is None or tuned is None or units is None:
                 continue
             shares = loss_curves.patterns(base.right, tuned.right, units.right)
-            found += [
-                {"alpha": alpha, "role": which[0], "set": which[1], "pattern": pattern, "share": share}
+            rows += [
+                {"alpha": alpha, "role": key[0], "set": key[1], "pattern": pattern, "share": share}
                 for pattern, share in shares.items()
             ]
-    return found
+    return rows
 
 
-def set_rows(along: PathEvaluator, alphas: Sequence[float]) -> list[dict[str, Any]]:
-    """What the curve of each set says: barrier, bump, dip, the best α, success or failure."""
-    grid, found = np.array(alphas), []
-    for which in along.sets:
-        losses = along.losses(which, alphas)
+def set_rows(evaluator: PathEvaluator, alphas: Sequence[float]) -> list[dict[str, Any]]:
+    """A row for every set: barrier, bump, dip, the best α, success or failure of its curve."""
+    grid, rows = np.array(alphas), []
+    for key in evaluator.sets:
+        losses = evaluator.losses(key, alphas)
         worse, better = (alphas[0], alphas[-1]) if losses[0] > losses[-1] else (alphas[-1], alphas[0])
         inside = [alpha for alpha, loss in zip(alphas, losses, strict=True) if np.isfinite(loss)][1:-1]
-        gains = [along.combined(which, {better: 1.0, alpha: -1.0}) for alpha in inside]
-        falls = [along.combined(which, {alpha: 1.0, worse: -1.0}) for alpha in inside]
-        base, tuned = along.at(0.0)[which], along.at(1.0)[which]
+        gains = [evaluator.combined(key, {better: 1.0, alpha: -1.0}) for alpha in inside]
+        falls = [evaluator.combined(key, {alpha: 1.0, worse: -1.0}) for alpha in inside]
+        base, tuned = evaluator.at(0.0)[key], evaluator.at(1.0)[key]
         assert base is not None
         assert tuned is not None
-        best = max(gains, key=lambda each: each.value, default=UNDEFINED)
-        fall = max(falls, key=lambda each: each.value, default=UNDEFINED)
-        found.append(
+        best, fall = (
+            max(estimates, key=lambda estimate: estimate.value, default=UNDEFINED)
+            for estimates in (gains, falls)
+        )
+        rows.append(
             {
-                "role": which[0],
-                "set": which[1],
-                "rows": len(along.units(which)),
-                "units": int(along.units(which).sum()),
-                "unit": along.sets[which].unit,
+                "role": key[0],
+                "set": key[1],
+                "rows": len(evaluator.units(key)),
+                "units": int(evaluator.units(key).sum()),
+                "unit": evaluator.sets[key].unit,
                 "loss_base": losses[0],
                 "loss_tuned": losses[-1],
                 "barrier": loss_curves.barrier(grid, losses),
                 "bump": loss_curves.bump(losses),
                 "dip": loss_curves.dip(losses),
-                "best_alpha": loss_curves.best_alpha(grid, {which[1]: losses}),
+                "best_alpha": loss_curves.best_alpha(grid, {key[1]: losses}),
                 "worst_alpha": float(grid[np.nanargmax(losses)]),
                 "gain": best.value,
                 "gain_half": best.half,
@@ -334,23 +327,22 @@ def set_rows(along: PathEvaluator, alphas: Sequence[float]) -> list[dict[str, An
                 "error_confidence_tuned": tuned.error_confidence,
             }
         )
-    return found
+    return rows
 
 
 def pooled(rows: Iterable[Mapping[str, Any]], role: str, column: str, how: str = "mean") -> float | None:
-    """A column over the sets of a role: their mean or largest; None if it has none or they are NaN."""
-    values = [float(row[column]) for row in rows if row["role"] == role]
-    known = [value for value in values if not math.isnan(value)]
-    if not known:
+    """Mean or largest value of a column over the sets of a role; None without any number."""
+    values = [float(row[column]) for row in rows if row["role"] == role and not math.isnan(row[column])]
+    if not values:
         return None
-    return max(known) if how == "max" else float(np.mean(known))
+    return max(values) if how == "max" else float(np.mean(values))
 
 
 def pinned_note(pinned: Sequence[str]) -> list[str]:
-    """What to say of tensors that base lacks."""
+    """The note on tensors that base lacks; empty without any."""
     if not pinned:
         return []
     return [
-        f"{len(pinned)} tensors that base lacks, such as {pinned[0]}, are tuned's at every alpha: alpha 0 is "
-        "base but for these."
+        f"{len(pinned)} tensors that base lacks, such as {pinned[0]}, are tuned's at every alpha, alpha 0 "
+        "included."
     ]

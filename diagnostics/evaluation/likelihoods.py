@@ -1,7 +1,6 @@
-"""What one pass of a language model says of each text: token likelihoods, confidence, and a pooled vector.
+"""Scores of texts from one forward pass: token log-likelihoods, confidence, energy and a pooled vector.
 
-Everything that likelihood ratios and the scores beside them are made of comes from this one pass, so that all
-of them are of the same tokens.
+Likelihood ratios and all scores compared with them come from the same pass, and so from the same tokens.
 """
 
 import math
@@ -26,14 +25,14 @@ from probes.text.batches import Batch, Example, batches, halving, windows
 
 @dataclass(frozen=True, kw_only=True)
 class ExampleScores:
-    """What a model makes of one example; NaN and None where it has no token to score.
+    """A model's scores of one example; NaN and None where it has no token to score.
 
     Attributes:
         tokens: log-likelihood in nats of each scored token, in order.
         log_likelihood: their sum, in float64.
-        top: mean over these of the largest probability.
-        energy: mean over these of minus the logarithm of the summed exponentials of the logits.
-        pooled: mean over all tokens of the last hidden state; in windows see `joined`.
+        top: mean over scored tokens of the largest probability.
+        energy: mean over scored tokens of minus the log-sum-exp of the logits.
+        pooled: mean over all tokens of the last hidden state; for windows see `merge_windows`.
     """
 
     tokens: Float[np.ndarray, " tokens"]
@@ -46,7 +45,7 @@ class ExampleScores:
 NOTHING = ExampleScores(tokens=np.empty(0, np.float32))
 
 
-def read(
+def score_texts(
     model: nn.Module | RemoteModel,
     examples: Sequence[Example],
     *,
@@ -56,46 +55,46 @@ def read(
     where: Callable[[int], str] = "example {}".format,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> list[ExampleScores]:
-    """Run a causal model over examples, in batches of like length that do not change what is found.
+    """Run a causal model over examples, batched by length; the batch size changes no score.
 
     Args:
-        model: here, or on workers.
+        model: in this process, or on workers.
         tokens: most tokens in a batch, padding included.
-        vocabulary: the model's first so many tokens are all there are; None: as many as it has.
-        longest: examples with more tokens are read in windows of so many; None: whole.
-        where: from the index of an example to what an error calls it.
+        vocabulary: number of tokens that exist, from the first; None: all of the model's.
+        longest: split longer examples into windows of this many tokens; None: never.
+        where: names an example in an error, given its index.
         progress: called with (done, total, what).
 
     Raises:
-        InputError: a likelihood is not finite; the message says of which example.
+        InputError: a likelihood is not finite; the message names the example.
     """
-    places, pieces = [], []
-    for place, example in enumerate(examples):
+    owners, pieces = [], []
+    for index, example in enumerate(examples):
         for piece in [example] if longest is None else windows(example, longest):
             if any(piece.scored):
-                places.append(place)
+                owners.append(index)
                 pieces.append(piece)
     if not pieces:
         return [NOTHING] * len(examples)
-    measure = partial(read_whole, tokens=tokens, vocabulary=vocabulary)
+    measure = partial(_score_pieces, tokens=tokens, vocabulary=vocabulary)
     try:
         if isinstance(model, RemoteModel):
             tell = None if progress is None else lambda done: progress(done, len(pieces), "scored")
-            found = [NOTHING] * len(pieces)
-            for own, made in model.run_batches(measure, pieces, tokens, tell):
-                for index, one in zip(own, made, strict=True):
-                    found[index] = one
+            scores = [NOTHING] * len(pieces)
+            for indices, batch in model.run_batches(measure, pieces, tokens, tell):
+                for index, piece_scores in zip(indices, batch, strict=True):
+                    scores[index] = piece_scores
         else:
-            found = measure(model, pieces, progress=progress)
+            scores = measure(model, pieces, progress=progress)
     except NonFiniteError as error:
-        raise NonFiniteError(error.example, error.layer, where(places[error.example])) from error
+        raise NonFiniteError(error.example, error.layer, where(owners[error.example])) from error
     parts: list[list[ExampleScores]] = [[] for _ in examples]
-    for place, one in zip(places, found, strict=True):
-        parts[place].append(one)
-    return [joined(several) for several in parts]
+    for owner, piece_scores in zip(owners, scores, strict=True):
+        parts[owner].append(piece_scores)
+    return [merge_windows(several) for several in parts]
 
 
-def read_whole(
+def _score_pieces(
     model: nn.Module,
     examples: Sequence[Example],
     *,
@@ -103,26 +102,26 @@ def read_whole(
     vocabulary: int | None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> list[ExampleScores]:
-    """What a model makes of each example, all of which have a scored token; as `read`."""
-    found = score_examples(
+    """Scores of examples that all have a scored token."""
+    scores = score_examples(
         model, examples, tokens=tokens, vocabulary=vocabulary, pooled=True, by_token=True, progress=progress
     )
-    assert found.by_token is not None
-    assert found.pooled is not None
+    assert scores.by_token is not None
+    assert scores.pooled is not None
     return [
         ExampleScores(
             tokens=values.float().numpy()[np.array(example.scored)],
-            log_likelihood=float(found.log_likelihoods[at]),
-            top=float(found.top[at]),
-            energy=float(found.energy[at]),
-            pooled=found.pooled[at].float().numpy(),
+            log_likelihood=float(scores.log_likelihoods[index]),
+            top=float(scores.top[index]),
+            energy=float(scores.energy[index]),
+            pooled=scores.pooled[index].float().numpy(),
         )
-        for at, (example, values) in enumerate(zip(examples, found.by_token, strict=True))
+        for index, (example, values) in enumerate(zip(examples, scores.by_token, strict=True))
     ]
 
 
-def joined(parts: Sequence[ExampleScores]) -> ExampleScores:
-    """What was read in windows, as one: in means each window counts for the tokens that it scores."""
+def merge_windows(parts: Sequence[ExampleScores]) -> ExampleScores:
+    """The scores of an example from those of its windows; means weight each by its scored tokens."""
     if len(parts) < 2:
         return parts[0] if parts else NOTHING
     weights = np.array([len(part.tokens) for part in parts], dtype=np.float64)
@@ -142,28 +141,28 @@ def joined(parts: Sequence[ExampleScores]) -> ExampleScores:
 def greedy(
     model: Any, tokenizer: Any, prompts: Sequence[Example], *, longest: int, tokens: int = 4096
 ) -> list[str]:
-    """What a model writes after each prompt, always taking the likeliest token, at most `longest` tokens.
+    """Greedy answers to prompts, at most `longest` tokens each.
 
-    It stops where the tokenizer or the model's own settings end a text. What else these ask for, such as a
-    penalty on repetition, is not done: that would take other tokens than the likeliest.
+    The end tokens of the tokenizer and of the generation config end an answer. Other generation settings,
+    such as a repetition penalty, are ignored: with them the answer would not be greedy.
     """
     answers = [""] * len(prompts)
-    own = unwrapped(model).generation_config.eos_token_id
+    eos = unwrapped(model).generation_config.eos_token_id
     ends = {
-        id for id in (tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])) if id is not None
+        id for id in (tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])) if id is not None
     }
     pad = next((id for id in (tokenizer.pad_token_id, *sorted(ends)) if id is not None), 0)
 
     def generate(batch: Batch) -> list[str]:
-        made = written(
+        output = generate_greedily(
             model, batch, max_new_tokens=longest, pad_token_id=pad, eos_token_id=sorted(ends) or None
         )
-        rows = made.sequences[:, batch.ids.shape[1] :].tolist()
+        rows = output.sequences[:, batch.ids.shape[1] :].tolist()
         kept = [list(takewhile(lambda token: token not in ends, row)) for row in rows]
         return tokenizer.batch_decode(kept, skip_special_tokens=True)
 
-    with evaluating(model), without_settings(model):
-        if moved_by_padding(model, pad):
+    with evaluating(model), default_generation(model):
+        if reads_padding(model, pad):
             tokens = 1  # one by one
         for batch, texts in halving(generate, batches(prompts, tokens=tokens, pad_id=pad, side="left")):
             for index, text in zip(batch.indices.tolist(), texts, strict=True):
@@ -171,8 +170,8 @@ def greedy(
     return answers
 
 
-def written(model: Any, batch: Batch, **settings: Any) -> Any:
-    """transformers' record of what a model writes after a batch, token by token the likeliest."""
+def generate_greedily(model: Any, batch: Batch, **settings: Any) -> Any:
+    """The output of transformers' `generate` after a batch."""
     device = model.get_input_embeddings().weight.device
     with torch.no_grad():
         return model.generate(
@@ -185,27 +184,28 @@ def written(model: Any, batch: Batch, **settings: Any) -> Any:
 
 
 @contextmanager
-def without_settings(model: Any) -> Iterator[None]:
-    """The model as if no generation_config.json had come with it."""
+def default_generation(model: Any) -> Iterator[None]:
+    """Inside, the model has no generation_config.json of its own."""
     inner = unwrapped(model)
-    own = inner.generation_config
-    inner.generation_config = type(own)()
+    config = inner.generation_config
+    inner.generation_config = type(config)()
     try:
         yield
     finally:
-        inner.generation_config = own
+        inner.generation_config = config
 
 
-def moved_by_padding(model: Any, pad: int) -> bool:
-    """Whether padding on the left changes what follows: recurrent models may read it as text."""
+def reads_padding(model: Any, pad: int) -> bool:
+    """Whether padding on the left changes the logits: recurrent models may read it as text."""
     vocabulary = len(model.get_input_embeddings().weight)
-    ids = [(7919 * place + 5) % vocabulary for place in range(8)]
-    both = [Example(ids=ids[:size], scored=[False] * size, row=0) for size in (len(ids), 3)]
+    ids = [(7919 * position + 5) % vocabulary for position in range(8)]
+    long, short = (Example(ids=ids[:size], scored=[False] * size, row=0) for size in (len(ids), 3))
 
-    def following(examples: Sequence[Example]) -> Tensor:
+    def next_logits(examples: Sequence[Example]) -> Tensor:
         (batch,) = batches(examples, pad_id=pad, side="left")
-        return written(model, batch, max_new_tokens=1, pad_token_id=pad, output_logits=True).logits[0][-1]
+        output = generate_greedily(model, batch, max_new_tokens=1, pad_token_id=pad, output_logits=True)
+        return output.logits[0][-1]
 
-    padded, alone = following(both), following(both[1:])
+    padded, alone = next_logits([long, short]), next_logits([short])
     round_off = 1e-3 if alone.dtype in (torch.float32, torch.float64) else 0.1
     return not torch.allclose(padded, alone, rtol=0, atol=round_off * float(alone.abs().max()))

@@ -1,10 +1,8 @@
-"""The path from base to tuned: what loss curves over α say, and which layer makes a hole in them.
+"""Measures of loss curves between base and tuned: barrier, bump, dip, success or failure of a path.
 
 α = 0 is base and α = 1 is tuned. Losses are in nats, means over units (tokens, or rows of choices and
-labels). Definitions and the literature's names for them: Wortsman et al., arXiv:2109.01903 (the path), Lin
-et al., arXiv:2309.17230 (FalseFalseTrue), Adilova et al., arXiv:2307.06966 (barriers of single layers). The
-rule for a straggler and the definition of a failure mode are ours: the paper that names both,
-arXiv:2410.16476, gives no rule that could be read.
+labels). Sources: Wortsman et al., arXiv:2109.01903 (the path), Lin et al., arXiv:2309.17230
+(FalseFalseTrue). The definition of a failure mode is ours: arXiv:2410.16476 names it without a rule.
 """
 
 import math
@@ -19,12 +17,8 @@ from diagnostics.numerics.estimates import Estimate
 Curve: TypeAlias = Float[np.ndarray, " alphas"]
 PathOutcome: TypeAlias = Literal["success", "weak", "strong"]
 
-PATTERNS = tuple(
-    f"{base}{tuned}{blend}" for base in "FT" for tuned in "FT" for blend in "FT"
-)  # base, tuned, blend
-
-
-# Curves
+# Right (T) or wrong (F) under base, tuned and the interpolated model.
+PATTERNS = tuple(f"{base}{tuned}{blend}" for base in "FT" for tuned in "FT" for blend in "FT")
 
 
 def chord(alphas: Curve, losses: Curve) -> Curve:
@@ -33,51 +27,51 @@ def chord(alphas: Curve, losses: Curve) -> Curve:
 
 
 def barrier(alphas: Curve, losses: Curve) -> float:
-    """Most by which a curve lies above its chord; never below 0. What is NaN is passed over."""
+    """Largest excess of a curve over its chord, at least 0; NaNs are skipped."""
     return float(np.nanmax(np.concatenate([[0.0], losses - chord(alphas, losses)])))
 
 
 def bump(losses: Curve) -> float:
-    """Most by which a curve lies above both of its ends; never below 0."""
+    """Largest excess of a curve over its higher end, at least 0."""
     return max(0.0, float(np.nanmax(losses)) - max(losses[0], losses[-1]))
 
 
 def dip(losses: Curve) -> float:
-    """Most by which a curve lies below both of its ends; never below 0."""
+    """Largest drop of a curve below its lower end, at least 0."""
     return max(0.0, min(losses[0], losses[-1]) - float(np.nanmin(losses)))
 
 
 def highest(alphas: Curve, losses: Curve) -> int:
-    """Which interior point lies furthest above the chord."""
+    """Index of the interior point furthest above the chord."""
     excess = (losses - chord(alphas, losses))[1:-1]
     return 1 + int(np.nanargmax(excess)) if np.isfinite(excess).any() else 0
 
 
 def lag(alphas: Curve, losses: Curve) -> float:
-    """Smallest α at which half of what the way to tuned wins is won: 0.5 on a straight line.
+    """Smallest α with half of the loss reduction from base to tuned: 0.5 on a straight line.
 
-    Between points the curve is straight. NaN where nothing is won, or a loss is missing.
+    Linear between points. NaN without a reduction, or with a missing loss.
     """
-    won = losses[0] - losses[-1]
-    if not won > 0 or not np.isfinite(losses).all():
+    gain = losses[0] - losses[-1]
+    if not gain > 0 or not np.isfinite(losses).all():
         return math.nan
-    goal = losses[-1] + won / 2
-    place = int(np.argmax(losses <= goal))
-    before, after = losses[place - 1], losses[place]
+    goal = losses[-1] + gain / 2
+    index = int(np.argmax(losses <= goal))
+    before, after = losses[index - 1], losses[index]
     step = (before - goal) / (before - after)
-    return float(alphas[place - 1] + step * (alphas[place] - alphas[place - 1]))
+    return float(alphas[index - 1] + step * (alphas[index] - alphas[index - 1]))
 
 
 def outcome(gains: Sequence[Estimate], losses: Sequence[Estimate]) -> PathOutcome:
-    """What blending does on a set.
+    """Success or failure of interpolation on a set.
 
     Args:
-        gains: of each interior point, the loss of its better end minus its own.
-        losses: of each interior point, its own loss minus that of its worse end.
+        gains: of each interior point, the loss of the better end minus its own.
+        losses: of each interior point, its own loss minus that of the worse end.
 
     Returns:
-        strong: some interior point is worse than both ends; weak: none is better than both; each by more
-        than half the paired 95 % interval. A hole counts for more than a gain beside it.
+        strong: some interior point is worse than both ends; success: some is better than both; weak: neither.
+        Each by more than half the paired 95 % interval. A strong failure takes precedence over a success.
     """
     if any(loss.low > 0 for loss in losses):
         return "strong"
@@ -86,15 +80,12 @@ def outcome(gains: Sequence[Estimate], losses: Sequence[Estimate]) -> PathOutcom
     return "weak"
 
 
-# Patterns of right and wrong
-
-
 def patterns(
     base: Bool[np.ndarray, " units"], tuned: Bool[np.ndarray, " units"], blend: Bool[np.ndarray, " units"]
 ) -> dict[str, float]:
-    """Share of units by who is right, in the order base, tuned, blend: `FFT` is right in the blend alone.
+    """Share of units with each pattern of `PATTERNS`: `FFT` is right in the interpolated model alone.
 
-    The eight shares add to 1; the blend's accuracy is the sum of those that end in T.
+    The eight shares add to 1; the interpolated model's accuracy is the sum of those that end in T.
     """
     codes = 4 * base.astype(int) + 2 * tuned.astype(int) + blend.astype(int)
     shares = np.bincount(codes, minlength=8) / len(codes)
@@ -104,16 +95,13 @@ def patterns(
 def ensemble_nats(
     base: Float[np.ndarray, " units"], tuned: Float[np.ndarray, " units"], alpha: float
 ) -> Float[np.ndarray, " units"]:
-    """Nats of each unit under the mixture (1 − α) p_base + α p_tuned, from those under both."""
+    """Nats of each unit under the mixture (1 − α) p_base + α p_tuned."""
     with np.errstate(divide="ignore"):  # of log 0 at an end
         return -np.logaddexp(np.log1p(-alpha) - base, np.log(alpha) - tuned)
 
 
-# Layers
-
-
 def best_alpha(alphas: Curve, losses: Mapping[str, Curve]) -> float:
-    """α of the lowest mean loss over sets; of equals the nearest to tuned."""
+    """α of the lowest mean loss over sets; of equals the largest."""
     mean = np.mean(list(losses.values()), axis=0)
     low = np.nanmin(mean)
     return float(alphas[np.flatnonzero(mean == low)[-1]])

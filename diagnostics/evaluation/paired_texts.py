@@ -1,17 +1,19 @@
-"""The texts of rows, in the forms that are scored, read by base and tuned over the same tokens.
+"""The texts of rows in every scored form, with base and tuned log-likelihoods of the same tokens.
 
-A row of text has one form, the whole. One with a prompt has more, those of the likelihood-ratio paper
-(arXiv:2404.08679): the question, the answer by itself, both, and the answer given the question.
+A row of text has one form, the full text. A row with a prompt has four, those of the likelihood-ratio paper
+(arXiv:2404.08679): the question, the answer alone, the full text, and the answer given the question.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from diagnostics.evaluation.likelihoods import NOTHING, ExampleScores, greedy, read
-from diagnostics.evaluation.tokenizers import common, without_bos
+from diagnostics.evaluation.likelihoods import NOTHING, ExampleScores, greedy, score_texts
+from diagnostics.evaluation.tokenizers import bos_notes, common_tokenizer
 from diagnostics.execution.workers import open_side
 from probes.checkpoints.pair import Side as PairSide
 from probes.errors import InputError
@@ -30,11 +32,11 @@ class TextOptions:
 
     Attributes:
         max_length: most tokens of a text, or of a window; None: what both models take.
-        windows: read longer texts to their end, in windows; else they are cut.
+        windows: read longer texts to the end in windows; else they are cut.
         chat_template: texts and prompts are a user's messages.
-        approximate: let tokenizers differ.
-        answers: to the prompts, `file` or `greedy`.
-        longest_answer: of a greedy one, in tokens; at most half of `max_length`.
+        approximate: allow different tokenizers.
+        answers: source of the answers to prompts, `file` or `greedy`.
+        longest_answer: most tokens of a greedy answer; at most half of `max_length`.
         batch_tokens: most tokens in a batch, padding included.
     """
 
@@ -48,12 +50,12 @@ class TextOptions:
 
     @property
     def cut(self) -> int | None:
-        """Most tokens of a text, where longer ones are cut."""
+        """Most tokens of a text if longer ones are cut."""
         return None if self.windows else self.max_length
 
     @property
     def window(self) -> int | None:
-        """Most tokens of a window, where longer texts are read in windows."""
+        """Most tokens of a window if longer texts are read in windows."""
         return self.max_length if self.windows else None
 
 
@@ -63,20 +65,34 @@ class TokenForms:
 
     Attributes:
         question, answer: empty for rows of text.
-        given: for each of `whole`, which of its scored tokens belong to the answer; empty for rows of text.
+        in_answer: for each of `full`, which scored tokens belong to the answer; empty for rows of text.
     """
 
-    whole: list[Example]
+    full: list[Example]
     question: list[Example]
     answer: list[Example]
-    given: list[list[bool]]
+    in_answer: list[list[bool]]
+
+    @property
+    def examples(self) -> list[Example]:
+        """The examples of all forms, one form after another."""
+        return [*self.full, *self.question, *self.answer]
+
+    @property
+    def moved(self) -> int:
+        """Rows where the question has other tokens inside the full text than alone."""
+        return sum(
+            full.ids[:size] != question.ids[:size]
+            for full, question in zip(self.full, self.question, strict=bool(self.question))
+            for size in (_scored_length(question),)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowScores:
-    """What one model makes of one row: of the whole, and log-likelihoods of the other forms; NaN: none."""
+    """One model's scores of the full text of a row, and log-likelihoods of its other forms; NaN: none."""
 
-    whole: ExampleScores
+    full: ExampleScores
     question: float = np.nan
     answer: float = np.nan
     conditional: float = np.nan
@@ -84,11 +100,11 @@ class RowScores:
 
 @dataclass(frozen=True, kw_only=True)
 class PairedText:
-    """One row as both models read it.
+    """One row with the scores of both models.
 
     Attributes:
-        length: scored tokens, or bytes where tokenizers differ.
-        ids: the scored tokens, in the tuned side's tokens.
+        length: scored tokens; bytes if the tokenizers differ.
+        ids: the scored tokens, of the tuned tokenizer.
     """
 
     row: Row
@@ -100,16 +116,16 @@ class PairedText:
 
     @property
     def content(self) -> str:
-        """All of its text."""
+        """The full text."""
         return content(self.row)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairedTexts:
-    """The texts of several sets, and what a reader must know of how they were read.
+    """The scored texts of several sets.
 
     Attributes:
-        noise: largest change of a log-likelihood when a row is read by itself, in nats.
+        noise: largest change of a log-likelihood in nats when a row is scored alone instead of in a batch.
     """
 
     sets: Mapping[str, Sequence[PairedText]]
@@ -118,76 +134,78 @@ class PairedTexts:
 
 
 def read_sets(
-    runnable: RunnablePair, sets: Mapping[str, Task], settings: TextOptions, progress: Progress | None = None
+    runnable: RunnablePair, sets: Mapping[str, Task], options: TextOptions, progress: Progress | None = None
 ) -> PairedTexts:
-    """Read the rows of every set with both models, one model after the other.
+    """Score the rows of every set with both models, one model after the other.
 
     Raises:
-        InputError: a model is no causal one, the tokenizers differ, or a likelihood is not finite.
+        InputError: a model is not causal, the tokenizers differ, or a likelihood is not finite.
     """
     kinds = list(dict.fromkeys((runnable.base_kind, runnable.kind)))
     if kinds != ["causal"]:
         raise InputError(f"{' and '.join(kinds)}: likelihood ratios need two causal language models")
     tokenizers = {"base": runnable.base_tokenizer, "tuned": runnable.tokenizer}
-    shared, vocabulary, said = common(*tokenizers.values(), approximate=settings.approximate)
-    lacking: list[str] = []
+    shared, vocabulary, remarks = common_tokenizer(*tokenizers.values(), approximate=options.approximate)
+    lacking_bos: list[str] = []
     if shared is not None:
         tokenizers = {"base": shared, "tuned": shared}
-        # With a chat template that is the template's to decide, and said of the rows that lack it.
-        lacking = [] if settings.chat_template else without_bos(runnable.base_tokenizer, shared)
-        said += lacking
+        # With a chat template it is the template that decides, and the rows that lack a BOS get their note.
+        lacking_bos = [] if options.chat_template else bos_notes(runnable.base_tokenizer, shared)
+        remarks += lacking_bos
     if shared is not None and runnable.pair.resized:
         rows = min(map(min, runnable.pair.resized.values()))
         vocabulary = min(rows, vocabulary or rows)
-    length = min((n for n in (settings.max_length, runnable.context) if n is not None), default=None)
-    settings = replace(settings, max_length=length)
+    length = min((n for n in (options.max_length, runnable.context) if n is not None), default=None)
+    options = replace(options, max_length=length)
     tasks = {name: with_answers(task) for name, task in sets.items()}
-    if settings.answers == "greedy":
+    if options.answers == "greedy":
         with runnable.tuned() as model:
             for name, task in tasks.items():
-                tasks[name], more = answered(model, runnable.tokenizer, task, settings)
-                said += more
+                tasks[name], cut = with_greedy_answers(model, runnable.tokenizer, task, options)
+                remarks += cut
     encoded = {
-        side: {name: forms(task, tokenizer, settings) for name, task in tasks.items()}
+        side: {name: encode_forms(task, tokenizer, options) for name, task in tasks.items()}
         for side, tokenizer in tokenizers.items()
     }
-    sides, noise = {}, 0.0
+    scores, noise = {}, 0.0
     for turn, side in enumerate(SIDES):
-        ours: Progress | None = None
+        of_side: Progress | None = None
         if progress:
 
-            def ours(done: int, total: int, what: str, turn: int = turn) -> None:
+            def of_side(done: int, total: int, what: str, turn: int = turn) -> None:
                 progress(turn * total + done, 2 * total, what)
 
         with open_side(runnable, side) as model:
-            sides[side], change = read_side(model, tasks, encoded[side], settings, vocabulary, side, ours)
+            scores[side], change = score_side(model, tasks, encoded[side], options, vocabulary, side, of_side)
         noise = max(noise, change)
     texts = {}
     for name, task in tasks.items():
-        both = [encoded[side][name].whole for side in ("base", "tuned")]
-        pairs = zip(sides["base"][name], sides["tuned"][name], *both, strict=True)
+        examples = {side: encoded[side][name].full for side in SIDES}
+        columns = zip(scores["base"][name], scores["tuned"][name], *examples.values(), strict=True)
         texts[name] = [
-            text_of(row, *pair, in_bytes=shared is None) for row, pair in zip(task.rows, pairs, strict=True)
+            paired_text(row, *values, in_bytes=shared is None)
+            for row, values in zip(task.rows, columns, strict=True)
         ]
-        # Once for all sets is enough.
-        expecting = None if lacking else runnable.base_tokenizer
-        said += dict.fromkeys(
+        # One note on a missing BOS is enough for all sets.
+        expecting = None if lacking_bos else runnable.base_tokenizer
+        remarks += dict.fromkeys(
             note
-            for side, own in zip(("base", "tuned"), both, strict=True)
-            for note in encoding_notes(task, own, tokenizers[side] if shared is None else expecting)
-        )
-        said += in_windows(task, both[1], settings.window)
-        moved = sum(not prefixed(each) for each in pieces(encoded["tuned"][name]))
-        if moved:
-            said.append(
-                f"{task.ref}: in {moved} of {len(task.rows)} rows the question has other tokens before its "
-                "answer than by itself, so that question and answer given question do not add up to the whole"
+            for side in SIDES
+            for note in encoding_notes(
+                task, examples[side], tokenizers[side] if shared is None else expecting
             )
-    return PairedTexts(sets=texts, notes=tuple(said), noise=noise)
+        )
+        remarks += window_notes(task, examples["tuned"], options.window)
+        if moved := encoded["tuned"][name].moved:
+            remarks.append(
+                f"{task.ref}: in {moved} of {len(task.rows)} rows the question has other tokens in front of "
+                "its answer than alone, so question and answer given question do not add up to the full text"
+            )
+    return PairedTexts(sets=texts, notes=tuple(remarks), noise=noise)
 
 
 def with_answers(task: Task) -> Task:
-    """The task with what follows each prompt in `completion`: of several choices the right one."""
+    """The task with the right choice of each row as its completion."""
     if task.shape != "choices":
         return task
     rows = (
@@ -197,78 +215,80 @@ def with_answers(task: Task) -> Task:
     return replace(task, rows=tuple(rows), shape="completion")
 
 
-def in_windows(task: Task, examples: Sequence[Example], longest: int | None) -> list[str]:
-    """What to say of rows that are read in windows."""
-    if longest is None:
-        return []
-    long = [example.row for example in examples if len(example.ids) > longest]
-    if not long:
+def window_notes(task: Task, examples: Sequence[Example], longest: int | None) -> list[str]:
+    """The note on rows that are read in windows; empty without any."""
+    long = [example.row for example in examples if longest is not None and len(example.ids) > longest]
+    if longest is None or not long:
         return []
     return [
         f"{task.ref}: {len(long)} of {len(task.rows)} rows have more than {longest} tokens and were read in "
-        f"windows of so many that begin {longest // 2} apart, the first at {task.where(long[0])}"
+        f"windows of {longest} tokens, one every {longest // 2}; the first is {task.where(long[0])}"
     ]
 
 
-def answered(model: Any, tokenizer: Any, task: Task, settings: TextOptions) -> tuple[Task, list[str]]:
-    """The task with what the model itself writes after each prompt, and what to say of that."""
+def with_greedy_answers(
+    model: Any, tokenizer: Any, task: Task, options: TextOptions
+) -> tuple[Task, list[str]]:
+    """The task with the model's greedy answer to each prompt, and a note on cut prompts."""
     if task.shape != "completion":
         return task, []
-    length, longest = settings.max_length, settings.longest_answer
+    length, longest = options.max_length, options.longest_answer
     if length is not None:
         longest = min(longest, length // 2)
     room = None if length is None else max(2, length - longest)
-    asked = replace(task, rows=tuple(replace(row, completion="") for row in task.rows))
+    prompts_only = replace(task, rows=tuple(replace(row, completion="") for row in task.rows))
     prompts = encode(
-        asked, tokenizer, max_length=room, chat_template=settings.chat_template, score_span="all"
+        prompts_only, tokenizer, max_length=room, chat_template=options.chat_template, score_span="all"
     )
-    written = greedy(model, tokenizer, [opened(prompt) for prompt in prompts], longest=longest)
-    rows = (replace(row, completion=text) for row, text in zip(task.rows, written, strict=True))
-    made = replace(task, rows=tuple(rows))
+    answers = greedy(model, tokenizer, [without_ending(prompt) for prompt in prompts], longest=longest)
+    rows = (replace(row, completion=text) for row, text in zip(task.rows, answers, strict=True))
     cut = [prompt.row for prompt in prompts if prompt.truncated]
-    if not cut:
-        return made, []
-    return made, [
-        f"{task.ref}: of {len(cut)} of {len(task.rows)} prompts the model saw only the last {room} tokens, "
-        f"to have room for an answer of {longest}, the first at {task.where(cut[0])}; a lower longest_answer "
-        "leaves more"
-    ]
+    remarks = [
+        f"{task.ref}: the model saw only the last {room} tokens of {len(cut)} of {len(task.rows)} prompts, "
+        f"to have room for an answer of {longest}; the first is {task.where(cut[0])}. A lower longest_answer "
+        "leaves more room"
+    ] if cut else []  # fmt: skip
+    return replace(task, rows=tuple(rows)), remarks
 
 
-def opened(prompt: Example) -> Example:
-    """A prompt of which all is scored, without the special tokens that end a text."""
-    ends = max((place + 1 for place, flag in enumerate(prompt.scored) if flag), default=1)
-    return replace(prompt, ids=prompt.ids[:ends], scored=prompt.scored[:ends])
+def _scored_length(example: Example) -> int:
+    """Number of tokens up to the last scored one."""
+    return max((index + 1 for index, scored in enumerate(example.scored) if scored), default=0)
 
 
-def forms(task: Task, tokenizer: Any, settings: TextOptions) -> TokenForms:
+def without_ending(prompt: Example) -> Example:
+    """A prompt without the special tokens that end a text."""
+    size = max(1, _scored_length(prompt))
+    return replace(prompt, ids=prompt.ids[:size], scored=prompt.scored[:size])
+
+
+def encode_forms(task: Task, tokenizer: Any, options: TextOptions) -> TokenForms:
     """The rows as token ids."""
 
     def encoded(
-        wanted: Task, *, chat: bool = settings.chat_template, everything: bool = False
+        form: Task, *, chat: bool = options.chat_template, span: Literal["all", "content"] = "content"
     ) -> list[Example]:
-        span: Literal["all", "content"] = "all" if everything else "content"
-        return encode(wanted, tokenizer, max_length=settings.cut, chat_template=chat, score_span=span)
+        return encode(form, tokenizer, max_length=options.cut, chat_template=chat, score_span=span)
 
     if task.shape != "completion":
-        return TokenForms(whole=encoded(task), question=[], answer=[], given=[])
-    question = encoded(texts_of(task, [row.prompt or "" for row in task.rows]))
-    # The answer by itself is nobody's message.
-    answer = encoded(texts_of(task, [row.completion or "" for row in task.rows]), chat=False)
+        return TokenForms(full=encoded(task), question=[], answer=[], in_answer=[])
+    question = encoded(texts_task(task, [row.prompt or "" for row in task.rows]))
+    # The answer alone is nobody's message.
+    answer = encoded(texts_task(task, [row.completion or "" for row in task.rows]), chat=False)
     conditional = encoded(task)
-    if settings.chat_template:  # the template's own tokens do not count
-        whole = [joined(one, two) for one, two in zip(conditional, question, strict=True)]
+    if options.chat_template:  # the template's own tokens do not count
+        full = [with_question(*pair) for pair in zip(conditional, question, strict=True)]
     else:
-        whole = encoded(task, everything=True)
-    given = [
-        [flag for flag, counted in zip(one.scored, two.scored, strict=True) if counted]
-        for one, two in zip(conditional, whole, strict=True)
+        full = encoded(task, span="all")
+    in_answer = [
+        [flag for flag, counted in zip(answered.scored, text.scored, strict=True) if counted]
+        for answered, text in zip(conditional, full, strict=True)
     ]
-    return TokenForms(whole=whole, question=question, answer=answer, given=given)
+    return TokenForms(full=full, question=question, answer=answer, in_answer=in_answer)
 
 
-def texts_of(task: Task, contents: list[str]) -> Task:
-    """A task of texts in place of its rows."""
+def texts_task(task: Task, contents: list[str]) -> Task:
+    """The task with texts in place of its rows."""
     rows = (
         Row(number=row.number, text=text, group=row.group)
         for row, text in zip(task.rows, contents, strict=True)
@@ -276,100 +296,91 @@ def texts_of(task: Task, contents: list[str]) -> Task:
     return replace(task, rows=tuple(rows), shape="text")
 
 
-def joined(conditional: Example, question: Example) -> Example:
-    """The answer's example with the question's tokens scored too, where they stand before it unchanged."""
-    size = max((place + 1 for place, flag in enumerate(question.scored) if flag), default=0)
+def with_question(conditional: Example, question: Example) -> Example:
+    """The example of an answer with the question's tokens scored too, if it begins with them."""
+    size = _scored_length(question)
     if conditional.ids[:size] != question.ids[:size]:
         return conditional
     return replace(conditional, scored=question.scored[:size] + conditional.scored[size:])
 
 
-def pieces(of: TokenForms) -> Sequence[tuple[Example, Example]]:
-    """Whole and question of each row that has one."""
-    return list(zip(of.whole, of.question, strict=True)) if of.question else []
-
-
-def prefixed(both: tuple[Example, Example]) -> bool:
-    """Whether the tokens of the question begin those of the whole."""
-    whole, question = both
-    size = max((place + 1 for place, flag in enumerate(question.scored) if flag), default=0)
-    return whole.ids[:size] == question.ids[:size]
-
-
-def read_side(
+def score_side(
     model: Any,
     tasks: Mapping[str, Task],
     encoded: Mapping[str, TokenForms],
-    settings: TextOptions,
+    options: TextOptions,
     vocabulary: int | None,
     side: str,
     progress: Progress | None,
 ) -> tuple[dict[str, list[RowScores]], float]:
-    """What one model makes of every row, and how much a few rows change when they are read by themselves."""
-    flat = [
-        (name, example)
-        for name, of in encoded.items()
-        for examples in (of.whole, of.question, of.answer)
-        for example in examples
-    ]
-    examples = [example for _, example in flat]
+    """One model's scores of every row, and their largest change when a few rows are scored alone."""
+    named = [(name, example) for name, forms in encoded.items() for example in forms.examples]
+    examples = [example for _, example in named]
 
     def where(index: int) -> str:
-        name, example = flat[index]
+        name, example = named[index]
         return f"{tasks[name].where(example.row)} ({side})"
 
     def tell(done: int, total: int, _: str) -> None:
         if progress:
             progress(done, total, f"texts under {side}")
 
-    made = read(
-        model, examples, tokens=settings.batch_tokens, vocabulary=vocabulary, longest=settings.window,
-        where=where, progress=tell,
+    score = partial(
+        score_texts, model, vocabulary=vocabulary, longest=options.window, where=where
     )  # fmt: skip
-    order = sorted(range(len(examples)), key=lambda index: len(examples[index].ids))
-    few = order[len(order) // 2 :][:4]
-    alone = read(
-        model, [examples[index] for index in few], tokens=1, vocabulary=vocabulary, longest=settings.window,
-        where=where,
-    )  # fmt: skip
+    scores = score(examples, tokens=options.batch_tokens, progress=tell)
+    by_length = sorted(range(len(examples)), key=lambda index: len(examples[index].ids))
+    few = by_length[len(by_length) // 2 :][:4]
+    alone = score([examples[index] for index in few], tokens=1)
     changes = [
-        abs(a.log_likelihood - made[index].log_likelihood) for a, index in zip(alone, few, strict=True)
+        abs(single.log_likelihood - scores[index].log_likelihood)
+        for single, index in zip(alone, few, strict=True)
     ]
-    reads = iter(made)
-    sides = {}
-    for name, of in encoded.items():
-        whole, question, answer = ([next(reads) for _ in each] for each in (of.whole, of.question, of.answer))
-        sides[name] = [RowScores(whole=each) for each in whole]
-        if of.question:
-            sides[name] = [
+    remaining = iter(scores)
+    by_set = {}
+    for name, forms in encoded.items():
+        full, question, answer = (
+            list(islice(remaining, len(form))) for form in (forms.full, forms.question, forms.answer)
+        )
+        by_set[name] = [RowScores(full=text) for text in full]
+        if forms.question:
+            by_set[name] = [
                 RowScores(
-                    whole=each,
-                    question=question[place].log_likelihood,
-                    answer=answer[place].log_likelihood,
-                    conditional=float(each.tokens[mask].sum(dtype=np.float64)) if any(mask) else np.nan,
+                    full=text,
+                    question=prompt.log_likelihood,
+                    answer=reply.log_likelihood,
+                    conditional=float(text.tokens[mask].sum(dtype=np.float64)) if any(mask) else np.nan,
                 )
-                for place, (each, mask) in enumerate(zip(whole, map(np.array, of.given), strict=True))
+                for text, prompt, reply, mask in zip(
+                    full, question, answer, map(np.array, forms.in_answer), strict=True
+                )
             ]
-    return sides, max((change for change in changes if np.isfinite(change)), default=0.0)
+    return by_set, max((change for change in changes if np.isfinite(change)), default=0.0)
 
 
-def text_of(
-    row: Row, base: RowScores, tuned: RowScores, one: Example, two: Example, *, in_bytes: bool
+def paired_text(
+    row: Row,
+    base: RowScores,
+    tuned: RowScores,
+    example_base: Example,
+    example_tuned: Example,
+    *,
+    in_bytes: bool,
 ) -> PairedText:
-    """One row with what both models made of it."""
-    truncated = one.truncated or two.truncated
-    if in_bytes and truncated:  # what is left of it is not the same text
-        base = tuned = RowScores(whole=NOTHING)
+    """One row with the scores of both models."""
+    truncated = example_base.truncated or example_tuned.truncated
+    if in_bytes and truncated:  # the two models saw different texts
+        base = tuned = RowScores(full=NOTHING)
     return PairedText(
         row=row,
         base=base,
         tuned=tuned,
-        length=len(content(row).encode()) if in_bytes else len(tuned.whole.tokens),
-        ids=tuple(token for token, flag in zip(two.ids, two.scored, strict=True) if flag),
+        length=len(content(row).encode()) if in_bytes else len(tuned.full.tokens),
+        ids=tuple(token for token, flag in zip(example_tuned.ids, example_tuned.scored, strict=True) if flag),
         truncated=truncated,
     )
 
 
 def content(row: Row) -> str:
-    """All of a row's text."""
+    """The full text of a row."""
     return row.text if row.text is not None else f"{row.prompt}{row.completion}"

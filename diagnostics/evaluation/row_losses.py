@@ -1,8 +1,7 @@
-"""The loss of every row of a task under one model, in the unit that its shape allows.
+"""The loss of every row of a task under one model, in the unit of the task's shape.
 
-Texts and completions: nats over the scored tokens, and how many these are. Choices: minus the log-probability
-of the right one among the row's choices, and a label's minus its log-probability among the classes; these
-count as one unit a row.
+Texts and completions: nats summed over the scored tokens, and their number. Choices and labels: minus the
+log-probability of the right choice or class; one unit a row.
 """
 
 from collections.abc import Sequence
@@ -27,8 +26,8 @@ class Losses:
     Attributes:
         nats: of each row; NaN where there is nothing to score.
         units: scored tokens of each row, or 1; 0 where there is nothing to score.
-        right: 1 where the right choice or label is the likeliest, else 0; of text the share of its scored
-            tokens that are the likeliest in their place. NaN where there is nothing to score.
+        right: 1 where the right choice or label is the likeliest, else 0; of text the share of scored tokens
+            that are the likeliest. NaN where there is nothing to score.
     """
 
     nats: Float[np.ndarray, " rows"]
@@ -38,11 +37,11 @@ class Losses:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedTask:
-    """A task in a model's tokens, encoded once and measured often.
+    """A task as token ids of a model.
 
     Attributes:
         classes: of each row, for a classifier.
-        notes: what a reader must know: rows cut, rows with nothing to score.
+        notes: rows that were cut, rows with nothing to score.
     """
 
     task: Task
@@ -54,12 +53,12 @@ class EncodedTask:
 
     @property
     def unit(self) -> str:
-        """What the loss is counted per."""
+        """The unit of the loss."""
         return "row" if self.task.shape in ("choices", "label") else "token"
 
     @property
     def truncated(self) -> int:
-        """Rows that were cut."""
+        """Number of rows that were cut."""
         return len({example.row for example in self.examples if example.truncated})
 
     def measure(self, model: Any) -> Losses:
@@ -84,7 +83,7 @@ class EncodedTask:
     def answered(self, model: Any) -> Float[np.ndarray, "rows answers"]:
         """The log-probability of every choice or class; NaN in rows with nothing to score.
 
-        Where rows have choices in unequal number, −∞ for those that a row lacks.
+        −∞ for the choices that a row has fewer than the widest one.
 
         Raises:
             NonFiniteError: as `measure`.
@@ -110,7 +109,7 @@ class EncodedTask:
 
 
 def losses_of(logs: Float[np.ndarray, "rows answers"], truth: Int[np.ndarray, " rows"]) -> Losses:
-    """The losses of rows out of what `EncodedTask.answered` gives and which answers are right."""
+    """The losses of rows from `EncodedTask.answered` and the right answers."""
     nats = -logs[np.arange(len(logs)), truth]
     scored = ~np.isnan(nats)
     right = np.where(scored, logs.argmax(axis=1) == truth, np.nan)
@@ -120,10 +119,10 @@ def losses_of(logs: Float[np.ndarray, "rows answers"], truth: Int[np.ndarray, " 
 def encoded(
     editable: Editable, task: Task, *, max_length: int | None, chat_template: bool, batch_tokens: int
 ) -> EncodedTask:
-    """A task in the tokens of a model.
+    """A task as token ids of a model.
 
     Raises:
-        InputError: rows that a model of this kind cannot score, labels that it does not know.
+        InputError: rows that a model of this kind cannot score, or unknown labels.
     """
     classifier = editable.kind == "classifier"
     if classifier != (task.shape == "label"):

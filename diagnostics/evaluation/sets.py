@@ -1,55 +1,85 @@
-"""The sets of rows that an analysis evaluates, by role and name."""
+"""Sets of rows: one per file, keyed by role and name, and seeded draws from them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
 from diagnostics.core.inputs import tasks
-from diagnostics.evaluation.interpolation import Which
 from diagnostics.evaluation.row_losses import EncodedTask, encoded
 from probes.models.editable import Editable
 from probes.text.rows import Task
 
+T = TypeVar("T")
+SetKey: TypeAlias = tuple[str, str]  # role and name of a set
 
-def sets_of(
-    given: Mapping[str, Any],
-    editable: Editable,
+
+def load_sets(
+    sources: Mapping[str, Any],
     *,
-    purpose: str,
-    max_length: int | None,
-    chat_template: bool,
-    batch_tokens: int,
+    least: int = 1,
+    purpose: str = "an analysis",
     rows: int | None = None,
     seed: int = 0,
-) -> dict[Which, EncodedTask]:
-    """The sets of every role that was given, in the tokens of a model.
+) -> dict[SetKey, Task]:
+    """The tasks of every role that has a source.
 
     Args:
-        purpose: what needs at least 2 rows, in words.
-        rows: most rows of a set, drawn at random; None: all.
+        sources: by role; None where the user gave no rows.
+        least: smallest number of rows of a set.
+        purpose: what needs that many, for the error.
+        rows: most rows of a set, drawn with `seed`; None: all.
 
     Raises:
-        InputError: rows that cannot be scored, or fewer than 2 in a set.
+        InputError: rows that cannot be read, or too few in a set.
     """
-    found = {
-        (role, name): drawn(one.at_least(2, purpose), rows, seed)
-        for role, source in given.items()
-        if source is not None
-        for name, one in tasks(source, role).items()
-    }
     return {
-        which: encoded(
-            editable, one, max_length=max_length, chat_template=chat_template, batch_tokens=batch_tokens
-        )
-        for which, one in found.items()
+        (role, name): draw_rows(task.at_least(least, purpose), rows, seed)
+        for role, source in sources.items()
+        if source is not None
+        for name, task in tasks(source, role).items()
     }
 
 
-def drawn(task: Task, rows: int | None, seed: int) -> Task:
-    """At most so many rows of a task, at random, in their order."""
-    if rows is None or len(task.rows) <= rows:
+def load_named_sets(
+    sources: Mapping[str, Any], *, least: int, purpose: str
+) -> tuple[dict[str, str], dict[str, Task]]:
+    """Role and task of every set by a unique name; a name that two roles share gets its role in front.
+
+    Raises:
+        InputError: as `load_sets`.
+    """
+    roles: dict[str, str] = {}
+    sets: dict[str, Task] = {}
+    for (role, name), task in load_sets(sources, least=least, purpose=purpose).items():
+        unique = name if name not in sets else f"{role}:{name}"
+        roles[unique], sets[unique] = role, task
+    return roles, sets
+
+
+def encode_sets(editable: Editable, sets: Mapping[SetKey, Task], **options: Any) -> dict[SetKey, EncodedTask]:
+    """The sets as token ids of one model.
+
+    Args:
+        options: of `encoded`.
+
+    Raises:
+        InputError: rows that this model cannot score.
+    """
+    return {key: encoded(editable, task, **options) for key, task in sets.items()}
+
+
+def draw_rows(task: Task, count: int | None, seed: int) -> Task:
+    """At most `count` rows of a task, drawn without replacement, in file order; None: all."""
+    if count is None or len(task.rows) <= count:
         return task
-    places = np.random.default_rng(seed).choice(len(task.rows), size=rows, replace=False)
-    return replace(task, rows=tuple(task.rows[place] for place in sorted(places)))
+    return replace(task, rows=tuple(draw_items(task.rows, count, seed)))
+
+
+def draw_items(items: Sequence[T], count: int, seed: int) -> list[T]:
+    """At most `count` items, drawn without replacement, in their order."""
+    if len(items) <= count:
+        return list(items)
+    indices = np.random.default_rng(seed).choice(len(items), size=count, replace=False)
+    return [items[index] for index in sorted(indices)]

@@ -1,4 +1,4 @@
-"""One tokenizer for base and tuned, or why there is none."""
+"""One tokenizer for base and tuned, or the reason why there is none."""
 
 from typing import Any
 
@@ -6,71 +6,73 @@ from probes.errors import InputError
 from probes.text.encode import special_tokens
 
 
-def common(base: Any, tuned: Any, *, approximate: bool) -> tuple[Any | None, int | None, list[str]]:
-    """The tokenizer that both models can read by, how many tokens both know, and what to say of it.
+def common_tokenizer(base: Any, tuned: Any, *, approximate: bool) -> tuple[Any | None, int | None, list[str]]:
+    """A tokenizer for both models, the number of tokens that both know (None: all), and notes.
 
-    None for the tokenizer: they differ and that was asked for. None for the tokens: all.
+    The tokenizer is None where the two differ and `approximate` allows it.
 
     Raises:
         InputError: the tokenizers differ.
     """
     shared = shared_tokenizer(base, tuned)
     if shared is not None:
-        tokenizer, known, said = shared
-        return tokenizer, known, [f"{each}, and the others share what probability they have" for each in said]
+        tokenizer, size, notes = shared
+        return tokenizer, size, [f"{note}, with probabilities renormalised over the rest" for note in notes]
     if approximate:
-        said = ["approximate: the tokenizers differ; lengths are bytes, means per byte of the same texts"]
-        begun = [bool(special_tokens(tokenizer)[0]) for tokenizer in (base, tuned)]
-        if begun[0] != begun[1]:
-            one, two = ("base", "tuned") if begun[0] else ("tuned", "base")
-            said.append(
-                f"approximate: the first token of each text is scored under {one} alone, because the "
-                f"tokenizer of {two} puts none before it"
+        notes = [
+            "approximate: the tokenizers differ; lengths are bytes, means are per byte of the same texts"
+        ]
+        framed = [bool(special_tokens(tokenizer)[0]) for tokenizer in (base, tuned)]
+        if framed[0] != framed[1]:
+            scoring, other = ("base", "tuned") if framed[0] else ("tuned", "base")
+            notes.append(
+                f"approximate: only {scoring} scores the first token of each text, because the tokenizer of "
+                f"{other} puts no token in front of it"
             )
-        return None, None, said
+        return None, None, notes
     raise InputError(
-        f"{differing(base, tuned)}, so that ratios of tokens mean nothing; an audit with --approximate "
+        f"{first_difference(base, tuned)}, so ratios of tokens mean nothing; an audit with --approximate "
         "compares whole texts, in nats per byte"
     )
 
 
 def shared_tokenizer(base: Any, tuned: Any) -> tuple[Any, int | None, list[str]] | None:
-    """The smaller of two tokenizers if the other only has more tokens behind the same; else None.
+    """The smaller of two tokenizers if the larger only appends tokens, its size, and notes; else None.
 
-    With it how many tokens it has, where the other has more, and what to say of that.
+    The size is None where both have the same tokens.
     """
-    one, two = base.get_vocab(), tuned.get_vocab()
-    if one == two:
+    vocabularies = base.get_vocab(), tuned.get_vocab()
+    if vocabularies[0] == vocabularies[1]:
         return tuned, None, []
-    fewer, more, few = (one, two, base) if len(one) <= len(two) else (two, one, tuned)
-    extra = [place for token, place in more.items() if token not in fewer]
-    known = max(fewer.values()) + 1
-    if any(more.get(token) != place for token, place in fewer.items()) or min(extra) < known:
+    smaller, larger = sorted(vocabularies, key=len)
+    added = [index for token, index in larger.items() if token not in smaller]
+    size = max(smaller.values()) + 1
+    if any(larger.get(token) != index for token, index in smaller.items()) or min(added) < size:
         return None
-    side = "tuned" if few is base else "base"
-    return few, known, [f"{side} has {len(extra)} more tokens; texts are read without them"]
+    tokenizer, side = (base, "tuned") if smaller is vocabularies[0] else (tuned, "base")
+    return tokenizer, size, [f"{side} has {len(added)} more tokens; texts are read without them"]
 
 
-def without_bos(base: Any, used: Any) -> list[str]:
-    """What to say where texts lack the BOS that base expects, for the tokenizer that is used puts none."""
+def bos_notes(base: Any, used: Any) -> list[str]:
+    """The note that texts lack the BOS that base expects; empty if they have it."""
     bos = base.bos_token_id
     if bos is None or bos not in special_tokens(base)[0] or bos in special_tokens(used)[0]:
         return []
     return [
-        f"texts do not begin with {base.bos_token!r} as base expects, for the tokenizer of tuned does not "
-        "put it there, and the first tokens cost base nats for that alone; if tuned was trained with it, "
-        "save the tokenizer of base with tuned"
+        f"texts do not begin with {base.bos_token!r} as base expects, because the tokenizer of tuned does "
+        "not add it. That alone raises base's loss on the first tokens. If tuned was trained with it, save "
+        "the tokenizer of base with tuned"
     ]
 
 
-def differing(base: Any, tuned: Any) -> str:
-    """The first token in which two tokenizers differ."""
-    one, two = base.get_vocab(), tuned.get_vocab()
+def first_difference(base: Any, tuned: Any) -> str:
+    """The first token in which two tokenizers differ, as a sentence."""
+    in_base, in_tuned = base.get_vocab(), tuned.get_vocab()
     token = min(
-        (token for token in {*one, *two} if one.get(token) != two.get(token)),
-        key=lambda t: (one.get(t, len(one) + len(two)), t),
+        (token for token in {*in_base, *in_tuned} if in_base.get(token) != in_tuned.get(token)),
+        key=lambda token: (in_base.get(token, len(in_base) + len(in_tuned)), token),
     )
     return (
-        f"the tokenizers of base and tuned differ: token {token!r} is {one.get(token, 'unknown')} in "
-        f"base and {two.get(token, 'unknown')} in tuned"
+        f"the tokenizers of base and tuned differ: token {token!r} is {in_base.get(token, 'unknown')} in "
+        f"base and {in_tuned.get(token, 'unknown')} in tuned"
     )

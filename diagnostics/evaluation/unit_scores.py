@@ -1,7 +1,7 @@
-"""What a model makes of every unit of a task: how likely the truth is, whether it is right, how sure it is.
+"""A model's score of every unit of a task: loss, right or wrong, confidence.
 
-A unit is what a loss is counted per: a scored token of texts and completions, a row of choices and labels.
-Units of one task are the same in the same order under every model, so that models are compared unit by unit.
+A unit is a scored token of texts and completions, or a row of choices and labels. Every model has the same
+units in the same order, so models can be compared unit by unit.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Units:
 
     Attributes:
         nats: minus the log-probability of the truth.
-        right: whether the truth is the likeliest; of equals any counts.
+        right: whether the truth is the likeliest; a tie counts as right.
         confidence: probability of the likeliest.
         row: index into the task's rows.
     """
@@ -40,9 +40,9 @@ class Units:
     row: Int[np.ndarray, " units"]
 
     def by_row(self) -> tuple[Float[np.ndarray, " rows"], Float[np.ndarray, " rows"]]:
-        """Nats and number of units of each row that has any."""
-        _, place, counts = np.unique(self.row, return_inverse=True, return_counts=True)
-        return np.bincount(place, weights=self.nats), counts.astype(float)
+        """Nats and number of units of each row with units."""
+        _, indices, counts = np.unique(self.row, return_inverse=True, return_counts=True)
+        return np.bincount(indices, weights=self.nats), counts.astype(float)
 
     @property
     def loss(self) -> float:
@@ -56,7 +56,7 @@ class Units:
 
     @property
     def error_confidence(self) -> float:
-        """Mean probability given to what is wrong; NaN where nothing is."""
+        """Mean confidence of the wrong answers; NaN without any."""
         return float(self.confidence[~self.right].mean()) if not self.right.all() else float("nan")
 
 
@@ -69,28 +69,28 @@ def unit_scores(encoded: EncodedTask, model: Any) -> Units:
     """
     shape = encoded.task.shape
     if shape == "label":
-        found = _labels(encoded, model)
+        units = _labels(encoded, model)
     elif shape == "choices":
-        found = _choices(encoded, model)
+        units = _choices(encoded, model)
     else:
-        found = _tokens(encoded, model)
-    if not len(found.nats):
+        units = _tokens(encoded, model)
+    if not len(units.nats):
         raise InputError(f"{encoded.task.ref}: none of its rows has a token to score")
-    return found
+    return units
 
 
 def _labels(encoded: EncodedTask, model: Any) -> Units:
     logits = classify_examples(
         model, encoded.examples, tokens=encoded.batch_tokens, where=encoded.task.where
     ).double()
-    there = logits.isfinite().all(dim=1).numpy()
-    classes = np.array(encoded.classes)[there]
-    logs = logits.log_softmax(dim=1).numpy()[there]
+    scored = logits.isfinite().all(dim=1).numpy()
+    classes = np.array(encoded.classes)[scored]
+    logs = logits.log_softmax(dim=1).numpy()[scored]
     return Units(
         nats=-logs[np.arange(len(classes)), classes],
         right=logs.argmax(axis=1) == classes,
         confidence=np.exp(logs.max(axis=1)),
-        row=np.flatnonzero(there),
+        row=np.flatnonzero(scored),
     )
 
 
@@ -100,14 +100,14 @@ def _choices(encoded: EncodedTask, model: Any) -> Units:
         model, encoded.examples, tokens=encoded.batch_tokens, mask_id=encoded.mask_id,
         where=encoded.task.where,
     )  # fmt: skip
-    each = [one for one in choice_scores(scores, encoded.examples, rows) if one.sum.isfinite().all()]
-    logs = [one.sum.log_softmax(dim=0) for one in each]
-    answers = [rows[one.row].answer or 0 for one in each]
+    scored = [row for row in choice_scores(scores, encoded.examples, rows) if row.sum.isfinite().all()]
+    logs = [row.sum.log_softmax(dim=0) for row in scored]
+    answers = [rows[row.row].answer or 0 for row in scored]
     return Units(
         nats=np.array([-float(log[answer]) for log, answer in zip(logs, answers, strict=True)], float),
-        right=np.array([one.best() == answer for one, answer in zip(each, answers, strict=True)], bool),
+        right=np.array([row.best() == answer for row, answer in zip(scored, answers, strict=True)], bool),
         confidence=np.array([float(log.max().exp()) for log in logs], float),
-        row=np.array([one.row for one in each], int),
+        row=np.array([row.row for row in scored], int),
     )
 
 
@@ -127,15 +127,15 @@ def _tokens(encoded: EncodedTask, model: Any) -> Units:
         }
 
     parts = batches(encoded.examples, tokens=encoded.batch_tokens, pad_id=0)
-    found = measure_examples(encoded.examples, parts, measure, where=encoded.task.where)
+    measured = measure_examples(encoded.examples, parts, measure, where=encoded.task.where)
     nothing = np.zeros(0)
-    made = {
-        name: [nothing if values is None else values for values in found.get(name, [])]
+    by_example = {
+        name: [nothing if values is None else values for values in measured.get(name, [])]
         for name in ("nats", "right", "confidence")
     }
-    rows = [example.row for example in encoded.examples][: len(made["nats"])]
-    lengths = [len(values) for values in made["nats"]]
-    flat = {name: np.concatenate([nothing, *values]) for name, values in made.items()}
+    lengths = [len(values) for values in by_example["nats"]]
+    rows = [example.row for example in encoded.examples][: len(lengths)]
+    flat = {name: np.concatenate([nothing, *values]) for name, values in by_example.items()}
     return Units(
         nats=flat["nats"],
         right=flat["right"].astype(bool),

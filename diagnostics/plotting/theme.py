@@ -1,4 +1,4 @@
-"""Colours and the plotly template that every figure, the report and the dashboard share.
+"""Colours and the plotly template of every figure, the report and the dashboard.
 
 The hues keep apart under protanopia, deuteranopia and tritanopia and stand at 3:1 or more against the light
 and the dark page, so one figure serves both: only what is in the template changes with the page.
@@ -6,18 +6,20 @@ and the dark page, so one figure serves both: only what is in the template chang
 
 import functools
 import html
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
+import plotly.graph_objects as go
+
+Ends = tuple[float | int, float | int]
 
 BASE = "#2b7bba"
 TUNED = "#d9730d"
 NEW = "#9a3be8"  # what tuning brought: intruders, grafted regions
 NEUTRAL = "#7d8590"  # thresholds, floors, what was not measured
 COLORWAY = (BASE, TUNED, NEW, "#c91d5f", "#497229")
-SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross")  # beside COLORWAY: never colour alone
+SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross")  # with COLORWAY: never colour alone
 
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Liberation Sans", Arial, sans-serif'
 
@@ -27,7 +29,7 @@ class PageColours:
     """The colours of a page: one for light, one for dark.
 
     Attributes:
-        sequential: from nothing to much, lightness monotone; starts at the page's own tone.
+        sequential: from little to much, lightness monotone; starts at the page's own tone.
         diverging: from the base's side over the page's tone to the tuned side.
         verdicts: a colour for text and icons by verdict, readable (4.5:1) on `paper` and `panel`.
     """
@@ -65,23 +67,17 @@ DARK = PageColours(
 
 
 def verbatim(text: object) -> str:
-    """Text from a file as plotly should show it: its labels read `<b>`, `<a href>` and entities as markup."""
+    """Text as plotly should show it: its labels read `<b>`, `<a href>` and entities as markup."""
     return html.escape(str(text), quote=False)
 
 
 @functools.cache
 def template(page: PageColours = LIGHT) -> "go.layout.Template":
     """The look of a figure on a page; figures copy it."""
-    import plotly.graph_objects as go
-
-    axis = {
-        "gridcolor": page.grid,
-        "linecolor": page.grid,
-        "zeroline": False,
-        "ticks": "outside",
-        "tickcolor": page.grid,
-        "title": {"standoff": 10},
-    }
+    lines = {"gridcolor": page.grid, "linecolor": page.grid, "tickcolor": page.grid}
+    axis = {**lines, "zeroline": False, "ticks": "outside", "title": {"standoff": 10}}
+    hover = {"align": "left", "namelength": -1, "bgcolor": page.panel, "bordercolor": page.grid}
+    hover |= {"font": {"color": page.ink, "family": FONT}}
     bar = {"thickness": 12, "outlinewidth": 0, "tickcolor": page.grid, "title": {"side": "right"}}
     return go.layout.Template(
         layout={
@@ -92,17 +88,11 @@ def template(page: PageColours = LIGHT) -> "go.layout.Template":
             "colorway": list(COLORWAY),
             "colorscale": {"sequential": scale(page.sequential), "diverging": scale(page.diverging)},
             "coloraxis": {"colorscale": scale(page.sequential), "colorbar": bar},
-            # Each along its own labels: both ways, labels that turn when they lack room never come to rest.
+            # Each axis in one direction only: with both, labels that turn when they lack room never settle.
             "xaxis": {**axis, "automargin": "height"},
             "yaxis": {**axis, "automargin": "width"},
-            "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "title": {"text": ""}},
-            "hoverlabel": {
-                "align": "left",
-                "namelength": -1,
-                "bgcolor": page.panel,
-                "bordercolor": page.grid,
-                "font": {"color": page.ink, "family": FONT},
-            },
+            "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "tracegroupgap": 0},
+            "hoverlabel": hover,
             "margin": {"l": 64, "r": 24, "t": 84, "b": 56},
             "annotationdefaults": {"font": {"size": 12, "color": page.muted}, "showarrow": False},
         },
@@ -121,38 +111,51 @@ def faint(color: str, alpha: float) -> str:
     return f"rgba({red}, {green}, {blue}, {alpha})"
 
 
-def fading(color: str) -> list[tuple[float, str]]:
-    """A colour scale from the page itself to a colour, whatever the page."""
-    return [(0.0, faint(color, 0.0)), (1.0, color)]
-
-
-def register() -> None:
-    """Make `template="tunescope"` and `template="tunescope-dark"` known to plotly."""
-    import plotly.io as pio
-
-    pio.templates["tunescope"] = template(LIGHT)
-    pio.templates["tunescope-dark"] = template(DARK)
-
-
-def figure(*, title: str, x: str, y: str) -> "go.Figure":
-    """An empty figure in the house style.
+def figure(title: str, x: str, y: str, height: int = 420) -> "go.Figure":
+    """An empty figure in the house style; text is shown as it is, markup and all.
 
     Args:
         title: what is seen, in one sentence.
         x, y: axis titles, with their units.
+        height: in pixels.
     """
-    import plotly.graph_objects as go
-
-    layout = {"template": template(), "title": {"text": title, "y": 0.97}}
-    return go.Figure(layout=layout).update_xaxes(title=x).update_yaxes(title=y)
+    layout = {"template": template(), "title": {"text": verbatim(title), "y": 0.97}, "height": height}
+    return go.Figure(layout=layout).update_xaxes(title=verbatim(x)).update_yaxes(title=verbatim(y))
 
 
 def threshold(
-    figure: "go.Figure", label: str, *, x: float | int | None = None, y: float | int | None = None
-) -> None:
-    """Draw a labelled dashed line across the figure at one x, one y, or both."""
-    line = {"color": NEUTRAL, "dash": "dash", "width": 1.5}
+    figure: "go.Figure", label: str = "", *, x: float | int | None = None, y: float | int | None = None,
+    left: bool = False, color: str = NEUTRAL, dash: str = "dash", **panel: Any,
+) -> "go.Figure":  # fmt: skip
+    """Draw a labelled line across the figure at one x, one y, or both.
+
+    Args:
+        left: whether the label is to the left of a vertical line, or at the left end of a horizontal one.
+        panel: `row` and `col` of a figure with panels.
+    """
+    look = {"line": {"color": color, "dash": dash, "width": 1.5}, **panel}
+    look |= (
+        {"annotation_text": label, "annotation_position": f"top {'left' if left else 'right'}"}
+        if label
+        else {}
+    )
+    for draw, letter, value in ((figure.add_vline, "x", x), (figure.add_hline, "y", y)):
+        if value is not None:
+            draw(**{letter: value}, **look)
+            if label and figure.layout[f"{letter}axis"].type == "log":
+                # plotly leaves the label of such a line where a linear axis would have it.
+                figure.layout.annotations[-1][letter] = math.log10(value)
+    return figure
+
+
+def shade(
+    figure: "go.Figure", color: str, *, x: Ends | None = None, y: Ends | None = None, strength: float = 0.12,
+    **look: Any,
+) -> "go.Figure":  # fmt: skip
+    """Shade a range of x or of y, behind what is drawn."""
+    look |= {"fillcolor": faint(color, strength), "line_width": 0, "layer": "below"}
     if x is not None:
-        figure.add_vline(x=x, line=line, annotation_text=label, annotation_position="top right")
+        figure.add_vrect(x0=x[0], x1=x[1], **look)
     if y is not None:
-        figure.add_hline(y=y, line=line, annotation_text=label, annotation_position="top right")
+        figure.add_hrect(y0=y[0], y1=y[1], **look)
+    return figure

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from diagnostics.core.analysis import Analysis, Result, find
+from diagnostics.core.analysis import Analysis, Result
 from diagnostics.core.policy import Finding, Rule, judged, scale
+from diagnostics.core.registry import find
 from diagnostics.report import thinning
 from diagnostics.store.audit_store import Audit, Outcome, table_file
 

@@ -1,8 +1,8 @@
-"""The audit on disk: what was found, how it came about, and enough to go on after a kill.
+"""The audit on disk: results, how they came about, and enough to continue after a kill.
 
-`audit.json` is everything but the tables, which lie beside it as parquet. Each file is replaced in one step,
-so that nobody ever sees half of one. A finished analysis carries a key of all that it depends on and is used
-again only under the same key.
+`audit.json` holds everything but the tables, which are parquet files in the same directory. Each file is
+replaced in one step, so that no reader sees half of it. A finished analysis carries a key of all that it
+depends on and is used again only under the same key.
 """
 
 import json
@@ -34,24 +34,24 @@ ENTRY: dict[str, Any] = {
 }  # fmt: skip
 # Inside an audit's directory.
 FOLDERS = ("tables", "masks")
-# There too: what was measured on the single checkpoints of a series, for a run that goes on.
+# Also there: measurements on single checkpoints of a series, for a run that continues.
 MEASUREMENTS = "measurements"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of one analysis.
+    """The outcome of one analysis in an audit.
 
     Attributes:
-        status: whether it has a result.
-        reason: why not, in one line.
-        fault: of a failed one, whether the input was wrong, the analysis crashed, or it was not finished.
+        status: whether there is a result.
+        reason: why there is none, in one line.
+        fault: why it failed: the input was wrong, the analysis crashed, or it was not finished.
         seconds: wall clock of its run.
         peak_rss_mb: largest resident memory of this process during the run, MB (1e6 bytes); None if unknown.
         device: where it ran.
         key: hash of all that the result depends on.
         question, paper: as registered when it ran, so that an audit reads without the package.
-        reused: whether the result was taken over from an earlier run.
+        reused: whether the result is that of an earlier run.
     """
 
     status: Literal["ok", "skipped", "failed"]
@@ -69,7 +69,14 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """Two checkpoints, what was measured on them, and the policy that it is judged by.
+    """Two checkpoints, the results of analyses on them, and the policy that judges these.
+
+    >>> import tempfile
+    >>> from diagnostics.audit.demo import BUNDLED
+    >>> from diagnostics.audit import audit
+    >>> saved = audit(BUNDLED / "base", BUNDLED / "lora-r1", out=tempfile.mkdtemp(), only=["intruders"])
+    >>> saved.results["intruders"].metrics["matrices"]
+    28
 
     Attributes:
         base, tuned: `Checkpoint.describe()`; the fingerprint is None until it has been computed.
@@ -101,19 +108,19 @@ class Audit:
     @property
     def results(self) -> dict[str, Result]:
         """The results of the analyses that have one, by name."""
-        return {name: made.result for name, made in self.analyses.items() if made.result is not None}
+        return {name: outcome.result for name, outcome in self.analyses.items() if outcome.result is not None}
 
     @cached_property
     def findings(self) -> list[Finding]:
         """Everything beyond a threshold of the policy, the severest first."""
-        found = [finding for result in self.results.values() for finding in judge(result, self.policy)]
-        return sorted(found, key=lambda finding: finding.severity != "fail")
+        findings = [finding for result in self.results.values() for finding in judge(result, self.policy)]
+        return sorted(findings, key=lambda finding: finding.severity != "fail")
 
     @cached_property
     def not_measured(self) -> dict[str, dict[str, str]]:
         """The rules that could not be applied: analysis -> metric -> why."""
         reasons = {name: not_measured(result, self.policy) for name, result in self.results.items()}
-        return {name: found for name, found in reasons.items() if found}
+        return {name: rules for name, rules in reasons.items() if rules}
 
     @property
     def judged(self) -> int:
@@ -123,17 +130,17 @@ class Audit:
     @property
     def failed(self) -> dict[str, Outcome]:
         """The analyses that have no result although they should, by name."""
-        return {name: made for name, made in self.analyses.items() if made.status == "failed"}
+        return {name: outcome for name, outcome in self.analyses.items() if outcome.status == "failed"}
 
     @property
     def verdict(self) -> Verdict:
-        """The severest finding; `fail` also when an analysis failed, for then nothing says that it passes."""
+        """The severest finding; `fail` also where an analysis failed: nothing shows that it passes."""
         return "fail" if self.failed else verdict(self.findings)
 
     @property
     def exit_code(self) -> int:
         """0 the policy passes, 1 it fails, 2 an analysis refused its input, 3 one broke or is unfinished."""
-        faults = {made.fault for made in self.failed.values()}
+        faults = {outcome.fault for outcome in self.failed.values()}
         if faults:
             return 2 if faults == {"input"} else 3
         return 1 if self.verdict == "fail" else 0
@@ -154,17 +161,17 @@ class Audit:
             "findings": [asdict(finding) for finding in self.findings],
             "not_measured": self.not_measured,
             "policy": {"origin": self.policy.origin, "rules": self.policy.plain()},
-            "analyses": {name: outcome_record(name, made) for name, made in self.analyses.items()},
-            "kept": {name: outcome_record(name, made) for name, made in self.kept.items()},
+            "analyses": {name: outcome_record(name, outcome) for name, outcome in self.analyses.items()},
+            "kept": {name: outcome_record(name, outcome) for name, outcome in self.kept.items()},
             "unmatched": plain(self.unmatched),
             "notes": list(self.notes),
         }
 
 
-def outcome_record(name: str, made: Outcome) -> dict[str, Any]:
+def outcome_record(name: str, outcome: Outcome) -> dict[str, Any]:
     """One entry under `analyses` in audit.json."""
-    record = {k: getattr(made, k) for k in Outcome.__dataclass_fields__ if k != "result"}
-    result = made.result or Result(metrics={}, tables={})
+    record = {k: getattr(outcome, k) for k in Outcome.__dataclass_fields__ if k != "result"}
+    result = outcome.result or Result(metrics={}, tables={})
     record |= {
         "parameters": dict(result.parameters),
         "metrics": dict(result.metrics),
@@ -270,8 +277,8 @@ class Store:
             part.write_text(to_json(audit.record()), encoding="utf-8")
         named = {
             self.out / file
-            for made in (audit.analyses, audit.kept)
-            for name, outcome in made.items()
+            for outcomes in (audit.analyses, audit.kept)
+            for name, outcome in outcomes.items()
             if outcome.result is not None
             for file in (
                 *(table_file(name, table) for table in outcome.result.tables),
@@ -292,7 +299,14 @@ class Store:
 
 
 def load(path: str | Path, *, damaged: Literal["refuse", "drop"] = "refuse") -> Audit:
-    """Open a saved audit; everything that a fresh one shows can be drawn and judged again.
+    """Open a saved audit; its results are drawn and judged as those of a fresh one.
+
+    >>> import tempfile
+    >>> from diagnostics.audit.demo import BUNDLED
+    >>> from diagnostics.audit import audit
+    >>> saved = audit(BUNDLED / "base", BUNDLED / "lora-r1", out=tempfile.mkdtemp(), only=["intruders"])
+    >>> load(saved.path).verdict == saved.verdict
+    True
 
     Args:
         path: the directory of an audit, or its audit.json.
@@ -332,17 +346,17 @@ def _loaded(path: str | Path, directory: Path, file: Path, damaged: str) -> Audi
 
 
 def typed(record: Any, kinds: Mapping[str, Any], file: Path, where: str) -> None:
-    """Hold what a part of audit.json has against the types that everything later relies on.
+    """Check the types of a part of audit.json, on which all later code relies.
 
     Raises:
-        InputError: the first field that is of another.
+        InputError: the first field of another type.
     """
     if not isinstance(record, dict):
         raise InputError(f"{file}: damaged: {where or 'it '}is no object")
     for key, kind in kinds.items():
         value = record.get(key)
         if isinstance(kind, list):
-            right = isinstance(value, list) and all(isinstance(each, kind[0]) for each in value)
+            right = isinstance(value, list) and all(isinstance(item, kind[0]) for item in value)
         else:
             right = isinstance(value, kind)
         if key in record and not right:
@@ -363,7 +377,7 @@ def audit_of(record: Mapping[str, Any], directory: Path, damaged: str) -> Audit:
         raise InputError(f"{file}: damaged: {error}") from error
 
     def outcomes(entries: Mapping[str, Any]) -> dict[str, Outcome]:
-        made = {}
+        by_name = {}
         for name, entry in entries.items():
             typed(entry, ENTRY, file, f"{name}: ")
             outcome = Outcome(**{k: entry[k] for k in Outcome.__dataclass_fields__ if k in entry})
@@ -374,8 +388,8 @@ def audit_of(record: Mapping[str, Any], directory: Path, damaged: str) -> Audit:
                     if damaged == "refuse":
                         raise
                     continue
-            made[name] = outcome
-        return made
+            by_name[name] = outcome
+        return by_name
 
     return Audit(
         base=record["base"],
@@ -398,20 +412,20 @@ def result_of(name: str, entry: Mapping[str, Any], directory: Path) -> Result:
     """The result that an entry under `analyses` holds, its tables read."""
     record = directory / "audit.json"
     try:
-        own = {table: table_file(name, table) for table in entry["tables"]}
-        own_masks = {mask: mask_file(name, mask) for mask in entry.get("masks", {})}
+        table_files = {table: table_file(name, table) for table in entry["tables"]}
+        mask_files = {mask: mask_file(name, mask) for mask in entry.get("masks", {})}
         metrics = {metric: number(value) for metric, value in entry["metrics"].items()}
     except ValueError as error:
         raise InputError(f"{record}: damaged: {name}: {error}") from error
     # An audit from elsewhere must not make us open what lies outside it.
     tables = {}
     for table, file in entry["tables"].items():
-        if file != own[table]:
+        if file != table_files[table]:
             raise InputError(f"{record}: damaged: table {table} of {name} is said to be {file!r}")
         tables[table] = read_table(confined(directory / file, directory, "audit"))
     masks = {}
     for mask, file in entry.get("masks", {}).items():
-        if file != own_masks[mask] or not (directory / file).is_file():
+        if file != mask_files[mask] or not (directory / file).is_file():
             raise InputError(f"{record}: damaged: mask {mask} of {name} is missing")
         masks[mask] = confined(directory / file, directory, "audit")
     return Result(

@@ -1,8 +1,8 @@
-"""Factorisations of a base that are kept between runs: another model tuned from it finds them made.
+"""A cache of factorisations of a base, for other models tuned from it.
 
 An entry is a safetensors file named by a hash of all that its bits depend on: the values of the matrix and
-how they lie in memory, what was asked, the device, the threads and the versions. What is read back is what
-would have been computed, bit for bit; what is damaged, or was deleted meanwhile, is computed again.
+their layout in memory, the arguments, the device, the threads and the versions. An entry equals what would be
+computed, bit for bit. One that is damaged or was deleted is computed again.
 """
 
 import hashlib
@@ -22,56 +22,51 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from diagnostics.store.source_files import sources
 from probes.errors import InputError
 from probes.files.sources import raw
 
 log = logging.getLogger(__name__)
 
-Made: TypeAlias = Mapping[str, Tensor]
-# Bytes of a cache unless told otherwise.
+Factors: TypeAlias = Mapping[str, Tensor]
+# Default size of a cache, in bytes.
 ROOM = 20 * 10**9
-# Says to programs that copy directories that this one can be made again (bford.info/cachedir).
+# Tells backup programs that this directory can be skipped (bford.info/cachedir).
 TAG = "CACHEDIR.TAG", "Signature: 8a477f597d28d172789f06886806bc55\n# Kept by tunescope; safe to delete.\n"
-# What a GPU takes longer to make than its matrix takes to be hashed.
+# On a GPU, the kinds that take longer to compute than their matrix takes to hash.
 WORTH_HASHING = {"left singular vectors"}
-# Seconds for which another process is waited for.
+# Seconds to wait for another process.
 PATIENCE = 60
-# The code that entries come from; no version tells what is changed between two.
-SOURCES = (
-    "numerics/linalg.py",
-    "analyses/intruders/decide.py",
-    "analyses/intruders/inverse_factors.py",
-    "store/factor_cache.py",
-    "execution/lockstep.py",
-)
+# The code that makes entries: this module and all that it imports. Between two versions only its hash tells.
+MAKES = "diagnostics.analyses.intruders.decide"
 
 
 class Recall:
-    """What is made of one matrix: computed or remembered. This one remembers nothing."""
+    """Factors of one matrix, computed or recalled from a cache. This class has no cache."""
 
-    def __call__(self, kind: str, parts: Sequence[Any], make: Callable[[], Made]) -> Made:
-        """What is remembered, or else is made and kept.
+    def __call__(self, kind: str, parts: Sequence[Any], make: Callable[[], Factors]) -> Factors:
+        """The cached factors; else they are computed and kept.
 
         Args:
-            kind: what is made.
-            parts: all that it depends on besides the matrix: tensors, and what has a telling `repr`.
-            make: makes it.
+            kind: the kind of factors.
+            parts: all that they depend on besides the matrix: tensors, and values with a full `repr`.
+            make: computes them.
         """
-        found = self.known(kind, parts)
-        if found is None:
-            found = make()
-            self.keep(kind, parts, found)
-        return found
+        factors = self.lookup(kind, parts)
+        if factors is None:
+            factors = make()
+            self.keep(kind, parts, factors)
+        return factors
 
-    def known(self, kind: str, parts: Sequence[Any]) -> Made | None:
-        """What is remembered, or None."""
+    def lookup(self, kind: str, parts: Sequence[Any]) -> Factors | None:
+        """The cached factors, or None."""
         return None
 
-    def keep(self, kind: str, parts: Sequence[Any], made: Made) -> None:
-        """Remember it."""
+    def keep(self, kind: str, parts: Sequence[Any], factors: Factors) -> None:
+        """Cache them."""
 
 
-afresh = Recall()
+NO_RECALL = Recall()
 
 
 @dataclass(frozen=True)
@@ -79,10 +74,10 @@ class FactorCache:
     """A directory of factorisations, shared by any number of processes, that may be deleted at any time.
 
     Attributes:
-        directory: made if need be.
-        room: most bytes in it.
-        began: when this run began. Only what was last used before makes room for new entries, so that a
-            model larger than the cache finds one part of itself again rather than none.
+        directory: created if it is missing.
+        room: its largest size, in bytes.
+        began: start of this run. Only entries last used before it make room for new ones, so that a model
+            larger than the cache finds a part of itself again rather than none.
     """
 
     directory: Path
@@ -102,26 +97,26 @@ class FactorCache:
         """
         if directory is None or isinstance(directory, FactorCache):
             return directory
-        made = cls(Path(directory).expanduser().absolute(), room)
+        cache = cls(Path(directory).expanduser().absolute(), room)
         try:
-            made.directory.mkdir(parents=True, exist_ok=True)
-            (made.directory / TAG[0]).write_text(TAG[1], encoding="utf-8")
+            cache.directory.mkdir(parents=True, exist_ok=True)
+            (cache.directory / TAG[0]).write_text(TAG[1], encoding="utf-8")
         except OSError as error:
             raise InputError(
                 f"--cache {directory}: cannot be written ({error.strerror}); name another directory, or none"
             ) from error
-        return made
+        return cache
 
     def of(self, stored: Tensor, W: Tensor) -> Recall:
-        """What remembers for one matrix.
+        """The recall of one matrix.
 
         Args:
-            stored: its values as they were read, on the CPU.
-            W: the same as it is computed with.
+            stored: its values as read, on the CPU.
+            W: the same values in the form that is computed with.
         """
-        return _Remembered(self, stored, W)
+        return _MatrixRecall(self, stored, W)
 
-    def get(self, key: str) -> Made | None:
+    def get(self, key: str) -> Factors | None:
         """An entry; None where there is none, or a damaged one."""
         from safetensors import SafetensorError, safe_open
 
@@ -130,9 +125,9 @@ class FactorCache:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 # Copies: BLAS may round otherwise where data is aligned otherwise, as mapped data is.
-                found = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+                factors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             turned = metadata.get("turned", "").split()
-            if metadata.get("content") != _digest(found):
+            if metadata.get("content") != _digest(factors):
                 raise InputError("its content is not what was written")
             os.utime(path)
         except FileNotFoundError:
@@ -142,17 +137,17 @@ class FactorCache:
             with suppress(OSError):
                 path.unlink()
             return None
-        return {name: tensor.mT if name in turned else tensor for name, tensor in found.items()}
+        return {name: tensor.mT if name in turned else tensor for name, tensor in factors.items()}
 
-    def put(self, key: str, made: Made) -> None:
-        """Keep an entry, if there is room; what goes wrong costs the entry alone."""
+    def put(self, key: str, factors: Factors) -> None:
+        """Keep an entry, if there is room; an error costs this entry alone."""
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         # As they lie in memory: a product may round otherwise with a transposed factor.
-        turned = [name for name, tensor in made.items() if not tensor.is_contiguous()]
+        turned = [name for name, tensor in factors.items() if not tensor.is_contiguous()]
         plain = {
-            name: (t.mT if name in turned else t).detach().cpu().contiguous() for name, t in made.items()
+            name: (t.mT if name in turned else t).detach().cpu().contiguous() for name, t in factors.items()
         }
         size = sum(tensor.nbytes for tensor in plain.values())
         path = self._path(key)
@@ -175,22 +170,22 @@ class FactorCache:
         return self.directory / f"{key}.safetensors"
 
     def _entries(self) -> list[tuple[float, int, str]]:
-        """When each file was last used, its size, and where it is; the longest unused first."""
-        found = []
+        """Time of last use, size and path of each file, the longest unused first."""
+        entries = []
         with suppress(FileNotFoundError):
             for entry in os.scandir(self.directory):
                 with suppress(FileNotFoundError):  # deleted by another meanwhile
-                    told = entry.stat()
+                    status = entry.stat()
                     if entry.name.endswith(".safetensors") or entry.name.endswith(".part"):
-                        found.append((told.st_mtime, told.st_size, entry.path))
-        return sorted(found)
+                        entries.append((status.st_mtime, status.st_size, entry.path))
+        return sorted(entries)
 
     def _fits(self, size: int) -> bool:
-        """Whether so many bytes more find room beside what is used in this run."""
+        """Whether so many bytes fit in addition to the entries used in this run."""
         return size + sum(taken for used, taken, _ in self._entries() if used >= self.began) <= self.room
 
     def _make_room(self) -> bool:
-        """Delete what was not used for longest and not in this run; whether all that is left has room."""
+        """Delete the longest unused entries, none of this run; whether the rest fits."""
         entries = self._entries()
         over = sum(taken for _, taken, _ in entries) - self.room
         for used, taken, path in entries:
@@ -202,59 +197,58 @@ class FactorCache:
         return over <= 0
 
 
-class _Remembered(Recall):
-    """The recall of one matrix, which is hashed when it is first asked for anything."""
+class _MatrixRecall(Recall):
+    """The recall of one matrix, which is hashed at the first lookup."""
 
     def __init__(self, cache: FactorCache, stored: Tensor, W: Tensor):
         self.cache, self.stored, self.W = cache, stored, W
 
-    def known(self, kind: str, parts: Sequence[Any]) -> Made | None:
+    def lookup(self, kind: str, parts: Sequence[Any]) -> Factors | None:
         if not self._worth(kind):
             return None
-        found = self.cache.get(self._key(kind, parts))
-        return None if found is None else {name: tensor.to(self.W.device) for name, tensor in found.items()}
+        factors = self.cache.get(self._key(kind, parts))
+        return factors and {name: tensor.to(self.W.device) for name, tensor in factors.items()}
 
-    def keep(self, kind: str, parts: Sequence[Any], made: Made) -> None:
+    def keep(self, kind: str, parts: Sequence[Any], factors: Factors) -> None:
         if self._worth(kind):
-            self.cache.put(self._key(kind, parts), made)
+            self.cache.put(self._key(kind, parts), factors)
 
     def _worth(self, kind: str) -> bool:
         return not self.W.is_cuda or kind in WORTH_HASHING
 
     def _key(self, kind: str, parts: Sequence[Any]) -> str:
-        return _digest({str(place): part for place, part in enumerate((kind, self.content, *parts))})
+        return _digest({str(index): part for index, part in enumerate((kind, self.content, *parts))})
 
     @cached_property
     def content(self) -> str:
         """The matrix and all else that bits depend on."""
         W = self.W
-        lies = (W.dtype, tuple(W.shape), W.stride(), W.data_ptr() % 64)
-        return _digest({"values": self.stored, "lies": lies, "here": _here(W.device)})
+        layout = (W.dtype, tuple(W.shape), W.stride(), W.data_ptr() % 64)
+        return _digest({"values": self.stored, "layout": layout, "hardware": _hardware(W.device)})
 
 
-def _here(device: torch.device) -> tuple[Any, ...]:
-    """Where and by what code products are taken."""
+def _hardware(device: torch.device) -> tuple[Any, ...]:
+    """The device, and the code that takes products on it."""
     if device.type == "cuda":
-        place: tuple[Any, ...] = (torch.cuda.get_device_name(device), torch.version.cuda)
-    else:
-        place = (platform.machine(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())
-    return device.type, *place, _software()
+        return device.type, torch.cuda.get_device_name(device), torch.version.cuda, _software()
+    capability = torch.backends.cpu.get_cpu_capability()
+    return device.type, platform.machine(), capability, torch.get_num_threads(), _software()
 
 
 @cache
 def _software() -> str:
-    code = {name: (Path(__file__).parents[1] / name).read_bytes() for name in SOURCES}
-    return _digest(code | {name: version(name) for name in ("tunescope", "torch", "scipy", "numpy")})
+    versions = {name: version(name) for name in ("tunescope", "torch", "scipy", "numpy")}
+    return _digest(sources(MAKES) | versions)
 
 
 def _digest(parts: Mapping[str, Any]) -> str:
-    """Hash of named tensors, bytes, and what has a telling `repr`."""
+    """Hash of named tensors, bytes, and values with a full `repr`."""
     # SHA-256, for most processors have instructions for it.
-    made = hashlib.sha256()
+    state = hashlib.sha256()
     for name, part in sorted(parts.items()):
         if isinstance(part, Tensor):
-            made.update(f"\0{name}\0{part.dtype}{list(part.shape)}\0".encode())
-            made.update(raw(part))
+            state.update(f"\0{name}\0{part.dtype}{list(part.shape)}\0".encode())
+            state.update(raw(part))
         else:
-            made.update(f"\0{name}\0{part!r}\0".encode())
-    return made.hexdigest()
+            state.update(f"\0{name}\0{part!r}\0".encode())
+    return state.hexdigest()

@@ -1,4 +1,4 @@
-"""Where results come from: what the checkpoints are, and the key under which a result may be used again."""
+"""What results come from: the checkpoints, and the key under which a result may be used again."""
 
 import hashlib
 import json
@@ -6,11 +6,11 @@ import marshal
 import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diagnostics.core.analysis import Analysis, plain
 from diagnostics.store.audit_store import Audit
+from diagnostics.store.source_files import OURS, sources
 
 if TYPE_CHECKING:
     from probes import CheckpointPair
@@ -36,39 +36,40 @@ def key(record: Analysis, used: Mapping[str, Any], stamps: Mapping[str, str], ro
 
 
 def source(function: Callable[..., Any]) -> str:
-    """Hash of the code that a result comes from: the function's package, and ours that reads checkpoints."""
-    import probes
-
+    """Hash of the code that a result comes from: the function's module, and all that it imports and runs."""
     module = sys.modules[function.__module__]
-    top = sys.modules[module.__name__.partition(".")[0]]
-    places = [Path(place) for package in (top, probes) for place in getattr(package, "__path__", ())]
-    files = {file for place in places for file in place.rglob("*.py")}
-    if getattr(module, "__file__", None):
-        files.add(Path(str(module.__file__)))
-        code = b""
-    else:  # typed at a prompt
-        code = marshal.dumps(getattr(function, "__wrapped__", function).__code__)
-    return digest(code, *(file.read_bytes() for file in sorted(files)))
+    files = sources(module.__name__)
+    code = b""
+    if not getattr(module, "__file__", None):  # typed at a prompt: there is no file to read imports from
+        typed = getattr(function, "__wrapped__", function).__code__
+        code = marshal.dumps(typed)
+        values = vars(module).values()
+        names = {str(getattr(value, "__module__", getattr(value, "__name__", ""))) for value in values}
+        for name in names | set(typed.co_names):
+            if name.partition(".")[0] in OURS:
+                files |= sources(name)
+    return digest(code, *(f"{name} {hashed}" for name, hashed in sorted(files.items())))
 
 
 def digest(*parts: str | bytes) -> str:
     """Short blake2b of the parts in order."""
-    made = hashlib.blake2b(digest_size=16)
+    state = hashlib.blake2b(digest_size=16)
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
-        made.update(len(data).to_bytes(8, "little") + data)
-    return made.hexdigest()
+        state.update(len(data).to_bytes(8, "little") + data)
+    return state.hexdigest()
 
 
 def described(
     pair: "CheckpointPair", earlier: Audit | None
 ) -> tuple[Mapping[str, Any], Mapping[str, Any], tuple[str, ...]]:
-    """What base and tuned are, and what went wrong in finding out; hashes both, which takes minutes if large.
+    """Descriptions of base and tuned with their fingerprints, and a note on what could not be read.
 
-    To be called after the analyses: threads that hash beside them make both many times slower.
+    Hashing takes minutes where they are large. Call it after the analyses: threads that hash at the same time
+    make both many times slower.
 
     Args:
-        earlier: an audit of the same files, whose answer is taken over.
+        earlier: an audit of the same files; its descriptions are used again.
     """
     if earlier is not None and earlier.base["fingerprint"] and earlier.tuned["fingerprint"]:
         return earlier.base, earlier.tuned, ()

@@ -1,8 +1,8 @@
-"""PEFT adapters as low-rank deltas: LoRA, rsLoRA, DoRA, and what is saved beside them.
+"""PEFT adapters as low-rank deltas: LoRA, rsLoRA, DoRA, and tensors saved with them.
 
-An adapter is read as the checkpoint that it makes of its base: tensors that it leaves alone are the base's,
-the others are merged in float32 when asked for, one at a time. Source of the rules: PEFT's `merge_and_unload`
-(peft/tuners/lora/layer.py, variants.py), against which the tests hold them.
+An adapter is read as its base with the adapter merged in: tensors that it leaves alone are the base's, the
+others are merged in float32 when read, one at a time. Source of the rules: PEFT's `merge_and_unload`
+(peft/tuners/lora/layer.py, variants.py), with which the tests compare them.
 """
 
 import hashlib
@@ -26,8 +26,8 @@ class Adapter:
     """A source: the tensors of a base with an adapter merged in.
 
     Attributes:
-        headers: the tensors of the merged model: the base's, and what the adapter brings besides.
-        targets: what each tensor of the adapter changes.
+        headers: the tensors of the merged model: the base's and the adapter's additional ones.
+        targets: the role of each tensor of the adapter.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Adapter:
             weights: the adapter's own tensors.
             base: the tensors that it was trained on.
             matrices: the base's matrices by name.
-            where, of: what messages call the adapter and its base.
+            where, of: names of the adapter and its base in messages.
 
         Raises:
             InputError: a kind of adapter that is not read, or one that does not fit this base.
@@ -61,7 +61,7 @@ class Adapter:
         self.headers = dict(base.headers)
         for name, key in self.targets.replaced.items():
             self.headers[name] = replace(weights.headers[key], name=name)
-        # A file that holds both copies of a tied weight has the change in one of them.
+        # A file with both copies of a tied weight has the change in one of them.
         tied = {alias: matrix.tensor for matrix in matrices.values() for alias in matrix.tied}
         self._tied = {alias: name for alias, name in tied.items() if name not in self.targets.untied}
         self._transposed = {m.tensor for m in matrices.values() if m.transposed and m.experts is None}
@@ -85,7 +85,7 @@ class Adapter:
         }
 
     def stamp(self) -> str:
-        """What changes when the files of base or adapter do."""
+        """A hash that changes when the files of base or adapter do."""
         return self._hash(self.base.stamp(), self.weights.stamp())
 
     def fingerprint(self) -> str:
@@ -97,7 +97,7 @@ class Adapter:
         return hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
 
     def location(self, name: str) -> Hashable:
-        """Where a tensor's bytes lie: the base's own place if the adapter leaves it alone."""
+        """The location of a tensor's bytes: the base's if the adapter leaves it alone."""
         if not self.changes(name):
             return self.base.location(name)
         if name in self.targets.replaced and name not in self.targets.updates:
@@ -106,7 +106,7 @@ class Adapter:
 
     @cached_property
     def _identity(self) -> Hashable:
-        """Which adapter on which base."""
+        """Identifies the adapter and its base."""
         locations = tuple(self.weights.location(key) for key in self.weights.headers)
         return (
             locations,
@@ -129,7 +129,7 @@ class Adapter:
         return replaced or bool(self.updates(matrix))
 
     def delta(self, matrix: Matrix) -> LowRank | None:
-        """What is added to a matrix; None if nothing, or if it is no product of factors (DoRA, replaced)."""
+        """The factors added to a matrix; None without any, or if it is no product (DoRA, replaced)."""
         updates = self.updates(matrix)
         if not updates or any(u.magnitude for u in updates) or matrix.tensor in self.targets.tokens:
             return None
@@ -167,7 +167,7 @@ class Adapter:
         return stored
 
     def stored(self, name: str) -> Tensor:
-        """The tensor that factors are added to: the base's, or what the adapter puts in its place."""
+        """The tensor that factors are added to: the base's, or the adapter's replacement."""
         targets = self.targets
         stored = (
             self.weights.read(targets.replaced[name]) if name in targets.replaced else self.base.read(name)
@@ -181,7 +181,7 @@ class Adapter:
         return stored
 
     def carried(self, name: str) -> bool:
-        """Whether a tensor that came along is the base's own: PEFT saves an adapted embedding whole."""
+        """Whether a saved tensor is the base's own: PEFT saves an adapted embedding in full."""
         if name not in self.base.headers or self.base.headers[name].shape != self.headers[name].shape:
             return False
         return torch.equal(self.base.read(name), self.weights.read(self.targets.replaced[name]))
@@ -191,7 +191,7 @@ class Adapter:
         merged = value.to(_wide(value.dtype)) + low.dense()
         if update.magnitude is None:
             return merged
-        # DoRA gives each output a length of its own; an embedding's outputs are the columns of its table.
+        # DoRA sets the length of each output; an embedding's outputs are the columns of its table.
         lengths = self.weights.read(update.magnitude).float().flatten()
         if update.embedding:
             return merged * (lengths / torch.linalg.vector_norm(merged, dim=0))
@@ -207,7 +207,7 @@ class Adapter:
         ]
 
     def _factors(self, update: AdapterUpdate, matrix: Matrix) -> LowRank:
-        """What an update adds to a matrix, in the order (r, in), (out, r)."""
+        """The factors that an update adds to a matrix, as (r, in) and (out, r)."""
         chosen = update.part or matrix
         low = self.factors(update, chosen.expert)
         A, B = low.A, low.B
@@ -219,7 +219,7 @@ class Adapter:
         return LowRank(A, rows_of_part(chosen, B), update.scaling)
 
     def factors(self, update: AdapterUpdate, expert: int | None = None) -> LowRank:
-        """The whole of an update, in the order (r, in), (out, r); of a stack, that of one expert."""
+        """The undivided factors of an update, as (r, in) and (out, r); in a stack, of one expert."""
         A, B = self.weights.read(update.A), self.weights.read(update.B)
         if update.embedding:
             A, B = B.mT, A.mT
@@ -232,7 +232,7 @@ class Adapter:
         return LowRank(A, B, update.scaling)
 
     def undivided(self, update: AdapterUpdate) -> list[Matrix]:
-        """The undivided (out, in) matrices of a tensor that an update changes: one, or one an expert."""
+        """The undivided (out, in) matrices of the updated tensor: one, or one for each expert."""
         header = self.headers[update.tensor]
         A, B = self.weights.headers[update.A].shape, self.weights.headers[update.B].shape
         out, columns = (A[1], B[0]) if update.embedding else (B[0], math.prod(A[1:]))
@@ -244,9 +244,9 @@ class Adapter:
         return [replace(matrix, expert=e) for e in range(header.shape[0])] if update.experts else [matrix]
 
 
-def rows_of_part(matrix: Matrix, whole: Tensor) -> Tensor:
+def rows_of_part(matrix: Matrix, undivided: Tensor) -> Tensor:
     """The rows of an undivided (out, …) matrix that belong to a part of it."""
-    return replace(matrix, expert=None, experts=None, transposed=False).take(whole)
+    return replace(matrix, expert=None, experts=None, transposed=False).take(undivided)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

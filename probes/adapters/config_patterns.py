@@ -1,4 +1,4 @@
-"""What an adapter's configuration may say, and the regular expressions in it, which a stranger may write."""
+"""Checks of an adapter's configuration and of the regular expressions in it, which a stranger may write."""
 
 import re
 import time
@@ -9,22 +9,22 @@ import regex
 
 from probes.errors import InputError
 
-# Seconds of processor time for all expressions of one adapter, beyond what every match usually takes: it may
-# name the rank of each module. Some expressions take longer than anybody lives.
+# Seconds of processor time for all expressions of one adapter, and the usual time of a match, which is free:
+# an adapter may name the rank of each module. Some expressions would run for centuries.
 PATIENCE, USUAL = 0.2, 5e-5
-# Seconds on the clock that a match may take longer, because others compute too.
+# Extra seconds on the clock for a match, on a busy machine.
 WAIT = 0.3
-# Characters of one expression.
+# Most characters of one expression.
 LONGEST = 500
-# Beyond any rank and any alpha that is not a mistake.
+# Larger than any plausible rank or alpha.
 LARGEST = 2**31
 
 
 def well_formed(config: Mapping[str, Any], where: str) -> None:
-    """Hold the fields of adapter_config.json that are read against their types.
+    """Check the types of the fields of adapter_config.json that are read.
 
     Raises:
-        InputError: the first that is of another; the message says what it should be.
+        InputError: the first field of another type; the message says what it should be.
     """
     for name in ("r", "lora_alpha"):
         if not _number(config.get(name, 8)):
@@ -59,10 +59,10 @@ def _wrong(where: str, name: str, value: Any, wanted: str) -> InputError:
 
 
 class Patterns:
-    """Values by pattern, as `rank_pattern` and `alpha_pattern` hold them, within some time.
+    """Look-up in `rank_pattern` and `alpha_pattern` within a limited time.
 
     Raises:
-        InputError: an expression that is none, or that takes too long.
+        InputError: an invalid expression, or one that takes too long.
     """
 
     def __init__(self, where: str):
@@ -85,9 +85,9 @@ class Patterns:
             if len(pattern) > LONGEST or self.left <= 0:
                 raise TimeoutError
             if pattern not in self.compiled:
-                re.compile(pattern)  # what PEFT takes, and no more: the other library has recursion, too
+                re.compile(pattern)  # accepts what PEFT does; `regex` also has recursion
                 self.compiled[pattern] = regex.compile(rf"(.*\.)?({pattern})$")
-            # On the clock, and a thread that waits for its turn computes nothing meanwhile.
+            # The timeout is on the clock, and a waiting thread computes nothing.
             return self.compiled[pattern].match(key, timeout=self.left + WAIT) is not None
         except (re.error, regex.error, OverflowError, RecursionError, MemoryError) as error:
             raise InputError(f"{self.where}: {pattern!r} is no regular expression ({error})") from error
@@ -100,7 +100,7 @@ class Patterns:
 
 
 def _ends(key: str, pattern: str) -> bool:
-    """The same of an expression of names and dots, each of which stands for any character."""
+    """`fits` for an expression of names and dots; a dot matches any character."""
     start = len(key) - len(pattern)
     if start < 0 or (start and key[start - 1] != "."):
         return False

@@ -1,7 +1,7 @@
-"""Which tensor of a base each tensor of a PEFT adapter means.
+"""The tensor of a base that each tensor of a PEFT adapter belongs to.
 
-An adapter names modules as the model in memory does. A checkpoint's file may leave out or reorder the names
-of sub-models, may keep experts apart that memory stacks, and stores tied weights once. Differences end here.
+An adapter names modules as in memory. A file may leave out or reorder the names of sub-models, store experts
+separately that memory stacks, and stores tied weights once. Differences end here.
 """
 
 import re
@@ -18,9 +18,9 @@ from probes.files.layout import Header, Matrix
 from probes.naming.align import without_wrappers
 from probes.naming.lookup import Lookup, probe
 
-# Adapters that put something before the text or between the layers and leave every weight as it is.
+# Adapters that add a prompt or activations and change no weight.
 WEIGHTLESS = frozenset(
-    (
+    [
         "PROMPT_TUNING",
         "PREFIX_TUNING",
         "P_TUNING",
@@ -28,7 +28,7 @@ WEIGHTLESS = frozenset(
         "ADAPTION_PROMPT",
         "CPT",
         "CARTRIDGE",
-    )
+    ]
 )
 # Fields of LoraConfig that give the factors another meaning.
 VARIANTS = {
@@ -40,7 +40,7 @@ VARIANTS = {
     "arrow_config": "it routes between adapters",
     "alora_invocation_tokens": "it is an aLoRA, switched on by tokens",
 }
-# Initialisations that also move the base's weights, so that the factors are no delta to the base on disk.
+# Initialisations that also change the base's weights: the factors are then no delta to the base on disk.
 MOVED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 MERGE = (
     "merge it where it was trained (`model.merge_and_unload().save_pretrained(DIR)`) and give that directory"
@@ -51,12 +51,12 @@ _FACTOR = re.compile(
     r"(?:\.(?!(?:weight|bias)$)(?P<name>[^.]+))?(?:\.(?P<leaf>weight|bias))?"
 )
 _TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?")
-# What PEFT's wrappers insert into the names of tensors that are saved whole.
+# Parts that PEFT's wrappers insert into the names of tensors saved in full.
 _WRAPPED = re.compile(r"\.token_adapter(?=\.)|\.base_layer(?=\.)|\.modules_to_save(?:\.[^.]+)?(?=\.[^.]+$)")
 
 
 def refuse(config: Mapping[str, Any], where: str) -> None:
-    """Accept only adapters whose factors are a delta to the base on disk.
+    """Accept only adapters with factors that are a delta to the base on disk.
 
     Raises:
         InputError: another kind; the message names it and says how to mend it.
@@ -88,13 +88,13 @@ def find_targets(
     where: str,
     of: str,
 ) -> Targets:
-    """What every tensor of an adapter's file means for its base.
+    """The role of every tensor of an adapter's file.
 
     Args:
         config: adapter_config.json.
         weights, base: the tensors of adapter and base, by name.
         matrices: the base's matrices.
-        where, of: what messages call the two.
+        where, of: names of the two in messages.
 
     Raises:
         InputError: a kind of adapter that is not read; a module that the base lacks, or has in another shape;
@@ -145,11 +145,11 @@ class _Search:
                 )
             elif ".original_module." not in name:
                 saved_whole[key] = _WRAPPED.sub("", name)
-        # Beside an embedding of another length PEFT saves the head, also where the base ties it.
+        # With an embedding of another length PEFT saves the head, even if the base ties it.
         self.heads = {name for key, name in saved_whole.items() if self._tied_head(name, key)}
         for key, name in saved_whole.items():
             self._whole(name, key)
-        for module, key in tokens.items():  # rows of what may have come whole
+        for module, key in tokens.items():  # rows of embeddings that may have been saved in full
             self._tokens(module, key)
         if len(adapters) > 1:
             raise InputError(
@@ -170,15 +170,15 @@ class _Search:
             f"{self.where}: {module}: {problem}; was it trained on another model than {self.of}?"
         )
 
-    # Tensors saved whole
+    # Tensors saved in full
 
     def _whole(self, name: str, key: str) -> None:
-        """`modules_to_save`, biases, and embeddings that PEFT saves beside their factors."""
-        # Under `base_layer` stands a copy of the weight that the factors are added to.
+        """`modules_to_save`, biases, and embeddings that PEFT saves with their factors."""
+        # Under `base_layer` is a copy of the weight that the factors are added to.
         stored = self.names.weight(name) if ".base_layer." in key else self.names.find(name)
         modules = self.config.get("modules_to_save") or ()
         if name in self.heads and self.config.get("ensure_weight_tying"):
-            return  # a tied copy of what is saved under its own name
+            return  # a tied copy of a tensor that is saved under its own name
         copied = any(re.search(rf"(?:^|\.){re.escape(module)}(?:\.|$)", name) for module in modules)
         if stored is None and name not in self.heads and not copied:
             raise self._fail(name, "is not in the base")
@@ -194,7 +194,7 @@ class _Search:
         self.shapes[stored] = self.weights[key].shape
 
     def _tied_head(self, name: str, key: str) -> bool:
-        """Whether this is a head that the base's file has only as its embedding."""
+        """Whether this is a head that the base stores only as its embedding."""
         alone = ".base_layer." not in key and self.names.find(name) is None
         return alone and self.names.weight(name) is not None
 
@@ -254,7 +254,7 @@ class _Search:
             self.targets.shifts[bias] = keys["lora_B.bias"], updates[0].scaling
 
     def _parameters(self, path: str) -> list[str]:
-        """Which parameters of a module are adapted themselves (`target_parameters`), by their own names."""
+        """The names of a module's directly adapted parameters (`target_parameters`)."""
         names = set()
         for parameter in self.config.get("target_parameters") or ():
             owner, _, name = parameter.rpartition(".")
@@ -277,12 +277,12 @@ class _Search:
                     raise self._fail(path, f"the adapter is for {out}x{columns}, the base holds {_by(shape)}")
                 if stored in self.targets.untied and self.names.find(name) != stored:
                     raise InputError(
-                        f"{self.where}: {path} is tied to {stored}, of which a copy was trained besides, so "
+                        f"{self.where}: {path} is tied to {stored}, of which a copy was trained too, so "
                         f"that they end as two weights; {MERGE}"
                     )
                 self._note_tied(stored)
                 return [replace(update, tensor=stored)]
-        # Memory may name, stack and fuse otherwise than the file: what stands in the same place is meant.
+        # Names, stacks and fusions may differ between memory and file: match by layer and component.
         updates = []
         for theirs in probe(f"{path}.weight", out, columns):
             ours = self.names.alike(theirs)
@@ -298,7 +298,7 @@ class _Search:
     def _parameter(self, update: AdapterUpdate, parameters: list[str]) -> list[AdapterUpdate]:
         """Factors of an `nn.Parameter` (`target_parameters`): a matrix, or the stacked experts of a layer.
 
-        PEFT nests one wrapper for each parameter of a module and saves how deep, not which; shapes tell.
+        PEFT nests one wrapper for each parameter of a module and saves the depth, not the name; shapes tell.
         """
         path = update.module
         fitting = {name: found for name in parameters if (found := self._stack(update, name))}
@@ -325,7 +325,7 @@ class _Search:
             experts = shape[0] if len(shape) == 3 else 0
             fits = shape[-2:] == delta and self._rank(update) % max(experts, 1) == 0
             return [replace(update, tensor=stored, experts=experts)] if fits else []
-        # In memory the experts are one tensor, in the file each has its own; routers differ in name.
+        # In memory the experts are one tensor, in the file one each; routers differ in name.
         experts = self.names.experts(name)
         updates = []
         for theirs in probe(name, *([experts] if experts else []), *delta):

@@ -1,6 +1,6 @@
-"""Putting a change of a tuned model back into the adapter that made it, as far as its rank allows.
+"""Edits of a tuned model written back into its adapter, as far as the adapter's rank allows.
 
-Source of the truncation: Eckart & Young 1936, the nearest delta of rank r is the truncated SVD of the wanted.
+Source of the truncation: Eckart & Young 1936; the nearest delta of rank r is the truncated SVD of the edited.
 """
 
 import json
@@ -18,7 +18,7 @@ from probes.adapters.adapter import Adapter, rows_of_part
 from probes.adapters.parts import AdapterUpdate
 from probes.checkpoints.blend import between
 from probes.checkpoints.checkpoint import Checkpoint
-from probes.checkpoints.save import carry_file, companion_files, whole_or_nothing
+from probes.checkpoints.save import atomic_directory, carry_file, companion_files
 from probes.errors import InputError
 from probes.files.layout import Matrix
 
@@ -48,13 +48,13 @@ class Edit:
 
 @dataclass(frozen=True)
 class Refit:
-    """What becomes of an adapter.
+    """An edited adapter.
 
     Attributes:
-        tensors: new values of the adapter's own tensors, by their names there; the others stay as they are.
-        share: by matrix, the share of the edit's squared norm that the adapter holds, its dtype's rounding
-            included; matrices that share factors share this number.
-        notes: what a reader must know.
+        tensors: new values of the adapter's own tensors, by name; the others stay unchanged.
+        share: by matrix, the share of the edit's squared norm that the adapter holds after rounding to its
+            dtype; matrices that share factors share this number.
+        notes: for a reader.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class Refit:
 
 
 def refit(adapter: Adapter, edits: Iterable[Edit]) -> Refit:
-    """The adapter of the same ranks that comes nearest to the model with these edits.
+    """The adapter of the same ranks nearest to the model with these edits.
 
     Raises:
         InputError: an edit of a matrix that this adapter cannot change.
@@ -96,7 +96,7 @@ def refit(adapter: Adapter, edits: Iterable[Edit]) -> Refit:
 def _truncate(
     adapter: Adapter, group: list[tuple[AdapterUpdate, Edit]], expert: int | None, tensors: dict[str, Tensor]
 ) -> float:
-    """Put the factors nearest to delta + edits into `tensors`; the share of the edits that they hold."""
+    """Write the factors nearest to delta + edits to `tensors`; the share of the edits that they hold."""
     update = group[0][0]
     dora = _Dora.of(adapter, update)
     low = adapter.factors(update, expert)
@@ -114,7 +114,7 @@ def _truncate(
 
 
 def _placed(group: list[tuple[AdapterUpdate, Edit]], rows: int) -> tuple[Tensor, Tensor]:
-    """The edits of the parts of one matrix as one product."""
+    """The edits of all parts of one matrix as one product."""
     lefts = []
     for update, edit in group:
         row_indices = torch.arange(rows)[:, None]
@@ -149,7 +149,7 @@ def _store(
     A: Tensor,
     tensors: dict[str, Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Put factors where the adapter keeps them; returns what its dtype leaves of them, as float64."""
+    """Store factors in the adapter's layout; returns them as rounded by its dtype, in float64."""
     if update.embedding:
         B, A = A.mT, B.mT
     kept = []
@@ -173,9 +173,9 @@ def _store(
 
 @dataclass(frozen=True)
 class _Dora:
-    """What DoRA multiplies the rows of base + delta by; of an embedding, the columns. Plain LoRA has none.
+    """The gain that DoRA applies to the rows of base + delta; to the columns of an embedding. None in LoRA.
 
-    The tuned matrix is gain · base + gain · delta, so that a change of it is one of the product gain · delta.
+    The tuned matrix is gain · base + gain · delta, so that an edit of it is an edit of gain · delta.
     """
 
     gain: Tensor | None
@@ -184,7 +184,7 @@ class _Dora:
 
     @classmethod
     def of(cls, adapter: Adapter, update: AdapterUpdate) -> "_Dora":
-        """Of one update. Raises InputError where a gain is not positive: no factors could follow it."""
+        """The gain of one update; raises InputError if it is not positive, for no factors could follow it."""
         if update.magnitude is None:
             return cls(None, None, update.embedding)
         if update.tensor in adapter.targets.replaced and not adapter.carried(update.tensor):
@@ -213,13 +213,13 @@ class _Dora:
         return (B, A * self.gain) if self.embedding else (B * self.gain[:, None], A)
 
     def over(self, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-        """Factors of the delta, from those of gain · delta."""
+        """Factors of the delta, from factors of gain · delta."""
         if self.gain is None:
             return B, A
         return (B, A / self.gain) if self.embedding else (B / self.gain[:, None], A)
 
     def lengths(self, delta: Tensor, like: Tensor) -> Tensor:
-        """The lengths that make the tuned matrix gain · base + `delta`."""
+        """The row lengths for which the tuned matrix is gain · base + `delta`."""
         assert self.gain is not None
         assert self.base is not None
         tuned = self.base * (self.gain if self.embedding else self.gain[:, None]) + delta
@@ -228,7 +228,7 @@ class _Dora:
 
 
 def scaled(adapter: Adapter, scale: float) -> Refit:
-    """The adapter whose delta is `scale` times as large: base + scale · (tuned − base), exactly.
+    """The adapter with its delta scaled: exactly base + scale · (tuned − base).
 
     Raises:
         InputError: a DoRA for which no such adapter exists.
@@ -255,7 +255,7 @@ def scaled(adapter: Adapter, scale: float) -> Refit:
 
 
 def _scale_dora(adapter: Adapter, update: AdapterUpdate, scale: float, tensors: dict[str, Tensor]) -> None:
-    """base + scale · (gain · (base + delta) − base) is a DoRA too: its gain is 1 − scale + scale · gain."""
+    """base + scale · (gain · (base + delta) − base) is a DoRA with the gain 1 − scale + scale · gain."""
     dora = _Dora.of(adapter, update)
     assert dora.gain is not None
     gain = 1 - scale + scale * dora.gain
@@ -279,7 +279,7 @@ def _round(value: Tensor, like: Tensor) -> Tensor:
 
 
 def write_adapter(source: Checkpoint, out: str | Path, tensors: Mapping[str, Tensor]) -> Path:
-    """Write an adapter with some of its tensors changed; the directory appears whole or not at all.
+    """Write an adapter with some of its tensors changed; the directory appears complete or not at all.
 
     Args:
         source: the adapter.
@@ -295,7 +295,7 @@ def write_adapter(source: Checkpoint, out: str | Path, tensors: Mapping[str, Ten
         key: tensors.get(key, adapter.weights.read(key)).contiguous() for key in adapter.weights.headers
     }
     size = sum(header.bytes for header in adapter.weights.headers.values())
-    with whole_or_nothing(Path(out).expanduser(), size) as directory:
+    with atomic_directory(Path(out).expanduser(), size) as directory:
         save_file(content, directory / "adapter_model.safetensors", metadata={"format": "pt"})
         if source.directory is not None:
             for name in ("adapter_config.json", *companion_files(source.directory)):

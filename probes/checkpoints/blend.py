@@ -1,6 +1,6 @@
-"""Weights between base and tuned: base + α (tuned − base), written tensor by tensor."""
+"""Interpolated weights: base + α (tuned − base), written tensor by tensor."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from pathlib import Path
@@ -12,6 +12,7 @@ from probes.checkpoints.checkpoint import Checkpoint
 from probes.checkpoints.pair import CheckpointPair
 from probes.checkpoints.save import write_checkpoint
 from probes.naming.align import align
+from probes.progress import Progress
 
 # Entries that are widened to float64 together.
 CHUNK = 2**18
@@ -19,11 +20,11 @@ CHUNK = 2**18
 
 @dataclass(frozen=True)
 class Blend:
-    """What a blend was made of.
+    """The composition of a blend.
 
     Attributes:
         squares: squared Frobenius norm of tuned − base of each tensor that differs, by its name in tuned.
-        alone: tensors of tuned that the base lacks; they were written as they are.
+        alone: tensors of tuned that the base lacks; they were written unchanged.
     """
 
     squares: dict[str, float] = field(default_factory=dict)
@@ -35,7 +36,7 @@ def write_blend(
     out: str | Path,
     alpha: float,
     *,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Blend:
     """Write base + α (tuned − base) of every tensor as full weights, under the names and dtypes of tuned.
 
@@ -73,7 +74,7 @@ class Blender:
     def between(self, name: str, stored: Tensor, alpha: float) -> tuple[Tensor, float | None]:
         """base + α (tuned − base) of one tensor of tuned, and the squared Frobenius norm of tuned − base.
 
-        What tuning left alone is given back as it is; of what the base lacks, the norm is None.
+        A tensor that tuning left unchanged is returned; the norm is None for one that the base lacks.
         """
         pair, square = self.pair, 0.0
         ours = pair.base.headers.get(self._aligned.get(name, ""))
@@ -93,7 +94,7 @@ class Blender:
         return (value if square else stored), square
 
     def has_base(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Whether base has all or some of the entries of a tensor of tuned."""
+        """Whether base has all or some entries of a tensor of tuned."""
         ours = self.pair.base.headers.get(self._aligned.get(name, ""))
         return (ours is not None and ours.shape == shape) or name in self._matrices
 
@@ -116,9 +117,9 @@ class Blender:
         return dtypes
 
     def base_of(self, name: str, stored: Tensor) -> Tensor | None:
-        """The base's values in the place of a tensor of tuned, none of them computed; None if base has none.
+        """The base's values of a tensor of tuned, uncomputed; None if base has none.
 
-        Of a resized vocabulary, the rows that base lacks stay those of `stored`, which is tuned's.
+        In a resized vocabulary the rows that base lacks are those of `stored`, which is tuned's.
         """
         pair = self.pair
         ours = pair.base.headers.get(self._aligned.get(name, ""))
@@ -140,14 +141,14 @@ class Blender:
 
 
 def unrounded(checkpoint: Checkpoint, name: str, stored: Tensor) -> Tensor:
-    """A tensor wide enough that only writing it rounds: merged weights are wider than their file's dtype."""
+    """A tensor in a dtype wide enough that only writing it rounds."""
     return stored if stored.dtype == checkpoint.headers[name].dtype else stored.double()
 
 
 def between(base: Tensor, tuned: Tensor, alpha: float) -> tuple[Tensor, float]:
     """base + α (tuned − base), and the squared Frobenius norm of tuned − base.
 
-    Computed in float64 and rounded once to the dtype of `tuned`; equal tensors are given back as they are.
+    Computed in float64 and rounded once to the dtype of `tuned`; equal tensors are returned unchanged.
     """
     if base.dtype == tuned.dtype and torch.equal(base, tuned):
         return tuned, 0.0
@@ -162,7 +163,7 @@ def between(base: Tensor, tuned: Tensor, alpha: float) -> tuple[Tensor, float]:
 
 
 def _parts(*sides: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors of one shape a part at a time, so that no float64 copy of a whole one exists."""
+    """Tensors of one shape in parts, so that no float64 copy of a complete tensor exists."""
     if all(side.is_contiguous() for side in sides):
         return zip(*(side.view(-1).split(CHUNK) for side in sides), strict=True)
     rows = max(1, CHUNK // max(1, sides[0][0].numel()))

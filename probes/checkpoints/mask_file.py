@@ -1,12 +1,12 @@
 """Patches: the entries of a pair that a graft takes from tuned, as a file of kilobytes.
 
-Of every tensor the flat indices and tuned's values, with the content hashes of both checkpoints, so that a
-patch is never laid on another pair. Format: safetensors, `index/<tensor>` and `value/<tensor>`.
+A patch holds flat indices and tuned's values for each tensor, with the content hashes of both checkpoints, so
+that it is never applied to another pair. Format: safetensors, `index/<tensor>` and `value/<tensor>`.
 """
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from probes.checkpoints.save import write_checkpoint
 from probes.errors import InputError
 from probes.files.sources import SafetensorsSource
 from probes.files.untrusted import one_line
+from probes.progress import Progress
 
 VERSION = "1"
 
@@ -34,7 +35,7 @@ class Patch:
         index: of each tensor flat indices, ascending, each once.
         values: tuned's values at them, in the dtype of its file.
         base, tuned: content hashes of the two checkpoints.
-        about: what else is known of it, as JSON keeps it.
+        about: further facts, as JSON keeps them.
     """
 
     index: Mapping[str, Int[Tensor, " entries"]]
@@ -45,7 +46,7 @@ class Patch:
 
     @property
     def count(self) -> int:
-        """Entries in all."""
+        """Number of entries."""
         return sum(len(index) for index in self.index.values())
 
     @classmethod
@@ -55,7 +56,7 @@ class Patch:
         index: Mapping[str, Int[Tensor, " entries"]],
         about: Mapping[str, Any] | None = None,
     ) -> "Patch":
-        """The patch that takes these entries from tuned."""
+        """The patch with these entries of tuned."""
         ascending = {name: entries.sort().values for name, entries in index.items() if len(entries)}
         values = {
             name: as_stored(pair.tuned, name).reshape(-1)[entries] for name, entries in ascending.items()
@@ -66,7 +67,7 @@ class Patch:
         )  # fmt: skip
 
     def save(self, path: str | Path) -> None:
-        """Write it to a file, whole or not at all.
+        """Write it to a file, completely or not at all.
 
         Raises:
             OSError: it cannot be written.
@@ -106,7 +107,7 @@ class Patch:
         from safetensors import safe_open
 
         try:
-            source = SafetensorsSource([path])  # which holds the header against the file
+            source = SafetensorsSource([path])  # checks the header against the file
             tensors = {key: source.read(key).clone() for key in source.headers}
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -128,9 +129,9 @@ class Patch:
         try:
             about = json.loads(metadata.get("about", "{}"))
         except ValueError as error:
-            raise InputError(f"{path}: damaged: what it says of itself is not JSON ({error})") from error
+            raise InputError(f"{path}: damaged: its description is not JSON ({error})") from error
         if not isinstance(about, dict):
-            raise InputError(f"{path}: damaged: what it says of itself is not a JSON object")
+            raise InputError(f"{path}: damaged: its description is not a JSON object")
         return cls(
             index={name: entries.long() for name, entries in index.items()},
             values=values,
@@ -140,20 +141,20 @@ class Patch:
         )
 
     def check(self, pair: CheckpointPair, where: str = "mask") -> None:
-        """Refuse another pair.
+        """Refuse another pair than its own.
 
         Args:
-            where: what an error calls the patch.
+            where: name of the patch in errors.
 
         Raises:
-            InputError: it was made for another base or another tuned, or names what tuned lacks.
+            InputError: it was made for another base or tuned, or names tensors that tuned lacks.
         """
         for role, side, expected in (("base", pair.base, self.base), ("tuned", pair.tuned, self.tuned)):
             fingerprint = side.fingerprint()
             if fingerprint != expected:
                 raise InputError(
                     f"{where}: was made for another pair: its {role} has the content hash {expected}, and "
-                    f"{side.ref} {fingerprint}; give the checkpoints that it was found on"
+                    f"{side.ref} {fingerprint}; give the checkpoints that it was made from"
                 )
         for name, index in self.index.items():
             header = pair.tuned.headers.get(name)
@@ -167,13 +168,13 @@ class Patch:
 
 @dataclass(frozen=True)
 class Graft:
-    """What a graft was made of.
+    """The composition of a graft.
 
     Attributes:
-        weights: entries that either side could give.
+        weights: entries that both sides have.
         alone: tensors that base lacks; they are tuned's.
         lost: tensors of base that tuned lacks; they are not written.
-        widened: tensors written wider than tuned has them, because base is.
+        widened: tensors written in base's dtype because it is wider than tuned's.
     """
 
     weights: int
@@ -188,11 +189,11 @@ def write_graft(
     out: str | Path,
     *,
     without: bool = False,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Graft:
     """Write base with the entries of a patch from tuned, as full weights under the names of tuned.
 
-    Values are selected, never computed: with every entry it is tuned bit for bit, with none it is base.
+    Values are selected, never computed: with every entry the result is tuned bit for bit, with none base.
 
     Args:
         out: a directory that does not exist yet, or is empty.
@@ -229,5 +230,5 @@ def write_graft(
 
 
 def as_stored(checkpoint: Checkpoint, name: str) -> Tensor:
-    """A tensor in the dtype of its file: merged weights are rounded once."""
+    """A tensor in the dtype of its file; merged weights are rounded once."""
     return checkpoint.tensor(name).to(checkpoint.headers[name].dtype)

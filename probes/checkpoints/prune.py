@@ -1,10 +1,10 @@
-"""Which weights a sparsity takes: exact cuts of an order over tensors that are never put together.
+"""Pruning: exact cuts of an order over tensors that are never concatenated.
 
-An order ranks the entries of many tensors by (|key|, tensor, flat index), lowest first; a cut takes the
-first k = round(s N). Thresholds come from histograms of bit patterns, whose order is that of the non-negative
-floats they stand for: a few passes over the tensors serve every sparsity at once.
+An order ranks the entries of many tensors by (|key|, tensor, flat index), lowest first; a cut prunes the
+first k = round(s N). Thresholds come from histograms of bit patterns, which sort like the non-negative floats
+they encode: a few passes over the tensors serve all sparsities.
 Source: one-shot magnitude pruning of Jaiswal et al. 2023, arXiv:2306.03805; its released code concatenates
-all weights and takes `topk` once a sparsity.
+all weights and runs `topk` for each sparsity.
 """
 
 import math
@@ -26,22 +26,22 @@ from probes.files.layout import Header, Matrix, Part
 from probes.naming.align import natural_key
 
 Scope = Literal["global", "block", "tensor"]
-# Entries that are looked at together: what a core's cache holds.
+# Entries processed together: they fit into a core's cache.
 CHUNK = 2**18
-# Of a float without its sign: how many bits, as which integers, and the pattern of infinity.
+# Bits of a float without its sign, its integer type, and the pattern of infinity.
 PATTERNS = {
     torch.float16: (15, torch.int16, 0x7C00),
     torch.bfloat16: (15, torch.int16, 0x7F80),
     torch.float32: (31, torch.int32, 0x7F800000),
     torch.float64: (63, torch.int64, 0x7FF0000000000000),
 }
-# Bits that one histogram tells apart.
+# Bits resolved by one histogram.
 DIGIT = 16
 
 
 @dataclass(frozen=True)
 class Segment:
-    """What a cut takes of consecutive entries: all below a threshold, and the first that equal it."""
+    """The pruned entries of a run: all below a threshold, and the first `ties` that equal it."""
 
     threshold: float
     ties: int
@@ -50,13 +50,13 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """The entries that a sparsity takes.
+    """The entries that a sparsity prunes.
 
     Attributes:
-        sparsity: as asked for, of each group.
-        entries: entries of each tensor.
-        pruned_entries: how many of them are taken.
-        segments: what is taken of each tensor's equal consecutive parts.
+        sparsity: as requested, of each group.
+        entries: number of entries of each tensor.
+        pruned_entries: number of pruned entries of each tensor.
+        segments: the pruned entries of each tensor's equal consecutive parts.
     """
 
     sparsity: float
@@ -66,26 +66,26 @@ class Cut:
 
     @property
     def realised(self) -> float:
-        """Share of all entries that is taken."""
+        """Share of all entries that is pruned."""
         return sum(self.pruned_entries.values()) / max(1, sum(self.entries.values()))
 
     def divides_ties(self, name: str) -> bool:
-        """Whether some of a tensor's entries at a threshold are taken and others are not."""
+        """Whether some of a tensor's entries at a threshold are pruned and others are not."""
         return any(segment.ties and not segment.every_tie for segment in self.segments[name])
 
     def pruned(self, name: str, keys: Shaped[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
-        """Which entries of a tensor are taken.
+        """The pruned entries of a tensor.
 
         Args:
             name: of the tensor.
-            keys: what the order was made from.
+            keys: of the order.
         """
         segments = self.segments[name]
         taken = torch.empty(keys.shape, dtype=torch.bool, device=keys.device)
         parts = keys.reshape(len(segments), -1), taken.view(len(segments), -1)
         for segment, values, marks in zip(segments, *parts, strict=True):
             left = segment.ties
-            # The threshold of another dtype may lie between two of this one; comparing would round it first.
+            # The threshold of another dtype may lie between two values of this one; comparing would round it.
             bound = float(torch.tensor(segment.threshold, dtype=torch.float64).to(keys.dtype))
             up_to = segment.every_tie or bound < segment.threshold
             for chunk, mark in zip(values.split(CHUNK), marks.split(CHUNK), strict=True):
@@ -104,19 +104,19 @@ class Cut:
 def cut_levels(
     cuts: Sequence[Cut], name: str, keys: Shaped[Tensor, "*shape"]
 ) -> Integer[np.ndarray, " entries"]:
-    """Of cuts of one order, how many leave each entry of a tensor: all their masks at once, for they nest.
+    """The number of cuts that keep each entry of a tensor: the masks of all cuts in one, as they nest.
 
     Args:
-        cuts: by rising sparsity; the i-th takes an entry exactly where the result is at most i.
+        cuts: of one order, by rising sparsity; the i-th prunes an entry if the result is at most i.
         name: of the tensor.
-        keys: what the order was made from.
+        keys: of the order.
     """
     counts = np.empty(keys.numel(), np.uint8 if len(cuts) < 256 else np.int32)
     segments = [cut.segments[name] for cut in cuts]
     thresholds = torch.tensor(
         [[segment.threshold for segment in parts] for parts in segments], dtype=torch.float64
     )
-    # An order over several dtypes has thresholds that the narrower ones do not hold.
+    # An order over several dtypes has thresholds that the narrower dtypes cannot represent.
     held = bool((thresholds.float() == thresholds).all()) and keys.dtype != torch.float64
     bits, integers, _ = PATTERNS[torch.float32 if held else torch.float64]
     dtype = torch.float32 if held else torch.float64
@@ -134,7 +134,7 @@ def cut_levels(
             patterns = chunk & ((1 << bits) - 1)
             tops = patterns >> shift
             mark = below[tops]
-            # The top digits decide for nearly all; only what shares one with a threshold is looked at closer.
+            # The top digits decide nearly all entries; only those that share them with a threshold remain.
             close_at = np.flatnonzero(near[tops])
             close = patterns[close_at]
             above = np.searchsorted(bounds, close, side="right")
@@ -151,7 +151,7 @@ class Order:
     """Entries of named tensors from the least to the largest |key|.
 
     Equal keys are ordered by tensor, in the order of `shapes`, then by flat index: every cut has exactly its
-    size, and that of a lower sparsity lies within that of a higher one.
+    size, and lies within every cut of a higher sparsity.
     """
 
     def __init__(
@@ -161,13 +161,13 @@ class Order:
         *,
         groups: Mapping[str, Sequence[Hashable]] | None = None,
     ):
-        """Take what is to be ordered; nothing is read yet.
+        """Define an order; nothing is read yet.
 
         Args:
             shapes: of every tensor.
-            read: gives the keys of a tensor; called once a pass.
-            groups: what is cut together: of each tensor the groups of its equal consecutive parts, such as
-                the experts of a stack. By default all is one group.
+            read: returns the keys of a tensor; called once for each pass.
+            groups: which entries are cut together: for each tensor the groups of its equal consecutive parts,
+                such as the experts of a stack. By default all tensors are one group.
         """
         self.shapes = dict(shapes)
         self.read = read
@@ -178,7 +178,7 @@ class Order:
                 raise InputError(f"{name}: its {self.entries[name]} entries are not {len(parts)} equal parts")
 
     def pruned(self, cut: Cut, name: str) -> Bool[Tensor, "..."]:
-        """Which entries of a tensor a cut takes; reads its keys."""
+        """The entries of a tensor that a cut prunes; reads its keys."""
         return cut.pruned(name, self.read(name))
 
     def cuts(self, sparsities: Sequence[float]) -> list[Cut]:
@@ -199,7 +199,7 @@ class Order:
             name: [[] for _ in groups] for name, groups in self.groups.items()
         }
         taken = [dict.fromkeys(self.shapes, 0) for _ in sparsities]
-        # Group by group, so that the histograms of one are held at a time.
+        # Group by group, so that only the histograms of one are held.
         for parts in members.values():
             size = sum(self.entries[name] // len(self.groups[name]) for name, _ in parts)
             ranks = [round(sparsity * size) for sparsity in sparsities]
@@ -260,9 +260,9 @@ class RankSearch:
     """The k-th smallest of many bit patterns for several ranks k, digit by digit from the top.
 
     Attributes:
-        levels: of each digit, how far right it stands.
-        thresholds: the pattern at each rank, from 1; 0 for rank 0, which takes nothing.
-        ties: how many patterns that equal it are among the first k.
+        levels: the shift of each digit.
+        thresholds: the pattern at each rank, from 1; 0 for rank 0, which prunes nothing.
+        ties: number of patterns equal to the threshold among the first k.
     """
 
     def __init__(self, ranks: Sequence[int], bits: int):
@@ -303,13 +303,13 @@ class RankSearch:
         self._counts = None
 
     def tally(self, chunks: Iterable[np.ndarray]) -> dict[int, tuple[int, int]]:
-        """Of some patterns, how many lie below the threshold of each rank, and how many equal it."""
+        """The number of patterns below the threshold of each rank, and of those equal to it."""
         patterns = self._prefixes
         top = self.levels[0]
         heads = np.unique(patterns >> top)
         below, equal = np.zeros((2, len(patterns)), np.int64)
         for chunk in chunks:
-            # The top digits decide for nearly all; only what shares one is looked at closer.
+            # The top digits decide nearly all patterns; only those that share them with a threshold remain.
             tops = chunk >> top
             sums = np.concatenate([[0], np.bincount(tops, minlength=1 << self._widths[top]).cumsum()])
             near = np.sort(chunk[_sharing(heads, tops)[1]])
@@ -369,9 +369,9 @@ def magnitude_order(
     """The weights of a checkpoint from the least to the largest magnitude.
 
     Args:
-        scope: what is cut together: all of them, those of a layer, or those of a tensor (of an expert).
-        parts: where the matrices stand.
-        read: gives a tensor's values; by default as the checkpoint does.
+        scope: which weights are cut together: all, those of a layer, or those of a tensor or expert.
+        parts: of the model, to prune in.
+        read: returns a tensor's values; by default the checkpoint's.
     """
     shapes = {name: header.shape for name, header in scope_of(checkpoint, parts).items()}
     return Order(shapes, read or checkpoint.tensor, groups=_groups(checkpoint, shapes, scope))
@@ -380,7 +380,7 @@ def magnitude_order(
 def random_order(
     checkpoint: Checkpoint, scope: Scope = "global", parts: tuple[Part, ...] = ("block",), *, seed: int = 0
 ) -> Order:
-    """The same weights in an order drawn at random: the control for `magnitude_order`."""
+    """The same weights in a random order: the control for `magnitude_order`."""
     shapes = {name: header.shape for name, header in scope_of(checkpoint, parts).items()}
 
     def keys(name: str) -> Float[Tensor, "..."]:
@@ -404,15 +404,15 @@ def _groups(checkpoint: Checkpoint, shapes: Mapping[str, object], scope: Scope) 
 
 
 def n_of_m(W: Shaped[Tensor, "out in"], n_keep: int, m: int) -> Bool[Tensor, "out in"]:
-    """Where a pattern keeps a weight: the `n_keep` largest of each `m` consecutive inputs of an output.
+    """The weights that an N:M pattern keeps: the `n_keep` largest of `m` consecutive inputs of an output.
 
-    Of equal magnitudes the later are kept, as an order prunes the earlier first.
+    Of equal magnitudes the later ones are kept, as in an order.
 
     Raises:
         InputError: no such pattern, or groups that do not fill a row.
     """
     if not 0 < n_keep < m:
-        raise InputError(f"{n_keep}:{m} is no pattern; of M weights at most N are kept, and N is below M")
+        raise InputError(f"{n_keep}:{m} is no pattern; N of M weights are kept, and N is from 1 to below M")
     if W.shape[1] % m:
         raise InputError(f"its {W.shape[1]} inputs are not groups of {m}; leave {n_keep}:{m} out")
     sizes = W.abs().unflatten(1, (-1, m))
@@ -427,7 +427,7 @@ def n_of_m(W: Shaped[Tensor, "out in"], n_keep: int, m: int) -> Bool[Tensor, "ou
 def pattern_pruned(
     checkpoint: Checkpoint, name: str, stored: Tensor, n_keep: int, m: int
 ) -> Bool[Tensor, "..."]:
-    """Which entries of a stored tensor an N:M pattern prunes, along the inputs of each matrix in it.
+    """The entries of a stored tensor that an N:M pattern prunes, along the inputs of each matrix in it.
 
     Raises:
         InputError: as `n_of_m`; the message names the matrix.

@@ -1,7 +1,7 @@
-"""Writing an edited checkpoint: a directory that `from_pretrained` loads, made one tensor at a time.
+"""Writing an edited checkpoint: a directory that `from_pretrained` loads, one tensor at a time.
 
-The safetensors library writes a file from tensors that are all in memory; a shard of several gigabytes is
-streamed here instead, as the format is a header of offsets followed by the bytes.
+The safetensors library needs all tensors of a file in memory. Here shards of several gigabytes are streamed:
+the format is a header of offsets followed by the bytes.
 """
 
 import json
@@ -23,25 +23,16 @@ from probes.files.layout import Header
 from probes.files.locate import inside
 from probes.files.sources import DTYPES, SafetensorsSource, TorchSource, finite, raw
 from probes.files.untrusted import read_json
+from probes.progress import Progress
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _INDEX = "model.safetensors.index.json"
 # Shards of weights that were in memory; what transformers writes by default.
 _SHARD_BYTES = 5 * 10**9
-# What stays behind: weights, in whatever format, and the state of a training run.
+# Not copied: weights in any format, and the state of a training run.
 _WEIGHTS = {
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".ot",
-    ".npz",
-}
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz",
+}  # fmt: skip
 _STATE = {"trainer_state.json", "all_results.json", "train_results.json", "eval_results.json"}
 _TOKENIZER = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "spiece")
 
@@ -52,18 +43,18 @@ def write_checkpoint(
     change: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
     *,
     dtypes: Mapping[str, torch.dtype] | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """Write a checkpoint with some of its tensors changed; an adapter is written merged, as full weights.
 
-    Shards, names, shapes and dtypes stay; configuration, tokenizer and what else lies beside the weights is
-    carried over. One tensor is in memory at a time. The directory appears whole or not at all.
+    Shards, names, shapes and dtypes stay; configuration, tokenizer and other files of the directory are
+    copied. One tensor is in memory at a time. The directory appears complete or not at all.
 
     Args:
-        source: what to write.
+        source: the checkpoint.
         out: a directory that does not exist yet, or is empty.
         change: from a tensor's name and value to its new value, of the same shape; called in any order. A
-            tensor that is given back as it came is copied byte for byte.
+            tensor that it returns unchanged is copied byte for byte.
         dtypes: of tensors that are written in another dtype than the source's.
         progress: called with tensors written, tensors in all, and the last one's name.
 
@@ -99,7 +90,7 @@ def write_checkpoint(
         return final
 
     size = sum(header.bytes for headers in shards.values() for header in headers)
-    with whole_or_nothing(Path(out).expanduser(), size) as directory:
+    with atomic_directory(Path(out).expanduser(), size) as directory:
         for file, headers in shards.items():
             (directory / file).parent.mkdir(parents=True, exist_ok=True)
             _write(directory / file, headers, value)
@@ -110,7 +101,7 @@ def write_checkpoint(
 
 
 def _plan(source: Checkpoint) -> dict[str, list[Header]]:
-    """Which tensors go into which file: as the source has them, and what an adapter brings into the last."""
+    """The tensors of each file, as in the source; those that an adapter brings go into the last."""
     if source.base is not None:
         shards = _plan(source.base)
         last = list(shards)[-1]
@@ -177,7 +168,7 @@ def _index(source: Checkpoint, shards: Mapping[str, list[Header]]) -> dict[str, 
 
 
 def _carry(source: Checkpoint, out: Path) -> None:
-    """Copy what lies beside the weights; an adapter's own tokenizer goes before its base's."""
+    """Copy the other files of the directory; an adapter's own tokenizer replaces its base's."""
     model = source
     while model.base is not None:
         model = model.base
@@ -199,7 +190,7 @@ def _carry(source: Checkpoint, out: Path) -> None:
 
 
 def companion_files(directory: Path) -> Iterator[str]:
-    """What of a checkpoint's directory belongs to a copy of it, besides the weights: names within it."""
+    """The names of the files, other than weights, that a copy of a checkpoint's directory needs."""
     templates = "additional_chat_templates"
     for path in sorted(directory.iterdir()) + sorted((directory / templates).glob("*.jinja")):
         kept = (
@@ -223,7 +214,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def refuse_occupied(out: Path) -> None:
-    """Raise InputError unless a new directory can stand here; ask before the work, not after it."""
+    """Raise InputError unless a new directory can be made here; checked before the work, not after it."""
     if out.is_file():
         raise InputError(f"{out}: is a file; name a new directory")
     if out.is_dir() and any(out.iterdir()):
@@ -231,8 +222,8 @@ def refuse_occupied(out: Path) -> None:
 
 
 @contextmanager
-def whole_or_nothing(out: Path, size: int) -> Iterator[Path]:
-    """A hidden directory beside `out` that takes its name when all went well, and otherwise is removed.
+def atomic_directory(out: Path, size: int) -> Iterator[Path]:
+    """A hidden directory that becomes `out` on success and is removed otherwise.
 
     Args:
         size: bytes that will be written.
@@ -263,7 +254,7 @@ def whole_or_nothing(out: Path, size: int) -> Iterator[Path]:
 
 
 def _sync(path: Path) -> None:
-    """Have what was written on the disk before the name says that it is whole."""
+    """Flush a file to the disk before the directory gets its final name."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

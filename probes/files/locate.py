@@ -1,4 +1,4 @@
-"""From a reference to files: local paths, hub ids, and which files of a directory hold the weights."""
+"""From a reference to files: local paths, hub ids, and the weight files of a directory."""
 
 import os
 import re
@@ -24,10 +24,10 @@ WANTED_TORCH = ["pytorch_model*.bin", "adapter_model.bin"]
 
 
 def locate(ref: str | Path, *, revision: str | None = None) -> Path:
-    """The file or directory that a reference means; a hub id is downloaded unless the cache has it.
+    """The file or directory of a reference; a hub id is downloaded unless it is cached.
 
     Raises:
-        InputError: nothing is there, or the hub has no such repository or revision.
+        InputError: it does not exist, or the hub has no such repository or revision.
     """
     path = Path(ref)
     try:
@@ -97,7 +97,7 @@ def _download(repository: str, revision: str | None) -> Path:
 
 
 def _cached(repository: str, revision: str | None) -> Path | None:
-    """What another program left in the cache: maybe less than all that we would fetch, and yet enough."""
+    """A cached snapshot of another program, which may be incomplete and still be enough."""
     from huggingface_hub import try_to_load_from_cache
 
     for name in ("config.json", "adapter_config.json", *MODEL_FILES):
@@ -111,7 +111,7 @@ def open_files(path: Path) -> Source:
     """The weights of a file, of an index and its shards, or of a model directory.
 
     Raises:
-        InputError: no weights there, an index that names what is not there or lies outside, a damaged file.
+        InputError: no weights, an index that names missing or outside files, a damaged file.
     """
     if path.name.endswith(".index.json"):
         return _indexed(path.parent, path)
@@ -172,7 +172,7 @@ def adapter_files(path: Path) -> tuple[Path, Path] | None:
 
 
 def _indexed(directory: Path, index: Path) -> Source:
-    """The shards that an index names, held against it."""
+    """The shards of an index, checked against it."""
     weights = read_json(index).get("weight_map")
     if (
         not isinstance(weights, dict)
@@ -191,7 +191,7 @@ def _indexed(directory: Path, index: Path) -> Source:
 
 
 def inside(directory: Path, name: str, index: Path) -> Path:
-    """The file called `name` in a directory; neither its name nor a link may lead elsewhere."""
+    """The file `name` in a directory; neither its name nor a link may lead elsewhere."""
     if (
         PurePosixPath(name).is_absolute()
         or ".." in PurePosixPath(name).parts

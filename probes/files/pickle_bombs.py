@@ -1,4 +1,4 @@
-"""Torch files that are small on disk and endless in memory, told before they are opened.
+"""Detecting torch files that are small on disk and huge in memory, before they are opened.
 
 `torch.load(weights_only=True)` runs no code, but unpacks records of any size and hashes keys of any depth.
 """
@@ -10,24 +10,24 @@ from typing import Any
 
 from probes.errors import InputError
 
-# Parts of a tuple, those of its parts included. torch's own have a shape in them.
+# Most nested parts of a tuple. torch's own tuples hold a shape.
 PARTS = 2**16
-# Pickles in front of the bytes of a file from before torch 1.6: magic number, version, system, tensors, keys.
+# Pickles before the bytes of a file from before torch 1.6: magic number, version, system, tensors, keys.
 LEGACY = 5
 
 
 class TooManyError(Exception):
-    """A pickle holds a tuple of tuples of tuples…, of more parts than anything could go through."""
+    """A pickle holds nested tuples of more parts than can be processed."""
 
 
 def refuse_bombs(path: Path, zipped: bool) -> None:
-    """Refuse a torch file that would become far more in memory than it is on disk, or take for ever.
+    """Refuse a torch file that would become far larger in memory than on disk, or never finish loading.
 
     Args:
-        zipped: whether it is a zip archive, as torch writes since 1.6, or begins with a bare pickle.
+        zipped: it is a zip archive, as torch writes since 1.6; else it begins with a bare pickle.
 
     Raises:
-        InputError: it is such a file. What is not whole is left to torch to refuse.
+        InputError: it is such a file. Truncated files are left to torch to refuse.
     """
     try:
         if not zipped:
@@ -53,10 +53,9 @@ def refuse_bombs(path: Path, zipped: bool) -> None:
 
 
 def bounded(file: Any) -> None:
-    """Go through one pickle without building it, and count the parts of its tuples.
+    """Count the nested parts of the tuples of one pickle, without building it.
 
-    A tuple that stands twice in the next, thirty times over, takes a hundred bytes, and hashing it as a key
-    takes a thousand million steps.
+    Thirty tuples that each hold the previous one twice take a hundred bytes, and a billion steps to hash.
 
     Raises:
         TooManyError: a tuple of more than `PARTS` parts.
@@ -89,7 +88,7 @@ def bounded(file: Any) -> None:
 
 
 def _taken(code: Any, stack: list[int], mark: int) -> list[int]:
-    """What an operation takes off the stack."""
+    """The items that an operation takes off the stack."""
     before = code.stack_before
     taken: list[int] = []
     if pickletools.stackslice in before:

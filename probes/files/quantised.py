@@ -1,4 +1,4 @@
-"""Quantised weights are refused by name: stored codes are not weights, and their spectrum means nothing."""
+"""Refusal of quantised weights: stored codes are not weights, and have no meaningful spectrum."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from probes.errors import InputError
 from probes.files.layout import Header
 
-# Endings of stored names, most telling first, and the scheme that writes them.
+# Endings of stored names, most specific first, and the scheme that writes them.
 _MARKS = {
     ".g_idx": "GPTQ",
     ".quant_state.bitsandbytes__nf4": "bitsandbytes 4-bit (nf4)",
@@ -22,7 +22,7 @@ _MARKS = {
 }
 _SCALES = (".weight_scale", ".weight_scale_inv")
 
-# How to come back to plain weights, by a word of the scheme's name.
+# How to get plain weights, by a word of the scheme's name.
 _BACK = {
     "without scales": "nothing in the file says what its numbers stand for; get the unquantised checkpoint",
     "bitsandbytes": "load it by transformers, then `model.dequantize().save_pretrained(DIR)`",
@@ -44,7 +44,7 @@ def refuse_quantised(ref: str, headers: Mapping[str, Header], config: Mapping[st
 
 
 def _declared(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What config.json says, also of the text model inside a multimodal one."""
+    """Schemes declared in config.json, also for the text model inside a multimodal one."""
     for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
         settings = part.get("quantization_config")
         if not isinstance(settings, Mapping) or not settings:
@@ -59,7 +59,7 @@ def _declared(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _stored(headers: Mapping[str, Header]) -> Iterator[tuple[str, str]]:
-    """What names and dtypes say."""
+    """Schemes evident from names and dtypes."""
     for mark, scheme in _MARKS.items():
         yield from ((scheme, name) for name in headers if name.endswith(mark))
     for name, header in headers.items():

@@ -1,7 +1,7 @@
-"""Where tensors come from: names, shapes and dtypes at once, bytes only when a tensor is asked for.
+"""Sources of tensors: names, shapes and dtypes at once, bytes only when a tensor is read.
 
-A source holds no open file: each read maps the bytes of that tensor alone, so that memory is that of the
-tensors in use, and a source can be pickled and used in another process.
+A source holds no open file. A read maps the bytes of its tensor alone, so that memory is that of the tensors
+in use, and a source can be pickled and used in another process.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from probes.files.layout import Header
 from probes.files.pickle_bombs import refuse_bombs
 from probes.files.untrusted import plain
 
-# The names that the safetensors format gives to dtypes.
+# The dtypes of the safetensors format.
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -46,10 +46,10 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 
-# Characters in the name of a tensor, and axes of one, at most; models have a third of either.
+# Most characters in the name of a tensor, and most axes; models use a third of either.
 NAME, AXES = 512, 64
 
-# A state dict is often saved inside a dict of other things; these keys hold it.
+# Keys of a state dict inside a larger dict.
 NESTED = ("state_dict", "model_state_dict", "model", "module")
 
 
@@ -67,15 +67,15 @@ class Source(Protocol):
         ...
 
     def location(self, name: str) -> Hashable:
-        """Where its bytes lie; equal locations hold the same bytes."""
+        """The location of its bytes; equal locations hold equal bytes."""
         ...
 
     def stamp(self) -> str:
-        """What changes when the files do, without reading them."""
+        """A hash that changes when the files do; does not read their content."""
         ...
 
     def fingerprint(self) -> str:
-        """Hash of every name, shape, dtype and byte; the same however the tensors are spread over files."""
+        """Hash of every name, shape, dtype and byte, however the tensors are spread over files."""
         ...
 
 
@@ -96,7 +96,7 @@ def same_bytes(first: Tensor, second: Tensor) -> bool:
     codes = _CODES.get(first.dtype.itemsize)
     if first.ndim == 0 or codes is None:
         return raw(first) == raw(second)
-    # Tuning changes entries everywhere, so that the first rows nearly always decide.
+    # Tuning changes entries everywhere: the first rows nearly always decide.
     parts = (slice(0, 2), slice(2, None))
     return all(torch.equal(first[part].view(codes), second[part].view(codes)) for part in parts)
 
@@ -147,7 +147,7 @@ def _state(path: Path) -> tuple[int, int]:
 
 
 def _same(path: Path, state: tuple[int, int], opened: tuple[int, int]) -> None:
-    """Refuse a file that has changed: half of it would be from each version."""
+    """Refuse a file that has changed: the tensors would come from two versions."""
     if state != opened:
         raise InputError(f"{path}: changed since it was opened; start again when it is complete")
 
@@ -216,7 +216,7 @@ def _layout(path: Path) -> Iterator[tuple[Header, int]]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, "pt"):  # the library holds sizes, offsets and dtypes against the file
+        with safe_open(path, "pt"):  # the library checks sizes, offsets and dtypes against the file
             pass
     except SafetensorError as error:
         raise InputError(
@@ -238,7 +238,7 @@ def _layout(path: Path) -> Iterator[tuple[Header, int]]:
 
 
 def _sound(path: Path, header: Header) -> None:
-    """Refuse what no model has, before anything is looked up, allocated or printed by it.
+    """Refuse implausible names and shapes before anything is looked up, allocated or printed.
 
     Raises:
         InputError: a name that cannot be printed in a line, or a shape beyond what torch can count.
@@ -247,21 +247,21 @@ def _sound(path: Path, header: Header) -> None:
     if len(name) > NAME or not name.isprintable():
         raise InputError(f"{path}: {name[:80]!r} is no name of a tensor; is the file damaged?")
     if len(shape) > AXES or math.prod(max(1, length) for length in shape) >= 2**63:
-        # Without entries, any axes fit into no bytes; strides count them all the same.
+        # An empty tensor of any shape fits into no bytes, but its strides may overflow.
         raise InputError(
             f"{path}: tensor {name!r} is of a shape that torch cannot hold; is the file damaged?"
         )
 
 
-# What is touched of a mapped torch file stays in memory until the file is let go; opening it again costs
-# unpickling, some 0.2 ms a tensor of it.
+# Bytes read from a mapped torch file before it is closed, which frees their memory. Opening it again costs
+# unpickling, some 0.2 ms a tensor.
 MAPPED_BYTES = 2**28
 
 
 class TorchSource:
     """Tensors of `torch.save` files, read with `weights_only=True` and mapped where the format allows.
 
-    Files in torch's format from before 1.6 cannot be mapped; of these one is in memory at a time.
+    Files in torch's format from before 1.6 cannot be mapped; one of them is in memory at a time.
 
     Raises:
         InputError: a file is damaged, holds code, or is no state dict.
@@ -288,7 +288,7 @@ class TorchSource:
                 _sound(path, self.headers[name])
                 self._shard[name] = shard
                 view = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-                # Pointers mean nothing once the file is let go; the first name that had it stays.
+                # Pointers mean nothing once the file is closed; the first name with this storage stays.
                 self._first[name] = shared.setdefault(view, name) if tensor.numel() else name
 
     def __getstate__(self) -> dict[str, Any]:
@@ -299,7 +299,7 @@ class TorchSource:
         opened = self._open
         if opened is None or opened[0] != shard:
             _same(self.paths[shard], _state(self.paths[shard]), self._states[shard])
-            self._open, self._touched = None, 0  # let go of one before the next
+            self._open, self._touched = None, 0  # close one before the next
             opened = self._open = (shard, *_state_dict(self.paths[shard]))
         return opened[1]
 
@@ -316,7 +316,7 @@ class TorchSource:
         return tensor
 
     def location(self, name: str) -> Hashable:
-        """File and the first name of the storage: tied weights share it."""
+        """File and first name of the storage, which tied weights share."""
         shard = self._shard[name]
         return str(self.paths[shard].resolve()), self._states[shard], self._first[name]
 

@@ -1,7 +1,7 @@
-"""Files that others made: their paths, their JSON and their words, before anybody relies on them.
+"""Untrusted files: checks of their paths, JSON and texts before use.
 
-A checkpoint, an audit or a mask may come from a stranger. Reading one never opens a file outside of its
-directory, and whatever is wrong with it is said in one line.
+A checkpoint, an audit or a mask may come from a stranger. Reading it never opens a file outside its
+directory, and any error is one printable line.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 from probes.errors import InputError, UnknownNameError
 
-# Characters of a message; what is cut out stands in its middle, for the end says how to mend it.
+# Characters of a message; a longer one loses its middle, as the end says how to mend it.
 MESSAGE = 1000
 
 
@@ -21,17 +21,17 @@ def one_line(where: str | Path) -> Iterator[None]:
     """Let errors out as one printable line, however long or strange the names in a file are.
 
     Args:
-        where: what is read.
+        where: the file or other input, for messages.
 
     Raises:
-        InputError, UnknownNameError: as raised inside; nesting too deep to be followed is a ValueError.
+        InputError, UnknownNameError: as raised inside; an InputError for nesting that is too deep.
     """
     try:
         yield
     except RecursionError as error:
         raise InputError(plain(f"{where}: is nested too deeply to be read")) from error
     except (ValueError, LookupError) as error:
-        # A parser complains about the file; subclasses such as KeyError are faults of this program.
+        # A parser's complaint is about the file; subclasses such as KeyError are faults of this program.
         if type(error) not in (ValueError, LookupError, InputError, UnknownNameError):
             raise
         kind = UnknownNameError if isinstance(error, LookupError) else InputError
@@ -44,7 +44,7 @@ def one_line(where: str | Path) -> Iterator[None]:
 
 
 def plain(text: str) -> str:
-    """A text without line ends, control characters and half characters, not longer than a message."""
+    """A text without line ends, control characters and lone surrogates, at most as long as a message."""
     if not text.isprintable():
         text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     half = MESSAGE // 2
@@ -69,16 +69,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def confined(path: Path, directory: Path, what: str = "checkpoint") -> Path:
-    """The path, if what it leads to through links lies in a directory.
+    """The path, if its links stay in a directory.
 
-    A link may lead to another place in the directory, and from a snapshot in the Hugging Face cache,
-    `models--ORG--NAME/snapshots/REVISION`, to the blobs of the same repository, of which such a snapshot is
-    made. Any other link that leaves the directory is refused, because a checkpoint or an audit that was
-    unpacked from an archive could have anything read by it. A file that a person names is no such link: it
-    is opened wherever it leads.
+    A link may lead elsewhere in the directory, and from a snapshot in the Hugging Face cache,
+    `models--ORG--NAME/snapshots/REVISION`, to the blobs of the same repository, of which a snapshot consists.
+    Any other link out of the directory is refused: an unpacked archive could have any file read through it. A
+    file that a person names is opened wherever it leads.
 
     Args:
-        what: the directory, in messages.
+        what: name of the directory in messages.
 
     Raises:
         InputError: it leads elsewhere.
@@ -96,7 +95,7 @@ def confined(path: Path, directory: Path, what: str = "checkpoint") -> Path:
 
 
 def _blobs(snapshot: Path) -> list[Path]:
-    """The blobs beside the snapshot in the Hugging Face cache that a directory is, or is part of."""
+    """The blobs of the Hugging Face cache, if a directory is in one of its snapshots."""
     return [
         parent.parent / "blobs"
         for parent in snapshot.parents

@@ -1,8 +1,8 @@
-"""A pair as one running model at any place between its ends, each layer at a place of its own.
+"""A pair as one running model, interpolated at any α, for each layer if need be.
 
-θ(α) = (1 − α) base + α tuned; α = 0 and α = 1 are copied, never computed, so that the ends are the
-checkpoints bit for bit. What lies between is computed in float64 and rounded once, to the dtype of the
-running model: that should be float32, for in half precision a small step changes nothing.
+θ(α) = (1 − α) base + α tuned. α = 0 and α = 1 are copied, never computed, so that the ends are the
+checkpoints bit for bit. Interpolated values are computed in float64 and rounded once, to the dtype of the
+running model: it should be float32, as in half precision a small step changes nothing.
 """
 
 import math
@@ -20,19 +20,19 @@ from probes.checkpoints.blend import between
 from probes.models.body import blocks
 from probes.models.two_sided import TwoSidedModel
 
-# What stands behind the blocks though a module may name it before them.
+# Modules behind the blocks that may be registered before them.
 BEHIND = re.compile(r"final|project_out|norm_f\b|ln_f\b")
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A transformer block, or what stands before or behind all blocks.
+    """A transformer block, or all modules before or behind the blocks.
 
     Attributes:
-        index: of the block from 0; −1 for what stands before them, the number of blocks for what is behind.
+        index: of the block from 0; −1 before the blocks, the number of blocks behind them.
         name: `embed`, `block 3`, `head`.
         parameters: of the running model; one that several layers share belongs to the first alone.
-        tensors: as the checkpoint names them.
+        tensors: their names in the checkpoint.
     """
 
     index: int
@@ -42,7 +42,7 @@ class Layer:
 
     @property
     def weights(self) -> int:
-        """How many weights it has."""
+        """Number of weights."""
         return sum(parameter.numel() for parameter in self.parameters)
 
 
@@ -55,10 +55,10 @@ def layers_of(model: nn.Module) -> list[Layer]:
     inside = [list(block.parameters()) for block in blocks(model)]
     taken: set[int] = set()
 
-    def own(parameters: list[nn.Parameter]) -> tuple[nn.Parameter, ...]:
-        layers = {id(parameter): parameter for parameter in parameters if id(parameter) not in taken}
-        taken.update(layers)
-        return tuple(layers.values())
+    def untaken(parameters: list[nn.Parameter]) -> tuple[nn.Parameter, ...]:
+        fresh = {id(parameter): parameter for parameter in parameters if id(parameter) not in taken}
+        taken.update(fresh)
+        return tuple(fresh.values())
 
     first = {id(parameter) for parameters in inside for parameter in parameters}
     embeddings = {id(parameter) for parameter in _parameters(model, "get_input_embeddings")}
@@ -72,9 +72,9 @@ def layers_of(model: nn.Module) -> list[Layer]:
             continue
         late = id(parameter) in outputs or passed or BEHIND.search(name)
         (behind if late and id(parameter) not in embeddings else before).append(parameter)
-    layers = [Layer(-1, "embed", own(before))]
-    layers += [Layer(index, f"block {index}", own(parameter)) for index, parameter in enumerate(inside)]
-    layers.append(Layer(len(inside), "head", own(behind)))
+    layers = [Layer(-1, "embed", untaken(before))]
+    layers += [Layer(index, f"block {index}", untaken(parameters)) for index, parameters in enumerate(inside)]
+    layers.append(Layer(len(inside), "head", untaken(behind)))
     return [layer for layer in layers if layer.parameters or 0 <= layer.index < len(inside)]
 
 
@@ -87,18 +87,18 @@ def _parameters(model: nn.Module, getter: str) -> list[nn.Parameter]:
 
 
 class InterpolatedModel:
-    """A host led along the path; it stands at tuned, and the host is to be left as tuned when done.
+    """A two-sided model at any α; it starts at tuned.
 
     Attributes:
-        host: the running model; its `restore` undoes whatever is done here.
-        pinned: tensors that base lacks, and that are tuned's everywhere.
+        host: the running model; its `restore` undoes all changes.
+        pinned: tensors that base lacks; they are tuned's at any α.
     """
 
     def __init__(self, host: TwoSidedModel):
         self.host = host
         self.pinned = tuple(name for name in host.headers if name not in host.twins)
         self._layers: list[Layer] | None = None
-        self._places: dict[str, float] = {}
+        self._alphas: dict[str, float] = {}
         self._ends: dict[str, Tensor] = {}
 
     @property
@@ -108,7 +108,7 @@ class InterpolatedModel:
 
     @property
     def layers(self) -> list[Layer]:
-        """Its layers with the tensors of the checkpoint that lie in them.
+        """Its layers with the tensors of the checkpoint in them.
 
         Raises:
             InputError: no list of blocks is found.
@@ -136,7 +136,7 @@ class InterpolatedModel:
         return self._layers
 
     def ends(self, name: str) -> tuple[Shaped[Tensor, "..."], Shaped[Tensor, "..."]]:
-        """A tensor of base and of tuned, as wide as both need and at least float32; not to be written to."""
+        """A tensor of base and of tuned, in a dtype that holds both and at least float32; read-only."""
         return _widened(*self._stored(name))
 
     def _stored(self, name: str) -> tuple[Tensor, Tensor]:
@@ -154,10 +154,10 @@ class InterpolatedModel:
         return math.sqrt(squares[0]), math.sqrt(squares[1])
 
     def place(self, alpha: float, layers: Mapping[int, float] | None = None) -> None:
-        """Put the model at α, and layers at places of their own; only what moves is written.
+        """Set the model to α; only tensors that move are written.
 
         Args:
-            layers: α by the index of a layer.
+            layers: other values of α, by the index of a layer.
         """
         chosen = {}
         if layers:
@@ -166,18 +166,18 @@ class InterpolatedModel:
                     chosen.update(dict.fromkeys(layer.tensors, layers[layer.index]))
         for name in self.host.headers:
             wanted = float(chosen.get(name, alpha))
-            if name not in self.host.twins or self._places.get(name, 1.0) == wanted:
+            if name not in self.host.twins or self._alphas.get(name, 1.0) == wanted:
                 continue
             self._put(name, wanted)
-            self._places[name] = wanted
+            self._alphas[name] = wanted
 
     def between(self, name: str, alpha: float) -> Shaped[Tensor, "..."]:
-        """A tensor at α; the ends as they are."""
+        """A tensor at α; an exact copy at both ends."""
         return _between(*self._stored(name), alpha)
 
     @contextmanager
     def changed(self, layer: Layer, change: Callable[[str, Tensor], Tensor]) -> Iterator[Any]:
-        """The model with the tensors of a layer changed from where they stand; afterwards they stand there.
+        """Inside, the tensors of a layer are changed.
 
         Args:
             change: from a tensor's name and its value, which it must not write to, to its new value.
@@ -185,32 +185,32 @@ class InterpolatedModel:
         names = [name for name in layer.tensors if name in self.host.twins]
         try:
             for name in names:
-                self._write(name, change(name, self.between(name, self._places.get(name, 1.0))))
+                self._write(name, change(name, self.between(name, self._alphas.get(name, 1.0))))
             yield self.model
         finally:
             for name in names:
-                self._put(name, self._places.get(name, 1.0))
+                self._put(name, self._alphas.get(name, 1.0))
 
     @contextmanager
     def other_end(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-        """The path to another tuned end: these tensors in place of tuned's own."""
-        before = {name: self._places.pop(name, 1.0) for name in tensors}
+        """Inside, these tensors replace tuned's own as the end of the path."""
+        before = {name: self._alphas.pop(name, 1.0) for name in tensors}
         try:
             self._ends = dict(tensors)
             self._rewrite(before)
             yield
         finally:
-            alphas = {name: self._places.get(name, 1.0) for name in tensors}
+            alphas = {name: self._alphas.get(name, 1.0) for name in tensors}
             self._ends = {}
             self._rewrite(alphas)
 
     def _rewrite(self, alphas: Mapping[str, float]) -> None:
         for name, alpha in alphas.items():
             self._put(name, alpha)
-            self._places[name] = alpha
+            self._alphas[name] = alpha
 
     def _put(self, name: str, alpha: float) -> None:
-        """Write a tensor at α; on a GPU the ends are copied there as they are stored, and blended there."""
+        """Write a tensor at α; for a model on a GPU the ends are blended there, from their stored dtype."""
         [slot, *more] = self.host.editable.slots(name)
         single = not more and isinstance(slot.which, slice)
         base, tuned = (end.to(slot.tensor.device) if single else end for end in self._stored(name))
@@ -227,7 +227,7 @@ def _widened(base: Tensor, tuned: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _between(base: Tensor, tuned: Tensor, alpha: float) -> Tensor:
-    """As `InterpolatedModel.between`, of two tensors of one device."""
+    """As `InterpolatedModel.between`, of two tensors on one device."""
     base, tuned = _widened(base, tuned)
     if alpha in (0.0, 1.0):
         return tuned if alpha else base

@@ -1,7 +1,7 @@
-"""A layer of a running model moved in place and put back bit for bit, the blocks before it run once.
+"""Perturbing a layer of a running model in place, with the blocks before it run once.
 
-`PerturbedWeights` gives the weights w + c ⊙ u of a layer for any u, and a gradient in u. `Prefix` keeps the
-residual stream that enters a block for every batch, so that only this block and those behind it run again.
+`PerturbedWeights` sets the weights of a layer to w + c ⊙ u for any u, and computes gradients in u. `Prefix`
+caches the residual stream that enters a block for every batch, so that only later blocks run again.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,26 +16,26 @@ from probes.models.body import blocks, replaced_forward, unwrapped
 
 
 class PerturbedWeights:
-    """Some weights of a model as w + c ⊙ u; a context manager that leaves the model as it was.
+    """Some weights of a model as w + c ⊙ u; a context manager.
 
-    Restored bit for bit, also after an error: weights, gradients, and which weights require one.
+    It restores weights, gradients and `requires_grad` bit for bit, also after an error.
 
     Attributes:
-        size: how many entries u has.
+        size: number of entries of u.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], *, adaptive: bool = True):
-        """Take what is to be moved; nothing is changed yet.
+        """Choose the weights; nothing is changed yet.
 
         Args:
-            adaptive: c is |w|, so that a weight that is zero never moves; else it is 1.
+            adaptive: c is |w|, so that a zero weight never moves; else 1.
         """
         self._parameters = tuple(parameters)
         self._adaptive = adaptive
         self.size = sum(parameter.numel() for parameter in self._parameters)
 
     def __enter__(self) -> "PerturbedWeights":
-        self._own = [parameter.detach().clone() for parameter in self._parameters]
+        self._stored = [parameter.detach().clone() for parameter in self._parameters]
         self._state = [(parameter.requires_grad, parameter.grad) for parameter in self._parameters]
         for parameter in self._parameters:
             parameter.grad = None
@@ -43,27 +43,27 @@ class PerturbedWeights:
 
     def __exit__(self, *error: object) -> None:
         for parameter, stored, (required, gradient) in zip(
-            self._parameters, self._own, self._state, strict=True
+            self._parameters, self._stored, self._state, strict=True
         ):
             parameter.detach().copy_(stored)
             parameter.requires_grad_(required)
             parameter.grad = gradient
-        self._own, self._state = [], []
+        self._stored, self._state = [], []
 
     @property
     def zero(self) -> Float[Tensor, " size"]:
-        """No move."""
-        return torch.zeros(self.size, dtype=self._own[0].dtype, device=self._own[0].device)
+        """u = 0: no perturbation."""
+        return torch.zeros(self.size, dtype=self._stored[0].dtype, device=self._stored[0].device)
 
     def put(self, u: Float[Tensor, " size"]) -> None:
-        """Give the weights w + c ⊙ u."""
+        """Set the weights to w + c ⊙ u."""
         for parameter, stored, part in self._parts(u):
             move = part * stored.abs() if self._adaptive else part
             parameter.detach().copy_(stored + move)
 
     @contextmanager
     def sloping(self) -> Iterator[None]:
-        """Inside, gradients of these weights are taken."""
+        """Inside, these weights require gradients."""
         try:
             for parameter in self._parameters:
                 parameter.requires_grad_(True)
@@ -74,44 +74,44 @@ class PerturbedWeights:
                 parameter.grad = None
 
     def slope(self) -> Float[Tensor, " size"]:
-        """c ⊙ the gradients that the weights have: the gradient in u; 0 of weights that have none."""
+        """The gradient in u: c ⊙ the gradients of the weights, 0 for weights without one."""
         return self.scaled([parameter.grad for parameter in self._parameters])
 
     def scaled(self, gradients: Sequence[Tensor | None]) -> Float[Tensor, " size"]:
-        """c ⊙ some gradients of the weights, in their order, as one vector."""
+        """c ⊙ gradients of the weights, in their order, as one vector."""
         parts = []
-        for stored, gradient in zip(self._own, gradients, strict=True):
+        for stored, gradient in zip(self._stored, gradients, strict=True):
             part = torch.zeros_like(stored) if gradient is None else gradient
             parts.append((part * stored.abs() if self._adaptive else part).reshape(-1))
         return torch.cat(parts)
 
     def divided(self, u: Float[Tensor, " size"]) -> list[Tensor]:
-        """c ⊙ u by weight: what is added to each."""
+        """c ⊙ u by weight: the perturbation of each."""
         return [part * stored.abs() if self._adaptive else part for _, stored, part in self._parts(u)]
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
-        """The weights that are moved."""
+        """The perturbed weights."""
         return self._parameters
 
     def _parts(self, u: Tensor) -> Iterator[tuple[nn.Parameter, Tensor, Tensor]]:
         sizes = [parameter.numel() for parameter in self._parameters]
-        for parameter, stored, part in zip(self._parameters, self._own, u.split(sizes), strict=True):
+        for parameter, stored, part in zip(self._parameters, self._stored, u.split(sizes), strict=True):
             yield parameter, stored, part.view(stored.shape)
 
 
 class Prefix:
-    """The residual stream entering a block, kept by batch: for weights before it that stay as they are.
+    """Cache of the residual stream that enters a block, by batch, while earlier weights stay unchanged.
 
-    It is kept for one block at a time and carried forward when a later one is asked for, so that layers
-    are best taken in order. Kept in the model's dtype, on its device.
+    It holds one block at a time and moves forward to later ones: take layers in order. It is in the model's
+    dtype, on its device.
     """
 
     def __init__(self, model: nn.Module, *, room: int = 2**31):
-        """Keep nothing yet.
+        """Start an empty cache.
 
         Args:
-            room: most bytes that are kept; batches beyond are run whole every time.
+            room: most bytes that are kept; batches beyond run in full every time.
 
         Raises:
             InputError: no list of blocks is found.
@@ -123,15 +123,15 @@ class Prefix:
         self._forms: dict[int, Callable[[Tensor], Any]] = {}
 
     def clear(self) -> None:
-        """Forget everything: the weights have changed."""
+        """Empty the cache, after a change of the weights."""
         self._kept.clear()
 
     @contextmanager
     def entering(self, layer: int) -> Iterator[None]:
-        """Inside, blocks before this one are not run again for a batch that they have seen.
+        """Inside, blocks before this one do not run again for a batch in the cache.
 
         Args:
-            layer: index of a block; 0 and less run all, the number of blocks only what is behind them.
+            layer: index of a block; at most 0 runs all blocks, the number of blocks none.
         """
         if layer <= 0:
             yield
@@ -179,12 +179,12 @@ class Prefix:
 
 
 def _hidden(output: Any) -> Tensor:
-    """The residual stream in what a block gives."""
+    """The residual stream in a block's output."""
     return output[0] if isinstance(output, tuple | list) else output
 
 
 def _form(output: Any) -> Callable[[Tensor], Any]:
-    """How a block wraps the residual stream; what it gives beside it, such as patterns, is not kept."""
+    """How a block wraps the residual stream; its other tensors, such as patterns, are dropped."""
     if not isinstance(output, tuple | list):
         return lambda hidden: hidden
     rest = [None if isinstance(value, Tensor) else value for value in output[1:]]
@@ -193,7 +193,7 @@ def _form(output: Any) -> Callable[[Tensor], Any]:
 
 @contextmanager
 def logits_through(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Inside, a model gives its logits changed."""
+    """Inside, a model returns changed logits."""
 
     def see(module: nn.Module, args: Any, output: Any) -> Any:
         output.logits = change(output.logits)

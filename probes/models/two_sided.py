@@ -1,8 +1,8 @@
-"""One model in memory that is base, tuned, or anything between by selection, entry by entry.
+"""One running model whose entries are selected from base or tuned.
 
-What evaluates a model under a mask needs no second copy of it: entries are zeroed, or given the other side's
-values, in place, and read again from the checkpoints when they are to be as they were. Nothing is computed
-from the values, so that what is put back is the same to the bit.
+Evaluation under a mask needs no second copy of the model: entries are zeroed, or set to the other side's
+values, in place, and restored from the checkpoints. Values are selected, never computed, so that they are
+restored bit for bit.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -26,15 +26,15 @@ CODES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class TwoSidedModel:
-    """A pair as one running model, under the names of tuned's file; a context manager, tuned at both ends.
+    """A pair as one running model, under the names of tuned's file; a context manager that ends as tuned.
 
-    Its own copy: a model that lies in memory is never written to. A tensor that several names share is one
-    tensor, under the name that the checkpoint gives it.
+    A model in memory is copied, never written to. A tensor with several names is one tensor, under the name
+    in the checkpoint.
 
     Attributes:
         pair: the checkpoints.
         editable: the model with its tokenizer, kind, context and labels.
-        side: which checkpoint it is at rest.
+        side: the checkpoint that it is at rest.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class TwoSidedModel:
         """Load tuned.
 
         Args:
-            device, dtype: of the model. Without a dtype it is the one that holds both sides exactly.
+            device, dtype: of the model; by default the dtype that holds both sides exactly.
             trust_remote_code: run code that a repository brings.
 
         Raises:
@@ -81,16 +81,16 @@ class TwoSidedModel:
 
     @cached_property
     def twins(self) -> frozenset[str]:
-        """Those that base has too, all or some of their entries; the others are tuned's on either side."""
+        """The tensors of which base has entries too; the others are tuned's on either side."""
         return frozenset(
             name for name, header in self.headers.items() if self._blender.has_base(name, header.shape)
         )
 
     def read(self, name: str, side: Side = "tuned") -> Shaped[Tensor, "..."]:
-        """A tensor as a side's file has it, on the CPU, not to be written to.
+        """A tensor as in a side's file, on the CPU, not to be written to.
 
-        An adapter's merged weights are rounded once, to the dtype of its base's file; what base lacks is
-        tuned's.
+        An adapter's merged weights are rounded once, to the dtype of its base's file; tensors that base lacks
+        are tuned's.
 
         Raises:
             UnknownNameError: the model has no such tensor.
@@ -104,40 +104,40 @@ class TwoSidedModel:
         return stored if base is None else base
 
     def become(self, side: Side) -> None:
-        """Be a side in every tensor."""
+        """Set every tensor to a side's."""
         if side != self.side:
             self._changed = set(self.twins) | self._changed
             self.side = side
         self.restore()
 
     def changed(self, names: Collection[str] | None = None) -> None:
-        """Note that tensors were changed by other means, such as training; all unless some are named."""
+        """Note that tensors, by default all, were changed by other means, such as training."""
         self._changed.update(self.headers if names is None else names)
 
     def restore(self, names: Collection[str] | None = None) -> None:
-        """Put tensors back to what the present side has; all that were changed unless some are named."""
+        """Restore changed tensors, by default all, to those of the present side."""
         for name in sorted(self._changed if names is None else self._changed.intersection(names)):
             self.editable.write(name, self.read(name, self.side))
             self._changed.discard(name)
 
     def prune(self, order: Order, cut: Cut, *, rising: bool = False) -> None:
-        """Set to zero what a cut takes.
+        """Set the entries that a cut prunes to zero.
 
         Args:
-            rising: the order is of magnitudes, and what is zero by now was taken by a lower cut of it: then
-                the running weights themselves tell what else falls, and no file is read.
+            rising: the order is of magnitudes and only lower cuts of it were applied: the running weights
+                then serve as keys, and no file is read.
         """
         for name in order.shapes:
             live = self._live(name) if rising and not cut.divides_ties(name) else None
             if live is None:
-                # What a lower cut took counts here with the magnitude that it had.
+                # Entries that a lower cut pruned count with their original magnitude.
                 keys = self.read(name, self.side) if rising else order.read(name)
                 self.zero(name, cut.pruned(name, keys))
             else:
                 self.zero(name, cut.pruned(name, live))
 
     def _live(self, name: str) -> Tensor | None:
-        """The running tensor, if it is stored as it runs and no narrower; else None."""
+        """The running tensor, if it is stored in one piece and in a dtype at least as wide; else None."""
         (slot, *more) = self.editable.slots(name)
         if more or not isinstance(slot.which, slice):
             return None
@@ -158,33 +158,33 @@ class TwoSidedModel:
         for slot in self.editable.slots(name):
             tensor = slot.tensor.detach()
             if isinstance(slot.which, slice):
-                # Bit patterns times 0 or 1: several times as fast as filling, and what stays is untouched.
+                # Bit patterns times 0 or 1: several times as fast as filling, and exact for other entries.
                 tensor.view(CODES[tensor.itemsize]).mul_(~where.to(tensor.device))
             else:
                 tensor.view(-1)[slot.places[where.reshape(-1)[slot.which].to(slot.places.device)]] = 0
 
     def write(self, name: str, index: Int[Tensor, " entries"], values: Shaped[Tensor, " entries"]) -> None:
-        """Give entries of a tensor other values.
+        """Write values into entries of a tensor.
 
         Args:
             index: flat, into the stored tensor.
-            values: as a side's file has them.
+            values: as in a side's file.
         """
         self._changed.add(name)
         for slot in self.slots(name, index):
             slot.tensor.detach().view(-1)[slot.places] = values[slot.which].to(slot.tensor)
 
     def slots(self, name: str, index: Int[Tensor, " entries"]) -> list[Slot]:
-        """Where entries of a stored tensor live in the running model: for their gradients."""
+        """The slots of entries of a stored tensor in the running model, for their gradients."""
         return self.editable.slots(name, index)
 
     @contextmanager
     def selecting(self, index: Mapping[str, Int[Tensor, " entries"]], side: Side) -> Iterator[Any]:
-        """The model with some entries of another side; afterwards they are of the present one again.
+        """Inside, some entries have another side's values.
 
         Args:
             index: flat indices of entries by tensor.
-            side: whose values they take.
+            side: the side that their values come from.
         """
         try:
             for name, entries in index.items():

@@ -169,7 +169,7 @@ def browse(chromium: str, out: Path) -> None:
                     seconds = time.perf_counter() - begun
                     page.wait_for_load_state("networkidle")
                 print(f"page of {name} until its first figure: {seconds:.2f} s")
-            page.wait_for_function("document.querySelectorAll('.js-plotly-plot').length >= 2")
+            page.locator(".js-plotly-plot").nth(1).wait_for()
             times = [redraw(page, f"layer=0-{last}") for last in range(70, 14, -5)]
             took = 1000 * median(times)
             print(f"a filter of 80 layers of 7 matrices redraws in {took:.0f} ms (median of 12; limit 300)")

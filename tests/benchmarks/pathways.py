@@ -33,7 +33,7 @@ def made() -> list[str]:
             chosen = generator.permutation(EXPERTS)[:KEPT]
             # 7 of 8 reach 0.7 exactly where they are alike, so that these fall a little.
             weights[sample, layer, chosen] = 0.1 - 0.001 * np.arange(KEPT)
-    words = pathways(weights).words()
+    words = pathways(weights).strings()
     assert (lengths(words) == LAYERS * KEPT).all()
     return words
 

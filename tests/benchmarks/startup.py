@@ -21,8 +21,8 @@ def first(*arguments):
     print(heavy, flush=True)
     import os
     os._exit(0)
-assert callable(intruders.examined)
-intruders.examined = first
+assert callable(intruders.examine_fetched)
+intruders.examine_fetched = first
 from diagnostics.cli.main import main
 sys.argv = ["tunescope", "audit", *sys.argv[1:], "--only", "intruders", "--quiet"]
 main()

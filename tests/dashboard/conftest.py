@@ -14,11 +14,11 @@ from tests.dashboard.browsing import WAIT, until
 @pytest.fixture(scope="module")
 def made_up():
     """Registers made-up analyses for a whole module: `made_up("name", tables, draw, metrics=…)`."""
-    from diagnostics.core import analysis
+    from diagnostics.core import analysis, registry
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(analysis, "REGISTRY", {})
-    patch.setattr(analysis, "entry_points", lambda **group: [])
+    patch.setattr(registry, "REGISTRY", {})
+    patch.setattr(registry, "entry_points", lambda **group: [])
 
     def register(name: str, tables: Any, draw: Any, metrics: dict[str, float]) -> Any:
         def measure(pair, *, k: int = 10):

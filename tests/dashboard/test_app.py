@@ -89,10 +89,10 @@ def test_an_analysis_that_nobody_knew_of_has_its_page_figures_and_tables(made_up
 
 
 def test_an_audit_shows_though_its_analysis_is_not_installed(made_up, audit_of, monkeypatch):
-    from diagnostics.core import analysis
+    from diagnostics.core import registry
 
     audit = audit_of(made_up("angles", tables(), draw, {"widest": 0.25}))
-    monkeypatch.setattr(analysis, "REGISTRY", {})
+    monkeypatch.setattr(registry, "REGISTRY", {})
     said = shown({"it": audit}, "?audit=it&analysis=angles")
     assert "What do angles say?" in said
     assert "0.25" in said

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
+from probes.errors import InputError
+
 
 @pytest.fixture
 def watch(tmp_path):
@@ -65,7 +67,7 @@ def test_every_reader_is_in_the_short_form():
 
 def test_a_clear_refusal_is_no_finding(watch):
     def refuse(data, directory):
-        raise ValueError(f"{directory}/x: damaged")
+        raise InputError(f"{directory}/x: damaged")
 
     made = watch(refuse)
     made(b"")
@@ -78,10 +80,11 @@ def test_a_clear_refusal_is_no_finding(watch):
         (KeyError("x"), "an error that no reader documents"),
         (UnicodeDecodeError("utf-8", b"", 0, 1, "inside"), "an error that no reader documents"),
         (RecursionError("inside"), "an error that no reader documents"),
-        (ValueError("inside\nmore"), "several lines"),
-        (ValueError("inside\x1b[2J"), "cannot be printed"),
-        (ValueError("inside" * 1000), "a message of 6000 characters"),
-        (ValueError("bad"), "does not say which file"),
+        (ValueError("inside"), "no reader documents"),
+        (InputError("inside\nmore"), "several lines"),
+        (InputError("inside\x1b[2J"), "cannot be printed"),
+        (InputError("inside" * 1000), "a message of 6000 characters"),
+        (InputError("bad"), "does not say which file"),
     ],
 )
 def test_an_unclear_error_is_a_finding(watch, error, match):

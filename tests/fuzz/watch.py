@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from probes.errors import InputError, UnknownNameError
+
 # Seconds of processor time for one input; wall clock says little on a machine that does other work.
 LONGEST = 1.0
 # Growth of the largest resident memory by one input, bytes.
@@ -115,8 +117,8 @@ class Watch:
 
 def unclear(error: BaseException) -> str:
     """What is wrong with an error as the answer to a malformed file; empty if nothing is."""
-    # Their subclasses, KeyError and UnicodeDecodeError among them, come of something that nobody thought of.
-    if type(error) not in (ValueError, LookupError):
+    # A library's own ValueError or KeyError is a crash: no reader checked for its cause.
+    if type(error) not in (InputError, UnknownNameError):
         return "an error that no reader documents"
     text = str(error)
     if not text.isprintable():

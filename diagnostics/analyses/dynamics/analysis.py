@@ -1,21 +1,20 @@
-"""The dynamics of a run: is the training loss stuck for numerical reasons, and is the model still changing?
+"""Training dynamics of a run of any architecture: numerical stalls, and movement of the features.
 
-The companions of grokking for models of any kind: whether the softmax has collapsed and the loss only scales
-logits (Prieto et al., arXiv:2501.04697), whether features still move (Kumar et al., arXiv:2310.06110), and
-whether the pieces of its function move away from what it reads (Humayun et al., arXiv:2402.15555). The
-linearity gap, the logit scale and all numbers of flags are ours.
+Softmax collapse and logit scaling (Prieto et al., arXiv:2501.04697), the tangent kernel (Kumar et al.,
+arXiv:2310.06110) and local complexity (Humayun et al., arXiv:2402.15555). The linearity gap, the logit scale
+and the thresholds of flags are ours.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from diagnostics.analyses.dynamics import tables as made
-from diagnostics.analyses.dynamics.measures import Arrays, DynamicsProbes, located
+from diagnostics.analyses.dynamics import tables as dynamics_tables
+from diagnostics.analyses.dynamics.measures import Arrays, DynamicsProbes, locate
 from diagnostics.analyses.dynamics.notes import SCALING, notes_of
-from diagnostics.core.analysis import Result, analysis
-from diagnostics.evaluation.checkpoint_scores import ScoringOptions, curves, reading_notes, sets_of
-from diagnostics.evaluation.sets import drawn
+from diagnostics.core.analysis import DeviceTest, Result, analysis
+from diagnostics.evaluation.checkpoint_scores import ScoringOptions, curves, reading_notes
+from diagnostics.evaluation.sets import draw_rows, load_sets
 from diagnostics.execution.workers import checkpoint_runner
 from diagnostics.numerics import weight_distances
 from probes.checkpoints.checkpoint import Checkpoint
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-# Share of collapsed labels from which the training counts as stuck: where the reference draws its mark.
+# Share of collapsed labels from which training counts as stalled, as in the reference.
 STALLED = 0.5
 
 LAST = (
@@ -37,30 +36,30 @@ LAST = (
 )  # fmt: skip
 
 METRICS = {
-    "stalled": "1 where at the last step at least half of the labels have a collapsed softmax",
-    "logit_scaling": "1 where the cosine at the unembedding is 0.9 or more and all train labels are right",
-    "collapsed": "share of labels whose softmax has collapsed, at the last step; of train rows, if any",
-    "collapsed_right": "the same, where besides the label is the class that is left",
+    "stalled": "1 if at the last step at least half of the labels have a collapsed softmax",
+    "logit_scaling": "1 if the cosine at the unembedding is 0.9 or more and all train labels are right",
+    "collapsed": "share of labels with a collapsed softmax at the last step; of train rows if given",
+    "collapsed_right": "share where the remaining class is also the label",
     "collapse_step": "first step with a collapsed softmax",
-    "nlm_unembedding": "cosine of minus the gradient with the unembedding itself, at the last step",
-    "nlm_cosine": "the same of all matrices as one vector",
-    "logit_scale": "mean standard deviation of the logits over the classes, at the last step",
+    "nlm_unembedding": "cosine of minus the gradient with the unembedding itself at the last step",
+    "nlm_cosine": "the same for all matrices as one vector",
+    "logit_scale": "mean standard deviation of the logits over the classes at the last step",
     "logit_scale_ratio": "the same over that at the first step",
-    "movement": "distance of the last weights from the first, over the length of the first",
+    "movement": "distance of the last weights from the first, over the norm of the first",
     "kernel_cka": "centred alignment of the last tangent kernel with the first; 1: no feature moved",
-    "kernel_cka_debiased": "the same without the bias that few rows give it",
+    "kernel_cka_debiased": "the same without the bias of few rows",
     "kernel_alignment": "alignment of the last tangent kernel with the labels",
-    "kernel_alignment_rise": "by how much that rose since the first step",
-    "linearity_gap": "share of the change in outputs that the first step's gradients do not foretell",
-    "local_complexity": "MLP units that switch near what is read, a token, at the last step",
+    "kernel_alignment_rise": "its rise from the first step",
+    "linearity_gap": "share of the change in outputs that the first step's gradients do not predict",
+    "local_complexity": "MLP units per token that switch near the inputs at the last step",
     "local_complexity_ratio": "the same over that at the first step",
-    "radius": "how near: by how much embeddings were moved, in their own units, at the last step",
-    "checkpoints": "checkpoints of the series",
+    "radius": "distance by which embeddings are moved for local complexity at the last step",
+    "checkpoints": "number of checkpoints",
 }
 
 
 def summary(result: Result) -> str:
-    """Numbers first, then what moved."""
+    """Softmax and gradient first, then what moved."""
     m, parts = result.metrics, []
     if "collapsed" in m:
         parts.append(
@@ -69,19 +68,19 @@ def summary(result: Result) -> str:
             else "no softmax has collapsed"
         )
     if "nlm_unembedding" in m:
-        what = " (it only scales logits)" if m.get("logit_scaling") else ""
-        parts.append(f"the unembedding's gradient is along itself at {m['nlm_unembedding']:.2f}{what}")
+        scaling = " (the loss only scales logits)" if m.get("logit_scaling") else ""
+        parts.append(f"cosine of gradient and unembedding {m['nlm_unembedding']:.2f}{scaling}")
     if "movement" in m:
-        parts.append(f"weights moved by {m['movement']:.2g} of their length")
+        parts.append(f"weights moved by {m['movement']:.2g} of their norm")
     if "kernel_cka" in m:
-        parts.append(f"tangent kernel at {m['kernel_cka']:.2f} of the first")
+        parts.append(f"CKA of the tangent kernel with the first {m['kernel_cka']:.2f}")
     if "linearity_gap" in m:
         parts.append(f"linearity gap {m['linearity_gap']:.2g}")
-    return "; ".join(parts) or f"{m['checkpoints']} checkpoints, of which nothing could be measured"
+    return "; ".join(parts) or f"{m['checkpoints']} checkpoints, nothing measurable"
 
 
 def draw(result: Result) -> "dict[str, go.Figure]":
-    """The pictures of a result; their module is loaded when something is drawn."""
+    """The figures of a result; plotting is imported only here."""
     from diagnostics.analyses.dynamics import figures
 
     return figures.draw(result)
@@ -89,23 +88,28 @@ def draw(result: Result) -> "dict[str, go.Figure]":
 
 @analysis(
     "dynamics",
-    question="Is training stuck for numerical reasons, and do the model's features still move?",
+    question="Is training stalled for numerical reasons, and do the model's features still move?",
     reading=(
-        "A collapsed softmax of 0 is sound; from one half on the loss no longer pushes most labels. A cosine "
-        "near 1 at the unembedding, with all train labels right, says that training only scales logits. A "
-        "kernel CKA near 1 and a linearity gap near 0 are a lazy run, whose features stay as they were; a "
-        "gap near 1 is a rewrite. CKA, gap and local complexity are trends to be compared within a run: "
-        "nothing published says which value is good."
+        "A collapsed share of 0 is healthy; from 0.5 on most labels give no gradient. A cosine near 1 at the "
+        "unembedding, with all train labels right, means that training only scales logits. A kernel CKA near "
+        "1 with a linearity gap near 0 is a lazy run: its features do not move. A gap near 1 is the "
+        "opposite. Compare CKA, gap and local complexity within a run only: no publication says which value "
+        "is good."
     ),
     paper="arXiv:2501.04697",
     cost=(
-        "a checkpoint: two forward passes over the rows, a gradient of the train rows with a copy of the "
-        "weights, for each of 32 rows a gradient of its own (as often as all of these do not fit into 1 GB), "
-        "one forward differentiation with a second copy, 40 passes over these rows"
+        "for each checkpoint: two forward passes over the rows, a gradient of the train rows with a copy of "
+        "the weights, one gradient for each of 32 probe rows (repeated if they do not fit into 1 GB "
+        "together), one forward differentiation with a second copy, and 40 passes over the probe rows"
     ),
     draw=draw,
     summary=summary,
     metrics=METRICS,
+    device_test=DeviceTest(
+        parameters={"rows": 24, "probes": 4, "outputs": 4, "batch": 16, "vertices": 4},
+        absolute={"kernel_cka": 1e-2, "linearity_gap": 1e-2, "stalled": 0},
+        relative={"logit_scale": 1e-3, "movement": 1e-4},
+    ),
 )
 def training_dynamics(
     series: Any,
@@ -121,118 +125,119 @@ def training_dynamics(
     radius: float = 0.05,
     vertices: int = 40,
     loss_dtype: str = "float32",
-    max_length: int | None = None,
-    chat_template: bool = False,
-    batch_tokens: int = 16384,
-    trust_remote_code: bool = False,
-    device: str = "cpu",
-    dtype: str | None = "float32",
+    options: ScoringOptions = ScoringOptions(dtype="float32"),
     seed: int = 0,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Result:
     """Follow logits, gradients, the tangent kernel and local complexity over the checkpoints of one run.
 
     Args:
-        series: at least 2 checkpoints, the first being what others are compared with.
-        task: held-out rows of what was trained: a task, a file, texts, or several of these by name.
-        train: rows that the run was trained on; without them nothing is said of its gradient.
-        rows: most rows of a set that are scored, drawn at random (ours).
-        batch: most train rows whose gradient is taken (ours); of several sets, of the first. The cosine
-            falls with fewer rows, whose gradient is noise across the weights.
-        probes: task rows of the kernel, the gap and local complexity (32 to 64 are usual); of several sets,
-            of the first.
-        outputs: random projections of the logits on which the linearity gap is measured (ours); the kernel
-            is that of the first.
-        kernel: compute the tangent kernel, the dearest measure.
+        series: at least 2 checkpoints; all are compared with the first.
+        task: held-out rows of the trained task: a task, a file, texts, or several of these by name.
+        train: rows of the training data; without them no gradient is measured.
+        rows: most scored rows of a set, drawn at random (ours).
+        batch: most train rows for the gradient (ours), from the first train set. With fewer rows noise lowers
+            the cosine.
+        probes: task rows of the kernel, the gap and local complexity (32 to 64 are usual), from the first
+            task set.
+        outputs: random projections of the logits for the linearity gap (ours); the kernel uses the first.
+        kernel: compute the tangent kernel, the most expensive measure.
         linearity: compute the linearity gap.
-        radius: of local complexity, as a share of the mean length of an embedding (ours; published for
+        radius: of local complexity, as a share of the mean norm of an embedding (ours; published for
             pixels: 0.005, and 0.05 to 5).
         vertices: of local complexity, two for each direction (published: 40 and 50).
-        loss_dtype: in which the training's loss takes its softmax; transformers takes float32.
-        max_length: most tokens of a row; None: what the model takes.
-        chat_template: texts and prompts are a user's messages.
-        batch_tokens: most tokens in a pass; changes no result.
-        trust_remote_code: run code that a repository brings.
-        device: where the models run.
+        loss_dtype: dtype of the softmax in the training loss; float32 in transformers.
+        options: how rows are read and how models run on them.
         dtype: of the models; None as stored. In half precision gradients and outputs are coarse.
         seed: of rows, projections and directions.
         progress: called with (done, total, what).
 
     Metrics: see `METRICS`.
-    Tables: `steps` (step, label, and a column a measure, those of rows with their role behind), `tensors`
-        (step, tensor, layer, component, unembedding, nlm_cosine, movement), `layers` (step, layer,
-        local_complexity, share, units).
+    Tables:
+        `steps`: one row a checkpoint: step, label, loss_<role> (nats per unit), metric_<role> (share),
+            logit_scale_<role>, margin_<role> (logits), collapsed_<role>, collapsed_right_<role> (shares of
+            labels), nlm_cosine, nlm_unembedding (cosines), movement (share of the first norm), kernel_cka,
+            kernel_cka_debiased, kernel_alignment (at most 1), linearity_gap (share), local_complexity (units
+            per token), radius (in embeddings).
+        `tensors`: one row a matrix and checkpoint: step, label, tensor, movement (share of the first norm),
+            layer (NaN outside the blocks), component, unembedding (boolean), nlm_cosine.
+        `layers`: one row a layer and checkpoint: step, label, layer, local_complexity (units per token),
+            share (of its units), units (count).
 
     Raises:
         TooShortError: a series of one.
         InputError: a parameter out of range, or rows that cannot be scored.
+
+    Example:
+        >>> from diagnostics.audit.demo import BUNDLED
+        >>> run = [BUNDLED / f"grokking/parity/checkpoint-{step}" for step in (0, 50)]
+        >>> fast = {"rows": 4, "probes": 2, "vertices": 2, "kernel": False, "linearity": False}
+        >>> training_dynamics(run, BUNDLED / "grokking/held-out.jsonl", **fast).metrics["collapsed"]
+        0.0
     """
     import pandas as pd
 
-    checked(rows=rows, batch=batch, probes=probes, outputs=outputs, vertices=vertices, radius=radius)
+    check(rows=rows, batch=batch, probes=probes, outputs=outputs, vertices=vertices, radius=radius)
     if loss_dtype not in DTYPES:
         raise InputError(f"loss_dtype is {loss_dtype!r}; it is one of {', '.join(DTYPES)}")
-    series, given = series_of(series), sets_of({"task": task, "train": train})
-    sets = {which: drawn(one, rows, seed) for which, one in given.items()}
+    series, given = series_of(series), load_sets({"task": task, "train": train})
+    sets = {which: draw_rows(one, rows, seed) for which, one in given.items()}
     trained = [one for which, one in given.items() if which[0] == "train"]
     probe = DynamicsProbes(
-        sets=sets, batch=drawn(trained[0], batch, seed) if trained else None,
-        rows=drawn(next(iter(given.values())), probes, seed),
-        reading=ScoringOptions(
-            max_length=max_length, chat_template=chat_template, batch_tokens=batch_tokens,
-            trust_remote_code=trust_remote_code, device=device, dtype=dtype,
-        ),
+        sets=sets, batch=draw_rows(trained[0], batch, seed) if trained else None,
+        rows=draw_rows(next(iter(given.values())), probes, seed),
+        reading=options,
         loss_dtype=loss_dtype, outputs=outputs, kernel=kernel, radius=radius, vertices=vertices, seed=seed,
     )  # fmt: skip
     measurements = series.measured(
         "dynamics", probe.key(), probe.measure, progress, least=(2, "a trend"),
-        run_calls=checkpoint_runner(series, device),
+        run_calls=checkpoint_runner(series, options.device),
     )  # fmt: skip
     notes: list[str] = []
-    moves, places = moved(series, notes, progress)
+    moves, positions = movements(series, notes, progress)
     gaps = expansions(series, probe, progress) if linearity else []
-    found = curves(measurements, sets)
+    by_set = curves(measurements, sets)
     labels = list(zip(series.steps, series.labels, strict=True))
     steps = [{"step": step, "label": label} for step, label in labels]
     for role in dict.fromkeys(which[0] for which in sets):
-        steps = [
-            row | more for row, more in zip(steps, made.of_logits(measurements, found, role), strict=True)
-        ]
-    for at, (row, one) in enumerate(zip(steps, measurements, strict=True)):
-        row |= made.of_alignment(one)
-        row["movement"] = whole(moves[at]) if moves else math.nan
-        row |= made.of_kernel(one, measurements[0], probe.rows)
-        row["linearity_gap"] = made.linearity_gap(one, measurements[0], gaps[at]) if gaps else math.nan
-        row |= made.of_complexity(one)
+        columns = dynamics_tables.logit_columns(measurements, by_set, role)
+        steps = [row | more for row, more in zip(steps, columns, strict=True)]
+    first = measurements[0]
+    for at, (row, arrays) in enumerate(zip(steps, measurements, strict=True)):
+        row |= dynamics_tables.alignment_columns(arrays)
+        row["movement"] = relative_movement(moves[at]) if moves else math.nan
+        row |= dynamics_tables.kernel_columns(arrays, first, probe.rows)
+        row["linearity_gap"] = dynamics_tables.linearity_gap(arrays, first, gaps[at]) if gaps else math.nan
+        row |= dynamics_tables.complexity_columns(arrays)
     table = pd.DataFrame(steps)
     tables = {"steps": table}
-    tensors = made.tensor_rows(labels, measurements, moves, places)
-    layers = made.layer_rows(labels, measurements)
-    tables |= {name: pd.DataFrame(each) for name, each in (("tensors", tensors), ("layers", layers)) if each}
+    tensors = dynamics_tables.tensor_rows(labels, measurements, moves, positions)
+    layers = dynamics_tables.layer_rows(labels, measurements)
+    tables |= {name: pd.DataFrame(rows) for name, rows in (("tensors", tensors), ("layers", layers)) if rows}
     saved = len(series.checkpoints) == len(series)
     notes = notes_of(table, measurements, gaps, probe, saved=saved, stepped=series.stepped) + notes
     notes += reading_notes(measurements, sets, series.labels)
     return Result(metrics=metrics_of(table, bool(trained)), tables=tables, notes=tuple(notes))
 
 
-def checked(*, radius: float, **counts: int) -> None:
-    """Refuse what is out of range.
+def check(*, radius: float, **counts: int) -> None:
+    """Refuse parameters out of range.
 
     Raises:
-        InputError: names the parameter.
+        InputError: the message names the parameter.
     """
     if not 0 <= radius < math.inf:
-        raise InputError(f"radius is {radius}; it is a share of an embedding's length, 0 or more")
+        raise InputError(f"radius is {radius}; it is a share of an embedding's norm, 0 or more")
     least = {"probes": 2, "vertices": 2}
     for name, count in counts.items():
         if count < least.get(name, 1):
             raise InputError(f"{name} is {count}; it is at least {least.get(name, 1)}")
 
 
-def moved(
+def movements(
     series: CheckpointSeries, notes: list[str], progress: Callable[[int, int, str], None] | None
 ) -> tuple[list[Arrays], Mapping[str, tuple[int | None, str, bool]]]:
-    """How far each tensor is from the first checkpoint's; nothing where the first's weights are gone."""
+    """Movement of each tensor from the first checkpoint; empty where its weights are not kept."""
     if len(series.checkpoints) < len(series):
         return [], {}
     first = series.checkpoints[0]
@@ -241,16 +246,16 @@ def moved(
     except InputError as error:
         notes.append(f"Movement is not measured: {error}.")
         return [], {}
-    found = series.measured(
+    distances = series.measured(
         "movement",
         {"first": first.stamp(), "names": list(names)},
-        lambda checkpoint: made.movement(first, checkpoint, names),
+        lambda checkpoint: dynamics_tables.movement(first, checkpoint, names),
         progress,
     )
-    return found, located({name: first.headers[name] for name in names}, first.config)
+    return distances, locate({name: first.headers[name] for name in names}, first.config)
 
 
-def whole(moves: Arrays) -> float:
+def relative_movement(moves: Arrays) -> float:
     """‖θ − θ₀‖ / ‖θ₀‖ over all tensors."""
     size = float(moves["size"].sum())
     return math.sqrt(float(moves["moved"].sum()) / size) if size > 0 else math.nan
@@ -259,28 +264,28 @@ def whole(moves: Arrays) -> float:
 def expansions(
     series: CheckpointSeries, probe: DynamicsProbes, progress: Callable[[int, int, str], None] | None
 ) -> list[Arrays]:
-    """J₀ Δθ towards each checkpoint; nothing where the first's weights are gone."""
+    """J₀ Δθ towards each checkpoint; empty where the first checkpoint's weights are not kept."""
     if len(series.checkpoints) < len(series):
         return []
     first = series.checkpoints[0]
-    held: list[Editable] = []
+    opened: list[Editable] = []
 
     def measure(checkpoint: Checkpoint) -> Arrays:
         if checkpoint is first:
             return {}
-        if not held:  # not before it is needed: a run that goes on may need none
-            held.append(probe.reading.open(first))
-        return probe.gap(held[0], checkpoint)
+        if not opened:  # only when needed: all expansions may be stored already
+            opened.append(probe.reading.open(first))
+        return probe.gap(opened[0], checkpoint)
 
     return series.measured("expansion", {"first": first.stamp()} | probe.key(), measure, progress)
 
 
 def metrics_of(steps: "pd.DataFrame", trained: bool) -> dict[str, float | int]:
-    """The last step, and what changed since the first; what is not known is left out."""
+    """The last step, and changes from the first; unknown values are left out."""
     role = "train" if trained else "task"
     first, last = steps.iloc[0], steps.iloc[-1]
     collapsed = steps[f"collapsed_{role}"]
-    found: dict[str, float] = {
+    values: dict[str, float] = {
         "collapsed": last[f"collapsed_{role}"],
         "collapsed_right": last[f"collapsed_right_{role}"],
         "logit_scale": last[f"logit_scale_{role}"],
@@ -290,9 +295,9 @@ def metrics_of(steps: "pd.DataFrame", trained: bool) -> dict[str, float | int]:
         **{name: last[name] for name in LAST},
     }
     if (collapsed > 0).any():
-        found["collapse_step"] = steps["step"][collapsed > 0].iloc[0]
+        values["collapse_step"] = steps["step"][collapsed > 0].iloc[0]
     metrics: dict[str, float | int] = {"checkpoints": len(steps)}
-    metrics |= {name: float(value) for name, value in found.items() if not math.isnan(value)}
+    metrics |= {name: float(value) for name, value in values.items() if not math.isnan(value)}
     if "collapsed" in metrics:
         metrics["stalled"] = int(metrics["collapsed"] >= STALLED)
     if trained and "nlm_unembedding" in metrics:
@@ -301,5 +306,5 @@ def metrics_of(steps: "pd.DataFrame", trained: bool) -> dict[str, float | int]:
 
 
 def ratio(last: float, first: float) -> float:
-    """NaN where there was nothing at first."""
+    """last / first; NaN unless first is above 0."""
     return last / first if first > 0 else math.nan

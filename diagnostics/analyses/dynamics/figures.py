@@ -1,169 +1,109 @@
-"""Pictures of a run's dynamics, drawn from the tables alone: a saved result redraws."""
+"""Figures of a run's dynamics, drawn from the tables alone, so that a saved result redraws."""
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
+import plotly.graph_objects as go
 
 from diagnostics.core.analysis import Result
 from diagnostics.plotting import theme
+from diagnostics.plotting.charts import Style, drawn, heat, line, panels
 from diagnostics.plotting.layer_axes import layer_name
 from diagnostics.plotting.set_styles import COLORS
-from probes.checkpoints.steps import step_label
 
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
-ROLES = {"train": theme.NEUTRAL, "task": COLORS["task"]}
-# A panel of the strip: its axis, and the columns drawn in it with their names.
-PANELS: tuple[tuple[str, dict[str, str]], ...] = (
-    ("collapsed<br>softmax", {"collapsed_train": "train labels", "collapsed_task": "held-out labels"}),
-    ("logit scale", {"logit_scale_train": "train labels", "logit_scale_task": "held-out labels"}),
-    ("−∇L along W,<br>cosine", {"nlm_unembedding": "unembedding", "nlm_cosine": "all matrices"}),
-    ("units switched<br>a token", {"local_complexity": "local complexity"}),
-    ("kernel CKA<br>to the first", {"kernel_cka": "plain", "kernel_cka_debiased": "debiased"}),
-    ("kernel–label<br>alignment", {"kernel_alignment": "last kernel with labels"}),
-    ("linearity gap", {"linearity_gap": "towards each step"}),
-    ("movement", {"movement": "of all weights"}),
-)
-# Colour, symbol, and the symbol as it is written.
-LOOKS = ((theme.NEUTRAL, "circle", "●"), (theme.TUNED, "diamond", "◆"))
+# Panels of the strip: the axis, and the columns with their names.
+PANELS: dict[str, dict[str, str]] = {
+    "collapsed<br>softmax": {"collapsed_train": "train labels", "collapsed_task": "held-out labels"},
+    "logit scale": {"logit_scale_train": "train labels", "logit_scale_task": "held-out labels"},
+    "−∇L along W,<br>cosine": {"nlm_unembedding": "unembedding", "nlm_cosine": "all matrices"},
+    "units switched<br>a token": {"local_complexity": "local complexity"},
+    "kernel CKA<br>to the first": {"kernel_cka": "plain", "kernel_cka_debiased": "debiased"},
+    "kernel–label<br>alignment": {"kernel_alignment": "last kernel with labels"},
+    "linearity gap": {"linearity_gap": "towards each step"},
+    "movement": {"movement": "of all weights"},
+}
+# Colour, symbol, and the symbol as text: of held-out labels, and of the first and second of other curves.
+HELD_OUT = (theme.TUNED, "diamond", "◆")
+LOOKS = ((theme.NEUTRAL, "circle", "●"), HELD_OUT)
+# table, column, title and colour bar; by the figure's name
+MAPS = {
+    "complexity": ("layers", "share", "Units of each layer that switch near the rows", "share of units"),
+    "nlm": ("tensors", "nlm_cosine", "Cosine of the descent direction with the weights", "mean cosine"),
+    "movement": ("tensors", "movement", "Distance of each layer from the first checkpoint", "share of norm"),
+}
+SCORES = {
+    "train": Style("train rows", COLORS["train"]),
+    "task": Style("held-out rows", COLORS["task"], "diamond"),
+}
 
 
 def draw(result: Result) -> "dict[str, go.Figure]":
-    """The pictures; one whose table is missing or says nothing is left out."""
-    steps = result.tables.get("steps")
-    if steps is None or not len(steps):
-        return {}
-    figures = {"strip": draw_strip(steps), "scores": draw_scores(steps)}
-    layers, tensors = result.tables.get("layers"), result.tables.get("tensors")
-    if layers is not None and len(layers):
-        figures["complexity"] = draw_map(
-            layers, "share", "Which layers' units still switch near what is read", "share of units"
-        )
-    if tensors is not None and len(tensors):
-        if tensors["nlm_cosine"].notna().any():
-            figures["nlm"] = draw_map(
-                tensors, "nlm_cosine", "Where the gradient runs along the weights themselves", "mean cosine",
-                diverging=True,
-            )  # fmt: skip
-        if tensors["movement"].notna().any():
-            figures["movement"] = draw_map(
-                tensors, "movement", "How far each layer moved from the first checkpoint",
-                "mean share of its length",
-            )  # fmt: skip
+    """The figures; one without data is left out."""
+    figures = drawn(result, strip=draw_strip, scores=draw_scores)
+    for name, (table, column, title, bar) in MAPS.items() if figures else ():
+        if measured(result.tables.get(table, pd.DataFrame()), column):
+            figures[name] = draw_map(result.tables[table], column, title, bar)
     return figures
+
+
+def measured(table: pd.DataFrame, column: str) -> bool:
+    """Whether a column exists and has values."""
+    return column in table and bool(table[column].notna().any())
 
 
 def draw_strip(steps: pd.DataFrame) -> "go.Figure":
     """Every measure over the same axis of steps, one above the other."""
-    import plotly.graph_objects as go
-    from plotly.subplots import make_subplots
-
-    panels = [
-        (axis, {column: name for column, name in columns.items() if known(steps, column)})
-        for axis, columns in PANELS
-    ]
-    panels = [(axis, columns) for axis, columns in panels if columns]
-    figure = make_subplots(rows=max(1, len(panels)), cols=1, shared_xaxes=True, vertical_spacing=0.04)
-    for row, (axis, columns) in enumerate(panels, start=1):
-        for (column, name), (color, symbol, _) in zip(columns.items(), looks(columns), strict=True):
-            said = f"{axis.replace('<br>', ' ')}: {name}"
-            figure.add_trace(
-                go.Scatter(
-                    x=steps["step"], y=steps[column], mode="lines+markers", name=said, showlegend=False,
-                    line={"color": color}, marker={"symbol": symbol, "size": 7},
-                    hovertemplate=f"step %{{x}}: %{{y:.4g}}<extra>{said}</extra>",
-                ),
-                row=row, col=1,
-            )  # fmt: skip
-        place = "" if row == 1 else str(row)
-        # A legend of its own above each panel: one for all would have to name the panels.
+    strip = {
+        axis: {column: name for column, name in columns.items() if measured(steps, column)}
+        for axis, columns in PANELS.items()
+    }
+    strip = {axis: columns for axis, columns in strip.items() if columns}
+    count = max(1, len(strip))
+    figure = panels("Each measure over the run", "step", "", height=140 + 130 * count, rows=count,
+                    shared_xaxes=True, vertical_spacing=0.04)  # fmt: skip
+    for row, (axis, columns) in enumerate(strip.items(), start=1):
+        legend = []
+        for i, (column, name) in enumerate(columns.items()):
+            color, symbol, sign = HELD_OUT if column.endswith("_task") else LOOKS[i]
+            style = Style(f"{axis.replace('<br>', ' ')}: {name}", color, symbol, size=7)
+            line(figure, steps, "step", column, style, "step {x}: {y:.4g}", panel=(row, 1), showlegend=False)
+            legend.append(f'<span style="color:{color}">{sign}</span> {name}')
+        # A legend for each panel: one for all would have to name the panels.
         figure.add_annotation(
-            text="&nbsp;&nbsp; ".join(
-                f'<span style="color:{color}">{mark}</span> {name}'
-                for name, (color, _, mark) in zip(columns.values(), looks(columns), strict=True)
-            ),
-            xref=f"x{place} domain", yref=f"y{place} domain", x=0, y=1, xanchor="left", yanchor="bottom",
-            font={"size": 11},
+            text="&nbsp;&nbsp; ".join(legend), xref="x domain", yref="y domain", x=0, y=1, xanchor="left",
+            yanchor="bottom", font={"size": 11}, row=row, col=1,
         )  # fmt: skip
-        shares = "collapsed" in axis
         figure.update_yaxes(
             title={"text": axis, "font": {"size": 11}}, exponentformat="e", nticks=5,
-            range=[-0.05, 1.05] if shares else None, row=row, col=1,
+            range=[-0.05, 1.05] if "collapsed" in axis else None, row=row, col=1,
         )  # fmt: skip
-    figure.update_xaxes(title="step", row=max(1, len(panels)), col=1)
-    title = "Numbers, features and pieces over the run"
-    return figure.update_layout(
-        template=theme.template(),
-        title={"text": title, "y": 0.985},
-        height=140 + 130 * max(1, len(panels)),
-    )
-
-
-def looks(columns: Iterable[str]) -> list[tuple[str, str, str]]:
-    """The looks of a panel's curves: what is held out looks alike in all."""
-    return [LOOKS[1] if column.endswith("_task") else LOOKS[at] for at, column in enumerate(columns)]
-
-
-def known(steps: pd.DataFrame, column: str) -> bool:
-    """Whether a column is there and says anything."""
-    return column in steps and bool(steps[column].notna().any())
+    return figure.update_layout(title_y=0.985)
 
 
 def draw_scores(steps: pd.DataFrame) -> "go.Figure":
-    """Loss of train and held-out rows, and the share of them that is right, over the steps."""
-    import plotly.graph_objects as go
-    from plotly.subplots import make_subplots
-
-    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.06)
+    """Loss and accuracy of train and held-out rows over the steps."""
+    figure = panels("Train and held-out rows: when each was learnt", "step", "", height=480, rows=2,
+                    shared_xaxes=True, vertical_spacing=0.06)  # fmt: skip
     for row, (measure, axis) in enumerate((("loss", "loss, nats"), ("metric", "share right")), start=1):
-        for role, color in ROLES.items():
-            if known(steps, f"{measure}_{role}"):
-                figure.add_trace(
-                    go.Scatter(
-                        x=steps["step"], y=steps[f"{measure}_{role}"], mode="lines+markers",
-                        name="train rows" if role == "train" else "held-out rows", showlegend=row == 1,
-                        line_color=color,
-                        marker={"symbol": "circle" if role == "train" else "diamond", "size": 8},
-                        hovertemplate=f"{role}, step %{{x}}: %{{y:.4f}}",
-                    ),
-                    row=row, col=1,
+        for role, style in SCORES.items():
+            if measured(steps, f"{measure}_{role}"):
+                line(
+                    figure, steps, "step", f"{measure}_{role}", style, "step {x}: {y:.4f}", panel=(row, 1),
+                    showlegend=row == 1,
                 )  # fmt: skip
         figure.update_yaxes(title=axis, row=row, col=1)
-    figure.update_xaxes(title="step", row=2, col=1)
-    title = "When the train rows were learnt, and when the held-out rows"
-    return figure.update_layout(template=theme.template(), title={"text": title, "y": 0.97}, height=480)
+    return figure
 
 
-def draw_map(
-    table: pd.DataFrame, column: str, title: str, what: str, *, diverging: bool = False
-) -> "go.Figure":
-    """Layers over steps; of a layer's several tensors the mean."""
-    import plotly.graph_objects as go
-
+def draw_map(table: pd.DataFrame, column: str, title: str, bar: str) -> "go.Figure":
+    """Layers over steps; several tensors of one layer are averaged."""
     part = table[table[column].notna()]
-    # What stands outside the blocks is shown by itself: the unembedding is looked at first.
-    outside = part["component"] if "component" in part else part["layer"]
-    named = part.assign(
-        layer=[
-            name if layer_name(layer) == "none" else layer_name(layer)
-            for layer, name in zip(part["layer"], outside, strict=True)
-        ]
-    )
-    grid = named.pivot_table(index="layer", columns="step", values=column, aggfunc="mean")
-    grid = grid.loc[sorted(grid.index, key=lambda name: (not name.isdigit(), name.zfill(9)))]
-    figure = theme.figure(title=title, x="step", y="layer")
-    scale: dict[str, Any] = {"zmin": 0, "zmax": max(float(grid.max().max()), 1e-12)}
-    if diverging:
-        scale = {"zmin": -1, "zmax": 1, "colorscale": theme.scale(theme.LIGHT.diverging)}
-    figure.add_trace(
-        go.Heatmap(
-            z=grid.to_numpy(), x=[step_label(step) for step in grid.columns], y=list(grid.index),
-            colorbar={"title": {"text": what}},
-            hovertemplate=f"layer %{{y}}, step %{{x}}: %{{z:.4g}} {what}<extra></extra>", **scale,
-        )
-    )  # fmt: skip
-    figure.update_xaxes(type="category")
-    figure.update_yaxes(type="category")
-    return figure.update_layout(height=max(280, 120 + 26 * len(grid)))
+    # Tensors outside the blocks have rows by name: the unembedding is looked at first.
+    layers = part["layer"].map(layer_name)
+    named = part.assign(layer=layers.where(layers != "none", part.get("component", part["layer"])))
+    cells = named.groupby(["layer", "step"])[[column]].mean().reset_index()
+    look: dict[str, Any] = {"diverging": True, "zmin": -1, "zmax": 1} if column == "nlm_cosine" else {}
+    look |= {"columns": sorted(cells["step"].unique()), "bar": bar}
+    look["rows"] = sorted(cells["layer"].unique(), key=lambda name: (not name.isdigit(), name.zfill(9)))
+    hover = f"layer {{y}}, step {{x}}: {{z:.4g}} ({bar})"
+    return heat(theme.figure(title, "step", "layer"), cells, "step", "layer", column, hover, **look)

@@ -1,4 +1,4 @@
-"""When each measure of `dynamics` holds, and what it says of this run."""
+"""Notes of `dynamics`: observations, and the conditions of each measure."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 Arrays = Mapping[str, np.ndarray]
 
 HALF = ("bfloat16", "float16")
-# Of the gradient with the unembedding: what the paper observed, and no threshold.
+# Cosine of the gradient with the unembedding that the paper observed; no threshold.
 SCALING = 0.9
-# Fewer checkpoints than this support no correlation and no trend.
+# The fewest checkpoints for a trend.
 TREND = 6
-# What a measure is called, and what else must hold for it to mean anything.
+# Names of the measures in notes.
 MEASURES = {
     "alignment": "The gradient",
     "outputs": "The outputs of probe rows",
@@ -36,107 +36,101 @@ def notes_of(
     saved: bool,
     stepped: bool,
 ) -> list[str]:
-    """All of them, findings first."""
+    """All notes, observations first."""
     role = "train" if "collapsed_train" in steps else "task"
     notes = observed(steps, role)
     if not stepped:
-        notes.append("No steps are known: the checkpoints are counted 0, 1, 2 …")
+        notes.append("The steps are unknown: checkpoints are numbered 0, 1, 2 …")
     if len(steps) < TREND:
-        notes.append(
-            f"{len(steps)} checkpoints show differences, no trend: nothing is correlated below {TREND}."
-        )
+        notes.append(f"{len(steps)} checkpoints show differences but no trend: that needs {TREND}.")
     notes += conditions(measurements, probe, role)
     if not saved:
         notes.append(
             "Movement and the linearity gap are not measured: they need the weights of the first checkpoint, "
-            "which are gone while a run goes on. `tunescope series` measures them on saved checkpoints."
+            "which a live run does not keep. `tunescope series` measures them on saved checkpoints."
         )
-    return notes + missing([*measurements, *gaps])
+    return notes + not_measured([*measurements, *gaps])
 
 
 def observed(steps: "pd.DataFrame", role: str) -> list[str]:
-    """What a published run showed, where this one shows it too."""
+    """Observations of the papers that this run shows too."""
     notes = []
     collapsed = steps[f"collapsed_{role}"]
     if (collapsed > 0).any():
         at = steps["label"][collapsed > 0].iloc[0]
         notes.append(
-            f"A softmax has collapsed first at step {at} ({collapsed.max():.0%} of labels at most): "
-            "where the class that is left is the label, it gives no gradient. StableMax, a lower learning "
-            "rate or weight decay mend that."
+            f"The softmax first collapses at step {at} (at most {collapsed.max():.0%} of labels). Collapsed "
+            "on the right label, it gives no gradient. Remedies: StableMax, a lower learning rate, weight "
+            "decay."
         )
     if "metric_train" in steps:
         scaling = (steps["nlm_unembedding"] >= SCALING) & (steps["metric_train"] == 1)
         if scaling.any():
             at = steps["label"][scaling].iloc[0]
             notes.append(
-                f"First at step {at} (and at {scaling.sum()} of {len(steps)} in all) every train label is "
-                f"right and the gradient of the unembedding runs along itself, cosine {SCALING} or more: the "
-                "loss falls by scaling logits, not by learning. The paper saw 0.9 right after 100 % train "
-                "accuracy; it is no threshold."
+                f"From step {at} (at {scaling.sum()} of {len(steps)} checkpoints) every train label is right "
+                f"and the gradient points along the unembedding, with cosine {SCALING} or more: the loss "
+                "falls by scaling logits, not by learning. The paper saw 0.9 right after 100 % train "
+                "accuracy; that is no threshold."
             )
     return notes
 
 
 def conditions(measurements: Sequence[Arrays], probe: DynamicsProbes, role: str) -> list[str]:
-    """Under which conditions the numbers hold."""
+    """Conditions under which the numbers hold."""
     notes = [
-        f"Softmax collapse is counted in {probe.loss_dtype}, on {role} labels: it holds if the training's "
-        "loss takes its softmax in that dtype. transformers does in float32; set loss_dtype otherwise."
+        f"Softmax collapse is counted in {probe.loss_dtype} on {role} labels. This must be the dtype of the "
+        "softmax in the training loss (transformers: float32); set loss_dtype otherwise."
     ]
     if probe.loss_dtype in HALF:
         notes.append(
-            f"In {probe.loss_dtype} a softmax counts as collapsed long before it is: unless the loss really "
-            "ran in it, these shares mean nothing."
+            f"In {probe.loss_dtype} a softmax collapses far earlier: unless the loss ran in that dtype, "
+            "these shares mean nothing."
         )
     if probe.reading.dtype in HALF:
         notes.append(
-            f"The models ran in {probe.reading.dtype}: gradients, kernel and linearity gap are coarse in it."
+            f"The models ran in {probe.reading.dtype}, in which gradients, kernel and linearity gap are "
+            "coarse."
         )
     if probe.batch is None:
-        notes.append(
-            "Whether the loss falls by scaling logits is not measured: that takes a gradient on rows of the "
-            "training (--train F)."
-        )
+        notes.append("Logit scaling is not measured: it needs a gradient on train rows (--train F).")
     else:
         notes.append(
-            f"The gradient is that of {len(probe.batch.rows)} train rows without weight decay. Give the rows "
-            "that the run saw, and many: the noise of few rows lowers the cosine (in "
-            "examples/dense_grokking.py it is 0.94 on all 1,392 rows and 0.18 on 128). That scaling weights "
-            "scales logits holds exactly for homogeneous networks only, in those with norms for the last "
-            "matrix alone."
+            f"The gradient is taken on {len(probe.batch.rows)} train rows, without weight decay. Give many "
+            "of the rows that the run saw: with few, noise lowers the cosine (in examples/dense_grokking.py "
+            "from 0.94 on all 1,392 rows to 0.18 on 128). Scaling weights scales logits exactly only in "
+            "homogeneous networks; with norms, for the last matrix only."
         )
     if probe.kernel:
         notes.append(
-            f"The tangent kernel is of {len(probe.rows.rows)} rows and one random projection of the logits, "
-            "averaged over a row's labels; plain CKA is high for so few rows whatever they are, the debiased "
-            "one is not."
+            f"The tangent kernel is that of {len(probe.rows.rows)} rows and one random projection of the "
+            "logits, averaged over the labels of a row. Plain CKA is high for any few rows; debiased CKA is "
+            "not."
         )
-    seen = [one for one in measurements if "complexity.radius" in one]
-    radii = [float(one["complexity.radius"]) for one in seen]
+    measured = [arrays for arrays in measurements if "complexity.radius" in arrays]
+    radii = [float(arrays["complexity.radius"]) for arrays in measured]
     if radii:
-        ends = dict.fromkeys(f"{each:.3g}" for each in (min(radii), max(radii)))
-        reach = " to ".join(ends)
+        reach = " to ".join(dict.fromkeys(f"{radius:.3g}" for radius in (min(radii), max(radii))))
         notes.append(
             f"Local complexity moves embeddings by {reach} ({probe.radius:g} of their mean length at each "
-            f"checkpoint) to {int(seen[0]['complexity.vertices'])} vertices; others give other values."
+            f"checkpoint) to {int(measured[0]['complexity.vertices'])} vertices; its values depend on both."
         )
-    routed = sorted({int(layer) for one in measurements for layer in one.get("complexity.routed", ())})
+    routed = sorted({int(layer) for arrays in measurements for layer in arrays.get("complexity.routed", ())})
     if routed:
         notes.append(
-            f"Units of routed experts (layers {routed[0]} to {routed[-1]}) are left out of local complexity: "
-            "at each vertex an expert is given other tokens. Their gradients and kernels count."
+            f"Local complexity leaves out the units of routed experts (layers {routed[0]} to {routed[-1]}), "
+            "which get other tokens at each vertex. Their gradients and kernels count."
         )
     return notes
 
 
-def missing(measurements: Sequence[Arrays]) -> list[str]:
-    """What was not defined for a checkpoint, and why; each once."""
-    found: dict[str, None] = {}
-    for one in measurements:
-        for key in one:
+def not_measured(measurements: Sequence[Arrays]) -> list[str]:
+    """Measures that are not defined for some checkpoint, with the reason; each note once."""
+    notes: dict[str, None] = {}
+    for arrays in measurements:
+        for key in arrays:
             name, _, last = key.rpartition(".")
             if last == "missing" and not name.startswith("score"):
                 what = MEASURES.get(name, "The logits of a set")
-                found[f"{what} could not be measured somewhere: {one[key]}."] = None
-    return list(found)
+                notes[f"{what} could not be measured on some checkpoint: {arrays[key]}."] = None
+    return list(notes)

@@ -1,4 +1,4 @@
-"""What was measured over a run's checkpoints as tables: a row a step, a row a matrix, a row a layer."""
+"""Tables of `dynamics`: by step, by matrix and by layer."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,43 +14,44 @@ from probes.text.rows import Task
 
 Arrays = Mapping[str, np.ndarray]
 
-# Outputs that differ by less than this share of their size differ by the round-off of float32.
+# Relative difference of outputs below which it is float32 round-off.
 ROUND_OFF = 1e-6
 LOGITS = ("logit_scale", "margin", "collapsed", "collapsed_right")
 
 
-def of_logits(measurements: Sequence[Arrays], found: Sequence[Curves], role: str) -> list[dict[str, float]]:
-    """Of each checkpoint what the logits of a role's sets say together, a label counting as one."""
-    places = [place for place, one in enumerate(found) if one.which[0] == role]
+def logit_columns(
+    measurements: Sequence[Arrays], sets: Sequence[Curves], role: str
+) -> list[dict[str, float]]:
+    """Loss, metric and logit statistics of a role's sets at each checkpoint, averaged over labels."""
+    numbers = [number for number, curves in enumerate(sets) if curves.which[0] == role]
     rows = []
-    for at, one in enumerate(measurements):
-        parts = [{n: one.get(f"logits.{place}.{n}", np.nan) for n in ("labels", *_NAMES)} for place in places]
+    for at, arrays in enumerate(measurements):
+        parts = [
+            {name: arrays.get(f"logits.{number}.{name}", np.nan) for name in ("labels", *_COLUMNS)}
+            for number in numbers
+        ]
         labels = np.array([part["labels"] for part in parts], float)
         row = {
-            f"loss_{role}": _mean(found, places, "loss", at),
-            f"metric_{role}": _mean(found, places, "metric", at),
+            f"{curve}_{role}": float(np.mean([getattr(sets[number], curve)[at] for number in numbers]))
+            for curve in ("loss", "metric")
         }
-        for name, column in _NAMES.items():
+        for name, column in _COLUMNS.items():
             values = np.array([part[name] for part in parts], float)
-            row[f"{column}_{role}"] = float((values * labels).sum() / labels.sum()) if places else math.nan
+            row[f"{column}_{role}"] = float((values * labels).sum() / labels.sum()) if numbers else math.nan
         rows.append(row)
     return rows
 
 
-_NAMES = dict(zip(("scale", "margin", "collapsed", "collapsed_right"), LOGITS, strict=True))
+_COLUMNS = dict(zip(("scale", "margin", "collapsed", "collapsed_right"), LOGITS, strict=True))
 
 
-def _mean(found: Sequence[Curves], places: Sequence[int], curve: str, at: int) -> float:
-    """Mean of a curve over sets, at one checkpoint."""
-    return float(np.mean([getattr(found[place], curve)[at] for place in places]))
-
-
-def of_alignment(one: Arrays) -> dict[str, float]:
-    """The cosine of minus the gradient with the weights: of all matrices as one, and of the unembedding."""
-    if "alignment.name" not in one:
+def alignment_columns(arrays: Arrays) -> dict[str, float]:
+    """Cosine of minus the gradient with the weights: of all matrices as one vector, and of the "
+    "unembedding."""
+    if "alignment.name" not in arrays:
         return {"nlm_cosine": math.nan, "nlm_unembedding": math.nan}
-    product, gradient, weight = (one[f"alignment.{name}"] for name in ("product", "gradient", "weight"))
-    heads = one["alignment.unembedding"].astype(bool)
+    product, gradient, weight = (arrays[f"alignment.{name}"] for name in ("product", "gradient", "weight"))
+    heads = arrays["alignment.unembedding"].astype(bool)
     return {
         "nlm_cosine": cosine(product.sum(), gradient.sum(), weight.sum()),
         "nlm_unembedding": cosine(product[heads].sum(), gradient[heads].sum(), weight[heads].sum()),
@@ -58,62 +59,64 @@ def of_alignment(one: Arrays) -> dict[str, float]:
 
 
 def cosine(product: float, first: float, second: float) -> float:
-    """From a product and two squared lengths; NaN where one is 0."""
+    """From an inner product and two squared lengths; NaN where one is 0."""
     size = math.sqrt(first) * math.sqrt(second)
     return float(product / size) if size > 0 else math.nan
 
 
-def of_kernel(one: Arrays, first: Arrays, rows: Task) -> dict[str, float]:
-    """The tangent kernel against the first checkpoint's and against the labels."""
-    names = ("kernel_cka", "kernel_cka_debiased", "kernel_alignment")
-    if "kernel.values" not in one or "kernel.values" not in first or "outputs.rows" not in one:
-        return dict.fromkeys(names, math.nan)
-    K, M = one["kernel.values"], first["kernel.values"]
+def kernel_columns(arrays: Arrays, first: Arrays, rows: Task) -> dict[str, float]:
+    """Alignment of the tangent kernel with the first checkpoint's, and with the labels."""
+    columns = dict.fromkeys(("kernel_cka", "kernel_cka_debiased", "kernel_alignment"), math.nan)
+    if "kernel.values" not in arrays or "kernel.values" not in first or "outputs.rows" not in arrays:
+        return columns
+    K, M = arrays["kernel.values"], first["kernel.values"]
     if K.shape != M.shape:
-        return dict.fromkeys(names, math.nan)
-    labels = labels_of(rows, one["outputs.rows"].tolist())
-    aligned = kernel_alignment.alignment(K, labels) if labels else math.nan
-    return dict(
-        zip(names, (kernel_alignment.cka(K, M), kernel_alignment.debiased_cka(K, M), aligned), strict=True)
-    )
+        return columns
+    labels = labels_of(rows, arrays["outputs.rows"].tolist())
+    if labels:
+        columns["kernel_alignment"] = kernel_alignment.alignment(K, labels)
+    return columns | {
+        "kernel_cka": kernel_alignment.cka(K, M),
+        "kernel_cka_debiased": kernel_alignment.debiased_cka(K, M),
+    }
 
 
 def labels_of(task: Task, rows: Sequence[int]) -> list[Any]:
-    """What rows are to be told apart by: labels, or completions that several rows share; [] where nothing."""
+    """Labels of rows, or completions shared by several rows; [] where rows have neither."""
     if task.shape == "label":
-        found: list[Any] = [task.rows[row].label for row in rows]
+        labels: list[Any] = [task.rows[row].label for row in rows]
     elif task.shape == "completion":
-        found = [task.rows[row].completion for row in rows]
+        labels = [task.rows[row].completion for row in rows]
     elif task.shape == "choices":
-        found = [(task.rows[row].choices or ("",))[task.rows[row].answer or 0] for row in rows]
+        labels = [(task.rows[row].choices or ("",))[task.rows[row].answer or 0] for row in rows]
     else:
         return []
-    return found if 2 <= len(set(found)) <= len(found) / 2 else []
+    return labels if 2 <= len(set(labels)) <= len(labels) / 2 else []
 
 
-def linearity_gap(one: Arrays, first: Arrays, expansion: Arrays) -> float:
-    """ρ = ‖f − f₀ − J₀ Δθ‖ / ‖f − f₀‖; 0 where the change is the linear one, NaN where nothing changed."""
-    if "expansion.values" not in expansion or "outputs.values" not in one or "outputs.values" not in first:
+def linearity_gap(arrays: Arrays, first: Arrays, expansion: Arrays) -> float:
+    """ρ = ‖f − f₀ − J₀ Δθ‖ / ‖f − f₀‖; 0 where the change is linear in Δθ, NaN where nothing changed."""
+    if "expansion.values" not in expansion or "outputs.values" not in arrays or "outputs.values" not in first:
         return math.nan
-    f, f0, moved = one["outputs.values"], first["outputs.values"], expansion["expansion.values"]
+    f, f0, linear = arrays["outputs.values"], first["outputs.values"], expansion["expansion.values"]
     if f.shape != f0.shape:
         return math.nan
     change = float(np.linalg.norm(f - f0))
     if change <= ROUND_OFF * float(np.linalg.norm(f0)):
         return math.nan
-    return float(np.linalg.norm(f - f0 - moved)) / change
+    return float(np.linalg.norm(f - f0 - linear)) / change
 
 
-def of_complexity(one: Arrays) -> dict[str, float]:
-    """Units crossed at a token, summed over the layers."""
-    if "complexity.share" not in one:
+def complexity_columns(arrays: Arrays) -> dict[str, float]:
+    """Local complexity: switched units per token, summed over the layers."""
+    if "complexity.share" not in arrays:
         return {"local_complexity": math.nan, "radius": math.nan}
-    crossed = float(one["complexity.share"] @ one["complexity.units"])
-    return {"local_complexity": crossed, "radius": float(one["complexity.radius"])}
+    switched = float(arrays["complexity.share"] @ arrays["complexity.units"])
+    return {"local_complexity": switched, "radius": float(arrays["complexity.radius"])}
 
 
 def movement(first: Checkpoint, other: Checkpoint, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Squared distance of each tensor from the first checkpoint's, and its squared length there."""
+    """Squared distance of each tensor from the first checkpoint's, and the squared length of that."""
     moved, sizes = [], []
     for name in names:
         start = first.tensor(name)
@@ -127,50 +130,50 @@ def tensor_rows(
     labels: Sequence[tuple[float, str]],
     measurements: Sequence[Arrays],
     moves: Sequence[Arrays],
-    places: Mapping[str, tuple[int | None, str, bool]],
+    positions: Mapping[str, tuple[int | None, str, bool]],
 ) -> list[dict[str, Any]]:
-    """Every matrix at every checkpoint: the cosine of its gradient, and how far it moved.
+    """One row a matrix and checkpoint: cosine of its gradient, and its movement.
 
     Args:
-        places: layer and component of the tensors of the files.
+        positions: layer, component and whether it is a head, for the tensors of the files.
     """
     rows = []
     for at, (step, label) in enumerate(labels):
-        found: dict[str, dict[str, Any]] = {}
-        one = measurements[at]
-        for index, name in enumerate(one.get("alignment.name", ())):
+        by_tensor: dict[str, dict[str, Any]] = {}
+        arrays = measurements[at]
+        for index, name in enumerate(arrays.get("alignment.name", ())):
             product, gradient, weight = (
-                float(one[f"alignment.{key}"][index]) for key in ("product", "gradient", "weight")
+                float(arrays[f"alignment.{key}"][index]) for key in ("product", "gradient", "weight")
             )
-            found[str(name)] = {
-                "layer": float(one["alignment.layer"][index]),
-                "component": str(one["alignment.component"][index]),
-                "unembedding": bool(one["alignment.unembedding"][index]),
+            by_tensor[str(name)] = {
+                "layer": float(arrays["alignment.layer"][index]),
+                "component": str(arrays["alignment.component"][index]),
+                "unembedding": bool(arrays["alignment.unembedding"][index]),
                 "nlm_cosine": cosine(product, gradient, weight),
             }
         moved = moves[at] if moves else {}
         for index, name in enumerate(moved.get("name", ())):
-            if str(name) not in places:
+            if str(name) not in positions:
                 continue
-            layer, component, head = places[str(name)]
-            start = {
+            layer, component, head = positions[str(name)]
+            without_gradient = {
                 "layer": math.nan if layer is None else float(layer),
                 "component": component,
                 "unembedding": head,
                 "nlm_cosine": math.nan,
             }
-            row = found.setdefault(str(name), start)
+            row = by_tensor.setdefault(str(name), without_gradient)
             size = float(moved["size"][index])
             row["movement"] = math.sqrt(float(moved["moved"][index]) / size) if size > 0 else math.nan
         rows += [
             {"step": step, "label": label, "tensor": name, "movement": math.nan, **row}
-            for name, row in found.items()
+            for name, row in by_tensor.items()
         ]
     return rows
 
 
 def layer_rows(labels: Sequence[tuple[float, str]], measurements: Sequence[Arrays]) -> list[dict[str, Any]]:
-    """Local complexity of every layer at every checkpoint: units crossed at a token, and their share."""
+    """One row a layer and checkpoint: switched units per token, and their share."""
     return [
         {
             "step": step,
@@ -180,11 +183,11 @@ def layer_rows(labels: Sequence[tuple[float, str]], measurements: Sequence[Array
             "share": float(share),
             "units": int(units),
         }
-        for (step, label), one in zip(labels, measurements, strict=True)
+        for (step, label), arrays in zip(labels, measurements, strict=True)
         for layer, share, units in zip(
-            one.get("complexity.layer", ()),
-            one.get("complexity.share", ()),
-            one.get("complexity.units", ()),
+            arrays.get("complexity.layer", ()),
+            arrays.get("complexity.share", ()),
+            arrays.get("complexity.units", ()),
             strict=True,
         )
     ]

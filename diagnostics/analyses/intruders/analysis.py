@@ -21,14 +21,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diagnostics.analyses.intruders.decide import SMALL, Decision, decide_all, decide_exactly
-from diagnostics.core.analysis import Result, analysis
+from diagnostics.core.analysis import DeviceTest, Result, analysis
 from diagnostics.execution import jobs
 from diagnostics.execution.engines import runs_in_this_process
 from diagnostics.execution.lockstep import Steps, run_in_lockstep
 from diagnostics.execution.prefetch import prefetch, run_halving_on_oom
 from diagnostics.numerics import linalg
 from diagnostics.numerics.estimates import Z95
-from diagnostics.store.factor_cache import FactorCache, afresh
+from diagnostics.store.factor_cache import NO_RECALL, FactorCache
 from probes import CheckpointPair
 from probes.adapters.parts import LowRank
 from probes.errors import InputError
@@ -40,25 +40,25 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# The random floor may reach this share of epsilon; above it chance alone passes for "near the base".
+# Largest share of epsilon that the random floor may reach; above it chance alone counts as near the base.
 LARGEST_FLOOR = 0.8
 SWEEP_DEPTH = 50
 # Columns of the random block from which the spectrum of a large delta is estimated.
 PROBES = 16
 EPSILONS = tuple(round(0.05 * i, 2) for i in range(2, 19))
-# A cosine this near epsilon is within what float64 and the choice of a basis leave open.
+# A cosine this near epsilon is undecided by float64 and by the choice of a basis.
 ON_THRESHOLD = 1e-6
-# Bytes of base matrices that a GPU decides side by side.
-SIDE_BY_SIDE = 2**30
-# A run of so many matrices or more decides some of them twice.
+# Bytes of base matrices that a GPU decides in one batch.
+BATCH_BYTES = 2**30
+# With this many matrices or more, some are verified.
 VERIFIED_FROM = 10
-# Tuned and base with a smaller cosine between their entries have nothing in common.
+# A cosine between the entries of base and tuned below this means unrelated matrices.
 UNRELATED = 0.1
 
 
 @dataclass(frozen=True)
 class DeltaShape:
-    """The size and shape of the delta of one matrix.
+    """Norms and spectrum of the delta of one matrix.
 
     Attributes:
         norm, base_norm: Frobenius norms of delta and base.
@@ -85,23 +85,23 @@ def update_of(
     """Measure the delta: exactly from an adapter's factors or a small matrix, else by Lanczos quadrature."""
     delta = tuned - base
     norms = [torch.linalg.vector_norm(W, dtype=torch.float64) for W in (base, tuned, delta)]
-    known, small = low is not None and low.rank < min(base.shape), min(base.shape) < SMALL
-    if low is not None and known:
-        asked = linalg.product_core(low.B.to(base.device), low.A.to(base.device)) * abs(low.scaling)
+    factored, small = low is not None and low.rank < min(base.shape), min(base.shape) < SMALL
+    if low is not None and factored:
+        spectral = linalg.product_core(low.B.to(base.device), low.A.to(base.device)) * abs(low.scaling)
     elif small:
-        asked = torch.linalg.eigvalsh(linalg.gram(delta))
+        spectral = torch.linalg.eigvalsh(linalg.gram(delta))
     else:
-        asked = _krylov(delta, generator).projected()[0]
+        spectral = _krylov(delta, generator).projected()[0]
     del delta
-    *norms, spectral = yield [*norms, asked]
+    *norms, on_cpu = yield [*norms, spectral]
     base_norm, tuned_norm, norm = map(float, norms)
     product = base_norm * tuned_norm
-    # From the three norms: a second pass over both matrices would tell no more.
+    # From the three norms, which saves another pass over both matrices.
     alignment = (base_norm**2 + tuned_norm**2 - norm**2) / (2 * product) if product else math.nan
-    found = torch.from_numpy(spectral)
-    if not (known or small):
-        return DeltaShape(norm, base_norm, alignment, *_estimated(found, norm, min(base.shape)))
-    S = torch.linalg.svdvals(found) if known else found.clamp(min=0).sqrt().flip(0)
+    spectral = torch.from_numpy(on_cpu)
+    if not (factored or small):
+        return DeltaShape(norm, base_norm, alignment, *_estimated(spectral, norm, min(base.shape)))
+    S = torch.linalg.svdvals(spectral) if factored else spectral.clamp(min=0).sqrt().flip(0)
     rank = linalg.effective_rank(S)
     return DeltaShape(norm, base_norm, alignment, float(S[0]) if len(S) else 0.0, rank, rank, rank)
 
@@ -118,7 +118,7 @@ def _krylov(delta: Float[Tensor, "out in"], generator: torch.Generator) -> linal
 def _estimated(
     projected: Float[Tensor, "space space"], norm: float, side: int
 ) -> tuple[float, float, float, float]:
-    """Spectral norm, effective rank and its 95 % interval, from such a space.
+    """Spectral norm, effective rank and its 95 % interval, from a Krylov space of the delta.
 
     Args:
         projected: `BlockKrylov.projected`.
@@ -141,11 +141,11 @@ def _estimated(
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixResult:
-    """One matrix, measured or not.
+    """The outcome for one matrix.
 
     Attributes:
         status: `measured`; `frozen`, its bytes are the base's; `not applicable`, too small for epsilon or k.
-        verified: whether the full decomposition agreed; None where it was not asked.
+        verified: whether the full decomposition agreed; None if it was not run.
     """
 
     matrix: Matrix
@@ -155,7 +155,7 @@ class MatrixResult:
     verified: bool | None = None
 
     def below(self, k: int, epsilon: float) -> tuple[int, int]:
-        """How many of the k leading vectors lie below epsilon, at least and at most."""
+        """Lower and upper bound on the number of the k leading vectors below epsilon."""
         if self.decision is None:
             return 0, 0
         return int((self.decision.high[:k] < epsilon).sum()), int((self.decision.low[:k] < epsilon).sum())
@@ -163,7 +163,7 @@ class MatrixResult:
 
 @dataclass(frozen=True, kw_only=True)
 class IntruderSettings:
-    """What `examine` needs to know, small enough to be sent to a worker."""
+    """The settings of `examine`, small enough to be sent to a worker."""
 
     k: int
     depth: int
@@ -177,17 +177,17 @@ class IntruderSettings:
 
 
 def floor_of(matrix: Matrix, side: str) -> float:
-    """Largest cosine that a random vector reaches against the base's vectors of that side."""
+    """Largest cosine of a random vector with the base's vectors of that side."""
     return linalg.random_floor(matrix.rows if side == "left" else matrix.columns)
 
 
 @dataclass(frozen=True)
 class FetchedMatrix:
-    """A matrix as it was read.
+    """A matrix read from both checkpoints.
 
     Attributes:
-        stored: base and tuned; None where both hold the same bytes.
-        low: what an adapter adds, where that is a product of factors.
+        stored: base and tuned; None if both hold the same bytes.
+        low: an adapter's delta, if it is a product of factors.
     """
 
     matrix: Matrix
@@ -196,30 +196,30 @@ class FetchedMatrix:
 
 
 def fetch(pair: CheckpointPair, names: list[str], device: str) -> list[FetchedMatrix]:
-    """Read matrices and compare their two sides; for a GPU, into memory that it copies from by itself.
+    """Read matrices from both checkpoints; for a GPU into pinned memory.
 
     Raises:
         InputError: NaN or infinite weights.
     """
-    found = []
+    fetched = []
     for name in names:
         stored = None
-        # An adapter's frozen matrices are known without reading.
+        # Of an adapter the frozen matrices are known without reading.
         if not (pair.tuned.kind == "adapter" and pair.identical(name)):
             stored = pair.read(name)
         if stored is None or (stored[0].dtype == stored[1].dtype and torch.equal(*stored)):
-            found.append(FetchedMatrix(pair.matrices[name], None))
+            fetched.append(FetchedMatrix(pair.matrices[name], None))
             continue
         if device.startswith("cuda"):
             stored = stored[0].contiguous().pin_memory(), stored[1].contiguous().pin_memory()
-        found.append(FetchedMatrix(pair.matrices[name], stored, pair.delta(name)))
-    return found
+        fetched.append(FetchedMatrix(pair.matrices[name], stored, pair.delta(name)))
+    return fetched
 
 
 def examine(
     pair: CheckpointPair, names: list[str], settings: IntruderSettings, verify: set[str]
 ) -> list[MatrixResult]:
-    """Decide matrices of one shape: reads them, so that only their names travel to a worker.
+    """Read and decide matrices of one shape; only their names travel to a worker.
 
     Args:
         verify: names to decide again by the full decomposition.
@@ -227,62 +227,64 @@ def examine(
     Raises:
         InputError: NaN or infinite weights, or no room for a single matrix.
     """
-    return examined(fetch(pair, names, settings.device), settings, verify)
+    return examine_fetched(fetch(pair, names, settings.device), settings, verify)
 
 
-def examined(found: list[FetchedMatrix], settings: IntruderSettings, verify: set[str]) -> list[MatrixResult]:
+def examine_fetched(
+    fetched: list[FetchedMatrix], settings: IntruderSettings, verify: set[str]
+) -> list[MatrixResult]:
     """Decide matrices of one shape that were read."""
     results = {
-        each.matrix.name: MatrixResult(matrix=each.matrix, status="frozen")
-        for each in found
-        if each.stored is None
+        item.matrix.name: MatrixResult(matrix=item.matrix, status="frozen")
+        for item in fetched
+        if item.stored is None
     }
-    changed = [each for each in found if each.stored is not None]
+    changed = [item for item in fetched if item.stored is not None]
     if changed:
         with linalg.threads_for(min(changed[0].matrix.rows, changed[0].matrix.columns)):
-            for each in run_halving_on_oom(lambda some: _measure(some, settings, verify), changed, _called):
-                results[each.matrix.name] = each
-    return [results[each.matrix.name] for each in found]
+            for result in run_halving_on_oom(lambda part: _measure(part, settings, verify), changed, _label):
+                results[result.matrix.name] = result
+    return [results[item.matrix.name] for item in fetched]
 
 
-def _called(each: FetchedMatrix) -> str:
-    return f"{each.matrix.name}, {each.matrix.rows}x{each.matrix.columns}"
+def _label(fetched: FetchedMatrix) -> str:
+    return f"{fetched.matrix.name}, {fetched.matrix.rows}x{fetched.matrix.columns}"
 
 
-def _all(
+def _examine_groups(
     pair: CheckpointPair, groups: list[list[str]], settings: IntruderSettings, verify: set[str]
 ) -> Generator[MatrixResult, None, None]:
-    """Decide groups of matrices on the engine; in this process, the next group is read meanwhile."""
+    """Decide groups of matrices on the engine; in this process the next group is read meanwhile."""
     if not runs_in_this_process():
         calls = (partial(examine, pair, group, settings, verify.intersection(group)) for group in groups)
-        for made in jobs.run_jobs(calls, device=settings.device):
-            yield from made
+        for results in jobs.run_jobs(calls, device=settings.device):
+            yield from results
         return
     with closing(prefetch(lambda group: fetch(pair, group, settings.device), groups)) as reading:
-        for found in reading:
-            made = examined(found, settings, verify)
-            del found  # before the next but one is read
-            yield from made
+        for fetched in reading:
+            results = examine_fetched(fetched, settings, verify)
+            del fetched  # before the next but one is read
+            yield from results
 
 
 def _measure(
     changed: list[FetchedMatrix], settings: IntruderSettings, verify: set[str]
 ) -> list[MatrixResult]:
-    matrices = [each.matrix for each in changed]
+    matrices = [item.matrix for item in changed]
     generators = [
         torch.Generator(settings.device).manual_seed(zlib.crc32(matrix.name.encode()) ^ settings.seed)
         for matrix in matrices
     ]
     dtype = getattr(torch, settings.dtype)
-    # Converted there: half as much is to be copied.
+    # Converted on the device: half precision halves the copy.
     sides = [
         [W.to(settings.device, non_blocking=True).to(dtype) for W in side]
-        for side in zip(*(each.stored or () for each in changed), strict=True)
+        for side in zip(*(item.stored or () for item in changed), strict=True)
     ]
     updates = run_in_lockstep(
         [
-            update_of(base, tuned, each.low, generator)
-            for each, base, tuned, generator in zip(changed, *sides, generators, strict=True)
+            update_of(base, tuned, item.low, generator)
+            for item, base, tuned, generator in zip(changed, *sides, generators, strict=True)
         ]
     )
     # A single matrix is not copied.
@@ -291,8 +293,8 @@ def _measure(
     if settings.side == "right":
         bases, tuneds = bases.mT.contiguous(), tuneds.mT.contiguous()
     recalls = [
-        settings.cache.of(each.stored[0], base) if settings.cache and each.stored else afresh
-        for each, base in zip(changed, bases, strict=True)
+        settings.cache.of(item.stored[0], base) if settings.cache and item.stored else NO_RECALL
+        for item, base in zip(changed, bases, strict=True)
     ]
     depth = min(settings.depth, *bases.shape[1:])
     floor = floor_of(matrices[0], settings.side)
@@ -324,23 +326,23 @@ def _measure(
 
 
 def groups_of(pair: CheckpointPair, names: list[str], device: str) -> list[list[str]]:
-    """What is decided side by side: on a GPU matrices of one shape, elsewhere every matrix alone."""
+    """Batches of matrices: of one shape on a GPU, single ones elsewhere."""
     if not device.startswith("cuda"):
         return [[name] for name in names]
-    of_shape: dict[tuple[int, int], list[str]] = {}
+    by_shape: dict[tuple[int, int], list[str]] = {}
     for name in names:
         matrix = pair.matrices[name]
-        of_shape.setdefault((matrix.rows, matrix.columns), []).append(name)
+        by_shape.setdefault((matrix.rows, matrix.columns), []).append(name)
     return [
-        alike[i : i + size]
-        for (rows, columns), alike in of_shape.items()
-        for size in [max(1, SIDE_BY_SIDE // (4 * rows * columns))]
-        for i in range(0, len(alike), size)
+        group[i : i + size]
+        for (rows, columns), group in by_shape.items()
+        for size in [max(1, BATCH_BYTES // (4 * rows * columns))]
+        for i in range(0, len(group), size)
     ]
 
 
 def agrees(decision: Decision, exact: Decision, epsilon: float) -> bool:
-    """Whether a decision says what the full decomposition does, up to vectors on the threshold."""
+    """Whether a decision agrees with the full decomposition, up to vectors on the threshold."""
     near = np.abs(exact.low - epsilon) < ON_THRESHOLD
     same = (decision.high < epsilon) == (exact.low < epsilon)
     held = (decision.low <= exact.low + ON_THRESHOLD) & (exact.low <= decision.high + ON_THRESHOLD)
@@ -348,24 +350,24 @@ def agrees(decision: Decision, exact: Decision, epsilon: float) -> bool:
 
 
 METRICS = {
-    "intruders": "leading directions of tuned that no base vector comes near, all matrices together",
-    "intruders_per_matrix": "their mean over the matrices counted, frozen ones included",
-    "intruders_per_changed_matrix": "their mean over the matrices that tuning changed",
-    "rate": "their share of the directions examined",
+    "intruders": "leading singular vectors of tuned that no base vector comes near, summed over matrices",
+    "intruders_per_matrix": "mean number of intruders per counted matrix, frozen ones included",
+    "intruders_per_changed_matrix": "mean number of intruders per matrix that tuning changed",
+    "rate": "intruders as a share of the vectors examined",
     "matrices": "matrices counted, changed or frozen",
     "changed": "matrices that tuning changed",
-    "frozen": "matrices that are bit for bit those of the base",
+    "frozen": "matrices with the base's bytes",
     "not_applicable": "matrices too small to tell a new direction from chance; not counted",
-    "on_threshold": "directions so near epsilon that rounding decides",
+    "on_threshold": "vectors so near epsilon that rounding decides",
     "verified": "matrices decided again by the full decomposition",
-    "disagreements": "of these, matrices decided otherwise; 0 unless this program is at fault",
-    "descendant": "0 when tuned does not descend from this base, and no intruders are counted",
-    "intruders_in_full_finetune": "the intruders again, of a run said to be a full fine-tune",
+    "disagreements": "verified matrices with another outcome; not 0 is a fault of this program",
+    "descendant": "0 if tuned does not descend from this base; then no intruders are counted",
+    "intruders_in_full_finetune": "intruders of a pair declared a full fine-tune",
 }
 
 
 def summary(result: Result) -> str:
-    """How many of the directions examined are new, in how many matrices, and where most."""
+    """How many of the examined directions are new, and in which matrices."""
     metrics, matrices = result.metrics, result.tables["matrices"]
     if not metrics["descendant"]:
         return "tuned does not descend from this base"
@@ -383,7 +385,7 @@ def summary(result: Result) -> str:
 
 
 def draw(result: Result) -> "dict[str, go.Figure]":
-    """The pictures of a result; their module is loaded when something is drawn."""
+    """The figures of a result, imported when needed."""
     from diagnostics.analyses.intruders import figures
 
     return figures.draw(result)
@@ -393,17 +395,21 @@ def draw(result: Result) -> "dict[str, go.Figure]":
     "intruders",
     question="Did tuning add dominant directions that the base does not have?",
     reading=(
-        "Every changed matrix gives its k leading singular vectors; one that no base vector comes near "
-        "(|cosine| below epsilon) is an intruder. 0 is what full fine-tuning gave in the paper. There, more "
+        "The k leading singular vectors of every changed matrix are examined. One whose |cosine| with every "
+        "base vector is below epsilon is an intruder. Full fine-tuning had 0 in the paper. There, more "
         "intruders went with more forgetting, but they are one cause among several, and full fine-tuning "
-        "forgets without any: measure what must survive before you decide. A cosine near the random floor is "
-        "chance."
+        "forgets without any: measure forgetting on keep rows before you decide. A cosine near the random "
+        "floor is chance."
     ),
     paper="arXiv:2410.21228",
     cost="two passes over the weights and seconds for a matrix of 4096 rows; no data, no model run",
     draw=draw,
     summary=summary,
     metrics=METRICS,
+    unshared=("dtype",),
+    device_test=DeviceTest(
+        absolute={"intruders": 0, "matrices": 0, "changed": 0, "frozen": 0},
+    ),
 )
 def intruder_dimensions(
     pair: CheckpointPair,
@@ -424,10 +430,8 @@ def intruder_dimensions(
 ) -> Result:
     """Count the intruder dimensions of every matrix of a pair.
 
-    The count of the default method equals that of the full decomposition: every vector is decided by a bound
-    that holds, or by the decomposition itself (`tier`). `cosine_low` and `cosine_high` enclose the cosine and
-    are equal where it is exact. Estimates, with their intervals: `effective_rank` of a large dense delta.
-    `critical_spike` is a law of random matrices, to be trusted within a factor of 2.
+    The default method has the counts of the full decomposition: a vector is decided by a bound that holds, or
+    by the decomposition itself.
 
     Args:
         pair: base and tuned.
@@ -435,26 +439,46 @@ def intruder_dimensions(
         epsilon: cosine in (0, 1] under which a vector counts as new (paper: 0.5).
         side: singular vectors of the output (`left`, the paper's) or of the input (`right`).
         method: `certified` decides in tiers; `exact` decomposes every matrix in float64.
-        sweep: exact cosines of up to 50 vectors a matrix, so that every (k, epsilon) is known.
-        verify: share of the matrices decided again by the full decomposition, at least one, in a run of ten
-            or more.
+        sweep: compute exact cosines of up to 50 vectors per matrix, for every (k, epsilon).
+        verify: share of the matrices decided again by the full decomposition, at least one; only with ten
+            matrices or more.
         parts: of the model: `block` (the paper's), `embedding`, `head`, `router`, `other`.
-        full_finetune: say that tuned is a full fine-tune: then any intruder is a finding.
+        full_finetune: declare tuned a full fine-tune: then any intruder is a finding.
         device: where the arithmetic runs.
         dtype: of the products in the certified tiers; small and exact arithmetic is float64.
         seed: of the random starting blocks and of the choice of matrices to verify.
-        cache: a directory that keeps what was made of the base for the next model tuned from it; the result
-            is the same bit for bit, with or without.
+        cache: a directory for intermediate results of the base, reused for the next model tuned from it; the
+            result is bit for bit the same without.
         progress: called with (done, total, name).
 
-    Metrics: `intruders` (count), `intruders_per_matrix` (mean over `matrices`, frozen ones included),
-        `intruders_per_changed_matrix`, `rate` (share of the directions examined), `matrices`, `changed`,
-        `frozen`, `not_applicable`, `verified`, `disagreements`, `on_threshold`, `descendant` (0: tuned does
-        not descend from this base, and no intruders are counted).
-    Tables: `matrices`, `vectors`, `layers`, `components`, `sweep`, `spectra`, `cosines`.
+    Metrics: listed with their meanings in the registration's `metrics`.
+
+    Tables:
+        `matrices`: one row a matrix: matrix, layer, component, rows, columns (counts), status (measured,
+            frozen or not applicable), intruders, examined (counts), floor (largest random cosine),
+            min_cosine_low, min_cosine_high (bounds), leading_ratio (of the largest singular values, tuned to
+            base), update_norm (Frobenius), relative_update (to base), alignment (cosine of the entries of
+            base and tuned), update_spectral_norm, effective_rank, effective_rank_low, effective_rank_high
+            (95 % interval where estimated), critical_spike (size that a random rank-one spike needs to become
+            a leading vector; good to a factor of 2), critical_ratio (update_spectral_norm to it).
+        `vectors`: one row a vector: matrix, layer, component, rank (from 1), singular_value, cosine_low,
+            cosine_high (bounds on the largest |cosine| with a base vector), tier (subspace, direct, factor or
+            exact), intruder, on_threshold (booleans).
+        `layers`: one row a layer: layer, intruders, examined, matrices (counts), intruders_per_matrix, rate.
+        `components`: one row a component: component, intruders, examined, matrices (counts),
+            intruders_per_matrix, rate (share of the vectors examined).
+        `sweep`: one row a k and epsilon: k, epsilon, intruders_low, intruders_high (bounds on the count).
+        `spectra`: one row a rank of a matrix with intruders: matrix, rank, base, tuned (singular values).
+        `cosines`: one row a pair of its vectors: matrix, tuned_rank, base_rank, cosine (absolute).
 
     Raises:
         InputError: a parameter out of range, no matrix to examine, NaN or infinite weights.
+
+    Example:
+        >>> from diagnostics.audit.demo import BUNDLED
+        >>> pair = CheckpointPair(BUNDLED / "base", BUNDLED / "lora-r1")
+        >>> intruder_dimensions(pair, parts=("embedding",)).metrics["changed"]
+        0
     """
     _check(k, epsilon, verify, side, method, dtype)
     names = [name for name, matrix in pair.matrices.items() if matrix.part in parts]
@@ -482,18 +506,18 @@ def intruder_dimensions(
     if len(names) < VERIFIED_FROM or settings.method == "exact":
         chosen = set()
     results: list[MatrixResult] = []
-    with closing(_all(pair, groups_of(pair, names, device), settings, chosen)) as decided:
-        for one in decided:
-            results.append(one)
+    with closing(_examine_groups(pair, groups_of(pair, names, device), settings, chosen)) as decided:
+        for result in decided:
+            results.append(result)
             if progress:
-                progress(len(results), len(names), one.matrix.name)
+                progress(len(results), len(names), result.matrix.name)
     order = {name: i for i, name in enumerate(names)}
-    results.sort(key=lambda one: order[one.matrix.name])
-    if chosen and not any(each.verified is not None for each in results):
-        # Those chosen were frozen or small enough to be decomposed anyway: take one decided in tiers.
-        for i, each in enumerate(results):
-            if each.decision is not None and not set(each.decision.tier) <= {"exact"}:
-                [results[i]] = examine(pair, [each.matrix.name], settings, {each.matrix.name})
+    results.sort(key=lambda result: order[result.matrix.name])
+    if chosen and not any(result.verified is not None for result in results):
+        # The chosen ones were frozen or decomposed anyway: verify the first that was decided in tiers.
+        for i, result in enumerate(results):
+            if result.decision is not None and not set(result.decision.tier) <= {"exact"}:
+                [results[i]] = examine(pair, [result.matrix.name], settings, {result.matrix.name})
                 break
     return summarise(results, k=k, epsilon=epsilon, side=side, full_finetune=full_finetune)
 
@@ -505,13 +529,13 @@ def _check(k: int, epsilon: float, verify: float, side: str, method: str, dtype:
         raise InputError(f"epsilon is {epsilon}; it is a cosine and lies in (0, 1]")
     if not 0 <= verify <= 1:
         raise InputError(f"verify is {verify}; it is a share of the matrices and lies in [0, 1]")
-    for name, value, known in (
+    for name, value, allowed in (
         ("side", side, ("left", "right")),
         ("method", method, ("certified", "exact")),
         ("dtype", dtype, ("float32", "float64")),
     ):
-        if value not in known:
-            raise InputError(f"{name} is {value!r}; it is one of: {', '.join(known)}")
+        if value not in allowed:
+            raise InputError(f"{name} is {value!r}; it is one of: {', '.join(allowed)}")
 
 
 def summarise(
@@ -520,9 +544,9 @@ def summarise(
     """Metrics, tables and notes of the matrices of one pair."""
     import pandas as pd
 
-    matrices = pd.DataFrame([_matrix_row(each, k, epsilon, side) for each in results])
+    matrices = pd.DataFrame([_matrix_row(result, k, epsilon, side) for result in results])
     vectors = pd.DataFrame(
-        [row for each in results for row in _vector_rows(each, k, epsilon)], columns=VECTOR_COLUMNS
+        [row for result in results for row in _vector_rows(result, k, epsilon)], columns=VECTOR_COLUMNS
     )
     tables = {"matrices": matrices, "vectors": vectors}
     counted = matrices[matrices["status"] != "not applicable"]
@@ -536,11 +560,11 @@ def summarise(
     notes = []
     if metrics["not_applicable"]:
         notes.append(
-            f"{metrics['not_applicable']} matrices are too small: they have fewer than k = {k} vectors, or "
-            f"chance alone reaches {LARGEST_FLOOR:g} of epsilon = {epsilon:g}. They are not counted; a "
+            f"{metrics['not_applicable']} matrices are too small and not counted: they have fewer than "
+            f"k = {k} vectors, or the random floor exceeds {LARGEST_FLOOR:g} of epsilon = {epsilon:g}. A "
             "larger epsilon admits more."
         )
-    checked = [each.verified for each in results if each.verified is not None]
+    checked = [result.verified for result in results if result.verified is not None]
     if checked:
         metrics |= {"verified": len(checked), "disagreements": checked.count(False)}
         notes.append(
@@ -551,26 +575,26 @@ def summarise(
     metrics["descendant"] = int(descends)
     if not descends:
         notes.append(
-            "Tuned is not a descendant of this base: its entries do not correlate with the base's, and its "
-            "leading directions lie where chance puts them. Intruders are not counted; give the base that it "
-            "was tuned from."
+            "Tuned is not a descendant of this base: its entries do not correlate with the base's, and the "
+            "cosines of its leading directions are at the random floor. Intruders are not counted; give the "
+            "base that it was tuned from."
         )
         return Result(metrics=metrics, tables=tables, notes=tuple(notes))
     if len(counted):
-        found = int(measured["intruders"].sum())
+        intruders = int(measured["intruders"].sum())
         examined = int(measured["examined"].sum())
         metrics |= {
-            "intruders": found,
-            "intruders_per_matrix": found / len(counted),
-            "intruders_per_changed_matrix": found / len(measured) if len(measured) else 0.0,
-            "rate": found / examined if examined else 0.0,
+            "intruders": intruders,
+            "intruders_per_matrix": intruders / len(counted),
+            "intruders_per_changed_matrix": intruders / len(measured) if len(measured) else 0.0,
+            "rate": intruders / examined if examined else 0.0,
             "on_threshold": int(vectors["on_threshold"].sum()),
         }
         if full_finetune:
-            metrics["intruders_in_full_finetune"] = found
+            metrics["intruders_in_full_finetune"] = intruders
     for table, column in (("layers", "layer"), ("components", "component")):
         tables[table] = _grouped(counted, column)
-    tables |= _pictures(results, k, epsilon)
+    tables |= _flagged_tables(results, k, epsilon)
     tables["sweep"] = _sweep(results, epsilon)
     return Result(metrics=metrics, tables=tables, notes=tuple(notes))
 
@@ -581,23 +605,23 @@ VECTOR_COLUMNS = [
 ]  # fmt: skip
 
 
-def _matrix_row(each: MatrixResult, k: int, epsilon: float, side: str) -> dict[str, Any]:
-    matrix, decision, update = each.matrix, each.decision, each.update
+def _matrix_row(result: MatrixResult, k: int, epsilon: float, side: str) -> dict[str, Any]:
+    matrix, decision, update = result.matrix, result.decision, result.update
     row: dict[str, Any] = {
         "matrix": matrix.name,
         "layer": math.nan if matrix.layer is None else matrix.layer,
         "component": matrix.component,
         "rows": matrix.rows,
         "columns": matrix.columns,
-        "status": each.status,
-        "intruders": each.below(k, epsilon)[0] if each.status != "not applicable" else math.nan,
+        "status": result.status,
+        "intruders": result.below(k, epsilon)[0] if result.status != "not applicable" else math.nan,
         "examined": 0,
         "floor": floor_of(matrix, side),
     }
     if decision is not None and update is not None:
         present = ~np.isnan(decision.low[:k])
         row |= {
-            "examined": int(present.sum()) if each.status == "measured" else 0,
+            "examined": int(present.sum()) if result.status == "measured" else 0,
             "min_cosine_low": np.nanmin(decision.low[:k], initial=1.0),
             "min_cosine_high": np.nanmin(decision.high[:k], initial=1.0),
             "leading_ratio": decision.singular_values[0] / decision.base_values[0],
@@ -614,10 +638,10 @@ def _matrix_row(each: MatrixResult, k: int, epsilon: float, side: str) -> dict[s
     return row
 
 
-def _vector_rows(each: MatrixResult, k: int, epsilon: float) -> Iterable[dict[str, Any]]:
-    if each.decision is None:
+def _vector_rows(result: MatrixResult, k: int, epsilon: float) -> Iterable[dict[str, Any]]:
+    if result.decision is None:
         return
-    d, matrix = each.decision, each.matrix
+    d, matrix, measured = result.decision, result.matrix, result.status == "measured"
     for j in range(len(d.low)):
         yield {
             "matrix": matrix.name,
@@ -628,9 +652,9 @@ def _vector_rows(each: MatrixResult, k: int, epsilon: float) -> Iterable[dict[st
             "cosine_low": d.low[j],
             "cosine_high": d.high[j],
             "tier": d.tier[j],
-            "intruder": bool(d.high[j] < epsilon and j < k and each.status == "measured"),
+            "intruder": bool(d.high[j] < epsilon and j < k and measured),
             "on_threshold": bool(
-                d.low[j] == d.high[j] and abs(d.low[j] - epsilon) < ON_THRESHOLD and each.status == "measured"
+                d.low[j] == d.high[j] and abs(d.low[j] - epsilon) < ON_THRESHOLD and measured
             ),
         }
 
@@ -638,15 +662,14 @@ def _vector_rows(each: MatrixResult, k: int, epsilon: float) -> Iterable[dict[st
 def _descends(measured: "pd.DataFrame", vectors: "pd.DataFrame", k: int) -> bool:
     """Whether tuned descends from base.
 
-    The methods' rule, median of cosine over floor below 2, alone would disown a small model whose adapter put
-    intruders in most slots: there twice the floor is above epsilon. Unrelated matrices have uncorrelated
-    entries as well.
+    A median of cosine over floor below 2 alone would reject a small model whose adapter put intruders in most
+    slots: there twice the floor is above epsilon. Unrelated matrices also have uncorrelated entries.
     """
     if not len(measured):
         return True
-    seen = vectors[vectors["rank"] <= k].merge(measured[["matrix", "floor"]], on="matrix")
-    near = (seen["cosine_low"] / seen["floor"]).median()
-    return not (near < 2 and measured["alignment"].median() < UNRELATED)
+    leading = vectors[vectors["rank"] <= k].merge(measured[["matrix", "floor"]], on="matrix")
+    ratio = (leading["cosine_low"] / leading["floor"]).median()
+    return not (ratio < 2 and measured["alignment"].median() < UNRELATED)
 
 
 def _grouped(counted: "pd.DataFrame", column: str) -> "pd.DataFrame":
@@ -660,37 +683,29 @@ def _grouped(counted: "pd.DataFrame", column: str) -> "pd.DataFrame":
     )
 
 
-def _pictures(results: list[MatrixResult], k: int, epsilon: float) -> "dict[str, pd.DataFrame]":
-    """Singular values and cosine maps of the flagged matrices."""
+def _flagged_tables(results: list[MatrixResult], k: int, epsilon: float) -> "dict[str, pd.DataFrame]":
+    """Singular values and cosines of the matrices with intruders."""
     import pandas as pd
 
     spectra, cosines = [], []
-    for each in results:
-        if each.decision is None or each.status != "measured" or not each.below(k, epsilon)[0]:
+    for result in results:
+        if result.decision is None or result.status != "measured" or not result.below(k, epsilon)[0]:
             continue
-        d, name = each.decision, each.matrix.name
+        d, name = result.decision, result.matrix.name
         length = min(len(d.base_values), len(d.tuned_values))
         spectra.append(
-            pd.DataFrame(
-                {
-                    "matrix": name,
-                    "rank": np.arange(1, length + 1),
-                    "base": d.base_values[:length],
-                    "tuned": d.tuned_values[:length],
-                }
-            )
-        )
+            pd.DataFrame({
+                "matrix": name, "rank": np.arange(1, length + 1), "base": d.base_values[:length],
+                "tuned": d.tuned_values[:length],
+            })
+        )  # fmt: skip
         tuned, base = np.indices(d.overlap.shape)
         cosines.append(
-            pd.DataFrame(
-                {
-                    "matrix": name,
-                    "tuned_rank": tuned.ravel() + 1,
-                    "base_rank": base.ravel() + 1,
-                    "cosine": d.overlap.ravel(),
-                }
-            )
-        )
+            pd.DataFrame({
+                "matrix": name, "tuned_rank": tuned.ravel() + 1, "base_rank": base.ravel() + 1,
+                "cosine": d.overlap.ravel(),
+            })
+        )  # fmt: skip
     return {
         name: pd.concat(frames, ignore_index=True)
         for name, frames in (("spectra", spectra), ("cosines", cosines))
@@ -699,14 +714,14 @@ def _pictures(results: list[MatrixResult], k: int, epsilon: float) -> "dict[str,
 
 
 def _sweep(results: list[MatrixResult], epsilon: float) -> "pd.DataFrame":
-    """Counts for other k and epsilon: at least and at most what the intervals allow."""
+    """Bounds on the number of intruders for other k and epsilon."""
     import pandas as pd
 
-    measured = [each for each in results if each.status == "measured" and each.decision is not None]
-    depth = max((len(each.decision.low) for each in measured if each.decision), default=0)
+    measured = [result for result in results if result.status == "measured"]
+    depth = max((len(result.decision.low) for result in measured if result.decision), default=0)
     rows = []
     for k in range(1, depth + 1):
         for threshold in sorted({*EPSILONS, epsilon}):
-            counts = [each.below(k, threshold) for each in measured]
+            counts = [result.below(k, threshold) for result in measured]
             rows.append((k, threshold, sum(low for low, _ in counts), sum(high for _, high in counts)))
     return pd.DataFrame(rows, columns=["k", "epsilon", "intruders_low", "intruders_high"])

@@ -14,8 +14,8 @@ measure of y.  For every unit eigenvector u of A with eigenvalue x, the Christof
 z_0 = 1, for any s in (0, 1): a linear-quadratic control problem, solved by one backward recursion in square
 roots, so that nothing cancels however small φ is.
 
-With the inverse of A the vector b that stands for A⁻¹ q need not be exact: `⟨u, q⟩ = x ⟨u, b⟩ + ⟨u, q − A b⟩`
-for an eigenvector u at x, so that what `q − A b` leaves over enters φ divided by x.
+With the inverse of A the vector b that approximates A⁻¹ q need not be exact: for an eigenvector u at x,
+`⟨u, q⟩ = x ⟨u, b⟩ + ⟨u, q − A b⟩`, so the residual `q − A b` enters φ divided by x.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ from diagnostics.numerics.linalg import DEGENERATE
 
 # Share of the constraint ‖z‖ ≤ 1 in the combined one: 0.95 costs 2.6 % of the bound when φ vanishes.
 SHARE = 0.95
-# Relative to the operator's norm: what float64 leaves over in a recurrence of some dozen steps.
+# Residual of a recurrence of some dozen steps in float64, relative to the operator's norm.
 LEAST_RESIDUAL = 1e-13
 # Work limit: a vector that needs more cells is left undecided, never wrongly decided.
 CELLS = 20_000
@@ -43,9 +43,9 @@ class Recurrence:
 
     Attributes:
         alpha: (vectors, steps) diagonal.
-        beta: (vectors, steps) off-diagonal; the last one leads to the first vector not multiplied.
-        residual: (vectors, 3) bounds on the norm of what the recurrence leaves over, rounding included, with
-            an eigenvector of A at x: the first as it is, the second over x, the third over the root of x.
+        beta: (vectors, steps) off-diagonal; the last belongs to the first basis vector not multiplied.
+        residual: (vectors, 3) bounds on the norm of the recurrence's residual, rounding included, for an
+            eigenvector of A at x: the first as it is, the second divided by x, the third by the root of x.
         norm: (vectors,) length of the starting vector.
         inverse: whether the operator is the inverse of `A + shift`, so that its eigenvalues are
             `1/(x + shift)`.  Only then may the second and the third residual differ from 0.
@@ -60,7 +60,7 @@ class Recurrence:
     shift: float = 0.0
 
     def bound(self, vector: NDArray[np.intp], low: NDArray, high: NDArray) -> NDArray[np.float64]:
-        """|⟨u, y⟩| at most, for eigenvectors of A with eigenvalue in [low, high], elementwise.
+        """Upper bound on |⟨u, y⟩| for eigenvectors of A with eigenvalue in [low, high], elementwise.
 
         Args:
             vector: row of the recurrence for each cell.
@@ -71,10 +71,10 @@ class Recurrence:
             return self._at(vector, low, high, residual[0])
         low, high = low + self.shift, high + self.shift
         row = np.hypot(self.alpha[vector, 0], self.beta[vector, 0]) + residual[0]
-        floor = 1e-3 / row  # far below what the recurrence resolves
+        floor = 1e-3 / row  # far below the recurrence's resolution
 
         def first(x: NDArray) -> NDArray[np.float64]:
-            # The first row alone, up to x: z_0 = x (α_0 z_0 + β_0 z_1) + what is left over.
+            # The first row alone, up to x: z_0 = x (α_0 z_0 + β_0 z_1) + residual.
             return self.norm[vector] * (x * row + residual[1] + np.sqrt(x) * residual[2])
 
         from_ = np.maximum(low, floor)
@@ -86,7 +86,7 @@ class Recurrence:
     def _at(
         self, vector: NDArray[np.intp], low: NDArray, high: NDArray, residual: NDArray
     ) -> NDArray[np.float64]:
-        """The same for eigenvalues of the operator in [low, high]."""
+        """`bound` for eigenvalues of the operator in [low, high]."""
         centre, half = (low + high) / 2, (high - low) / 2
         eta = (residual + half) * np.sqrt(SHARE / (1 - SHARE))
         value = _value(self.alpha[vector].T, self.beta[vector].T, centre, eta)
@@ -100,11 +100,11 @@ def _value(alpha: NDArray, beta: NDArray, x: NDArray, eta: NDArray) -> NDArray[n
     for j in reversed(range(len(alpha))):
         move = beta[j] / eta  # weight of z_{j+1} in the recurrence's row
         length = np.hypot(p, move)
-        here = (move * q + p * (x - alpha[j]) / eta) / length
+        diagonal = (move * q + p * (x - alpha[j]) / eta) / length
         back = p * (beta[j - 1] if j else 0.0) / eta / length
-        below = 1 + r * r  # the term of z_j itself, and what it already costs
-        p = np.sqrt(here * here + below)
-        q, r = -here * back / p, back * np.sqrt(below) / p
+        below = 1 + r * r  # the term of z_j itself, and its cost so far
+        p = np.sqrt(diagonal * diagonal + below)
+        q, r = -diagonal * back / p, back * np.sqrt(below) / p
     return p * p
 
 
@@ -115,19 +115,19 @@ def largest_cosines(
     target: NDArray[np.float64],
     slack: float = 0.02,
 ) -> tuple[NDArray[np.float64], float]:
-    """An upper bound on every |cosine|, for each vector; `inf` where it exceeds the vector's target.
+    """An upper bound on the |cosine| of each vector with every eigenvector; `inf` if above the target.
 
-    Also the largest eigenvalue at which that was seen, 0 where it never was.
+    Also the largest eigenvalue at which a bound exceeds its target; 0 if none does.
 
-    At each cell the smallest of the recurrences' bounds holds.  Cells are halved until each has a bound below
-    the target, and none that raises the vector's bound lies more than `slack` above its own midpoint's.
+    In each cell the smallest of the recurrences' bounds holds. Cells are halved until each has a bound below
+    the target, and none that raises the vector's bound lies more than `slack` above its midpoint's.
 
     Args:
         recurrences: one or more of the same vectors.
-        extra: what deflated directions may add at an eigenvalue.
-        span: smallest and largest eigenvalue that can occur.
+        extra: contribution of the deflated directions.
+        span: smallest and largest possible eigenvalue.
         target: cosine per vector below which a decision is wanted.
-        slack: what a bound may lie above the best that its cell allows.
+        slack: allowed excess of a bound over the best in its cell.
     """
     low, high = span
     edges = np.unique(np.concatenate([[low], np.geomspace(max(low, 1e-7 * high), high, 65)]))
@@ -171,7 +171,7 @@ def _least(
 
 @dataclass(frozen=True)
 class Extra:
-    """What the deflated directions V can still contribute: `|⟨u, V Vᵀ x⟩|` at an eigenvalue.
+    """Bound on the contribution of the deflated directions V: `|⟨u, V Vᵀ x⟩|` at an eigenvalue.
 
     A unit eigenvector u with eigenvalue x has `|⟨u, v_l⟩| ≤ min(1, r_l / |x − θ_l|)` for a Ritz pair
     (θ_l, v_l) of residual r_l, whatever the gaps.
@@ -188,19 +188,19 @@ class Extra:
     error: NDArray[np.float64]
 
     def at(self, vector: NDArray[np.intp], low: NDArray, high: NDArray) -> NDArray[np.float64]:
-        """Most that they add for eigenvalues in [low, high], elementwise."""
+        """Bound on their contribution for eigenvalues in [low, high], elementwise."""
         centre, half = (low + high) / 2, (high - low) / 2
         away = np.abs(centre[:, None] - self.values) - half[:, None]
         with np.errstate(divide="ignore"):
             share = np.where(away > 0, np.minimum(1, self.residuals / np.maximum(away, 1e-300)), 1.0)
         cosines = self.cosines[vector]
-        # ‖Vᵀu‖ <= 1 as well, so that the whole never exceeds the norm of the deflated part.
-        whole = np.minimum((cosines * share).sum(axis=1), np.linalg.norm(cosines, axis=1))
-        return whole + self.error[vector]
+        # ‖Vᵀu‖ <= 1 too, so the sum never exceeds the norm of the deflated part.
+        total = np.minimum((cosines * share).sum(axis=1), np.linalg.norm(cosines, axis=1))
+        return total + self.error[vector]
 
 
 class Lanczos:
-    """Lanczos recurrences of several starting vectors side by side, fully reorthogonalised in float64."""
+    """Lanczos recurrences of several starting vectors at once, fully reorthogonalised in float64."""
 
     def __init__(
         self, apply: Callable[[Tensor], tuple[Tensor, Tensor]], start: Float[Tensor, "size count"]
@@ -208,8 +208,8 @@ class Lanczos:
         """Begin at `start`.
 
         Args:
-            apply: the symmetric operator on a block of unit columns, and of each column the three bounds on
-                its error that `Recurrence.residual` names, (3, count); float64 in and out.
+            apply: the symmetric operator on a block of unit columns, with the three error bounds of each
+                column that `Recurrence.residual` names, (3, count); float64 in and out.
         """
         self.apply = apply
         self.norm = torch.linalg.vector_norm(start, dim=0)
@@ -243,12 +243,13 @@ class Lanczos:
             self.basis = torch.cat([self.basis, self._direction(rest, exhausted).unsqueeze(1)], dim=1)
 
     def release(self) -> None:
-        """Forget the operator, and the memory that it holds: no further step can be taken."""
+        """Free the operator and its memory: no further step can be taken."""
         del self.apply
 
     def _direction(self, rest: Tensor, exhausted: Tensor) -> Tensor:
-        """Next basis vectors; an exhausted space goes on with any orthogonal direction, at β of about 0."""
-        if not _at_hand(exhausted) or exhausted.any():
+        """Next basis vectors; an exhausted space continues with any orthogonal direction, at β of about 0."""
+        # Reading the flag of a GPU would wait for it.
+        if exhausted.device.type != "cpu" or exhausted.any():
             generator = torch.Generator(rest.device).manual_seed(self.basis.shape[1])
             fresh = torch.randn(rest.shape, generator=generator, dtype=rest.dtype, device=rest.device)
             for _ in range(2):
@@ -257,20 +258,15 @@ class Lanczos:
         return rest / torch.linalg.vector_norm(rest, dim=1, keepdim=True)
 
     def coefficients(self) -> list[Tensor]:
-        """What `recurrence` is made of, to be read: as it is now, whatever is extended later."""
+        """The arguments of `recurrence` after the steps taken so far."""
         alpha, beta = torch.stack(self.alpha, dim=1), torch.stack(self.beta, dim=1)
         return [alpha, beta, self.rounding, self.leftover, self.norm]
-
-
-def _at_hand(asked: Tensor) -> bool:
-    """Whether to look at it waits for no other device."""
-    return asked.device.type == "cpu"
 
 
 def recurrence(
     coefficients: Sequence[NDArray[np.float64]], rows: list[int], inverse: bool = False, shift: float = 0.0
 ) -> Recurrence:
-    """The recurrence of the vectors `rows`, from what was read of a run's coefficients."""
+    """The recurrence of the vectors `rows`, from a run's coefficients."""
     alpha, beta, rounding, leftover, norm = coefficients
     alpha, beta = alpha[rows], beta[rows]
     scale = float((np.abs(alpha) + beta).max())

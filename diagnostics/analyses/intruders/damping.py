@@ -1,4 +1,4 @@
-"""Damping intruder dimensions: which singular triples, and the matrix with them scaled."""
+"""Damping intruder dimensions: choice of singular triples, and their scaling."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -19,11 +19,8 @@ if TYPE_CHECKING:
 
 Mode = Literal["top", "all", "update", "neighbour"]
 
-
-# Leading vectors are taken when known to this sine, otherwise from the full decomposition.
+# A leading vector must be known to this sine; otherwise the full decomposition gives it.
 ACCURACY = 1e-9
-
-
 # Below this smaller side the full decomposition costs no more than the search.
 SMALL = 640
 
@@ -41,7 +38,7 @@ def leading(W: Float[Tensor, "out in"], count: int) -> Float[Tensor, "out count"
         ritz = krylov.ritz(count + 1)
         if bool((ritz.errors()[0, :count] <= ACCURACY).all()):
             return ritz.vectors[0, :, :count]
-    del krylov, ritz  # before what takes several times their memory
+    del krylov, ritz  # the decomposition needs their memory
     return linalg.left_singular(W)[0][:, :count]
 
 
@@ -58,7 +55,8 @@ def triples(
 ) -> tuple[Float[Tensor, "out count"], Float[Tensor, "count in"]]:
     """u and s vᵀ of W at these ranks (from 1), as columns and rows in float64.
 
-    s vᵀ is taken as uᵀ W: then damping takes exactly (1 − λ²) s² a triple from ‖W‖², however well u is known.
+    s vᵀ is computed as uᵀ W: then damping removes exactly (1 − λ²) s² per triple from ‖W‖², whatever the
+    error of u.
     """
     with linalg.threads_for(min(W.shape)):
         U = leading(W, max(ranks))[:, [rank - 1 for rank in ranks]]
@@ -66,7 +64,7 @@ def triples(
 
 
 def choose(vectors: "pd.DataFrame", mode: Mode) -> dict[str, list[int]]:
-    """The ranks to scale in each matrix that has an intruder, from the table of all examined vectors."""
+    """The ranks to scale in each matrix with an intruder, from the table `vectors`."""
     chosen = {}
     for name, rows in vectors.groupby("matrix", sort=False):
         flagged = rows.loc[rows["intruder"], "rank"].tolist()
@@ -75,7 +73,7 @@ def choose(vectors: "pd.DataFrame", mode: Mode) -> dict[str, list[int]]:
         ranks = {"all": flagged, "top": flagged[:1]}.get(mode)
         if ranks is None:
             others = rows.loc[~rows["intruder"] & rows["cosine_low"].notna(), "rank"].tolist()
-            # The nearest in rank; of two, the larger one, lest the control be the smaller edit.
+            # The nearest in rank; of two the one of larger singular value, so the control is no smaller edit.
             ranks = sorted(others, key=lambda rank: (abs(rank - flagged[0]), rank))[:1]
         if ranks:
             chosen[str(name)] = ranks
@@ -91,7 +89,7 @@ def by_tensor(edits: Iterable[Edit]) -> dict[str, list[Edit]]:
 
 
 def applied(tuned: Checkpoint, name: str, stored: Tensor, edits: Sequence[Edit]) -> Tensor:
-    """A tensor of tuned with these edits, wider than it is stored where an adapter was merged into it."""
+    """A tensor of tuned with these edits; in a wider dtype than stored if an adapter was merged into it."""
     if edits:
         stored = unrounded(tuned, name, stored)
     for edit in edits:

@@ -1,7 +1,7 @@
-"""Which leading singular vectors of a tuned matrix come near one of the base, without two decompositions.
+"""Decide which leading singular vectors of a tuned matrix come near one of the base, in certified tiers.
 
-Each vector is settled by the first tier that can: `subspace` (a leading base vector is near enough, residuals
-allowed for), `direct` and `factor` (the bound of `christoffel` shows that none is), `exact` (the full
+The first tier that can settles a vector: `subspace` (a leading base vector is near enough, residuals
+included), `direct` and `factor` (the bound of `cosine_bounds` shows that none is), `exact` (the full
 decomposition in float64).
 """
 
@@ -20,18 +20,18 @@ from diagnostics.analyses.intruders.inverse_factors import Applied, Shifted, Tal
 from diagnostics.execution.lockstep import Steps, Values, read_values, run_in_lockstep
 from diagnostics.numerics import linalg
 from diagnostics.numerics.linalg import BlockKrylov, Ritz
-from diagnostics.store.factor_cache import Recall, afresh
+from diagnostics.store.factor_cache import NO_RECALL, Recall
 
-# Below this smaller side the full decomposition costs no more than deciding without it.
+# Below this smaller side the full decomposition costs no more than the tiers.
 SMALL = 640
-# A vector is accepted for a decision when it is known to this sine; the second will do after all rounds.
+# A vector must be known to this sine for a decision; after the last round the second suffices.
 ACCEPTED, USABLE = 0.02, 0.1
 BASE_STEPS, TUNED_STEPS, MORE_STEPS, ROUNDS = 6, 4, 2, 6
 DIRECT_STEPS, FACTOR_STEPS = (12, 16, 20, 24, 32, 48), (8, 12, 16, 24, 36)
-# How often the inverse is taken with a smaller shift, and how far below what is open it lies.
+# Number of shifted inverses, and the ratio of an open eigenvalue to the next shift.
 SHIFTS, BELOW = 3, 2
-# After so many direct steps the small end shows whether the last of them will decide: its bound, which falls
-# as a power of their number, must fall below this share of epsilon, for it is not the largest of all.
+# After this many direct steps the bound at eigenvalue 0, which falls as a power of their number, is
+# extrapolated to the last step: it must fall below this share of epsilon, for other bounds are larger.
 FORESEEN, SHARE_AT_ZERO = 20, 0.75
 # Blocks narrower than this take CPU BLAS longer than 16 columns do.
 BLOCK = 16
@@ -39,7 +39,7 @@ BLOCK = 16
 
 @dataclass(frozen=True)
 class Decision:
-    """What is known of the k leading vectors of one matrix.
+    """The outcome for the k leading vectors of one matrix.
 
     Attributes:
         singular_values: of the tuned matrix.
@@ -65,7 +65,7 @@ def decide_exactly(
     tuned: Float[Tensor, "out in"],
     k: int,
     shown: int = 50,
-    recall: Recall = afresh,
+    recall: Recall = NO_RECALL,
 ) -> Decision:
     """All k cosines by full decompositions in float64, both guards applied."""
 
@@ -73,8 +73,8 @@ def decide_exactly(
         U, S = linalg.left_singular(base)
         return {"U": U, "S": S}
 
-    known = recall("left singular vectors", (), decomposed)
-    exact = linalg.exact_cosines(base, tuned, k, of_base=(known["U"], known["S"]))
+    of_base = recall("left singular vectors", (), decomposed)
+    exact = linalg.exact_cosines(base, tuned, k, of_base=(of_base["U"], of_base["S"]))
     cosines, tuned_values, base_values, overlap = read_values(
         [exact.cosines, exact.tuned_values, exact.base_values, exact.overlap]
     )
@@ -98,17 +98,17 @@ def decide(
     generator: torch.Generator,
     pictured: bool = False,
 ) -> Decision:
-    """Decide the k leading vectors, by the cheapest tier that certifies each.
+    """Decide the k leading vectors, each by the cheapest tier that certifies it.
 
-    The intervals are bounds, rounding included.  That the vectors examined are the k leading ones rests on a
-    random start: a leading direction is missed only where the start is all but orthogonal to it.
+    The intervals are bounds, rounding included. That the examined vectors are the k leading ones relies on a
+    random start: a leading direction is missed only if the start is almost orthogonal to it.
 
     Args:
         base, tuned: float32 or float64, finite.
         k: leading vectors, fewer than the smaller side.
         epsilon: cosine under which a vector is an intruder.
         generator: for the starting blocks, on the matrices' device.
-        pictured: where there is an intruder, go on until the k leading base vectors are known as well.
+        pictured: with an intruder, also find the k leading base vectors.
     """
     return decide_all(base[None], tuned[None], k, epsilon, [generator], pictured)[0]
 
@@ -122,12 +122,12 @@ def decide_all(
     pictured: bool = False,
     recalls: Sequence[Recall] | None = None,
 ) -> list[Decision]:
-    """`decide` for matrices of one shape, side by side and in step.
+    """`decide` for matrices of one shape in a batch.
 
     Args:
-        recalls: of each base, what remembers what was made of it.
+        recalls: of each base, the cache of its intermediate results.
     """
-    pairs = list(zip(base, tuned, recalls or [afresh] * len(base), strict=True))
+    pairs = list(zip(base, tuned, recalls or [NO_RECALL] * len(base), strict=True))
     if min(base.shape[1:]) < max(SMALL, 4 * (k + BLOCK)):
         return [decide_exactly(W0, W1, k, recall=recall) for W0, W1, recall in pairs]
     searches = [
@@ -141,7 +141,7 @@ def decide_all(
 def _lead(
     searches: list["_Search"], base: Float[Tensor, "batch out in"], tuned: Float[Tensor, "batch out in"]
 ) -> None:
-    """Tier a: leading subspaces of both, until every tuned vector is known."""
+    """Tier a: leading subspaces of both, until every tuned vector has converged."""
     space0 = _of_base(base, torch.cat([search.random(base.shape[1]) for search in searches]), searches)
     ritz0 = space0.ritz(3 * space0.start)
     starts = [search.start(ritz0.one(i)) for i, search in enumerate(searches)]
@@ -160,19 +160,19 @@ def _lead(
 def _of_base(base: Tensor, start: Tensor, searches: list["_Search"]) -> BlockKrylov:
     """The leading subspaces of the bases."""
 
-    def made() -> dict[str, Tensor]:
+    def extended() -> dict[str, Tensor]:
         space = BlockKrylov(base, start)
         space.extend(BASE_STEPS)
         return space.state()
 
-    # Side by side products round otherwise than alone, and depend on who else is there.
-    alone = len(searches) == 1
-    state = searches[0].recall("Krylov space", (start,), made) if alone else made()
+    # Batched products round differently, and depend on the other matrices of the batch: not cached.
+    single = len(searches) == 1
+    state = searches[0].recall("Krylov space", (start,), extended) if single else extended()
     return BlockKrylov.resumed(base, start.shape[-1], state)
 
 
 class _Search:
-    """One matrix on its way through the tiers."""
+    """The tiers for one matrix."""
 
     def __init__(
         self,
@@ -181,7 +181,7 @@ class _Search:
         k: int,
         epsilon: float,
         generator: torch.Generator,
-        recall: Recall = afresh,
+        recall: Recall = NO_RECALL,
     ) -> None:
         self.recall = recall
         self.base, self.tuned, self.k, self.epsilon = base, tuned, k, epsilon
@@ -192,12 +192,12 @@ class _Search:
         self.tier = [""] * k
 
     def random(self, rows: int, columns: int | None = None) -> Tensor:
-        """A random block, as wide as the starting one unless told."""
+        """A random block; by default as wide as the starting block."""
         size = (1, rows, self.width if columns is None else columns)
         return torch.randn(size, generator=self.generator, dtype=self.base.dtype, device=self.base.device)
 
     def start(self, ritz0: Ritz) -> Tensor:
-        """Where to look for tuned's vectors: half near the base's, a quarter where the delta writes to."""
+        """The starting block of tuned: half near the base's vectors, a quarter in the delta's columns."""
         quarter = self.width // 4
         probe = self.random(self.base.shape[1], quarter)
         written = self.tuned @ probe - self.base @ probe
@@ -206,24 +206,24 @@ class _Search:
         return torch.cat([near, written, self.random(self.base.shape[0], quarter)], dim=-1)
 
     def begin(self, space0: BlockKrylov, ritz0: Ritz, ritz1: Ritz) -> None:
-        """Take up what tier a has found."""
+        """Start from the subspaces of tier a."""
         self.space0, self.ritz0, self.ritz1 = space0, ritz0, ritz1
         self.rounds = 0
         self.vectors = ritz1.vectors[0, :, : self.k]
 
     def outcome(self, pictured: bool) -> Steps[Decision]:
-        """Whatever takes the cheapest tier that settles all."""
+        """The decision by the cheapest tiers."""
         self.error, self.norm = yield [self.ritz1.errors()[0, : self.k], self.space0.norm[0]]
         yield from self._subspace()
         if (self.error > USABLE).any() or not (yield from self.certify()):
-            del self.space0, self.ritz0, self.ritz1, self.vectors  # room for what takes several times as much
+            del self.space0, self.ritz0, self.ritz1, self.vectors  # the decomposition needs their memory
             return decide_exactly(self.base, self.tuned, self.k, recall=self.recall)
         if pictured and (self.high < self.epsilon).any():
             yield from self.complete()
         return (yield from self.decision())
 
-    def _found(self) -> bool:
-        """Whether the leading base vectors are known, or further rounds would not help."""
+    def _converged(self) -> bool:
+        """Whether the leading base vectors have converged, or all rounds were taken."""
         return self.rounds >= ROUNDS or bool((self.sine[: self.k] <= ACCEPTED).all())
 
     def _further(self) -> Steps[None]:
@@ -235,14 +235,14 @@ class _Search:
 
     def complete(self) -> Steps[None]:
         """Find the k leading base vectors."""
-        while not self._found():
+        while not self._converged():
             yield from self._further()
 
     def _open(self) -> list[int]:
         return [j for j in range(self.k) if self.tier[j] == ""]
 
     def _subspace(self) -> Steps[None]:
-        """Bounds from the base's leading vectors on all that no other tier has settled."""
+        """Bounds from the base's leading vectors, for all vectors that no other tier has settled."""
         ritz0 = self.ritz0
         cosines = (ritz0.vectors[0].mT @ self.vectors).abs().clamp(max=1)
         self.sine, self.cosines, self.values, self.residuals = yield [
@@ -253,34 +253,34 @@ class _Search:
         nearest = np.cos(np.minimum(angle + slack, np.pi / 2))
         at = nearest.argmax(axis=0)
         low = nearest.max(axis=0)
-        own = np.cos(np.maximum(angle - slack, 0))[at, np.arange(self.k)]
+        of_nearest = np.cos(np.maximum(angle - slack, 0))[at, np.arange(self.k)]
         # The squares of all cosines add up to at most 1.
-        high = np.maximum(own, np.sqrt(np.maximum(1 - low**2, 0)))
+        high = np.maximum(of_nearest, np.sqrt(np.maximum(1 - low**2, 0)))
         for j, tier in enumerate(self.tier):
             if tier in ("", "subspace"):
                 self.low[j], self.high[j] = low[j], high[j]
                 self.tier[j] = "subspace" if low[j] >= self.epsilon else ""
 
     def certify(self) -> Steps[bool]:
-        """Tier b: show of the rest that no base vector is near enough."""
-        self.asked = self._open()
-        if not self.asked:
+        """Tier b: show for the open vectors that no base vector is near enough."""
+        self.tested = self._open()
+        if not self.tested:
             return True
         kept = np.flatnonzero(self.sine <= ACCEPTED)
         deflated = self.ritz0.vectors[0][:, kept]
-        start = self.vectors[:, self.asked]
+        start = self.vectors[:, self.tested]
         start = start - deflated @ (deflated.mT @ start)
-        # No eigenvalue lies above the sum of all, whatever the Ritz values have missed.
+        # The trace bounds every eigenvalue, also those that the Ritz values have missed.
         largest = 1.001 * float(self.norm) ** 2
         extra = Extra(
             values=self.values[kept],
             residuals=self.residuals[kept],
-            cosines=self.cosines[kept][:, self.asked].T,
+            cosines=self.cosines[kept][:, self.tested].T,
             # chord of the angle between the examined vector and the true one
-            error=2 * np.sin(np.arcsin(self.error[self.asked]) / 2),
+            error=2 * np.sin(np.arcsin(self.error[self.tested]) / 2),
         )
         span = (0.0, largest)
-        # Of a tall matrix's null space the direct run knows nothing.
+        # The direct run does not see the left null space of a tall matrix.
         if self.base.shape[0] > self.base.shape[1]:
             return (yield from self._tall(start, extra, span))
         direct = Lanczos(self._apply, start)
@@ -289,16 +289,16 @@ class _Search:
         return (yield from self._shifted(direct, start, extra, span))
 
     def _direct(self, run: Lanczos, extra: Extra, span: tuple[float, float]) -> Steps[bool]:
-        """Steps of the direct run until all is settled, or until it is plain that they will not do."""
-        first = np.ones(len(self.asked))
+        """Steps of the direct run until all is settled, or until more steps cannot settle it."""
+        first = np.ones(len(self.tested))
         for most in DIRECT_STEPS:
             run.extend(most - len(run.alpha))
-            known = yield run.coefficients()
-            if (yield from self._settle([recurrence(known, self._rows())], "direct", extra, span)):
+            coefficients = yield run.coefficients()
+            if (yield from self._settle([recurrence(coefficients, self._rows())], "direct", extra, span)):
                 return True
             rows = self._rows()
             zero = np.zeros(len(rows))
-            at_zero = recurrence(known, rows).bound(np.arange(len(rows)), zero, zero)
+            at_zero = recurrence(coefficients, rows).bound(np.arange(len(rows)), zero, zero)
             if most == DIRECT_STEPS[0]:
                 first[rows] = at_zero
             if most == FORESEEN:
@@ -313,7 +313,7 @@ class _Search:
     def _shifted(
         self, direct: Lanczos, start: Tensor, extra: Extra, span: tuple[float, float]
     ) -> Steps[bool]:
-        """Inverses with a shift where the direct run is blind, and further down while that helps."""
+        """Inverses with a shift where the direct run cannot resolve, with smaller shifts while that helps."""
         inverses: list[tuple[Lanczos, float]] = []
         for _ in range(SHIFTS):
             before = self.failing
@@ -325,9 +325,9 @@ class _Search:
             for most in FACTOR_STEPS:
                 run.extend(most - len(run.alpha))
                 rows = self._rows()
-                known = yield from _coefficients([direct, *(each for each, _ in inverses)])
-                runs = [recurrence(known[0], rows)]
-                for (_, shift), of_inverse in zip(inverses, known[1:], strict=True):
+                coefficients = yield from _coefficients([direct, *(inverse for inverse, _ in inverses)])
+                runs = [recurrence(coefficients[0], rows)]
+                for (_, shift), of_inverse in zip(inverses, coefficients[1:], strict=True):
                     runs.append(recurrence(of_inverse, rows, inverse=True, shift=shift))
                 if (yield from self._settle(runs, "factor", extra, span)):
                     return True
@@ -348,20 +348,20 @@ class _Search:
             for run in (direct, inverse):
                 run.extend(most - len(run.alpha))
             rows = self._rows()
-            known = yield from _coefficients([direct, inverse])
-            runs = [recurrence(known[0], rows), recurrence(known[1], rows, inverse=True)]
+            of_direct, of_inverse = yield from _coefficients([direct, inverse])
+            runs = [recurrence(of_direct, rows), recurrence(of_inverse, rows, inverse=True)]
             if (yield from self._settle(runs, "factor", extra, (factor.smallest, span[1]))):
                 return True
         return False
 
     def _rows(self) -> list[int]:
-        """Of the vectors that tier b began with, those still open."""
-        return [row for row, j in enumerate(self.asked) if self.tier[j] == ""]
+        """Rows of the vectors of tier b that are still open."""
+        return [row for row, j in enumerate(self.tested) if self.tier[j] == ""]
 
     def _settle(
         self, runs: list[Recurrence], tier: str, extra: Extra, span: tuple[float, float]
     ) -> Steps[bool]:
-        """Certify what the recurrences of the open vectors certify; whether all is settled now."""
+        """Certify open vectors by their recurrences; returns whether all are settled."""
         rows = self._rows()
         of_rows = Extra(extra.values, extra.residuals, extra.cosines[rows], extra.error[rows])
         bound, self.failing = cosine_bounds.largest_cosines(
@@ -369,11 +369,11 @@ class _Search:
         )
         for row, cosine in zip(rows, bound, strict=True):
             if cosine < self.epsilon:
-                j = self.asked[row]
+                j = self.tested[row]
                 self.high[j] = max(cosine, self.low[j])
                 self.tier[j] = tier
-        # It may have failed by a base vector that is near and leads, but is not among those known yet.
-        if self.failing > self.values[self.k] / 2 and not self._found():
+        # The failing eigenvalue may be that of a near, leading base vector that has not converged yet.
+        if self.failing > self.values[self.k] / 2 and not self._converged():
             yield from self._further()
         return not self._open()
 
@@ -384,7 +384,7 @@ class _Search:
         return product, error
 
     def decision(self) -> Steps[Decision]:
-        """The outcome once every vector is settled."""
+        """The decision once every vector is settled."""
         shown = 30
         ritz0, ritz1 = self.ritz0, self.ritz1
         cosines = (ritz1.vectors[0, :, :shown].mT @ ritz0.vectors[0, :, :shown]).abs()
@@ -413,13 +413,13 @@ class _Search:
         f[: self.k] = 0
         total, _ = linalg.spectral_sum(f, weights, rows)
         rank = min(rows, columns)
-        # Eigenvalues 0 of a tall matrix's W Wᵀ are counted in the trace but are no singular values.
+        # The trace counts the zero eigenvalues of a tall matrix's W Wᵀ, which are no singular values.
         total -= (rows - rank) / float(z)
         return linalg.critical_from_sum(total, float(z), rank - self.k, rows, columns)
 
 
 def _coefficients(runs: list[Lanczos]) -> Steps[list[Values]]:
-    """Those of several runs of one matrix."""
-    asked = [run.coefficients() for run in runs]
-    values = yield [each for tensors in asked for each in tensors]
-    return [values[i : i + len(asked[0])] for i in range(0, len(values), len(asked[0]))]
+    """The coefficients of several runs of one matrix."""
+    by_run = [run.coefficients() for run in runs]
+    values = yield [tensor for tensors in by_run for tensor in tensors]
+    return [values[i : i + len(by_run[0])] for i in range(0, len(values), len(by_run[0]))]

@@ -1,7 +1,7 @@
-"""Factors of a matrix W by which an inverse of `W Wᵀ` is applied, with what each application leaves over.
+"""Factors of a matrix W that apply an inverse of `W Wᵀ`, with the residual of each application.
 
-The certificates of `christoffel` allow an inexact inverse: for the vector b that stands for `(W Wᵀ)⁻¹ q` they
-need the norm of `q − W Wᵀ b`, which is measured, so that single precision serves where it is small enough.
+The bounds of `cosine_bounds` allow an inexact inverse: for the vector b that approximates `(W Wᵀ)⁻¹ q` they
+need the norm of `q − W Wᵀ b`, which is measured. Single precision suffices where that norm is small.
 """
 
 from dataclasses import dataclass
@@ -12,14 +12,13 @@ from torch import Tensor
 
 from diagnostics.execution.lockstep import Steps, Values
 from diagnostics.numerics import linalg
-from diagnostics.store.factor_cache import Recall, afresh
+from diagnostics.store.factor_cache import NO_RECALL, Recall
 
 Applied = tuple[Float[Tensor, "size count"], Float[Tensor, "3 count"]]
-# Constant of a Gram matrix's rounding, which is like a random matrix: entry for entry in proportion to the
-# lengths of two rows.
+# Constant of a Gram matrix's rounding error: a random matrix with entries in proportion to the lengths of two
+# rows.
 ROUNDING = 4
-# What rounding may amount to, relative to the smallest eigenvalue that is inverted; a tenth will do with one
-# step of iterative refinement.
+# Allowed rounding relative to the smallest inverted eigenvalue, without and with one step of refinement.
 NEGLIGIBLE, REFINED = 0.01, 0.1
 
 
@@ -27,12 +26,12 @@ NEGLIGIBLE, REFINED = 0.01, 0.1
 class Shifted:
     """Cholesky factor of `W Wᵀ + shift` of a W that is not tall.
 
-    Lanczos with its inverse tells eigenvalues apart best about the shift, and lumps those far below it.
+    Lanczos with its inverse resolves eigenvalues best near the shift, and lumps those far below it.
 
     Attributes:
-        L: in W's own precision, where one step of iterative refinement makes up for it, or in float64.
-        gram: `W Wᵀ + shift` where L is of a higher precision than W.
-        rounding: bound on the norm of the error of `W Wᵀ + shift` as it was factored.
+        L: in W's precision where one step of iterative refinement makes up for it, else in float64.
+        gram: `W Wᵀ + shift` if L has a higher precision than W.
+        rounding: bound on the norm of the error of the factored `W Wᵀ + shift`.
         norm: `‖W‖_F`.
     """
 
@@ -44,12 +43,14 @@ class Shifted:
     norm: Float[Tensor, ""]
 
     @classmethod
-    def of(cls, W: Float[Tensor, "out in"], shift: float, recall: Recall = afresh) -> "Steps[Shifted | None]":
-        """Factor W in the least precision that serves; returns None where the factorisation fails.
+    def of(
+        cls, W: Float[Tensor, "out in"], shift: float, recall: Recall = NO_RECALL
+    ) -> "Steps[Shifted | None]":
+        """Factor W in the lowest sufficient precision; None if the factorisation fails.
 
         Args:
-            shift: raised where float64 asks for more.
-            recall: remembers `W Wᵀ`.
+            shift: raised where float64 needs more.
+            recall: caches `W Wᵀ`.
         """
         lengths = W.square().sum(dim=1)
         norm = _gram_norm((yield [lengths.sum(), lengths.max()]), len(lengths))
@@ -63,11 +64,11 @@ class Shifted:
         (failed,) = yield [failed]
         if failed:
             return None
-        whole = None if native else gram.tril() + gram.tril(-1).mT
-        return cls(W, L, shift, whole, rounding, lengths.sum().sqrt())
+        symmetric = None if native else gram.tril() + gram.tril(-1).mT
+        return cls(W, L, shift, symmetric, rounding, lengths.sum().sqrt())
 
     def apply_inverse(self, block: Tensor) -> Applied:
-        """b for every unit column q, and over x what `q − (W Wᵀ + shift) b` leaves."""
+        """b for every unit column q, and the norm of `q − (W Wᵀ + shift) b`, to be divided by x."""
         b = self._solve(block)
         if self.rounding > NEGLIGIBLE * self.shift:
             b = b + self._solve(self._left(block, b)[0])
@@ -82,11 +83,11 @@ class Shifted:
         return torch.linalg.solve_triangular(self.L.mT, half, upper=True).double()
 
     def _left(self, block: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """What b leaves of the block, and the bound on the rounding of that; b has the precision of L."""
+        """The residual of b, and a bound on its rounding error; b has the precision of L."""
         if self.gram is None:
             product, rounding = linalg.double_product(self.W, self.norm, b)
             return block - product - self.shift * b, rounding
-        # As rows: CPU BLAS takes several times as long on a few columns.
+        # As rows: CPU BLAS is several times slower on a few columns.
         product = (b.mT.contiguous() @ self.gram).mT
         return block - product, self.rounding * torch.linalg.vector_norm(b, dim=0)
 
@@ -95,8 +96,8 @@ class Shifted:
 class Tall:
     """`W = Q Lᵀ` with orthonormal Q, from the Cholesky factor of `Wᵀ W = L Lᵀ`.
 
-    What a vector has outside the column space of a tall matrix lies at eigenvalue 0, which no power of `W Wᵀ`
-    tells from the smallest ones.  In the coordinates `L⁻¹ Wᵀ x` inside it `W Wᵀ` acts as `Lᵀ L`.
+    The part of a vector outside the column space of a tall matrix lies at eigenvalue 0, which no power of
+    `W Wᵀ` tells from the smallest ones. In the coordinates `L⁻¹ Wᵀ x` of the column space `W Wᵀ` is `Lᵀ L`.
 
     Attributes:
         smallest: a lower bound on the smallest eigenvalue of `Wᵀ W`.
@@ -110,30 +111,30 @@ class Tall:
 
     @classmethod
     def of(
-        cls, W: Float[Tensor, "out in"], generator: torch.Generator, recall: Recall = afresh
+        cls, W: Float[Tensor, "out in"], generator: torch.Generator, recall: Recall = NO_RECALL
     ) -> "Steps[Tall | None]":
-        """Factor W in the least precision that serves; returns None where none does.
+        """Factor W in the lowest sufficient precision; None if none suffices.
 
         Args:
-            recall: remembers L, the bounds, and where the generator stood afterwards.
+            recall: caches L, the bounds, and the generator's state afterwards.
         """
         parts = (generator.get_state(),)
-        known = recall.known("tall factor", parts)
-        if known is None:
-            factor = yield from cls._found(W, generator)
+        saved = recall.lookup("tall factor", parts)
+        if saved is None:
+            factor = yield from cls._factor(W, generator)
             bounds = (factor.smallest, factor.coordinate_error) if factor else ()
-            known = {
+            saved = {
                 "L": factor.L if factor else W.new_empty(0, 0),
                 "bounds": torch.tensor(bounds, dtype=torch.float64),
                 "generator": generator.get_state(),
             }
-            recall.keep("tall factor", parts, known)
-        generator.set_state(known["generator"].cpu())
-        found = known["bounds"].tolist()
-        return cls(W, known["L"], *found) if found else None
+            recall.keep("tall factor", parts, saved)
+        generator.set_state(saved["generator"].cpu())
+        limits = saved["bounds"].tolist()
+        return cls(W, saved["L"], *limits) if limits else None
 
     @classmethod
-    def _found(cls, W: Float[Tensor, "out in"], generator: torch.Generator) -> "Steps[Tall | None]":
+    def _factor(cls, W: Float[Tensor, "out in"], generator: torch.Generator) -> "Steps[Tall | None]":
         lengths = W.square().sum(dim=0)
         for dtype in (torch.float32, torch.float64):
             L, failed = torch.linalg.cholesky_ex(linalg.gram(W, dtype))
@@ -142,7 +143,7 @@ class Tall:
                 continue
             factor = cls(W, L)
             block = torch.randn(len(L), 16, generator=generator, dtype=dtype, device=L.device)
-            # Power iterations with a block: the norm of the inverse, almost surely within 2.
+            # Power iterations with a block: the norm of the inverse, almost surely within a factor of 2.
             for _ in range(3):
                 block = factor._inverse(torch.linalg.qr(block).Q)
             *sizes, largest = yield [lengths.sum(), lengths.max(), torch.linalg.matrix_norm(block, ord=2)]
@@ -153,8 +154,8 @@ class Tall:
         return None
 
     def coordinates(self, block: Tensor) -> Tensor:
-        """Of columns in R^out, in the column space of W."""
-        # In parts: a float64 copy of all of W would be the largest thing in memory.
+        """Coordinates of columns in R^out in the column space of W."""
+        # In parts: a float64 copy of W would dominate the memory.
         inner = torch.cat([part.double() @ block for part in self.W.mT.split(1024)])
         return torch.linalg.solve_triangular(self.L.double(), inner, upper=False)
 
@@ -167,7 +168,7 @@ class Tall:
         return (inner @ self.L).mT.double(), error
 
     def apply_inverse(self, block: Tensor) -> Applied:
-        """Its inverse on unit columns of coordinates."""
+        """The inverse of `W Wᵀ` on unit columns of coordinates."""
         inverse = self._inverse(block.to(self.L.dtype)).double()
         return inverse, self._error(block, self.coordinate_error / self.smallest)
 
@@ -182,11 +183,11 @@ class Tall:
 
 
 def _gram_norm(diagonal: Values, side: int) -> float:
-    """Bound on the spectral norm of a Gram matrix, from the sum and the largest of its diagonal."""
+    """Bound on the spectral norm of a Gram matrix, from the sum and the maximum of its diagonal."""
     total, largest = map(float, diagonal)
     return min(total, largest * side**0.5)
 
 
 def _rounding(norm: float, dtype: torch.dtype) -> float:
-    """Bound on the norm of the rounding of a Gram matrix."""
+    """Bound on the norm of a Gram matrix's rounding error."""
     return ROUNDING * torch.finfo(dtype).eps * norm

@@ -1,8 +1,8 @@
-"""What scaling the whole update would have kept at the same task loss, and how surely something keeps more.
+"""The control of mitigation: keep loss of the scaled whole update at the same task loss.
 
-Whatever changes a tuned model trades task for retention, and so does base + α (tuned − base), which needs no
-theory at all. A method is worth its name only where it keeps more than that control does without being worse
-on the task. Source of the control: the public review of arXiv:2410.21228; the comparison is ours.
+Every edit of a tuned model trades task loss for retention, and so does base + α (tuned − base), which needs
+no theory. An edit is useful only if it keeps more than that control at the same task loss. Source of the
+control: the public review of arXiv:2410.21228; the comparison is ours.
 """
 
 from dataclasses import dataclass
@@ -12,17 +12,16 @@ from jaxtyping import Bool, Float
 
 from diagnostics.numerics.estimates import Estimate
 
-# Strengths between those measured at which the control is interpolated.
+# Points at which the control is interpolated.
 BETWEEN = 400
 
 
 @dataclass(frozen=True, kw_only=True)
 class Control:
-    """The control at some strengths, measured on all rows (one draw) or on resampled ones.
+    """Losses of the control at its measured strengths, for every draw of the rows.
 
     Attributes:
-        strengths: rising; 1 among them, which is tuned itself.
-        task, keep: its losses at these strengths.
+        strengths: ascending, with 1, which is tuned.
     """
 
     strengths: Float[np.ndarray, " strengths"]
@@ -32,48 +31,49 @@ class Control:
     def at_task(
         self, task: Float[np.ndarray, "draws points"]
     ) -> tuple[Float[np.ndarray, "draws points"], ...]:
-        """The lowest keep loss that the control reaches without a larger task loss.
+        """The lowest keep loss of the control with at most this task loss, for every point.
 
-        Also at which strength it does, and its task loss there beyond the one asked for; at most 0 unless no
-        strength is as good.
+        Also its strength there, and its task loss above that of the point: at most 0 unless no strength is as
+        good.
 
-        Between measured strengths both losses follow a monotone cubic. Where no strength is as good on the
-        task, it is the strength that is best on it, which favours the control. Tuned itself can always be
-        had: the control never keeps less.
+        Between measured strengths both losses follow a monotone cubic. If no strength is as good on the task,
+        the best on the task is taken, which favours the control. Tuned is always allowed: the control never
+        keeps less than tuned.
         """
         from scipy.interpolate import PchipInterpolator
 
         even = np.linspace(self.strengths[0], self.strengths[-1], BETWEEN + 1)
         strengths = np.union1d(even, self.strengths)
-        own_task, own_keep = (
+        control_task, control_keep = (
             PchipInterpolator(self.strengths, losses, axis=1)(strengths) for losses in (self.task, self.keep)
         )
         measured = np.searchsorted(strengths, self.strengths)
-        # Exactly what was measured: a digit of rounding would deny the control its own points.
-        own_task[:, measured], own_keep[:, measured] = self.task, self.keep
+        # Exactly the measured losses: rounding would deny the control its own points.
+        control_task[:, measured], control_keep[:, measured] = self.task, self.keep
         tuned = int(np.searchsorted(strengths, 1.0))
-        rows = np.arange(len(task))
-        best = own_task.argmin(axis=1)
+        draws = np.arange(len(task))
+        best = control_task.argmin(axis=1)
         keep, chosen, beyond = (np.empty_like(task) for _ in range(3))
         for point in range(task.shape[1]):
-            allowed: Bool[np.ndarray, "draws strengths"] = own_task <= task[:, point, None]
+            allowed: Bool[np.ndarray, "draws strengths"] = control_task <= task[:, point, None]
+            unmatched = ~allowed.any(axis=1)
             allowed[:, tuned] = True
-            allowed[rows, best] |= ~(own_task <= task[:, point, None]).any(axis=1)
-            place = np.where(allowed, own_keep, np.inf).argmin(axis=1)
-            keep[:, point], chosen[:, point] = own_keep[rows, place], strengths[place]
-            beyond[:, point] = own_task[rows, place] - task[:, point]
+            allowed[draws, best] |= unmatched
+            lowest = np.where(allowed, control_keep, np.inf).argmin(axis=1)
+            keep[:, point], chosen[:, point] = control_keep[draws, lowest], strengths[lowest]
+            beyond[:, point] = control_task[draws, lowest] - task[:, point]
         return keep, chosen, beyond
 
 
 @dataclass(frozen=True, kw_only=True)
 class ControlComparison:
-    """Points against the control at the same task loss.
+    """Points compared with the control at the same task loss.
 
     Attributes:
-        gains: nats that each point keeps beyond the control; above 0 it keeps more. The 95 % intervals hold
-            for all searched points at once, so that picking the best does not make it look better than it is.
-        strength: of the control, where it is as good on the task, or best on it where no strength is.
-        short: task loss of the control there beyond that of the point; 0 where it is as good.
+        gains: keep loss of the control minus that of each point, in nats. The 95 % intervals are simultaneous
+            over the searched points: picking the best does not bias them.
+        strength: of the control with the same task loss, or the best on the task if none is as good.
+        short: task loss of the control above that of the point; 0 if it is as good.
     """
 
     gains: tuple[Estimate, ...]
@@ -87,17 +87,17 @@ def advantage(
     strengths: Float[np.ndarray, " points"],
     searched: Bool[np.ndarray, " points"],
 ) -> ControlComparison:
-    """What every point keeps beyond the control.
+    """Compare every point with the control.
 
     Args:
-        task, keep: losses at every point; the first draw is all rows as they are, the others are resampled.
+        task, keep: losses at every point; the first draw is the rows themselves, the others are resampled.
         strengths: of the points that are the control; NaN for the others.
         searched: the points among which the best is picked.
     """
     control = np.flatnonzero(~np.isnan(strengths))
     control = control[np.argsort(strengths[control])]
-    own = Control(strengths=strengths[control], task=task[:, control], keep=keep[:, control])
-    reached, chosen, beyond = own.at_task(task)
+    measured = Control(strengths=strengths[control], task=task[:, control], keep=keep[:, control])
+    reached, chosen, beyond = measured.at_task(task)
     gain = reached - keep
     value, spread = gain[0], gain[1:].std(axis=0, ddof=1)
     # Standardised, so that a point whose losses are noisy does not widen the intervals of the others.

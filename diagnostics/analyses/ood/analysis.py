@@ -1,90 +1,98 @@
-"""Likelihood-ratio OOD: the base of a tuned language model shows which texts tuning did not teach it.
+"""Likelihood-ratio OOD: detect texts outside the tuned model's distribution from base and tuned likelihoods.
 
 The score of a text is log p_base − log p_tuned, in nats: higher is more out-of-distribution, and OOD is the
-positive class. Every other score here points the same way.
+positive class. All other scores have the same direction.
 Source: arXiv:2404.08679. Its released code multiplies a mean over T−1 tokens by T; here sums are sums.
 """
 
 import math
 from collections.abc import Callable, Mapping
+from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
 from diagnostics.analyses.ood.figures import draw
 from diagnostics.analyses.ood.tables import ALL, detection_of, gains_of, rows_of, tokens_of
-from diagnostics.core.analysis import Result, analysis
-from diagnostics.core.inputs import tasks
+from diagnostics.core.analysis import DeviceTest, Result, analysis
+from diagnostics.core.row_options import RowOptions
 from diagnostics.evaluation.paired_texts import TextOptions, read_sets
+from diagnostics.evaluation.sets import load_named_sets
 from diagnostics.numerics import detection_metrics
 from probes import CheckpointPair
 from probes.errors import InputError
 from probes.models.runnable import RunnablePair
+from probes.text.rows import Task
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# A p-value below alpha = 0.05 is coarse with fewer.
+# With fewer task rows a p-value near alpha = 0.05 is coarse.
 CALIBRATED_FROM = 200
 # Characters of a text that the table keeps.
 SHOWN = 160
 
 METRICS = {
-    "auroc": "chance that an OOD row has a higher ratio than an in-distribution row, all OOD sets together",
-    "auroc_low": "lower end of its 95 % interval; at 0.5 or below the ratio detects nothing",
-    "auroc_high": "upper end",
-    "auroc_worst_set": "the AUROC of the OOD set that the ratio finds hardest",
+    "auroc": "AUROC of the ratio, all OOD sets pooled: 0.5 is chance, 1 is perfect",
+    "auroc_low": "lower end of the 95 % interval of auroc; at 0.5 or below the ratio detects nothing",
+    "auroc_high": "upper end of the 95 % interval of auroc",
+    "auroc_worst_set": "lowest AUROC of a single OOD set",
     "fpr95": "share of in-distribution rows flagged when 95 % of the OOD rows are caught; chance is 0.95",
     "ood_missed_at_95_id_kept": "share of OOD rows missed when 95 % of the in-distribution rows are kept",
-    "aupr_ood": "average precision with OOD as the class to find; chance is the prevalence",
-    "aupr_id": "average precision with in-distribution as the class to find",
+    "aupr_ood": "average precision with OOD as the positive class; chance is the prevalence",
+    "aupr_id": "average precision with in-distribution as the positive class",
     "prevalence": "share of OOD among the rows",
-    "auroc_per_token": "AUROC of the ratio divided by the tokens",
+    "auroc_per_token": "AUROC of the ratio per token",
     "auroc_tuned_likelihood": "AUROC of the tuned likelihood alone",
     "auroc_length": "AUROC of the length alone",
-    "auroc_like_length": "AUROC of the ratio among rows of like length",
+    "auroc_like_length": "AUROC of the ratio among rows of similar length",
     "over_likelihood": "AUROC of the ratio minus that of the tuned likelihood",
-    "over_likelihood_low": "lower end of its paired 95 % interval",
+    "over_likelihood_low": "lower end of the paired 95 % interval of over_likelihood",
     "over_length": "AUROC of the ratio minus that of the length",
-    "over_length_low": "lower end of its paired 95 % interval; below 0 the ratio may be no more than length",
+    "over_length_low": "lower end of the paired 95 % interval; below 0 the ratio may be no more than length",
     "threshold_95_id_kept_nats": "ratio that 5 % of the in-distribution rows exceed",
     "threshold_95_ood_caught_nats": "ratio that 95 % of the OOD rows reach",
-    "flagged_ood": "share of OOD rows with a conformal p below alpha",
-    "gain_nats": "nats per token that tuning won on the task rows",
-    "keep_gain_nats": "nats per token that it won on the keep rows; below 0 they were forgotten",
-    "keep_gain_high_nats": "upper end of its 95 % interval",
+    "flagged_ood": "share of OOD rows with a conformal p-value below alpha",
+    "gain_nats": "loss of base minus that of tuned on the task rows, nats per token",
+    "keep_gain_nats": "the same on the keep rows; below 0 tuning forgot them",
+    "keep_gain_high_nats": "upper end of the 95 % interval of keep_gain_nats",
     "rows_id": "in-distribution rows scored",
     "rows_ood": "OOD rows scored",
     "rows_keep": "keep rows scored",
     "unscored": "rows with nothing to score",
     "truncated": "rows cut because they are longer than the models take",
-    "noise_nats": "largest change of a log-likelihood when a row is read by itself: smaller ratios are noise",
+    "noise_nats": "largest change of a log-likelihood when a row is scored alone: smaller ratios are noise",
 }
 
 
 def summary(result: Result) -> str:
-    """How well the ratio tells the sets apart, and whether it adds to likelihood and length."""
+    """AUROC and FPR95 of the ratio, and whether it adds to likelihood and length."""
     m = result.metrics
-    text = f"the ratio tells {m['rows_ood']} OOD from {m['rows_id']} task rows with AUROC {m['auroc']:.3f}"
-    text += f" ({m['auroc_low']:.3f} to {m['auroc_high']:.3f}), FPR95 {m['fpr95']:.3f}; "
-    added = "adds" if m["over_likelihood_low"] > 0 else "does not surely add"
-    text += f"it {added} to tuned likelihood ({m['over_likelihood']:+.3f})"
-    return f"{text}; length alone {m['auroc_length']:.3f}"
+    adds = "adds" if m["over_likelihood_low"] > 0 else "does not significantly add"
+    return (
+        f"the ratio separates {m['rows_ood']} OOD from {m['rows_id']} task rows with AUROC {m['auroc']:.3f} "
+        f"({m['auroc_low']:.3f} to {m['auroc_high']:.3f}), FPR95 {m['fpr95']:.3f}; it {adds} to tuned "
+        f"likelihood ({m['over_likelihood']:+.3f}); length alone {m['auroc_length']:.3f}"
+    )
 
 
 @analysis(
     "ood",
     question="Can base and tuned together tell which texts the tuned model was not made for?",
     reading=(
-        "AUROC is the chance that an OOD row scores above a task row: 0.5 is a coin, 1 is perfect. Compare "
-        "it with that of the length, which knows nothing of the models, and of the tuned likelihood, which "
-        "needs no base: where the interval of a difference includes 0, the ratio adds nothing sure. "
-        "Thresholds hold for task rows that tuning never saw; rows it was trained on make them too strict. A "
-        "gain below 0 on the keep rows is forgetting."
+        "AUROC is the probability that an OOD row scores above a task row: 0.5 is chance, 1 is perfect. "
+        "Compare it with the AUROC of the length, which needs no model, and of the tuned likelihood, which "
+        "needs no base: if the interval of the difference includes 0, the ratio may add nothing. Thresholds "
+        "hold for task rows that tuning never saw; training rows make them too strict. A gain below 0 on the "
+        "keep rows is forgetting."
     ),
     paper="arXiv:2404.08679",
     cost="two forward passes over all rows, one copy of the model in memory; bootstrap in seconds",
     draw=draw,
     summary=summary,
     metrics=METRICS,
+    device_test=DeviceTest(
+        parameters={"draws": 100},
+        absolute={"auroc": 1e-3, "auroc_tuned_likelihood": 1e-3, "keep_gain_nats": 1e-3, "gain_nats": 1e-3},
+    ),
 )
 def likelihood_ratio_ood(
     pair: CheckpointPair,
@@ -93,75 +101,92 @@ def likelihood_ratio_ood(
     keep: Any = None,
     guard: Any = None,
     *,
-    max_length: int | None = None,
     windows: bool = False,
-    chat_template: bool = False,
     approximate: bool = False,
     answers: Literal["file", "greedy"] = "file",
     longest_answer: int = 768,
     alpha: float = 0.05,
     draws: int = 200,
     examples: int = 20,
-    batch_tokens: int = 16384,
-    trust_remote_code: bool = False,
-    device: str = "cpu",
-    dtype: str | None = None,
+    options: RowOptions = RowOptions(),
     seed: int = 0,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Result:
-    """Score every row by both models, and tell how well each score finds the OOD rows.
+    """Score every row with both models, and measure how well each score detects the OOD rows.
 
-    The first token has nothing before it and is scored only behind a BOS. Distances of task rows are to the
-    other task rows, in five folds.
+    The first token of a text is scored only behind a BOS. Distances of task rows are to the other task rows,
+    in five folds.
 
     Args:
         pair: base and tuned, two causal language models.
-        task: in-distribution rows that tuning never saw: a task, a file, texts, or several of these by name.
-        ood: the same, out of distribution; results are given for each.
-        keep: rows of the base's own text: for their gain, and for what relative distances are relative to.
-        guard: more rows whose gain is measured.
+        task: in-distribution rows that tuning never saw: a task, a file, texts, or several by name.
+        ood: out-of-distribution rows, in the same forms; each set is also reported alone.
+        keep: rows of the base's own text: for their gain, and as background of relative distances.
+        guard: more rows for which the gain is measured.
+        options: how rows are read and how models run on them.
         max_length: most tokens of a row, or of a window; None: what both models take.
-        windows: read longer rows to their end, in windows of that many tokens that overlap by half; else they
-            are cut. Each token is scored once, and both models read the same windows.
-        chat_template: texts and prompts are a user's messages.
-        approximate: let tokenizers differ; ratios are then per byte, and of one segmentation of each text.
-        answers: to prompts, those of the `file` (ours) or tuned's own `greedy` ones (paper).
-        longest_answer: of the greedy ones, in tokens (paper: 768), but at most half of what the models take.
+        windows: read longer rows to the end in windows that overlap by half; else they are cut. Each token is
+            scored once, and both models read the same windows.
+        approximate: allow different tokenizers; ratios are then per byte, and of one segmentation of a text.
+        answers: of the `file` (ours), or tuned's own `greedy` answers to the prompts (paper).
+        longest_answer: most tokens of a greedy answer (paper: 768), at most half of what the models take.
         alpha: conformal p-value below which a row is flagged (ours).
-        draws: bootstrap draws for intervals of all but the AUROC, which has DeLong's (ours).
-        examples: rows of each set whose tokens are kept, as many of the most and of the least foreign; fewer
-            where they are very long (ours).
-        batch_tokens: most tokens in a batch; changes no result.
-        trust_remote_code: run code that a repository brings.
-        device: where the models run.
+        draws: bootstrap draws for all intervals but those of AUROC, which are DeLong's (ours).
+        examples: rows of each set with the highest, and as many with the lowest ratio per token, for which
+            tokens are kept; fewer if they are very long (ours).
         dtype: of the models; None as stored. Likelihoods are float32, sums float64.
         seed: of folds and draws.
         progress: called with (done, total, what).
 
-    Metrics: see `METRICS`; `auroc` and `fpr95` are those of the ratio with all OOD sets pooled.
-    Tables: `detection` (ood, group, score, auroc, low, high, aupr, fpr95 …), `rows`, `sets`, `tokens`.
+    Metrics: listed with their meanings in the registration's `metrics`; of the ratio, all OOD sets pooled,
+        unless the name says otherwise.
+
+    Tables:
+        `detection`: one row an OOD set (`all`: pooled), group and score: ood, group, score, auroc, low, high
+            (95 % interval of auroc), aupr, aupr_id, prevalence, fpr95, ood_missed_at_95_id_kept (shares in
+            [0, 1]), <metric>_low, <metric>_high (95 % intervals), ratio_gain, ratio_gain_low,
+            ratio_gain_high (AUROC of the ratio minus that of the score), threshold_95_id_kept,
+            threshold_95_ood_caught (in the score's unit), rows_id, rows_ood (counts).
+        `sets`: one row a set and group: set, role, group, rows, tokens (counts), median_tokens, loss_base,
+            loss_tuned, gain, gain_low, gain_high (nats per token), flagged, truncated (shares).
+        `rows`: one row a text: set, role, row (number in the file), group, tokens (count),
+            log_likelihood_base, log_likelihood_tuned (nats, summed), truncated, text (its beginning), p_value
+            (conformal), flagged, and the scores (see `SCORES`): ratio, ratio_per_token, question_ratio,
+            answer_ratio, conditional_ratio, tuned_likelihood, tuned_loss, base_likelihood, base_loss, length,
+            max_softmax, energy, mahalanobis_<side>, relative_mahalanobis_<side>, cosine_<side>,
+            neighbour_<side>.
+        `tokens`: one row a scored token of the rows with the highest and lowest ratios: set, row, position,
+            token, log_likelihood_base, log_likelihood_tuned, ratio (nats).
 
     Raises:
         InputError: models or tokenizers that cannot be compared, a set of fewer than 2 rows, rows that are
             both in and out of distribution, likelihoods that are not finite.
+
+    Example:
+        >>> from diagnostics.audit.demo import BUNDLED
+        >>> pair = CheckpointPair(BUNDLED / "base", BUNDLED / "lora-r1")
+        >>> result = likelihood_ratio_ood(pair, ["one line", "two lines"], ["x = 1", "y = 2"], draws=10)
+        >>> result.metrics["rows_ood"]
+        2
     """
     if not 0 < alpha < 1:
         raise InputError(f"alpha is {alpha}; it is a probability between 0 and 1")
     if answers not in ("file", "greedy"):
         raise InputError(f"answers is {answers!r}; it is one of: file, greedy")
-    roles, sets = named({"task": task, "ood": ood, "keep": keep, "guard": guard})
-    settings = TextOptions(
-        max_length=max_length,
+    roles, sets = load_named_sets(
+        {"task": task, "ood": ood, "keep": keep, "guard": guard}, least=2, purpose="OOD detection"
+    )
+    refuse_overlap(roles, sets)
+    text_options = TextOptions(
         windows=windows,
-        chat_template=chat_template,
         approximate=approximate,
         answers=answers,
         longest_answer=longest_answer,
-        batch_tokens=batch_tokens,
+        **options.of_rows,
     )
-    with RunnablePair(pair, device=device, dtype=dtype, trust_remote_code=trust_remote_code) as runnable:
-        reading = read_sets(runnable, sets, settings, progress)
-        words = runnable.tokenizer
+    with RunnablePair(pair, **options.of_models) as runnable:
+        reading = read_sets(runnable, sets, text_options, progress)
+        tokenizer = runnable.tokenizer
     rows, notes = rows_of(reading, roles, seed=seed)
     inside, outside = (rows[(rows["role"] == role) & rows["ratio"].notna()] for role in ("task", "ood"))
     for role, part in (("task", inside), ("ood", outside)):
@@ -172,9 +197,9 @@ def likelihood_ratio_ood(
             )
     scored = rows["ratio"].notna()
     rows.loc[scored, "p_value"] = detection_metrics.conformal_p(inside["ratio"], rows.loc[scored, "ratio"])
-    # A task row is not among those that it is compared with.
-    own = detection_metrics.conformal_p(inside["ratio"], inside["ratio"]) * (len(inside) + 1) - 1
-    rows.loc[inside.index, "p_value"] = own / len(inside)
+    # A task row is not compared with itself.
+    ranks = detection_metrics.conformal_p(inside["ratio"], inside["ratio"]) * (len(inside) + 1) - 1
+    rows.loc[inside.index, "p_value"] = ranks / len(inside)
     rows["flagged"] = rows["p_value"] < alpha
     inside, outside = rows.loc[inside.index], rows.loc[outside.index]
     detection = detection_of(inside, outside, draws=draws, seed=seed)
@@ -189,12 +214,12 @@ def likelihood_ratio_ood(
         metrics["rows_keep"] = int((scored & (rows["role"] == "keep")).sum())
     if metrics["truncated"]:
         notes.append(
-            f"{metrics['truncated']} of {len(rows)} rows were cut, and their ends not scored: "
-            "--set ood.windows=true reads them to the end, window by window"
+            f"{metrics['truncated']} of {len(rows)} rows were cut; --set ood.windows=true scores them to the "
+            "end in windows"
         )
     if len(inside) < CALIBRATED_FROM:
         notes.append(
-            f"{len(inside)} task rows calibrate the p-values, which fewer than {CALIBRATED_FROM} leave coarse"
+            f"{len(inside)} task rows calibrate the p-values; fewer than {CALIBRATED_FROM} leave them coarse"
         )
     tables = {
         "detection": detection,
@@ -202,51 +227,47 @@ def likelihood_ratio_ood(
         "rows": rows.assign(text=rows["text"].str.slice(0, SHOWN)),
     }
     if not approximate:
-        tables["tokens"] = tokens_of(reading, rows, words, examples)
+        tables["tokens"] = tokens_of(reading, rows, tokenizer, examples)
     return Result(metrics=metrics, tables=tables, notes=(*reading.notes, *notes))
 
 
-def named(given: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
-    """Role and task of every set, by a name that no two share.
+def refuse_overlap(roles: Mapping[str, str], sets: Mapping[str, Task]) -> None:
+    """Refuse a task set and an OOD set with the same rows.
 
     Raises:
-        InputError: a set has fewer than 2 rows, or rows are both in and out of distribution.
+        InputError: there are such sets.
     """
-    roles, sets = {}, {}
-    for role, source in given.items():
-        for name, task in tasks(source, role).items() if source is not None else ():
-            name = name if name not in sets else f"{role}:{name}"
-            roles[name], sets[name] = role, task.at_least(2, "OOD detection")
-    for name, task in sets.items():
-        for other, its in sets.items():
-            if (roles[name], roles[other]) == ("task", "ood") and task.fingerprint == its.fingerprint:
-                raise InputError(
-                    f"{task.ref} and {its.ref} hold the same rows, which cannot be in and out of distribution"
-                )
-    return roles, sets
+    tasks, oods = (
+        [sets[name] for name, role in roles.items() if role == wanted] for wanted in ("task", "ood")
+    )
+    for task, ood in product(tasks, oods):
+        if task.fingerprint == ood.fingerprint:
+            raise InputError(
+                f"{task.ref} and {ood.ref} hold the same rows, which cannot be in and out of distribution"
+            )
 
 
 def metrics_of(
     detection: "pd.DataFrame", gains: "pd.DataFrame", inside: "pd.DataFrame", outside: "pd.DataFrame"
 ) -> dict[str, float | int]:
-    """The numbers of the ratio, all OOD sets together, and of what it must beat."""
-    whole: dict[tuple[str, str], dict[str, Any]] = {
+    """The metrics of the ratio, all OOD sets pooled, and of the scores that it must beat."""
+    ungrouped: dict[tuple[str, str], dict[str, Any]] = {
         (row["ood"], row["score"]): {str(column): value for column, value in row.items()}
         for row in detection[detection["group"].isna()].to_dict("records")
     }
-    ratio, likelihood, length = (whole[ALL, score] for score in ("ratio", "tuned_likelihood", "length"))
+    ratio, likelihood, length = (ungrouped[ALL, score] for score in ("ratio", "tuned_likelihood", "length"))
     sets = [name for name in dict.fromkeys(detection["ood"]) if name != ALL]
     metrics: dict[str, Any] = {
         "auroc": ratio["auroc"],
         "auroc_low": ratio["low"],
         "auroc_high": ratio["high"],
-        "auroc_worst_set": min([whole[name, "ratio"]["auroc"] for name in sets] or [ratio["auroc"]]),
+        "auroc_worst_set": min([ungrouped[name, "ratio"]["auroc"] for name in sets] or [ratio["auroc"]]),
         "fpr95": ratio["fpr95"],
         "ood_missed_at_95_id_kept": ratio["ood_missed_at_95_id_kept"],
         "aupr_ood": ratio["aupr"],
         "aupr_id": ratio["aupr_id"],
         "prevalence": ratio["prevalence"],
-        "auroc_per_token": whole[ALL, "ratio_per_token"]["auroc"],
+        "auroc_per_token": ungrouped[ALL, "ratio_per_token"]["auroc"],
         "auroc_tuned_likelihood": likelihood["auroc"],
         "auroc_length": length["auroc"],
         "over_likelihood": likelihood["ratio_gain"],
@@ -262,7 +283,7 @@ def metrics_of(
     for role, name in (("task", "gain"), ("keep", "keep_gain")):
         part = gains[(gains["role"] == role) & gains["group"].isna()]
         if len(part):
-            # Several sets of one role: the one that fares worst.
+            # Several sets of one role: the worst.
             worst = min(part.to_dict("records"), key=lambda row: row["gain"])
             metrics[f"{name}_nats"] = worst["gain"]
             if role == "keep":

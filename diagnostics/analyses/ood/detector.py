@@ -1,7 +1,4 @@
-"""Base and tuned as a detector: fitted on rows of the tuned model's own distribution, it flags foreign texts.
-
-An outlier detector as scikit-learn knows them, of texts in place of vectors.
-"""
+"""Likelihood-ratio OOD as a scikit-learn outlier detector of texts."""
 
 import json
 import logging
@@ -16,7 +13,7 @@ from sklearn.base import BaseEstimator, OutlierMixin
 from sklearn.utils.validation import check_is_fitted
 
 from diagnostics.analyses.ood.tables import token_ratios
-from diagnostics.core.inputs import one_task
+from diagnostics.core.inputs import task_from
 from diagnostics.evaluation.paired_texts import PairedText, PairedTexts, TextOptions, read_sets
 from diagnostics.numerics import detection_metrics
 from diagnostics.store.files import replacing, to_json
@@ -31,7 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
-# What a file must not decide: where models are is in it otherwise, and whose code may run is for the reader.
+# A file must not decide whose code may run; the models are saved as references and fingerprints.
 NOT_SAVED = frozenset({"pair", "trust_remote_code"})
 
 
@@ -56,9 +53,9 @@ class OnClass:
 class LikelihoodRatioDetector(OutlierMixin, BaseEstimator):
     """Flags texts that the tuned model was not made for.
 
-    `LikelihoodRatioDetector.fit(pair, task).score(texts)` is in nats, log p_base − log p_tuned: higher is
-    more out-of-distribution. `score_samples`, `decision_function` and `predict` are scikit-learn's, where
-    higher is more normal and -1 is an outlier. A text without a token to score is NaN, and an outlier.
+    `score` is log p_base − log p_tuned in nats: higher is more out-of-distribution. `score_samples`,
+    `decision_function` and `predict` follow scikit-learn: higher is more normal, -1 is an outlier. A text
+    without a token to score has score NaN and is an outlier.
 
     Args:
         pair: base and tuned, or their two references.
@@ -68,9 +65,21 @@ class LikelihoodRatioDetector(OutlierMixin, BaseEstimator):
             `likelihood_ratio_ood`.
 
     Attributes:
-        calibration_: scores of the rows that it was fitted on, ascending.
-        threshold_: a score above it is flagged: alpha of the rows that it was fitted on lie above.
-        offset_: minus the threshold, as scikit-learn has it.
+        calibration_: scores of the calibration rows, ascending.
+        threshold_: a higher score is flagged; a share alpha of the calibration rows lies above.
+        offset_: minus the threshold, as in scikit-learn.
+
+    Tables:
+        `rows`: one row a text: row (its number), tokens (count), log_likelihood_base, log_likelihood_tuned,
+            ratio (nats, summed), score (nats, of the sum or per token), p_value (conformal), flagged,
+            truncated.
+        `explain`: one row a token: position, token, log_likelihood_base, log_likelihood_tuned, ratio (nats).
+
+    Example:
+        >>> from diagnostics.audit.demo import BUNDLED
+        >>> detector = LikelihoodRatioDetector((BUNDLED / "base", BUNDLED / "lora-r1"))
+        >>> detector.fit(["one line", "two lines", "a third"]).predict(["x = 1"]).shape
+        (1,)
     """
 
     def __init__(
@@ -143,10 +152,10 @@ class LikelihoodRatioDetector(OutlierMixin, BaseEstimator):
         return np.where(self.decision_function(X) >= 0, 1, -1)
 
     def rows(self, X: Any) -> "pd.DataFrame":
-        """Everything about each row: row, tokens, log-likelihoods, ratio, score, p_value, flagged, truncated.
+        """The scores of each row; columns as in the class' `Tables:`.
 
-        `p_value` is conformal: the probability of a score as high if the text were a further row of those
-        that the detector was fitted on.
+        `p_value` is conformal: the probability of a score as high if the text came from the distribution of
+        the calibration rows.
         """
         import pandas as pd
 
@@ -156,13 +165,13 @@ class LikelihoodRatioDetector(OutlierMixin, BaseEstimator):
         """The rows of `rows` as JSON keeps them: None where nothing was scored.
 
         Args:
-            tokens: add what `explain` says of each row.
+            tokens: add the table of `explain` to each row.
         """
         check_is_fitted(self, "calibration_")
         reading = self._read(X)
         records = []
         for text, score in zip(self._texts(reading), self._scores(reading).tolist(), strict=True):
-            base, tuned = (getattr(text, side).whole.log_likelihood for side in ("base", "tuned"))
+            base, tuned = (getattr(text, side).full.log_likelihood for side in ("base", "tuned"))
             scored = score == score
             record = {
                 "row": text.row.number,
@@ -183,7 +192,7 @@ class LikelihoodRatioDetector(OutlierMixin, BaseEstimator):
         return records
 
     def explain(self, text: str) -> "pd.DataFrame":
-        """Each token of a text with its log-likelihoods and their difference: which words are foreign."""
+        """Each token of a text with its log-likelihoods and their difference."""
         import pandas as pd
 
         (read,) = self._texts(self._read([text]))
@@ -191,7 +200,7 @@ class LikelihoodRatioDetector(OutlierMixin, BaseEstimator):
         return pd.DataFrame(token_ratios(read, self._runnable().tokenizer), columns=columns)
 
     def save(self, path: str | Path) -> None:
-        """Write it as a JSON file: the calibration and what names the models, not the models themselves.
+        """Write the calibration and the references of the models, not the models, as a JSON file.
 
         Raises:
             OSError: it cannot be written.
@@ -214,31 +223,35 @@ class LikelihoodRatioDetector(OutlierMixin, BaseEstimator):
         """Read a saved detector and open its models.
 
         Args:
-            pair: where the models are now; by default where they were.
-            parameters: in place of the saved ones, such as `device`. `trust_remote_code` is never saved.
+            pair: the models, if they moved.
+            parameters: replace the saved ones, such as `device`. `trust_remote_code` is never saved.
 
         Raises:
-            InputError: it is no saved detector, or the models are not those that it was fitted with.
+            InputError: the file is no saved detector, or the models have other weights.
         """
         try:
             record = json.loads(Path(path).read_text(encoding="utf-8"))
             refs = {side: record[side]["ref"] for side in ("base", "tuned")}
             saved = {name: value for name, value in record["parameters"].items() if name not in NOT_SAVED}
-            made = cls(pair or tuple(refs.values()), **{**saved, **parameters})
-            made.calibration_ = np.array(record["calibration"], dtype=np.float64)
+            detector = cls(pair or tuple(refs.values()), **{**saved, **parameters})
+            detector.calibration_ = np.array(record["calibration"], dtype=np.float64)
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: is no saved detector ({type(error).__name__}: {error})") from error
-        for side, checkpoint in (("base", made._pair().base), ("tuned", made._pair().tuned)):
+        opened = detector._pair()
+        for side, checkpoint in (("base", opened.base), ("tuned", opened.tuned)):
             if checkpoint.fingerprint() != record[side]["fingerprint"]:
                 raise InputError(
                     f"{path}: {side} {checkpoint.ref} has other weights than when the detector was fitted; "
-                    "fit it anew"
+                    "fit it again"
                 )
-        made.threshold_ = detection_metrics.threshold_keeping(made.calibration_, 1 - made.alpha)
-        made.offset_ = -made.threshold_
-        return made
+        detector._set_threshold()
+        return detector
+
+    def _set_threshold(self) -> None:
+        self.threshold_ = detection_metrics.threshold_keeping(self.calibration_, 1 - self.alpha)
+        self.offset_ = -self.threshold_
 
     def close(self) -> None:
         """Free the models; they are opened again when needed."""
@@ -260,28 +273,28 @@ class LikelihoodRatioDetector(OutlierMixin, BaseEstimator):
         return self.pair if isinstance(self.pair, CheckpointPair) else CheckpointPair(*self.pair)
 
     def _runnable(self) -> RunnablePair:
-        asked = (self.pair, self.device, self.dtype, self.trust_remote_code)
-        if "_open" not in vars(self) or self._open[0] != asked:
+        key = (self.pair, self.device, self.dtype, self.trust_remote_code)
+        if "_open" not in vars(self) or self._open[0] != key:
             self.close()
-            made = RunnablePair(
+            runnable = RunnablePair(
                 self._pair(), device=self.device, dtype=self.dtype, trust_remote_code=self.trust_remote_code
             )
-            self._open: tuple[Any, RunnablePair] = asked, made
+            self._open: tuple[Any, RunnablePair] = key, runnable
         return self._open[1]
 
     def _read(self, X: Any) -> PairedTexts:
-        settings = TextOptions(
+        options = TextOptions(
             max_length=self.max_length, windows=self.windows, chat_template=self.chat_template,
             batch_tokens=self.batch_tokens,
         )  # fmt: skip
-        reading = read_sets(self._runnable(), {"rows": self._task(X)}, settings)
+        reading = read_sets(self._runnable(), {"rows": self._task(X)}, options)
         for note in reading.notes:
             log.warning("%s", note)
         return reading
 
     @staticmethod
     def _task(X: Any) -> Task:
-        return one_task(X if isinstance(X, str | Path) else texts_in(X), "rows")
+        return task_from(X if isinstance(X, str | Path) else texts_in(X), "rows")
 
     @staticmethod
     def _texts(reading: PairedTexts) -> list[PairedText]:
@@ -289,15 +302,15 @@ class LikelihoodRatioDetector(OutlierMixin, BaseEstimator):
 
     def _scores(self, reading: PairedTexts) -> Float[np.ndarray, " rows"]:
         texts = self._texts(reading)
-        ratio = np.array([text.base.whole.log_likelihood - text.tuned.whole.log_likelihood for text in texts])
+        ratio = np.array([text.base.full.log_likelihood - text.tuned.full.log_likelihood for text in texts])
         length = np.array([text.length or np.nan for text in texts], dtype=np.float64)
         return ratio / length if self.per_token else ratio
 
 
 def texts_in(X: Any) -> Any:
-    """Rows as a task takes them, out of whatever scikit-learn passes about: arrays, series, lists."""
+    """Texts as a list, from an array, a series, a list or a task, as scikit-learn passes them."""
     if hasattr(X, "rows") or isinstance(X, Mapping):
         return X
     if not isinstance(X, Iterable):
-        raise InputError(f"texts are given as a list, and this is {type(X).__name__}")
-    return [each.item() if isinstance(each, np.generic) else each for each in X]
+        raise InputError(f"texts must be a list, and this is {type(X).__name__}")
+    return [text.item() if isinstance(text, np.generic) else text for text in X]

@@ -1,288 +1,169 @@
-"""The pictures of likelihood-ratio OOD, drawn from the tables alone, so that a saved result redraws."""
+"""Figures of likelihood-ratio OOD, drawn from the tables alone, so that a saved result redraws."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 
 from diagnostics.core.analysis import Result
 from diagnostics.plotting import theme
+from diagnostics.plotting.charts import Style, bars, drawn, line, points
+from diagnostics.plotting.set_styles import COLORS, DASHES, set_curves
 
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
-ROLES = {"task": theme.TUNED, "ood": theme.NEW, "keep": theme.BASE, "guard": theme.NEUTRAL}
-# The scores that a ROC is drawn of; more would hide one another.
+RATIO = "log p_base − log p_tuned, nats"
+# The scores with a ROC curve; more would hide one another.
 CURVES = ("ratio", "ratio_per_token", "tuned_likelihood", "base_likelihood", "length")
 POINTS = 2000  # of a set in a scatter plot
 # The texts whose tokens are shown: how many, and of each how many lines of how many letters.
 TEXTS, LINES, WIDTH = 24, 3, 76
-ENDS = 3  # of them, of each set, the most foreign, and as many of the least
+ENDS = 3  # rows of each set with the highest ratio, and as many with the lowest
 MARKS = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 
 
 def draw(result: Result) -> "dict[str, go.Figure]":
-    """The pictures; one whose table is missing or empty is left out."""
-    tables = {name: table for name, table in result.tables.items() if len(table)}
-    if not {"detection", "rows", "sets"} <= set(tables):
+    """The figures; without rows there are none."""
+    if not all(len(result.tables.get(name, ())) for name in ("detection", "rows", "sets")):
         return {}
-    rows = tables["rows"].dropna(subset=["ratio"])
-    whole = tables["detection"][tables["detection"]["group"].isna()]
-    ratio = whole[(whole["ood"] == "all") & (whole["score"] == "ratio")].iloc[0]
-    figures = {
-        "densities": draw_densities(rows, float(ratio["threshold_95_id_kept"]), float(ratio["auroc"])),
-        "scores": draw_scores(whole),
-        "roc": draw_roc(rows),
-        "losses": draw_losses(rows),
-        "length": draw_length(rows),
-        "gains": draw_gains(tables["sets"]),
-    }
-    if "tokens" in tables:
-        figures["tokens"] = draw_tokens(tables["tokens"])
-    return figures
+    rows, detection = result.tables["rows"], result.tables["detection"]
+    shown = {"rows": rows.dropna(subset=["ratio"]), "detection": detection[detection["group"].isna()]}
+    return drawn(
+        replace(result, tables={**result.tables, **shown}), densities=draw_densities, scores=draw_scores,
+        roc=draw_roc, losses=draw_losses, length=draw_length, gains=draw_gains, tokens=draw_tokens,
+    )  # fmt: skip
 
 
-def looks(rows: pd.DataFrame) -> "dict[str, dict[str, str]]":
-    """A colour for the role of every set, and a symbol that tells those of one role apart."""
-    made, seen = {}, dict.fromkeys(ROLES, 0)
-    for name, part in rows.groupby("set", sort=False):
-        role = str(part["role"].iloc[0])
-        made[str(name)] = {"color": ROLES[role], "symbol": theme.SYMBOLS[seen[role] % len(theme.SYMBOLS)]}
-        seen[role] += 1
-    return made
-
-
-def few(part: pd.DataFrame) -> pd.DataFrame:
-    """Rows of a set for a scatter plot, evenly taken."""
-    return part.iloc[:: max(1, -(-len(part) // POINTS))]
-
-
-def draw_densities(rows: pd.DataFrame, threshold: float, auroc: float) -> "go.Figure":
+def draw_densities(rows: pd.DataFrame, detection: pd.DataFrame) -> "go.Figure":
     """How the ratio is spread in each set, as shares of its rows; lines, since filled areas would mix."""
-    import plotly.graph_objects as go
-
-    title = f"OOD rows score above task rows with chance {auroc:.3f}"
-    figure = theme.figure(title=title, x="log p_base − log p_tuned, nats", y="share of the set's rows")
+    ratio = detection[(detection["ood"] == "all") & (detection["score"] == "ratio")].iloc[0]
+    title = f"The ratio of an OOD row is above that of a task row with probability {ratio['auroc']:.3f}"
+    figure = theme.figure(title, RATIO, "share of the set's rows")
     low, high = np.quantile(rows["ratio"], [0.005, 0.995])
     # As many bins as the smallest set can fill.
     bins = int(np.clip(2 * rows.groupby("set").size().min() ** 0.5, 10, 40))
     edges = np.linspace(low, high if high > low else low + 1, bins + 1)
-    dashes = {
-        "circle": "solid",
-        "diamond": "dash",
-        "square": "dot",
-        "triangle-up": "dashdot",
-        "cross": "longdash",
-    }
-    for name, look in looks(rows).items():
-        part = rows.loc[rows["set"] == name, "ratio"].clip(edges[0], edges[-1])
-        share = np.histogram(part, edges)[0] / len(part)
-        figure.add_trace(
-            go.Scatter(
-                x=(edges[1:] + edges[:-1]) / 2, y=share, name=theme.verbatim(name), mode="lines",
-                line={"color": look["color"], "dash": dashes[look["symbol"]], "shape": "hvh", "width": 2},
-                hovertemplate="%{x:.3g} nats: %{y:.1%}",
-            )
-        )  # fmt: skip
-    theme.threshold(figure, "95 % of the task rows lie below", x=threshold)
-    figure.update_yaxes(tickformat=".0%", rangemode="tozero")
-    return figure.update_layout(height=420)
+    for style, part in set_curves(rows, "row"):
+        counts, _ = np.histogram(part["ratio"].clip(edges[0], edges[-1]), edges)
+        shares = pd.DataFrame({"ratio": (edges[1:] + edges[:-1]) / 2, "share": counts / len(part)})
+        line(figure, shares, "ratio", "share", style, "{x:.3g} nats: {y:.1%}", mode="lines", line_shape="hvh")
+    theme.threshold(figure, "95 % of the task rows lie below", x=float(ratio["threshold_95_id_kept"]))
+    return figure.update_yaxes(tickformat=".0%", rangemode="tozero")
 
 
-def draw_scores(whole: pd.DataFrame) -> "go.Figure":
+def draw_scores(detection: pd.DataFrame) -> "go.Figure":
     """AUROC of every score on every OOD set, the best of all sets together on top."""
-    import plotly.graph_objects as go
-
-    order = whole[whole["ood"] == "all"].sort_values("auroc", kind="stable")["score"].tolist()
-    best = order[-1] if order else ""
-    figure = theme.figure(
-        title=f"Best over all OOD sets: {theme.verbatim(best)}; the length knows nothing of the models",
-        x="AUROC with 95 % interval", y="",
-    )  # fmt: skip
-    names = list(dict.fromkeys(whole["ood"]))
-    if len(names) == 2:  # one set, and the same again as all
-        names = names[1:]
-    for place, name in enumerate(names):
-        part = whole[whole["ood"] == name].set_index("score").reindex(order)
-        shift = 0.6 * ((place + 0.5) / len(names) - 0.5)
-        color = theme.NEUTRAL if name == "all" else theme.COLORWAY[(place + 2) % len(theme.COLORWAY)]
-        figure.add_trace(
-            go.Scatter(
-                x=part["auroc"],
-                y=[i + shift for i in range(len(order))], name=theme.verbatim(name), mode="markers",
-                marker={"color": color, "symbol": theme.SYMBOLS[place % len(theme.SYMBOLS)], "size": 8},
-                error_x={
-                    "symmetric": False, "array": part["high"] - part["auroc"],
-                    "arrayminus": part["auroc"] - part["low"], "thickness": 1, "width": 0, "color": color,
-                },
-                customdata=np.column_stack([order, part["fpr95"]]),
-                hovertemplate="%{customdata[0]}: AUROC %{x:.3f}, FPR95 %{customdata[1]:.3f}",
-            )
-        )  # fmt: skip
+    order = detection[detection["ood"] == "all"].sort_values("auroc", kind="stable")["score"].tolist()
+    title = f"Best over all OOD sets: {order[-1] if order else ''}; length knows nothing of the models"
+    figure = theme.figure(title, "AUROC with 95 % interval", "", 140 + 30 * len(order))
+    sets = list(dict.fromkeys(detection["ood"]))
+    if len(sets) == 2:  # one set, and the same again as all
+        sets = sets[1:]
+    for i, name in enumerate(sets):
+        part = detection[detection["ood"] == name].set_index("score").reindex(order).reset_index()
+        part["at"] = np.arange(len(order)) + 0.6 * ((i + 0.5) / len(sets) - 0.5)
+        color = theme.NEUTRAL if name == "all" else theme.COLORWAY[(i + 2) % len(theme.COLORWAY)]
+        style = Style(name, color, theme.SYMBOLS[i % len(theme.SYMBOLS)])
+        hover = "{score}: AUROC {x:.3f} ({low:.3f} to {high:.3f}), FPR95 {fpr95:.3f}"
+        points(figure, part, "auroc", "at", style, hover, x_interval=("low", "high"))
     figure.update_yaxes(tickvals=list(range(len(order))), ticktext=order, showgrid=False)
-    theme.threshold(figure, "chance", x=0.5)
-    return figure.update_layout(height=140 + 30 * len(order))
+    return theme.threshold(figure, "chance", x=0.5)
 
 
 def draw_roc(rows: pd.DataFrame) -> "go.Figure":
-    """OOD caught against task rows flagged, all OOD sets together."""
-    import plotly.graph_objects as go
+    """OOD rows caught against task rows flagged, all OOD sets together."""
+    from sklearn.metrics import roc_curve
 
-    title = "What it costs to catch OOD rows, by score"
-    figure = theme.figure(title=title, x="task rows flagged", y="OOD rows caught")
-    inside, outside = rows[rows["role"] == "task"], rows[rows["role"] == "ood"]
-    dashes = ("solid", "dash", "dot", "dashdot", "longdash")
-    for score, color, dash in zip(CURVES, theme.COLORWAY, dashes, strict=True):
-        flagged, caught = roc(inside[score].to_numpy(), outside[score].to_numpy())
-        line = {"color": color, "dash": dash, "width": 3 if score == "ratio" else 1.5}
-        figure.add_trace(go.Scatter(x=flagged, y=caught, name=score, mode="lines", line=line))
-    theme.threshold(figure, "95 % caught", y=0.95)
-    for axes in (figure.update_xaxes, figure.update_yaxes):
-        axes(range=[-0.01, 1.01], tickformat=".0%")
-    return figure.update_layout(width=620, height=560)
-
-
-def roc(inside: np.ndarray, outside: np.ndarray, points: int = 200) -> tuple[np.ndarray, np.ndarray]:
-    """Shares of both that reach each threshold, from the highest down, at a few hundred thresholds."""
-    levels = np.unique(np.concatenate([inside, outside]))[::-1]
-    if len(levels) > points:
-        levels = levels[np.linspace(0, len(levels) - 1, points).round().astype(int)]
-    shares = [
-        np.concatenate([[0], 1 - np.searchsorted(np.sort(part), levels, side="left") / len(part), [1]])
-        for part in (inside, outside)
-    ]
-    return shares[0], shares[1]
+    title = "OOD rows caught and task rows flagged, by score"
+    figure = theme.figure(title, "task rows flagged", "OOD rows caught", 560)
+    judged = rows[rows["role"].isin(["task", "ood"])]
+    for score, color, dash in zip(CURVES, theme.COLORWAY, DASHES, strict=True):
+        flagged, caught, _ = roc_curve(judged["role"] == "ood", judged[score])
+        shares = pd.DataFrame({"flagged": flagged, "caught": caught})
+        style = Style(score, color, dash=dash, width=3 if score == "ratio" else 1.5)
+        line(figure, shares, "flagged", "caught", style, "{y:.1%} caught, {x:.1%} flagged", mode="lines")
+    axis = {"range": [-0.01, 1.01], "tickformat": ".0%"}
+    theme.threshold(figure, "95 % caught", y=0.95).update_xaxes(**axis).update_yaxes(**axis)
+    return figure.update_layout(width=620, margin_t=110)
 
 
 def draw_losses(rows: pd.DataFrame) -> "go.Figure":
-    """Loss of tuned against that of base, row by row: under the diagonal tuning won."""
-    learned = (rows["ratio"] < 0).groupby([rows["role"]]).mean()
-    parts = [f"{learned[role]:.0%} of the {role} rows" for role in ("task", "ood", "keep") if role in learned]
-    title = f"Tuned reads better than base {', '.join(parts)}"
-    figure = scatter(rows, "base_loss", "tuned_loss", title, "loss of base, nats per token", "loss of tuned")
-    ends = [
-        min(rows["base_loss"].min(), rows["tuned_loss"].min()),
-        max(rows["base_loss"].max(), rows["tuned_loss"].max()),
-    ]
-    line = {"color": theme.NEUTRAL, "dash": "dash"}
-    figure.add_shape(type="line", x0=ends[0], y0=ends[0], x1=ends[1], y1=ends[1], line=line)
-    figure.add_annotation(
-        x=ends[1], y=ends[1], text="no change", showarrow=False, xanchor="right", yanchor="bottom"
-    )
-    return figure
+    """Loss of tuned against that of base, row by row: under the diagonal tuning helped."""
+    won = (rows["ratio"] < 0).groupby([rows["role"]]).mean()
+    shares = [f"{won[role]:.0%} of the {role} rows" for role in ("task", "ood", "keep") if role in won]
+    title = f"Tuned has the lower loss on {', '.join(shares)}"
+    figure = theme.figure(title, "loss of base, nats per token", "loss of tuned, nats per token", 480)
+    losses = rows[["base_loss", "tuned_loss"]].to_numpy()
+    low, high = float(losses.min()), float(losses.max())
+    diagonal = {"color": theme.NEUTRAL, "dash": "dash"}
+    figure.add_shape(type="line", x0=low, y0=low, x1=high, y1=high, line=diagonal)
+    figure.add_annotation(x=high, y=high, text="no change", xanchor="right", yanchor="bottom")
+    return row_points(figure, rows, "base_loss", "tuned_loss")
 
 
 def draw_length(rows: pd.DataFrame) -> "go.Figure":
-    """The ratio against the length: what stays apart among rows of one length is not length."""
-    title = "The ratio against the length: only what is apart at one length is not length"
-    figure = scatter(rows, "tokens", "ratio", title, "length", "log p_base − log p_tuned, nats")
-    theme.threshold(figure, "no change", y=0)
+    """The ratio against the length: what separates rows of one length is not length."""
+    title = "Ratio against length: a gap at one length is not due to length"
+    figure = theme.figure(title, "length, tokens", RATIO, 480)
     if (rows["tokens"] > 0).all() and rows["tokens"].max() > 20 * rows["tokens"].median():
         figure.update_xaxes(type="log")
+    return theme.threshold(row_points(figure, rows, "tokens", "ratio"), "no change", y=0)
+
+
+def row_points(figure: "go.Figure", rows: pd.DataFrame, x: str, y: str) -> "go.Figure":
+    """One mark a row; its hover text has the start of the row's text."""
+    for style, part in set_curves(rows.assign(start=rows["text"].str.slice(0, 80)), "row"):
+        shown = part.iloc[:: max(1, -(-len(part) // POINTS))]
+        hover = "row {row}: {ratio:.3g} nats<br>{start}"
+        points(figure, shown, x, y, style, hover, marker_size=6, opacity=0.6)
     return figure
-
-
-def scatter(rows: pd.DataFrame, x: str, y: str, title: str, x_title: str, y_title: str) -> "go.Figure":
-    """One mark a row; pointing at it shows its text."""
-    import plotly.graph_objects as go
-
-    figure = theme.figure(title=title, x=x_title, y=y_title)
-    for name, look in looks(rows).items():
-        part = few(rows[rows["set"] == name])
-        labels = part["text"].str.slice(0, 80).map(theme.verbatim)
-        figure.add_trace(
-            go.Scatter(
-                x=part[x], y=part[y], mode="markers", name=theme.verbatim(name),
-                marker={**look, "size": 6, "opacity": 0.6},
-                customdata=np.column_stack([labels, part["row"], part["ratio"]]),
-                hovertemplate="row %{customdata[1]}: %{customdata[2]:.3g} nats<br>%{customdata[0]}",
-            )
-        )  # fmt: skip
-    return figure.update_layout(height=480)
 
 
 def draw_gains(sets: pd.DataFrame) -> "go.Figure":
     """Nats per token that tuning won or lost on each set."""
-    import plotly.graph_objects as go
-
-    whole = sets[sets["group"].isna()].sort_values("gain", kind="stable")
-    figure = theme.figure(
-        title="What tuning won on each set; left of 0 it lost", x="nats per token, with 95 % interval", y=""
-    )
-    figure.add_trace(
-        go.Bar(
-            x=whole["gain"], y=[theme.verbatim(name) for name in whole["set"]], orientation="h",
-            marker_color=[ROLES[role] for role in whole["role"]],
-            error_x={
-                "symmetric": False, "array": whole["gain_high"] - whole["gain"],
-                "arrayminus": whole["gain"] - whole["gain_low"], "color": theme.NEUTRAL,
-            },
-            customdata=whole[["loss_base", "loss_tuned", "rows", "role"]],
-            hovertemplate="%{customdata[3]}, %{customdata[2]} rows: loss %{customdata[0]:.3f} in base, "
-            "%{customdata[1]:.3f} in tuned<extra></extra>",
-        )
-    )  # fmt: skip
-    return figure.update_layout(height=150 + 40 * len(whole))
+    sets = sets[sets["group"].isna()].sort_values("gain", kind="stable")
+    title = "What tuning gained on each set; left of 0 it lost"
+    figure = theme.figure(title, "nats per token, with 95 % interval", "", 150 + 40 * len(sets))
+    hover = "{role}, {rows:,} rows: {x:+.3f} nats ({gain_low:+.3f} to {gain_high:+.3f})"
+    hover += "<br>loss {loss_base:.3f} in base, {loss_tuned:.3f} in tuned<extra></extra>"
+    look: dict[str, Any] = {"orientation": "h", "marker": {"color": sets["role"].map(COLORS)}}
+    return bars(figure, sets, "gain", "set", Style("", ""), hover, interval=("gain_low", "gain_high"), **look)
 
 
 def draw_tokens(tokens: pd.DataFrame) -> "go.Figure":
-    """The texts themselves, each token on the colour of its ratio: which words tuned finds foreign."""
-    import plotly.graph_objects as go
-
-    texts = telling(tokens)
-    lines, first, names = 0, [], []
-    x, y, letters = [], [], []
-    grid = np.full((TEXTS * LINES, WIDTH), np.nan)
-    said = np.full(grid.shape, "", dtype=object)
-    for (name, row), part in texts:
-        first.append(lines)
-        names.append(f"{theme.verbatim(name)} {row}")
-        for cell in laid(part):
-            x.append(cell.column)
-            y.append(lines + cell.line)
-            letters.append(theme.verbatim(cell.letter))
-            grid[y[-1], x[-1]] = cell.ratio
-            said[y[-1], x[-1]] = theme.verbatim(cell.token)
-        lines = y[-1] + 1
-    most = float(np.nanmax(np.abs(grid))) or 1.0
-    figure = theme.figure(
-        title="Which tokens tuned finds foreign (high), in the most and the least foreign rows of each set",
-        x="tokens in their order, set apart by a space", y="",
-    )  # fmt: skip
-    figure.add_trace(
-        go.Heatmap(
-            z=grid[:lines], customdata=said[:lines], zmin=-most, zmax=most, ygap=4, hoverongaps=False,
-            # Faint enough for the page's own ink on it, be the page light or dark.
-            colorscale=[
-                (0, theme.faint(theme.TUNED, 0.7)), (0.5, theme.faint(theme.NEUTRAL, 0.08)),
-                (1, theme.faint(theme.NEW, 0.7)),
-            ],
-            colorbar={"title": {"text": "nats"}}, hovertemplate="%{customdata}: %{z:.3g} nats<extra></extra>",
-        )
-    )  # fmt: skip
-    figure.add_trace(
-        go.Scatter(
-            x=x, y=y, text=letters, mode="text", textfont={"family": "monospace", "size": 12},
-            hoverinfo="skip", showlegend=False,
-        )
-    )  # fmt: skip
-    figure.update_yaxes(range=[lines - 0.5, -0.5], showgrid=False, tickvals=first, ticktext=names)
-    figure.update_xaxes(range=[-0.5, WIDTH - 0.5], showgrid=False, showticklabels=False, ticks="")
-    return figure.update_layout(height=120 + 20 * lines)
-
-
-def telling(tokens: pd.DataFrame) -> list[tuple[tuple[str, int], pd.DataFrame]]:
-    """The rows at both ends of every set, with their tokens, as the table has them in order."""
-    chosen = []
+    """The texts themselves, each token on the colour of its ratio: which words are foreign to tuned."""
+    height, starts, names = 0, list[int](), list[str]()
+    letters: list[TokenCell] = []
     for name, part in tokens.groupby("set", sort=False):
         rows = list(dict.fromkeys(part["row"]))
-        ends = dict.fromkeys([*rows[:ENDS], *rows[-ENDS:]])
-        chosen += [((str(name), int(row)), part[part["row"] == row]) for row in ends]
-    return chosen[:TEXTS]
+        for row in list(dict.fromkeys([*rows[:ENDS], *rows[-ENDS:]]))[: TEXTS - len(starts)]:
+            starts.append(height)
+            names.append(f"{theme.verbatim(name)} {row}")
+            letters += [cell._replace(line=height + cell.line) for cell in laid(part[part["row"] == row])]
+            height = letters[-1].line + 1
+    ratios, texts = np.full((height, WIDTH), np.nan), np.full((height, WIDTH), "", dtype=object)
+    for cell in letters:
+        ratios[cell.line, cell.column], texts[cell.line, cell.column] = cell.ratio, theme.verbatim(cell.token)
+    most = float(np.nanmax(np.abs(ratios))) or 1.0
+    title = "Tokens foreign to tuned (high), in the rows of each set with the highest and lowest ratio"
+    figure = theme.figure(title, "tokens in their order, separated by a space", "", 120 + 20 * height)
+    # Faint enough for the page's own ink on it, on a light page and on a dark one.
+    colors = (theme.faint(theme.TUNED, 0.7), theme.faint(theme.NEUTRAL, 0.08), theme.faint(theme.NEW, 0.7))
+    figure.add_heatmap(
+        z=ratios, customdata=texts, zmin=-most, zmax=most, ygap=4, colorscale=theme.scale(colors),
+        colorbar_title_text="nats", hovertemplate="%{customdata}: %{z:.3g} nats<extra></extra>",
+    )  # fmt: skip
+    figure.add_scatter(
+        x=[cell.column for cell in letters], y=[cell.line for cell in letters], mode="text", hoverinfo="skip",
+        text=[theme.verbatim(cell.letter) for cell in letters], showlegend=False,
+        textfont={"family": "monospace", "size": 12},
+    )  # fmt: skip
+    figure.update_yaxes(range=[height - 0.5, -0.5], showgrid=False, tickvals=starts, ticktext=names)
+    return figure.update_xaxes(range=[-0.5, WIDTH - 0.5], showgrid=False, showticklabels=False, ticks="")
 
 
 class TokenCell(NamedTuple):
-    """One letter of a token, and where it stands in its text."""
+    """One letter of a token, and its place in the text."""
 
     line: int
     column: int
@@ -292,9 +173,9 @@ class TokenCell(NamedTuple):
 
 
 def laid(part: pd.DataFrame) -> list[TokenCell]:
-    """The letters of a row's tokens in lines, a token never parted from itself and one space between two.
+    """The letters of a row's tokens in lines: a token is never broken, and one space separates two.
 
-    Tokenizers differ in where they keep the space between words; what is no more than that shows as a mark.
+    Tokenizers keep the space between words in different places; a token of nothing else shows as a mark.
     """
     cells, line, column = [], 0, 0
     for token, ratio in zip(part["token"], part["ratio"], strict=True):

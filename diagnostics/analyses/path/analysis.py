@@ -1,8 +1,8 @@
-"""The straight line from base to tuned: is there a better model in between, or a hole?
+"""Linear interpolation from base to tuned: is there a better model in between, or a hole?
 
-θ(α) = (1 − α) base + α tuned is run at every α on every set of rows. A dip is a better model in between, a
-bump a hole: averaging, scaling back and reusing the delta are then unsafe. Tuned is dominated where some α is
-as good on the task and better on what must be kept.
+θ(α) = (1 − α) base + α tuned is run at every α on every set of rows. A dip is a better model in between; a
+bump is a hole, and makes averaging, scaling back and reusing the delta unsafe. Tuned is dominated if some α
+is as good on the task and better on the keep rows.
 Sources: Wortsman et al., arXiv:2109.01903 (the path and its grid); Lin et al., arXiv:2309.17230
 (FalseFalseTrue, overconfidence); Wortsman et al., arXiv:2203.05482 (averaging). Bump, dip and domination
 are ours: on a steep curve the usual barrier, an excess over the chord, is not a hole.
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diagnostics.core.analysis import Result, analysis
+from diagnostics.core.analysis import DeviceTest, Result, analysis
+from diagnostics.core.row_options import RowOptions
 from diagnostics.evaluation.interpolation import (
     ALPHAS,
     PathEvaluator,
@@ -26,7 +27,7 @@ from diagnostics.evaluation.interpolation import (
     pooled,
     set_rows,
 )
-from diagnostics.evaluation.sets import sets_of
+from diagnostics.evaluation.sets import SetKey, encode_sets, load_sets
 from probes import CheckpointPair
 from probes.models.interpolated import InterpolatedModel
 from probes.models.two_sided import TwoSidedModel
@@ -37,18 +38,18 @@ if TYPE_CHECKING:
 ROLES = ("task", "keep", "ood")
 
 METRICS = {
-    "dominated": "1 where some α is as good on the task and better on what must be kept, else 0",
-    "best_alpha": "the α to take: no worse than tuned on the task, the best on the other rows; 1 is tuned",
-    "kept_nats": "loss that this α takes off tuned's on the keep rows",
-    "task_cost_nats": "loss that it adds to tuned's on the task",
-    "strong_failures": "OOD sets on which some α is surely worse than both ends",
-    "successes": "OOD sets on which some α is surely better than both ends",
+    "dominated": "1 if some α is as good on the task and better on the keep rows, else 0",
+    "best_alpha": "the α to take: no worse than tuned on the task, best on the other rows; 1 is tuned",
+    "kept_nats": "loss of tuned minus that of best_alpha on the keep rows",
+    "task_cost_nats": "loss of best_alpha minus that of tuned on the task rows",
+    "strong_failures": "OOD sets with an α that is significantly worse than both ends",
+    "successes": "OOD sets with an α that is significantly better than both ends",
     **{
-        f"{name}_{role}_nats": f"{text} on the {role} rows, the largest of several sets"
+        f"{name}_{role}_nats": f"{text} on the {role} rows; largest of several sets"
         for name, text in (
-            ("bump", "most by which the path lies above both ends"),
-            ("dip", "most by which it lies below both ends"),
-            ("barrier", "most by which it lies above the straight line between the ends"),
+            ("bump", "largest rise of the loss above both ends"),
+            ("dip", "largest drop of the loss below both ends"),
+            ("barrier", "largest excess of the loss over the straight line between the ends"),
         )
         for role in ROLES
     },
@@ -57,31 +58,31 @@ METRICS = {
         for role in ROLES
         for side in ("base", "tuned")
     },
-    "fft_ood": "share of OOD units that both ends get wrong and the best α right",
-    "ttf_ood": "share that both get right and the best α wrong",
-    "confidence_ratio_ood": "mean probability of the likeliest answer, tuned over base, on the OOD rows",
-    "error_confidence_rise_ood": "rise from base to tuned of the probability given to wrong OOD answers",
-    "pinned": "tensors that base lacks, and that are tuned's at every α",
-    "missing": "places whose loss was not finite",
+    "fft_ood": "share of OOD units that both ends get wrong and best_alpha gets right",
+    "ttf_ood": "share of OOD units that both ends get right and best_alpha gets wrong",
+    "confidence_ratio_ood": "mean confidence of tuned over that of base on the OOD rows",
+    "error_confidence_rise_ood": "rise from base to tuned of the confidence in wrong OOD answers",
+    "pinned": "tensors that base lacks: tuned's at every α",
+    "missing": "points with a loss that is not finite",
     **{f"rows_{role}": f"{role} rows scored" for role in ROLES},
 }
 
 
 def summary(result: Result) -> str:
-    """Whether a better model lies in between."""
+    """Whether there is a better model in between."""
     m = result.metrics
-    holes = [role for role in ROLES if m.get(f"bump_{role}_nats", 0) > 0]
-    hole = f"; a hole of {max(m[f'bump_{role}_nats'] for role in holes):.3g} nats" if holes else "; no hole"
+    bump = max(m.get(f"bump_{role}_nats", 0) for role in ROLES)
+    hole = f"; a hole of {bump:.3g} nats" if bump > 0 else "; no hole"
     if m["dominated"]:
-        kept = f"; alpha {m['best_alpha']:g} keeps {m['kept_nats']:.3g} nats more at no cost on the task"
-        return f"tuned is dominated{kept}{hole}"
+        better = f"alpha {m['best_alpha']:g} keeps {m['kept_nats']:.3g} nats more at no cost on the task"
+        return f"tuned is dominated: {better}{hole}"
     if "rows_keep" not in m:
-        return f"the best alpha for these rows is {m['best_alpha']:g} (0 base, 1 tuned){hole}"
+        return f"the best alpha for these rows is {m['best_alpha']:g} (0 is base, 1 tuned){hole}"
     return f"no alpha is as good on the task and better on the keep rows{hole}"
 
 
 def draw(result: Result) -> "dict[str, go.Figure]":
-    """The pictures of a result; their module is loaded when something is drawn."""
+    """The figures of a result, imported when needed."""
     from diagnostics.analyses.path import figures
 
     return figures.draw(result)
@@ -91,16 +92,21 @@ def draw(result: Result) -> "dict[str, go.Figure]":
     "path",
     question="Is there a better model on the straight line between base and tuned, or a hole?",
     reading=(
-        "Alpha 0 is base and 1 is tuned. A bump of 0 says that weights may be averaged, scaled back and "
-        "reused; above 0.1 nats they may not. A dip is a better model in between. Tuned is dominated where "
-        "another alpha is no worse on the task and surely better on the keep rows: then it costs nothing to "
-        "take that one. Loss and accuracy can disagree, where tuned is overconfident."
+        "Alpha 0 is base and 1 is tuned. With a bump of 0, weights can be averaged, scaled back and reused; "
+        "above 0.1 nats they cannot. A dip is a better model in between. Tuned is dominated if another alpha "
+        "is no worse on the task and significantly better on the keep rows: taking that alpha costs nothing. "
+        "Loss and accuracy can disagree if tuned is overconfident."
     ),
     paper="arXiv:2109.01903",
     cost="a forward pass over all rows for each alpha, 11 by default; one copy of the model in memory",
     draw=draw,
     summary=summary,
     metrics=METRICS,
+    device_test=DeviceTest(
+        parameters={"alphas": (0.0, 0.5, 1.0)},
+        absolute={"barrier_task_nats": 1e-3},
+        relative={"base_task_nats": 1e-4, "tuned_keep_nats": 1e-4, "tuned_ood_nats": 1e-4},
+    ),
 )
 def interpolation_path(
     pair: CheckpointPair,
@@ -109,84 +115,89 @@ def interpolation_path(
     ood: Any = None,
     *,
     alphas: tuple[float, ...] = ALPHAS,
-    max_length: int | None = None,
-    chat_template: bool = False,
-    batch_tokens: int = 16384,
-    trust_remote_code: bool = False,
-    device: str = "cpu",
-    dtype: str | None = "float32",
+    options: RowOptions = RowOptions(dtype="float32"),
     seed: int = 0,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Result:
-    """Run every blend of base and tuned on task, keep and OOD rows.
+    """Score interpolated models between base and tuned on task, keep and OOD rows.
 
-    Adapters are merged first, for their factors are not linear in α. What base lacks stays tuned's.
+    Adapters are merged first: their factors are not linear in α. Tensors that base lacks stay tuned's.
 
     Args:
         pair: base and tuned.
-        task: rows of what was trained, held out: a task, a file, texts, or several of these by name.
+        task: held-out rows of the tuned model's own distribution: a task, a file, texts, or several by name.
         keep: rows of what must survive.
-        ood: rows that it was not made for.
-        alphas: places on the path (WiSE-FT's grid); 0 and 1 are always measured.
-        max_length: most tokens of a row; None: what the model takes.
-        chat_template: texts and prompts are a user's messages.
-        batch_tokens: most tokens in a batch; changes no result.
-        trust_remote_code: run code that a repository brings.
-        device: where the model runs.
-        dtype: of the model. Not half precision: there a small step changes no weight.
-        seed: nothing is drawn at random.
+        ood: rows of other distributions.
+        alphas: points on the path (WiSE-FT's grid); 0 and 1 are always measured.
+        options: how rows are read and how models run on them.
+        dtype: of the model. In half precision a small step changes no weight.
+        seed: unused; nothing is random.
         progress: called with (done, total, what).
 
-    Metrics: see `METRICS`.
-    Tables: `path` (alpha, role, set, metric, value, unit), `sets` (one row a set: bump, dip, barrier, the
-        best alpha, outcome: success, weak or strong failure), `patterns` (alpha, role, set, pattern of right
-        T and wrong F in base, tuned and blend, share), `choices` (alpha, task_cost_nats, task_cost_half,
-        kept_nats, kept_half, dominates).
+    Metrics: listed with their meanings in the registration's `metrics`.
+
+    Tables:
+        `path`: one row a set, alpha and metric: alpha, role, set, metric (loss, accuracy, confidence,
+            error_confidence, fft, ttf or ensemble_loss), value (losses in nats per unit, else a share),
+            unit (of the loss: token or row).
+        `sets`: one row a set: role, set, rows (count), units (count), unit, loss_base, loss_tuned, barrier,
+            bump, dip (nats), best_alpha, worst_alpha, gain (nats, best interior point below the better
+            end), gain_half (half of its 95 % interval), fall (nats, worst interior point above the worse
+            end), fall_half, outcome (success, weak or strong), accuracy_base, accuracy_tuned,
+            confidence_ratio, error_confidence_base, error_confidence_tuned.
+        `choices`: one row an alpha, compared with tuned: alpha, task_cost_nats, task_cost_error (standard
+            error, nats), kept_nats, kept_error, as_good (on the task), dominates (booleans).
+        `patterns`: one row a set, alpha and pattern: alpha, role, set, pattern (right T or wrong F under
+            base, tuned, interpolated), share (of units).
 
     Raises:
         InputError: an alpha outside [0, 1], rows or a model that cannot be scored, ends that are not finite.
+
+    Example:
+        >>> from diagnostics.audit.demo import BUNDLED
+        >>> pair = CheckpointPair(BUNDLED / "base", BUNDLED / "lora-r1")
+        >>> result = interpolation_path(pair, ["a line of text", "another one"], alphas=(0.5,))
+        >>> sorted(result.tables["choices"]["alpha"])
+        [0.0, 0.5, 1.0]
     """
     import pandas as pd
 
     grid = check_alphas(alphas)
-    with TwoSidedModel(pair, device=device, dtype=dtype, trust_remote_code=trust_remote_code) as host:
-        walk = InterpolatedModel(host)
-        given = {"task": task, "keep": keep, "ood": ood}
-        sets = sets_of(
-            given, host.editable, purpose="a path", max_length=max_length, chat_template=chat_template,
-            batch_tokens=batch_tokens,
-        )  # fmt: skip
-        said = model_notes(pair, host.model)
-        along = PathEvaluator(walk, sets, progress)
-        along.measure(grid)
-    rows, choices = set_rows(along, grid), choice_rows(along, grid)
-    metrics, best = metrics_of(rows, choices), chosen(along, grid, choices)
-    metrics |= told_of(best, along, choices)
-    metrics |= {"pinned": len(walk.pinned), "missing": len(along.missing)}
-    notes = [*along.missing, *judgement(rows, metrics), *pinned_note(walk.pinned), *said]
-    notes += dict.fromkeys(note for each in sets.values() for note in each.notes)
+    with TwoSidedModel(pair, **options.of_models) as host:
+        interpolated = InterpolatedModel(host)
+        loaded = load_sets({"task": task, "keep": keep, "ood": ood}, least=2, purpose="a path")
+        sets = encode_sets(host.editable, loaded, **options.of_rows)
+        notes = model_notes(pair, host.model)
+        evaluator = PathEvaluator(interpolated, sets, progress)
+        evaluator.measure(grid)
+    rows, choices = set_rows(evaluator, grid), choice_rows(evaluator, grid)
+    metrics = metrics_of(rows, choices)
+    metrics |= metrics_at(best_of(evaluator, choices), evaluator, choices)
+    metrics |= {"pinned": len(interpolated.pinned), "missing": len(evaluator.missing)}
+    notes = [*evaluator.missing, *conclusions(rows, metrics), *pinned_note(interpolated.pinned), *notes]
+    notes += dict.fromkeys(note for encoded in sets.values() for note in encoded.notes)
     tables = {
-        "path": pd.DataFrame(path_rows(along, grid)),
+        "path": pd.DataFrame(path_rows(evaluator, grid)),
         "sets": pd.DataFrame(rows),
         "choices": pd.DataFrame(choices),
-        "patterns": pd.DataFrame(pattern_rows(along, grid)),
+        "patterns": pd.DataFrame(pattern_rows(evaluator, grid)),
     }
     return Result(metrics=metrics, tables=tables, notes=tuple(notes))
 
 
-def choice_rows(along: PathEvaluator, alphas: Sequence[float]) -> list[dict[str, Any]]:
-    """Each α against tuned: what it costs on the task, what it keeps, and whether it dominates tuned.
+def choice_rows(evaluator: PathEvaluator, alphas: Sequence[float]) -> list[dict[str, Any]]:
+    """Each α against tuned: its cost on the task, its gain on the keep rows, and whether it dominates.
 
-    ε is one standard error over rows, as the page has it. An α dominates if its task loss is at most tuned's
-    + ε, no set's accuracy is more than its own ε below tuned's, and its keep loss is below tuned's − ε.
+    ε is one standard error over rows. An α dominates if its task loss is at most tuned's + ε, no set's
+    accuracy is more than its own ε below tuned's, and its keep loss is below tuned's − ε.
     """
-    found = []
+    rows = []
     for alpha in alphas:
-        cost, cost_error = _against_tuned(along, "task", alpha)
-        lost, lost_error = _against_tuned(along, "keep", alpha)
-        right = all(_as_right(along, which, alpha) for which in along.role("task"))
-        as_good = cost <= cost_error and right
-        found.append(
+        cost, cost_error = _minus_tuned(evaluator, "task", alpha)
+        lost, lost_error = _minus_tuned(evaluator, "keep", alpha)
+        as_accurate = all(_as_accurate(evaluator, key, alpha) for key in evaluator.role("task"))
+        as_good = cost <= cost_error and as_accurate
+        rows.append(
             {
                 "alpha": alpha,
                 "task_cost_nats": cost,
@@ -197,79 +208,80 @@ def choice_rows(along: PathEvaluator, alphas: Sequence[float]) -> list[dict[str,
                 "dominates": bool(alpha < 1 and as_good and -lost > lost_error),
             }
         )
-    return found
+    return rows
 
 
-def _against_tuned(along: PathEvaluator, role: str, alpha: float) -> tuple[float, float]:
-    """Mean over the sets of a role of what α loses against tuned, with its standard error; NaN without."""
-    if not along.role(role):
+def _minus_tuned(evaluator: PathEvaluator, role: str, alpha: float) -> tuple[float, float]:
+    """Loss at α minus that of tuned, mean over the sets of a role, with standard error; NaN without sets."""
+    sets = evaluator.role(role)
+    if not sets:
         return math.nan, math.nan
     if alpha == 1:
         return 0.0, 0.0
-    each = [along.combined(which, {alpha: 1.0, 1.0: -1.0}) for which in along.role(role)]
-    error = math.sqrt(sum(one.error**2 for one in each)) / len(each)
-    return float(np.mean([one.value for one in each])), error
+    differences = [evaluator.combined(key, {alpha: 1.0, 1.0: -1.0}) for key in sets]
+    error = math.sqrt(sum(difference.error**2 for difference in differences)) / len(sets)
+    return float(np.mean([difference.value for difference in differences])), error
 
 
-def _as_right(along: PathEvaluator, which: tuple[str, str], alpha: float) -> bool:
+def _as_accurate(evaluator: PathEvaluator, key: SetKey, alpha: float) -> bool:
     """Whether accuracy is at most a standard error below tuned's."""
-    units, tuned = along.at(alpha)[which], along.at(1.0)[which]
+    units, tuned = evaluator.at(alpha)[key], evaluator.at(1.0)[key]
     if units is None or tuned is None:
         return False
     lost = tuned.right.astype(float) - units.right
     return bool(lost.mean() <= lost.std(ddof=1) / math.sqrt(len(lost)) if len(lost) > 1 else lost.mean() <= 0)
 
 
-def chosen(along: PathEvaluator, alphas: Sequence[float], choices: Sequence[Mapping[str, Any]]) -> float:
-    """Of what is as good as tuned on the task, the α of the lowest loss on the other rows, else on these."""
+def best_of(evaluator: PathEvaluator, choices: Sequence[Mapping[str, Any]]) -> float:
+    """The α of the lowest keep (else OOD, else task) loss among those as good as tuned on the task."""
     allowed = [row["alpha"] for row in choices if row["as_good"]]
-    sets = along.role("keep") or along.role("ood") or along.role("task")
-    means = [np.mean([along.losses(which, [alpha])[0] for which in sets]) for alpha in allowed]
+    sets = evaluator.role("keep") or evaluator.role("ood") or evaluator.role("task")
+    means = [np.mean([evaluator.losses(key, [alpha])[0] for key in sets]) for alpha in allowed]
     low = np.nanmin(means)
     return float(max(alpha for alpha, mean in zip(allowed, means, strict=True) if mean == low))
 
 
-def told_of(
-    alpha: float, along: PathEvaluator, choices: Sequence[Mapping[str, Any]]
+def metrics_at(
+    alpha: float, evaluator: PathEvaluator, choices: Sequence[Mapping[str, Any]]
 ) -> dict[str, float | int]:
-    """What is known of the α that is chosen."""
-    row = next(row for row in choices if row["alpha"] == alpha)
-    found: dict[str, float | int] = {"best_alpha": alpha, "task_cost_nats": row["task_cost_nats"]}
-    if along.role("keep"):
-        found["kept_nats"] = row["kept_nats"]
-    ood = [which for which in along.role("ood") if along.at(alpha)[which] is not None]
+    """The metrics of the best alpha."""
+    choice = next(row for row in choices if row["alpha"] == alpha)
+    metrics: dict[str, float | int] = {"best_alpha": alpha, "task_cost_nats": choice["task_cost_nats"]}
+    if evaluator.role("keep"):
+        metrics["kept_nats"] = choice["kept_nats"]
+    ood = [key for key in evaluator.role("ood") if evaluator.at(alpha)[key] is not None]
     if ood:
         values = [
-            {each["metric"]: each["value"] for each in path_rows(along, [alpha]) if each["set"] == which[1]}
-            for which in ood
+            {row["metric"]: row["value"] for row in path_rows(evaluator, [alpha]) if row["set"] == key[1]}
+            for key in ood
         ]
-        found |= {f"{name}_ood": float(np.mean([each[name] for each in values])) for name in ("fft", "ttf")}
-    return found
+        metrics |= {f"{name}_ood": float(np.mean([row[name] for row in values])) for name in ("fft", "ttf")}
+    return metrics
 
 
 def metrics_of(
     rows: Sequence[Mapping[str, Any]], choices: Sequence[Mapping[str, Any]]
 ) -> dict[str, float | int]:
-    """What the curves of all sets say together."""
-    found: dict[str, float | int | None] = {"dominated": int(any(row["dominates"] for row in choices))}
+    """The metrics of all curves together."""
+    metrics: dict[str, float | int | None] = {"dominated": int(any(row["dominates"] for row in choices))}
     for role in ROLES:
         for name in ("bump", "dip", "barrier"):
-            found[f"{name}_{role}_nats"] = pooled(rows, role, name, "max")
+            metrics[f"{name}_{role}_nats"] = pooled(rows, role, name, "max")
         for side in ("base", "tuned"):
-            found[f"{side}_{role}_nats"] = pooled(rows, role, f"loss_{side}")
-        found[f"rows_{role}"] = sum(row["rows"] for row in rows if row["role"] == role) or None
+            metrics[f"{side}_{role}_nats"] = pooled(rows, role, f"loss_{side}")
+        metrics[f"rows_{role}"] = sum(row["rows"] for row in rows if row["role"] == role) or None
     ood = [row for row in rows if row["role"] == "ood"]
     if ood:
-        found["strong_failures"] = sum(row["outcome"] == "strong" for row in ood)
-        found["successes"] = sum(row["outcome"] == "success" for row in ood)
-        found["confidence_ratio_ood"] = pooled(rows, "ood", "confidence_ratio")
+        metrics["strong_failures"] = sum(row["outcome"] == "strong" for row in ood)
+        metrics["successes"] = sum(row["outcome"] == "success" for row in ood)
+        metrics["confidence_ratio_ood"] = pooled(rows, "ood", "confidence_ratio")
         rises = [row["error_confidence_tuned"] - row["error_confidence_base"] for row in ood]
-        found["error_confidence_rise_ood"] = None if any(map(math.isnan, rises)) else float(np.mean(rises))
-    return {name: value for name, value in found.items() if value is not None}
+        metrics["error_confidence_rise_ood"] = None if any(map(math.isnan, rises)) else float(np.mean(rises))
+    return {name: value for name, value in metrics.items() if value is not None}
 
 
-def judgement(rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, float | int]) -> list[str]:
-    """What follows, in plain words."""
+def conclusions(rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, float | int]) -> list[str]:
+    """Notes on what to do."""
     notes = []
     if metrics["dominated"]:
         notes.append(
@@ -280,12 +292,12 @@ def judgement(rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, float | i
         name = f"{row['role']} rows" if row["set"] == row["role"] else f"{row['role']} rows {row['set']}"
         if row["outcome"] == "strong":
             notes.append(
-                f"On the {name} the path has a hole: at alpha {row['worst_alpha']:g} the loss is "
+                f"The path has a hole on the {name}: at alpha {row['worst_alpha']:g} the loss is "
                 f"{row['fall']:.3g} ± {row['fall_half']:.2g} nats above the worse end."
             )
         if row["bump"] == 0 and row["barrier"] > 0.1:
             notes.append(
-                f"On the {name} the curve lies {row['barrier']:.3g} nats above its chord, but never above "
-                "both ends: that is a bend, no hole."
+                f"The curve of the {name} lies {row['barrier']:.3g} nats above its chord, but never above "
+                "both ends: that is a bend, not a hole."
             )
     return notes

@@ -1,165 +1,104 @@
-"""The pictures of the path from base to tuned, drawn from the tables alone: a saved result redraws."""
+"""Figures of the path from base to tuned, drawn from the tables alone, so that a saved result redraws."""
 
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
+import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 
 from diagnostics.core.analysis import Result
 from diagnostics.plotting import theme
-from diagnostics.plotting.set_styles import COLORS, DASHES, X, marked, named
+from diagnostics.plotting.charts import Style, drawn, line
+from diagnostics.plotting.set_styles import ALPHA, set_curves, set_lines, set_name
 
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
-# pattern of base, tuned, blend -> what the legend calls it
+# metric -> title and axis; U is the unit of the sets
+METRICS = {
+    "loss": ("Loss from base to tuned: a dip below both ends is a better model", "nats per U"),
+    "accuracy": ("Accuracy from base to tuned", "share of Us right"),
+}
+# pattern of base, tuned, blend -> legend and colour
 PATTERNS = {
-    "TTT": "right in all three",
-    "FFT": "right in the blend alone",
-    "TFT": "right in base and blend",
-    "FTT": "right in tuned and blend",
-    "FTF": "right in tuned alone",
-    "TFF": "right in base alone",
-    "TTF": "wrong in the blend alone",
-    "FFF": "wrong in all three",
+    "TTT": ("right in all three", "#2b7bba"),
+    "FFT": ("right in the blend alone", "#9a3be8"),
+    "TFT": ("right in base and blend", "#7fb3da"),
+    "FTT": ("right in tuned and blend", "#e8a562"),
+    "FTF": ("right in tuned alone", "#d9730d"),
+    "TFF": ("right in base alone", "#174e7c"),
+    "TTF": ("wrong in the blend alone", "#c91d5f"),
+    "FFF": ("wrong in all three", "#7d8590"),
 }
 
 
 def draw(result: Result) -> "dict[str, go.Figure]":
-    """The pictures; one whose table is missing or empty is left out."""
-    path = result.tables.get("path")
-    if path is None or not len(path):
+    """The figures; one without data is left out."""
+    if not len(result.tables.get("path", ())):
         return {}
-    best = result.metrics.get("best_alpha")
-    figures = {
-        "loss": draw_metric(path, "loss", best, ensemble=True),
-        "accuracy": draw_metric(path, "accuracy", best),
-    }
-    choices = result.tables.get("choices")
-    if choices is not None and len(choices) and choices["kept_nats"].notna().any():
-        figures["trade"] = draw_trade(choices)
-    figures["sides"] = draw_sides(path)
-    patterns = result.tables.get("patterns")
-    if patterns is not None and len(patterns):
-        figures["patterns"] = draw_patterns(patterns)
-    return figures
+    metrics = {metric: partial(draw_metric, metric=metric) for metric in METRICS}
+    return drawn(result, **metrics, trade=draw_trade, sides=draw_sides, patterns=draw_patterns)
 
 
-def curves(path: pd.DataFrame, metric: str) -> "list[tuple[str, str, str, str, pd.DataFrame]]":
-    """Each set's curve of a metric, with its name, colour, dash and symbol."""
-    part = path[path["metric"] == metric]
-    found, seen = [], dict.fromkeys(COLORS, 0)
-    for keys, curve in part.groupby(["role", "set"], sort=False):
-        role, name = map(str, keys)
-        turn = seen.get(role, 0)
-        seen[role] = turn + 1
-        look = COLORS.get(role, theme.NEUTRAL), DASHES[turn % 5], theme.SYMBOLS[turn % 5]
-        found.append((named(role, name), *look, curve.sort_values("alpha")))
-    return found
-
-
-def draw_metric(path: pd.DataFrame, metric: str, best: Any, *, ensemble: bool = False) -> "go.Figure":
-    """A metric of every set over α, and the α that is chosen."""
-    import plotly.graph_objects as go
-
-    units = " or ".join(dict.fromkeys(path["unit"]))
-    title, y = {
-        "loss": ("A dip below both ends is a better model, a bump above both a hole", f"nats per {units}"),
-        "accuracy": (
-            "Accuracy can rise where loss does: an overconfident tuned end",
-            f"share of {units}s right",
-        ),
-    }[metric]
-    figure = theme.figure(title=title, x=X, y=y)
-    for name, color, dash, symbol, curve in curves(path, metric):
-        figure.add_trace(
-            go.Scatter(
-                x=curve["alpha"], y=curve["value"], name=name, mode="lines+markers",
-                line={"color": color, "dash": dash}, marker={"symbol": symbol, "size": 8},
-                hovertemplate="alpha %{x:g}: %{y:.4f}",
-            )
+def draw_metric(path: pd.DataFrame, result: Result, metric: str) -> "go.Figure":
+    """A metric of every set over alpha, with the chosen alpha; for the loss also that of mixed answers."""
+    title, y = METRICS[metric]
+    figure = theme.figure(title, ALPHA, y.replace("U", " or ".join(dict.fromkeys(path["unit"]))))
+    set_lines(figure, path[path["metric"] == metric], "alpha", "value", "alpha {x:g}: {y:.4f}")
+    mixtures = path[path["metric"] == f"ensemble_{metric}"] if metric == "loss" else path[:0]
+    for i, (style, curve) in enumerate(set_curves(mixtures, "alpha")):
+        mixture = Style("mixture of both ends' answers", style.color, dash="dot", width=1.5)
+        line(
+            figure, curve, "alpha", "value", mixture, "{set}, alpha {x:g}: {y:.4f}", mode="lines",
+            opacity=0.6, legendgroup="mixture", showlegend=i == 0,
         )  # fmt: skip
-    if ensemble:
-        for place, (name, color, _, _, curve) in enumerate(curves(path, "ensemble_loss")):
-            figure.add_trace(
-                go.Scatter(
-                    x=curve["alpha"], y=curve["value"], mode="lines", opacity=0.6, legendgroup="mixture",
-                    name="mixture of both ends' answers", showlegend=place == 0,
-                    line={"color": color, "dash": "dot", "width": 1.5},
-                    hovertemplate=f"mixture, {name}: %{{y:.4f}}",
-                )
-            )  # fmt: skip
+    best = result.metrics.get("best_alpha")
     if best is not None:
-        marked(figure, f"best alpha {best:g}", best)
-    return figure.update_layout(height=440)
+        theme.threshold(figure, f"best alpha {best:g}", x=best, left=best > 0.5)
+    return figure
 
 
-def draw_trade(choices: pd.DataFrame) -> "go.Figure":
-    """What each α costs on the task against what it keeps; tuned is the origin."""
-    import plotly.graph_objects as go
-
-    won = bool(choices["dominates"].any())
-    figure = theme.figure(
-        title="An alpha left of or on 0 and above it dominates tuned" if won else
-        "No alpha keeps more without a cost on the task",
-        x="task loss beyond tuned's, nats", y="keep loss taken off tuned's, nats",
-    )  # fmt: skip
-    figure.add_trace(
-        go.Scatter(
-            x=choices["task_cost_nats"], y=choices["kept_nats"], mode="lines+markers+text",
-            text=[f"{alpha:g}" for alpha in choices["alpha"]], textposition="top center",
-            name="alpha on the path", showlegend=False, line={"color": theme.NEUTRAL},
-            marker={
-                "size": 10,
-                "color": [theme.NEW if found else theme.NEUTRAL for found in choices["dominates"]],
-                "symbol": ["diamond" if found else "circle" for found in choices["dominates"]],
-            },
-            error_x={"array": choices["task_cost_error"], "color": theme.NEUTRAL, "thickness": 1, "width": 0},
-            error_y={"array": choices["kept_error"], "color": theme.NEUTRAL, "thickness": 1, "width": 0},
-            hovertemplate="alpha %{text}: task %{x:+.4f}, kept %{y:+.4f}",
-        )
+def draw_trade(choices: pd.DataFrame) -> "go.Figure | None":
+    """What each alpha costs on the task against what it keeps; tuned is the origin."""
+    if choices["kept_nats"].isna().all():
+        return None
+    better = choices["dominates"].to_numpy(bool)
+    title = (
+        f"{'An alpha keeps more at no' if better.any() else 'No alpha keeps more without a'} cost on the task"
+    )
+    figure = theme.figure(title, "task loss above tuned's, nats", "keep loss below tuned's, nats")
+    look = {"color": theme.NEUTRAL, "thickness": 1, "width": 0}
+    line(
+        figure, choices, "task_cost_nats", "kept_nats", Style("alpha", theme.NEUTRAL, size=10),
+        "alpha {alpha:g}: task {x:+.4f}, keep {y:+.4f} nats", mode="lines+markers+text", showlegend=False,
+        text=choices["alpha"].map("α {:g}".format), textposition="top right", cliponaxis=False,
+        marker_color=np.where(better, theme.NEW, theme.NEUTRAL),
+        marker_symbol=np.where(better, "diamond", "circle"),
+        error_x={"array": choices["task_cost_error"], **look},
+        error_y={"array": choices["kept_error"], **look},
     )  # fmt: skip
     theme.threshold(figure, "as good as tuned on the task", x=0)
-    theme.threshold(figure, "", y=0)
-    return figure.update_layout(height=440)
+    return theme.threshold(figure, y=0)
 
 
 def draw_sides(path: pd.DataFrame) -> "go.Figure":
-    """FalseFalseTrue and its mirror over α."""
-    import plotly.graph_objects as go
-
-    figure = theme.figure(
-        title="What only the blend gets right (solid), and what only it gets wrong (open)",
-        x=X,
-        y="share of " + " or ".join(f"{unit}s" for unit in dict.fromkeys(path["unit"])),
-    )
-    for metric, mark, said in (("fft", "", "right"), ("ttf", "-open", "wrong")):
-        for name, color, _, symbol, curve in curves(path, metric):
-            figure.add_trace(
-                go.Scatter(
-                    x=curve["alpha"], y=curve["value"], mode="lines+markers",
-                    name=f"{name}: {said}", marker={"symbol": symbol + mark, "size": 8},
-                    line={"color": color, "dash": "dot" if mark else "solid"},
-                    hovertemplate="alpha %{x:g}: %{y:.4f}",
-                )
-            )  # fmt: skip
-    return figure.update_layout(height=400)
+    """What the blend alone gets right, and what it alone gets wrong, over alpha."""
+    unit = " or ".join(f"{unit}s" for unit in dict.fromkeys(path["unit"]))
+    figure = theme.figure("What the blend alone gets right, or wrong (dotted)", ALPHA, f"share of {unit}")
+    for metric, mark, dash, verdict in (("fft", "", "solid", "right"), ("ttf", "-open", "dot", "wrong")):
+        for style, curve in set_curves(path[path["metric"] == metric], "alpha"):
+            side = Style(f"{style.name}: {verdict}", style.color, style.symbol + mark, dash)
+            line(figure, curve, "alpha", "value", side, "alpha {x:g}: {y:.4f}")
+    return figure
 
 
 def draw_patterns(patterns: pd.DataFrame) -> "go.Figure":
-    """Who is right where, as shares that add to 1, of the first set of the last role that there is."""
-    import plotly.graph_objects as go
-
+    """Shares of units by which models are right, of the first set of the last role."""
     role, name = patterns[["role", "set"]].iloc[-1]
-    part = patterns[(patterns["role"] == role) & (patterns["set"] == name)]
-    figure = theme.figure(title=f"Who is right as alpha grows: {named(role, name)}", x=X, y="share of units")
-    shades = ("#2b7bba", "#9a3be8", "#7fb3da", "#e8a562", "#d9730d", "#174e7c", "#c91d5f", "#7d8590")
-    for (pattern, said), color in zip(PATTERNS.items(), shades, strict=True):
-        curve = part[part["pattern"] == pattern].sort_values("alpha")
-        figure.add_trace(
-            go.Scatter(
-                x=curve["alpha"], y=curve["share"], name=said, stackgroup="one", mode="lines",
-                line={"color": color, "width": 0.5}, fillcolor=color, hovertemplate="%{y:.4f}",
-            )
-        )  # fmt: skip
-    figure.update_yaxes(range=[0, 1])
-    return figure.update_layout(height=460, margin={"t": 120})
+    part = patterns[(patterns["role"] == role) & (patterns["set"] == name)].sort_values("alpha")
+    figure = theme.figure(
+        f"Models that are right, by alpha: {set_name(role, name)}", ALPHA, "share of units", 460
+    )
+    for pattern, (label, color) in PATTERNS.items():
+        look: dict[str, Any] = {"mode": "lines", "stackgroup": "one", "fillcolor": color}
+        curve, style = part[part["pattern"] == pattern], Style(label, color, width=0.5)
+        line(figure, curve, "alpha", "share", style, "{y:.4f}", **look)
+    return figure.update_yaxes(range=[0, 1]).update_layout(margin_t=120)

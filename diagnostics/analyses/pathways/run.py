@@ -1,4 +1,4 @@
-"""What the checkpoints of a run say together: when samples were memorised, and what routes did after that."""
+"""Changes of routing over a run: when samples were memorised, and the verdict on what followed."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -23,8 +23,8 @@ from diagnostics.analyses.pathways.statistics import (
 )
 from diagnostics.numerics.estimates import Estimate
 
-# A gap that surely widens by less is called flat (ours): sparse parity widened it by 0.18 to 0.34, and the
-# same inputs with labels at random by 0.005 at most.
+# A gap that widens by less counts as flat (ours): sparse parity widened it by 0.18 to 0.34, random labels on
+# the same inputs by at most 0.005.
 WIDENED = 0.02
 
 Verdict = Literal[
@@ -38,13 +38,14 @@ Verdict = Literal[
 
 
 class RoutingRun:
-    """Everything that the checkpoints of a run say together.
+    """The statistics of all checkpoints of a run, and its verdict.
 
     Attributes:
-        since: the checkpoint from which changes and correlations are taken: the one at which the samples were
-            memorised, else the first.
-        epsilon: of each group; empty where samples are not of the training rows.
-        memorised: of each sample the checkpoint from which on it is memorised; as many as there are: never.
+        since: the checkpoint from which changes and correlations are taken: that of memorisation, else the
+            first.
+        epsilon: of each group; empty without train rows.
+        memorised: for each sample the checkpoint from which on it is memorised; the number of checkpoints if
+            never.
     """
 
     def __init__(
@@ -53,154 +54,151 @@ class RoutingRun:
         labels: Sequence[str],
         records: Sequence[Record],
         samples: Samples,
-        ask: PathwaySettings,
+        settings: PathwaySettings,
         *,
         workers: int = -1,
         progress: Callable[[int, int, str], None] | None = None,
     ):
-        self.steps, self.labels, self.samples, self.ask = tuple(steps), tuple(labels), samples, ask
+        self.steps, self.labels, self.samples, self.settings = tuple(steps), tuple(labels), samples, settings
         self.last = len(records) - 1
         with np.errstate(invalid="ignore", divide="ignore"):
             self.losses = np.stack([record.nats / record.units for record in records])
         self.epsilon, self.memorised = self._memorised()
         self.since = self._since()
-        self.looks: list[Snapshot] = []
+        self.snapshots: list[Snapshot] = []
         for done, record in enumerate(records):
             if progress:
                 progress(done, len(records), f"pathways of {labels[done]}")
             keep = done in (self.since, self.last)
-            self.looks.append(Snapshot(record, samples, ask, workers=workers, keep=keep))
+            self.snapshots.append(Snapshot(record, samples, settings, workers=workers, keep=keep))
         self.widened_p = math.nan
         if 0 <= self.since < self.last:
-            before, after = self.looks[self.since].share(), self.looks[self.last].share()
+            before, after = self.snapshots[self.since].share(), self.snapshots[self.last].share()
             self.widened_p = gap_p(
-                after - before, samples.groups, permutations=ask.permutations, seed=ask.seed
+                after - before, samples.groups, permutations=settings.permutations, seed=settings.seed
             )[0]
         self.verdict, self.why = self._judged()
 
     # --- memorisation ---
 
     def _memorised(self) -> tuple[dict[str, float], Int[np.ndarray, " samples"]]:
-        never = np.full(len(self.samples.groups), len(self.losses))
+        memorised = np.full(len(self.samples.groups), len(self.losses))
         if not self.samples.trained:
-            return {}, never
+            return {}, memorised
         epsilon = {}
         for group, name in enumerate(self.samples.names):
-            own = self.samples.groups == group
-            chosen = chosen_epsilon(self.losses[:, own], self.ask.delta)[0]
-            epsilon[name] = chosen if self.ask.epsilon is None else self.ask.epsilon
-            never[own] = memorised_at(self.losses[:, own], epsilon[name], self.ask.delta)
-        return epsilon, never
+            members = self.samples.groups == group
+            losses = self.losses[:, members]
+            chosen = chosen_epsilon(losses, self.settings.delta)[0]
+            epsilon[name] = chosen if self.settings.epsilon is None else self.settings.epsilon
+            memorised[members] = memorised_at(losses, epsilon[name], self.settings.delta)
+        return epsilon, memorised
 
     @property
     def memorised_share(self) -> float:
-        """Share of samples that are memorised before the last checkpoint."""
-        return float((self.memorised < self.last).mean())
+        """Share of samples memorised before the last checkpoint; NaN without train rows."""
+        return float((self.memorised < self.last).mean()) if self.samples.trained else math.nan
 
     @property
-    def share_memorised(self) -> float:
-        """The same, and NaN where no rows of training tell it."""
-        return self.memorised_share if self.samples.trained else math.nan
-
-    @property
-    def dated(self) -> bool:
-        """Whether enough samples are memorised to say when."""
+    def enough_memorised(self) -> bool:
+        """Whether enough samples are memorised to date memorisation."""
         return self.memorised_share >= WANTED[0]
 
     def _since(self) -> int:
-        return int(np.quantile(self.early, 0.5, method="lower")) if self.dated else 0
+        return int(np.quantile(self.memorised_early, 0.5, method="lower")) if self.enough_memorised else 0
 
     @property
-    def early(self) -> Int[np.ndarray, " memorised"]:
-        """The checkpoints at which those samples were memorised that were so before the last."""
+    def memorised_early(self) -> Int[np.ndarray, " memorised"]:
+        """The checkpoints of memorisation of the samples memorised before the last one."""
         return self.memorised[self.memorised < self.last]
 
     @cached_property
     def memorised_step(self) -> Estimate | None:
-        """The median step at which samples were memorised, with the interval that drawing them anew gives."""
-        if not self.dated:
+        """The median step of memorisation, with its bootstrap interval."""
+        if not self.enough_memorised:
             return None
-        generator = np.random.default_rng(self.ask.seed)
-        drawn = generator.choice(self.early, (self.ask.draws, len(self.early)))
+        generator = np.random.default_rng(self.settings.seed)
+        drawn = generator.choice(self.memorised_early, (self.settings.draws, len(self.memorised_early)))
         medians = np.quantile(drawn, 0.5, axis=1, method="lower")
         low, high = np.quantile(medians, [0.025, 0.975], method="nearest")
-        return Estimate(*(self.steps[int(place)] for place in (self.since, low, high)))
+        return Estimate(*(self.steps[int(index)] for index in (self.since, low, high)))
 
     # --- changes ---
 
     @cached_property
     def changes(self) -> dict[str, SampleStatistic]:
-        """How the followed numbers changed from `since` to the last checkpoint."""
-        first, last = self.looks[self.since].estimates, self.looks[self.last].estimates
+        """Changes of the followed statistics from `since` to the last checkpoint."""
+        first, last = self.snapshots[self.since].estimates, self.snapshots[self.last].estimates
         return {name: last[name].minus(first[name]) for name in last}
 
-    def surely(self, name: str) -> int:
-        """1 if a number surely rose, −1 if it surely fell, 0 if neither is sure: by two standard errors."""
+    def significant_sign(self, name: str) -> int:
+        """1 for a significant rise, −1 for a significant fall (two standard errors), else 0."""
         change = self.changes[name]
         return int(np.sign(change.value)) if abs(change.value) > max(2 * change.estimate.error, 1e-9) else 0
 
     @property
     def improved(self) -> bool:
-        """Whether the held-out metric surely got better since then."""
-        return self.surely("held_out") == (1 if self.ask.metric == "accuracy" else -1)
+        """Whether the held-out metric improved significantly."""
+        return self.significant_sign("held_out") == (1 if self.settings.metric == "accuracy" else -1)
 
     def _judged(self) -> tuple[Verdict, str]:
-        """The verdict, and what it rests on."""
-        if len(self.looks) < 3:
-            return "withheld", "of two checkpoints only differences are given; no trend can be claimed"
+        """The verdict, and its reason."""
+        if len(self.snapshots) < 3:
+            return "withheld", "two checkpoints show differences but no trend"
         if not self.samples.trained:
-            return "withheld", "no rows of training were given, so that nothing says what was memorised"
-        if not self.dated:
-            share = f"{self.memorised_share:.2g} of the samples are memorised before the last checkpoint"
-            return "not memorised", f"{share}, and dating it takes {WANTED[0]:g}"
+            return "withheld", "without train rows memorisation is unknown"
+        if not self.enough_memorised:
+            share = f"a share of {self.memorised_share:.2g} is memorised before the last checkpoint"
+            return "not memorised", f"{share}; dating memorisation needs {WANTED[0]:g}"
         gap = self.changes["gap"]
         if math.isnan(gap.value):
             return "withheld", (
-                "rows of one group have no gap between groups, and weight decay alone moves all else; give "
+                "rows of a single group have no gap, and weight decay alone moves all other numbers; give "
                 "rows a group"
             )
         _, low, high, _ = gap.estimate
-        told = (
+        evidence = (
             f"the distance within groups changes by {self.changes['distance'].value:+.3f}, and the gap "
             f"between groups by {gap.value:+.3f} ({low:+.3f} to {high:+.3f}, p {self.widened_p:.2g})"
         )
-        widens = self.surely("gap") > 0 and self.widened_p <= 0.05 and high >= WIDENED
+        widens = self.significant_sign("gap") > 0 and self.widened_p <= 0.05 and high >= WIDENED
         if widens and gap.value < WIDENED:
-            return "undecided", f"{told}, which is less than the {WIDENED:g} that is more than drift"
-        if widens and self.surely("distance") < 0:
-            return "reorganising after memorisation", told
+            return "undecided", f"{evidence}, which is below the {WIDENED:g} that exceeds drift"
+        if widens and self.significant_sign("distance") < 0:
+            return "reorganising after memorisation", evidence
         if widens:
-            return "undecided", f"{told}, though the distance within groups does not surely fall"
-        if self.surely("consistency") or self.surely("distance"):
-            return "routing drift without a generalisation signal", told
-        return "no movement after memorisation", told
+            return "undecided", f"{evidence}, but the distance within groups does not fall significantly"
+        if self.significant_sign("consistency") or self.significant_sign("distance"):
+            return "routing drift without a generalisation signal", evidence
+        return "no movement after memorisation", evidence
 
     @cached_property
     def turn(self) -> Estimate | None:
-        """The step at which the gap has made half of its way, if all says that memorisation gave way."""
+        """The step of half the gap's change, if routes reorganise and the held-out metric improves."""
         if self.verdict != "reorganising after memorisation" or not self.improved:
             return None
         return self._halfway("gap")
 
     @cached_property
     def held_out_turn(self) -> Estimate | None:
-        """The step at which the held-out metric has made half of its way since memorisation."""
-        return self._halfway("held_out") if self.dated and self.last > 1 and self.improved else None
+        """The step of half the held-out metric's change since memorisation."""
+        return (
+            self._halfway("held_out") if self.enough_memorised and self.last > 1 and self.improved else None
+        )
 
     def _halfway(self, name: str) -> Estimate:
-        looks = self.looks[self.since :]
-        estimates = [look.estimates[name] for look in looks]
-        drawn = redrawn(estimates, draws=self.ask.draws, seed=self.ask.seed)
-        values = np.array([each.value for each in estimates])
+        statistics = [snapshot.estimates[name] for snapshot in self.snapshots[self.since :]]
+        drawn = redrawn(statistics, draws=self.settings.draws, seed=self.settings.seed)
+        values = np.array([statistic.value for statistic in statistics])
         return halfway(self.steps[self.since :], values, drawn)
 
     def drifts(self) -> tuple[Int[np.ndarray, " samples"], Float[np.ndarray, " samples"]]:
-        """How far each sample's pathway moved from the first checkpoint to the last: edits, and a share."""
-        first, last = self.looks[0], self.looks[self.last]
-        raw = pathway.moved(first.words, last.words)
+        """Distance between each sample's first and last pathway: edits, and share of the longer one."""
+        first, last = self.snapshots[0], self.snapshots[self.last]
+        raw = pathway.moves(first.strings, last.strings)
         return raw, raw / np.maximum(first.lengths, last.lengths)
 
     @property
     def too_few(self) -> bool:
         """Whether correlations are withheld."""
-        return len(self.looks) - self.since < LEAST
+        return len(self.snapshots) - self.since < LEAST

@@ -1,143 +1,94 @@
-"""Pictures of single samples: how far apart they are, which experts carry them, how far they moved."""
+"""Figures of single samples: distances between them, the experts that carry them, how far they moved."""
 
-from typing import TYPE_CHECKING
+from itertools import groupby
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 
 from diagnostics.plotting import theme
+from diagnostics.plotting.charts import heat, names, panels
 
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
-# Groups that a histogram tells apart.
+DISTANCE = "edits / longer pathway"
+# Most groups that a histogram tells apart.
 APART = 5
-
-
-def panels(figure: "go.Figure", steps: list[float]) -> "go.Figure":
-    """One panel for each step, side by side on one axis of samples."""
-    titles = [f"step {step:g}" for step in steps]
-    return figure.set_subplots(
-        rows=1, cols=len(steps), shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=titles
-    )
 
 
 def borders(groups: list[str]) -> tuple[list[float], list[float], list[str]]:
     """Where groups end on an axis of samples in order, the middle of each, and its name."""
-    starts = [place for place, name in enumerate(groups) if place == 0 or groups[place - 1] != name]
-    ends = [*starts[1:], len(groups)]
-    middles = [(start + end - 1) / 2 for start, end in zip(starts, ends, strict=True)]
-    return [start - 0.5 for start in starts[1:]], middles, [theme.verbatim(groups[start]) for start in starts]
+    sizes = [(name, len(list(members))) for name, members in groupby(groups)]
+    ends = np.cumsum([size for _, size in sizes])
+    middles = [float(end) - (size + 1) / 2 for end, (_, size) in zip(ends, sizes, strict=True)]
+    return (ends[:-1] - 0.5).tolist(), middles, [theme.verbatim(name) for name, _ in sizes]
 
 
-def grouped(figure: "go.Figure", groups: list[str]) -> None:
-    """Name the groups on the axis of samples, with a line between any two."""
-    ends, middles, names = borders(groups)
-    for end in ends:
-        figure.add_hline(y=end, line={"color": theme.NEUTRAL, "width": 1})
-    if len(names) > 1:
-        figure.update_yaxes(tickvals=middles, ticktext=names)
-    figure.update_yaxes(showgrid=False, autorange="reversed")
+def step_panels(title: str, x: str, steps: list[float], groups: list[str]) -> "go.Figure":
+    """A panel for each step, on one axis of samples that names the groups, with a line between any two."""
+    look: dict[str, Any] = {"shared_yaxes": True, "horizontal_spacing": 0.04}
+    labels = [f"step {name}" for name in names(steps)]
+    figure = panels(title, x, "", columns=len(steps), names=labels, **look)
+    ends, middles, groups = borders(groups)
+    for end in ends:  # in each panel, also while it is empty
+        figure.add_hline(y=end, line={"color": theme.NEUTRAL, "width": 1}, exclude_empty_subplots=False)
+    ticks = {"tickvals": middles, "ticktext": groups} if len(groups) > 1 else {}
+    return figure.update_yaxes(showgrid=False, autorange="reversed", **ticks)
 
 
 def draw_matrix(matrix: pd.DataFrame, samples: pd.DataFrame) -> "go.Figure":
     """Distances between samples, ordered by group, at three steps."""
-    import plotly.graph_objects as go
-
-    steps = list(dict.fromkeys(matrix["step"]))
-    shown = np.union1d(matrix["sample"], matrix["other"])
-    place = {sample: at for at, sample in enumerate(shown)}
-    group = samples.set_index("sample")["group"]
-    names = [str(group[sample]) for sample in shown]
-    figure = panels(
-        theme.figure(title="How far samples' pathways differ; blocks are groups", x="sample", y=""), steps
-    )
-    rows = [f"{names[at]}, {samples.set_index('sample')['row'][sample]}" for at, sample in enumerate(shown)]
-    for col, step in enumerate(steps, start=1):
-        own = matrix[matrix["step"] == step]
-        cells = np.zeros((len(shown), len(shown)))
-        one, other = (own[column].map(place).to_numpy() for column in ("sample", "other"))
-        cells[one, other] = cells[other, one] = own["distance"]
-        figure.add_trace(
-            go.Heatmap(
-                z=cells, coloraxis="coloraxis",
-                customdata=np.array([[theme.verbatim(each)] * len(rows) for each in rows]),
-                hovertemplate="%{customdata}: %{z:.3f}<extra></extra>",
-            ),
-            row=1, col=col,
+    known = samples.set_index("sample").loc[np.union1d(matrix["sample"], matrix["other"])]
+    groups, title = known["group"].astype(str).tolist(), "How far samples' pathways differ; blocks are groups"
+    figure = step_panels(title, "sample", list(dict.fromkeys(matrix["step"])), groups)
+    labels = [theme.verbatim(f"{group}, {row}") for group, row in zip(groups, known["row"], strict=True)]
+    for col, (_, part) in enumerate(matrix.groupby("step", sort=False), start=1):
+        half = part.pivot(index="sample", columns="other", values="distance")
+        half = half.reindex(index=known.index, columns=known.index).fillna(0.0)
+        figure.add_heatmap(
+            z=np.maximum(half, half.T), text=[[label] * len(labels) for label in labels], row=1, col=col,
+            coloraxis="coloraxis", hovertemplate="%{text}: %{z:.3f}<extra></extra>",
         )  # fmt: skip
-    grouped(figure, names)
-    for end in borders(names)[0]:
+    for end in borders(groups)[0]:
         figure.add_vline(x=end, line={"color": theme.NEUTRAL, "width": 1})
-    figure.update_xaxes(showgrid=False, showticklabels=False, title="sample")
-    bar = {"title": {"text": "edits / longer pathway"}}
-    return figure.update_layout(height=420, coloraxis={"cmin": 0, "cmax": 1, "colorbar": bar})
+    figure.update_xaxes(showgrid=False, showticklabels=False)
+    return figure.update_layout(coloraxis={"cmin": 0, "cmax": 1, "colorbar": {"title": {"text": DISTANCE}}})
 
 
 def hues(count: int) -> list[str]:
-    """Colours for so many experts, neighbours far apart in hue and in turn light and dark."""
-    return [f"hsl({(place * 137.5) % 360:.0f}, 60%, {(42, 66)[place % 2]}%)" for place in range(count)]
+    """Colours of experts, neighbours far apart in hue and in turn light and dark."""
+    return [f"hsl({(i * 137.5) % 360:.0f}, 60%, {(42, 66)[i % 2]}%)" for i in range(count)]
 
 
 def draw_routes(routes: pd.DataFrame, samples: pd.DataFrame) -> "go.Figure":
     """The expert that gets most of each sample in each layer, at three steps."""
-    import plotly.graph_objects as go
-
-    steps, layers = (list(dict.fromkeys(routes[column])) for column in ("step", "layer"))
-    shown = list(dict.fromkeys(routes["sample"]))
-    group = samples.set_index("sample")["group"]
-    experts = int(routes["expert"].max()) + 1
-    colors = hues(experts)
-    scale = [(edge / experts, colors[place]) for place in range(experts) for edge in (place, place + 1)]
-    figure = panels(
-        theme.figure(title="Which expert gets most of each sample, layer by layer", x="layer", y=""), steps
-    )
+    steps, shown = (list(dict.fromkeys(routes[column])) for column in ("step", "sample"))
+    groups = samples.set_index("sample")["group"].loc[shown].astype(str).tolist()
+    figure = step_panels("Which expert gets most of each sample, layer by layer", "layer", steps, groups)
     for col, step in enumerate(steps, start=1):
-        own = routes[routes["step"] == step]
-        wide = {
-            column: own.pivot(index="sample", columns="layer", values=column).loc[shown, layers].to_numpy()
-            for column in ("expert", "share", "kept")
-        }
-        figure.add_trace(
-            go.Heatmap(
-                z=wide["expert"], x=[f"{layer:g}" for layer in layers], coloraxis="coloraxis",
-                customdata=np.stack([wide["share"], wide["kept"]], axis=2),
-                hovertemplate="sample %{y}, layer %{x}: expert %{z} has %{customdata[0]:.2f} of it; "
-                "%{customdata[1]} experts are kept<extra></extra>",
-            ),
-            row=1, col=col,
-        )  # fmt: skip
-    grouped(figure, [str(group[sample]) for sample in shown])
-    figure.update_xaxes(type="category", showgrid=False, title="layer")
-    few = {"tickvals": list(range(experts))} if experts <= 16 else {}
-    axis = {"cmin": -0.5, "cmax": experts - 0.5, "colorscale": scale, "colorbar": {"title": "expert", **few}}
-    return figure.update_layout(height=460, coloraxis=axis)
+        part = routes[routes["step"] == step]
+        hover = "sample {sample}, layer {x}: expert {z} has {share:.2f} of it; {kept} experts are kept"
+        look: dict[str, Any] = {"rows": shown, "panel": (1, col), "coloraxis": "coloraxis"}
+        heat(figure, part, "layer", "sample", "expert", hover, **look)
+    # Samples by their place, as the names of groups are.
+    figure.update_traces(y=None).update_yaxes(type="linear")
+    count = int(routes["expert"].max()) + 1
+    scale = [(edge / count, color) for i, color in enumerate(hues(count)) for edge in (i, i + 1)]
+    bar = {"title": {"text": "expert"}, **({"tickvals": list(range(count))} if count <= 16 else {})}
+    axis = {"cmin": -0.5, "cmax": count - 0.5, "colorscale": scale, "colorbar": bar}
+    return figure.update_layout(coloraxis=axis, height=460)
 
 
 def draw_drift(samples: pd.DataFrame, steps: pd.DataFrame) -> "go.Figure":
     """How far each sample's pathway moved from the first checkpoint to the last."""
-    import plotly.graph_objects as go
-
-    first, last = (f"{steps['step'].iloc[place]:g}" for place in (0, -1))
-    figure = theme.figure(
-        title=f"How far pathways moved from step {first} to step {last}; 0 is not at all",
-        x="edits / longer pathway, of one sample at the two checkpoints", y="samples",
-    )  # fmt: skip
-    names = list(dict.fromkeys(samples["group"]))
-    parts = [(name, samples[samples["group"] == name]) for name in names]
-    if not 1 < len(names) <= APART:
-        parts = [("samples", samples)]
-    bins = {"start": 0, "end": 1.0 + 1e-9, "size": 0.05}
-    for place, (name, own) in enumerate(parts):
-        figure.add_trace(
-            go.Histogram(
-                x=own["drift"], name=theme.verbatim(name), xbins=bins,
-                marker={"color": theme.COLORWAY[place], "line": {"color": "white", "width": 1}},
-                hovertemplate=f"{theme.verbatim(name)}: %{{y}} samples in %{{x}}<extra></extra>",
-            )
-        )  # fmt: skip
-    theme.threshold(figure, f"mean {samples['drift'].mean():.2f}", x=float(samples["drift"].mean()))
-    figure.update_xaxes(range=[0, 1.02])
-    return figure.update_layout(
-        height=380, barmode="stack", showlegend=len(parts) > 1, legend_traceorder="normal"
-    )
+    first, *_, last = names(steps["step"])
+    title = f"How far pathways moved from step {first} to step {last}; 0 is not at all"
+    figure = theme.figure(title, f"{DISTANCE}, of one sample at the two checkpoints", "samples")
+    parts: dict[Any, pd.DataFrame] = dict(list(samples.groupby("group", sort=False)))
+    parts = parts if 1 < len(parts) <= APART else {"samples": samples}
+    for (name, part), color in zip(parts.items(), theme.COLORWAY, strict=False):
+        bins, edge = {"start": 0, "end": 1.0 + 1e-9, "size": 0.05}, {"color": "white", "width": 1}
+        figure.add_histogram(x=part["drift"], name=theme.verbatim(name), xbins=bins, marker_color=color,
+                             marker_line=edge, hovertemplate="%{y} samples in %{x}")  # fmt: skip
+    mean = float(samples["drift"].mean())
+    theme.threshold(figure, f"mean {mean:.2f}", x=mean).update_xaxes(range=[0, 1.02])
+    return figure.update_layout(barmode="stack", showlegend=len(parts) > 1, legend_traceorder="normal")

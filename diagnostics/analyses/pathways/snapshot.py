@@ -1,4 +1,4 @@
-"""What one checkpoint's routes say of its samples, seen through their pathways."""
+"""Pathway statistics of one checkpoint."""
 
 import math
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from diagnostics.analyses.pathways.statistics import (
 
 @dataclass(frozen=True, kw_only=True)
 class PathwaySettings:
-    """What the tables are to say; the attributes are explained at `grokking_pathways`."""
+    """Parameters of the tables; see `grokking_pathways`."""
 
     weights: Literal["full", "top"]
     tau: float
@@ -37,41 +37,41 @@ class PathwaySettings:
 
 
 class Snapshot:
-    """One checkpoint's routes, seen through pathways; distances are kept only where they are needed again."""
+    """Pathway statistics of one checkpoint; the matrix of distances is kept only if asked for."""
 
     def __init__(
-        self, record: Record, samples: Samples, ask: PathwaySettings, *, workers: int, keep: bool = False
+        self, record: Record, samples: Samples, settings: PathwaySettings, *, workers: int, keep: bool = False
     ):
-        self.record, self.samples, self.ask, self.workers = record, samples, ask, workers
+        self.record, self.samples, self.settings, self.workers = record, samples, settings, workers
         groups = samples.groups
-        self.weights = record.routes.select(ask.weights)
-        self.pathways = pathway.pathways(self.weights, ask.tau)
-        self.words = self.pathways.words(ask.alphabet)
-        self.lengths = pathway.lengths(self.words)
-        raw = pathway.distances(self.words, workers=workers)
+        self.weights = record.routes.select(settings.weights)
+        self.pathways = pathway.pathways(self.weights, settings.tau)
+        self.strings = self.pathways.strings(settings.alphabet)
+        self.lengths = pathway.lengths(self.strings)
+        raw = pathway.distances(self.strings, workers=workers)
         share = raw / pathway.longer(self.lengths, self.lengths)
         self._kept = share.astype(np.float32) if keep else None
         self.pairs, self.raw = pairs(share, groups), pairs(raw.astype(float), groups)
-        self.of_groups = pairs_of_groups(share, groups)
-        self.p, self.p_of_groups = gap_p(share, groups, permutations=ask.permutations, seed=ask.seed)
+        self.by_group = pairs_of_groups(share, groups)
+        self.p, self.p_by_group = gap_p(share, groups, permutations=settings.permutations, seed=settings.seed)
         self.own = own_distance(share, groups)
-        self.raw_of_groups = [each.within.value for each in pairs_of_groups(raw.astype(float), groups)]
+        self.raw_by_group = [pair.within.value for pair in pairs_of_groups(raw.astype(float), groups)]
         self.cosines = pathway.cosines(self.weights, record.routers)
-        layers, nothing = self.weights.shape[1], np.full(len(groups), math.nan)
-        self.smooth = pathway.smoothness(self.cosines) if layers > 1 else nothing
-        self.rough = pathway.gp_inconsistency(self.cosines) if layers > 2 else nothing
+        layers, undefined = self.weights.shape[1], np.full(len(groups), math.nan)
+        self.smooth = pathway.smoothness(self.cosines) if layers > 1 else undefined
+        self.rough = pathway.gp_inconsistency(self.cosines) if layers > 2 else undefined
         self.entropies = pathway.entropies(self.weights)
 
     def share(self) -> Float[np.ndarray, "samples samples"]:
-        """The matrix of distances, each over the longer pathway."""
+        """Distances between all samples, over the longer pathway."""
         if self._kept is not None:
             return self._kept.astype(float)
-        raw = pathway.distances(self.words, workers=self.workers)
+        raw = pathway.distances(self.strings, workers=self.workers)
         return raw / pathway.longer(self.lengths, self.lengths)
 
     @cached_property
     def estimates(self) -> dict[str, SampleStatistic]:
-        """The numbers that are followed, by name."""
+        """The statistics that are followed over the run, by name."""
         groups, record = self.samples.groups, self.record
         return {
             "distance": self.pairs.within,
@@ -88,28 +88,29 @@ class Snapshot:
     def held_out(self) -> SampleStatistic:
         """The metric of the held-out rows."""
         rows = np.zeros(len(self.record.held_nats), dtype=np.int64)
-        if self.ask.metric == "accuracy":
+        if self.settings.metric == "accuracy":
             return mean(self.record.held_right, rows)
         return mean(self.record.held_nats, rows, self.record.held_units)
 
     @cached_property
     def layers(self) -> list[tuple[Pairs, float, float]]:
-        """Of each layer its pairs, its effective dimension and its mean cosine with the next layer."""
-        groups, found = self.samples.groups, []
+        """For each layer the distances of pairs, its effective dimension and its mean cosine with the "
+        "next."""
+        groups, statistics = self.samples.groups, []
         for layer in range(self.weights.shape[1]):
-            words = self.pathways.words(self.ask.alphabet, layer)
-            lengths = pathway.lengths(words)
-            share = pathway.distances(words, workers=self.workers) / pathway.longer(lengths, lengths)
+            strings = self.pathways.strings(self.settings.alphabet, layer)
+            lengths = pathway.lengths(strings)
+            share = pathway.distances(strings, workers=self.workers) / pathway.longer(lengths, lengths)
             ahead = self.cosines[:, layer].mean() if layer < self.cosines.shape[1] else math.nan
             dimension = pathway.effective_dimension(self.weights[:, layer])
-            found.append((pairs(share, groups), dimension, float(ahead)))
-        return found
+            statistics.append((pairs(share, groups), dimension, float(ahead)))
+        return statistics
 
 
 def own_distance(
     share: Float[np.ndarray, "samples samples"], groups: Int[np.ndarray, " samples"]
 ) -> Float[np.ndarray, " samples"]:
-    """Mean distance of each sample to the others of its group; NaN of one that is alone."""
+    """Mean distance of each sample to the others of its group; NaN for a single one."""
     same = groups[:, None] == groups
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray(np.where(same, share, 0).sum(axis=1) / (same.sum(axis=1) - 1))

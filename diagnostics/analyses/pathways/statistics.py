@@ -1,8 +1,8 @@
-"""How sure the numbers about pathways are, and when samples were memorised.
+"""Statistics of pathway distances with their errors, permutation tests, and dates of memorisation.
 
-Pairs of samples share samples, so that they are not independent: the mean over pairs is a U-statistic, and
-its standard error comes from what each single sample contributes to it. Contributions of the same samples at
-two checkpoints are subtracted, so that a change is judged in pairs. Samples are drawn group by group.
+Pairs of samples are not independent: the mean over pairs is a U-statistic, and its standard error comes from
+the influence of each sample. Influences at two checkpoints are subtracted, so that changes are tested in
+pairs. Samples are drawn group by group.
 """
 
 import math
@@ -16,11 +16,11 @@ from jaxtyping import Float, Int
 
 from diagnostics.numerics.estimates import Estimate
 
-# Checkpoints below which no correlation is given (ours: the paper's own seem to rest on 4 to 6).
+# The fewest checkpoints for a correlation (ours: the paper's seem to rest on 4 to 6).
 LEAST = 6
-# Share of samples that are to be memorised before the last checkpoint, from which the paper takes epsilon.
+# The paper chooses epsilon so that this share of samples is memorised before the last checkpoint.
 WANTED = (0.20, 0.25)
-# The highest epsilon that is tried: the paper tries 1.5 to 2.0.
+# The highest epsilon tried; the paper tries 1.5 to 2.0.
 HIGHEST = 2.0
 Labels = Int[np.ndarray, " samples"]
 Matrix = Float[np.ndarray, "samples samples"]
@@ -61,7 +61,7 @@ class SampleStatistic:
 
     @property
     def _centred(self) -> Float[np.ndarray, " samples"]:
-        """Contributions without the mean of their group."""
+        """Influence minus its mean in each group."""
         counts = np.maximum(np.bincount(self.groups), 1)
         return self.influence - (np.bincount(self.groups, self.influence) / counts)[self.groups]
 
@@ -75,7 +75,7 @@ class SampleStatistic:
 def mean(
     values: Float[np.ndarray, " samples"], groups: Labels, units: Float[np.ndarray, " samples"] | None = None
 ) -> SampleStatistic:
-    """Mean of values, or their sum over that of units; samples with NaN do not count."""
+    """Mean of values, or their sum over that of units; NaN values are left out."""
     known = ~np.isnan(values)
     weights = known.astype(float) if units is None else np.where(known, units, 0.0)
     total = weights.sum()
@@ -87,7 +87,7 @@ def mean(
 
 
 class Pairs(NamedTuple):
-    """Mean distances between the two samples of a pair.
+    """Mean distances over pairs of samples.
 
     Attributes:
         within: pairs of one group; NaN where no group has two samples.
@@ -102,10 +102,10 @@ class Pairs(NamedTuple):
     overall: SampleStatistic
 
 
-def pairs(found: Matrix, groups: Labels) -> Pairs:
-    """What a matrix of distances, with 0 between a sample and itself, says of groups; pairs count alike."""
+def pairs(distances: Matrix, groups: Labels) -> Pairs:
+    """Mean distances within and between groups, all pairs counting equally; the diagonal is 0."""
     hot = _hot(groups)
-    sums, counts = found @ hot, hot.sum(axis=0)
+    sums, counts = distances @ hot, hot.sum(axis=0)
     rows = np.arange(len(groups))
     own, others = sums[rows, groups], sums.sum(axis=1)
     inside = counts[groups] - 1
@@ -113,11 +113,11 @@ def pairs(found: Matrix, groups: Labels) -> Pairs:
     return _pairs((own, inside), (others - own, outside), groups)
 
 
-def pairs_of_groups(found: Matrix, groups: Labels) -> list[Pairs]:
-    """The same of each group: pairs in it, and pairs of one of its samples with one of another group."""
+def pairs_of_groups(distances: Matrix, groups: Labels) -> list[Pairs]:
+    """`pairs` for each group: pairs in it, and pairs of its samples with other groups."""
     hot = _hot(groups)
-    sums, counts = found @ hot, hot.sum(axis=0)
-    made = []
+    sums, counts = distances @ hot, hot.sum(axis=0)
+    by_group = []
     for group, count in enumerate(counts):
         own = groups == group
         inside = np.where(own, sums[:, group], 0.0), np.where(own, count - 1, 0.0)
@@ -125,8 +125,8 @@ def pairs_of_groups(found: Matrix, groups: Labels) -> list[Pairs]:
             np.where(own, sums.sum(axis=1) - sums[:, group], sums[:, group]),
             np.where(own, len(groups) - count, count),
         )
-        made.append(_pairs(inside, outside, groups))
-    return made
+        by_group.append(_pairs(inside, outside, groups))
+    return by_group
 
 
 Rows = tuple[Float[np.ndarray, " samples"], Float[np.ndarray, " samples"]]
@@ -141,12 +141,12 @@ def _pairs(inside: Rows, outside: Rows, groups: Labels) -> Pairs:
 def _mean_of_pairs(
     sums: Float[np.ndarray, " samples"], counts: Float[np.ndarray, " samples"], groups: Labels
 ) -> SampleStatistic:
-    """Mean over pairs, from the sum and the number of those that each sample is in."""
+    """Mean over pairs, from each sample's sum and number of pairs."""
     count = counts.sum() / 2
     if not count:
         return SampleStatistic(value=math.nan, influence=np.full(len(sums), math.nan), groups=groups)
     value = float(sums.sum() / 2 / count)
-    # Hájek's projection: a sample moves the mean by what its own pairs are off, over all pairs.
+    # Hájek projection: the deviation of a sample's pairs, over all pairs.
     return SampleStatistic(value=value, influence=(sums - value * counts) / count, groups=groups)
 
 
@@ -155,36 +155,37 @@ def _hot(labels: Int[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape kinds"]
 
 
 def gap_p(
-    found: Matrix, groups: Labels, *, permutations: int, seed: int
+    distances: Matrix, groups: Labels, *, permutations: int, seed: int
 ) -> tuple[float, Float[np.ndarray, " kinds"]]:
-    """How often shuffled labels give a gap at least as large: of all groups, and of each against others.
+    """Permutation p-values of the gap: over all groups, and of each group against the others.
 
-    One-sided, never 0; NaN without a gap. Of the difference between two checkpoints' distances it tests
-    whether the gap widened.
+    One-sided, never 0; NaN without a gap. For the difference of two checkpoints' distances it tests whether
+    the gap widened. All gaps share their permutations, which scipy's `permutation_test` of one statistic
+    cannot.
     """
     counts = np.bincount(groups).astype(float)
     n, kinds = len(groups), len(counts)
     inside, outside = counts * (counts - 1) / 2, counts * (n - counts)
     generator = np.random.default_rng(seed)
-    sums = found.sum(axis=1)
+    sums = distances.sum(axis=1)
 
     def gaps(labels: Int[np.ndarray, "samples draws"]) -> Float[np.ndarray, "draws gaps"]:
         hot = _hot(labels).reshape(n, -1)
-        within = ((found @ hot) * hot).sum(axis=0).reshape(-1, kinds) / 2
+        within = ((distances @ hot) * hot).sum(axis=0).reshape(-1, kinds) / 2
         across = (sums @ hot).reshape(-1, kinds) - 2 * within
         with np.errstate(invalid="ignore", divide="ignore"):
-            each = across / outside - within / inside
+            single = across / outside - within / inside
             overall = across.sum(axis=1) / outside.sum() - within.sum(axis=1) / inside.sum()
-        return np.column_stack([overall, each])
+        return np.column_stack([overall, single])
 
-    own = gaps(groups[:, None])[0]
+    observed = gaps(groups[:, None])[0]
     size = max(1, 2**22 // (n * kinds))
     reached = np.zeros(1 + kinds)
     for start in range(0, permutations, size):
         draws = min(size, permutations - start)
         labels = np.stack([generator.permutation(groups) for _ in range(draws)], axis=1)
-        reached += (gaps(labels) >= own - 1e-12).sum(axis=0)
-    p = np.where(np.isnan(own), math.nan, (1 + reached) / (1 + permutations))
+        reached += (gaps(labels) >= observed - 1e-12).sum(axis=0)
+    p = np.where(np.isnan(observed), math.nan, (1 + reached) / (1 + permutations))
     return float(p[0]), p[1:]
 
 
@@ -195,19 +196,18 @@ def memorised_at(
 ) -> Int[np.ndarray, " samples"]:
     """The first checkpoint from which on a sample's loss stays at most epsilon and within delta of its last.
 
-    Counted from 0; as many as there are checkpoints where the last loss is above epsilon or not a number.
+    Counted from 0; the number of checkpoints if the last loss is above epsilon or NaN.
     Source: arXiv:2506.21551, delta 0.05.
     """
     held = (losses <= epsilon) & (np.abs(losses - losses[-1]) <= delta)
-    from_here = np.logical_and.accumulate(held[::-1], axis=0)[::-1]
-    return np.where(from_here.any(axis=0), from_here.argmax(axis=0), len(losses))
+    for_good = np.logical_and.accumulate(held[::-1], axis=0)[::-1]
+    return np.where(for_good.any(axis=0), for_good.argmax(axis=0), len(losses))
 
 
 def chosen_epsilon(losses: Float[np.ndarray, "steps samples"], delta: float = 0.05) -> tuple[float, float]:
-    """The epsilon with which 20 to 25 % of samples are memorised before the last checkpoint, and that share.
+    """The smallest epsilon with 20 to 25 % of samples memorised before the last checkpoint, and that share.
 
-    From the paper's grid of 0.1, here up to 2; the smallest of those that serve. Where none does it is the
-    one whose share comes nearest.
+    From the paper's grid of 0.1, here up to 2; the one with the nearest share where none fits.
     """
     last = len(losses) - 1
     low, high = WANTED
@@ -226,36 +226,34 @@ def halfway(
     values: Float[np.ndarray, " steps"],
     drawn: Float[np.ndarray, "draws steps"],
 ) -> Estimate:
-    """The step at which a number has made half of its way from the first to the last, for good.
+    """The step from which on a value has made at least half of its change from first to last.
 
-    Linear between checkpoints. The interval holds 95 % of the redrawn ones, and always both checkpoints
-    between which it lies: what happens between these was not seen.
+    Linear between checkpoints. The interval holds 95 % of the bootstrap draws, and both neighbouring
+    checkpoints, between which nothing was seen.
 
     Args:
-        drawn: the values with samples drawn anew.
+        drawn: bootstrap draws of the values.
     """
     at = np.asarray(steps, dtype=float)
-    place, own = _crossing(at, values[None])
-    _, others = _crossing(at, drawn)
-    low, high = np.quantile(others, [0.025, 0.975])
-    before, after = at[place[0]], at[min(place[0] + 1, len(at) - 1)]
-    return Estimate(float(own[0]), float(min(low, before)), float(max(high, after)))
+    index, step = _crossing(at, values[None])
+    low, high = np.quantile(_crossing(at, drawn)[1], [0.025, 0.975])
+    before, after = at[index[0]], at[min(index[0] + 1, len(at) - 1)]
+    return Estimate(float(step[0]), float(min(low, before)), float(max(high, after)))
 
 
 def _crossing(
     at: Float[np.ndarray, " steps"], values: Float[np.ndarray, "draws steps"]
 ) -> tuple[Int[np.ndarray, " draws"], Float[np.ndarray, " draws"]]:
-    """The last checkpoint before half of the way is made for good, and the step at which it is."""
-    way = values[:, -1:] - values[:, :1]
+    """The last checkpoint with less than half of the change, and the step at which half is reached."""
+    change = values[:, -1:] - values[:, :1]
     with np.errstate(invalid="ignore", divide="ignore"):
-        made = np.where(way == 0, 0.0, (values - values[:, :1]) / way)
-    made[:, -1] = 1.0
-    # The last checkpoint that has not made half of it.
-    place = made.shape[1] - 1 - (made[:, ::-1] < 0.5).argmax(axis=1)
-    rows = np.arange(len(made))
-    one, two = made[rows, place], made[rows, place + 1]
-    part = (0.5 - one) / (two - one)
-    return place, at[place] + part * (at[place + 1] - at[place])
+        share = np.where(change == 0, 0.0, (values - values[:, :1]) / change)
+    share[:, -1] = 1.0
+    index = share.shape[1] - 1 - (share[:, ::-1] < 0.5).argmax(axis=1)
+    rows = np.arange(len(share))
+    before, after = share[rows, index], share[rows, index + 1]
+    part = (0.5 - before) / (after - before)
+    return index, at[index] + part * (at[index + 1] - at[index])
 
 
 def redrawn(
@@ -266,23 +264,24 @@ def redrawn(
     groups = statistics[0].groups
     influence = np.stack([statistic._centred for statistic in statistics], axis=1)
     values = np.array([statistic.value for statistic in statistics])
-    found = np.tile(values, (draws, 1))
+    drawn = np.tile(values, (draws, 1))
     for group in np.unique(groups):
-        own = np.flatnonzero(groups == group)
-        # More than one of them spread by n / (n − 1) less when drawn from themselves.
-        scale = math.sqrt(len(own) / (len(own) - 1)) if len(own) > 1 else 0.0
-        copies = generator.multinomial(len(own), np.full(len(own), 1 / len(own)), size=draws) - 1.0
-        found += scale * copies @ influence[own]
-    return found
+        members = np.flatnonzero(groups == group)
+        n = len(members)
+        scale = math.sqrt(n / (n - 1)) if n > 1 else 0.0  # corrects the bootstrap's bias of the variance
+        copies = generator.multinomial(n, np.full(n, 1 / n), size=draws) - 1.0
+        drawn += scale * copies @ influence[members]
+    return drawn
 
 
 class Correlation(NamedTuple):
-    """How two numbers go together over checkpoints; all but `points` NaN where it is withheld.
+    """Correlation of two values over checkpoints; all but `points` are NaN where it is withheld.
 
     Attributes:
         points: checkpoints at which both are known.
-        p: two-sided, of the rank correlation, by shuffling checkpoints: it takes them to be independent,
-            which those of one run are not, so that it is too small.
+        p: two-sided permutation p-value of the rank correlation. It takes checkpoints to be independent,
+            which
+            those of one run are not: it is too small.
     """
 
     points: int
@@ -305,16 +304,15 @@ def correlation(
     from diagnostics.numerics.rank_correlation import correlation as pearson
     from diagnostics.numerics.rank_correlation import permutation_p
 
-    one, two = x, y
+    first, second = x, y
     if lag > 0:
-        one, two = one[:-lag], two[lag:]
+        first, second = first[:-lag], second[lag:]
     elif lag < 0:
-        one, two = one[-lag:], two[:lag]
-    known = ~(np.isnan(one) | np.isnan(two))
-    one, two = one[known], two[known]
-    withheld = Correlation(len(one), math.nan, math.nan, math.nan)
-    if len(one) < LEAST or not np.ptp(one) or not np.ptp(two):
-        return withheld
-    ranks = np.asarray(rankdata(one), dtype=float), np.asarray(rankdata(two), dtype=float)
-    p = permutation_p(*ranks, permutations, np.random.default_rng(seed))
-    return Correlation(len(one), pearson(one, two), pearson(*ranks), p)
+        first, second = first[-lag:], second[:lag]
+    known = ~(np.isnan(first) | np.isnan(second))
+    first, second = first[known], second[known]
+    if len(first) < LEAST or not np.ptp(first) or not np.ptp(second):
+        return Correlation(len(first), math.nan, math.nan, math.nan)
+    x, y = (np.asarray(rankdata(values), dtype=float) for values in (first, second))
+    p = permutation_p(x, y, permutations, np.random.default_rng(seed))
+    return Correlation(len(first), pearson(first, second), pearson(x, y), p)

@@ -15,9 +15,9 @@ from diagnostics.numerics.estimates import UNDEFINED, Estimate
 if TYPE_CHECKING:
     import pandas as pd
 
-# Samples that pictures of single samples show.
+# Most samples in figures of single samples.
 SHOWN = 96
-# What the paper's table 1 gives over checkpoints, as Spearman correlations with test accuracy.
+# Spearman correlations with test accuracy over checkpoints, from the paper's table 1.
 PAPER = {"distance": (-0.975, -0.928), "consistency": (0.949, 0.986), "loss": (-0.211, 0.949)}
 LAGS = (-2, -1, 0, 1, 2)
 
@@ -39,58 +39,59 @@ def tables(run: RoutingRun) -> "dict[str, pd.DataFrame]":
 
 
 def judged(run: RoutingRun) -> "pd.DataFrame":
-    """One row: the verdict in words, why, and the steps that it speaks of."""
+    """One row: the verdict, its reason, and the steps of memorisation and turn."""
     import pandas as pd
 
     memorised, turn, held = (step or UNDEFINED for step in (run.memorised_step, run.turn, run.held_out_turn))
     row = {
         "verdict": run.verdict, "why": run.why, "since": run.steps[run.since],
         "until": run.steps[run.last], "memorised": memorised.value, "memorised_low": memorised.low,
-        "memorised_high": memorised.high, "memorised_share": run.share_memorised,
+        "memorised_high": memorised.high, "memorised_share": run.memorised_share,
         "turn": turn.value, "turn_low": turn.low, "turn_high": turn.high, "held_out_turn": held.value,
-        "held_out_turn_low": held.low, "held_out_turn_high": held.high, "metric": run.ask.metric,
+        "held_out_turn_low": held.low, "held_out_turn_high": held.high, "metric": run.settings.metric,
     }  # fmt: skip
     return pd.DataFrame([row])
 
 
 def by_step(run: RoutingRun) -> "pd.DataFrame":
-    """A row a checkpoint: the means of all samples."""
+    """One row a checkpoint: means over all samples."""
     import pandas as pd
 
     rows = []
-    for place, look in enumerate(run.looks):
-        made = {name: statistic.estimate for name, statistic in look.estimates.items()}
-        known = look.rough[~np.isnan(look.rough)]
-        share = float((run.memorised <= place).mean()) if run.samples.trained else math.nan
+    for index, snapshot in enumerate(run.snapshots):
+        estimates = {name: statistic.estimate for name, statistic in snapshot.estimates.items()}
+        share = float((run.memorised <= index).mean()) if run.samples.trained else math.nan
         rows.append(
             {
-                "step": run.steps[place], "label": run.labels[place],
-                "samples": len(run.samples.groups), **spread("distance", made["distance"]),
-                "consistency": made["consistency"].value, "loss": made["loss"].value,
-                "held_out": made["held_out"].value, "between": look.pairs.between.value,
-                "overall": look.pairs.overall.value, **spread("gap", made["gap"]), "gap_p": look.p,
-                "distance_raw": made["distance_raw"].value, "distance_raw_se": made["distance_raw"].error,
-                "length": made["length"].value,
-                **bounds("consistency", made["consistency"]),
-                "gp_inconsistency": float(np.median(known)) if len(known) else math.nan,
-                "gp_undefined": int(np.isnan(look.rough).sum()),
-                "entropy": made["entropy"].value,
-                "effective_dimension": float(np.mean([each[1] for each in look.layers])),
+                "step": run.steps[index], "label": run.labels[index],
+                "samples": len(run.samples.groups), **spread("distance", estimates["distance"]),
+                "consistency": estimates["consistency"].value, "loss": estimates["loss"].value,
+                "held_out": estimates["held_out"].value, "between": snapshot.pairs.between.value,
+                "overall": snapshot.pairs.overall.value, **spread("gap", estimates["gap"]),
+                "gap_p": snapshot.p,
+                "distance_raw": estimates["distance_raw"].value,
+                "distance_raw_se": estimates["distance_raw"].error,
+                "length": estimates["length"].value,
+                **bounds("consistency", estimates["consistency"]),
+                "gp_inconsistency": median(snapshot.rough),
+                "gp_undefined": int(np.isnan(snapshot.rough).sum()),
+                "entropy": estimates["entropy"].value,
+                "effective_dimension": float(np.mean([dimension for _, dimension, _ in snapshot.layers])),
                 "memorised": share,
-                **bounds("loss", made["loss"]),
-                **bounds("held_out", made["held_out"]),
+                **bounds("loss", estimates["loss"]),
+                **bounds("held_out", estimates["held_out"]),
             }
         )  # fmt: skip
     return pd.DataFrame(rows)
 
 
 def by_change(run: RoutingRun) -> "pd.DataFrame":
-    """A row a number: what it was at `since` and at the last checkpoint, with a paired interval."""
+    """One row a quantity: its values at `since` and at the last checkpoint, and the paired change."""
     import pandas as pd
 
     rows = []
     for name, change in run.changes.items():
-        before, after = (run.looks[place].estimates[name].value for place in (run.since, run.last))
+        before, after = (run.snapshots[index].estimates[name].value for index in (run.since, run.last))
         estimate = change.estimate
         rows.append(
             {
@@ -104,24 +105,26 @@ def by_change(run: RoutingRun) -> "pd.DataFrame":
 
 
 def correlations(run: RoutingRun) -> "pd.DataFrame":
-    """A row a number and a lag: how it goes with the held-out metric that many checkpoints later.
+    """One row a quantity and lag: its correlation with the held-out metric that many checkpoints later.
 
-    A held-out loss counts with its sign turned, so that more is better. `changes` are of the differences
-    between one checkpoint and the next, which two trends alone do not correlate.
+    A held-out loss counts with its sign flipped, so that higher is better. `changes` correlates differences
+    of consecutive checkpoints, in which common trends do not show.
     """
     import pandas as pd
 
-    looks = run.looks[run.since :]
-    sign = 1 if run.ask.metric == "accuracy" else -1
-    held = [sign * look.held_out.value for look in looks]
-    series = {name: [look.estimates[name].value for look in looks] for name in run.changes}
-    series["gp_inconsistency"] = [median(look.rough) for look in looks]
+    snapshots = run.snapshots[run.since :]
+    sign = 1 if run.settings.metric == "accuracy" else -1
+    held = [sign * snapshot.held_out.value for snapshot in snapshots]
+    series = {name: [snapshot.estimates[name].value for snapshot in snapshots] for name in run.changes}
+    series["gp_inconsistency"] = [median(snapshot.rough) for snapshot in snapshots]
     rows = []
     for name, values in series.items():
         for of in ("levels", "changes"):
             for lag in LAGS if name != "held_out" else ():
-                one, two = (np.diff(each) if of == "changes" else np.asarray(each) for each in (values, held))
-                found = correlation(one, two, lag=lag, permutations=run.ask.permutations, seed=run.ask.seed)
+                compared = (np.diff(each) if of == "changes" else np.asarray(each) for each in (values, held))
+                found = correlation(
+                    *compared, lag=lag, permutations=run.settings.permutations, seed=run.settings.seed
+                )
                 paper = PAPER.get(name, (math.nan, math.nan)) if of == "levels" and not lag else None
                 low, high = paper or (math.nan, math.nan)
                 rows.append(
@@ -135,53 +138,54 @@ def correlations(run: RoutingRun) -> "pd.DataFrame":
 
 
 def at_once(correlations: "pd.DataFrame") -> dict[str, dict[Hashable, Any]]:
-    """The rows of levels without a lag, by what is followed."""
+    """The rows of levels without a lag, by quantity."""
     now = correlations[(correlations["lag"] == 0) & (correlations["of"] == "levels")]
     return {row["quantity"]: row for row in now.to_dict("records")}
 
 
 def by_group(run: RoutingRun) -> "pd.DataFrame":
-    """A row a group and checkpoint."""
+    """One row a group and checkpoint."""
     import pandas as pd
 
     rows = []
-    for place, look in enumerate(run.looks):
+    for index, snapshot in enumerate(run.snapshots):
         for group, name in enumerate(run.samples.names):
-            own = run.samples.groups == group
-            found = look.of_groups[group]
+            members = run.samples.groups == group
+            distances = snapshot.by_group[group]
             trained = run.samples.trained
             rows.append(
                 {
-                    "group": name, "step": run.steps[place], "samples": int(own.sum()),
-                    **spread("distance", found.within.estimate), "between": found.between.value,
-                    **spread("gap", found.gap.estimate), "gap_p": float(look.p_of_groups[group]),
-                    "distance_raw": look.raw_of_groups[group],
-                    "length": float(look.lengths[own].mean()),
-                    "consistency": float(np.mean(look.smooth[own])),
-                    "gp_inconsistency": median(look.rough[own]),
-                    "entropy": float(look.entropies[own].mean()),
-                    "loss": mean(look.record.nats[own], np.zeros(own.sum(), dtype=np.int64),
-                                 look.record.units[own]).value,
+                    "group": name, "step": run.steps[index], "samples": int(members.sum()),
+                    **spread("distance", distances.within.estimate), "between": distances.between.value,
+                    **spread("gap", distances.gap.estimate), "gap_p": float(snapshot.p_by_group[group]),
+                    "distance_raw": snapshot.raw_by_group[group],
+                    "length": float(snapshot.lengths[members].mean()),
+                    "consistency": float(np.mean(snapshot.smooth[members])),
+                    "gp_inconsistency": median(snapshot.rough[members]),
+                    "entropy": float(snapshot.entropies[members].mean()),
+                    "loss": mean(snapshot.record.nats[members], np.zeros(members.sum(), dtype=np.int64),
+                                 snapshot.record.units[members]).value,
                     "epsilon": run.epsilon.get(name, math.nan),
-                    "memorised": float((run.memorised[own] <= place).mean()) if trained else math.nan,
+                    "memorised": float((run.memorised[members] <= index).mean()) if trained else math.nan,
                 }
             )  # fmt: skip
     return pd.DataFrame(rows)
 
 
 def by_layer(run: RoutingRun) -> "pd.DataFrame":
-    """A row a layer with experts and checkpoint; its distances do not add up to those of whole pathways."""
+    """One row a layer with experts and checkpoint; its distances do not add up to those of pathways."""
     import pandas as pd
 
     rows = []
-    for place, look in enumerate(run.looks):
-        for at, (found, dimension, ahead) in enumerate(look.layers):
+    for index, snapshot in enumerate(run.snapshots):
+        for at, (distances, dimension, ahead) in enumerate(snapshot.layers):
             rows.append(
                 {
-                    "layer": look.record.routes.layers[at], "step": run.steps[place],
-                    **spread("distance", found.within.estimate), "between": found.between.value,
-                    **spread("gap", found.gap.estimate), "length": float(look.pathways.kept[:, at].mean()),
-                    "entropy": float(look.entropies[:, at].mean()), "effective_dimension": dimension,
+                    "layer": snapshot.record.routes.layers[at], "step": run.steps[index],
+                    **spread("distance", distances.within.estimate), "between": distances.between.value,
+                    **spread("gap", distances.gap.estimate),
+                    "length": float(snapshot.pathways.kept[:, at].mean()),
+                    "entropy": float(snapshot.entropies[:, at].mean()), "effective_dimension": dimension,
                     "cosine_ahead": ahead,
                 }
             )  # fmt: skip
@@ -189,23 +193,23 @@ def by_layer(run: RoutingRun) -> "pd.DataFrame":
 
 
 def by_sample(run: RoutingRun) -> "pd.DataFrame":
-    """A row a sample: when it was memorised, and how far its pathway moved from first to last."""
+    """One row a sample: its step of memorisation, and the drift of its pathway."""
     import pandas as pd
 
     raw, drift = run.drifts()
-    at = [run.steps[place] if place <= run.last else math.nan for place in run.memorised]
+    at = [run.steps[index] if index <= run.last else math.nan for index in run.memorised]
     return pd.DataFrame(
         {
             "sample": np.arange(len(raw)), "row": list(run.samples.rows),
             "group": [run.samples.names[group] for group in run.samples.groups],
-            "tokens": run.looks[0].record.routes.tokens, "memorised_step": at, "drift": drift,
+            "tokens": run.snapshots[0].record.routes.tokens, "memorised_step": at, "drift": drift,
             "drift_raw": raw,
         }
     )  # fmt: skip
 
 
 def by_value(run: RoutingRun) -> "pd.DataFrame":
-    """A row a sample and checkpoint."""
+    """One row a sample and checkpoint."""
     import pandas as pd
 
     names = [run.samples.names[group] for group in run.samples.groups]
@@ -213,133 +217,133 @@ def by_value(run: RoutingRun) -> "pd.DataFrame":
         [
             pd.DataFrame(
                 {
-                    "sample": np.arange(len(names)), "group": names, "step": run.steps[place],
-                    "loss": run.losses[place], "length": look.lengths, "distance": look.own,
-                    "consistency": look.smooth, "gp_inconsistency": look.rough,
-                    "entropy": look.entropies.mean(axis=1),
+                    "sample": np.arange(len(names)), "group": names, "step": run.steps[index],
+                    "loss": run.losses[index], "length": snapshot.lengths, "distance": snapshot.own,
+                    "consistency": snapshot.smooth, "gp_inconsistency": snapshot.rough,
+                    "entropy": snapshot.entropies.mean(axis=1),
                 }
             )
-            for place, look in enumerate(run.looks)
+            for index, snapshot in enumerate(run.snapshots)
         ],
         ignore_index=True,
     )  # fmt: skip
 
 
 def moments(run: RoutingRun) -> list[int]:
-    """The checkpoints at which single samples are shown: the first, `since` or the middle, the last."""
+    """The checkpoints shown sample by sample: the first, `since` or the middle, the last."""
     middle = run.since if 0 < run.since < run.last else run.last // 2
     return sorted({0, middle, run.last})
 
 
 def shown(run: RoutingRun) -> Int[np.ndarray, " shown"]:
-    """The samples that are shown, as many of each group as there is room for, in order."""
+    """The samples shown in figures: at most `SHOWN`, equally many of each group."""
     groups = run.samples.groups
     rank = np.concatenate([np.arange(count) for count in np.bincount(groups)])
     return np.sort(np.lexsort((groups, rank))[:SHOWN])
 
 
 def matrix(run: RoutingRun) -> "pd.DataFrame":
-    """A row a pair of shown samples at a shown checkpoint: the share in which their pathways differ."""
+    """One row a pair of shown samples and shown checkpoint: the distance of their pathways."""
     import pandas as pd
 
     at = shown(run)
-    one, other = np.triu_indices(len(at), 1)
-    made = []
-    for place in moments(run):
-        look = run.looks[place]
-        words, lengths = [look.words[sample] for sample in at], look.lengths[at]
-        share = pathway.distances(words) / pathway.longer(lengths, lengths)
-        made.append(
+    first, second = np.triu_indices(len(at), 1)
+    parts = []
+    for index in moments(run):
+        snapshot = run.snapshots[index]
+        strings, lengths = [snapshot.strings[sample] for sample in at], snapshot.lengths[at]
+        share = pathway.distances(strings) / pathway.longer(lengths, lengths)
+        parts.append(
             pd.DataFrame(
                 {
-                    "step": run.steps[place], "sample": at[one], "other": at[other],
-                    "distance": share[one, other],
+                    "step": run.steps[index], "sample": at[first], "other": at[second],
+                    "distance": share[first, second],
                 }
             )
         )  # fmt: skip
-    return pd.concat(made, ignore_index=True)
+    return pd.concat(parts, ignore_index=True)
 
 
 def routes(run: RoutingRun) -> "pd.DataFrame":
-    """A row a shown sample, layer and shown checkpoint: the expert that gets most of it, and its share."""
+    """One row a shown sample, layer and shown checkpoint: its top expert and that expert's share."""
     import pandas as pd
 
-    at, made = shown(run), []
-    for place in moments(run):
-        look = run.looks[place]
-        weights = look.weights[at]
-        layers = np.array(look.record.routes.layers)
+    at, parts = shown(run), []
+    for index in moments(run):
+        snapshot = run.snapshots[index]
+        weights = snapshot.weights[at]
+        layers = np.array(snapshot.record.routes.layers)
         shares = weights.max(axis=2) / weights.sum(axis=2)
-        made.append(
+        parts.append(
             pd.DataFrame(
                 {
-                    "step": run.steps[place], "sample": np.repeat(at, len(layers)),
+                    "step": run.steps[index], "sample": np.repeat(at, len(layers)),
                     "layer": np.tile(layers, len(at)),
-                    "expert": look.pathways.order[at, :, 0].ravel(), "share": shares.ravel(),
-                    "kept": look.pathways.kept[at].ravel(),
+                    "expert": snapshot.pathways.order[at, :, 0].ravel(), "share": shares.ravel(),
+                    "kept": snapshot.pathways.kept[at].ravel(),
                 }
             )
         )  # fmt: skip
-    return pd.concat(made, ignore_index=True)
+    return pd.concat(parts, ignore_index=True)
 
 
 # --- numbers ---
 
 
 def metrics(run: RoutingRun, tables: "Mapping[str, pd.DataFrame]") -> dict[str, float | int]:
-    """The numbers that a policy may judge; what is withheld is left out."""
-    found: dict[str, Any] = {}
-    if len(run.looks) > 2 and run.verdict != "withheld":
-        found |= {
+    """The metrics; withheld ones are left out."""
+    values: dict[str, Any] = {}
+    if len(run.snapshots) > 2 and run.verdict != "withheld":
+        values |= {
             "reorganising": int(run.verdict == "reorganising after memorisation"),
             "drift_without_signal": int(run.verdict == "routing drift without a generalisation signal"),
         }
-    for name, placed in (("memorised", run.memorised_step), ("turn", run.turn),
+    for name, step in (("memorised", run.memorised_step), ("turn", run.turn),
                          ("held_out_turn", run.held_out_turn)):  # fmt: skip
-        if placed is not None:
-            found |= {f"{name}_step": placed.value, **bounds(f"{name}_step", placed)}
+        if step is not None:
+            values |= {f"{name}_step": step.value, **bounds(f"{name}_step", step)}
     now = at_once(tables["correlations"])
     for name in ("distance", "consistency", "gap", "loss"):
-        found |= {f"{kind}_{name}": now[name][kind] for kind in ("spearman", "pearson")}
+        values |= {f"{kind}_{name}": now[name][kind] for kind in ("spearman", "pearson")}
     for name in ("distance", "gap", "consistency", "loss", "held_out"):
         change = run.changes[name].estimate
         unit = "_nats" if name == "loss" else ""
-        found |= {
-            f"{name}_first{unit}": run.looks[0].estimates[name].value,
-            f"{name}_last{unit}": run.looks[run.last].estimates[name].value,
+        values |= {
+            f"{name}_first{unit}": run.snapshots[0].estimates[name].value,
+            f"{name}_last{unit}": run.snapshots[run.last].estimates[name].value,
             f"{name}_change{unit}": change.value,
             f"{name}_change_low{unit}": change.low,
             f"{name}_change_high{unit}": change.high,
         }
     drift = mean(run.drifts()[1], run.samples.groups).estimate
-    found |= {
-        "gap_p": run.looks[run.last].p, "gap_change_p": run.widened_p,
-        "memorised_share": run.share_memorised, "drift": drift.value, **bounds("drift", drift),
-        "checkpoints": len(run.looks), "since_step": run.steps[run.since],
+    values |= {
+        "gap_p": run.snapshots[run.last].p, "gap_change_p": run.widened_p,
+        "memorised_share": run.memorised_share, "drift": drift.value, **bounds("drift", drift),
+        "checkpoints": len(run.snapshots), "since_step": run.steps[run.since],
         "points": int(now["distance"]["points"]), "samples": len(run.samples.groups),
-        "groups": len(run.samples.names), "layers": run.looks[0].weights.shape[1],
-        "experts": run.looks[0].weights.shape[2], "top_k": run.looks[0].record.routes.top_k,
-        "rows_task": len(run.looks[0].record.held_nats),
-        "gp_undefined": int(sum(np.isnan(look.rough).sum() for look in run.looks)),
+        "groups": len(run.samples.names), "layers": run.snapshots[0].weights.shape[1],
+        "experts": run.snapshots[0].weights.shape[2], "top_k": run.snapshots[0].record.routes.top_k,
+        "rows_task": len(run.snapshots[0].record.held_nats),
+        "gp_undefined": int(sum(np.isnan(snapshot.rough).sum() for snapshot in run.snapshots)),
     }  # fmt: skip
     return {
         name: value if isinstance(value, int) else float(value)
-        for name, value in found.items()
+        for name, value in values.items()
         if not math.isnan(value)
     }
 
 
-def spread(name: str, made: Estimate) -> dict[str, float]:
+def spread(name: str, estimate: Estimate) -> dict[str, float]:
     """An estimate with its standard error and interval, as columns."""
-    return {name: made.value, f"{name}_se": made.error, **bounds(name, made)}
+    return {name: estimate.value, f"{name}_se": estimate.error, **bounds(name, estimate)}
 
 
-def bounds(name: str, made: Estimate) -> dict[str, float]:
+def bounds(name: str, estimate: Estimate) -> dict[str, float]:
     """The interval of an estimate, as columns."""
-    return {f"{name}_low": made.low, f"{name}_high": made.high}
+    return {f"{name}_low": estimate.low, f"{name}_high": estimate.high}
 
 
 def median(values: Float[np.ndarray, " samples"]) -> float:
-    """Of those that are known; NaN of none."""
+    """Median without NaN; NaN if all are."""
     known = values[~np.isnan(values)]
     return float(np.median(known)) if len(known) else math.nan

@@ -11,6 +11,7 @@ rule is ours); arXiv:2302.07011 (the measures); arXiv:2109.01903 (the path).
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -35,12 +36,13 @@ from diagnostics.analyses.sharpness.layer_sharpness import (
 )
 from diagnostics.analyses.sharpness.remedies import remedies, remedy_rows
 from diagnostics.analyses.sharpness.tables import Flags, layer_table, metrics_of, notes_of, with_sharpness
-from diagnostics.core.analysis import Result, analysis
+from diagnostics.core.analysis import DeviceTest, Result, analysis
+from diagnostics.core.row_options import RowOptions
 from diagnostics.evaluation import loss_curves
 from diagnostics.evaluation.interpolation import (
     ALPHAS,
+    HALF_DTYPES,
     PathEvaluator,
-    Which,
     check_alphas,
     is_half,
     model_notes,
@@ -48,7 +50,7 @@ from diagnostics.evaluation.interpolation import (
     pinned_note,
     set_rows,
 )
-from diagnostics.evaluation.sets import sets_of
+from diagnostics.evaluation.sets import SetKey, encode_sets, load_sets
 from probes import CheckpointPair
 from probes.errors import InputError
 from probes.models.interpolated import InterpolatedModel, Layer
@@ -118,6 +120,21 @@ def draw(result: Result) -> "dict[str, go.Figure]":
     draw=draw,
     summary=summary,
     metrics=METRICS,
+    device_test=DeviceTest(
+        parameters={
+            "alphas": (0.0, 0.5, 1.0),
+            "layer_alphas": (0.5,),
+            "sharpness_alphas": (1.0,),
+            "rhos": (0.5,),
+            "steps": 3,
+            "batches": 1,
+            "batch_rows": 8,
+            "rows": 24,
+            "curvature": False,
+        },
+        absolute={"layers": 0},
+        relative={"sharpness_tuned": 0.05, "average_tuned": 0.05},
+    ),
 )
 def layer_sharpness(
     pair: CheckpointPair,
@@ -143,12 +160,7 @@ def layer_sharpness(
     sharpen: Literal["screened", "all"] = "screened",
     curvature: bool = True,
     rows: int = 256,
-    max_length: int | None = None,
-    chat_template: bool = False,
-    batch_tokens: int = 16384,
-    trust_remote_code: bool = False,
-    device: str = "cpu",
-    dtype: str | None = "float32",
+    options: RowOptions = RowOptions(dtype="float32"),
     seed: int = 0,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Result:
@@ -182,12 +194,8 @@ def layer_sharpness(
             radii and alphas; all: every layer at all of them.
         curvature: cross-check with the Hessian of the first batch, for the flagged layers and two others.
         rows: most rows of a set, drawn at random.
-        max_length: most tokens of a row; None: what the model takes.
-        chat_template: texts and prompts are a user's messages.
-        batch_tokens: most tokens in a pass; changes no result.
-        trust_remote_code: run code that a repository brings.
-        device: where the model runs.
-        dtype: of the model. Not half precision: there a small step changes no weight.
+        options: how rows are read and how models run on them.
+        dtype: of the model. Half precision is run as float32: in half precision small steps change no weight.
         seed: of rows, starts and random moves.
         progress: called with (done, total, what).
 
@@ -236,18 +244,22 @@ def layer_sharpness(
         raise InputError(f"sharpen is {sharpen!r}; it is 'screened' or 'all'")
     radii = _checked(rhos, rho, norm, steps, starts, pairs, batches, batch_rows)
     sharp_alphas = check_alphas(sharpness_alphas, least=2)
-    with TwoSidedModel(pair, device=device, dtype=dtype, trust_remote_code=trust_remote_code) as host:
+    asked = (options.dtype or "").removeprefix("torch.")
+    if asked in HALF_DTYPES:
+        options = replace(options, dtype="float32")
+    with TwoSidedModel(pair, **options.of_models) as host:
         interpolated, notes = InterpolatedModel(host), model_notes(pair, host.model)
+        if asked in HALF_DTYPES:
+            notes.append(f"The model was run in float32: in {asked} small perturbations change no weight.")
         if is_half(host.model):
             raise InputError(
                 "sharpness: in half precision small perturbations change no weight; set sharpness.dtype to "
                 "float32"
             )
-        given = {"task": task, "keep": keep, "ood": ood}
-        sets = sets_of(
-            given, host.editable, purpose="sharpness", max_length=max_length, chat_template=chat_template,
-            batch_tokens=batch_tokens, rows=rows, seed=seed,
-        )  # fmt: skip
+        loaded = load_sets(
+            {"task": task, "keep": keep, "ood": ood}, least=2, purpose="sharpness", rows=rows, seed=seed
+        )
+        sets = encode_sets(host.editable, loaded, **options.of_rows)
         evaluator = PathEvaluator(interpolated, sets, progress)
         evaluator.measure(grid)
         on = evaluator.role("ood") or evaluator.role("task")
@@ -270,8 +282,8 @@ def layer_sharpness(
         flagged = [path.layer for path, flag in zip(measured, flags.stragglers, strict=True) if flag]
         remedied: list[dict[str, Any]] = []
         if flagged:
-            options = remedies(interpolated, pair, flagged)
-            remedied, remedy_notes = remedy_rows(evaluator, options, sorted({0.5, worst, 1.0}))
+            candidates = remedies(interpolated, pair, flagged)
+            remedied, remedy_notes = remedy_rows(evaluator, candidates, sorted({0.5, worst, 1.0}))
             notes += remedy_notes
         spectra = []
         if curvature:
@@ -335,7 +347,7 @@ def _checked(
 
 
 # A batch of rows, in a form that workers take: its set and the indices of its rows.
-BatchKey: TypeAlias = tuple[Which, tuple[int, ...]]
+BatchKey: TypeAlias = tuple[SetKey, tuple[int, ...]]
 
 
 def _task_batches(evaluator: PathEvaluator, batches: int, size: int, seed: int) -> list[BatchKey]:
@@ -345,7 +357,7 @@ def _task_batches(evaluator: PathEvaluator, batches: int, size: int, seed: int) 
     return [(set_of[id(batch.objective)], batch.rows) for batch in drawn]
 
 
-def _objective(evaluator: PathEvaluator, which: Which) -> Objective:
+def _objective(evaluator: PathEvaluator, which: SetKey) -> Objective:
     return Objective(evaluator.sets[which], tokens=evaluator.sets[which].batch_tokens)
 
 
@@ -384,7 +396,7 @@ def _sharpness(
         for index, (alpha, call) in enumerate(plan)
     )  # fmt: skip
     by_alpha: dict[float, list[BatchSharpness]] = {}
-    for index, ((alpha, _), values) in enumerate(zip(plan, evaluator.each(calls), strict=True)):
+    for index, ((alpha, _), values) in enumerate(zip(plan, evaluator.run(calls), strict=True)):
         by_alpha.setdefault(alpha, []).append(values)
         evaluator.tell(sum(steps[: index + 1]), sum(steps), f"sharpness at alpha {alpha:g}")
     return [
@@ -408,11 +420,12 @@ def _batch_sharpness(
     total: int,
 ) -> BatchSharpness:
     """Sharpness at one α on one batch, in this process or on a worker."""
-    evaluator.forget()
-    evaluator.walk.place(alpha)
+    evaluator.clear_prefix()
+    evaluator.interpolated.place(alpha)
     which, rows = batch
+    perturbed = [layer for layer in evaluator.interpolated.layers if layer.index in layers]
     return batch_sharpness(
-        evaluator.walk.model, [layer for layer in evaluator.walk.layers if layer.index in layers],
+        evaluator.interpolated.model, perturbed,
         RowBatch(_objective(evaluator, which), rows), number, settings, whole=whole, radii=radii,
         report=lambda count, name: evaluator.tell(done + count, total, f"sharpness of {name}"),
     )  # fmt: skip
@@ -432,7 +445,7 @@ def _curvature(
         for alpha, layer in plan
     )
     rows: list[dict[str, Any]] = []
-    for done, ((alpha, layer), result) in enumerate(zip(plan, evaluator.each(calls), strict=True)):
+    for done, ((alpha, layer), result) in enumerate(zip(plan, evaluator.run(calls), strict=True)):
         if isinstance(result, str):
             notes.append(f"Curvature was not measured: the model cannot be differentiated twice ({result}).")
             return rows
@@ -447,16 +460,16 @@ def _spectrum(
     """The spectrum of one layer at one α, in this process or on a worker; or why torch refuses it."""
     import torch
 
-    evaluator.walk.place(alpha)
+    evaluator.interpolated.place(alpha)
     which, rows = batch
-    (layer,) = (candidate for candidate in evaluator.walk.layers if candidate.index == index)
+    (layer,) = (candidate for candidate in evaluator.interpolated.layers if candidate.index == index)
     with (
-        logits_normalised(evaluator.walk.model, settings.normalise),
+        logits_normalised(evaluator.interpolated.model, settings.normalise),
         PerturbedWeights(settings.parameters(layer), adaptive=settings.adaptive) as weights,
     ):
         try:
             return spectrum(
-                HessianProduct(evaluator.walk.model, evaluator.sets[which], rows, weights).product,
+                HessianProduct(evaluator.interpolated.model, evaluator.sets[which], rows, weights).product,
                 weights.zero,
                 generator=torch.Generator().manual_seed(settings.seed),
             )

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from diagnostics.analyses.sharpness.stragglers import ScreenedLayer
 from diagnostics.evaluation import loss_curves
-from diagnostics.evaluation.interpolation import PathEvaluator, Which
+from diagnostics.evaluation.interpolation import PathEvaluator
+from diagnostics.evaluation.sets import SetKey
 from diagnostics.numerics.estimates import UNDEFINED, Estimate, combined
 from probes.models.interpolated import InterpolatedModel, Layer
 
@@ -58,7 +59,7 @@ class LayerPaths:
     def __init__(
         self,
         evaluator: PathEvaluator,
-        on: Sequence[Which],
+        on: Sequence[SetKey],
         alphas: Sequence[float],
         *,
         draws: int = 4,
@@ -96,7 +97,7 @@ class LayerPaths:
         Args:
             worst: the α at which layers are pinned.
         """
-        layers, inside = self.evaluator.walk.layers, self.alphas[1:-1]
+        layers, inside = self.evaluator.interpolated.layers, self.alphas[1:-1]
         measure = partial(_layer_losses, on=self.on, cached=self.cached, seed=self.seed)
         plan: list[tuple[float, Layer, partial[list[LossesByRow]]]] = []
         for anchor, alphas, draws in (
@@ -111,12 +112,12 @@ class LayerPaths:
                 for layer in layers
             ]
         losses: dict[tuple[float, int], Nats] = {}
-        results = self.evaluator.each(call for _, _, call in plan)
+        results = self.evaluator.run(call for _, _, call in plan)
         for done, ((anchor, layer, _), rows) in enumerate(zip(plan, results, strict=True)):
             losses[anchor, layer.index] = np.stack([self._filled(sets) for sets in rows])
             where = {1.0: "from tuned", 0.0: "from base"}.get(anchor, "pinned")
             self.evaluator.tell(done + 1, len(plan), f"{layer.name} {where}")
-        self.evaluator.forget()
+        self.evaluator.clear_prefix()
         base, tuned, between = self.path(0.0)[None], self.path(1.0)[None], len(inside)
         return [
             LayerPath(
@@ -127,7 +128,7 @@ class LayerPaths:
                 displacement=norms[0], size=norms[1],
             )
             for layer in layers
-            for away, norms in ((losses[1.0, layer.index], self.evaluator.walk.displacement(layer)),)
+            for away, norms in ((losses[1.0, layer.index], self.evaluator.interpolated.displacement(layer)),)
         ]  # fmt: skip
 
     def screened(self, path: LayerPath, worst: float) -> ScreenedLayer:
@@ -198,10 +199,10 @@ class LayerPaths:
 
     def _cache_is_exact(self) -> bool:
         """Whether a loss from cached blocks equals that of a full pass, bit for bit."""
-        self.evaluator.walk.place(1.0)
-        last = self.evaluator.walk.layers[-1].index
+        self.evaluator.interpolated.place(1.0)
+        last = self.evaluator.interpolated.layers[-1].index
         cached = [self._filled(_current_losses(self.evaluator, self.on, last, 1.0)) for _ in range(2)]
-        self.evaluator.forget()
+        self.evaluator.clear_prefix()
         return all(np.array_equal(self.path(1.0), nats) for nats in cached)
 
 
@@ -211,7 +212,7 @@ class LayerPaths:
 def _layer_losses(
     evaluator: PathEvaluator,
     *,
-    on: Sequence[Which],
+    on: Sequence[SetKey],
     cached: bool,
     seed: int,
     anchor: float,
@@ -223,26 +224,26 @@ def _layer_losses(
     prefix = anchor if cached else None
     losses = []
     for alpha in alphas:
-        evaluator.walk.place(anchor, {layer: alpha})
+        evaluator.interpolated.place(anchor, {layer: alpha})
         losses.append(_current_losses(evaluator, on, layer, prefix))
-    evaluator.walk.place(anchor)
-    (moved,) = (candidate for candidate in evaluator.walk.layers if candidate.index == layer)
+    evaluator.interpolated.place(anchor)
+    (moved,) = (candidate for candidate in evaluator.interpolated.layers if candidate.index == layer)
     for draw in range(draws):
-        with evaluator.walk.changed(moved, _noise(evaluator.walk, layer, seed, draw)):
+        with evaluator.interpolated.changed(moved, _noise(evaluator.interpolated, layer, seed, draw)):
             losses.append(_current_losses(evaluator, on, layer, prefix))
     return losses
 
 
 def _current_losses(
-    evaluator: PathEvaluator, on: Sequence[Which], layer: int, prefix: float | None
+    evaluator: PathEvaluator, on: Sequence[SetKey], layer: int, prefix: float | None
 ) -> LossesByRow:
     """Nats by row at the model's current weights.
 
     Args:
         prefix: α of the cached blocks before the layer; None: they are run again.
     """
-    with nullcontext() if prefix is None else evaluator.behind(layer, prefix):
-        return [evaluator.here(which) for which in on]
+    with nullcontext() if prefix is None else evaluator.prefix_cached(layer, prefix):
+        return [evaluator.current_rows(which) for which in on]
 
 
 def _noise(walk: InterpolatedModel, layer: int, seed: int, draw: int) -> Callable[[str, Tensor], Tensor]:

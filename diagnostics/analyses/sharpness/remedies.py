@@ -168,7 +168,7 @@ def remedy_rows(
             continue
         for alpha in alphas:
             with remedy.applied(alpha):
-                current = evaluator.standing()
+                current = evaluator.current_units()
             for (role, name), units in current.items():
                 rows.append(
                     {
@@ -187,7 +187,7 @@ def remedy_rows(
 def same_function(evaluator: PathEvaluator, remedy: Remedy) -> bool:
     """Whether tuned's losses stay the same with the remedy."""
     with remedy.applied(1.0):
-        current = evaluator.standing()
+        current = evaluator.current_units()
     for which, units in current.items():
         tuned = evaluator.at(1.0)[which]
         if units is None or tuned is None or abs(units.loss - tuned.loss) > SAME * max(abs(tuned.loss), 1e-3):

@@ -31,8 +31,9 @@ from diagnostics.analyses.skills.notes import pair_notes, task_notes
 from diagnostics.analyses.skills.search import GradientProgress, Mode, TaskSearch, gradient_count
 from diagnostics.analyses.skills.size_selection import CHECKED, SizeChooser
 from diagnostics.analyses.skills.tables import SkillTables
-from diagnostics.core.analysis import Result, analysis
+from diagnostics.core.analysis import DeviceTest, Result, analysis
 from diagnostics.core.inputs import tasks
+from diagnostics.core.row_options import RowOptions
 from diagnostics.evaluation.row_losses import EncodedTask, encoded
 from probes import CheckpointPair
 from probes.checkpoints.mask_file import Patch
@@ -126,6 +127,10 @@ def draw(result: Result) -> "dict[str, go.Figure]":
     draw=draw,
     summary=summary,
     metrics=METRICS,
+    device_test=DeviceTest(
+        parameters={"search": "movement", "budgets": (0.001, 0.1), "seeds": 1, "draws": 100},
+        absolute={"base_metric": 1 / 24, "tuned_metric": 1 / 24, "region": 0, "entries": 0, "moved": 0},
+    ),
 )
 def skill_localization(
     pair: CheckpointPair,
@@ -144,12 +149,7 @@ def skill_localization(
     splits: tuple[float, ...] = (0.4, 0.2, 0.4),
     seeds: int = 3,
     draws: int = 1000,
-    max_length: int | None = None,
-    chat_template: bool = False,
-    batch_tokens: int = 16384,
-    trust_remote_code: bool = False,
-    device: str = "cpu",
-    dtype: str | None = None,
+    options: RowOptions = RowOptions(),
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Result:
@@ -178,11 +178,7 @@ def skill_localization(
         splits: shares of the rows to search on, to choose the size on, and to report on.
         seeds: searches for the stability; 1: not measured.
         draws: bootstrap draws of the rows, for intervals.
-        max_length: most tokens of a row; None: what the model takes.
-        chat_template: texts and prompts are a user's messages.
-        batch_tokens: most tokens in a batch; changes results by rounding only.
-        trust_remote_code: run code that a repository brings.
-        device, dtype: of the model; None as stored.
+        options: how rows are read and how models run on them.
         seed: of the splits, the batches and the draws.
         progress: called with (gradients taken, about how many in all, what).
 
@@ -237,16 +233,10 @@ def skill_localization(
         if source is not None
         for name, set_rows in tasks(source, role).items()
     }
-    with TwoSidedModel(pair, device=device, dtype=dtype, trust_remote_code=trust_remote_code) as host:
+    with TwoSidedModel(pair, **options.of_models) as host:
 
         def encode(unencoded: Task) -> EncodedTask:
-            return encoded(
-                host.editable,
-                unencoded,
-                max_length=max_length,
-                chat_template=chat_template,
-                batch_tokens=batch_tokens,
-            )
+            return encoded(host.editable, unencoded, **options.of_rows)
 
         encoded_tasks = {name: encode(task_rows) for name, task_rows in by_task.items()}
         encoded_others: dict[Key, EncodedTask] = {key: encode(other) for key, other in others.items()}
@@ -272,7 +262,7 @@ def skill_localization(
                 continue
             objective = None
             if search != "movement":
-                objective = Objective(sets[name, "search"], tokens=batch_tokens)
+                objective = Objective(sets[name, "search"], tokens=options.batch_tokens)
             searcher = TaskSearch(
                 evaluator=evaluator, task=name, mode=search, sizes=sizes, share=candidates, steps=steps,
                 rate=rate, objective=objective, seed=seed, gradients=gradients,

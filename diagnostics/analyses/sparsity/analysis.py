@@ -28,8 +28,9 @@ from diagnostics.analyses.sparsity.masked_finetuning import (
 )
 from diagnostics.analyses.sparsity.notes import curve_verdict, notes
 from diagnostics.analyses.sparsity.tables import SparsityMeasurements
-from diagnostics.core.analysis import Result, analysis
+from diagnostics.core.analysis import DeviceTest, Result, analysis
 from diagnostics.core.inputs import tasks
+from diagnostics.core.row_options import RowOptions
 from diagnostics.evaluation.row_losses import encoded
 from probes import CheckpointPair
 from probes.checkpoints.mask_file import Patch
@@ -126,6 +127,16 @@ def draw(result: Result) -> "dict[str, go.Figure]":
     draw=draw,
     summary=summary,
     metrics=METRICS,
+    device_test=DeviceTest(
+        parameters={
+            "grid": (0.0, 0.3, 0.5, 0.8),
+            "refine": 0.0,
+            "patterns": ("2:4",),
+            "random": False,
+            "draws": 100,
+        },
+        absolute={"value_base": 1 / 60, "value_tuned": 1 / 60, "kappa_at_0_3": 0, "delta_low_at_0_3": 1e-6},
+    ),
 )
 def essential_sparsity(
     pair: CheckpointPair,
@@ -147,12 +158,7 @@ def essential_sparsity(
     finetune_batch: int = 32,
     finetune_share: float = 0.5,
     draws: int = 1000,
-    max_length: int | None = None,
-    chat_template: bool = False,
-    batch_tokens: int = 16384,
-    trust_remote_code: bool = False,
-    device: str = "cpu",
-    dtype: str | None = None,
+    options: RowOptions = RowOptions(),
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Result:
@@ -184,12 +190,7 @@ def essential_sparsity(
         finetune_lr, finetune_batch: AdamW's rate, falling to 0, and rows a step (the paper's, for text).
         finetune_share: share of the task rows to tune on; all is measured on the rest.
         draws: bootstrap draws of the rows, for the intervals (ours).
-        max_length: most tokens of a row; None: what the model takes.
-        chat_template: texts and prompts are a user's messages.
-        batch_tokens: most tokens in a batch; changes no result.
-        trust_remote_code: run code that a repository brings.
-        device: where the model runs.
-        dtype: of the model; None as stored.
+        options: how rows are read and how models run on them.
         seed: of random masks, tuning and draws.
         progress: called with (done, total, what).
 
@@ -246,16 +247,13 @@ def essential_sparsity(
     }
     roles = {role: settings.metric_of(role, sets) for role in dict.fromkeys(role for role, _ in sets)}
     training, sets = split_training_rows(sets, finetune_share, seed) if finetune_steps else (None, sets)
-    encoding: dict[str, Any] = {
-        "max_length": max_length, "chat_template": chat_template, "batch_tokens": batch_tokens,
-    }  # fmt: skip
-    with TwoSidedModel(pair, device=device, dtype=dtype, trust_remote_code=trust_remote_code) as host:
-        encoded_sets = {key: encoded(host.editable, rows, **encoding) for key, rows in sets.items()}
+    with TwoSidedModel(pair, **options.of_models) as host:
+        encoded_sets = {key: encoded(host.editable, rows, **options.of_rows) for key, rows in sets.items()}
         train = None
         if training is not None:
             train = MaskedFinetuning(
-                host, encoded(host.editable, training, **encoding), steps=finetune_steps, lr=finetune_lr,
-                batch_rows=finetune_batch, seed=seed, batch_tokens=batch_tokens,
+                host, encoded(host.editable, training, **options.of_rows), steps=finetune_steps,
+                lr=finetune_lr, batch_rows=finetune_batch, seed=seed, batch_tokens=options.batch_tokens,
             )  # fmt: skip
         cuts = Masks(host, settings.grid, scope=scope, parts=parts, random=random, seed=seed)
         fitting, misfit_notes = cuts.fitting(patterns)

@@ -24,16 +24,14 @@ from diagnostics.analyses.trajectory.tables import (
     trough_rows,
     weight_path,
 )
-from diagnostics.core.analysis import Result, analysis
+from diagnostics.core.analysis import DeviceTest, Result, analysis
 from diagnostics.evaluation.checkpoint_scores import (
     ScoringOptions,
-    Which,
     curves,
     reading_notes,
     scores,
-    sets_of,
 )
-from diagnostics.evaluation.sets import drawn
+from diagnostics.evaluation.sets import SetKey, load_sets
 from diagnostics.execution.workers import checkpoint_runner
 from probes.checkpoints.checkpoint import Checkpoint
 from probes.checkpoints.series import series_of
@@ -115,6 +113,10 @@ def draw(result: Result) -> "dict[str, go.Figure]":
     draw=draw,
     summary=summary,
     metrics=METRICS,
+    device_test=DeviceTest(
+        parameters={"rows": 40},
+        relative={"distance": 1e-4, "inefficiency": 1e-4},
+    ),
 )
 def training_trajectory(
     series: Any,
@@ -125,12 +127,7 @@ def training_trajectory(
     rows: int | None = 2000,
     recovered: float = 0.8,
     settled: float = 0.01,
-    max_length: int | None = None,
-    chat_template: bool = False,
-    batch_tokens: int = 16384,
-    trust_remote_code: bool = False,
-    device: str = "cpu",
-    dtype: str | None = None,
+    options: ScoringOptions = ScoringOptions(),
     seed: int = 0,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Result:
@@ -148,12 +145,7 @@ def training_trajectory(
         rows: most scored rows of a set, drawn at random (ours); None: all.
         recovered: share of a trough to regain that counts as recovered (ours).
         settled: the train metric has settled where it stays within this of its last value (ours).
-        max_length: most tokens of a row; None: what the model takes.
-        chat_template: texts and prompts are a user's messages.
-        batch_tokens: most tokens in a batch; changes no result.
-        trust_remote_code: run code that a repository brings.
-        device: where the models run.
-        dtype: of the models; None as stored.
+        options: how rows are read and how models run on them.
         seed: of the choice of rows.
         progress: called with (done, total, what).
 
@@ -188,16 +180,12 @@ def training_trajectory(
         )
     if rows is not None and rows < 1:
         raise InputError(f"rows is {rows}; it is at least 1")
-    series, given = series_of(series), sets_of({"task": task, "keep": keep, "train": train})
-    sets = {which: drawn(rows_of, rows, seed) for which, rows_of in given.items()}
-    reading = ScoringOptions(
-        max_length=max_length, chat_template=chat_template, batch_tokens=batch_tokens,
-        trust_remote_code=trust_remote_code, device=device, dtype=dtype,
-    )  # fmt: skip
-    measure = partial(_measured, sets=sets, reading=reading)
+    series = series_of(series)
+    sets = load_sets({"task": task, "keep": keep, "train": train}, rows=rows, seed=seed)
+    measure = partial(_measured, sets=sets, reading=options)
     measurements = series.measured(
-        "scores", reading.key(sets), measure, progress, least=(4, "a trajectory"),
-        run_calls=checkpoint_runner(series, device),
+        "scores", options.key(sets), measure, progress, least=(4, "a trajectory"),
+        run_calls=checkpoint_runner(series, options.device),
     )  # fmt: skip
     steps, by_set = np.array(series.steps), curves(measurements, sets)
     notes = [] if series.stepped else ["The steps are unknown: checkpoints are numbered 0, 1, 2 …"]
@@ -228,7 +216,7 @@ def training_trajectory(
 
 
 def _measured(
-    checkpoint: Checkpoint, *, sets: Mapping[Which, Task], reading: ScoringOptions
+    checkpoint: Checkpoint, *, sets: Mapping[SetKey, Task], reading: ScoringOptions
 ) -> Mapping[str, np.ndarray]:
     """The scores of one checkpoint, in this process or on a worker."""
     return scores(reading.open(checkpoint), sets, reading)

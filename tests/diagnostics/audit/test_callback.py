@@ -8,9 +8,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from diagnostics.analyses import sparsification
+from diagnostics.analyses.sparsification import analysis as sparsification
 from diagnostics.audit.callback import AuditCallback
-from diagnostics.core.analysis import REGISTRY, Result
+from diagnostics.core.analysis import Result
+from diagnostics.core.registry import REGISTRY
 from diagnostics.store.audit_store import load
 from probes.checkpoints.series import read_measurement
 

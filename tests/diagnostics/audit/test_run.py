@@ -3,17 +3,21 @@ import json
 import os
 import sys
 import threading
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import joblib
 import pytest
 import torch
 
+from diagnostics.audit.demo import BUNDLED
 from diagnostics.audit.run import audit
+from diagnostics.core import registry as registry_module
 from diagnostics.core.analysis import NotApplicableError, Result
 from diagnostics.core.policy import parse
 from diagnostics.store import keys
 from diagnostics.store.audit_store import load
+from probes.errors import InputError
 from tests.conftest import save_model, weights
 
 
@@ -88,6 +92,50 @@ def test_progress_names_the_analysis(norms, checkpoints, out):
         4,
     )
     assert len(seen) == 4
+
+
+def broken_entry(monkeypatch, name="harmed"):
+    """Announces an analysis whose module is missing."""
+    entry = EntryPoint(name, "no_such_module:measure", "tunescope.analyses")
+    monkeypatch.setattr(
+        registry_module,
+        "entry_points",
+        lambda group, name=None: [entry] if name in (None, entry.name) else [],
+    )
+
+
+def test_an_analysis_that_cannot_be_imported_is_left_out_and_named(norms, checkpoints, out, monkeypatch):
+    broken_entry(monkeypatch)
+    made = audit(*checkpoints, out=out)
+    assert (len(norms), made.exit_code) == (1, 0)
+    assert made.analyses["harmed"].status == "skipped"
+    why = "'harmed' of an unknown package cannot be loaded (ModuleNotFoundError: No module named"
+    assert why in made.analyses["harmed"].reason
+    assert [note for note in made.notes if why in note and note.startswith("Left out: ")]
+
+
+def test_asked_for_by_name_it_is_an_error_of_the_input(norms, checkpoints, out, monkeypatch):
+    broken_entry(monkeypatch)
+    with pytest.raises(InputError, match="'harmed' of an unknown package cannot be loaded"):
+        audit(*checkpoints, out=out, only=["harmed"])
+    assert not norms
+    audit(*checkpoints, out=out, skip=["harmed"])
+
+
+def test_half_precision_of_the_models_is_not_the_arithmetic_of_weights(out):
+    few = {
+        "rows": 16, "batches": 1, "batch_rows": 8, "steps": 2, "pairs": 0, "rhos": (0.5,), "alphas": (0.5,),
+        "layer_alphas": (0.5,), "sharpness_alphas": (1.0,), "curvature": False,
+    }  # fmt: skip
+    made = audit(
+        BUNDLED / "base", BUNDLED / "lora-r1", out=out, only=["intruders", "sharpness"], dtype="bfloat16",
+        settings={"sharpness": few}, task=[BUNDLED / "task.jsonl"], limit=16,
+    )  # fmt: skip
+    assert {name: outcome.status for name, outcome in made.analyses.items() if outcome.result} == {
+        "intruders": "ok", "sharpness": "ok",
+    }  # fmt: skip
+    assert made.results["intruders"].parameters["dtype"] == "float32"
+    assert any("run in float32" in note for note in made.results["sharpness"].notes)
 
 
 # --- judged ---

@@ -3,10 +3,10 @@ import json
 import pytest
 import torch
 
-from diagnostics.analyses import sparsification
+from diagnostics.analyses.sparsification import analysis as sparsification
 from diagnostics.audit.series import series
-from diagnostics.core.analysis import REGISTRY
 from diagnostics.core.policy import parse
+from diagnostics.core.registry import REGISTRY
 from diagnostics.store.audit_store import load
 
 SPARSIFICATION = REGISTRY["sparsification"]

@@ -179,7 +179,7 @@ def test_rows_longer_than_the_context_are_counted_shown_and_read_whole_when_aske
     assert (code in (0, 1), err) == (True, []), err
     told = (
         r"long\.jsonl: 1 of 6 rows longer than the longest sequence and cut, the first at .*long\.jsonl:1",
-        r"1 of 42 rows were cut, and their ends not scored: --set ood\.windows=true reads them to the end",
+        r"1 of 42 rows were cut; --set ood\.windows=true scores them to the end",
     )
     report = (tmp_path / "audit" / "report.html").read_text()
     for message in told:
@@ -228,7 +228,7 @@ def test_tokenizers_that_differ_are_refused_by_the_first_token_that_does(audit, 
 
     edit(changed / "tokenizer.json", swap)
     message = (
-        r"the tokenizers of base and tuned differ: token '.*' is 300 in base and 301 in tuned, so that "
+        r"the tokenizers of base and tuned differ: token '.*' is 300 in base and 301 in tuned, so "
         "ratios of tokens mean nothing; an audit with --approximate compares whole texts, in nats per byte$"
     )
     code, _, err = audit(tuned=changed)
@@ -247,8 +247,8 @@ def test_a_bos_that_base_expects_and_texts_lack_is_said(audit, detect, changed):
     code, out, err = audit(tuned=changed)
     assert (code in (0, 1), err) == (True, [])
     told = (
-        r"note: ood: texts do not begin with '<s>' as base expects, for the tokenizer of tuned does not put "
-        "it there, .*; if tuned was trained with it, save the tokenizer of base with tuned$"
+        r"note: ood: texts do not begin with '<s>' as base expects, because the tokenizer of tuned does "
+        r"not add it\. .*\. If tuned was trained with it, save the tokenizer of base with tuned$"
     )
     assert sum(bool(re.search(told, line)) for line in out) == 1
     code, out, _ = audit("--only", "drift", tuned=changed)

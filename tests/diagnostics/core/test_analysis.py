@@ -1,14 +1,20 @@
+import inspect
 import json
+import re
+import subprocess
 import sys
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diagnostics.core import analysis
-from diagnostics.core.analysis import Result, find, installed, installed_analyses, plain
+from diagnostics.core import registry as registry_module
+from diagnostics.core.analysis import Result, plain
+from diagnostics.core.registry import broken_analyses, find, find_source, installed, installed_analyses
+from diagnostics.core.row_options import RowOptions
 
 
 def nothing(*inputs, **parameters):
@@ -47,6 +53,46 @@ def test_a_metric_that_the_registration_does_not_list_is_a_mistake_of_the_analys
         measure()
 
 
+def reads_rows(pair, *, k: int = 3, options: RowOptions = RowOptions(dtype="float32"), seed: int = 0):
+    """Read rows.
+
+    Args:
+        k: how many.
+        options: how rows are read and how models run on them.
+        dtype: of the model; exact in float64.
+        seed: of the choice.
+    """
+    return Result(metrics={"length": options.max_length or 0}, tables={"a": (options, k, seed)})
+
+
+FIELDS = ["max_length", "chat_template", "batch_tokens", "trust_remote_code", "device", "dtype"]
+
+
+def test_row_options_are_parameters_like_others(register):
+    measured = register("made", reads_rows)
+    record = find("made")
+    assert list(record.parameters) == ["k", *FIELDS, "seed"]
+    assert list(inspect.signature(measured).parameters) == ["pair", "k", *FIELDS, "seed"]
+    assert record.parameters["max_length"].annotation == int | None
+    assert record.describe()["parameters"]["dtype"] == "float32"
+    made = measured("a pair", max_length=64, device="cuda", k=5)
+    assert made.tables["a"] == (RowOptions(max_length=64, device="cuda", dtype="float32"), 5, 0)
+    assert made.parameters == {
+        "k": 5, "max_length": 64, "chat_template": False, "batch_tokens": 16384,
+        "trust_remote_code": False, "dtype": "float32", "seed": 0,
+    }  # fmt: skip
+    with pytest.raises(LookupError, match=f"made has no parameter 'options'; it has: k, {FIELDS[0]}"):
+        measured("a pair", options=RowOptions())
+
+
+def test_every_parameter_is_explained_once_and_the_analysis_may_say_more(register):
+    lines = register("made", reads_rows).__doc__.splitlines()
+    explained = [line.split(":")[0].strip() for line in lines if ": " in line]
+    assert sorted(explained) == sorted(["k", *FIELDS, "seed"])
+    assert "    dtype: of the model; exact in float64." in lines
+    assert "    device: where the model runs." in lines
+
+
 def test_metrics_come_in_the_order_of_the_registration(register):
     given = {"a": 1, "b": 2}
     measure = register(
@@ -70,7 +116,9 @@ def modules(tmp_path, monkeypatch, **sources):
     monkeypatch.syspath_prepend(tmp_path)
     entries = [EntryPoint(name, f"made_{name}", "tunescope.analyses") for name in sources]
     monkeypatch.setattr(
-        analysis, "entry_points", lambda group, name=None: [e for e in entries if name in (None, e.name)]
+        registry_module,
+        "entry_points",
+        lambda group, name=None: [e for e in entries if name in (None, e.name)],
     )
 
 
@@ -90,12 +138,30 @@ def test_finding_one_analysis_imports_only_its_own_module(registry, tmp_path, mo
     assert "made_other" not in sys.modules
 
 
-def test_a_broken_package_is_named_with_the_way_round_it(registry, tmp_path, monkeypatch):
-    modules(tmp_path, monkeypatch, broken="raise RuntimeError('boom')")
-    with pytest.raises(
-        LookupError, match=r"'broken' of .* cannot be loaded \(RuntimeError: boom\).*--skip broken"
-    ):
-        installed_analyses()
+@pytest.mark.parametrize(
+    ("source", "error"),
+    [("raise RuntimeError('boom')", "RuntimeError: boom"), ("import sys; sys.exit(3)", "SystemExit: 3")],
+)
+def test_a_broken_package_is_named_and_the_others_are_there(registry, tmp_path, monkeypatch, source, error):
+    modules(tmp_path, monkeypatch, broken=source, good=REGISTERS.format(name="good"))
+    assert list(installed_analyses()) == ["good"]
+    message = rf"'broken' of .* cannot be loaded \({error}\).*--skip broken"
+    with pytest.raises(LookupError, match=message):
+        find("broken")
+    [(name, why)] = broken_analyses(installed()).items()
+    assert name == "broken"
+    assert re.search(message, why)
+
+
+def test_a_module_is_located_without_running_it_or_its_packages(tmp_path, monkeypatch):
+    (tmp_path / "outer_package" / "inner").mkdir(parents=True)
+    for place in ("outer_package", "outer_package/inner"):
+        (tmp_path / place / "__init__.py").write_text("raise RuntimeError('ran')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert find_source("outer_package.inner").origin == str(tmp_path / "outer_package/inner/__init__.py")
+    assert find_source("outer_package.other") is None
+    assert find_source("outer_package.inner.deeper.still") is None
+    assert find_source("no_such_package.inner") is None
 
 
 def test_an_entry_point_that_registers_another_name_is_refused(registry, tmp_path, monkeypatch):
@@ -163,10 +229,27 @@ def test_everything_that_the_package_exports_is_there():
         _ = diagnostics.nothing
 
 
-def test_every_installed_analysis_is_exported_by_its_function():
+def test_every_analysis_of_ours_is_exported_by_its_function():
     import diagnostics
 
-    functions = [record.function for record in installed_analyses().values()]
-    ours = {each.__name__ for each in functions if each.__module__.startswith("diagnostics.")}
-    assert "intruder_dimensions" in ours
-    assert ours <= set(dir(diagnostics))
+    functions = {
+        name: record.function
+        for name, record in installed_analyses().items()
+        if record.function.__module__.startswith("diagnostics.")
+    }
+    assert "intruders" in functions
+    text = Path(diagnostics.__file__).read_text(encoding="utf-8")
+    for name, function in functions.items():
+        word = function.__name__
+        assert getattr(diagnostics, word) is function
+        line = f"    from diagnostics.analyses.{name} import {word} as {word}"
+        assert line in text.splitlines(), f"under TYPE_CHECKING in diagnostics/__init__.py, add\n{line}"
+
+
+def test_exports_are_listed_without_importing_any():
+    script = (
+        "import sys, diagnostics\nassert 'layer_sharpness' in dir(diagnostics)\n"
+        "print([name for name in sys.modules if name.startswith('diagnostics.')])"
+    )
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert process.stdout == "[]\n"

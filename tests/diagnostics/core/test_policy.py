@@ -1,13 +1,18 @@
 import math
 import re
+import tomllib
+from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diagnostics.core import registry as registry_module
 from diagnostics.core.analysis import Result
 from diagnostics.core.policy import Rule, default_policy, judge, not_measured, parse, verdict
 from diagnostics.core.policy_file import check_names, load_policy
+from diagnostics.core.registry import find_source, modules
 
 ORDER = [None, "warn", "fail"]
 
@@ -194,6 +199,38 @@ def test_a_policy_that_cannot_be_read_is_named(tmp_path):
         load_policy(tmp_path / "nowhere.toml")
     with pytest.raises(ValueError, match=r"policy .*policy.toml: not a TOML file: .*line 1"):
         load_policy(write(tmp_path, "not toml"))
+
+
+def test_the_rules_of_an_analysis_are_in_its_folder(tmp_path, monkeypatch, registry):
+    for name in ("first", "second"):
+        (tmp_path / f"{name}_plugin" / "inner").mkdir(parents=True)
+        (tmp_path / f"{name}_plugin" / "__init__.py").write_text("raise RuntimeError('not to be imported')")
+        (tmp_path / f"{name}_plugin" / "inner" / "__init__.py").touch()
+    rules = "[first.heat]\nwarn = 1\nsource = 'a guess'\n[other.heat]\nwarn = 2\n"
+    (tmp_path / "first_plugin" / "inner" / "policy.toml").write_text(rules)
+    entries = [EntryPoint(n, f"{n}_plugin.inner:f", "tunescope.analyses") for n in ("first", "second")]
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry_module, "entry_points", lambda group: entries)
+    assert default_policy().plain() == {"first": {"heat": {"warn": 1.0, "source": "a guess"}}}
+
+
+def test_rules_of_a_package_that_are_no_toml_are_named(tmp_path, monkeypatch, registry):
+    (tmp_path / "harmed_plugin.py").touch()
+    (tmp_path / "policy.toml").write_text("[harmed")
+    monkeypatch.syspath_prepend(tmp_path)
+    entry = EntryPoint("harmed", "harmed_plugin:f", "tunescope.analyses")
+    monkeypatch.setattr(registry_module, "entry_points", lambda group: [entry])
+    with pytest.raises(ValueError, match=r"policy.toml: not a TOML file: .*; mend or uninstall harmed"):
+        default_policy()
+
+
+def test_each_analysis_brings_rules_of_its_own_alone():
+    files = {
+        name: Path(find_source(module).origin).with_name("policy.toml") for name, module in modules().items()
+    }
+    brought = {name: tomllib.loads(file.read_text()) for name, file in files.items() if file.exists()}
+    assert set(brought) == set(default_policy().rules) >= {"intruders", "trajectory"}
+    assert all(list(tables) == [name] for name, tables in brought.items())
 
 
 def test_every_default_names_its_source_or_says_that_none_is_published():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diagnostics.evaluation.likelihoods import greedy
-from diagnostics.evaluation.paired_texts import TextOptions, answered
+from diagnostics.evaluation.paired_texts import TextOptions, with_greedy_answers
 from probes.text.rows import task_of
 from tests.diagnostics.chains import save_tokenizer
 from tests.probes.runnable import LLAMA, TOKENS, VOCABULARY, make, rows_of
@@ -92,7 +92,9 @@ def test_an_answer_follows_its_question_and_not_the_end_of_the_text(tokenizer, e
     model = make("llama")
     task = task_of([{"prompt": "3:>", "completion": "="}, {"prompt": "A", "completion": "="}])
     assert ending("3:>")["input_ids"][-1] == 0
-    one, two = (answered(model, each, task, TextOptions(longest_answer=5)) for each in (tokenizer, ending))
+    one, two = (
+        with_greedy_answers(model, each, task, TextOptions(longest_answer=5)) for each in (tokenizer, ending)
+    )
     assert one == two
     expected = [likeliest(model, tokenizer(text)["input_ids"], 5) for text in ("3:>", "A")]
     assert [row.completion for row in two[0].rows] == [decoded(tokenizer, each) for each in expected]
@@ -102,11 +104,13 @@ def test_a_question_and_its_answer_fit_into_what_the_model_takes(tokenizer):
     model, long = make("gpt2"), "0123456789" * 3
     context = LLAMA["max_position_embeddings"]
     task = task_of([{"prompt": long, "completion": "="}, {"prompt": "A", "completion": "="}])
-    made, said = answered(model, tokenizer, task, TextOptions(max_length=context, longest_answer=768))
+    made, said = with_greedy_answers(
+        model, tokenizer, task, TextOptions(max_length=context, longest_answer=768)
+    )
     # Of the 32 tokens half are for the answer; of the question its last 16 are read.
     expected = [likeliest(model, tokenizer(text)["input_ids"], 16) for text in (long[-16:], "A")]
     assert [row.completion for row in made.rows] == [decoded(tokenizer, each) for each in expected]
     assert said == [
-        "rows: of 1 of 2 prompts the model saw only the last 16 tokens, to have room for an answer of 16, "
-        "the first at rows:1; a lower longest_answer leaves more"
+        "rows: the model saw only the last 16 tokens of 1 of 2 prompts, to have room for an answer of 16; "
+        "the first is rows:1. A lower longest_answer leaves more room"
     ]

@@ -3,8 +3,6 @@
 from itertools import combinations, pairwise
 
 import numpy as np
-import plotly.graph_objects as go
-import plotly.io as pio
 import pytest
 
 from diagnostics.plotting import theme
@@ -105,16 +103,6 @@ def test_a_diverging_scale_is_nearest_to_the_page_in_its_middle(page):
 
 def test_text_from_a_file_keeps_its_markup_as_characters():
     assert theme.verbatim('<b>"q&k"</b>') == '&lt;b&gt;"q&amp;k"&lt;/b&gt;'
-
-
-def test_a_fading_scale_starts_from_the_page_whatever_its_colour():
-    assert theme.fading("#102030") == [(0.0, "rgba(16, 32, 48, 0.0)"), (1.0, "#102030")]
-
-
-def test_registering_lets_any_figure_ask_for_the_template_by_name():
-    theme.register()
-    assert pio.templates["tunescope"].layout.colorway == theme.COLORWAY
-    assert go.Figure(layout={"template": "tunescope-dark"}).layout.template.layout.paper_bgcolor == "#14181d"
 
 
 def test_a_figure_says_what_is_seen_and_in_which_units():

@@ -43,9 +43,10 @@ def everything(result):
     from diagnostics.analyses.intruders.figures import draw
     from diagnostics.plotting import theme
 
-    name = theme.verbatim(result.tables["matrices"]["matrix"][0])
+    matrix = result.tables["matrices"]["matrix"][0]
+    name = theme.verbatim(matrix)
     many = np.arange(20_000.0)
-    bars = theme.figure(title=f"Bars of {name}", x="matrix", y="norm")
+    bars = theme.figure(title=f"Bars of {matrix}", x="matrix", y="norm")
     dots = theme.figure(title="Many dots", x="step", y="loss (nats per token)")
     theme.threshold(dots, "limit", y=0.5)
     return {

@@ -173,8 +173,8 @@ def test_a_head_that_base_lacks_is_tuneds(tmp_path):
     [
         (torch.tensor([1.0]), "{}", "the entries of w do not go with their values"),
         (torch.tensor([True]), "{}", "the entries of w do not go with their values"),
-        (torch.tensor([1]), "", "what it says of itself is not JSON"),
-        (torch.tensor([1]), "[]", "what it says of itself is not a JSON object"),
+        (torch.tensor([1]), "", "its description is not JSON"),
+        (torch.tensor([1]), "[]", "its description is not a JSON object"),
         (torch.tensor([1]), "[" * 100_000, "is nested too deeply"),
     ],
 )

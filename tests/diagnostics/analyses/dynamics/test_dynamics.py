@@ -236,7 +236,7 @@ def test_a_run_that_only_scales_logits_is_told_and_collapses(tmp_path):
     assert made.metrics["stalled"] == 1
     assert made.metrics["collapse_step"] == 2
     assert [finding.metric for finding in made.findings()] == ["stalled"]
-    assert any("A softmax has collapsed first at step 2 (100% of labels" in note for note in made.notes)
+    assert any("The softmax first collapses at step 2 (at most 100% of labels" in note for note in made.notes)
     assert "100% of labels have a collapsed softmax" in made.summary()
     in_double = training_dynamics(places, ["aaaa"] * 4, ["aaa"] * 2, loss_dtype="float64", **QUICK)
     assert in_double.metrics["collapsed"] == 0
@@ -248,9 +248,9 @@ def test_a_run_that_only_scales_logits_is_told_and_collapses(tmp_path):
 def test_conditions_are_said_and_what_they_exclude_is_left_out(places):
     made = training_dynamics(places[:2], TASK, loss_dtype="bfloat16", linearity=False, kernel=False, **QUICK)
     said = " ".join(made.notes)
-    assert "2 checkpoints show differences, no trend" in said
-    assert "In bfloat16 a softmax counts as collapsed long before it is" in said
-    assert "takes a gradient on rows of the training (--train F)" in said
+    assert "2 checkpoints show differences but no trend" in said
+    assert "In bfloat16 a softmax collapses far earlier" in said
+    assert "it needs a gradient on train rows (--train F)" in said
     assert "(0.05 of their mean length" in said
     assert not {"nlm_unembedding", "nlm_cosine", "logit_scaling", "kernel_cka", "linearity_gap"} & set(
         made.metrics
@@ -356,7 +356,7 @@ def test_checkpoints_without_a_common_tensor_are_said_to_have_none(places, tmp_p
     assert "no tensor is in all 2 checkpoints" in note
     assert not any("gone" in note for note in result.notes)
     assert result.tables["steps"]["movement"].isna().all()
-    assert any("its weights are not those of" in note for note in result.notes)
+    assert any("its weights differ in shape from those of" in note for note in result.notes)
 
 
 @pytest.mark.parametrize("broken", ["tangent_kernel", "first_order"])
@@ -381,7 +381,7 @@ def test_a_failure_while_weights_are_compared_is_not_said_to_be_missing_weights(
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"radius": -0.1}, "radius is -0.1; it is a share of an embedding's length"),
+        ({"radius": -0.1}, "radius is -0.1; it is a share of an embedding's norm"),
         ({"probes": 1}, "probes is 1; it is at least 2"),
         ({"batch": 0}, "batch is 0; it is at least 1"),
         ({"loss_dtype": "int8"}, "loss_dtype is 'int8'; it is one of float32, float64, bfloat16, float16"),

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diagnostics.analyses.dynamics.softmax_collapse import collapsed, margin, scale, summed
+from diagnostics.analyses.dynamics.softmax_collapse import collapsed, margin, scale, summarise
 
 logits = st.lists(st.floats(-20, 20).map(lambda value: round(value, 3)), min_size=2, max_size=8)
 
@@ -51,12 +51,12 @@ def test_a_collapse_onto_another_class_than_the_label_is_told_apart():
         (torch.tensor([[30.0, 0, 0], [30, 0, 0]]), torch.tensor([0, 1])),
         (torch.tensor([[1.0, 0, 0], [0, 1, 0]]), torch.tensor([0, 0])),
     ]
-    made = summed(parts, torch.float32)
+    made = summarise(parts, torch.float32)
     assert (made.labels, made.collapsed, made.collapsed_right) == (4, 0.5, 0.25)
     assert made.margin == pytest.approx((30 - 30 + 1 - 1) / 4)
-    assert summed(parts, torch.float64).collapsed == 0
+    assert summarise(parts, torch.float64).collapsed == 0
 
 
 def test_no_label_at_all_is_said():
     with pytest.raises(ValueError, match="no row has a label"):
-        summed([], torch.float32)
+        summarise([], torch.float32)

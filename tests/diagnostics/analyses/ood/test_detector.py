@@ -141,7 +141,7 @@ def test_a_saved_detector_does_not_decide_whose_code_is_run(fitted, tmp_path):
         ),
         ({}, ["abc"], "rows: has 1 row, and calibrating a detector needs at least 2; give it more"),
         ({"alpha": 1.5}, TASK, "alpha is 1.5; it is a share between 0 and 1"),
-        ({}, 7, "texts are given as a list, and this is int"),
+        ({}, 7, "texts must be a list, and this is int"),
     ],
 )
 def test_what_cannot_calibrate_is_refused(places, parameters, rows, message):

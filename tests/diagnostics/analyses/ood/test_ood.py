@@ -119,7 +119,7 @@ def chain_ratios(tmp_path, base, tuned, contents, **options):
 
 
 def total(text):
-    return text.base.whole.log_likelihood - text.tuned.whole.log_likelihood
+    return text.base.full.log_likelihood - text.tuned.full.log_likelihood
 
 
 def test_a_model_that_is_the_two_symbol_chain_gives_the_closed_form(tmp_path):
@@ -167,7 +167,7 @@ def test_a_long_text_of_a_markov_chain_gives_minus_the_divergence_rate(tmp_path)
     stationary = np.real(vectors[:, np.argmax(np.real(values))])
     stationary /= stationary.sum()
     divergence = float(stationary @ (P * np.log(P / Q)).sum(axis=1))
-    tokens = (text.base.whole.tokens - text.tuned.whole.tokens).astype(float)
+    tokens = (text.base.full.tokens - text.tuned.full.tokens).astype(float)
     blocks = tokens.reshape(50, 100).mean(axis=1)  # of 100 tokens, which are nearly independent
     assert total(text) / length == pytest.approx(-divergence, abs=4 * blocks.std(ddof=1) / math.sqrt(50))
 
@@ -178,7 +178,7 @@ def test_no_token_of_a_mixture_is_more_foreign_than_its_weight_allows(tmp_path):
     mixed = ((1 - w) * base + w * other).tolist()
     *rows, extreme = chain_ratios(tmp_path, base.tolist(), mixed, [*texts(5, "abc", 0), "b" * 9])
     for row in rows:  # summed over the scored tokens: LR ≤ −(T−1) log(1 − w)
-        assert (row.base.whole.tokens - row.tuned.whole.tokens <= -math.log(1 - w) + 1e-5).all()
+        assert (row.base.full.tokens - row.tuned.full.tokens <= -math.log(1 - w) + 1e-5).all()
         assert total(row) < -row.length * math.log(1 - w)
     # What the other part never writes, b, reaches the bound.
     assert total(extreme) == pytest.approx(-9 * math.log(1 - w), abs=1e-5)
@@ -192,7 +192,7 @@ def test_a_frequent_token_appended_fools_the_likelihood_and_moves_the_ratio_by_n
     longer = [text + "a" * copies for copies in (0, 1, 3, 6) for text in inside]
     rows = chain_ratios(tmp_path, constant(*base), constant(*tuned), [*longer, *outside])
     ratio = np.array([total(row) for row in rows])
-    likelihood = -np.array([row.tuned.whole.log_likelihood for row in rows])
+    likelihood = -np.array([row.tuned.full.log_likelihood for row in rows])
     areas = []
     for place, copies in enumerate((0, 1, 3, 6)):
         here = slice(40 * place, 40 * place + 40)
@@ -412,8 +412,8 @@ def test_a_prompt_that_is_cut_to_leave_room_for_its_answer_is_said_to_be(pair):
     made = likelihood_ratio_ood(pair, rows, ood, answers="greedy", longest_answer=40, draws=2)
     # Half of 64 is the most for an answer, and the prompt has 41 with its BOS.
     assert made.notes[0] == (
-        "task: of 1 of 2 prompts the model saw only the last 32 tokens, to have room for an answer of 32, "
-        "the first at task:2; a lower longest_answer leaves more"
+        "task: the model saw only the last 32 tokens of 1 of 2 prompts, to have room for an answer of 32; "
+        "the first is task:2. A lower longest_answer leaves more room"
     )
 
 
@@ -489,7 +489,7 @@ def test_of_rows_that_are_cut_the_share_is_shown_and_how_to_read_them_whole(pair
     assert made.tables["sets"].set_index("set")["truncated"].to_dict() == {"task": 0.5, "ood": 0}
     assert any("task: 1 of 2 rows longer than the longest sequence and cut" in note for note in made.notes)
     assert any(
-        "1 of 4 rows were cut" in note and "--set ood.windows=true reads them to the end" in note
+        "1 of 4 rows were cut" in note and "--set ood.windows=true scores them to the end" in note
         for note in made.notes
     )
 
@@ -558,13 +558,13 @@ def test_question_and_answer_add_up_to_the_whole_in_windows_too(pair):
 
 
 def test_means_over_windows_are_means_over_tokens(pair):
-    from diagnostics.evaluation.likelihoods import read
+    from diagnostics.evaluation.likelihoods import score_texts
     from probes.text.encode import encode
 
     with RunnablePair(pair) as runnable, runnable.tuned() as model:
         whole = encode(task_of(["abcdefghij " * 9]), runnable.tokenizer, max_length=None)
-        (one,) = read(model, whole, longest=40)
-        parts = read(model, windows(whole[0], 40))
+        (one,) = score_texts(model, whole, longest=40)
+        parts = score_texts(model, windows(whole[0], 40))
     weights = [len(part.tokens) for part in parts]
     assert sum(weights) == 99
     assert len(parts) > 3
@@ -576,7 +576,7 @@ def test_means_over_windows_are_means_over_tokens(pair):
 
 def test_texts_in_both_sets_are_said(pair):
     made = likelihood_ratio_ood(pair, ["ab", "cd"], ["CD".lower(), "hh"], draws=2)
-    assert any("1 texts are both among the task and among the OOD rows" in note for note in made.notes)
+    assert any("1 texts are in both the task and the OOD rows" in note for note in made.notes)
 
 
 # --- tokenizers that differ ---
@@ -635,7 +635,7 @@ def test_other_tokenizers_are_refused_unless_an_approximation_is_asked_for(place
     assert not any("BOS" in note or "the first token" in note for note in made.notes)
     save_tokenizer(other, LETTERS[::-1], bos=False)
     made = likelihood_ratio_ood(pair, ["ab", "cd ef"], ["ij", "hh"], approximate=True, draws=2)
-    assert any("the first token of each text is scored under base alone" in note for note in made.notes)
+    assert any("only base scores the first token of each text" in note for note in made.notes)
 
 
 # --- refusals ---
@@ -691,7 +691,7 @@ def test_an_audit_runs_it_with_its_rows_and_the_saved_result_redraws(places, tmp
     figures = result.figures()
     assert set(figures) == {"densities", "scores", "roc", "losses", "length", "gains", "tokens"}
     assert all(figure.layout.title.text and figure.layout.xaxis.title.text for figure in figures.values())
-    assert {"x", "&lt;b&gt;y&lt;/b&gt;"} <= {trace.name for trace in figures["length"].data}
+    assert {"x (ood)", "&lt;b&gt;y&lt;/b&gt; (ood)"} <= {trace.name for trace in figures["length"].data}
     assert "AUROC" in result.summary()
 
 
@@ -713,12 +713,11 @@ def test_the_default_policy_judges_it(result):
 
 
 def test_the_curve_drawn_has_the_area_that_is_reported(result):
-    from diagnostics.analyses.ood.figures import roc
-
     rows = result.tables["rows"]
     inside, outside = (rows.loc[rows["role"] == role, "ratio"].to_numpy() for role in ("task", "ood"))
-    flagged, caught = roc(inside, outside)
-    assert np.trapezoid(caught, flagged) == pytest.approx(detection_metrics.auroc(inside, outside))
+    curve = result.figures()["roc"].data[0]
+    assert curve.name == "ratio"
+    assert np.trapezoid(curve.y, curve.x) == pytest.approx(detection_metrics.auroc(inside, outside))
 
 
 def test_the_letters_of_tokens_stand_in_lines_with_no_token_parted():

@@ -151,7 +151,7 @@ def test_a_hole_between_equal_ends_is_a_strong_failure(tmp_path):
     assert sets.loc["ood", "loss_base"] == sets.loc["ood", "loss_tuned"]
     assert made.metrics["bump_ood_nats"] == made.metrics["barrier_ood_nats"] > 0.1
     assert made.metrics["strong_failures"] == 1
-    assert any("the path has a hole" in note for note in made.notes)
+    assert any("The path has a hole on the" in note for note in made.notes)
     assert {"bump_task_nats", "bump_ood_nats"} <= {finding.metric for finding in made.findings()}
 
 
@@ -205,7 +205,7 @@ def test_an_end_that_is_not_finite_is_refused_by_row(tmp_path, pair):
     ("settings", "message"),
     [
         ({"alphas": (0.0, 1.5)}, r"alphas holds 1.5; they go from 0, base, to 1, tuned"),
-        ({"alphas": (0.0, 1.0)}, "alphas holds no place between 0, base, and 1, tuned"),
+        ({"alphas": (0.0, 1.0)}, "alphas holds no value between 0, base, and 1, tuned"),
     ],
 )
 def test_settings_that_make_no_path_are_refused(pair, settings, message):

@@ -86,7 +86,7 @@ def test_the_routes_show_the_leading_expert_of_each_sample_and_layer(made):
     figure = drawn(made)["routes"]
     run = run_of()
     shown = np.asarray(figure.data[-1].z)
-    assert (shown == run.looks[-1].weights.argmax(axis=2)).all()
+    assert (shown == run.snapshots[-1].weights.argmax(axis=2)).all()
     assert list(figure.data[-1].x) == ["1", "2", "3", "5"]
 
 

@@ -19,7 +19,7 @@ from diagnostics.analyses.pathways.pathway import (
     gp_inconsistency,
     lengths,
     longer,
-    moved,
+    moves,
     pathways,
     smoothness,
 )
@@ -81,7 +81,7 @@ def symbols_naively(kept, alphabet):
 
 
 def matrix(weights, alphabet="tagged", tau=0.7):
-    return distances(pathways(weights, tau).words(alphabet))
+    return distances(pathways(weights, tau).strings(alphabet))
 
 
 # --- pathways ---
@@ -100,11 +100,11 @@ def test_a_pathway_is_the_shortest_prefix_that_reaches_tau_with_equal_experts_by
 def test_a_pathway_by_hand():
     # Layer 0: 5 of 10 is 0.5, with 3 more 0.8 >= 0.7. Layer 1: 4 equal ones of 1/4: 3 of them, lowest first.
     weights = np.array([[[2, 5, 3, 0], [1, 1, 1, 1]]], dtype=np.float32)
-    assert pathways(weights).words("chars") == ["1,2-0,1,2"]
-    assert pathways(weights, 0.8).words("chars") == ["1,2-0,1,2,3"]
-    assert pathways(weights, 0.5).words("chars") == ["1-0,1"]
-    assert [len(word) for word in pathways(weights).words()] == [5]
-    assert pathways(weights).words("chars", layer=1) == ["0,1,2"]
+    assert pathways(weights).strings("chars") == ["1,2-0,1,2"]
+    assert pathways(weights, 0.8).strings("chars") == ["1,2-0,1,2,3"]
+    assert pathways(weights, 0.5).strings("chars") == ["1-0,1"]
+    assert [len(word) for word in pathways(weights).strings()] == [5]
+    assert pathways(weights).strings("chars", layer=1) == ["0,1,2"]
 
 
 def test_weights_that_do_not_sum_to_one_are_divided_by_their_sum():
@@ -132,7 +132,7 @@ def test_a_tau_near_0_keeps_one_expert_a_layer_so_that_edits_are_layers_that_dif
     assert (made.kept == 1).all()
     best = weights.argmax(axis=2)
     hamming = (best[:, None] != best[None]).sum(axis=2)
-    assert (distances(made.words()) == hamming).all()
+    assert (distances(made.strings()) == hamming).all()
 
 
 @FEW
@@ -143,7 +143,7 @@ def test_one_hot_routing_gives_one_symbol_a_layer_for_any_tau(shape, tau, random
     for sample in range(samples):
         for layer in range(layers):
             weights[sample, layer, random.randrange(experts)] = 0.3
-    assert lengths(pathways(weights, tau).words()).tolist() == [layers] * samples
+    assert lengths(pathways(weights, tau).strings()).tolist() == [layers] * samples
 
 
 @pytest.mark.parametrize("tau", [0.0, -0.1, 1.01, math.nan])
@@ -156,7 +156,7 @@ def test_a_tau_out_of_range_is_refused(tau):
 def test_a_sample_that_no_expert_carries_is_named(bad):
     weights = np.ones((3, 2, 2), dtype=np.float32)
     weights[1, 1] = bad
-    with pytest.raises(ValueError, match=r"sample 1: its weights in layer 1 are negative, not numbers"):
+    with pytest.raises(ValueError, match=r"sample 1: its weights in layer 1 are negative, NaN or all 0"):
         pathways(weights)
 
 
@@ -165,7 +165,7 @@ def test_symbols_pass_over_what_is_no_character():
     order = np.tile(np.arange(200), (1, 200, 1))
     from diagnostics.analyses.pathways.pathway import Pathways
 
-    word = Pathways(order=order, kept=np.full((1, 200), 200)).words()[0]
+    word = Pathways(order=order, kept=np.full((1, 200), 200)).strings()[0]
     assert len(set(word)) == 40_000
     assert not any(0xD800 <= ord(symbol) < 0xE000 for symbol in word)
     assert word.encode()  # every one can be written
@@ -180,15 +180,15 @@ def test_distances_are_those_of_the_textbook_recurrence(weights, alphabet, tau):
     kept = kept_naively(weights, Fraction(str(tau)))
     texts = [symbols_naively(sample, alphabet) for sample in kept]
     expected = [[edits(one, other) for other in texts] for one in texts]
-    words = pathways(weights, tau).words(alphabet)
+    words = pathways(weights, tau).strings(alphabet)
     assert distances(words).tolist() == expected
-    assert moved(words, words[::-1]).tolist() == [row[-1 - place] for place, row in enumerate(expected)]
+    assert moves(words, words[::-1]).tolist() == [row[-1 - place] for place, row in enumerate(expected)]
 
 
 @FEW
 @given(weightings(least=3), st.sampled_from(ALPHABETS))
 def test_distances_are_a_metric_bounded_by_the_lengths(weights, alphabet):
-    words = pathways(weights).words(alphabet)
+    words = pathways(weights).strings(alphabet)
     D, n = distances(words), lengths(words)
     assert (D == D.T).all()
     assert ((D == 0) == (np.array(words)[:, None] == np.array(words))).all()
@@ -203,8 +203,8 @@ def test_distances_are_a_metric_bounded_by_the_lengths(weights, alphabet):
 @given(weightings())
 def test_shared_symbols_are_at_most_as_far_as_tagged_ones_and_these_as_the_sum_over_layers(weights):
     made = pathways(weights)
-    shared, tagged = distances(made.words("shared")), distances(made.words("tagged"))
-    by_layer = sum(distances(made.words("tagged", layer)) for layer in range(weights.shape[1]))
+    shared, tagged = distances(made.strings("shared")), distances(made.strings("tagged"))
+    by_layer = sum(distances(made.strings("tagged", layer)) for layer in range(weights.shape[1]))
     assert (shared <= tagged).all()
     assert (tagged <= by_layer).all()
 
@@ -260,7 +260,7 @@ def test_renumbering_changes_the_papers_string(routed):
 
 
 def test_several_threads_give_the_same_distances(routed):
-    words = pathways(routed[0]).words()
+    words = pathways(routed[0]).strings()
     assert (distances(words, workers=2) == distances(words)).all()
 
 
@@ -345,7 +345,7 @@ def test_the_papers_consistency_is_withheld_where_no_cosine_is_large_enough_to_d
 def test_the_papers_consistency_refuses_two_layers_and_smoothness_one():
     with pytest.raises(ValueError, match="needs at least 3 layers with experts; there are 2"):
         gp_inconsistency(np.ones((4, 1)))
-    with pytest.raises(ValueError, match="there is one of these"):
+    with pytest.raises(ValueError, match="there is only one"):
         smoothness(np.ones((4, 0)))
 
 

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from diagnostics.analyses.pathways.analysis import METRICS, check, concluded, grokking_pathways
+from diagnostics.analyses.pathways.analysis import METRICS, check, grokking_pathways, result_of_records
 from diagnostics.analyses.pathways.notes import notes
 from diagnostics.analyses.pathways.pathway import distances, lengths, longer
-from diagnostics.analyses.pathways.record import MOST, some
+from diagnostics.analyses.pathways.record import MOST, draw_rows
 from diagnostics.analyses.pathways.statistics import memorised_at
 from diagnostics.analyses.pathways.tables import metrics, tables
 from diagnostics.audit.callback import AuditCallback
-from diagnostics.core.analysis import NotApplicableError, installed
+from diagnostics.core.analysis import NotApplicableError
 from diagnostics.core.policy import default_policy, not_measured
+from diagnostics.core.registry import installed
 from probes.checkpoints.series import CheckpointSeries, TooShortError
 from probes.text.rows import task_of
 from tests.diagnostics.chains import save_tokenizer
@@ -96,14 +97,14 @@ def test_without_a_better_held_out_metric_no_turn_is_marked():
     run = run_of(learns=False)
     assert run.verdict == "reorganising after memorisation"
     assert run.turn is None
-    assert "the held-out metric does not surely get better" in told(run)[2]
+    assert "the held-out metric does not improve significantly" in told(run)[2]
 
 
 def test_rows_of_one_group_have_no_verdict():
     run = run_of(samples_of(groups=1, each=60))
     made, found, said = told(run)
     assert run.verdict == "withheld"
-    assert "give rows a group" in said
+    assert "give rows a group" in said.lower()
     assert "reorganising" not in found
     assert made["steps"]["gap"].isna().all()
     assert np.isfinite(made["steps"]["distance"]).all()
@@ -130,17 +131,17 @@ def widening(each, share):
 
 def test_a_gap_that_widens_by_next_to_nothing_is_flat_however_sure_that_is():
     run = widening(120, 0.15)
-    assert run.surely("gap") > 0
+    assert run.significant_sign("gap") > 0
     assert run.changes["gap"].estimate.high < 0.02
     assert run.verdict == "routing drift without a generalisation signal"
 
 
 def test_a_gap_that_may_have_widened_by_more_than_drift_does_is_undecided():
     run = widening(60, 0.22)
-    assert run.surely("gap") > 0
+    assert run.significant_sign("gap") > 0
     assert 0 < run.changes["gap"].value < 0.02 < run.changes["gap"].estimate.high
     assert run.verdict == "undecided"
-    assert "less than the 0.02 that is more than drift" in run.why
+    assert "below the 0.02 that exceeds drift" in run.why
 
 
 def test_rows_that_were_not_trained_on_date_no_memorisation():
@@ -149,7 +150,7 @@ def test_rows_that_were_not_trained_on_date_no_memorisation():
     assert run.verdict == "withheld"
     assert not {"memorised_step", "memorised_share", "reorganising"} & found.keys()
     assert found["since_step"] == 0
-    assert "No rows of training were given (--train)" in said
+    assert "Without train rows (--train) memorisation is not dated" in said
     assert made["samples"]["memorised_step"].isna().all()
 
 
@@ -180,8 +181,8 @@ def test_two_checkpoints_give_differences_with_intervals_and_no_trend():
     assert run.verdict == "withheld"
     assert not {"reorganising", "spearman_distance", "turn_step"} & found.keys()
     assert found["gap_change_low"] < found["gap_change"] < found["gap_change_high"]
-    assert "of two checkpoints only differences are given" in said
-    one, two = run.looks[0].words, run.looks[1].words
+    assert "two checkpoints show differences but no trend" in said
+    one, two = run.snapshots[0].strings, run.snapshots[1].strings
     D, n = distances(one + two), lengths(one + two)
     drift = np.diag((D / longer(n, n))[:80, 80:])
     assert made["samples"]["drift"].to_numpy() == pytest.approx(drift)
@@ -196,7 +197,7 @@ def test_below_six_checkpoints_since_memorisation_no_correlation_is_given():
     made, found, said = told(run)
     assert "spearman_distance" not in found
     assert made["correlations"]["spearman"].isna().all()
-    assert "Correlations are withheld: 5 checkpoints since step 100, and they take 6." in said
+    assert "Correlations are withheld: they need 6 checkpoints, and there are 5 since step 100." in said
 
 
 def test_a_held_out_loss_counts_with_its_sign_turned():
@@ -225,14 +226,14 @@ def test_a_lag_correlates_a_number_with_the_metric_that_many_checkpoints_later(p
 
 def test_distances_of_layers_and_groups_are_means_over_their_own_pairs(planted):
     made, _, _ = told(planted)
-    look, groups = planted.looks[5], planted.samples.groups
-    words = look.pathways.words("tagged", 2)
+    snapshot, groups = planted.snapshots[5], planted.samples.groups
+    words = snapshot.pathways.strings("tagged", 2)
     n = lengths(words)
     share = distances(words) / longer(n, n)
     within = [share[i, j] for i in range(80) for j in range(i) if groups[i] == groups[j]]
     row = made["layers"].query("layer == 3 and step == 400").iloc[0]
     assert row["distance"] == pytest.approx(np.mean(within))
-    share = look.share()
+    share = snapshot.share()
     own = [share[i, j] for i in range(80) for j in range(i) if groups[i] == groups[j] == 1]
     others = [share[i, j] for i in range(80) for j in range(80) if groups[i] == 1 != groups[j]]
     row = made["groups"].query("group == 'g1' and step == 400").iloc[0]
@@ -257,8 +258,10 @@ def test_the_default_policy_warns_of_drift_and_not_of_reorganising(planted, cont
 
 
 def test_records_of_a_model_that_cannot_be_loaded_are_concluded_alike(planted):
-    records = [look.record for look in planted.looks]
-    result = concluded(STEPS, [f"{step:g}" for step in STEPS], records, planted.samples, planted.ask)
+    records = [snapshot.record for snapshot in planted.snapshots]
+    result = result_of_records(
+        STEPS, [f"{step:g}" for step in STEPS], records, planted.samples, planted.settings
+    )
     assert result.metrics["turn_step"] == told(planted)[1]["turn_step"]
     assert result.summary().startswith("reorganising after memorisation")
     assert "steps" in result.figures()
@@ -273,26 +276,26 @@ def rows(count, group):
 
 def test_at_most_so_many_rows_of_each_group_are_followed():
     task = task_of([*rows(30, "a"), *rows(5, "b")], ref="F")
-    cut, groups, where = some({"F": task}, 10, 0)
+    cut, groups, where = draw_rows({"F": task}, 10, 0)
     assert [groups.count(name) for name in "ab"] == [10, 5]
     assert len(cut["F"].rows) == len(set(where)) == 15
     assert [row.number for row in cut["F"].rows] == sorted(row.number for row in cut["F"].rows)
     assert where[-1] == "F:35"
-    assert some({"F": task}, 10, 0)[2] == where
-    assert some({"F": task}, 10, 1)[2] != where
-    assert cut["F"].fingerprint != some({"F": task}, 10, 1)[0]["F"].fingerprint
+    assert draw_rows({"F": task}, 10, 0)[2] == where
+    assert draw_rows({"F": task}, 10, 1)[2] != where
+    assert cut["F"].fingerprint != draw_rows({"F": task}, 10, 1)[0]["F"].fingerprint
 
 
 def test_many_groups_share_the_most_that_is_followed():
     task = task_of([row for group in range(400) for row in rows(9, f"g{group}")])
-    _, groups, _ = some({"F": task}, 400, 0)
+    _, groups, _ = draw_rows({"F": task}, 400, 0)
     assert len(groups) == 400 * (MOST // 400)
 
 
 def test_rows_without_a_group_are_of_the_group_of_their_file():
     one, two = task_of(["x", "y"], ref="one"), task_of(rows(2, "a"), ref="two")
-    assert some({"one": one, "two": two}, 9, 0)[1] == ["one", "one", "a", "a"]
-    assert some({"one": one}, 9, 0)[1] == ["all", "all"]
+    assert draw_rows({"one": one, "two": two}, 9, 0)[1] == ["one", "one", "a", "a"]
+    assert draw_rows({"one": one}, 9, 0)[1] == ["all", "all"]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Planted stragglers are found, repaired and realigned; sharpness is measured, and never called a fault."""
 
+import copy
 import math
 import re
 import warnings
@@ -243,7 +244,7 @@ def test_the_whole_is_at_least_as_sharp_as_each_block_and_no_value_falls_with_th
 
 def test_no_word_calls_a_model_worse_because_it_is_sharper(plant):
     _, _, *results = plant
-    from diagnostics.core.analysis import find
+    from diagnostics.core.registry import find
 
     record = find("sharpness")
     texts = [record.question, record.reading, *record.metrics.values()]
@@ -494,9 +495,19 @@ def test_settings_that_make_no_sense_are_refused(models, settings, message):
 
 
 def test_half_precision_is_refused_because_small_steps_vanish_in_it(models, tmp_path):
-    place = save(tmp_path / "base", models[0])
+    place = save(tmp_path / "base", copy.deepcopy(models[0]).bfloat16())
     with pytest.raises(ValueError, match=r"half precision, .* set sharpness\.dtype to float32"):
-        layer_sharpness(CheckpointPair(place, place), models[2], dtype="bfloat16")
+        layer_sharpness(CheckpointPair(place, place), models[2], dtype=None)
+
+
+def test_a_model_asked_for_in_half_precision_runs_in_float32_and_a_note_says_so(models, tmp_path):
+    pair = CheckpointPair(*(save(tmp_path / str(i), model) for i, model in enumerate(models[:2])))
+    few = {**QUICK, "alphas": (0.5,), "rhos": (0.1,), "batches": 1, "pairs": 0, "curvature": False}
+    full, half = (layer_sharpness(pair, models[2], dtype=dtype, **few) for dtype in (None, "bfloat16"))
+    assert half.metrics == full.metrics
+    assert [note for note in half.notes if note not in full.notes] == [
+        "The model was run in float32: in bfloat16 small perturbations change no weight."
+    ]
 
 
 def test_an_audit_without_a_task_skips_it_and_says_what_it_needs(models, tmp_path, monkeypatch, capsys):

@@ -13,8 +13,9 @@ import torch
 from diagnostics.analyses.skills import region
 from diagnostics.analyses.skills.analysis import METRICS, mask_names, skill_localization
 from diagnostics.analyses.skills.notes import percent, short_count, size_label
-from diagnostics.core.analysis import Result, find, plain
+from diagnostics.core.analysis import Result, plain
 from diagnostics.core.policy import default_policy, judge
+from diagnostics.core.registry import find
 from probes import CheckpointPair
 from probes.checkpoints.mask_file import Patch, write_graft
 from probes.models.editable import Editable
@@ -223,12 +224,12 @@ def test_the_mask_grafts_what_was_measured(one, found, tmp_path):
 
 
 def test_an_audit_keeps_the_mask_and_redraws(one, tmp_path, monkeypatch):
-    import diagnostics.core.analysis
     from diagnostics.audit.run import audit
+    from diagnostics.core import registry
     from diagnostics.store.audit_store import load
 
     # Whatever else is installed.
-    monkeypatch.setattr(diagnostics.core.analysis, "entry_points", lambda **_: [])
+    monkeypatch.setattr(registry, "entry_points", lambda **_: [])
     file = tmp_path / "small.jsonl"
     file.write_text(
         "\n".join(

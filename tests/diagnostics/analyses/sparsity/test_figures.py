@@ -133,7 +133,7 @@ def test_losses_are_shown_as_shares_of_the_loss_without_a_mask(tables):
     shown = trace(figures["task_close"], "base, zero-shot")
     assert shown.y[-1] == pytest.approx(0.5 / 2.0)  # 0.5 nats of 2
     assert figures["task_close"].layout.annotations[0].text == "tolerance 0.01"
-    assert figures["task_curve"].layout.yaxis.title.text == "loss in nats"
+    assert figures["task_curve"].layout.yaxis.title.text == "loss, nats"
 
 
 def test_what_rows_cannot_tell_has_no_bracket_and_shows_its_noise(tables):
@@ -176,7 +176,7 @@ def test_tasks_and_keep_rows_have_bars_side_by_side(tables):
     keep = tables["patterns"].assign(role="keep", metric="loss")
     figure = drawn({**tables, "patterns": pd.concat([tables["patterns"], keep])})["patterns"]
     assert [axis.title.text for axis in (figure.layout.yaxis, figure.layout.yaxis2)] == [
-        "accuracy lost", "nats added",
+        "accuracy lost", "loss added, nats",
     ]  # fmt: skip
     assert [bar.showlegend for bar in figure.data] == [True, True, False, False]
 
@@ -217,7 +217,7 @@ def test_chance_stands_beside_every_likeness(tables):
     figure = drawn(tables)["overlap"]
     np.testing.assert_allclose(trace(figure, "kappa by chance").y, 0)
     np.testing.assert_allclose(trace(figure, "cosine of what is kept by chance").y, 1 - GRID[1:])
-    assert "beyond chance by 0.80 or more" in figure.layout.title.text
+    assert "kappa is 0.80 or more" in figure.layout.title.text
     change = drawn(tables)["change"]
     assert "smallest 0.3 of the weights hold 0.09 of the squared change" in change.layout.title.text
     assert list(change.data[0].x) == list(change.data[0].y)

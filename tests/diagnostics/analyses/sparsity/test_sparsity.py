@@ -12,8 +12,8 @@ import torch
 
 from diagnostics.analyses.sparsity.analysis import METRICS, essential_sparsity
 from diagnostics.analyses.sparsity.dropping_point import estimate_dropping_point
-from diagnostics.core.analysis import find
 from diagnostics.core.policy import default_policy, not_measured
+from diagnostics.core.registry import find
 from diagnostics.evaluation.row_losses import EncodedTask, encoded
 from probes import CheckpointPair
 from probes.models.editable import Editable

@@ -262,8 +262,8 @@ def test_of_many_rows_as_many_are_scored_as_asked_for_and_other_rows_anew(places
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"recovered": 0.0}, "recovered is 0.0 and settled 0.01; they are shares, the first above 0"),
-        ({"settled": 1.0}, "settled 1.0; they are shares, the first above 0, the other below 1"),
+        ({"recovered": 0.0}, "recovered is 0.0 and settled 0.01; both are shares, recovered above 0"),
+        ({"settled": 1.0}, "settled 1.0; both are shares, recovered above 0 and settled below 1"),
         ({"rows": 0}, "rows is 0; it is at least 1"),
     ],
 )

@@ -11,8 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from diagnostics.analyses import sparsification as module
-from diagnostics.analyses.sparsification import abrupt_sparsification, draw, find_jumps, measure_sparseness
+from diagnostics.analyses.sparsification import analysis as module
+from diagnostics.analyses.sparsification.analysis import (
+    abrupt_sparsification,
+    draw,
+    find_jumps,
+    measure_sparseness,
+)
 from probes.checkpoints.series import CheckpointSeries
 
 NAME = "model.layers.0.self_attn.q_proj.weight"

@@ -16,6 +16,8 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from diagnostics.core.analysis import NotApplicableError, Result, analysis
+from diagnostics.plotting import theme
+from diagnostics.plotting.charts import Style, line
 from probes.checkpoints.checkpoint import Checkpoint
 from probes.checkpoints.series import series_of
 from probes.errors import InputError
@@ -64,22 +66,14 @@ def summary(result: Result) -> str:
 
 def draw(result: Result) -> "dict[str, go.Figure]":
     """The four measures over the run, jumps marked."""
-    import plotly.graph_objects as go
-
     table = result.tables["checkpoints"]
-    figure = go.Figure()
-    for name, what in MEASURES.items():
-        figure.add_scatter(
-            x=table["step"], y=table[name], name=name, mode="lines+markers", customdata=table["label"],
-            marker={"size": [13 if jump else 6 for jump in table[f"{name}_jump"]],
-                    "symbol": ["star" if jump else "circle" for jump in table[f"{name}_jump"]]},
-            hovertemplate=f"%{{customdata}}: %{{y:.4f}}<extra>{what}</extra>",
-        )  # fmt: skip
-    figure.update_layout(
-        title="Negligible weights over the run (a star is a jump)",
-        xaxis_title="step",
-        yaxis_title="share, or index",
+    figure = theme.figure(
+        "Negligible weights over the run; a star is a jump", "step", "share of weights, or index"
     )
+    for (name, meaning), color, symbol in zip(MEASURES.items(), theme.COLORWAY, theme.SYMBOLS, strict=False):
+        jump, hover = table[f"{name}_jump"], f"{{label}}: {{y:.4f}}<extra>{meaning}</extra>"
+        marker = {"color": color, "size": np.where(jump, 13, 7), "symbol": np.where(jump, "star", symbol)}
+        line(figure, table, "step", name, Style(name, color), hover, marker=marker)
     return {"sparseness": figure}
 
 
