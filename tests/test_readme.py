@@ -27,8 +27,8 @@ def test_its_python_prints_what_it_says(monkeypatch, capsys):
     monkeypatch.setattr(go.Figure, "show", lambda figure: None)
     code, printed = re.search(r"```python\n(from probes.*?)```\s+```\n(.*?)```", README, re.S).groups()
     exec(code, {})
-    said, meant = (re.sub(r"\d+\.\d+", "#", text).split() for text in (capsys.readouterr().out, printed))
-    assert said == meant
+    shown, expected = (re.sub(r"\d+\.\d+", "#", text).split() for text in (capsys.readouterr().out, printed))
+    assert shown == expected
 
 
 def test_its_shell_example_prints_what_it_says(tmp_path, capsys, monkeypatch):
@@ -41,8 +41,7 @@ def test_its_shell_example_prints_what_it_says(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as left:
         main()
     assert not left.value.code
-    said = capsys.readouterr().out
-    assert "worth a look before it ships" in said
-    meant = re.search(r"\$ cd diagnostics/bundled && tunescope audit.*?\n(.*?)```", README, re.S).group(1)
-    counted = re.search(r"\d+ of \d+ leading directions are new, in \d+ of \d+ matrices", meant).group(0)
-    assert counted in " ".join(said.split())
+    shown = capsys.readouterr().out.replace(str(tmp_path / "audit"), "audit")
+    printed = re.search(r"\$ cd diagnostics/bundled && tunescope audit.*?\n(.*?)```", README, re.S).group(1)
+    seconds = re.compile(r" +\d+\.\d s ")
+    assert seconds.sub(" # s ", shown) == seconds.sub(" # s ", printed)

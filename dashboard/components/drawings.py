@@ -9,7 +9,7 @@ from dash import dcc, html
 
 from dashboard.components.series_figure import cursor
 from diagnostics.plotting import theme
-from diagnostics.report.content import Picture
+from diagnostics.report.content import EmbeddedFigure
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -31,7 +31,7 @@ def template(scheme: object) -> dict[str, Any]:
     return look("dark" if scheme == "dark" else "light")
 
 
-def axis_titles(picture: Picture, curve: int) -> tuple[str, str]:
+def axis_titles(picture: EmbeddedFigure, curve: int) -> tuple[str, str]:
     """The titles of the x and y axes of one trace of a picture."""
     spec = json.loads(picture.spec)
     trace = spec["data"][curve] if curve < len(spec["data"]) else {}
@@ -43,7 +43,7 @@ def axis_titles(picture: Picture, curve: int) -> tuple[str, str]:
     return title("x"), title("y")
 
 
-def figure(picture: Picture, scheme: str | None, step: Any = None) -> dict[str, Any]:
+def figure(picture: EmbeddedFigure, scheme: str | None, step: Any = None) -> dict[str, Any]:
     """A picture for plotly.js; a step is marked where the x axis counts steps."""
     spec = json.loads(picture.spec)
     layout = spec["layout"]
@@ -67,7 +67,9 @@ def graph(id: Any, figure: Any, style: Mapping[str, Any], name: str = "") -> dcc
     return dcc.Graph(id=id, figure=figure, config=CONFIG | saved, style=dict(style), className="plot")
 
 
-def panel(picture: Picture, scheme: str | None, about: Mapping[str, str], *, step: Any = None) -> html.Figure:
+def panel(
+    picture: EmbeddedFigure, scheme: str | None, about: Mapping[str, str], *, step: Any = None
+) -> html.Figure:
     """A figure under its title.
 
     Args:
@@ -84,7 +86,9 @@ def panel(picture: Picture, scheme: str | None, about: Mapping[str, str], *, ste
     )
 
 
-def changes(picture: Picture, scheme: str | None, before: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def changes(
+    picture: EmbeddedFigure, scheme: str | None, before: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
     """The properties that turn a panel into that of another picture of the same name, by role of the id.
 
     To replace the panel takes the browser several times as long, and so does setting a size, even the same
@@ -98,12 +102,12 @@ def changes(picture: Picture, scheme: str | None, before: Mapping[str, Any]) -> 
     }
 
 
-def size(picture: Picture) -> dict[str, Any]:
+def size(picture: EmbeddedFigure) -> dict[str, Any]:
     """The style of a figure: as wide as the page unless the picture has a width."""
     return {"height": picture.height, **({"maxWidth": picture.width} if picture.width else {})}
 
 
-def thinned(picture: Picture) -> str:
+def thinned(picture: EmbeddedFigure) -> str:
     """How many points are left out, if any."""
     if picture.drawn == picture.total:
         return ""

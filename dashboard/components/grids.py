@@ -168,6 +168,6 @@ def response(frame: "pd.DataFrame", request: Mapping[str, Any]) -> dict[str, Any
 def rows(frame: "pd.DataFrame") -> Sequence[dict[str, str]]:
     """Rows as a grid shows them: text by the position of its column."""
     return [
-        {str(i): content.cell(value).text for i, value in enumerate(row)}
+        {str(i): content.format_cell(value).text for i, value in enumerate(row)}
         for row in frame.to_numpy(dtype=object)
     ]

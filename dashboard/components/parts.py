@@ -126,7 +126,7 @@ def pairs(items: Mapping[str, Any]) -> html.Dl:
     """Names and values."""
 
     def shown(value: Any) -> Content:
-        return value if hasattr(value, "to_plotly_json") else content.number(value)
+        return value if hasattr(value, "to_plotly_json") else content.format_number(value)
 
     return html.Dl([html.Div([html.Dt(key), html.Dd(shown(value))]) for key, value in items.items()])
 
@@ -151,7 +151,7 @@ def audit_card(audit_id: str, audit: Audit, *details: Content) -> html.A:
     adapter = audit.tuned.get("adapter") or {}
     rank = f", rank {adapter['r']}" if adapter.get("r") is not None else ""
     kind = f"{audit.tuned['kind']}{rank}" if audit.tuned.get("kind") else ""
-    count = content.counted(len(audit.findings), "finding") if audit.findings else "no findings"
+    count = content.plural(len(audit.findings), "finding") if audit.findings else "no findings"
     checkpoints = {
         "tuned": html.Span([code(audit.tuned.get("ref", "")), f" ({kind})" if kind else ""]),
         "base": code(audit.base.get("ref", "")),

@@ -12,7 +12,7 @@ from dashboard.state import drill
 from dashboard.state.query import Query
 from dashboard.state.view import View
 from diagnostics.report import content
-from diagnostics.report.render import arxiv
+from diagnostics.report.render import arxiv_url
 from diagnostics.store.audit_store import mask_file
 
 OPTIONS = 5_000  # matrices in the list, which a search narrows
@@ -23,7 +23,7 @@ def layout(view: View) -> Content:
     audit, query, name = view.audit, view.query, view.query.one("analysis")
     if name not in audit.results:
         return absent(view, name)
-    section = content.section(audit, name)
+    section = content.build_section(audit, name)
     controls = choose.row_filters(section.result, query)
     note = "The figures and tables below follow these filters; the numbers above cover the whole audit."
     matrices = drill.matrices(section.result)
@@ -80,7 +80,7 @@ def absent(view: View, name: str) -> Content:
 
 def numbers(section: content.Section, linked: str) -> list[Content]:
     """The metrics: the less important ones of many are folded, and the linked one is highlighted."""
-    leading, others = content.parted(section.metrics)
+    leading, others = content.leading_metrics(section.metrics)
     label = f"Numbers of {section.name}, of the whole audit"
     more = parts.folded(
         f"{len(others)} more numbers",
@@ -145,17 +145,17 @@ def masks(section: content.Section) -> Content:
 
 def method(section: content.Section) -> Content:
     """The source of the method, the parameters, and the cost."""
-    address = arxiv(section.paper)
+    address = arxiv_url(section.paper)
     paper = (
         html.A(section.paper, href=address, target="_blank", rel="noreferrer") if address else section.paper
     )
     device = f" on {section.outcome.device}" if section.outcome.device else ""
-    parameters = content.number(section.result.parameters)
+    parameters = content.format_number(section.result.parameters)
     return html.P(
         [
             *(["Method: ", paper, ". "] if section.paper else []),
             f"Parameters: {parameters}. " if parameters else "",
-            f"Time: {content.number(section.outcome.seconds)} s{device}.",
+            f"Time: {content.format_number(section.outcome.seconds)} s{device}.",
         ],
         className="source method",
     )

@@ -27,7 +27,7 @@ from dashboard.state.query import link, parse
 from dashboard.state.view import Site, View
 from diagnostics.core.analysis import Result
 from diagnostics.report import content
-from diagnostics.report.content import Picture
+from diagnostics.report.content import EmbeddedFigure
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,7 +40,9 @@ def drawn(view: View, analysis: str) -> Drawn:
     return view.site.drawn(view.entry, analysis, filters_of(view.query))
 
 
-def pictures(figures: list[Picture], errors: list[str], view: View, scheme: str | None) -> list[Content]:
+def pictures(
+    figures: list[EmbeddedFigure], errors: list[str], view: View, scheme: str | None
+) -> list[Content]:
     """The figures of the page, or why there are none."""
     about = {"analysis": view.query.one("analysis"), "spot": ""}
     shown: list[Content] = [drawings.panel(picture, scheme, about) for picture in figures]
@@ -68,7 +70,7 @@ def row_count(view: View, about: Mapping[str, str], left: int) -> str:
     """How many rows of a table pass the filters; empty when all do, and for the rows of one matrix."""
     result = view.result(about["analysis"])
     total = len(result.tables[about["table"]]) if result else left
-    return f"{left:,} of {content.counted(total, 'row')}" if left < total and not about["spot"] else ""
+    return f"{left:,} of {content.plural(total, 'row')}" if left < total and not about["spot"] else ""
 
 
 def drawer(view: View, scheme: str | None) -> tuple[str, Content]:
@@ -96,7 +98,7 @@ def drawer_section(
         if len(opened.matrices) == 1
         else link(cell=f"{opened.layer}/{opened.component}")
     )
-    figures = content.pictures(result)[0] if drawing else []
+    figures = content.embedded_figures(result)[0] if drawing else []
     shown: list[Content] = [
         drawings.panel(picture, scheme, {"analysis": name, "spot": spot})
         for picture in figures
@@ -104,10 +106,12 @@ def drawer_section(
         if set(drawings.axis_titles(picture, 0)) != drill.CELL
     ]
     for table, frame in result.tables.items():
-        shown.append(html.H3([parts.code(table), " ", content.counted(len(frame), "row")]))
+        shown.append(html.H3([parts.code(table), " ", content.plural(len(frame), "row")]))
         if len(frame) == 1:
             row = frame.iloc[0]
-            shown.append(parts.pairs({str(name): content.cell(row[name]).text for name in frame.columns}))
+            shown.append(
+                parts.pairs({str(name): content.format_cell(row[name]).text for name in frame.columns})
+            )
         else:
             shown.append(grids.grid(frame, name, table, spot))
     return html.Section([html.H2(name), *shown], className="drilled")

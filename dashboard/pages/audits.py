@@ -56,7 +56,7 @@ def time(created: str) -> str:
 
 def series_card(view: View, entry: Entry) -> html.A:
     """One series."""
-    count = content.counted(len(view.library.parts(entry.id)), "audit")
+    count = content.plural(len(view.library.parts(entry.id)), "audit")
     return parts.going(
         [html.Strong(entry.id), html.P(f"series, {count}", className="source")],
         link(audit=entry.id),

@@ -22,7 +22,7 @@ from dashboard.state.differences import (
 from dashboard.state.query import Query, link
 from dashboard.state.view import Site, View
 from diagnostics.report import content
-from diagnostics.report.content import Picture
+from diagnostics.report.content import EmbeddedFigure
 from diagnostics.store.audit_store import Audit
 
 MOST = 6  # audits in one comparison
@@ -190,7 +190,7 @@ def finding_cells(shared: SharedFinding, names: list[str]) -> list[Content]:
             cells.append(html.Span(reason, className="empty"))
             continue
         address = link(page="analysis", audit=name, analysis=shared.analysis, metric=shared.metric)
-        value = parts.going(content.number(finding.value), address)
+        value = parts.going(content.format_number(finding.value), address)
         cells.append(html.Span([parts.badge(finding.severity), " ", value], className="found"))
     return cells
 
@@ -261,7 +261,7 @@ def pictures(view: View, scheme: str | None) -> Content:
         shown.append(html.P(f"No result of {name} in {', '.join(missing)}.", className="source"))
     errors = [f"{audit_id}: {text}" for audit_id, (_, texts) in drawn.items() for text in texts]
     shown += parts.troubles("Some figures are missing", errors)
-    by_figure: dict[str, dict[str, Picture]] = {}
+    by_figure: dict[str, dict[str, EmbeddedFigure]] = {}
     for audit_id, (figures, _) in drawn.items():
         for picture in figures:
             by_figure.setdefault(picture.name, {})[audit_id] = picture
@@ -281,7 +281,7 @@ def column_count(query: Query) -> int:
 
 
 def panels(
-    analysis: str, figure: str, pictures: Mapping[str, Picture], columns: int, scheme: str | None
+    analysis: str, figure: str, pictures: Mapping[str, EmbeddedFigure], columns: int, scheme: str | None
 ) -> html.Figure:
     """The same figure of several audits: on shared axes where that is possible, else one by one."""
     titles = {audit_id: picture.title for audit_id, picture in pictures.items()}

@@ -124,7 +124,8 @@ def options(scored: Detector) -> list[dict[str, Any]]:
     for _, row in scored.offered.iterrows():
         start = " ".join(str(row["text"]).split())[:70]
         mark = "" if row["has_tokens"] else " (no tokens recorded)"
-        label = f"{row['set']} {int(row['row'])}, {content.number(float(row['ratio']))} nats{mark}: {start}"
+        nats = content.format_number(float(row["ratio"]))
+        label = f"{row['set']} {int(row['row'])}, {nats} nats{mark}: {start}"
         groups.setdefault(f"{row['set']} ({row['role']})", []).append(
             {"value": scored.key(row), "label": label}
         )
@@ -147,7 +148,8 @@ def row_text(scored: Detector, row: "pd.Series", score: str) -> Content:
         ),
         coloured(scored, row),
         parts.folded(
-            "All numbers of this row", parts.pairs({name: content.cell(row[name]).text for name in names})
+            "All numbers of this row",
+            parts.pairs({name: content.format_cell(row[name]).text for name in names}),
         ),
         name="text",
     )
@@ -163,7 +165,7 @@ def standing(scored: Detector, row: "pd.Series", score: str) -> list[Content]:
     ]
     if not shares:
         return []
-    value = html.Strong(content.number(float(row[score])))
+    value = html.Strong(content.format_number(float(row[score])))
     return [f"Its {score} of ", value, f" is higher than that of {', '.join(shares)}."]
 
 
@@ -214,7 +216,7 @@ def token_span(token: str, ratio: float, full_strength: float) -> html.Span:
 
 def legend(full_strength: float) -> html.P:
     """The meaning of the colours."""
-    limit = content.number(full_strength)
+    limit = content.format_number(full_strength)
     return html.P(
         [
             token_span(f"−{limit} nats", -full_strength, full_strength),

@@ -49,7 +49,7 @@ def band(audit: Audit) -> html.Header:
         [
             html.H1([parts.icon(word), html.Span(word, className="word")], id="heading", tabIndex="-1"),
             html.P(advice(audit), className="says"),
-            html.P(headline(audit), className="headline"),
+            html.P(content.sentence(content.count_findings(audit)), className="headline"),
             html.Div(subject, className="subject"),
         ],
         className=f"verdict {word}",
@@ -63,26 +63,6 @@ def advice(audit: Audit) -> str:
     if not audit.judged:
         return "This audit cannot decide whether the checkpoint may ship: nothing was judged."
     return ADVICE[audit.verdict]
-
-
-def headline(audit: Audit) -> str:
-    """The report's headline, without importing any analysis."""
-    sections = [
-        content.Section(
-            name=name,
-            outcome=audit.analyses[name],
-            result=result,
-            question="",
-            reading="",
-            paper="",
-            summary="",
-            verdict="",
-            metrics=content.metrics(audit, name, None),
-            notes=[],
-        )
-        for name, result in audit.results.items()
-    ]
-    return content.headline(audit, sections)
 
 
 def swatch(name: str) -> html.Span:
@@ -104,7 +84,7 @@ def findings(audit: Audit, audit_id: str) -> Content:
         html.Ol(items, className="findings")
         if items
         else parts.state("empty", "No value is beyond a threshold."),
-        parts.folded(f"{content.counted(len(lacking), 'rule')} could not be applied", html.Ul(lacking))
+        parts.folded(f"{content.plural(len(lacking), 'rule')} could not be applied", html.Ul(lacking))
         if lacking
         else None,
         parts.notes(audit.notes),
@@ -119,8 +99,8 @@ def finding_item(audit: Audit, finding: Finding, audit_id: str) -> html.Li:
         ": ",
         parts.code(finding.metric),
         " is ",
-        html.Strong(content.number(finding.value)),
-        f", {content.side(audit, finding)} {content.number(finding.threshold)}",
+        html.Strong(content.format_number(finding.value)),
+        f", {content.threshold_side(audit, finding)} {content.format_number(finding.threshold)}",
     ]
     text = [
         html.P(finding.message, className="message"),
@@ -146,7 +126,7 @@ def analyses(audit: Audit, audit_id: str) -> Content:
     rows = []
     for name, result in audit.results.items():
         metric = next(iter(result.metrics), None)
-        number = html.Strong(content.number(result.metrics[metric])) if metric else None
+        number = html.Strong(content.format_number(result.metrics[metric])) if metric else None
         severity = next((finding.severity for finding in audit.findings if finding.analysis == name), "")
         rows.append(
             [
@@ -201,7 +181,7 @@ def unmatched(audit: Audit) -> Content:
     more = f" The first {content.ROWS} are listed; audit.json lists all." if count > content.ROWS else ""
     return parts.section(
         "Unmatched tensors",
-        html.P(f"{content.counted(count, 'tensor')} {verb} left out of every number.{more}"),
+        html.P(f"{content.plural(count, 'tensor')} {verb} left out of every number.{more}"),
         parts.folded(
             "Names, shapes and reasons",
             parts.table(heads, rows, label="Unmatched tensors"),
@@ -241,7 +221,7 @@ def data(audit: Audit) -> Content:
         [
             role,
             [f"{file['name']}: " if file.get("name") else "", parts.code(file.get("ref", ""))],
-            content.number(file.get("rows")),
+            content.format_number(file.get("rows")),
             parts.short(file.get("fingerprint")),
         ]
         for role, files in audit.data.items()

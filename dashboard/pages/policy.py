@@ -122,7 +122,7 @@ def rule_row(tried: Trial, query: Query, name: str, metric: str) -> list[Content
     conditions = []
     if rule.per:
         parameter = result.parameters.get(rule.per)
-        value = f" = {content.number(parameter)}" if rule.per in result.parameters else ""
+        value = f" = {content.format_number(parameter)}" if rule.per in result.parameters else ""
         conditions.append(f"thresholds per {rule.per}{value}")
     if rule.when:
         conditions.append(f"only with {rule.when}")
@@ -148,7 +148,7 @@ def rule_row(tried: Trial, query: Query, name: str, metric: str) -> list[Content
     ]
     return [
         [parts.code(metric), html.Span("; ".join(conditions), className="source")],
-        content.number(result.metrics.get(metric)),
+        content.format_number(result.metrics.get(metric)),
         html.Div(rule_state(tried, name, metric), id={"role": "rule", "analysis": name, "metric": metric}),
         side,
         *thresholds,
@@ -168,14 +168,14 @@ def rule_state(tried: Trial, name: str, metric: str) -> Content:
     if rule.off:
         reason = "no threshold"
     elif rule.when and not facts.get(rule.when):
-        reason = f"does not apply: {rule.when} is {content.number(facts.get(rule.when))}"
+        reason = f"does not apply: {rule.when} is {content.format_number(facts.get(rule.when))}"
     else:
         reason = unjudged(result, metric, rule)
     if reason:
         return [html.Span(reason, className="empty"), changed]
     factor = scale(result, rule)
     beyond = rule.beyond(result.metrics[metric], factor)
-    scaled = f" {content.thresholds(rule, factor)}" if rule.per else ""
+    scaled = f" {content.threshold_text(rule, factor)}" if rule.per else ""
     return [parts.badge(beyond[0] if beyond else "pass"), html.Span(scaled, className="source"), changed]
 
 
@@ -215,7 +215,7 @@ def findings(tried: Trial, audit_id: str) -> Content:
         if items
         else parts.state("empty", "No value is beyond a threshold."),
         parts.folded(
-            f"{content.counted(len(tried.changed), 'changed rule')}, as TOML", html.Pre(changes(tried))
+            f"{content.plural(len(tried.changed), 'changed rule')}, as TOML", html.Pre(changes(tried))
         )
         if tried.changed
         else None,

@@ -70,7 +70,7 @@ def layout(view: View) -> Content:
     controls = [choose.many(view.query, "measure", "Measures", names, placeholder="the main ones")]
     if len(per_analysis) > 1:
         controls.append(choose.one(view.query, "analysis", "Figures of", per_analysis, per_analysis[0]))
-    count = content.counted(len(steps), "checkpoint")
+    count = content.plural(len(steps), "checkpoint")
     return [
         parts.heading(entry.id, eyebrow="series", lead=f"{count} after the first"),
         parts.filters("Measures and figures", *controls),
@@ -143,14 +143,14 @@ def step_details(view: View, step: Step, scheme: str | None) -> list[Content]:
         for side, audit_id in step.entries.items()
     ]
     rows = [
-        [parts.code(name), *(content.number(step.metrics[side].get(name)) for side in SIDES)]
+        [parts.code(name), *(content.format_number(step.metrics[side].get(name)) for side in SIDES)]
         for name in measures([step])
     ]
     table = parts.table(("measure", *SIDES.values()), rows, label="Numbers of this step", numeric=[1, 2])
     shown: list[Content] = [
         html.P(parts.code(step.ref)),
         html.Ul(audits, className="audits"),
-        parts.folded(content.counted(len(rows), "number"), table),
+        parts.folded(content.plural(len(rows), "number"), table),
     ]
     entry = view.library.find(step.entries.get("against_first", ""))
     audit = entry.audit if entry else None

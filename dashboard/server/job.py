@@ -56,13 +56,13 @@ def progress(request: Mapping[str, Any], out: TextIO) -> Callable[[str, int, int
 
 def planned(request: Mapping[str, Any]) -> list[str]:
     """The analyses that an audit will run, in order."""
-    from diagnostics.audit.plan import missing, usable
+    from diagnostics.audit.plan import missing_inputs, usable_analyses
     from diagnostics.core.inputs import ROLES
     from diagnostics.core.registry import find
 
     supplied = {"pair", "series", *(role for role in ROLES if request.get(role))}
-    names, _ = usable(request.get("only") or (), ())
-    return [name for name in names if not missing(find(name), supplied)]
+    names, _ = usable_analyses(request.get("only") or (), ())
+    return [name for name in names if not missing_inputs(find(name), supplied)]
 
 
 if __name__ == "__main__":

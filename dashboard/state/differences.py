@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diagnostics.core.policy import Finding, judged, scale
-from diagnostics.report.content import NOTHING, number
+from diagnostics.report.content import NOTHING, format_number
 from diagnostics.store.audit_store import Audit
 
 MARKED = 0.1  # differences beyond this share of the larger number are marked
@@ -66,8 +66,8 @@ def verdict(audit: Audit, name: str, metric: str) -> str:
 
 def measure(value: Value, value_verdict: str, first: Value, first_verdict: str) -> Measure:
     """One number, compared with the first audit's."""
-    text = number(value)
-    differs = text != number(first)
+    text = format_number(value)
+    differs = text != format_number(first)
     if value is None or first is None or math.isnan(value) or math.isnan(first):
         return Measure(text=text, verdict=value_verdict, differs=differs)
     delta = value - first
@@ -87,7 +87,7 @@ def measure(value: Value, value_verdict: str, first: Value, first_verdict: str) 
 
 def signed(value: float | int) -> str:
     """A number with its sign."""
-    return ("+" if value > 0 else "−" if value < 0 else "") + number(abs(value))
+    return ("+" if value > 0 else "−" if value < 0 else "") + format_number(abs(value))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,11 @@ def reason(audit: Audit, analysis: str, metric: str) -> str:
         return "not run"
     if metric not in result.metrics:
         return "not measured"
-    return f"{number(result.metrics[metric])}, passes" if verdict(audit, analysis, metric) else "not judged"
+    return (
+        f"{format_number(result.metrics[metric])}, passes"
+        if verdict(audit, analysis, metric)
+        else "not judged"
+    )
 
 
 def cautions(audits: Mapping[str, Audit]) -> list[str]:
@@ -155,7 +159,7 @@ def cautions(audits: Mapping[str, Audit]) -> list[str]:
     for name in analyses_of(audits.values()):
         used = [audit.results[name].parameters for audit in audits.values() if name in audit.results]
         settings = {
-            key: list(dict.fromkeys(number(parameters.get(key)) or NOTHING for parameters in used))
+            key: list(dict.fromkeys(format_number(parameters.get(key)) or NOTHING for parameters in used))
             for key in dict.fromkeys(key for parameters in used for key in parameters)
         }
         differing = [f"{key} is {' or '.join(values)}" for key, values in settings.items() if len(values) > 1]

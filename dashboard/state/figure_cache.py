@@ -7,9 +7,9 @@ from concurrent.futures import Future
 
 from diagnostics.core.analysis import Result
 from diagnostics.report import content
-from diagnostics.report.content import Picture
+from diagnostics.report.content import EmbeddedFigure
 
-Drawn = tuple[list[Picture], list[str]]  # the figures, and why some are missing
+Drawn = tuple[list[EmbeddedFigure], list[str]]  # the figures, and why some are missing
 
 POINTS = 800  # of one figure: what a browser redraws without a noticeable delay
 
@@ -39,7 +39,7 @@ class FigureCache:
         if not drawing:
             return future.result()
         try:
-            drawn = content.pictures(result(), POINTS)
+            drawn = content.embedded_figures(result(), POINTS)
         except BaseException as error:
             self._forget(key, future)
             future.set_exception(error)

@@ -1,11 +1,12 @@
 """Other thresholds tried on a saved audit, and the file for `--policy` that they are saved as."""
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+import tomli_w
 
 from dashboard.state.query import Query
 from diagnostics.core.policy import Policy, Rule, default_policy, parse_rule
@@ -99,29 +100,24 @@ def toml(policy: Policy, audit_id: str) -> tuple[str, list[str]]:
     The file has every rule, and switches off the default rules that the policy lacks: it judges the same when
     the defaults change. Rules of analyses that are not installed are left out, since `--policy` refuses them.
     """
-    tables = policy.plain()
-    listed = {
-        (name, metric): tables[name][metric]
-        for name, rules in policy.rules.items()
-        for metric, judging in rules.items()
-        if is_known(name, metric, judging)
-    }
-    omitted = [
-        f"{name}.{metric}"
-        for name, rules in tables.items()
-        for metric in rules
-        if (name, metric) not in listed
-    ]
-    for name, rules in default_policy().rules.items():
-        for metric, judging in rules.items():
+    tables: dict[str, dict[str, Any]] = {name: {} for name in policy.rules}
+    omitted = []
+    for name, rules in policy.plain().items():
+        for metric, table in rules.items():
+            if is_known(name, metric, policy.rules[name][metric]):
+                tables[name][metric] = table
+            else:
+                omitted.append(f"{name}.{metric}")
+    for name, defaults in default_policy().rules.items():
+        for metric, judging in defaults.items():
             if metric not in policy.rules.get(name, {}) and is_known(name, metric, judging):
-                listed[name, metric] = {}
+                tables.setdefault(name, {})[metric] = {}
     head = [
         f"Thresholds tried on the audit {audit_id}: `tunescope audit BASE TUNED --policy FILE`",
         *(f"left out, not installed: {name}" for name in omitted),
     ]
-    comments = ["# " + CONTROL.sub(" ", line) for line in head]
-    return "\n".join(comments) + "\n\n" + "\n".join(map(rule_table, listed, listed.values())), omitted
+    comments = "".join(f"# {CONTROL.sub(' ', line)}\n" for line in head)
+    return f"{comments}\n{tomli_w.dumps({name: rules for name, rules in tables.items() if rules})}", omitted
 
 
 def is_known(name: str, metric: str, judging: Rule) -> bool:
@@ -137,25 +133,8 @@ def changes(tried: Trial) -> str:
     """The changed rules as TOML, without their messages and sources."""
     tables = tried.audit.policy.plain()
     shown = (*STEPS, "below", "per", "when")
-    return "\n".join(
-        rule_table((name, metric), {k: v for k, v in tables[name][metric].items() if k in shown})
-        for name, metric in tried.changed
-    )
-
-
-def rule_table(names: tuple[str, str], table: Mapping[str, Any]) -> str:
-    """One rule as a table of TOML."""
-    keys = ".".join(name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else toml_string(name) for name in names)
-    return "\n".join([f"[{keys}]", *(f"{name} = {toml_value(value)}" for name, value in table.items()), ""])
-
-
-def toml_value(value: Any) -> str:
-    """A boolean, a number or a string in TOML."""
-    if isinstance(value, str):
-        return toml_string(value)
-    return str(value).lower() if isinstance(value, bool) else repr(float(value))
-
-
-def toml_string(text: str) -> str:
-    """A string in TOML: as in JSON, with DEL escaped too."""
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+    changed: dict[str, dict[str, Any]] = {}
+    for name, metric in tried.changed:
+        table = {key: value for key, value in tables[name][metric].items() if key in shown}
+        changed.setdefault(name, {})[metric] = table
+    return tomli_w.dumps(changed)

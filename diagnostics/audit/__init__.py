@@ -1,3 +1,3 @@
-"""The audit: the analyses of a pair or a series, run, judged and kept."""
+"""The audit of a pair or a series: run the analyses, judge them, keep the results."""
 
 from diagnostics.audit.run import audit as audit

@@ -1,10 +1,4 @@
-"""The measures of a series, recorded while a model trains with transformers' Trainer.
-
-    trainer.add_callback(AuditCallback("audit", task=["held-out.jsonl"], train=["train.jsonl"], every=500))
-
-Nothing of the training changes: its random states, gradients and modes are as they were. `tunescope report`
-and the dashboard read the directory at any time.
-"""
+"""Recording the analyses of a series while a model trains with transformers' Trainer."""
 
 import json
 import random
@@ -21,13 +15,12 @@ import torch
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from diagnostics.audit.plan import about, check_settings, missing, not_chosen, parameters, usable
-from diagnostics.audit.step import run_one, write_report
+from diagnostics.audit.plan import Settings, make_plan, name_list, resolve_policy, usable_analyses
+from diagnostics.audit.step import run_analysis, write_report
 from diagnostics.core.analysis import NotApplicableError
 from diagnostics.core.inputs import open_roles
-from diagnostics.core.policy import Policy, default_policy
-from diagnostics.core.policy_file import load_policy
-from diagnostics.core.registry import find, installed
+from diagnostics.core.policy import Policy
+from diagnostics.core.registry import find
 from diagnostics.execution import environment
 from diagnostics.store.audit_store import MEASUREMENTS, Audit, Outcome, Store
 from diagnostics.store.files import replacing
@@ -42,36 +35,41 @@ STEPS = "steps.json"
 
 
 class AuditCallback(TrainerCallback):
-    """Records what analyses of a series measure, at the start, every so many steps and at the end.
+    """Runs the analyses of a series at the start of a training, every so many steps, and at its end.
 
-    The model is measured as it lies in memory, on its device, and is copied for it: there must be room for
-    two. What needs the weights of an earlier step is not measured; `tunescope series` does it on saved
-    checkpoints. A training that is resumed goes on with its recording.
+    >>> callback = AuditCallback("audit", only="sparsification", every=500)
+    >>> from transformers import Trainer
+    >>> Trainer(model, callbacks=[callback]).train()  # doctest: +SKIP
+
+    The training is not changed: random states, gradients and modes are restored. The model is measured in
+    memory, on its device, and copied for it: there must be room for two. What needs the weights of an earlier
+    step is not measured; `tunescope series` does that on saved checkpoints. A resumed training continues its
+    recording. `tunescope report` and the dashboard can read the directory at any time.
     """
 
     def __init__(
         self,
         out: str | Path,
         *,
-        task: Iterable[str | Path] = (),
-        keep: Iterable[str | Path] = (),
-        guard: Iterable[str | Path] = (),
-        ood: Iterable[str | Path] = (),
-        train: Iterable[str | Path] = (),
+        task: str | Path | Iterable[str | Path] = (),
+        keep: str | Path | Iterable[str | Path] = (),
+        guard: str | Path | Iterable[str | Path] = (),
+        ood: str | Path | Iterable[str | Path] = (),
+        train: str | Path | Iterable[str | Path] = (),
         every: int | None = None,
-        only: Collection[str] = (),
-        skip: Collection[str] = (),
-        settings: Mapping[str, Mapping[str, Any]] | None = None,
+        only: str | Collection[str] = (),
+        skip: str | Collection[str] = (),
+        settings: Settings | None = None,
         policy: Policy | str | Path | None = None,
         limit: int | None = None,
         seed: int = 0,
     ):
-        """Check what is asked for, before anything trains.
+        """Check the arguments before anything trains.
 
         Args:
-            out: an audit's directory.
+            out: directory of the audit.
             task, keep, guard, ood, train: files of rows by role, as of `diagnostics.audit.audit`.
-            every: steps between measurements; without it, whenever the Trainer saves or evaluates.
+            every: steps between measurements; by default whenever the Trainer saves or evaluates.
             only, skip: names of analyses of a series.
             settings, policy, limit, seed: as of `diagnostics.audit.audit`.
 
@@ -80,79 +78,66 @@ class AuditCallback(TrainerCallback):
         """
         if every is not None and every < 1:
             raise InputError(f"every is {every}; at least 1 step lies between measurements")
+        only, skip, settings = name_list(only), name_list(skip), settings or {}
         self.every = every
         self.store = Store(out)
-        rules = policy if isinstance(policy, Policy) else load_policy(policy) if policy else default_policy()
-        self.policy = rules
+        self.policy = resolve_policy(policy)
         files = {"task": task, "keep": keep, "guard": guard, "ood": ood, "train": train}
         self.rows = open_roles(files, limit=limit)
-        check_settings(settings or {})
-        self.options: dict[str, Any] = {
-            "only": list(only),
-            "skip": list(skip),
-            "settings": settings or {},
-            "seed": seed,
-        }
-        self.reasons = {name: not_chosen(name, only) for name in installed()}
-        self.plan: dict[str, dict[str, Any]] = {}
-        names, broken = usable(only, skip)
-        self.reasons |= broken
-        for name in names:
-            record = find(name)
-            lacks = missing(record, {"pair", "series", *self.rows})
-            if "series" not in record.inputs:
-                self.reasons[name] = "compares two checkpoints; `tunescope audit BASE TUNED` runs it"
-            elif lacks:
-                self.reasons[name] = lacks
-            else:
-                # A model in memory is measured in its own dtype.
-                self.plan[name] = parameters(record, settings or {}, {"seed": seed})
-                if "dtype" in self.plan[name] and "dtype" not in {
-                    *record.unshared,
-                    *(settings or {}).get(name, {}),
-                }:
-                    self.plan[name]["dtype"] = None
-                del self.reasons[name]
-        if not self.plan:
-            lines = [f"{name} {reason}" for name, reason in self.reasons.items()]
+        self.options: dict[str, Any] = {"only": only, "skip": skip, "settings": settings, "seed": seed}
+        usable, _ = usable_analyses(only, skip)
+        of_pairs = [name for name in usable if "series" not in find(name).inputs]
+        self.plan = make_plan(
+            {"pair", "series", *self.rows},
+            only=only,
+            skip=skip,
+            settings=settings,
+            shared={"seed": seed, "dtype": None},  # a model in memory is measured in its own dtype
+            left_out=dict.fromkeys(
+                of_pairs, "compares two checkpoints; `tunescope audit BASE TUNED` runs it"
+            ),
+        )
+        if not self.plan.parameters:
+            reasons = {**self.plan.left_out, **self.plan.lacking}
+            lines = [f"{name} {reason}" for name, reason in sorted(reasons.items())]
             raise InputError(f"nothing to record: {'; '.join(lines)}")
         self.steps: list[float] = []
-        self.began: dict[str, Any] = {}
+        self.base: dict[str, Any] = {}
 
     # --- what transformers calls ---
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Take up an earlier recording, and measure the model as it is now."""
+    def on_train_begin(self, args: Any, state: Any, control: Any, **trainer: Any) -> None:
+        """Continue an earlier recording, and measure the model as it is now."""
         if state.is_world_process_zero:
             with self.store:
-                self._take_up(state.global_step)
-            self.record(state.global_step, given["model"], given.get("processing_class"))
+                self._resume(state.global_step)
+            self.record(state.global_step, trainer["model"], trainer.get("processing_class"))
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Measure, if it is time."""
+    def on_step_end(self, args: Any, state: Any, control: Any, **trainer: Any) -> None:
+        """Measure, if a measurement is due."""
         if self.every is not None and state.global_step % self.every == 0:
-            self._due(state, given)
+            self._record_if_due(state, trainer)
 
-    def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **trainer: Any) -> None:
         """Measure what was saved."""
         if self.every is None:
-            self._due(state, given)
+            self._record_if_due(state, trainer)
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **trainer: Any) -> None:
         """Measure what was evaluated."""
         if self.every is None:
-            self._due(state, given)
+            self._record_if_due(state, trainer)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **trainer: Any) -> None:
         """Measure the model that the training ends with."""
-        self._due(state, given)
+        self._record_if_due(state, trainer)
 
-    def _due(self, state: Any, given: Mapping[str, Any]) -> None:
+    def _record_if_due(self, state: Any, trainer: Mapping[str, Any]) -> None:
         if not state.is_world_process_zero or (self.steps and state.global_step <= self.steps[-1]):
             return
         try:
-            self.record(state.global_step, given["model"], given.get("processing_class"))
-        except Exception as error:  # a training of days must not end for what watches it
+            self.record(state.global_step, trainer["model"], trainer.get("processing_class"))
+        except Exception as error:  # a long training must not end because its recording fails
             logging.get_logger(__name__).warning(
                 f"tunescope: step {state.global_step} is not recorded ({type(error).__name__}: {error})"
             )
@@ -160,72 +145,70 @@ class AuditCallback(TrainerCallback):
     # --- recording ---
 
     def record(self, step: int | float, model: Any, tokenizer: Any = None) -> Audit:
-        """Measure a model at a step, and conclude of the run so far.
+        """Measure a model at a step, and audit the run so far.
 
         Args:
             step: above the last one.
             model: of transformers or PEFT; it is not changed.
-            tokenizer: written beside the audit for the analyses that read text.
+            tokenizer: saved in the directory for the analyses that read text.
 
         Raises:
-            InputError: an analysis refuses its input at the first step; nothing is recorded then.
+            InputError: the input of an analysis is wrong at the first step; nothing is recorded.
+            RuntimeError: an analysis crashed at the first step; the traceback is in audit.log.
         """
         with self.store, undisturbed(model):
             checkpoint = open_checkpoint(model)
             if tokenizer is not None:
-                place = self.store.out / "tokenizer"
-                if not place.exists():
-                    tokenizer.save_pretrained(place)
-                checkpoint.directory = place
+                directory = self.store.out / "tokenizer"
+                if not directory.exists():
+                    tokenizer.save_pretrained(directory)
+                checkpoint.directory = directory
             steps = [*self.steps, float(step)]
             device = str(next(model.parameters()).device)
-            about_now = self._described(checkpoint, step)
-            state = self._audit(steps, about_now, device)
-            earlier = self.store.earlier()
-            if earlier is None:
+            state = self._audit(steps, self._describe(checkpoint, step), device)
+            if self.store.earlier() is None:
                 self.store.begin(state)
-            for name, used in self.plan.items():
+            for name, used in self.plan.parameters.items():
                 series = RecordedSeries(steps, self.store.out / MEASUREMENTS, checkpoint)
-                given = {"series": series.within(self._context(name), series.cache), **self.rows}
-                asked = name in self.options["only"]  # too short is every run at first
-                leave_out = (TooShortError,) if asked else (TooShortError, NotApplicableError)
-                outcome = run_one(
-                    self.store, find(name), used, given, device=device, progress=None, leave_out=leave_out
+                inputs = {"series": series.within(self._context(name), series.cache), **self.rows}
+                # Every run is too short at first.
+                skip_on = (
+                    (TooShortError,) if name in self.options["only"] else (TooShortError, NotApplicableError)
+                )
+                outcome = run_analysis(
+                    self.store, find(name), used, inputs, device=device, progress=None, skip_on=skip_on
                 )
                 if outcome.status == "failed" and not self.steps:
-                    raise InputError(f"{name}: {outcome.reason}")
+                    error = InputError if outcome.fault == "input" else RuntimeError
+                    raise error(f"{name}: {outcome.reason}")
                 state = replace(state, analyses={**state.analyses, name: outcome})
             self.steps = steps
             with replacing(self.store.out / STEPS) as part:
-                known = {"context": self._context(), "steps": steps, "base": self.began}
-                part.write_text(json.dumps(known), encoding="utf-8")
+                recording = {"context": self._context(), "steps": steps, "base": self.base}
+                part.write_text(json.dumps(recording), encoding="utf-8")
             self.store.write(state)
             write_report(self.store, state)
         return state
 
-    def _audit(self, steps: list[float], now: Mapping[str, Any], device: str) -> Audit:
-        if not self.began:
-            self.began = dict(now)
-        waiting = {
-            name: Outcome(status="skipped", reason="not measured yet", **about(name)) for name in self.plan
-        }
-        left_out = {name: Outcome(status="skipped", reason=reason) for name, reason in self.reasons.items()}
+    def _audit(self, steps: list[float], tuned: Mapping[str, Any], device: str) -> Audit:
+        if not self.base:
+            self.base = dict(tuned)
         return Audit(
-            base=self.began,
-            tuned=now,
-            data={role: [each.describe() for each in made] for role, made in self.rows.items()},
+            base=self.base,
+            tuned=tuned,
+            data={role: [named.describe() for named in tasks] for role, tasks in self.rows.items()},
             environment={**environment.environment(device), "seed": self.options["seed"]},
             options=self.options,
             policy=self.policy,
-            analyses=dict(sorted({**left_out, **waiting}.items())),
+            analyses=self.plan.outcomes(Outcome(status="skipped", reason="not measured yet")),
             notes=(f"recorded while the model trained, at {len(steps)} steps",),
             created=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
             tunescope=version("tunescope"),
             path=self.store.out,
         )
 
-    def _described(self, checkpoint: Checkpoint, step: int | float) -> dict[str, Any]:
-        """What the audit says of the model, without its hash: that would take longer than to measure it."""
+    def _describe(self, checkpoint: Checkpoint, step: int | float) -> dict[str, Any]:
+        """The facts on the model, without a hash, which would take longer than the measurement."""
         return {
             "ref": f"{checkpoint.ref} at step {step_label(step)}",
             "kind": checkpoint.kind,
@@ -237,38 +220,39 @@ class AuditCallback(TrainerCallback):
         }
 
     def _context(self, name: str = "") -> str:
-        """All that measurements depend on beside the model: of one analysis, or of all."""
-        rows = {role: [each.describe() for each in made] for role, made in self.rows.items()}
-        names = [name] if name else sorted(self.plan)
-        return digest(*(key(find(each), self.plan[each], {}, rows) for each in names))
+        """Hash of everything but the model that measurements depend on: of one analysis, or of all."""
+        rows = {role: [named.describe() for named in tasks] for role, tasks in self.rows.items()}
+        parameters = self.plan.parameters
+        names = [name] if name else sorted(parameters)
+        return digest(*(key(find(name), parameters[name], {}, rows) for name in names))
 
-    def _take_up(self, step: int) -> None:
-        """Go on with what was recorded before a step; another recording is left behind."""
+    def _resume(self, step: int) -> None:
+        """Continue the recording in the directory, up to a step; one of other measurements is removed."""
         try:
-            known = json.loads((self.store.out / STEPS).read_text(encoding="utf-8"))
+            recording = json.loads((self.store.out / STEPS).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            known = {}
-        if step and known.get("context") == self._context():
-            self.steps = [each for each in known["steps"] if each < step]
-            self.began = known["base"]
+            recording = {}
+        if step and recording.get("context") == self._context():
+            self.steps = [earlier for earlier in recording["steps"] if earlier < step]
+            self.base = recording["base"]
         else:
             self.store.clear()
 
 
 @contextmanager
 def undisturbed(model: Any) -> Iterator[None]:
-    """Leave the random states, the modes of all modules and the gradients as they are."""
+    """Restore random states, gradients and the modes of all modules afterwards."""
     modes = {module: module.training for module in model.modules()}
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    python, numbers = random.getstate(), np.random.get_state()
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             for parameter, _ in gradients:
                 parameter.grad = None  # copies would carry them
             yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numbers)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
         for parameter, gradient in gradients:
             parameter.grad = gradient
         for module, training in modes.items():

@@ -1,11 +1,12 @@
-"""Several models tuned from one base, out of their audits: does sharpness go with quality on OOD rows?
+"""Correlations over several audits: does sharpness go with quality on OOD rows?
 
-Question and warning are those of `diagnostics.numerics.rank_correlation`: every correlation raw and given
-displacement, none below 12 models. An outcome is read at tuned, at the middle of the path, or at each best α.
+The audits are of models tuned from one base. Question and warnings are those of
+`diagnostics.numerics.rank_correlation`: each correlation is given raw and partial, given displacement, and
+none below 12 models. The outcome is read at tuned, half-way, or at the best alpha of each model.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,17 +19,15 @@ from diagnostics.store.files import replacing, write_table
 from probes.errors import InputError
 
 if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
-if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
 Where = Literal["tuned", "half", "best"]
 Metric = Literal["loss", "accuracy"]
-WHOLE = "all blocks"
-# Parameters of `sharpness` that its values do not depend on.
-FREE = {"layer_alphas", "alphas", "curvature", "batch_tokens", "sharpen", "trust_remote_code"}
+ALL_BLOCKS = "all blocks"
+# Parameters of `sharpness` that may differ: its values do not depend on them.
+IRRELEVANT = {"layer_alphas", "alphas", "curvature", "batch_tokens", "sharpen", "trust_remote_code"}
+PANELS = 9  # most panels of the scatter that can be read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +35,10 @@ class Correlations:
     """Correlations over tuned models of one base.
 
     Attributes:
-        models: a row an audit: model, displacement, the outcome, and sharpness at tuned of all blocks and of
-            every layer, `sharpness:NAME`.
+        models: a row an audit: model, displacement, outcome, and sharpness at tuned of all blocks and of each
+            layer, `sharpness:NAME`.
         table: of `diagnostics.numerics.rank_correlation.correlations`.
-        outcome: what is to be predicted, in words.
+        outcome: the predicted quantity in words.
     """
 
     models: "pd.DataFrame"
@@ -52,7 +51,7 @@ class Correlations:
         return draw(self)
 
     def write(self, out: Path) -> None:
-        """Write both tables as parquet and the figures as one page that opens offline.
+        """Write both tables as parquet, and the figures as one page that opens offline.
 
         Raises:
             OSError: it cannot be written.
@@ -61,10 +60,10 @@ class Correlations:
         write_table(out / "models.parquet", self.models)
         write_table(out / "correlations.parquet", self.table)
         with replacing(out / "correlations.html") as part:
-            part.write_text(page(self), encoding="utf-8")
+            part.write_text(correlations_page(self), encoding="utf-8")
 
     def record(self) -> dict[str, Any]:
-        """As JSON keeps it."""
+        """Plain values, for JSON."""
         rows = self.table.astype(object).where(self.table.notna(), None).to_dict("records")
         return {
             "models": len(self.models),
@@ -82,88 +81,102 @@ def correlate(
     permutations: int = 10_000,
     seed: int = 0,
 ) -> Correlations:
-    """Correlate sharpness at tuned, of all blocks and of each layer, with how models do on OOD rows.
+    """Correlate sharpness at tuned, of all blocks and of each layer, with quality on OOD rows.
 
     Args:
-        audits: with `sharpness` and OOD rows each, of one base on the same rows; 12 or more to correlate.
-        metric: of the OOD rows, their sets averaged.
-        where: the place on the path: tuned, its middle (WiSE-FT's default), or each model's best α.
+        audits: 12 or more to get a correlation, each with `sharpness` and OOD rows, of one base and one set
+            of rows.
+        metric: on the OOD rows, averaged over their sets.
+        where: point of the path where the metric is read: tuned, half-way (WiSE-FT's default), or the best
+            alpha of each model.
         permutations, seed: as of `correlations`.
 
     Raises:
-        InputError: fewer than two audits, one without what is needed, or audits that do not compare; the
+        InputError: fewer than two audits, one without what is needed, or audits that cannot be compared; the
             message names it.
     """
     import pandas as pd
 
-    opened = [one if isinstance(one, Audit) else load(one) for one in audits]
-    names = [str(one.path or one.tuned["ref"]) for one in opened]
+    opened = [audit if isinstance(audit, Audit) else load(audit) for audit in audits]
     if len(opened) < 2:
-        raise InputError(f"{len(opened)} audit given; a correlation is over several, one a tuned model")
-    alike(opened, names)
-    rows = [one_model(each, name, metric, where) for each, name in zip(opened, names, strict=True)]
-    models = pd.DataFrame(rows)
-    place = {"tuned": "at tuned", "half": "half-way", "best": "at each model's best alpha"}[where]
-    found = correlations(
+        raise InputError(f"{len(opened)} audit given; a correlation needs several, one for each tuned model")
+    check_comparable(opened)
+    models = pd.DataFrame([model_row(audit, metric, where) for audit in opened])
+    table = correlations(
         models,
         outcome="outcome",
         predictors=[str(column) for column in models if str(column).startswith("sharpness:")],
         permutations=permutations,
         seed=seed,
     )
-    found["predictor"] = found["predictor"].str.removeprefix("sharpness:")
+    table["predictor"] = table["predictor"].str.removeprefix("sharpness:")
     notes = [
-        "Learning rate and length of tuning move sharpness and quality alike: read the partial column, given "
-        "how far each model moved. No correlation makes a sharper model a worse one."
+        "Learning rate and length of tuning change sharpness and quality together: read the column given "
+        "displacement. No correlation shows that sharpness makes a model worse."
     ]
     if len(models) < LEAST:
-        notes.insert(0, f"{len(models)} models: a correlation is told from {LEAST} on.")
-    return Correlations(models=models, table=found, outcome=f"OOD {metric} {place}", notes=tuple(notes))
+        notes.insert(0, f"{len(models)} models: correlations are computed from {LEAST} on.")
+    point = {"tuned": "at tuned", "half": "half-way", "best": "at each model's best alpha"}[where]
+    return Correlations(models=models, table=table, outcome=f"OOD {metric} {point}", notes=tuple(notes))
 
 
-def alike(audits: Sequence[Audit], names: Sequence[str]) -> None:
-    """Refuse audits whose sharpness does not compare.
+def check_comparable(audits: Sequence[Audit]) -> None:
+    """Refuse audits whose sharpness cannot be compared.
 
     Raises:
         InputError: another base, other rows or other parameters; the message names the first that differs.
     """
-    for one, name in zip(audits, names, strict=True):
-        result = one.results.get("sharpness")
+    for audit in audits:
+        result = audit.results.get("sharpness")
         if result is None:
             raise InputError(
-                f"{name}: has no result of sharpness; run `tunescope audit` with --task F and --ood F"
+                f"{audit_name(audit)}: has no result of sharpness; run `tunescope audit` with --task F and "
+                "--ood F"
             )
-        if not any(row == "ood" for row in result.tables["path"]["role"]):
-            raise InputError(f"{name}: its sharpness was measured without OOD rows; run it with --ood NAME=F")
-    what: Mapping[str, Any] = {
-        "bases": lambda one: one.base.get("fingerprint") or one.base["ref"],
-        "task rows": lambda one: [each["fingerprint"] for each in one.data.get("task", [])],
-        "OOD rows": lambda one: sorted(each["fingerprint"] for each in one.data.get("ood", [])),
-        "parameters of sharpness": lambda one: {
-            key: value for key, value in one.results["sharpness"].parameters.items() if key not in FREE
-        },
+        if not (result.tables["path"]["role"] == "ood").any():
+            raise InputError(
+                f"{audit_name(audit)}: its sharpness was measured without OOD rows; run it with --ood NAME=F"
+            )
+    for what, expected in comparison_facts(audits[0]).items():
+        for audit in audits[1:]:
+            if comparison_facts(audit)[what] != expected:
+                raise InputError(
+                    f"{audit_name(audit)}: has other {what} than {audit_name(audits[0])}; sharpness compares "
+                    "only at equal ones"
+                )
+
+
+def audit_name(audit: Audit) -> str:
+    """The directory of an audit, or its tuned model."""
+    return str(audit.path or audit.tuned["ref"])
+
+
+def comparison_facts(audit: Audit) -> dict[str, Any]:
+    """What must be equal for two audits to be compared."""
+    parameters = audit.results["sharpness"].parameters
+    return {
+        "bases": audit.base.get("fingerprint") or audit.base["ref"],
+        "task rows": [file["fingerprint"] for file in audit.data.get("task", [])],
+        "OOD rows": sorted(file["fingerprint"] for file in audit.data.get("ood", [])),
+        "parameters of sharpness": {k: v for k, v in parameters.items() if k not in IRRELEVANT},
     }
-    for words, of in what.items():
-        for one, name in zip(audits, names, strict=True):
-            if of(one) != of(audits[0]):
-                text = f"{name}: has other {words} than {names[0]}; sharpness compares only at equal ones"
-                raise InputError(text)
 
 
-def one_model(audit: Audit, name: str, metric: Metric, where: Where) -> dict[str, Any]:
-    """An audit as a row of the table of models."""
+def model_row(audit: Audit, metric: Metric, where: Where) -> dict[str, Any]:
+    """The row of one audit in the table of models."""
+    name = audit_name(audit)
     result = audit.results["sharpness"]
     layers, path = result.tables["layers"], result.tables["path"]
     alpha = {"tuned": 1.0, "half": 0.5, "best": float(result.metrics["best_alpha"])}[where]
-    here = path[(path["role"] == "ood") & (path["metric"] == metric) & (path["alpha"] == alpha)]
-    if here.empty:
+    outcome = path[(path["role"] == "ood") & (path["metric"] == metric) & (path["alpha"] == alpha)]
+    if outcome.empty:
         raise InputError(f"{name}: its path has no alpha {alpha:g}; add it with --set sharpness.alphas=…")
     row: dict[str, Any] = {
         "model": name,
         "displacement": math.sqrt(float((layers["moved"].astype(float) ** 2).sum())),
-        "outcome": float(here["value"].mean()),
+        "outcome": float(outcome["value"].mean()),
         "alpha": alpha,
-        f"sharpness:{WHOLE}": float(result.metrics.get("sharpness_tuned", math.nan)),
+        f"sharpness:{ALL_BLOCKS}": float(result.metrics.get("sharpness_tuned", math.nan)),
     }
     return row | {
         f"sharpness:{layer}": float(value)
@@ -171,8 +184,6 @@ def one_model(audit: Audit, name: str, metric: Metric, where: Where) -> dict[str
     }
 
 
-# Panels of the scatter: more would not be read.
-MOST = 9
 KINDS = {
     "raw": Style("raw", theme.NEUTRAL, size=10),
     "partial": Style("given displacement", theme.NEW, "diamond", size=10),
@@ -191,9 +202,9 @@ def draw_scatter(correlations: Correlations) -> "go.Figure":
     """Sharpness against the outcome, a panel a predictor, coloured by displacement."""
     table, models = correlations.table, correlations.models
     order = table["partial"].abs().sort_values(ascending=False, na_position="last").index
-    names = table.loc[order, "predictor"].tolist()[:MOST]
+    names = table.loc[order, "predictor"].tolist()[:PANELS]
     columns, rows = min(3, len(names)), -(-len(names) // 3)
-    tail = f"; the {MOST} of {len(table)} with the largest partial one" if len(table) > MOST else ""
+    tail = f"; the {PANELS} of {len(table)} with the largest partial one" if len(table) > PANELS else ""
     figure = panels(
         f"{correlations.outcome} against sharpness at tuned, {len(models)} models{tail}", "sharpness, nats",
         correlations.outcome, height=120 + 260 * rows, rows=rows, columns=columns, names=names,
@@ -221,20 +232,20 @@ def draw_intervals(correlations: Correlations) -> "go.Figure":
     return theme.threshold(figure, x=0).update_xaxes(range=[-1.05, 1.05])
 
 
-def page(made: Correlations) -> str:
-    """Both pictures and the notes as one page that opens offline."""
+def correlations_page(result: Correlations) -> str:
+    """The notes and the figures as one page that opens offline."""
     import html
 
     from plotly.io import to_html
 
     figures = "".join(
-        to_html(figure, full_html=False, include_plotlyjs=place == 0, config={"displaylogo": False})
-        for place, figure in enumerate(draw(made).values())
+        to_html(figure, full_html=False, include_plotlyjs=position == 0, config={"displaylogo": False})
+        for position, figure in enumerate(result.figures().values())
     )
-    notes = "".join(f"<p>{html.escape(note)}</p>" for note in made.notes)
+    notes = "".join(f"<p>{html.escape(note)}</p>" for note in result.notes)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>tunescope correlate</title>'
         f"<style>body{{font-family:{theme.FONT};margin:2rem auto;max-width:1200px;padding:0 1rem}}</style>"
-        f"</head><body><h1>{html.escape(made.outcome)} over {len(made.models)} models</h1>"
+        f"</head><body><h1>{html.escape(result.outcome)} over {len(result.models)} models</h1>"
         f"{notes}{figures}</body></html>"
     )

@@ -5,6 +5,7 @@ from typing import Any
 
 from diagnostics.audit.plan import Progress
 from diagnostics.audit.run import audit
+from diagnostics.audit.series import prefixed
 from diagnostics.store.audit_store import Audit
 from probes.errors import InputError
 
@@ -12,15 +13,15 @@ BUNDLED = Path(__file__).parents[1] / "bundled"
 
 
 def demo(out: str | Path, *, progress: Progress | None = None, **options: Any) -> dict[str, Audit]:
-    """Audit every bundled model against the bundled base.
+    """Audit every bundled model against the bundled base; the audits by the name of the model.
+
+    >>> {name: audit.verdict for name, audit in demo("demo", only="intruders").items()}
+    {'full': 'pass', 'lora-r1': 'warn', 'lora-r8': 'warn'}
 
     Args:
-        out: holds an audit's directory for each.
+        out: directory for the audit of each model.
         progress: as of `audit`; names of analyses are preceded by the model.
         options: of `audit`.
-
-    Returns:
-        The audits by the name of the tuned model.
 
     Raises:
         InputError: the checkpoints are not there, or as `audit`.
@@ -30,18 +31,18 @@ def demo(out: str | Path, *, progress: Progress | None = None, **options: Any) -
         raise InputError(
             f"{base}: the bundled checkpoints are missing from this installation; reinstall tunescope"
         )
-    made = {}
-    for tuned in tuned_models():
-
-        def shown(name: str, done: int, total: int, what: str, model: str = tuned.name) -> None:
-            if progress:
-                progress(f"{model}: {name}", done, total, what)
-
-        made[tuned.name] = audit(base, tuned, out=Path(out) / tuned.name, progress=shown, **options)
-    return made
+    return {
+        tuned.name: audit(
+            base, tuned, out=Path(out) / tuned.name, progress=prefixed(progress, tuned.name), **options
+        )
+        for tuned in tuned_models()
+    }
 
 
 def tuned_models() -> list[Path]:
-    """The directories of the bundled models that were tuned from the base, by name; a series lies deeper."""
-    holding = {file.parent for file in BUNDLED.glob("*/*.safetensors")}
-    return sorted(directory for directory in holding if directory != BUNDLED / "base")
+    """The directories of the bundled models that were tuned from the base, by name.
+
+    The bundled series lie one level deeper and are not among them.
+    """
+    directories = {file.parent for file in BUNDLED.glob("*/*.safetensors")}
+    return sorted(directory for directory in directories if directory != BUNDLED / "base")

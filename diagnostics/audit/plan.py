@@ -1,43 +1,115 @@
-"""What an audit will run: the chosen analyses, their parameters, and the inputs they lack."""
+"""The plan of an audit: which analyses run, with which parameters, and why the others do not."""
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diagnostics.core.analysis import EXECUTION, Analysis
 from diagnostics.core.inputs import OPTIONS
+from diagnostics.core.policy import Policy, default_policy
+from diagnostics.core.policy_file import load_policy
 from diagnostics.core.registry import broken_analyses, find, installed, installed_analyses
+from diagnostics.store.audit_store import Outcome
 from probes.errors import UnknownNameError
 
 if TYPE_CHECKING:
     from probes import CheckpointPair
     from probes.checkpoints.series import CheckpointSeries
 
-
 Progress = Callable[[str, int, int, str], None]
+Settings = Mapping[str, Mapping[str, Any]]
 
 
-def chosen(only: Collection[str], skip: Collection[str]) -> list[str]:
-    """The names of the analyses that are asked for.
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What an audit does with each installed analysis.
+
+    Attributes:
+        parameters: of each analysis that runs, defaults included, without where it runs (device, progress).
+        lacking: the missing option of each analysis that was chosen and cannot run.
+        left_out: the reason of each other one.
+        notes: on analyses that cannot be imported.
+    """
+
+    parameters: Mapping[str, dict[str, Any]]
+    lacking: Mapping[str, str]
+    left_out: Mapping[str, str]
+    notes: tuple[str, ...]
+
+    def outcomes(self, pending: Outcome) -> dict[str, Outcome]:
+        """An outcome for each installed analysis: `pending` if it runs, else skipped with the reason."""
+        outcomes = {name: Outcome(status="skipped", reason=reason) for name, reason in self.left_out.items()}
+        for name, reason in self.lacking.items():
+            outcomes[name] = Outcome(status="skipped", reason=reason, **registry_facts(name))
+        outcomes |= {name: replace(pending, **registry_facts(name)) for name in self.parameters}
+        return dict(sorted(outcomes.items()))
+
+
+def make_plan(
+    supplied: Collection[str],
+    *,
+    only: Collection[str],
+    skip: Collection[str],
+    settings: Settings,
+    shared: Mapping[str, Any],
+    left_out: Mapping[str, str],
+) -> Plan:
+    """Choose the analyses and their parameters.
+
+    Args:
+        supplied: names of the inputs that there are.
+        only, skip, settings: as of `diagnostics.audit.audit`.
+        shared: parameters for every analysis that takes them; `settings` come first.
+        left_out: analyses that do not run, with the reason.
 
     Raises:
-        UnknownNameError: one is not installed; the message lists those that are.
+        UnknownNameError: an analysis or a parameter that does not exist; the message lists those that do.
     """
-    known = installed()
-    for option, names in (("--only", only), ("--skip", skip)):
-        for name in names:
-            if name not in known:
-                raise UnknownNameError(f"{option}: unknown analysis {name!r}; known: {', '.join(known)}")
-    return [name for name in known if (not only or name in only) and name not in skip]
+    for name in settings:
+        if name not in installed():
+            known = ", ".join(installed())
+            raise UnknownNameError(f"--set {name}.…: unknown analysis {name!r}; known: {known}")
+    chosen, broken = usable_analyses(only, skip)
+    reasons = {name: not_chosen(name, only) for name in installed() if name not in chosen} | broken
+    reasons |= {name: reason for name, reason in left_out.items() if name in chosen}
+    parameters, lacking = {}, {}
+    for name in chosen:
+        if name not in reasons:
+            parameters[name] = analysis_parameters(find(name), settings.get(name, {}), shared)
+            lacking[name] = missing_inputs(find(name), supplied)
+    return Plan(
+        parameters={name: used for name, used in parameters.items() if not lacking[name]},
+        lacking={name: reason for name, reason in lacking.items() if reason},
+        left_out=reasons,
+        notes=tuple(f"Left out: {reason}" for reason in broken.values()),
+    )
 
 
-def usable(only: Collection[str], skip: Collection[str]) -> tuple[list[str], dict[str, str]]:
+def chosen_analyses(only: Collection[str], skip: Collection[str]) -> list[str]:
+    """The names of the analyses that are asked for.
+
+    >>> chosen_analyses(only=["intruders", "drift"], skip=["drift"])
+    ['intruders']
+
+    Raises:
+        UnknownNameError: an analysis is not installed; the message lists those that are.
+    """
+    names = installed()
+    for option, given in (("--only", only), ("--skip", skip)):
+        for name in given:
+            if name not in names:
+                raise UnknownNameError(f"{option}: unknown analysis {name!r}; known: {', '.join(names)}")
+    return [name for name in names if (not only or name in only) and name not in skip]
+
+
+def usable_analyses(only: Collection[str], skip: Collection[str]) -> tuple[list[str], dict[str, str]]:
     """The analyses that are asked for and can be imported, and why the others cannot be, by name.
 
     Raises:
         UnknownNameError: one of `only` cannot be imported, or a name is not installed.
     """
-    names = chosen(only, skip)
+    names = chosen_analyses(only, skip)
     broken = broken_analyses(names)
     for name in only:
         if name in broken:
@@ -45,25 +117,70 @@ def usable(only: Collection[str], skip: Collection[str]) -> tuple[list[str], dic
     return [name for name in names if name not in broken], broken
 
 
+def name_list(names: str | Collection[str]) -> list[str]:
+    """Names of analyses as a list; one name may be given as it is."""
+    return [names] if isinstance(names, str) else list(names)
+
+
 def not_chosen(name: str, only: Collection[str]) -> str:
-    """Why an analysis is not run although it could be."""
+    """Why the options leave an analysis out."""
     return f"not asked for: --only {','.join(only)}" if only and name not in only else "left out by --skip"
 
 
-def missing(record: Analysis, supplied: Collection[str]) -> str:
-    """Which option would let an analysis run; empty when nothing is missing."""
+def missing_inputs(record: Analysis, supplied: Collection[str]) -> str:
+    """The options that an analysis lacks; empty when it can run."""
     lacking = [name for name in record.inputs if name not in supplied]
-    if any(name not in OPTIONS for name in lacking):
-        unknown = next(name for name in lacking if name not in OPTIONS)
-        return f"needs {unknown!r}, which this tunescope cannot supply"
+    for name in lacking:
+        if name not in OPTIONS:
+            return f"needs {name!r}, which this tunescope cannot supply"
     return "needs " + " and ".join(OPTIONS[name] for name in lacking) if lacking else ""
 
 
-def unread_role_notes(rows: Collection[str], names: Collection[str]) -> tuple[str, ...]:
-    """Notes on the roles that were given and that nothing reads."""
-    records = installed_analyses().values() if rows else ()
+def analysis_parameters(
+    record: Analysis, settings: Mapping[str, Any], shared: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The parameters that an analysis runs with: its settings, then the shared ones, then its defaults.
+
+    Raises:
+        UnknownNameError: a setting that it does not have; the message lists those that it has.
+    """
+    defaults = {name: p.default for name, p in record.parameters.items() if name not in EXECUTION}
+    for name in settings:
+        if name not in defaults:
+            known = ", ".join(defaults)
+            raise UnknownNameError(f"{record.name} has no parameter {name!r}; it has: {known}")
+    taken = {
+        name: value for name, value in shared.items() if name in defaults and name not in record.unshared
+    }
+    return {**defaults, **taken, **settings}
+
+
+def resolve_policy(policy: Policy | str | Path | None) -> Policy:
+    """The policy itself, the one in a TOML file, or the default policy."""
+    if isinstance(policy, Policy):
+        return policy
+    return load_policy(policy) if policy else default_policy()
+
+
+def registry_facts(name: str) -> dict[str, Any]:
+    """What an audit keeps of the registry, so that it can be read without the package."""
+    record = find(name)
+    return {"question": record.question, "paper": record.paper}
+
+
+# --- notes ---
+
+
+def unread_role_notes(roles: Collection[str], names: Collection[str]) -> tuple[str, ...]:
+    """Notes on the roles that no analysis reads.
+
+    Args:
+        roles: those that were given.
+        names: the analyses that run.
+    """
+    records = installed_analyses().values() if roles else ()
     notes = []
-    for role in rows:
+    for role in roles:
         readers = {record.name for record in records if role in (*record.inputs, *record.optional)}
         if not readers:
             notes.append(
@@ -75,62 +192,24 @@ def unread_role_notes(rows: Collection[str], names: Collection[str]) -> tuple[st
 
 
 def run_notes(series: "CheckpointSeries") -> tuple[str, ...]:
-    """Which checkpoints a run has, where there are others than the two ends."""
+    """The checkpoints of a run, if there are more than its two ends."""
     if len(series) < 3:
         return ()
     return (f"{len(series)} checkpoints of one run: {', '.join(series.labels)}",)
 
 
 def adapter_notes(pair: "CheckpointPair") -> tuple[str, ...]:
-    """Notes on the adapters among the checkpoints: how they are read, and whether they name another base."""
+    """How adapters are read, and whether they name another base."""
     notes = []
     for side in (pair.base, pair.tuned):
         facts = side.adapter or {}
         notes += [f"{side.ref}: {note}" for note in facts.get("notes", ())]
-        named, base = facts.get("base"), side.base
-        # Directories are moved and hub ids downloaded: the last part of the name is what stays.
-        if named and base and base.directory and Path(named).name not in str(base.directory.resolve()):
+        trained_on, base = facts.get("base"), side.base
+        # Directories are moved and hub ids downloaded: only the last part of the name stays the same.
+        directory = str(base.directory.resolve()) if base and base.directory else ""
+        if trained_on and directory and base and Path(trained_on).name not in directory:
             notes.append(
-                f"{side.ref} was trained on {named!r} and is applied to {base.ref}: is that the same model?"
+                f"{side.ref} was trained on {trained_on!r} and is applied to {base.ref}: is that the same "
+                "model?"
             )
     return tuple(dict.fromkeys(notes))
-
-
-def check_settings(settings: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse settings of what is not installed.
-
-    Raises:
-        UnknownNameError: the message lists what is.
-    """
-    for name in settings:
-        if name not in installed():
-            raise UnknownNameError(
-                f"--set {name}.…: unknown analysis {name!r}; known: {', '.join(installed())}"
-            )
-
-
-def parameters(
-    record: Analysis, settings: Mapping[str, Mapping[str, Any]], common: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The parameters that an analysis will run with, defaults included, without those of its execution.
-
-    Raises:
-        UnknownNameError: a setting that it does not have; the message lists those that it has.
-    """
-    own = {name: p.default for name, p in record.parameters.items() if name not in EXECUTION}
-    given = settings.get(record.name, {})
-    for name in given:
-        if name not in own:
-            raise UnknownNameError(f"{record.name} has no parameter {name!r}; it has: {', '.join(own)}")
-    shared = {
-        name: value
-        for name, value in common.items()
-        if name in own and name not in record.unshared and value is not None
-    }
-    return {**own, **shared, **given}
-
-
-def about(name: str) -> dict[str, Any]:
-    """What an audit keeps of the registry, so that it reads without the package."""
-    record = find(name)
-    return {"question": record.question, "paper": record.paper}

@@ -1,4 +1,4 @@
-"""The audit: runs the analyses whose inputs are there, one by one, and keeps each as soon as it is done."""
+"""The audit: run the analyses that have their inputs, one by one, and keep each as soon as it is finished."""
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, replace
@@ -8,23 +8,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diagnostics.audit.plan import (
+    Plan,
     Progress,
-    about,
+    Settings,
     adapter_notes,
-    check_settings,
-    missing,
-    not_chosen,
-    parameters,
+    make_plan,
+    name_list,
+    resolve_policy,
     run_notes,
     unread_role_notes,
-    usable,
 )
-from diagnostics.audit.step import run_one, write_report
+from diagnostics.audit.step import run_analysis, write_report
 from diagnostics.core.analysis import NotApplicableError
 from diagnostics.core.inputs import ROLES, open_roles
-from diagnostics.core.policy import Policy, default_policy
-from diagnostics.core.policy_file import load_policy
-from diagnostics.core.registry import find, installed
+from diagnostics.core.policy import Policy
+from diagnostics.core.registry import find
 from diagnostics.execution import engines, environment
 from diagnostics.store.audit_store import MEASUREMENTS, Audit, Outcome, Store
 from diagnostics.store.keys import described, digest, key
@@ -35,7 +33,9 @@ if TYPE_CHECKING:
     from probes import CheckpointPair
     from probes.checkpoints.series import CheckpointSeries
 
-UNFINISHED = "not finished; run the same command again to go on"
+UNFINISHED = Outcome(
+    status="failed", fault="unfinished", reason="not finished; run the same command again to go on"
+)
 
 
 def audit(
@@ -43,9 +43,9 @@ def audit(
     tuned: Any,
     *,
     out: str | Path = "audit",
-    only: Collection[str] = (),
-    skip: Collection[str] = (),
-    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    only: str | Collection[str] = (),
+    skip: str | Collection[str] = (),
+    settings: Settings | None = None,
     policy: Policy | str | Path | None = None,
     device: str = "auto",
     dtype: str | None = None,
@@ -54,69 +54,73 @@ def audit(
     cache: "FactorCache | str | Path | None" = None,
     fresh: bool = False,
     progress: Progress | None = None,
-    task: Iterable[str | Path] = (),
-    keep: Iterable[str | Path] = (),
-    guard: Iterable[str | Path] = (),
-    ood: Iterable[str | Path] = (),
-    train: Iterable[str | Path] = (),
+    task: str | Path | Iterable[str | Path] = (),
+    keep: str | Path | Iterable[str | Path] = (),
+    guard: str | Path | Iterable[str | Path] = (),
+    ood: str | Path | Iterable[str | Path] = (),
+    train: str | Path | Iterable[str | Path] = (),
     limit: int | None = None,
     chat_template: bool = False,
     approximate: bool = False,
     trust_remote_code: bool = False,
     series: "CheckpointSeries | None" = None,
-    aside: Mapping[str, str] | None = None,
+    left_out: Mapping[str, str] | None = None,
 ) -> Audit:
     """Measure what tuning did, judge it, and write the audit and its report into a directory.
 
-    Each finished analysis is written at once; the same call continues after a kill. A result is used again
-    only when the checkpoints, rows, parameters, versions and sources that it depends on are the same.
+    Each finished analysis is written at once; after a kill the same call continues. A result is reused only
+    when the checkpoints, rows, parameters, versions and sources that it depends on are the same.
+
+    >>> from diagnostics.audit.demo import BUNDLED
+    >>> audit(BUNDLED / "base", BUNDLED / "lora-r8", only=["intruders"]).verdict
+    'warn'
 
     Args:
         base, tuned: whatever `probes.open_checkpoint` opens.
-        out: the audit's directory, made if need be.
-        only, skip: names of analyses to run, or to leave out; all that have their inputs otherwise.
+        out: directory of the audit; created if missing.
+        only, skip: names of the analyses to run, or to leave out; by default all that have their inputs.
         settings: parameters by analysis, in place of their defaults.
-        policy: thresholds, or a TOML file of them; the default policy otherwise.
+        policy: thresholds, or a TOML file of them; by default the one that ships with the package.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        dtype: of the models, for the analyses that run them; the default of each otherwise.
+        dtype: of the models, for the analyses that run them; by default each one's own.
         seed: for the analyses that take one.
         engine: where work that splits runs: `local`, `local:N`, `dask://HOST:PORT`, `ray://HOST:PORT`.
-        cache: a directory that keeps what was made of a base for the next model tuned from it; changes no
-            result.
-        fresh: forget what an earlier run left in `out`.
-        progress: called with (analysis, done, total, what is being done).
-        task, keep, guard, ood, train: files of rows by role; `NAME=F` names one of `ood`.
-        limit: read the first so many rows of each file only.
-        chat_template, approximate, trust_remote_code: for the analyses that take them: write rows as a user's
-            message, let tokenizers differ, run code that a repository brings.
-        series: the run that base and tuned are the ends of, for the analyses that look at all of it;
-            otherwise these two are all of it.
-        aside: analyses that are left out, and why.
+        cache: directory of factorizations of a base, for the next model tuned from it; changes no result.
+        fresh: ignore earlier results in `out`.
+        progress: called with (analysis, done, total, current item).
+        task, keep, guard, ood, train: files of rows by role, one or several; `NAME=F` names one of `ood`.
+        limit: read only the first rows of each file.
+        chat_template, approximate, trust_remote_code: for the analyses that take them: wrap each row as a
+            user message, allow different tokenizers, run code from the checkpoint's repository.
+        series: the run with these two ends, for the analyses of a series; by default just the two.
+        left_out: analyses that do not run, with the reason.
 
     Raises:
-        InputError, UnknownNameError: the input is wrong; nothing has been run or written.
-        OSError: `out` cannot be written; what was finished is kept.
-        RuntimeError: the report could not be drawn; all else is written.
+        InputError, UnknownNameError: the input is wrong; nothing was run or written.
+        OSError: `out` cannot be written; finished analyses are kept.
+        RuntimeError: the report could not be drawn; everything else is written.
     """
-    names, broken = usable(only, skip)
-    reasons = {name: why for name, why in (aside or {}).items() if name in names}
-    names = [name for name in names if name not in reasons]
-    rules = policy if isinstance(policy, Policy) else load_policy(policy) if policy else default_policy()
-    where = environment.device(device)
-    common = {"dtype": environment.dtype(dtype), "seed": seed}
-    asked = {
+    only, skip = name_list(only), name_list(skip)
+    rules = resolve_policy(policy)
+    resolved_device = environment.device(device)
+    flags = {
         "chat_template": chat_template,
         "approximate": approximate,
         "trust_remote_code": trust_remote_code,
     }
-    common |= {name: True for name, wanted in asked.items() if wanted}
+    shared = {"dtype": environment.dtype(dtype), "seed": seed} | {name: True for name in flags if flags[name]}
     rows = open_roles({"task": task, "keep": keep, "guard": guard, "ood": ood, "train": train}, limit=limit)
-    plan = {name: parameters(find(name), settings or {}, common) for name in names}
-    check_settings(settings or {})
-    lacking = {name: missing(find(name), {"pair", "series", *rows}) for name in names}
-    if all(lacking.values()):
-        lines = [f"{name} {reason}" for name, reason in lacking.items()]
-        raise InputError(f"nothing to run: {'; '.join(lines) or 'every analysis is left out'}")
+    plan = make_plan(
+        {"pair", "series", *rows},
+        only=only,
+        skip=skip,
+        settings=settings or {},
+        shared={name: value for name, value in shared.items() if value is not None},
+        left_out=left_out or {},
+    )
+    if not plan.parameters:
+        reasons = "; ".join(f"{name} {reason}" for name, reason in plan.lacking.items())
+        raise InputError(f"nothing to run: {reasons or 'every analysis is left out'}")
     store = Store(out)
     from diagnostics.store.factor_cache import FactorCache
     from probes import CheckpointPair
@@ -125,40 +129,31 @@ def audit(
     pair = CheckpointPair(base, tuned)
     if series is None:
         series = CheckpointSeries([pair.base, pair.tuned], steps=("base", "tuned"), complete=True)
-    with engines.engine(engine, where), store:
-        return run(
+    with engines.engine(engine, resolved_device), store:
+        return run_plan(
             store,
-            pair,
             plan,
             supplied={"pair": pair, "series": series, **rows},
-            skipped={
-                **{name: not_chosen(name, only) for name in installed() if name not in names},
-                **reasons,
-                **broken,
-                **{name: reason for name, reason in lacking.items() if reason},
-            },
             policy=rules,
-            device=where,
+            device=resolved_device,
             cache=FactorCache.at(cache),
             fresh=fresh,
             progress=progress,
-            options={"only": only, "skip": skip, "settings": settings or {}, "engine": engine, **common},
+            options={"only": only, "skip": skip, "settings": settings or {}, "engine": engine, **shared},
             notes=(
                 *run_notes(series),
-                *(f"Left out: {why}" for why in broken.values()),
-                *unread_role_notes(rows, names),
+                *plan.notes,
+                *unread_role_notes(rows, [*plan.parameters, *plan.lacking]),
                 *adapter_notes(pair),
             ),
         )
 
 
-def run(
+def run_plan(
     store: Store,
-    pair: "CheckpointPair",
-    plan: Mapping[str, Mapping[str, Any]],
+    plan: Plan,
     *,
     supplied: Mapping[str, Any],
-    skipped: Mapping[str, str],
     policy: Policy,
     device: str,
     cache: "FactorCache | None",
@@ -167,34 +162,29 @@ def run(
     options: Mapping[str, Any],
     notes: tuple[str, ...],
 ) -> Audit:
-    """The audit once its inputs are known to be right and its directory is ours."""
+    """Run a plan whose inputs are checked, in a directory that is locked."""
+    from probes.checkpoints.series import TooShortError
+
+    pair: CheckpointPair = supplied["pair"]
+    series: CheckpointSeries = supplied["series"]
     earlier = None if fresh else store.earlier()
     if fresh:
         store.clear()
     stamps = {side: digest(getattr(pair, side).stamp()) for side in ("base", "tuned")}
-    from probes.checkpoints.series import TooShortError
-
-    series: CheckpointSeries = supplied["series"]
     run_stamps = {**stamps, "series": digest(*series.stamps, *map(str, series.labels))}
-    rows = {role: [made.describe() for made in supplied[role]] for role in ROLES if role in supplied}
+    rows = {role: [named.describe() for named in supplied[role]] for role in ROLES if role in supplied}
     keys = {
         name: key(find(name), used, run_stamps if "series" in find(name).inputs else stamps, rows)
-        for name, used in plan.items()
-        if name not in skipped
+        for name, used in plan.parameters.items()
     }
-    same = earlier is not None and all(stamps[s] == getattr(earlier, s).get("stamp") for s in stamps)
-    known = [*earlier.kept.items(), *earlier.analyses.items()] if earlier is not None and same else []
-    done = {name: made for name, made in known if made.result is not None}
-
-    outcomes = {
-        name: Outcome(status="skipped", reason=reason, **(about(name) if name in plan else {}))
-        for name, reason in skipped.items()
-    }
-    for name, expected in keys.items():
-        if name in done and done[name].key == expected:
-            outcomes[name] = replace(done[name], reused=True)
-        else:
-            outcomes[name] = Outcome(status="failed", fault="unfinished", reason=UNFINISHED, **about(name))
+    if earlier is not None and any(stamps[side] != getattr(earlier, side).get("stamp") for side in stamps):
+        earlier = None  # of other checkpoints
+    previous = [*earlier.kept.items(), *earlier.analyses.items()] if earlier is not None else []
+    saved = {name: outcome for name, outcome in previous if outcome.result is not None}
+    outcomes = plan.outcomes(UNFINISHED)
+    for name in keys:
+        if name in saved and saved[name].key == keys[name]:
+            outcomes[name] = replace(saved[name], reused=True)
     state = Audit(
         base={"ref": pair.base.ref, "kind": pair.base.kind, "fingerprint": None, "stamp": stamps["base"]},
         tuned={"ref": pair.tuned.ref, "kind": pair.tuned.kind, "fingerprint": None, "stamp": stamps["tuned"]},
@@ -202,9 +192,9 @@ def run(
         environment={**environment.environment(device), "seed": options["seed"]},
         options=options,
         policy=policy,
-        analyses=dict(sorted(outcomes.items())),
-        kept={name: made for name, made in done.items() if name not in keys},
-        unmatched=tuple(asdict(each) for each in pair.unmatched),
+        analyses=outcomes,
+        kept={name: outcome for name, outcome in saved.items() if name not in keys},
+        unmatched=tuple(asdict(tensor) for tensor in pair.unmatched),
         notes=notes,
         created=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         tunescope=version("tunescope"),
@@ -212,20 +202,21 @@ def run(
     )
     store.begin(state)
     for name in [name for name in keys if outcomes[name].result is None]:
-        context = key(
-            find(name), plan[name], {}, rows
-        )  # what was measured on a checkpoint outlives the series
-        given = {**supplied, "series": series.within(context, store.out / MEASUREMENTS)}
-        unless_asked = () if name in options["only"] else (NotApplicableError, TooShortError)
-        outcome = run_one(
-            store, find(name), plan[name], given, device=device, cache=cache, progress=progress,
-            leave_out=unless_asked,
+        # Without stamps: a measurement of one checkpoint stays valid in a longer series.
+        context = key(find(name), plan.parameters[name], {}, rows)
+        inputs = {**supplied, "series": series.within(context, store.out / MEASUREMENTS)}
+        outcome = run_analysis(
+            store, find(name), plan.parameters[name], inputs, device=device, cache=cache, progress=progress,
+            skip_on=() if name in options["only"] else (NotApplicableError, TooShortError),
         )  # fmt: skip
         state = replace(state, analyses={**state.analyses, name: replace(outcome, key=keys[name])})
         store.write(state)
-    base, tuned, trouble = described(pair, earlier if same else None)
+    base, tuned, fingerprint_notes = described(pair, earlier)
     state = replace(
-        state, base={**state.base, **base}, tuned={**state.tuned, **tuned}, notes=(*state.notes, *trouble)
+        state,
+        base={**state.base, **base},
+        tuned={**state.tuned, **tuned},
+        notes=(*state.notes, *fingerprint_notes),
     )
     store.write(state)
     write_report(store, state)

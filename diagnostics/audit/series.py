@@ -1,4 +1,4 @@
-"""The checkpoints of one run, each against the first and against the one before it, and the run as a whole.
+"""The checkpoints of one run, each compared with the first and with the previous one, and the run as a whole.
 
 What sequential fine-tuning adds must be counted against the original base: against the previous checkpoint
 alone it looks small at every step.
@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from diagnostics.audit.plan import Progress, missing, usable
+from diagnostics.audit.plan import Progress, missing_inputs, name_list, usable_analyses
 from diagnostics.audit.run import audit
 from diagnostics.core.inputs import ROLES
 from diagnostics.core.policy import Verdict
@@ -23,7 +23,7 @@ from probes.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
-class SeriesRow:
+class AuditedCheckpoint:
     """One checkpoint of a series: its audits against the first checkpoint and against the previous one."""
 
     ref: str
@@ -33,44 +33,44 @@ class SeriesRow:
 
     @property
     def verdict(self) -> Verdict:
-        """The severer of the two verdicts."""
+        """The more severe of the two verdicts."""
         return max(self.first.verdict, self.previous.verdict, key=("pass", "warn", "fail").index)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Series:
-    """Every checkpoint after the first, in order, and all of them together.
+class AuditSeries:
+    """The audits of a series.
 
     Attributes:
-        rows: none where no analysis that compares two checkpoints was asked for.
-        run: the audit of the analyses that look at the whole run, if any was asked for.
+        rows: every checkpoint after the first, in order; empty when no analysis compares two checkpoints.
+        run: the audit of the analyses of a whole run; None when there is none.
     """
 
     base: str
-    rows: tuple[SeriesRow, ...] = ()
+    rows: tuple[AuditedCheckpoint, ...] = ()
     run: Audit | None = None
 
     @property
     def measures(self) -> list[str]:
         """The first metric of each analysis, as `analysis.metric`."""
-        found: dict[str, None] = {}
+        names: dict[str, None] = {}
         for row in self.rows:
-            for name, result in row.first.results.items():
-                found |= {f"{name}.{metric}": None for metric in list(result.metrics)[:1]}
-        return list(found)
+            for analysis, result in row.first.results.items():
+                names |= {f"{analysis}.{metric}": None for metric in list(result.metrics)[:1]}
+        return list(names)
 
     @property
     def audits(self) -> list[Audit]:
         """Every audit once, in order."""
-        pairs = [
-            (row.first,) if row.first is row.previous else (row.first, row.previous) for row in self.rows
-        ]
-        return [made for pair in pairs for made in pair] + ([] if self.run is None else [self.run])
+        audits = []
+        for row in self.rows:
+            audits += [row.first] if row.first is row.previous else [row.first, row.previous]
+        return audits + ([] if self.run is None else [self.run])
 
     @property
     def exit_code(self) -> int:
-        """The worst of the audits."""
-        return max(made.exit_code for made in self.audits)
+        """The worst exit code of the audits."""
+        return max(audit.exit_code for audit in self.audits)
 
     def record(self) -> dict[str, Any]:
         """The contents of series.json."""
@@ -81,21 +81,28 @@ class Series:
                 {
                     "ref": row.ref,
                     "label": row.label,
-                    "against_first": summary(row.first),
-                    "against_previous": summary(row.previous),
+                    "against_first": audit_record(row.first),
+                    "against_previous": audit_record(row.previous),
                 }
                 for row in self.rows
             ],
-            "run": None if self.run is None else summary(self.run),
+            "run": None if self.run is None else audit_record(self.run),
         }
 
+    def write(self, out: Path) -> "AuditSeries":
+        """Write series.json in one step."""
+        out.mkdir(parents=True, exist_ok=True)
+        with replacing(out / "series.json") as part:
+            part.write_text(to_json(self.record()), encoding="utf-8")
+        return self
 
-def summary(made: Audit) -> dict[str, Any]:
+
+def audit_record(audit: Audit) -> dict[str, Any]:
     """What series.json keeps of one audit."""
     return {
-        "audit": made.path.name if made.path else None,
-        "verdict": made.verdict,
-        "metrics": {name: dict(result.metrics) for name, result in made.results.items()},
+        "audit": audit.path.name if audit.path else None,
+        "verdict": audit.verdict,
+        "metrics": {name: dict(result.metrics) for name, result in audit.results.items()},
     }
 
 
@@ -104,92 +111,99 @@ def series(
     *,
     out: str | Path,
     labels: Sequence[Any] = (),
-    only: Collection[str] = (),
-    skip: Collection[str] = (),
+    only: str | Collection[str] = (),
+    skip: str | Collection[str] = (),
     progress: Progress | None = None,
-    train: Iterable[str | Path] = (),
+    train: str | Path | Iterable[str | Path] = (),
     **options: Any,
-) -> Series:
-    """Audit every checkpoint against the first and against the previous one, then the run as a whole.
+) -> AuditSeries:
+    """Audit every checkpoint against the first and the previous one, then the run as a whole.
+
+    >>> from diagnostics.audit.demo import BUNDLED
+    >>> models = [BUNDLED / name for name in ("base", "full", "lora-r8")]
+    >>> run = series(models, out="series", labels=[0, 1, 2], only="intruders")
+    >>> [(row.label, row.first.results["intruders"].metrics["intruders"]) for row in run.rows]
+    [('1', 0), ('2', 19)]
 
     Args:
-        checkpoints: in order, the base first, as of `probes.checkpoints.series.expand`; adapters are of it.
-        out: holds an audit's directory for each comparison, that of the run, and series.json.
-        labels: a step or a name for each checkpoint, the first included; otherwise the steps that
-            trainer_state.json or the names tell, or the references.
-        only, skip: names of analyses to run, or to leave out; what looks at the whole run is run once.
-        progress: as of `audit`; names of analyses are preceded by what is compared.
+        checkpoints: in order, the base first, as `probes.checkpoints.series.expand` takes them; adapters
+            belong to the base.
+        out: directory for an audit of each comparison, that of the run, and series.json.
+        labels: a step or a name for each checkpoint, the first included; by default the steps in
+            trainer_state.json or in the names, else the references.
+        only, skip: names of the analyses to run, or to leave out; one of a whole run is run once.
+        progress: as of `audit`; names of analyses are preceded by the comparison.
         train: files of rows that the run was trained on.
         options: of `audit`.
 
     Raises:
         InputError: fewer than two checkpoints, not as many labels, steps that do not rise, or as `audit`.
     """
-    over = CheckpointSeries(checkpoints, steps=labels)
-    if len(over) < 2:
+    run = CheckpointSeries(checkpoints, steps=labels)
+    if len(run) < 2:
         raise InputError("a series needs at least two checkpoints, the base first")
-    names, _ = usable(only, skip)
-    whole = {name for name in names if "series" in find(name).inputs}
-    compared = set(names) - whole
-    rows: list[SeriesRow] = []
-    if compared:
-        aside = dict.fromkeys(whole, "looks at the whole run: see the audit `run` beside this one")
-        shared = {"only": only, "skip": skip, "aside": aside, **options}
-        for place in range(1, len(over)):
-            rows.append(compare(over, place, Path(out), progress, shared))
-            written(Path(out), Series(base=over.base.ref, rows=tuple(rows)))
+    only, skip, out = name_list(only), name_list(skip), Path(out)
+    chosen, _ = usable_analyses(only, skip)
+    of_run = [name for name in chosen if "series" in find(name).inputs]
+    of_pairs = [name for name in chosen if name not in of_run]
+    rows: list[AuditedCheckpoint] = []
+    if of_pairs:
+        left_out = dict.fromkeys(of_run, "looks at the whole run: see the audit `run` in the same directory")
+        shared = {"only": only, "skip": skip, "left_out": left_out, **options}
+        for position in range(1, len(run)):
+            rows.append(audit_checkpoint(run, position, out, progress, shared))
+            AuditSeries(base=run.base.ref, rows=tuple(rows)).write(out)
     supplied = {"pair", "series", *(role for role in ROLES if {**options, "train": train}.get(role))}
-    if not compared or not all(missing(find(name), supplied) for name in whole):
-        aside = dict.fromkeys(compared, "compares two checkpoints: see the audits beside this one")
-        shown = partial(prefixed, progress, "the run") if progress else None
-        run = audit(
-            over.base,
-            over.checkpoints[-1],
-            out=Path(out) / "run",
-            series=over,
+    run_audit = None
+    if not of_pairs or not all(missing_inputs(find(name), supplied) for name in of_run):
+        run_audit = audit(
+            run.base,
+            run.checkpoints[-1],
+            out=out / "run",
+            series=run,
             only=only,
             skip=skip,
-            aside=aside,
-            progress=shown,
+            left_out=dict.fromkeys(
+                of_pairs, "compares two checkpoints: see the audits in the same directory"
+            ),
+            progress=prefixed(progress, "the run"),
             train=train,
             **options,
         )
-    else:
-        run = None
-    return written(Path(out), Series(base=over.base.ref, rows=tuple(rows), run=run))
+    return AuditSeries(base=run.base.ref, rows=tuple(rows), run=run_audit).write(out)
 
 
-def compare(
-    over: CheckpointSeries, place: int, out: Path, progress: Progress | None, options: dict[str, Any]
-) -> SeriesRow:
-    """The audits of one checkpoint; of the second one the first is the previous."""
-    made: list[Audit] = []
-    for kind, other in (("first", 0), ("previous", place - 1)):
-        if kind == "previous" and other == 0:
-            made.append(made[0])
+def audit_checkpoint(
+    run: CheckpointSeries, position: int, out: Path, progress: Progress | None, options: dict[str, Any]
+) -> AuditedCheckpoint:
+    """The two audits of one checkpoint; for the second checkpoint of a run they are one."""
+    audits: dict[int, Audit] = {}
+    for kind, other in (("first", 0), ("previous", position - 1)):
+        if other in audits:
             continue
-        what = f"{over.labels[place]} against {over.labels[other]}"
-        shown = partial(prefixed, progress, what) if progress else None
-        where = out / f"{place:03d}-against-{kind}"
+        what = f"{run.labels[position]} against {run.labels[other]}"
         try:
-            made.append(
-                audit(over.checkpoints[other], over.checkpoints[place], out=where, progress=shown, **options)
+            audits[other] = audit(
+                run.checkpoints[other],
+                run.checkpoints[position],
+                out=out / f"{position:03d}-against-{kind}",
+                progress=prefixed(progress, what),
+                **options,
             )
-        except ValueError as error:
+        except InputError as error:
             raise InputError(f"{what}: {one_line(error)}") from error
-    return SeriesRow(
-        ref=over.checkpoints[place].ref, label=over.labels[place], first=made[0], previous=made[1]
+    return AuditedCheckpoint(
+        ref=run.checkpoints[position].ref,
+        label=run.labels[position],
+        first=audits[0],
+        previous=audits[position - 1],
     )
 
 
-def written(out: Path, made: Series) -> Series:
-    """Write series.json in one step."""
-    out.mkdir(parents=True, exist_ok=True)
-    with replacing(out / "series.json") as part:
-        part.write_text(to_json(made.record()), encoding="utf-8")
-    return made
+def prefixed(progress: Progress | None, what: str) -> Progress | None:
+    """A progress callback that puts a prefix in front of the names of analyses; None without one."""
+    return progress and partial(_report, progress, what)
 
 
-def prefixed(progress: Progress, what: str, name: str, done: int, total: int, step: str) -> None:
-    """Report progress under what is compared."""
+def _report(progress: Progress, what: str, name: str, done: int, total: int, step: str) -> None:
     progress(f"{what}: {name}", done, total, step)

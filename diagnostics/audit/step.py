@@ -1,4 +1,4 @@
-"""One analysis of an audit: run, written, and kept apart from the others when it fails."""
+"""One step of an audit: run an analysis and write its result, or draw the report."""
 
 import time
 import traceback
@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from diagnostics.audit.plan import Progress, about
+from diagnostics.audit.plan import Progress, registry_facts
 from diagnostics.core.analysis import Analysis
 from diagnostics.core.inputs import ROLES
 from diagnostics.execution import environment
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from diagnostics.store.factor_cache import FactorCache
 
 
-def run_one(
+def run_analysis(
     store: Store,
     record: Analysis,
     used: Mapping[str, Any],
@@ -30,61 +30,65 @@ def run_one(
     device: str,
     cache: "FactorCache | None" = None,
     progress: Progress | None,
-    leave_out: tuple[type[Exception], ...] = (),
+    skip_on: tuple[type[InputError], ...] = (),
 ) -> Outcome:
-    """Run one analysis and write its tables and masks; whatever goes wrong in it stays in it.
+    """Run one analysis and write its tables and masks; an error becomes its outcome.
+
+    An `InputError` means that the input is wrong. Any other error is a crash, a `ValueError` or `KeyError` of
+    a library included: its traceback goes to audit.log.
 
     Args:
-        leave_out: errors that say that there is nothing to measure: it is skipped then, not failed.
+        used: parameters of the analysis.
+        supplied: inputs by name.
+        skip_on: input errors after which the analysis counts as skipped, not as failed.
+
+    Raises:
+        CannotWriteError: the audit's directory cannot be written.
     """
-    shown = partial(progress, record.name) if progress else None
-    place = {"device": device, "cache": cache, "progress": shown}
+    execution = {
+        "device": device,
+        "cache": cache,
+        "progress": partial(progress, record.name) if progress else None,
+    }
     inputs = {
         name: {rows.name: rows.task for rows in supplied[name]} if name in ROLES else supplied[name]
         for name in (*record.inputs, *record.optional)
         if name in supplied
     }
-    memory = environment.PeakMemory()
-    memory.start()
+    where = {name: value for name, value in execution.items() if name in record.parameters}
     began = time.perf_counter()
-    try:
-        result = record.function(
-            **inputs, **used, **{name: value for name, value in place.items() if name in record.parameters}
-        )
-        seconds = time.perf_counter() - began
-        outcome = Outcome(status="ok", result=result)
-        store.write_result(record.name, result)
-    except CannotWriteError:
-        raise
-    except Exception as error:
-        seconds = time.perf_counter() - began
-        if isinstance(error, leave_out):
-            outcome = Outcome(status="skipped", reason=one_line(error))
-        else:
-            outcome = refused(error) if isinstance(error, InputError) else crashed(store, record.name, error)
+    with environment.PeakMemory() as memory:
+        try:
+            result = record.function(**inputs, **used, **where)
+            seconds = time.perf_counter() - began
+            store.write_result(record.name, result)
+            outcome = Outcome(status="ok", result=result)
+        except CannotWriteError:
+            raise
+        except Exception as error:
+            seconds = time.perf_counter() - began
+            outcome = failed_outcome(store, record.name, error, skip_on)
     return replace(
         outcome,
         seconds=round(seconds, 3),
         peak_rss_mb=memory.megabytes(),
         device=device,
-        **about(record.name),
+        **registry_facts(record.name),
     )
 
 
-def refused(error: Exception) -> Outcome:
-    """What becomes of an analysis that finds its input wrong."""
-    return Outcome(status="failed", fault="input", reason=one_line(error))
-
-
-def crashed(store: Store, name: str, error: Exception) -> Outcome:
-    """What becomes of an analysis that breaks: one line here, the traceback in audit.log."""
+def failed_outcome(
+    store: Store, name: str, error: Exception, skip_on: tuple[type[InputError], ...]
+) -> Outcome:
+    """The outcome of an analysis that raised: skipped, wrong input, or a crash, logged in audit.log."""
+    if isinstance(error, skip_on):
+        return Outcome(status="skipped", reason=one_line(error))
+    if isinstance(error, InputError):
+        return Outcome(status="failed", fault="input", reason=one_line(error))
     text = "".join(traceback.format_exception(error))
     store.log(f"{datetime.now(UTC).isoformat(timespec='seconds')} {name}\n{text}")
-    return Outcome(
-        status="failed",
-        fault="crash",
-        reason=f"{type(error).__name__}: {one_line(error)} (traceback in audit.log)",
-    )
+    reason = f"{type(error).__name__}: {one_line(error)} (traceback in audit.log)"
+    return Outcome(status="failed", fault="crash", reason=reason)
 
 
 def write_report(store: Store, state: Audit) -> None:

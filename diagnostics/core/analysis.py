@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diagnostics.core import registry, row_options
+from diagnostics.core.inputs import check_input_types
 from probes.errors import InputError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -196,6 +197,7 @@ def analysis(
                 )
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
+            check_input_types(name, {p.name: bound.arguments[p.name] for p in inputs})
             used = {k: v for k, v in bound.arguments.items() if k in parameters and k not in EXECUTION}
             call = inspect.BoundArguments(declared, row_options.collected(declared, bound.arguments))
             result = function(*call.args, **call.kwargs)

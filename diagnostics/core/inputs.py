@@ -52,21 +52,22 @@ class NamedTask:
 
 
 def open_roles(
-    files: Mapping[str, Iterable[str | Path]], *, limit: int | None = None
+    files: Mapping[str, str | Path | Iterable[str | Path]], *, limit: int | None = None
 ) -> dict[str, tuple[NamedTask, ...]]:
     """The tasks of each role that has any, checked.
 
     Args:
-        files: role -> references; one of `ood` may be `NAME=F`.
-        limit: rows that are read of each, the first; None: all.
+        files: role -> a reference, or several; one of `ood` may be `NAME=F`.
+        limit: read the first so many rows of each only.
 
     Raises:
         InputError: a missing, empty or malformed file, one name twice in a role, or one text that is to be
             both in and out of distribution.
     """
-    opened = {
-        role: tuple(open_rows(role, str(ref), limit=limit) for ref in refs) for role, refs in files.items()
-    }
+    opened = {}
+    for role, refs in files.items():
+        several = [refs] if isinstance(refs, str | Path) else refs  # one file may be given as it is
+        opened[role] = tuple(open_rows(role, str(ref), limit=limit) for ref in several)
     for role, rows in opened.items():
         names = [named.name for named in rows]
         for name in names:
@@ -123,3 +124,29 @@ def task_from(source: Source, name: str) -> Task:
     if isinstance(source, Task):
         return source
     return read_task(source) if isinstance(source, str | Path) else task_of(source, ref=name)
+
+
+def check_input_types(analysis: str, inputs: Mapping[str, Any]) -> None:
+    """Refuse a pair or a series of another type; say what was given, what is wanted, and how to make it.
+
+    >>> check_input_types("intruders", {"pair": ("base", "tuned")})
+    Traceback (most recent call last):
+    probes.errors.InputError: intruders: pair is a tuple; it takes a CheckpointPair: ...
+    """
+    for name, value in inputs.items():
+        if name == "pair" and not (hasattr(value, "base") and hasattr(value, "tuned")):
+            wanted, example = "a CheckpointPair", "CheckpointPair(base, tuned)"
+        elif name == "series" and not is_series(value):
+            wanted, example = "a CheckpointSeries or a list of checkpoints in order", "[first, second, last]"
+            if hasattr(value, "tuned"):
+                example = "[pair.base, pair.tuned]"
+        else:
+            continue
+        kind = "None" if value is None else f"a {type(value).__name__}"
+        raise InputError(f"{analysis}: {name} is {kind}; it takes {wanted}: {example}")
+
+
+def is_series(value: Any) -> bool:
+    """Whether `probes.checkpoints.series.series_of` can make a series of a value."""
+    several = isinstance(value, Iterable) and not isinstance(value, Mapping)
+    return hasattr(value, "checkpoints") or several or isinstance(value, Path)

@@ -1,1 +1,1 @@
-"""What writes a model: mitigate, graft, interpolate."""
+"""Edits that write a new checkpoint: mitigate, graft, interpolate."""

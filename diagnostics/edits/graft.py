@@ -1,6 +1,6 @@
-"""Grafting: the base with a sufficient region of tuned's weights, as a checkpoint.
+"""Grafting: a checkpoint of the base with the masked weights of tuned.
 
-θ(g) = g ⊙ θ_tuned + (1 − g) ⊙ θ_base for a mask g, by selection and never by arithmetic: base + 1 · (tuned −
+θ(g) = g ⊙ θ_tuned + (1 − g) ⊙ θ_base for a mask g. Values are selected, not computed: base + 1 · (tuned −
 base) is not tuned in floating point. Source: Panigrahi et al. 2023, arXiv:2302.06600, section 2.
 """
 
@@ -20,15 +20,15 @@ TRAIL = "tunescope_graft.json"
 
 @dataclass(frozen=True, kw_only=True)
 class GraftedCheckpoint:
-    """What was written.
+    """A checkpoint that `graft` wrote.
 
     Attributes:
         out: the directory.
-        mask: the file that names the entries.
-        without: the complement was written: tuned with these entries from base.
-        entries: of the mask.
-        tensors: in which they lie.
-        weights: entries that both sides have.
+        mask: the file of the mask.
+        without: whether it is the complement: tuned with the masked entries of base.
+        entries: number of masked entries.
+        tensors: number of tensors with a masked entry.
+        weights: number of entries that both checkpoints have.
         notes: what a reader must know.
     """
 
@@ -41,11 +41,11 @@ class GraftedCheckpoint:
     notes: tuple[str, ...]
 
     def describe(self) -> dict[str, Any]:
-        """All of it as plain values, as written beside the weights."""
+        """The attributes as plain values, as in the JSON file next to the weights."""
         return asdict(self) | {"out": str(self.out), "mask": str(self.mask)}
 
     def summary(self) -> str:
-        """A sentence for a person."""
+        """One sentence for the terminal."""
         share = f"{self.entries:,} of {self.weights:,} weights ({self.entries / max(1, self.weights):.3g})"
         host, guest = ("tuned", "base") if self.without else ("base", "tuned")
         return f"Wrote {host} with {share} from {guest}, in {self.tensors} tensors."
@@ -60,13 +60,22 @@ def graft(
     without: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> GraftedCheckpoint:
-    """Write the base with the entries of a mask from tuned, as full weights that `from_pretrained` loads.
+    """Write the base with the masked entries of tuned, as full weights that `from_pretrained` loads.
+
+    >>> import torch
+    >>> from diagnostics.audit.demo import BUNDLED
+    >>> from probes.checkpoints.mask_file import Patch
+    >>> base, tuned = BUNDLED / "base", BUNDLED / "full"
+    >>> mask = {"model.layers.0.mlp.up_proj.weight": torch.tensor([0, 5, 9])}
+    >>> Patch.of(CheckpointPair(base, tuned), mask).save("mask.safetensors")
+    >>> graft(base, tuned, "mask.safetensors", "grafted").entries
+    3
 
     Args:
-        base, tuned: the pair that the mask was found on, as `CheckpointPair` takes it.
-        mask: a file that an audit kept in its `masks`.
-        out: a directory that does not exist yet, or is empty.
-        without: write tuned with these entries from base instead: what tuned is worth without them.
+        base, tuned: the pair of the mask, as `CheckpointPair` takes it.
+        mask: a file in the `masks` of an audit.
+        out: a directory that is new or empty.
+        without: write the complement, tuned with the masked entries of base.
         progress: called with (done, total, name).
 
     Raises:
@@ -77,26 +86,30 @@ def graft(
     patch = Patch.load(mask)
     pair = CheckpointPair(base, tuned)
     patch.check(pair, str(mask))
-    made = write_graft(pair, patch, out, without=without, progress=progress)
+    written = write_graft(pair, patch, out, without=without, progress=progress)
     notes = []
-    if made.alone:
-        notes.append(f"{len(made.alone)} tensors that base lacks are tuned's, such as {made.alone[0]}.")
-    if made.lost:
-        notes.append(f"{len(made.lost)} tensors that tuned lacks were left out, such as {made.lost[0]}.")
-    if made.widened:
+    if written.alone:
         notes.append(
-            f"{len(made.widened)} tensors are written in base's wider dtype, so that its values stay exact; "
-            "load them with that dtype."
+            f"{len(written.alone)} tensors that base lacks come from tuned, such as {written.alone[0]}."
+        )
+    if written.lost:
+        notes.append(
+            f"{len(written.lost)} tensors that tuned lacks were left out, such as {written.lost[0]}."
+        )
+    if written.widened:
+        notes.append(
+            f"{len(written.widened)} tensors are written in base's wider dtype, which keeps them exact; load "
+            "them with that dtype."
         )
     if pair.tuned.kind == "adapter":
-        notes.append("The adapter was merged: the mask is over merged weights, and full weights are written.")
+        notes.append("The adapter was merged: the mask selects merged weights, and full weights are written.")
     grafted = GraftedCheckpoint(
         out=out,
         mask=mask,
         without=without,
         entries=patch.count,
         tensors=len(patch.index),
-        weights=made.weights,
+        weights=written.weights,
         notes=tuple(notes),
     )
     trail = {"tunescope": version("tunescope"), "base": pair.base.ref, "tuned": pair.tuned.ref}

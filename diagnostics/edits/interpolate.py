@@ -1,4 +1,4 @@
-"""Interpolation: base + α (tuned − base) as a checkpoint, for the α that the analysis `path` finds best.
+"""Interpolation: a checkpoint of base + α (tuned − base), at the α that the analysis `path` recommends.
 
 Source: Wortsman et al. 2021, arXiv:2109.01903 (WiSE-FT), whose default α is 0.5.
 """
@@ -21,12 +21,12 @@ TRAIL = "tunescope_interpolate.json"
 
 @dataclass(frozen=True, kw_only=True)
 class InterpolatedCheckpoint:
-    """What was written.
+    """A checkpoint that `interpolate` wrote.
 
     Attributes:
         out: the directory.
         alpha: 0 is base, 1 is tuned.
-        tensors: how many lie between the two.
+        tensors: number of tensors that differ.
         displacement: Frobenius norm of tuned − base over these.
         notes: what a reader must know.
     """
@@ -38,15 +38,14 @@ class InterpolatedCheckpoint:
     notes: tuple[str, ...]
 
     def describe(self) -> dict[str, Any]:
-        """All of it as plain values, as written beside the weights."""
+        """The attributes as plain values, as in the JSON file next to the weights."""
         return asdict(self) | {"out": str(self.out)}
 
     def summary(self) -> str:
-        """A sentence for a person."""
-        place = {0.0: "base itself", 1.0: "tuned itself"}.get(self.alpha, f"at {self.alpha:g} of the way")
+        """One sentence for the terminal."""
         return (
-            f"Wrote the model {place} (0 is base, 1 is tuned): {self.tensors} tensors differ, by "
-            f"{self.displacement:.4g} in all."
+            f"Wrote the model at alpha {self.alpha:g} (0 is base, 1 is tuned): {self.tensors} tensors differ "
+            f"between the two, by a norm of {self.displacement:.4g}."
         )
 
 
@@ -60,13 +59,17 @@ def interpolate(
 ) -> InterpolatedCheckpoint:
     """Write base + α (tuned − base) as full weights that `from_pretrained` loads.
 
-    Computed in float64 and rounded once, to the dtype of tuned. 0 and 1 copy the ends, bit for bit where both
-    have one dtype. What base lacks, a new head among it, is tuned's at every α.
+    >>> from diagnostics.audit.demo import BUNDLED
+    >>> interpolate(BUNDLED / "base", BUNDLED / "full", 0.5, "halfway").tensors
+    28
+
+    Computed in float64 and rounded once, to the dtype of tuned. 0 and 1 copy base and tuned, bit for bit
+    when their dtypes are equal. A tensor that base lacks, such as a new head, is tuned's at every α.
 
     Args:
         base, tuned: the pair, as `CheckpointPair` takes it.
         alpha: 0 is base, 1 is tuned.
-        out: a directory that does not exist yet, or is empty.
+        out: a directory that is new or empty.
         progress: called with (done, total, name).
 
     Raises:
@@ -78,26 +81,27 @@ def interpolate(
     out = Path(out).expanduser()
     refuse_occupied(out)
     pair = CheckpointPair(base, tuned)
-    made = write_blend(pair, out, alpha, progress=progress)
+    blend = write_blend(pair, out, alpha, progress=progress)
     notes = []
-    if made.alone:
-        notes.append(f"{len(made.alone)} tensors that base lacks are tuned's, such as {made.alone[0]}.")
+    if blend.alone:
+        notes.append(f"{len(blend.alone)} tensors that base lacks come from tuned, such as {blend.alone[0]}.")
     resized = [f"{rows[0]} to {rows[1]} rows" for rows in pair.resized.values()]
     if resized:
-        notes.append(f"The vocabulary went from {resized[0]}: rows that base lacks are tuned's.")
+        notes.append(f"The vocabulary went from {resized[0]}; rows that base lacks come from tuned.")
     if pair.base.dtype != pair.tuned.dtype:
         notes.append(
-            f"Base is {pair.base.dtype}, tuned {pair.tuned.dtype}: all is written as tuned's, rounded once."
+            f"Base is {pair.base.dtype}, tuned {pair.tuned.dtype}: the result is rounded once, to "
+            "the dtype of tuned."
         )
     if pair.tuned.kind == "adapter":
         notes.append("The adapter was merged: its factors are not linear in alpha; full weights are written.")
-    done = InterpolatedCheckpoint(
+    interpolated = InterpolatedCheckpoint(
         out=out,
         alpha=float(alpha),
-        tensors=len(made.squares),
-        displacement=math.sqrt(sum(made.squares.values())),
+        tensors=len(blend.squares),
+        displacement=math.sqrt(sum(blend.squares.values())),
         notes=tuple(notes),
     )
     trail = {"tunescope": version("tunescope"), "base": pair.base.ref, "tuned": pair.tuned.ref}
-    (out / TRAIL).write_text(json.dumps(trail | done.describe(), indent=2) + "\n", encoding="utf-8")
-    return done
+    (out / TRAIL).write_text(json.dumps(trail | interpolated.describe(), indent=2) + "\n", encoding="utf-8")
+    return interpolated

@@ -1,9 +1,9 @@
-"""Damping intruder dimensions: the tuned checkpoint with its new directions made smaller.
+"""Damping intruder dimensions: the tuned checkpoint with its intruders scaled down.
 
-W(λ) = W1 + (λ − 1) s u vᵀ with the triple (u, s, v) of the tuned matrix W1: λ = 1 changes nothing, 0 removes
-the direction, above 1 amplifies it. Source: Shuttleworth et al., arXiv:2410.21228 v3, whose intervention is
-mode `top`; `all` is that of PEFT's `reduce_intruder_dimension`, `neighbour` the paper's control, and `update`
-the one that its reviewers asked for: it may retain as much for as little, and belongs beside the others.
+W(λ) = W1 + (λ − 1) s u vᵀ for a singular triple (u, s, v) of the tuned matrix W1: λ = 1 changes nothing, 0
+removes the direction, above 1 amplifies it. Source: Shuttleworth et al., arXiv:2410.21228 v3: mode `top` is
+its intervention, `neighbour` its control. `all` is PEFT's `reduce_intruder_dimension`. `update` is a control
+that the paper's reviewers asked for; compare with it, since it may retain as much at the same cost.
 """
 
 import json
@@ -26,7 +26,7 @@ from probes.checkpoints.blend import between, write_blend
 from probes.checkpoints.checkpoint import Checkpoint
 from probes.checkpoints.save import refuse_occupied, write_checkpoint
 from probes.errors import InputError
-from probes.files.layout import Matrix, Part
+from probes.files.layout import Part
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,19 +36,19 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int, str], None]
 TRAIL = "tunescope_mitigation.json"
 CONTROL = (
-    "Scaling the whole update (mode `update`) may keep as much for as little; measure both on what must "
-    "survive before you choose."
+    "Scaling the whole update (mode `update`) may retain as much at the same cost; measure both on rows to "
+    "keep before you choose."
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scaled:
-    """One singular triple of a tuned matrix that was scaled.
+    """One scaled singular triple of a tuned matrix.
 
     Attributes:
-        rank: from 1, the largest singular value first.
-        singular_value: before it was scaled.
-        cosine_low, cosine_high: enclose its largest |cosine| with a base vector.
+        rank: from 1, for the largest singular value.
+        singular_value: before scaling.
+        cosine_low, cosine_high: bounds of its largest |cosine| with a base vector.
     """
 
     matrix: str
@@ -62,13 +62,13 @@ class Scaled:
 
 @dataclass(frozen=True, kw_only=True)
 class Edited:
-    """One matrix (in mode `update` one stored tensor) that was changed.
+    """One changed matrix (in mode `update` one stored tensor).
 
     Attributes:
-        rank: of the edit; None where a whole update was scaled.
+        rank: of the edit; None in mode `update`.
         norm: Frobenius norm of the edit.
-        update_norm: Frobenius norm of what tuning had done to it.
-        share: of the edit's squared norm, what the written files hold.
+        update_norm: Frobenius norm of tuned − base.
+        share: share of the edit's squared norm that the written files hold.
     """
 
     matrix: str
@@ -82,12 +82,12 @@ class Edited:
 
 @dataclass(frozen=True, kw_only=True)
 class MitigatedCheckpoint:
-    """What was written.
+    """A checkpoint that `mitigate` wrote.
 
     Attributes:
         out: the directory.
-        kind: what it holds: full weights or an adapter.
-        triples, edits: what was scaled, and how much each matrix changed.
+        kind: full weights or an adapter.
+        triples, edits: the scaled triples, and the change of each matrix.
         notes: what a reader must know.
     """
 
@@ -108,18 +108,18 @@ class MitigatedCheckpoint:
 
     @property
     def relative(self) -> float:
-        """The same over the update of the changed matrices; 0 when nothing changed."""
+        """The norm relative to the update of the changed matrices; 0 when nothing changed."""
         update = math.sqrt(sum(edit.update_norm**2 for edit in self.edits))
         return self.norm / update if update else 0.0
 
     @property
     def share(self) -> float:
-        """Of the edit's squared norm, what the files hold; below 1 where an adapter's rank is too low."""
+        """Share of the edit's squared norm that the files hold; below 1 if an adapter's rank is too low."""
         total = sum(edit.norm**2 for edit in self.edits)
         return sum(edit.share * edit.norm**2 for edit in self.edits) / total if total else 1.0
 
     def tables(self) -> "dict[str, pd.DataFrame]":
-        """`triples` and `edits`, a row each."""
+        """`triples` and `edits` as tables."""
         import pandas as pd
 
         return {
@@ -128,12 +128,12 @@ class MitigatedCheckpoint:
         }
 
     def describe(self) -> dict[str, Any]:
-        """All of it as plain values, as written beside the weights."""
+        """The attributes as plain values, as in the JSON file next to the weights."""
         numbers = {"norm": self.norm, "relative": self.relative, "share": self.share}
         return asdict(self) | {"out": str(self.out)} | numbers
 
     def summary(self) -> str:
-        """A sentence or two for a person."""
+        """A sentence or two for the terminal."""
         if not self.edits:
             return (
                 f"Nothing was scaled: no intruder dimension among the {self.k} leading vectors of any matrix."
@@ -141,11 +141,9 @@ class MitigatedCheckpoint:
         what = f"the whole update of {len(self.edits)} tensors"
         if self.mode != "update":
             kind = "base-like neighbour" if self.mode == "neighbour" else "intruder dimension"
-            kinds, where = (
-                kind + "s" * (len(self.triples) > 1),
-                "matrix" if len(self.edits) == 1 else "matrices",
-            )
-            what = f"{len(self.triples)} {kinds} in {len(self.edits)} {where}"
+            plural = "s" * (len(self.triples) > 1)
+            matrices = "matrix" if len(self.edits) == 1 else "matrices"
+            what = f"{len(self.triples)} {kind}{plural} in {len(self.edits)} {matrices}"
         size = f"{self.norm:.3g}, {self.relative:.1%} of the update"
         text = f"Scaled {what} by {self.scale:g}: an edit of norm {size}."
         if self.kind == "adapter":
@@ -171,18 +169,23 @@ def mitigate(
 ) -> MitigatedCheckpoint:
     """Write the tuned checkpoint with its intruder dimensions scaled.
 
-    A full checkpoint gives a full one, with every other tensor bit for bit as it was. An adapter gives an
-    adapter of the same ranks: exactly in mode `update`, else the nearest one (`share`: how near).
+    A full checkpoint stays full, and its other tensors stay bit for bit the same. An adapter stays an adapter
+    of the same ranks: exact in mode `update`, else the nearest one (`share` says how near).
+
+    >>> from diagnostics.audit.demo import BUNDLED
+    >>> damped = mitigate(BUNDLED / "base", BUNDLED / "lora-r8", "damped", scale=0.7)
+    >>> len(damped.triples), round(damped.share, 2)
+    (15, 0.91)
 
     Args:
         base, tuned: what `CheckpointPair` takes.
-        out: a directory that does not exist yet, or is empty.
-        scale: λ: 0 removes, 1 changes nothing (paper: 0.1 to 0.9; 0.7 to 0.9 first).
-        mode: `top`, the highest-ranked intruder of each matrix (paper); `all` within k; `neighbour`, in the
-            same matrices the nearest leading vector that is no intruder (a control); `update`, base +
+        out: a directory that is new or empty.
+        scale: λ: 0 removes, 1 changes nothing (paper: 0.1 to 0.9, and 0.7 to 0.9 first).
+        mode: `top`, the highest-ranked intruder of each matrix (paper); `all`, every intruder; `neighbour`,
+            in the same matrices the nearest leading vector that is no intruder (a control); `update`, base +
             λ (tuned − base) of every tensor (the other control).
         k, epsilon, parts: what counts as an intruder, and where, as in `intruder_dimensions`.
-        full: write full weights even of an adapter. By default an adapter stays one.
+        full: write full weights even for an adapter.
         device: where the arithmetic runs.
         cache: as of `intruder_dimensions`.
         progress: called with (done, total, name), for the search and then for the writing.
@@ -223,52 +226,52 @@ def _check(mode: str, scale: float) -> None:
         raise InputError(f"scale is {scale}; 0 removes, 1 changes nothing, above 1 amplifies")
 
 
-# Singular triples
-
-
-# Writing
-
-Outcome = tuple[list[Scaled], list[Edited], list[str]]
+Written = tuple[list[Scaled], list[Edited], list[str]]
 
 
 def _scale_triples(
     pair: CheckpointPair, out: Path, scale: float, mode: Mode, full: bool, device: str,
     progress: Progress | None, **search: Any,
-) -> Outcome:  # fmt: skip
-    """Find the intruders, damp what the mode says of them, write the result."""
+) -> Written:  # fmt: skip
+    """Find the intruders, damp those that the mode chooses, and write the result."""
     from diagnostics.analyses.intruders.analysis import intruder_dimensions
 
-    found = intruder_dimensions(pair, device=device, progress=progress, **search)
-    if not found.metrics.get("descendant", 1):
+    intruders = intruder_dimensions(pair, device=device, progress=progress, **search)
+    if not intruders.metrics.get("descendant", 1):
         raise InputError(
-            f"{pair.tuned.ref}: does not descend from {pair.base.ref}, so that nothing in it is an intruder; "
+            f"{pair.tuned.ref}: does not descend from {pair.base.ref}, so nothing in it is an intruder; "
             "give the base that it was trained from"
         )
-    chosen = choose(found.tables["vectors"], mode)
+    chosen = choose(intruders.tables["vectors"], mode)
     calls = (partial(_edit, pair, name, ranks, scale, device) for name, ranks in chosen.items())
     damped = dict(zip(chosen, jobs.run_jobs(calls, device=device), strict=True))
     edits = [edit for edit, _ in damped.values()] if scale != 1 else []
-    done = Refit()
+    refitted = Refit()
     if full:
         _write_full(pair.tuned, out, edits, progress)
     else:
         adapter = pair.tuned.source
         assert isinstance(adapter, Adapter)
-        done = refit(adapter, edits)
-        write_adapter(pair.tuned, out, done.tensors)
-    cosines = found.tables["vectors"].set_index(["matrix", "rank"])[["cosine_low", "cosine_high"]]
+        refitted = refit(adapter, edits)
+        write_adapter(pair.tuned, out, refitted.tensors)
+    cosines = intruders.tables["vectors"].set_index(["matrix", "rank"])[["cosine_low", "cosine_high"]]
     nearest: dict[Any, Any] = cosines.to_dict("index")
-    norms = found.tables["matrices"].set_index("matrix")["update_norm"]
+    norms = intruders.tables["matrices"].set_index("matrix")["update_norm"]
     triples, edited = [], []
     for name, (edit, values) in damped.items():
-        place = _place(pair.matrices[name])
+        matrix = pair.matrices[name]
+        location: dict[str, Any] = {
+            "matrix": matrix.name,
+            "layer": matrix.layer,
+            "component": matrix.component,
+        }
         for rank, value in zip(chosen[name], values, strict=True):
-            triples.append(Scaled(**place, rank=rank, singular_value=value, **nearest[name, rank]))
-        share = done.share.get(edit.matrix.name, 1.0)
+            triples.append(Scaled(**location, rank=rank, singular_value=value, **nearest[name, rank]))
+        share = refitted.share.get(edit.matrix.name, 1.0)
         edited.append(
-            Edited(**place, rank=len(values), norm=edit.norm, update_norm=float(norms[name]), share=share)
+            Edited(**location, rank=len(values), norm=edit.norm, update_norm=float(norms[name]), share=share)
         )
-    return triples, edited, [*found.notes, CONTROL]
+    return triples, edited, [*intruders.notes, CONTROL]
 
 
 def _edit(
@@ -289,45 +292,41 @@ def _write_full(tuned: Checkpoint, out: Path, edits: Iterable[Edit], progress: P
 
 def _scale_update(
     pair: CheckpointPair, out: Path, scale: float, full: bool, progress: Progress | None
-) -> Outcome:
+) -> Written:
     """base + λ (tuned − base) for every tensor."""
     base, tuned = pair.base, pair.tuned
     if full:
         blend = write_blend(pair, out, scale, progress=progress)
-        some = f"{len(blend.alone)} tensors that the base lacks stay as they are" if blend.alone else ""
-        return [], _updated(tuned, blend.squares, scale), [some] if some else []
+        notes = [f"{len(blend.alone)} tensors that the base lacks stay as they are"] if blend.alone else []
+        return [], _updated(tuned, blend.squares, scale), notes
     adapter = tuned.source
     assert isinstance(adapter, Adapter)
     assert tuned.base is not None
     if tuned.base is not base and tuned.base.fingerprint() != base.fingerprint():
         raise InputError(
-            f"{tuned.ref}: is an adapter of {tuned.base.ref}; scaled, it moves toward that one and not "
+            f"{tuned.ref}: is an adapter of {tuned.base.ref}; scaled, it moves toward that base, not "
             f"toward {base.ref}; write full weights instead (full=True)"
         )
-    done = scaled(adapter, scale) if scale != 1 else Refit()
-    write_adapter(tuned, out, done.tensors)
+    rescaled = scaled(adapter, scale) if scale != 1 else Refit()
+    write_adapter(tuned, out, rescaled.tensors)
     squares = {}
     for name, header in base.headers.items():
         if adapter.changes(name) and adapter.headers[name].shape == header.shape:
             squares[name] = between(base.tensor(name), tuned.tensor(name), 1.0)[1]
-    return [], _updated(tuned, squares, scale), done.notes
+    return [], _updated(tuned, squares, scale), rescaled.notes
 
 
 def _updated(tuned: Checkpoint, squares: Mapping[str, float], scale: float) -> list[Edited]:
-    """A row for every tensor whose update was scaled."""
-    places = {matrix.tensor: matrix for matrix in tuned.matrices.values()}
+    """A row for each tensor with a scaled update."""
+    matrices = {matrix.tensor: matrix for matrix in tuned.matrices.values()}
     rows = []
     for name, square in squares.items():
         layer, component = None, name.removesuffix(".weight").rpartition(".")[2]
-        if name in places:
-            layer, component = places[name].layer, places[name].component
+        if name in matrices:
+            layer, component = matrices[name].layer, matrices[name].component
         norm = math.sqrt(square)
         edit = abs(1 - scale) * norm
         rows.append(
             Edited(matrix=name, layer=layer, component=component, rank=None, norm=edit, update_norm=norm)
         )
     return rows
-
-
-def _place(matrix: Matrix) -> dict[str, Any]:
-    return {"matrix": matrix.name, "layer": matrix.layer, "component": matrix.component}

@@ -1,7 +1,7 @@
-"""What a reader is shown of an audit: its verdict in words, numbers with their meaning, figures, table heads.
+"""The content of a report: the verdict in words, numbers with their meaning, figures, heads of tables.
 
-All of it comes from the audit and the registry; no analysis is known by name. It is plain text: who puts it
-on a page escapes it.
+All of it comes from the audit and the registry; no analysis is known by name. It is plain text, to be escaped
+by the page that shows it.
 """
 
 import logging
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ROWS = 200  # of a table that a page holds; the parquet file holds all
-LEADING = 12  # numbers of an analysis that are shown before the reader asks for more
-HEAD = 8  # of these seen before the reader asks for more
+ROWS = 200  # rows of a table in a page; the parquet file holds all
+HEAD = 8  # of these, rows that are not folded
+LEADING = 12  # metrics of an analysis that are not folded
 NOTHING = "–"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """One number of an analysis, what it says and what it is judged by; `verdict` is empty if by nothing."""
+    """One metric of an analysis with its meaning and threshold; `verdict` is empty without a threshold."""
 
     name: str
     value: str
@@ -52,7 +52,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """The first rows of a table; `sorted_by` names columns, largest first; none: as the analysis left it."""
+    """The first rows of a table; `sorted_by` names the columns that it is sorted by, largest first."""
 
     name: str
     columns: list[str]
@@ -64,13 +64,13 @@ class Table:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
-    """A figure for plotly.js, without its title, which stands beside it and wraps.
+class EmbeddedFigure:
+    """A figure for plotly.js, without its title, which the page shows itself so that it wraps.
 
     Attributes:
         spec: JSON of data and layout.
         height, width: in pixels; width None: as wide as the page.
-        drawn, total: scatter points in it, and in the table.
+        drawn, total: scatter points in it, and before thinning.
     """
 
     name: str
@@ -84,7 +84,7 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """All that is shown of one analysis that has a result."""
+    """The part of a report on one analysis with a result."""
 
     name: str
     outcome: Outcome
@@ -98,32 +98,32 @@ class Section:
     notes: list[str]
 
 
-def parted(metrics: list[Metric]) -> tuple[list[Metric], list[Metric]]:
-    """The numbers that a reader wants first, and the others: a few more are not worth a fold."""
+def leading_metrics(metrics: list[Metric]) -> tuple[list[Metric], list[Metric]]:
+    """The first metrics and those with a threshold, and the others; a few more are not worth a fold."""
     if len(metrics) <= LEADING + 4:
         return metrics, []
-    first = [metric for place, metric in enumerate(metrics) if place < LEADING or metric.threshold]
+    first = [metric for i, metric in enumerate(metrics) if i < LEADING or metric.threshold]
     return first, [metric for metric in metrics if metric not in first]
 
 
-def sections(audit: Audit) -> list[Section]:
-    """What is shown of each analysis that has a result, the gravest first."""
-    made = [section(audit, name) for name in audit.results]
-    return sorted(made, key=lambda section: ("fail", "warn", "pass", "").index(section.verdict))
+def build_sections(audit: Audit) -> list[Section]:
+    """A section for each analysis with a result, the most severe first."""
+    sections = [build_section(audit, name) for name in audit.results]
+    return sorted(sections, key=lambda section: ("fail", "warn", "pass", "").index(section.verdict))
 
 
-def section(audit: Audit, name: str) -> Section:
-    """What is shown of one analysis; where it is not installed, the audit still reads, if with less."""
+def build_section(audit: Audit, name: str) -> Section:
+    """The section of one analysis; when that is not installed, without figures and meanings."""
     outcome = audit.analyses[name]
     result = audit.results[name]
-    record, notes = registered(name)
+    record, notes = registry_record(name)
     try:
         summary = record.summary(result) if record else ""
-    except Exception as error:  # a table of another version: the numbers are still worth showing
+    except Exception as error:  # a table of another version; its numbers are still shown
         log.warning("%s: cannot be summed up: %r", name, error)
         summary = ""
-    shown = metrics(audit, name, record)
-    verdicts = {metric.verdict for metric in shown}
+    rows = metric_rows(audit, name, record)
+    verdicts = {metric.verdict for metric in rows}
     return Section(
         name=name,
         outcome=outcome,
@@ -133,93 +133,87 @@ def section(audit: Audit, name: str) -> Section:
         paper=record.paper if record else outcome.paper,
         summary=summary,
         verdict=next((verdict for verdict in ("fail", "warn", "pass") if verdict in verdicts), ""),
-        metrics=shown,
+        metrics=rows,
         notes=[*result.notes, *notes],
     )
 
 
-def registered(name: str) -> tuple[Analysis | None, list[str]]:
+def registry_record(name: str) -> tuple[Analysis | None, list[str]]:
     """The registry's record of an analysis, or None and why."""
     try:
         return find(name), []
     except LookupError as error:
-        return None, [f"Shown without its figures and without what its numbers mean: {error}."]
+        return None, [f"Shown without figures and without the meaning of its numbers: {error}."]
 
 
-def metrics(audit: Audit, name: str, record: Analysis | None) -> list[Metric]:
-    """Each number of an analysis in its own order, then those that the policy asks for in vain."""
+def metric_rows(audit: Audit, name: str, record: Analysis | None) -> list[Metric]:
+    """Each metric of an analysis in its own order, then those of the policy that have no value."""
     result = audit.results[name]
     rules = judged(result, audit.policy)
     lacking = audit.not_measured.get(name, {})
-    shown = []
+    rows = []
     for metric in dict.fromkeys([*result.metrics, *lacking]):
         judgement = {}
         if metric in lacking:
-            judgement = {"threshold": f"not judged: {lacking[metric]}"}
+            judgement = {"threshold": f"no value: {lacking[metric]}"}
         elif metric in rules:
             rule = rules[metric]
             factor = scale(result, rule)
             beyond = rule.beyond(result.metrics[metric], factor)
             judgement = {
                 "verdict": beyond[0] if beyond else "pass",
-                "threshold": thresholds(rule, factor),
+                "threshold": threshold_text(rule, factor),
                 "source": rule.source,
             }
-        shown.append(
+        rows.append(
             Metric(
                 name=metric,
-                value=number(result.metrics.get(metric)),
+                value=format_number(result.metrics.get(metric)),
                 meaning=record.metrics.get(metric, "") if record else "",
                 **judgement,
             )
         )
-    return shown
+    return rows
 
 
-def thresholds(rule: Rule, factor: float) -> str:
+def threshold_text(rule: Rule, factor: float) -> str:
     """The thresholds of a rule in words."""
     side = "below" if rule.below else "above"
     steps = (("warn", rule.warn), ("fail", rule.fail))
-    return ", ".join(f"{word} {side} {number(limit * factor)}" for word, limit in steps if limit is not None)
+    return ", ".join(
+        f"{word} {side} {format_number(limit * factor)}" for word, limit in steps if limit is not None
+    )
 
 
-def side(audit: Audit, finding: Finding) -> str:
-    """On which side of its threshold a finding lies."""
+def threshold_side(audit: Audit, finding: Finding) -> str:
+    """On which side of its threshold the value of a finding lies."""
     return "below" if audit.policy.rules[finding.analysis][finding.metric].below else "above"
 
 
-def headline(audit: Audit, shown: Iterable[Section]) -> str:
-    """The verdict in a sentence or two."""
-    numbers = sum(bool(metric.verdict) for section in shown for metric in section.metrics)
-    fails = sum(finding.severity == "fail" for finding in audit.findings)
-    warns = len(audit.findings) - fails
-    of = f"of {counted(numbers, 'judged number')}"
-    said = []
-    if audit.failed:
-        said.append(
-            f"Not finished: {', '.join(audit.failed)} gave no result; nothing says that it would pass."
-        )
-    if fails:
-        more = f"; {warns} more would only warn" if warns else ""
-        said.append(f"{fails} {of} {'is' if fails == 1 else 'are'} beyond the limit{more}.")
-    elif warns:
-        said.append(
-            f"{warns} {of} {'asks' if warns == 1 else 'ask'} for a second look; none is beyond the limit."
-        )
-    elif numbers:
-        said.append(f"{counted(numbers, 'number')} judged, none beyond a threshold.")
+def count_findings(audit: Audit) -> str:
+    """The findings counted: `1 warning, 0 failures (2 numbers judged)`."""
+    failures = sum(finding.severity == "fail" for finding in audit.findings)
+    warnings = len(audit.findings) - failures
+    text = f"{plural(warnings, 'warning')}, {plural(failures, 'failure')}"
+    if audit.judged:
+        text += f" ({plural(audit.judged, 'number')} judged)"
     else:
-        said.append("Nothing was judged: the policy has no threshold for what was measured.")
-    return " ".join(said)
+        text = "nothing was judged: the policy has no threshold for what was measured"
+    return f"no result from {', '.join(audit.failed)}; {text}" if audit.failed else text
 
 
-def counted(count: int, noun: str) -> str:
+def sentence(text: str) -> str:
+    """The text with a capital and a full stop."""
+    return text[:1].upper() + text[1:] + "."
+
+
+def plural(count: int, noun: str) -> str:
     """`1 row`, `2 rows`."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
-def number(value: Any) -> str:
-    """A value as a reader wants it: four digits, thousands apart, a dash for what was not measured."""
+def format_number(value: Any) -> str:
+    """A value for a reader: four digits, separated thousands, a dash for what was not measured."""
     if value is None:
         return NOTHING
     if isinstance(value, bool):
@@ -231,19 +225,19 @@ def number(value: Any) -> str:
             return NOTHING
         return f"{value:,.0f}" if 1e4 <= abs(value) < 1e12 else f"{value:.4g}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {number(item)}" for key, item in value.items() if item is not None)
+        return ", ".join(f"{key} {format_number(item)}" for key, item in value.items() if item is not None)
     if isinstance(value, list | tuple):
-        return ", ".join(map(number, value))
+        return ", ".join(map(format_number, value))
     return str(value)
 
 
-def table(name: str, kind: str, frame: "pd.DataFrame", metrics: Iterable[str]) -> Table:
-    """The head of a table that is too long to be shown whole, the rows that matter on top.
+def table_head(name: str, kind: str, frame: "pd.DataFrame", metrics: Iterable[str]) -> Table:
+    """The first rows of a table; in a long one, the rows that matter come first.
 
     Args:
         name: the analysis.
         kind: the table's name.
-        metrics: of the analysis: a long table with a column of that name is sorted by it, then by its flags.
+        metrics: of the analysis; a long table is sorted by the columns with these names, then by its flags.
     """
     import pandas as pd
 
@@ -255,55 +249,55 @@ def table(name: str, kind: str, frame: "pd.DataFrame", metrics: Iterable[str]) -
         name=kind,
         columns=[str(column) for column in frame.columns],
         numeric=numeric,
-        rows=[[cell(value) for value in row] for row in ordered.head(ROWS).to_numpy(dtype=object)],
+        rows=[[format_cell(value) for value in row] for row in ordered.head(ROWS).to_numpy(dtype=object)],
         total=len(frame),
         sorted_by=keys,
         file=table_file(name, kind),
     )
 
 
-def cell(value: Any) -> Cell:
+def format_cell(value: Any) -> Cell:
     """One value of a table."""
     import pandas as pd
 
     value = value.item() if hasattr(value, "item") else value
     if isinstance(value, bool | int | float):
-        return Cell(text=number(value), order=None if math.isnan(value) else float(value))
+        return Cell(text=format_number(value), order=None if math.isnan(value) else float(value))
     missing = pd.api.types.is_scalar(value) and pd.isna(value)
-    return Cell(text=number(None if missing else value))
+    return Cell(text=format_number(None if missing else value))
 
 
-def tables(result: Result) -> list[Table]:
-    """The heads of a result's tables."""
-    return [table(result.analysis, kind, frame, result.metrics) for kind, frame in result.tables.items()]
+def table_heads(result: Result) -> list[Table]:
+    """The first rows of each table of a result."""
+    return [table_head(result.analysis, kind, frame, result.metrics) for kind, frame in result.tables.items()]
 
 
-def pictures(result: Result, limit: int = thinning.LIMIT) -> tuple[list[Picture], list[str]]:
-    """The figures of a result, each of at most `limit` scatter points, and a note if they cannot be drawn."""
-    record, _ = registered(result.analysis)
+def embedded_figures(result: Result, limit: int = thinning.LIMIT) -> tuple[list[EmbeddedFigure], list[str]]:
+    """The figures of a result, thinned to `limit` points each, and a note if they cannot be drawn."""
+    record, _ = registry_record(result.analysis)
     if record is None:
         return [], []
     try:
-        return [picture(name, figure, limit) for name, figure in record.draw(result).items()], []
-    except Exception as error:  # drawing may be any package's code; the numbers are worth a report without it
+        return [embed_figure(name, figure, limit) for name, figure in record.draw(result).items()], []
+    except Exception as error:  # a plug-in may draw it; the report is still worth its numbers
         log.warning("%s: its figures cannot be drawn", result.analysis, exc_info=True)
         return [], [f"Its figures could not be drawn ({type(error).__name__}: {error})."]
 
 
-def picture(name: str, figure: "go.Figure", limit: int = thinning.LIMIT) -> Picture:
-    """One figure, light enough to be embedded."""
+def embed_figure(name: str, figure: "go.Figure", limit: int = thinning.LIMIT) -> EmbeddedFigure:
+    """One figure, thinned so that it can be embedded."""
     from plotly.io.json import to_json_plotly
 
-    traces, drawn, total = thinning.traces(figure, limit)
-    # plotly's titles are markup of its own kind
+    traces, drawn, total = thinning.thin_traces(figure, limit)
+    # plotly has its own markup for titles.
     title = Markup((figure.layout.title.text or name).replace("<br>", " ")).striptags()
-    # The page brings its own template, light and dark; a width becomes a limit, for narrow pages.
-    apart = {"title", "width", "template"}
-    layout = {key: value for key, value in figure.layout.to_plotly_json().items() if key not in apart}
-    return Picture(
+    # The page has its own templates, light and dark; the width becomes a maximum, for narrow pages.
+    left_out = {"title", "width", "template"}
+    layout = {key: value for key, value in figure.layout.to_plotly_json().items() if key not in left_out}
+    return EmbeddedFigure(
         name=name,
         title=title,
-        spec=to_json_plotly({"data": [thinning.packed(trace) for trace in traces], "layout": layout}),
+        spec=to_json_plotly({"data": [thinning.pack_arrays(trace) for trace in traces], "layout": layout}),
         height=int(figure.layout.height or 420),
         width=figure.layout.width,
         drawn=drawn,

@@ -1,7 +1,7 @@
 """The report: one audit as an HTML page that opens offline, as Markdown for a model card, and as JSON.
 
-Every string of an audit may come from a file: the page shows all of them as text, runs no script but its own,
-and loads nothing; its content security policy holds it to that.
+Every string of an audit may come from a file. The page shows them as text, runs only its own scripts, and
+loads nothing; its content security policy enforces that.
 """
 
 import base64
@@ -27,32 +27,32 @@ def write_html(audit: Audit, path: str | Path) -> None:
     """Write the audit as one self-contained page.
 
     Raises:
-        OSError: it cannot be written; a page that was there is untouched.
+        OSError: it cannot be written; an earlier page is untouched.
     """
     with disk.replacing(Path(path)) as part:
         part.write_text(to_html(audit), encoding="utf-8")
 
 
 def to_html(audit: Audit) -> str:
-    """The audit as one page that needs no other file and no network."""
+    """The audit as one page without other files or network access."""
     from plotly.offline import get_plotlyjs
 
-    sections = content.sections(audit)
-    drawn = {section.name: content.pictures(section.result) for section in sections}
-    # A browser hashes a script as it parsed it, and parsing makes one line feed of each line end.
-    sources = (get_plotlyjs(), packaged("report.js"))
+    sections = content.build_sections(audit)
+    figures = {section.name: content.embedded_figures(section.result) for section in sections}
+    # The browser hashes the parsed script, in which every line end is one line feed.
+    sources = (get_plotlyjs(), template_text("report.js"))
     scripts = [text.replace("\r\n", "\n").replace("\r", "\n") for text in sources]
-    looks = {"light": theme.template(theme.LIGHT), "dark": theme.template(theme.DARK)}
+    templates = {"light": theme.template(theme.LIGHT), "dark": theme.template(theme.DARK)}
     return (
-        environment()
+        template_environment()
         .get_template("report.html")
         .render(
-            **overview(audit, sections),
-            pictures={name: made for name, (made, _) in drawn.items()},
-            troubles={name: notes for name, (_, notes) in drawn.items()},
+            **shared_context(audit, sections),
+            pictures={name: embedded for name, (embedded, _) in figures.items()},
+            drawing_notes={name: notes for name, (_, notes) in figures.items()},
             mask_file=mask_file,
-            tables={section.name: content.tables(section.result) for section in sections},
-            looks=json.dumps({name: made.to_plotly_json() for name, made in looks.items()}),
+            tables={section.name: content.table_heads(section.result) for section in sections},
+            looks=json.dumps({name: template.to_plotly_json() for name, template in templates.items()}),
             scripts=[Markup(text) for text in scripts],
             hashes=[base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts],
         )
@@ -60,8 +60,12 @@ def to_html(audit: Audit) -> str:
 
 
 def to_markdown(audit: Audit) -> str:
-    """The audit as Markdown that can be pasted into a model card: no HTML, no figures."""
-    return environment().get_template("report.md").render(**overview(audit, content.sections(audit)))
+    """The audit as Markdown for a model card: no HTML, no figures."""
+    return (
+        template_environment()
+        .get_template("report.md")
+        .render(**shared_context(audit, content.build_sections(audit)))
+    )
 
 
 def to_json(audit: Audit) -> str:
@@ -69,21 +73,21 @@ def to_json(audit: Audit) -> str:
     return disk.to_json(audit.record())
 
 
-def overview(audit: Audit, sections: list[content.Section]) -> dict[str, Any]:
-    """What both forms are made of."""
+def shared_context(audit: Audit, sections: list[content.Section]) -> dict[str, Any]:
+    """The variables of both templates."""
     return {
         "audit": audit,
         "sections": sections,
-        "headline": content.headline(audit, sections),
-        "absent": {name: made for name, made in audit.analyses.items() if made.result is None},
+        "headline": content.sentence(content.count_findings(audit)),
+        "absent": {name: outcome for name, outcome in audit.analyses.items() if outcome.result is None},
     }
 
 
-def environment() -> "jinja2.Environment":
-    """The templates with their filters; HTML escapes all that is put into it, Markdown by `md` and `code`."""
+def template_environment() -> "jinja2.Environment":
+    """The templates; in HTML every value is escaped, in Markdown those with the filters `md` and `code`."""
     import jinja2
 
-    made = jinja2.Environment(
+    templates = jinja2.Environment(
         loader=jinja2.PackageLoader("diagnostics.report"),
         autoescape=lambda name: name is not None and name.endswith(".html"),
         undefined=jinja2.StrictUndefined,
@@ -91,43 +95,43 @@ def environment() -> "jinja2.Environment":
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    made.filters |= {
-        "number": content.number,
-        "data": data_block,
-        "md": markdown,
-        "code": code,
-        "cell": cell,
-        "arxiv": arxiv,
+    templates.filters |= {
+        "number": content.format_number,
+        "data": script_data,
+        "md": escape_markdown,
+        "code": code_span,
+        "cell": table_cell,
+        "arxiv": arxiv_url,
     }
-    made.globals |= {"theme": theme, "view": content, "packaged": packaged}
-    return made
+    templates.globals |= {"theme": theme, "view": content, "template_text": template_text}
+    return templates
 
 
-def packaged(name: str) -> str:
-    """A file beside the templates."""
+def template_text(name: str) -> str:
+    """A file in the folder of templates."""
     return files("diagnostics.report").joinpath("templates", name).read_text(encoding="utf-8")
 
 
-def data_block(text: str) -> Markup:
-    """JSON as the content of a script element that is data: nothing in it can end the element."""
+def script_data(text: str) -> Markup:
+    """JSON as the content of a script element; nothing in it can end the element."""
     return Markup(text.replace("<", r"\u003c"))
 
 
-def arxiv(paper: str) -> str:
-    """The address of the arXiv paper that a citation names; empty when it names none."""
-    found = re.search(r"arXiv:\s*(\d{4}\.\d{4,5}(?:v\d+)?)", paper, flags=re.IGNORECASE)
-    return f"https://arxiv.org/abs/{found[1]}" if found else ""
+def arxiv_url(paper: str) -> str:
+    """The URL of the arXiv paper in a citation; empty without one."""
+    number = re.search(r"arXiv:\s*(\d{4}\.\d{4,5}(?:v\d+)?)", paper, flags=re.IGNORECASE)
+    return f"https://arxiv.org/abs/{number[1]}" if number else ""
 
 
-def markdown(text: object) -> str:
-    """Text that Markdown shows as it is, on one line, also inside a table."""
+def escape_markdown(text: object) -> str:
+    """Text escaped so that Markdown shows it unchanged, on one line, also inside a table."""
     words = " ".join(str(text).split())
     words = re.sub(r"([\\`*\[\]<>|~#&$!]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", words)
-    # What else would begin a list or a heading.
+    # These would begin a list or a heading.
     return re.sub(r"^(?=[-+=])|^(\d+)(?=[.)](?:\s|$))", r"\1\\", words)
 
 
-def code(text: object) -> str:
+def code_span(text: object) -> str:
     """Text as a Markdown code span on one line."""
     words = " ".join(str(text).split()) or " "
     fence = "`" * (max(map(len, re.findall("`+", words)), default=0) + 1)
@@ -135,6 +139,6 @@ def code(text: object) -> str:
     return f"{fence}{space}{words}{space}{fence}"
 
 
-def cell(span: str) -> str:
-    """A code span inside a Markdown table, where a bar would end the cell."""
+def table_cell(span: str) -> str:
+    """A code span for a Markdown table, where a bar would end the cell."""
     return span.replace("|", r"\|")

@@ -145,8 +145,15 @@ class Loading:
             )
         more = {"num_labels": min(heads)} if heads else {}
         if stored["model_type"] in transformers.CONFIG_MAPPING:
-            with _silence():
-                return transformers.CONFIG_MAPPING[stored["model_type"]].from_dict(stored, **more)
+            try:
+                with _silence():
+                    return transformers.CONFIG_MAPPING[stored["model_type"]].from_dict(stored, **more)
+            except Exception as error:  # transformers raises whatever a malformed file makes it hit
+                reason = " ".join(str(error).split())
+                raise InputError(
+                    f"{checkpoint.ref}: its config.json is none of a {stored['model_type']} model "
+                    f"({type(error).__name__}: {reason})"
+                ) from error
         if not self.trust_remote_code or "auto_map" not in stored:
             reason = (
                 "brings code of its own, which is run only if asked for; trust it with --trust-remote-code"
@@ -201,7 +208,7 @@ class Loading:
                     model_class = auto._model_mapping[type(config)]
                     model_class = model_class[0] if isinstance(model_class, tuple) else model_class
                     model, info = model_class.from_pretrained(None, state_dict=tensors, **options)
-        except (OSError, RuntimeError, ValueError, KeyError, ImportError) as error:
+        except Exception as error:  # transformers raises whatever a malformed file makes it hit
             reason = str(error).strip().partition("\n")[0]
             raise InputError(f"{ref}: does not load as a model ({type(error).__name__}: {reason})") from error
         missing = sorted(set(info["missing_keys"]) - set(brought or {}))
@@ -296,7 +303,7 @@ def tokenizer_of(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> 
         )
     try:
         return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (OSError, RuntimeError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # transformers raises whatever its parsers hit in a malformed file
         reason = str(error).strip().partition("\n")[0]
         raise InputError(
             f"{directory}: its tokenizer cannot be read ({type(error).__name__}: {reason})"
@@ -359,7 +366,7 @@ def inject(model: Any, checkpoint: Checkpoint, *, name: str = "tuned") -> Any:
                 model.load_adapter(directory, name, torch_device=device)
                 return model
             return peft.PeftModel.from_pretrained(model, directory, adapter_name=name, torch_device=device)
-    except (OSError, RuntimeError, ValueError, KeyError, UserWarning) as error:
+    except Exception as error:  # PEFT raises whatever a malformed file makes it hit
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"{checkpoint.ref}: the adapter does not load ({reason})") from error
 

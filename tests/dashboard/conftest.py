@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -33,7 +34,7 @@ def made_up():
             draw=draw,
             summary=lambda result: f"A line about {name}.",
             metrics={metric: f"what {metric} says" for metric in metrics},
-        )(measure)(None)
+        )(measure)(SimpleNamespace(base=None, tuned=None))
 
     yield register
     patch.undo()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -152,7 +153,13 @@ def reported(register: Callable[..., Any]) -> Callable[..., Any]:
             metrics={name: f"what {name} says" for name in metrics or {"widest": 0.25}},
             draw=draw,
         )
-        outcome = Outcome(status="ok", seconds=1.5, peak_rss_mb=321.0, device="cpu", result=measure(None))
+        outcome = Outcome(
+            status="ok",
+            seconds=1.5,
+            peak_rss_mb=321.0,
+            device="cpu",
+            result=measure(SimpleNamespace(base=None, tuned=None)),
+        )
         about = {
             "base": {"ref": "org/base", "kind": "full", "fingerprint": "a1" * 32, "parameters": 1_234_567},
             "tuned": {

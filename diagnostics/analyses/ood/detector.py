@@ -1,16 +1,13 @@
-"""Likelihood-ratio OOD as a scikit-learn outlier detector of texts."""
+"""Base and tuned as a detector of out-of-distribution texts, calibrated on rows of the tuned model's task."""
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
-from sklearn.base import BaseEstimator, OutlierMixin
-from sklearn.utils.validation import check_is_fitted
 
 from diagnostics.analyses.ood.tables import token_ratios
 from diagnostics.core.inputs import task_from
@@ -28,34 +25,22 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
-# A file must not decide whose code may run; the models are saved as references and fingerprints.
-NOT_SAVED = frozenset({"pair", "trust_remote_code"})
+TEXT_PARAMETERS = ("max_length", "windows", "chat_template", "batch_tokens")
 
 
-class OnClass:
-    """A method that the class itself has too: there it makes the instance from its first argument."""
+class LikelihoodRatioDetector:
+    """Flags texts that are out of the distribution of the tuned model.
 
-    def __init__(self, method: Callable[..., Any]):
-        self.method = method
-        self.__doc__ = method.__doc__
+    A score is log p_base − log p_tuned in nats: higher is more out-of-distribution. `score_samples`,
+    `decision_function` and `predict` follow scikit-learn's outlier detectors: higher is more normal, -1 is an
+    outlier. The score of a text without a token to score is NaN, and the text an outlier.
 
-    def __get__(self, instance: Any, owner: type) -> Callable[..., Any]:
-        """Bound to an instance, or to the class."""
-        if instance is not None:
-            return MethodType(self.method, instance)
-
-        def fit(pair: Any, task: Any, **parameters: Any) -> Any:
-            return self.method(owner(pair, **parameters), task)
-
-        return fit
-
-
-class LikelihoodRatioDetector(OutlierMixin, BaseEstimator):
-    """Flags texts that the tuned model was not made for.
-
-    `score` is log p_base − log p_tuned in nats: higher is more out-of-distribution. `score_samples`,
-    `decision_function` and `predict` follow scikit-learn: higher is more normal, -1 is an outlier. A text
-    without a token to score has score NaN and is an outlier.
+    >>> from diagnostics.audit.demo import BUNDLED
+    >>> pair = (BUNDLED / "base", BUNDLED / "full")
+    >>> task = ["Return the sum of two numbers.", "Close the file.", "Open a file.", "Sort a list."]
+    >>> detector = LikelihoodRatioDetector.fit(pair, task, alpha=0.1)
+    >>> len(detector.predict(["Read a line from the file.", "zq xv kk"]))
+    2
 
     Args:
         pair: base and tuned, or their two references.
@@ -66,25 +51,19 @@ class LikelihoodRatioDetector(OutlierMixin, BaseEstimator):
 
     Attributes:
         calibration_: scores of the calibration rows, ascending.
-        threshold_: a higher score is flagged; a share alpha of the calibration rows lies above.
-        offset_: minus the threshold, as in scikit-learn.
+        threshold_: scores above it are flagged, which are a share alpha of the calibration rows.
+        offset_: minus the threshold, scikit-learn's convention.
 
     Tables:
         `rows`: one row a text: row (its number), tokens (count), log_likelihood_base, log_likelihood_tuned,
             ratio (nats, summed), score (nats, of the sum or per token), p_value (conformal), flagged,
             truncated.
         `explain`: one row a token: position, token, log_likelihood_base, log_likelihood_tuned, ratio (nats).
-
-    Example:
-        >>> from diagnostics.audit.demo import BUNDLED
-        >>> detector = LikelihoodRatioDetector((BUNDLED / "base", BUNDLED / "lora-r1"))
-        >>> detector.fit(["one line", "two lines", "a third"]).predict(["x = 1"]).shape
-        (1,)
     """
 
     def __init__(
         self,
-        pair: Any = None,
+        pair: Any,
         *,
         alpha: float = 0.05,
         per_token: bool = False,
@@ -96,47 +75,50 @@ class LikelihoodRatioDetector(OutlierMixin, BaseEstimator):
         dtype: str | None = None,
         trust_remote_code: bool = False,
     ):
-        self.pair = pair
+        if not 0 < alpha < 1:
+            raise InputError(f"alpha is {alpha}; it is a share between 0 and 1")
+        self.pair = pair if isinstance(pair, CheckpointPair) else CheckpointPair(*pair)
         self.alpha = alpha
         self.per_token = per_token
-        self.max_length = max_length
-        self.windows = windows
-        self.chat_template = chat_template
-        self.batch_tokens = batch_tokens
+        self.text_options = TextOptions(
+            max_length=max_length, windows=windows, chat_template=chat_template, batch_tokens=batch_tokens
+        )
         self.device = device
         self.dtype = dtype
         self.trust_remote_code = trust_remote_code
+        self._models: RunnablePair | None = None
 
-    @OnClass
-    def fit(self, X: Any, y: Any = None) -> "LikelihoodRatioDetector":
-        """Calibrate on in-distribution rows that tuning never saw: a task, a file, or texts.
+    @classmethod
+    def fit(cls, pair: Any, task: Any, **parameters: Any) -> "LikelihoodRatioDetector":
+        """Calibrate a detector on in-distribution rows that tuning never saw.
 
         Args:
-            y: ignored, as outlier detectors do.
+            pair: base and tuned, or their two references.
+            task: a task, a file, or texts.
+            parameters: as of the class: `alpha`, `per_token`, …
 
         Raises:
             InputError: fewer than 2 rows have a token to score, or the models cannot be compared.
         """
-        if self.pair is None:
-            raise InputError("no models to compare; give LikelihoodRatioDetector a pair, or (base, tuned)")
-        if not 0 < self.alpha < 1:
-            raise InputError(f"alpha is {self.alpha}; it is a share between 0 and 1")
-        task = self._task(X).at_least(2, "calibrating a detector")
-        found = self._scores(self._read(task))
-        known = found[~np.isnan(found)]
-        if len(known) < 2:
+        detector = cls(pair, **parameters)
+        rows = detector._task(task).at_least(2, "calibrating a detector")
+        scores = detector._scores(detector._read(rows))
+        scored = scores[~np.isnan(scores)]
+        if len(scored) < 2:
             raise InputError(
-                f"{task.ref}: {len(known)} of {len(found)} rows have a token to score, and calibrating a "
+                f"{rows.ref}: {len(scored)} of {len(scores)} rows have a token to score, and calibrating a "
                 "detector needs at least 2; give it more"
             )
-        self.calibration_ = np.sort(known)
-        self.threshold_ = detection_metrics.threshold_keeping(known, 1 - self.alpha)
-        self.offset_ = -self.threshold_
-        return self
+        detector._calibrate(np.sort(scored))
+        return detector
 
-    def score(self, X: Any, y: Any = None) -> Float[np.ndarray, " rows"]:
+    def _calibrate(self, scores: Float[np.ndarray, " rows"]) -> None:
+        self.calibration_ = scores
+        self.threshold_ = detection_metrics.threshold_keeping(scores, 1 - self.alpha)
+        self.offset_ = -self.threshold_
+
+    def score(self, X: Any) -> Float[np.ndarray, " rows"]:
         """Log-likelihood of each text under base minus that under tuned, in nats; by token if `per_token`."""
-        check_is_fitted(self, "calibration_")
         return self._scores(self._read(X))
 
     def score_samples(self, X: Any) -> Float[np.ndarray, " rows"]:
@@ -152,27 +134,26 @@ class LikelihoodRatioDetector(OutlierMixin, BaseEstimator):
         return np.where(self.decision_function(X) >= 0, 1, -1)
 
     def rows(self, X: Any) -> "pd.DataFrame":
-        """The scores of each row; columns as in the class' `Tables:`.
+        """A table with a row a text: row, tokens, log-likelihoods, ratio, score, p_value, flagged, truncated.
 
-        `p_value` is conformal: the probability of a score as high if the text came from the distribution of
-        the calibration rows.
+        `p_value` is conformal: the probability of so high a score for a text of the calibration distribution.
         """
         import pandas as pd
 
         return pd.DataFrame(self.records(X))
 
     def records(self, X: Any, *, tokens: bool = False) -> list[dict[str, Any]]:
-        """The rows of `rows` as JSON keeps them: None where nothing was scored.
+        """The rows of `rows` as plain values: None where nothing was scored.
 
         Args:
             tokens: add the table of `explain` to each row.
         """
-        check_is_fitted(self, "calibration_")
         reading = self._read(X)
         records = []
         for text, score in zip(self._texts(reading), self._scores(reading).tolist(), strict=True):
             base, tuned = (getattr(text, side).full.log_likelihood for side in ("base", "tuned"))
             scored = score == score
+            p_value = detection_metrics.conformal_p(self.calibration_, [score])[0]
             record = {
                 "row": text.row.number,
                 "tokens": text.length,
@@ -180,9 +161,7 @@ class LikelihoodRatioDetector(OutlierMixin, BaseEstimator):
                 "log_likelihood_tuned": tuned if scored else None,
                 "ratio": base - tuned if scored else None,
                 "score": score if scored else None,
-                "p_value": float(detection_metrics.conformal_p(self.calibration_, [score])[0])
-                if scored
-                else None,
+                "p_value": float(p_value) if scored else None,
                 "flagged": not score <= self.threshold_,
                 "truncated": text.truncated,
             }
@@ -192,7 +171,7 @@ class LikelihoodRatioDetector(OutlierMixin, BaseEstimator):
         return records
 
     def explain(self, text: str) -> "pd.DataFrame":
-        """Each token of a text with its log-likelihoods and their difference."""
+        """Each token of a text with its log-likelihoods and their difference, which shows unusual words."""
         import pandas as pd
 
         (read,) = self._texts(self._read([text]))
@@ -200,19 +179,24 @@ class LikelihoodRatioDetector(OutlierMixin, BaseEstimator):
         return pd.DataFrame(token_ratios(read, self._runnable().tokenizer), columns=columns)
 
     def save(self, path: str | Path) -> None:
-        """Write the calibration and the references of the models, not the models, as a JSON file.
+        """Write a JSON file: the calibration and the references of the models, not their weights.
 
         Raises:
             OSError: it cannot be written.
         """
-        check_is_fitted(self, "calibration_")
-        pair = self._pair()
-        parameters = {name: value for name, value in self.get_params().items() if name not in NOT_SAVED}
+        pair = self.pair
         record = {
             "schema": SCHEMA,
             "base": {"ref": pair.base.ref, "fingerprint": pair.base.fingerprint()},
             "tuned": {"ref": pair.tuned.ref, "fingerprint": pair.tuned.fingerprint()},
-            "parameters": parameters,
+            # Never `trust_remote_code`: a file must not decide to run code.
+            "parameters": {
+                "alpha": self.alpha,
+                "per_token": self.per_token,
+                **{name: getattr(self.text_options, name) for name in TEXT_PARAMETERS},
+                "device": self.device,
+                "dtype": self.dtype,
+            },
             "calibration": self.calibration_.tolist(),
         }
         with replacing(Path(path)) as part:
@@ -223,71 +207,53 @@ class LikelihoodRatioDetector(OutlierMixin, BaseEstimator):
         """Read a saved detector and open its models.
 
         Args:
-            pair: the models, if they moved.
-            parameters: replace the saved ones, such as `device`. `trust_remote_code` is never saved.
+            pair: where the models are now; by default where they were.
+            parameters: in place of the saved ones, such as `device`.
 
         Raises:
-            InputError: the file is no saved detector, or the models have other weights.
+            InputError: it is no saved detector, or the models are not those that it was fitted with.
         """
         try:
             record = json.loads(Path(path).read_text(encoding="utf-8"))
             refs = {side: record[side]["ref"] for side in ("base", "tuned")}
-            saved = {name: value for name, value in record["parameters"].items() if name not in NOT_SAVED}
+            saved = dict(record["parameters"])
+            saved.pop("trust_remote_code", None)  # a file must not decide to run code
+            fingerprints = {side: record[side]["fingerprint"] for side in refs}
+            calibration = np.array(record["calibration"], dtype=np.float64)
             detector = cls(pair or tuple(refs.values()), **{**saved, **parameters})
-            detector.calibration_ = np.array(record["calibration"], dtype=np.float64)
+        except InputError:
+            raise
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: is no saved detector ({type(error).__name__}: {error})") from error
-        opened = detector._pair()
-        for side, checkpoint in (("base", opened.base), ("tuned", opened.tuned)):
-            if checkpoint.fingerprint() != record[side]["fingerprint"]:
+        for side, checkpoint in (("base", detector.pair.base), ("tuned", detector.pair.tuned)):
+            if checkpoint.fingerprint() != fingerprints[side]:
                 raise InputError(
                     f"{path}: {side} {checkpoint.ref} has other weights than when the detector was fitted; "
                     "fit it again"
                 )
-        detector._set_threshold()
+        detector._calibrate(calibration)
         return detector
-
-    def _set_threshold(self) -> None:
-        self.threshold_ = detection_metrics.threshold_keeping(self.calibration_, 1 - self.alpha)
-        self.offset_ = -self.threshold_
 
     def close(self) -> None:
         """Free the models; they are opened again when needed."""
-        if "_open" in vars(self):
-            self._open[1].close()
-            del self._open
+        if self._models is not None:
+            self._models.close()
+            self._models = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in super().__getstate__().items() if name != "_open"}
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.input_tags.two_d_array = False
-        tags.input_tags.string = True
-        tags.input_tags.allow_nan = False
-        return tags
-
-    def _pair(self) -> CheckpointPair:
-        return self.pair if isinstance(self.pair, CheckpointPair) else CheckpointPair(*self.pair)
+        return {**vars(self), "_models": None}
 
     def _runnable(self) -> RunnablePair:
-        key = (self.pair, self.device, self.dtype, self.trust_remote_code)
-        if "_open" not in vars(self) or self._open[0] != key:
-            self.close()
-            runnable = RunnablePair(
-                self._pair(), device=self.device, dtype=self.dtype, trust_remote_code=self.trust_remote_code
+        if self._models is None:
+            self._models = RunnablePair(
+                self.pair, device=self.device, dtype=self.dtype, trust_remote_code=self.trust_remote_code
             )
-            self._open: tuple[Any, RunnablePair] = key, runnable
-        return self._open[1]
+        return self._models
 
     def _read(self, X: Any) -> PairedTexts:
-        options = TextOptions(
-            max_length=self.max_length, windows=self.windows, chat_template=self.chat_template,
-            batch_tokens=self.batch_tokens,
-        )  # fmt: skip
-        reading = read_sets(self._runnable(), {"rows": self._task(X)}, options)
+        reading = read_sets(self._runnable(), {"rows": self._task(X)}, self.text_options)
         for note in reading.notes:
             log.warning("%s", note)
         return reading
@@ -308,9 +274,9 @@ class LikelihoodRatioDetector(OutlierMixin, BaseEstimator):
 
 
 def texts_in(X: Any) -> Any:
-    """Texts as a list, from an array, a series, a list or a task, as scikit-learn passes them."""
+    """Rows as a task takes them, from arrays, series or lists."""
     if hasattr(X, "rows") or isinstance(X, Mapping):
         return X
     if not isinstance(X, Iterable):
-        raise InputError(f"texts must be a list, and this is {type(X).__name__}")
+        raise InputError(f"texts are given as a list, and this is {type(X).__name__}")
     return [text.item() if isinstance(text, np.generic) else text for text in X]

@@ -5,7 +5,7 @@ import tomllib
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dashboard.state.trial import rule_table, toml, toml_string
+from dashboard.state.trial import toml
 from diagnostics.core.policy import Policy, Rule, default_policy
 from diagnostics.core.policy_file import load_policy
 from tests.dashboard.invented import HOSTILE
@@ -29,13 +29,10 @@ def test_the_file_is_what_the_policy_option_takes_and_judges_alike(tmp_path):
     assert judging == {(n, m): r for n, own in rules.items() for m, r in own.items()}
 
 
-@given(st.text(st.characters(exclude_categories=["Cs"])))
-def test_any_text_survives_toml(words):
-    assert tomllib.loads(f"key = {toml_string(words)}") == {"key": words}
-
-
-@given(st.floats(allow_nan=False, allow_infinity=False))
-def test_any_threshold_survives_toml(value):
-    made = Policy({"a b.c": {'"m"': Rule(warn=value, source="s")}}, origin="o")
-    lines = rule_table(("a b.c", '"m"'), made.plain()["a b.c"]['"m"'])
-    assert tomllib.loads(lines)["a b.c"]['"m"']["warn"] == value
+@given(st.text(st.characters(exclude_categories=["Cs"])), st.floats(allow_nan=False, allow_infinity=False))
+def test_any_threshold_and_message_survive_the_file(message, threshold):
+    rule = Rule(warn=threshold, message=message, source="s")
+    text, omitted = toml(Policy({"ood": {"auroc": rule}}, origin="o"), message)
+    assert omitted == []
+    written = tomllib.loads(text)["ood"]["auroc"]
+    assert (written["warn"], written.get("message", "")) == (threshold, message)

@@ -10,7 +10,7 @@ import re
 import pytest
 
 from diagnostics import LikelihoodRatioDetector
-from diagnostics.core.analysis import find
+from diagnostics.core.registry import find
 from tests.reference import BUNDLED, results
 
 DOCUMENTED = (

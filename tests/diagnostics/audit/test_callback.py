@@ -14,6 +14,7 @@ from diagnostics.core.analysis import Result
 from diagnostics.core.registry import REGISTRY
 from diagnostics.store.audit_store import load
 from probes.checkpoints.series import read_measurement
+from probes.errors import InputError
 
 SPARSIFICATION = REGISTRY["sparsification"]
 
@@ -135,13 +136,15 @@ def test_a_resumed_training_goes_on_with_its_recording_and_a_new_one_starts_over
 def test_what_goes_wrong_at_the_start_stops_the_training_and_later_only_warns(
     norm, tmp_path, caplog, monkeypatch
 ):
-    def broken(one, parts):
-        raise ValueError("no matrix here")
+    for error, raised in ((InputError, InputError), (ValueError, RuntimeError)):
 
-    with monkeypatch.context() as patch:
-        patch.setattr(sparsification, "checkpoint_sparseness", broken)
-        with pytest.raises(ValueError, match="sparsification: no matrix here"):
-            trainer(tmp_path, AuditCallback(tmp_path / "a", every=2)).train()
+        def broken(one, parts, error=error):
+            raise error("no matrix here")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(sparsification, "checkpoint_sparseness", broken)
+            with pytest.raises(raised, match=r"sparsification: .*no matrix here"):
+                trainer(tmp_path, AuditCallback(tmp_path / "a", every=2)).train()
     callback = AuditCallback(tmp_path / "b", every=2)
     made = trainer(tmp_path, callback)
     record = callback.record
@@ -163,8 +166,22 @@ def test_what_cannot_be_recorded_is_said_before_anything_trains(norm, registry, 
         AuditCallback(tmp_path, only=["nothing"])
     with pytest.raises(ValueError, match="nothing to record: "):
         AuditCallback(tmp_path, skip=["norm", "sparsification"])
-    with pytest.raises(ValueError, match="task"):
-        AuditCallback(tmp_path, task=[tmp_path / "nowhere.jsonl"])
+    for task in ([tmp_path / "nowhere.jsonl"], str(tmp_path / "nowhere.jsonl"), tmp_path / "nowhere.jsonl"):
+        with pytest.raises(InputError, match=r"--task .*nowhere\.jsonl: there is no such file"):
+            AuditCallback(tmp_path, task=task)
+
+
+def test_one_file_and_one_name_may_be_given_as_they_are(norm, tmp_path):
+    (tmp_path / "task.jsonl").write_text('{"text": "a b"}\n')
+    callback = AuditCallback(tmp_path / "audit", task=str(tmp_path / "task.jsonl"), only="norm")
+    assert [[named.name for named in tasks] for tasks in callback.rows.values()] == [["task"]]
+    assert list(callback.plan.parameters) == ["norm"]
+
+
+def test_steps_of_more_than_six_digits_are_told_apart(norm, tmp_path):
+    callback = AuditCallback(tmp_path / "audit")
+    refs = [callback.record(step, tiny()).tuned["ref"] for step in (1_000_001, 1_000_002)]
+    assert refs == ["LlamaForCausalLM at step 1000001", "LlamaForCausalLM at step 1000002"]
 
 
 def test_measurements_are_those_of_a_series_of_saved_checkpoints(norm, tmp_path):

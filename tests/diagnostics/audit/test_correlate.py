@@ -91,7 +91,7 @@ def test_the_outcome_is_of_ood_rows_at_the_place_that_is_asked_for():
 def test_below_twelve_models_no_correlation_is_told_but_the_models_are_shown():
     made = correlate(many(11))
     assert made.table[["raw", "partial", "raw_p"]].isna().all().all()
-    assert made.notes[0] == "11 models: a correlation is told from 12 on."
+    assert made.notes[0] == "11 models: correlations are computed from 12 on."
     assert set(made.figures()) == {"scatter"}
     assert made.record()["correlations"][0]["raw"] is None
 
@@ -106,7 +106,7 @@ def test_audits_that_do_not_compare_are_refused_by_name():
         correlate([own, audit(1, [1, 1], 1, name="other", task="u")])
     with pytest.raises(ValueError, match="other: has other parameters of sharpness than own"):
         correlate([own, audit(1, [1, 1], 1, name="other", parameters={"norm": "linf"})])
-    with pytest.raises(ValueError, match="1 audit given; a correlation is over several"):
+    with pytest.raises(ValueError, match="1 audit given; a correlation needs several"):
         correlate([own])
     with pytest.raises(ValueError, match="own: has no result of sharpness; run `tunescope audit"):
         correlate([replace(own, analyses={}), own])
@@ -138,7 +138,7 @@ def test_from_the_shell_saved_audits_are_compared_and_written(tmp_path):
     told = CliRunner().invoke(main, ["correlate", *places, "--out", str(out)])
     assert told.exit_code == 0, told.output
     assert "block 1" in told.output
-    assert "given how far each model moved" in " ".join(told.output.split())
+    assert "read the column given displacement" in " ".join(told.output.split())
     assert len(pd.read_parquet(out / "models.parquet")) == MODELS
     page = (out / "correlations.html").read_text()
     assert page.startswith("<!doctype html>")

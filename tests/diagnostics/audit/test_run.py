@@ -7,6 +7,8 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import joblib
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ from diagnostics.core.analysis import NotApplicableError, Result
 from diagnostics.core.policy import parse
 from diagnostics.store import keys
 from diagnostics.store.audit_store import load
-from probes.errors import InputError
+from probes.errors import InputError, UnknownNameError
 from tests.conftest import save_model, weights
 
 
@@ -186,7 +188,7 @@ def test_an_analysis_that_crashes_leaves_the_others(norms, register, checkpoints
     assert "Traceback" not in (out / "report.html").read_text()
 
 
-@pytest.mark.parametrize("error", [ValueError, LookupError])
+@pytest.mark.parametrize("error", [InputError, UnknownNameError])
 def test_an_analysis_that_refuses_its_input_is_no_crash(norms, register, checkpoints, out, error):
     def picky(pair, *, epsilon=2.0):
         raise error("epsilon is 2; it is a cosine in (0, 1]")
@@ -199,16 +201,33 @@ def test_an_analysis_that_refuses_its_input_is_no_crash(norms, register, checkpo
     assert not (out / "audit.log").exists()
 
 
-def test_a_slip_inside_an_analysis_is_a_crash_although_it_is_a_kind_of_lookup_error(
-    register, checkpoints, out
+SLIPS = {
+    "a key": lambda: {}["missing"],
+    "numpy's shapes": lambda: np.zeros(2) + np.zeros(3),  # ValueError
+    "numpy's reshape": lambda: np.zeros(6).reshape(4, 2),  # ValueError
+    "pandas' columns": lambda: pd.DataFrame({"a": [1]})["b"],  # KeyError
+    "pandas' merge": lambda: pd.DataFrame({"a": [1]}).merge(
+        pd.DataFrame({"b": [1]})
+    ),  # MergeError, a ValueError
+    "a number": lambda: int("four"),  # ValueError
+}
+
+
+@pytest.mark.parametrize("slip", SLIPS.values(), ids=SLIPS)
+def test_an_error_of_a_library_inside_an_analysis_is_a_crash_with_its_traceback(
+    norms, register, checkpoints, out, slip
 ):
-    register("slip", lambda pair: {}["missing"])
-    assert audit(*checkpoints, out=out).exit_code == 3
+    register("slips", lambda pair: slip())
+    made = audit(*checkpoints, out=out)
+    assert (made.exit_code, made.analyses["slips"].fault) == (3, "crash")
+    assert made.analyses["slips"].reason.endswith("(traceback in audit.log)")
+    log = (out / "audit.log").read_text()
+    assert "slips\nTraceback (most recent call last):" in log
+    assert "test_run.py" in log
+    assert made.analyses["norms"].status == "ok"
 
 
 def test_a_table_that_cannot_be_stored_is_the_fault_of_its_analysis(norms, register, checkpoints, out):
-    import pandas as pd
-
     mixed = pd.DataFrame({"column": [1, "a", {}]})
     register("mixed", lambda pair: Result(metrics={}, tables={"t": mixed}))
     made = audit(*checkpoints, out=out)
@@ -252,7 +271,7 @@ def test_a_fingerprint_that_cannot_be_taken_is_a_note(norms, checkpoints, out, m
     from probes.checkpoints.checkpoint import Checkpoint
 
     def vanished(self):
-        raise ValueError("model.safetensors is gone")
+        raise InputError("model.safetensors is gone")
 
     monkeypatch.setattr(Checkpoint, "describe", vanished)
     made = audit(*checkpoints, out=out)
@@ -559,5 +578,14 @@ def test_work_that_splits_runs_on_the_engine(register, checkpoints, out):
 
 
 def test_no_thread_is_left_behind(norms, checkpoints, out):
+    before = set(threading.enumerate())
     audit(*checkpoints, out=out)
-    assert "fingerprints" not in {thread.name for thread in threading.enumerate()}
+    assert set(threading.enumerate()) <= before
+
+
+def test_one_file_and_one_name_may_be_given_as_they_are(norms, register, checkpoints, out, tmp_path):
+    register("reads", lambda pair, task: Result(metrics={"rows": len(task["rows"].rows)}, tables={}))
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    made = audit(*checkpoints, out=out, task=str(tmp_path / "rows.jsonl"), only="reads")
+    assert made.results["reads"].metrics == {"rows": 1}
+    assert list(made.results) == ["reads"]

@@ -47,6 +47,7 @@ def audit(said, tmp_path):
         return said(
             "audit", base, tuned, "--task", rows["task"], "--keep", rows["keep"], "--ood",
             f"a={rows['code']}", "--ood", f"b={rows['words']}", "--limit", 12, "--set", "ood.draws=2",
+            "--verbose",
             "--device", "cpu", "--out", tmp_path / "audit", "--only", "ood", *more,
         )  # fmt: skip
 
@@ -315,3 +316,29 @@ def test_labels_that_the_models_head_does_not_know_are_refused(said, tmp_path):
         r"'no', 'yes'; give one of them, or its number from 0$",
         err[0],
     )
+
+
+# Files that make transformers raise a TypeError, an AttributeError, a ZeroDivisionError, a bare Exception…
+MALFORMED = {
+    "tokenizer.json is a list": ("tokenizer.json", "[]", "its tokenizer cannot be read"),
+    "tokenizer.json is a number": ("tokenizer.json", "3", "its tokenizer cannot be read"),
+    "tokenizer_config.json is a list": ("tokenizer_config.json", "[]", "its tokenizer cannot be read"),
+    "generation_config.json is a list": ("generation_config.json", "[]", "does not load as a model"),
+    "a size is a text": ("config.json", {"hidden_size": "big"}, "its config.json is none of a llama model"),
+    "no attention head": ("config.json", {"num_attention_heads": 0}, "its config.json is none of a llama"),
+    "7 heads of 128": ("config.json", {"num_attention_heads": 7}, "its config.json is none of a llama model"),
+}
+
+
+@pytest.mark.parametrize("which", MALFORMED)
+def test_a_malformed_file_of_a_checkpoint_is_wrong_input_and_no_crash(which, said, changed, tmp_path):
+    name, content, message = MALFORMED[which]
+    if isinstance(content, dict):
+        edit(changed / name, lambda record: record.update(content))
+    else:
+        (changed / name).write_text(content)
+    arguments = ("audit", BASE, changed, "--task", ROWS["task"], "--limit", 4, "--only", "drift")
+    code, _, err = said(*arguments, "--device", "cpu", "--out", tmp_path / "audit")
+    assert (code, len(err)) == (2, 1), err
+    assert f"drift: {changed}: {message}" in err[0]
+    assert not (tmp_path / "audit" / "audit.log").exists()

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,15 +13,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from diagnostics.cli import main as cli
+from diagnostics.cli import group
 from diagnostics.cli.main import main
 from diagnostics.core.analysis import Result
 from diagnostics.store import files
+from probes.errors import InputError
 
 # A program that has one made-up analysis in place of the installed ones: as slow as its environment says.
 DRIVER = """
 import os, resource, signal, sys, time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from diagnostics.core import analysis, registry
 from diagnostics.core.analysis import Result
@@ -41,13 +42,16 @@ def quick():
     with open(os.environ["RUNS"], "a") as runs:
         runs.write("x")
 
-def endless(self):
-    with ThreadPoolExecutor(1) as pool:
-        list(pool.map(time.sleep, [600]))
+def hash_slowly(tensor):
+    with open("hashing", "a") as hashed:
+        hashed.write("x")
+    time.sleep(5)
+    return b""
 
 if "HASHING" in os.environ:
-    from probes.checkpoints.checkpoint import Checkpoint
-    Checkpoint.describe = endless
+    from probes.files import sources
+    os.cpu_count = lambda: 1
+    sources.raw = hash_slowly
 
 register("a_quick", quick)
 register("b_slow", slow)
@@ -98,7 +102,7 @@ def run(*arguments):
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-def told(result):
+def error_line(result):
     """The one line on standard error."""
     (line,) = result.stderr.splitlines()
     assert line.startswith("tunescope: ")
@@ -114,8 +118,10 @@ def test_an_audit_prints_the_verdict_first_and_where_the_report_is(norms, checkp
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert lines[0].startswith("PASS  ")
-    assert "ok      norms: norm 4, matrices 4" in result.stdout
-    assert "note: norms: nothing was dropped" in result.stdout
+    assert re.search(r"\n  ok +norms +\d+\.\d s  norm 4, matrices 4\n", result.stdout)
+    assert "1 note is in the report; --verbose prints it" in result.stdout
+    assert "nothing was dropped" not in result.stdout
+    assert "nothing was dropped" in (tmp_path / "out/report.html").read_text()
     assert lines[-2:] == [
         f"report   {tmp_path / 'out/report.html'}",
         f"results  {tmp_path / 'out/audit.json'}",
@@ -129,12 +135,50 @@ def test_a_failed_policy_is_exit_code_1_and_says_value_threshold_and_source(norm
     result = run("audit", *checkpoints, "--out", tmp_path / "out", "--policy", tmp_path / "policy.toml")
     assert result.exit_code == 1
     assert result.stdout.startswith("FAIL  ")
-    assert "fail  norms: norm is 4, above 3\n        too far\n        threshold: Doe 2024" in result.stdout
+    assert "fail  norms: norm is 4, above 3\n        too far\n        source: Doe 2024" in result.stdout
 
 
 def test_json_is_the_only_thing_on_standard_output(norms, checkpoints, tmp_path):
     result = run("audit", *checkpoints, "--out", tmp_path / "out", "--json")
     assert json.loads(result.stdout) == json.loads((tmp_path / "out/audit.json").read_text())
+
+
+def test_verbose_prints_the_notes_and_what_was_not_asked_for(norms, register, checkpoints, tmp_path):
+    register("other", lambda pair: Result(metrics={}, tables={}))
+    asked = ("audit", *checkpoints, "--out", tmp_path / "out", "--only", "norms")
+    short, long = run(*asked).stdout, run(*asked, "--verbose").stdout
+    assert "note: norms: nothing was dropped" in long
+    assert "skipped  other: not asked for: --only norms" in long
+    assert "other" not in short
+
+
+def test_a_screen_of_80_columns_holds_an_audit(norms, register, checkpoints, tmp_path, monkeypatch):
+    """On a terminal each analysis is one line, cut to the width; findings are wrapped behind their head."""
+    from rich import console
+
+    from diagnostics.cli import terminal
+    from diagnostics.store.audit_store import load
+
+    notes = tuple(f"note {i}" for i in range(20))
+    for i in range(12):
+        register(
+            f"analysis{i}",
+            lambda pair: Result(metrics={}, tables={}, notes=notes),
+            summary=lambda result: "word " * 60,
+        )
+    (tmp_path / "policy.toml").write_text(f'[norms]\nnorm = {{fail = 3, message = "{"far " * 40}"}}\n')
+    run("audit", *checkpoints, "--out", tmp_path / "out", "--policy", tmp_path / "policy.toml")
+    audit = load(tmp_path / "out")
+    monkeypatch.setattr(
+        terminal, "Console", lambda **_: console.Console(force_terminal=True, width=80, color_system=None)
+    )
+    shown = [str(line) for line in terminal.outcome_lines(audit, verbose=False)]
+    assert len(shown) == 13
+    assert all(len(line) <= 80 and "\n" not in line for line in shown)
+    assert shown[0].endswith("…")
+    message = str(terminal.finding_lines(audit)[2])
+    assert all(len(line) <= 80 and line.startswith("        far") for line in message.splitlines())
+    assert "far …" not in message  # a finding is never cut
 
 
 def test_quiet_prints_nothing(norms, checkpoints, tmp_path):
@@ -194,7 +238,7 @@ def test_what_was_skipped_is_said_with_the_option_that_would_enable_it(
 ):
     register("needy", lambda pair, task: None)
     result = run("audit", *checkpoints, "--out", tmp_path / "out")
-    assert "skipped needy: needs --task F" in result.stdout
+    assert "  skipped  needy: needs --task F\n" in result.stdout
 
 
 def test_a_file_that_nothing_reads_is_said_to_have_no_effect(norms, checkpoints, tmp_path):
@@ -216,17 +260,17 @@ def test_a_crash_is_exit_code_3_with_one_line(norms, register, checkpoints, tmp_
 
 def test_a_refused_parameter_is_exit_code_2(register, checkpoints, tmp_path):
     def picky(pair, *, epsilon: float = 0.5):
-        raise ValueError(f"epsilon = {epsilon:g} is no cosine in (0, 1]")
+        raise InputError(f"epsilon = {epsilon:g} is no cosine in (0, 1]")
 
     register("picky", picky)
     result = run("audit", *checkpoints, "--out", tmp_path / "out", "--set", "picky.epsilon=2", "--quiet")
     assert result.exit_code == 2
-    assert told(result) == "tunescope: picky: epsilon = 2 is no cosine in (0, 1]"
+    assert error_line(result) == "tunescope: picky: epsilon = 2 is no cosine in (0, 1]"
 
 
 def test_control_characters_of_a_file_do_not_reach_the_terminal(register, checkpoints, tmp_path):
     register("made", lambda pair: Result(metrics={}, tables={}, notes=("evil \x1b[31m[red]name[/red]",)))
-    result = run("audit", *checkpoints, "--out", tmp_path / "out")
+    result = run("audit", *checkpoints, "--out", tmp_path / "out", "--verbose")
     assert "\x1b" not in result.stdout
     assert "[red]name[/red]" in result.stdout  # shown as text, not taken as markup
 
@@ -253,25 +297,25 @@ def test_control_characters_of_a_file_do_not_reach_the_terminal(register, checkp
 def test_wrong_usage_is_one_line(norms, checkpoints, tmp_path, arguments, message):
     result = run("audit", *checkpoints, "--out", tmp_path / "out", *arguments)
     assert result.exit_code == 2
-    assert message in told(result)
+    assert message in error_line(result)
     assert not (tmp_path / "out").exists()
 
 
 def test_an_output_path_that_is_a_file_is_one_line(norms, checkpoints, tmp_path):
     (tmp_path / "file").write_text("x")
     result = run("audit", *checkpoints, "--out", tmp_path / "file")
-    assert (result.exit_code, "is a file, not a directory" in told(result)) == (2, True)
+    assert (result.exit_code, "is a file, not a directory" in error_line(result)) == (2, True)
     assert (tmp_path / "file").read_text() == "x"
 
 
 def test_a_missing_checkpoint_is_one_line(norms, checkpoints, tmp_path):
     result = run("audit", checkpoints[0], tmp_path / "nowhere", "--out", tmp_path / "out")
-    assert (result.exit_code, "nowhere" in told(result)) == (2, True)
+    assert (result.exit_code, "nowhere" in error_line(result)) == (2, True)
 
 
 def test_a_missing_argument_and_an_unknown_command_are_one_line(norms):
-    assert "Missing argument 'TUNED'. (see " in told(run("audit", "base"))
-    assert "No such command 'adit'; known: audit, series, mitigate," in told(run("adit"))
+    assert "Missing argument 'TUNED'. (see " in error_line(run("audit", "base"))
+    assert "No such command 'adit'; known: audit, series, mitigate," in error_line(run("adit"))
 
 
 def test_a_full_disk_is_one_line_and_what_was_finished_is_kept(
@@ -289,7 +333,7 @@ def test_a_full_disk_is_one_line_and_what_was_finished_is_kept(
     assert result.exit_code == 2
     assert (
         "audit.json: No space left on device; mend that and run it again, finished analyses are kept"
-        in told(result)
+        in error_line(result)
     )
     monkeypatch.undo()
     from diagnostics.store.audit_store import load
@@ -311,7 +355,7 @@ def test_a_damaged_earlier_audit_is_one_line_and_fresh_mends_it(norms, checkpoin
     arguments = ("audit", *checkpoints, "--out", tmp_path / "out", "--quiet")
     run(*arguments)
     (tmp_path / "out/audit.json").write_text("{")
-    assert "start over with --fresh" in told(run(*arguments))
+    assert "start over with --fresh" in error_line(run(*arguments))
     assert run(*arguments, "--fresh").exit_code == 0
 
 
@@ -322,7 +366,7 @@ def test_a_bug_is_one_line_too_and_a_traceback_on_request(monkeypatch, norms, ch
     monkeypatch.setattr("diagnostics.audit.run.audit", bug)
     result = run("audit", *checkpoints)
     assert result.exit_code == 3
-    assert told(result) == "tunescope: TypeError: a bug (TUNESCOPE_TRACEBACK=1 shows where)"
+    assert error_line(result) == "tunescope: TypeError: a bug (TUNESCOPE_TRACEBACK=1 shows where)"
     monkeypatch.setenv("TUNESCOPE_TRACEBACK", "1")
     assert isinstance(run("audit", *checkpoints).exception, TypeError)
 
@@ -340,7 +384,7 @@ def test_a_killed_audit_goes_on_where_it_stopped(driver, checkpoints, tmp_path):
     code, out, _ = finish(driver("audit", *checkpoints))
     assert code == 0
     assert (tmp_path / "runs").read_text() == "x"  # once, before the kill
-    assert "a_quick: runs 1 (from an earlier run)" in out
+    assert re.search(r"ok +a_quick +reused  runs 1\n", out)
     assert not list((tmp_path / "audit").rglob(".*.part"))
 
 
@@ -349,15 +393,20 @@ def test_an_interrupt_is_one_line_that_says_what_is_kept(driver, checkpoints, tm
     wait_for(tmp_path / "started")
     process.send_signal(signal.SIGINT)
     code, out, err = finish(process)
-    kept = "1 finished analyses are kept in audit; the same command goes on from there"
+    kept = "1 finished analysis is kept in audit; run the same command again to continue"
     assert (code, out, err) == (130, "", f"tunescope: interrupted; {kept}\n")
 
 
-def test_an_interrupt_does_not_wait_for_the_fingerprint_of_a_large_checkpoint(driver, checkpoints, tmp_path):
-    process = driver("audit", *checkpoints, "--quiet", slow=600, HASHING="1")
-    wait_for(tmp_path / "started")
+def test_an_interrupt_waits_for_one_tensor_at_most_where_a_checkpoint_is_hashed(
+    driver, checkpoints, tmp_path
+):
+    process = driver("audit", *checkpoints, "--quiet", HASHING="1")
+    wait_for(tmp_path / "started")  # the analyses are done; the first tensor of base is hashed
+    wait_for(tmp_path / "hashing")
     process.send_signal(signal.SIGINT)
-    assert finish(process)[0] == 130
+    code, _, err = finish(process)
+    assert (code, "2 finished analyses are kept" in err) == (130, True)
+    assert (tmp_path / "hashing").read_text() == "x"  # of four
 
 
 def test_two_audits_into_one_directory_are_refused(driver, checkpoints, tmp_path):
@@ -403,10 +452,15 @@ def test_the_version_is_that_of_the_package():
 
 def test_analyses_are_listed_with_what_they_need_and_can_be_set_to(norms, register):
     register("needy", lambda pair, task, keep=None, *, top=None: None, question="Who needs it?")
-    out = run("analyses").stdout
-    assert "needy  Who needs it?\n  needs  BASE TUNED, --task F\n  uses   --keep F" in out
-    assert "--set  norms.parts=block" in out
-    assert "--set  needy.top=none" in out
+    short = run("analyses").stdout
+    assert "needy  Who needs it?\n       needs BASE TUNED, --task F\n" in short
+    assert "--set" not in short
+    out = run("analyses", "--verbose").stdout
+    assert "needy  Who needs it?\n  needs   BASE TUNED, --task F\n  uses    --keep F" in out
+    assert "--set   norms.parts=block" in out
+    assert "--set   needy.top=none" in out
+    assert "needy" not in run("analyses", "norms").stdout
+    assert "unknown analysis 'nrms'; known: needy, norms" in error_line(run("analyses", "nrms"))
     listed = json.loads(run("analyses", "--json").stdout)
     assert listed["norms"]["parameters"] == {"scale": 1.0, "parts": ["block"], "dtype": "float32", "seed": 0}
     assert listed["norms"]["metrics"]["norm"] == "largest Frobenius norm"
@@ -428,8 +482,8 @@ def test_a_report_is_written_again_in_any_form(norms, checkpoints, tmp_path):
 
 def test_a_report_of_nothing_is_one_line(tmp_path):
     result = run("report", tmp_path)
-    assert (result.exit_code, "no audit here" in told(result)) == (2, True)
-    assert "'pdf' is not" in told(run("report", tmp_path, "--format", "pdf"))
+    assert (result.exit_code, "no audit here" in error_line(result)) == (2, True)
+    assert "'pdf' is not" in error_line(run("report", tmp_path, "--format", "pdf"))
 
 
 def test_a_series_is_a_table_of_both_comparisons(norms, checkpoints, tmp_path):
@@ -456,7 +510,7 @@ def test_a_mitigated_checkpoint_is_written_where_it_was_asked_for(checkpoints, t
     base, made = (load_file(f"{place}/model.safetensors") for place in (checkpoints[0], tmp_path / "out"))
     for name, value in base.items():
         torch.testing.assert_close(made[name], value + 0.25)  # half of the 0.5 that tuning added
-    assert "is not empty" in told(run(*arguments))
+    assert "is not empty" in error_line(run(*arguments))
     described = json.loads(run(*arguments[:4], tmp_path / "other", *arguments[5:], "--json").stdout)
     assert (described["mode"], described["scale"]) == ("update", 0.5)
 
@@ -467,16 +521,16 @@ def bundled(checkpoints, norms, monkeypatch):
     from diagnostics.core.policy import parse
 
     rules = parse({"norms": {"norm": {"fail": 1, "source": "made up"}}}, "a test")
-    monkeypatch.setattr("diagnostics.audit.run.default_policy", lambda: rules)
+    monkeypatch.setattr("diagnostics.audit.plan.default_policy", lambda: rules)
     monkeypatch.setattr(demo, "BUNDLED", Path(checkpoints[0]).parent)
 
 
 def test_the_demonstration_explains_what_it_found_and_ends_well(bundled, tmp_path):
     result = run("demo", "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output  # although the model fails its policy
-    assert "tuned  FAIL" in result.stdout
+    assert "  tuned  FAIL  norms: norm 4, matrices 4\n" in result.stdout
     assert "norms: What does norms find?\n  0 is nothing." in result.stdout
-    assert "fail  norm: tuned 4\n        norm is 4, above 1\n        threshold: made up" in result.stdout
+    assert "fail  norm: tuned 4\n        norm is 4, above 1\n        source: made up" in result.stdout
     assert f"report   {tmp_path / 'out/tuned/report.html'}" in result.stdout
 
 
@@ -496,7 +550,7 @@ def test_a_demonstration_that_breaks_does_not_end_well(bundled, register, tmp_pa
 
 def test_a_demonstration_without_its_checkpoints_says_so(bundled, tmp_path, monkeypatch):
     monkeypatch.setattr("diagnostics.audit.demo.BUNDLED", tmp_path / "nowhere")
-    assert "the bundled checkpoints are missing from this installation" in told(
+    assert "the bundled checkpoints are missing from this installation" in error_line(
         run("demo", "--out", tmp_path)
     )
 
@@ -509,8 +563,8 @@ def install(monkeypatch, tmp_path, source):
     (tmp_path / "extra_command.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "extra_command", raising=False)
-    entry = EntryPoint("extra", "extra_command:command", cli.GROUP)
-    monkeypatch.setattr(cli, "entry_points", lambda group, name="extra": [entry] if name == "extra" else [])
+    entry = EntryPoint("extra", "extra_command:command", group.GROUP)
+    monkeypatch.setattr(group, "entry_points", lambda group, name="extra": [entry] if name == "extra" else [])
 
 
 def test_a_command_of_another_package_is_listed_unimported_and_runs(monkeypatch, tmp_path):
@@ -534,5 +588,5 @@ def test_a_command_of_another_package_may_be_a_typer_app(monkeypatch, tmp_path):
 
 def test_a_command_that_cannot_be_imported_is_one_line(monkeypatch, tmp_path):
     install(monkeypatch, tmp_path, "import no_such_module_at_all")
-    assert "the command extra of " in told(run("extra"))
+    assert "the command extra of " in error_line(run("extra"))
     assert run("--help").exit_code == 0

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diagnostics.cli.settings import convert, parse
+from diagnostics.cli.settings import convert_text, parse_settings
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def made(register):
 )
 def test_a_value_becomes_what_the_annotation_asks_for(made, text, value):
     name = text.partition("=")[0]
-    settings = parse([f"made.{text}"])
+    settings = parse_settings([f"made.{text}"])
     assert settings == {"made": {name: value}}
     assert type(settings["made"][name]) is type(value)
 
@@ -62,23 +62,23 @@ def test_a_value_becomes_what_the_annotation_asks_for(made, text, value):
 )
 def test_a_value_of_the_wrong_kind_is_refused(made, text, message):
     with pytest.raises(ValueError, match=message):
-        parse([text])
+        parse_settings([text])
 
 
 def test_unknown_names_are_refused_with_the_known_ones(made):
     with pytest.raises(LookupError, match="made has no parameter 'kk'; it has: k, epsilon, side"):
-        parse(["made.kk=1"])
+        parse_settings(["made.kk=1"])
     with pytest.raises(LookupError, match="has no parameter 'device'"):  # --device is the way to say that
-        parse(["made.device=cuda"])
+        parse_settings(["made.device=cuda"])
     with pytest.raises(LookupError, match="unknown analysis 'mad'; known: made"):
-        parse(["mad.k=1"])
+        parse_settings(["mad.k=1"])
 
 
 def test_of_a_setting_given_twice_the_last_counts(made):
-    assert parse(["made.k=1", "made.epsilon=.1", "made.k=2"]) == {"made": {"k": 2, "epsilon": 0.1}}
+    assert parse_settings(["made.k=1", "made.epsilon=.1", "made.k=2"]) == {"made": {"k": 2, "epsilon": 0.1}}
 
 
 @given(st.integers() | st.floats(allow_nan=False) | st.booleans() | st.none())
 def test_a_value_written_out_is_read_back(value):
     kind = type(value)
-    assert convert(str(value), kind if value is not None else int | None) == value
+    assert convert_text(str(value), kind if value is not None else int | None) == value

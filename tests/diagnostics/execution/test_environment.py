@@ -1,3 +1,7 @@
+import re
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -44,16 +48,31 @@ def test_an_unknown_dtype_is_refused_with_the_known_ones():
         environment.dtype("int8")
 
 
+def resident_and_peak():
+    status = Path("/proc/self/status").read_text()
+    return tuple(int(re.search(rf"{field}:\s+(\d+)", status)[1]) / 1000 for field in ("VmRSS", "VmHWM"))
+
+
 def test_the_peak_of_memory_counts_what_was_freed_again():
-    memory = environment.PeakMemory()
-    memory.start()
-    before = memory.megabytes()
-    assert before is not None
-    held = np.ones(25_000_000)  # 200 MB, touched
+    resident, peak = resident_and_peak()
+    size = max(0.0, peak - resident) + 200  # MB: above every earlier peak
+    with environment.PeakMemory() as memory:
+        held = np.ones(int(size * 1e6 / 8))  # touched
+        del held
+    assert memory.megabytes() > resident + size - 50
+
+
+def test_an_earlier_peak_is_neither_counted_nor_reset():
+    """Others in this process may read the counter of the system."""
+    held = np.ones(50_000_000)  # 400 MB
     del held
-    after = memory.megabytes()
-    assert after is not None
-    assert after > before + 150
+    resident, peak = resident_and_peak()
+    with environment.PeakMemory() as memory:
+        held = np.ones(12_500_000)  # 100 MB
+        time.sleep(0.3)
+        del held
+    assert resident + 50 < memory.megabytes() < peak - 100
+    assert resident_and_peak()[1] >= peak
 
 
 def test_the_environment_names_versions_and_no_person_or_machine():

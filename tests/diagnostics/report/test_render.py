@@ -67,33 +67,33 @@ def scatter(x, y):
 def test_the_page_begins_with_the_verdict_and_every_finding_with_its_source(reported):
     text = Page(render.to_html(reported(rules=WARN))).text
     assert text.index("tunescope audit warn") < text.index("it is wide") < text.index("How wide is it?")
-    assert "1 of 1 judged number asks for a second look; none is beyond the limit." in text
+    assert "1 warning, 0 failures (1 number judged)." in text
     assert "angles : widest is 0.25 , above 0.2" in text
-    assert "Threshold: a ruler" in text
+    assert "Source: a ruler" in text
 
 
 @pytest.mark.parametrize(
     ("rules", "failed", "verdict", "words"),
     [
-        (FAIL, False, "fail", "1 of 1 judged number is beyond the limit."),
-        (WARN, False, "warn", "1 of 1 judged number asks for a second look; none is beyond the limit."),
-        ({"widest": {"fail": 0.25}}, False, "pass", "1 number judged, none beyond a threshold."),
+        (FAIL, False, "fail", "0 warnings, 1 failure (1 number judged)."),
+        (WARN, False, "warn", "1 warning, 0 failures (1 number judged)."),
+        ({"widest": {"fail": 0.25}}, False, "pass", "0 warnings, 0 failures (1 number judged)."),
         ({}, False, "pass", "Nothing was judged: the policy has no threshold for what was measured."),
         (
             {"widest": {"below": True, "warn": 0.3}},
             False,
             "warn",
-            "1 of 1 judged number asks for a second look",
+            "1 warning, 0 failures (1 number judged).",
         ),
         (
             {"widest": {"fail": 0.25}},
             True,
             "fail",
-            "Not finished: broken gave no result; nothing says that it would pass. 1 number judged",
+            "No result from broken; 0 warnings, 0 failures (1 number judged).",
         ),
     ],
 )
-def test_the_headline_says_what_the_verdict_rests_on(reported, rules, failed, verdict, words):
+def test_the_headline_counts_the_findings(reported, rules, failed, verdict, words):
     outcomes = {"broken": Outcome(status="failed", fault="crash", reason="it broke")} if failed else {}
     audit = reported(rules=rules, outcomes=outcomes)
     assert audit.verdict == verdict
@@ -108,14 +108,14 @@ def test_each_number_stands_with_its_meaning_and_what_judges_it(reported):
         metrics={"widest": 0.25, "corners": 12_345},
         rules={"widest": {"warn": 0.2, "fail": 1.0, "per": "k", "source": "a ruler"}, "gone": {"warn": 1}},
     )
-    widest, corners, gone = content.sections(audit)[0].metrics
+    widest, corners, gone = content.build_sections(audit)[0].metrics
     # per k: 0.2 and 1.0 times the parameter k = 10
     assert (widest.value, widest.verdict, widest.threshold) == ("0.25", "pass", "warn above 2, fail above 10")
     assert (widest.meaning, widest.source) == ("what widest says", "a ruler")
     assert (corners.value, corners.verdict, corners.threshold) == ("12,345", "", "")
-    assert (gone.value, gone.threshold) == ("–", "not judged: the analysis left it out")
+    assert (gone.value, gone.threshold) == ("–", "no value: the analysis left it out")
     text = Page(render.to_html(audit)).text
-    for word in ("what widest says", "warn above 2, fail above 10", "not judged: the analysis left it out"):
+    for word in ("what widest says", "warn above 2, fail above 10", "no value: the analysis left it out"):
         assert word in text
         assert word in render.to_markdown(audit)
 
@@ -132,6 +132,16 @@ def test_an_analysis_is_introduced_by_its_question_reading_notes_paper_and_param
     ):
         assert words in page.text
     assert page.all("a", href="https://arxiv.org/abs/0001.00001v2")
+
+
+def test_notes_are_folded_but_there(reported):
+    notes = tuple(f"note {i}" for i in range(20))
+    page = Page(render.to_html(reported(notes=notes)))
+    (folded,) = page.all("details", **{"class": "notes"})
+    assert "open" not in folded[1]
+    assert all(note in folded[2] for note in notes)
+    assert "20 notes" in folded[2]
+    assert all(f"- {note}\n" in render.to_markdown(reported(notes=notes)) for note in notes)
 
 
 def test_what_was_compared_is_named_with_short_fingerprints_and_the_whole_ones_at_hand(reported):
@@ -151,7 +161,7 @@ def test_what_did_not_run_says_which_option_would_enable_it(reported):
     }
     audit = reported(outcomes=outcomes)
     text = Page(render.to_html(audit)).text
-    for words in ("skipped Does it know? give --task F and --ood F", "failed Is it flat? ZeroDivisionError"):
+    for words in ("skipped give --task F and --ood F Does it know?", "failed ZeroDivisionError Is it flat?"):
         assert words in text
     assert "- `ood` (skipped): give --task F and --ood F\n" in render.to_markdown(audit)
 
@@ -162,7 +172,7 @@ def test_unmatched_tensors_are_counted_and_listed(reported):
         for i in range(250)
     )
     page = Page(render.to_html(reported(unmatched=unmatched)))
-    assert "250 tensors do not align; what has no counterpart" in page.text
+    assert "250 tensors do not align; a tensor without a counterpart is in no number above." in page.text
     assert "extra.199 – 199 × 3 only in tuned" in page.text
     assert "extra.200" not in page.text
     assert "The first 200; audit.json lists all." in page.text
@@ -171,7 +181,7 @@ def test_unmatched_tensors_are_counted_and_listed(reported):
 
 def test_a_long_table_shows_the_rows_that_matter_first_and_says_where_the_rest_is(reported):
     frame = pd.DataFrame({"matrix": [f"m{i}" for i in range(300)], "widest": np.arange(300) / 300})
-    head = content.tables(reported(tables={"matrices": frame}).results["angles"])[0]
+    head = content.table_heads(reported(tables={"matrices": frame}).results["angles"])[0]
     assert (head.total, len(head.rows), head.sorted_by) == (300, 200, ["widest"])
     assert [cell.text for cell in head.rows[0]] == ["m299", "0.9967"]  # 299 / 300
     text = Page(render.to_html(reported(tables={"matrices": frame}))).text
@@ -181,8 +191,12 @@ def test_a_long_table_shows_the_rows_that_matter_first_and_says_where_the_rest_i
 
 def test_flagged_rows_come_first_and_a_short_table_stays_as_it_is():
     frame = pd.DataFrame({"layer": range(12), "straggler": [i == 7 for i in range(12)]})
-    assert [row[0].text for row in content.table("a", "t", frame, ()).rows[:3]] == ["7", "0", "1"]
-    assert [row[0].text for row in content.table("a", "t", frame.head(8), ()).rows[:3]] == ["0", "1", "2"]
+    assert [row[0].text for row in content.table_head("a", "t", frame, ()).rows[:3]] == ["7", "0", "1"]
+    assert [row[0].text for row in content.table_head("a", "t", frame.head(8), ()).rows[:3]] == [
+        "0",
+        "1",
+        "2",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -204,7 +218,7 @@ def test_flagged_rows_come_first_and_a_short_table_stays_as_it_is():
     ],
 )
 def test_a_value_is_written_for_a_reader(value, text):
-    assert content.number(value) == text
+    assert content.format_number(value) == text
 
 
 def test_cells_take_what_pandas_holds():
@@ -217,7 +231,7 @@ def test_cells_take_what_pandas_holds():
             "when": pd.to_datetime(["2026-01-02", None]),
         }
     )
-    rows = content.table("a", "t", frame, ()).rows
+    rows = content.table_head("a", "t", frame, ()).rows
     assert [cell.text for cell in rows[0]] == ["1", "–", "yes", "a", "2026-01-02 00:00:00"]
     assert [cell.text for cell in rows[1]] == ["–", "0.5", "no", "–", "–"]
     assert [cell.order for cell in rows[0]] == [1.0, None, 1.0, None, None]
@@ -265,7 +279,7 @@ def test_an_audit_reads_where_its_analysis_is_not_installed(reported, registry):
     assert "How wide?" in text
     assert "Method: Euclid." in text
     assert "widest 0.25" in text
-    assert "Shown without its figures and without what its numbers mean: unknown analysis 'angles'" in text
+    assert "Shown without figures and without the meaning of its numbers: unknown analysis 'angles'" in text
     assert "widest" in render.to_markdown(audit)
 
 
@@ -323,7 +337,10 @@ def test_plotly_is_embedded_once(reported):
 def test_masks_are_listed_with_what_to_do_with_them(reported):
     page = Page(render.to_html(reported(masks={"task": Path("masks/angles.task.safetensors")})))
     assert "masks/angles.task.safetensors" in page.text
-    assert "tunescope graft BASE TUNED --mask FILE --out DIR writes base with these entries" in page.text
+    assert (
+        "tunescope graft BASE TUNED --mask FILE --out DIR writes base with these entries of tuned"
+        in page.text
+    )
     assert "Masks" not in Page(render.to_html(reported())).text
 
 
@@ -380,17 +397,17 @@ def test_the_markdown_is_a_model_card_section_without_html(reported):
     )
     text = render.to_markdown(audit)
     assert text.startswith("## tunescope: WARN\n")
-    assert text.endswith("Measured with tunescope 0.1.0 on 2026-02-11; judged by: a made-up policy.\n")
+    assert text.endswith("Measured with tunescope 0.1.0 on 2026-02-11; thresholds: a made-up policy.\n")
     assert "\n\n\n" not in text
     page = Rendered(text)
     assert [element[2] for element in page.all("h3")] == [
         "Findings",
         "How wide is it?",
-        "Not measured",
+        "Without a result",
         "About the comparison",
     ]
     assert len(page.all("table")) == 3
-    assert "\nHow measured: `angles`, Euclid, arXiv:0001.00001v2; k 10, epsilon 0.5.\n" in text
+    assert "\nMeasured by `angles`, Euclid, arXiv:0001.00001v2; k 10, epsilon 0.5.\n" in text
     assert not re.search(r"<[a-z/!]", text)
 
 
@@ -414,29 +431,31 @@ words = st.text(st.characters(exclude_categories=("C", "Z")) | st.sampled_from("
 @given(words)
 def test_text_put_into_markdown_comes_out_as_it_went_in(text):
     shown = " ".join(text.split())
-    assert Rendered(f"- x {render.markdown(text)}").text == f"x {shown}".strip()
-    assert Rendered(render.markdown(text)).text == shown
+    assert Rendered(f"- x {render.escape_markdown(text)}").text == f"x {shown}".strip()
+    assert Rendered(render.escape_markdown(text)).text == shown
     assert Rendered(
-        f"| a | b |\n| - | - |\n| {render.markdown(text)} | c |"
+        f"| a | b |\n| - | - |\n| {render.escape_markdown(text)} | c |"
     ).text == f"a b {shown} c".replace("  ", " ")
 
 
 @given(words)
 def test_a_code_span_holds_any_text(text):
     shown = " ".join(text.split())
-    assert [e[2].strip() for e in Rendered(f"x {render.code(text)} y").all("code")] == [shown]
-    in_table = Rendered(f"| a | b |\n| - | - |\n| {render.cell(render.code(text))} | c |").all("code")
+    assert [e[2].strip() for e in Rendered(f"x {render.code_span(text)} y").all("code")] == [shown]
+    in_table = Rendered(f"| a | b |\n| - | - |\n| {render.table_cell(render.code_span(text))} | c |").all(
+        "code"
+    )
     assert [e[2].strip() for e in in_table] == [shown]
 
 
 def test_of_many_numbers_the_first_and_the_judged_are_shown_and_the_others_fold():
-    from diagnostics.report.content import Metric, parted
+    from diagnostics.report.content import Metric, leading_metrics
 
     many = [
         Metric(name=f"m{i}", value="1", meaning="", threshold="warn above 0" if i == 20 else "")
         for i in range(30)
     ]
-    first, others = parted(many)
+    first, others = leading_metrics(many)
     assert [metric.name for metric in first] == [*(f"m{i}" for i in range(12)), "m20"]
     assert len(others) == 17
-    assert parted(many[:16]) == (many[:16], [])
+    assert leading_metrics(many[:16]) == (many[:16], [])

@@ -223,6 +223,7 @@ def test_a_text_longer_than_the_csv_modules_limit_is_read(write):
         ),
         (['"Text";"Class"', '"a";"b"'], '1: semicolons seem to divide its columns "Text" and "Class"'),
         (["prompt\tcompletion", "a\tb"], '1: tabs seem to divide its columns "prompt" and "completion"'),
+        (["te\rxt", "a"], "1: not CSV: new-line character seen in unquoted field"),
         (["text|group", "a|b"], '1: bars seem to divide its columns "text" and "group"'),
         (["prompt,choices,answer", "a,b|c,0"], r'2: "choices" is a string \("b|c"\); it is a list of texts'),
         (["prompt,choices,answer", 'a,"[""b"", ""c""]",two'], r'2: "answer" is a string \("two"\)'),

@@ -178,7 +178,7 @@ def test_the_picture_has_a_line_a_measure_and_a_star_at_a_jump(tmp_path):
     figure = draw(run(tmp_path, [thinned(weights, share) for share in shares]))["sparseness"]
     assert [line.name for line in figure.data] == ["zero", "near_zero", "small", "hoyer"]
     assert [list(line.x) for line in figure.data] == [list(range(6))] * 4
-    assert list(figure.data[2].marker.symbol) == ["circle"] * 4 + ["star", "circle"]
+    assert list(figure.data[2].marker.symbol) == ["square"] * 4 + ["star", "square"]
 
 
 # --- what cannot be measured ---
