@@ -178,7 +178,7 @@ def collecting(
     # The parameters that hold each tensor: several, where the model keeps it in another form.
     holders: dict[nn.Parameter, list[str]] = {}
     for name, entries in index.items():
-        for slot in host.slots(name, entries.long()):
+        for slot in host.editable.slots(name, entries.long()):
             if not isinstance(slot.tensor, nn.Parameter):
                 raise InputError(f"{host.pair.tuned.ref}: {name} is no parameter of the running model")
             holders.setdefault(slot.tensor, []).append(name)
@@ -186,9 +186,9 @@ def collecting(
     def collect(parameter: Any) -> None:
         gradient = parameter.grad.reshape(-1)
         for name in holders[parameter]:
-            for slot in host.slots(name, index[name].long()):
+            for slot in host.editable.slots(name, index[name].long()):
                 if slot.tensor is parameter:
-                    found[name][slot.which] += gradient[slot.places].to("cpu", found[name].dtype)
+                    found[name][slot.which] += gradient[slot.indices].to("cpu", found[name].dtype)
         parameter.grad = None
 
     required = {parameter: parameter.requires_grad for parameter in holders}

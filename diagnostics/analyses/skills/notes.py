@@ -71,7 +71,7 @@ def about(pair: CheckpointPair, bench: GraftEvaluator) -> list[str]:
             "Tuned is an adapter: the region is of its merged weights, whose delta is dense; which rank-one "
             "parts of the adapter carry the skill is another question."
         )
-    alone = sorted(host.headers.keys() - host.twins)
+    alone = sorted(host.headers.keys() - host.in_both)
     if alone:
         notes.append(
             f"{len(alone)} tensors have no twin in base, such as {alone[0]}: they are tuned's on both sides, "

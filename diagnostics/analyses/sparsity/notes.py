@@ -138,7 +138,7 @@ def about_weights(found: SparsityMeasurements, metrics: Numbers) -> list[str]:
         f"{metrics['scope_share']:.3g} of tuned's parameters. Unstructured zeros save no time on ordinary "
         "hardware; N:M patterns and sparse file formats do."
     )
-    alone = sorted(set(host.headers) - host.twins)
+    alone = sorted(set(host.headers) - host.in_both)
     if alone:
         are = f"{len(alone)} tensors that base lacks, such as {alone[0]}, are"
         said.append(
