@@ -79,7 +79,7 @@ class Editable:
 
     @contextmanager
     def holding(self, names: Iterable[str], change: Callable[[str, Tensor], Tensor]) -> Iterator[Any]:
-        """The model with stored tensors as `change(name, value)`, which writes to neither, returns them."""
+        """The model with stored tensors as `change(name, value)`, which must not write to the value."""
         written: list[str] = []
         try:
             for name in names:

@@ -131,7 +131,7 @@ class InterpolatedModel:
         return math.sqrt(moved), math.sqrt(size)
 
     def set_alpha(self, alpha: float, layers: Mapping[int, float] | None = None) -> None:
-        """Set the model to α, some layers by index to another; only tensors that move are written."""
+        """Set the model to α, and layers by their index to others; only tensors that move are written."""
         by_tensor = {}
         if layers:
             for layer in self.layers:
@@ -147,7 +147,7 @@ class InterpolatedModel:
 
     @contextmanager
     def changed(self, layer: Layer, change: Callable[[str, Tensor], Tensor]) -> Iterator[Any]:
-        """Inside, a layer's tensors are what `change(name, value)`, which writes to neither, returns."""
+        """Inside, a layer has tensors as `change(name, value)`, which must not write to the value."""
         names = [name for name in layer.tensors if name in self.host.in_both]
         try:
             for name in names:

@@ -99,7 +99,7 @@ class Objective:
 
         Raises:
             InputError: no row has anything to score, or one row does not fit into memory.
-            NonFiniteError: of a row, which it names; gradients of micro-batches before it have been added.
+            NonFiniteError: the message names the row; micro-batches before it have been added.
         """
         task, units = self._encoded.task, self.units(rows)
         if not units:

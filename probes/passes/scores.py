@@ -230,7 +230,8 @@ def class_logits(model: nn.Module, batch: Batch) -> Float[Tensor, "rows classes"
     """Logits of a sequence classifier, in float32.
 
     Raises:
-        InputError: the model is none, or has a single output; NonFiniteError if they are not finite.
+        InputError: the model is none, or has a single output.
+        NonFiniteError: logits that are NaN or infinite.
     """
     inner = unwrapped(model)
     if inner.get_output_embeddings() is not None or not hasattr(inner, "num_labels"):
