@@ -108,8 +108,7 @@ class RunnablePair:
         """Free the resident model."""
         self._resident = None
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -135,8 +135,7 @@ class Objective:
                     "lower max_length"
                 )
             # Only here: until the handler above was left, the error kept what had been allocated.
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
         half = (len(part) + 1) // 2
         with descent.rest():
             return sum(self._descend(descent, some, weight) for some in (part[:half], part[half:]))
