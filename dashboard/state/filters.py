@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from dashboard.state.query import Query
 from diagnostics.core.analysis import Result
-from diagnostics.plotting.layer_axes import FLOW
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,6 +52,8 @@ def filters_of(query: Query) -> Filters:
 
 def values(tables: "Mapping[str, pd.DataFrame]", column: str) -> list[str]:
     """The distinct values of a column over all tables: components in the order of a forward pass."""
+    from diagnostics.plotting.layer_axes import FLOW
+
     names = {
         str(value)
         for frame in tables.values()
