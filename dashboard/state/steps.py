@@ -38,8 +38,8 @@ class Step:
 
     @property
     def title(self) -> str:
-        """Its name in a sentence."""
-        return f"step {self.label}" if self.label.isdecimal() else self.label
+        """Its name as a heading."""
+        return f"Step {self.label}" if self.label.isdecimal() else self.label[:1].upper() + self.label[1:]
 
 
 def read_steps(entry: Entry) -> list[Step]:
