@@ -28,9 +28,8 @@ class OpenedMatrices:
         """Its name on the page."""
         if len(self.matrices) == 1:
             return self.matrices[0]
-        return (
-            f"{self.component} {'outside the layers' if self.layer == 'none' else f'of layer {self.layer}'}"
-        )
+        place = "outside the layers" if self.layer == "none" else f"of layer {self.layer}"
+        return f"{self.component} {place}"
 
     def rows(self, frame: "pd.DataFrame") -> "pd.DataFrame | None":
         """The rows of a table about it; None if the table has no column that names matrices or cells."""
@@ -58,11 +57,8 @@ def opened(audit: Audit, query: Query) -> OpenedMatrices | None:
 
     frames = [frame for result in audit.results.values() for frame in result.tables.values()]
     if matrix := query.one("matrix"):
-        named = [
-            rows
-            for frame in frames
-            if "matrix" in frame and len(rows := frame[frame["matrix"].astype(str) == matrix])
-        ]
+        named = [frame[frame["matrix"].astype(str) == matrix] for frame in frames if "matrix" in frame]
+        named = [rows for rows in named if len(rows)]
         for rows in named:
             if set(rows.columns) >= CELL:
                 first = rows.iloc[0]
