@@ -139,7 +139,7 @@ def graph(model: nn.Module, encoded: EncodedRows, rows: tuple[int, ...]) -> Tens
         given = inputs(inner, batch)
         with with_padding_id(inner, given):
             logits = widened(inner(**given).logits)
-        classes = torch.tensor([encoded.classes[whole.row] for whole in part], device=logits.device)
+        classes = torch.tensor([encoded.classes[unit.row] for unit in part], device=logits.device)
         return torch.nn.functional.cross_entropy(logits, classes)
     scored = batch.scored.nonzero()
     positions = scored[:, 0] * batch.ids.shape[1] + scored[:, 1] - int(encoded.mask_id is None)
@@ -147,14 +147,14 @@ def graph(model: nn.Module, encoded: EncodedRows, rows: tuple[int, ...]) -> Tens
     if encoded.task.shape != "choices":
         return -logs.mean()
     sums: list[list[Tensor]] = [[] for _ in part]
-    owner = [index for index, whole in enumerate(part) for _ in whole.sequences]
-    choice = [encoded.examples[index].choice or 0 for whole in part for index, _ in whole.sequences]
+    owner = [index for index, unit in enumerate(part) for _ in unit.sequences]
+    choice = [encoded.examples[index].choice or 0 for unit in part for index, _ in unit.sequences]
     by_choice: dict[tuple[int, int], list[int]] = {}
     for token, sequence in enumerate(scored[:, 0].tolist()):
         by_choice.setdefault((owner[sequence], choice[sequence]), []).append(token)
     for (unit, _), tokens in sorted(by_choice.items()):
         sums[unit].append(logs[tokens].sum())
-    answers = [encoded.task.rows[whole.row].answer or 0 for whole in part]
+    answers = [encoded.task.rows[unit.row].answer or 0 for unit in part]
     nats = [
         -torch.stack(choices).log_softmax(0)[answer] for choices, answer in zip(sums, answers, strict=True)
     ]
