@@ -23,7 +23,7 @@ Side = Literal["base", "tuned"]
 
 @dataclass(frozen=True)
 class Unmatched:
-    """A tensor without a counterpart, whose shape is None, or with one of another shape."""
+    """A tensor without a counterpart (then that shape is None), or with one of another shape."""
 
     tensor: str  # its name in the base, or in tuned if only that has it
     reason: str

@@ -205,10 +205,8 @@ def _layout(path: Path) -> Iterator[tuple[Header, int]]:
         with safe_open(path, "pt"):  # the library checks sizes, offsets and dtypes against the file
             pass
     except SafetensorError as error:
-        raise InputError(
-            f"{path}: not a whole safetensors file ({plain(str(error))}); truncated or corrupt? copy or "
-            "download it again"
-        ) from error
+        problem = f"not a whole safetensors file ({plain(str(error))}); truncated or corrupt?"
+        raise InputError(f"{path}: {problem} copy or download it again") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
     with path.open("rb") as file:

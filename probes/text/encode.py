@@ -149,7 +149,7 @@ class SpecialTokens:
 
 
 def special_tokens(tokenizer: Any, texts: Iterable[str] = ()) -> tuple[list[int], list[int]]:
-    """The special tokens that a tokenizer puts before and after a text: the first that has tokens itself."""
+    """The special tokens that a tokenizer puts before and after a text; any text with a token tells."""
     for text in chain("a", texts):
         full, inner = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (True, False))
         starts = range(len(full) - len(inner) + 1)
