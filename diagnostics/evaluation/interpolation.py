@@ -149,7 +149,7 @@ class PathEvaluator:
         return self._units_at[alpha]
 
     def _at(self, alpha: float) -> dict[SetKey, Units | None]:
-        self.interpolated.place(alpha)
+        self.interpolated.set_alpha(alpha)
         return {key: self._units(key, alpha) for key in self.sets}
 
     def rows(self, key: SetKey, alpha: float) -> Float[np.ndarray, " rows"]:

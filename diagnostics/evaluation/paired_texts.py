@@ -144,6 +144,9 @@ def read_sets(
     kinds = list(dict.fromkeys((runnable.base_kind, runnable.kind)))
     if kinds != ["causal"]:
         raise InputError(f"{' and '.join(kinds)}: likelihood ratios need two causal language models")
+    # Before the tokenizers, which would be blamed for a malformed config.json.
+    length = min((n for n in (options.max_length, runnable.context) if n is not None), default=None)
+    options = replace(options, max_length=length)
     tokenizers = {"base": runnable.base_tokenizer, "tuned": runnable.tokenizer}
     shared, vocabulary, remarks = common_tokenizer(*tokenizers.values(), approximate=options.approximate)
     lacking_bos: list[str] = []
@@ -155,8 +158,6 @@ def read_sets(
     if shared is not None and runnable.pair.resized:
         rows = min(map(min, runnable.pair.resized.values()))
         vocabulary = min(rows, vocabulary or rows)
-    length = min((n for n in (options.max_length, runnable.context) if n is not None), default=None)
-    options = replace(options, max_length=length)
     tasks = {name: with_answers(task) for name, task in sets.items()}
     if options.answers == "greedy":
         with runnable.tuned() as model:

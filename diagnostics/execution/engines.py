@@ -112,9 +112,8 @@ def dask_engine(name: str, address: str) -> Iterator[None]:
         others = {fact["torch"] for fact in facts.values()} - {torch.__version__}
         if others:
             log.warning(
-                "workers have torch %s, this process %s: the last digits may differ from a local run",
-                ", ".join(sorted(others)),
-                torch.__version__,
+                f"workers have torch {', '.join(sorted(others))}, this process {torch.__version__}: the last "
+                "digits may differ from a local run"
             )
         backend = LastingBackend(client=client, wait_for_workers_timeout=WORKER_SECONDS)
         # Jobs carry their rows, and take far longer than sending these does.
@@ -124,11 +123,7 @@ def dask_engine(name: str, address: str) -> Iterator[None]:
 
 
 def process_type(distributed: Any, address: str) -> str:
-    """The kind of a Dask process, `Scheduler` or another.
-
-    Raises:
-        TimeoutError, OSError: nothing answers.
-    """
+    """The kind of a Dask process, `Scheduler` or another; raises TimeoutError or OSError."""
 
     async def identify() -> str:
         async with distributed.rpc(address) as process:
@@ -168,11 +163,7 @@ def ray_engine(name: str, address: str, device: str) -> Iterator[None]:
 
 
 def ray_worker_count(name: str, resources: Mapping[str, float], device: str) -> int:
-    """How many workers a Ray cluster has room for; it would wait for ever for more.
-
-    Raises:
-        InputError: a GPU is asked for, and it has none.
-    """
+    """How many workers a Ray cluster has room for: it waits for ever for more. InputError for none."""
     kind = "GPU" if device == "cuda" else "CPU"
     count = int(resources.get(kind, 0))
     if count < 1:
@@ -201,11 +192,7 @@ def oversubscription_warning(workers: Mapping[str, int], cores: Mapping[str, int
 
 
 def check_listening(name: str, address: str, what: str, start: str) -> None:
-    """Refuse an address where nothing listens, at once: the libraries try for half a minute.
-
-    Raises:
-        InputError: no HOST:PORT, or nothing listens there.
-    """
+    """Raise InputError for an address where nothing listens, at once: the libraries try for half a minute."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
         raise InputError(f"--engine {name}: should end in HOST:PORT")
@@ -218,11 +205,7 @@ def check_listening(name: str, address: str, what: str, start: str) -> None:
 
 
 def import_package(module: str, name: str, package: str) -> Any:
-    """The module of an engine's package.
-
-    Raises:
-        InputError: not installed.
-    """
+    """The module of an engine's package; raises InputError if it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

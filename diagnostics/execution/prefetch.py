@@ -40,11 +40,7 @@ def run_halving_on_oom(
 ) -> list[Outcome]:
     """The results of `run` for some items, in order; a list that does not fit into memory is halved.
 
-    Args:
-        name_of: names an item in an error.
-
-    Raises:
-        InputError: a single item does not fit.
+    Raises InputError, with `name_of(item)`, if a single item does not fit.
     """
     try:
         return run(items)
@@ -56,10 +52,7 @@ def run_halving_on_oom(
                 f"{name_of(items[0])}: does not fit into memory; free some, or choose another --device"
             ) from error
     # Behind the handler: in it, the error still holds what was allocated.
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
     middle = (len(items) + 1) // 2
-    return [
-        *run_halving_on_oom(run, items[:middle], name_of),
-        *run_halving_on_oom(run, items[middle:], name_of),
-    ]
+    halves = items[:middle], items[middle:]
+    return [outcome for half in halves for outcome in run_halving_on_oom(run, half, name_of)]

@@ -58,9 +58,8 @@ class WorkerObject(Generic[Object]):
         Raises:
             EngineError: as `diagnostics.execution.jobs.run_jobs`.
         """
-        return jobs.run_jobs(
-            (partial(_call_on_object, self.packed, call) for call in calls), device=self.device
-        )
+        calls_on_object = (partial(_call_on_object, self.packed, call) for call in calls)
+        return jobs.run_jobs(calls_on_object, device=self.device)
 
 
 def pair_on_workers(
@@ -123,10 +122,8 @@ class RemoteModel:
             progress: called with the number of examples done.
         """
         plan = [batch.indices.tolist() for batch in batches(examples, tokens=tokens, pad_id=0)]
-        calls = (
-            partial(_measure_batch, self.side, measure, indices, [examples[i] for i in indices])
-            for indices in plan
-        )
+        measured = partial(_measure_batch, self.side, measure)
+        calls = (partial(measured, indices, [examples[i] for i in indices]) for indices in plan)
         done = 0
         for indices, outcome in zip(plan, self.pair.run(calls), strict=True):
             done += len(indices)
@@ -151,13 +148,7 @@ _TIMERS: list[threading.Timer] = []
 
 
 def _open_pair(pair: CheckpointPair, loading: Loading) -> RunnablePair:
-    return RunnablePair(
-        pair,
-        device=loading.device,
-        dtype=loading.dtype,
-        device_map=loading.device_map,
-        trust_remote_code=loading.trust_remote_code,
-    )
+    return RunnablePair(pair, **vars(loading))
 
 
 def _open_host(pair: CheckpointPair, loading: Loading, *, build: Callable[[TwoSidedModel], Object]) -> Object:
@@ -213,5 +204,4 @@ def _close_if_idle() -> None:
 def _close() -> None:
     _HELD.clear()
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()

@@ -205,13 +205,14 @@ def representation_drift(
         raise InputError(f"rows is {rows} and skip {skip}; they are at least {LEAST} and 0")
     roles, sets = load_named_sets({"task": task, "keep": keep}, least=LEAST, purpose="drift")
     with RunnablePair(pair, **options.of_models) as runnable:
+        # Before the tokenizers, which would be blamed for a malformed config.json.
+        length = min((n for n in (options.max_length, runnable.context) if n is not None), default=None)
         shared = shared_tokenizer(runnable.base_tokenizer, runnable.tokenizer)
         if shared is None:
             reason = first_difference(runnable.base_tokenizer, runnable.tokenizer)
             raise InputError(f"{reason}, so representations are not of the same tokens")
         tokenizer, _, remarks = shared
         remarks += [] if options.chat_template else bos_notes(runnable.base_tokenizer, tokenizer)
-        length = min((n for n in (options.max_length, runnable.context) if n is not None), default=None)
         chosen = {}
         for name, named_task in sets.items():
             examples = encode(named_task, tokenizer, max_length=length, chat_template=options.chat_template)

@@ -153,7 +153,7 @@ class LikelihoodRatioDetector:
         for text, score in zip(self._texts(reading), self._scores(reading).tolist(), strict=True):
             base, tuned = (getattr(text, side).full.log_likelihood for side in ("base", "tuned"))
             scored = score == score
-            p_value = detection_metrics.conformal_p(self.calibration_, [score])[0]
+            p_value = float(detection_metrics.conformal_p(self.calibration_, [score])[0]) if scored else None
             record = {
                 "row": text.row.number,
                 "tokens": text.length,
@@ -161,7 +161,7 @@ class LikelihoodRatioDetector:
                 "log_likelihood_tuned": tuned if scored else None,
                 "ratio": base - tuned if scored else None,
                 "score": score if scored else None,
-                "p_value": float(p_value) if scored else None,
+                "p_value": p_value,
                 "flagged": not score <= self.threshold_,
                 "truncated": text.truncated,
             }
@@ -278,5 +278,5 @@ def texts_in(X: Any) -> Any:
     if hasattr(X, "rows") or isinstance(X, Mapping):
         return X
     if not isinstance(X, Iterable):
-        raise InputError(f"texts are given as a list, and this is {type(X).__name__}")
+        raise InputError(f"texts must be a list, and this is {type(X).__name__}")
     return [text.item() if isinstance(text, np.generic) else text for text in X]

@@ -91,12 +91,12 @@ def eligible_tensors(host: TwoSidedModel, eligible: Eligible) -> dict[str, tuple
     """
     matrices = {matrix.tensor for matrix in host.pair.tuned.matrices.values()}
     shapes = {}
-    for name in sorted(host.twins):
+    for name in sorted(host.in_both):
         inside = re.search(families.BLOCK, name) is not None
         if eligible != "everything" and not (inside and (eligible == "blocks" or name in matrices)):
             continue
         # A graft leaves out running statistics and other buffers.
-        if all(isinstance(slot.tensor, nn.Parameter) for slot in host.slots(name, torch.arange(1))):
+        if all(isinstance(slot.tensor, nn.Parameter) for slot in host.editable.slots(name, torch.arange(1))):
             shapes[name] = host.headers[name].shape
     if not shapes:
         raise InputError(
@@ -145,7 +145,7 @@ class GraftEvaluator:
         self.shapes = eligible_tensors(host, eligible)
         self.movement = Movement(self.shapes, self.read)
         self.outside = [
-            name for name in sorted(host.twins - self.shapes.keys()) if not same_bytes(*self.read(name))
+            name for name in sorted(host.in_both - self.shapes.keys()) if not same_bytes(*self.read(name))
         ]
         self.evaluations = 0
         self._blender = Blender(host.pair)
@@ -187,7 +187,7 @@ class GraftEvaluator:
         tuned = self.host.pair.tuned
 
         def blends() -> Iterator[tuple[str, Tensor]]:
-            for name in sorted(self.host.twins):
+            for name in sorted(self.host.in_both):
                 value, square = self._blender.between(name, tuned.tensor(name), alpha)
                 if square:
                     yield name, value.to(self.host.headers[name].dtype)
