@@ -214,7 +214,7 @@ def _scale_triples(
         )
     chosen = choose(intruders.tables["vectors"], mode)
     calls = (partial(_edit, pair, name, ranks, scale, device) for name, ranks in chosen.items())
-    damped = dict(zip(chosen, jobs.each(calls, device=device), strict=True))
+    damped = dict(zip(chosen, jobs.run_jobs(calls, device=device), strict=True))
     edits = [edit for edit, _ in damped.values()] if scale != 1 else []
     refitted = Refit()
     if full:

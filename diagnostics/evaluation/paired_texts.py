@@ -14,7 +14,7 @@ import numpy as np
 
 from diagnostics.evaluation.likelihoods import NOTHING, ExampleScores, greedy, score_texts
 from diagnostics.evaluation.tokenizers import bos_notes, common_tokenizer
-from diagnostics.execution.workers import entered
+from diagnostics.execution.workers import open_side
 from probes.checkpoints.pair import Side as PairSide
 from probes.errors import InputError
 from probes.models.runnable import RunnablePair
@@ -176,7 +176,7 @@ def read_sets(
             def of_side(done: int, total: int, what: str, turn: int = turn) -> None:
                 progress(turn * total + done, 2 * total, what)
 
-        with entered(runnable, side) as model:
+        with open_side(runnable, side) as model:
             scores[side], change = score_side(model, tasks, encoded[side], options, vocabulary, side, of_side)
         noise = max(noise, change)
     texts = {}

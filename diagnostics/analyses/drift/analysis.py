@@ -22,7 +22,7 @@ from diagnostics.core.row_options import RowOptions
 from diagnostics.evaluation.paired_texts import SIDES
 from diagnostics.evaluation.sets import draw_items, load_named_sets
 from diagnostics.evaluation.tokenizers import bos_notes, first_difference, shared_tokenizer
-from diagnostics.execution.workers import RemoteModel, entered
+from diagnostics.execution.workers import RemoteModel, open_side
 from diagnostics.numerics.kernel_alignment import debiased_cka
 from probes import CheckpointPair
 from probes.errors import InputError
@@ -226,7 +226,7 @@ def representation_drift(
                 if progress:
                     progress(turn * len(flat) + done, 2 * len(flat), f"residuals of {side}")
 
-            with entered(runnable, side) as model:
+            with open_side(runnable, side) as model:
                 points[side], route = residuals(model, flat, options.batch_tokens, skip, tell)
             check_finite(points[side], chosen, sets, side)
             remarks.append(f"{side}: residuals captured through {route}")
@@ -285,7 +285,7 @@ def residuals(
         return _local_residuals(model, examples, tokens=tokens, skip=skip, progress=progress)
     points: dict[int, Any] = {}
     route = ""
-    for indices, (batch_points, route) in model.by_batch(  # noqa: B007
+    for indices, (batch_points, route) in model.run_batches(  # noqa: B007
         partial(_local_residuals, tokens=tokens, skip=skip), examples, tokens, progress
     ):
         for layer, values in batch_points.items():
