@@ -170,10 +170,7 @@ def mitigate(
         InputError: a parameter out of range; checkpoints that cannot be opened or are not related; an adapter
             that cannot hold the edit; `out` is occupied or cannot be written.
     """
-    if mode not in get_args(Mode):
-        raise InputError(f"mode is {mode!r}; it is one of: {', '.join(get_args(Mode))}")
-    if not 0 <= scale < math.inf:
-        raise InputError(f"scale is {scale}; 0 removes, 1 changes nothing, above 1 amplifies")
+    _check(mode, scale)
     out = Path(out).expanduser()
     refuse_occupied(out)
     pair = CheckpointPair(base, tuned)
@@ -194,6 +191,13 @@ def mitigate(
     )  # fmt: skip
     write_trail(out / TRAIL, pair, result.describe())
     return result
+
+
+def _check(mode: str, scale: float) -> None:
+    if mode not in get_args(Mode):
+        raise InputError(f"mode is {mode!r}; it is one of: {', '.join(get_args(Mode))}")
+    if not 0 <= scale < math.inf:
+        raise InputError(f"scale is {scale}; 0 removes, 1 changes nothing, above 1 amplifies")
 
 
 Written = tuple[list[Scaled], list[Edited], list[str]]
