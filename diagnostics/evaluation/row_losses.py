@@ -13,7 +13,13 @@ from jaxtyping import Float, Int
 
 from probes.errors import InputError
 from probes.models.editable import Editable
-from probes.passes.scores import SequenceScores, choice_scores, classify_examples, score_examples
+from probes.passes.scores import (
+    ChoiceScores,
+    SequenceScores,
+    choice_scores,
+    classify_examples,
+    score_examples,
+)
 from probes.text.batches import Example
 from probes.text.encode import encode, encoding_notes
 from probes.text.rows import Task, class_ids
@@ -62,11 +68,7 @@ class EncodedTask:
         return len({example.row for example in self.examples if example.truncated})
 
     def measure(self, model: Any) -> Losses:
-        """The losses under a model.
-
-        Raises:
-            NonFiniteError: logits that are NaN or infinite; the message names the row.
-        """
+        """The losses under a model; a `NonFiniteError` names the row of logits that are not finite."""
         if self.unit == "row":
             return losses_of(self.answered(model), self.truth)
         scores = self._scored(model)
@@ -84,23 +86,23 @@ class EncodedTask:
         """The log-probability of every choice or class; NaN in rows with nothing to score.
 
         −∞ for the choices that a row has fewer than the widest one.
-
-        Raises:
-            NonFiniteError: as `measure`.
         """
         if self.task.shape == "label":
-            logits = classify_examples(
-                model, self.examples, tokens=self.batch_tokens, where=self.task.where
-            ).double()
-            return logits.log_softmax(dim=1).numpy()
+            tokens, where = self.batch_tokens, self.task.where
+            logits = classify_examples(model, self.examples, tokens=tokens, where=where)
+            return logits.double().log_softmax(dim=1).numpy()
         assert self.task.shape == "choices"
         widest = max(len(row.choices or ()) for row in self.task.rows)
         logs = np.full((len(self.task.rows), widest), np.nan)
-        for choices in choice_scores(self._scored(model), self.examples, self.task.rows):
+        for choices in self.choices(model):
             if choices.sum.isfinite().all():
                 logs[choices.row] = -np.inf
                 logs[choices.row, : len(choices.sum)] = choices.sum.log_softmax(dim=0).numpy()
         return logs
+
+    def choices(self, model: Any) -> list[ChoiceScores]:
+        """The scores of the choices of every row."""
+        return choice_scores(self._scored(model), self.examples, self.task.rows)
 
     def _scored(self, model: Any) -> SequenceScores:
         return score_examples(
@@ -119,11 +121,7 @@ def losses_of(logs: Float[np.ndarray, "rows answers"], truth: Int[np.ndarray, " 
 def encoded(
     editable: Editable, task: Task, *, max_length: int | None, chat_template: bool, batch_tokens: int
 ) -> EncodedTask:
-    """A task as token ids of a model.
-
-    Raises:
-        InputError: rows that a model of this kind cannot score, or unknown labels.
-    """
+    """A task as token ids of a model."""
     classifier = editable.kind == "classifier"
     if classifier != (task.shape == "label"):
         wanted = '{"text", "label"}' if classifier else "texts, completions or choices"

@@ -12,8 +12,9 @@ from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diagnostics.analyses.intruders.decide import SMALL, Decision, decide_all, decide_exactly
+from diagnostics.analyses.intruders.figures import draw
 from diagnostics.core.analysis import DeviceTest, Result, analysis
 from diagnostics.execution import jobs
 from diagnostics.execution.engines import in_this_process
@@ -36,7 +38,6 @@ from probes.files.layout import Matrix, Part
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ BATCH_BYTES = 2**30
 VERIFIED_FROM = 10
 # A cosine between the entries of base and tuned below this means unrelated matrices.
 UNRELATED = 0.1
+Status: TypeAlias = Literal["measured", "frozen", "not applicable"]
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,9 @@ class DeltaShape:
 
 
 def update_of(
-    base: Float[Tensor, "out in"],
-    tuned: Float[Tensor, "out in"],
-    low: LowRank | None,
+    base: Float[Tensor, "out in"], tuned: Float[Tensor, "out in"], low: LowRank | None,
     generator: torch.Generator,
-) -> Steps[DeltaShape]:
+) -> Steps[DeltaShape]:  # fmt: skip
     """Measure the delta: exactly from an adapter's factors or a small matrix, else by Lanczos quadrature."""
     delta = tuned - base
     norms = [torch.linalg.vector_norm(W, dtype=torch.float64) for W in (base, tuned, delta)]
@@ -118,28 +118,22 @@ def _krylov(delta: Float[Tensor, "out in"], generator: torch.Generator) -> linal
 def _estimated(
     projected: Float[Tensor, "space space"], norm: float, side: int
 ) -> tuple[float, float, float, float]:
-    """Spectral norm, effective rank and its 95 % interval, from a Krylov space of the delta.
-
-    Args:
-        projected: `BlockKrylov.projected`.
-        norm: Frobenius norm of the delta.
-        side: its smaller side.
-    """
+    """Spectral norm, effective rank and its 95 % interval, from a Krylov space of a delta of this norm."""
     values, vectors = linalg.descending(projected)
     weights, S = vectors[:PROBES].square(), values.sqrt()
     if values.sum() >= (1 - 1e-6) * norm**2:  # the space holds the whole delta: nothing to estimate
         rank = linalg.effective_rank(S)
         return float(S[0]), rank, rank, rank
-    sizes, entropies = S, torch.special.entr(S)
-    size, _ = linalg.spectral_sum(sizes, weights, side)
+    entropies = torch.special.entr(S)
+    size, _ = linalg.spectral_sum(S, weights, side)
     entropy, _ = linalg.spectral_sum(entropies, weights, side)
     # ln Σs − Σ s ln s / Σs, and its error from the same probes by linearising.
     rank = math.exp(math.log(size) + entropy / size)
-    _, error = linalg.spectral_sum(sizes * (1 - entropy / size) / size + entropies / size, weights, side)
+    _, error = linalg.spectral_sum(S * (1 - entropy / size) / size + entropies / size, weights, side)
     return float(S[0]), rank, rank * math.exp(-Z95 * error), rank * math.exp(Z95 * error)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class MatrixResult:
     """The outcome for one matrix.
 
@@ -149,7 +143,7 @@ class MatrixResult:
     """
 
     matrix: Matrix
-    status: Literal["measured", "frozen", "not applicable"]
+    status: Status
     decision: Decision | None = None
     update: DeltaShape | None = None
     verified: bool | None = None
@@ -163,7 +157,7 @@ class MatrixResult:
 
 @dataclass(frozen=True, kw_only=True)
 class IntruderSettings:
-    """The settings of `examine`, small enough to be sent to a worker."""
+    """The settings of `examine`."""
 
     k: int
     depth: int
@@ -196,11 +190,7 @@ class FetchedMatrix:
 
 
 def fetch(pair: CheckpointPair, names: list[str], device: str) -> list[FetchedMatrix]:
-    """Read matrices from both checkpoints; for a GPU into pinned memory.
-
-    Raises:
-        InputError: NaN or infinite weights.
-    """
+    """Read matrices from both checkpoints; for a GPU into pinned memory."""
     fetched = []
     for name in names:
         stored = None
@@ -219,14 +209,7 @@ def fetch(pair: CheckpointPair, names: list[str], device: str) -> list[FetchedMa
 def examine(
     pair: CheckpointPair, names: list[str], settings: IntruderSettings, verify: set[str]
 ) -> list[MatrixResult]:
-    """Read and decide matrices of one shape; only their names travel to a worker.
-
-    Args:
-        verify: names to decide again by the full decomposition.
-
-    Raises:
-        InputError: NaN or infinite weights, or no room for a single matrix.
-    """
+    """Read and decide matrices of one shape; only names travel to a worker. `verify`: those decided again."""
     return examine_fetched(fetch(pair, names, settings.device), settings, verify)
 
 
@@ -234,17 +217,13 @@ def examine_fetched(
     fetched: list[FetchedMatrix], settings: IntruderSettings, verify: set[str]
 ) -> list[MatrixResult]:
     """Decide matrices of one shape that were read."""
-    results = {
-        item.matrix.name: MatrixResult(matrix=item.matrix, status="frozen")
-        for item in fetched
-        if item.stored is None
-    }
+    results = {item.matrix.name: MatrixResult(item.matrix, "frozen") for item in fetched}
     changed = [item for item in fetched if item.stored is not None]
     if changed:
         with linalg.threads_for(min(changed[0].matrix.rows, changed[0].matrix.columns)):
             for result in in_halves(lambda part: _measure(part, settings, verify), changed, _label):
                 results[result.matrix.name] = result
-    return [results[item.matrix.name] for item in fetched]
+    return list(results.values())
 
 
 def _label(fetched: FetchedMatrix) -> str:
@@ -281,12 +260,10 @@ def _measure(
         [W.to(settings.device, non_blocking=True).to(dtype) for W in side]
         for side in zip(*(item.stored or () for item in changed), strict=True)
     ]
-    updates = in_step(
-        [
-            update_of(base, tuned, item.low, generator)
-            for item, base, tuned, generator in zip(changed, *sides, generators, strict=True)
-        ]
-    )
+    updates = in_step([
+        update_of(base, tuned, item.low, generator)
+        for item, base, tuned, generator in zip(changed, *sides, generators, strict=True)
+    ])  # fmt: skip
     # A single matrix is not copied.
     bases, tuneds = (side[0][None] if len(side) == 1 else torch.stack(side) for side in sides)
     del sides
@@ -306,7 +283,7 @@ def _measure(
         ]
     else:
         decisions = decide_all(bases, tuneds, depth, settings.epsilon, generators, True, recalls)
-    status: Literal["measured", "not applicable"] = "measured" if applicable else "not applicable"
+    status: Status = "measured" if applicable else "not applicable"
     results = []
     for i, (matrix, decision, update) in enumerate(zip(matrices, decisions, updates, strict=True)):
         verified = None
@@ -319,9 +296,7 @@ def _measure(
                     matrix.name,
                 )
                 decision = exact
-        results.append(
-            MatrixResult(matrix=matrix, status=status, decision=decision, update=update, verified=verified)
-        )
+        results.append(MatrixResult(matrix, status, decision, update, verified))
     return results
 
 
@@ -384,13 +359,6 @@ def summary(result: Result) -> str:
     return f"{text} (epsilon {result.parameters['epsilon']:g}, random floor at most {floor:.2g})"
 
 
-def draw(result: Result) -> "dict[str, go.Figure]":
-    """The figures of a result, imported when needed."""
-    from diagnostics.analyses.intruders import figures
-
-    return figures.draw(result)
-
-
 @analysis(
     "intruders",
     question="Did tuning add dominant directions that the base does not have?",
@@ -407,9 +375,7 @@ def draw(result: Result) -> "dict[str, go.Figure]":
     summary=summary,
     metrics=METRICS,
     unshared=("dtype",),
-    device_test=DeviceTest(
-        absolute={"intruders": 0, "matrices": 0, "changed": 0, "frozen": 0},
-    ),
+    device_test=DeviceTest(absolute={"intruders": 0, "matrices": 0, "changed": 0, "frozen": 0}),
 )
 def intruder_dimensions(
     pair: CheckpointPair,
@@ -491,20 +457,12 @@ def intruder_dimensions(
             f"k is {k}, but the largest matrix has only {max(sides)} singular vectors; choose a smaller k"
         )
     settings = IntruderSettings(
-        k=k,
-        depth=max(k, SWEEP_DEPTH) if sweep else k,
-        epsilon=epsilon,
-        side=side,
-        method="exact" if sweep else method,
-        device=device,
-        dtype=dtype,
-        seed=seed,
-        cache=FactorCache.at(cache),
-    )
-    shuffled = np.random.default_rng(seed).permutation(names)
-    chosen = set(shuffled[: math.ceil(verify * len(names))])
-    if len(names) < VERIFIED_FROM or settings.method == "exact":
-        chosen = set()
+        k=k, depth=max(k, SWEEP_DEPTH) if sweep else k, epsilon=epsilon, side=side, device=device, seed=seed,
+        dtype=dtype, method="exact" if sweep else method, cache=FactorCache.at(cache),
+    )  # fmt: skip
+    chosen: set[str] = set()
+    if len(names) >= VERIFIED_FROM and settings.method != "exact":
+        chosen = set(np.random.default_rng(seed).permutation(names)[: math.ceil(verify * len(names))])
     results: list[MatrixResult] = []
     with closing(_examine_groups(pair, groups_of(pair, names, device), settings, chosen)) as decided:
         for result in decided:
@@ -581,8 +539,7 @@ def summarise(
         )
         return Result(metrics=metrics, tables=tables, notes=tuple(notes))
     if len(counted):
-        intruders = int(measured["intruders"].sum())
-        examined = int(measured["examined"].sum())
+        intruders, examined = int(measured["intruders"].sum()), int(measured["examined"].sum())
         metrics |= {
             "intruders": intruders,
             "intruders_per_matrix": intruders / len(counted),
@@ -607,56 +564,42 @@ VECTOR_COLUMNS = [
 
 def _matrix_row(result: MatrixResult, k: int, epsilon: float, side: str) -> dict[str, Any]:
     matrix, decision, update = result.matrix, result.decision, result.update
-    row: dict[str, Any] = {
-        "matrix": matrix.name,
-        "layer": math.nan if matrix.layer is None else matrix.layer,
-        "component": matrix.component,
-        "rows": matrix.rows,
-        "columns": matrix.columns,
-        "status": result.status,
-        "intruders": result.below(k, epsilon)[0] if result.status != "not applicable" else math.nan,
-        "examined": 0,
-        "floor": floor_of(matrix, side),
-    }
+    intruders = result.below(k, epsilon)[0] if result.status != "not applicable" else math.nan
+    row = _location(matrix) | {
+        "rows": matrix.rows, "columns": matrix.columns, "status": result.status, "intruders": intruders,
+        "examined": 0, "floor": floor_of(matrix, side),
+    }  # fmt: skip
     if decision is not None and update is not None:
-        present = ~np.isnan(decision.low[:k])
         row |= {
-            "examined": int(present.sum()) if result.status == "measured" else 0,
+            "examined": int((~np.isnan(decision.low[:k])).sum()) if result.status == "measured" else 0,
             "min_cosine_low": np.nanmin(decision.low[:k], initial=1.0),
             "min_cosine_high": np.nanmin(decision.high[:k], initial=1.0),
             "leading_ratio": decision.singular_values[0] / decision.base_values[0],
             "update_norm": update.norm,
             "relative_update": update.norm / update.base_norm if update.base_norm else math.nan,
-            "alignment": update.alignment,
-            "update_spectral_norm": update.spectral_norm,
-            "effective_rank": update.effective_rank,
-            "effective_rank_low": update.effective_rank_low,
-            "effective_rank_high": update.effective_rank_high,
-            "critical_spike": decision.critical,
+            "alignment": update.alignment, "update_spectral_norm": update.spectral_norm,
+            "effective_rank": update.effective_rank, "effective_rank_low": update.effective_rank_low,
+            "effective_rank_high": update.effective_rank_high, "critical_spike": decision.critical,
             "critical_ratio": update.spectral_norm / decision.critical if decision.critical else math.nan,
-        }
+        }  # fmt: skip
     return row
+
+
+def _location(matrix: Matrix) -> dict[str, Any]:
+    layer = math.nan if matrix.layer is None else matrix.layer
+    return {"matrix": matrix.name, "layer": layer, "component": matrix.component}
 
 
 def _vector_rows(result: MatrixResult, k: int, epsilon: float) -> Iterable[dict[str, Any]]:
     if result.decision is None:
         return
-    d, matrix, measured = result.decision, result.matrix, result.status == "measured"
-    for j in range(len(d.low)):
-        yield {
-            "matrix": matrix.name,
-            "layer": math.nan if matrix.layer is None else matrix.layer,
-            "component": matrix.component,
-            "rank": j + 1,
-            "singular_value": d.singular_values[j],
-            "cosine_low": d.low[j],
-            "cosine_high": d.high[j],
-            "tier": d.tier[j],
-            "intruder": bool(d.high[j] < epsilon and j < k and measured),
-            "on_threshold": bool(
-                d.low[j] == d.high[j] and abs(d.low[j] - epsilon) < ON_THRESHOLD and measured
-            ),
-        }
+    d, measured = result.decision, result.status == "measured"
+    for j, (low, high) in enumerate(zip(d.low, d.high, strict=True)):
+        yield _location(result.matrix) | {
+            "rank": j + 1, "singular_value": d.singular_values[j], "cosine_low": low, "cosine_high": high,
+            "tier": d.tier[j], "intruder": bool(high < epsilon and j < k and measured),
+            "on_threshold": bool(low == high and abs(low - epsilon) < ON_THRESHOLD and measured),
+        }  # fmt: skip
 
 
 def _descends(measured: "pd.DataFrame", vectors: "pd.DataFrame", k: int) -> bool:
@@ -677,10 +620,8 @@ def _grouped(counted: "pd.DataFrame", column: str) -> "pd.DataFrame":
     table = groups.agg(
         intruders=("intruders", "sum"), examined=("examined", "sum"), matrices=("matrix", "size")
     ).reset_index()
-    table["intruders_per_matrix"] = table["intruders"] / table["matrices"]
-    return table.assign(
-        rate=(table["intruders"] / table["examined"].where(table["examined"] > 0)).fillna(0.0)
-    )
+    rate = (table["intruders"] / table["examined"].where(table["examined"] > 0)).fillna(0.0)
+    return table.assign(intruders_per_matrix=table["intruders"] / table["matrices"], rate=rate)
 
 
 def _flagged_tables(results: list[MatrixResult], k: int, epsilon: float) -> "dict[str, pd.DataFrame]":
@@ -692,24 +633,21 @@ def _flagged_tables(results: list[MatrixResult], k: int, epsilon: float) -> "dic
         if result.decision is None or result.status != "measured" or not result.below(k, epsilon)[0]:
             continue
         d, name = result.decision, result.matrix.name
-        length = min(len(d.base_values), len(d.tuned_values))
+        base, tuned = (
+            values[: min(len(d.base_values), len(d.tuned_values))]
+            for values in (d.base_values, d.tuned_values)
+        )
         spectra.append(
-            pd.DataFrame({
-                "matrix": name, "rank": np.arange(1, length + 1), "base": d.base_values[:length],
-                "tuned": d.tuned_values[:length],
-            })
-        )  # fmt: skip
-        tuned, base = np.indices(d.overlap.shape)
-        cosines.append(
-            pd.DataFrame({
-                "matrix": name, "tuned_rank": tuned.ravel() + 1, "base_rank": base.ravel() + 1,
-                "cosine": d.overlap.ravel(),
-            })
-        )  # fmt: skip
+            pd.DataFrame({"matrix": name, "rank": np.arange(len(base)) + 1, "base": base, "tuned": tuned})
+        )
+        rows, columns = np.indices(d.overlap.shape).reshape(2, -1) + 1
+        cells = {"matrix": name, "tuned_rank": rows, "base_rank": columns, "cosine": d.overlap.ravel()}
+        cosines.append(pd.DataFrame(cells))
+    if not spectra:
+        return {}
     return {
-        name: pd.concat(frames, ignore_index=True)
-        for name, frames in (("spectra", spectra), ("cosines", cosines))
-        if frames
+        "spectra": pd.concat(spectra, ignore_index=True),
+        "cosines": pd.concat(cosines, ignore_index=True),
     }
 
 
@@ -719,9 +657,8 @@ def _sweep(results: list[MatrixResult], epsilon: float) -> "pd.DataFrame":
 
     measured = [result for result in results if result.status == "measured"]
     depth = max((len(result.decision.low) for result in measured if result.decision), default=0)
-    rows = []
-    for k in range(1, depth + 1):
-        for threshold in sorted({*EPSILONS, epsilon}):
-            counts = [result.below(k, threshold) for result in measured]
-            rows.append((k, threshold, sum(low for low, _ in counts), sum(high for _, high in counts)))
+    rows = [
+        (k, threshold, *np.sum([result.below(k, threshold) for result in measured], axis=0))
+        for k, threshold in product(range(1, depth + 1), sorted({*EPSILONS, epsilon}))
+    ]
     return pd.DataFrame(rows, columns=["k", "epsilon", "intruders_low", "intruders_high"])

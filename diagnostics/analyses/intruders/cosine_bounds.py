@@ -62,9 +62,7 @@ class Recurrence:
     def bound(self, vector: NDArray[np.intp], low: NDArray, high: NDArray) -> NDArray[np.float64]:
         """Upper bound on |⟨u, y⟩| for eigenvectors of A with eigenvalue in [low, high], elementwise.
 
-        Args:
-            vector: row of the recurrence for each cell.
-            low, high: the cell, eigenvalues of A, low <= high.
+        `vector` is the row of the recurrence for each cell.
         """
         residual = self.residual[vector].T
         if not self.inverse:
@@ -109,12 +107,9 @@ def _value(alpha: NDArray, beta: NDArray, x: NDArray, eta: NDArray) -> NDArray[n
 
 
 def largest_cosines(
-    recurrences: list[Recurrence],
-    extra: "Extra",
-    span: tuple[float, float],
-    target: NDArray[np.float64],
+    recurrences: list[Recurrence], extra: "Extra", span: tuple[float, float], target: NDArray[np.float64],
     slack: float = 0.02,
-) -> tuple[NDArray[np.float64], float]:
+) -> tuple[NDArray[np.float64], float]:  # fmt: skip
     """An upper bound on the |cosine| of each vector with every eigenvector; `inf` if above the target.
 
     Also the largest eigenvalue at which a bound exceeds its target; 0 if none does.
@@ -123,8 +118,6 @@ def largest_cosines(
     the target, and none that raises the vector's bound lies more than `slack` above its midpoint's.
 
     Args:
-        recurrences: one or more of the same vectors.
-        extra: contribution of the deflated directions.
         span: smallest and largest possible eigenvalue.
         target: cosine per vector below which a decision is wanted.
         slack: allowed excess of a bound over the best in its cell.
@@ -157,11 +150,7 @@ def largest_cosines(
 
 
 def _least(
-    recurrences: list[Recurrence],
-    extra: "Extra",
-    vector: NDArray[np.intp],
-    low: NDArray,
-    high: NDArray,
+    recurrences: list[Recurrence], extra: "Extra", vector: NDArray[np.intp], low: NDArray, high: NDArray
 ) -> NDArray[np.float64]:
     # Near-degenerate base vectors count as one direction: let no group be cut by a cell's edge.
     low, high = low * (1 - DEGENERATE) ** 2, high * (1 + DEGENERATE) ** 2
@@ -205,18 +194,13 @@ class Lanczos:
     def __init__(
         self, apply: Callable[[Tensor], tuple[Tensor, Tensor]], start: Float[Tensor, "size count"]
     ) -> None:
-        """Begin at `start`.
-
-        Args:
-            apply: the symmetric operator on a block of unit columns, with the three error bounds of each
-                column that `Recurrence.residual` names, (3, count); float64 in and out.
-        """
+        # The symmetric operator on a block of unit columns, with the three error bounds of each column that
+        # `Recurrence.residual` names, (3, count); float64 in and out.
         self.apply = apply
         self.norm = torch.linalg.vector_norm(start, dim=0)
         first = start / self.norm.clamp(min=torch.finfo(start.dtype).tiny)
         self.basis = first.mT.unsqueeze(1)  # (count, steps, size): a contiguous row a basis vector
-        self.alpha: list[Tensor] = []
-        self.beta: list[Tensor] = []
+        self.alpha, self.beta = list[Tensor](), list[Tensor]()
         self.leftover, self.rounding = torch.zeros_like(self.norm), torch.zeros_like(self.norm).expand(3, -1)
 
     def extend(self, steps: int) -> None:
@@ -272,11 +256,5 @@ def recurrence(
     scale = float((np.abs(alpha) + beta).max())
     residual = np.sqrt(rounding[:, rows]).T
     residual[:, 0] = np.maximum(residual[:, 0] + np.sqrt(leftover[rows]), LEAST_RESIDUAL * scale)
-    return Recurrence(
-        alpha=alpha,
-        beta=np.maximum(beta, 1e-300 + 1e-14 * scale),
-        residual=residual,
-        norm=norm[rows],
-        inverse=inverse,
-        shift=shift,
-    )
+    beta = np.maximum(beta, 1e-300 + 1e-14 * scale)
+    return Recurrence(alpha, beta, residual, norm[rows], inverse, shift)

@@ -7,9 +7,11 @@ Source: Shuttleworth et al., arXiv:2410.21228 v3 (both grids of strengths), and 
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
@@ -19,10 +21,11 @@ from torch import Tensor
 
 from diagnostics.analyses.intruders.damping import Mode, applied, by_tensor, choose, triples
 from diagnostics.analyses.mitigation import control
+from diagnostics.analyses.mitigation.figures import draw
 from diagnostics.core.analysis import DeviceTest, Result, analysis
 from diagnostics.core.row_options import RowOptions
 from diagnostics.evaluation.row_losses import EncodedTask, Losses
-from diagnostics.evaluation.sets import SetKey, encode_sets, load_sets
+from diagnostics.evaluation.sets import SetKey, encode_sets, load_sets, set_notes
 from diagnostics.execution import jobs, workers
 from diagnostics.numerics import row_bootstrap
 from probes import CheckpointPair
@@ -35,7 +38,6 @@ from probes.models.loading import Loading
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
 
 Progress = Callable[[int, int, str], None]
 # The grids of the paper's tables and of its curves.
@@ -87,13 +89,6 @@ def summary(result: Result) -> str:
     if m["recommended"]:
         return f"{text}`{row['mode']}` at {row['scale']:g} keeps more than scaling the whole update {gain}"
     return f"{text}no mode significantly beats scaling the whole update: at best `{row['mode']}` {gain}"
-
-
-def draw(result: Result) -> "dict[str, go.Figure]":
-    """The figures of a result, imported when needed."""
-    from diagnostics.analyses.mitigation import figures
-
-    return figures.draw(result)
 
 
 @analysis(
@@ -202,23 +197,20 @@ def judged_mitigation(
         [candidates(curve, mode).nlargest(1, "over_control_low_nats").iloc[0] for mode in plan.ranks],
         columns=curve.columns,
     ).reset_index(drop=True)
-    metrics = comparison.metrics()
-    metrics |= {
+    metrics = comparison.metrics() | {
         "intruders": plan.intruders,
         "edited": len(plan.ranks.get("top", {})),
         "unscored": evaluator.unscored,
         "truncated": sum(encoded.truncated for encoded in sets.values()),
     }
     if len(modes):
-        row = best(modes)
-        metrics["recommended"] = int(modes["recommended"].sum())
-        columns = [*COMPARED, "retained_nats", "retention", "task_cost_nats"]
+        row = best(modes).rename({"scale": "best_scale"})
+        columns = [*COMPARED, "retained_nats", "retention", "task_cost_nats", "best_scale"]
         metrics |= {name: float(row[name]) for name in columns if not pd.isna(row[name])}
-        metrics["best_scale"] = float(row["scale"])
+        metrics["recommended"] = int(modes["recommended"].sum())
     notes = [*plan.notes, *conclusions(curve, modes, metrics, margin, adapter=pair.tuned.kind == "adapter")]
-    notes += dict.fromkeys(note for encoded in sets.values() for note in encoded.notes)
     tables = {"curve": curve, "modes": modes, "sets": evaluator.table()}
-    return Result(metrics=metrics, tables=tables, notes=tuple(notes))
+    return Result(metrics=metrics, tables=tables, notes=(*notes, *set_notes(sets)))
 
 
 def _check(scales: Sequence[float], margin: float, draws: int) -> None:
@@ -233,7 +225,7 @@ def _check(scales: Sequence[float], margin: float, draws: int) -> None:
         raise InputError(f"draws is {draws}; at least 100 for a 95 % interval")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class DampingPlan:
     """The edits of every mode: singular triples of the matrices with intruders, decomposed once.
 
@@ -245,7 +237,7 @@ class DampingPlan:
     pair: CheckpointPair
     blender: Blender
     ranks: Mapping[Mode, Mapping[str, Sequence[int]]]
-    factors: Mapping[str, Mapping[int, tuple[Tensor, Tensor]]]
+    factors: Mapping[str, Mapping[int, tuple[Tensor, ...]]]
     intruders: int
     notes: tuple[str, ...]
 
@@ -261,8 +253,8 @@ class DampingPlan:
         notes = list(search_result.notes)
         if search_result.metrics.get("descendant", 1):
             vectors = search_result.tables["vectors"]
-            by_mode = {mode: choose(vectors, mode) for mode in get_args(Mode) if mode != "update"}
-            ranks = {mode: by_matrix for mode, by_matrix in by_mode.items() if by_matrix}
+            modes = [mode for mode in get_args(Mode) if mode != "update"]
+            ranks = {mode: by_matrix for mode in modes if (by_matrix := choose(vectors, mode))}
         if not ranks:
             notes.append(
                 f"No intruder dimension among the {search['k']} leading vectors of any matrix: modes top, "
@@ -280,19 +272,13 @@ class DampingPlan:
                 f"{len(pair.unmatched)} tensors differ in more than their values, such as {first.tensor} "
                 f"({first.reason}): strength 0 of the whole update is base except for them."
             )
-        needed: dict[str, set[int]] = {}
-        for by_matrix in ranks.values():
-            for name, of_matrix in by_matrix.items():
-                needed.setdefault(name, set()).update(of_matrix)
-        calls = (
-            partial(_factors, pair, name, sorted(of_matrix), device) for name, of_matrix in needed.items()
-        )
+        needed = defaultdict[str, set[int]](set)
+        for name, of_matrix in chain.from_iterable(by_matrix.items() for by_matrix in ranks.values()):
+            needed[name].update(of_matrix)
+        calls = (partial(_factors, pair, name, sorted(needed[name]), device) for name in needed)
         factors = dict(zip(needed, jobs.each(calls, device=device), strict=True))
         intruders = int(search_result.metrics.get("intruders", 0))
-        return cls(
-            pair=pair, blender=Blender(pair), ranks=ranks, factors=factors, intruders=intruders,
-            notes=tuple(notes),
-        )  # fmt: skip
+        return cls(pair, Blender(pair), ranks, factors, intruders, tuple(notes))
 
     def edits(self, mode: Mode, scale: float) -> list[Edit]:
         """The edits of a mode other than `update`."""
@@ -313,11 +299,9 @@ class DampingPlan:
         return tensors, lambda name, stored: applied(self.pair.tuned, name, stored, tensors[name])
 
 
-def _factors(
-    pair: CheckpointPair, name: str, ranks: list[int], device: str
-) -> dict[int, tuple[Tensor, Tensor]]:
+def _factors(pair: CheckpointPair, name: str, ranks: list[int], device: str) -> dict[int, tuple[Tensor, ...]]:
     U, rows = (part.cpu() for part in triples(pair.read(name)[1].to(device), ranks))
-    return {rank: (U[:, index], rows[index]) for index, rank in enumerate(ranks)}
+    return dict(zip(ranks, zip(U.mT, rows, strict=True), strict=True))
 
 
 class DampingEvaluator:
@@ -325,11 +309,8 @@ class DampingEvaluator:
 
     def __init__(
         self,
-        plan: DampingPlan,
-        editable: Editable,
-        sets: Mapping[SetKey, EncodedTask],
-        progress: Progress | None,
-    ):
+        plan: DampingPlan, editable: Editable, sets: Mapping[SetKey, EncodedTask], progress: Progress | None,
+    ):  # fmt: skip
         self.plan, self.editable, self.sets, self.progress = plan, editable, sets, progress
         self.points: list[tuple[Mode, float]] = []
         self._losses: list[dict[SetKey, Losses]] = []
@@ -353,8 +334,7 @@ class DampingEvaluator:
 
     def at(self, point: tuple[Mode, float]) -> dict[SetKey, Losses]:
         """The losses of every set at one point."""
-        names, change = self.plan.changes(*point)
-        with self.editable.holding(names, change) as model:
+        with self.editable.holding(*self.plan.changes(*point)) as model:
             return {key: encoded.measure(model) for key, encoded in self.sets.items()}
 
     def _key(self, mode: Mode, scale: float) -> Any:
@@ -382,9 +362,8 @@ class DampingEvaluator:
         if scored.sum() < 2:
             ref = self.sets[key].task.ref
             raise InputError(f"{ref}: {scored.sum()} rows have a token to score; at least 2 are needed")
-        return row_bootstrap.RowLosses(
-            nats=np.stack([losses[key].nats[scored] for losses in self._losses]), units=units[scored]
-        )
+        nats = np.stack([losses[key].nats[scored] for losses in self._losses])
+        return row_bootstrap.RowLosses(nats=nats, units=units[scored])
 
     def compare(self, *, draws: int, seed: int) -> "ModeComparison":
         """Compare all points with the control."""
@@ -425,10 +404,8 @@ class DampingEvaluator:
 def _on_worker(
     pair: CheckpointPair, loading: Loading, *, plan: DampingPlan, sets: Mapping[SetKey, EncodedTask]
 ) -> DampingEvaluator:
-    editable = Editable(
-        pair.tuned, device=loading.device, dtype=loading.dtype, trust_remote_code=loading.trust_remote_code
-    )
-    return DampingEvaluator(plan, editable, sets, None)
+    options = {name: getattr(loading, name) for name in ("device", "dtype", "trust_remote_code")}
+    return DampingEvaluator(plan, Editable(pair.tuned, **options), sets, None)
 
 
 COMPARED = (*(f"over_control{end}_nats" for end in ("", "_low", "_high")), "control_scale")
@@ -476,7 +453,7 @@ class ModeComparison:
         measured = [scale for mode, scale in self.points if mode == "update"]
         missing = set()
         for mode in REPAIRS:
-            points = [i for i, flag in enumerate(self.searched()) if flag and self.points[i][0] == mode]
+            points = [i for i in np.flatnonzero(self.searched()) if self.points[i][0] == mode]
             if points:
                 top = max(points, key=lambda i: advantage.gains[i].value)
                 strength = round(float(advantage.strength[top]), 3)
@@ -490,25 +467,20 @@ class ModeComparison:
 
         advantage, task, keep = self.advantage(), self.task[0], self.keep[0]
         forgotten, gained = keep[self.tuned] - keep[self.base], task[self.base] - task[self.tuned]
+        value, low, high, _ = np.transpose(advantage.gains)
         table = pd.DataFrame(self.points, columns=["mode", "scale"]).assign(
             matrices=[len(plan.ranks.get(mode, ())) or math.nan for mode, _ in self.points],
-            keep_loss=keep,
-            task_loss=task,
-            task_accuracy=self.accuracy,
+            keep_loss=keep, task_loss=task, task_accuracy=self.accuracy,
             retained_nats=keep[self.tuned] - keep,
             retention=(keep[self.tuned] - keep) / forgotten if forgotten > 0 else math.nan,
             task_cost_nats=task - task[self.tuned],
             task_kept=(task[self.base] - task) / gained if gained > 0 else math.nan,
-            over_control_nats=[gain.value for gain in advantage.gains],
-            over_control_low_nats=[gain.low for gain in advantage.gains],
-            over_control_high_nats=[gain.high for gain in advantage.gains],
-            control_scale=advantage.strength,
-            control_short_nats=advantage.short,
-            recommended=self.searched() & [gain.low > margin for gain in advantage.gains],
-        )
-        is_control = [mode == "update" for mode, _ in self.points]
-        table.loc[is_control, [*COMPARED, "control_short_nats"]] = math.nan
-        order = {mode: index for index, mode in enumerate(("update", "top", "all", "neighbour"))}
+            over_control_nats=value, over_control_low_nats=low, over_control_high_nats=high,
+            control_scale=advantage.strength, control_short_nats=advantage.short,
+            recommended=self.searched() & (low > margin),
+        )  # fmt: skip
+        table.loc[table["mode"] == "update", [*COMPARED, "control_short_nats"]] = math.nan
+        order = ("update", "top", "all", "neighbour").index
         return table.sort_values(
             ["mode", "scale"], key=lambda c: c.map(order) if c.name == "mode" else c, ignore_index=True
         )
@@ -518,21 +490,17 @@ class ModeComparison:
         lost = self.keep[:, self.tuned] - self.keep[:, self.base]
         low, high = np.quantile(lost[1:], [0.025, 0.975])
         values = {
-            "forgotten_nats": lost[0],
-            "forgotten_low_nats": low,
-            "forgotten_high_nats": high,
+            "forgotten_nats": lost[0], "forgotten_low_nats": low, "forgotten_high_nats": high,
             "task_gain_nats": self.task[0, self.base] - self.task[0, self.tuned],
-        }
-        for side in ("base", "tuned"):
-            index = getattr(self, side)
-            values |= {
-                f"keep_loss_{side}": self.keep[0, index],
-                f"task_loss_{side}": self.task[0, index],
-                f"task_accuracy_{side}": self.accuracy[index],
-            }
-        return {name: float(value) for name, value in values.items() if not math.isnan(value)} | {
-            **self.counts
-        }
+        }  # fmt: skip
+        for side, index in (("base", self.base), ("tuned", self.tuned)):
+            values[f"keep_loss_{side}"], values[f"task_loss_{side}"] = (
+                self.keep[0, index],
+                self.task[0, index],
+            )
+            values[f"task_accuracy_{side}"] = self.accuracy[index]
+        finite = {name: float(value) for name, value in values.items() if not math.isnan(value)}
+        return {**finite, **self.counts}
 
 
 def candidates(curve: "pd.DataFrame", mode: str) -> "pd.DataFrame":

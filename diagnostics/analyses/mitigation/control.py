@@ -33,12 +33,9 @@ class Control:
     ) -> tuple[Float[np.ndarray, "draws points"], ...]:
         """The lowest keep loss of the control with at most this task loss, for every point.
 
-        Also its strength there, and its task loss above that of the point: at most 0 unless no strength is as
-        good.
-
-        Between measured strengths both losses follow a monotone cubic. If no strength is as good on the task,
-        the best on the task is taken, which favours the control. Tuned is always allowed: the control never
-        keeps less than tuned.
+        Also its strength there, and its task loss above that of the point, positive where no strength is as
+        good: there the best on the task is taken, which favours the control. Between measured strengths both
+        losses follow a monotone cubic. Tuned is always allowed: the control never keeps less than tuned.
         """
         from scipy.interpolate import PchipInterpolator
 

@@ -10,10 +10,11 @@ are ours: on a steep curve the usual barrier, an excess over the chord, is not a
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from diagnostics.analyses.path.figures import draw
 from diagnostics.core.analysis import DeviceTest, Result, analysis
 from diagnostics.core.row_options import RowOptions
 from diagnostics.evaluation.interpolation import (
@@ -27,13 +28,10 @@ from diagnostics.evaluation.interpolation import (
     pooled,
     set_rows,
 )
-from diagnostics.evaluation.sets import SetKey, encode_sets, load_sets
+from diagnostics.evaluation.sets import SetKey, encode_sets, load_sets, set_notes
 from probes import CheckpointPair
 from probes.models.interpolated import InterpolatedModel
 from probes.models.two_sided import TwoSidedModel
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 ROLES = ("task", "keep", "ood")
 
@@ -79,13 +77,6 @@ def summary(result: Result) -> str:
     if "rows_keep" not in m:
         return f"the best alpha for these rows is {m['best_alpha']:g} (0 is base, 1 tuned){hole}"
     return f"no alpha is as good on the task and better on the keep rows{hole}"
-
-
-def draw(result: Result) -> "dict[str, go.Figure]":
-    """The figures of a result, imported when needed."""
-    from diagnostics.analyses.path import figures
-
-    return figures.draw(result)
 
 
 @analysis(
@@ -175,14 +166,10 @@ def interpolation_path(
     metrics |= metrics_at(best_of(evaluator, choices), evaluator, choices)
     metrics |= {"pinned": len(interpolated.pinned), "missing": len(evaluator.missing)}
     notes = [*evaluator.missing, *conclusions(rows, metrics), *pinned_note(interpolated.pinned), *notes]
-    notes += dict.fromkeys(note for encoded in sets.values() for note in encoded.notes)
-    tables = {
-        "path": pd.DataFrame(path_rows(evaluator, grid)),
-        "sets": pd.DataFrame(rows),
-        "choices": pd.DataFrame(choices),
-        "patterns": pd.DataFrame(pattern_rows(evaluator, grid)),
-    }
-    return Result(metrics=metrics, tables=tables, notes=tuple(notes))
+    path, patterns = path_rows(evaluator, grid), pattern_rows(evaluator, grid)
+    records = {"path": path, "sets": rows, "choices": choices, "patterns": patterns}
+    tables = {name: pd.DataFrame(table) for name, table in records.items()}
+    return Result(metrics=metrics, tables=tables, notes=(*notes, *set_notes(sets)))
 
 
 def choice_rows(evaluator: PathEvaluator, alphas: Sequence[float]) -> list[dict[str, Any]]:
@@ -197,17 +184,11 @@ def choice_rows(evaluator: PathEvaluator, alphas: Sequence[float]) -> list[dict[
         lost, lost_error = _minus_tuned(evaluator, "keep", alpha)
         as_accurate = all(_as_accurate(evaluator, key, alpha) for key in evaluator.role("task"))
         as_good = cost <= cost_error and as_accurate
-        rows.append(
-            {
-                "alpha": alpha,
-                "task_cost_nats": cost,
-                "task_cost_error": cost_error,
-                "kept_nats": 0.0 - lost,
-                "kept_error": lost_error,
-                "as_good": as_good,
-                "dominates": bool(alpha < 1 and as_good and -lost > lost_error),
-            }
-        )
+        rows.append({
+            "alpha": alpha, "task_cost_nats": cost, "task_cost_error": cost_error, "kept_nats": 0.0 - lost,
+            "kept_error": lost_error, "as_good": as_good,
+            "dominates": bool(alpha < 1 and as_good and -lost > lost_error),
+        })  # fmt: skip
     return rows
 
 
@@ -249,13 +230,10 @@ def metrics_at(
     metrics: dict[str, float | int] = {"best_alpha": alpha, "task_cost_nats": choice["task_cost_nats"]}
     if evaluator.role("keep"):
         metrics["kept_nats"] = choice["kept_nats"]
-    ood = [key for key in evaluator.role("ood") if evaluator.at(alpha)[key] is not None]
-    if ood:
-        values = [
-            {row["metric"]: row["value"] for row in path_rows(evaluator, [alpha]) if row["set"] == key[1]}
-            for key in ood
-        ]
-        metrics |= {f"{name}_ood": float(np.mean([row[name] for row in values])) for name in ("fft", "ttf")}
+    rows = path_rows(evaluator, [alpha])
+    for name in ("fft", "ttf"):
+        share = pooled([row for row in rows if row["metric"] == name], "ood", "value")
+        metrics |= {} if share is None else {f"{name}_ood": share}
     return metrics
 
 
@@ -265,10 +243,10 @@ def metrics_of(
     """The metrics of all curves together."""
     metrics: dict[str, float | int | None] = {"dominated": int(any(row["dominates"] for row in choices))}
     for role in ROLES:
-        for name in ("bump", "dip", "barrier"):
-            metrics[f"{name}_{role}_nats"] = pooled(rows, role, name, "max")
-        for side in ("base", "tuned"):
-            metrics[f"{side}_{role}_nats"] = pooled(rows, role, f"loss_{side}")
+        metrics |= {
+            f"{name}_{role}_nats": pooled(rows, role, name, "max") for name in ("bump", "dip", "barrier")
+        }
+        metrics |= {f"{side}_{role}_nats": pooled(rows, role, f"loss_{side}") for side in ("base", "tuned")}
         metrics[f"rows_{role}"] = sum(row["rows"] for row in rows if row["role"] == role) or None
     ood = [row for row in rows if row["role"] == "ood"]
     if ood:
