@@ -15,16 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from diagnostics.analyses.drift import similarity
 from diagnostics.analyses.drift.figures import draw
-from diagnostics.analyses.drift.similarity import (
-    ONSET,
-    Points,
-    cka,
-    class_shift,
-    displacement,
-    procrustes,
-    rsa,
-)
+from diagnostics.analyses.drift.similarity import ONSET, Points
 from diagnostics.core.analysis import DeviceTest, Result, analysis
 from diagnostics.core.row_options import RowOptions
 from diagnostics.evaluation.paired_texts import SIDES
@@ -94,16 +87,10 @@ def summary(result: Result) -> str:
     ),
 )
 def representation_drift(
-    pair: CheckpointPair,
-    task: Any,
-    keep: Any = None,
-    *,
-    rows: int = 1000,
-    skip: int = 1,
-    options: RowOptions = RowOptions(),
-    seed: int = 0,
+    pair: CheckpointPair, task: Any, keep: Any = None, *, rows: int = 1000, skip: int = 1,
+    options: RowOptions = RowOptions(), seed: int = 0,
     progress: Callable[[int, int, str], None] | None = None,
-) -> Result:
+) -> Result:  # fmt: skip
     """Compare the residual stream of base and tuned on the same tokens.
 
     Both models read a row, prompt and continuation, with the same tokenizer.
@@ -267,8 +254,9 @@ def measures(X: Points, Y: Points, classes: Sequence[Any] | None) -> dict[str, f
     """Every measure at one layer."""
     if X.shape[1] != Y.shape[1]:
         raise InputError(f"base is {X.shape[1]} wide and tuned {Y.shape[1]}; are these of one architecture?")
-    shift = class_shift(X, Y, classes) if classes else math.nan
-    values = {measure.__name__: measure(X, Y) for measure in (rsa, cka, procrustes, displacement)}
+    names = ("rsa", "cka", "procrustes", "displacement")
+    values = {name: getattr(similarity, name)(X, Y) for name in names}
+    shift = similarity.class_shift(X, Y, classes) if classes else math.nan
     return {**values, "class_shift": shift, "rows": len(X)}
 
 

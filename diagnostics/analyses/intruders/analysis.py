@@ -55,25 +55,19 @@ BATCH_BYTES = 2**30
 VERIFIED_FROM = 10
 # A cosine between the entries of base and tuned below this means unrelated matrices.
 UNRELATED = 0.1
+# Frozen: its bytes are the base's. Not applicable: too small for epsilon or k.
 Status: TypeAlias = Literal["measured", "frozen", "not applicable"]
 
 
 @dataclass(frozen=True)
 class DeltaShape:
-    """Norms and spectrum of the delta of one matrix.
+    """Norms and spectrum of the delta of one matrix."""
 
-    Attributes:
-        norm, base_norm: Frobenius norms of delta and base.
-        alignment: cosine of base and tuned as vectors of entries; near 0 for unrelated matrices.
-        spectral_norm: largest singular value of the delta.
-        effective_rank: `exp` of the entropy of its singular values, with a 95 % interval where estimated.
-    """
-
-    norm: float
+    norm: float  # Frobenius
     base_norm: float
-    alignment: float
+    alignment: float  # cosine of base and tuned as vectors of entries; near 0 for unrelated matrices
     spectral_norm: float
-    effective_rank: float
+    effective_rank: float  # exp of the entropy of the singular values, with a 95 % interval where estimated
     effective_rank_low: float
     effective_rank_high: float
 
@@ -135,18 +129,13 @@ def _estimated(
 
 @dataclass(frozen=True)
 class MatrixResult:
-    """The outcome for one matrix.
-
-    Attributes:
-        status: `measured`; `frozen`, its bytes are the base's; `not applicable`, too small for epsilon or k.
-        verified: whether the full decomposition agreed; None if it was not run.
-    """
+    """The outcome for one matrix."""
 
     matrix: Matrix
     status: Status
     decision: Decision | None = None
     update: DeltaShape | None = None
-    verified: bool | None = None
+    verified: bool | None = None  # whether the full decomposition agreed; None if it was not run
 
     def below(self, k: int, epsilon: float) -> tuple[int, int]:
         """Lower and upper bound on the number of the k leading vectors below epsilon."""
@@ -177,16 +166,11 @@ def floor_of(matrix: Matrix, side: str) -> float:
 
 @dataclass(frozen=True)
 class FetchedMatrix:
-    """A matrix read from both checkpoints.
-
-    Attributes:
-        stored: base and tuned; None if both hold the same bytes.
-        low: an adapter's delta, if it is a product of factors.
-    """
+    """A matrix read from both checkpoints."""
 
     matrix: Matrix
-    stored: tuple[Tensor, Tensor] | None
-    low: LowRank | None = None
+    stored: tuple[Tensor, Tensor] | None  # base and tuned; None if both hold the same bytes
+    low: LowRank | None = None  # an adapter's delta, if it is a product of factors
 
 
 def fetch(pair: CheckpointPair, names: list[str], device: str) -> list[FetchedMatrix]:
@@ -378,22 +362,13 @@ def summary(result: Result) -> str:
     device_test=DeviceTest(absolute={"intruders": 0, "matrices": 0, "changed": 0, "frozen": 0}),
 )
 def intruder_dimensions(
-    pair: CheckpointPair,
-    *,
-    k: int = 10,
-    epsilon: float = 0.5,
-    side: Literal["left", "right"] = "left",
-    method: Literal["certified", "exact"] = "certified",
-    sweep: bool = False,
-    verify: float = 0.01,
-    parts: tuple[Part, ...] = ("block",),
-    full_finetune: bool = False,
-    device: str = "cpu",
-    dtype: Literal["float32", "float64"] = "float32",
-    seed: int = 0,
+    pair: CheckpointPair, *, k: int = 10, epsilon: float = 0.5, side: Literal["left", "right"] = "left",
+    method: Literal["certified", "exact"] = "certified", sweep: bool = False, verify: float = 0.01,
+    parts: tuple[Part, ...] = ("block",), full_finetune: bool = False, device: str = "cpu",
+    dtype: Literal["float32", "float64"] = "float32", seed: int = 0,
     cache: FactorCache | str | Path | None = None,
     progress: Callable[[int, int, str], None] | None = None,
-) -> Result:
+) -> Result:  # fmt: skip
     """Count the intruder dimensions of every matrix of a pair.
 
     The default method has the counts of the full decomposition: a vector is decided by a bound that holds, or
@@ -487,11 +462,8 @@ def _check(k: int, epsilon: float, verify: float, side: str, method: str, dtype:
         raise InputError(f"epsilon is {epsilon}; it is a cosine and lies in (0, 1]")
     if not 0 <= verify <= 1:
         raise InputError(f"verify is {verify}; it is a share of the matrices and lies in [0, 1]")
-    for name, value, allowed in (
-        ("side", side, ("left", "right")),
-        ("method", method, ("certified", "exact")),
-        ("dtype", dtype, ("float32", "float64")),
-    ):
+    choices = {"side": ("left", "right"), "method": ("certified", "exact"), "dtype": ("float32", "float64")}
+    for value, (name, allowed) in zip((side, method, dtype), choices.items(), strict=True):
         if value not in allowed:
             raise InputError(f"{name} is {value!r}; it is one of: {', '.join(allowed)}")
 
@@ -633,13 +605,9 @@ def _flagged_tables(results: list[MatrixResult], k: int, epsilon: float) -> "dic
         if result.decision is None or result.status != "measured" or not result.below(k, epsilon)[0]:
             continue
         d, name = result.decision, result.matrix.name
-        base, tuned = (
-            values[: min(len(d.base_values), len(d.tuned_values))]
-            for values in (d.base_values, d.tuned_values)
-        )
-        spectra.append(
-            pd.DataFrame({"matrix": name, "rank": np.arange(len(base)) + 1, "base": base, "tuned": tuned})
-        )
+        size = min(len(d.base_values), len(d.tuned_values))
+        values = {"rank": np.arange(size) + 1, "base": d.base_values[:size], "tuned": d.tuned_values[:size]}
+        spectra.append(pd.DataFrame({"matrix": name, **values}))
         rows, columns = np.indices(d.overlap.shape).reshape(2, -1) + 1
         cells = {"matrix": name, "tuned_rank": rows, "base_rank": columns, "cosine": d.overlap.ravel()}
         cosines.append(pd.DataFrame(cells))

@@ -1,21 +1,14 @@
 """Upper bounds on the cosine of a vector with every eigenvector of a matrix, without computing any of them.
 
-For a vector y and a symmetric A, `m` Lanczos steps from y give orthonormal polynomials p_j of the spectral
-measure of y.  For every unit eigenvector u of A with eigenvalue x, the Christoffel function bounds
-`⟨u, y⟩² ≤ ‖y‖² / Σ_j p_j(x)²` (Nevai, J. Approx. Theory 48, 1986).  Three things make it a certificate:
-
-* rounding: the recurrence holds up to a residual of norm φ, so the coordinates z_j = ⟨u, q_j⟩ satisfy
-  `‖M(x) z‖ ≤ φ` instead of `M(x) z = 0`, M being T − x with the next off-diagonal entry appended;
-* every x: for x within h of c the residual against M(c) is at most φ + h, so one evaluation covers a whole
-  cell, and cells are halved until each is decided;
-* near-degenerate groups: a unit combination of eigenvectors whose eigenvalues lie within h is covered alike.
-
+Lanczos steps from y give orthonormal polynomials p_j of its spectral measure. For every unit eigenvector u at
+eigenvalue x, `⟨u, y⟩² ≤ ‖y‖² / Σ_j p_j(x)²` (Christoffel function; Nevai, J. Approx. Theory 48, 1986). The
+recurrence holds up to a residual of norm φ, rounding included: the coordinates z_j = ⟨u, q_j⟩ satisfy
+`‖M(x) z‖ ≤ φ`, M being T − x with the next off-diagonal entry appended. For x within h of c, and for groups
+of eigenvectors within h, the residual against M(c) is at most φ + h: one evaluation covers a whole cell.
 `max z_0²` subject to `‖z‖ ≤ 1` and `‖M z‖ ≤ φ` is bounded by `1 / min(s ‖z‖² + (1 − s) ‖M z‖²/φ²)` over
 z_0 = 1, for any s in (0, 1): a linear-quadratic control problem, solved by one backward recursion in square
-roots, so that nothing cancels however small φ is.
-
-With the inverse of A the vector b that approximates A⁻¹ q need not be exact: for an eigenvector u at x,
-`⟨u, q⟩ = x ⟨u, b⟩ + ⟨u, q − A b⟩`, so the residual `q − A b` enters φ divided by x.
+roots, so that nothing cancels however small φ is. An inexact inverse b ≈ A⁻¹ q is allowed: by
+`⟨u, q⟩ = x ⟨u, b⟩ + ⟨u, q − A b⟩` its residual `q − A b` enters φ divided by x.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,14 +35,12 @@ class Recurrence:
     """Lanczos coefficients of several starting vectors, one a row.
 
     Attributes:
-        alpha: (vectors, steps) diagonal.
-        beta: (vectors, steps) off-diagonal; the last belongs to the first basis vector not multiplied.
+        alpha, beta: (vectors, steps); the last beta belongs to the first basis vector not multiplied.
         residual: (vectors, 3) bounds on the norm of the recurrence's residual, rounding included, for an
             eigenvector of A at x: the first as it is, the second divided by x, the third by the root of x.
         norm: (vectors,) length of the starting vector.
-        inverse: whether the operator is the inverse of `A + shift`, so that its eigenvalues are
-            `1/(x + shift)`.  Only then may the second and the third residual differ from 0.
-        shift: at least 0.
+        inverse: whether the operator is the inverse of `A + shift`, with eigenvalues `1/(x + shift)`. Only
+            then may the second and the third residual differ from 0.
     """
 
     alpha: NDArray[np.float64]

@@ -39,25 +39,17 @@ BLOCK = 16
 
 @dataclass(frozen=True)
 class Decision:
-    """The outcome for the k leading vectors of one matrix.
+    """The outcome for the k leading vectors of one matrix."""
 
-    Attributes:
-        singular_values: of the tuned matrix.
-        low, high: interval that holds each cosine; equal where the tier is exact; NaN for a missing vector.
-        tier: which tier settled each vector.
-        base_values, tuned_values: leading singular values, NaN where not known to 1 %.
-        overlap: |cosine| of leading tuned (rows) and base (columns) vectors, NaN where not known to 0.01.
-        critical: size that a random rank-one spike needs to enter the k leading values.
-    """
-
-    singular_values: NDArray[np.float64]
+    singular_values: NDArray[np.float64]  # of tuned
+    # Interval that holds each cosine; equal where the tier is exact; NaN for a missing vector.
     low: NDArray[np.float64]
     high: NDArray[np.float64]
-    tier: list[str]
-    base_values: NDArray[np.float64]
+    tier: list[str]  # which tier settled each vector
+    base_values: NDArray[np.float64]  # leading singular values, NaN where not known to 1 %
     tuned_values: NDArray[np.float64]
-    overlap: NDArray[np.float64]
-    critical: float
+    overlap: NDArray[np.float64]  # |cosine| of tuned (rows) and base (columns); NaN: not known to 0.01
+    critical: float  # size that a random rank-one spike needs to enter the k leading values
 
 
 def decide_exactly(

@@ -15,8 +15,7 @@ from diagnostics.numerics import linalg
 from diagnostics.store.factor_cache import NO_RECALL, Recall
 
 Applied = tuple[Float[Tensor, "size count"], Float[Tensor, "3 count"]]
-# Constant of a Gram matrix's rounding error: a random matrix with entries in proportion to the lengths of two
-# rows.
+# Of a Gram matrix's rounding error: a random matrix with entries in proportion to the lengths of two rows.
 ROUNDING = 4
 # Allowed rounding relative to the smallest inverted eigenvalue, without and with one step of refinement.
 NEGLIGIBLE, REFINED = 0.01, 0.1
@@ -27,20 +26,14 @@ class Shifted:
     """Cholesky factor of `W Wᵀ + shift` of a W that is not tall.
 
     Lanczos with its inverse resolves eigenvalues best near the shift, and lumps those far below it.
-
-    Attributes:
-        L: in W's precision where one step of iterative refinement makes up for it, else in float64.
-        gram: `W Wᵀ + shift` if L has a higher precision than W.
-        rounding: bound on the norm of the error of the factored `W Wᵀ + shift`.
-        norm: `‖W‖_F`.
     """
 
     W: Float[Tensor, "out in"]
-    L: Float[Tensor, "out out"]
+    L: Float[Tensor, "out out"]  # in W's precision where one step of refinement makes up for it, else float64
     shift: float
-    gram: Float[Tensor, "out out"] | None
-    rounding: float
-    norm: Float[Tensor, ""]
+    gram: Float[Tensor, "out out"] | None  # `W Wᵀ + shift` if L has a higher precision than W
+    rounding: float  # bound on the norm of the error of the factored `W Wᵀ + shift`
+    norm: Float[Tensor, ""]  # `‖W‖_F`
 
     @classmethod
     def of(

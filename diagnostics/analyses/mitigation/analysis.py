@@ -116,20 +116,10 @@ def summary(result: Result) -> str:
     ),
 )
 def judged_mitigation(
-    pair: CheckpointPair,
-    task: Any,
-    keep: Any,
-    *,
-    scales: tuple[float, ...] = SCALES,
-    k: int = 10,
-    epsilon: float = 0.5,
-    parts: tuple[Part, ...] = ("block",),
-    margin: float = 0.01,
-    draws: int = 1000,
-    options: RowOptions = RowOptions(),
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> Result:
+    pair: CheckpointPair, task: Any, keep: Any, *, scales: tuple[float, ...] = SCALES, k: int = 10,
+    epsilon: float = 0.5, parts: tuple[Part, ...] = ("block",), margin: float = 0.01, draws: int = 1000,
+    options: RowOptions = RowOptions(), seed: int = 0, progress: Progress | None = None,
+) -> Result:  # fmt: skip
     """Measure retention and task loss for every mode of `mitigate` and for two controls.
 
     Weights are those that `mitigate` writes, computed in float64 and rounded once; an adapter is merged.
@@ -227,17 +217,12 @@ def _check(scales: Sequence[float], margin: float, draws: int) -> None:
 
 @dataclass(frozen=True)
 class DampingPlan:
-    """The edits of every mode: singular triples of the matrices with intruders, decomposed once.
-
-    Attributes:
-        ranks: of the triples to scale, by mode and matrix; without modes that have none.
-        factors: the triple as (u, s vᵀ), by matrix and rank.
-    """
+    """The edits of every mode: singular triples of the matrices with intruders, decomposed once."""
 
     pair: CheckpointPair
     blender: Blender
-    ranks: Mapping[Mode, Mapping[str, Sequence[int]]]
-    factors: Mapping[str, Mapping[int, tuple[Tensor, ...]]]
+    ranks: Mapping[Mode, Mapping[str, Sequence[int]]]  # of the triples to scale; only modes that have some
+    factors: Mapping[str, Mapping[int, tuple[Tensor, ...]]]  # (u, s vᵀ) by matrix and rank
     intruders: int
     notes: tuple[str, ...]
 
@@ -352,11 +337,7 @@ class DampingEvaluator:
         return sum(int((losses.units == 0).sum()) for losses in self._losses[0].values())
 
     def rows(self, key: SetKey) -> row_bootstrap.RowLosses:
-        """The losses of a set at every point, without rows that have nothing to score.
-
-        Raises:
-            InputError: fewer than 2 rows are left.
-        """
+        """The losses of a set at every point, without rows that have nothing to score."""
         units = self._losses[0][key].units
         scored = units > 0
         if scored.sum() < 2:
@@ -413,16 +394,10 @@ COMPARED = (*(f"over_control{end}_nats" for end in ("", "_low", "_high")), "cont
 
 @dataclass(frozen=True, kw_only=True)
 class ModeComparison:
-    """Every point compared with the control.
-
-    Attributes:
-        points: mode and strength of each.
-        task, keep: losses; the first draw is the rows themselves, the others are bootstrap draws.
-        accuracy: on the task; NaN for text.
-        counts: number of scored rows, by metric.
-    """
+    """Every point, a mode and its strength, compared with the control."""
 
     points: tuple[tuple[Mode, float], ...]
+    # Losses: the first draw is the rows themselves, the others are bootstrap draws.
     task: Float[np.ndarray, "draws points"]
     keep: Float[np.ndarray, "draws points"]
     accuracy: Float[np.ndarray, " points"]

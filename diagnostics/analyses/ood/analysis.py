@@ -95,23 +95,11 @@ def summary(result: Result) -> str:
     ),
 )
 def likelihood_ratio_ood(
-    pair: CheckpointPair,
-    task: Any,
-    ood: Any,
-    keep: Any = None,
-    guard: Any = None,
-    *,
-    windows: bool = False,
-    approximate: bool = False,
-    answers: Literal["file", "greedy"] = "file",
-    longest_answer: int = 768,
-    alpha: float = 0.05,
-    draws: int = 200,
-    examples: int = 20,
-    options: RowOptions = RowOptions(),
-    seed: int = 0,
-    progress: Callable[[int, int, str], None] | None = None,
-) -> Result:
+    pair: CheckpointPair, task: Any, ood: Any, keep: Any = None, guard: Any = None, *, windows: bool = False,
+    approximate: bool = False, answers: Literal["file", "greedy"] = "file", longest_answer: int = 768,
+    alpha: float = 0.05, draws: int = 200, examples: int = 20, options: RowOptions = RowOptions(),
+    seed: int = 0, progress: Callable[[int, int, str], None] | None = None,
+) -> Result:  # fmt: skip
     """Score every row with both models, and measure how well each score detects the OOD rows.
 
     The first token of a text is scored only behind a BOS. Distances of task rows are to the other task rows,

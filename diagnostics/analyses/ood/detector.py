@@ -63,19 +63,10 @@ class LikelihoodRatioDetector:
     """
 
     def __init__(
-        self,
-        pair: Any,
-        *,
-        alpha: float = 0.05,
-        per_token: bool = False,
-        max_length: int | None = None,
-        windows: bool = False,
-        chat_template: bool = False,
-        batch_tokens: int = 16384,
-        device: str | None = None,
-        dtype: str | None = None,
-        trust_remote_code: bool = False,
-    ):
+        self, pair: Any, *, alpha: float = 0.05, per_token: bool = False, max_length: int | None = None,
+        windows: bool = False, chat_template: bool = False, batch_tokens: int = 16384,
+        device: str | None = None, dtype: str | None = None, trust_remote_code: bool = False,
+    ):  # fmt: skip
         if not 0 < alpha < 1:
             raise InputError(f"alpha is {alpha}; it is a share between 0 and 1")
         self.pair = pair if isinstance(pair, CheckpointPair) else CheckpointPair(*pair)

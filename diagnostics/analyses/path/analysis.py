@@ -17,17 +17,8 @@ import numpy as np
 from diagnostics.analyses.path.figures import draw
 from diagnostics.core.analysis import DeviceTest, Result, analysis
 from diagnostics.core.row_options import RowOptions
-from diagnostics.evaluation.interpolation import (
-    ALPHAS,
-    PathEvaluator,
-    check_alphas,
-    model_notes,
-    path_rows,
-    pattern_rows,
-    pinned_note,
-    pooled,
-    set_rows,
-)
+from diagnostics.evaluation import interpolation
+from diagnostics.evaluation.interpolation import PathEvaluator, path_rows, pooled
 from diagnostics.evaluation.sets import SetKey, encode_sets, load_sets, set_notes
 from probes import CheckpointPair
 from probes.models.interpolated import InterpolatedModel
@@ -100,16 +91,10 @@ def summary(result: Result) -> str:
     ),
 )
 def interpolation_path(
-    pair: CheckpointPair,
-    task: Any,
-    keep: Any = None,
-    ood: Any = None,
-    *,
-    alphas: tuple[float, ...] = ALPHAS,
-    options: RowOptions = RowOptions(dtype="float32"),
-    seed: int = 0,
-    progress: Callable[[int, int, str], None] | None = None,
-) -> Result:
+    pair: CheckpointPair, task: Any, keep: Any = None, ood: Any = None, *,
+    alphas: tuple[float, ...] = interpolation.ALPHAS, options: RowOptions = RowOptions(dtype="float32"),
+    seed: int = 0, progress: Callable[[int, int, str], None] | None = None,
+) -> Result:  # fmt: skip
     """Score interpolated models between base and tuned on task, keep and OOD rows.
 
     Adapters are merged first: their factors are not linear in α. Tensors that base lacks stay tuned's.
@@ -153,20 +138,21 @@ def interpolation_path(
     """
     import pandas as pd
 
-    grid = check_alphas(alphas)
+    grid = interpolation.check_alphas(alphas)
     with TwoSidedModel(pair, **options.of_models) as host:
         interpolated = InterpolatedModel(host)
         loaded = load_sets({"task": task, "keep": keep, "ood": ood}, least=2, purpose="a path")
         sets = encode_sets(host.editable, loaded, **options.of_rows)
-        notes = model_notes(pair, host.model)
+        notes = interpolation.model_notes(pair, host.model)
         evaluator = PathEvaluator(interpolated, sets, progress)
         evaluator.measure(grid)
-    rows, choices = set_rows(evaluator, grid), choice_rows(evaluator, grid)
+    rows, choices = interpolation.set_rows(evaluator, grid), choice_rows(evaluator, grid)
     metrics = metrics_of(rows, choices)
     metrics |= metrics_at(best_of(evaluator, choices), evaluator, choices)
     metrics |= {"pinned": len(interpolated.pinned), "missing": len(evaluator.missing)}
-    notes = [*evaluator.missing, *conclusions(rows, metrics), *pinned_note(interpolated.pinned), *notes]
-    path, patterns = path_rows(evaluator, grid), pattern_rows(evaluator, grid)
+    pinned = interpolation.pinned_note(interpolated.pinned)
+    notes = [*evaluator.missing, *conclusions(rows, metrics), *pinned, *notes]
+    path, patterns = path_rows(evaluator, grid), interpolation.pattern_rows(evaluator, grid)
     records = {"path": path, "sets": rows, "choices": choices, "patterns": patterns}
     tables = {name: pd.DataFrame(table) for name, table in records.items()}
     return Result(metrics=metrics, tables=tables, notes=(*notes, *set_notes(sets)))
