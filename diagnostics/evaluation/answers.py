@@ -22,18 +22,13 @@ from probes.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """One model's answers to the rows of one set.
+    """One model's answers to the rows of one set."""
 
-    Attributes:
-        losses: of every row of the set.
-        logs: of each scored row, the log-probability of every choice or class, −∞ for choices that the row
-            lacks; None for texts and completions.
-        truth: index of the right one; empty for texts and completions.
-    """
-
-    losses: Losses
+    losses: Losses  # of every row
+    # Of each scored row, the log-probability of every choice or class, −∞ for choices that the row lacks;
+    # None for texts and completions.
     logs: Float[np.ndarray, "rows answers"] | None
-    truth: Int[np.ndarray, " rows"]
+    truth: Int[np.ndarray, " rows"]  # index of the right one; empty for texts and completions
 
     @property
     def chosen(self) -> Int[np.ndarray, " rows"]:
@@ -195,6 +190,5 @@ class AnswerScores:
 
     def recovery(self, name: str) -> float:
         """Accuracy as a share of tuned's; it flatters where base is already good. NaN for losses."""
-        if self.kind == "loss" or not self.value["tuned"]:
-            return math.nan
-        return self.value[name] / self.value["tuned"]
+        undefined = self.kind == "loss" or not self.value["tuned"]
+        return math.nan if undefined else self.value[name] / self.value["tuned"]

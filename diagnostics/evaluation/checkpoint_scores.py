@@ -42,10 +42,8 @@ class ScoringOptions(RowOptions):
 
     def key(self, sets: Mapping[SetKey, Task]) -> dict[str, Any]:
         """Everything that a measurement on these sets depends on, as JSON keeps it."""
-        rows = [[*key, identity(task)] for key, task in sets.items()]
-        return {"sets": rows} | {
-            name: getattr(self, name) for name in ("max_length", "chat_template", "dtype")
-        }
+        options = {name: getattr(self, name) for name in ("max_length", "chat_template", "dtype")}
+        return {"sets": [[*key, identity(task)] for key, task in sets.items()], **options}
 
 
 def identity(task: Task) -> str:
@@ -64,22 +62,14 @@ def scores(editable: Editable, sets: Mapping[SetKey, Task], options: ScoringOpti
         except NonFiniteError as error:
             nothing = np.full(len(task.rows), np.nan)
             losses, missing = Losses(nats=nothing, units=nothing, right=nothing), str(error)
-        values = {
-            **vars(losses),
-            "missing": np.array(missing),
-            "notes": np.array(list(rows.notes), dtype=str),
-        }
+        values = vars(losses) | {"missing": np.array(missing), "notes": np.array(rows.notes, dtype=str)}
         arrays |= {f"score.{index}.{name}": array for name, array in values.items()}
     return arrays
 
 
 @dataclass(frozen=True)
 class Curves:
-    """One set of rows over the checkpoints of a run.
-
-    Attributes:
-        nats, units, right: of each row at each checkpoint; without rows that no checkpoint can score.
-    """
+    """One set of rows over the checkpoints of a run, without rows that no checkpoint can score."""
 
     which: SetKey
     task: Task

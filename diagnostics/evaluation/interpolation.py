@@ -32,11 +32,7 @@ ALPHAS = tuple(round(0.1 * step, 1) for step in range(11))  # the grid of WiSE-F
 
 
 def check_alphas(alphas: Sequence[float], least: int = 3) -> tuple[float, ...]:
-    """The alphas in ascending order, with 0 and 1.
-
-    Raises:
-        InputError: an alpha outside [0, 1], or fewer than `least`.
-    """
+    """The alphas in ascending order, with 0 and 1; refused outside [0, 1], and if fewer than `least`."""
     for alpha in alphas:
         if not 0 <= alpha <= 1:
             raise InputError(f"alphas holds {alpha}; they go from 0, base, to 1, tuned")
@@ -52,11 +48,7 @@ def is_half(model: Any) -> bool:
 
 
 def model_notes(pair: CheckpointPair, model: Any) -> list[str]:
-    """Notes on how a model is interpolated and perturbed.
-
-    Raises:
-        InputError: batch norms: their statistics cannot be interpolated.
-    """
+    """Notes on how a model is interpolated and perturbed; one with batch norms is refused."""
     from torch import nn
 
     modules = list(model.modules())
@@ -76,7 +68,7 @@ def model_notes(pair: CheckpointPair, model: Any) -> list[str]:
         notes.append(
             "Interpolated models ran in half precision: small steps from an end change few weights or none."
         )
-    elif any(dtype in HALF_DTYPES for dtype in (pair.base.dtype, pair.tuned.dtype)):
+    elif {pair.base.dtype, pair.tuned.dtype} & set(HALF_DTYPES):
         notes.append(
             "Interpolated models ran in float32. Saved in the file's half precision, small steps from an end "
             "are rounded away."
@@ -116,11 +108,7 @@ class PathEvaluator:
         return workers.hosts(self.interpolated.host, partial(_on_worker, sets=self.sets))
 
     def measure(self, alphas: Sequence[float]) -> None:
-        """Score all sets at these alphas, the ends first: without them there is no path.
-
-        Raises:
-            NonFiniteError: at an end.
-        """
+        """Score all sets at these alphas, the ends first: a loss that is not finite there is an error."""
         order = sorted(alphas, key=lambda alpha: alpha not in (0, 1))
         scores = self.run(partial(PathEvaluator._at, alpha=alpha) for alpha in order)
         for done, (alpha, units) in enumerate(zip(order, scores, strict=True)):

@@ -25,20 +25,13 @@ from probes.text.batches import Batch, Example, batches, halving, windows
 
 @dataclass(frozen=True, kw_only=True)
 class ExampleScores:
-    """A model's scores of one example; NaN and None where it has no token to score.
+    """A model's scores of one example; NaN and None where it has no token to score."""
 
-    Attributes:
-        tokens: log-likelihood in nats of each scored token, in order.
-        log_likelihood: their sum, in float64.
-        top: mean over scored tokens of the largest probability.
-        energy: mean over scored tokens of minus the log-sum-exp of the logits.
-        pooled: mean over all tokens of the last hidden state; for windows see `merge_windows`.
-    """
-
-    tokens: Float[np.ndarray, " tokens"]
-    log_likelihood: float = np.nan
-    top: float = np.nan
-    energy: float = np.nan
+    tokens: Float[np.ndarray, " tokens"]  # log-likelihood in nats of each scored token, in order
+    log_likelihood: float = np.nan  # their sum, in float64
+    top: float = np.nan  # mean over scored tokens of the largest probability
+    energy: float = np.nan  # mean over scored tokens of minus the log-sum-exp of the logits
+    # Mean over all tokens of the last hidden state; for windows see `merge_windows`.
     pooled: Float[np.ndarray, " width"] | None = None
 
 
@@ -126,8 +119,8 @@ def greedy(
 ) -> list[str]:
     """Greedy answers to prompts, at most `longest` tokens each.
 
-    The end tokens of the tokenizer and of the generation config end an answer. Other generation settings,
-    such as a repetition penalty, are ignored: with them the answer would not be greedy.
+    The end tokens of the tokenizer and of the generation config end an answer. Its other settings, such as a
+    repetition penalty, are ignored: with them the answer would not be greedy.
     """
     answers = [""] * len(prompts)
     eos = unwrapped(model).generation_config.eos_token_id
@@ -135,9 +128,8 @@ def greedy(
     pad = next((id for id in (tokenizer.pad_token_id, *sorted(ends)) if id is not None), 0)
 
     def generate(batch: Batch) -> list[str]:
-        output = generate_greedily(
-            model, batch, max_new_tokens=longest, pad_token_id=pad, eos_token_id=sorted(ends) or None
-        )
+        settings = {"max_new_tokens": longest, "pad_token_id": pad, "eos_token_id": sorted(ends) or None}
+        output = generate_greedily(model, batch, **settings)
         rows = output.sequences[:, batch.ids.shape[1] :].tolist()
         kept = [list(takewhile(lambda token: token not in ends, row)) for row in rows]
         return tokenizer.batch_decode(kept, skip_special_tokens=True)

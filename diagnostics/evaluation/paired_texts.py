@@ -28,25 +28,15 @@ SIDES: tuple[PairSide, ...] = ("base", "tuned")
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions:
-    """How texts are read.
+    """How texts are read."""
 
-    Attributes:
-        max_length: most tokens of a text, or of a window; None: what both models take.
-        windows: read longer texts to the end in windows; else they are cut.
-        chat_template: texts and prompts are a user's messages.
-        approximate: allow different tokenizers.
-        answers: source of the answers to prompts, `file` or `greedy`.
-        longest_answer: most tokens of a greedy answer; at most half of `max_length`.
-        batch_tokens: most tokens in a batch, padding included.
-    """
-
-    max_length: int | None = None
-    windows: bool = False
-    chat_template: bool = False
-    approximate: bool = False
-    answers: str = "file"
-    longest_answer: int = 768
-    batch_tokens: int = 16384
+    max_length: int | None = None  # most tokens of a text, or of a window; None: what both models take
+    windows: bool = False  # read longer texts to the end in windows; else they are cut
+    chat_template: bool = False  # texts and prompts are a user's messages
+    approximate: bool = False  # allow different tokenizers
+    answers: str = "file"  # source of the answers to prompts, `file` or `greedy`
+    longest_answer: int = 768  # most tokens of a greedy answer; at most half of `max_length`
+    batch_tokens: int = 16384  # most tokens in a batch, padding included
 
     @property
     def window(self) -> int | None:
@@ -56,17 +46,12 @@ class TextOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenForms:
-    """The rows of one task as token ids.
-
-    Attributes:
-        question, answer: empty for rows of text.
-        in_answer: for each of `full`, which scored tokens belong to the answer; empty for rows of text.
-    """
+    """The rows of one task as token ids; all forms but the first are empty for rows of text."""
 
     full: list[Example]
     question: list[Example]
     answer: list[Example]
-    in_answer: list[list[bool]]
+    in_answer: list[list[bool]]  # for each of `full`, which scored tokens belong to the answer
 
     @property
     def examples(self) -> list[Example]:
@@ -92,34 +77,24 @@ class RowScores:
 
 @dataclass(frozen=True, kw_only=True)
 class PairedText:
-    """One row with the scores of both models.
-
-    Attributes:
-        content: the full text.
-        length: scored tokens; bytes if the tokenizers differ.
-        ids: the scored tokens, of the tuned tokenizer.
-    """
+    """One row with the scores of both models."""
 
     row: Row
-    content: str
+    content: str  # the full text
     base: RowScores
     tuned: RowScores
-    length: int
-    ids: tuple[int, ...]
+    length: int  # scored tokens; bytes if the tokenizers differ
+    ids: tuple[int, ...]  # the scored tokens, of the tuned tokenizer
     truncated: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairedTexts:
-    """The scored texts of several sets.
-
-    Attributes:
-        noise: largest change of a log-likelihood in nats when a row is scored alone instead of in a batch.
-    """
+    """The scored texts of several sets."""
 
     sets: Mapping[str, Sequence[PairedText]]
     notes: tuple[str, ...]
-    noise: float
+    noise: float  # largest change of a log-likelihood in nats when a row is scored alone, not in a batch
 
 
 def read_sets(
@@ -295,12 +270,11 @@ def score_side(
     vocabulary: int | None, side: str, progress: Progress | None,
 ) -> tuple[dict[str, list[RowScores]], float]:  # fmt: skip
     """One model's scores of every row, and their largest change when a few rows are scored alone."""
-    named = [(name, example) for name, forms in encoded.items() for example in forms.examples]
-    examples = [example for _, example in named]
+    names = [name for name, forms in encoded.items() for _ in forms.examples]
+    examples = [example for forms in encoded.values() for example in forms.examples]
 
     def where(index: int) -> str:
-        name, example = named[index]
-        return f"{tasks[name].where(example.row)} ({side})"
+        return f"{tasks[names[index]].where(examples[index].row)} ({side})"
 
     score = partial(score_texts, model, vocabulary=vocabulary, longest=options.window, where=where)
     scores = score(examples, tokens=options.batch_tokens, progress=progress)
@@ -311,26 +285,22 @@ def score_side(
         abs(single.log_likelihood - scores[index].log_likelihood)
         for single, index in zip(alone, few, strict=True)
     ]
-    remaining = iter(scores)
-    by_set = {}
+    remaining, by_set = iter(scores), {}
     for name, forms in encoded.items():
-        full, question, answer = (
+        full, *parts = (
             list(islice(remaining, len(form))) for form in (forms.full, forms.question, forms.answer)
         )
         by_set[name] = [RowScores(full=text) for text in full]
         if forms.question:
+            rows = zip(full, *parts, map(np.array, forms.in_answer), strict=True)
             by_set[name] = [
                 RowScores(
-                    full=text,
-                    question=prompt.log_likelihood,
-                    answer=reply.log_likelihood,
+                    full=text, question=prompt.log_likelihood, answer=reply.log_likelihood,
                     conditional=float(text.tokens[mask].sum(dtype=np.float64)) if any(mask) else np.nan,
                 )
-                for text, prompt, reply, mask in zip(
-                    full, question, answer, map(np.array, forms.in_answer), strict=True
-                )
-            ]
-    return by_set, max((change for change in changes if np.isfinite(change)), default=0.0)
+                for text, prompt, reply, mask in rows
+            ]  # fmt: skip
+    return by_set, max(filter(np.isfinite, changes), default=0.0)
 
 
 def paired_text(

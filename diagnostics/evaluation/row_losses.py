@@ -27,35 +27,24 @@ from probes.text.rows import Task, class_ids
 
 @dataclass(frozen=True, kw_only=True)
 class Losses:
-    """Losses of rows.
-
-    Attributes:
-        nats: of each row; NaN where there is nothing to score.
-        units: scored tokens of each row, or 1; 0 where there is nothing to score.
-        right: 1 where the right choice or label is the likeliest, else 0; of text the share of scored tokens
-            that are the likeliest. NaN where there is nothing to score.
-    """
+    """Losses of rows; NaN where there is nothing to score."""
 
     nats: Float[np.ndarray, " rows"]
-    units: Float[np.ndarray, " rows"]
+    units: Float[np.ndarray, " rows"]  # scored tokens of each row, or 1; 0 where there is nothing to score
+    # 1 where the right choice or label is the likeliest, else 0; of text the share of such tokens.
     right: Float[np.ndarray, " rows"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedTask:
-    """A task as token ids of a model.
-
-    Attributes:
-        classes: of each row, for a classifier.
-        notes: rows that were cut, rows with nothing to score.
-    """
+    """A task as token ids of a model."""
 
     task: Task
     examples: Sequence[Example]
-    classes: tuple[int, ...]
+    classes: tuple[int, ...]  # of each row, for a classifier
     mask_id: int | None
     batch_tokens: int
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # on rows that were cut, and on rows with nothing to score
 
     @property
     def unit(self) -> str:
@@ -134,10 +123,8 @@ def encoded(
     if editable.kind == "masked" and tokenizer.mask_token_id is None:
         raise InputError(f"{editable.checkpoint.ref}: is a masked model, but its tokenizer has no mask token")
     return EncodedTask(
-        task=task,
-        examples=examples,
+        task=task, examples=examples, batch_tokens=batch_tokens,
         classes=tuple(class_ids(task, editable.labels)) if classifier else (),
         mask_id=tokenizer.mask_token_id if editable.kind == "masked" else None,
-        batch_tokens=batch_tokens,
         notes=encoding_notes(task, examples, tokenizer),
-    )
+    )  # fmt: skip

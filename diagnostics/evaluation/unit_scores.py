@@ -19,19 +19,12 @@ from probes.text.batches import Batch, batches
 
 @dataclass(frozen=True, kw_only=True)
 class Units:
-    """One number for each unit, in the order of the rows.
+    """One number for each unit, in the order of the rows."""
 
-    Attributes:
-        nats: minus the log-probability of the truth.
-        right: whether the truth is the likeliest; a tie counts as right.
-        confidence: probability of the likeliest.
-        row: index into the task's rows.
-    """
-
-    nats: Float[np.ndarray, " units"]
-    right: Bool[np.ndarray, " units"]
-    confidence: Float[np.ndarray, " units"]
-    row: Int[np.ndarray, " units"]
+    nats: Float[np.ndarray, " units"]  # minus the log-probability of the truth
+    right: Bool[np.ndarray, " units"]  # whether the truth is the likeliest; a tie counts as right
+    confidence: Float[np.ndarray, " units"]  # probability of the likeliest
+    row: Int[np.ndarray, " units"]  # index into the task's rows
 
     def by_row(self) -> tuple[Float[np.ndarray, " rows"], Float[np.ndarray, " rows"]]:
         """Nats and number of units of each row with units."""

@@ -1,8 +1,7 @@
 """Representation drift: how far representations moved between base and tuned, layer by layer.
 
 A row's representation at a layer is the mean of the residual stream over its tokens, without padding and
-without the first token, which Telly's script includes. RSA and CKA compare the geometry of the rows: 1 when
-tuned is a rotated and scaled base, however far each row moved.
+without the first token, which Telly's script includes.
 Sources: RSA as in Telly (arXiv:2304.05216), without the diagonal that its script keeps; debiased CKA
 (Kornblith et al., arXiv:1905.00414; Song et al. 2012); Procrustes (Ding et al., arXiv:2108.01661).
 """

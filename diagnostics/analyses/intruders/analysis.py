@@ -475,9 +475,8 @@ def summarise(
     import pandas as pd
 
     matrices = pd.DataFrame([_matrix_row(result, k, epsilon, side) for result in results])
-    vectors = pd.DataFrame(
-        [row for result in results for row in _vector_rows(result, k, epsilon)], columns=VECTOR_COLUMNS
-    )
+    vector_rows = [row for result in results for row in _vector_rows(result, k, epsilon)]
+    vectors = pd.DataFrame(vector_rows, columns=VECTOR_COLUMNS)
     tables = {"matrices": matrices, "vectors": vectors}
     counted = matrices[matrices["status"] != "not applicable"]
     measured = matrices[matrices["status"] == "measured"]
@@ -501,9 +500,8 @@ def summarise(
             f"{len(checked)} of {len(measured)} changed matrices were decided again by the full "
             f"decomposition in float64; {checked.count(False) or 'none'} differed."
         )
-    descends = _descends(measured, vectors, k)
-    metrics["descendant"] = int(descends)
-    if not descends:
+    metrics["descendant"] = int(_descends(measured, vectors, k))
+    if not metrics["descendant"]:
         notes.append(
             "Tuned is not a descendant of this base: its entries do not correlate with the base's, and the "
             "cosines of its leading directions are at the random floor. Intruders are not counted; give the "
@@ -521,10 +519,8 @@ def summarise(
         }
         if full_finetune:
             metrics["intruders_in_full_finetune"] = intruders
-    for table, column in (("layers", "layer"), ("components", "component")):
-        tables[table] = _grouped(counted, column)
-    tables |= _flagged_tables(results, k, epsilon)
-    tables["sweep"] = _sweep(results, epsilon)
+    tables |= {f"{column}s": _grouped(counted, column) for column in ("layer", "component")}
+    tables |= _flagged_tables(results, k, epsilon) | {"sweep": _sweep(results, epsilon)}
     return Result(metrics=metrics, tables=tables, notes=tuple(notes))
 
 

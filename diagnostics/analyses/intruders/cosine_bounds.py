@@ -155,17 +155,12 @@ class Extra:
 
     A unit eigenvector u with eigenvalue x has `|⟨u, v_l⟩| ≤ min(1, r_l / |x − θ_l|)` for a Ritz pair
     (θ_l, v_l) of residual r_l, whatever the gaps.
-
-    Attributes:
-        values, residuals: (deflated,) of the Ritz pairs.
-        cosines: (vectors, deflated) |⟨x, v_l⟩|.
-        error: (vectors,) distance of the examined vector from the true one.
     """
 
-    values: NDArray[np.float64]
+    values: NDArray[np.float64]  # (deflated,) of the Ritz pairs
     residuals: NDArray[np.float64]
-    cosines: NDArray[np.float64]
-    error: NDArray[np.float64]
+    cosines: NDArray[np.float64]  # (vectors, deflated) |⟨x, v_l⟩|
+    error: NDArray[np.float64]  # (vectors,) distance of the examined vector from the true one
 
     def at(self, vector: NDArray[np.intp], low: NDArray, high: NDArray) -> NDArray[np.float64]:
         """Bound on their contribution for eigenvalues in [low, high], elementwise."""

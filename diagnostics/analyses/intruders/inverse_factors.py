@@ -84,16 +84,12 @@ class Tall:
 
     The part of a vector outside the column space of a tall matrix lies at eigenvalue 0, which no power of
     `W Wᵀ` tells from the smallest ones. In the coordinates `L⁻¹ Wᵀ x` of the column space `W Wᵀ` is `Lᵀ L`.
-
-    Attributes:
-        smallest: a lower bound on the smallest eigenvalue of `Wᵀ W`.
-        coordinate_error: bound on the error of the coordinates of a unit vector, and relatively of `Lᵀ L`.
     """
 
     W: Float[Tensor, "out in"]
     L: Float[Tensor, "in in"]
-    smallest: float = 0.0
-    coordinate_error: float = 0.0
+    smallest: float = 0.0  # a lower bound on the smallest eigenvalue of `Wᵀ W`
+    coordinate_error: float = 0.0  # of the coordinates of a unit vector, and relatively of `Lᵀ L`
 
     @classmethod
     def of(

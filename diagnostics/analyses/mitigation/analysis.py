@@ -1,8 +1,7 @@
 """Mitigation: does damping intruders keep more than scaling the whole update does?
 
-Every mode of `mitigate` is applied in memory at every strength, and loss on the keep rows is compared with
-loss on the task rows. The control is scaling the whole update, which the paper lacks and its authors said
-gives similar curves: a mode is recommended only if it significantly keeps more at the same task loss.
+Every mode of `mitigate` is applied in memory at every strength. The control, which the paper lacks, is
+scaling the whole update: a mode is recommended only if it significantly keeps more at the same task loss.
 Source: Shuttleworth et al., arXiv:2410.21228 v3 (both grids of strengths), and its public review.
 """
 
@@ -489,13 +488,9 @@ def best(modes: "pd.DataFrame") -> "pd.Series[Any]":
 
 
 def conclusions(
-    curve: "pd.DataFrame",
-    modes: "pd.DataFrame",
-    metrics: Mapping[str, float | int],
-    margin: float,
-    *,
+    curve: "pd.DataFrame", modes: "pd.DataFrame", metrics: Mapping[str, float | int], margin: float, *,
     adapter: bool,
-) -> list[str]:
+) -> list[str]:  # fmt: skip
     """Notes on forgetting and on which mode to take."""
     notes = []
     if metrics["forgotten_high_nats"] <= 0:
@@ -519,8 +514,7 @@ def conclusions(
                 f"`tunescope mitigate BASE TUNED --out DIR --mode {mode} --scale {scale}{full}` writes it."
             )
             continue
-        reason = "it may keep no more than the control"
-        points = candidates(curve, mode)
+        reason, points = "it may keep no more than the control", candidates(curve, mode)
         if points["over_control_high_nats"].max() <= margin:
             matches = "matches it" if (points["control_short_nats"] == 0).all() else "keeps as much"
             reason = f"the control {matches} at every strength"

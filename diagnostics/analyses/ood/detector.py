@@ -118,10 +118,7 @@ class LikelihoodRatioDetector:
         return np.where(self.decision_function(X) >= 0, 1, -1)
 
     def rows(self, X: Any) -> "pd.DataFrame":
-        """A table with a row a text: row, tokens, log-likelihoods, ratio, score, p_value, flagged, truncated.
-
-        `p_value` is conformal: the probability of so high a score for a text of the calibration distribution.
-        """
+        """The table `rows`; a p-value is the probability of so high a score within the distribution."""
         import pandas as pd
 
         return pd.DataFrame(self.records(X))

@@ -1,11 +1,9 @@
 """Linear interpolation from base to tuned: is there a better model in between, or a hole?
 
-θ(α) = (1 − α) base + α tuned is run at every α on every set of rows. A dip is a better model in between; a
-bump is a hole, and makes averaging, scaling back and reusing the delta unsafe. Tuned is dominated if some α
-is as good on the task and better on the keep rows.
-Sources: Wortsman et al., arXiv:2109.01903 (the path and its grid); Lin et al., arXiv:2309.17230
-(FalseFalseTrue, overconfidence); Wortsman et al., arXiv:2203.05482 (averaging). Bump, dip and domination
-are ours: on a steep curve the usual barrier, an excess over the chord, is not a hole.
+θ(α) = (1 − α) base + α tuned is run at every α on every set of rows. Sources: Wortsman et al.,
+arXiv:2109.01903 (the path and its grid) and arXiv:2203.05482 (averaging); Lin et al., arXiv:2309.17230
+(FalseFalseTrue, overconfidence). Bump, dip and domination are ours: on a steep curve the usual barrier, an
+excess over the chord, is not a hole.
 """
 
 import math
@@ -192,10 +190,10 @@ def _minus_tuned(evaluator: PathEvaluator, role: str, alpha: float) -> tuple[flo
 
 def _as_accurate(evaluator: PathEvaluator, key: SetKey, alpha: float) -> bool:
     """Whether accuracy is at most a standard error below tuned's."""
-    units, tuned = evaluator.at(alpha)[key], evaluator.at(1.0)[key]
-    if units is None or tuned is None:
+    units = evaluator.at(alpha)[key]
+    if units is None:
         return False
-    lost = tuned.right.astype(float) - units.right
+    lost = evaluator.ends(key)[1].right.astype(float) - units.right
     return bool(lost.mean() <= lost.std(ddof=1) / math.sqrt(len(lost)) if len(lost) > 1 else lost.mean() <= 0)
 
 
