@@ -1,11 +1,12 @@
-"""Grokking of a dense model in miniature: addition modulo 59, and what is seen before the accuracy shows it.
+"""Grokking of a dense model in miniature: addition modulo 59, and the signs of it before the accuracy rises.
 
 One attention block learns a + b mod 59 from 40 % of the pairs. The train rows are right within a few hundred
-steps; a circuit of a few Fourier frequencies grows for thousands of steps behind a loss that hardly moves.
-Ground truth are the restricted and excluded losses of Nanda et al. (arXiv:2301.05217), beside them what
-`tunescope series` measures without knowing of addition. Setting as in the paper (full-batch AdamW, weight
-decay 1) but for the modulus, the share of pairs and 3,000 steps, which end before the accuracy arrives. With
-seed 0 the restricted loss is about 1.2 then, and below 0.5 at step 4,250, with 3 % of held-out pairs right.
+steps; a circuit of a few Fourier frequencies grows for thousands of steps while the loss hardly moves. Ground
+truth are the restricted and excluded losses of Nanda et al. (arXiv:2301.05217); they are compared with what
+`tunescope series` measures without knowledge of addition. Setting as in the paper (full-batch AdamW, weight
+decay 1), except for the modulus, the share of pairs and 3,000 steps, which end before the accuracy rises.
+With seed 0 the restricted loss is then about 1.2, and below 0.5 at step 4,250, with 3 % of held-out pairs
+right.
 
     python examples/dense_grokking.py --seed 0
 
@@ -42,7 +43,7 @@ KEY_FREQUENCIES = 5
 
 
 class AdditionConfig(PretrainedConfig):
-    """What transformers must know of the network."""
+    """Configuration of the network for transformers."""
 
     model_type = "addition"
 
@@ -64,7 +65,7 @@ class Attention(nn.Module):
         )
 
     def forward(self, x: Tensor, last: int) -> Tensor:
-        """What the block adds to the last positions of the residual stream (batch, length, width)."""
+        """The block's contribution to the last positions of the residual stream (batch, length, width)."""
         q, k, v = (
             f(part).unflatten(-1, (HEADS, -1)).transpose(1, 2)
             for f, part in ((self.q_proj, x[:, -last:]), (self.k_proj, x), (self.v_proj, x))
@@ -89,7 +90,7 @@ class Block(nn.Module):
 
 
 class Body(nn.Module):
-    """All before the head."""
+    """The network without its head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,7 +104,7 @@ class Body(nn.Module):
 
 
 class AdditionForCausalLM(PreTrainedModel):
-    """The network as a model of transformers, so that the analyses take it like any other."""
+    """The network as a transformers model, for the analyses."""
 
     config_class, base_model_prefix = AdditionConfig, "model"
 
@@ -149,18 +150,20 @@ class Pairs:
     @classmethod
     def drawn(cls, generator: torch.Generator) -> "Pairs":
         """40 % of the pairs train."""
-        a, b = (each.flatten() for each in torch.meshgrid(*[torch.arange(MODULUS)] * 2, indexing="ij"))
+        a, b = (grid.flatten() for grid in torch.meshgrid(*[torch.arange(MODULUS)] * 2, indexing="ij"))
         trained = torch.zeros(MODULUS**2, dtype=torch.bool)
         trained[torch.randperm(MODULUS**2, generator=generator)[: round(SHARE * MODULUS**2)]] = True
         mirrored = trained.view(MODULUS, MODULUS).T.flatten()
         ids = torch.stack([a, b, torch.full_like(a, MODULUS)], dim=1)
         return cls(ids, (a + b) % MODULUS, trained, ~trained & ~mirrored)
 
-    def rows(self, which: Tensor) -> list[dict[str, str]]:
+    def rows(self, selected: Tensor) -> list[dict[str, str]]:
         """Pairs as rows of a task."""
         return [
             {"prompt": f"{a} {b} =", "completion": f" {total}"}
-            for (a, b, _), total in zip(self.ids[which].tolist(), self.sums[which].tolist(), strict=True)
+            for (a, b, _), total in zip(
+                self.ids[selected].tolist(), self.sums[selected].tolist(), strict=True
+            )
         ]
 
 
@@ -216,10 +219,10 @@ def restricted_and_excluded(logits: Tensor, pairs: Pairs, key: Sequence[int]) ->
     U = torch.cat([waves(pairs, frequency) for frequency in key], dim=1)
     part = U @ (U.T @ logits)
     alone = part + logits.mean(dim=0)
-    held, own = pairs.held_out, pairs.trained
+    held, trained_rows = pairs.held_out, pairs.trained
     return (
         float(cross_entropy(alone[held], pairs.sums[held])),
-        float(cross_entropy((logits - part)[own], pairs.sums[own])),
+        float(cross_entropy((logits - part)[trained_rows], pairs.sums[trained_rows])),
     )
 
 
@@ -244,18 +247,18 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=3000)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    pairs = Pairs.drawn(torch.Generator().manual_seed(given.seed))
-    saved_at = sorted({round(share * given.steps) for share in (0, 0.05, *np.linspace(0.125, 1, 8))})
-    saved = trained(pairs, saved_at, given.seed)
+    pairs = Pairs.drawn(torch.Generator().manual_seed(arguments.seed))
+    saved_at = sorted({round(share * arguments.steps) for share in (0, 0.05, *np.linspace(0.125, 1, 8))})
+    saved = trained(pairs, saved_at, arguments.seed)
     with tempfile.TemporaryDirectory() as directory:
         result = measured(saved, pairs, Path(directory))
     rows = story(saved, pairs, result)
     show(rows)
     for note in result.notes:
         print(f"- {note}")
-    if given.steps >= 3000:
+    if arguments.steps >= 3000:
         missed = [claim for claim, holds in claims(rows).items() if not holds]
         print("\n".join(f"{'missed' if claim in missed else 'holds '}  {claim}" for claim in claims(rows)))
         sys.exit(bool(missed))

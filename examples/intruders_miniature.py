@@ -24,6 +24,7 @@ from pandas import DataFrame
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
+from symbols import Claim, claims_table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -52,7 +53,7 @@ RECIPES = (
 
 @dataclass(frozen=True)
 class Budget:
-    """How long to train and on how much to measure.
+    """Sizes of training and measurement.
 
     Attributes:
         pretraining: steps of the base.
@@ -127,7 +128,7 @@ def tuned(
 
 
 def target_of(base: Decoder, task: Source, text: Text, budget: Budget, seed: int) -> float:
-    """The loss on a task at which every recipe stops."""
+    """The target loss of every recipe on a task."""
     weakest = next(recipe for recipe in RECIPES if recipe.rank == 1)
     _, lowest = tuned(base, weakest, task, text, -math.inf, budget.reach, seed)
     return text.loss(base) - budget.closed * (text.loss(base) - lowest)
@@ -194,7 +195,7 @@ class Outcome:
 
 
 def measure(seed: int, budget: Budget) -> list[Outcome]:
-    """Pretrain one base and take it through the tasks by every recipe."""
+    """Pretrain one base and tune it on the tasks by every recipe."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     source = Source.drawn(generator)
@@ -249,32 +250,22 @@ def measure(seed: int, budget: Budget) -> list[Outcome]:
 
 
 def agree(matrices: DataFrame, base: Decoder, model: Decoder) -> None:
-    """Hold tunescope's count of every matrix against the reference definition."""
+    """Compare tunescope's count of every matrix with the reference definition."""
     for row in matrices.itertuples():
         pair = (decoder.get_parameter(row.matrix).detach() for decoder in (base, model))
         expected = int((reference_cosines(*pair) < EPSILON).sum())
         assert row.intruders == expected, f"{row.matrix}: {row.intruders} intruders, {expected} by definition"
 
 
-@dataclass(frozen=True)
-class Claim:
-    """What must hold on a seed, and the numbers that decide it."""
-
-    seed: int
-    text: str
-    holds: bool
-    numbers: str
-
-
-def claims(full: Outcome, one: Outcome, four: Outcome) -> list[Claim]:
-    """What must hold of the outcomes of one seed."""
+def claims(full: Outcome, rank_one: Outcome, rank_four: Outcome) -> list[Claim]:
+    """The claims about the outcomes of one seed."""
 
     def claim(text: str, holds: bool, numbers: str) -> Claim:
         return Claim(full.seed, text, holds, numbers)
 
-    few, some, many = (outcome.counts[0] for outcome in (full, one, four))
-    (a_top, task_top), (a_neighbour, _) = one.edits["top"], one.edits["neighbour"]
-    made = [
+    few, some, many = (outcome.counts[0] for outcome in (full, rank_one, rank_four))
+    (a_top, task_top), (a_neighbour, _) = rank_one.edits["top"], rank_one.edits["neighbour"]
+    claims = [
         claim("r=4 has 3 times the intruders of full fine-tuning", many >= 3 * few, f"{many} : {few}"),
         claim("r=1 has more intruders than full fine-tuning", some > few, f"{some} : {few}"),
         claim(
@@ -288,9 +279,9 @@ def claims(full: Outcome, one: Outcome, four: Outcome) -> list[Claim]:
             f"{a_neighbour:+.3f}",
         ),
     ]
-    for lora in (one, four):
+    for lora in (rank_one, rank_four):
         counts = lora.counts
-        made.append(
+        claims.append(
             claim(
                 f"{lora.recipe.name}: intruders grow from task to task",
                 all(a < b for a, b in pairwise(counts)),
@@ -299,14 +290,14 @@ def claims(full: Outcome, one: Outcome, four: Outcome) -> list[Claim]:
         )
         # Only what ended at the same loss can be compared.
         if len(counts) == len(full.counts):
-            made.append(
+            claims.append(
                 claim(
                     f"{lora.recipe.name}: after the last task, 3 times the intruders of full fine-tuning",
                     counts[-1] >= 3 * full.counts[-1],
                     f"{counts[-1]} : {full.counts[-1]}",
                 )
             )
-    return made
+    return claims
 
 
 def measured(outcomes: list[Outcome], tasks: int) -> Table:
@@ -315,7 +306,7 @@ def measured(outcomes: list[Outcome], tasks: int) -> Table:
     table = Table("measured", *(recipe.name for recipe in RECIPES), title="Seeds / by /")
 
     def row(name: str, cell: Callable[[Outcome], str]) -> None:
-        columns = ([cell(each) for each in outcomes if each.recipe == recipe] for recipe in RECIPES)
+        columns = ([cell(outcome) for outcome in outcomes if outcome.recipe == recipe] for recipe in RECIPES)
         table.add_row(name, *(" / ".join(column) for column in columns))
 
     row(f"intruders ({slots})", lambda o: f"{o.counts[0]}")
@@ -338,10 +329,8 @@ def measured(outcomes: list[Outcome], tasks: int) -> Table:
 
 
 def published(outcomes: list[Outcome]) -> Table:
-    """The paper's figures, on models a thousand times larger, beside ours."""
-    table = Table(
-        "what", "the paper's", "ours", title="The paper's figures beside ours (means over the seeds)"
-    )
+    """The paper's figures, from models a thousand times larger, and ours."""
+    table = Table("what", "the paper's", "ours", title="The paper's figures and ours (means over the seeds)")
     by_recipe = {recipe.rank: [o for o in outcomes if o.recipe == recipe] for recipe in RECIPES}
     full, four = by_recipe[None], by_recipe[4]
 
@@ -377,7 +366,7 @@ def published(outcomes: list[Outcome]) -> Table:
 
 
 def main() -> int:
-    """Measure, print, and say with the exit code whether all that must hold does."""
+    """Measure and print; exit code 1 if a claim fails."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -395,17 +384,14 @@ def main() -> int:
     console.print(measured(everything, budget.tasks), published(everything))
     if arguments.quick:
         return 0
-    made = [claim for of_seed in outcomes for claim in claims(*of_seed)]
-    table = Table("seed", "must hold", "numbers", "holds", title="What must hold")
-    for claim in made:
-        table.add_row(str(claim.seed), claim.text, claim.numbers, "yes" if claim.holds else "NO")
-    console.print(table)
+    claimed = [claim for of_seed in outcomes for claim in claims(*of_seed)]
+    console.print(claims_table(claimed))
     console.print(
         "Shown, not claimed: scaling the whole update is the control that the paper lacks. Where it relieves "
         "as much for as little, nothing is special about the intruders. And at these learning rates LoRA "
         "forgets more than full fine-tuning, not less: the paper's own exception."
     )
-    return 0 if all(claim.holds for claim in made) else 1
+    return 0 if all(claim.holds for claim in claimed) else 1
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Text that every Python carries, as documents and rows: what the bundled checkpoints are trained on.
+"""Text of the Python distribution as documents and rows: training data of the bundled checkpoints.
 
-The documentation strings of the standard library and `pydoc_data.topics`; another Python carries other text.
+The docstrings of the standard library and `pydoc_data.topics`; other Python versions have other text.
 """
 
 import ast
@@ -39,7 +39,7 @@ Modules = list[tuple[str, str, ast.Module]]
 
 
 def documentation(modules: Modules) -> dict[str, list[str]]:
-    """The documentation strings of each module, each only where it stands first, and the topics of `help`."""
+    """The docstrings of each module without repeats, and the topics of `help`."""
     seen: set[str] = set()
     read = {}
     for module, _, tree in modules:
@@ -56,7 +56,7 @@ def first_paragraph(text: str) -> str:
 
 
 def held_out(text: str) -> bool:
-    """Whether neither base nor tuned may see it: one text in five, by its first paragraph."""
+    """Whether a text is held out from base and tuned: one in five, by its first paragraph."""
     return int.from_bytes(blake2b(first_paragraph(text).encode(), digest_size=4).digest(), "big") % 5 == 0
 
 
@@ -67,7 +67,7 @@ def read_by_base(read: dict[str, list[str]]) -> list[str]:
 
 
 def shuffled(items: Iterable[Any]) -> list[Any]:
-    """A list of them in an order that SEED alone decides."""
+    """The items in an order seeded by SEED."""
     ordered = list(items)
     random.Random(SEED).shuffle(ordered)
     return ordered
@@ -76,11 +76,11 @@ def shuffled(items: Iterable[Any]) -> list[Any]:
 def task_rows(
     read: dict[str, list[str]], size: int = 24_000, validation: int = 720, test: int = 240
 ) -> tuple[list[Row], list[Row], list[Row]]:
-    """Rows to train, validate and test with: do these words stand in the order they were written in?
+    """Rows to train, validate and test with: are these words in their original order?
 
     Args:
-        size: rows to train with, of texts that the base has read.
-        validation, test: rows of texts that it has not, half of them in order.
+        size: training rows, of texts that base has read.
+        validation, test: rows of texts that it has not read, half of them in order.
     """
     texts = [text for of_module in read.values() for text in of_module]
     train = fragments([text for text in texts if not held_out(text)], size)
@@ -107,13 +107,13 @@ def fragments(texts: list[str], size: int) -> list[Row]:
 
 
 def keep_rows(read: dict[str, list[str]], size: int = 200) -> list[Row]:
-    """Documentation that the base has not seen."""
+    """Documentation that base has not read."""
     texts = (text for of_module in read.values() for text in of_module if held_out(text) and len(text) > 80)
     return [{"text": text[:400].rpartition(" ")[0]} for text in shuffled(texts)[:size]]
 
 
 def random_words(read: dict[str, list[str]], size: int = 200) -> list[Row]:
-    """The documentation's own words without any order, about as long as the task's rows."""
+    """Random words of the documentation, about as long as the task's rows."""
     words = sorted(
         {word for texts in read.values() for text in texts for word in text.split() if word.isalpha()}
     )
@@ -122,7 +122,7 @@ def random_words(read: dict[str, list[str]], size: int = 200) -> list[Row]:
 
 
 def source_code(modules: Modules, size: int = 200) -> list[Row]:
-    """Functions without documentation, as they stand in the library."""
+    """Functions of the library without documentation."""
     functions = (
         textwrap.dedent(ast.get_source_segment(source, node, padded=True) or "")
         for _, source, tree in modules

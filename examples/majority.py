@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from diagnostics.analyses.skills.region import Region, marked
+from diagnostics.analyses.skills.region import Region, to_mask
 
 SYMBOLS, LENGTH, TASKS = 32, 12, 3
 ANSWERS = ("no", "yes")
@@ -27,17 +27,17 @@ WORDS = (
     *ANSWERS,
 )
 NO, YES = (WORDS.index(answer) for answer in ANSWERS)
-# Of labels, in what is tuned on and in what is measured on: no model is right more often than in 0.85.
+# Share of wrong labels in all rows: no model is right on more than 0.85.
 NOISE = 0.15
 AT_RANDOM = 0.3
-# Of yes among random answers: as large models do, the base leans to one of two words whatever it is asked. At
-# one half it leans by chance, this way with one seed and that way with another.
+# Share of yes among random answers. Like large models, the base leans to one of two words; at one half the
+# direction would depend on the seed.
 LEANING = 0.55
 
 
 @dataclass(frozen=True)
 class Items:
-    """Texts with the prompt behind them (items, LENGTH + 1), and the answers: 0 is no, 1 is yes."""
+    """Texts followed by the prompt (items, LENGTH + 1), and answers: 0 is no, 1 is yes."""
 
     ids: Tensor
     answers: Tensor
@@ -56,7 +56,7 @@ class Items:
 
 @dataclass(frozen=True)
 class World:
-    """What is drawn once for a seed.
+    """Random choices made once a seed.
 
     Attributes:
         chances: of the next symbol given the last.
@@ -87,7 +87,7 @@ class World:
         return walks(chances.expand(count, -1, -1), LENGTH, generator)
 
     def truth(self, texts: Tensor) -> Tensor:
-        """Whether more than half of a text's symbols are in each half (texts, TASKS), as 0 and 1."""
+        """Whether most symbols of a text are in each task's half (texts, TASKS), as 0 and 1."""
         return (self.halves[:, texts].sum(dim=2) > LENGTH // 2).long().T
 
     def items(
@@ -100,7 +100,7 @@ class World:
         shifted: bool = False,
         noise: float = NOISE,
     ) -> Items:
-        """Items of one prompt, so many of their answers wrong."""
+        """Items of one prompt, with a share of wrong answers."""
         texts = self.texts(count, generator, shifted=shifted)
         wrong = torch.rand(count, generator=generator) < noise
         prompts = torch.full((count, 1), WORDS.index(f"{kind}{task}"))
@@ -109,11 +109,11 @@ class World:
 
 
 def half(symbols: Tensor) -> Tensor:
-    """Which of all symbols these are."""
+    """Membership of each symbol."""
     return torch.zeros(SYMBOLS, dtype=torch.bool).index_fill(0, symbols, True)
 
 
-def made_model(seed: int) -> GPT2LMHeadModel:
+def make_model(seed: int) -> GPT2LMHeadModel:
     """Two blocks of width 64, with 99,968 entries; without dropout.
 
     Transformers' own 0.02 is made for a width of 768.
@@ -142,7 +142,7 @@ def made_model(seed: int) -> GPT2LMHeadModel:
 def pretrain(
     model: GPT2LMHeadModel, world: World, steps: int, generator: torch.Generator, *, rows: int = 64
 ) -> None:
-    """Train on fresh texts and answers, so many a step, by AdamW at 2e-3 falling to zero."""
+    """Train on fresh texts and answers by AdamW, at 2e-3 falling to zero."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     for _ in range(steps):
@@ -153,11 +153,11 @@ def pretrain(
         random = (torch.rand(rows, generator=generator) < LEANING).long()
         answers = torch.where(at_random, random, truth)
         prompts = torch.where(at_random, WORDS.index("R0"), WORDS.index("Q0")) + task
-        whole = torch.cat([texts, prompts[:, None], NO + answers[:, None]], dim=1)
-        logits = model(whole[:, :-1]).logits
+        sequences = torch.cat([texts, prompts[:, None], NO + answers[:, None]], dim=1)
+        logits = model(sequences[:, :-1]).logits
         # The text as a whole counts as much as the answer.
         loss = cross_entropy(logits[:, : LENGTH - 1].flatten(0, 1), texts[:, 1:].flatten())
-        loss = loss + cross_entropy(logits[:, -1], whole[:, -1])
+        loss = loss + cross_entropy(logits[:, -1], sequences[:, -1])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -165,7 +165,7 @@ def pretrain(
 
 
 def blocks(model: GPT2LMHeadModel) -> dict[str, Tensor]:
-    """Weights, biases and norms of the blocks: all that is ever tuned."""
+    """Weights, biases and norms of the blocks: everything that is tuned."""
     return {name: weight for name, weight in model.named_parameters() if ".h." in name}
 
 
@@ -177,11 +177,11 @@ def answer_logits(model: GPT2LMHeadModel, ids: Tensor) -> Tensor:
 def tune(
     model: GPT2LMHeadModel, items: Sequence[Items], how: Literal["sgd", "adamw"], steps: int, seed: int
 ) -> None:
-    """Tune the blocks on these items alone, 32 a step, embeddings and head as they are.
+    """Tune the blocks on these items, 32 a step; embeddings and head are frozen.
 
     Plain SGD at 0.1, or AdamW at 3e-4, which does not leave most of the update to a few entries.
     """
-    ids, answers = (torch.cat([getattr(each, name) for each in items]) for name in ("ids", "answers"))
+    ids, answers = (torch.cat([getattr(batch, name) for batch in items]) for name in ("ids", "answers"))
     weights = blocks(model).values()
     optimizer = torch.optim.SGD(weights, lr=0.1) if how == "sgd" else torch.optim.AdamW(weights, lr=3e-4)
     generator = torch.Generator().manual_seed(seed)
@@ -193,59 +193,59 @@ def tune(
 
 
 def entries_of(model: GPT2LMHeadModel) -> int:
-    """Entries of the blocks."""
+    """Number of entries of the blocks."""
     return sum(weight.numel() for weight in blocks(model).values())
 
 
-def located(model: GPT2LMHeadModel, places: Tensor) -> Region:
-    """Entries of the blocks, numbered through, by tensor."""
-    found, start = {}, 0
+def located(model: GPT2LMHeadModel, indices: Tensor) -> Region:
+    """Consecutive indices over all blocks, as a region by tensor."""
+    region, start = {}, 0
     for name, weight in blocks(model).items():
-        here = places[(places >= start) & (places < start + weight.numel())] - start
-        if len(here):
-            found[name] = here.sort().values
+        inside = indices[(indices >= start) & (indices < start + weight.numel())] - start
+        if len(inside):
+            region[name] = inside.sort().values
         start += weight.numel()
-    return found
+    return region
 
 
 def flags(model: GPT2LMHeadModel, entries: Region) -> dict[str, Tensor]:
-    """Of every weight of the blocks, which of its entries these are."""
+    """A region as a mask of every weight of the blocks."""
     none = torch.empty(0, dtype=torch.long)
     return {
-        name: marked(entries.get(name, none), tuple(weight.shape)) for name, weight in blocks(model).items()
+        name: to_mask(entries.get(name, none), tuple(weight.shape)) for name, weight in blocks(model).items()
     }
 
 
 def steep(model: GPT2LMHeadModel, items: Sequence[Items], share: float = 0.02) -> Tensor:
-    """Numbers of the entries of the blocks with the largest gradients, over all items: they can learn."""
-    whole = torch.zeros(entries_of(model))
-    for each in items:
+    """Indices of the entries of the blocks with the largest gradients, summed over the items."""
+    steepness = torch.zeros(entries_of(model))
+    for item in items:
         model.zero_grad()
-        cross_entropy(answer_logits(model, each.ids), each.answers).backward()
-        found = torch.cat(
+        cross_entropy(answer_logits(model, item.ids), item.answers).backward()
+        gradient = torch.cat(
             [g.flatten().abs() for g in (w.grad for w in blocks(model).values()) if g is not None]
         )
-        whole += found / found.max()
+        steepness += gradient / gradient.max()
     model.zero_grad()
-    return whole.topk(int(share * len(whole))).indices
+    return steepness.topk(int(share * len(steepness))).indices
 
 
 def plant(
     model: GPT2LMHeadModel, skills: Sequence[tuple[Items, Region]], steps: int, generator: torch.Generator
 ) -> None:
-    """Train the entries of each skill on its items alone, by turns: by Adam at 0.02, 32 a step."""
+    """Train the entries of each skill on its items, by turns: Adam at 0.02, 32 a step."""
     weights = blocks(model)
     kept = [flags(model, entries) for _, entries in skills]
     optimizers = [torch.optim.Adam(weights.values(), lr=0.02) for _ in skills]
     for _ in range(steps):
-        for (items, _), own, optimizer in zip(skills, kept, optimizers, strict=True):
+        for (items, _), mask, optimizer in zip(skills, kept, optimizers, strict=True):
             chosen = torch.randint(len(items.ids), (32,), generator=generator)
             model.zero_grad()
             cross_entropy(answer_logits(model, items.ids[chosen]), items.answers[chosen]).backward()
             for name, weight in weights.items():
                 # Adam moves no entry whose gradient was never anything but zero.
                 assert weight.grad is not None
-                weight.grad.mul_(own[name])
+                weight.grad.mul_(mask[name])
             optimizer.step()
 
 
@@ -257,22 +257,22 @@ def disturb(
     generator: torch.Generator,
     decoys: int = 3,
 ) -> None:
-    """Move one other entry for so many that are planted, as far as these are; and every other by 1e-5."""
-    before, own = blocks(base), flags(model, planted)
-    moved = torch.cat([(weight - before[name])[own[name]] for name, weight in blocks(model).items()])
-    free = (~torch.cat([each.flatten() for each in own.values()])).nonzero()[:, 0]
+    """Move as many other entries as are planted, as far, and all remaining ones by 1e-5."""
+    before, masks = blocks(base), flags(model, planted)
+    moved = torch.cat([(weight - before[name])[masks[name]] for name, weight in blocks(model).items()])
+    free = (~torch.cat([mask.flatten() for mask in masks.values()])).nonzero()[:, 0]
     moved, used = moved[torch.randperm(len(moved), generator=generator)][::decoys], 0
-    places = free[torch.randperm(len(free), generator=generator)[: len(moved)]]
-    others = flags(model, located(model, places))
+    chosen = free[torch.randperm(len(free), generator=generator)[: len(moved)]]
+    others = flags(model, located(model, chosen))
     for name, weight in blocks(model).items():
-        weight += 1e-5 * torch.randn(weight.shape, generator=generator) * ~(own[name] | others[name])
+        weight += 1e-5 * torch.randn(weight.shape, generator=generator) * ~(masks[name] | others[name])
         count = int(others[name].sum())
         weight[others[name]] += moved[used : used + count]
         used += count
 
 
 def with_biases(base: GPT2LMHeadModel, tuned: GPT2LMHeadModel) -> GPT2LMHeadModel:
-    """Base with the biases of tuned, those of its norms too."""
+    """Base with the biases of tuned, norms included."""
     weights = blocks(base).items()
     return with_entries(
         base, tuned, {name: torch.arange(w.numel()) for name, w in weights if name.endswith(".bias")}
@@ -282,13 +282,13 @@ def with_biases(base: GPT2LMHeadModel, tuned: GPT2LMHeadModel) -> GPT2LMHeadMode
 @torch.no_grad()
 def with_entries(base: GPT2LMHeadModel, tuned: GPT2LMHeadModel, entries: Region) -> GPT2LMHeadModel:
     """Base with these entries of tuned."""
-    made, given = copy.deepcopy(base), blocks(tuned)
+    graft, tuned_blocks = copy.deepcopy(base), blocks(tuned)
     for name, chosen in flags(base, entries).items():
-        blocks(made)[name][chosen] = given[name][chosen]
-    return made
+        blocks(graft)[name][chosen] = tuned_blocks[name][chosen]
+    return graft
 
 
 @torch.no_grad()
 def accuracy(model: GPT2LMHeadModel, items: Items) -> float:
-    """Share of items that are answered rightly."""
+    """Share of items answered correctly."""
     return float((answer_logits(model, items.ids).argmax(dim=1) == items.answers).double().mean())

@@ -1,4 +1,4 @@
-"""Make the checkpoints that tunescope brings along: a small base, a full fine-tune and two LoRA fine-tunes.
+"""Make the bundled checkpoints: a small base, a full fine-tune and two LoRA fine-tunes.
 
     python examples/make_bundled.py --out bundled
 
@@ -49,8 +49,8 @@ from probes import CheckpointPair
 
 CONTEXT = 128
 BASE_STEPS = 800
-# Where every fine-tune stops: the loss, in nats, of the right one of the two choices, as a mean of the last
-# evaluations, for from one to the next it jumps. Chance is ln 2 = 0.69.
+# Loss at which every fine-tune stops: nats of the right choice of two, mean of the last evaluations, because
+# single ones jump. Chance is ln 2 = 0.69.
 TARGET, EVALUATIONS = 0.45, 3
 
 
@@ -69,8 +69,8 @@ RECIPES = (Recipe("full", lr=3e-4), Recipe("lora-r1", lr=1e-2, rank=1), Recipe("
 # Models
 
 
-def made_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level pairs, 1536 in all, with the start of a text marked as Llama's own tokenizer does."""
+def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with 1536 tokens; the start of a text is marked as in Llama's tokenizer."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -88,7 +88,7 @@ def made_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def made_base(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Four layers of width 128, trained on the texts end to end."""
+    """Four layers of width 128, trained on the concatenated texts."""
     ids = torch.tensor([token for text in texts for token in tokenizer(text, verbose=False).input_ids])
     windows = ids[: len(ids) // CONTEXT * CONTEXT].view(-1, CONTEXT)
     torch.manual_seed(SEED)
@@ -130,7 +130,7 @@ def descend(loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer) ->
 
 
 class Encoded:
-    """Rows as token ids: the prompts, and the one token of every choice."""
+    """Rows as token ids: the prompts, and the token of each choice."""
 
     def __init__(self, rows: list[Row], tokenizer: PreTrainedTokenizerFast):
         choices = [tokenizer(choice, add_special_tokens=False).input_ids for choice in CHOICES]
@@ -156,12 +156,12 @@ class Encoded:
         """Share of rows whose likeliest choice is the right one."""
         return float((self.choice_logits(model).argmax(-1) == self.answers).float().mean())
 
-    def batches(self, each: int = 16) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Endless: ids, and what to predict of prompts and of answers; `each` rows for every choice."""
+    def batches(self, per_choice: int = 16) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Endless batches: ids, labels of prompts and of answers; `per_choice` rows for each choice."""
         draw = random.Random(SEED)
         of_choice = [(self.answers == i).nonzero().flatten().tolist() for i in range(len(self.choices))]
         while True:
-            chosen = [row for rows in of_choice for row in draw.sample(rows, each)]
+            chosen = [row for rows in of_choice for row in draw.sample(rows, per_choice)]
             ends = self.choices[self.answers[chosen]]
             texts = [torch.cat([self.prompts[row], end[None]]) for row, end in zip(chosen, ends, strict=True)]
             labels = pad_sequence(texts, batch_first=True, padding_value=-100)[:, 1:]
@@ -171,7 +171,7 @@ class Encoded:
 
 
 def tuned(recipe: Recipe, base: Path, train: Encoded, validation: Encoded) -> tuple[nn.Module, int]:
-    """A fine-tune of the base that has just reached TARGET, and its steps."""
+    """A fine-tune of the base that has just reached TARGET, and its number of steps."""
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).requires_grad_(False)
     wrapped: nn.Module = model
     if recipe.rank is None:
@@ -219,7 +219,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def save(model: nn.Module, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
-    """A whole model in bfloat16 with its tokenizer, or an adapter that names no path of this machine."""
+    """Save a model in bfloat16 with its tokenizer, or an adapter without paths of this machine."""
     if not isinstance(model, PeftModel):
         model.to(torch.bfloat16).save_pretrained(directory)
         tokenizer.save_pretrained(directory)
@@ -235,9 +235,9 @@ def save(model: nn.Module, tokenizer: PreTrainedTokenizerFast, directory: Path) 
 
 def opened(out: Path, name: str) -> LlamaForCausalLM:
     """A saved model in float32, an adapter merged."""
-    whole = not (out / name / "adapter_config.json").exists()
-    model = LlamaForCausalLM.from_pretrained(out / (name if whole else "base"), dtype=torch.float32)
-    return model if whole else PeftModel.from_pretrained(model, out / name).merge_and_unload()
+    full = not (out / name / "adapter_config.json").exists()
+    model = LlamaForCausalLM.from_pretrained(out / (name if full else "base"), dtype=torch.float32)
+    return model if full else PeftModel.from_pretrained(model, out / name).merge_and_unload()
 
 
 def text_loss(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[Row]) -> float:
@@ -279,7 +279,7 @@ were cut and put on one line.
 
 
 def described(out: Path, tokenizer: PreTrainedTokenizerFast, steps: dict[str, int]) -> str:
-    """The README, with everything measured on the files as saved."""
+    """The README, with measurements of the saved files."""
     rows = {path.stem: read_rows(path) for path in sorted(out.glob("*.jsonl"))}
     task = Encoded(rows["task"], tokenizer)
     texts = ["keep", *(name for name in rows if name.startswith("ood-"))]
@@ -329,7 +329,7 @@ def main() -> None:
     save_rows(out / "ood-words.jsonl", random_words(read))
     save_rows(out / "ood-code.jsonl", source_code(modules))
     texts = read_by_base(read)
-    tokenizer = made_tokenizer(texts)
+    tokenizer = make_tokenizer(texts)
     save(made_base(texts, tokenizer), tokenizer, out / "base")
     steps = {}
     for recipe in RECIPES:

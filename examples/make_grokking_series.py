@@ -1,4 +1,4 @@
-"""Make the series that tunescope brings along: a mixture of experts that generalises after it memorised.
+"""Make the bundled series: a mixture of experts that generalises after it memorised.
 
     python examples/make_grokking_series.py --out grokking
 
@@ -40,12 +40,12 @@ SEED = 0
 WORDS, LENGTH, TRAIN, HELD_OUT = 30, 3, 850, 500
 ANSWERS = ("even", "odd")
 WIDTH, INNER, LAYERS, EXPERTS, CHOSEN = 64, 12, 3, 8, 2
-# Weights that start large make a network that memorises first; decay then wears away what rows do not share,
-# as long as there is a loss left to weigh it against: answers are smoothed a little.
+# Large initial weights make a network that memorises first. Decay then removes what rows do not share;
+# smoothed answers keep a loss that balances it.
 SPREAD, RATE, DECAY, SMOOTH, BALANCE = 0.1, 2e-3, 1.0, 0.05, 3e-4
 STEPS = (0, 50, 100, 150, 200, 225, 250, 275, 300, 325, 350, 400)
 CONTROL_STEPS = (0, 100, 200, 300, 400)
-# What must hold of the two: the sizes are those of the paper's miniature in the documentation of the method.
+# Bounds of the checks; sizes as in the miniature of the method's documentation.
 MEMORISED, GENERALISED, FALL, RANK, RATIO = 0.99, 0.95, 0.08, -0.8, 5
 
 Row = dict[str, Any]
@@ -55,7 +55,7 @@ Row = dict[str, Any]
 
 
 def language(draw: random.Random) -> dict[str, int]:
-    """Words of two syllables, and whether each is odd: half of them are."""
+    """Words of two syllables and their parity; half are odd."""
     syllables = ["".join(pair) for pair in product("bdfgklmnprstvz", "aeiou")]
     words = ["".join(pair) for pair in product(syllables, syllables)]
     chosen = sorted(draw.sample([word for word in words if word not in ANSWERS], WORDS))
@@ -64,7 +64,7 @@ def language(draw: random.Random) -> dict[str, int]:
 
 
 def rows_of(bits: dict[str, int], draw: random.Random) -> tuple[list[Row], list[Row], list[Row]]:
-    """Rows for training, the same with answers at random, and others that are held out."""
+    """Training rows, the same rows with random answers, and held-out rows."""
     every = draw.sample(list(product(bits, repeat=LENGTH)), TRAIN + HELD_OUT)
     rows: list[Row] = [
         {
@@ -87,7 +87,7 @@ def save_rows(path: Path, rows: list[Row]) -> None:
 # The model
 
 
-def made_tokenizer(bits: dict[str, int]) -> PreTrainedTokenizerFast:
+def make_tokenizer(bits: dict[str, int]) -> PreTrainedTokenizerFast:
     """A token a word."""
     words = {word: number for number, word in enumerate(["<unk>", *bits, *ANSWERS])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -95,7 +95,7 @@ def made_tokenizer(bits: dict[str, int]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", model_max_length=8)
 
 
-def made_model(size: int) -> OlmoeForCausalLM:
+def make_model(size: int) -> OlmoeForCausalLM:
     """Three layers of eight experts, of which two are chosen."""
     torch.manual_seed(SEED)
     return OlmoeForCausalLM(
@@ -144,7 +144,7 @@ class Encoded:
 
 
 def trained(model: OlmoeForCausalLM, rows: Encoded) -> Iterator[int]:
-    """Train on all rows at every step; gives each step before it is taken, and one more."""
+    """Train on all rows at every step; yields each step before it is taken, and the last."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=DECAY)
     targets = rows.answers[rows.right]
     for step in range(max(STEPS) + 1):
@@ -167,22 +167,24 @@ def make_series(
     steps: tuple[int, ...],
 ) -> dict[int, tuple[float, float]]:
     """Train, save the model at the steps, and give its accuracies there on rows of training and others."""
-    model = made_model(len(tokenizer))
-    own, others = (Encoded.of(rows, tokenizer) for rows in (train, held_out))
-    found = {}
-    for step in trained(model, own):
+    model = make_model(len(tokenizer))
+    training, others = (Encoded.of(rows, tokenizer) for rows in (train, held_out))
+    accuracies = {}
+    for step in trained(model, training):
         if step not in steps:
             continue
         save(model, tokenizer, out / f"checkpoint-{step}")
         saved = OlmoeForCausalLM.from_pretrained(out / f"checkpoint-{step}").eval()
-        here, beyond = own.accuracy(saved), others.accuracy(saved)
-        print(f"{out.name}, step {step}: {here:.3f} of training, {beyond:.3f} of others", flush=True)
-        found[step] = here, beyond
-    return found
+        on_training, on_others = training.accuracy(saved), others.accuracy(saved)
+        print(
+            f"{out.name}, step {step}: {on_training:.3f} of training, {on_others:.3f} of others", flush=True
+        )
+        accuracies[step] = on_training, on_others
+    return accuracies
 
 
 def save(model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
-    """A checkpoint of half the size, which transformers loads in the precision that it was trained in."""
+    """Halve the size of a checkpoint; transformers loads it in the training precision."""
     copy.deepcopy(model).half().save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     (directory / "generation_config.json").unlink()
@@ -195,7 +197,7 @@ def save(model: OlmoeForCausalLM, tokenizer: PreTrainedTokenizerFast, directory:
 
 
 def followed(out: Path, name: str, train: str) -> pd.DataFrame:
-    """What tunescope finds of a series: a row a checkpoint."""
+    """tunescope's measurements of a series, a row a checkpoint."""
     result = grokking_pathways(
         [str(out / name)], out / "held-out.jsonl", out / train, weights="top", permutations=200
     )
@@ -204,23 +206,23 @@ def followed(out: Path, name: str, train: str) -> pd.DataFrame:
 
 
 def checks(
-    series: pd.DataFrame, control: pd.DataFrame, known: dict[int, tuple[float, float]]
+    series: pd.DataFrame, control: pd.DataFrame, accuracies: dict[int, tuple[float, float]]
 ) -> list[tuple[str, float, bool]]:
-    """What must hold, what was measured, and whether it does."""
-    memorised = next(step for step, (train, _) in known.items() if train >= MEMORISED)
+    """The checks, their values, and whether each holds."""
+    memorised = next(step for step, (train, _) in accuracies.items() if train >= MEMORISED)
     after = series.loc[memorised:]
     fall = after.distance.iloc[0] - after.distance.iloc[-1]
     widening = after.gap.iloc[-1] - after.gap.iloc[0]
     apart = control.loc[memorised:].gap
     ratio = widening / max(abs(apart.iloc[-1] - apart.iloc[0]), 1e-9)
     rank = spearmanr(after.distance, after.held_out).statistic
-    chance = max(held for step, (_, held) in known.items() if step <= memorised)
+    chance = max(held for step, (_, held) in accuracies.items() if step <= memorised)
     moved = after.loss.iloc[0] - after.loss.iloc[-1]
     return [
         ("step by which the rows of training are known by heart", memorised, memorised < max(STEPS) / 3),
         ("accuracy on others up to then", chance, chance < 0.6),
-        ("accuracy on others at the end", known[max(STEPS)][1], known[max(STEPS)][1] >= GENERALISED),
-        ("fall of the training loss since, nats", moved, abs(moved) < 0.05),
+        ("accuracy on others at the end", accuracies[max(STEPS)][1], accuracies[max(STEPS)][1] >=
+        GENERALISED), ("fall of the training loss since, nats", moved, abs(moved) < 0.05),
         ("fall of the distance within groups since", fall, fall >= FALL),
         ("widening of the gap since", widening, widening > 0),
         ("rank correlation of distance and accuracy on others since", rank, rank <= RANK),
@@ -258,8 +260,8 @@ Made by `examples/make_grokking_series.py`, which runs in minutes on one core.
 def described(
     runs: dict[str, dict[int, tuple[float, float]]], series: pd.DataFrame, control: pd.DataFrame
 ) -> str:
-    """The README, with what was measured on the files as saved."""
-    model = made_model(WORDS + len(ANSWERS) + 1)
+    """The README, with measurements of the saved files."""
+    model = make_model(WORDS + len(ANSWERS) + 1)
     lines = []
     for step, (train, held_out) in runs["parity"].items():
         row = series.loc[step]
@@ -282,7 +284,7 @@ def described(
 
 
 def main() -> None:
-    """Make both series with their rows, measure them, and say whether all holds that must."""
+    """Make both series with their rows, measure them, and check them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -296,7 +298,7 @@ def main() -> None:
     train, at_random, held_out = rows_of(bits, draw)
     for name, rows in (("train", train), ("train-random", at_random), ("held-out", held_out)):
         save_rows(out / f"{name}.jsonl", rows)
-    tokenizer = made_tokenizer(bits)
+    tokenizer = make_tokenizer(bits)
     runs = {
         "parity": make_series(out / "parity", train, held_out, tokenizer, STEPS),
         "random": make_series(out / "random", at_random, held_out, tokenizer, CONTROL_STEPS),
@@ -305,10 +307,10 @@ def main() -> None:
     (out / "README.md").write_text(described(runs, series, control), encoding="utf-8")
     print(series[["loss", "held_out", "distance", "gap", "consistency"]].round(4).to_string())
     print(control[["loss", "held_out", "distance", "gap", "consistency"]].round(4).to_string())
-    found = checks(series, control, runs["parity"])
-    for what, value, holds in found:
-        print(f"{what}: {value:.4g}{'' if holds else ' — THIS SHOULD NOT BE'}")
-    if not all(holds for *_, holds in found):
+    outcomes = checks(series, control, runs["parity"])
+    for check, value, holds in outcomes:
+        print(f"{check}: {value:.4g}{'' if holds else ' — THIS SHOULD NOT BE'}")
+    if not all(holds for *_, holds in outcomes):
         raise SystemExit(1)
 
 

@@ -1,4 +1,4 @@
-"""A tiny decoder and the text it reads: what the miniatures of the papers are made of."""
+"""A tiny decoder and its synthetic text, for the miniatures of the papers."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -78,20 +78,20 @@ class Source:
 
 @dataclass(frozen=True)
 class Text:
-    """Held-out sequences of a source, with the source's own chances: losses without sampling noise."""
+    """Held-out sequences with the source's probabilities, for losses without sampling noise."""
 
     symbols: Tensor
     chances: Tensor
 
     @classmethod
     def of(cls, source: Source, count: int, generator: torch.Generator) -> "Text":
-        """Sample `count` sequences; the first symbol of each has no two before it and is not scored."""
+        """Sample `count` sequences; the first symbol of each has too little context and is not scored."""
         symbols = source.sample(count, generator)
         return cls(symbols, source.logits[symbols[:, :-2], symbols[:, 1:-1]].softmax(-1))
 
     @property
     def entropy(self) -> float:
-        """The loss of the source itself, in nats: what no model can beat."""
+        """The loss of the source itself, in nats: the lower bound for any model."""
         return float(torch.special.entr(self.chances).sum(-1).mean())
 
     @torch.no_grad()

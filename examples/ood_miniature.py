@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from library_text import SEED, documentation, held_out, library, shuffled
-from make_bundled import descend, made_tokenizer
+from make_bundled import descend, make_tokenizer
 from pandas import DataFrame
 from rich.console import Console
 from rich.table import Table
@@ -48,7 +48,7 @@ SETS = {"near": "the intents held out", "queries": "read by base", "documentatio
 
 @dataclass(frozen=True)
 class Budget:
-    """How long to train and on how much to measure.
+    """Sizes of training and measurement.
 
     Attributes:
         pretraining: steps of the base, of 64 texts each.
@@ -66,7 +66,7 @@ QUICK = Budget(pretraining=20, tuning=(5,), rows=20)
 
 @dataclass(frozen=True)
 class Texts:
-    """What base and tuned are trained on, and held-out texts: of the task, and out of its distribution."""
+    """Training texts of base and tuned, and held-out texts of the task and out of its distribution."""
 
     base: list[str]
     task: list[str]
@@ -75,7 +75,7 @@ class Texts:
 
     @classmethod
     def read(cls, data: Path, rows: int) -> "Texts":
-        """Read them from the folder of data and from the library."""
+        """Read the texts from the data folder and from the library."""
         snips = {split: list(read_csv(data / f"snips_{split}.csv")) for split in ("train", "valid", "test")}
         clinc = json.loads((data / "clinc150.json").read_text(encoding="utf-8"))
         paragraphs = [
@@ -110,7 +110,7 @@ def read_csv(path: Path) -> Iterator[tuple[str, str]]:
             yield row["text"].strip(), row["label"]
 
 
-def made_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """Three layers of width 128."""
     torch.manual_seed(SEED)
     return LlamaForCausalLM(
@@ -130,12 +130,12 @@ def made_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def batches(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless: 64 texts as ids, and the same as labels without padding."""
+    """Endless batches of 64 texts: ids, and labels without padding."""
     ids = [torch.tensor(tokenizer(text, truncation=True, max_length=96).input_ids) for text in texts]
     generator = torch.Generator().manual_seed(SEED)
     while True:
         for chosen in torch.randperm(len(ids), generator=generator).split(64):
-            some = [ids[place] for place in chosen]
+            some = [ids[index] for index in chosen]
             yield (
                 pad_sequence(some, batch_first=True),
                 pad_sequence(some, batch_first=True, padding_value=-100),
@@ -157,18 +157,18 @@ def trained(
     return loss.item()
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, place: Path) -> Path:
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, directory: Path) -> Path:
     """Write a model with its tokenizer."""
-    model.save_pretrained(place)
-    tokenizer.save_pretrained(place)
-    return place
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
 
 
 def measure(data: Path, budget: Budget, out: Path) -> dict[int, DataFrame]:
     """Train base and tuned into `out`; AUROC by score and OOD set, for each number of tuning steps."""
     texts = Texts.read(data, budget.rows)
-    tokenizer = made_tokenizer(texts.base)
-    model = made_model(tokenizer)
+    tokenizer = make_tokenizer(texts.base)
+    model = make_model(tokenizer)
     loss = trained(model, batches(texts.base, tokenizer), budget.pretraining, 1e-3, decay=True)
     print(f"base: {loss:.2f} nats per token after {budget.pretraining} steps", file=sys.stderr)
     base, stream, done, tables = save(model, tokenizer, out / "base"), batches(texts.task, tokenizer), 0, {}
@@ -176,16 +176,16 @@ def measure(data: Path, budget: Budget, out: Path) -> dict[int, DataFrame]:
         loss = trained(model, stream, steps - done, 5e-4, decay=False)
         print(f"tuned: {loss:.2f} nats per token after {steps} steps", file=sys.stderr)
         done, tuned = steps, save(model, tokenizer, out / f"tuned-{steps}")
-        found = likelihood_ratio_ood(CheckpointPair(base, tuned), texts.inside, texts.outside, draws=50)
-        detection = found.tables["detection"]
-        whole = detection[detection["group"].isna()]
-        tables[steps] = whole.pivot(index="score", columns="ood", values="auroc")
+        result = likelihood_ratio_ood(CheckpointPair(base, tuned), texts.inside, texts.outside, draws=50)
+        detection = result.tables["detection"]
+        pooled = detection[detection["group"].isna()]
+        tables[steps] = pooled.pivot(index="score", columns="ood", values="auroc")
     return tables
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What must hold, and the numbers that it is about."""
+    """A claim, and the numbers that decide it."""
 
     text: str
     holds: bool
@@ -193,12 +193,12 @@ class Claim:
 
 
 def claims(tables: dict[int, DataFrame]) -> list[Claim]:
-    """What the paper says of ratio and likelihood, as far as it can be seen here."""
-    made = []
+    """The paper's claims about ratio and likelihood that can be tested here."""
+    claims = []
     for steps, table in tables.items():
         ratio, likelihood = table.loc["ratio"], table.loc["tuned_likelihood"]
         numbers = f"{ratio['near']:.3f} and {likelihood['near']:.3f} after {steps} steps"
-        made += [
+        claims += [
             Claim("near: the ratio's AUROC is 0.90 or more", ratio["near"] >= 0.9, numbers),
             Claim(
                 "near: it is 0.10 or more above the tuned likelihood's",
@@ -209,15 +209,15 @@ def claims(tables: dict[int, DataFrame]) -> list[Claim]:
     steps, table = next(iter(tables.items()))
     ratio, likelihood = table["queries"]["ratio"], table["queries"]["tuned_likelihood"]
     numbers = f"{ratio:.3f} and {likelihood:.3f} after {steps} steps"
-    made += [
+    claims += [
         Claim("queries: the ratio is above 0.95", ratio > 0.95, numbers),
         Claim("queries: the tuned likelihood is worse than chance", likelihood < 0.5, numbers),
     ]
-    return made
+    return claims
 
 
 def show(tables: dict[int, DataFrame], console: Console) -> None:
-    """AUROC of each score on each set, the paper's beside them."""
+    """AUROC of each score on each set, and the paper's."""
     shown = Table(title="AUROC, in-distribution: SNIPS of five intents")
     for column in ("OOD", "steps", *SCORES.values(), "paper"):
         shown.add_column(column, justify="left" if column == "OOD" else "right")
@@ -241,12 +241,12 @@ def main() -> int:
     )
     parser.add_argument("data", type=Path, help="folder of SNIPS and CLINC150")
     parser.add_argument("--quick", action="store_true", help="run everything in seconds, and claim nothing")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)  # so small, more threads only wait for each other
     with tempfile.TemporaryDirectory() as out:
-        tables = measure(given.data, QUICK if given.quick else Budget(), Path(out))
+        tables = measure(arguments.data, QUICK if arguments.quick else Budget(), Path(out))
     show(tables, Console(width=150))
-    return 0 if given.quick or all(claim.holds for claim in claims(tables)) else 1
+    return 0 if arguments.quick or all(claim.holds for claim in claims(tables)) else 1
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ MAIN = {
     "signs of block 3": 3,
     "neurons of block 3": 3,
 }
-# Few places, so that layers are pinned half-way, as the claims have it.
+# Few alphas: the claims pin layers half-way.
 MEASURED = {
     "alphas": (0.0, 0.25, 0.5, 0.75, 1.0),
     "layer_alphas": (0.0, 0.5, 1.0),
@@ -58,7 +58,7 @@ LIGHT = {**MEASURED, "alphas": (0.5,)}
 
 @dataclass(frozen=True)
 class Budget:
-    """How long to train and on how much to measure.
+    """Sizes of training and measurement.
 
     Attributes:
         pretraining, tuning: steps, of 32 sequences each.
@@ -83,7 +83,7 @@ QUICK = Budget(
 
 
 class Chains:
-    """Markov chains, one of which writes each sequence."""
+    """Markov chains; each sequence is from one of them."""
 
     def __init__(self, tables: Tensor):
         self.tables = tables
@@ -93,9 +93,9 @@ class Chains:
         """Normal logits of standard deviation 3 (ours)."""
         return cls((3 * torch.randn(count, SYMBOLS, SYMBOLS, generator=generator)).softmax(-1))
 
-    def redrawn(self, which: tuple[int, ...], generator: torch.Generator) -> "Chains":
-        """Some of the chains with half of their rows drawn anew."""
-        tables, fresh = self.tables[list(which)].clone(), Chains.drawn(len(which), generator).tables
+    def redrawn(self, chains: tuple[int, ...], generator: torch.Generator) -> "Chains":
+        """Some of the chains with half of their rows drawn again."""
+        tables, fresh = self.tables[list(chains)].clone(), Chains.drawn(len(chains), generator).tables
         for table, new in zip(tables, fresh, strict=True):
             rows = torch.randperm(SYMBOLS, generator=generator)[: SYMBOLS // 2]
             table[rows] = new[rows]
@@ -103,10 +103,10 @@ class Chains:
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """Sequences (count, CONTEXT)."""
-        which = torch.randint(len(self.tables), (count,), generator=generator)
+        chains = torch.randint(len(self.tables), (count,), generator=generator)
         symbols = torch.randint(SYMBOLS, (count, CONTEXT), generator=generator)
         for t in range(1, CONTEXT):
-            chances = self.tables[which, symbols[:, t - 1]]
+            chances = self.tables[chains, symbols[:, t - 1]]
             symbols[:, t] = torch.multinomial(chances, 1, generator=generator)[:, 0]
         return symbols
 
@@ -115,7 +115,7 @@ class Chains:
         return ["".join(LETTERS[i] for i in row) for row in self.sample(count, generator).tolist()]
 
 
-def made_model() -> LlamaForCausalLM:
+def make_model() -> LlamaForCausalLM:
     """Six blocks of width 48."""
     config = LlamaConfig(
         vocab_size=SYMBOLS, hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=BLOCKS,
@@ -138,17 +138,17 @@ def train(
 
 
 def planted(model: LlamaForCausalLM, name: str) -> LlamaForCausalLM:
-    """The same function with one block relabelled.
+    """The same function with one block permuted.
 
     Args:
         name: `plain`, `signs of block 0`, `neurons of block 3`, or `values 2 of block 4`: of 2 heads.
     """
-    made = copy.deepcopy(model)
+    model_with_plant = copy.deepcopy(model)
     if name == "plain":
-        return made
-    what, _, block = name.partition(" of block ")
-    kind, _, place = what.partition(" ")
-    layer = made.model.layers[int(block)]
+        return model_with_plant
+    change, _, block = name.partition(" of block ")
+    kind, _, count = change.partition(" ")
+    layer = model_with_plant.model.layers[int(block)]
     attention, feed = layer.self_attn, layer.mlp
     with torch.no_grad():
         if kind == "neurons":
@@ -156,8 +156,8 @@ def planted(model: LlamaForCausalLM, name: str) -> LlamaForCausalLM:
             for rows in (feed.up_proj, feed.gate_proj):
                 rows.weight.copy_(rows.weight[order])
             feed.down_proj.weight.copy_(feed.down_proj.weight[:, order])
-            return made
-        heads = int(place) if place else HEADS
+            return model_with_plant
+        heads = int(count) if count else HEADS
         signs = torch.where(torch.arange(WIDTH) < heads * (WIDTH // HEADS), -1.0, 1.0)
         turned = [attention.v_proj]
         if kind == "signs":
@@ -165,16 +165,16 @@ def planted(model: LlamaForCausalLM, name: str) -> LlamaForCausalLM:
         for rows in turned:
             rows.weight.mul_(signs[:, None])
         attention.o_proj.weight.mul_(signs)
-    return made
+    return model_with_plant
 
 
-def save(model: LlamaForCausalLM, place: Path) -> Path:
+def save(model: LlamaForCausalLM, directory: Path) -> Path:
     """Write a model with a tokenizer of single letters."""
     tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(LETTERS)}, merges=[]))
     tokenizer.decoder = decoders.Fuse()
-    model.save_pretrained(place)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=CONTEXT).save_pretrained(place)
-    return place
+    model.save_pretrained(directory)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=CONTEXT).save_pretrained(directory)
+    return directory
 
 
 @dataclass(frozen=True)
@@ -189,14 +189,14 @@ class World:
     ood: list[str]
 
     @classmethod
-    def made(cls, budget: Budget, seed: int) -> "World":
+    def trained(cls, budget: Budget, seed: int) -> "World":
         """Train both."""
         generator = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
         chains = Chains.drawn(6, generator)
         task = chains.redrawn((0, 1), generator)
         ood = Chains((chains.tables[:2] + task.tables) / 2)
-        model = made_model()
+        model = make_model()
         base = train(model, chains, budget.pretraining, [{"params": model.parameters(), "lr": 3e-3}], seed)
         tuned = copy.deepcopy(base)
         train(tuned, task, budget.tuning, [{"params": tuned.parameters(), "lr": 5e-4}], seed + 1)
@@ -211,7 +211,7 @@ class World:
 
 @dataclass(frozen=True)
 class Found:
-    """All that was measured.
+    """All measurements.
 
     Attributes:
         main: results by plant.
@@ -226,7 +226,7 @@ class Found:
 
 def measure(budget: Budget, seed: int, out: Path) -> Found:
     """Train, plant and measure."""
-    world = World.made(budget, seed)
+    world = World.trained(budget, seed)
     main = {
         name: world.measure(planted(world.tuned, name), out, **MEASURED, **budget.settings) for name in MAIN
     }
@@ -235,8 +235,8 @@ def measure(budget: Budget, seed: int, out: Path) -> Found:
     for block in range(BLOCKS):
         for heads in budget.plants:
             print(f"plant: {heads} heads of block {block}", file=sys.stderr)
-            made = planted(world.tuned, f"values {heads} of block {block}")
-            ranked.append({"block": block, **of_plant(world.measure(made, out, **light), block)})
+            model = planted(world.tuned, f"values {heads} of block {block}")
+            ranked.append({"block": block, **of_plant(world.measure(model, out, **light), block)})
     models_ = [
         natural(world, budget, number, out, {**light, "sharpen": "all"}) for number in range(budget.natural)
     ]
@@ -246,15 +246,15 @@ def measure(budget: Budget, seed: int, out: Path) -> Found:
 def at_half(result: Result, metric: str) -> float:
     """An OOD metric of the blend at α = 0.5."""
     path = result.tables["path"]
-    here = (path["role"] == "ood") & (path["metric"] == metric) & (path["alpha"] == 0.5)
-    return float(path.loc[here, "value"].iloc[0])
+    rows = (path["role"] == "ood") & (path["metric"] == metric) & (path["alpha"] == 0.5)
+    return float(path.loc[rows, "value"].iloc[0])
 
 
 def sharpness_at_half(result: Result) -> dict[str, float]:
-    """Worst rises at α = 0.5 by layer, as far as they were measured."""
+    """Worst rises at α = 0.5 by measured layer."""
     table = result.tables["sharpness"]
-    here = table[(table["alpha"] == 0.5) & (table["rho"] == 0.5)]
-    return dict(zip(here["name"], here["worst"], strict=True))
+    rows = table[(table["alpha"] == 0.5) & (table["rho"] == 0.5)]
+    return dict(zip(rows["name"], rows["worst"], strict=True))
 
 
 def of_plant(result: Result, block: int) -> dict[str, float]:
@@ -273,15 +273,20 @@ def of_plant(result: Result, block: int) -> dict[str, float]:
 def natural(
     world: World, budget: Budget, number: int, out: Path, settings: dict[str, Any]
 ) -> dict[str, float]:
-    """A tuning with a rate, a length and one faster block of its own: what it is, and how its blend does."""
+    """Settings and results of a tuning with its own rate, length and one faster block."""
     print(f"natural tuning {number}", file=sys.stderr)
     rng = np.random.default_rng(number)
     rate, faster, block = 10 ** rng.uniform(-3.7, -2.7), 10 ** rng.uniform(0, 1), int(rng.integers(BLOCKS))
     steps = int(budget.tuning * rng.uniform(0.3, 1.5))
     tuned = copy.deepcopy(world.base)
-    own = {id(each) for each in tuned.model.layers[block].parameters()}
+    block_parameters = {id(parameter) for parameter in tuned.model.layers[block].parameters()}
     groups = [
-        {"params": [each for each in tuned.parameters() if (id(each) in own) == chosen], "lr": lr}
+        {
+            "params": [
+                parameter for parameter in tuned.parameters() if (id(parameter) in block_parameters) == chosen
+            ],
+            "lr": lr,
+        }
         for chosen, lr in ((False, rate), (True, rate * faster))
     ]
     result = world.measure(train(tuned, world.task_chains, steps, groups, number), out, **settings)
@@ -296,17 +301,17 @@ def natural(
 
 @dataclass(frozen=True)
 class Claim:
-    """What must hold, and the numbers that it is about."""
+    """A claim, and the numbers that decide it."""
 
     text: str
     holds: bool
     numbers: str
 
 
-def claims(found: Found) -> list[Claim]:
-    """What must hold of plants, whose truth is known."""
-    plain, first = found.main["plain"], found.main["signs of block 0"]
-    made = [
+def claims(measured: Found) -> list[Claim]:
+    """The claims about planted stragglers."""
+    plain, first = measured.main["plain"], measured.main["signs of block 0"]
+    claims = [
         Claim("plain: some blend is surely better than both ends", plain.metrics["successes"] == 1,
               f"best alpha {plain.metrics['best_alpha']:g}"),
         Claim("plain: no straggler", plain.metrics["stragglers"] == 0, f"{plain.metrics['stragglers']}"),
@@ -316,28 +321,28 @@ def claims(found: Found) -> list[Claim]:
     for name, block in MAIN.items():
         if block is None:
             continue
-        result = found.main[name]
+        result = measured.main[name]
         layers = result.tables["layers"].set_index("name")
         flagged = layers.index[layers["straggler"]].tolist()
         only = flagged == [f"block {block}"]
-        made.append(Claim(f"{name}: the planted block is the only straggler", only, f"{flagged}"))
+        claims.append(Claim(f"{name}: the planted block is the only straggler", only, f"{flagged}"))
         apart = max(abs(end(result, alpha) - end(plain, alpha)) for alpha in (0.0, 1.0))
-        made.append(Claim(f"{name}: both ends are as they were", apart < 1e-5, f"{apart:.2g} nats"))
+        claims.append(Claim(f"{name}: both ends are as they were", apart < 1e-5, f"{apart:.2g} nats"))
         again = abs(realigned_at_half(result) - at_half(plain, "loss"))
-        made.append(Claim(f"{name}: realigning restores the plain path", again < 1e-5, f"{again:.2g} nats"))
+        claims.append(Claim(f"{name}: realigning restores the plain path", again < 1e-5, f"{again:.2g} nats"))
     layers = first.tables["layers"].set_index("name")
     repairs = layers[["repair_base", "repair_tuned"]]
-    own, others = repairs.loc["block 0"], repairs.drop(index="block 0")
-    made += [
-        Claim("signs of block 0: pinning it repairs at least 1 nat from either end", own.min() >= 1,
-              f"{own['repair_base']:.2f} and {own['repair_tuned']:.2f}"),
+    pinned, others = repairs.loc["block 0"], repairs.drop(index="block 0")
+    claims += [
+        Claim("signs of block 0: pinning it repairs at least 1 nat from either end", pinned.min() >= 1,
+              f"{pinned['repair_base']:.2f} and {pinned['repair_tuned']:.2f}"),
         Claim("signs of block 0: pinning another layer repairs at most 0.05", others.to_numpy().max() <= 0.05,
               f"{others.to_numpy().max():.3f}"),
     ]  # fmt: skip
-    ranked = found.ranked
+    ranked = measured.ranked
     seen = ranked[ranked["barrier"] >= BARRIER]
     rank = spearmanr(ranked["barrier"], ranked["loss"]).statistic
-    made += [
+    claims += [
         # A single head of a late block may hardly matter: what makes no barrier cannot be named by one.
         Claim(f"plants of heads: from {BARRIER:g} nats on, the largest barrier names the block",
               bool(seen["named"].all()) and len(seen) > 0,
@@ -345,7 +350,7 @@ def claims(found: Found) -> list[Claim]:
         Claim("plants of heads: it ranks the OOD loss half-way with Spearman 0.8 or more", rank >= 0.8,
               f"{rank:.2f}"),
     ]  # fmt: skip
-    return made
+    return claims
 
 
 def end(result: Result, alpha: float) -> float:
@@ -357,45 +362,46 @@ def end(result: Result, alpha: float) -> float:
 def realigned_at_half(result: Result) -> float:
     """OOD loss at α = 0.5 once the flagged blocks are realigned; NaN where none was flagged."""
     table = result.tables["remedies"]
-    here = (table["remedy"] == "realign") & (table["alpha"] == 0.5) & (table["role"] == "ood")
-    return float(table.loc[here, "loss"].iloc[0]) if here.any() else float("nan")
+    rows = (table["remedy"] == "realign") & (table["alpha"] == 0.5) & (table["role"] == "ood")
+    return float(table.loc[rows, "loss"].iloc[0]) if rows.any() else float("nan")
 
 
-def show(found: Found, console: Console) -> None:
-    """The table of plants, the claims, and what sharpness predicts: reported, never claimed."""
+def show(measured: Found, console: Console) -> None:
+    """Print the table of plants, the claims, and what sharpness predicts (no claim)."""
     shown = Table(title="OOD loss along the path, and barriers of single layers (nats)")
     for column in ("tuned", "base", "best", "at", "half-way", "tuned", "planted block", "largest other"):
         shown.add_column(column, justify="left" if not shown.columns else "right")
-    for name, result in found.main.items():
+    for name, result in measured.main.items():
         path = result.tables["path"]
         curve = path[(path["role"] == "ood") & (path["metric"] == "loss")].set_index("alpha")["value"]
         layers = result.tables["layers"].set_index("name")
-        own = layers.loc[f"block {MAIN[name]}"] if MAIN[name] is not None else None
-        others = layers if own is None else layers.drop(index=str(own.name))
+        planted_layer = layers.loc[f"block {MAIN[name]}"] if MAIN[name] is not None else None
+        others = layers if planted_layer is None else layers.drop(index=str(planted_layer.name))
         shown.add_row(
             name, f"{curve[0.0]:.3f}", f"{curve.min():.3f}", f"{curve.idxmin():g}", f"{curve[0.5]:.3f}",
             f"{curve[1.0]:.3f}",
-            "" if own is None else f"{own['barrier_tuned']:.3f}, {own['barrier_base']:.3f}",
+            "" if planted_layer is None
+            else f"{planted_layer['barrier_tuned']:.3f}, {planted_layer['barrier_base']:.3f}",
             f"{others['barrier'].max():.3f}",
         )  # fmt: skip
     console.print(shown)
-    for claim in claims(found):
+    for claim in claims(measured):
         console.print(f"{'holds' if claim.holds else 'FAILS'}  {claim.text}: {claim.numbers}")
-    ranked = found.ranked
+    ranked = measured.ranked
     for column, text in (("whole", "all blocks'"), ("own", "the planted block's own")):
-        known = ranked.dropna(subset=[column])
-        value = spearmanr(known[column], known["loss"]).statistic if len(known) > 2 else float("nan")
+        defined = ranked.dropna(subset=[column])
+        value = spearmanr(defined[column], defined["loss"]).statistic if len(defined) > 2 else float("nan")
         console.print(
-            f"reported  plants: Spearman of {text} sharpness with OOD loss {value:.2f} (n {len(known)})"
+            f"reported  plants: Spearman of {text} sharpness with OOD loss {value:.2f} (n {len(defined)})"
         )
-    if not len(found.models):
+    if not len(measured.models):
         return
-    names = [name for name in found.models if name.startswith(("block", "all"))]
-    for given in ("displacement", "rate"):
+    names = [name for name in measured.models if name.startswith(("block", "all"))]
+    for covariate in ("displacement", "rate"):
         table = correlations(
-            found.models, outcome="accuracy", predictors=names, given=given, permutations=2000
+            measured.models, outcome="accuracy", predictors=names, given=covariate, permutations=2000
         )
-        console.print(f"reported  natural tunings: sharpness with OOD accuracy, raw and given {given}")
+        console.print(f"reported  natural tunings: sharpness with OOD accuracy, raw and given {covariate}")
         console.print(table[["predictor", "models", "raw", "raw_holm", "partial", "partial_holm"]].round(2))
 
 
@@ -406,12 +412,12 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="run everything in seconds, and claim nothing")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)  # so small, more threads only wait for each other
     with tempfile.TemporaryDirectory() as out:
-        found = measure(QUICK if given.quick else Budget(), given.seed, Path(out))
-    show(found, Console(width=150))
-    return 0 if given.quick or all(claim.holds for claim in claims(found)) else 1
+        measured = measure(QUICK if arguments.quick else Budget(), arguments.seed, Path(out))
+    show(measured, Console(width=150))
+    return 0 if arguments.quick or all(claim.holds for claim in claims(measured)) else 1
 
 
 if __name__ == "__main__":

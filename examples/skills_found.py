@@ -1,4 +1,4 @@
-"""What the miniature of skill localization finds of one seed, by name."""
+"""The results of the miniature of skill localization for one seed."""
 
 import math
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ class Planted:
 
     @property
     def size(self) -> int:
-        """How many entries were planted for the one skill."""
+        """Number of entries planted for the one skill."""
         return sum(len(index) for index in self.one.values())
 
     def of_one(self) -> tuple[float, float]:
@@ -46,27 +46,27 @@ class Planted:
         return overlap(self.one, region), overlap(region, self.one)
 
     def of_two(self) -> tuple[float, float]:
-        """Share of each region of the two, of the planted size, that was planted for it; NaN without one."""
+        """Share of each of the two regions that was planted for its skill; NaN without a region."""
         masks = self.both.masks
-        one, two = (
-            overlap(self.two[place], masks[name].index) if name in masks else math.nan
-            for place, name in enumerate(("0", "1"))
+        first, second = (
+            overlap(self.two[index], masks[name].index) if name in masks else math.nan
+            for index, name in enumerate(("0", "1"))
         )
-        return one, two
+        return first, second
 
     def overlaps(self) -> tuple[float, float]:
-        """Overlap of the two planted regions, and of those found: the mean of both directions."""
+        """Overlap of the two planted regions, and of the two found (mean of both directions)."""
         first, second = self.two
         planted = mean((overlap(first, second), overlap(second, first)))
-        found = [self.both.masks[name].index for name in ("0", "1") if name in self.both.masks]
-        if len(found) < 2:
+        regions = [self.both.masks[name].index for name in ("0", "1") if name in self.both.masks]
+        if len(regions) < 2:
             return planted, math.nan
-        return planted, mean((overlap(*found), overlap(*reversed(found))))
+        return planted, mean((overlap(*regions), overlap(*reversed(regions))))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the analysis says of the pairs of one seed.
+    """The results of the pairs of one seed.
 
     Attributes:
         known: accuracy of the base where it answers rightly, by skill.
@@ -87,12 +87,12 @@ class Outcome:
     planted: Planted
 
     def metric(self, method: str, how: str = "sgd", search: str = "budget", entries: int = FEW) -> float:
-        """Accuracy of a point of the curve on the report rows; NaN where nothing was to be localised."""
+        """Accuracy of a point of the curve on the report rows; NaN where there was nothing to localise."""
         table = self.alone[how, search, entries].tables["budget"]
-        of = table["method"] == method
+        selected = table["method"] == method
         if method in ("learned", "movement", "random"):
-            of &= table["entries"] == entries
-        return float(table.loc[of, "metric"].mean())
+            selected &= table["entries"] == entries
+        return float(table.loc[selected, "metric"].mean())
 
     def ece(self, model: str, how: str = "sgd", search: str = "budget", entries: int = MORE) -> float:
         """Calibration error of a model."""
@@ -108,35 +108,39 @@ class Outcome:
 
     def overlap(self, how: str, pairs: tuple[tuple[int, int], ...]) -> float:
         """Mean overlap of the regions of pairs of skills."""
-        found = self.together[how].tables.get("overlap")
-        if found is None:
+        table = self.together[how].tables.get("overlap")
+        if table is None:
             return math.nan
-        by = found.set_index(["task", "other"])["overlap"]
+        by = table.set_index(["task", "other"])["overlap"]
         return mean(float(by.get((str(i), str(j)), math.nan)) for i, j in pairs)
 
     def rel(self, how: str, region: int, task: int) -> float:
-        """Which share of the gain on one skill the region of another keeps."""
-        found = self.together[how].tables.get("rel")
-        if found is None:
+        """Share of the gain on one skill that the region of another keeps."""
+        table = self.together[how].tables.get("rel")
+        if table is None:
             return math.nan
-        return float(found.set_index(["region", "task"])["rel"].get((str(region), str(task)), math.nan))
+        return float(table.set_index(["region", "task"])["rel"].get((str(region), str(task)), math.nan))
 
     def unions(self, how: str) -> list[float]:
-        """Which share of the gain on each skill all regions together keep; NaN unless each has one."""
-        found = self.together[how].tables.get("unions")
-        if found is None:
+        """Share of the gain on each skill that the union of all regions keeps; NaN unless each has one."""
+        table = self.together[how].tables.get("unions")
+        if table is None:
             return [math.nan] * TASKS
-        whole = found[found["union"].str.count(r"\+") == TASKS - 1].set_index("task")["rel"]
-        return [float(whole.get(str(task), math.nan)) for task in range(TASKS)]
+        rel = table[table["union"].str.count(r"\+") == TASKS - 1].set_index("task")["rel"]
+        return [float(rel.get(str(task), math.nan)) for task in range(TASKS)]
 
     def localised(self, how: str) -> str:
-        """Whether 0.3 % of the entries carry the skill, in a word."""
+        """Verdict on whether 0.3 % of the entries carry the skill."""
         metrics = self.alone[how, "budget", FEW].metrics
         if metrics["without_gain"]:
             return "nothing to localise"
         return "localised" if metrics["localised"] else "diffuse"
 
     def shared(self, entries: int) -> float:
-        """How alike the regions of the two searches are (Jaccard)."""
-        found = [self.alone["sgd", search, entries].masks for search in SEARCHES]
-        return jaccard(*(masks["task0"].index for masks in found)) if all(found) else math.nan
+        """Jaccard index of the regions of the two searches."""
+        masks_by_search = [self.alone["sgd", search, entries].masks for search in SEARCHES]
+        return (
+            jaccard(*(masks["task0"].index for masks in masks_by_search))
+            if all(masks_by_search)
+            else math.nan
+        )

@@ -34,7 +34,7 @@ from majority import (
     disturb,
     entries_of,
     located,
-    made_model,
+    make_model,
     plant,
     pretrain,
     steep,
@@ -45,7 +45,7 @@ from majority import (
 from rich.console import Console
 from skills_found import FEW, HOW, LIKE, MORE, SEARCHES, SHARES, UNLIKE, Outcome, Planted
 from skills_shown import show
-from symbols import Claim, judged, made_tokenizer, save, write_rows
+from symbols import Claim, claims_table, make_tokenizer, save, write_rows
 from transformers import GPT2LMHeadModel
 
 from diagnostics import skill_localization
@@ -53,13 +53,13 @@ from diagnostics.analyses.skills.region import Region, union
 from probes import CheckpointPair
 
 HOPED = "What held elsewhere and need not hold here"
-# More rows to report on than to search on, which is what takes time; few draws, for no interval is claimed.
+# Few search rows, because searches take the time; few draws, because no claim is about an interval.
 MEASURED: dict[str, Any] = {"splits": (0.25, 0.15, 0.6), "draws": 200}
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How long to train and search, and on how many items.
+    """Sizes of training, search and measurement.
 
     Attributes:
         pretraining: steps of the base.
@@ -99,10 +99,10 @@ QUICK = Budget(
 def measure(seed: int, budget: Budget, out: Path) -> Outcome:
     """Train base and tuned models, write them and their rows into `out`, and measure the pairs."""
     generator = torch.Generator().manual_seed(seed)
-    world, tokenizer = World.drawn(generator), made_tokenizer(WORDS)
-    base = made_model(seed)
+    world, tokenizer = World.drawn(generator), make_tokenizer(WORDS)
+    base = make_model(seed)
     pretrain(base, world, budget.pretraining, generator)
-    known = tuple(
+    base_accuracy = tuple(
         accuracy(base, world.items(task, 1000, generator, kind="Q", noise=0)) for task in range(TASKS)
     )
     lessons = [world.items(task, budget.lesson, generator) for task in range(TASKS)]
@@ -111,7 +111,7 @@ def measure(seed: int, budget: Budget, out: Path) -> Outcome:
         str(task): write_rows(items.rows(), out / f"task{task}.jsonl") for task, items in enumerate(others)
     }
     shifted = write_rows(world.items(0, budget.shifted, generator, shifted=True).rows(), out / "ood.jsonl")
-    place = save(base, tokenizer, out / "base")
+    base_directory = save(base, tokenizer, out / "base")
     # By the method's own 0.02 a search of 100 steps stays near its start: on models so small it is not done.
     measured: dict[str, Any] = {**MEASURED, "steps": budget.steps, "rate": 0.2, "seed": seed}
     learnt, biases, alone, together = {}, {}, {}, {}
@@ -124,7 +124,7 @@ def measure(seed: int, budget: Budget, out: Path) -> Outcome:
         for entries in (FEW, MORE) if how == "sgd" else ():
             drawn = located(base, torch.randperm(entries_of(base), generator=generator)[:entries])
             random[entries] = accuracy(with_entries(base, model, drawn), others[0])
-        pair = CheckpointPair(place, save(model, tokenizer, out / how))
+        pair = CheckpointPair(base_directory, save(model, tokenizer, out / how))
         for search in SEARCHES if how == "sgd" else SEARCHES[:1]:
             for entries in (FEW, MORE):
                 # Stability is shown of one search; it takes two more.
@@ -134,11 +134,11 @@ def measure(seed: int, budget: Budget, out: Path) -> Outcome:
                 )
         model = copy.deepcopy(base)
         tune(model, lessons, how, longer, seed)
-        pair = CheckpointPair(place, save(model, tokenizer, out / f"{how}-together"))
+        pair = CheckpointPair(base_directory, save(model, tokenizer, out / f"{how}-together"))
         # With fewer rows a step more of a region is where its search began, which all skills have in common.
         together[how] = skill_localization(pair, rows, budgets=(MORE,), batch_rows=128, seeds=1, **measured)
     planted = measure_planted(base, world, budget, out, generator, measured)
-    return Outcome(seed, known, learnt, biases, random, alone, together, planted)
+    return Outcome(seed, base_accuracy, learnt, biases, random, alone, together, planted)
 
 
 def measure_planted(
@@ -150,7 +150,7 @@ def measure_planted(
     measured: Mapping[str, Any],
 ) -> Planted:
     """Plant one skill, and two at once, and localize them."""
-    tokenizer = made_tokenizer(WORDS)
+    tokenizer = make_tokenizer(WORDS)
     lessons, others = (
         [world.items(task, many, generator, noise=0) for task in (0, 1)] for many in (2000, budget.items)
     )
@@ -163,13 +163,13 @@ def measure_planted(
         return CheckpointPair(out / "base", save(model, tokenizer, out / name))
 
     count = budget.planted
-    places = steep(base, lessons)
-    places = places[torch.randperm(len(places), generator=generator)]
-    one, first = (located(base, places[:count]) for _ in range(2))
+    steepest = steep(base, lessons)
+    steepest = steepest[torch.randperm(len(steepest), generator=generator)]
+    region, first = (located(base, steepest[:count]) for _ in range(2))
     # The last third of the first is the first third of the second.
-    second = located(base, places[count - count // 3 : 2 * count - count // 3])
-    found = skill_localization(
-        pair("planted", [(lessons[0], one)]),
+    second = located(base, steepest[count - count // 3 : 2 * count - count // 3])
+    alone = skill_localization(
+        pair("planted", [(lessons[0], region)]),
         {"0": rows[0]},
         budgets=tuple(round(count * share) for share in (0.5, 1.0, 1.5)),
         seeds=1,
@@ -182,15 +182,15 @@ def measure_planted(
         seeds=1,
         **measured,
     )
-    return Planted(one, found, (first, second), both)
+    return Planted(region, alone, (first, second), both)
 
 
 def claims(outcome: Outcome) -> list[Claim]:
-    """What must hold of one seed."""
-    made = []
+    """The claims about one seed."""
+    claims = []
 
     def claim(text: str, holds: bool, numbers: str) -> None:
-        made.append(Claim(outcome.seed, text, bool(holds), numbers))
+        claims.append(Claim(outcome.seed, text, bool(holds), numbers))
 
     tuned = outcome.metric("tuned")
     for search in SEARCHES:
@@ -213,12 +213,12 @@ def claims(outcome: Outcome) -> list[Claim]:
             calm <= 0.6 * sure,
             f"{calm:.3f} of {sure:.3f}",
         )
-    made.append(above_random(outcome, MORE))
-    graft, whole = (outcome.accuracy(model, search="faithful", role="ood") for model in ("graft", "tuned"))
+    claims.append(above_random(outcome, MORE))
+    graft, tuned = (outcome.accuracy(model, search="faithful", role="ood") for model in ("graft", "tuned"))
     claim(
         "SGD, 1 %, faithful: out of distribution 0.03 or more above tuned",
-        graft >= whole + 0.03,
-        f"{graft:.3f} and {whole:.3f}",
+        graft >= tuned + 0.03,
+        f"{graft:.3f} and {tuned:.3f}",
     )
     learned, diffuse = outcome.metric("learned"), outcome.metric("learned", "adamw")
     claim(
@@ -239,7 +239,7 @@ def claims(outcome: Outcome) -> list[Claim]:
         apart >= 0.3,
         f"{apart:.2f} at least",
     )
-    return made + planted_claims(outcome)
+    return claims + planted_claims(outcome)
 
 
 def above_random(outcome: Outcome, entries: int) -> Claim:
@@ -254,27 +254,26 @@ def above_random(outcome: Outcome, entries: int) -> Claim:
 
 
 def hoped(outcome: Outcome) -> list[Claim]:
-    """What held elsewhere and need not hold here: shown, and no part of the exit code.
+    """Results of the reference that need not hold here: shown, without effect on the exit code.
 
-    In the reference 0.3 % of the entries were enough for top movement to do part of the work; here that
-    depends on the base, and what 1 % do is claimed instead. There the regions of an AdamW-tuned model kept
-    all of their own skill and nothing of unlike ones; here they are less pure: the base leans to the rarer
-    answer by every prompt, and what answers an unlike one in any other way is right more often. And the
-    regions of two planted skills overlap as planted where their prompts have nothing in common, as in the
-    tests of the analysis; the prompts of this base have, and entries planted for one skill serve the other.
-    The entries that are moved beside those of two skills may also undo both: then nothing is to be
-    localised, and it is nan.
+    In the reference top movement did part of the work with 0.3 % of the entries. Here that depends on the
+    base, and the claim is about 1 %. There the regions of an AdamW-tuned model kept all of their skill and
+    nothing of unlike ones. Here they are less pure: the base leans to the rarer answer for every prompt, and
+    any change of the answer to an unlike prompt is right more often. Regions of two planted skills overlap as
+    planted where their prompts share nothing, as in the tests of the analysis; the prompts of this base do,
+    and entries planted for one skill serve the other. The other moved entries may also undo both skills: then
+    there is nothing to localise, and the value is NaN.
     """
-    there, found = outcome.planted.overlaps()
-    own = min(outcome.rel("adamw", task, task) for task in range(TASKS))
+    planted, located = outcome.planted.overlaps()
+    own_rel = min(outcome.rel("adamw", task, task) for task in range(TASKS))
     other = max(outcome.rel("adamw", *pair) for pair in UNLIKE)
     return [
         above_random(outcome, FEW),
         Claim(
             outcome.seed,
             "three skills, adamw: a region keeps 0.9 or more of its own skill",
-            bool(own >= 0.9),
-            f"{own:.2f} at least",
+            bool(own_rel >= 0.9),
+            f"{own_rel:.2f} at least",
         ),
         Claim(
             outcome.seed,
@@ -285,14 +284,14 @@ def hoped(outcome: Outcome) -> list[Claim]:
         Claim(
             outcome.seed,
             "two planted skills: their regions overlap as planted, to 0.15",
-            bool(abs(there - found) <= 0.15),
-            f"{found:.2f}, planted {there:.2f}",
+            bool(abs(planted - located) <= 0.15),
+            f"{located:.2f}, planted {planted:.2f}",
         ),
     ]
 
 
 def planted_claims(outcome: Outcome) -> list[Claim]:
-    """What must hold of the skill whose entries are known."""
+    """The claims about the planted skills."""
     planted = outcome.planted
     metrics, size = planted.found.metrics, planted.size
     recovery, region = metrics.get("recovery", math.nan), metrics.get("region", math.nan)
@@ -309,7 +308,7 @@ def planted_claims(outcome: Outcome) -> list[Claim]:
 
 
 def main() -> int:
-    """Measure, print, and say with the exit code whether all that must hold does."""
+    """Measure and print; exit code 1 if a claim fails."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -324,15 +323,17 @@ def main() -> int:
         out = arguments.out or Path(scratch)
         for seed in arguments.seeds:
             console.print(f"seed {seed} …")
-            place = out / f"seed{seed}"
-            place.mkdir(parents=True, exist_ok=True)
-            outcomes.append(measure(seed, budget, place))
+            directory = out / f"seed{seed}"
+            directory.mkdir(parents=True, exist_ok=True)
+            outcomes.append(measure(seed, budget, directory))
         show(outcomes, console)
         if arguments.quick:
             return 0
         held = [claim for outcome in outcomes for claim in claims(outcome)]
         (out / "claims.json").write_text(json.dumps([asdict(claim) for claim in held], indent=1))
-    console.print(judged(held), judged([claim for outcome in outcomes for claim in hoped(outcome)], HOPED))
+    console.print(
+        claims_table(held), claims_table([claim for outcome in outcomes for claim in hoped(outcome)], HOPED)
+    )
     return 0 if all(claim.holds for claim in held) else 1
 
 

@@ -1,4 +1,4 @@
-"""What the miniature of skill localization prints: its figures, a reference's and the paper's."""
+"""Tables of the miniature of skill localization: its figures, a reference's and the paper's."""
 
 from collections.abc import Callable, Mapping
 from statistics import mean
@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from skills_found import FEW, HOW, LIKE, MORE, SEARCHES, SHARES, UNLIKE, Outcome
 
-# The same setting in a decoder and with searches of another program, seeds 0 / 1 / 2 (AdamW: 0): what our
-# figures are held against. By way of tuning, what was measured and entries.
+# Reference: the same setting with another program, seeds 0 / 1 / 2 (AdamW: 0), by optimizer, quantity and
+# entries.
 REFERENCE: Mapping[tuple[str, str, int | None], str] = {
     ("sgd", "tuned", None): ".345 / .430 / .375 -> .785 (.201) / .767 (.219) / .757 (.230)",
     ("sgd", "random", FEW): ".349 / .429 / .379",
@@ -44,10 +44,10 @@ REFERENCE: Mapping[tuple[str, str, int | None], str] = {
 Cell = Callable[[Outcome], str]
 
 
-def beside(
+def comparison_table(
     title: str, rows: list[tuple[str, tuple[str, str, int | None], Cell]], outcomes: list[Outcome]
 ) -> Table:
-    """A table of what was measured, the reference beside it."""
+    """A table of measured values and the reference."""
     table = Table("measured", "entries", "reference", "ours (seeds / by /)", title=title)
     for name, key, cell in rows:
         share = SHARES[key[2]] if key[2] else ""
@@ -55,7 +55,7 @@ def beside(
     return table
 
 
-def alone(how: str, outcomes: list[Outcome]) -> Table:
+def single_skill_table(how: str, outcomes: list[Outcome]) -> Table:
     """One skill, tuned in one way."""
     rows: list[tuple[str, tuple[str, str, int | None], Cell]] = [
         (
@@ -143,7 +143,7 @@ def alone(how: str, outcomes: list[Outcome]) -> Table:
                 for n in (FEW, MORE)
             ),
         ]
-    return beside(f"One skill by {how}: accuracy (calibration error)", rows, outcomes)
+    return comparison_table(f"One skill by {how}: accuracy (calibration error)", rows, outcomes)
 
 
 def together(how: str, outcomes: list[Outcome]) -> Table:
@@ -168,11 +168,11 @@ def together(how: str, outcomes: list[Outcome]) -> Table:
             lambda o: ", ".join(f"{value:.2f}" for value in o.unions(how)),
         ),
     ]
-    return beside(f"Three skills in one model by {how}", rows, outcomes)
+    return comparison_table(f"Three skills in one model by {how}", rows, outcomes)
 
 
 def planted(outcomes: list[Outcome]) -> Table:
-    """Skills whose entries are known."""
+    """Planted skills."""
     table = Table(
         "planted, and a third as many others moved as far", "ours (seeds / by /)", title="Planted skills"
     )
@@ -205,11 +205,11 @@ def planted(outcomes: list[Outcome]) -> Table:
 
 
 def published(outcomes: list[Outcome]) -> Table:
-    """The paper's figures, on models a thousand times larger, beside ours."""
-    table = Table("what", "the paper's", "ours (seeds / by /)", title="The paper's figures beside ours")
+    """The paper's figures, from models a thousand times larger, and ours."""
+    table = Table("what", "the paper's", "ours (seeds / by /)", title="The paper's figures and ours")
 
-    def row(what: str, theirs: str, ours: Cell) -> None:
-        table.add_row(what, theirs, " / ".join(ours(outcome) for outcome in outcomes))
+    def row(name: str, theirs: str, ours: Cell) -> None:
+        table.add_row(name, theirs, " / ".join(ours(outcome) for outcome in outcomes))
 
     row(
         "entries that keep over 95 % of tuned's score (SGD)",
@@ -251,17 +251,19 @@ def published(outcomes: list[Outcome]) -> Table:
 
 
 def shifted_gain(outcome: Outcome) -> float:
-    """How much better the region of the paper's search does than tuned, out of distribution."""
+    """Advantage of the faithful region over tuned, out of distribution."""
     graft, tuned = (outcome.accuracy(model, search="faithful", role="ood") for model in ("graft", "tuned"))
     return graft - tuned
 
 
 def show(outcomes: list[Outcome], console: Console) -> None:
-    """Everything that is not claimed."""
-    known = " / ".join(", ".join(f"{known:.2f}" for known in outcome.known) for outcome in outcomes)
-    console.print(f"Base answers rightly where it was taught to (Q0, Q1, Q2): {known}.")
+    """Print everything but the claims."""
+    accuracies = " / ".join(
+        ", ".join(f"{accuracy:.2f}" for accuracy in outcome.known) for outcome in outcomes
+    )
+    console.print(f"Base answers rightly where it was taught to (Q0, Q1, Q2): {accuracies}.")
     for how in HOW:
-        console.print(alone(how, outcomes))
+        console.print(single_skill_table(how, outcomes))
     for how in HOW:
         console.print(together(how, outcomes))
     console.print(planted(outcomes), published(outcomes))

@@ -1,7 +1,7 @@
 """Essential sparsity in miniature: a tiny Llama, tuned on two of the six Markov chains that it has learnt.
 
-Each chain has four successors a symbol; which chain a sequence is of must be told from the sequence. The two
-that are tuned on have a quarter of their rows drawn anew. How many of the smallest weights can go?
+Each chain has four successors a symbol; a sequence does not name its chain. The two chains of the tuning have
+a quarter of their rows drawn again. How many of the smallest weights can go?
 Source of the claims: Jaiswal et al. 2023, arXiv:2306.03805; the setting is ours, a thousand times smaller.
 
     python examples/sparsity_miniature.py --seeds 0 1 2
@@ -23,7 +23,7 @@ import transformers
 from pandas import DataFrame
 from rich.console import Console
 from rich.table import Table
-from symbols import Claim, judged, made_tokenizer, save, walks, write_rows
+from symbols import Claim, claims_table, make_tokenizer, save, walks, write_rows
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -35,18 +35,18 @@ SYMBOLS, LENGTH = "abcdefghijklmnopqrstuvwx", 24
 CHAINS, TUNED_ON, REDRAWN = 6, 2, 0.25
 SUCCESSORS = (0.55, 0.25, 0.15, 0.05)
 PATTERNS = ("1:2", "2:4", "4:8")
-# The sparsities that the claims about zero-shot pruning are of.
+# Sparsities in the claims about zero-shot pruning.
 LITTLE, HALF = 0.2, 0.5
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How long to train, and on how many sequences to train and to measure.
+    """Sizes of training and measurement.
 
     Attributes:
         pretraining, tuning: steps of 32 sequences.
-        sequences: that the base, and then every tuned model, is trained on.
-        held_out: of either kind, that all is measured on.
+        sequences: training sequences of base, and of each tuned model.
+        held_out: sequences of each kind to measure on.
         grid: sparsities.
     """
 
@@ -61,7 +61,7 @@ QUICK = Budget(pretraining=5, tuning=2, sequences=64, held_out=16, grid=(0.2, 0.
 
 
 def chain(generator: torch.Generator) -> Tensor:
-    """Chances of the next symbol given the last: four successors each, drawn for every symbol."""
+    """Probabilities of the next symbol given the last: four random successors of each symbol."""
     chances = torch.zeros(len(SYMBOLS), len(SYMBOLS))
     for row in chances:
         row[torch.randperm(len(SYMBOLS), generator=generator)[: len(SUCCESSORS)]] = torch.tensor(SUCCESSORS)
@@ -76,12 +76,12 @@ def redrawn(chances: Tensor, generator: torch.Generator) -> Tensor:
 
 def sampled(chains: list[Tensor], count: int, generator: torch.Generator) -> Tensor:
     """Sequences (count, LENGTH), each of a chain drawn for it."""
-    which = torch.randint(len(chains), (count,), generator=generator)
-    return walks(torch.stack(chains)[which], LENGTH, generator)
+    drawn = torch.randint(len(chains), (count,), generator=generator)
+    return walks(torch.stack(chains)[drawn], LENGTH, generator)
 
 
-def made_model(seed: int) -> LlamaForCausalLM:
-    """Three blocks of width 48 with 82,944 weights in their matrices, and a tied embedding beside these."""
+def make_model(seed: int) -> LlamaForCausalLM:
+    """Three blocks of width 48 with 82,944 weights in their matrices, and a tied embedding."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -122,28 +122,28 @@ def train(
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the analysis says of the pair of one seed."""
+    """The result of one seed."""
 
     seed: int
     result: Result
 
     def points(self, role: str, model: str, regime: str = "zero_shot") -> dict[str, float]:
-        """Where a curve drops."""
+        """The row of a curve in the table of points."""
         table = self.result.tables["points"]
-        of = (table["role"] == role) & (table["model"] == model) & (table["regime"] == regime)
-        return table[of].iloc[0].to_dict()
+        rows = (table["role"] == role) & (table["model"] == model) & (table["regime"] == regime)
+        return table[rows].iloc[0].to_dict()
 
     def curve(
         self, role: str, model: str, regime: str = "zero_shot", pattern: str = "magnitude"
     ) -> dict[float, float]:
         """Accuracy by sparsity."""
         table = self.result.tables["curve"]
-        of = (table["role"] == role) & (table["model"] == model) & (table["regime"] == regime)
-        of &= (table["pattern"] == pattern) & (table["metric"] == "accuracy")
-        return {round(float(s), 6): float(v) for s, v in table.loc[of, ["sparsity", "value"]].to_numpy()}
+        rows = (table["role"] == role) & (table["model"] == model) & (table["regime"] == regime)
+        rows &= (table["pattern"] == pattern) & (table["metric"] == "accuracy")
+        return {round(float(s), 6): float(v) for s, v in table.loc[rows, ["sparsity", "value"]].to_numpy()}
 
     def drop(self, sparsity: float, *curve: str) -> float:
-        """What a sparsity costs, in points of accuracy."""
+        """Cost of a sparsity, in points of accuracy."""
         return 100 * (self.curve(*curve[:3])[0.0] - self.curve(*curve)[sparsity])
 
     def patterns(self, role: str, model: str) -> list[float]:
@@ -152,7 +152,7 @@ class Outcome:
 
     @property
     def overlap(self) -> DataFrame:
-        """How alike the masks of base and tuned are, by sparsity."""
+        """Overlap of the masks of base and tuned, by sparsity."""
         return self.result.tables["overlap"].set_index("sparsity")
 
 
@@ -160,22 +160,22 @@ def measure(seed: int, budget: Budget, out: Path) -> Outcome:
     """Train base and tuned, write them and their rows into `out`, and measure the pair."""
     generator = torch.Generator().manual_seed(seed)
     chains = [chain(generator) for _ in range(CHAINS)]
-    task_chains = [redrawn(each, generator) for each in chains[:TUNED_ON]]
-    known, lesson = (sampled(each, budget.sequences, generator) for each in (chains, task_chains))
-    keep, task = (sampled(each, budget.held_out, generator) for each in (chains, task_chains))
+    task_chains = [redrawn(chances, generator) for chances in chains[:TUNED_ON]]
+    pretraining, lesson = (sampled(kind, budget.sequences, generator) for kind in (chains, task_chains))
+    keep, task = (sampled(kind, budget.held_out, generator) for kind in (chains, task_chains))
 
     def rows(sequences: Tensor, name: str) -> Path:
         texts = (" ".join(SYMBOLS[symbol] for symbol in sequence) for sequence in sequences)
         return write_rows(({"text": text} for text in texts), out / f"{name}.jsonl")
 
-    tokenizer = made_tokenizer(SYMBOLS)
-    model = made_model(seed)
-    train(model, known, budget.pretraining, 2e-3, generator, decay=False)
+    tokenizer = make_tokenizer(SYMBOLS)
+    model = make_model(seed)
+    train(model, pretraining, budget.pretraining, 2e-3, generator, decay=False)
     base = save(model, tokenizer, out / "base")
     order = torch.Generator().manual_seed(seed)
     train(model, lesson, budget.tuning, 1e-3, order, decay=True)
     tuned = save(model, tokenizer, out / "tuned")
-    # The analysis splits off what it tunes on behind masks, and measures everything on the rest.
+    # The analysis splits off the rows to tune on, and measures on the rest.
     result = essential_sparsity(
         CheckpointPair(base, tuned),
         rows(torch.cat([lesson, task]), "task"),
@@ -198,10 +198,10 @@ RANDOM = ("zero_shot", "random")
 
 def claims(outcome: Outcome) -> list[Claim]:
     """What must hold of one seed."""
-    made = []
+    claims = []
 
     def claim(text: str, holds: bool, numbers: str) -> None:
-        made.append(Claim(outcome.seed, text, bool(holds), numbers))
+        claims.append(Claim(outcome.seed, text, bool(holds), numbers))
 
     half = outcome.drop(HALF, *BASE)
     claim("base, zero-shot: 0.5 costs more than 5 points", half > 5, f"{half:.1f}")
@@ -231,7 +231,7 @@ def claims(outcome: Outcome) -> list[Claim]:
     )
     kappa = outcome.overlap["kappa"].min()
     claim("masks of base and tuned: kappa above 0.5 from 0.1 on", kappa > 0.5, f"{kappa:.2f} at least")
-    return made
+    return claims
 
 
 def measured(outcomes: list[Outcome], grid: tuple[float, ...]) -> Table:
@@ -256,11 +256,11 @@ def measured(outcomes: list[Outcome], grid: tuple[float, ...]) -> Table:
 
 
 def published(outcomes: list[Outcome]) -> Table:
-    """The paper's figures, on models a thousand times larger, beside ours."""
-    table = Table("what", "published", "ours (seeds / by /)", title="Published figures beside ours")
+    """The paper's figures, from models a thousand times larger, and ours."""
+    table = Table("what", "published", "ours (seeds / by /)", title="Published figures and ours")
 
-    def row(what: str, theirs: str, ours: Callable[[Outcome], str]) -> None:
-        table.add_row(what, theirs, " / ".join(ours(outcome) for outcome in outcomes))
+    def row(name: str, theirs: str, ours: Callable[[Outcome], str]) -> None:
+        table.add_row(name, theirs, " / ".join(ours(outcome) for outcome in outcomes))
 
     row(
         "tolerated when tuned behind the mask",
@@ -301,13 +301,13 @@ def show(outcomes: list[Outcome], grid: tuple[float, ...], console: Console) -> 
     """Everything that is not claimed."""
     console.print(measured(outcomes, grid), published(outcomes))
     verdicts = ", ".join(str(outcome.points(*MASKED)["verdict"]) for outcome in outcomes)
-    known = ", ".join(f"{outcome.curve('keep', 'tuned')[0.0]:.2f}" for outcome in outcomes)
+    keep_accuracy = ", ".join(f"{outcome.curve('keep', 'tuned')[0.0]:.2f}" for outcome in outcomes)
     behind = ", ".join(
         f"{100 * (o.curve(*MASKED)[HALF] - o.curve(*MASKED, 'random')[HALF]):.1f}" for o in outcomes
     )
     console.print(
         "Base is measured on the chains that it was trained on, what is tuned on its own; tuned gets "
-        f"{known} on the base's. The curve behind the mask is {verdicts}.\n"
+        f"{keep_accuracy} on the base's. The curve behind the mask is {verdicts}.\n"
         "Shown, not claimed: tuned behind a mask, the smallest weights are hardly better to prune than any: "
         f"at 0.5 they lose {behind} points less than random ones. Without training it is they that matter."
     )
@@ -331,9 +331,9 @@ def main() -> int:
     show(outcomes, budget.grid, console)
     if arguments.quick:
         return 0
-    made = [claim for outcome in outcomes for claim in claims(outcome)]
-    console.print(judged(made))
-    return 0 if all(claim.holds for claim in made) else 1
+    claimed = [claim for outcome in outcomes for claim in claims(outcome)]
+    console.print(claims_table(claimed))
+    return 0 if all(claim.holds for claim in claimed) else 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Symbols as words: what the miniatures that train models of transformers have in common."""
+"""Symbols as words: shared by the miniatures that train transformers models."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,48 +13,48 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
-def made_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A token for each word, in this order, and none besides; words stand between spaces.
+def make_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer with one token for each word, in this order; words are separated by spaces.
 
-    What is no word reads as the first: `encode` tries a tokenizer on a letter before it uses it.
+    Unknown words are the first: `encode` tries a tokenizer on a letter before it uses it.
     """
-    places = {word: place for place, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(places, unk_token=words[0]))
+    ids = {word: index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=words[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, place: Path) -> Path:
-    """Write a model with its tokenizer, as people do."""
-    model.save_pretrained(place)
-    tokenizer.save_pretrained(place)
-    return place
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory: Path) -> Path:
+    """Write a model with its tokenizer."""
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
 
 
-def write_rows(rows: Iterable[Mapping[str, Any]], place: Path) -> Path:
+def write_rows(rows: Iterable[Mapping[str, Any]], path: Path) -> Path:
     """Write rows as JSONL."""
-    place.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return place
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 def walks(chances: Tensor, length: int, generator: torch.Generator) -> Tensor:
     """A walk through each Markov chain (walks, length), from a symbol drawn uniformly.
 
     Args:
-        chances: of the next symbol given the last, of a chain for each walk (walks, symbols, symbols).
+        chances: transition probabilities of a chain for each walk (walks, symbols, symbols).
     """
     count, symbols, _ = chances.shape
-    found = torch.zeros(count, length, dtype=torch.long)
-    found[:, 0] = torch.randint(symbols, (count,), generator=generator)
-    for place in range(1, length):
-        now = chances[torch.arange(count), found[:, place - 1]]
-        found[:, place] = torch.multinomial(now, 1, generator=generator)[:, 0]
-    return found
+    steps = torch.zeros(count, length, dtype=torch.long)
+    steps[:, 0] = torch.randint(symbols, (count,), generator=generator)
+    for step in range(1, length):
+        now = chances[torch.arange(count), steps[:, step - 1]]
+        steps[:, step] = torch.multinomial(now, 1, generator=generator)[:, 0]
+    return steps
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What must hold on a seed, and the numbers that decide it."""
+    """A claim about a seed, and the numbers that decide it."""
 
     seed: int
     text: str
@@ -62,7 +62,7 @@ class Claim:
     numbers: str
 
 
-def judged(claims: Iterable[Claim], title: str = "What must hold") -> Table:
+def claims_table(claims: Iterable[Claim], title: str = "What must hold") -> Table:
     """The claims as a table."""
     table = Table("seed", "claim", "numbers", "holds", title=title)
     for claim in claims:

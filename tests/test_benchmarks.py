@@ -161,14 +161,15 @@ def test_two_equal_directions_are_an_update_of_effective_rank_two():
 
 def test_the_norm_of_a_large_constant_matrix_is_summed_in_float64():
     from diagnostics.analyses.intruders.analysis import update_of
-    from diagnostics.execution.lockstep import alone
+    from diagnostics.execution.lockstep import run_in_lockstep
 
     rows, columns = 1024, 2048
     base, delta = torch.zeros(rows, columns), torch.full((rows, columns), 0.1)
     generator = torch.Generator().manual_seed(0)
     # float32 sums of two million equal squares lose their last digits
     exact = float(torch.tensor(0.1).double()) * (rows * columns) ** 0.5
-    assert alone(update_of(base, base + delta, None, generator)).norm == pytest.approx(exact, rel=1e-9)
+    (update,) = run_in_lockstep([update_of(base, base + delta, None, generator)])
+    assert update.norm == pytest.approx(exact, rel=1e-9)
     assert float(delta.norm()) != pytest.approx(exact, rel=1e-4)  # what modeldelta takes
 
 

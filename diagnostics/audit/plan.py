@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diagnostics.core.analysis import EXECUTION, Analysis
+from diagnostics.core.analysis import Analysis
 from diagnostics.core.inputs import OPTIONS
 from diagnostics.core.policy import Policy, default_policy
 from diagnostics.core.policy_file import load_policy
@@ -15,7 +15,6 @@ from probes.errors import UnknownNameError
 
 if TYPE_CHECKING:
     from probes import CheckpointPair
-    from probes.checkpoints.series import CheckpointSeries
 
 Progress = Callable[[str, int, int, str], None]
 Settings = Mapping[str, Mapping[str, Any]]
@@ -47,19 +46,13 @@ class Plan:
 
 
 def make_plan(
-    supplied: Collection[str],
-    *,
-    only: Collection[str],
-    skip: Collection[str],
-    settings: Settings,
-    shared: Mapping[str, Any],
-    left_out: Mapping[str, str],
-) -> Plan:
+    supplied: Collection[str], *, only: Collection[str], skip: Collection[str], settings: Settings,
+    shared: Mapping[str, Any], left_out: Mapping[str, str],
+) -> Plan:  # fmt: skip
     """Choose the analyses and their parameters.
 
     Args:
         supplied: names of the inputs that there are.
-        only, skip, settings: as of `diagnostics.audit.audit`.
         shared: parameters for every analysis that takes them; `settings` come first.
         left_out: analyses that do not run, with the reason.
 
@@ -71,7 +64,9 @@ def make_plan(
             known = ", ".join(installed())
             raise UnknownNameError(f"--set {name}.…: unknown analysis {name!r}; known: {known}")
     chosen, broken = usable_analyses(only, skip)
-    reasons = {name: not_chosen(name, only) for name in installed() if name not in chosen} | broken
+    not_asked, skipped = f"not asked for: --only {','.join(only)}", "left out by --skip"
+    unchosen = [name for name in installed() if name not in chosen]
+    reasons = {name: not_asked if only and name not in only else skipped for name in unchosen} | broken
     reasons |= {name: reason for name, reason in left_out.items() if name in chosen}
     parameters, lacking = {}, {}
     for name in chosen:
@@ -122,11 +117,6 @@ def name_list(names: str | Collection[str]) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
 
 
-def not_chosen(name: str, only: Collection[str]) -> str:
-    """Why the options leave an analysis out."""
-    return f"not asked for: --only {','.join(only)}" if only and name not in only else "left out by --skip"
-
-
 def missing_inputs(record: Analysis, supplied: Collection[str]) -> str:
     """The options that an analysis lacks; empty when it can run."""
     lacking = [name for name in record.inputs if name not in supplied]
@@ -144,14 +134,12 @@ def analysis_parameters(
     Raises:
         UnknownNameError: a setting that it does not have; the message lists those that it has.
     """
-    defaults = {name: p.default for name, p in record.parameters.items() if name not in EXECUTION}
+    defaults = record.defaults
     for name in settings:
         if name not in defaults:
-            known = ", ".join(defaults)
-            raise UnknownNameError(f"{record.name} has no parameter {name!r}; it has: {known}")
-    taken = {
-        name: value for name, value in shared.items() if name in defaults and name not in record.unshared
-    }
+            raise UnknownNameError(f"{record.name} has no parameter {name!r}; it has: {', '.join(defaults)}")
+    applicable = defaults.keys() - set(record.unshared)
+    taken = {name: value for name, value in shared.items() if name in applicable}
     return {**defaults, **taken, **settings}
 
 
@@ -172,15 +160,10 @@ def registry_facts(name: str) -> dict[str, Any]:
 
 
 def unread_role_notes(roles: Collection[str], names: Collection[str]) -> tuple[str, ...]:
-    """Notes on the roles that no analysis reads.
-
-    Args:
-        roles: those that were given.
-        names: the analyses that run.
-    """
-    records = installed_analyses().values() if roles else ()
+    """Notes on the supplied roles that no analysis reads, or none of those that run."""
     notes = []
     for role in roles:
+        records = installed_analyses().values()
         readers = {record.name for record in records if role in (*record.inputs, *record.optional)}
         if not readers:
             notes.append(
@@ -189,13 +172,6 @@ def unread_role_notes(roles: Collection[str], names: Collection[str]) -> tuple[s
         elif not readers & set(names):
             notes.append(f"none of the analyses asked for reads --{role}; {', '.join(sorted(readers))} would")
     return tuple(notes)
-
-
-def run_notes(series: "CheckpointSeries") -> tuple[str, ...]:
-    """The checkpoints of a run, if there are more than its two ends."""
-    if len(series) < 3:
-        return ()
-    return (f"{len(series)} checkpoints of one run: {', '.join(series.labels)}",)
 
 
 def adapter_notes(pair: "CheckpointPair") -> tuple[str, ...]:

@@ -15,16 +15,13 @@ from probes.text.rows import Task, read_task, task_of
 # Rows of a role: a task, a file or `hub-dataset:split`, or texts. Several are given by name.
 Source: TypeAlias = "Task | str | Path | Iterable[str | Mapping[str, Any]]"
 
+Files: TypeAlias = str | Path | Iterable[str | Path]  # of rows, as an audit takes them
+
 # input -> the option that supplies it
 OPTIONS = {
-    "pair": "BASE TUNED",
-    "task": "--task F",
-    "keep": "--keep F",
-    "guard": "--guard F",
-    "ood": "--ood NAME=F",
-    "train": "--train F",
-    "series": "CKPT CKPT…",
-}
+    "pair": "BASE TUNED", "task": "--task F", "keep": "--keep F", "guard": "--guard F", "ood": "--ood NAME=F",
+    "train": "--train F", "series": "CKPT CKPT…",
+}  # fmt: skip
 ROLES = ("task", "keep", "guard", "ood", "train")
 
 
@@ -43,17 +40,11 @@ class NamedTask:
 
     def describe(self) -> dict[str, Any]:
         """The task as an audit records it."""
-        return {
-            "name": self.name,
-            "ref": self.ref,
-            "fingerprint": self.task.fingerprint,
-            "rows": len(self.task.rows),
-        }
+        fingerprint, rows = self.task.fingerprint, len(self.task.rows)
+        return {"name": self.name, "ref": self.ref, "fingerprint": fingerprint, "rows": rows}
 
 
-def open_roles(
-    files: Mapping[str, str | Path | Iterable[str | Path]], *, limit: int | None = None
-) -> dict[str, tuple[NamedTask, ...]]:
+def open_roles(files: Mapping[str, Files], *, limit: int | None = None) -> dict[str, tuple[NamedTask, ...]]:
     """The tasks of each role that has any, checked.
 
     Args:

@@ -99,13 +99,13 @@ class PathEvaluator:
         A call finds the model at the point where another call left it. `missing` collects the notes of all.
         """
         noting = (partial(_with_missing, call) for call in calls)
-        for result, missing in workers.each(self._on_workers, self, noting):
+        for result, missing in workers.run_calls(self._on_workers, self, noting):
             self.missing += [note for note in missing if note not in self.missing]
             yield result
 
     @cached_property
     def _on_workers(self) -> "workers.WorkerObject[PathEvaluator] | None":
-        return workers.hosts(self.interpolated.host, partial(_on_worker, sets=self.sets))
+        return workers.host_on_workers(self.interpolated.host, partial(_on_worker, sets=self.sets))
 
     def measure(self, alphas: Sequence[float]) -> None:
         """Score all sets at these alphas, the ends first: a loss that is not finite there is an error."""
@@ -127,7 +127,7 @@ class PathEvaluator:
         return self._units_at[alpha]
 
     def _at(self, alpha: float) -> dict[SetKey, Units | None]:
-        self.interpolated.place(alpha)
+        self.interpolated.set_alpha(alpha)
         return {key: self._units(key, alpha) for key in self.sets}
 
     def rows(self, key: SetKey, alpha: float) -> Float[np.ndarray, " rows"]:

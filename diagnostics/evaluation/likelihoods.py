@@ -65,7 +65,7 @@ def score_texts(
         if isinstance(model, RemoteModel):
             tell = None if progress is None else lambda done: progress(done, len(pieces), "scored")
             scores = [NOTHING] * len(pieces)
-            for indices, batch in model.by_batch(measure, pieces, tokens, tell):
+            for indices, batch in model.run_batches(measure, pieces, tokens, tell):
                 for index, piece_scores in zip(indices, batch, strict=True):
                     scores[index] = piece_scores
         else:

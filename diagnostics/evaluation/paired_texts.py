@@ -14,7 +14,7 @@ import numpy as np
 
 from diagnostics.evaluation.likelihoods import NOTHING, ExampleScores, greedy, score_texts
 from diagnostics.evaluation.tokenizers import bos_notes, common_tokenizer
-from diagnostics.execution.workers import entered
+from diagnostics.execution.workers import open_side
 from probes.checkpoints.pair import Side as PairSide
 from probes.errors import InputError
 from probes.models.runnable import RunnablePair
@@ -104,6 +104,9 @@ def read_sets(
     kinds = list(dict.fromkeys((runnable.base_kind, runnable.kind)))
     if kinds != ["causal"]:
         raise InputError(f"{' and '.join(kinds)}: likelihood ratios need two causal language models")
+    # Before the tokenizers, which would be blamed for a malformed config.json.
+    length = min((n for n in (options.max_length, runnable.context) if n is not None), default=None)
+    options = replace(options, max_length=length)
     tokenizers = {"base": runnable.base_tokenizer, "tuned": runnable.tokenizer}
     shared, vocabulary, remarks = common_tokenizer(*tokenizers.values(), approximate=options.approximate)
     lacking_bos: list[str] = []
@@ -115,8 +118,6 @@ def read_sets(
     if shared is not None and runnable.pair.resized:
         rows = min(map(min, runnable.pair.resized.values()))
         vocabulary = min(rows, vocabulary or rows)
-    length = min((n for n in (options.max_length, runnable.context) if n is not None), default=None)
-    options = replace(options, max_length=length)
     tasks = {name: with_answers(task) for name, task in sets.items()}
     if options.answers == "greedy":
         with runnable.tuned() as model:
@@ -134,7 +135,7 @@ def read_sets(
             if progress:
                 progress(turn * total + done, 2 * total, f"texts under {side}")
 
-        with entered(runnable, side) as model:
+        with open_side(runnable, side) as model:
             scores[side], change = score_side(model, tasks, encoded[side], options, vocabulary, side, tell)
         noise = max(noise, change)
     texts = {}

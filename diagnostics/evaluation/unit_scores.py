@@ -14,7 +14,7 @@ from diagnostics.evaluation.row_losses import EncodedTask
 from probes.errors import InputError
 from probes.passes.batched import measure_examples
 from probes.passes.scores import masked_token_scores, token_scores
-from probes.text.batches import Batch, batches
+from probes.text.batches import Batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +95,9 @@ def _tokens(encoded: EncodedTask, model: Any) -> Units:
             for name, values in (("nats", logs), ("right", hits), ("confidence", tops))
         }
 
-    parts = batches(encoded.examples, tokens=encoded.batch_tokens, pad_id=0)
-    measured = measure_examples(encoded.examples, parts, measure, where=encoded.task.where)
+    measured = measure_examples(
+        encoded.examples, measure, tokens=encoded.batch_tokens, where=encoded.task.where
+    )
     nothing = np.zeros(0)
     nats, right, confidence = (
         [nothing if values is None else values for values in measured.get(name, [])]

@@ -1,9 +1,8 @@
-"""joblib's backend for Dask, which also ends when work is lost.
+"""joblib backend for Dask that reports lost work.
 
-Dask gives the tasks of a lost worker to another one. When it gives a task up, because that took several
-workers with it, or when no worker or no scheduler is left, joblib's own backend waits for ever: it does not
-hear of what failed, and not of a result that was lost on its way here. So every task is asked for its own
-outcome.
+Dask gives the tasks of a lost worker to another worker. joblib's own backend waits for ever when Dask gives a
+task up (it took several workers with it), when no worker or scheduler is left, or when a result is lost on
+the way. This backend asks every task for its own outcome.
 """
 
 import threading
@@ -15,14 +14,14 @@ from distributed import CancelledError, Future, KilledWorker
 from joblib import parallel_config
 from joblib._dask import DaskDistributedBackend
 
-from diagnostics.execution.errors import WORKER, EngineError
+from diagnostics.execution.errors import WORKER_SECONDS, EngineError
 
-# Seconds without any worker until it is over, and between two looks.
-PATIENCE, LOOK = 60.0, 1.0
+# How long work waits for any worker, and how often workers are counted.
+NO_WORKER_SECONDS, POLL_SECONDS = 60.0, 1.0
 
 
-def run(items: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]]) -> list[Any]:
-    """The calls of one task, on the worker; what they would split in turn stays there."""
+def run_batch(items: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]]) -> list[Any]:
+    """Run the calls of one task on the worker; nested parallel work stays there."""
     with parallel_config(backend="sequential"):
         return [call(*args, **kwargs) for call, args, kwargs in items]
 
@@ -31,39 +30,41 @@ class LastingBackend(DaskDistributedBackend):
     """The workers of a Dask client."""
 
     def effective_n_jobs(self, n_jobs: int) -> int:
-        """How many jobs run at once; never 1, for then joblib would do the work in this process."""
+        """Number of parallel jobs; at least 2, because joblib runs a single job in this process."""
         try:
             return max(2, super().effective_n_jobs(n_jobs))
         except TimeoutError as error:
-            raise EngineError(f"no Dask worker for {WORKER} s; start workers, then run it again") from error
+            raise EngineError(
+                f"no Dask worker for {WORKER_SECONDS} s; start workers, then run it again"
+            ) from error
 
     def start_call(self) -> None:
-        """Begin to look after the workers."""
+        """Start the thread that watches the workers."""
         super().start_call()
-        self._open: dict[Future, Callable[[Any], None]] = {}
+        self._callbacks: dict[Future, Callable[[Any], None]] = {}
         self._ended = threading.Event()
-        threading.Thread(target=self._look_after, args=(self._ended,), daemon=True).start()
+        threading.Thread(target=self._watch_workers, args=(self._ended,), daemon=True).start()
 
     def stop_call(self) -> None:
-        """Look after them no more."""
+        """Stop the thread that watches the workers."""
         self._ended.set()
         super().stop_call()
 
     def submit(self, func: Any, callback: Any = None) -> Future:
-        """Give a batch to Dask; its results, or why there are none, go to the callback."""
-        opened = self._open
-        future = self.client.submit(run, func.items, pure=False)
-        opened[future] = callback
+        """Submit a batch to Dask; the callback gets its results or its error."""
+        callbacks = self._callbacks
+        future = self.client.submit(run_batch, func.items, pure=False)
+        callbacks[future] = callback
 
-        def tell(done: Future) -> None:
+        def report(done: Future) -> None:
             try:
-                out = done.result()
+                outcome = done.result()
             except (Exception, CancelledError) as error:
-                out = error
-            if opened.pop(done, None):
-                callback(out)
+                outcome = error
+            if callbacks.pop(done, None):
+                callback(outcome)
 
-        future.add_done_callback(tell)
+        future.add_done_callback(report)
         return future
 
     def retrieve_result_callback(self, out: Any) -> Any:
@@ -75,36 +76,36 @@ class LastingBackend(DaskDistributedBackend):
         """
         if isinstance(out, KilledWorker):
             raise EngineError(
-                f"{out.allowed_failures + 1} workers were lost one after another while they had the same "
-                f"work, the last at {out.last_worker.address}: out of memory, or killed? see their output"
+                f"{out.allowed_failures + 1} workers were lost one after another while they ran the same "
+                f"task, the last at {out.last_worker.address}; were they out of memory, or killed? see their "
+                "output"
             )
         if isinstance(out, CancelledError):
-            raise EngineError(
-                "the Dask scheduler was lost, and what was not finished with it; start it again"
-            )
+            raise EngineError("the Dask scheduler was lost, with all unfinished work; start it again")
         if isinstance(out, Exception):
             raise out
         return out
 
     def abort_everything(self, ensure_ready: bool = True) -> None:
-        """Withdraw what is not finished."""
-        withdrawn = list(self._open)
-        self._open.clear()
-        self.client.cancel(withdrawn, force=True)
+        """Cancel unfinished batches."""
+        cancelled = list(self._callbacks)
+        self._callbacks.clear()
+        self.client.cancel(cancelled, force=True)
 
-    def _look_after(self, ended: threading.Event) -> None:
-        last = time.monotonic()
-        while not ended.wait(LOOK):
+    def _watch_workers(self, ended: threading.Event) -> None:
+        last_seen = time.monotonic()
+        while not ended.wait(POLL_SECONDS):
             try:
                 workers = self.client.nthreads()
-            except Exception:  # no answer is no worker
+            except Exception:  # a scheduler that does not answer has no workers
                 workers = {}
             if workers:
-                last = time.monotonic()
-            elif time.monotonic() - last > PATIENCE:
+                last_seen = time.monotonic()
+            elif time.monotonic() - last_seen > NO_WORKER_SECONDS:
                 error = EngineError(
-                    f"no Dask worker for {PATIENCE:g} s and work left to do; start workers, then run it again"
+                    f"no Dask worker for {NO_WORKER_SECONDS:g} s and work left to do; start workers, then "
+                    "run it again"
                 )
-                for callback in list(self._open.values()):
+                for callback in list(self._callbacks.values()):
                     callback(error)
                 return

@@ -5,6 +5,7 @@ import platform
 import re
 import sys
 import threading
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,7 @@ def device(name: str) -> str:
 
 
 def dtype(name: str | None) -> str | None:
-    """The dtype of that name, for the arithmetic of the analyses; None leaves each at its own default.
-
-    Raises:
-        InputError: unknown.
-    """
+    """The dtype for the arithmetic of the analyses; None is each one's default. Raises InputError."""
     if name is not None and name not in DTYPES:
         raise InputError(f"--dtype {name}: unknown; known: {', '.join(DTYPES)}")
     return name
@@ -97,8 +94,7 @@ def resident() -> int | None:
 
 def process_peak() -> int | None:
     """The largest resident memory of this process so far, in bytes; None where the system does not tell."""
-    peak = _status("VmHWM")
-    if peak is not None:
+    if (peak := _status("VmHWM")) is not None:
         return peak
     try:
         import resource
@@ -123,10 +119,8 @@ def environment(device: str) -> dict[str, Any]:
 
     versions = {}
     for package in RECORDED:
-        try:
+        with suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",

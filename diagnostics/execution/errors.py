@@ -1,19 +1,17 @@
-"""What engines raise, and the constants that they share."""
+"""Errors and timeouts that the engines share."""
 
-# Seconds until a scheduler must have answered, and one of its workers.
-ANSWER, WORKER = 10, 60
+# How long a scheduler, and one of its workers, may take to answer.
+CONNECT_SECONDS, WORKER_SECONDS = 10, 60
 
-
-# How often Ray starts a worker again and gives it back what it was doing; Dask's scheduler has it in its own
-# configuration, with the same default.
+# Restarts of a lost worker, with its unfinished work. Dask has its own setting; its default is the same.
 RESTARTS = 3
 
 
 class EngineError(RuntimeError):
-    """Workers were lost, and with them work that could not be done again."""
+    """Workers were lost, with work that could not be repeated."""
 
 
 def first_line(error: BaseException) -> str:
-    """An error in one line; of one that quotes another's traceback the last line too, which says why."""
+    """The first line of an error; where it quotes a traceback, also the last line, which has the cause."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]

@@ -1,4 +1,4 @@
-"""One GPU a worker: claimed through a lock file on the machine."""
+"""One GPU a worker, claimed through a lock file on the machine."""
 
 import os
 import tempfile
@@ -9,49 +9,48 @@ from typing import Any
 
 import torch
 
+_LOCKS: list[Any] = []
 
-def own_gpu() -> int:
-    """The GPU of this worker among those that it sees; the same for all that it does."""
+
+def worker_gpu() -> int:
+    """Index of this worker's GPU; the same for all of its jobs."""
     count = torch.cuda.device_count()
-    if count < 2:  # whoever started the worker gave it one, or there is no other
+    if count < 2:  # there is only one, or the cluster assigned one
         return 0
     identities = tuple(str(torch.cuda.get_device_properties(i).uuid) for i in range(count))
     user = os.getuid() if hasattr(os, "getuid") else 0
-    return claimed(identities, Path(tempfile.gettempdir()) / f"tunescope-gpus-{user}")
+    return claimed_gpu(identities, Path(tempfile.gettempdir()) / f"tunescope-gpus-{user}")
 
 
 @lru_cache
-def claimed(identities: tuple[str, ...], folder: Path) -> int:
-    """The first of these that no other process holds; it is held until this process ends."""
-    return claim(identities, folder, os.getpid())[0]
+def claimed_gpu(identities: tuple[str, ...], folder: Path) -> int:
+    """Index of the first GPU that no other process holds; held until this process ends."""
+    return claim_gpu(identities, folder, os.getpid())[0]
 
 
-def claim(identities: Sequence[str], folder: Path, process: int) -> tuple[int, Any]:
-    """Take one of some things of which every process wants its own.
+def claim_gpu(identities: Sequence[str], folder: Path, process: int) -> tuple[int, Any]:
+    """Claim one of several GPUs, each for one process.
 
-    Locks are the system's, which frees them however a process ends; dask-cuda and Ray, which show a worker
-    its own GPU first or alone, are so followed.
+    The operating system frees a lock however its process ends. dask-cuda and Ray show a worker its own GPU
+    first, or no other; that one is taken.
 
     Args:
-        identities: by which all processes call them, in the order of this one's liking.
-        folder: of the locks, the same for all.
-        process: number of this process.
+        identities: names of the GPUs, the same in all processes, in this process's order of preference.
+        folder: where the locks lie, the same for all processes.
+        process: id of this process.
 
     Returns:
-        Its place, and the lock to be kept; where all are held, a place by the process's number, and None.
+        Its index, and the lock to keep. Where all are held: process id modulo their number, and None.
     """
     from filelock import FileLock, Timeout
 
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for place, identity in enumerate(identities):
+    for index, identity in enumerate(identities):
         lock = FileLock(folder / f"{identity}.lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:
             continue
-        _HELD.append(lock)
-        return place, lock
+        _LOCKS.append(lock)
+        return index, lock
     return process % len(identities), None
-
-
-_HELD: list[Any] = []

@@ -1,7 +1,7 @@
-"""Work that splits: independent calls, done wherever the engine runs them, with the same results everywhere.
+"""Independent jobs, run by the chosen engine with the same results everywhere.
 
-Every call runs with as many threads as the process that asked for it has, for a sum over more threads is
-rounded otherwise; and what it works on is a file that it opens itself.
+A job runs with as many threads as the process that asked for it, because a sum over more threads is rounded
+differently. It opens the files that it works on itself.
 """
 
 import os
@@ -9,8 +9,9 @@ import pickle
 import platform
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 from typing import Any, Generic, TypeVar
@@ -18,53 +19,54 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from diagnostics.execution.errors import RESTARTS, EngineError, first_line
-from diagnostics.execution.gpus import own_gpu
+from diagnostics.execution.gpus import worker_gpu
 
-Made = TypeVar("Made")
+Outcome = TypeVar("Outcome")
 
-# Jobs of one process that use several threads each take turns: the number of threads is the process's.
-_TURN = threading.Lock()
+# Multi-threaded jobs of one process run one at a time: the number of threads is a setting of the process.
+_THREADS_LOCK = threading.Lock()
 
 
-def each(calls: Iterable[Callable[[], Made]], *, device: str = "cpu") -> Iterator[Made]:
-    """What independent calls return, in their order, as soon as each is known.
+def run_jobs(calls: Iterable[Callable[[], Outcome]], *, device: str = "cpu") -> Iterator[Outcome]:
+    """Yield the results of independent calls, in order, each as soon as it is ready.
 
-    They run where `diagnostics.execution.engines.engine` says, in this process otherwise; calls are taken
-    from the iterable as workers become free.
+    They run on the engine that `diagnostics.execution.engines.engine` chose, by default in this process. The
+    iterable is consumed as workers become free.
 
     Args:
         calls: best `functools.partial` of a top-level function on a `CheckpointPair` of files and names: of
-            the pair only the paths travel.
-        device: `cuda` is on a worker the GPU that no other process of its machine has taken.
+            such a pair only the paths are sent.
+        device: `cuda` is, on a worker, a GPU that no other process of its machine has claimed.
 
     Raises:
-        EngineError: workers were lost, and what they had not finished was tried again in vain.
+        EngineError: workers were lost, and repeating their unfinished work failed.
     """
     from joblib import Parallel, delayed
     from joblib.parallel import get_active_backend
 
     threads = torch.get_num_threads()
     backend, _ = get_active_backend()
-    known = "generator" if backend.supports_return_generator else "list"  # Ray's gives all at the end
-    rest = iter(calls)
-    out: deque[Callable[[], Made]] = deque()  # given to workers, in order, and not back yet
+    # Ray's backend gives all results at the end.
+    return_as = "generator" if backend.supports_return_generator else "list"
+    waiting = iter(calls)
+    running: deque[Callable[[], Outcome]] = deque()  # sent to workers, in order, without a result yet
 
-    def jobs(again: Sequence[Callable[[], Made]]) -> Iterator[Any]:
-        for call in chain(again, rest):
-            out.append(call)
+    def jobs(repeated: list[Callable[[], Outcome]]) -> Iterator[Any]:
+        for call in chain(repeated, waiting):
+            running.append(call)
             yield delayed(Job(call, threads, device))()
 
     lost = 0
     while True:
-        again = list(out)
-        out.clear()
+        repeated = list(running)
+        running.clear()
         try:
-            for made in Parallel(return_as=known)(jobs(again)):
-                out.popleft()
+            for outcome in Parallel(return_as=return_as)(jobs(repeated)):
+                running.popleft()
                 lost = 0
-                yield made
+                yield outcome
             return
-        except BrokenProcessPool as error:  # one lost process of this machine takes all others with it
+        except BrokenProcessPool as error:  # a lost process of this machine takes all others with it
             lost += 1
             if lost > RESTARTS:
                 raise EngineError(
@@ -76,54 +78,49 @@ def each(calls: Iterable[Callable[[], Made]], *, device: str = "cpu") -> Iterato
             raise EngineError(f"Ray gave work up: {first_line(error)}") from error
 
 
-class Job(Generic[Made]):
-    """One call on its way to a worker and there."""
+class Job(Generic[Outcome]):
+    """A call that is sent to a worker and run there."""
 
-    def __init__(self, call: Callable[[], Made], threads: int, device: str):
-        self.call: Callable[[], Made] | None = call
+    def __init__(self, call: Callable[[], Outcome], threads: int, device: str):
+        self.call: Callable[[], Outcome] | None = call
         self.packed = b""
         self.threads, self.device = threads, device
 
     def __getstate__(self) -> dict[str, Any]:
-        if self.call is None:  # on a worker, which hands it on
-            return {"packed": self.packed, "threads": self.threads, "device": self.device}
-        import cloudpickle  # the pickle of all engines: knows functions that no worker can import
+        state = {"packed": self.packed, "threads": self.threads, "device": self.device}
+        if self.call is None:  # on a worker, which sends it on
+            return state
+        import cloudpickle  # all engines use it: it sends functions that no worker can import
 
-        # Unpacked when it is called: what cannot be opened on the worker is then an error of this call. So is
-        # what cannot be packed, for the engines lose an error at this place.
+        # Unpacked when called, so that failing to unpack is an error of this job. Failing to pack is turned
+        # into one as well: the engines would lose an error raised here.
         try:
-            packed = cloudpickle.dumps(self.call)
+            return state | {"packed": cloudpickle.dumps(self.call)}
         except Exception as error:
-            packed = cloudpickle.dumps(partial(refuse, f"this work cannot be sent to a worker: {error}"))
-        return {"packed": packed, "threads": self.threads, "device": self.device}
+            reason = f"this work cannot be sent to a worker: {error}"
+            return state | {"packed": cloudpickle.dumps(partial(raise_unsendable, reason))}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.call = None
         self.__dict__ |= state
 
-    def __call__(self) -> Made:
-        """Do it, with the threads of whoever asked and the GPU of this worker."""
-        if self.call is not None:  # it never left
+    def __call__(self) -> Outcome:
+        """Run the call, with the threads of the process that asked and the GPU of this worker."""
+        if self.call is not None:  # it was never sent
             return self.call()
         call = pickle.loads(self.packed)
         if self.device == "cuda":
-            torch.cuda.set_device(own_gpu())
-        if self.threads == 1:
-            torch.set_num_threads(1)
-            return call()
-        with _TURN:
+            torch.cuda.set_device(worker_gpu())
+        with nullcontext() if self.threads == 1 else _THREADS_LOCK:
             torch.set_num_threads(self.threads)
             return call()
 
 
-def refuse(reason: str) -> None:
-    """Say on the worker what went wrong on the way to it."""
+def raise_unsendable(reason: str) -> None:
+    """Raise on the worker what failed on the way to it."""
     raise TypeError(reason)
 
 
-# GPUs
-
-
-def where() -> dict[str, Any]:
-    """What an engine wants to know of a worker; that it can be asked shows that tunescope is there."""
+def worker_facts() -> dict[str, Any]:
+    """Machine, cores and torch version of a worker; an answer shows that tunescope is installed there."""
     return {"machine": platform.node(), "cores": os.cpu_count() or 1, "torch": torch.__version__}

@@ -1,7 +1,7 @@
-"""Work on several matrices in step, so that a GPU is waited for once for all of them and not for each.
+"""Run the work on several matrices in lockstep, so that the GPU is waited for once a round.
 
 The work on one matrix is a generator. Where it depends on values, it yields the tensors that hold them and
-is sent these as arrays; all that stand at such a place are read in one copy.
+receives arrays. The tensors that all generators yield in a round are read in one copy.
 """
 
 from collections.abc import Generator, Sequence
@@ -17,40 +17,34 @@ Outcome = TypeVar("Outcome")
 Steps: TypeAlias = Generator[Sequence[Tensor], Values, Outcome]
 
 
-def read(asked: Sequence[Tensor]) -> Values:
+def read_values(tensors: Sequence[Tensor]) -> Values:
     """The values of tensors of one device, as float64 arrays of their shapes, in one copy."""
-    flat = torch.cat([each.detach().double().flatten() for each in asked]).cpu().numpy()
-    ends = np.cumsum([each.numel() for each in asked])
-    return [
-        part.reshape(tuple(each.shape)) for part, each in zip(np.split(flat, ends[:-1]), asked, strict=True)
-    ]
+    flat = torch.cat([tensor.detach().double().flatten() for tensor in tensors]).cpu().numpy()
+    parts = np.split(flat, np.cumsum([tensor.numel() for tensor in tensors])[:-1])
+    return [part.reshape(tuple(tensor.shape)) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def in_step(jobs: Sequence[Steps[Outcome]]) -> list[Outcome]:
-    """What the jobs return, in their order; whatever they ask for is read together, round by round.
+def run_in_lockstep(jobs: Sequence[Steps[Outcome]]) -> list[Outcome]:
+    """What the jobs return, in order; the tensors that they yield are read together, round by round.
 
     An error of one job ends the others.
     """
     outcomes: dict[int, Outcome] = {}
-    told: dict[int, Values | None] = dict.fromkeys(range(len(jobs)))
+    replies: dict[int, Values | None] = dict.fromkeys(range(len(jobs)))
     try:
-        while told:
-            asked: dict[int, Sequence[Tensor]] = {}
-            for place, values in told.items():
+        while replies:
+            requests: dict[int, Sequence[Tensor]] = {}
+            for job, reply in replies.items():
                 try:
-                    asked[place] = next(jobs[place]) if values is None else jobs[place].send(values)
+                    requests[job] = next(jobs[job]) if reply is None else jobs[job].send(reply)
                 except StopIteration as end:
-                    outcomes[place] = end.value
-            values = read([each for tensors in asked.values() for each in tensors]) if asked else []
-            told = {}
-            for place, tensors in asked.items():
-                told[place], values = values[: len(tensors)], values[len(tensors) :]
+                    outcomes[job] = end.value
+            wanted = [tensor for tensors in requests.values() for tensor in tensors]
+            values = read_values(wanted) if requests else []
+            replies = {}
+            for job, tensors in requests.items():
+                replies[job], values = values[: len(tensors)], values[len(tensors) :]
     finally:
-        for job in jobs:
-            job.close()
-    return [outcomes[place] for place in range(len(jobs))]
-
-
-def alone(job: Steps[Outcome]) -> Outcome:
-    """What one job returns."""
-    return in_step([job])[0]
+        for steps in jobs:
+            steps.close()
+    return [outcomes[job] for job in range(len(jobs))]

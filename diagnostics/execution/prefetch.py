@@ -1,4 +1,4 @@
-"""Groups of work: the next one is read while this one is worked on, and halved where memory runs out."""
+"""Read the next group of work while this one is processed, and halve groups that do not fit into memory."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -16,35 +16,31 @@ Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
 
 
-def ahead(read: Callable[[Key], Value], keys: Iterable[Key]) -> Generator[Value, None, None]:
-    """What is read for each key, in order; a thread reads the next one meanwhile, and no further.
+def prefetch(read: Callable[[Key], Value], keys: Iterable[Key]) -> Generator[Value, None, None]:
+    """Yield `read(key)` for each key in order; a thread reads one value ahead.
 
-    Two are in memory at a time if the one given before is let go of before the next is asked for. An error in
-    `read` is raised in its turn. No thread is left when the iterator ends or is closed.
+    Two values are in memory at a time if the caller drops one before it asks for the next. An error in `read`
+    is raised in its turn. No thread is left when the iterator ends or is closed.
     """
-    pool = ThreadPoolExecutor(1, thread_name_prefix="read ahead")
-    waiting: deque[Future[Value]] = deque()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+    reads: deque[Future[Value]] = deque()
     try:
         for key in keys:
-            waiting.append(pool.submit(read, key))
-            if len(waiting) > 1:
-                yield waiting.popleft().result()  # under no name: it would stay here while the next is read
-        while waiting:
-            yield waiting.popleft().result()
+            reads.append(pool.submit(read, key))
+            if len(reads) > 1:
+                yield reads.popleft().result()  # a name here would keep the value while the next is read
+        while reads:
+            yield reads.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def in_halves(
-    run: Callable[[list[Item]], list[Outcome]], items: list[Item], called: Callable[[Item], str]
+def run_halving_on_oom(
+    run: Callable[[list[Item]], list[Outcome]], items: list[Item], name_of: Callable[[Item], str]
 ) -> list[Outcome]:
-    """What `run` gives for some items, in their order; too many for memory are halved until they fit.
+    """The results of `run` for some items, in order; a list that does not fit into memory is halved.
 
-    Args:
-        called: what an error calls an item.
-
-    Raises:
-        InputError: one item alone does not fit.
+    Raises InputError, with `name_of(item)`, if a single item does not fit.
     """
     try:
         return run(items)
@@ -53,10 +49,10 @@ def in_halves(
             raise
         if len(items) == 1:
             raise InputError(
-                f"{called(items[0])}: does not fit into memory; free some, or choose another --device"
+                f"{name_of(items[0])}: does not fit into memory; free some, or choose another --device"
             ) from error
-    # Only here: until the handler above was left, the error kept what had been allocated.
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    # Behind the handler: in it, the error still holds what was allocated.
+    torch.cuda.empty_cache()
     middle = (len(items) + 1) // 2
-    return [*in_halves(run, items[:middle], called), *in_halves(run, items[middle:], called)]
+    halves = items[:middle], items[middle:]
+    return [outcome for half in halves for outcome in run_halving_on_oom(run, half, name_of)]

@@ -1,7 +1,7 @@
-"""Models that run elsewhere, on the engine's workers: passes over rows split by batch, and walks by place.
+"""Models on the engine's workers: rows split by batch, interpolations by alpha, series by checkpoint.
 
-Each worker opens the pair itself and keeps it while there is work for it. What is computed of a batch, or at
-a place, is the same wherever it runs, so that its numbers are too.
+Each worker opens the pair itself and keeps it while jobs arrive. A batch, or a point, is computed alike
+wherever it runs, so that its numbers are the same.
 """
 
 import gc
@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from diagnostics.execution import jobs
-from diagnostics.execution.engines import in_this_process
+from diagnostics.execution.engines import runs_in_this_process
 from probes.checkpoints.checkpoint import Checkpoint
 from probes.checkpoints.pair import CheckpointPair, Side
 from probes.checkpoints.series import CheckpointSeries, RunCalls, one_by_one
@@ -26,186 +26,182 @@ from probes.models.two_sided import TwoSidedModel
 from probes.passes.batched import NonFiniteError
 from probes.text.batches import Example, batches
 
-Made = TypeVar("Made")
-Thing = TypeVar("Thing")
+Outcome = TypeVar("Outcome")
+Object = TypeVar("Object")
 
-# Seconds without work after which a worker gives a model's memory back.
-IDLE = 30.0
+# A worker frees a model after so long without work.
+IDLE_SECONDS = 30.0
 
 
-def by_checkpoint(series: CheckpointSeries, device: str) -> RunCalls:
-    """Does calls on a checkpoint each: on workers, if an engine with some is chosen and all can travel."""
-    if _stays(*series.checkpoints):
+def checkpoint_runner(series: CheckpointSeries, device: str) -> RunCalls:
+    """Runs a call for each checkpoint: on workers, if the engine has some and all checkpoints are files."""
+    if _runs_here(*series.checkpoints):
         return one_by_one
-    return partial(jobs.each, device=torch.device(device).type)
+    return partial(jobs.run_jobs, device=torch.device(device).type)
 
 
 @dataclass(frozen=True)
-class WorkerObject(Generic[Thing]):
-    """What every worker makes for itself when it is first asked, and holds while there is work with it.
+class WorkerObject(Generic[Object]):
+    """Lazily built per-worker object, kept while jobs arrive.
 
     Attributes:
-        packed: the pickle of a callable without arguments that makes it.
+        packed: pickle of a callable without arguments that builds it.
         device: where it computes.
     """
 
     packed: bytes
     device: str
 
-    def each(self, calls: Iterable[Callable[[Thing], Made]]) -> Iterator[Made]:
-        """What calls make of it, in their order; each finds it as some other has left it.
+    def run(self, calls: Iterable[Callable[[Object], Outcome]]) -> Iterator[Outcome]:
+        """Results of calls on it, in order; a call gets it in the state that another left it in.
 
         Raises:
-            EngineError: as `diagnostics.execution.jobs.each`.
+            EngineError: as `diagnostics.execution.jobs.run_jobs`.
         """
-        return jobs.each((partial(_used, self.packed, call) for call in calls), device=self.device)
+        calls_on_object = (partial(_call_on_object, self.packed, call) for call in calls)
+        return jobs.run_jobs(calls_on_object, device=self.device)
 
 
-def elsewhere(
-    pair: CheckpointPair, loading: Loading, make: Callable[[CheckpointPair, Loading], Thing]
-) -> WorkerObject[Thing] | None:
-    """What is made of a pair on every worker; None if all is to be done here.
+def pair_on_workers(
+    pair: CheckpointPair, loading: Loading, build: Callable[[CheckpointPair, Loading], Object]
+) -> WorkerObject[Object] | None:
+    """An object that every worker builds from a pair.
 
-    That is without an engine that has workers, or if a model lies in memory and cannot travel.
+    None if all runs here: the engine has no workers, or a model lies in memory and cannot be sent.
 
     Args:
-        make: a top-level function, or `functools.partial` of one.
+        build: a top-level function, or `functools.partial` of one.
     """
-    if _stays(pair.base, pair.tuned):
+    if _runs_here(pair.base, pair.tuned):
         return None
     device = "cpu" if loading.device is None else loading.device.type
-    return WorkerObject(pickle.dumps(partial(make, pair, loading)), device)
+    return WorkerObject(pickle.dumps(partial(build, pair, loading)), device)
 
 
-def hosts(host: TwoSidedModel, make: Callable[[TwoSidedModel], Thing]) -> WorkerObject[Thing] | None:
-    """As `elsewhere`, of a host like this one."""
-    return elsewhere(host.pair, host.editable.loading, partial(_hosted, make=make))
+def host_on_workers(
+    host: TwoSidedModel, build: Callable[[TwoSidedModel], Object]
+) -> WorkerObject[Object] | None:
+    """As `pair_on_workers`, built from a two-sided model with this one's pair and loading."""
+    return pair_on_workers(host.pair, host.editable.loading, partial(_open_host, build=build))
 
 
-def each(
-    there: WorkerObject[Thing] | None, here: Thing, calls: Iterable[Callable[[Thing], Made]]
-) -> Iterator[Made]:
-    """What calls make of a thing on workers, or of that here; in their order, as soon as each is known."""
-    return (call(here) for call in calls) if there is None else there.each(calls)
+def run_calls(
+    remote: WorkerObject[Object] | None, local: Object, calls: Iterable[Callable[[Object], Outcome]]
+) -> Iterator[Outcome]:
+    """Results of calls on the workers' object, or on the local one without workers; in order."""
+    return (call(local) for call in calls) if remote is None else remote.run(calls)
 
 
-def _stays(*checkpoints: Checkpoint) -> bool:
-    return in_this_process() or not all(map(_travels, checkpoints))
+def _runs_here(*checkpoints: Checkpoint) -> bool:
+    return runs_in_this_process() or not all(map(_is_portable, checkpoints))
 
 
-def _travels(checkpoint: Checkpoint) -> bool:
-    return checkpoint.opened is not None and (checkpoint.base is None or _travels(checkpoint.base))
+def _is_portable(checkpoint: Checkpoint) -> bool:
+    return checkpoint.opened is not None and (checkpoint.base is None or _is_portable(checkpoint.base))
 
 
 @dataclass(frozen=True, kw_only=True)
 class RemoteModel:
-    """One side of a pair on whichever worker is asked."""
+    """One side of a pair that runs on workers."""
 
     pair: WorkerObject[RunnablePair]
     side: Side
 
-    def by_batch(
+    def run_batches(
         self,
-        measure: Callable[[Any, Sequence[Example]], Made],
+        measure: Callable[[Any, Sequence[Example]], Outcome],
         examples: Sequence[Example],
         tokens: int,
         progress: Callable[[int], None] | None = None,
-    ) -> Iterator[tuple[list[int], Made]]:
-        """What is measured of each batch, with the indices of its examples, in the order of the batches.
+    ) -> Iterator[tuple[list[int], Outcome]]:
+        """The indices of each batch's examples, and what is measured of it, batch by batch.
 
         Args:
-            measure: gets the model and the examples of one batch, which come to one batch again.
+            measure: gets the model and the examples of one batch, which form one batch again.
             tokens: as of `batches`.
-            progress: called with the examples that are done.
+            progress: called with the number of examples done.
         """
         plan = [batch.indices.tolist() for batch in batches(examples, tokens=tokens, pad_id=0)]
-        calls = (partial(_measured, self.side, measure, own, [examples[i] for i in own]) for own in plan)
+        measured = partial(_measure_batch, self.side, measure)
+        calls = (partial(measured, indices, [examples[i] for i in indices]) for indices in plan)
         done = 0
-        for own, made in zip(plan, self.pair.each(calls), strict=True):
-            done += len(own)
+        for indices, outcome in zip(plan, self.pair.run(calls), strict=True):
+            done += len(indices)
             if progress:
                 progress(done)
-            yield own, made
+            yield indices, outcome
 
 
-def entered(runnable: RunnablePair, side: Side) -> AbstractContextManager[Any]:
-    """A side of a pair: its torch model, or a `RemoteModel` where it is to be run on workers."""
-    there = elsewhere(runnable.pair, runnable.loading, _opened)
-    if there is not None:
-        return nullcontext(RemoteModel(pair=there, side=side))
+def open_side(runnable: RunnablePair, side: Side) -> AbstractContextManager[Any]:
+    """One side of a pair: its torch model, or a `RemoteModel` where it runs on workers."""
+    remote = pair_on_workers(runnable.pair, runnable.loading, _open_pair)
+    if remote is not None:
+        return nullcontext(RemoteModel(pair=remote, side=side))
     return runnable.base() if side == "base" else runnable.tuned()
 
 
 # On a worker
 
 _LOCK = threading.Lock()
-_OPEN: dict[bytes, Any] = {}
-_CLOSING: list[threading.Timer] = []
+_HELD: dict[bytes, Any] = {}
+_TIMERS: list[threading.Timer] = []
 
 
-def _opened(pair: CheckpointPair, loading: Loading) -> RunnablePair:
-    return RunnablePair(
-        pair,
-        device=loading.device,
-        dtype=loading.dtype,
-        device_map=loading.device_map,
-        trust_remote_code=loading.trust_remote_code,
-    )
+def _open_pair(pair: CheckpointPair, loading: Loading) -> RunnablePair:
+    return RunnablePair(pair, **vars(loading))
 
 
-def _hosted(pair: CheckpointPair, loading: Loading, *, make: Callable[[TwoSidedModel], Thing]) -> Thing:
+def _open_host(pair: CheckpointPair, loading: Loading, *, build: Callable[[TwoSidedModel], Object]) -> Object:
     trust = loading.trust_remote_code
-    return make(TwoSidedModel(pair, device=loading.device, dtype=loading.dtype, trust_remote_code=trust))
+    return build(TwoSidedModel(pair, device=loading.device, dtype=loading.dtype, trust_remote_code=trust))
 
 
-def _measured(
+def _measure_batch(
     side: Side,
-    measure: Callable[[Any, Sequence[Example]], Made],
-    own: list[int],
+    measure: Callable[[Any, Sequence[Example]], Outcome],
+    indices: list[int],
     examples: list[Example],
     runnable: RunnablePair,
-) -> Made:
-    """Measure one batch."""
+) -> Outcome:
     try:
         with getattr(runnable, side)() as model:
             return measure(model, examples)
     except NonFiniteError as error:
-        raise NonFiniteError(own[error.example], error.layer, error.name) from error
+        raise NonFiniteError(indices[error.example], error.layer, error.name) from error
 
 
-def _used(packed: bytes, call: Callable[[Any], Made]) -> Made:
-    with _held(packed) as thing:
-        return call(thing)
+def _call_on_object(packed: bytes, call: Callable[[Any], Outcome]) -> Outcome:
+    with _hold(packed) as built:
+        return call(built)
 
 
 @contextmanager
-def _held(packed: bytes) -> Iterator[Any]:
-    """What is packed, which the jobs of one process use in turns; one such thing is in memory."""
+def _hold(packed: bytes) -> Iterator[Any]:
+    """The packed object, used by one job of this process at a time; only one object is in memory."""
     with _LOCK:
-        for timer in _CLOSING:
+        for timer in _TIMERS:
             timer.cancel()
-        _CLOSING.clear()
-        if packed not in _OPEN:
+        _TIMERS.clear()
+        if packed not in _HELD:
             _close()
-            _OPEN[packed] = pickle.loads(packed)()
+            _HELD[packed] = pickle.loads(packed)()
         try:
-            yield _OPEN[packed]
+            yield _HELD[packed]
         finally:
-            timer = threading.Timer(IDLE, _close_if_idle)
+            timer = threading.Timer(IDLE_SECONDS, _close_if_idle)
             timer.daemon = True
             timer.start()
-            _CLOSING.append(timer)
+            _TIMERS.append(timer)
 
 
 def _close_if_idle() -> None:
     with _LOCK:
-        if threading.current_thread() in _CLOSING:  # else there was work again meanwhile
-            _CLOSING.clear()
+        if threading.current_thread() in _TIMERS:  # else work arrived in the meantime
+            _TIMERS.clear()
             _close()
 
 
 def _close() -> None:
-    _OPEN.clear()
+    _HELD.clear()
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -32,6 +33,15 @@ class LowRank:
         return (self.B.float() @ self.A.float()) * self.scaling
 
 
+def sum_of(first: LowRank, *others: LowRank) -> LowRank:
+    """The sum of deltas of one matrix as one product."""
+    if not others:
+        return first
+    lows = (first, *others)
+    A = torch.cat([low.A.float() for low in lows])
+    return LowRank(A, torch.cat([low.B.float() * low.scaling for low in lows], dim=1), 1.0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdapterUpdate:
     """One pair of factors and the tensor or matrix of the base that they change.
@@ -59,7 +69,7 @@ class AdapterUpdate:
 
 @dataclass(kw_only=True)
 class Targets:
-    """The role of every tensor of an adapter's file (found by `probes.adapters.targets`).
+    """The role of every tensor of an adapter's file.
 
     Attributes:
         updates: stored tensor -> the factors that change it.

@@ -282,7 +282,7 @@ def candidates(folder: Path) -> Callable[[], Any]:
                     name: torch.arange(0, entries, max(1, entries // 50))
                     for name, entries in movement.entries.items()
                 }
-                found = graft.elsewhere(asked, read, mask, told)
+                found = graft.gradient_at(asked, read, mask, told)
             parts = found.split([len(index) for index in asked.values()])
             return {name: part.tolist() for name, part in zip(asked, parts, strict=True)}
 

@@ -16,19 +16,22 @@ HOSTILE = (
 
 
 @pytest.fixture
-def apart(monkeypatch):
-    """As if an engine with workers were chosen, whose jobs run here, each by itself; the device of each."""
-    monkeypatch.setattr(workers, "in_this_process", lambda: False)
-    seen = []
+def simulated_workers(monkeypatch):
+    """An engine with workers that runs every job here, after a round trip through pickle.
 
-    def each(calls, *, device):
+    Gives the device of each job.
+    """
+    monkeypatch.setattr(workers, "runs_in_this_process", lambda: False)
+    devices = []
+
+    def run_jobs(calls, *, device):
         for call in calls:
-            seen.append(device)
+            devices.append(device)
             yield jobs.Job(call, 1, device)()
 
-    monkeypatch.setattr(workers.jobs, "each", each)
-    yield seen
-    for timer in workers._CLOSING:
+    monkeypatch.setattr(workers.jobs, "run_jobs", run_jobs)
+    yield devices
+    for timer in workers._TIMERS:
         timer.cancel()
     workers._close()
 

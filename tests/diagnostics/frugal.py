@@ -56,7 +56,7 @@ def commands(root):
 
     from diagnostics import intruder_dimensions
     from diagnostics.analyses.skills.movement import Movement
-    from diagnostics.analyses.sparsification import sparse_checkpoint
+    from diagnostics.analyses.sparsification import checkpoint_sparseness
     from diagnostics.analyses.sparsity.mask_overlap import Overlaps, squared_change
     from diagnostics.edits.graft import graft
     from diagnostics.edits.interpolate import interpolate
@@ -92,7 +92,7 @@ def commands(root):
         moved.others(largest, 0.001, seed=0)
 
     def density():
-        assert sparse_checkpoint(pair.tuned)["entries"] == CHECKPOINT // 4
+        assert checkpoint_sparseness(pair.tuned)["entries"] == CHECKPOINT // 4
 
     def intruders():
         metrics = intruder_dimensions(pair).metrics

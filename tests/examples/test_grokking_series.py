@@ -104,7 +104,7 @@ def test_a_word_is_a_token_with_or_without_a_space():
 
 
 def test_both_runs_begin_at_the_weights_that_the_script_draws():
-    drawn = script.made_model(33).half().state_dict()
+    drawn = script.make_model(33).half().state_dict()
     for run in RUNS:
         model = AutoModelForCausalLM.from_pretrained(SERIES / run / "checkpoint-0", dtype=torch.float16)
         stored = model.state_dict()

@@ -5,7 +5,7 @@ import copy
 import majority
 import pytest
 import torch
-from symbols import made_tokenizer, write_rows
+from symbols import make_tokenizer, write_rows
 
 from diagnostics.analyses.skills.region import intersection, size
 from probes.text.encode import encode
@@ -24,7 +24,7 @@ def world(generator) -> majority.World:
 
 @pytest.fixture(scope="module")
 def model():
-    return majority.made_model(0)
+    return majority.make_model(0)
 
 
 def test_halves_differ_as_they_are_said_to(world):
@@ -53,7 +53,7 @@ def test_so_many_answers_are_wrong_as_is_said(world, generator):
 
 def test_rows_say_in_words_what_items_say_in_numbers(world, generator, tmp_path):
     items = world.items(2, 3, generator)
-    tokenizer = made_tokenizer(majority.WORDS)
+    tokenizer = make_tokenizer(majority.WORDS)
     place = write_rows(items.rows(), tmp_path / "rows.jsonl")
     examples = encode(read_task(place), tokenizer, max_length=None)
     for number, ids in enumerate(items.ids.tolist()):

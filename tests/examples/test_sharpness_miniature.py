@@ -12,7 +12,7 @@ from diagnostics.numerics.rank_correlation import LEAST
 @pytest.fixture(scope="module")
 def model() -> object:
     torch.manual_seed(0)
-    return miniature.made_model().eval()
+    return miniature.make_model().eval()
 
 
 @pytest.mark.parametrize("name", [*miniature.MAIN, "values 1 of block 5", "values 3 of block 2"])
@@ -35,7 +35,7 @@ def test_a_plant_changes_weights_of_its_block_alone_and_no_function(model, name)
 
 def test_a_plant_of_heads_turns_so_many_heads():
     torch.manual_seed(1)
-    model = miniature.made_model()
+    model = miniature.make_model()
     made = miniature.planted(model, "values 3 of block 2")
     own, other = (each.model.layers[2].self_attn.v_proj.weight for each in (model, made))
     assert int((own != other).any(dim=1).sum()) == 3 * miniature.WIDTH // miniature.HEADS

@@ -11,11 +11,11 @@ import pandas as pd
 import pytest
 import skills_miniature as miniature
 import torch
-from majority import World, accuracy, blocks, located, made_model, pretrain, tune, with_entries
+from majority import World, accuracy, blocks, located, make_model, pretrain, tune, with_entries
 from rich.console import Console
 from skills_found import FEW, LIKE, MORE, Outcome, Planted
 from skills_shown import REFERENCE, show
-from symbols import judged
+from symbols import claims_table
 
 from diagnostics.core.analysis import Result
 
@@ -244,7 +244,7 @@ def test_what_must_hold_holds(seed, tmp_path, capsys):
     with capsys.disabled():
         console = Console(width=180)
         show([found], console)
-        console.print(judged(claims), judged(miniature.hoped(found), miniature.HOPED))
+        console.print(claims_table(claims), claims_table(miniature.hoped(found), miniature.HOPED))
     assert not [f"{claim.text}: {claim.numbers}" for claim in claims if not claim.holds]
 
 
@@ -255,7 +255,7 @@ def test_whether_what_moves_furthest_carries_the_skill_is_up_to_the_base():
     for seed in range(3):
         for rows in (64, 128):
             generator = torch.Generator().manual_seed(seed)
-            world, base = World.drawn(generator), made_model(seed)
+            world, base = World.drawn(generator), make_model(seed)
             pretrain(base, world, miniature.Budget.pretraining, generator, rows=rows)
             lesson, others = (world.items(0, count, generator) for count in (288, 2400))
             tuned = copy.deepcopy(base)

@@ -28,7 +28,7 @@ def test_a_quarter_of_a_chain_is_drawn_anew(generator):
 
 
 def test_the_model_has_as_many_weights_in_its_blocks_as_is_said():
-    model = miniature.made_model(0)
+    model = miniature.make_model(0)
     matrices = [w for name, w in model.named_parameters() if ".layers." in name and w.dim() == 2]
     # 3 blocks of 4 · 48 · 48 + 3 · 48 · 128.
     assert sum(w.numel() for w in matrices) == 82_944

@@ -3,14 +3,14 @@
 import json
 
 import torch
-from symbols import Claim, judged, made_tokenizer, walks, write_rows
+from symbols import Claim, claims_table, make_tokenizer, walks, write_rows
 
 from probes.text.encode import encode
 from probes.text.rows import read_task
 
 
 def test_every_word_is_its_token_and_nothing_is_put_around_a_text():
-    tokenizer = made_tokenizer(["no", "yes", "a", "b"])
+    tokenizer = make_tokenizer(["no", "yes", "a", "b"])
     assert tokenizer("a b yes no").input_ids == [2, 3, 1, 0]
 
 
@@ -18,7 +18,7 @@ def test_rows_are_read_as_they_were_meant(tmp_path):
     row = {"prompt": "a b", "choices": [" no", " yes"], "answer": 1}
     place = write_rows([row, row], tmp_path / "rows.jsonl")
     assert [json.loads(line) for line in place.read_text().splitlines()] == [row, row]
-    examples = encode(read_task(place), made_tokenizer(["no", "yes", "a", "b"]), max_length=None)
+    examples = encode(read_task(place), make_tokenizer(["no", "yes", "a", "b"]), max_length=None)
     assert [example.ids for example in examples[:2]] == [[2, 3, 0], [2, 3, 1]]
     assert all(example.scored == [False, False, True] for example in examples)
 
@@ -41,5 +41,5 @@ def test_successors_are_as_frequent_as_the_chain_says():
 
 
 def test_a_claim_that_fails_is_told_apart():
-    table = judged([Claim(0, "this", True, "1"), Claim(1, "that", False, "2")])
+    table = claims_table([Claim(0, "this", True, "1"), Claim(1, "that", False, "2")])
     assert [list(column.cells) for column in table.columns][-1] == ["yes", "NO"]

@@ -22,7 +22,7 @@ from diagnostics.core.row_options import RowOptions
 from diagnostics.evaluation.paired_texts import SIDES
 from diagnostics.evaluation.sets import draw_items, load_named_sets
 from diagnostics.evaluation.tokenizers import bos_notes, first_difference, shared_tokenizer
-from diagnostics.execution.workers import RemoteModel, entered
+from diagnostics.execution.workers import RemoteModel, open_side
 from probes import CheckpointPair
 from probes.errors import InputError
 from probes.models.runnable import RunnablePair
@@ -131,13 +131,14 @@ def representation_drift(
         raise InputError(f"rows is {rows} and skip {skip}; they are at least {LEAST} and 0")
     roles, sets = load_named_sets({"task": task, "keep": keep}, least=LEAST, purpose="drift")
     with RunnablePair(pair, **options.of_models) as runnable:
+        # Before the tokenizers, which would be blamed for a malformed config.json.
+        length = min((n for n in (options.max_length, runnable.context) if n is not None), default=None)
         shared = shared_tokenizer(runnable.base_tokenizer, runnable.tokenizer)
         if shared is None:
             reason = first_difference(runnable.base_tokenizer, runnable.tokenizer)
             raise InputError(f"{reason}, so representations are not of the same tokens")
         tokenizer, _, remarks = shared
         remarks += [] if options.chat_template else bos_notes(runnable.base_tokenizer, tokenizer)
-        length = min((n for n in (options.max_length, runnable.context) if n is not None), default=None)
         chosen = {}
         for name, named_task in sets.items():
             examples = encode(named_task, tokenizer, max_length=length, chat_template=options.chat_template)
@@ -151,7 +152,7 @@ def representation_drift(
                 if progress:
                     progress(turn * len(flat) + done, 2 * len(flat), f"residuals of {side}")
 
-            with entered(runnable, side) as model:
+            with open_side(runnable, side) as model:
                 points[side], route = residuals(model, flat, options.batch_tokens, skip, tell)
             check_finite(points[side], chosen, sets, side)
             remarks.append(f"{side}: residuals captured through {route}")
@@ -199,7 +200,7 @@ def residuals(
         return _local_residuals(model, examples, tokens=tokens, skip=skip, progress=progress)
     points: dict[int, Any] = {}
     route = ""
-    for indices, (batch_points, route) in model.by_batch(  # noqa: B007
+    for indices, (batch_points, route) in model.run_batches(  # noqa: B007
         partial(_local_residuals, tokens=tokens, skip=skip), examples, tokens, progress
     ):
         for layer, values in batch_points.items():

@@ -15,7 +15,7 @@ from diagnostics.analyses.dynamics.notes import SCALING, notes_of
 from diagnostics.core.analysis import DeviceTest, Result, analysis
 from diagnostics.evaluation.checkpoint_scores import ScoringOptions, curves, reading_notes
 from diagnostics.evaluation.sets import draw_rows, load_sets
-from diagnostics.execution.workers import by_checkpoint
+from diagnostics.execution.workers import checkpoint_runner
 from diagnostics.numerics import weight_distances
 from probes.checkpoints.checkpoint import Checkpoint
 from probes.checkpoints.series import CheckpointSeries, series_of
@@ -191,7 +191,7 @@ def training_dynamics(
     )  # fmt: skip
     measurements = series.measured(
         "dynamics", probe.key(), probe.measure, progress, least=(2, "a trend"),
-        run_calls=by_checkpoint(series, options.device),
+        run_calls=checkpoint_runner(series, options.device),
     )  # fmt: skip
     notes: list[str] = []
     moves, positions = movements(series, notes, progress)

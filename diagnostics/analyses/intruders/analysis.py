@@ -25,9 +25,9 @@ from diagnostics.analyses.intruders.decide import SMALL, Decision, decide_all, d
 from diagnostics.analyses.intruders.figures import draw
 from diagnostics.core.analysis import DeviceTest, Result, analysis
 from diagnostics.execution import jobs
-from diagnostics.execution.engines import in_this_process
-from diagnostics.execution.lockstep import Steps, in_step
-from diagnostics.execution.prefetch import ahead, in_halves
+from diagnostics.execution.engines import runs_in_this_process
+from diagnostics.execution.lockstep import Steps, run_in_lockstep
+from diagnostics.execution.prefetch import prefetch, run_halving_on_oom
 from diagnostics.numerics import linalg
 from diagnostics.numerics.estimates import Z95
 from diagnostics.store.factor_cache import NO_RECALL, FactorCache
@@ -205,7 +205,7 @@ def examine_fetched(
     changed = [item for item in fetched if item.stored is not None]
     if changed:
         with linalg.threads_for(min(changed[0].matrix.rows, changed[0].matrix.columns)):
-            for result in in_halves(lambda part: _measure(part, settings, verify), changed, _label):
+            for result in run_halving_on_oom(lambda part: _measure(part, settings, verify), changed, _label):
                 results[result.matrix.name] = result
     return list(results.values())
 
@@ -218,12 +218,12 @@ def _examine_groups(
     pair: CheckpointPair, groups: list[list[str]], settings: IntruderSettings, verify: set[str]
 ) -> Generator[MatrixResult, None, None]:
     """Decide groups of matrices on the engine; in this process the next group is read meanwhile."""
-    if not in_this_process():
+    if not runs_in_this_process():
         calls = (partial(examine, pair, group, settings, verify.intersection(group)) for group in groups)
-        for results in jobs.each(calls, device=settings.device):
+        for results in jobs.run_jobs(calls, device=settings.device):
             yield from results
         return
-    with closing(ahead(lambda group: fetch(pair, group, settings.device), groups)) as reading:
+    with closing(prefetch(lambda group: fetch(pair, group, settings.device), groups)) as reading:
         for fetched in reading:
             results = examine_fetched(fetched, settings, verify)
             del fetched  # before the next but one is read
@@ -244,7 +244,7 @@ def _measure(
         [W.to(settings.device, non_blocking=True).to(dtype) for W in side]
         for side in zip(*(item.stored or () for item in changed), strict=True)
     ]
-    updates = in_step([
+    updates = run_in_lockstep([
         update_of(base, tuned, item.low, generator)
         for item, base, tuned, generator in zip(changed, *sides, generators, strict=True)
     ])  # fmt: skip

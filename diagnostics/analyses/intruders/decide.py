@@ -17,7 +17,7 @@ from torch import Tensor
 from diagnostics.analyses.intruders import cosine_bounds
 from diagnostics.analyses.intruders.cosine_bounds import Extra, Lanczos, Recurrence, recurrence
 from diagnostics.analyses.intruders.inverse_factors import Applied, Shifted, Tall, errors
-from diagnostics.execution.lockstep import Steps, Values, in_step, read
+from diagnostics.execution.lockstep import Steps, Values, read_values, run_in_lockstep
 from diagnostics.numerics import linalg
 from diagnostics.numerics.linalg import BlockKrylov, Ritz
 from diagnostics.store.factor_cache import NO_RECALL, Recall
@@ -63,7 +63,7 @@ def decide_exactly(
 
     of_base = recall("left singular vectors", (), decomposed)
     exact = linalg.exact_cosines(base, tuned, k, of_base=(of_base["U"], of_base["S"]))
-    cosines, tuned_values, base_values, overlap = read(
+    cosines, tuned_values, base_values, overlap = read_values(
         [exact.cosines, exact.tuned_values, exact.base_values, exact.overlap]
     )
     return Decision(
@@ -105,7 +105,7 @@ def decide_all(
         for (W0, W1, recall), generator in zip(pairs, generators, strict=True)
     ]
     _lead(searches, base, tuned)
-    return in_step([search.outcome(pictured) for search in searches])
+    return run_in_lockstep([search.outcome(pictured) for search in searches])
 
 
 def _lead(
@@ -119,7 +119,7 @@ def _lead(
     space1.extend(TUNED_STEPS)
     for _ in range(ROUNDS):
         ritz1 = space1.ritz(searches[0].k + BLOCK)
-        (errors,) = read([ritz1.errors()[:, : searches[0].k]])
+        (errors,) = read_values([ritz1.errors()[:, : searches[0].k]])
         if (errors <= ACCEPTED).all():
             break
         space1.extend(MORE_STEPS)

@@ -260,7 +260,7 @@ class DampingPlan:
         for name, of_matrix in chain.from_iterable(by_matrix.items() for by_matrix in ranks.values()):
             needed[name].update(of_matrix)
         calls = (partial(_factors, pair, name, sorted(needed[name]), device) for name in needed)
-        factors = dict(zip(needed, jobs.each(calls, device=device), strict=True))
+        factors = dict(zip(needed, jobs.run_jobs(calls, device=device), strict=True))
         intruders = int(search_result.metrics.get("intruders", 0))
         return cls(pair, Blender(pair), ranks, factors, intruders, tuple(notes))
 
@@ -303,7 +303,7 @@ class DampingEvaluator:
     def measure(self, points: Sequence[tuple[Mode, float]]) -> None:
         """Measure points; one with the weights of an earlier point takes its losses."""
         new = {self._key(*point): point for point in points if self._key(*point) not in self._by_weights}
-        results = workers.each(
+        results = workers.run_calls(
             self._on_workers, self, (partial(DampingEvaluator.at, point=point) for point in new.values())
         )
         for mode, scale in points:
@@ -328,7 +328,7 @@ class DampingEvaluator:
     @cached_property
     def _on_workers(self) -> "workers.WorkerObject[DampingEvaluator] | None":
         make = partial(_on_worker, plan=self.plan, sets=self.sets)
-        return workers.elsewhere(self.plan.pair, self.editable.loading, make)
+        return workers.pair_on_workers(self.plan.pair, self.editable.loading, make)
 
     @property
     def unscored(self) -> int:

@@ -239,5 +239,5 @@ def texts_in(X: Any) -> Any:
     if hasattr(X, "rows") or isinstance(X, Mapping):
         return X
     if not isinstance(X, Iterable):
-        raise InputError(f"texts are given as a list, and this is {type(X).__name__}")
+        raise InputError(f"texts must be a list, and this is {type(X).__name__}")
     return [text.item() if isinstance(text, np.generic) else text for text in X]

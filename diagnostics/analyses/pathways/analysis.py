@@ -23,7 +23,7 @@ from diagnostics.analyses.pathways.tables import metrics, tables
 from diagnostics.core.analysis import DeviceTest, Result, analysis, plain
 from diagnostics.core.inputs import tasks
 from diagnostics.core.row_options import RowOptions
-from diagnostics.execution.workers import by_checkpoint
+from diagnostics.execution.workers import checkpoint_runner
 from probes.checkpoints.series import series_of
 from probes.errors import InputError
 from probes.experts.routes import RouteWeights
@@ -243,7 +243,7 @@ def grokking_pathways(
     )  # fmt: skip
     measured = series.measured(
         "pathways", plan.identity(), plan.measure, progress, least=(2, "a comparison of pathways"),
-        run_calls=by_checkpoint(series, options.device),
+        run_calls=checkpoint_runner(series, options.device),
     )  # fmt: skip
     if metric == "auto":
         metric = "loss" if all(rows_of.shape == "text" for rows_of in held.values()) else "accuracy"

@@ -54,7 +54,7 @@ class Snapshot:
         self.pairs, self.raw = pairs(share, groups), pairs(raw.astype(float), groups)
         self.by_group = pairs_of_groups(share, groups)
         self.p, self.p_by_group = gap_p(share, groups, permutations=settings.permutations, seed=settings.seed)
-        self.own = own_distance(share, groups)
+        self.group_distances = own_distance(share, groups)
         self.raw_by_group = [pair.within.value for pair in pairs_of_groups(raw.astype(float), groups)]
         self.cosines = pathway.cosines(self.weights, record.routers)
         layers, undefined = self.weights.shape[1], np.full(len(groups), math.nan)

@@ -76,12 +76,12 @@ def mean(
     values: Float[np.ndarray, " samples"], groups: Labels, units: Float[np.ndarray, " samples"] | None = None
 ) -> SampleStatistic:
     """Mean of values, or their sum over that of units; NaN values are left out."""
-    known = ~np.isnan(values)
-    weights = known.astype(float) if units is None else np.where(known, units, 0.0)
+    valid = ~np.isnan(values)
+    weights = valid.astype(float) if units is None else np.where(valid, units, 0.0)
     total = weights.sum()
     if not total:
         return SampleStatistic(value=math.nan, influence=np.zeros(len(values)), groups=groups)
-    filled = np.where(known, values, 0.0)
+    filled = np.where(valid, values, 0.0)
     value = float(filled.sum() / total)
     return SampleStatistic(value=value, influence=(filled - value * weights) / total, groups=groups)
 

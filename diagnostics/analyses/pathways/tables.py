@@ -218,7 +218,8 @@ def by_value(run: RoutingRun) -> "pd.DataFrame":
             pd.DataFrame(
                 {
                     "sample": np.arange(len(names)), "group": names, "step": run.steps[index],
-                    "loss": run.losses[index], "length": snapshot.lengths, "distance": snapshot.own,
+                    "loss": run.losses[index], "length": snapshot.lengths,
+                    "distance": snapshot.group_distances,
                     "consistency": snapshot.smooth, "gp_inconsistency": snapshot.rough,
                     "entropy": snapshot.entropies.mean(axis=1),
                 }

@@ -421,7 +421,7 @@ def _batch_sharpness(
 ) -> BatchSharpness:
     """Sharpness at one α on one batch, in this process or on a worker."""
     evaluator.clear_prefix()
-    evaluator.interpolated.place(alpha)
+    evaluator.interpolated.set_alpha(alpha)
     which, rows = batch
     perturbed = [layer for layer in evaluator.interpolated.layers if layer.index in layers]
     return batch_sharpness(
@@ -460,7 +460,7 @@ def _spectrum(
     """The spectrum of one layer at one α, in this process or on a worker; or why torch refuses it."""
     import torch
 
-    evaluator.interpolated.place(alpha)
+    evaluator.interpolated.set_alpha(alpha)
     which, rows = batch
     (layer,) = (candidate for candidate in evaluator.interpolated.layers if candidate.index == index)
     with (

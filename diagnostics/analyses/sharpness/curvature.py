@@ -8,13 +8,13 @@ ends at once, so that a saddle is seen as one.
 import math
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from probes.models.body import evaluating, inputs, run, unwrapped, with_padding_id
+from probes.models.body import evaluating, full_pass, run
 from probes.models.perturb import PerturbedWeights
 from probes.passes.backward import log_likelihoods, widened
 from probes.passes.objective import EncodedRows, batch_of, scoring_units
@@ -134,12 +134,9 @@ def graph(model: nn.Module, encoded: EncodedRows, rows: tuple[int, ...]) -> Tens
     """Mean loss of rows in nats, with its graph, as one batch."""
     part = [unit for unit in scoring_units(encoded) if unit.row in rows]
     batch, targets = batch_of(encoded, part)
-    inner: Any = unwrapped(model)
     if encoded.task.shape == "label":
-        given = inputs(inner, batch)
-        with with_padding_id(inner, given):
-            logits = widened(inner(**given).logits)
-        classes = torch.tensor([encoded.classes[whole.row] for whole in part], device=logits.device)
+        logits = widened(full_pass(model, batch).logits)
+        classes = torch.tensor([encoded.classes[unit.row] for unit in part], device=logits.device)
         return torch.nn.functional.cross_entropy(logits, classes)
     scored = batch.scored.nonzero()
     positions = scored[:, 0] * batch.ids.shape[1] + scored[:, 1] - int(encoded.mask_id is None)
@@ -147,14 +144,14 @@ def graph(model: nn.Module, encoded: EncodedRows, rows: tuple[int, ...]) -> Tens
     if encoded.task.shape != "choices":
         return -logs.mean()
     sums: list[list[Tensor]] = [[] for _ in part]
-    owner = [index for index, whole in enumerate(part) for _ in whole.sequences]
-    choice = [encoded.examples[index].choice or 0 for whole in part for index, _ in whole.sequences]
+    owner = [index for index, unit in enumerate(part) for _ in unit.sequences]
+    choice = [encoded.examples[index].choice or 0 for unit in part for index, _ in unit.sequences]
     by_choice: dict[tuple[int, int], list[int]] = {}
     for token, sequence in enumerate(scored[:, 0].tolist()):
         by_choice.setdefault((owner[sequence], choice[sequence]), []).append(token)
     for (unit, _), tokens in sorted(by_choice.items()):
         sums[unit].append(logs[tokens].sum())
-    answers = [encoded.task.rows[whole.row].answer or 0 for whole in part]
+    answers = [encoded.task.rows[unit.row].answer or 0 for unit in part]
     nats = [
         -torch.stack(choices).log_softmax(0)[answer] for choices, answer in zip(sums, answers, strict=True)
     ]

@@ -199,7 +199,7 @@ class LayerPaths:
 
     def _cache_is_exact(self) -> bool:
         """Whether a loss from cached blocks equals that of a full pass, bit for bit."""
-        self.evaluator.interpolated.place(1.0)
+        self.evaluator.interpolated.set_alpha(1.0)
         last = self.evaluator.interpolated.layers[-1].index
         cached = [self._filled(_current_losses(self.evaluator, self.on, last, 1.0)) for _ in range(2)]
         self.evaluator.clear_prefix()
@@ -224,9 +224,9 @@ def _layer_losses(
     prefix = anchor if cached else None
     losses = []
     for alpha in alphas:
-        evaluator.interpolated.place(anchor, {layer: alpha})
+        evaluator.interpolated.set_alpha(anchor, {layer: alpha})
         losses.append(_current_losses(evaluator, on, layer, prefix))
-    evaluator.interpolated.place(anchor)
+    evaluator.interpolated.set_alpha(anchor)
     (moved,) = (candidate for candidate in evaluator.interpolated.layers if candidate.index == layer)
     for draw in range(draws):
         with evaluator.interpolated.changed(moved, _noise(evaluator.interpolated, layer, seed, draw)):

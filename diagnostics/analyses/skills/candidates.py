@@ -1,9 +1,8 @@
-"""Candidate entries of a graft inside a running model: their mask is written into it, their gradients read
-out.
+"""A graft's candidate entries in a running model: masks are written into it, gradients read out of it.
 
-Only the entries that moved furthest are candidates. Base lies in memory, tuned's values are written where the
-mask says so, and the gradient of a weight is kept at its candidates alone and freed at once, so that a search
-takes one model, its activations, its largest gradient and some numbers a candidate.
+Only the entries that moved furthest are candidates. The model is base, with tuned's values where the mask is
+true. The gradient of a weight is kept at its candidates alone and freed at once, so that memory is one model,
+its activations, its largest gradient and some numbers a candidate.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,11 +27,11 @@ Mask: TypeAlias = Bool[Tensor, " candidates"] | Float[Tensor, " candidates"]
 
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
-    """Entries with both of their values. As one vector they go by the tensor's name, then by place.
+    """Entries with both of their values. In a vector they are ordered by tensor name, then by index.
 
     Attributes:
-        index: of each tensor flat indices, rising; 32 bits wide where that is enough.
-        base, tuned: their values as the files have them.
+        index: ascending flat indices of each tensor, in 32 bits where these suffice.
+        base, tuned: their values as stored.
     """
 
     index: Region
@@ -53,7 +52,7 @@ class Candidates:
 
     @property
     def spans(self) -> Iterator[tuple[str, slice]]:
-        """Each tensor with where its entries stand in the vector."""
+        """The slice of the vector that belongs to each tensor."""
         start = 0
         for name, entries in self.index.items():
             yield name, slice(start, start + len(entries))
@@ -64,33 +63,27 @@ class Candidates:
         chosen = {name: self.index[name][mask[span]] for name, span in self.spans}
         return {name: index for name, index in chosen.items() if len(index)}
 
-    def movement(self, places: Int[Tensor, " _"] | None = None) -> Float[Tensor, " _"]:
-        """How far each moved, or those at some places of the vector, which rise."""
-        found = []
+    def movement(self, positions: Int[Tensor, " _"] | None = None) -> Float[Tensor, " _"]:
+        """|tuned − base| of all, or at ascending positions of the vector."""
+        parts = []
         for name, span in self.spans:
             base, tuned = self.base[name], self.tuned[name]
-            if places is not None:
-                first, last = torch.searchsorted(places, torch.tensor([span.start, span.stop])).tolist()
-                here = places[first:last] - span.start
-                base, tuned = base[here], tuned[here]
-            found.append(delta(base, tuned).abs_())
-        return torch.cat(found) if found else torch.empty(0)
-
-    @property
-    def bytes(self) -> int:
-        """What it holds in memory."""
-        held = [*self.index.values(), *self.base.values(), *self.tuned.values()]
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+            if positions is not None:
+                first, last = torch.searchsorted(positions, torch.tensor([span.start, span.stop])).tolist()
+                chosen = positions[first:last] - span.start
+                base, tuned = base[chosen], tuned[chosen]
+            parts.append(delta(base, tuned).abs_())
+        return torch.cat(parts) if parts else torch.empty(0)
 
 
 class GraftedModel:
-    """A pair in memory, base but for candidates at a mask; gives the gradient of the loss to that mask.
+    """A running graft of the candidates, and the gradient of the loss with respect to its mask.
 
-    A context manager: the model is base again at its end, and no weight requires a gradient that did not.
+    A context manager: at its end the model is base again, and weights require gradients as before.
     """
 
     def __init__(self, host: TwoSidedModel, candidates: Candidates):
-        """Take a host that is base.
+        """Prepare a host that is base.
 
         Raises:
             InputError: a candidate lies in a tensor that the model does not differentiate.
@@ -98,9 +91,11 @@ class GraftedModel:
         assert host.side == "base"
         self.host, self.candidates = host, candidates
         self._spans = dict(candidates.spans)
-        self._mask: Tensor | None = None  # what is written, while it is hard
+        self._mask: Tensor | None = None  # the hard mask that is written
         sides = (*candidates.base.values(), *candidates.tuned.values())
-        self._dtype = torch.float64 if any(each.dtype == torch.float64 for each in sides) else torch.float32
+        self._dtype = (
+            torch.float64 if any(values.dtype == torch.float64 for values in sides) else torch.float32
+        )
 
     def __enter__(self) -> "GraftedModel":
         return self
@@ -109,8 +104,8 @@ class GraftedModel:
         self._mask = None
         self.host.restore(self.candidates.index.keys())
 
-    def put(self, mask: Mask) -> None:
-        """Write base + mask ⊙ (tuned − base) at the candidates: a hard mask by selection, a soft one not."""
+    def write_mask(self, mask: Mask) -> None:
+        """Write base + mask ⊙ (tuned − base) at the candidates; a hard mask selects values."""
         hard, present = mask.dtype == torch.bool, self._mask
         for name, span in self._spans.items():
             values, index = mask[span], self.candidates.index[name]
@@ -119,7 +114,7 @@ class GraftedModel:
                 new = (present[span] != values).nonzero()[:, 0]
                 if not len(new):
                     continue
-                values, index, base, tuned = (each[new] for each in (values, index, base, tuned))
+                values, index, base, tuned = (part[new] for part in (values, index, base, tuned))
             if hard:
                 wide = torch.promote_types(base.dtype, tuned.dtype)
                 chosen = torch.where(values, tuned.to(wide), base.to(wide))
@@ -132,21 +127,21 @@ class GraftedModel:
     def gradient(
         self, mask: Mask, objective: Objective, rows: list[int] | None = None
     ) -> Float[Tensor, " candidates"]:
-        """dL/dm of every candidate, at a mask of them.
+        """dL/dm of every candidate at a mask.
 
         Raises:
-            InputError: gradients that are NaN or infinite, or as `Objective.backward` says.
+            InputError: gradients that are NaN or infinite, or as `Objective.backward`.
         """
-        self.put(mask)
-        found = torch.zeros(len(self.candidates), dtype=self._dtype)
-        parts = {name: found[span] for name, span in self._spans.items()}
-        with collecting(self.host, self.candidates.index, parts):
+        self.write_mask(mask)
+        gradient = torch.zeros(len(self.candidates), dtype=self._dtype)
+        parts = {name: gradient[span] for name, span in self._spans.items()}
+        with collect_gradients(self.host, self.candidates.index, parts):
             objective.backward(self.host.model, rows)
         for name, part in parts.items():
             part *= delta(self.candidates.base[name], self.candidates.tuned[name])
-        return finite(found, self.host)
+        return check_finite(gradient, self.host)
 
-    def elsewhere(
+    def gradient_at(
         self,
         others: Region,
         read: Read,
@@ -155,30 +150,30 @@ class GraftedModel:
         rows: list[int] | None = None,
     ) -> Float[Tensor, " others"]:
         """dL/dm of entries that are no candidates, at a mask of the candidates."""
-        self.put(mask)
+        self.write_mask(mask)
         parts = {name: torch.zeros(len(entries)) for name, entries in others.items()}
-        with collecting(self.host, others, parts):
+        with collect_gradients(self.host, others, parts):
             objective.backward(self.host.model, rows)
         slopes = [
             part * delta(*(side.reshape(-1)[others[name].long()] for side in read(name)))
             for name, part in parts.items()
         ]
-        return finite(torch.cat(slopes) if slopes else torch.empty(0), self.host)
+        return check_finite(torch.cat(slopes) if slopes else torch.empty(0), self.host)
 
 
 @contextmanager
-def collecting(
-    host: TwoSidedModel, index: Mapping[str, Int[Tensor, " _"]], found: Mapping[str, Float[Tensor, " _"]]
+def collect_gradients(
+    host: TwoSidedModel, index: Mapping[str, Int[Tensor, " _"]], sums: Mapping[str, Float[Tensor, " _"]]
 ) -> Iterator[None]:
-    """Adds the gradients of weights to `found`, at some entries of each tensor alone, and frees them at once.
+    """Add the gradients of some entries of each tensor to `sums`, and free all gradients at once.
 
     Raises:
         InputError: an entry lies in a tensor that the model does not differentiate.
     """
-    # The parameters that hold each tensor: several, where the model keeps it in another form.
+    # A tensor may be in several parameters, where the model keeps it in another form.
     holders: dict[nn.Parameter, list[str]] = {}
     for name, entries in index.items():
-        for slot in host.slots(name, entries.long()):
+        for slot in host.editable.slots(name, entries.long()):
             if not isinstance(slot.tensor, nn.Parameter):
                 raise InputError(f"{host.pair.tuned.ref}: {name} is no parameter of the running model")
             holders.setdefault(slot.tensor, []).append(name)
@@ -186,9 +181,9 @@ def collecting(
     def collect(parameter: Any) -> None:
         gradient = parameter.grad.reshape(-1)
         for name in holders[parameter]:
-            for slot in host.slots(name, index[name].long()):
+            for slot in host.editable.slots(name, index[name].long()):
                 if slot.tensor is parameter:
-                    found[name][slot.which] += gradient[slot.places].to("cpu", found[name].dtype)
+                    sums[name][slot.which] += gradient[slot.indices].to("cpu", sums[name].dtype)
         parameter.grad = None
 
     required = {parameter: parameter.requires_grad for parameter in holders}
@@ -206,15 +201,15 @@ def collecting(
             parameter.grad = None
 
 
-def finite(gradient: Float[Tensor, " _"], host: TwoSidedModel) -> Float[Tensor, " _"]:
-    """The gradient itself.
+def check_finite(gradient: Float[Tensor, " _"], host: TwoSidedModel) -> Float[Tensor, " _"]:
+    """The gradient, checked.
 
     Raises:
-        InputError: it is NaN or infinite somewhere.
+        InputError: it holds NaN or infinities.
     """
     if not gradient.isfinite().all():
         raise InputError(
-            f"{host.pair.tuned.ref}: gradients are NaN or infinite; half precision overflows at times: run "
-            "it in float32 (--dtype float32)"
+            f"{host.pair.tuned.ref}: gradients are NaN or infinite; half precision may overflow: use "
+            "--dtype float32"
         )
     return gradient

@@ -1,4 +1,4 @@
-"""Several tasks side by side: how their regions overlap, and what each region keeps of every task."""
+"""Several tasks: how their regions overlap, and how much of every task each region keeps."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,60 +15,61 @@ from diagnostics.evaluation.answers import AnswerScores
 
 
 def overlap_rows(regions: Mapping[str, Region], entries: Mapping[str, int]) -> list[dict[str, Any]]:
-    """How the regions of two tasks overlap, each way, against what chance gives."""
+    """How the regions of two tasks overlap, each way, against chance."""
     total = sum(entries.values())
     return [
         {
-            "task": first, "other": second, "overlap": region.overlap(own, other),
-            "chance": region.chance(own, other, entries), "density": region.size(own) / total,
-            "jaccard": region.jaccard(own, other),
+            "task": task, "other": other_task, "overlap": region.overlap(first, second),
+            "chance": region.chance(first, second, entries), "density": region.size(first) / total,
+            "jaccard": region.jaccard(first, second),
         }
-        for first, own in regions.items()
-        for second, other in regions.items()
+        for task, first in regions.items()
+        for other_task, second in regions.items()
     ]  # fmt: skip
 
 
 def recoveries(
-    found: Mapping[str, TaskMeasurements], names: Sequence[str], *, draws: int, seed: int
+    measurements: Mapping[str, TaskMeasurements], tasks: Sequence[str], *, draws: int, seed: int
 ) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """The share of each task's gain that each task's region keeps."""
-    rows, matrix = [], np.full((len(names), len(names)), math.nan)
-    for t, task in enumerate(names):
-        said = {side: found[task].report[side] for side in ("base", "tuned")}
-        for name in names:
-            said[f"of {name}"] = found[name].crossed[task]
-        scores = AnswerScores(said, draws=draws, seed=seed, where=task)
-        for i, name in enumerate(names):
-            rel = scores.rel(f"of {name}")
+    """The share of each task's gain that each task's region keeps, as rows and as (regions, tasks)."""
+    rows, matrix = [], np.full((len(tasks), len(tasks)), math.nan)
+    for t, task in enumerate(tasks):
+        answers = {side: measurements[task].report[side] for side in ("base", "tuned")}
+        for owner in tasks:
+            answers[f"of {owner}"] = measurements[owner].on_other_tasks[task]
+        scores = AnswerScores(answers, draws=draws, seed=seed, where=task)
+        for i, owner in enumerate(tasks):
+            rel = scores.rel(f"of {owner}")
             matrix[i, t] = rel.value
-            rows.append({"region": name, "task": task, "rel": rel.value, "low": rel.low, "high": rel.high})
+            rows.append({"region": owner, "task": task, "rel": rel.value, "low": rel.low, "high": rel.high})
     return rows, matrix
 
 
 def unions(
-    found: Mapping[str, TaskMeasurements],
+    measurements: Mapping[str, TaskMeasurements],
     regions: Mapping[str, Region],
-    bench: GraftEvaluator,
+    evaluator: GraftEvaluator,
     *,
     draws: int,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """What the regions of several tasks together keep, of their own tasks and of one that is left out."""
-    names = list(regions)
-    groups = [tuple(names)] if len(names) < 3 else [tuple(names), *combinations(names, len(names) - 1)]
+    """How much of every task the union of all regions keeps, and each union with one task left out."""
+    tasks = list(regions)
+    groups = [tuple(tasks)] if len(tasks) < 3 else [tuple(tasks), *combinations(tasks, len(tasks) - 1)]
     rows = []
-    keys = [(name, "report") for name in names]
+    keys = [(task, "report") for task in tasks]
     for group in groups:
-        together = region.union([regions[name] for name in group])
-        said = bench.graft(together, keys)
-        for name in names:
-            ends = {side: found[name].report[side] for side in ("base", "tuned")}
-            scores = AnswerScores({**ends, "union": said[name, "report"]}, draws=draws, seed=seed, where=name)
+        union = region.union([regions[task] for task in group])
+        answers = evaluator.graft(union, keys)
+        for task in tasks:
+            ends = {side: measurements[task].report[side] for side in ("base", "tuned")}
+            models = {**ends, "union": answers[task, "report"]}
+            scores = AnswerScores(models, draws=draws, seed=seed, where=task)
             rel = scores.rel("union")
             rows.append(
                 {
-                    "union": " + ".join(group), "entries": region.size(together), "task": name,
-                    "member": name in group, "metric": scores.shown("union").value, "rel": rel.value,
+                    "union": " + ".join(group), "entries": region.size(union), "task": task,
+                    "member": task in group, "metric": scores.shown("union").value, "rel": rel.value,
                     "low": rel.low, "high": rel.high,
                 }
             )  # fmt: skip

@@ -1,7 +1,7 @@
-"""A pair in memory and the rows its grafts are measured on: three splits of each task, and other sets.
+"""Evaluates the grafts of a pair on rows: three splits of each task, and the keep and OOD sets.
 
-What is searched on, what is chosen on and what is reported on are different rows; rows of equal content are
-in one split. Every measurement is of one running model that is base, tuned, or some of both by selection.
+Search, selection and report use different rows; rows of equal content are in one split. One running model is
+base, tuned, or a selection of both.
 """
 
 import math
@@ -30,113 +30,113 @@ from probes.text.rows import Task
 Split = Literal["search", "selection", "report"]
 Eligible = Literal["blocks", "matrices", "everything"]
 Progress = Callable[[int, int, str], None]
-# A task and a split of it, or a role and a set of it.
-Key = tuple[str, str]
+Key = tuple[str, str]  # task and split, or role and set
 
 SPLITS: tuple[Split, ...] = get_args(Split)
-LEAST = 8  # rows of a split
-# Rows of a split that are used; more than this would only take longer.
-MOST = {"search": 1024, "selection": 1000, "report": 2000}
+MIN_ROWS = 8  # of a split
+# Rows of a split that are used; more would only take longer.
+MAX_ROWS = {"search": 1024, "selection": 1000, "report": 2000}
 
 
-def split(task: Task, shares: Sequence[float], seed: int) -> dict[Split, list[int]]:
-    """Rows of a task for each purpose, drawn by the seed; what stands in several rows is in one split.
+def split_rows(task: Task, shares: Sequence[float], seed: int) -> dict[Split, list[int]]:
+    """Random rows of a task for each split; rows of equal content are in one split.
 
     Raises:
         NotApplicableError: too few rows; the message says how many are needed.
     """
-    alike: dict[object, list[int]] = {}
-    for place, row in enumerate(task.rows):
-        alike.setdefault((row.text, row.prompt), []).append(place)
-    groups = list(alike.values())
-    needed = math.ceil(LEAST / min(shares) - 1e-9)
+    duplicates: dict[object, list[int]] = {}
+    for index, row in enumerate(task.rows):
+        duplicates.setdefault((row.text, row.prompt), []).append(index)
+    groups = list(duplicates.values())
+    needed = math.ceil(MIN_ROWS / min(shares) - 1e-9)
     if len(groups) < needed:
         different = "" if len(groups) == len(task.rows) else f", {len(groups)} of them different"
         raise NotApplicableError(
-            f"{task.ref}: has {len(task.rows)} rows{different}; to search, select and report on different "
-            f"rows ({', '.join(f'{share:g}' for share in shares)} of them) it needs at least {needed}"
+            f"{task.ref}: has {len(task.rows)} rows{different}; at least {needed} are needed to search, "
+            f"select and report on different rows (shares {', '.join(f'{share:g}' for share in shares)})"
         )
     order = np.random.default_rng(seed).permutation(len(groups))
     ends = np.round(np.cumsum(shares) * len(groups)).astype(int)
-    made = {}
+    by_split = {}
     for name, start, stop in zip(SPLITS, [0, *ends[:-1]], ends, strict=True):
         rows = [row for group in order[start:stop] for row in groups[group]]
-        made[name] = sorted(rows[: MOST[name]])
-    return made
+        by_split[name] = sorted(rows[: MAX_ROWS[name]])
+    return by_split
 
 
-def part(whole: EncodedTask, rows: Sequence[int]) -> EncodedTask:
+def select_rows(encoded: EncodedTask, rows: Sequence[int]) -> EncodedTask:
     """Some rows of an encoded task."""
-    place = {row: new for new, row in enumerate(rows)}
+    renumbered = {row: new for new, row in enumerate(rows)}
     return replace(
-        whole,
-        task=replace(whole.task, rows=tuple(whole.task.rows[row] for row in rows)),
+        encoded,
+        task=replace(encoded.task, rows=tuple(encoded.task.rows[row] for row in rows)),
         examples=[
-            replace(example, row=place[example.row]) for example in whole.examples if example.row in place
+            replace(example, row=renumbered[example.row])
+            for example in encoded.examples
+            if example.row in renumbered
         ],
-        classes=tuple(whole.classes[row] for row in rows) if whole.classes else (),
+        classes=tuple(encoded.classes[row] for row in rows) if encoded.classes else (),
     )
 
 
 def eligible_tensors(host: TwoSidedModel, eligible: Eligible) -> dict[str, tuple[int, ...]]:
-    """The tensors that a mask may choose entries of, with their shapes.
+    """Shapes of the tensors that a mask may select from: those that base has too and the model
+    differentiates.
 
-    `blocks`: every weight, bias and norm inside the blocks, as in the released code; `matrices`: the matrices
-    there alone; `everything`: embeddings and heads too. Only what base has too and the model differentiates.
+    `blocks`: weights, biases and norms of the blocks, as in the released code; `matrices`: only the matrices
+    of the blocks; `everything`: embeddings and heads too.
 
     Raises:
         InputError: there is none.
     """
     matrices = {matrix.tensor for matrix in host.pair.tuned.matrices.values()}
-    found = {}
-    for name in sorted(host.twins):
+    shapes = {}
+    for name in sorted(host.in_both):
         inside = re.search(families.BLOCK, name) is not None
         if eligible != "everything" and not (inside and (eligible == "blocks" or name in matrices)):
             continue
-        # Running statistics and other buffers belong to neither side of a graft.
-        if all(isinstance(slot.tensor, nn.Parameter) for slot in host.slots(name, torch.arange(1))):
-            found[name] = host.headers[name].shape
-    if not found:
+        # A graft leaves out running statistics and other buffers.
+        if all(isinstance(slot.tensor, nn.Parameter) for slot in host.editable.slots(name, torch.arange(1))):
+            shapes[name] = host.headers[name].shape
+    if not shapes:
         raise InputError(
-            f"{host.pair.tuned.ref}: no tensor of base and tuned is eligible for a mask (eligible = "
-            f"{eligible})"
+            f"{host.pair.tuned.ref}: no tensor of base and tuned is eligible for a mask (eligible={eligible})"
         )
-    return found
+    return shapes
 
 
-def layers(names: Collection[str]) -> Callable[[str], int | None]:
-    """Gives the layer of a tensor by its name; None outside the blocks."""
-    blocks = {name: found[1] for name in names if (found := re.search(families.BLOCK, name))}
+def layer_lookup(names: Collection[str]) -> Callable[[str], int | None]:
+    """A function from a tensor's name to its layer; None outside the blocks."""
+    blocks = {name: match[1] for name in names if (match := re.search(families.BLOCK, name))}
     stacks: dict[str, list[tuple[int, ...]]] = {}
     numbers = {name: tuple(map(int, re.findall(r"\.(\d+)", block))) for name, block in blocks.items()}
     for name, index in numbers.items():
         stacks.setdefault(re.sub(r"\d+", "#", blocks[name]), []).append(index)
-    # Blocks in stages are counted through.
-    places = {stack: sorted(set(indices)) for stack, indices in stacks.items()}
+    # Blocks in stages are numbered consecutively.
+    ordered = {stack: sorted(set(indices)) for stack, indices in stacks.items()}
 
     def layer(name: str) -> int | None:
         if name not in blocks:
             return None
         index = numbers[name]
-        return index[0] if len(index) == 1 else places[re.sub(r"\d+", "#", blocks[name])].index(index)
+        return index[0] if len(index) == 1 else ordered[re.sub(r"\d+", "#", blocks[name])].index(index)
 
     return layer
 
 
-def wide(region: Region) -> Region:
-    """A region whose places can index a tensor on any device."""
+def as_int64(region: Region) -> Region:
+    """A region with indices that any device takes."""
     return {name: index.long() for name, index in region.items()}
 
 
 class GraftEvaluator:
-    """Measures grafts of one pair.
+    """Evaluates grafts of one pair.
 
     Attributes:
-        host: base at rest, once `begin` has been called.
-        sets: rows in the model's tokens.
+        sets: encoded rows.
         shapes: of the eligible tensors.
-        movement: of these.
-        outside: tensors that differ and are not eligible; a graft leaves them base's.
+        movement: of the eligible tensors.
+        outside: tensors that differ and are not eligible; a graft has base's.
         evaluations: passes over a set so far.
     """
 
@@ -145,7 +145,7 @@ class GraftEvaluator:
         self.shapes = eligible_tensors(host, eligible)
         self.movement = Movement(self.shapes, self.read)
         self.outside = [
-            name for name in sorted(host.twins - self.shapes.keys()) if not same_bytes(*self.read(name))
+            name for name in sorted(host.in_both - self.shapes.keys()) if not same_bytes(*self.read(name))
         ]
         self.evaluations = 0
         self._blender = Blender(host.pair)
@@ -154,50 +154,50 @@ class GraftEvaluator:
         """A tensor of base and of tuned."""
         return self.host.read(name, "base"), self.host.read(name, "tuned")
 
-    def said(self, keys: Collection[Key]) -> dict[Key, Answers]:
-        """What the model, as it is now, says of some sets."""
+    def answers(self, keys: Collection[Key]) -> dict[Key, Answers]:
+        """Answers of the model in its present state to some sets."""
         self.evaluations += len(keys)
         return {key: answers(self.sets[key], self.host.model) for key in keys}
 
     def graft(self, region: Region, keys: Collection[Key]) -> dict[Key, Answers]:
-        """What base says with a region of tuned."""
+        """Answers of base with a region of tuned."""
         self.host.become("base")
-        with self.host.selecting(wide(region), "tuned"):
-            return self.said(keys)
+        with self.host.selecting(as_int64(region), "tuned"):
+            return self.answers(keys)
 
     def complement(self, region: Region, keys: Collection[Key]) -> dict[Key, Answers]:
-        """What tuned says with a region of base: is the region needed?"""
+        """Answers of tuned with a region of base: is the region needed?"""
         self.host.become("tuned")
-        with self.host.selecting(wide(region), "base"):
-            said = self.said(keys)
+        with self.host.selecting(as_int64(region), "base"):
+            outcome = self.answers(keys)
         self.host.become("base")
-        return said
+        return outcome
 
-    def ones(self, keys: Collection[Key]) -> dict[Key, Answers]:
-        """What a graft of every eligible entry says: tuned, but for what is not eligible."""
+    def full_graft(self, keys: Collection[Key]) -> dict[Key, Answers]:
+        """Answers of the graft of all eligible entries."""
         self.host.become("tuned")
         with self._written((name, self.host.read(name, "base")) for name in self.outside):
-            said = self.said(keys)
+            outcome = self.answers(keys)
         self.host.become("base")
-        return said
+        return outcome
 
     def interpolated(self, alpha: float, keys: Collection[Key]) -> dict[Key, Answers]:
-        """What base + α (tuned − base) of all weights says."""
+        """Answers of base + α (tuned − base), over all weights."""
         self.host.become("base")
         tuned = self.host.pair.tuned
 
         def blends() -> Iterator[tuple[str, Tensor]]:
-            for name in sorted(self.host.twins):
+            for name in sorted(self.host.in_both):
                 value, square = self._blender.between(name, tuned.tensor(name), alpha)
                 if square:
                     yield name, value.to(self.host.headers[name].dtype)
 
         with self._written(blends()):
-            return self.said(keys)
+            return self.answers(keys)
 
     @contextmanager
     def _written(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[None]:
-        """Whole tensors with other values for a while."""
+        """Give tensors other values, and restore them at the end."""
         try:
             for name, value in tensors:
                 self.host.changed([name])

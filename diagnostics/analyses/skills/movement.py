@@ -1,8 +1,8 @@
-"""Movement: how far tuning moved every entry, |tuned − base|, and the entries that moved furthest.
+"""Movement, |tuned − base| of every entry, and the entries that moved furthest.
 
-Tensors are streamed, one at a time, so that memory is what is picked, whatever the size of the model. Entries
-are ordered by one total order: |tuned − base| descending, then the tensor's name, then the place in it. The
-first s of it are exactly s entries, and those of a smaller s are among those of a larger one.
+Tensors are read one at a time, so that memory depends on the selection and not on the model. Entries have a
+total order: |tuned − base| descending, then tensor name, then index. Its first s are exactly s entries, and
+include those of a smaller s.
 """
 
 import math
@@ -20,20 +20,20 @@ from probes.checkpoints.prune import CHUNK, PATTERNS, RankSearch, number
 from probes.errors import InputError
 from probes.files.sources import same_bytes
 
-# A stored tensor of base and of tuned, of one shape; neither is to be written to.
+# Name -> tensor of base and of tuned, of one shape; read-only.
 Read = Callable[[str], tuple[Tensor, Tensor]]
 
 
 def delta(base: Tensor, tuned: Tensor) -> Float[Tensor, " entries"]:
-    """tuned − base of every entry in turn, in float32, or float64 where one of them is."""
-    # In half precision the difference would be rounded a second time, and many more entries would be equal.
+    """tuned − base, flattened, in float32, or in float64 where one side is."""
+    # Half precision would round the difference, and make many more entries equal.
     wide = torch.float64 if torch.float64 in (base.dtype, tuned.dtype) else torch.float32
     return tuned.reshape(-1).to(wide) - base.reshape(-1).to(wide)
 
 
 def kth_largest(values: Float[Tensor, " entries"], k: int) -> float:
     """The k-th largest value, counted from 1."""
-    # numpy selects in place in one copy; torch.topk holds an index for every entry beside it.
+    # numpy selects in one copy; torch.topk also holds an index for every entry.
     array = values.detach().cpu().numpy()
     return float(np.partition(array, len(array) - k)[len(array) - k])
 
@@ -42,18 +42,18 @@ class Movement:
     """The movement of some tensors of a pair.
 
     Attributes:
-        entries: entries of each tensor that differs in at least one bit, by name, sorted.
-        moved: how many of these have another value.
+        entries: size of each tensor that differs in at least one bit, by sorted name.
+        moved: how many of its entries have another value.
         frozen: names of tensors that are equal in both.
-        squares: summed squared movement.
+        squares: sum of squared movement.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], read: Read):
         """Read every tensor once.
 
         Args:
-            shapes: of the tensors, by name; their order means nothing.
-            read: gives a tensor of base and of tuned.
+            shapes: of the tensors, in any order.
+            read: reads a tensor of base and of tuned.
 
         Raises:
             InputError: weights that are NaN or infinite.
@@ -73,9 +73,7 @@ class Movement:
             self.entries[name], self.moved[name] = base.numel(), 0
             for D in self._chunks(base, tuned):
                 if not D.isfinite().all():
-                    raise InputError(
-                        f"{name}: holds NaN or infinite weights; how far they moved is not known"
-                    )
+                    raise InputError(f"{name}: holds NaN or infinite weights, which have no movement")
                 self._dtype = torch.promote_types(self._dtype, D.dtype)
                 self.moved[name] += int(D.count_nonzero())
                 self.squares += float(D.double().square().sum())
@@ -83,7 +81,7 @@ class Movement:
 
     @property
     def total(self) -> int:
-        """N: entries of all tensors that differ."""
+        """N: size of all tensors that differ."""
         return sum(self.entries.values())
 
     @property
@@ -92,112 +90,113 @@ class Movement:
         return sum(self.moved.values())
 
     def largest(self, count: int) -> Region:
-        """The `count` entries that moved furthest; those that did not move come last.
+        """The `count` entries that moved furthest; entries that did not move come last.
 
         Raises:
-            InputError: there are not so many entries.
+            InputError: fewer entries than that.
         """
         if not 0 <= count <= self.total:
             raise InputError(f"{count} entries are asked for; there are {self.total}")
         if not count:
             return {}
-        bar = self._bar(count)
-        above: dict[str, Tensor] = {}
-        level: dict[str, Tensor] = {}
-        equals = 0
+        threshold = self._threshold(count)
+        largest: dict[str, Tensor] = {}
+        ties: dict[str, Tensor] = {}
+        tie_count = 0
         for name in self.entries:
-            found = [self._where(name, lambda size: size > bar)]
-            if equals < count:
-                found.append(self._where(name, lambda size: size == bar))
-                equals += len(found[1])
-            for kept, index in zip((above, level), found, strict=False):
+            index = self._where(name, lambda moved: moved > threshold)
+            if len(index):
+                largest[name] = index
+            if tie_count < count:
+                index = self._where(name, lambda moved: moved == threshold)
                 if len(index):
-                    kept[name] = index
-        short = count - region.size(above)
-        for name, index in level.items():
-            here = index[:short]
-            short -= len(here)
-            if len(here):
-                both = [above[name], here] if name in above else [here]
-                above[name] = torch.cat(both).sort().values
-        return {name: above[name] for name in sorted(above)}
+                    ties[name] = index
+                tie_count += len(index)
+        missing = count - region.size(largest)
+        for name, index in ties.items():
+            index = index[:missing]
+            missing -= len(index)
+            if len(index):
+                parts = [largest[name], index] if name in largest else [index]
+                largest[name] = torch.cat(parts).sort().values
+        return {name: largest[name] for name in sorted(largest)}
 
     def random(self, pattern: Region, seed: int) -> Region:
-        """As many entries of each tensor as a region has there, drawn evenly from those that moved.
+        """As many random entries of each tensor as a region has there, among those that moved.
 
-        Entries that did not move are drawn only where a region has more than there are others.
+        Entries that did not move are drawn only where too few moved.
         """
         drawn = {}
         for name, index in pattern.items():
             if not len(index):
                 continue
-            moved = self._where(name, lambda size: size > 0)
-            # By the tensor's name, so that its place in the file changes nothing.
+            moved = self._where(name, lambda moved: moved > 0)
+            # Seeded by name, so that the order of tensors in the file changes nothing.
             generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
             count = min(len(index), len(moved))
-            chosen = moved[_some(generator, len(moved), count)]
+            chosen = moved[_sample(generator, len(moved), count)]
             if count < len(index):
-                still = self._where(name, lambda size: size == 0)
-                chosen = torch.cat([chosen, still[_some(generator, len(still), len(index) - count)]])
+                unmoved = self._where(name, lambda moved: moved == 0)
+                chosen = torch.cat([chosen, unmoved[_sample(generator, len(unmoved), len(index) - count)]])
             drawn[name] = chosen.sort().values
         return drawn
 
-    def others(self, chosen: Region, share: float, seed: int) -> Region:
-        """Entries that moved and are not among the chosen ones: this share of them, drawn evenly."""
+    def sample_others(self, chosen: Region, share: float, seed: int) -> Region:
+        """A random share of the entries that moved and are not chosen."""
         drawn = {}
         for name, entries in self.entries.items():
             free = torch.zeros(entries, dtype=torch.bool)
-            free[self._where(name, lambda size: size > 0).long()] = True
+            free[self._where(name, lambda moved: moved > 0).long()] = True
             if name in chosen:
                 free[chosen[name].long()] = False
-            places = free.nonzero()[:, 0]
+            indices = free.nonzero()[:, 0]
             generator = np.random.default_rng([seed, 1, zlib.crc32(name.encode())])
-            count = int(generator.binomial(len(places), share))
+            count = int(generator.binomial(len(indices), share))
             if count:
-                picked = places[_some(generator, len(places), count)].sort().values
-                drawn[name] = region.narrowed(picked, entries)
+                picked = indices[_sample(generator, len(indices), count)].sort().values
+                drawn[name] = region.narrowest_index(picked, entries)
         return drawn
 
-    def square(self, of: Region) -> float:
-        """Summed squared movement of a region."""
+    def square(self, chosen: Region) -> float:
+        """Sum of squared movement over a region."""
         return math.fsum(
             float(
                 delta(*(side.reshape(-1)[index.long()] for side in self._read(name))).double().square().sum()
             )
-            for name, index in of.items()
+            for name, index in chosen.items()
         )
 
-    def _bar(self, count: int) -> float:
-        """How far the `count`-th entry moved."""
+    def _threshold(self, count: int) -> float:
+        """Movement of the `count`-th entry."""
         bits, integers, _ = PATTERNS[self._dtype]
         rank = self.total - count + 1
         search = RankSearch([rank], bits)
         for level in search.levels:
             for name in self.entries:
-                sizes = (
+                patterns = (
                     D.abs().to(self._dtype).view(integers).numpy() for D in self._chunks(*self._read(name))
                 )
-                search.count(level, sizes)
+                search.count(level, patterns)
             search.descend(level)
         return number(search.thresholds[rank], self._dtype)
 
-    def _where(self, name: str, true: Callable[[Tensor], Tensor]) -> Int[Tensor, " _"]:
-        """Where something holds of how far the entries of a tensor moved, as narrow indices."""
-        found, start = [], 0
+    def _where(self, name: str, condition: Callable[[Tensor], Tensor]) -> Int[Tensor, " _"]:
+        """Indices of the entries of a tensor at which a condition on their movement is true."""
+        parts, start = [], 0
         for D in self._chunks(*self._read(name)):
-            index = true(D.abs_().to(self._dtype)).nonzero()[:, 0] + start
-            found.append(region.narrowed(index, self.entries[name]))
+            index = condition(D.abs_().to(self._dtype)).nonzero()[:, 0] + start
+            parts.append(region.narrowest_index(index, self.entries[name]))
             start += len(D)
-        return torch.cat(found)
+        return torch.cat(parts)
 
     @staticmethod
     def _chunks(base: Tensor, tuned: Tensor) -> Iterator[Float[Tensor, " _"]]:
-        """tuned − base, a part at a time."""
+        """tuned − base in chunks."""
         sides = (side.reshape(-1).split(CHUNK) for side in (base, tuned))
-        for ours, theirs in zip(*sides, strict=True):
-            yield delta(ours, theirs)
+        for base_chunk, tuned_chunk in zip(*sides, strict=True):
+            yield delta(base_chunk, tuned_chunk)
 
 
-def _some(generator: np.random.Generator, size: int, count: int) -> Int[Tensor, " count"]:
-    """So many of `size` places, each once."""
+def _sample(generator: np.random.Generator, size: int, count: int) -> Int[Tensor, " count"]:
+    """`count` distinct random numbers below `size`."""
     return torch.from_numpy(generator.choice(size, count, replace=False, shuffle=False))

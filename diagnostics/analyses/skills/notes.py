@@ -1,4 +1,4 @@
-"""A skill localization in plain words: what was masked, what was found, and what a reader must know of it."""
+"""The notes and verdicts of a skill localization."""
 
 import math
 from collections.abc import Mapping
@@ -8,114 +8,113 @@ from diagnostics.analyses.skills.measurements import TaskMeasurements
 from diagnostics.numerics.estimates import Estimate
 from probes import CheckpointPair
 
-# Skill size up to which a skill is called so; ours, nothing is published.
-SCALE = ((1e-4, "sharp"), (1e-2, "moderate"), (math.inf, "diffuse"))
+# Largest skill size with each label; ours, nothing is published.
+SIZE_LABELS = ((1e-4, "sharp"), (1e-2, "moderate"), (math.inf, "diffuse"))
 
 
-def wording(share: float) -> str:
-    """What a skill of this size is called."""
-    # Sizes are whole entries: a budget of 1e-4 may be 1.0003e-4 of them.
-    return next(word for least, word in SCALE if float(f"{share:.2g}") <= least)
+def size_label(share: float) -> str:
+    """`sharp`, `moderate` or `diffuse`."""
+    # A region has whole entries: a budget of 1e-4 may be 1.0003e-4 of them.
+    return next(label for largest, label in SIZE_LABELS if float(f"{share:.2g}") <= largest)
 
 
-def verdict(one: TaskMeasurements, total: int, numbers: Mapping[str, float]) -> str:
-    """What was found for one task, in a sentence or two."""
-    scores = one.compared
+def verdict(measured: TaskMeasurements, total: int, metrics: Mapping[str, float]) -> str:
+    """The verdict on one task, in a sentence or two."""
+    scores, choice = measured.scores, measured.choice
     base, tuned = scores.shown("base").value, scores.shown("tuned").value
     unit = "accuracy" if scores.kind == "accuracy" else "nats per token"
-    if one.choice is None:
-        return f"{one.task}: nothing to localise: {one.why} (base {base:.3g}, tuned {tuned:.3g} {unit})."
-    what = "what tuning gained" if scores.kind == "accuracy" else "the loss that tuning took off"
+    if choice is None:
+        return (
+            f"{measured.task}: nothing to localise: {measured.reason} (base {base:.3g}, tuned {tuned:.3g} "
+            f"{unit})."
+        )
+    gain = "gain of tuning" if scores.kind == "accuracy" else "loss reduction of tuning"
     rel = scores.rel("graft")
-    text = f"{one.task}: a sufficient region of {one.choice.size:,} of {compact(total)} entries "
-    text += f"({percent(one.choice.size / total)}) keeps {rel.value:.0%} of {what} "
-    text += f"(Rel {interval(rel)})"
-    if "agreement" in numbers:
-        text += f" and agrees with tuned on {numbers['agreement']:.0%} of the rows"
-    text += f"; of the same size top movement keeps {numbers['movement_rel']:.0%}, "
-    text += (
-        f"random entries {numbers['random_rel']:.0%}; half the update keeps {numbers['half_update_rel']:.0%}"
+    text = (
+        f"{measured.task}: a sufficient region of {choice.size:,} of {short_count(total)} entries "
+        f"({percent(choice.size / total)}) keeps {rel.value:.0%} of the {gain} (Rel {with_interval(rel)})"
     )
-    if not one.choice.passed:
-        return text + ". No size that was tried keeps as much as asked for: the skill is diffuse."
-    return text + f". The skill is {wording(one.choice.size / total)}."
+    if "agreement" in metrics:
+        text += f" and agrees with tuned on {metrics['agreement']:.0%} of the rows"
+    text += (
+        f". Controls: top movement of the same size keeps {metrics['movement_rel']:.0%}, random entries "
+        f"{metrics['random_rel']:.0%}, half of the update {metrics['half_update_rel']:.0%}"
+    )
+    if not choice.passed:
+        return f"{text}. No size tried keeps enough: the skill is diffuse."
+    return f"{text}. The skill is {size_label(choice.size / total)}."
 
 
-def interval(found: Estimate) -> str:
+def with_interval(estimate: Estimate) -> str:
     """A value with its interval."""
-    return f"{found.value:.2f}, {found.low:.2f} to {found.high:.2f}"
+    return f"{estimate.value:.2f}, {estimate.low:.2f} to {estimate.high:.2f}"
 
 
-def compact(count: int) -> str:
-    """A number of entries as people say it: 85.1 M."""
-    for size, word in ((10**9, "B"), (10**6, "M")):
-        if count >= size:
-            return f"{count / size:.3g} {word}"
+def short_count(count: int) -> str:
+    """A number of entries, such as 85.1 M."""
+    for unit, letter in ((10**9, "B"), (10**6, "M")):
+        if count >= unit:
+            return f"{count / unit:.3g} {letter}"
     return f"{count:,}"
 
 
 def percent(share: float) -> str:
-    """A share with two digits that count."""
+    """A share in percent, with two significant digits."""
     return f"{100 * share:.2g} %"
 
 
-def about(pair: CheckpointPair, bench: GraftEvaluator) -> list[str]:
-    """What a reader must know of what was masked."""
-    movement, host = bench.movement, bench.host
+def pair_notes(pair: CheckpointPair, evaluator: GraftEvaluator) -> list[str]:
+    """Notes on what a mask may select."""
+    movement, host = evaluator.movement, evaluator.host
     notes = [
-        f"N counts {movement.total:,} entries of {len(movement.entries)} eligible tensors that tuning "
-        f"changed; {len(movement.frozen)} eligible tensors are equal in both."
+        f"Shares are of N = {movement.total:,} entries in {len(movement.entries)} eligible tensors that "
+        f"tuning changed; {len(movement.frozen)} eligible tensors are equal in base and tuned."
     ]
     if pair.tuned.kind == "adapter":
         notes.append(
-            "Tuned is an adapter: the region is of its merged weights, whose delta is dense; which rank-one "
-            "parts of the adapter carry the skill is another question."
+            "Tuned is an adapter. The region is one of its merged weights, with a dense delta; it does not "
+            "say which rank-one parts of the adapter carry the skill."
         )
-    alone = sorted(host.headers.keys() - host.twins)
-    if alone:
+    only_tuned = sorted(host.headers.keys() - host.in_both)
+    if only_tuned:
+        many = f"{len(only_tuned)} tensors, such as {only_tuned[0]}" if len(only_tuned) > 1 else only_tuned[0]
+        notes.append(f"Base lacks {many}; it is measured with tuned's.")
+    if evaluator.outside:
         notes.append(
-            f"{len(alone)} tensors have no twin in base, such as {alone[0]}: they are tuned's on both sides, "
-            "so that base is base with these."
-        )
-    if bench.outside:
-        notes.append(
-            f"Tuning also changed {len(bench.outside)} tensors that are not eligible, such as "
-            f"{bench.outside[0]}: a graft leaves them base's, and even one of every eligible entry is not "
-            "tuned."
+            f"Tuning also changed {len(evaluator.outside)} tensors that are not eligible, such as "
+            f"{evaluator.outside[0]}. A graft has base's; even a graft of all eligible entries is not tuned."
         )
     return notes
 
 
-def remarks(one: TaskMeasurements) -> list[str]:
-    """What a reader must know of one task."""
-    choice, scores = one.choice, one.compared
+def task_notes(measured: TaskMeasurements) -> list[str]:
+    """Notes on the search and the choice for one task."""
+    choice = measured.choice
     assert choice is not None
     notes = []
-    if scores.kind == "loss":
+    if measured.scores.kind == "loss":
         notes.append(
-            f"{one.task}: its rows have neither choices nor labels: Rel is of the loss that tuning took off, "
-            "and nothing is said of agreement and calibration."
+            "The rows have neither choices nor labels: Rel is of the loss, and agreement and calibration are "
+            "not measured."
         )
-    if choice.alone:
-        sizes = ", ".join(f"{size:,}" for size in sorted(choice.alone))
+    if choice.own_search:
+        sizes = ", ".join(f"{size:,}" for size in sorted(choice.own_search))
         notes.append(
-            f"{one.task}: regions of {sizes} entries come from searches of their own, which did better than "
-            "the one for all sizes; they need not hold the smaller ones."
+            f"The regions of {sizes} entries come from searches for one size, which did better than the "
+            "search over all sizes; they need not contain the smaller regions."
         )
     if choice.ranking is not None and not choice.ranking.reached:
         notes.append(
-            f"{one.task}: the faithful search took all {choice.ranking.steps} steps before its mask had its "
-            "size; the entries nearest to being grown fill it up."
+            f"The faithful search took all {choice.ranking.steps} steps before its mask had its size; the "
+            "entries with the next largest scores fill it up."
         )
     if not choice.passed:
         notes.append(
-            f"{one.task}: no region that was tried keeps enough on the selection rows; the one reported "
-            "keeps the most. This is usual after AdamW and for adapters, and no fault."
+            "No region tried keeps enough on the selection rows; the one that keeps the most is reported. "
+            "This is usual after AdamW and for adapters, and no fault."
         )
     elif choice.size == min(choice.regions):
-        notes.append(f"{one.task}: the smallest region that was tried suffices; a smaller one may too.")
+        notes.append("The smallest region tried is sufficient; a smaller one may be too.")
     if choice.search.mode == "budget" and choice.search.start == "movement":
-        notes.append(
-            f"{one.task}: the search that began with the movement did better than that with gradients."
-        )
-    return notes
+        notes.append("The search that started from the movement did better than that from gradients.")
+    return [f"{measured.task}: {note}" for note in notes]

@@ -1,7 +1,8 @@
-"""Regions: sets of entries of a checkpoint, as sorted places in its flattened tensors, and how they relate.
+"""Regions: sets of entries of a checkpoint, as sorted indices into its flattened tensors.
 
-A region says which entries keep their tuned values. Its density is its share of a tensor; where
-a region lies is said by density, never by counts, for tensors differ in size by orders of magnitude.
+A region has the entries that keep their tuned values. Where it lies is given by density, its share of a
+tensor,
+and not by counts: tensors differ in size by orders of magnitude.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -12,27 +13,27 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-# tensor name -> places in the flattened tensor, rising, each once; 32 bits wide where that is enough
+# tensor name -> distinct ascending indices into the flattened tensor, in 32 bits where these suffice
 Region: TypeAlias = Mapping[str, Int[Tensor, " _"]]
 Combine: TypeAlias = Callable[[Int[np.ndarray, " a"], Int[np.ndarray, " b"]], Int[np.ndarray, " c"]]
 
 
-def narrowed(index: Int[Tensor, " _"], entries: int) -> Int[Tensor, " _"]:
-    """Places in a tensor of so many entries, in 32 bits where these hold them."""
+def narrowest_index(index: Int[Tensor, " _"], entries: int) -> Int[Tensor, " _"]:
+    """Indices into a tensor of so many entries, in 32 bits where these suffice."""
     return index.int() if entries <= 2**31 else index
 
 
 def size(region: Region) -> int:
-    """How many entries."""
+    """Number of entries."""
     return sum(len(index) for index in region.values())
 
 
 def union(regions: Iterable[Region]) -> Region:
     """Entries of any of the regions."""
-    whole: Region = {}
+    union: Region = {}
     for region in regions:
-        whole = _combined(whole, region, np.union1d)
-    return whole
+        union = _combined(union, region, np.union1d)
+    return union
 
 
 def intersection(first: Region, second: Region) -> Region:
@@ -40,36 +41,31 @@ def intersection(first: Region, second: Region) -> Region:
     return _combined(first, second, lambda a, b: np.intersect1d(a, b, assume_unique=True))
 
 
-def difference(first: Region, second: Region) -> Region:
-    """Entries of the first that are not of the second."""
-    return _combined(first, second, lambda a, b: np.setdiff1d(a, b, assume_unique=True))
-
-
 def _combined(first: Region, second: Region, combine: Combine) -> Region:
     empty = torch.empty(0, dtype=torch.long)
-    made = {}
+    combined = {}
     for name in sorted({*first, *second}):
         a, b = (region.get(name, empty).numpy() for region in (first, second))
         index = torch.from_numpy(combine(a, b))
         if len(index):
-            made[name] = index
-    return made
+            combined[name] = index
+    return combined
 
 
 def overlap(first: Region, second: Region) -> float:
     """|first ∩ second| / |second|: the share of the second that is in the first; NaN if the second is empty.
 
-    Not symmetric. In [0, 1]; 1 where the second lies within the first. Source: arXiv:2302.06600.
+    In [0, 1]; not symmetric. Source: arXiv:2302.06600.
     """
     count = size(second)
     return size(intersection(first, second)) / count if count else float("nan")
 
 
 def chance(first: Region, second: Region, entries: Mapping[str, int]) -> float:
-    """The overlap to expect if the first had as many entries of each tensor, but any of them.
+    """The expected overlap if the first had as many random entries of each tensor.
 
-    The density of the first, averaged over the entries of the second: regions that prefer the same tensors
-    overlap more than their overall density alone would have it.
+    The density of the first, averaged over the entries of the second: regions in the same tensors overlap
+    more than their overall density predicts.
     """
     count = size(second)
     if not count:
@@ -88,10 +84,10 @@ def jaccard(first: Region, second: Region) -> float:
 
 
 def purity(rel: Float[np.ndarray, "regions tasks"]) -> Float[np.ndarray, " regions"]:
-    """How much better a region recovers its own task than any other: rel[i, i] − max of rel[i, t ≠ i].
+    """How much better a region recovers its task than any other: rel[i, i] − max of rel[i, t ≠ i].
 
-    About 1 for a region that carries its own task alone, 0 for one that serves another as well. NaN for a
-    single task. Tasks whose recovery is undefined (NaN) are left out.
+    About 1 for a region that carries only its task, 0 for one that serves another as well. NaN for a single
+    task. Tasks with an undefined recovery (NaN) are left out.
     """
     values = np.full(len(rel), np.nan)
     for i, row in enumerate(rel):
@@ -102,15 +98,15 @@ def purity(rel: Float[np.ndarray, "regions tasks"]) -> Float[np.ndarray, " regio
     return values
 
 
-def marked(index: Int[Tensor, " _"], shape: tuple[int, ...]) -> Bool[Tensor, "..."]:
-    """True at the places of a region in a tensor of this shape."""
-    flags = torch.zeros(int(np.prod(shape, dtype=np.int64)), dtype=torch.bool)
-    flags[index.long()] = True
-    return flags.reshape(shape)
+def to_mask(index: Int[Tensor, " _"], shape: tuple[int, ...]) -> Bool[Tensor, "..."]:
+    """A mask of this shape that is true at the indices."""
+    mask = torch.zeros(int(np.prod(shape, dtype=np.int64)), dtype=torch.bool)
+    mask[index.long()] = True
+    return mask.reshape(shape)
 
 
-def kind_of(name: str) -> str:
-    """What a tensor that holds no matrix goes by: `bias`, `norm`, or its own last name."""
+def component_of(name: str) -> str:
+    """The component of a tensor that holds no matrix: `bias`, `norm`, or the last part of its name."""
     path = name.removesuffix(".weight")
     leaf = path.rpartition(".")[2]
     if "bias" in leaf:
@@ -118,21 +114,22 @@ def kind_of(name: str) -> str:
     return "norm" if any(sign in path.lower().rsplit(".", 2)[-1] for sign in ("norm", "ln")) else leaf
 
 
-def places(
+def by_component(
     region: Region,
     shapes: Mapping[str, tuple[int, ...]],
     matrices: Mapping[str, Any],
     layer_of: Callable[[str], int | None],
 ) -> list[dict[str, Any]]:
-    """Where a region lies: a row for each layer and component, also for those without an entry of it.
+    """A row for each layer and component, also for those without an entry of the region.
 
     Args:
-        shapes: of the tensors that entries could be in.
-        matrices: of the checkpoint, by name; what is in none counts as `bias`, `norm` or by its own name.
+        shapes: of the eligible tensors.
+        matrices: of the checkpoint, by name; other tensors go by `component_of`.
         layer_of: the layer of a tensor that holds no matrix.
 
-    Gives `layer`, `component`, `size` (entries there), `entries` (those of the region), `share` (of the
-    region) and `density` relative to a region that is spread evenly: 1 is what chance gives, 0 none.
+    Returns:
+        `layer`, `component`, `size` (all entries), `entries` (of the region), `share` (of the region) and
+        `density` relative to a region that is spread evenly: 1 is chance, 0 none.
     """
     by_tensor: dict[str, list[Any]] = {}
     for matrix in matrices.values():
@@ -141,25 +138,23 @@ def places(
     for name, shape in shapes.items():
         index = region.get(name, torch.empty(0, dtype=torch.long))
         parts = by_tensor.get(name, [])
-        held = 0
-        flags = marked(index, shape) if parts and len(index) else None
+        mask = to_mask(index, shape) if parts and len(index) else None
         for matrix in parts:
             row = counts.setdefault((matrix.layer, matrix.component), [0, 0])
             row[0] += matrix.rows * matrix.columns
-            row[1] += 0 if flags is None else int(matrix.take(flags).sum())
-            held += matrix.rows * matrix.columns
+            row[1] += 0 if mask is None else int(matrix.take(mask).sum())
         if not parts:
-            row = counts.setdefault((layer_of(name), kind_of(name)), [0, 0])
+            row = counts.setdefault((layer_of(name), component_of(name)), [0, 0])
             row[0] += int(np.prod(shape, dtype=np.int64))
             row[1] += len(index)
-    total, whole = sum(row[0] for row in counts.values()), size(region)
+    total, chosen = sum(row[0] for row in counts.values()), size(region)
     return [
         {
-            "layer": layer, "component": component, "size": there, "entries": entries,
-            "share": entries / whole if whole else 0.0,
-            "density": (entries / there) / (whole / total) if whole and there else 0.0,
+            "layer": layer, "component": component, "size": part, "entries": entries,
+            "share": entries / chosen if chosen else 0.0,
+            "density": (entries / part) / (chosen / total) if chosen and part else 0.0,
         }
-        for (layer, component), (there, entries) in counts.items()
+        for (layer, component), (part, entries) in counts.items()
     ]  # fmt: skip
 
 
@@ -169,27 +164,28 @@ def densest(
     matrices: Mapping[str, Any],
     count: int = 20,
 ) -> list[dict[str, Any]]:
-    """The rows and columns of matrices that hold the largest shares of a region, densest first.
+    """The densest rows (outputs) and columns (inputs) of matrices.
 
-    A row is what one output of the matrix is made of, a column what one input does; counted from 0. Gives
-    `matrix`, `layer`, `component`, `axis`, `place`, `entries` and `density`, the share of that row or column.
+    Returns:
+        `matrix`, `layer`, `component`, `axis`, `place` (from 0), `entries` and `density`, the share of that
+        row or column.
     """
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for matrix in matrices.values():
         index = region.get(matrix.tensor)
         if index is None or not len(index):
             continue
-        flags = matrix.take(marked(index, shapes[matrix.tensor]))
+        mask = matrix.take(to_mask(index, shapes[matrix.tensor]))
         for axis, dim in (("row", 1), ("column", 0)):
-            sums = flags.sum(dim=dim)
+            sums = mask.sum(dim=dim)
             best = sums.topk(min(count, len(sums)))
-            found += [
+            rows += [
                 {
                     "matrix": matrix.name, "layer": matrix.layer, "component": matrix.component, "axis": axis,
-                    "place": place, "entries": entries, "density": entries / flags.shape[dim],
+                    "place": place, "entries": entries, "density": entries / mask.shape[dim],
                 }
                 for entries, place in zip(best.values.tolist(), best.indices.tolist(), strict=True)
                 if entries
             ]  # fmt: skip
-    found.sort(key=lambda row: (-row["density"], -row["entries"], row["matrix"], row["axis"], row["place"]))
-    return found[:count]
+    rows.sort(key=lambda row: (-row["density"], -row["entries"], row["matrix"], row["axis"], row["place"]))
+    return rows[:count]

@@ -1,8 +1,9 @@
-"""The searches for a region that carries one task: of any size, checked, and repeated with other seeds.
+"""Searches for a region that carries one task: for all sizes at once, for one size, and with other seeds.
 
 One search serves the whole curve: its mask changes in size from step to step, and the region of any size is
-the first of its ranking. Some sizes are searched again by themselves, and where that does better on rows that
-no search saw, its region stands.
+    the
+beginning of its ranking. Some sizes are searched again alone; that region is taken where it does better on
+rows that no search saw.
 """
 
 import math
@@ -22,8 +23,8 @@ from diagnostics.analyses.skills.mask_search import (
     Oracle,
     budget_search,
     faithful_search,
-    integrated,
-    mask_of,
+    integrated_gradients,
+    top_mask,
 )
 from diagnostics.analyses.skills.movement import kth_largest
 from diagnostics.analyses.skills.region import Region
@@ -39,15 +40,15 @@ PROBED = 0.05  # of the entries that are no candidates
 
 
 @dataclass
-class Counter:
-    """Gradients taken so far, told to whoever waits."""
+class GradientProgress:
+    """Counts gradients and reports them."""
 
     total: int
     progress: Callable[[int, int, str], None] | None
     done: int = 0
 
-    def count(self, what: str) -> Callable[[int, int], None]:
-        """What a search calls at each of its steps."""
+    def steps_of(self, what: str) -> Callable[[int, int], None]:
+        """The callback that a search calls at each of its steps."""
 
         def step(done: int, total: int) -> None:
             self.done += 1
@@ -59,11 +60,11 @@ class Counter:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Ranking:
-    """Candidates ranked by a search, and what it was.
+    """Candidates ranked by a search.
 
     Attributes:
         scores: of the candidates.
-        sizes: that the masks on the way had.
+        sizes: of the masks during the search.
         steps: gradients taken; 0 for an order of movement alone.
         reached: False where a faithful search ended before its mask had its size.
     """
@@ -80,15 +81,15 @@ class TaskSearch:
 
     Attributes:
         objective: the loss of its search rows; None where movement alone ranks.
-        sizes: of the regions asked for, rising.
+        sizes: of the regions asked for, ascending.
         share: of the entries that are candidates; None: as many as the sizes need.
         rate: of the first step of a `budget` search.
-        starts: each start's scores, of a `budget` search.
+        starts: initial scores of a `budget` search, by start.
         start: the one that did better.
-        notes: what a reader must know.
+        notes: on the candidates.
     """
 
-    bench: GraftEvaluator
+    evaluator: GraftEvaluator
     task: str
     mode: Mode
     objective: Objective | None
@@ -98,129 +99,126 @@ class TaskSearch:
     rate: float
     batch: int
     seed: int
-    counter: Counter
+    gradients: GradientProgress
     start: Start = "gradients"
     starts: dict[Start, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        movement = self.bench.movement
+        movement = self.evaluator.movement
         share = CANDIDATES if self.share is None else self.share
         count = math.ceil(share * movement.total)
         if self.share is None:
             count = min(count, PER_ENTRY * max(self.sizes))
-        self._take(max(1, min(count, movement.total_moved)))
+        self._set_candidates(max(1, min(count, movement.total_moved)))
         if self.objective is not None:
-            self._check(double=self.share is None)
+            self._check_candidates(may_double=self.share is None)
 
-    def _take(self, count: int) -> None:
-        self.candidates = Candidates.of(self.bench.movement.largest(count), self.bench.read)
+    def _set_candidates(self, count: int) -> None:
+        self.candidates = Candidates.of(self.evaluator.movement.largest(count), self.evaluator.read)
 
-    def _check(self, *, double: bool) -> None:
-        """Score some other entries by their gradients, and take twice as many candidates if one is needed."""
+    def _check_candidates(self, *, may_double: bool) -> None:
+        """Probe gradients of other entries; double the candidates where one scores as high as the best."""
         assert self.objective is not None
-        count, movement = len(self.candidates), self.bench.movement
+        count, movement = len(self.candidates), self.evaluator.movement
         others = movement.total_moved - count
         size = max([size for size in self.sizes if size <= count / 10] or [min(*self.sizes, count)])
         if not others:
             return
-        # No more of them than candidates, so that they take no more memory.
-        share = min(PROBED, count / others)
-        probed = movement.others(self.candidates.index, share, self.seed)
+        # At most as many as there are candidates, so that they take no more memory.
+        probed = movement.sample_others(self.candidates.index, min(PROBED, count / others), self.seed)
         if not region.size(probed):
             return
-        with GraftedModel(self.bench.host, self.candidates) as graft:
-            middle, rows = torch.full((count,), 0.5), self.batch_rows()
-            own = -graft.gradient(middle, self.objective, rows)
-            theirs = -graft.elsewhere(probed, self.bench.read, middle, self.objective, rows)
-        bar = kth_largest(own, size)
-        entered = int((theirs > bar).sum())
-        if not entered:
+        with GraftedModel(self.evaluator.host, self.candidates) as graft:
+            middle, rows = torch.full((count,), 0.5), self.probe_rows()
+            scores = -graft.gradient(middle, self.objective, rows)
+            probed_scores = -graft.gradient_at(probed, self.evaluator.read, middle, self.objective, rows)
+        threshold = kth_largest(scores, size)
+        as_high = int((probed_scores > threshold).sum())
+        if not as_high:
             return
-        said = (
-            f"{self.task}: of {len(theirs):,} other entries, drawn at random, the gradients of {entered:,} "
-            f"would put them among the {size:,} best of the {count:,} candidates"
+        note = (
+            f"{self.task}: of {len(probed_scores):,} random entries that are no candidates, {as_high:,} have "
+            f"gradients among the {size:,} largest of the {count:,} candidates"
         )
-        if not double:
-            self.notes.append(f"{said}; a larger share of candidates may find a better region.")
+        if not may_double:
+            self.notes.append(f"{note}; a larger share of candidates may find a better region.")
             return
-        self._take(min(2 * count, movement.total_moved))
-        self.notes.append(f"{said}; twice as many were taken.")
+        self._set_candidates(min(2 * count, movement.total_moved))
+        self.notes.append(f"{note}; the number of candidates was doubled.")
 
-    def batch_rows(self) -> list[int]:
-        """The rows that one-off gradients are taken on."""
+    def probe_rows(self) -> list[int]:
+        """The rows for single gradients."""
         assert self.objective is not None
         return list(next(row_batches(self.objective.rows, 8 * self.batch, self.seed)))
 
     def region(self, ranking: Ranking | None, size: int) -> Region:
-        """The first entries of a ranking; behind the candidates, and without a ranking, by movement."""
+        """The first entries of a ranking; by movement beyond the candidates and without a ranking."""
         if size > len(self.candidates):
-            return self.bench.movement.largest(size)
+            return self.evaluator.movement.largest(size)
         if ranking is None:
-            return self.candidates.region(mask_of(self.candidates.movement(), size))
-        return self.candidates.region(mask_of(ranking.scores, size, self.candidates.movement))
+            return self.candidates.region(top_mask(self.candidates.movement(), size))
+        return self.candidates.region(top_mask(ranking.scores, size, self.candidates.movement))
 
-    def curve(self, better: Callable[[Ranking], float]) -> Ranking:
+    def rank_all_sizes(self, quality: Callable[[Ranking], float]) -> Ranking:
         """The ranking that serves all sizes.
 
         Args:
-            better: how well a ranking does on rows that no search sees; of two starts the better is kept.
+            quality: how well a ranking does on rows that no search sees; the better of two starts is kept.
         """
         inner = [size for size in self.sizes if size <= len(self.candidates) / 2]
         if self.mode == "faithful":
-            return self.run([(inner or self.sizes)[len(inner or self.sizes) // 2]], self.seed)
-        with GraftedModel(self.bench.host, self.candidates) as graft:
-            everything = self._oracle(graft, None, self.seed)
-            counted = self.counter.count(f"{self.task}: integrated gradients")
-            start = integrated(everything, len(self.candidates), step=counted)
-        self.starts = {"gradients": start, "movement": self.candidates.movement().float()}
-        made: dict[Start, Ranking] = {}
-        for start_name in self.starts:
-            self.start = start_name
-            made[start_name] = self.run(inner or list(self.sizes), self.seed)
-        self.start = max(made, key=lambda name: better(made[name]))
+            return self.rank([(inner or self.sizes)[len(inner or self.sizes) // 2]], self.seed)
+        with GraftedModel(self.evaluator.host, self.candidates) as graft:
+            oracle = self._oracle(graft, None, self.seed)
+            step = self.gradients.steps_of(f"{self.task}: integrated gradients")
+            scores = integrated_gradients(oracle, len(self.candidates), step=step)
+        self.starts = {"gradients": scores, "movement": self.candidates.movement().float()}
+        rankings: dict[Start, Ranking] = {}
+        for start in self.starts:
+            self.start = start
+            rankings[start] = self.rank(inner or list(self.sizes), self.seed)
+        self.start = max(rankings, key=lambda start: quality(rankings[start]))
         self.starts = {self.start: self.starts[self.start]}
-        return made[self.start]
+        return rankings[self.start]
 
-    def run(self, sizes: Sequence[int], seed: int) -> Ranking:
-        """A search over masks of these sizes, from the better start."""
-        what = f"{self.task}: {self.mode} search"
+    def rank(self, sizes: Sequence[int], seed: int) -> Ranking:
+        """Search over masks of these sizes, from the better start."""
+        step = self.gradients.steps_of(f"{self.task}: {self.mode} search")
         count = len(self.candidates)
-        with GraftedModel(self.bench.host, self.candidates) as graft:
+        with GraftedModel(self.evaluator.host, self.candidates) as graft:
             if self.mode == "faithful":
-                nothing = torch.zeros(count, dtype=torch.bool)
+                empty = torch.zeros(count, dtype=torch.bool)
                 oracle = self._oracle(graft, None, seed)
-                grown = faithful_search(
-                    oracle, sizes[0], nothing, steps=self.steps, step=self.counter.count(what)
-                )
+                outcome = faithful_search(oracle, sizes[0], empty, steps=self.steps, step=step)
                 return Ranking(
-                    scores=grown.scores, sizes=tuple(sizes), steps=grown.steps, reached=grown.reached
+                    scores=outcome.scores, sizes=tuple(sizes), steps=outcome.steps, reached=outcome.reached
                 )
-            # Each size as often as any other, in an order that is drawn anew each time round.
+            # Each size equally often, in a new random order each round.
             generator = np.random.default_rng(seed)
             rounds = math.ceil(self.steps / len(sizes))
             turns = [size for _ in range(rounds) for size in generator.permutation(np.array(sizes)).tolist()]
             oracle = self._oracle(graft, self.batch, seed)
             scores = budget_search(
                 oracle, self.starts[self.start], turns[: self.steps], self.candidates.movement,
-                rate=self.rate, step=self.counter.count(what),
+                rate=self.rate, step=step,
             )  # fmt: skip
         return Ranking(scores=scores, sizes=tuple(sizes), steps=self.steps)
 
     def _oracle(self, graft: GraftedModel, batch: int | None, seed: int) -> Oracle:
-        """The gradient on batches of rows, or on all; with another seed, on all drawn with replacement."""
+        """The gradient on batches of rows, or on all; with another seed, on rows drawn with replacement."""
         objective = self.objective
         assert objective is not None
         if batch is not None:
-            drawn = row_batches(objective.rows, batch, seed)
-            return lambda mask: graft.gradient(mask, objective, next(drawn))
+            batches = row_batches(objective.rows, batch, seed)
+            return lambda mask: graft.gradient(mask, objective, next(batches))
         rows = list(objective.rows)
-        if seed != self.seed:  # all rows are the same for every seed, unless they are drawn anew
+        if seed != self.seed:  # else another seed would change nothing
             rows = np.random.default_rng(seed).choice(rows, len(rows)).tolist()
         return lambda mask: graft.gradient(mask, objective, rows)
 
 
-def gradients(mode: Mode, steps: int, seeds: int, checked: int) -> int:
+def gradient_count(mode: Mode, steps: int, seeds: int, checked: int) -> int:
     """About how many gradients the searches for one task take."""
     if mode == "movement":
         return 1

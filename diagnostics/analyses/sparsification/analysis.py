@@ -1,8 +1,8 @@
 """Abrupt sparsification: does the share of negligible weights jump at some checkpoint of a run?
 
-The paper (Jaiswal et al. 2023, arXiv:2306.03805) sees its count of zero weights jump, and states nowhere
-below which magnitude a weight counts as zero. So four measures are given (ours): two in the weights' own
-unit, which decay alone also raises, and two that a common scale does not change.
+The paper (Jaiswal et al. 2023, arXiv:2306.03805) sees the number of zero weights jump, but does not state its
+threshold. Four measures are given (ours): two in the weights' unit, which weight decay alone raises too, and
+two that do not depend on scale.
 """
 
 import math
@@ -27,32 +27,32 @@ from probes.progress import Progress
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-# Below it a weight counts as near zero, in its own unit, and as a share of the rms of its matrix.
-NEAR, SMALL = 1e-3, 0.1
-# Of a modified z-score (Iglewicz and Hoaglin's mark), and of the difference itself.
-OUTLYING, LEAST = 3.5, 0.01
-# Entries looked at together.
+# Magnitudes below which a weight counts as near zero (in its unit) and as small (share of its matrix's rms).
+NEAR_ZERO, SMALL = 1e-3, 0.1
+# Smallest modified z-score (Iglewicz and Hoaglin's) and smallest difference of a jump.
+OUTLIER, MIN_RISE = 3.5, 0.01
+# Entries measured at a time.
 CHUNK = 2**22
 
-# column -> what it says
+# column -> description
 MEASURES = {
     "zero": "share of weights that are exactly 0",
-    "near_zero": f"share below {NEAR:g} in magnitude; weight decay alone raises it",
-    "small": f"share below {SMALL:g} of the rms of their matrix, 0.080 for normal weights; free of scale",
-    "hoyer": "Hoyer index, 0 all alike and 1 all but one are 0, 0.202 for normal weights; free of scale",
+    "near_zero": f"share below {NEAR_ZERO:g} in magnitude; weight decay alone raises it",
+    "small": f"share below {SMALL:g} of the rms of their matrix, 0.080 for normal weights; scale-free",
+    "hoyer": "Hoyer index: 0 all alike, 1 all but one zero, 0.202 for normal weights; scale-free",
 }
 SCALE_FREE = ("small", "hoyer")
 
 
 METRICS = {
     "jumps": "checkpoints at which a scale-free measure jumps",
-    "jump": "which is the first of these, counted from 0",
-    "checkpoints": "how many were looked at",
-    **{f"{name}_rise": f"last minus first: {what}" for name, what in MEASURES.items()},
+    "jump": "index of the first of them, from 0",
+    "checkpoints": "checkpoints measured",
+    **{f"{name}_rise": f"last minus first: {description}" for name, description in MEASURES.items()},
 }
 
 
-def in_a_line(result: Result) -> str:
+def summary(result: Result) -> str:
     """Whether a scale-free measure jumps, and how far each rose."""
     count = result.metrics["jumps"]
     jumped = "no checkpoint jumps" if not count else f"{count} jump{'s' if count > 1 else ''}"
@@ -78,12 +78,12 @@ def draw(result: Result) -> "dict[str, go.Figure]":
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sparse:
-    """How sparse one matrix is.
+class Sparseness:
+    """The measures of one matrix.
 
     Attributes:
         zero, near_zero, small: counts.
-        hoyer: (√n − l1/l2) / (√n − 1); NaN for a single entry, or where all are 0.
+        hoyer: (√n − l1/l2) / (√n − 1); NaN for a single entry, or if all are 0.
     """
 
     entries: int
@@ -94,99 +94,104 @@ class Sparse:
     hoyer: float
 
 
-def sparse(weights: Float[Tensor, "..."]) -> Sparse:
-    """Measure one matrix, a part at a time; exact zeros count as small whatever the scale.
+def measure_sparseness(weights: Float[Tensor, "..."]) -> Sparseness:
+    """Measure one matrix in chunks; exact zeros count as small at any scale.
 
     Raises:
         InputError: an entry is NaN or infinite.
     """
     flat = weights.flatten()
     entries, l1, square = flat.numel(), 0.0, 0.0
-    for part in flat.split(CHUNK):
-        size = part.double().abs_()
-        l1 += float(size.sum())
-        square += float(size.square_().sum())
+    for chunk in flat.split(CHUNK):
+        magnitude = chunk.double().abs_()
+        l1 += float(magnitude.sum())
+        square += float(magnitude.square_().sum())
     if not math.isfinite(l1 + square):
         raise InputError("holds a NaN or an infinity")
     rms = math.sqrt(square / entries) if entries else 0.0
     zero = near_zero = small = 0
-    for part in flat.split(CHUNK):
-        size = part.double().abs_()
-        zeros = int((size == 0).sum())
+    for chunk in flat.split(CHUNK):
+        magnitude = chunk.double().abs_()
+        zeros = int((magnitude == 0).sum())
         zero += zeros
-        near_zero += int((size < NEAR).sum())
-        small += int((size < SMALL * rms).sum()) if rms else zeros
+        near_zero += int((magnitude < NEAR_ZERO).sum())
+        small += int((magnitude < SMALL * rms).sum()) if rms else zeros
     root = math.sqrt(entries)
     hoyer = (root - l1 / math.sqrt(square)) / (root - 1) if square and entries > 1 else math.nan
-    return Sparse(entries=entries, zero=zero, near_zero=near_zero, small=small, rms=rms, hoyer=hoyer)
+    return Sparseness(entries=entries, zero=zero, near_zero=near_zero, small=small, rms=rms, hoyer=hoyer)
 
 
-def sparse_checkpoint(
+def checkpoint_sparseness(
     checkpoint: Checkpoint,
     parts: Sequence[Part] = ("block",),
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, float]:
-    """Every measure of a checkpoint over its matrices in these parts, by entries; one matrix in memory.
+    """All measures over the matrices of a checkpoint in these parts, weighted by entries.
+
+    One matrix is in memory at a time.
 
     Raises:
-        InputError: no such matrix, or weights that are no finite floating-point numbers.
+        NotApplicableError: no such matrix.
+        InputError: weights that are no finite floating-point numbers.
     """
-    chosen = [name for name, matrix in checkpoint.matrices.items() if matrix.part in parts]
-    if not chosen:
+    names = [name for name, matrix in checkpoint.matrices.items() if matrix.part in parts]
+    if not names:
         raise NotApplicableError(f"{checkpoint.ref}: has no matrix in {', '.join(parts)}")
-    found: list[Sparse] = []
-    for done, name in enumerate(chosen):
+    measured: list[Sparseness] = []
+    for done, name in enumerate(names):
         if progress:
-            progress(done, len(chosen), name)
+            progress(done, len(names), name)
         weights = checkpoint.matrix(name)
         if not weights.is_floating_point():
             raise InputError(
-                f"{checkpoint.ref}: {name} holds {str(weights.dtype).removeprefix('torch.')}, which are no "
-                "weights yet; give the checkpoint in floating point"
+                f"{checkpoint.ref}: {name} is stored as {str(weights.dtype).removeprefix('torch.')}; "
+                "dequantise the checkpoint to floating point first"
             )
         try:
-            found.append(sparse(weights))
-        except ValueError as error:
+            measured.append(measure_sparseness(weights))
+        except InputError as error:
             raise InputError(f"{checkpoint.ref}: {name} {error}") from error
-    entries = sum(each.entries for each in found)
+    entries = sum(matrix.entries for matrix in measured)
     shares = {
-        name: sum(getattr(each, name) for each in found) / entries for name in MEASURES if name != "hoyer"
+        name: sum(getattr(matrix, name) for matrix in measured) / entries
+        for name in MEASURES
+        if name != "hoyer"
     }
-    known = [each for each in found if not math.isnan(each.hoyer)]
-    weights_of = sum(each.entries for each in known)
-    hoyer = sum(each.entries * each.hoyer for each in known) / weights_of if known else math.nan
-    return {**shares, "hoyer": hoyer, "entries": entries, "matrices": len(found)}
+    defined = [matrix for matrix in measured if not math.isnan(matrix.hoyer)]
+    total = sum(matrix.entries for matrix in defined)
+    hoyer = sum(matrix.entries * matrix.hoyer for matrix in defined) / total if defined else math.nan
+    return {**shares, "hoyer": hoyer, "entries": entries, "matrices": len(measured)}
 
 
-def jumps(series: ArrayLike) -> Bool[np.ndarray, " steps"]:
-    """Where a series rises as it does nowhere else, and by at least one point.
+def find_jumps(series: ArrayLike) -> Bool[np.ndarray, " steps"]:
+    """Where a series has an outlying rise, of at least 0.01.
 
-    A rise counts where its modified z-score among all differences, 0.6745 (d − median) / MAD, is above 3.5.
-    Where more than half of the differences are one number, MAD is 0 and any larger one stands out.
+    A rise is outlying where its modified z-score among all differences, 0.6745 (d − median) / MAD, is above
+    3.5. If more than half of the differences are equal, MAD is 0 and any larger one is.
     """
     values = np.asarray(series, dtype=float)
-    marked = np.zeros(len(values), dtype=bool)
+    jumps = np.zeros(len(values), dtype=bool)
     if len(values) < 3:
-        return marked
+        return jumps
     rises = np.diff(values)
-    middle = np.nanmedian(rises) if np.isfinite(rises).any() else 0.0
-    away = rises - middle
-    spread = np.nanmedian(np.abs(away)) if np.isfinite(rises).any() else 0.0
+    median = np.nanmedian(rises) if np.isfinite(rises).any() else 0.0
+    deviation = rises - median
+    mad = np.nanmedian(np.abs(deviation)) if np.isfinite(rises).any() else 0.0
     with np.errstate(invalid="ignore"):
-        marked[1:] = (0.6745 * away > OUTLYING * spread) & (away > 0) & (rises >= LEAST)
-    return marked
+        jumps[1:] = (0.6745 * deviation > OUTLIER * mad) & (deviation > 0) & (rises >= MIN_RISE)
+    return jumps
 
 
 @analysis(
     "sparsification",
     question="Does the share of negligible weights jump at some checkpoint of the run?",
-    reading="`small` and `hoyer` do not change with a common scale: a jump of either is sparsification. A "
-    "jump of `near_zero` alone may be weight decay, which shrinks all weights alike. Fewer than four "
-    "checkpoints show none.",
+    reading="`small` and `hoyer` do not depend on scale: a jump of either is sparsification. A jump of "
+    "`near_zero` alone may be weight decay, which shrinks all weights alike. It takes at least four "
+    "checkpoints to show a jump.",
     paper="arXiv:2306.03805",
     cost="reads every checkpoint once",
     draw=draw,
-    summary=in_a_line,
+    summary=summary,
     metrics=METRICS,
 )
 def abrupt_sparsification(
@@ -195,79 +200,89 @@ def abrupt_sparsification(
     parts: Sequence[Part] = ("block",),
     progress: Progress | None = None,
 ) -> Result:
-    """How sparse the checkpoints of a run are, in step order, and where a measure jumps.
-
-    A jump of `near_zero` alone may be weight decay that shrinks everything; only `small` and `hoyer` show
-    sparsification.
+    """Measure how sparse the checkpoints of a run are, in step order, and where a measure jumps.
 
     Args:
         series: a `CheckpointSeries`, or references, the earliest first.
-        parts: where matrices are looked at.
+        parts: which matrices are measured.
         progress: called with (done, total, what).
 
-    Metrics: `jumps` (checkpoints at which a scale-free measure jumps), `jump` (which is the first of these,
-        counted from 0), `rise` (of each measure, last minus first, as `zero_rise` …).
-    Table `checkpoints`: label, step, place, zero, near_zero, small, hoyer, and whether each jumps:
-        `zero_jump` ….
+    Metrics: see `METRICS`.
+
+    Tables:
+        `checkpoints`: one row a checkpoint: label, step, place (index), zero, near_zero, small (fractions of
+            the weights), hoyer (index in [0, 1]), entries, matrices (counts), zero_jump, near_zero_jump,
+            small_jump, hoyer_jump (whether that measure jumps there).
 
     Raises:
-        InputError: fewer than three checkpoints, steps that do not rise, or as `sparse_checkpoint`.
+        InputError: fewer than three checkpoints, steps that do not rise, or as `checkpoint_sparseness`.
         NotApplicableError: a checkpoint has no matrix in these parts.
+
+    Example:
+        >>> from diagnostics import abrupt_sparsification
+        >>> from diagnostics.audit.demo import BUNDLED
+        >>> run = BUNDLED / "grokking" / "parity"
+        >>> result = abrupt_sparsification([run / f"checkpoint-{step}" for step in (0, 100, 200, 400)])
+        >>> result.metrics["checkpoints"]
+        4
     """
     import pandas as pd
 
-    over = series_of(series)
-    found = over.measured(
+    run = series_of(series)
+    measured = run.measured(
         "sparse",
         {"parts": list(parts)},
-        lambda one: sparse_checkpoint(one, parts),
+        lambda checkpoint: checkpoint_sparseness(checkpoint, parts),
         progress=progress,
         least=(3, "a jump"),
     )
     rows = [
-        {"label": label, "step": step, "place": place, **{name: one[name].item() for name in one}}
-        for place, (label, step, one) in enumerate(zip(over.labels, over.steps, found, strict=True))
+        {
+            "label": label,
+            "step": step,
+            "place": index,
+            **{name: value.item() for name, value in values.items()},
+        }
+        for index, (label, step, values) in enumerate(zip(run.labels, run.steps, measured, strict=True))
     ]
     table = pd.DataFrame(rows)
-    marked = {name: jumps(table[name].tolist()) for name in MEASURES}
-    table = table.assign(**{f"{name}_jump": flags for name, flags in marked.items()})
-    free = np.any([marked[name] for name in SCALE_FREE], axis=0)
-    metrics: dict[str, float | int] = {"jumps": int(free.sum()), "checkpoints": len(rows)}
-    if free.any():
-        metrics["jump"] = int(free.argmax())
+    jumps = {name: find_jumps(table[name].tolist()) for name in MEASURES}
+    table = table.assign(**{f"{name}_jump": flags for name, flags in jumps.items()})
+    scale_free = np.any([jumps[name] for name in SCALE_FREE], axis=0)
+    metrics: dict[str, float | int] = {"jumps": int(scale_free.sum()), "checkpoints": len(rows)}
+    if scale_free.any():
+        metrics["jump"] = int(scale_free.argmax())
     for name in MEASURES:
         rise = float(table[name].iloc[-1] - table[name].iloc[0])
         if not math.isnan(rise):
             metrics[f"{name}_rise"] = rise
-    steps = np.array(over.steps) if over.stepped else None
-    return Result(
-        metrics=metrics, tables={"checkpoints": table}, notes=tuple(notes(table, marked, free, steps))
-    )
+    steps = np.array(run.steps) if run.stepped else None
+    return Result(metrics=metrics, tables={"checkpoints": table}, notes=tuple(notes(table, jumps, steps)))
 
 
 def notes(
     table: Any,
-    marked: Mapping[str, Bool[np.ndarray, " steps"]],
-    free: Bool[np.ndarray, " steps"],
+    jumps: Mapping[str, Bool[np.ndarray, " steps"]],
     steps: Float[np.ndarray, " steps"] | None,
 ) -> list[str]:
-    """What a reader must know of the jumps."""
-    notes = []
-    label = table["label"].tolist()
-    for place in np.flatnonzero(free):
-        which = " and ".join(name for name in SCALE_FREE if marked[name][place])
-        notes.append(f"Sparsification jumps at {label[place]}: {which} rises as nowhere else.")
-    absolute = np.any([marked[name] for name in MEASURES if name not in SCALE_FREE], axis=0)
-    notes += [
-        f"At {label[place]} only an absolute count jumps: that may be weight decay, which shrinks all "
-        "weights alike, and is no sparsification."
-        for place in np.flatnonzero(absolute & ~free)
+    """Notes on the jumps and on the checkpoints."""
+    lines = []
+    labels = table["label"].tolist()
+    scale_free = np.any([jumps[name] for name in SCALE_FREE], axis=0)
+    absolute = np.any([jumps[name] for name in MEASURES if name not in SCALE_FREE], axis=0)
+    for index in np.flatnonzero(scale_free):
+        measures = " and ".join(name for name in SCALE_FREE if jumps[name][index])
+        lines.append(f"Sparsification at {labels[index]}: {measures} jumps.")
+    lines += [
+        f"At {labels[index]} only an absolute count jumps: this may be weight decay, which shrinks all "
+        "weights alike, and not sparsification."
+        for index in np.flatnonzero(absolute & ~scale_free)
     ]
-    if len(label) < 4:
-        notes.append(f"{len(label)} checkpoints: among fewer than three differences none can stand out.")
+    if len(labels) < 4:
+        lines.append(f"{len(labels)} checkpoints are too few: a jump takes at least three differences.")
     if steps is not None and len(steps) > 2 and np.ptp(np.diff(steps)) > 0:
-        notes.append("Steps are not evenly spaced: a wider gap gives a larger difference by itself.")
+        lines.append("Steps are not evenly spaced: a wider gap by itself gives a larger difference.")
     shapes = {(row.entries, row.matrices) for row in table.itertuples()}
     if len(shapes) > 1:
-        notes.append(f"The checkpoints do not hold the same matrices: {len(shapes)} different scopes.")
-    return notes
+        lines.append(f"The checkpoints have different matrices, in {len(shapes)} variants.")
+    return lines

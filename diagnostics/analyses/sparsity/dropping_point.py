@@ -1,8 +1,8 @@
 """The dropping point of a curve: the sparsity beyond which a metric falls by more than a tolerance.
 
-Curves are of a metric that is better when higher, measured at rising sparsities of which the first is 0. The
-definition on a grid is the paper's (Jaiswal et al. 2023, arXiv:2306.03805, section 3); the isotonic estimate,
-its interval, the hinge and the verdict are ours.
+A curve is a metric, higher is better, at ascending sparsities from 0. The definition on a grid is the paper's
+(Jaiswal et al. 2023, arXiv:2306.03805, section 3); the isotonic estimate, its interval, the hinge and the
+verdict are ours.
 """
 
 import math
@@ -17,13 +17,13 @@ from probes.errors import InputError
 
 Sparsities: TypeAlias = Float[np.ndarray, " points"]
 SparsityCurve: TypeAlias = Float[np.ndarray, " points"]
-Word = Literal["sharp", "gradual", "no plateau", "unclear", "not reached"]
+Verdict = Literal["sharp", "gradual", "no plateau", "unclear", "not reached"]
 
-# The customary marks of a difference in BIC: very strong, and not worth mentioning.
+# Differences in BIC that are usually called very strong, and not worth mentioning.
 STRONG, WEAK = 10.0, 2.0
-# How many times steeper a curve falls behind a sharp bend (ours).
+# How much steeper a curve falls behind a sharp bend (ours).
 STEEPER = 3.0
-# Of its whole fall, what a curve has done where it levels off again (ours), and the fewest points of a fit.
+# Share of its fall at which a curve counts as on its floor (ours), and fewest points of a fit.
 FALLEN, FEWEST = 0.95, 5
 # Rounding of sums is no drop.
 ROUNDING = 1e-9
@@ -31,14 +31,14 @@ ROUNDING = 1e-9
 
 @dataclass(frozen=True, kw_only=True)
 class PaperDroppingPoint:
-    """The dropping point as the paper defines it, on the points that were measured.
+    """The paper's dropping point on the measured sparsities.
 
     Attributes:
-        at: the last sparsity before the metric first falls below the tolerance; the last measured where it
-            never does.
-        until: the one behind it; NaN where the metric never falls below.
-        rho: share of the remaining weights whose removal is the fall, (until − at) / (1 − at).
-        crossings: how often the curve falls below the tolerance; above 1 it is noisy.
+        at: the last sparsity before the metric first leaves the tolerance; the last measured if it never
+            does.
+        until: the next sparsity; NaN if the metric never leaves the tolerance.
+        rho: share of the remaining weights that are removed in between, (until − at) / (1 − at).
+        crossings: how often the curve leaves the tolerance; above 1 it is noisy.
     """
 
     at: float
@@ -52,11 +52,10 @@ class Hinge:
     """The best continuous fit of two slopes.
 
     Attributes:
-        at: where they meet.
+        at: the sparsity at which they meet.
         before, after: the slopes, metric per unit of sparsity.
-        dbic: BIC of one line minus BIC of the hinge; above 10 the bend is beyond doubt, up to 2
-            there is none.
-        until: the last sparsity fitted; less than the last measured where the curve levels off before it.
+        dbic: BIC of one line minus BIC of the hinge; above 10 there surely is a bend, up to 2 there is none.
+        until: the last sparsity fitted; below the last measured where the curve reaches a floor.
     """
 
     at: float
@@ -68,16 +67,16 @@ class Hinge:
 
 @dataclass(frozen=True, kw_only=True)
 class DroppingPoint:
-    """All that is said of where one curve drops.
+    """The dropping point of one curve, by all estimates.
 
     Attributes:
-        allowed: drop that is tolerated, in the metric's unit.
+        allowed: tolerated drop, in the metric's unit.
         at, until: the robust bracket; `until` is NaN where the grid ends first.
         point, low, high: the crossing within the bracket, and its 95 % interval.
-        reached: whether the curve leaves the tolerance at all; else `point` is a lower bound.
-        decided: whether the rows suffice to tell the tolerance from noise.
-        rows_needed: how many would.
-        points: the crossing in every draw.
+        reached: whether the curve leaves the tolerance; else `point` is a lower bound.
+        decided: whether the rows can tell the tolerance from noise.
+        rows_needed: how many rows could.
+        points: the crossing in each draw.
     """
 
     paper: PaperDroppingPoint
@@ -92,14 +91,14 @@ class DroppingPoint:
     rows_needed: int
     half_width: float
     hinge: Hinge
-    verdict: Word
+    verdict: Verdict
     points: Float[np.ndarray, " draws"]
 
 
 def isotonic(curves: Float[np.ndarray, "curves points"]) -> Float[np.ndarray, "curves points"]:
-    """The nearest curve, by least squares, that never rises: what pooling of adjacent violators gives.
+    """Isotonic regression: the least-squares curve that never rises, by the min-max formula for all curves.
 
-    By the min-max formula, for all curves at once.
+    The same as pooling adjacent violators.
     """
     points = curves.shape[1]
     sums = np.concatenate([np.zeros((len(curves), 1)), np.cumsum(curves, axis=1)], axis=1)
@@ -108,18 +107,18 @@ def isotonic(curves: Float[np.ndarray, "curves points"]) -> Float[np.ndarray, "c
         means = (sums[:, None, 1:] - sums[:, :-1, None]) / (last - first + 1)
     means[:, range(points), range(points)] = curves
     means = np.where(last >= first, means, -np.inf)
-    # The largest mean of a stretch from `first` that reaches at least to each point.
+    # The largest mean of a stretch that starts at `first` and includes each point.
     highest = np.maximum.accumulate(means[:, :, ::-1], axis=2)[:, :, ::-1]
     fitted: Float[np.ndarray, "curves points"] = np.where(last >= first, highest, np.inf).min(axis=1)
     return fitted
 
 
-def within(
+def within_tolerance(
     curves: Float[np.ndarray, "curves points"],
     start: Float[np.ndarray, " curves"],
     allowed: Float[np.ndarray, " curves"],
 ) -> Bool[np.ndarray, "curves points"]:
-    """Where curves lie at most the allowed drop under their start."""
+    """Where curves lie at most the allowed drop below their start."""
     slack = ROUNDING * np.maximum(allowed, 1e-3 * np.abs(start))
     return start[:, None] - curves <= (allowed + slack)[:, None]
 
@@ -129,24 +128,24 @@ def crossing(
     curves: Float[np.ndarray, "curves points"],
     allowed: Float[np.ndarray, " curves"],
 ) -> tuple[Int[np.ndarray, " curves"], Float[np.ndarray, " curves"]]:
-    """The last point at which each isotonic fit is within the allowed drop, and where it leaves it.
+    """Index of the last point at which each isotonic fit is within the allowed drop, and its crossing.
 
-    The second is linear between that point and the next one, or the last sparsity where the grid ends first.
+    The crossing is linear between that point and the next; it is the last sparsity where the grid ends first.
     """
     fitted = isotonic(curves)
     start = curves[:, 0]
-    last = within(fitted, start, allowed).sum(axis=1) - 1  # never rising: all of them come first
+    last = within_tolerance(fitted, start, allowed).sum(axis=1) - 1  # never rising: they come first
     rows, after = np.arange(len(curves)), np.minimum(last + 1, len(sparsities) - 1)
-    here, there = fitted[rows, last], fitted[rows, after]
-    fall = here - there
-    part = (here - (start - allowed)) / np.where(fall > 0, fall, 1.0)
+    inside = fitted[rows, last]
+    fall = inside - fitted[rows, after]
+    part = (inside - (start - allowed)) / np.where(fall > 0, fall, 1.0)
     width = sparsities[after] - sparsities[last]
     return last, sparsities[last] + np.clip(part, 0.0, 1.0) * width
 
 
-def paper_point(sparsities: Sparsities, curve: SparsityCurve, allowed: float) -> PaperDroppingPoint:
-    """The dropping point of the paper's definition."""
-    inside = within(curve[None], curve[:1], np.array([allowed]))[0]
+def paper_dropping_point(sparsities: Sparsities, curve: SparsityCurve, allowed: float) -> PaperDroppingPoint:
+    """The dropping point by the paper's definition."""
+    inside = within_tolerance(curve[None], curve[:1], np.array([allowed]))[0]
     falls = np.flatnonzero(inside[:-1] & ~inside[1:])
     if not len(falls):
         return PaperDroppingPoint(at=float(sparsities[-1]), until=math.nan, rho=math.nan, crossings=0)
@@ -154,8 +153,8 @@ def paper_point(sparsities: Sparsities, curve: SparsityCurve, allowed: float) ->
     return PaperDroppingPoint(at=at, until=until, rho=(until - at) / (1 - at), crossings=len(falls))
 
 
-def hinge(sparsities: Sparsities, curve: SparsityCurve) -> Hinge:
-    """Fit `a + b s + d max(s − c, 0)`, with c from the second to the last but one sparsity.
+def fit_hinge(sparsities: Sparsities, curve: SparsityCurve) -> Hinge:
+    """Fit `a + b s + d max(s − c, 0)`, with c among the inner sparsities.
 
     Raises:
         InputError: fewer than 4 points.
@@ -163,14 +162,15 @@ def hinge(sparsities: Sparsities, curve: SparsityCurve) -> Hinge:
     count = len(curve)
     if count < 4:
         raise InputError(f"{count} points; a hinge has 4 parameters")
-    # Rounding in a perfect fit is no evidence, so that residuals end at a millionth of the curve's range.
+    # Rounding in a perfect fit is no evidence: residuals are at least a millionth of the curve's range.
     floor = count * (1e-6 * float(np.ptp(curve))) ** 2
     line = np.stack([np.ones(count), sparsities], axis=1)
-    straight, _ = fit(line, curve)
-    tried = [
-        (*fit(np.column_stack([line, np.maximum(sparsities - at, 0)]), curve), at) for at in sparsities[1:-1]
+    straight, _ = least_squares(line, curve)
+    fits = [
+        (*least_squares(np.column_stack([line, np.maximum(sparsities - at, 0)]), curve), at)
+        for at in sparsities[1:-1]
     ]
-    bent, parts, at = min(tried, key=lambda each: each[0])
+    bent, parts, at = min(fits, key=lambda candidate: candidate[0])
     gain = math.log(max(straight, floor) / max(bent, floor)) if floor else 0.0
     return Hinge(
         at=float(at), before=float(parts[1]), after=float(parts[1] + parts[2]),
@@ -178,33 +178,32 @@ def hinge(sparsities: Sparsities, curve: SparsityCurve) -> Hinge:
     )  # fmt: skip
 
 
-def fit(
+def least_squares(
     design: Float[np.ndarray, "points terms"], curve: SparsityCurve
 ) -> tuple[float, Float[np.ndarray, " terms"]]:
-    """Sum of squared residuals of the least squares fit, and its coefficients."""
+    """Sum of squared residuals of the least-squares fit, and its coefficients."""
     parts = np.linalg.lstsq(design, curve, rcond=None)[0]
     return float(((curve - design @ parts) ** 2).sum()), parts
 
 
-def bend(sparsities: Sparsities, curve: SparsityCurve, *, plateau: bool) -> Hinge:
-    """The hinge of a curve; one that ends on a floor is fitted up to where it reaches the floor.
+def fit_bend(sparsities: Sparsities, curve: SparsityCurve, *, plateau: bool) -> Hinge:
+    """The hinge of a curve; a curve with a plateau is fitted up to where it reaches its floor.
 
-    A curve that falls from a plateau to chance has two bends, and the fit may take the second one, or
-    neither. Without a plateau there is but one, and the whole curve is fitted.
+    A curve that falls from a plateau to chance has two bends, and the fit could take the second, or neither.
     """
     count = len(curve)
     if plateau:
         fallen = np.flatnonzero(curve[0] - curve >= FALLEN * (curve[0] - curve.min()))
         count = max(int(fallen[0]) + 1, FEWEST) if curve.min() < curve[0] else count
-    return hinge(sparsities[:count], curve[:count])
+    return fit_hinge(sparsities[:count], curve[:count])
 
 
-def word(*, at: float, reached: bool, step: float, bent: Hinge) -> Word:
-    """A curve in a word.
+def verdict_of(*, at: float, reached: bool, step: float, bent: Hinge) -> Verdict:
+    """The verdict on a curve.
 
     Args:
         at: the last sparsity within the tolerance.
-        step: the first step of the grid, before it was refined.
+        step: the first step of the grid before refinement.
         bent: the hinge of the curve.
     """
     if not reached:
@@ -220,14 +219,14 @@ def word(*, at: float, reached: bool, step: float, bent: Hinge) -> Word:
 
 
 def rows_needed(rows: int, half_width: float, tolerance: float) -> int:
-    """Rows whose interval would be as narrow as the tolerance, given the half-width that so many have.
+    """Rows for an interval as narrow as the tolerance, given the half-width of the interval of `rows`.
 
-    For accuracy, where d is the share of rows on which dense and pruned disagree, (z / tolerance)² d.
+    For accuracy this is (z / tolerance)² d, where dense and pruned disagree on a share d of the rows.
     """
     return max(2, math.ceil(rows * (half_width / tolerance) ** 2 * (1 - ROUNDING)))
 
 
-def dropping(
+def estimate_dropping_point(
     sparsities: Sparsities,
     curve: SparsityCurve,
     drawn: Float[np.ndarray, "draws points"],
@@ -238,18 +237,19 @@ def dropping(
     rows: int,
     least: float = 0.0,
 ) -> DroppingPoint:
-    """Estimate where a curve drops, and how surely.
+    """Estimate where a curve drops, with its uncertainty.
 
-    The rows suffice where, at both ends of the bracket, the drop is known to within the tolerance or lies
-    surely on one side of it.
+    It is decided where, at both ends of the bracket, the drop is known to within the tolerance or lies surely
+    on one side of it.
 
     Args:
-        drawn: the curve with rows drawn anew, the same ones at every point.
-        tolerance: the drop that is tolerated: itself, or as a share of the first value.
-        step: the first step of the grid, before it was refined.
-        rows: how many rows were measured.
-        least: the smallest half-width that so many rows can have; z / rows for accuracy, where no row that
-            disagrees is no proof that none would.
+        drawn: the curve on bootstrap draws of the rows, the same rows at every point.
+        tolerance: the tolerated drop, absolute or as a share of the first value.
+        relative: whether it is a share.
+        step: the first step of the grid before refinement.
+        rows: number of rows measured.
+        least: lower bound of the half-width; z / rows for accuracy: that no row disagrees does not prove
+            that none would.
 
     Raises:
         InputError: fewer than 4 points.
@@ -257,33 +257,33 @@ def dropping(
     scale = tolerance * np.abs(np.concatenate([curve[:1], drawn[:, 0]])) if relative else None
     allowed = np.full(1 + len(drawn), tolerance) if scale is None else scale
     lasts, points = crossing(sparsities, np.concatenate([curve[None], drawn]), allowed)
-    place, count = int(lasts[0]), len(sparsities)
-    reached = place < count - 1
-    defined = paper_point(sparsities, curve, float(allowed[0]))
-    ends = {place, place + 1, *(int(np.searchsorted(sparsities, end)) for end in (defined.at, defined.until)
+    last, count = int(lasts[0]), len(sparsities)
+    reached = last < count - 1
+    defined = paper_dropping_point(sparsities, curve, float(allowed[0]))
+    ends = {last, last + 1, *(int(np.searchsorted(sparsities, end)) for end in (defined.at, defined.until)
                                 if not math.isnan(end))}  # fmt: skip
     widths = {end: max(half_width(drawn[:, 0] - drawn[:, end]), least) for end in ends if 0 < end < count}
     drops = {end: float(curve[0] - curve[end]) for end in widths}
-    open_ends = [
+    undecided = [
         end for end, width in widths.items() if width > allowed[0] and abs(drops[end] - allowed[0]) <= width
     ]
-    telling = open_ends or ([place] if place in widths else list(widths))
-    widest = max((widths[end] for end in telling), default=0.0)
+    decisive = undecided or ([last] if last in widths else list(widths))
+    widest = max((widths[end] for end in decisive), default=0.0)
     low, high = np.quantile(points[1:], [0.025, 0.975])
-    at = float(sparsities[place])
-    bent = bend(sparsities, curve, plateau=bool(at >= step * (1 - ROUNDING)))
+    at = float(sparsities[last])
+    bent = fit_bend(sparsities, curve, plateau=bool(at >= step * (1 - ROUNDING)))
     return DroppingPoint(
         paper=defined, allowed=float(allowed[0]), at=at,
-        until=float(sparsities[place + 1]) if reached else math.nan,
+        until=float(sparsities[last + 1]) if reached else math.nan,
         point=float(points[0]), low=float(low), high=float(high), reached=reached,
-        decided=not open_ends, rows_needed=rows_needed(rows, widest, max(float(allowed[0]), 1e-12)),
+        decided=not undecided, rows_needed=rows_needed(rows, widest, max(float(allowed[0]), 1e-12)),
         half_width=widest, hinge=bent, points=points[1:],
-        verdict="unclear" if open_ends else word(at=at, reached=reached, step=step, bent=bent),
+        verdict="unclear" if undecided else verdict_of(at=at, reached=reached, step=step, bent=bent),
     )  # fmt: skip
 
 
 def half_width(drawn: Float[np.ndarray, " draws"]) -> float:
-    """Half of the 95 % interval of what was drawn."""
+    """Half of the width of the 95 % interval of draws."""
     low, high = np.quantile(drawn, [0.025, 0.975])
     return float(high - low) / 2
 
@@ -291,7 +291,7 @@ def half_width(drawn: Float[np.ndarray, " draws"]) -> float:
 def next_sparsity(
     sparsities: Sequence[float], curve: Sequence[float], *, allowed: float, step: float
 ) -> float | None:
-    """Where the next evaluation tells most, as a whole number of steps; None where nothing is left to tell.
+    """The most informative next sparsity, as a whole number of steps; None where none is.
 
     First the bracket of the crossing is halved until it is one step wide, then the wider side of the bend.
     """
@@ -299,9 +299,9 @@ def next_sparsity(
     last = int(crossing(s, values[None], np.array([allowed]))[0][0])
     gaps = [(last, last + 1)] if last < len(s) - 1 else []
     if gaps and len(s) >= 4:
-        bent = bend(s, values, plateau=last > 0)
-        place = int(np.searchsorted(s, bent.at))
-        gaps += sorted(((place - 1, place), (place, place + 1)), key=lambda gap: -(s[gap[1]] - s[gap[0]]))[:1]
+        bent = fit_bend(s, values, plateau=last > 0)
+        knot = int(np.searchsorted(s, bent.at))
+        gaps += sorted(((knot - 1, knot), (knot, knot + 1)), key=lambda gap: -(s[gap[1]] - s[gap[0]]))[:1]
     for first, second in gaps:
         low, high = float(s[first]), float(s[second])
         middle = round(step * round((low + high) / 2 / step), 12)

@@ -1,4 +1,4 @@
-"""Base and tuned measured under masks: every sparsity, pattern and control on one model in memory."""
+"""Evaluates base and tuned under masks: every sparsity, pattern and control on one model in memory."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from diagnostics.analyses.sparsity.mask_overlap import Mass, Overlaps, mass, squared_change
+from diagnostics.analyses.sparsity.mask_overlap import Mass, Overlaps, kept_mass, squared_change
 from diagnostics.evaluation.row_losses import EncodedTask, Losses
 from diagnostics.execution import workers
 from diagnostics.numerics import row_bootstrap
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
 Regime = Literal["zero_shot", "masked_finetune"]
 Metric = Literal["accuracy", "loss"]
 Progress = Callable[[int, int, str], None]
-Set = tuple[str, str]  # role and name
-Asked = tuple[Side, str, float]  # whose weights, pattern, sparsity
+SetKey = tuple[str, str]  # role and name
+PointKey = tuple[Side, str, float]  # side, pattern, sparsity
 
 MAGNITUDE, RANDOM = "magnitude", "random"
 SIDES: tuple[Side, ...] = ("base", "tuned")
 PATTERNS = ("1:2", "2:4", "4:8")
-# Digits by which two sparsities are told apart.
+# Sparsities are equal up to so many digits.
 DIGITS = 9
 
 
@@ -51,11 +51,11 @@ class Point:
     """One setting of the model.
 
     Attributes:
-        model: whose weights are masked, and by whose magnitudes.
+        model: the side that is masked, by its own magnitudes.
         pattern: `magnitude`, `random`, or N:M as in `2:4`.
-        sparsity: as asked for.
+        sparsity: as requested.
         realised: share of the weights in the scope that is pruned.
-        regime: whether anything is trained behind the mask.
+        regime: whether weights are tuned behind the mask.
     """
 
     model: Side
@@ -65,8 +65,8 @@ class Point:
     regime: Regime = "zero_shot"
 
 
-def parsed(pattern: str) -> tuple[int, int]:
-    """How many weights of how many a pattern keeps at most.
+def parse_pattern(pattern: str) -> tuple[int, int]:
+    """N and M of an N:M pattern, which keeps at most N of M weights.
 
     Raises:
         InputError: it is not N:M with N below M.
@@ -81,23 +81,23 @@ def parsed(pattern: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
-def sparsity_of(pattern: str) -> float:
+def pattern_sparsity(pattern: str) -> float:
     """The share that an N:M pattern prunes.
 
     Raises:
-        InputError: as `parsed`.
+        InputError: as `parse_pattern`.
     """
-    kept, of = parsed(pattern)
+    kept, of = parse_pattern(pattern)
     return 1 - kept / of
 
 
 class Masks:
-    """What each sparsity prunes of base, of tuned, and at random.
+    """The weights that each sparsity prunes of base, of tuned, and at random.
 
     Attributes:
-        about: how they were asked for, beside host and sparsities.
-        names: the stored tensors that are pruned, in their order.
-        left_out: matrices of the file that the running model does not have.
+        settings: the arguments besides host and sparsities.
+        names: the stored tensors in the scope, in order.
+        left_out: tensors in the scope that the running model lacks.
     """
 
     def __init__(
@@ -110,28 +110,28 @@ class Masks:
         random: bool,
         seed: int,
     ):
-        """Find the cuts of these sparsities in the same passes over the weights.
+        """Find the cuts of all sparsities in the same passes over the weights.
 
         Raises:
             InputError: a sparsity outside [0, 1); nothing to prune, or weights that are no finite floats.
         """
         self.host = host
-        self.about = {"scope": scope, "parts": parts, "random": random, "seed": seed}
+        self.settings = {"scope": scope, "parts": parts, "random": random, "seed": seed}
         tuned = host.pair.tuned
-        whole = magnitude_order(tuned, scope, parts)
-        coded = [name for name in whole.shapes if not tuned.headers[name].dtype.is_floating_point]
-        if coded:
-            kind = str(tuned.headers[coded[0]].dtype).removeprefix("torch.")
+        order = magnitude_order(tuned, scope, parts)
+        quantised = [name for name in order.shapes if not tuned.headers[name].dtype.is_floating_point]
+        if quantised:
+            dtype = str(tuned.headers[quantised[0]].dtype).removeprefix("torch.")
             raise InputError(
-                f"{tuned.ref}: {coded[0]} is stored as {kind}, and codes have no order of magnitude; "
-                "dequantise the checkpoint first"
+                f"{tuned.ref}: {quantised[0]} is stored as {dtype}; dequantise the checkpoint first, codes "
+                "have no order of magnitude"
             )
-        self.names = tuple(name for name in whole.shapes if name in host.headers)
-        self.left_out = tuple(name for name in whole.shapes if name not in host.headers)
+        self.names = tuple(name for name in order.shapes if name in host.headers)
+        self.left_out = tuple(name for name in order.shapes if name not in host.headers)
         if not self.names:
-            raise InputError(f"{tuned.ref}: the model runs with no {' or '.join(parts)} matrix of its file")
-        shapes = {name: whole.shapes[name] for name in self.names}
-        groups = {name: whole.groups[name] for name in self.names}
+            raise InputError(f"{tuned.ref}: the running model has no {' or '.join(parts)} matrix of the file")
+        shapes = {name: order.shapes[name] for name in self.names}
+        groups = {name: order.groups[name] for name in self.names}
         self._orders = {
             "base": Order(shapes, lambda name: host.read(name, "base"), groups=groups),
             "tuned": Order(shapes, lambda name: host.read(name, "tuned"), groups=groups),
@@ -144,9 +144,9 @@ class Masks:
             self._find(kind, sparsities)
 
     def _find(self, kind: str, sparsities: Sequence[float]) -> None:
-        asked = sorted({round(sparsity, DIGITS) for sparsity in sparsities})
-        found = self._orders[kind].cuts(asked)
-        self._cuts |= {(kind, sparsity): cut for sparsity, cut in zip(asked, found, strict=True)}
+        ascending = sorted({round(sparsity, DIGITS) for sparsity in sparsities})
+        cuts = self._orders[kind].cuts(ascending)
+        self._cuts |= {(kind, sparsity): cut for sparsity, cut in zip(ascending, cuts, strict=True)}
 
     @property
     def entries(self) -> int:
@@ -154,120 +154,128 @@ class Masks:
         return sum(self._orders["tuned"].entries.values())
 
     def order(self, model: Side, pattern: str) -> Order:
-        """What a side's cuts, or the random ones, are taken from."""
+        """The order that the cuts of a side and pattern are taken from."""
         return self._orders[RANDOM if pattern == RANDOM else model]
 
     def cut(self, model: Side, sparsity: float, pattern: str = MAGNITUDE) -> Cut:
-        """What a sparsity prunes; one that was not asked for at first is found now."""
+        """The cut of a sparsity; found on demand if it was not requested at first."""
         key = self._key(model, sparsity, pattern)
         if key not in self._cuts:
             self._find(key[0], [sparsity])
         return self._cuts[key]
 
-    def take(self, model: Side, sparsity: float, pattern: str, cut: Cut) -> None:
-        """Take a cut that was found elsewhere."""
+    def set_cut(self, model: Side, sparsity: float, pattern: str, cut: Cut) -> None:
+        """Use a cut that another process found."""
         self._cuts[self._key(model, sparsity, pattern)] = cut
 
     def _key(self, model: Side, sparsity: float, pattern: str) -> tuple[str, float]:
         return (RANDOM if pattern == RANDOM else model, round(sparsity, DIGITS))
 
     def pruned(self, model: Side, pattern: str, sparsity: float, name: str) -> Bool[Tensor, "..."]:
-        """Which entries of a stored tensor are pruned."""
+        """The pruned entries of a stored tensor."""
         if pattern not in (MAGNITUDE, RANDOM):
             stored = self.host.read(name, model)
-            return pattern_pruned(self.host.pair.tuned, name, stored, *parsed(pattern))
+            return pattern_pruned(self.host.pair.tuned, name, stored, *parse_pattern(pattern))
         return self.order(model, pattern).pruned(self.cut(model, sparsity, pattern), name)
 
     def realised(self, model: Side, pattern: str, sparsity: float) -> float:
         """Share of the scope that is pruned."""
         if pattern in (MAGNITUDE, RANDOM):
             return self.cut(model, sparsity, pattern).realised
-        return sparsity_of(pattern)
+        return pattern_sparsity(pattern)
 
     def misfit(self, pattern: str) -> str:
-        """Why a pattern cannot be taken, with the matrix whose width its groups do not fill; empty if it can.
+        """Why a pattern does not fit, naming the matrix; empty if it fits.
 
         Raises:
             InputError: it is no pattern.
         """
-        kept, of = parsed(pattern)
+        kept, of = parse_pattern(pattern)
         for matrix in self.host.pair.tuned.matrices.values():
             if matrix.tensor in self.names:
                 try:
                     n_of_m(torch.zeros(1, matrix.columns), kept, of)
-                except ValueError as error:
+                except InputError as error:
                     return f"{matrix.name}: {error}"
         return ""
 
     def fitting(self, patterns: Sequence[str] | None) -> tuple[tuple[str, ...], list[str]]:
-        """The patterns to be measured, and what to say of those that are not.
+        """The patterns to measure, and notes on those that do not fit.
 
         Args:
-            patterns: None are the usual ones, as far as they fit.
+            patterns: None: those of `PATTERNS` that fit.
 
         Raises:
-            InputError: one that was asked for does not fit; the message names the matrix and its width.
+            InputError: a requested one does not fit; the message names the matrix and its width.
         """
-        misfits = {pattern: self.misfit(pattern) for pattern in (PATTERNS if patterns is None else patterns)}
-        wrong = next((why for why in misfits.values() if why), "")
-        if patterns is not None and wrong:
-            raise InputError(f"{self.host.pair.tuned.ref}: {wrong}")
-        said = [f"{pattern} is not measured: {why}." for pattern, why in misfits.items() if why]
-        return tuple(pattern for pattern, why in misfits.items() if not why), said
+        reasons = {pattern: self.misfit(pattern) for pattern in (PATTERNS if patterns is None else patterns)}
+        misfits = {pattern: reason for pattern, reason in reasons.items() if reason}
+        if patterns is not None and misfits:
+            raise InputError(f"{self.host.pair.tuned.ref}: {next(iter(misfits.values()))}")
+        notes = [f"{pattern} is not measured: {reason}." for pattern, reason in misfits.items()]
+        return tuple(pattern for pattern in reasons if pattern not in misfits), notes
+
+    def kept_entries(self, model: Side, sparsity: float) -> dict[str, Int[Tensor, " _"]]:
+        """Flat indices of the entries that a magnitude mask keeps, of each stored tensor."""
+        return {
+            name: (~self.pruned(model, MAGNITUDE, sparsity, name)).flatten().nonzero()[:, 0]
+            for name in self.names
+        }
 
     def kept(self, model: Side, pattern: str, sparsity: float) -> Mass:
         """The magnitude that a mask keeps."""
         parts = (
-            mass(self.host.read(name, model), self.pruned(model, pattern, sparsity, name))
+            kept_mass(self.host.read(name, model), self.pruned(model, pattern, sparsity, name))
             for name in self.names
         )
         return sum(parts, Mass())
 
     def overlaps(self, sparsities: Sequence[float]) -> "pd.DataFrame":
-        """How alike the masks of base and tuned are, by rising sparsity, without tensors that base lacks."""
+        """Overlap of the masks of base and tuned at each sparsity, without tensors that base lacks."""
         import pandas as pd
 
-        rising = sorted(set(sparsities))
-        cuts = [[self.cut(side, sparsity) for sparsity in rising] for side in SIDES]
-        found = Overlaps(len(rising))
+        ascending = sorted(set(sparsities))
+        cuts = [[self.cut(side, sparsity) for sparsity in ascending] for side in SIDES]
+        overlaps = Overlaps(len(ascending))
         for name in self.names:
-            if name in self.host.twins:
+            if name in self.host.in_both:
                 sides = [self.host.read(name, side) for side in SIDES]
-                base, tuned = (cut_levels(each, name, W) for each, W in zip(cuts, sides, strict=True))
-                found.add(base, tuned, squared_change(*sides))
+                base, tuned = (cut_levels(of_side, name, W) for of_side, W in zip(cuts, sides, strict=True))
+                overlaps.add(base, tuned, squared_change(*sides))
         return pd.DataFrame(
             {
-                "sparsity": sparsity, "cosine": each.cosine, "cosine_chance": each.cosine_chance,
-                "kappa": each.kappa, "iou": each.iou, "iou_chance": each.iou_chance, "revived": each.revived,
-                "revived_chance": 1 - sparsity, "delta_low": each.delta_low, "delta_low_chance": sparsity,
+                "sparsity": sparsity, "cosine": overlap.cosine, "cosine_chance": overlap.cosine_chance,
+                "kappa": overlap.kappa, "iou": overlap.iou, "iou_chance": overlap.iou_chance,
+                "revived": overlap.revived, "revived_chance": 1 - sparsity,
+                "delta_low": overlap.delta_low, "delta_low_chance": sparsity,
             }
-            for sparsity, each in zip(rising, found, strict=True)
+            for sparsity, overlap in zip(ascending, overlaps, strict=True)
         )  # fmt: skip
 
     def layers(self, model: Side, sparsity: float) -> "pd.DataFrame":
-        """How sparse each matrix is under a mask, beside what its scale alone predicts of normal weights.
+        """Sparsity of each matrix under a mask, and the sparsity that its scale predicts for normal weights.
 
-        `gaussian` is erf(t / (√2 σ)) with the matrix's rms σ and the largest pruned magnitude t that bounds
-        it; `excess` is what is pruned beyond.
+        `gaussian` is erf(t / (√2 σ)) with the matrix's rms σ and its pruning threshold t; `excess` is the
+        sparsity beyond it.
         """
         import pandas as pd
 
         cut, rows = self.cut(model, sparsity), []
-        places = {name: place for place, name in enumerate(self.names)}
+        positions = {name: position for position, name in enumerate(self.names)}
         tuned = self.host.pair.tuned.matrices.values()
-        held = sorted((m for m in tuned if m.tensor in places), key=lambda matrix: places[matrix.tensor])
+        matrices = sorted((m for m in tuned if m.tensor in positions), key=lambda m: positions[m.tensor])
         name, stored, pruned = "", torch.empty(0), torch.empty(0, dtype=torch.bool)
-        for matrix in held:
+        for matrix in matrices:
             if matrix.tensor != name:
                 name = matrix.tensor
                 stored = self.host.read(name, model)
                 pruned = cut.pruned(name, stored)
-            weights, taken = matrix.take(stored), int(matrix.take(pruned).sum())
+            weights, count = matrix.take(stored), int(matrix.take(pruned).sum())
             segments = cut.segments[name]
-            bound = segments[(matrix.expert or 0) if len(segments) > 1 else 0].threshold
+            threshold = segments[(matrix.expert or 0) if len(segments) > 1 else 0].threshold
             rms = float(weights.float().square().mean(dtype=torch.float64)) ** 0.5
-            share = taken / weights.numel()
-            predicted = math.erf(bound / (math.sqrt(2) * rms)) if rms and sparsity else math.nan
+            share = count / weights.numel()
+            predicted = math.erf(threshold / (math.sqrt(2) * rms)) if rms and sparsity else math.nan
             rows.append(
                 {
                     "model": model, "matrix": matrix.name, "layer": matrix.layer,
@@ -282,65 +290,67 @@ class Masks:
 
 
 class MaskEvaluator:
-    """Losses of every row at every point, measured as they are asked for.
+    """Losses of every row at every point, measured on demand.
 
     Attributes:
-        points: in the order in which they were measured.
+        points: in the order of measurement.
         evaluations: passes over the rows.
     """
 
     def __init__(
-        self, masks: Masks, sets: Mapping[Set, EncodedTask], *, total: int, progress: Progress | None = None
+        self,
+        masks: Masks,
+        sets: Mapping[SetKey, EncodedTask],
+        *,
+        total: int,
+        progress: Progress | None = None,
     ):
         self.masks, self.host, self.sets = masks, masks.host, sets
         self.points: list[Point] = []
-        self._losses: list[dict[Set, Losses]] = []
+        self._losses: list[dict[SetKey, Losses]] = []
         self.evaluations = 0
-        self._ahead: dict[Asked, dict[Set, Losses]] = {}
+        self._from_workers: dict[PointKey, dict[SetKey, Losses]] = {}
         self._total, self._progress, self._done = total, progress, 0
-        self._present: tuple[Side, str, float] | None = None
+        self._applied: PointKey | None = None
 
-    def ahead(self, asked: Sequence[Asked]) -> None:
-        """Run what `measure` will be asked for on the engine's workers, if it has any.
+    def measure_on_workers(self, keys: Sequence[PointKey]) -> None:
+        """Measure points on the engine's workers, if it has any; `measure` then finds their losses.
 
         Args:
-            asked: side, pattern and sparsity of points without training.
+            keys: of points without training.
         """
-        there = workers.hosts(self.host, partial(_of, sets=self.sets, about=self.masks.about))
-        if there is None:
+        build = partial(_build, sets=self.sets, settings=self.masks.settings)
+        remote = workers.host_on_workers(self.host, build)
+        if remote is None:
             return
         # Without a mask all patterns are one model.
-        plan = [each for each in asked if each[2] or each[1] == MAGNITUDE]
-        calls = (partial(_losses, asked=each, cut=self._cut(*each)) for each in plan)
-        for each, losses in zip(plan, there.each(calls), strict=True):
-            self._ahead[each] = losses
-            self._tell(*each)
+        plan = [key for key in keys if key[2] or key[1] == MAGNITUDE]
+        calls = (partial(_measure_point, key=key, cut=self._cut(*key)) for key in plan)
+        for key, losses in zip(plan, remote.run(calls), strict=True):
+            self._from_workers[key] = losses
+            self._report(*key)
 
     def _cut(self, model: Side, pattern: str, sparsity: float) -> Cut | None:
         return self.masks.cut(model, sparsity, pattern) if pattern in (MAGNITUDE, RANDOM) else None
 
-    def _tell(self, model: Side, pattern: str, sparsity: float) -> None:
+    def _report(self, model: Side, pattern: str, sparsity: float) -> None:
         self._done += 1
         if self._progress:
             what = f"{model}, {pattern} at {sparsity:g}"
             self._progress(self._done, max(self._done, self._total), what)
 
     def prune(self, model: Side, pattern: str, sparsity: float) -> None:
-        """Be a side under a mask; from a lower sparsity of the same order, only more is zeroed."""
-        present = self._present
-        if present is None or present[:2] != (model, pattern) or sparsity < present[2]:
+        """Apply a mask to a side; after a lower sparsity of the same order, only more entries are zeroed."""
+        applied = self._applied
+        if applied is None or applied[:2] != (model, pattern) or sparsity < applied[2]:
             self.host.become(model)
-        self._present = (model, pattern, sparsity)
+        self._applied = (model, pattern, sparsity)
         if pattern in (MAGNITUDE, RANDOM):
             order, cut = self.masks.order(model, pattern), self.masks.cut(model, sparsity, pattern)
             self.host.prune(order, cut, rising=pattern == MAGNITUDE)
             return
         for name in self.masks.names:
             self.host.zero(name, self.masks.pruned(model, pattern, sparsity, name))
-
-    def forget(self) -> None:
-        """Say that the model was changed otherwise, so that the next mask starts from the checkpoint."""
-        self._present = None
 
     def measure(
         self,
@@ -354,34 +364,34 @@ class MaskEvaluator:
         """Measure one point.
 
         Args:
-            train: tunes what the mask leaves before anything is measured; given what is held at zero.
+            train: tunes behind the mask before the measurement; gets the entries held at zero.
         """
         point = Point(
             model=model, pattern=pattern, sparsity=sparsity, regime=regime,
             realised=self.masks.realised(model, pattern, sparsity),
         )  # fmt: skip
         dense = None if sparsity else self.dense(model, regime)
-        known = self._ahead.pop((model, pattern, sparsity), None) if train is None else None
+        remote = self._from_workers.pop((model, pattern, sparsity), None) if train is None else None
         if dense is not None:  # without a mask all patterns are one model
             losses = self._losses[dense]
-        elif known is not None:
-            losses = known
+        elif remote is not None:
+            losses = remote
         else:
             self.prune(model, pattern, sparsity)
             if train is not None:
-                train(self.held(model, pattern, sparsity))
-                self.forget()
-            losses = self.here()
+                train(self.pruned_parameters(model, pattern, sparsity))
+                self._applied = None  # the next mask starts from the checkpoint
+            losses = self.losses()
         self.evaluations += dense is None
         self.points.append(point)
         self._losses.append(losses)
-        if known is None:
-            self._tell(model, pattern, sparsity)
+        if remote is None:
+            self._report(model, pattern, sparsity)
         return point
 
-    def here(self) -> dict[Set, Losses]:
-        """Losses of every row with the model as it is."""
-        return {which: each.measure(self.host.model) for which, each in self.sets.items()}
+    def losses(self) -> dict[SetKey, Losses]:
+        """Losses of every row with the model in its present state."""
+        return {key: encoded.measure(self.host.model) for key, encoded in self.sets.items()}
 
     @property
     def curves(self) -> list[tuple[Side, Regime]]:
@@ -389,82 +399,85 @@ class MaskEvaluator:
         return list(dict.fromkeys((point.model, point.regime) for point in self.points))
 
     def curve(self, model: Side, pattern: str, regime: Regime) -> list[int]:
-        """Where a curve's points are, by rising sparsity."""
-        own = [
-            place
-            for place, point in enumerate(self.points)
+        """Indices of a curve's points, by ascending sparsity."""
+        indices = [
+            index
+            for index, point in enumerate(self.points)
             if (point.model, point.pattern, point.regime) == (model, pattern, regime)
         ]
-        return sorted(own, key=lambda place: self.points[place].sparsity)
+        return sorted(indices, key=lambda index: self.points[index].sparsity)
 
     def count(self, role: str) -> int:
-        """Rows of a role that have something to score."""
-        return sum(int((self._losses[0][which].units > 0).sum()) for which in self.sets if which[0] == role)
+        """Number of rows of a role with something to score."""
+        return sum(int((self._losses[0][key].units > 0).sum()) for key in self.sets if key[0] == role)
 
     def dense(self, model: Side, regime: Regime) -> int | None:
-        """Where a side was measured without a mask."""
-        for place, point in enumerate(self.points):
+        """Index of the point of a side without a mask."""
+        for index, point in enumerate(self.points):
             if (point.model, point.regime, point.sparsity) == (model, regime, 0):
-                return place
+                return index
         return None
 
-    def held(self, model: Side, pattern: str, sparsity: float) -> dict[nn.Parameter, Bool[Tensor, "..."]]:
-        """What a mask holds at zero, by parameter of the running model."""
+    def pruned_parameters(
+        self, model: Side, pattern: str, sparsity: float
+    ) -> dict[nn.Parameter, Bool[Tensor, "..."]]:
+        """The pruned entries of each parameter of the running model."""
         held: dict[nn.Parameter, Bool[Tensor, ...]] = {}
         for name in self.masks.names:
             pruned = self.masks.pruned(model, pattern, sparsity, name)
             index = pruned.flatten().nonzero()[:, 0]
-            for slot in self.host.slots(name, index):
+            for slot in self.host.editable.slots(name, index):
                 parameter = slot.tensor
                 assert isinstance(parameter, nn.Parameter), name
                 if parameter not in held:
                     held[parameter] = torch.zeros(parameter.shape, dtype=torch.bool, device=parameter.device)
-                held[parameter].view(-1)[slot.places] = True
+                held[parameter].view(-1)[slot.indices] = True
         return held
 
     def rows(self, role: str, metric: Metric) -> list[row_bootstrap.RowLosses]:
-        """What each set of a role scored at every point, rows with nothing to score left out.
+        """Scores of each set of a role at every point, without rows that have nothing to score.
 
         Raises:
             InputError: fewer than 2 rows are left.
         """
-        found = []
-        for which, each in self.sets.items():
-            if which[0] != role:
+        rows = []
+        for key, encoded in self.sets.items():
+            if key[0] != role:
                 continue
-            units = self._losses[0][which].units
+            units = self._losses[0][key].units
             scored = units > 0
             if scored.sum() < 2:
                 raise InputError(
-                    f"{each.task.ref}: {scored.sum()} rows have a token to score; at least 2 are needed"
+                    f"{encoded.task.ref}: {scored.sum()} rows have a token to score; at least 2 are needed"
                 )
             values = [
-                losses[which].nats if metric == "loss" else losses[which].right * units
-                for losses in self._losses
+                losses[key].nats if metric == "loss" else losses[key].right * units for losses in self._losses
             ]
-            found.append(row_bootstrap.RowLosses(nats=np.stack(values)[:, scored], units=units[scored]))
-        return found
+            rows.append(row_bootstrap.RowLosses(nats=np.stack(values)[:, scored], units=units[scored]))
+        return rows
 
     def values(self, role: str, metric: Metric) -> Float[np.ndarray, " points"]:
-        """The metric at every point, each set counting alike."""
+        """The metric at every point, with equal weight for each set."""
         return row_bootstrap.mean_loss(self.rows(role, metric))
 
     @property
     def unscored(self) -> int:
-        """Rows with nothing to score."""
-        return sum(int((each.units == 0).sum()) for each in self._losses[0].values())
+        """Number of rows with nothing to score."""
+        return sum(int((losses.units == 0).sum()) for losses in self._losses[0].values())
 
 
 # On a worker
 
 
-def _of(host: TwoSidedModel, sets: Mapping[Set, EncodedTask], about: Mapping[str, Any]) -> MaskEvaluator:
-    return MaskEvaluator(Masks(host, (), **about), sets, total=0)
+def _build(
+    host: TwoSidedModel, sets: Mapping[SetKey, EncodedTask], settings: Mapping[str, Any]
+) -> MaskEvaluator:
+    return MaskEvaluator(Masks(host, (), **settings), sets, total=0)
 
 
-def _losses(bench: MaskEvaluator, *, asked: Asked, cut: Cut | None) -> dict[Set, Losses]:
-    model, pattern, sparsity = asked
+def _measure_point(evaluator: MaskEvaluator, *, key: PointKey, cut: Cut | None) -> dict[SetKey, Losses]:
+    model, pattern, sparsity = key
     if cut is not None:
-        bench.masks.take(model, sparsity, pattern, cut)
-    bench.prune(model, pattern, sparsity)
-    return bench.here()
+        evaluator.masks.set_cut(model, sparsity, pattern, cut)
+    evaluator.prune(model, pattern, sparsity)
+    return evaluator.losses()

@@ -1,4 +1,4 @@
-"""Where essential sparsity measures: a coarse grid, then where the curve leaves the tolerance and bends."""
+"""The sparsities to measure: a coarse grid, then points where the curve leaves the tolerance and bends."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,30 +14,30 @@ from diagnostics.analyses.sparsity.evaluator import (
     MaskEvaluator,
     Metric,
     Regime,
-    Set,
-    sparsity_of,
+    SetKey,
+    pattern_sparsity,
 )
-from diagnostics.analyses.sparsity.masked_finetuning import Training
+from diagnostics.analyses.sparsity.masked_finetuning import MaskedFinetuning
 from probes.checkpoints.pair import Side
 from probes.errors import InputError
 from probes.text.rows import Task
 
-# Most evaluations of a curve that refine its grid.
-FINER = 4
+# Most points that refine the grid of a curve.
+MAX_REFINEMENTS = 4
 TOLERANCE = 0.01
-# Where masks are compared in a number or a title.
-COMPARED = 0.3
+# The sparsity of the mask metrics and of titles.
+COMPARED_SPARSITY = 0.3
 BY_ROW = ("choices", "label")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SparsitySettings:
-    """What is asked of the curves.
+    """How the curves are measured.
 
     Attributes:
         tolerance: None is the default.
-        grid: rising, from 0.
-        refine: width of the bracket that is aimed at; 0: the grid is not refined.
+        grid: ascending, from 0.
+        refine: width of the bracket to reach; 0: the grid is not refined.
     """
 
     metric: Literal["auto", "accuracy", "loss"]
@@ -52,11 +52,11 @@ class SparsitySettings:
             if not 0 <= sparsity < 1:
                 raise InputError(f"grid holds {sparsity}; a sparsity is a share, from 0 to below 1")
         if len(self.grid) < 4:
-            raise InputError(f"grid has {len(self.grid)} sparsities with 0; a bend needs at least 4")
+            raise InputError(f"grid has {len(self.grid)} sparsities, 0 included; at least 4 are needed")
         if not 0 < self.allowed < 1:
             raise InputError(f"tolerance is {self.tolerance}; it is between 0 and 1, such as 0.01")
         if not 0 <= self.refine < 1:
-            raise InputError(f"refine is {self.refine}; it is the width of a bracket, below 1, or 0 for none")
+            raise InputError(f"refine is {self.refine}; it is the width of a bracket, in [0, 1)")
         if self.draws < 100:
             raise InputError(f"draws is {self.draws}; at least 100 for a 95 % interval")
 
@@ -65,15 +65,15 @@ class SparsitySettings:
         """The tolerance in use."""
         return TOLERANCE if self.tolerance is None else self.tolerance
 
-    def metric_of(self, role: str, given: Mapping[Set, Task]) -> Metric:
+    def metric_of(self, role: str, sets: Mapping[SetKey, Task]) -> Metric:
         """The metric of a role.
 
         Raises:
-            InputError: none suits all of its files.
+            InputError: its files have none in common.
         """
         if self.metric != "auto":
             return self.metric
-        shapes = {task.shape: task.ref for (each, _), task in given.items() if each == role}
+        shapes = {task.shape: task.ref for (own_role, _), task in sets.items() if own_role == role}
         if len({shape in BY_ROW for shape in shapes}) > 1:
             listed = " and ".join(f"{ref} {shape}" for shape, ref in shapes.items())
             raise InputError(f"--{role}: {listed} have no metric in common; set metric to loss or accuracy")
@@ -84,30 +84,35 @@ class SparsitySettings:
         return f"{self.allowed:g} absolute" if metric == "accuracy" else f"{self.allowed:.3g} of its value"
 
     def zero_shot(self, patterns: Sequence[str], random: bool) -> list[tuple[str, float]]:
-        """Patterns and sparsities that are measured of each side whatever comes out."""
-        found = [(MAGNITUDE, sparsity) for sparsity in self.grid]
-        found += [(pattern, sparsity_of(pattern)) for pattern in patterns]
-        return found + [(RANDOM, sparsity) for sparsity in self.grid if random]
+        """Patterns and sparsities that are always measured of each side."""
+        points = [(MAGNITUDE, sparsity) for sparsity in self.grid]
+        points += [(pattern, pattern_sparsity(pattern)) for pattern in patterns]
+        return points + [(RANDOM, sparsity) for sparsity in self.grid if random]
 
     def sweep(
-        self, bench: MaskEvaluator, model: Side, regime: Regime, metric: Metric, train: Training | None
+        self,
+        evaluator: MaskEvaluator,
+        model: Side,
+        regime: Regime,
+        metric: Metric,
+        train: MaskedFinetuning | None,
     ) -> None:
-        """Measure a curve at rising sparsities, then where it leaves the tolerance and where it bends."""
-        for sparsity in self.grid:
-            bench.measure(model, MAGNITUDE, sparsity, regime=regime, train=train)
-        for _ in range(FINER if self.refine else 0):
-            places = bench.curve(model, MAGNITUDE, regime)
-            curve = higher(bench.values("task", metric), metric)[places]
-            further = next_sparsity(
-                [bench.points[place].sparsity for place in places], curve.tolist(),
+        """Measure a curve on the grid, then where it leaves the tolerance and bends."""
+        for grid_sparsity in self.grid:
+            evaluator.measure(model, MAGNITUDE, grid_sparsity, regime=regime, train=train)
+        for _ in range(MAX_REFINEMENTS if self.refine else 0):
+            indices = evaluator.curve(model, MAGNITUDE, regime)
+            curve = higher_is_better(evaluator.values("task", metric), metric)[indices]
+            sparsity = next_sparsity(
+                [evaluator.points[index].sparsity for index in indices], curve.tolist(),
                 allowed=self.allowed * (1.0 if metric == "accuracy" else abs(float(curve[0]))),
                 step=self.refine,
             )  # fmt: skip
-            if further is None:
+            if sparsity is None:
                 return
-            bench.measure(model, MAGNITUDE, further, regime=regime, train=train)
+            evaluator.measure(model, MAGNITUDE, sparsity, regime=regime, train=train)
 
 
-def higher(values: Float[np.ndarray, "*shape"], metric: Metric) -> Float[np.ndarray, "*shape"]:
+def higher_is_better(values: Float[np.ndarray, "*shape"], metric: Metric) -> Float[np.ndarray, "*shape"]:
     """The metric with its sign turned where lower is better."""
     return values if metric == "accuracy" else -values

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from diagnostics.analyses.sparsity.grid import COMPARED
+from diagnostics.analyses.sparsity.grid import COMPARED_SPARSITY
 from diagnostics.plotting import theme
 from diagnostics.plotting.charts import Style, line, menu
 from diagnostics.plotting.layer_axes import axes, layer_map, location
@@ -75,7 +75,7 @@ def draw_change(overlap: pd.DataFrame) -> "go.Figure | None":
     """The share of the squared change in base's smallest weights, against the diagonal of chance."""
     if overlap["delta_low"].isna().all():
         return None
-    row = overlap.iloc[int((overlap["sparsity"] - COMPARED).abs().argmin())]
+    row = overlap.iloc[int((overlap["sparsity"] - COMPARED_SPARSITY).abs().argmin())]
     share = f"{row['delta_low']:.2g} of the squared change"
     title = f"Base's smallest {row['sparsity']:.2g} of the weights hold {share}"
     figure = theme.figure(title, "smallest share of base's weights", "share of the squared change")

@@ -1,7 +1,7 @@
-"""How alike the sparse masks of base and tuned are, beyond chance, and how much magnitude a mask keeps.
+"""Overlap of the sparse masks of base and tuned beyond chance, and the magnitude that a mask keeps.
 
-Masks are given as what they prune. Independent masks of sparsity s already have a cosine of 1 − s, so that
-the cosine of the paper (Jaiswal et al. 2023, arXiv:2306.03805) is never read without `kappa`, which is ours.
+Masks are given by what they prune. Independent masks of sparsity s have a cosine of 1 − s, so that the cosine
+of the paper (Jaiswal et al. 2023, arXiv:2306.03805) is to be read with `kappa`, which is ours.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
-# Entries that are summed together in float64.
+# Entries summed in float64 at a time.
 CHUNK = 2**18
 
 
@@ -23,9 +23,9 @@ class Overlap:
 
     Attributes:
         entries: in the scope.
-        base, tuned, both: pruned by one mask, by the other, by both.
-        moved: squared norm of tuned − base over all entries.
-        moved_low: over those that the base's mask prunes.
+        base, tuned, both: pruned by base's mask, by tuned's, by both.
+        moved: squared norm of tuned − base.
+        moved_low: the same over the entries that base's mask prunes.
     """
 
     entries: int = 0
@@ -50,13 +50,13 @@ class Overlap:
 
     @property
     def kappa(self) -> float:
-        """Cosine beyond chance: 1 for one mask, about 0 for independent ones; NaN where nothing is pruned."""
+        """Cosine beyond chance: 1 for equal masks, about 0 for independent ones; NaN if nothing is pruned."""
         chance = self.cosine_chance
         return (self.cosine - chance) / (1 - chance) if chance < 1 else math.nan
 
     @property
     def iou(self) -> float:
-        """Of what either prunes, the share that both do; NaN where nothing is pruned."""
+        """Share of the entries pruned by either that both prune; NaN if nothing is pruned."""
         either = self.base + self.tuned - self.both
         return self.both / either if either else math.nan
 
@@ -69,26 +69,23 @@ class Overlap:
 
     @property
     def revived(self) -> float:
-        """Of what the base's mask prunes, the share that the tuned one keeps; by chance 1 − s."""
+        """Share of the entries pruned by base's mask that tuned's keeps; by chance 1 − s."""
         return (self.base - self.both) / self.base if self.base else math.nan
 
     @property
     def delta_low(self) -> float:
-        """Share of the squared change that lies in what the base's mask prunes.
-
-        By chance s; NaN where nothing changed.
-        """
+        """Share of the squared change in entries that base's mask prunes; by chance s, NaN without change."""
         return self.moved_low / self.moved if self.moved else math.nan
 
 
 class Overlaps:
-    """Overlaps of the masks of base and tuned at several sparsities, whose masks nest on either side."""
+    """Overlaps of the masks of base and tuned at several sparsities; a side's masks are nested."""
 
     def __init__(self, count: int):
-        """Begin with no tensor.
+        """Start without tensors.
 
         Args:
-            count: of the sparsities.
+            count: number of sparsities.
         """
         self._entries = np.zeros((count + 1, count + 1), np.int64)
         self._moved = np.zeros(count + 1)
@@ -102,49 +99,49 @@ class Overlaps:
         """Count a tensor.
 
         Args:
-            base, tuned: how many of the masks leave an entry: `probes.checkpoints.prune.cut_levels`.
-            squares: (tuned − base)² of it, as of `squared_change`.
+            base, tuned: how many masks keep each entry: `probes.checkpoints.prune.cut_levels`.
+            squares: (tuned − base)² of each entry: `squared_change`.
         """
         count, flat = len(self._moved), squares.reshape(-1)
         for start in range(0, len(base), CHUNK):
-            some = slice(start, start + CHUNK)
-            row = base[some].astype(np.intp)
-            self._moved += np.bincount(row, flat[some].cpu().numpy(), minlength=count)
-            both = np.bincount(row * count + tuned[some], minlength=count * count)
+            chunk = slice(start, start + CHUNK)
+            row = base[chunk].astype(np.intp)
+            self._moved += np.bincount(row, flat[chunk].cpu().numpy(), minlength=count)
+            both = np.bincount(row * count + tuned[chunk], minlength=count * count)
             self._entries += both.reshape(count, count)
 
     def __iter__(self) -> Iterator[Overlap]:
         """The overlap at each sparsity."""
         both = self._entries.cumsum(axis=0).cumsum(axis=1)
         low = self._moved.cumsum()
-        for place in range(len(low) - 1):
+        for level in range(len(low) - 1):
             yield Overlap(
                 entries=int(both[-1, -1]),
-                base=int(both[place, -1]),
-                tuned=int(both[-1, place]),
-                both=int(both[place, place]),
+                base=int(both[level, -1]),
+                tuned=int(both[-1, level]),
+                both=int(both[level, level]),
                 moved=float(low[-1]),
-                moved_low=float(low[place]),
+                moved_low=float(low[level]),
             )
 
 
 def squared_change(base: Float[Tensor, "*shape"], tuned: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """(tuned − base)² entry by entry, in float32."""
+    """(tuned − base)² of each entry, in float32."""
     return (tuned.float() - base.float()).square_()
 
 
-def within(values: Float[Tensor, "*shape"], where: Bool[Tensor, "*shape"]) -> float:
-    """Sum over the entries where it is true, in float64."""
-    # A part at a time: picking the entries out first takes several times as long.
-    parts = zip(values.reshape(-1).split(CHUNK), where.reshape(-1).split(CHUNK), strict=True)
-    return sum(float(torch.dot(some.double(), here.double())) for some, here in parts)
+def sum_where(values: Float[Tensor, "*shape"], where: Bool[Tensor, "*shape"]) -> float:
+    """Sum over the entries where `where` is true, in float64."""
+    # In chunks: selecting the entries first takes several times as long.
+    chunks = zip(values.reshape(-1).split(CHUNK), where.reshape(-1).split(CHUNK), strict=True)
+    return sum(float(torch.dot(chunk.double(), mask.double())) for chunk, mask in chunks)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mass:
-    """Magnitude that a mask keeps, of all there is: sums of |w| and of w².
+    """Magnitude that a mask keeps, and all there is: sums of |w| and of w².
 
-    Unstructured masks keep the most at a given sparsity, and N:M the more the larger M is.
+    At a given sparsity unstructured masks keep the most; N:M masks keep more the larger M is.
     """
 
     l1: float = 0.0
@@ -153,8 +150,8 @@ class Mass:
     all_l2: float = 0.0
 
     def __add__(self, other: "Mass") -> "Mass":
-        own, more = asdict(self), asdict(other)
-        return Mass(**{name: own[name] + more[name] for name in own})
+        first, second = asdict(self), asdict(other)
+        return Mass(**{name: first[name] + second[name] for name in first})
 
     @property
     def kept_l1(self) -> float:
@@ -167,10 +164,10 @@ class Mass:
         return self.l2 / self.all_l2 if self.all_l2 else math.nan
 
 
-def mass(weights: Float[Tensor, "*shape"], pruned: Bool[Tensor, "*shape"]) -> Mass:
+def kept_mass(weights: Float[Tensor, "*shape"], pruned: Bool[Tensor, "*shape"]) -> Mass:
     """The magnitude that a mask keeps of one tensor."""
     size = weights.float().abs()
-    all_l1, lost_l1 = float(size.sum(dtype=torch.float64)), within(size, pruned)
+    all_l1, lost_l1 = float(size.sum(dtype=torch.float64)), sum_where(size, pruned)
     size.square_()
-    all_l2, lost_l2 = float(size.sum(dtype=torch.float64)), within(size, pruned)
+    all_l2, lost_l2 = float(size.sum(dtype=torch.float64)), sum_where(size, pruned)
     return Mass(l1=all_l1 - lost_l1, l2=all_l2 - lost_l2, all_l1=all_l1, all_l2=all_l2)

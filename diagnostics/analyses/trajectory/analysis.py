@@ -32,7 +32,7 @@ from diagnostics.evaluation.checkpoint_scores import (
     scores,
 )
 from diagnostics.evaluation.sets import SetKey, load_sets
-from diagnostics.execution.workers import by_checkpoint
+from diagnostics.execution.workers import checkpoint_runner
 from probes.checkpoints.checkpoint import Checkpoint
 from probes.checkpoints.series import series_of
 from probes.errors import InputError
@@ -185,7 +185,7 @@ def training_trajectory(
     measure = partial(_measured, sets=sets, reading=options)
     measurements = series.measured(
         "scores", options.key(sets), measure, progress, least=(4, "a trajectory"),
-        run_calls=by_checkpoint(series, options.device),
+        run_calls=checkpoint_runner(series, options.device),
     )  # fmt: skip
     steps, by_set = np.array(series.steps), curves(measurements, sets)
     notes = [] if series.stepped else ["The steps are unknown: checkpoints are numbered 0, 1, 2 …"]

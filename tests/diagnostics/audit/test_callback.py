@@ -142,7 +142,7 @@ def test_what_goes_wrong_at_the_start_stops_the_training_and_later_only_warns(
             raise error("no matrix here")
 
         with monkeypatch.context() as patch:
-            patch.setattr(sparsification, "sparse_checkpoint", broken)
+            patch.setattr(sparsification, "checkpoint_sparseness", broken)
             with pytest.raises(raised, match=r"sparsification: .*no matrix here"):
                 trainer(tmp_path, AuditCallback(tmp_path / "a", every=2)).train()
     callback = AuditCallback(tmp_path / "b", every=2)
@@ -193,6 +193,6 @@ def test_measurements_are_those_of_a_series_of_saved_checkpoints(norm, tmp_path)
     model.save_pretrained(tmp_path / "saved")
     from probes import open_checkpoint
 
-    files = sparsification.sparse_checkpoint(open_checkpoint(tmp_path / "saved"))
+    files = sparsification.checkpoint_sparseness(open_checkpoint(tmp_path / "saved"))
     assert {name: value.item() for name, value in live.items()} == files
     assert json.loads((tmp_path / "audit" / "steps.json").read_text())["steps"] == [0]

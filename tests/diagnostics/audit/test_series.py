@@ -79,9 +79,9 @@ def test_what_a_run_cannot_show_is_left_out_and_the_audits_stand(sparseness, tmp
 
 def test_a_run_that_goes_on_measures_only_the_new_checkpoint(sparseness, tmp_path, monkeypatch):
     seen = []
-    measure = sparsification.sparse_checkpoint
+    measure = sparsification.checkpoint_sparseness
     monkeypatch.setattr(
-        sparsification, "sparse_checkpoint", lambda one, parts: seen.append(one) or measure(one, parts)
+        sparsification, "checkpoint_sparseness", lambda one, parts: seen.append(one) or measure(one, parts)
     )
     checkpoints = steps(1.0, 2.0, 4.0)
     series(checkpoints[:2], out=tmp_path, only=["sparsification"])

@@ -93,7 +93,10 @@ def test_an_engine_whose_package_is_not_here_names_it(monkeypatch, kind):
     for module in ("distributed", "ray"):
         monkeypatch.setitem(sys.modules, module, None)
     with (
-        pytest.raises(ValueError, match=rf"--engine {kind}://h:1: needs .*pip install 'tunescope\[{kind}\]'"),
+        pytest.raises(
+            ValueError,
+            match=rf"--engine {kind}://h:1: needs a missing package; pip install 'tunescope\[{kind}\]'",
+        ),
         engines.engine(f"{kind}://h:1"),
     ):
         pass
@@ -123,7 +126,7 @@ def test_a_scheduler_that_does_not_answer_is_one_line_and_exit_code_2(monkeypatc
 
 def test_something_else_that_answers_is_no_scheduler(monkeypatch):
     pytest.importorskip("distributed")
-    monkeypatch.setattr(errors, "ANSWER", 1)
+    monkeypatch.setattr(engines, "CONNECT_SECONDS", 1)
     with socket.create_server(("127.0.0.1", 0)) as other:
         name = f"dask://127.0.0.1:{other.getsockname()[1]}"
         with (
@@ -135,7 +138,7 @@ def test_something_else_that_answers_is_no_scheduler(monkeypatch):
 
 def test_a_scheduler_without_workers_is_refused_with_how_to_start_one(monkeypatch):
     pytest.importorskip("distributed")
-    monkeypatch.setattr(errors, "WORKER", 0.5)
+    monkeypatch.setattr(engines, "WORKER_SECONDS", 0.5)
     with (
         clusters.dask_cluster(n_workers=0) as (name, _),
         pytest.raises(ValueError, match=r"has no worker; start some: dask worker tcp://127\.0\.0\.1:"),
@@ -146,10 +149,10 @@ def test_a_scheduler_without_workers_is_refused_with_how_to_start_one(monkeypatc
 
 def test_more_threads_than_cores_are_said_and_enough_cores_are_not():
     # 4 jobs of 2 threads on 4 cores are twice too many; 2 such jobs fit; one thread each is never too many.
-    said = engines.crowded({"here": 2, "there": 4}, {"here": 4, "there": 4}, 2)
-    assert said.startswith("there: 4 jobs at once, of 2 threads each as here, on 4 cores")
-    assert engines.crowded({"here": 2}, {"here": 4}, 2) == ""
-    assert engines.crowded({"here": 9}, {"here": 2}, 1) == ""
+    said = engines.oversubscription_warning({"here": 2, "there": 4}, {"here": 4, "there": 4}, 2)
+    assert said.startswith("there: 4 jobs at once with 2 threads each, but 4 cores")
+    assert engines.oversubscription_warning({"here": 2}, {"here": 4}, 2) == ""
+    assert engines.oversubscription_warning({"here": 9}, {"here": 2}, 1) == ""
 
 
 # This machine
@@ -167,10 +170,10 @@ def test_an_error_that_quotes_a_traceback_is_told_with_its_cause():
 
 def test_ray_is_asked_for_as_many_workers_as_it_has_room_for():
     room = {"CPU": 16.0, "GPU": 2.0}
-    assert engines.actors_of("ray://h:1", room, "cpu") == 16
-    assert engines.actors_of("ray://h:1", room, "cuda") == 2
+    assert engines.ray_worker_count("ray://h:1", room, "cpu") == 16
+    assert engines.ray_worker_count("ray://h:1", room, "cuda") == 2
     with pytest.raises(ValueError, match=r"--engine ray://h:1: the cluster has no GPU; add a machine"):
-        engines.actors_of("ray://h:1", {"CPU": 16.0}, "cuda")
+        engines.ray_worker_count("ray://h:1", {"CPU": 16.0}, "cuda")
 
 
 @pytest.mark.parametrize(
@@ -192,8 +195,8 @@ def test_a_ray_server_that_is_not_ready_is_asked_again(monkeypatch, error, failu
     package = SimpleNamespace(
         init=init, cluster_resources=dict, shutdown=lambda: None, register_ray=tries.copy
     )
-    monkeypatch.setattr(engines, "imported", lambda *names: package)
-    monkeypatch.setattr(engines, "PAUSE", 0.0)
+    monkeypatch.setattr(engines, "import_package", lambda *names: package)
+    monkeypatch.setattr(engines, "RETRY_SECONDS", 0.0)
     with socket.create_server(("127.0.0.1", 0)) as server:
         name = f"ray://127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(ValueError, match=f"--engine {name}: {said}"), engines.engine(name):
@@ -227,7 +230,7 @@ def test_processes_of_this_machine_give_the_same_numbers(pair, tmp_path):
 def test_a_killed_process_of_this_machine_costs_only_its_work(tmp_path):
     with engines.engine("local:2"):
         calls = (partial(clusters.deadly, i, os.getpid(), tmp_path / "once") for i in range(12))
-        assert list(jobs.each(calls)) == list(range(12))
+        assert list(jobs.run_jobs(calls)) == list(range(12))
     assert (tmp_path / "once").exists()
 
 
@@ -235,8 +238,8 @@ def test_a_killed_process_of_this_machine_costs_only_its_work(tmp_path):
 def test_work_that_kills_every_process_of_this_machine_ends_as_one_error():
     with engines.engine("local:2"):
         with pytest.raises(errors.EngineError, match="4 processes were lost one after another"):
-            list(jobs.each(partial(clusters.deadly, i, os.getpid()) for i in range(8)))
-        assert list(jobs.each(partial(pow, i, 2) for i in range(3))) == [0, 1, 4]
+            list(jobs.run_jobs(partial(clusters.deadly, i, os.getpid()) for i in range(8)))
+        assert list(jobs.run_jobs(partial(pow, i, 2) for i in range(3))) == [0, 1, 4]
 
 
 def same(first, second):
@@ -272,7 +275,7 @@ def test_jobs_that_bring_many_rows_along_are_not_warned_of(cluster):
     name, _ = cluster
     with warnings.catch_warnings(record=True) as said, engines.engine(name):
         warnings.simplefilter("always")
-        assert list(jobs.each([partial(len, bytes(12_000_000))] * 2)) == [12_000_000] * 2
+        assert list(jobs.run_jobs([partial(len, bytes(12_000_000))] * 2)) == [12_000_000] * 2
     assert not [each for each in said if "large graph" in str(each.message)]
 
 
@@ -319,7 +322,7 @@ def test_work_that_kills_its_worker_once_is_done_by_another(cluster, tmp_path):
     name, _ = cluster
     with engines.engine(name):
         calls = (partial(clusters.deadly, i, os.getpid(), tmp_path / "once") for i in range(8))
-        assert list(jobs.each(calls)) == list(range(8))
+        assert list(jobs.run_jobs(calls)) == list(range(8))
     assert (tmp_path / "once").exists()
 
 
@@ -330,7 +333,7 @@ def test_work_that_kills_every_worker_ends_as_one_error(monkeypatch):
 
     from diagnostics.execution import dask_backend
 
-    monkeypatch.setattr(dask_backend, "PATIENCE", 20)
+    monkeypatch.setattr(dask_backend, "NO_WORKER_SECONDS", 20)
     with (
         dask.config.set({"distributed.scheduler.allowed-failures": 1}),
         clusters.dask_cluster() as (name, _),
@@ -338,9 +341,9 @@ def test_work_that_kills_every_worker_ends_as_one_error(monkeypatch):
     ):
         calls = (partial(clusters.deadly, i, os.getpid()) for i in range(8))
         with pytest.raises(errors.EngineError, match="2 workers were lost one after another"):
-            list(jobs.each(calls))
+            list(jobs.run_jobs(calls))
         # What is asked next is not disturbed by what was left over.
-        assert list(jobs.each(partial(pow, i, 2) for i in range(6))) == [0, 1, 4, 9, 16, 25]
+        assert list(jobs.run_jobs(partial(pow, i, 2) for i in range(6))) == [0, 1, 4, 9, 16, 25]
 
 
 @pytest.mark.slow
@@ -348,11 +351,12 @@ def test_when_no_worker_is_left_it_ends(monkeypatch):
     pytest.importorskip("distributed")
     from diagnostics.execution import dask_backend
 
-    monkeypatch.setattr(dask_backend, "PATIENCE", 1)
+    monkeypatch.setattr(dask_backend, "NO_WORKER_SECONDS", 1)
     with clusters.dask_cluster() as (name, client), engines.engine(name):
-        running = jobs.each(partial(clusters.slowly, i) for i in range(100))
+        running = jobs.run_jobs(partial(clusters.slowly, i) for i in range(100))
         assert next(running)[0] == 0
-        client.retire_workers(list(client.nthreads()), close_workers=True)
+        # `retire_workers` would spare a worker with a result that no other worker can take over.
+        client.cluster.scale(0)
         with pytest.raises(errors.EngineError, match="no Dask worker for 1 s and work left to do"):
             list(running)
 
@@ -361,15 +365,15 @@ def test_an_error_of_a_call_comes_back_as_it_was_raised(cluster):
     name, _ = cluster
     with engines.engine(name):
         with pytest.raises(ValueError, match=r"matrix \d: is not to my liking"):
-            list(jobs.each(partial(clusters.refusing, i) for i in range(5)))
-        assert list(jobs.each(partial(pow, i, 2) for i in range(3))) == [0, 1, 4]
+            list(jobs.run_jobs(partial(clusters.refusing, i) for i in range(5)))
+        assert list(jobs.run_jobs(partial(pow, i, 2) for i in range(3))) == [0, 1, 4]
 
 
 @pytest.mark.slow
 def test_a_single_worker_does_the_work_and_not_this_process():
     pytest.importorskip("distributed")
     with clusters.dask_cluster(n_workers=1) as (name, _), engines.engine(name):
-        done = list(jobs.each(partial(clusters.slowly, i) for i in range(3)))
+        done = list(jobs.run_jobs(partial(clusters.slowly, i) for i in range(3)))
     assert [number for number, _ in done] == [0, 1, 2]
     assert os.getpid() not in {pid for _, pid in done}
 
@@ -381,7 +385,7 @@ def test_workers_have_the_threads_of_whoever_asks(cluster):
         for count in (1, 3, 1):
             torch.set_num_threads(count)
             try:
-                assert set(jobs.each(clusters.threads for _ in range(4))) == {count}
+                assert set(jobs.run_jobs(clusters.threads for _ in range(4))) == {count}
             finally:
                 torch.set_num_threads(before)
 
@@ -391,7 +395,7 @@ def test_a_notebook_whose_loop_is_running_chooses_an_engine_too(cluster):
 
     async def cell():
         with engines.engine(name):
-            return list(jobs.each(partial(clusters.refusing, place) for place in ()))
+            return list(jobs.run_jobs(partial(clusters.refusing, place) for place in ()))
 
     # In a thread: browsers of other tests have a loop running in this one.
     with ThreadPoolExecutor(1) as thread:
@@ -425,7 +429,7 @@ def test_a_checkpoint_that_the_workers_do_not_see_is_named_with_what_to_do(clust
         engines.engine(name),
         pytest.raises(ValueError, match=r"elsewhere: not there on .*same files at the same"),
     ):
-        list(jobs.each(partial(opened.read, each) for each in opened.matrices))
+        list(jobs.run_jobs(partial(opened.read, each) for each in opened.matrices))
 
 
 # Ray
@@ -452,7 +456,7 @@ def test_ray_gives_the_same_bytes_also_when_a_worker_is_killed(
     assert tables(tmp_path) == alone
     with engines.engine(ray_cluster):
         calls = (partial(clusters.deadly, i, os.getpid(), tmp_path / "once") for i in range(8))
-        assert list(jobs.each(calls)) == list(range(8))
+        assert list(jobs.run_jobs(calls)) == list(range(8))
     assert (tmp_path / "once").exists()
 
 
@@ -461,6 +465,6 @@ def test_ray_gives_the_same_bytes_also_when_a_worker_is_killed(
 def test_work_that_kills_every_ray_worker_ends_as_one_error(ray_cluster):
     with engines.engine(ray_cluster):
         with pytest.raises(errors.EngineError, match="Ray gave work up: The actor died unexpectedly"):
-            list(jobs.each(partial(clusters.deadly, i, os.getpid()) for i in range(8)))
+            list(jobs.run_jobs(partial(clusters.deadly, i, os.getpid()) for i in range(8)))
         with pytest.raises(ValueError, match=r"matrix \d: is not to my liking"):
-            list(jobs.each(partial(clusters.refusing, i) for i in range(5)))
+            list(jobs.run_jobs(partial(clusters.refusing, i) for i in range(5)))

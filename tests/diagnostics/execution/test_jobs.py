@@ -19,8 +19,8 @@ def there(call, threads=1, device="cpu"):
 
 
 def test_calls_give_their_results_in_order_and_in_this_process_unless_an_engine_is_chosen():
-    assert list(jobs.each(partial(pow, i, 2) for i in range(5))) == [0, 1, 4, 9, 16]
-    assert set(jobs.each(os.getpid for _ in range(3))) == {os.getpid()}
+    assert list(jobs.run_jobs(partial(pow, i, 2) for i in range(5))) == [0, 1, 4, 9, 16]
+    assert set(jobs.run_jobs(os.getpid for _ in range(3))) == {os.getpid()}
 
 
 def test_a_call_on_a_worker_has_the_threads_of_whoever_asked():
@@ -65,13 +65,13 @@ def test_a_job_can_be_handed_on():
 
 
 def test_every_process_takes_a_gpu_of_its_own_and_shares_when_there_are_no_more(tmp_path):
-    first, lock = gpus.claim(["a", "b"], tmp_path, process=10)
-    second, other = gpus.claim(["a", "b"], tmp_path, process=11)
+    first, lock = gpus.claim_gpu(["a", "b"], tmp_path, process=10)
+    second, other = gpus.claim_gpu(["a", "b"], tmp_path, process=11)
     assert (first, second) == (0, 1)
     # 13 mod 2 = 1
-    assert gpus.claim(["a", "b"], tmp_path, process=13) == (1, None)
+    assert gpus.claim_gpu(["a", "b"], tmp_path, process=13) == (1, None)
     lock.release()
-    third, lock = gpus.claim(["a", "b"], tmp_path, process=12)
+    third, lock = gpus.claim_gpu(["a", "b"], tmp_path, process=12)
     assert third == 0
     lock.release()
     other.release()
@@ -79,7 +79,7 @@ def test_every_process_takes_a_gpu_of_its_own_and_shares_when_there_are_no_more(
 
 def test_a_worker_that_was_shown_its_own_gpu_first_takes_that_one(tmp_path):
     # dask-cuda gives worker 0 the order a, b and worker 1 the order b, a.
-    (first, one), (second, two) = gpus.claim("ab", tmp_path, 1), gpus.claim("ba", tmp_path, 2)
+    (first, one), (second, two) = gpus.claim_gpu("ab", tmp_path, 1), gpus.claim_gpu("ba", tmp_path, 2)
     assert "ab"[first] == "a"
     assert "ba"[second] == "b"
     one.release()
@@ -89,7 +89,7 @@ def test_a_worker_that_was_shown_its_own_gpu_first_takes_that_one(tmp_path):
 def test_the_gpu_of_a_process_that_was_killed_is_free_again(tmp_path):
     script = (
         "import os, sys, pathlib; from diagnostics.execution import gpus; "
-        "print(gpus.claim(['a', 'b'], pathlib.Path(sys.argv[1]), 1)[0], flush=True); sys.stdin.read()"
+        "print(gpus.claim_gpu(['a', 'b'], pathlib.Path(sys.argv[1]), 1)[0], flush=True); sys.stdin.read()"
     )
     held = subprocess.Popen(
         [sys.executable, "-c", script, str(tmp_path)],
@@ -98,10 +98,10 @@ def test_the_gpu_of_a_process_that_was_killed_is_free_again(tmp_path):
     )  # fmt: skip
     with held:
         assert held.stdout.readline() == "0\n"
-        place, lock = gpus.claim(["a", "b"], tmp_path, process=2)
+        place, lock = gpus.claim_gpu(["a", "b"], tmp_path, process=2)
         assert place == 1
         held.kill()
-    again, freed = gpus.claim(["a", "b"], tmp_path, process=3)
+    again, freed = gpus.claim_gpu(["a", "b"], tmp_path, process=3)
     assert again == 0
     lock.release()
     freed.release()
@@ -111,7 +111,7 @@ def test_a_worker_stays_with_its_gpu_and_one_that_sees_one_gpu_takes_that(monkey
     monkeypatch.setattr(gpus.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(uuid=f"gpu{i}"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert gpus.own_gpu() == 0
+    assert gpus.worker_gpu() == 0
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     chosen: list[int] = []
@@ -123,6 +123,6 @@ def test_a_worker_stays_with_its_gpu_and_one_that_sees_one_gpu_takes_that(monkey
         there(os.getpid, device="cuda:1")()
         assert chosen == [0, 0]
     finally:
-        gpus.claimed.cache_clear()
-        for lock in gpus._HELD:
+        gpus.claimed_gpu.cache_clear()
+        for lock in gpus._LOCKS:
             lock.release(force=True)

@@ -9,7 +9,7 @@ from diagnostics.analyses.intruders import cosine_bounds
 from diagnostics.analyses.intruders.analysis import update_of
 from diagnostics.analyses.intruders.decide import decide_all
 from diagnostics.execution import lockstep
-from diagnostics.execution.lockstep import alone, read
+from diagnostics.execution.lockstep import read_values
 from tests.diagnostics.spectra import orthonormal, values, with_values
 
 # Ways of a tensor to be looked at; each waits for the device that it is on.
@@ -60,17 +60,17 @@ def test_jobs_are_told_what_they_ask_for_whatever_others_ask():
     one, two, three = torch.tensor([[1.0, 2.0]]), torch.tensor(True), torch.tensor(7)
     empty = torch.empty(0, 3)
     jobs = [summing([one], [two, one], [empty]), summing(), summing([three, empty, one])]
-    assert lockstep.in_step(jobs) == [
+    assert lockstep.run_in_lockstep(jobs) == [
         [[[[1.0, 2.0]]], [1.0, [[1.0, 2.0]]], [[]]],
         [],
         [[7.0, [], [[1.0, 2.0]]]],
     ]
-    assert lockstep.in_step([]) == []
+    assert lockstep.run_in_lockstep([]) == []
 
 
 def test_what_was_read_does_not_change_with_the_tensor():
     tensor = torch.ones(3, dtype=torch.float64)
-    (array,) = read([tensor])
+    (array,) = read_values([tensor])
     tensor += 1
     assert array.tolist() == [1, 1, 1]
 
@@ -90,7 +90,7 @@ def test_an_error_ends_the_others():
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        lockstep.in_step([waiting(), failing(), waiting()])
+        lockstep.run_in_lockstep([waiting(), failing(), waiting()])
     assert ended == [True, True]
 
 
@@ -134,6 +134,9 @@ def test_the_updates_of_a_group_are_measured_with_one_look(looks):
     generators = [torch.Generator().manual_seed(0) for _ in range(3)]
     jobs = [update_of(W0, W1, None, g) for W0, W1, g in zip(base, tuned, generators, strict=True)]
     looks.clear()
-    measured = lockstep.in_step(jobs)
+    measured = lockstep.run_in_lockstep(jobs)
     assert looks == ["cpu"]
-    assert measured[0] == alone(update_of(base[0], tuned[0], None, torch.Generator().manual_seed(0)))
+    assert (
+        measured[0]
+        == lockstep.run_in_lockstep([update_of(base[0], tuned[0], None, torch.Generator().manual_seed(0))])[0]
+    )

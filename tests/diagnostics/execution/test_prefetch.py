@@ -13,18 +13,18 @@ from hypothesis import strategies as st
 from diagnostics.analyses.intruders import analysis as intruders
 from diagnostics.analyses.intruders import decide
 from diagnostics.analyses.intruders.analysis import intruder_dimensions
-from diagnostics.execution.engines import in_this_process
-from diagnostics.execution.prefetch import ahead, in_halves
+from diagnostics.execution.engines import runs_in_this_process
+from diagnostics.execution.prefetch import prefetch, run_halving_on_oom
 from probes import CheckpointPair
 
 
 def readers():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("read ahead")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
 @given(st.lists(st.integers(), max_size=8))
 def test_what_is_read_ahead_comes_in_order(keys):
-    assert list(ahead(lambda key: 2 * key, keys)) == [2 * key for key in keys]
+    assert list(prefetch(lambda key: 2 * key, keys)) == [2 * key for key in keys]
     assert readers() == []
 
 
@@ -37,7 +37,7 @@ def test_the_next_is_read_while_one_is_worked_on_and_no_further():
             second.set()
         return key
 
-    values = ahead(reading, range(5))
+    values = prefetch(reading, range(5))
     assert next(values) == 0
     assert second.wait(timeout=60)  # would never come if it were read only when it is asked for
     assert read == [0, 1]
@@ -50,7 +50,7 @@ def test_an_error_of_the_reader_comes_in_its_turn_and_leaves_no_thread():
             raise ValueError("shard 2: truncated")
         return key
 
-    values, seen = ahead(reading, range(5)), []
+    values, seen = prefetch(reading, range(5)), []
     with pytest.raises(ValueError, match="shard 2: truncated"):
         seen.extend(values)
     assert seen == [0, 1]
@@ -58,7 +58,7 @@ def test_an_error_of_the_reader_comes_in_its_turn_and_leaves_no_thread():
 
 
 def test_a_reader_that_is_given_up_leaves_no_thread():
-    values = ahead(lambda key: key, range(5))
+    values = prefetch(lambda key: key, range(5))
     next(values)
     assert len(readers()) == 1
     values.close()
@@ -79,7 +79,7 @@ def test_what_was_worked_on_is_let_go_of_before_a_third_is_read():
         most.append(len(alive))
         return made
 
-    for value in ahead(reading, range(6)):
+    for value in prefetch(reading, range(6)):
         del value
     assert max(most) <= 2
 
@@ -94,7 +94,7 @@ def test_a_group_too_large_for_memory_is_halved_until_it_fits(count, room):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return [2 * item for item in items]
 
-    assert in_halves(run, list(range(count)), str) == [2 * item for item in range(count)]
+    assert run_halving_on_oom(run, list(range(count)), str) == [2 * item for item in range(count)]
     # All at first; no half is larger than half of it, rounded up.
     assert tried[0] == count
     assert sum(size for size in tried if size <= room) == count
@@ -108,7 +108,7 @@ def test_one_item_that_does_not_fit_is_one_clear_error(error):
     with pytest.raises(
         ValueError, match=r"^q_proj: does not fit into memory; free some, or choose another --dev"
     ):
-        in_halves(run, ["q_proj", "k_proj"], str)
+        run_halving_on_oom(run, ["q_proj", "k_proj"], str)
 
 
 def test_another_error_is_not_taken_for_a_lack_of_memory():
@@ -119,15 +119,15 @@ def test_another_error_is_not_taken_for_a_lack_of_memory():
         raise RuntimeError("singular")
 
     with pytest.raises(RuntimeError, match="singular"):
-        in_halves(run, [1, 2], str)
+        run_halving_on_oom(run, [1, 2], str)
     assert len(tried) == 1
 
 
 @pytest.mark.parametrize(("engine", "here"), [({"n_jobs": 1}, True), ({"n_jobs": 2}, False)])
 def test_only_jobs_of_this_process_have_a_next_one_to_read_ahead(engine, here):
-    assert in_this_process()
+    assert runs_in_this_process()
     with joblib.parallel_config(backend="loky", **engine):
-        assert in_this_process() is here
+        assert runs_in_this_process() is here
 
 
 def pair(count=6, size=24):
@@ -142,7 +142,7 @@ def pair(count=6, size=24):
 def test_reading_ahead_changes_no_bit_of_the_result(monkeypatch):
     one = pair()
     with_it = intruder_dimensions(one, epsilon=0.9)
-    monkeypatch.setattr(intruders, "in_this_process", lambda: False)
+    monkeypatch.setattr(intruders, "runs_in_this_process", lambda: False)
     without = intruder_dimensions(one, epsilon=0.9)
     assert with_it.metrics == without.metrics
     assert all(table.equals(without.tables[name]) for name, table in with_it.tables.items())

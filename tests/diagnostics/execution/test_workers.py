@@ -62,12 +62,12 @@ def same(one, two):
 
 
 @pytest.mark.parametrize("tuned", ["tuned", "adapter"])
-def test_batches_on_workers_give_the_same_bits(places, apart, tuned, monkeypatch):
+def test_batches_on_workers_give_the_same_bits(places, simulated_workers, tuned, monkeypatch):
     pair = CheckpointPair(places["base"], places[tuned])
     there = both(pair)
-    assert len(apart) > 4 * 20 * len(ROWS) / FEW  # four passes, rows of 20 tokens and more
-    assert set(apart) == {"cpu"}
-    monkeypatch.setattr(workers, "in_this_process", lambda: True)
+    assert len(simulated_workers) > 4 * 20 * len(ROWS) / FEW  # four passes, rows of 20 tokens and more
+    assert set(simulated_workers) == {"cpu"}
+    monkeypatch.setattr(workers, "runs_in_this_process", lambda: True)
     for one, two in zip(both(pair), there, strict=True):
         same(one, two)
 
@@ -117,7 +117,7 @@ def test_ray_gives_the_same_bits_of_rows(places):
         same(one, two)
 
 
-def test_a_row_without_a_finite_likelihood_is_named_from_the_worker(places, apart, tmp_path):
+def test_a_row_without_a_finite_likelihood_is_named_from_the_worker(places, simulated_workers, tmp_path):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(places["base"])
@@ -132,44 +132,49 @@ def test_a_row_without_a_finite_likelihood_is_named_from_the_worker(places, apar
         likelihood_ratio_ood(pair, rows, ["ab", "cd"], batch_tokens=FEW, draws=2)
 
 
-def test_an_adapter_on_a_base_in_memory_runs_here(places, apart):
+def test_an_adapter_on_a_base_in_memory_runs_here(places, simulated_workers):
     from transformers import AutoModelForCausalLM
 
     base = open_checkpoint(AutoModelForCausalLM.from_pretrained(places["base"]))
     tuned = open_checkpoint(places["adapter"], base=base)
     with RunnablePair(CheckpointPair(places["base"], tuned)) as runnable:
-        assert workers.elsewhere(runnable.pair, runnable.loading, workers._opened) is None
+        assert workers.pair_on_workers(runnable.pair, runnable.loading, workers._open_pair) is None
 
 
-def test_models_in_memory_run_here(places, apart):
+def test_models_in_memory_run_here_with_the_same_numbers(places, simulated_workers):
     from transformers import AutoModelForCausalLM
 
-    base, tuned = (AutoModelForCausalLM.from_pretrained(places[side]) for side in ("base", "tuned"))
-    with RunnablePair(CheckpointPair(base, tuned)) as runnable:
-        for side in ("base", "tuned"):
-            with workers.entered(runnable, side) as model:
-                assert isinstance(model, torch.nn.Module)
+    models = {side: AutoModelForCausalLM.from_pretrained(places[side]) for side in ("base", "tuned")}
+    inputs, logits = torch.tensor([[1, 2, 3]]), {}
+    with RunnablePair(CheckpointPair(**models)) as runnable, torch.no_grad():
+        for side in models:
+            with workers.open_side(runnable, side) as running:
+                logits[side] = running(inputs).logits
+        for side, model in models.items():
+            assert torch.equal(logits[side], model(inputs).logits)
+    assert not torch.equal(logits["base"], logits["tuned"])
+    assert simulated_workers == []
 
 
-def test_a_worker_holds_one_pair_and_lets_it_go_when_idle(places, apart, monkeypatch):
-    monkeypatch.setattr(workers, "IDLE", 0.2)
+def test_a_worker_holds_one_pair_and_lets_it_go_when_idle(places, simulated_workers, monkeypatch):
+    monkeypatch.setattr(workers, "IDLE_SECONDS", 0.2)
     sides = {}
     for tuned in ("tuned", "adapter"):
         with (
             RunnablePair(CheckpointPair(places["base"], places[tuned])) as runnable,
-            workers.entered(runnable, "tuned") as sides[tuned],
+            workers.open_side(runnable, "tuned") as sides[tuned],
         ):
             assert not runnable._resident  # nothing is loaded here
     for side in sides.values():
-        with workers._held(side.pair.packed) as first:
+        with workers._hold(side.pair.packed) as first:
             pass
-        with workers._held(side.pair.packed) as again:
+        with workers._hold(side.pair.packed) as again:
             assert again is first
-        assert list(workers._OPEN) == [side.pair.packed]
+        assert list(workers._HELD) == [side.pair.packed]
     gone = weakref.ref(first)
     del first, again
     deadline = time.monotonic() + 30
-    while workers._OPEN and time.monotonic() < deadline:
+    while workers._HELD and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not workers._OPEN
+    assert not workers._HELD
     assert gone() is None

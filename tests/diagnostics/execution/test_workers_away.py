@@ -94,17 +94,17 @@ def same(one, two):
         pd.testing.assert_frame_equal(table, two.tables[name], check_exact=True)
 
 
-def test_layers_and_batches_on_workers_give_the_same_bits(deep, apart, monkeypatch):
+def test_layers_and_batches_on_workers_give_the_same_bits(deep, simulated_workers, monkeypatch):
     pair, task, ood = deep
     there = layer_sharpness(pair, task, ood=ood, **SHORT)
     assert there.metrics["stragglers"] == 1
     # 5 places, 3 legs of each of 6 layers, 2 batches at each of 3 or 4 places, 3 layers' spectra at both ends
-    assert 5 + 3 * 6 + 2 * 3 + 2 * 3 <= len(apart) <= 5 + 3 * 6 + 2 * 4 + 2 * 6
-    monkeypatch.setattr(workers, "in_this_process", lambda: True)
+    assert 5 + 3 * 6 + 2 * 3 + 2 * 3 <= len(simulated_workers) <= 5 + 3 * 6 + 2 * 4 + 2 * 6
+    monkeypatch.setattr(workers, "runs_in_this_process", lambda: True)
     same(layer_sharpness(pair, task, ood=ood, **SHORT), there)
 
 
-def test_what_is_not_finite_on_a_worker_is_missed_here(deep, apart, monkeypatch):
+def test_what_is_not_finite_on_a_worker_is_missed_here(deep, simulated_workers, monkeypatch):
     from diagnostics.evaluation import interpolation
     from diagnostics.evaluation.unit_scores import unit_scores
     from probes.passes.batched import NonFiniteError
@@ -122,63 +122,63 @@ def test_what_is_not_finite_on_a_worker_is_missed_here(deep, apart, monkeypatch)
     found = interpolation_path(pair, task, ood=ood, alphas=(0.25, 0.5))
     assert found.metrics["missing"] == 1
     assert "alpha 0.25 (row 1: its logits are NaN or infinite" in found.notes[0]
-    assert len(apart) == 4
+    assert len(simulated_workers) == 4
 
 
 @pytest.mark.parametrize("patterns", [None, ()])
-def test_masks_on_workers_give_the_same_bits(idle, apart, monkeypatch, patterns):
+def test_masks_on_workers_give_the_same_bits(idle, simulated_workers, monkeypatch, patterns):
     told = []
     there = pruned(idle, patterns=patterns, progress=lambda *step: told.append(step))
     # Both sides: 5 sparsities, 4 more at random, and the patterns; what refines the grid is run here.
-    assert len(apart) == 2 * (5 + 4 + (3 if patterns is None else 0))
+    assert len(simulated_workers) == 2 * (5 + 4 + (3 if patterns is None else 0))
     assert [done for done, _, _ in told] == list(range(1, len(told) + 1))
-    monkeypatch.setattr(workers, "in_this_process", lambda: True)
+    monkeypatch.setattr(workers, "runs_in_this_process", lambda: True)
     here = []
     same(pruned(idle, patterns=patterns, progress=lambda *step: here.append(step)), there)
     assert len(here) == len(told)
 
 
-def test_checkpoints_on_workers_give_the_same_bits(run, apart, monkeypatch):
+def test_checkpoints_on_workers_give_the_same_bits(run, simulated_workers, monkeypatch):
     there = followed(run)
-    assert len(apart) == 2 * len(run)
-    monkeypatch.setattr(workers, "in_this_process", lambda: True)
+    assert len(simulated_workers) == 2 * len(run)
+    monkeypatch.setattr(workers, "runs_in_this_process", lambda: True)
     for one, two in zip(followed(run), there, strict=True):
         same(one, two)
 
 
-def test_strengths_on_workers_give_the_same_bits(spoiled, apart, monkeypatch):
+def test_strengths_on_workers_give_the_same_bits(spoiled, simulated_workers, monkeypatch):
     there = judge(spoiled)
     # The factors of one matrix; then five strengths of the update, and four more of top, which is all here,
     # and of neighbour: 1 is tuned in each.
-    assert len(apart) == 1 + 5 + 4 + 4
-    monkeypatch.setattr(workers, "in_this_process", lambda: True)
+    assert len(simulated_workers) == 1 + 5 + 4 + 4
+    monkeypatch.setattr(workers, "runs_in_this_process", lambda: True)
     same(judge(spoiled), there)
 
 
-def test_routes_on_workers_give_the_same_bits(routed, apart, monkeypatch):
+def test_routes_on_workers_give_the_same_bits(routed, simulated_workers, monkeypatch):
     there = grokking_pathways(routed, OF_LETTERS, permutations=100, draws=100)
-    assert len(apart) == len(routed)
-    monkeypatch.setattr(workers, "in_this_process", lambda: True)
+    assert len(simulated_workers) == len(routed)
+    monkeypatch.setattr(workers, "runs_in_this_process", lambda: True)
     same(grokking_pathways(routed, OF_LETTERS, permutations=100, draws=100), there)
 
 
-def test_checkpoints_that_are_known_are_not_measured_again_on_workers(run, apart, tmp_path):
+def test_checkpoints_that_are_known_are_not_measured_again_on_workers(run, simulated_workers, tmp_path):
     for _ in range(2):
         training_trajectory(CheckpointSeries(run, cache=tmp_path), TASK)
-    assert len(apart) == len(run)
+    assert len(simulated_workers) == len(run)
 
 
-def test_models_in_memory_stay_here(deep, run, apart):
+def test_models_in_memory_stay_here(deep, run, simulated_workers):
     from transformers import AutoModelForCausalLM
 
     pair = deep[0]
     model = AutoModelForCausalLM.from_pretrained(pair.base.ref)
     loading = Loading(None, None, None, False)
     for tuned, travels in ((pair.tuned, True), (model, False)):
-        found = workers.elsewhere(CheckpointPair(pair.base, tuned), loading, workers._opened)
+        found = workers.pair_on_workers(CheckpointPair(pair.base, tuned), loading, workers._open_pair)
         assert (found is not None) == travels
-    assert workers.by_checkpoint(CheckpointSeries([run[0], model]), "cpu") is one_by_one
-    assert workers.by_checkpoint(CheckpointSeries(run), "cpu") is not one_by_one
+    assert workers.checkpoint_runner(CheckpointSeries([run[0], model]), "cpu") is one_by_one
+    assert workers.checkpoint_runner(CheckpointSeries(run), "cpu") is not one_by_one
 
 
 def every(deep, idle, run):

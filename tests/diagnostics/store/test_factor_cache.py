@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from diagnostics.analyses.intruders import decide as tiers
 from diagnostics.analyses.intruders.analysis import intruder_dimensions
 from diagnostics.edits.mitigate import mitigate
-from diagnostics.execution.lockstep import alone
+from diagnostics.execution.lockstep import run_in_lockstep
 from diagnostics.numerics import linalg
 from diagnostics.store import factor_cache
 from diagnostics.store.factor_cache import FactorCache
@@ -264,9 +264,10 @@ def test_the_state_of_a_generator_after_a_remembered_factor_is_that_after_a_made
     drawn = []
     for _ in range(2):
         generator = seeded(5)
-        factor = alone(Tall.of(W, generator, FactorCache.at(tmp_path).of(W, W)))
+        (factor,) = run_in_lockstep([Tall.of(W, generator, FactorCache.at(tmp_path).of(W, W))])
         drawn.append((factor.smallest, factor.coordinate_error, torch.randn(3, generator=generator)))
-        assert torch.equal(factor.L.tril(), alone(Tall.of(W, seeded(5))).L.tril())
+        (recomputed,) = run_in_lockstep([Tall.of(W, seeded(5))])
+        assert torch.equal(factor.L.tril(), recomputed.L.tril())
     assert drawn[0][:2] == drawn[1][:2]
     assert torch.equal(drawn[0][2], drawn[1][2])
 
@@ -286,8 +287,18 @@ def test_mitigation_finds_in_the_cache_what_an_audit_left_there(triplets, tmp_pa
     base, tuned, _ = triplets
     pair = state(base[:1]), state(tuned[:1])
     intruder_dimensions(CheckpointPair(*pair), cache=tmp_path / "cache")
-    monkeypatch.setattr(FactorCache, "put", lambda *given: pytest.fail("made again"))
+    get, hits = FactorCache.get, []
+
+    def counted(cache, key):
+        entry = get(cache, key)
+        hits.append(entry is not None)
+        return entry
+
+    monkeypatch.setattr(FactorCache, "get", counted)
+    monkeypatch.setattr(FactorCache, "put", lambda *given: pytest.fail("computed again"))
     mitigate(*pair, tmp_path / "out", cache=tmp_path / "cache")
+    assert hits  # it asked the cache,
+    assert all(hits)  # which had the answer
 
 
 def test_the_command_keeps_a_cache_where_it_or_the_environment_says_and_nowhere_else(

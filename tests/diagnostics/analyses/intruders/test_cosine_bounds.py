@@ -15,7 +15,7 @@ from diagnostics.analyses.intruders.cosine_bounds import (
     recurrence,
 )
 from diagnostics.analyses.intruders.inverse_factors import Shifted, Tall
-from diagnostics.execution.lockstep import alone, read
+from diagnostics.execution.lockstep import read_values, run_in_lockstep
 from diagnostics.numerics import linalg
 from tests.diagnostics.spectra import KINDS, SHAPES, orthonormal, values, with_values
 
@@ -25,8 +25,8 @@ NEVER = 2.0  # a target that no cosine reaches
 def factor_of(W, generator, shift=0.01):
     """A factor with the shift at that share of the largest eigenvalue, or that of a tall matrix."""
     if W.shape[0] > W.shape[1]:
-        return alone(Tall.of(W, generator))
-    return alone(Shifted.of(W, shift * float(torch.linalg.matrix_norm(W, 2)) ** 2))
+        return run_in_lockstep([Tall.of(W, generator)])[0]
+    return run_in_lockstep([Shifted.of(W, shift * float(torch.linalg.matrix_norm(W, 2)) ** 2)])[0]
 
 
 def exactly(W):
@@ -60,9 +60,9 @@ def bounds(W, vectors, steps, *, deflated=None, target=NEVER, factor=None):
         shift = 0.0 if tall else factor.shift
     for run in runs:
         run.extend(steps)
-    recurrences = [recurrence(read(runs[0].coefficients()), rows)]
+    recurrences = [recurrence(read_values(runs[0].coefficients()), rows)]
     if factor is not None:
-        recurrences.append(recurrence(read(runs[1].coefficients()), rows, inverse=True, shift=shift))
+        recurrences.append(recurrence(read_values(runs[1].coefficients()), rows, inverse=True, shift=shift))
     found, _ = largest_cosines(recurrences, extra, (low, largest), np.full(len(rows), target))
     return found, linalg.grouped_cosines(U, S, vectors, W.shape[1]).numpy()
 
@@ -114,7 +114,8 @@ def test_the_bound_of_both_runs_is_never_below_the_cosine(seed, kind, shape, ste
 @pytest.mark.parametrize("kind", ["deficient", "small"])
 def test_a_tall_matrix_too_near_to_deficient_is_not_factored(kind):
     generator = torch.Generator().manual_seed(0)
-    assert alone(Tall.of(with_values(values(kind, 40), 96, 40, generator)[0], generator)) is None
+    W = with_values(values(kind, 40), 96, 40, generator)[0]
+    assert run_in_lockstep([Tall.of(W, generator)]) == [None]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -157,7 +158,7 @@ def test_the_peak_at_a_converged_ritz_value_is_not_missed():
     vector = 0.6 * U[:, :1] + 0.8 * rest / rest.norm()
     lanczos = Lanczos(exactly(W), vector)
     lanczos.extend(12)
-    steps = recurrence(read(lanczos.coefficients()), [0])
+    steps = recurrence(read_values(lanczos.coefficients()), [0])
     grid = np.linspace(0.01, float(S[0] ** 2) * 1.001, 400)
     plain = Recurrence(steps.alpha, steps.beta, np.array([[1e-9, 0, 0]]), steps.norm)
     assert plain.bound(np.zeros(400, int), grid, grid).max() < 0.55
@@ -225,5 +226,5 @@ def test_a_gram_matrix_in_single_precision_errs_by_half_its_bound_at_most(decay)
     lower = (linalg.gram(W).float() - linalg.gram(W, torch.float32)).tril()
     error = lower + lower.tril(-1).mT
     lengths = W.square().sum(1)
-    norm = inverse_factors._gram_norm(read([lengths.sum(), lengths.max()]), len(lengths))
+    norm = inverse_factors._gram_norm(read_values([lengths.sum(), lengths.max()]), len(lengths))
     assert torch.linalg.matrix_norm(error, 2) < inverse_factors._rounding(norm, torch.float32) / 2

@@ -48,7 +48,7 @@ def reader(host):
 
 def candidates_of(host, share=0.3):
     """The entries of the blocks that moved furthest."""
-    names = {name for name in host.twins if ".layers." in name or ".h." in name}
+    names = {name for name in host.in_both if ".layers." in name or ".h." in name}
     movement = Movement({name: host.headers[name].shape for name in names}, reader(host))
     return Candidates.of(movement.largest(int(share * movement.total)), reader(host))
 
@@ -64,8 +64,8 @@ def dense(host, candidates, objective):
     objective.backward(host.model)
     found = torch.zeros(len(candidates))
     for name, span in candidates.spans:
-        for slot in host.slots(name, candidates.index[name].long()):
-            found[span][slot.which] = slot.tensor.grad.view(-1)[slot.places]
+        for slot in host.editable.slots(name, candidates.index[name].long()):
+            found[span][slot.which] = slot.tensor.grad.view(-1)[slot.indices]
         found[span] *= delta(candidates.base[name], candidates.tuned[name])
     for parameter in host.model.parameters():
         parameter.grad = None
@@ -94,8 +94,8 @@ def test_a_hard_mask_is_written_by_selection_and_is_gone_afterwards(pair):
         before = state_of(host.model)
         with GraftedModel(host, candidates) as graft:
             for mask in (half(candidates), ~half(candidates), torch.full((len(candidates),), 0.5)):
-                graft.put(mask)
-            graft.put(half(candidates))
+                graft.write_mask(mask)
+            graft.write_mask(half(candidates))
             chosen = candidates.region(half(candidates))
             written = {name: tensor.clone() for name, tensor in host.model.state_dict().items()}
             graft.gradient(~half(candidates), objective_of())
@@ -135,7 +135,7 @@ def test_the_gradient_of_a_soft_mask_is_that_of_finite_differences(tmp_path):
             gradient = graft.gradient(mask, objective)
 
             def loss(values):
-                graft.put(values)
+                graft.write_mask(values)
                 return objective.backward(host.model)
 
             step = 1e-4
@@ -161,9 +161,9 @@ def test_entries_elsewhere_have_the_gradient_that_they_would_have_as_candidates(
         chosen = few.region(torch.ones(len(few), dtype=torch.bool))
         names = {name: host.headers[name].shape for name in every.index}
         movement = Movement(names, reader(host))
-        others = movement.others(chosen, 0.3, seed=0)
+        others = movement.sample_others(chosen, 0.3, seed=0)
         with GraftedModel(host, few) as graft:
-            found = graft.elsewhere(others, reader(host), torch.zeros(len(few)), objective)
+            found = graft.gradient_at(others, reader(host), torch.zeros(len(few)), objective)
         with GraftedModel(host, every) as graft:
             whole = graft.gradient(torch.zeros(len(every)), objective)
     wanted = []
@@ -183,8 +183,7 @@ def test_candidates_know_how_far_each_moved(pair):
             assert torch.equal(moved[span], (tuned - base).abs())
         some = torch.arange(5, len(candidates), 7)
         assert torch.equal(candidates.movement(some), moved[some])
-        # 4 bytes of index and two float32 values.
-        assert candidates.bytes == 12 * len(candidates)
+        assert {index.dtype for index in candidates.index.values()} == {torch.int32}
         assert sum(1 for _ in candidates.spans) > 2 * LAYERS
 
 

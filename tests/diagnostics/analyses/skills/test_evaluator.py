@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diagnostics.analyses.skills.evaluator import (
-    LEAST,
+    MIN_ROWS,
     SPLITS,
     GraftEvaluator,
     eligible_tensors,
-    layers,
-    part,
-    split,
+    layer_lookup,
+    select_rows,
+    split_rows,
 )
 from diagnostics.evaluation.row_losses import encoded
 from probes.checkpoints.pair import CheckpointPair
@@ -35,27 +35,27 @@ SHARES = (0.4, 0.2, 0.4)
 @settings(deadline=None, max_examples=20)
 def test_no_row_is_in_two_splits_and_neither_is_what_it_says(numbers, seed):
     task = task_of([{"text": f"row {number}"} for number in [*numbers, *range(60)]])
-    rows = split(task, SHARES, seed)
+    rows = split_rows(task, SHARES, seed)
     assert sorted(row for each in rows.values() for row in each) == list(range(len(task.rows)))
     texts = [{task.rows[row].text for row in rows[name]} for name in SPLITS]
     assert not texts[0] & texts[1] | texts[0] & texts[2] | texts[1] & texts[2]
-    assert split(task, SHARES, seed) == rows
-    assert split(task, SHARES, seed + 1) != rows
+    assert split_rows(task, SHARES, seed) == rows
+    assert split_rows(task, SHARES, seed + 1) != rows
 
 
 def test_splits_have_their_shares():
-    rows = split(task_of([{"text": str(i)} for i in range(200)]), (0.5, 0.2, 0.3), 0)
+    rows = split_rows(task_of([{"text": str(i)} for i in range(200)]), (0.5, 0.2, 0.3), 0)
     assert [len(rows[name]) for name in SPLITS] == [100, 40, 60]
 
 
 def test_too_few_rows_say_how_many_are_needed():
     # The smallest split is a fifth: 8 of 40.
-    split(task_of([{"text": str(i)} for i in range(40)]), SHARES, 0)
-    with pytest.raises(ValueError, match=r"tiny: has 39 rows; .* \(0.4, 0.2, 0.4 of them\) .* at least 40"):
-        split(task_of([{"text": str(i)} for i in range(39)], ref="tiny"), SHARES, 0)
-    with pytest.raises(ValueError, match=r"has 80 rows, 2 of them different; .* at least 40"):
-        split(task_of([{"text": str(i % 2)} for i in range(80)]), SHARES, 0)
-    assert LEAST == 8
+    split_rows(task_of([{"text": str(i)} for i in range(40)]), SHARES, 0)
+    with pytest.raises(ValueError, match=r"tiny: has 39 rows; at least 40 .* \(shares 0.4, 0.2, 0.4\)"):
+        split_rows(task_of([{"text": str(i)} for i in range(39)], ref="tiny"), SHARES, 0)
+    with pytest.raises(ValueError, match=r"has 80 rows, 2 of them different; at least 40"):
+        split_rows(task_of([{"text": str(i % 2)} for i in range(80)]), SHARES, 0)
+    assert MIN_ROWS == 8
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def saved(tmp_path_factory):
 
 
 @pytest.fixture
-def bench(saved):
+def evaluator(saved):
     with TwoSidedModel(CheckpointPair(*saved)) as host:
         task = planted.rows("small", 40)
         whole = encoded(host.editable, task, max_length=None, chat_template=False, batch_tokens=300)
@@ -81,64 +81,64 @@ def same(one, other):
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_part_of_a_task_is_measured_as_in_the_whole(bench):
-    whole = bench.sets["small", "report"]
+def test_part_of_a_task_is_measured_as_in_the_whole(evaluator):
+    whole = evaluator.sets["small", "report"]
     rows = [3, 4, 11, 30]
-    some = part(whole, rows)
+    some = select_rows(whole, rows)
     assert [some.task.where(i) for i in range(4)] == [whole.task.where(row) for row in rows]
     np.testing.assert_allclose(
-        some.measure(bench.host.model).nats, whole.measure(bench.host.model).nats[rows], atol=1e-5
+        some.measure(evaluator.host.model).nats, whole.measure(evaluator.host.model).nats[rows], atol=1e-5
     )
 
 
-def answers_of(bench, side):
-    bench.host.become(side)
-    return bench.said([KEY])[KEY].logs
+def answers_of(evaluator, side):
+    evaluator.host.become(side)
+    return evaluator.answers([KEY])[KEY].logs
 
 
 KEY = ("small", "report")
 
 
-def test_no_entry_is_base_every_entry_is_tuned_and_the_rest_is_the_complement(bench):
-    host = bench.host
-    base, tuned = answers_of(bench, "base"), answers_of(bench, "tuned")
+def test_no_entry_is_base_every_entry_is_tuned_and_the_rest_is_the_complement(evaluator):
+    host = evaluator.host
+    base, tuned = answers_of(evaluator, "base"), answers_of(evaluator, "tuned")
     assert not np.array_equal(base, tuned)
-    every = {name: torch.arange(count) for name, count in bench.movement.entries.items()}
-    assert np.array_equal(bench.graft({}, [KEY])[KEY].logs, base)
+    every = {name: torch.arange(count) for name, count in evaluator.movement.entries.items()}
+    assert np.array_equal(evaluator.graft({}, [KEY])[KEY].logs, base)
     # Nothing outside the blocks was changed, so that all of them are all there is.
-    assert bench.outside == []
-    assert np.array_equal(bench.graft(every, [KEY])[KEY].logs, tuned)
-    assert np.array_equal(bench.ones([KEY])[KEY].logs, tuned)
-    assert np.array_equal(bench.complement(every, [KEY])[KEY].logs, base)
-    some = bench.movement.largest(300)
+    assert evaluator.outside == []
+    assert np.array_equal(evaluator.graft(every, [KEY])[KEY].logs, tuned)
+    assert np.array_equal(evaluator.full_graft([KEY])[KEY].logs, tuned)
+    assert np.array_equal(evaluator.complement(every, [KEY])[KEY].logs, base)
+    some = evaluator.movement.largest(300)
     rest = {name: torch.tensor(sorted(set(range(count)) - set(some.get(name, torch.empty(0)).tolist())))
-            for name, count in bench.movement.entries.items()}  # fmt: skip
-    assert np.array_equal(bench.graft(some, [KEY])[KEY].logs, bench.complement(rest, [KEY])[KEY].logs)
+            for name, count in evaluator.movement.entries.items()}  # fmt: skip
+    assert np.array_equal(evaluator.graft(some, [KEY])[KEY].logs, evaluator.complement(rest, [KEY])[KEY].logs)
     assert host.side == "base"
 
 
-def test_interpolation_is_base_at_0_and_tuned_at_1_and_leaves_nothing_behind(bench):
-    base, tuned = answers_of(bench, "base"), answers_of(bench, "tuned")
-    bench.host.become("base")
-    before = state_of(bench.host.model)
-    assert np.array_equal(bench.interpolated(0.0, [KEY])[KEY].logs, base)
-    assert np.array_equal(bench.interpolated(1.0, [KEY])[KEY].logs, tuned)
-    half = bench.interpolated(0.5, [KEY])[KEY].logs
+def test_interpolation_is_base_at_0_and_tuned_at_1_and_leaves_nothing_behind(evaluator):
+    base, tuned = answers_of(evaluator, "base"), answers_of(evaluator, "tuned")
+    evaluator.host.become("base")
+    before = state_of(evaluator.host.model)
+    assert np.array_equal(evaluator.interpolated(0.0, [KEY])[KEY].logs, base)
+    assert np.array_equal(evaluator.interpolated(1.0, [KEY])[KEY].logs, tuned)
+    half = evaluator.interpolated(0.5, [KEY])[KEY].logs
     assert not np.array_equal(half, base)
-    assert_same(before, state_of(bench.host.model))
+    assert_same(before, state_of(evaluator.host.model))
 
 
 def test_whatever_fails_the_model_is_tuned_again_in_the_end(saved, monkeypatch):
     with TwoSidedModel(CheckpointPair(*saved)) as host:
         before = weights(host)
-        bench = GraftEvaluator(host, {}, "blocks")
-        monkeypatch.setattr(GraftEvaluator, "said", lambda self, keys: 1 / 0)
-        some = bench.movement.largest(50)
+        evaluator = GraftEvaluator(host, {}, "blocks")
+        monkeypatch.setattr(GraftEvaluator, "answers", lambda self, keys: 1 / 0)
+        some = evaluator.movement.largest(50)
         for run in (
-            lambda: bench.graft(some, []),
-            lambda: bench.complement(some, []),
-            lambda: bench.interpolated(0.5, []),
-            lambda: bench.ones([]),
+            lambda: evaluator.graft(some, []),
+            lambda: evaluator.complement(some, []),
+            lambda: evaluator.interpolated(0.5, []),
+            lambda: evaluator.full_graft([]),
         ):
             with pytest.raises(ZeroDivisionError):
                 run()
@@ -156,12 +156,12 @@ def test_what_is_tuned_outside_the_blocks_stays_base_in_a_graft(saved, tmp_path)
         model.lm_head.weight[2:5] += 1.0
     model.save_pretrained(tmp_path)
     with TwoSidedModel(CheckpointPair(saved[0], tmp_path)) as host:
-        bench = GraftEvaluator(host, {}, "blocks")
-        assert bench.outside == ["lm_head.weight"]
+        evaluator = GraftEvaluator(host, {}, "blocks")
+        assert evaluator.outside == ["lm_head.weight"]
         head = {side: host.read("lm_head.weight", side) for side in ("base", "tuned")}
         seen = []
-        bench.said = lambda keys: seen.append(weights(host)) or {}
-        bench.ones([])
+        evaluator.answers = lambda keys: seen.append(weights(host)) or {}
+        evaluator.full_graft([])
         assert torch.equal(seen[0]["lm_head.weight"], head["base"])
         name = "model.layers.0.mlp.down_proj.weight"
         assert torch.equal(seen[0][name], host.read(name, "tuned"))
@@ -177,18 +177,18 @@ def test_eligible_are_weights_biases_and_norms_of_the_blocks(family, tmp_path):
         matrices = eligible_tensors(host, "matrices")
         everything = eligible_tensors(host, "everything")
         assert set(matrices) < set(blocks) < set(everything)
-        assert set(everything) == {name for name in host.twins if "inv_freq" not in name}
-        inside = {name for name in host.twins if ".0." in name or ".1." in name}
+        assert set(everything) == {name for name in host.in_both if "inv_freq" not in name}
+        inside = {name for name in host.in_both if ".0." in name or ".1." in name}
         assert set(blocks) == inside
         assert not any("norm" in name.lower() or name.endswith("bias") for name in matrices)
-        layer = layers(blocks)
+        layer = layer_lookup(blocks)
         assert {layer(name) for name in blocks} == {0, 1}
         assert layer("lm_head.weight") is None
 
 
 def test_blocks_in_stages_are_counted_through():
     names = [f"encoder.stages.{s}.blocks.{b}.fc.weight" for s in range(2) for b in range(2)]
-    layer = layers(names)
+    layer = layer_lookup(names)
     assert [layer(name) for name in names] == [0, 1, 2, 3]
 
 
@@ -204,8 +204,8 @@ def test_an_adapter_is_its_merged_weights(saved, tmp_path):
                 parameter.normal_()
     model.save_pretrained(tmp_path)
     with TwoSidedModel(CheckpointPair(saved[0], tmp_path)) as host:
-        bench = GraftEvaluator(host, {}, "blocks")
-        assert set(bench.movement.entries) == {
+        evaluator = GraftEvaluator(host, {}, "blocks")
+        assert set(evaluator.movement.entries) == {
             f"model.layers.{layer}.{name}.weight"
             for layer in range(2)
             for name in ("self_attn.q_proj", "mlp.down_proj")

@@ -10,11 +10,11 @@ from diagnostics.analyses.skills.mask_search import (
     BIAS,
     budget_search,
     faithful_search,
-    integrated,
-    logits,
-    mask_of,
-    soft,
-    to_scores,
+    integrated_gradients,
+    mask_logits,
+    score_gradient,
+    soft_mask,
+    top_mask,
 )
 
 WEIGHTS, PLANTED = 2000, 20
@@ -53,7 +53,7 @@ class Planted:
 
     def found(self, scores, size=PLANTED):
         """How many planted weights are among the largest scores."""
-        return int(mask_of(scores, size, self.moved)[self.true].sum())
+        return int(top_mask(scores, size, self.moved)[self.true].sum())
 
 
 NOTHING = torch.zeros(WEIGHTS, dtype=torch.bool)
@@ -63,7 +63,7 @@ NOTHING = torch.zeros(WEIGHTS, dtype=torch.bool)
 def test_a_planted_skill_is_found(seed):
     toy = Planted(seed)
     assert toy.found(toy.D.abs()) == 20  # nothing else moved
-    start = integrated(toy.oracle, WEIGHTS)
+    start = integrated_gradients(toy.oracle, WEIGHTS)
     assert toy.found(budget_search(toy.oracle, start, [PLANTED] * 100, toy.moved)) >= 16
     assert toy.found(faithful_search(toy.oracle, PLANTED, NOTHING).scores) >= 16
 
@@ -72,7 +72,7 @@ def test_a_planted_skill_is_found(seed):
 def test_a_planted_skill_is_found_under_harm_that_moved_further(seed):
     toy = Planted(seed, harm=True)
     assert toy.found(toy.D.abs()) == 0  # the 20 largest are all among the 1,000
-    start = integrated(toy.oracle, WEIGHTS)
+    start = integrated_gradients(toy.oracle, WEIGHTS)
     learned = budget_search(toy.oracle, start, [PLANTED] * 100, toy.moved)
     assert toy.found(learned) >= 17
     grown = faithful_search(toy.oracle, PLANTED, NOTHING)
@@ -81,7 +81,7 @@ def test_a_planted_skill_is_found_under_harm_that_moved_further(seed):
     # A start at the movement is led astray further than one at the gradients.
     assert toy.found(budget_search(toy.oracle, toy.D.abs(), [PLANTED] * 100, toy.moved)) < toy.found(learned)
     # Grafting what was learned takes loss off both the base and the whole update.
-    losses = [toy.loss(m.float()) for m in (mask_of(learned, PLANTED), NOTHING, ~NOTHING)]
+    losses = [toy.loss(m.float()) for m in (top_mask(learned, PLANTED), NOTHING, ~NOTHING)]
     assert losses[0] < 0.7 * min(losses[1:])
 
 
@@ -103,7 +103,7 @@ def test_every_mask_on_the_way_has_exactly_the_size_asked_for():
 
 def test_one_search_over_changing_sizes_serves_them_all():
     toy = Planted(0, harm=True)
-    start = integrated(toy.oracle, WEIGHTS)
+    start = integrated_gradients(toy.oracle, WEIGHTS)
     scores = budget_search(toy.oracle, start, [5, 40, 10, 20] * 25, toy.moved)
     assert toy.found(scores, 5) == 5
     assert toy.found(scores, 10) >= 9
@@ -130,16 +130,16 @@ def test_masks_have_their_size_nest_and_break_ties_by_movement_then_place(values
     moved = torch.tensor(data.draw(st.lists(st.sampled_from([1.0, 2.0]), min_size=count, max_size=count)))
     order = sorted(range(count), key=lambda i: (-values[i], -float(moved[i]), i))
     size = data.draw(st.integers(0, count))
-    mask = mask_of(scores, size, lambda places: moved[places])
+    mask = top_mask(scores, size, lambda places: moved[places])
     assert mask.nonzero()[:, 0].tolist() == sorted(order[:size])
     by_place = sorted(range(count), key=lambda i: (-values[i], i))
-    assert mask_of(scores, size).nonzero()[:, 0].tolist() == sorted(by_place[:size])
+    assert top_mask(scores, size).nonzero()[:, 0].tolist() == sorted(by_place[:size])
 
 
 def test_integrated_gradients_of_a_quadratic_are_exact():
     # L(m) = (m·d - 1)² along m = a: dL/dm_i = 2 (a Σd - 1) d_i, whose mean over a is (Σd - 2) d_i.
     d = torch.tensor([1.0, 2.0, -0.5])
-    found = integrated(lambda m: 2 * (m @ d - 1) * d, 3)
+    found = integrated_gradients(lambda m: 2 * (m @ d - 1) * d, 3)
     torch.testing.assert_close(found, -(d.sum() - 2) * d)
     # What all of them take off the loss together: L(0) - L(1) = 1 - (2.5 - 1)² = -1.25.
     assert float(found.sum()) == pytest.approx(-1.25)
@@ -150,18 +150,18 @@ MIXED = torch.arange(6) % 2 == 0
 
 def test_the_relaxed_mask_is_the_base_mask_at_one_end_and_its_complement_at_the_other():
     for end, meant in ((-torch.inf, MIXED), (torch.inf, ~MIXED)):
-        assert torch.equal(soft(torch.full((6,), end), MIXED), meant.float())
+        assert torch.equal(soft_mask(torch.full((6,), end), MIXED), meant.float())
     # At a score of 0: σ(-10) = 4.54e-5 of every entry is flipped.
-    assert soft(torch.zeros(6), MIXED)[1].item() == pytest.approx(4.54e-5, rel=1e-3)
-    assert soft(torch.zeros(6), MIXED)[0].item() == pytest.approx(1 - 4.54e-5, rel=1e-3)
+    assert soft_mask(torch.zeros(6), MIXED)[1].item() == pytest.approx(4.54e-5, rel=1e-3)
+    assert soft_mask(torch.zeros(6), MIXED)[0].item() == pytest.approx(1 - 4.54e-5, rel=1e-3)
 
 
 @given(st.lists(st.floats(0, 20, width=32).filter(lambda s: abs(s - BIAS) > 1e-3), min_size=6, max_size=6))
 def test_rounding_the_relaxed_mask_is_a_threshold_at_one_half(values):
     scores = torch.tensor(values)
     flipped = scores > BIAS
-    assert torch.equal(soft(scores, MIXED) > 0.5, MIXED ^ flipped)
-    assert torch.equal(logits(scores, MIXED) > 0, MIXED ^ flipped)
+    assert torch.equal(soft_mask(scores, MIXED) > 0.5, MIXED ^ flipped)
+    assert torch.equal(mask_logits(scores, MIXED) > 0, MIXED ^ flipped)
 
 
 def test_the_gradient_of_the_scores_is_that_of_finite_differences():
@@ -170,14 +170,14 @@ def test_the_gradient_of_the_scores_is_that_of_finite_differences():
     generator = torch.Generator().manual_seed(0)
     scores = BIAS + torch.randn(WEIGHTS, generator=generator, dtype=torch.float64)
     grown_from = torch.rand(WEIGHTS, generator=generator) < 0.3
-    gradient = to_scores(toy.oracle(soft(scores, grown_from)), scores, grown_from)
+    gradient = score_gradient(toy.oracle(soft_mask(scores, grown_from)), scores, grown_from)
     step = 1e-5
     for place in toy.true.tolist():  # 20 entries
         ends = []
         for sign in (1, -1):
             moved = scores.clone()
             moved[place] += sign * step
-            ends.append(toy.loss(soft(moved, grown_from)))
+            ends.append(toy.loss(soft_mask(moved, grown_from)))
         assert float(gradient[place]) == pytest.approx(float(ends[0] - ends[1]) / (2 * step), rel=1e-5)
 
 
@@ -203,7 +203,7 @@ def test_a_mask_can_also_shrink_from_its_base_mask():
     slopes = torch.tensor([-1.0, -1.0, -1.0, 1.0, 1.0, 1.0])
     grown = faithful_search(lambda mask: slopes, 3, torch.ones(6, dtype=torch.bool))
     assert grown.reached
-    assert mask_of(grown.scores, 3).tolist() == [True] * 3 + [False] * 3
+    assert top_mask(grown.scores, 3).tolist() == [True] * 3 + [False] * 3
 
 
 def test_without_any_gradient_a_search_ends_with_the_order_of_movement():
@@ -211,7 +211,7 @@ def test_without_any_gradient_a_search_ends_with_the_order_of_movement():
         return torch.tensor([1.0, 3.0, 2.0])[places]
 
     still = budget_search(lambda mask: torch.zeros(3), torch.zeros(3), [1] * 3, moved)
-    assert mask_of(still, 1, moved).tolist() == [False, True, False]
+    assert top_mask(still, 1, moved).tolist() == [False, True, False]
     grown = faithful_search(lambda mask: torch.zeros(3), 1, torch.zeros(3, dtype=torch.bool))
     assert (grown.steps, grown.reached) == (1, False)
-    assert mask_of(grown.scores, 2, moved).tolist() == [False, True, True]
+    assert top_mask(grown.scores, 2, moved).tolist() == [False, True, True]

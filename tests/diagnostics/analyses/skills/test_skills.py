@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from diagnostics.analyses.skills import region
-from diagnostics.analyses.skills.analysis import METRICS, file_names, skill_localization
-from diagnostics.analyses.skills.notes import compact, percent, wording
+from diagnostics.analyses.skills.analysis import METRICS, mask_names, skill_localization
+from diagnostics.analyses.skills.notes import percent, short_count, size_label
 from diagnostics.core.analysis import Result, plain
 from diagnostics.core.policy import default_policy, judge
 from diagnostics.core.registry import find
@@ -160,7 +160,7 @@ def test_every_claim_stands_beside_its_controls(found):
         "a sufficient region of 32 of 10,464 entries (0.31 %)",
         "top movement",
         "random",
-        "half the update",
+        "half of the update",
     ):
         assert word in said
     assert "the region" not in said
@@ -247,7 +247,7 @@ def test_an_audit_keeps_the_mask_and_redraws(one, tmp_path, monkeypatch):
 
 
 def test_names_of_masks_are_names_of_files():
-    assert file_names(["a/b", "a b", "c.jsonl", "..", "ü"]) == {
+    assert mask_names(["a/b", "a b", "c.jsonl", "..", "ü"]) == {
         "a/b": "a-b", "a b": "a-b-2", "c.jsonl": "c-jsonl", "..": "task", "ü": "ü",
     }  # fmt: skip
 
@@ -342,7 +342,7 @@ def test_of_texts_it_is_the_loss_that_is_localised(one):
     assert m["rel"] > 0.9
     assert {"agreement", "ece_tuned", "recovery", "temperature"}.isdisjoint(m)
     assert "calibration" not in result.tables
-    assert "of the loss that tuning took off" in result.summary()
+    assert "of the loss reduction of tuning" in result.summary()
     assert any("Rel is of the loss" in note for note in result.notes)
 
 
@@ -376,7 +376,7 @@ def test_a_head_that_base_lacks_stays_tuneds_on_both_sides(tmp_path):
     result = skill_localization(pair, task, budgets=(0.2, 1.0), steps=5, seeds=1, draws=100)
     assert result.metrics["tuned_metric"] == 1
     assert result.metrics["entries"] == 16 * 24
-    assert any("score.weight: they are tuned's on both sides" in note for note in result.notes)
+    assert any("Base lacks score.weight; it is measured with tuned's" in note for note in result.notes)
     # All that moved are 16 x 8 entries, so that a graft of every entry has no more.
     assert any("truncated" in note for note in result.notes)
     largest = result.tables["budget"].query("method == 'learned'").nlargest(1, "entries").iloc[0]
@@ -389,16 +389,16 @@ def test_a_head_that_base_lacks_stays_tuneds_on_both_sides(tmp_path):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"budgets": (0.0,)}, "budgets holds 0; up to 1 it is a share"),
+        ({"budgets": (0.0,)}, "budgets holds 0; give a share of the entries"),
         ({"budgets": (-3,)}, "budgets holds -3"),
         ({"budgets": (2.5,)}, "budgets holds 2.5"),
         ({"budgets": ()}, "budgets is empty"),
         (
             {"budgets": (20_000,)},
-            "budgets holds 20000, and tuning changed tensors of 10,464 eligible entries",
+            "budgets holds 20000, but the changed tensors have 10,464 eligible entries",
         ),
         ({"candidates": 0.0}, "candidates is 0; it is a share"),
-        ({"splits": (0.5, 0.5)}, "splits is 0.5, 0.5; three shares that sum to 1"),
+        ({"splits": (0.5, 0.5)}, "splits is 0.5, 0.5; give three shares that sum to 1"),
         ({"splits": (0.5, 0.5, 0.5)}, "three shares that sum to 1"),
         ({"kept": 0.0}, "kept is 0"),
         ({"steps": 0}, "steps is 0; at least 1"),
@@ -413,7 +413,7 @@ def test_parameters_that_make_no_sense_are_refused(one, how, message):
 
 
 def test_rows_that_cannot_be_split_or_scored_are_refused(one):
-    with pytest.raises(ValueError, match=r"small: has 20 rows; .* at least 40"):
+    with pytest.raises(ValueError, match=r"small: has 20 rows; at least 40 are needed"):
         skill_localization(one[0], rows(count=20))
     labels = task_of([{"text": str(i), "label": "a"} for i in range(60)], ref="labels")
     with pytest.raises(ValueError, match="labels: holds rows of label, and a causal model scores"):
@@ -424,10 +424,10 @@ def test_rows_that_cannot_be_split_or_scored_are_refused(one):
 
 
 def test_words_for_sizes():
-    assert [wording(share) for share in (1e-5, 1e-4, 2e-4, 1e-2, 0.011)] == [
+    assert [size_label(share) for share in (1e-5, 1e-4, 2e-4, 1e-2, 0.011)] == [
         "sharp", "sharp", "moderate", "moderate", "diffuse",
     ]  # fmt: skip
-    assert [compact(n) for n in (8505, 85_054_464, 7_200_000_000)] == ["8,505", "85.1 M", "7.2 B"]
+    assert [short_count(n) for n in (8505, 85_054_464, 7_200_000_000)] == ["8,505", "85.1 M", "7.2 B"]
     assert percent(8505 / 85_054_464) == "0.01 %"
 
 

@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from diagnostics.analyses.sparsification import analysis as module
-from diagnostics.analyses.sparsification.analysis import abrupt_sparsification, draw, jumps, sparse
+from diagnostics.analyses.sparsification.analysis import (
+    abrupt_sparsification,
+    draw,
+    find_jumps,
+    measure_sparseness,
+)
 from probes.checkpoints.series import CheckpointSeries
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
@@ -48,7 +53,7 @@ def thinned(weights, share):
 def test_every_measure_by_hand():
     # rms = √(100 / 10) = √10, a tenth of it 0.316; l1 / l2 = 10.3 / √100 to three digits.
     weights = torch.tensor([0.0, 0.0, 5e-4, -0.2, 0.3, 0.0, 0.0, 0.0, 0.0, (100 - 0.13 - 2.5e-7) ** 0.5])
-    found = sparse(weights)
+    found = measure_sparseness(weights)
     assert (found.entries, found.zero, found.near_zero, found.small) == (10, 6, 7, 9)
     assert found.rms == pytest.approx(math.sqrt(10))
     l1 = 0.5005 + math.sqrt(100 - 0.13 - 2.5e-7)
@@ -57,7 +62,7 @@ def test_every_measure_by_hand():
 
 def test_normal_weights_have_the_values_of_the_normal_distribution():
     # P(|z| < 0.1) = 0.0797; l1 / l2 = √n √(2 / π), so that Hoyer is about 1 - 0.798 = 0.202.
-    found = sparse(normal(1000, 1000))
+    found = measure_sparseness(normal(1000, 1000))
     assert found.small / found.entries == pytest.approx(0.0797, abs=0.001)
     assert found.hoyer == pytest.approx(0.202, abs=0.002)
 
@@ -65,24 +70,24 @@ def test_normal_weights_have_the_values_of_the_normal_distribution():
 @given(st.integers(0, 2**31), st.integers(-8, 8))
 def test_a_common_scale_changes_the_absolute_measures_alone(seed, power):
     weights = normal(20, 20, seed=seed)
-    one, two = sparse(weights), sparse(weights * 2.0**power)
+    one, two = measure_sparseness(weights), measure_sparseness(weights * 2.0**power)
     assert (one.zero, one.small) == (two.zero, two.small)
     assert one.hoyer == pytest.approx(two.hoyer)
 
 
 def test_the_ends_of_the_hoyer_index():
-    assert sparse(torch.tensor([0.0, 0.0, 3.0, 0.0])).hoyer == pytest.approx(1)
-    assert sparse(torch.tensor([2.0, -2.0, 2.0, 2.0])).hoyer == pytest.approx(0)
-    assert math.isnan(sparse(torch.zeros(4)).hoyer)
-    assert math.isnan(sparse(torch.ones(1)).hoyer)
-    assert sparse(torch.zeros(4)).small == 4
+    assert measure_sparseness(torch.tensor([0.0, 0.0, 3.0, 0.0])).hoyer == pytest.approx(1)
+    assert measure_sparseness(torch.tensor([2.0, -2.0, 2.0, 2.0])).hoyer == pytest.approx(0)
+    assert math.isnan(measure_sparseness(torch.zeros(4)).hoyer)
+    assert math.isnan(measure_sparseness(torch.ones(1)).hoyer)
+    assert measure_sparseness(torch.zeros(4)).small == 4
 
 
 def test_parts_of_a_matrix_add_up(monkeypatch):
     weights = normal(50, 21)
-    whole = sparse(weights)
+    whole = measure_sparseness(weights)
     monkeypatch.setattr(module, "CHUNK", 64)
-    parts = sparse(weights)
+    parts = measure_sparseness(weights)
     assert (parts.zero, parts.near_zero, parts.small) == (whole.zero, whole.near_zero, whole.small)
     assert (parts.rms, parts.hoyer) == (pytest.approx(whole.rms), pytest.approx(whole.hoyer))
 
@@ -100,26 +105,26 @@ def naive(series):
 
 @given(st.lists(st.integers(0, 64), min_size=3, max_size=20).map(lambda v: [x / 64 for x in v]))
 def test_a_jump_stands_out_among_the_differences_and_is_a_point_or_more(series):
-    assert jumps(series).tolist() == naive(series)
+    assert find_jumps(series).tolist() == naive(series)
 
 
 def test_a_steady_rise_has_no_jump_and_a_step_in_it_has_one():
     steady = np.linspace(0.1, 0.5, 12) + 0.005 * np.random.default_rng(0).normal(size=12)
-    assert not jumps(steady).any()
+    assert not find_jumps(steady).any()
     step = steady + 0.2 * (np.arange(12) >= 7)
-    assert np.flatnonzero(jumps(step)).tolist() == [7]
+    assert np.flatnonzero(find_jumps(step)).tolist() == [7]
     # The same step as a fall is none.
-    assert not jumps(steady - 0.2 * (np.arange(12) >= 7)).any()
+    assert not find_jumps(steady - 0.2 * (np.arange(12) >= 7)).any()
 
 
 def test_less_than_a_point_is_no_jump_however_it_stands_out():
-    assert not jumps([0.1, 0.1, 0.1, 0.1, 0.1099, 0.1099]).any()
-    assert jumps([0.1, 0.1, 0.1, 0.1, 0.1101, 0.1101]).tolist() == [False] * 4 + [True, False]
+    assert not find_jumps([0.1, 0.1, 0.1, 0.1, 0.1099, 0.1099]).any()
+    assert find_jumps([0.1, 0.1, 0.1, 0.1, 0.1101, 0.1101]).tolist() == [False] * 4 + [True, False]
 
 
 def test_what_is_not_known_is_no_jump():
-    assert not jumps([math.nan] * 5).any()
-    assert not jumps([0.1, 0.2]).any()
+    assert not find_jumps([math.nan] * 5).any()
+    assert not find_jumps([0.1, 0.2]).any()
 
 
 # --- a run ---
@@ -135,7 +140,7 @@ def test_a_jump_is_marked_at_its_checkpoint(tmp_path):
     assert table["small_jump"].tolist() == [False] * 4 + [True, False]
     assert (found.metrics["jumps"], found.metrics["jump"]) == (1, 4)
     assert found.metrics["zero_rise"] == pytest.approx(0.305, abs=1e-3)
-    assert any("Sparsification jumps at 4000" in note for note in found.notes)
+    assert any("Sparsification at 4000" in note for note in found.notes)
 
 
 def test_weights_that_only_shrink_are_told_from_sparsification(tmp_path):
@@ -156,7 +161,9 @@ def test_only_the_matrices_of_the_chosen_parts_count(tmp_path):
     refs = [str(tmp_path / f"step-{place}") for place in range(3)]
     both = abrupt_sparsification(refs, parts=("block", "embedding")).tables["checkpoints"]
     assert both["zero"].tolist() == pytest.approx([36 / 436] * 3)
-    assert both["hoyer"].tolist() == pytest.approx([sparse(weights).hoyer] * 3)  # undefined for zeros
+    assert both["hoyer"].tolist() == pytest.approx(
+        [measure_sparseness(weights).hoyer] * 3
+    )  # undefined for zeros
 
 
 def test_progress_runs_through_all_checkpoints(tmp_path):

@@ -10,15 +10,15 @@ from sklearn.isotonic import IsotonicRegression
 
 from diagnostics.analyses.sparsity.dropping_point import (
     Hinge,
-    bend,
     crossing,
-    dropping,
-    hinge,
+    estimate_dropping_point,
+    fit_bend,
+    fit_hinge,
     isotonic,
     next_sparsity,
-    paper_point,
+    paper_dropping_point,
     rows_needed,
-    word,
+    verdict_of,
 )
 
 GRID = np.arange(10) / 10
@@ -38,7 +38,9 @@ def still(curve, draws=50):
 def estimate(curve, drawn=None, **settings):
     about = {"tolerance": 0.01, "relative": False, "step": 0.1, "rows": 1000, **settings}
     curve = np.asarray(curve, dtype=float)
-    return dropping(GRID[: len(curve)], curve, still(curve) if drawn is None else drawn, **about)
+    return estimate_dropping_point(
+        GRID[: len(curve)], curve, still(curve) if drawn is None else drawn, **about
+    )
 
 
 # --- the isotonic fit and the crossing ---
@@ -69,7 +71,7 @@ def test_a_dip_by_noise_is_no_crossing():
     # for it, and then again at the true edge.
     curve = np.array([1.0, 0.97, 1.0, 0.99, 0.5, 0.4])
     assert estimate(curve, tolerance=0.02).at == 0.3
-    found = paper_point(GRID[:6], curve, 0.02)
+    found = paper_dropping_point(GRID[:6], curve, 0.02)
     assert (found.at, found.until, found.crossings) == (0.0, 0.1, 2)
 
 
@@ -92,10 +94,10 @@ def test_a_constant_added_to_the_curve_changes_nothing(curve, allowed, constant)
     one, two = (crossing(points, each[None], given_) for each in (curve, curve + constant / 16))
     assert one[0] == two[0]
     assert one[1] == pytest.approx(two[1], abs=1e-9)
-    assert paper_point(points, curve, allowed / 16) == paper_point(
+    assert paper_dropping_point(points, curve, allowed / 16) == paper_dropping_point(
         points, curve + constant / 16, allowed / 16
     )
-    first, second = hinge(points, curve), hinge(points, curve + constant / 16)
+    first, second = fit_hinge(points, curve), fit_hinge(points, curve + constant / 16)
     assert first.dbic == pytest.approx(second.dbic, abs=1e-3)
 
 
@@ -109,10 +111,10 @@ def test_a_drop_of_exactly_the_tolerance_is_tolerated_whatever_rounding_makes_of
 
 def test_the_papers_point_is_the_last_before_the_fall_with_its_share_of_the_remaining_weights():
     # Within 1 point up to 0.2 (0.4853 >= 0.4804), not at 0.3. From 0.2 to 0.3, 0.1 / 0.8 of the rest goes.
-    found = paper_point(GRID, ZERO_SHOT, 0.01)
+    found = paper_dropping_point(GRID, ZERO_SHOT, 0.01)
     assert (found.at, found.until, found.crossings) == (0.2, 0.3, 1)
     assert found.rho == pytest.approx(0.125)
-    assert paper_point(GRID, MASKED, 0.01).at == 0.5
+    assert paper_dropping_point(GRID, MASKED, 0.01).at == 0.5
 
 
 def test_a_curve_that_stays_within_the_tolerance_is_not_reached():
@@ -142,19 +144,19 @@ def naive(points, curve):
 
 @pytest.mark.parametrize("curve", [ZERO_SHOT, MASKED, RANDOM])
 def test_the_hinge_is_the_best_of_all_breakpoints(curve):
-    found = hinge(GRID, curve)
+    found = fit_hinge(GRID, curve)
     np.testing.assert_allclose((found.at, found.before, found.after, found.dbic), naive(GRID, curve))
 
 
 def test_a_line_prefers_two_parameters_to_four():
     # Both fit perfectly: 2 log 10 - 4 log 10 = -4.605.
-    assert hinge(GRID, 1 - 0.5 * GRID).dbic == pytest.approx(-2 * math.log(10))
-    assert hinge(GRID, np.full(10, 0.3)).dbic == pytest.approx(-2 * math.log(10))
+    assert fit_hinge(GRID, 1 - 0.5 * GRID).dbic == pytest.approx(-2 * math.log(10))
+    assert fit_hinge(GRID, np.full(10, 0.3)).dbic == pytest.approx(-2 * math.log(10))
 
 
 def test_too_few_points_for_four_parameters_are_refused():
     with pytest.raises(ValueError, match="3 points; a hinge has 4 parameters"):
-        hinge(GRID[:3], np.ones(3))
+        fit_hinge(GRID[:3], np.ones(3))
 
 
 @pytest.mark.parametrize("place", range(2, 8))
@@ -162,7 +164,7 @@ def test_a_planted_bend_is_found_within_one_step(place):
     # The curve falls by 0.1 a step behind the bend; noise has 0.2 of that as its standard deviation.
     clean = 1 - np.maximum(np.arange(10) - place, 0) * 0.1
     found = [
-        hinge(GRID, clean + 0.02 * np.random.default_rng(seed).normal(size=10)).at for seed in range(200)
+        fit_hinge(GRID, clean + 0.02 * np.random.default_rng(seed).normal(size=10)).at for seed in range(200)
     ]
     assert np.mean(np.abs(np.array(found) - GRID[place]) <= 0.1 + 1e-9) >= 0.99
 
@@ -171,7 +173,7 @@ def test_a_planted_bend_is_found_within_one_step(place):
 def test_a_cliff_onto_a_floor_is_sharp_wherever_it_stands(center):
     # Fitted whole, such a cliff has two bends of which a hinge follows neither, or the wrong one.
     cliff = 0.1 + 0.5 / (1 + np.exp((GRID - center) / 0.02))
-    assert hinge(GRID, 0.1 + 0.5 / (1 + np.exp((GRID - 0.4) / 0.02))).dbic < 2
+    assert fit_hinge(GRID, 0.1 + 0.5 / (1 + np.exp((GRID - 0.4) / 0.02))).dbic < 2
     found = estimate(cliff)
     assert found.verdict == "sharp"
     # Within 1 point up to one step before the center: 0.5 / (1 + e^5) = 0.003 lower.
@@ -180,8 +182,8 @@ def test_a_cliff_onto_a_floor_is_sharp_wherever_it_stands(center):
 
 
 def test_without_a_plateau_or_a_floor_the_whole_curve_is_fitted():
-    assert bend(GRID, RANDOM, plateau=False).until == 0.9
-    assert bend(GRID, ZERO_SHOT, plateau=True) == hinge(GRID, ZERO_SHOT)
+    assert fit_bend(GRID, RANDOM, plateau=False).until == 0.9
+    assert fit_bend(GRID, ZERO_SHOT, plateau=True) == fit_hinge(GRID, ZERO_SHOT)
 
 
 # --- the verdict ---
@@ -219,9 +221,9 @@ def test_the_verdicts_on_known_shapes():
 )
 def test_the_word_follows_the_bend(before, after, dbic, expected):
     bent = Hinge(at=0.5, before=before, after=after, dbic=dbic, until=0.9)
-    assert word(at=0.1, reached=True, step=0.1, bent=bent) == expected
-    assert word(at=0.08, reached=True, step=0.1, bent=bent) == "no plateau"
-    assert word(at=0.9, reached=False, step=0.1, bent=bent) == "not reached"
+    assert verdict_of(at=0.1, reached=True, step=0.1, bent=bent) == expected
+    assert verdict_of(at=0.08, reached=True, step=0.1, bent=bent) == "no plateau"
+    assert verdict_of(at=0.9, reached=False, step=0.1, bent=bent) == "not reached"
 
 
 # --- how surely ---

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diagnostics.analyses.sparsity.evaluator import MaskEvaluator, Masks, parsed
+from diagnostics.analyses.sparsity.evaluator import MaskEvaluator, Masks, parse_pattern
 from probes import CheckpointPair
 from probes.checkpoints.opening import open_checkpoint
 from probes.models.two_sided import TwoSidedModel
@@ -21,7 +21,7 @@ def bench_of(pair, **settings):
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def bench(request, tmp_path_factory):
+def evaluator(request, tmp_path_factory):
     root = tmp_path_factory.mktemp(request.param)
     for seed, name in enumerate(("base", "tuned")):
         make(request.param, seed).save_pretrained(root / name)
@@ -30,57 +30,56 @@ def bench(request, tmp_path_factory):
 
 @pytest.mark.parametrize("pattern", ["magnitude", "random", "1:2"])
 @pytest.mark.parametrize("side", ["base", "tuned"])
-def test_what_is_held_is_what_is_zero_in_the_running_model(bench, side, pattern):
+def test_what_is_held_is_what_is_zero_in_the_running_model(evaluator, side, pattern):
     sparsity = 0.5 if pattern == "1:2" else 0.3
-    bench.prune(side, pattern, sparsity)
-    held = bench.held(side, pattern, sparsity)
-    seen = open_checkpoint(bench.host.model)
+    evaluator.prune(side, pattern, sparsity)
+    held = evaluator.pruned_parameters(side, pattern, sparsity)
+    seen = open_checkpoint(evaluator.host.model)
     count = 0
-    for name in bench.masks.names:
-        pruned = bench.masks.pruned(side, pattern, sparsity, name)
-        stored = bench.host.read(name, side)
+    for name in evaluator.masks.names:
+        pruned = evaluator.masks.pruned(side, pattern, sparsity, name)
+        stored = evaluator.host.read(name, side)
         assert torch.equal(seen.tensor(name), stored.masked_fill(pruned, 0))
         count += int(pruned.sum())
     # No weight of these families is 0 by itself.
     assert all(torch.equal(zero, parameter == 0) for parameter, zero in held.items())
     assert sum(int(zero.sum()) for zero in held.values()) == count
-    assert count == round(bench.masks.realised(side, pattern, sparsity) * bench.masks.entries)
-    others = [p for p in bench.host.model.parameters() if p not in held]
+    assert count == round(evaluator.masks.realised(side, pattern, sparsity) * evaluator.masks.entries)
+    others = [p for p in evaluator.host.model.parameters() if p not in held]
     assert not any((p == 0).any() for p in others)
 
 
-def test_falling_sparsities_and_other_sides_start_from_the_checkpoint(bench):
+def test_falling_sparsities_and_other_sides_start_from_the_checkpoint(evaluator):
     steps = [("base", 0.6), ("base", 0.3), ("tuned", 0.3), ("tuned", 0.6), ("base", 0.0)]
     for side, sparsity in steps:
-        bench.prune(side, "magnitude", sparsity)
-        alone = open_checkpoint(bench.host.model)
-        for name in bench.masks.names:
-            pruned = bench.masks.pruned(side, "magnitude", sparsity, name)
-            assert torch.equal(alone.tensor(name), bench.host.read(name, side).masked_fill(pruned, 0))
-    bench.host.become("tuned")
-    bench.forget()
+        evaluator.prune(side, "magnitude", sparsity)
+        alone = open_checkpoint(evaluator.host.model)
+        for name in evaluator.masks.names:
+            pruned = evaluator.masks.pruned(side, "magnitude", sparsity, name)
+            assert torch.equal(alone.tensor(name), evaluator.host.read(name, side).masked_fill(pruned, 0))
+    evaluator.prune("tuned", "magnitude", 0.0)
 
 
-def test_random_masks_are_the_same_for_both_sides_and_nest(bench):
-    for name in bench.masks.names:
-        low, high = (bench.masks.pruned("base", "random", s, name) for s in (0.3, 0.6))
-        assert torch.equal(low, bench.masks.pruned("tuned", "random", 0.3, name))
+def test_random_masks_are_the_same_for_both_sides_and_nest(evaluator):
+    for name in evaluator.masks.names:
+        low, high = (evaluator.masks.pruned("base", "random", s, name) for s in (0.3, 0.6))
+        assert torch.equal(low, evaluator.masks.pruned("tuned", "random", 0.3, name))
         assert not (low & ~high).any()
 
 
-def test_a_sparsity_that_was_not_asked_for_at_first_is_cut_the_same(bench):
+def test_a_sparsity_that_was_not_asked_for_at_first_is_cut_the_same(evaluator):
     for sparsity in (0.1, 0.45):
-        (alone,) = bench.masks.order("tuned", "magnitude").cuts([sparsity])
-        assert bench.masks.cut("tuned", sparsity).pruned_entries == alone.pruned_entries
-    assert bench.masks.cut("tuned", 0.1 + 1e-12) is bench.masks.cut("tuned", 0.1)
+        (alone,) = evaluator.masks.order("tuned", "magnitude").cuts([sparsity])
+        assert evaluator.masks.cut("tuned", sparsity).pruned_entries == alone.pruned_entries
+    assert evaluator.masks.cut("tuned", 0.1 + 1e-12) is evaluator.masks.cut("tuned", 0.1)
 
 
-def test_layers_add_up_to_the_whole_cut(bench):
-    table = bench.masks.layers("tuned", 0.6)
-    assert (table["sparsity"] * table["entries"]).sum() == pytest.approx(round(0.6 * bench.masks.entries))
-    assert table["entries"].sum() == bench.masks.entries
+def test_layers_add_up_to_the_whole_cut(evaluator):
+    table = evaluator.masks.layers("tuned", 0.6)
+    assert (table["sparsity"] * table["entries"]).sum() == pytest.approx(round(0.6 * evaluator.masks.entries))
+    assert table["entries"].sum() == evaluator.masks.entries
     assert not table["matrix"].duplicated().any()
-    none = bench.masks.layers("tuned", 0.0)
+    none = evaluator.masks.layers("tuned", 0.0)
     assert (none["sparsity"] == 0).all()
     assert none["gaussian"].isna().all()
 
@@ -101,4 +100,4 @@ def test_a_scale_common_to_all_weights_changes_no_mask(sparsity):
 @pytest.mark.parametrize("pattern", ["2", "2:", "a:b", "0:4", "4:4", "2:4:8", "-1:2"])
 def test_what_is_no_pattern_is_refused(pattern):
     with pytest.raises(ValueError, match="write N:M, at most N of M weights kept"):
-        parsed(pattern)
+        parse_pattern(pattern)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diagnostics.analyses.sparsity.mask_overlap import Mass, Overlap, Overlaps, mass, squared_change
+from diagnostics.analyses.sparsity.mask_overlap import Mass, Overlap, Overlaps, kept_mass, squared_change
 
 seeds = st.integers(0, 2**31)
 
@@ -152,9 +152,9 @@ def test_the_freer_the_pattern_the_more_magnitude_it_keeps(seed):
     tensors = [scale * torch.randn(8, 16, generator=generator) for scale in (0.5, 1.0, 2.0)]
     everything = torch.cat(tensors)
     by_pattern = [
-        mass(everything, lowest(everything, 0.5)),
-        sum((mass(each, lowest(each, 0.5)) for each in tensors), Mass()),
-        *(sum((mass(each, kept_by(each, m // 2, m)) for each in tensors), Mass()) for m in (8, 4, 2)),
+        kept_mass(everything, lowest(everything, 0.5)),
+        sum((kept_mass(each, lowest(each, 0.5)) for each in tensors), Mass()),
+        *(sum((kept_mass(each, kept_by(each, m // 2, m)) for each in tensors), Mass()) for m in (8, 4, 2)),
     ]
     for freer, stricter in itertools.pairwise(by_pattern):
         assert freer.kept_l1 >= stricter.kept_l1 - 1e-9
@@ -163,7 +163,7 @@ def test_the_freer_the_pattern_the_more_magnitude_it_keeps(seed):
 
 def test_shares_of_magnitude_by_hand():
     weights = torch.tensor([[3.0, -1.0], [0.0, -4.0]])
-    found = mass(weights, torch.tensor([[False, True], [True, False]]))
+    found = kept_mass(weights, torch.tensor([[False, True], [True, False]]))
     assert found.kept_l1 == pytest.approx(7 / 8)
     assert found.kept_l2 == pytest.approx(25 / 26)
-    assert math.isnan(mass(torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.bool)).kept_l1)
+    assert math.isnan(kept_mass(torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.bool)).kept_l1)

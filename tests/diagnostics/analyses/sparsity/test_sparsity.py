@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from diagnostics.analyses.sparsity.analysis import METRICS, essential_sparsity
-from diagnostics.analyses.sparsity.dropping_point import dropping
+from diagnostics.analyses.sparsity.dropping_point import estimate_dropping_point
 from diagnostics.core.policy import default_policy, not_measured
 from diagnostics.core.registry import find
 from diagnostics.evaluation.row_losses import EncodedTask, encoded
@@ -67,6 +67,42 @@ def loss_of(directory, model, rows=ROWS):
     return losses.nats.sum() / losses.units.sum()
 
 
+# --- masks ---
+
+
+def test_the_mask_at_the_dropping_point_is_what_graft_takes(pair, tmp_path, monkeypatch):
+    import diagnostics.core.analysis
+    from diagnostics.audit.run import audit
+    from diagnostics.edits.graft import graft
+    from diagnostics.store.audit_store import load
+
+    # Whatever else is installed.
+    monkeypatch.setattr(diagnostics.core.analysis, "entry_points", lambda **_: [])
+    (tmp_path / "task.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in ROWS[:20]))
+    refs = pair.base.ref, pair.tuned.ref
+    settings = {"grid": (0.0, 0.2, 0.4, 0.6), "refine": 0.0, "random": False, "patterns": (), "draws": 100}
+    audit(
+        *refs, out=tmp_path / "audit", only=("sparsity",), task=[str(tmp_path / "task.jsonl")],
+        settings={"sparsity": {**settings, "masks": True}},
+    )  # fmt: skip
+    saved = load(tmp_path / "audit").results["sparsity"]
+    # Base drops at 0.4 of the grid, tuned at 0: its mask would keep every weight.
+    assert saved.metrics["dropping_point_base"] == 0.4
+    assert {name: path.name for name, path in saved.masks.items()} == {"base": "sparsity.base.safetensors"}
+    assert any("No mask of tuned is given" in note for note in saved.notes)
+    graft(*refs, saved.masks["base"], tmp_path / "graft")
+    grafted = CheckpointPair(pair.base, tmp_path / "graft").tuned
+    kept = matrices(pruned_naively(half_idle(), 0.4))
+    for name in pair.tuned.headers:
+        base, tuned = pair.base.tensor(name), pair.tuned.tensor(name)
+        where = kept[name] != 0 if name in kept else torch.zeros(base.shape, dtype=torch.bool)
+        assert torch.equal(grafted.tensor(name), torch.where(where, tuned, base)), name
+
+
+def test_masks_are_given_on_request_alone(result):
+    assert result.masks == {}
+
+
 # --- plants ---
 
 
@@ -100,7 +136,7 @@ def test_the_summary_and_the_notes_say_it_with_its_regime(result):
     assert "base tolerates 0.5 (0.5 to 0.5, sharp)" in result.summary()
     notes = "\n".join(result.notes)
     assert "The paper's 30 to 50 % are of masked fine-tuning" in notes
-    assert "base, task rows, zero-shot: sharp. Within the tolerance up to 0.5 and no longer at 0.52" in notes
+    assert "base, task rows, zero-shot: sharp. Within the tolerance up to 0.5, beyond it at 0.52" in notes
     assert "save no time on ordinary hardware" in notes
     assert set(result.tables["curve"]["regime"]) == {"zero_shot"}
 
@@ -240,7 +276,7 @@ def test_where_random_pruning_costs_nothing_either_it_is_said(pair):
     # Any letter is as good as any other where all seven are completions of one row each.
     rows = [{"text": letter} for letter in LETTERS]
     found = quick(pair, rows, grid=(0.0, 0.02, 0.04, 0.06), random=True, tolerance=0.9)
-    assert any("at random costs no more than the tolerance either" in note for note in found.notes)
+    assert any("random pruning of 0.02 stays within the tolerance too" in note for note in found.notes)
 
 
 # --- what rows can tell ---
@@ -258,8 +294,11 @@ def test_too_few_rows_withhold_the_point_and_say_how_many_would_do(pair):
     )
     assert "dropping_point_tuned" in not_measured(found, default_policy())
     notes = "\n".join(found.notes)
-    assert re.search(r"tuned, task rows, zero-shot: withheld\. The tolerance of 0\.01 is smaller than", notes)
-    assert "The dropping point of base is withheld: its layers are shown at 0.5" in notes
+    assert re.search(
+        r"tuned, task rows, zero-shot: withheld\. 20 rows measure the drop to within .* tolerance is 0\.01",
+        notes,
+    )
+    assert "The dropping point of base is withheld; its layers are shown at 0.5" in notes
     assert "No shift between base and tuned is given" in notes
     assert "are needed" in found.summary()
 
@@ -302,7 +341,7 @@ def test_the_estimates_are_those_of_the_curve_in_the_table(result):
     for row in result.tables["points"].to_dict("records"):
         own = curve(result, row["model"])
         values = -own.to_numpy()
-        alone = dropping(
+        alone = estimate_dropping_point(
             own.index.to_numpy(dtype=float), values, np.repeat(values[None], 100, 0), tolerance=0.01,
             relative=True, step=0.1, rows=len(ROWS),
         )  # fmt: skip
@@ -316,11 +355,11 @@ def test_a_curve_that_does_not_fall_within_the_grid_gives_a_lower_bound(pair):
     m = found.metrics
     assert (m["dropping_point_tuned"], m["reached_tuned"], m["reached_base"]) == (0.02, 0, 0)
     assert "shift" not in m
-    assert "Neither side falls within the grid, so that no shift is given." in found.notes
+    assert "No shift is given: neither side falls within the grid." in found.notes
     assert "tolerates 0.02 and more" in found.summary()
     one = quick(pair, grid=(0.0, 0.1, 0.2, 0.3))
     assert (one.metrics["reached_tuned"], one.metrics["reached_base"]) == (1, 0)
-    assert any("The shift is a bound: it is at most what is given" in note for note in one.notes)
+    assert any("The shift is an upper bound" in note for note in one.notes)
 
 
 def test_keep_rows_have_a_point_of_their_own(pair):
@@ -383,9 +422,7 @@ def test_zeros_that_are_there_already_are_reported(tmp_path):
     pair = CheckpointPair(save(tmp_path / "base", base), save(tmp_path / "tuned", tuned))
     found = quick(pair)
     assert (found.metrics["zeros_base"], found.metrics["zeros_tuned"]) == (0, 0.5)
-    assert any(
-        note.startswith("0.5 of tuned's scope is zero before anything is pruned") for note in found.notes
-    )
+    assert any(note.startswith("0.5 of tuned's scope is zero before pruning") for note in found.notes)
     assert curve(found, "tuned")[0.4] == curve(found, "tuned")[0.0]
 
 
@@ -408,7 +445,7 @@ def test_the_head_that_base_lacks_is_tuneds_and_said_to_be(tmp_path):
     rows = [{"text": text, "label": place % 3} for place, text in enumerate(["abc", "bca", "cab", "aab"])]
     pair = CheckpointPair(tmp_path / "base", tmp_path / "tuned")
     found = quick(pair, rows, metric="loss")
-    assert any("tensors that base lacks, such as classifier" in note for note in found.notes)
+    assert any(re.search(r"Base lacks \d+ tensors, such as classifier", note) for note in found.notes)
     assert set(found.tables["layers"]["component"]) == {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj",
                                                         "down_proj"}  # fmt: skip
 
@@ -451,10 +488,10 @@ def test_tuning_behind_a_mask_starts_from_base_every_time(pair):
 
 
 def test_tuning_needs_one_task_and_rows_on_either_side(pair):
-    with pytest.raises(ValueError, match=r"there are 2 tasks \(a, b\); give one, to be tuned on"):
+    with pytest.raises(ValueError, match=r"there are 2 tasks \(a, b\); give one to tune on"):
         quick(pair, {"a": ROWS, "b": ROWS}, finetune_steps=1)
     with pytest.raises(
-        ValueError, match=r"of its 3 rows a share of 0\.5 leaves 2 to be tuned on and 1 to be"
+        ValueError, match=r"finetune_share=0\.5, its 3 rows leave 2 to tune on and 1 to measure"
     ):
         quick(pair, ROWS[:3], finetune_steps=1)
 
@@ -467,7 +504,7 @@ def test_tuning_needs_one_task_and_rows_on_either_side(pair):
     [
         ({"grid": (0.0, 0.5, 0.9, 1.0)}, r"grid holds 1\.0; a sparsity is a share, from 0 to below 1"),
         ({"grid": (-0.1, 0.5, 0.9)}, r"grid holds -0\.1; a sparsity is a share"),
-        ({"grid": (0.0, 0.5)}, "grid has 2 sparsities with 0; a bend needs at least 4"),
+        ({"grid": (0.0, 0.5)}, "grid has 2 sparsities, 0 included; at least 4 are needed"),
         ({"tolerance": 0.0}, "tolerance is 0.0; it is between 0 and 1"),
         ({"refine": -1.0}, "refine is -1.0; it is the width of a bracket"),
         ({"draws": 10}, "draws is 10; at least 100"),
@@ -479,7 +516,7 @@ def test_tuning_needs_one_task_and_rows_on_either_side(pair):
         ),
         ({"parts": ("router",)}, "has no router matrix; there is nothing to prune"),
         ({"finetune_steps": 1, "finetune_share": 1.5}, "finetune_share is 1.5; it is between 0 and 1"),
-        ({"finetune_steps": -1}, "finetune_steps is -1; at least 0"),
+        ({"finetune_steps": -1}, "finetune_steps is -1; it is at least 0"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_in_a_line(pair, settings, message):
