@@ -8,6 +8,7 @@ Source: Shuttleworth et al., arXiv:2410.21228 v3, Algorithm 1; k and epsilon as 
 import logging
 import math
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from dataclasses import dataclass
@@ -205,13 +206,10 @@ def examine_fetched(
     changed = [item for item in fetched if item.stored is not None]
     if changed:
         with linalg.threads_for(min(changed[0].matrix.rows, changed[0].matrix.columns)):
-            for result in run_halving_on_oom(lambda part: _measure(part, settings, verify), changed, _label):
+            label = "{0.matrix.name}, {0.matrix.rows}x{0.matrix.columns}".format
+            for result in run_halving_on_oom(lambda part: _measure(part, settings, verify), changed, label):
                 results[result.matrix.name] = result
     return list(results.values())
-
-
-def _label(fetched: FetchedMatrix) -> str:
-    return f"{fetched.matrix.name}, {fetched.matrix.rows}x{fetched.matrix.columns}"
 
 
 def _examine_groups(
@@ -288,10 +286,9 @@ def groups_of(pair: CheckpointPair, names: list[str], device: str) -> list[list[
     """Batches of matrices: of one shape on a GPU, single ones elsewhere."""
     if not device.startswith("cuda"):
         return [[name] for name in names]
-    by_shape: dict[tuple[int, int], list[str]] = {}
+    by_shape = defaultdict[tuple[int, int], list[str]](list)
     for name in names:
-        matrix = pair.matrices[name]
-        by_shape.setdefault((matrix.rows, matrix.columns), []).append(name)
+        by_shape[pair.matrices[name].rows, pair.matrices[name].columns].append(name)
     return [
         group[i : i + size]
         for (rows, columns), group in by_shape.items()
@@ -426,10 +423,10 @@ def intruder_dimensions(
     if not names:
         present = sorted({matrix.part for matrix in pair.matrices.values()})
         raise InputError(f"no matrix in parts {', '.join(parts)}; this pair has: {', '.join(present)}")
-    sides = [min(pair.matrices[name].rows, pair.matrices[name].columns) for name in names]
-    if k > max(sides):
+    most = max(min(pair.matrices[name].rows, pair.matrices[name].columns) for name in names)
+    if k > most:
         raise InputError(
-            f"k is {k}, but the largest matrix has only {max(sides)} singular vectors; choose a smaller k"
+            f"k is {k}, but the largest matrix has only {most} singular vectors; choose a smaller k"
         )
     settings = IntruderSettings(
         k=k, depth=max(k, SWEEP_DEPTH) if sweep else k, epsilon=epsilon, side=side, device=device, seed=seed,
@@ -571,13 +568,11 @@ def _vector_rows(result: MatrixResult, k: int, epsilon: float) -> Iterable[dict[
 
 
 def _descends(measured: "pd.DataFrame", vectors: "pd.DataFrame", k: int) -> bool:
-    """Whether tuned descends from base.
-
-    A median of cosine over floor below 2 alone would reject a small model whose adapter put intruders in most
-    slots: there twice the floor is above epsilon. Unrelated matrices also have uncorrelated entries.
-    """
+    """Whether tuned descends from base."""
     if not len(measured):
         return True
+    # A ratio below 2 alone would reject a small model whose adapter put intruders in most slots: there twice
+    # the floor is above epsilon. Unrelated matrices also have uncorrelated entries.
     leading = vectors[vectors["rank"] <= k].merge(measured[["matrix", "floor"]], on="matrix")
     ratio = (leading["cosine_low"] / leading["floor"]).median()
     return not (ratio < 2 and measured["alignment"].median() < UNRELATED)

@@ -212,10 +212,6 @@ class Lanczos:
             self.leftover = self.leftover + torch.where(exhausted, 2 * beta, 0.0).square()
             self.basis = torch.cat([self.basis, self._direction(rest, exhausted).unsqueeze(1)], dim=1)
 
-    def release(self) -> None:
-        """Free the operator and its memory: no further step can be taken."""
-        del self.apply
-
     def _direction(self, rest: Tensor, exhausted: Tensor) -> Tensor:
         """Next basis vectors; an exhausted space continues with any orthogonal direction, at β of about 0."""
         # Reading the flag of a GPU would wait for it.

@@ -73,30 +73,22 @@ def decide_exactly(
     )  # fmt: skip
 
 
-def decide(
-    base: Float[Tensor, "out in"], tuned: Float[Tensor, "out in"], k: int, epsilon: float,
-    generator: torch.Generator, pictured: bool = False,
-) -> Decision:  # fmt: skip
-    """Decide the k leading vectors, each by the cheapest tier that certifies it.
+def decide_all(
+    base: Float[Tensor, "batch out in"], tuned: Float[Tensor, "batch out in"], k: int, epsilon: float,
+    generators: list[torch.Generator], pictured: bool = False, recalls: Sequence[Recall] | None = None,
+) -> list[Decision]:  # fmt: skip
+    """Decide the k leading vectors of matrices of one shape, each by the cheapest tier that certifies it.
 
     The intervals are bounds, rounding included. That the examined vectors are the k leading ones relies on a
     random start: a leading direction is missed only if the start is almost orthogonal to it.
 
     Args:
-        base, tuned: float32 or float64, finite.
-        k: leading vectors, fewer than the smaller side.
+        base, tuned: float32 or float64, finite; k is less than the smaller side.
         epsilon: cosine under which a vector is an intruder.
-        generator: for the starting blocks, on the matrices' device.
+        generators: for the starting blocks, on the matrices' device.
         pictured: with an intruder, also find the k leading base vectors.
+        recalls: of each base, the cache of its intermediate results.
     """
-    return decide_all(base[None], tuned[None], k, epsilon, [generator], pictured)[0]
-
-
-def decide_all(
-    base: Float[Tensor, "batch out in"], tuned: Float[Tensor, "batch out in"], k: int, epsilon: float,
-    generators: list[torch.Generator], pictured: bool = False, recalls: Sequence[Recall] | None = None,
-) -> list[Decision]:  # fmt: skip
-    """`decide` for matrices of one shape in a batch; `recalls` cache intermediate results of each base."""
     pairs = list(zip(base, tuned, recalls or [NO_RECALL] * len(base), strict=True))
     if min(base.shape[1:]) < max(SMALL, 4 * (k + BLOCK)):
         return [decide_exactly(W0, W1, k, recall=recall) for W0, W1, recall in pairs]
@@ -289,7 +281,7 @@ class _Search:
                     return True
             if self.failing > before / BELOW:
                 return False
-            run.release()
+            del run.apply  # its memory: no further step is taken
         return False
 
     def _tall(self, start: Tensor, extra: Extra, span: tuple[float, float]) -> Steps[bool]:

@@ -189,7 +189,7 @@ def judged_mitigation(
     metrics = comparison.metrics() | {
         "intruders": plan.intruders,
         "edited": len(plan.ranks.get("top", {})),
-        "unscored": evaluator.unscored,
+        "unscored": sum(int((losses.units == 0).sum()) for losses in evaluator.losses[0].values()),
         "truncated": sum(encoded.truncated for encoded in sets.values()),
     }
     if len(modes):
@@ -292,26 +292,25 @@ class DampingEvaluator:
     """Losses of every row at every point (mode and strength) that `measure` was called with."""
 
     def __init__(
-        self,
-        plan: DampingPlan, editable: Editable, sets: Mapping[SetKey, EncodedTask], progress: Progress | None,
+        self, plan: DampingPlan, editable: Editable, sets: Mapping[SetKey, EncodedTask],
+        progress: Progress | None,
     ):  # fmt: skip
         self.plan, self.editable, self.sets, self.progress = plan, editable, sets, progress
         self.points: list[tuple[Mode, float]] = []
-        self._losses: list[dict[SetKey, Losses]] = []
+        self.losses: list[dict[SetKey, Losses]] = []
         self._by_weights: dict[Any, dict[SetKey, Losses]] = {}
 
     def measure(self, points: Sequence[tuple[Mode, float]]) -> None:
         """Measure points; one with the weights of an earlier point takes its losses."""
         new = {self._key(*point): point for point in points if self._key(*point) not in self._by_weights}
-        results = workers.run_calls(
-            self._on_workers, self, (partial(DampingEvaluator.at, point=point) for point in new.values())
-        )
+        calls = (partial(DampingEvaluator.at, point=point) for point in new.values())
+        results = workers.run_calls(self._on_workers, self, calls)
         for mode, scale in points:
             key = self._key(mode, scale)
             if key not in self._by_weights:
                 self._by_weights[key] = next(results)
             self.points.append((mode, scale))
-            self._losses.append(self._by_weights[key])
+            self.losses.append(self._by_weights[key])
             if self.progress:
                 total = max(len(self.points), len(SCALES) * (1 + len(self.plan.ranks)))
                 self.progress(len(self.points), total, f"{mode} at {scale:g}")
@@ -330,19 +329,14 @@ class DampingEvaluator:
         make = partial(_on_worker, plan=self.plan, sets=self.sets)
         return workers.pair_on_workers(self.plan.pair, self.editable.loading, make)
 
-    @property
-    def unscored(self) -> int:
-        """Rows with nothing to score."""
-        return sum(int((losses.units == 0).sum()) for losses in self._losses[0].values())
-
     def rows(self, key: SetKey) -> row_bootstrap.RowLosses:
         """The losses of a set at every point, without rows that have nothing to score."""
-        units = self._losses[0][key].units
+        units = self.losses[0][key].units
         scored = units > 0
         if scored.sum() < 2:
             ref = self.sets[key].task.ref
             raise InputError(f"{ref}: {scored.sum()} rows have a token to score; at least 2 are needed")
-        nats = np.stack([losses[key].nats[scored] for losses in self._losses])
+        nats = np.stack([losses[key].nats[scored] for losses in self.losses])
         return row_bootstrap.RowLosses(nats=nats, units=units[scored])
 
     def compare(self, *, draws: int, seed: int) -> "ModeComparison":
@@ -356,7 +350,7 @@ class DampingEvaluator:
             counts[f"rows_{role}"] = sum(rows.units.size for rows in sets)
         accuracy = [
             np.mean([self._accuracy(key, losses) for key in self.sets if key[0] == "task"])
-            for losses in self._losses
+            for losses in self.losses
         ]
         return ModeComparison(points=tuple(self.points), accuracy=np.array(accuracy), counts=counts, **roles)
 
@@ -373,7 +367,7 @@ class DampingEvaluator:
             {
                 "role": role, "set": name, "mode": mode, "scale": scale, "rows": rows.units.size,
                 "loss": rows.loss[index], "unit": self.sets[role, name].unit,
-                "accuracy": self._accuracy((role, name), self._losses[index]),
+                "accuracy": self._accuracy((role, name), self.losses[index]),
             }
             for role, name in self.sets
             for rows in (self.rows((role, name)),)

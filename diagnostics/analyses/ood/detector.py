@@ -226,18 +226,13 @@ class LikelihoodRatioDetector:
 
     @staticmethod
     def _task(X: Any) -> Task:
-        return task_from(X if isinstance(X, str | Path) else texts_in(X), "rows")
+        if not (isinstance(X, str | Path | Mapping) or hasattr(X, "rows")):
+            if not isinstance(X, Iterable):
+                raise InputError(f"texts are given as a list, and this is {type(X).__name__}")
+            X = [text.item() if isinstance(text, np.generic) else text for text in X]
+        return task_from(X, "rows")
 
     def _scores(self, texts: Sequence[PairedText]) -> Float[np.ndarray, " rows"]:
         ratio = np.array([text.base.full.log_likelihood - text.tuned.full.log_likelihood for text in texts])
         length = np.array([text.length or np.nan for text in texts], dtype=np.float64)
         return ratio / length if self.per_token else ratio
-
-
-def texts_in(X: Any) -> Any:
-    """Rows as a task takes them, from arrays, series or lists."""
-    if hasattr(X, "rows") or isinstance(X, Mapping):
-        return X
-    if not isinstance(X, Iterable):
-        raise InputError(f"texts must be a list, and this is {type(X).__name__}")
-    return [text.item() if isinstance(text, np.generic) else text for text in X]
