@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from diagnostics.analyses.intruders import decide as tiers
 from diagnostics.analyses.intruders import inverse_factors
-from diagnostics.analyses.intruders.decide import decide_exactly
+from diagnostics.analyses.intruders.decide import decide_all, decide_exactly
 from diagnostics.numerics import linalg
 from tests.diagnostics.spectra import KINDS, orthonormal, values, with_values
 
