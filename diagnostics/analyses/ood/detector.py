@@ -228,7 +228,7 @@ class LikelihoodRatioDetector:
     def _task(X: Any) -> Task:
         if not (isinstance(X, str | Path | Mapping) or hasattr(X, "rows")):
             if not isinstance(X, Iterable):
-                raise InputError(f"texts are given as a list, and this is {type(X).__name__}")
+                raise InputError(f"texts must be a list, and this is {type(X).__name__}")
             X = [text.item() if isinstance(text, np.generic) else text for text in X]
         return task_from(X, "rows")
 
