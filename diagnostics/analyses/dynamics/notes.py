@@ -1,14 +1,11 @@
 """Notes of `dynamics`: observations, and the conditions of each measure."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from diagnostics.analyses.dynamics.measures import DynamicsProbes
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -28,7 +25,7 @@ MEASURES = {
 
 
 def notes_of(
-    steps: "pd.DataFrame",
+    steps: pd.DataFrame,
     measurements: Sequence[Arrays],
     gaps: Sequence[Arrays],
     probe: DynamicsProbes,
@@ -52,7 +49,7 @@ def notes_of(
     return notes + not_measured([*measurements, *gaps])
 
 
-def observed(steps: "pd.DataFrame", role: str) -> list[str]:
+def observed(steps: pd.DataFrame, role: str) -> list[str]:
     """Observations of the papers that this run shows too."""
     notes = []
     collapsed = steps[f"collapsed_{role}"]
