@@ -16,23 +16,15 @@ SCALING = 0.9
 TREND = 6
 # Names of the measures in notes.
 MEASURES = {
-    "alignment": "The gradient",
-    "outputs": "The outputs of probe rows",
-    "kernel": "The tangent kernel",
-    "complexity": "Local complexity",
-    "expansion": "The linearity gap",
-}
+    "alignment": "The gradient", "outputs": "The outputs of probe rows", "kernel": "The tangent kernel",
+    "complexity": "Local complexity", "expansion": "The linearity gap",
+}  # fmt: skip
 
 
 def notes_of(
-    steps: pd.DataFrame,
-    measurements: Sequence[Arrays],
-    gaps: Sequence[Arrays],
-    probe: DynamicsProbes,
-    *,
-    saved: bool,
-    stepped: bool,
-) -> list[str]:
+    steps: pd.DataFrame, measurements: Sequence[Arrays], gaps: Sequence[Arrays], probe: DynamicsProbes, *,
+    saved: bool, stepped: bool,
+) -> list[str]:  # fmt: skip
     """All notes, observations first."""
     role = "train" if "collapsed_train" in steps else "task"
     notes = observed(steps, role)

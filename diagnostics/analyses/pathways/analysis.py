@@ -259,14 +259,9 @@ def grokking_pathways(
         "unrouted": len(rows) - len(routed),
     }
     return result_of_records(
-        series.steps,
-        series.labels,
-        records,
-        samples_drawn.take(order),
-        settings,
-        counted=counted,
+        series.steps, series.labels, records, samples_drawn.take(order), settings, counted=counted,
         progress=progress,
-    )
+    )  # fmt: skip
 
 
 def result_of_records(
@@ -305,16 +300,9 @@ def result_of_records(
 
 
 def check(
-    *,
-    tau: float,
-    alphabet: str,
-    samples: int,
-    metric: str,
-    epsilon: float | None,
-    delta: float,
-    permutations: int,
-    draws: int,
-) -> None:
+    *, tau: float, alphabet: str, samples: int, metric: str, epsilon: float | None, delta: float,
+    permutations: int, draws: int,
+) -> None:  # fmt: skip
     """Refuse parameters out of range before anything is loaded.
 
     Raises:

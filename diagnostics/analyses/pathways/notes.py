@@ -17,15 +17,10 @@ SIGNS = {"distance": "distance", "consistency": "smoothness", "loss": "training 
 def notes(run: RoutingRun, tables: Mapping[str, pd.DataFrame], metrics: Numbers) -> list[str]:
     """All notes, the verdict first."""
     return [
-        f"{run.verdict[0].upper()}{run.verdict[1:]}: {run.why}.",
-        *memorisation(run),
-        *turning(run),
-        *correlated(run, tables),
-        *two_checkpoints(run),
-        definitions(run),
-        *followed(run, metrics),
+        f"{run.verdict[0].upper()}{run.verdict[1:]}: {run.why}.", *memorisation(run), *turning(run),
+        *correlated(run, tables), *two_checkpoints(run), definitions(run), *followed(run, metrics),
         *undefined(run, metrics),
-    ]
+    ]  # fmt: skip
 
 
 def memorisation(run: RoutingRun) -> list[str]:

@@ -23,17 +23,10 @@ LAGS = (-2, -1, 0, 1, 2)
 def tables(run: RoutingRun) -> dict[str, pd.DataFrame]:
     """Every table."""
     return {
-        "verdict": judged(run),
-        "steps": by_step(run),
-        "changes": by_change(run),
-        "correlations": correlations(run),
-        "groups": by_group(run),
-        "layers": by_layer(run),
-        "samples": by_sample(run),
-        "values": by_value(run),
-        "matrix": matrix(run),
-        "routes": routes(run),
-    }
+        "verdict": judged(run), "steps": by_step(run), "changes": by_change(run),
+        "correlations": correlations(run), "groups": by_group(run), "layers": by_layer(run),
+        "samples": by_sample(run), "values": by_value(run), "matrix": matrix(run), "routes": routes(run),
+    }  # fmt: skip
 
 
 def judged(run: RoutingRun) -> pd.DataFrame:

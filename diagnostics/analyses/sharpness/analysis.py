@@ -310,15 +310,9 @@ CURVATURE = ["alpha", "layer", "name", "top", "bottom", "trace", "trace_error"]
 
 
 def _checked(
-    rhos: Sequence[float],
-    rho: float,
-    norm: Norm,
-    steps: int,
-    starts: int,
-    pairs: int,
-    batches: int,
+    rhos: Sequence[float], rho: float, norm: Norm, steps: int, starts: int, pairs: int, batches: int,
     batch_rows: int,
-) -> tuple[float, ...]:
+) -> tuple[float, ...]:  # fmt: skip
     for radius in (*rhos, rho):
         if not 0 < radius < math.inf:
             raise InputError(f"rhos holds {radius}; a radius is above 0")
@@ -352,14 +346,9 @@ def _objective(evaluator: PathEvaluator, which: SetKey) -> Objective:
 
 
 def _sharpness(
-    evaluator: PathEvaluator,
-    flags: Flags,
-    batches: Sequence[BatchKey],
-    settings: SharpnessSettings,
-    alphas: Sequence[float],
-    flagged_alphas: set[float],
-    rho: float | None,
-) -> list[dict[str, Any]]:
+    evaluator: PathEvaluator, flags: Flags, batches: Sequence[BatchKey], settings: SharpnessSettings,
+    alphas: Sequence[float], flagged_alphas: set[float], rho: float | None,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Sharpness of layers at some α, and of flagged layers at some more.
 
     Args:
@@ -397,18 +386,9 @@ def _sharpness(
 
 
 def _batch_sharpness(
-    evaluator: PathEvaluator,
-    *,
-    alpha: float,
-    number: int,
-    batch: BatchKey,
-    layers: Sequence[int],
-    settings: SharpnessSettings,
-    radii: Mapping[str, Sequence[float]],
-    whole: bool,
-    done: int,
-    total: int,
-) -> BatchSharpness:
+    evaluator: PathEvaluator, *, alpha: float, number: int, batch: BatchKey, layers: Sequence[int],
+    settings: SharpnessSettings, radii: Mapping[str, Sequence[float]], whole: bool, done: int, total: int,
+) -> BatchSharpness:  # fmt: skip
     """Sharpness at one α on one batch, in this process or on a worker."""
     evaluator.clear_prefix()
     evaluator.interpolated.set_alpha(alpha)
@@ -422,12 +402,9 @@ def _batch_sharpness(
 
 
 def _curvature(
-    evaluator: PathEvaluator,
-    layers: Sequence[Layer],
-    batch: BatchKey,
-    settings: SharpnessSettings,
+    evaluator: PathEvaluator, layers: Sequence[Layer], batch: BatchKey, settings: SharpnessSettings,
     notes: list[str],
-) -> list[dict[str, Any]]:
+) -> list[dict[str, Any]]:  # fmt: skip
     """Both ends of the spectrum and the trace of each layer at base and tuned, on one batch."""
     plan = [(alpha, layer) for alpha in (0.0, 1.0) for layer in layers]
     calls = (

@@ -58,13 +58,9 @@ def with_sharpness(curves: pd.DataFrame, sharp: pd.DataFrame, rho: float) -> pd.
 
 
 def layer_table(
-    flags: Flags,
-    sharp: pd.DataFrame,
-    rho: float,
-    remedied: pd.DataFrame,
-    worst: float,
+    flags: Flags, sharp: pd.DataFrame, rho: float, remedied: pd.DataFrame, worst: float,
     on: Sequence[tuple[str, str]],
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # fmt: skip
     """One row a layer: barriers, controls, sharpness at both ends, verdict, action."""
     rows = []
     action = best_remedy(remedied, worst, {role for role, _ in on})
@@ -108,12 +104,8 @@ def best_remedy(remedied: pd.DataFrame, alpha: float, roles: set[str]) -> tuple[
 
 
 def metrics_of(
-    flags: Flags,
-    table: pd.DataFrame,
-    sets: Sequence[Mapping[str, Any]],
-    sharp: pd.DataFrame,
-    rho: float,
-) -> dict[str, float | int]:
+    flags: Flags, table: pd.DataFrame, sets: Sequence[Mapping[str, Any]], sharp: pd.DataFrame, rho: float,
+) -> dict[str, float | int]:  # fmt: skip
     """Metrics over all layers."""
     metrics: dict[str, float | int | None] = {
         "stragglers": int(table["straggler"].sum()),
@@ -140,13 +132,9 @@ def metrics_of(
 
 
 def notes_of(
-    table: pd.DataFrame,
-    sets: Sequence[Mapping[str, Any]],
-    metrics: Mapping[str, float | int],
-    on: Sequence[tuple[str, str]],
-    settings: SharpnessSettings,
-    paths: LayerPaths,
-) -> list[str]:
+    table: pd.DataFrame, sets: Sequence[Mapping[str, Any]], metrics: Mapping[str, float | int],
+    on: Sequence[tuple[str, str]], settings: SharpnessSettings, paths: LayerPaths,
+) -> list[str]:  # fmt: skip
     """Notes on stragglers, sharpness and the limits of both."""
     data = " and ".join(f"{name} ({role})" if name != role else role for role, name in on)
     notes = [
