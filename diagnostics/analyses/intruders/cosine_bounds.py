@@ -215,7 +215,7 @@ class Lanczos:
     def _direction(self, rest: Tensor, exhausted: Tensor) -> Tensor:
         """Next basis vectors; an exhausted space continues with any orthogonal direction, at β of about 0."""
         # Reading the flag of a GPU would wait for it.
-        if exhausted.device.type != "cpu" or exhausted.any():
+        if not _on_cpu(exhausted) or exhausted.any():
             generator = torch.Generator(rest.device).manual_seed(self.basis.shape[1])
             fresh = torch.randn(rest.shape, generator=generator, dtype=rest.dtype, device=rest.device)
             for _ in range(2):
@@ -240,3 +240,7 @@ def recurrence(
     residual[:, 0] = np.maximum(residual[:, 0] + np.sqrt(leftover[rows]), LEAST_RESIDUAL * scale)
     beta = np.maximum(beta, 1e-300 + 1e-14 * scale)
     return Recurrence(alpha, beta, residual, norm[rows], inverse, shift)
+
+
+def _on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
