@@ -51,10 +51,7 @@ class Recurrence:
     shift: float = 0.0
 
     def bound(self, vector: NDArray[np.intp], low: NDArray, high: NDArray) -> NDArray[np.float64]:
-        """Upper bound on |⟨u, y⟩| for eigenvectors of A with eigenvalue in [low, high], elementwise.
-
-        `vector` is the row of the recurrence for each cell.
-        """
+        """Upper bound on |⟨u, y⟩| for eigenvectors of A with eigenvalue in [low, high], by row `vector`."""
         residual = self.residual[vector].T
         if not self.inverse:
             return self._at(vector, low, high, residual[0])
