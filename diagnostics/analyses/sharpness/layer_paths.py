@@ -57,14 +57,9 @@ class LayerPaths:
     """
 
     def __init__(
-        self,
-        evaluator: PathEvaluator,
-        on: Sequence[SetKey],
-        alphas: Sequence[float],
-        *,
-        draws: int = 4,
+        self, evaluator: PathEvaluator, on: Sequence[SetKey], alphas: Sequence[float], *, draws: int = 4,
         seed: int = 0,
-    ):
+    ):  # fmt: skip
         self.evaluator, self.on, self.alphas = evaluator, tuple(on), tuple(alphas)
         self.draws, self.seed = draws, seed
         self.units = np.concatenate([evaluator.units(which) for which in on])
@@ -210,16 +205,9 @@ class LayerPaths:
 
 
 def _layer_losses(
-    evaluator: PathEvaluator,
-    *,
-    on: Sequence[SetKey],
-    cached: bool,
-    seed: int,
-    anchor: float,
-    layer: int,
-    alphas: Sequence[float],
-    draws: int,
-) -> list[LossesByRow]:
+    evaluator: PathEvaluator, *, on: Sequence[SetKey], cached: bool, seed: int, anchor: float, layer: int,
+    alphas: Sequence[float], draws: int,
+) -> list[LossesByRow]:  # fmt: skip
     """Losses with a layer at some α and all others at an anchor, then with it moved at random there."""
     prefix = anchor if cached else None
     losses = []
