@@ -77,19 +77,14 @@ def model_notes(pair: CheckpointPair, model: Any) -> list[str]:
 
 
 class PathEvaluator:
-    """Scores every set at points between base and tuned; each alpha is run once.
-
-    Attributes:
-        missing: notes on losses that are not finite.
-        progress: called with (done, total, what); None on a worker.
-    """
+    """Scores every set at points between base and tuned; each alpha is run once."""
 
     def __init__(
         self, interpolated: InterpolatedModel, sets: Mapping[SetKey, EncodedTask],
         progress: Progress | None = None,
     ):  # fmt: skip
         self.interpolated, self.sets, self.progress = interpolated, dict(sets), progress
-        self.missing: list[str] = []
+        self.missing: list[str] = []  # notes on losses that are not finite
         self._units_at: dict[float, dict[SetKey, Units | None]] = {}
         self._prefix_alpha: float | None = None
 

@@ -84,7 +84,6 @@ def decide_all(
 
     Args:
         base, tuned: float32 or float64, finite; k is less than the smaller side.
-        epsilon: cosine under which a vector is an intruder.
         generators: for the starting blocks, on the matrices' device.
         pictured: with an intruder, also find the k leading base vectors.
         recalls: of each base, the cache of its intermediate results.

@@ -157,9 +157,9 @@ def interpolation_path(
 
 
 def choice_rows(evaluator: PathEvaluator, alphas: Sequence[float]) -> list[dict[str, Any]]:
-    """Each α against tuned: its cost on the task, its gain on the keep rows, and whether it dominates.
+    """Each α against tuned, with ε one standard error over rows.
 
-    ε is one standard error over rows. An α dominates if its task loss is at most tuned's + ε, no set's
+    An α dominates if its task loss is at most tuned's + ε, no set's
     accuracy is more than its own ε below tuned's, and its keep loss is below tuned's − ε.
     """
     rows = []
