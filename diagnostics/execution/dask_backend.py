@@ -68,12 +68,7 @@ class LastingBackend(DaskDistributedBackend):
         return future
 
     def retrieve_result_callback(self, out: Any) -> Any:
-        """The results of a batch.
-
-        Raises:
-            Exception: what one of its calls raised.
-            EngineError: Dask gave it up.
-        """
+        """The results of a batch."""
         if isinstance(out, KilledWorker):
             raise EngineError(
                 f"{out.allowed_failures + 1} workers were lost one after another while they ran the same "

@@ -124,11 +124,7 @@ def dask_engine(name: str, address: str) -> Iterator[None]:
 
 
 def process_type(distributed: Any, address: str) -> str:
-    """The kind of a Dask process, `Scheduler` or another.
-
-    Raises:
-        TimeoutError, OSError: nothing answers.
-    """
+    """The kind of a Dask process, `Scheduler` or another."""
 
     async def identify() -> str:
         async with distributed.rpc(address) as process:
@@ -168,11 +164,7 @@ def ray_engine(name: str, address: str, device: str) -> Iterator[None]:
 
 
 def ray_worker_count(name: str, resources: Mapping[str, float], device: str) -> int:
-    """How many workers a Ray cluster has room for; it would wait for ever for more.
-
-    Raises:
-        InputError: a GPU is asked for, and it has none.
-    """
+    """How many workers a Ray cluster has room for; it would wait for ever for more."""
     kind = "GPU" if device == "cuda" else "CPU"
     count = int(resources.get(kind, 0))
     if count < 1:
@@ -201,11 +193,7 @@ def oversubscription_warning(workers: Mapping[str, int], cores: Mapping[str, int
 
 
 def check_listening(name: str, address: str, what: str, start: str) -> None:
-    """Refuse an address where nothing listens, at once: the libraries try for half a minute.
-
-    Raises:
-        InputError: no HOST:PORT, or nothing listens there.
-    """
+    """Refuse an address where nothing listens, at once: the libraries try for half a minute."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
         raise InputError(f"--engine {name}: should end in HOST:PORT")
@@ -218,11 +206,7 @@ def check_listening(name: str, address: str, what: str, start: str) -> None:
 
 
 def import_package(module: str, name: str, package: str) -> Any:
-    """The module of an engine's package.
-
-    Raises:
-        InputError: not installed.
-    """
+    """The module of an engine's package."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

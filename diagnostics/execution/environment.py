@@ -16,11 +16,7 @@ RECORDED = ("numpy", "pandas", "safetensors", "transformers", "peft", "joblib")
 
 
 def device(name: str) -> str:
-    """The device that `auto`, `cpu`, `cuda` or `cuda:N` stands for on this machine.
-
-    Raises:
-        InputError: unknown, or not on this machine.
-    """
+    """The device that `auto`, `cpu`, `cuda` or `cuda:N` stands for on this machine."""
     import torch
 
     if name == "auto":
@@ -41,11 +37,7 @@ def device(name: str) -> str:
 
 
 def dtype(name: str | None) -> str | None:
-    """The dtype of that name, for the arithmetic of the analyses; None leaves each at its own default.
-
-    Raises:
-        InputError: unknown.
-    """
+    """The dtype of that name, for the arithmetic of the analyses; None leaves each at its own default."""
     if name is not None and name not in DTYPES:
         raise InputError(f"--dtype {name}: unknown; known: {', '.join(DTYPES)}")
     return name

@@ -42,9 +42,6 @@ def run_halving_on_oom(
 
     Args:
         name_of: names an item in an error.
-
-    Raises:
-        InputError: a single item does not fit.
     """
     try:
         return run(items)

@@ -53,11 +53,7 @@ class WorkerObject(Generic[Object]):
     device: str
 
     def run(self, calls: Iterable[Callable[[Object], Outcome]]) -> Iterator[Outcome]:
-        """Results of calls on it, in order; a call gets it in the state that another left it in.
-
-        Raises:
-            EngineError: as `diagnostics.execution.jobs.run_jobs`.
-        """
+        """Results of calls on it, in order; a call gets it in the state that another left it in."""
         return jobs.run_jobs(
             (partial(_call_on_object, self.packed, call) for call in calls), device=self.device
         )

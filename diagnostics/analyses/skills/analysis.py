@@ -304,11 +304,7 @@ def check_parameters(
     seeds: int,
     draws: int,
 ) -> None:
-    """Refuse parameters out of range.
-
-    Raises:
-        InputError: with the range.
-    """
+    """Refuse parameters out of range."""
     for budget in budgets or ():
         if not 0 < budget < math.inf or (budget > 1 and budget != round(budget)):
             raise InputError(
@@ -333,11 +329,7 @@ def check_parameters(
 
 
 def region_sizes(budgets: Sequence[float | int] | None, bench: GraftEvaluator) -> tuple[list[int], list[str]]:
-    """The ascending sizes of the regions, and a note on budgets that are truncated.
-
-    Raises:
-        InputError: a budget above the number of entries.
-    """
+    """The ascending sizes of the regions, and a note on budgets that are truncated."""
     total, moved = bench.movement.total, bench.movement.total_moved
     wanted = []
     for budget in SHARES if budgets is None else budgets:

@@ -83,11 +83,7 @@ class GraftedModel:
     """
 
     def __init__(self, host: TwoSidedModel, candidates: Candidates):
-        """Prepare a host that is base.
-
-        Raises:
-            InputError: a candidate lies in a tensor that the model does not differentiate.
-        """
+        """Prepare a host that is base."""
         assert host.side == "base"
         self.host, self.candidates = host, candidates
         self._spans = dict(candidates.spans)
@@ -127,11 +123,7 @@ class GraftedModel:
     def gradient(
         self, mask: Mask, objective: Objective, rows: list[int] | None = None
     ) -> Float[Tensor, " candidates"]:
-        """dL/dm of every candidate at a mask.
-
-        Raises:
-            InputError: gradients that are NaN or infinite, or as `Objective.backward`.
-        """
+        """dL/dm of every candidate at a mask."""
         self.write_mask(mask)
         gradient = torch.zeros(len(self.candidates), dtype=self._dtype)
         parts = {name: gradient[span] for name, span in self._spans.items()}
@@ -142,12 +134,7 @@ class GraftedModel:
         return check_finite(gradient, self.host)
 
     def gradient_at(
-        self,
-        others: Region,
-        read: Read,
-        mask: Mask,
-        objective: Objective,
-        rows: list[int] | None = None,
+        self, others: Region, read: Read, mask: Mask, objective: Objective, rows: list[int] | None = None
     ) -> Float[Tensor, " others"]:
         """dL/dm of entries that are no candidates, at a mask of the candidates."""
         self.write_mask(mask)
@@ -165,11 +152,7 @@ class GraftedModel:
 def collect_gradients(
     host: TwoSidedModel, index: Mapping[str, Int[Tensor, " _"]], sums: Mapping[str, Float[Tensor, " _"]]
 ) -> Iterator[None]:
-    """Add the gradients of some entries of each tensor to `sums`, and free all gradients at once.
-
-    Raises:
-        InputError: an entry lies in a tensor that the model does not differentiate.
-    """
+    """Add the gradients of some entries of each tensor to `sums`, and free all gradients at once."""
     # A tensor may be in several parameters, where the model keeps it in another form.
     holders: dict[nn.Parameter, list[str]] = {}
     for name, entries in index.items():
@@ -202,11 +185,7 @@ def collect_gradients(
 
 
 def check_finite(gradient: Float[Tensor, " _"], host: TwoSidedModel) -> Float[Tensor, " _"]:
-    """The gradient, checked.
-
-    Raises:
-        InputError: it holds NaN or infinities.
-    """
+    """The gradient, checked."""
     if not gradient.isfinite().all():
         raise InputError(
             f"{host.pair.tuned.ref}: gradients are NaN or infinite; half precision may overflow: use "

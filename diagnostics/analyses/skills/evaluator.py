@@ -39,11 +39,7 @@ MAX_ROWS = {"search": 1024, "selection": 1000, "report": 2000}
 
 
 def split_rows(task: Task, shares: Sequence[float], seed: int) -> dict[Split, list[int]]:
-    """Random rows of a task for each split; rows of equal content are in one split.
-
-    Raises:
-        NotApplicableError: too few rows; the message says how many are needed.
-    """
+    """Random rows of a task for each split; rows of equal content are in one split."""
     duplicates: dict[object, list[int]] = {}
     for index, row in enumerate(task.rows):
         duplicates.setdefault((row.text, row.prompt), []).append(index)
@@ -85,9 +81,6 @@ def eligible_tensors(host: TwoSidedModel, eligible: Eligible) -> dict[str, tuple
 
     `blocks`: weights, biases and norms of the blocks, as in the released code; `matrices`: only the matrices
     of the blocks; `everything`: embeddings and heads too.
-
-    Raises:
-        InputError: there is none.
     """
     matrices = {matrix.tensor for matrix in host.pair.tuned.matrices.values()}
     shapes = {}

@@ -86,10 +86,7 @@ def measure_ends(
 
 
 def start_measurements(
-    task: str,
-    ends: Mapping[str, Mapping[Key, Answers]],
-    keys: Sequence[Key],
-    evaluator: GraftEvaluator,
+    task: str, ends: Mapping[str, Mapping[Key, Answers]], keys: Sequence[Key], evaluator: GraftEvaluator
 ) -> TaskMeasurements:
     """The measurements of a task before any search, and whether there is anything to search for."""
     total = evaluator.movement.total

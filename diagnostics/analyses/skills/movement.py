@@ -54,9 +54,6 @@ class Movement:
         Args:
             shapes: of the tensors, in any order.
             read: reads a tensor of base and of tuned.
-
-        Raises:
-            InputError: weights that are NaN or infinite.
         """
         self._read = read
         self.entries: dict[str, int] = {}
@@ -90,11 +87,7 @@ class Movement:
         return sum(self.moved.values())
 
     def largest(self, count: int) -> Region:
-        """The `count` entries that moved furthest; entries that did not move come last.
-
-        Raises:
-            InputError: fewer entries than that.
-        """
+        """The `count` entries that moved furthest; entries that did not move come last."""
         if not 0 <= count <= self.total:
             raise InputError(f"{count} entries are asked for; there are {self.total}")
         if not count:

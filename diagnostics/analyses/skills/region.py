@@ -159,10 +159,7 @@ def by_component(
 
 
 def densest(
-    region: Region,
-    shapes: Mapping[str, tuple[int, ...]],
-    matrices: Mapping[str, Any],
-    count: int = 20,
+    region: Region, shapes: Mapping[str, tuple[int, ...]], matrices: Mapping[str, Any], count: int = 20
 ) -> list[dict[str, Any]]:
     """The densest rows (outputs) and columns (inputs) of matrices.
 

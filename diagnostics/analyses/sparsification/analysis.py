@@ -95,11 +95,7 @@ class Sparseness:
 
 
 def measure_sparseness(weights: Float[Tensor, "..."]) -> Sparseness:
-    """Measure one matrix in chunks; exact zeros count as small at any scale.
-
-    Raises:
-        InputError: an entry is NaN or infinite.
-    """
+    """Measure one matrix in chunks; exact zeros count as small at any scale."""
     flat = weights.flatten()
     entries, l1, square = flat.numel(), 0.0, 0.0
     for chunk in flat.split(CHUNK):
@@ -129,10 +125,6 @@ def checkpoint_sparseness(
     """All measures over the matrices of a checkpoint in these parts, weighted by entries.
 
     One matrix is in memory at a time.
-
-    Raises:
-        NotApplicableError: no such matrix.
-        InputError: weights that are no finite floating-point numbers.
     """
     names = [name for name, matrix in checkpoint.matrices.items() if matrix.part in parts]
     if not names:
@@ -195,10 +187,7 @@ def find_jumps(series: ArrayLike) -> Bool[np.ndarray, " steps"]:
     metrics=METRICS,
 )
 def abrupt_sparsification(
-    series: Any,
-    *,
-    parts: Sequence[Part] = ("block",),
-    progress: Progress | None = None,
+    series: Any, *, parts: Sequence[Part] = ("block",), progress: Progress | None = None
 ) -> Result:
     """Measure how sparse the checkpoints of a run are, in step order, and where a measure jumps.
 
@@ -261,9 +250,7 @@ def abrupt_sparsification(
 
 
 def notes(
-    table: Any,
-    jumps: Mapping[str, Bool[np.ndarray, " steps"]],
-    steps: Float[np.ndarray, " steps"] | None,
+    table: Any, jumps: Mapping[str, Bool[np.ndarray, " steps"]], steps: Float[np.ndarray, " steps"] | None
 ) -> list[str]:
     """Notes on the jumps and on the checkpoints."""
     lines = []

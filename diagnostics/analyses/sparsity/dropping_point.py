@@ -124,9 +124,7 @@ def within_tolerance(
 
 
 def crossing(
-    sparsities: Sparsities,
-    curves: Float[np.ndarray, "curves points"],
-    allowed: Float[np.ndarray, " curves"],
+    sparsities: Sparsities, curves: Float[np.ndarray, "curves points"], allowed: Float[np.ndarray, " curves"]
 ) -> tuple[Int[np.ndarray, " curves"], Float[np.ndarray, " curves"]]:
     """Index of the last point at which each isotonic fit is within the allowed drop, and its crossing.
 
@@ -154,11 +152,7 @@ def paper_dropping_point(sparsities: Sparsities, curve: SparsityCurve, allowed: 
 
 
 def fit_hinge(sparsities: Sparsities, curve: SparsityCurve) -> Hinge:
-    """Fit `a + b s + d max(s − c, 0)`, with c among the inner sparsities.
-
-    Raises:
-        InputError: fewer than 4 points.
-    """
+    """Fit `a + b s + d max(s − c, 0)`, with c among the inner sparsities."""
     count = len(curve)
     if count < 4:
         raise InputError(f"{count} points; a hinge has 4 parameters")
@@ -250,9 +244,6 @@ def estimate_dropping_point(
         rows: number of rows measured.
         least: lower bound of the half-width; z / rows for accuracy: that no row disagrees does not prove
             that none would.
-
-    Raises:
-        InputError: fewer than 4 points.
     """
     scale = tolerance * np.abs(np.concatenate([curve[:1], drawn[:, 0]])) if relative else None
     allowed = np.full(1 + len(drawn), tolerance) if scale is None else scale

@@ -66,11 +66,7 @@ class Point:
 
 
 def parse_pattern(pattern: str) -> tuple[int, int]:
-    """N and M of an N:M pattern, which keeps at most N of M weights.
-
-    Raises:
-        InputError: it is not N:M with N below M.
-    """
+    """N and M of an N:M pattern, which keeps at most N of M weights."""
     parts = pattern.split(":")
     if (
         len(parts) != 2
@@ -82,11 +78,7 @@ def parse_pattern(pattern: str) -> tuple[int, int]:
 
 
 def pattern_sparsity(pattern: str) -> float:
-    """The share that an N:M pattern prunes.
-
-    Raises:
-        InputError: as `parse_pattern`.
-    """
+    """The share that an N:M pattern prunes."""
     kept, of = parse_pattern(pattern)
     return 1 - kept / of
 
@@ -110,11 +102,7 @@ class Masks:
         random: bool,
         seed: int,
     ):
-        """Find the cuts of all sparsities in the same passes over the weights.
-
-        Raises:
-            InputError: a sparsity outside [0, 1); nothing to prune, or weights that are no finite floats.
-        """
+        """Find the cuts of all sparsities in the same passes over the weights."""
         self.host = host
         self.settings = {"scope": scope, "parts": parts, "random": random, "seed": seed}
         tuned = host.pair.tuned
@@ -185,11 +173,7 @@ class Masks:
         return pattern_sparsity(pattern)
 
     def misfit(self, pattern: str) -> str:
-        """Why a pattern does not fit, naming the matrix; empty if it fits.
-
-        Raises:
-            InputError: it is no pattern.
-        """
+        """Why a pattern does not fit, naming the matrix; empty if it fits."""
         kept, of = parse_pattern(pattern)
         for matrix in self.host.pair.tuned.matrices.values():
             if matrix.tensor in self.names:
@@ -204,9 +188,6 @@ class Masks:
 
         Args:
             patterns: None: those of `PATTERNS` that fit.
-
-        Raises:
-            InputError: a requested one does not fit; the message names the matrix and its width.
         """
         reasons = {pattern: self.misfit(pattern) for pattern in (PATTERNS if patterns is None else patterns)}
         misfits = {pattern: reason for pattern, reason in reasons.items() if reason}
@@ -435,11 +416,7 @@ class MaskEvaluator:
         return held
 
     def rows(self, role: str, metric: Metric) -> list[row_bootstrap.RowLosses]:
-        """Scores of each set of a role at every point, without rows that have nothing to score.
-
-        Raises:
-            InputError: fewer than 2 rows are left.
-        """
+        """Scores of each set of a role at every point, without rows that have nothing to score."""
         rows = []
         for key, encoded in self.sets.items():
             if key[0] != role:

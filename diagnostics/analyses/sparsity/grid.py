@@ -66,11 +66,7 @@ class SparsitySettings:
         return TOLERANCE if self.tolerance is None else self.tolerance
 
     def metric_of(self, role: str, sets: Mapping[SetKey, Task]) -> Metric:
-        """The metric of a role.
-
-        Raises:
-            InputError: its files have none in common.
-        """
+        """The metric of a role."""
         if self.metric != "auto":
             return self.metric
         shapes = {task.shape: task.ref for (own_role, _), task in sets.items() if own_role == role}

@@ -17,11 +17,7 @@ from probes.text.rows import Task
 
 
 def check_training(steps: int, share: float, lr: float, batch_rows: int) -> None:
-    """Refuse parameters out of range.
-
-    Raises:
-        InputError: with the range.
-    """
+    """Refuse parameters out of range."""
     if steps < 0:
         raise InputError(f"finetune_steps is {steps}; it is at least 0 (no tuning)")
     if not 0 < share < 1:
@@ -33,11 +29,7 @@ def check_training(steps: int, share: float, lr: float, batch_rows: int) -> None
 def split_training_rows(
     sets: Mapping[tuple[str, str], Task], share: float, seed: int
 ) -> tuple[Task, dict[tuple[str, str], Task]]:
-    """A random share of the task rows to tune on, and all sets without them.
-
-    Raises:
-        InputError: several task files, or fewer than 2 rows on either side.
-    """
+    """A random share of the task rows to tune on, and all sets without them."""
     task_keys = [key for key in sets if key[0] == "task"]
     if len(task_keys) > 1:
         names = ", ".join(name for _, name in task_keys)

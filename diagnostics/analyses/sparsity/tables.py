@@ -7,25 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diagnostics.analyses.sparsity.dropping_point import (
-    ROUNDING,
-    DroppingPoint,
-    estimate_dropping_point,
-)
-from diagnostics.analyses.sparsity.evaluator import (
-    MAGNITUDE,
-    RANDOM,
-    SIDES,
-    MaskEvaluator,
-    Metric,
-    Regime,
-)
-from diagnostics.analyses.sparsity.grid import (
-    BY_ROW,
-    COMPARED_SPARSITY,
-    SparsitySettings,
-    higher_is_better,
-)
+from diagnostics.analyses.sparsity.dropping_point import ROUNDING, DroppingPoint, estimate_dropping_point
+from diagnostics.analyses.sparsity.evaluator import MAGNITUDE, RANDOM, SIDES, MaskEvaluator, Metric, Regime
+from diagnostics.analyses.sparsity.grid import BY_ROW, COMPARED_SPARSITY, SparsitySettings, higher_is_better
 from diagnostics.numerics import row_bootstrap
 from diagnostics.numerics.estimates import Z95
 from probes.checkpoints.pair import Side
