@@ -42,15 +42,10 @@ def checkpoint_runner(series: CheckpointSeries, device: str) -> RunCalls:
 
 @dataclass(frozen=True)
 class WorkerObject(Generic[Object]):
-    """Lazily built per-worker object, kept while jobs arrive.
+    """Lazily built per-worker object, kept while jobs arrive."""
 
-    Attributes:
-        packed: pickle of a callable without arguments that builds it.
-        device: where it computes.
-    """
-
-    packed: bytes
-    device: str
+    packed: bytes  # pickle of a callable without arguments that builds it
+    device: str  # where it computes
 
     def run(self, calls: Iterable[Callable[[Object], Outcome]]) -> Iterator[Outcome]:
         """Results of calls on it, in order; a call gets it in the state that another left it in."""

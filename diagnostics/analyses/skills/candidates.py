@@ -30,11 +30,10 @@ class Candidates:
     """Entries with both of their values. In a vector they are ordered by tensor name, then by index.
 
     Attributes:
-        index: ascending flat indices of each tensor, in 32 bits where these suffice.
         base, tuned: their values as stored.
     """
 
-    index: Region
+    index: Region  # ascending flat indices of each tensor, in 32 bits where these suffice
     base: Mapping[str, Shaped[Tensor, " _"]]
     tuned: Mapping[str, Shaped[Tensor, " _"]]
 

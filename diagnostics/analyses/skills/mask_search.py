@@ -134,17 +134,11 @@ def score_gradient(
 
 @dataclass(frozen=True, kw_only=True)
 class SearchOutcome:
-    """The end of a faithful search.
+    """The end of a faithful search."""
 
-    Attributes:
-        scores: logits of the relaxed mask; the region has the largest.
-        steps: gradients taken.
-        reached: whether the rounded mask reached its size.
-    """
-
-    scores: Float[Tensor, " candidates"]
-    steps: int
-    reached: bool
+    scores: Float[Tensor, " candidates"]  # logits of the relaxed mask; the region has the largest
+    steps: int  # gradients taken
+    reached: bool  # whether the rounded mask reached its size
 
 
 def faithful_search(

@@ -29,9 +29,6 @@ class TaskMeasurements:
         points: how each point of the curve was made: method, entries, alpha and more.
         other_sets: answers of the models to the keep and OOD sets, by role and set.
         on_other_tasks: answers of the graft to the report rows of every task.
-        choice: the regions; None where there was nothing to localise.
-        reason: why there was nothing; else empty.
-        temperature: fitted to tuned on the selection rows.
     """
 
     task: str
@@ -39,9 +36,9 @@ class TaskMeasurements:
     points: dict[str, dict[str, Any]] = field(default_factory=dict)
     other_sets: dict[Key, dict[str, Answers]] = field(default_factory=dict)
     on_other_tasks: dict[str, Answers] = field(default_factory=dict)
-    choice: SizeChoice | None = None
-    reason: str = ""
-    temperature: float = math.nan
+    choice: SizeChoice | None = None  # the regions; None where there was nothing to localise
+    reason: str = ""  # why there was nothing; else empty
+    temperature: float = math.nan  # fitted to tuned on the selection rows
     _scores: AnswerScores | None = None
 
     def compare(self, draws: int, seed: int, where: str) -> AnswerScores:

@@ -60,49 +60,32 @@ class GradientProgress:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Ranking:
-    """Candidates ranked by a search.
+    """Candidates ranked by a search."""
 
-    Attributes:
-        scores: of the candidates.
-        sizes: of the masks during the search.
-        steps: gradients taken; 0 for an order of movement alone.
-        reached: False where a faithful search ended before its mask had its size.
-    """
-
-    scores: Tensor
-    sizes: tuple[int, ...]
-    steps: int = 0
-    reached: bool = True
+    scores: Tensor  # of the candidates
+    sizes: tuple[int, ...]  # of the masks during the search
+    steps: int = 0  # gradients taken; 0 for an order of movement alone
+    reached: bool = True  # False where a faithful search ended before its mask had its size
 
 
 @dataclass(kw_only=True)
 class TaskSearch:
-    """Searches for one task.
-
-    Attributes:
-        objective: the loss of its search rows; None where movement alone ranks.
-        sizes: of the regions asked for, ascending.
-        share: of the entries that are candidates; None: as many as the sizes need.
-        rate: of the first step of a `budget` search.
-        starts: initial scores of a `budget` search, by start.
-        start: the one that did better.
-        notes: on the candidates.
-    """
+    """Searches for one task."""
 
     evaluator: GraftEvaluator
     task: str
     mode: Mode
-    objective: Objective | None
-    sizes: Sequence[int]
-    share: float | None
+    objective: Objective | None  # the loss of its search rows; None where movement alone ranks
+    sizes: Sequence[int]  # of the regions asked for, ascending
+    share: float | None  # of the entries that are candidates; None: as many as the sizes need
     steps: int
-    rate: float
+    rate: float  # of the first step of a `budget` search
     batch: int
     seed: int
     gradients: GradientProgress
-    start: Start = "gradients"
-    starts: dict[Start, Tensor] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    start: Start = "gradients"  # the one that did better
+    starts: dict[Start, Tensor] = field(default_factory=dict)  # initial scores of a `budget` search, by start
+    notes: list[str] = field(default_factory=list)  # on the candidates
 
     def __post_init__(self) -> None:
         movement = self.evaluator.movement

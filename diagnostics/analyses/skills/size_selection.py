@@ -24,22 +24,17 @@ class SizeChoice:
     """Regions for one task.
 
     Attributes:
-        regions: by ascending size; the chosen one among them.
         kept: the share of the gain that each keeps on the selection rows.
-        own_search: sizes with a region from a search for that size alone.
-        size: the chosen one.
-        passed: whether it keeps what is asked for; else it is the size that keeps the most.
-        ranking: the ranking that the chosen region begins; None for movement.
         other_seeds: regions of the chosen size from searches with other seeds.
     """
 
     search: TaskSearch
-    regions: dict[int, Region] = field(default_factory=dict)
+    regions: dict[int, Region] = field(default_factory=dict)  # by ascending size; the chosen one among them
     kept: dict[int, float] = field(default_factory=dict)
-    own_search: set[int] = field(default_factory=set)
-    size: int = 0
-    passed: bool = False
-    ranking: Ranking | None = None
+    own_search: set[int] = field(default_factory=set)  # sizes with a region from a search for that size alone
+    size: int = 0  # the chosen one
+    passed: bool = False  # whether it keeps what is asked for; else it is the size that keeps the most
+    ranking: Ranking | None = None  # the ranking that the chosen region begins; None for movement
     other_seeds: list[Region] = field(default_factory=list)
 
     @property

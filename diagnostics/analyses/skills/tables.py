@@ -143,14 +143,12 @@ class CalibrationChange:
     """How far a graft lowers the calibration error, against interpolation.
 
     Attributes:
-        less: share of tuned's error that the graft removes.
-        less_low: lower end of the 95 % interval of the error removed, in units of the error.
         interpolated: the largest share that an interpolation removes, among those that are not surely worse
             than the graft.
     """
 
-    less: float
-    less_low: float
+    less: float  # share of tuned's error that the graft removes
+    less_low: float  # lower end of the 95 % interval of the error removed, in units of the error
     interpolated: float
 
     @property

@@ -83,7 +83,6 @@ class Sparseness:
 
     Attributes:
         zero, near_zero, small: counts.
-        hoyer: (√n − l1/l2) / (√n − 1); NaN for a single entry, or if all are 0.
     """
 
     entries: int
@@ -91,7 +90,7 @@ class Sparseness:
     near_zero: int
     small: int
     rms: float
-    hoyer: float
+    hoyer: float  # (√n − l1/l2) / (√n − 1); NaN for a single entry, or if all are 0
 
 
 def measure_sparseness(weights: Float[Tensor, "..."]) -> Sparseness:

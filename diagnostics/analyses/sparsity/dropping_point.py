@@ -36,15 +36,12 @@ class PaperDroppingPoint:
     Attributes:
         at: the last sparsity before the metric first leaves the tolerance; the last measured if it never
             does.
-        until: the next sparsity; NaN if the metric never leaves the tolerance.
-        rho: share of the remaining weights that are removed in between, (until − at) / (1 − at).
-        crossings: how often the curve leaves the tolerance; above 1 it is noisy.
     """
 
     at: float
-    until: float
-    rho: float
-    crossings: int
+    until: float  # the next sparsity; NaN if the metric never leaves the tolerance
+    rho: float  # share of the remaining weights that are removed in between, (until − at) / (1 − at)
+    crossings: int  # how often the curve leaves the tolerance; above 1 it is noisy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,17 +49,15 @@ class Hinge:
     """The best continuous fit of two slopes.
 
     Attributes:
-        at: the sparsity at which they meet.
         before, after: the slopes, metric per unit of sparsity.
         dbic: BIC of one line minus BIC of the hinge; above 10 there surely is a bend, up to 2 there is none.
-        until: the last sparsity fitted; below the last measured where the curve reaches a floor.
     """
 
-    at: float
+    at: float  # the sparsity at which they meet
     before: float
     after: float
     dbic: float
-    until: float
+    until: float  # the last sparsity fitted; below the last measured where the curve reaches a floor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,29 +65,24 @@ class DroppingPoint:
     """The dropping point of one curve, by all estimates.
 
     Attributes:
-        allowed: tolerated drop, in the metric's unit.
         at, until: the robust bracket; `until` is NaN where the grid ends first.
         point, low, high: the crossing within the bracket, and its 95 % interval.
-        reached: whether the curve leaves the tolerance; else `point` is a lower bound.
-        decided: whether the rows can tell the tolerance from noise.
-        rows_needed: how many rows could.
-        points: the crossing in each draw.
     """
 
     paper: PaperDroppingPoint
-    allowed: float
+    allowed: float  # tolerated drop, in the metric's unit
     at: float
     until: float
     point: float
     low: float
     high: float
-    reached: bool
-    decided: bool
-    rows_needed: int
+    reached: bool  # whether the curve leaves the tolerance; else `point` is a lower bound
+    decided: bool  # whether the rows can tell the tolerance from noise
+    rows_needed: int  # how many rows could
     half_width: float
     hinge: Hinge
     verdict: Verdict
-    points: Float[np.ndarray, " draws"]
+    points: Float[np.ndarray, " draws"]  # the crossing in each draw
 
 
 def isotonic(curves: Float[np.ndarray, "curves points"]) -> Float[np.ndarray, "curves points"]:

@@ -48,21 +48,13 @@ DIGITS = 9
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One setting of the model.
+    """One setting of the model."""
 
-    Attributes:
-        model: the side that is masked, by its own magnitudes.
-        pattern: `magnitude`, `random`, or N:M as in `2:4`.
-        sparsity: as requested.
-        realised: share of the weights in the scope that is pruned.
-        regime: whether weights are tuned behind the mask.
-    """
-
-    model: Side
-    pattern: str
-    sparsity: float
-    realised: float
-    regime: Regime = "zero_shot"
+    model: Side  # the side that is masked, by its own magnitudes
+    pattern: str  # `magnitude`, `random`, or N:M as in `2:4`
+    sparsity: float  # as requested
+    realised: float  # share of the weights in the scope that is pruned
+    regime: Regime = "zero_shot"  # whether weights are tuned behind the mask
 
 
 def parse_pattern(pattern: str) -> tuple[int, int]:

@@ -32,18 +32,12 @@ BY_ROW = ("choices", "label")
 
 @dataclass(frozen=True, kw_only=True)
 class SparsitySettings:
-    """How the curves are measured.
-
-    Attributes:
-        tolerance: None is the default.
-        grid: ascending, from 0.
-        refine: width of the bracket to reach; 0: the grid is not refined.
-    """
+    """How the curves are measured."""
 
     metric: Literal["auto", "accuracy", "loss"]
-    tolerance: float | None
-    grid: tuple[float, ...]
-    refine: float
+    tolerance: float | None  # None is the default
+    grid: tuple[float, ...]  # ascending, from 0
+    refine: float  # width of the bracket to reach; 0: the grid is not refined
     draws: int
     seed: int
 

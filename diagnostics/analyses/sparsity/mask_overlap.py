@@ -22,18 +22,15 @@ class Overlap:
     """Two masks over the same entries, as counts.
 
     Attributes:
-        entries: in the scope.
         base, tuned, both: pruned by base's mask, by tuned's, by both.
-        moved: squared norm of tuned − base.
-        moved_low: the same over the entries that base's mask prunes.
     """
 
-    entries: int = 0
+    entries: int = 0  # in the scope
     base: int = 0
     tuned: int = 0
     both: int = 0
-    moved: float = 0.0
-    moved_low: float = 0.0
+    moved: float = 0.0  # squared norm of tuned − base
+    moved_low: float = 0.0  # the same over the entries that base's mask prunes
 
     @property
     def cosine(self) -> float:

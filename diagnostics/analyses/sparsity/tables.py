@@ -29,24 +29,16 @@ WITHHELD = (
 
 @dataclass(frozen=True, kw_only=True)
 class SparsityMeasurements:
-    """The metrics at all points, their bootstrap draws, and the dropping points.
-
-    Attributes:
-        roles: metric by role.
-        values: metric at every point, by role.
-        drawn: the same on bootstrap draws of the rows.
-        losses: task loss at every point in nats a token; None for choices and labels.
-        drops: dropping points by role, model and regime.
-    """
+    """The metrics at all points, their bootstrap draws, and the dropping points."""
 
     evaluator: MaskEvaluator
     settings: SparsitySettings
-    roles: Mapping[str, Metric]
+    roles: Mapping[str, Metric]  # metric by role
     patterns: Sequence[str]
-    values: Mapping[str, np.ndarray]
-    drawn: Mapping[str, np.ndarray]
-    losses: np.ndarray | None
-    drops: Mapping[tuple[str, Side, Regime], DroppingPoint]
+    values: Mapping[str, np.ndarray]  # metric at every point, by role
+    drawn: Mapping[str, np.ndarray]  # the same on bootstrap draws of the rows
+    losses: np.ndarray | None  # task loss at every point in nats a token; None for choices and labels
+    drops: Mapping[tuple[str, Side, Regime], DroppingPoint]  # dropping points by role, model and regime
 
     @classmethod
     def of(
