@@ -9,8 +9,8 @@ and the controls are ours.
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 from diagnostics.analyses.skills.evaluator import (
     SPLITS,
@@ -20,6 +20,7 @@ from diagnostics.analyses.skills.evaluator import (
     select_rows,
     split_rows,
 )
+from diagnostics.analyses.skills.figures import draw
 from diagnostics.analyses.skills.mask_search import STEP
 from diagnostics.analyses.skills.measurements import (
     TaskMeasurements,
@@ -30,7 +31,7 @@ from diagnostics.analyses.skills.measurements import (
 from diagnostics.analyses.skills.notes import pair_notes, task_notes
 from diagnostics.analyses.skills.search import GradientProgress, Mode, TaskSearch, gradient_count
 from diagnostics.analyses.skills.size_selection import CHECKED, SizeChooser
-from diagnostics.analyses.skills.tables import SkillTables
+from diagnostics.analyses.skills.tables import tables_and_metrics
 from diagnostics.core.analysis import DeviceTest, Result, analysis
 from diagnostics.core.inputs import tasks
 from diagnostics.core.row_options import RowOptions
@@ -40,12 +41,9 @@ from probes.checkpoints.mask_file import Patch
 from probes.errors import InputError
 from probes.models.two_sided import TwoSidedModel
 from probes.passes.objective import Objective
+from probes.progress import Progress
 from probes.text.rows import Task
 
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
-Progress = Callable[[int, int, str], None]
 # From the paper's budget up to where a region is no longer small.
 SHARES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
@@ -98,13 +96,6 @@ def summary(result: Result) -> str:
     """The verdict on each task."""
     verdicts = result.tables["tasks"]["verdict"] if "tasks" in result.tables else ()
     return " ".join(verdicts) or "nothing to localise"
-
-
-def draw(result: Result) -> "dict[str, go.Figure]":
-    """The figures of a result; plotly is loaded when they are drawn."""
-    from diagnostics.analyses.skills import figures
-
-    return figures.draw(result)
 
 
 @analysis(
@@ -256,13 +247,15 @@ def skill_localization(
         for name in by_task:
             ref = encoded_tasks[name].task.ref
             measured = measurements[name] = start_measurements(name, ends, keys, evaluator)
-            if not measured.compare(draws, seed, ref).gained:
+            measured.compare(draws, seed, ref)
+            if not measured.scores.gained:
                 measured.reason = measured.reason or "tuned is not surely better than base on the report rows"
             if measured.reason:
                 continue
+            rows_to_search = sets[name, "search"]
             objective = None
             if search != "movement":
-                objective = Objective(sets[name, "search"], tokens=options.batch_tokens)
+                objective = Objective(rows_to_search, tokens=options.batch_tokens)
             searcher = TaskSearch(
                 evaluator=evaluator, task=name, mode=search, sizes=sizes, share=candidates, steps=steps,
                 rate=rate, objective=objective, seed=seed, gradients=gradients,
@@ -274,9 +267,7 @@ def skill_localization(
             measure_regions(measured, evaluator, keys, seed)
             measured.compare(draws, seed, ref)
             notes += [*searcher.notes, *task_notes(measured)]
-        tables, metrics = SkillTables(
-            measurements=measurements, evaluator=evaluator, draws=draws, seed=seed
-        ).build()
+        tables, metrics = tables_and_metrics(measurements, evaluator, draws=draws, seed=seed)
         all_encoded = (*encoded_tasks.values(), *encoded_others.values())
         metrics |= {
             "gradients": gradients.done,

@@ -1,8 +1,7 @@
 """A graft's candidate entries in a running model: masks are written into it, gradients read out of it.
 
-Only the entries that moved furthest are candidates. The model is base, with tuned's values where the mask is
-true. The gradient of a weight is kept at its candidates alone and freed at once, so that memory is one model,
-its activations, its largest gradient and some numbers a candidate.
+The gradient of a weight is kept at its candidates alone and freed at once, so that memory is one model, its
+activations, its largest gradient and some numbers a candidate.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,11 +26,7 @@ Mask: TypeAlias = Bool[Tensor, " candidates"] | Float[Tensor, " candidates"]
 
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
-    """Entries with both of their values. In a vector they are ordered by tensor name, then by index.
-
-    Attributes:
-        base, tuned: their values as stored.
-    """
+    """Entries with both of their stored values; in a vector they are ordered by tensor name, then index."""
 
     index: Region  # ascending flat indices of each tensor, in 32 bits where these suffice
     base: Mapping[str, Shaped[Tensor, " _"]]
@@ -76,10 +71,7 @@ class Candidates:
 
 
 class GraftedModel:
-    """A running graft of the candidates, and the gradient of the loss with respect to its mask.
-
-    A context manager: at its end the model is base again, and weights require gradients as before.
-    """
+    """A running graft of the candidates; a context manager at whose end the model is base again."""
 
     def __init__(self, host: TwoSidedModel, candidates: Candidates):
         """Prepare a host that is base."""
@@ -88,9 +80,8 @@ class GraftedModel:
         self._spans = dict(candidates.spans)
         self._mask: Tensor | None = None  # the hard mask that is written
         sides = (*candidates.base.values(), *candidates.tuned.values())
-        self._dtype = (
-            torch.float64 if any(values.dtype == torch.float64 for values in sides) else torch.float32
-        )
+        wide = any(values.dtype == torch.float64 for values in sides)
+        self._dtype = torch.float64 if wide else torch.float32
 
     def __enter__(self) -> "GraftedModel":
         return self
@@ -140,11 +131,9 @@ class GraftedModel:
         parts = {name: torch.zeros(len(entries)) for name, entries in others.items()}
         with collect_gradients(self.host, others, parts):
             objective.backward(self.host.model, rows)
-        slopes = [
-            part * delta(*(side.reshape(-1)[others[name].long()] for side in read(name)))
-            for name, part in parts.items()
-        ]
-        return check_finite(torch.cat(slopes) if slopes else torch.empty(0), self.host)
+        for name, part in parts.items():
+            parts[name] = part * delta(*(side.reshape(-1)[others[name].long()] for side in read(name)))
+        return check_finite(torch.cat(list(parts.values())) if parts else torch.empty(0), self.host)
 
 
 @contextmanager

@@ -1,9 +1,7 @@
 """Searches for a region that carries one task: for all sizes at once, for one size, and with other seeds.
 
-One search serves the whole curve: its mask changes in size from step to step, and the region of any size is
-    the
-beginning of its ranking. Some sizes are searched again alone; that region is taken where it does better on
-rows that no search saw.
+One search serves the whole curve: its mask changes in size from step to step, and a region of any size is the
+beginning of its ranking. Some sizes are searched again alone, and taken where they do better on other rows.
 """
 
 import math
@@ -88,21 +86,18 @@ class TaskSearch:
     notes: list[str] = field(default_factory=list)  # on the candidates
 
     def __post_init__(self) -> None:
-        movement = self.evaluator.movement
-        share = CANDIDATES if self.share is None else self.share
-        count = math.ceil(share * movement.total)
-        if self.share is None:
-            count = min(count, PER_ENTRY * max(self.sizes))
-        self._set_candidates(max(1, min(count, movement.total_moved)))
+        count = math.ceil((self.share or CANDIDATES) * self.evaluator.movement.total)
+        self._set_candidates(min(count, PER_ENTRY * max(self.sizes)) if self.share is None else count)
         if self.objective is not None:
-            self._check_candidates(may_double=self.share is None)
+            self._check_candidates(self.objective)
 
     def _set_candidates(self, count: int) -> None:
-        self.candidates = Candidates.of(self.evaluator.movement.largest(count), self.evaluator.read)
+        movement = self.evaluator.movement
+        chosen = movement.largest(max(1, min(count, movement.total_moved)))
+        self.candidates = Candidates.of(chosen, self.evaluator.read)
 
-    def _check_candidates(self, *, may_double: bool) -> None:
+    def _check_candidates(self, objective: Objective) -> None:
         """Probe gradients of other entries; double the candidates where one scores as high as the best."""
-        assert self.objective is not None
         count, movement = len(self.candidates), self.evaluator.movement
         others = movement.total_moved - count
         size = max([size for size in self.sizes if size <= count / 10] or [min(*self.sizes, count)])
@@ -113,9 +108,10 @@ class TaskSearch:
         if not region.size(probed):
             return
         with GraftedModel(self.evaluator.host, self.candidates) as graft:
-            middle, rows = torch.full((count,), 0.5), self.probe_rows()
-            scores = -graft.gradient(middle, self.objective, rows)
-            probed_scores = -graft.gradient_at(probed, self.evaluator.read, middle, self.objective, rows)
+            middle = torch.full((count,), 0.5)
+            rows = list(next(row_batches(objective.rows, 8 * self.batch, self.seed)))
+            scores = -graft.gradient(middle, objective, rows)
+            probed_scores = -graft.gradient_at(probed, self.evaluator.read, middle, objective, rows)
         threshold = kth_largest(scores, size)
         as_high = int((probed_scores > threshold).sum())
         if not as_high:
@@ -124,16 +120,11 @@ class TaskSearch:
             f"{self.task}: of {len(probed_scores):,} random entries that are no candidates, {as_high:,} have "
             f"gradients among the {size:,} largest of the {count:,} candidates"
         )
-        if not may_double:
+        if self.share is not None:
             self.notes.append(f"{note}; a larger share of candidates may find a better region.")
             return
-        self._set_candidates(min(2 * count, movement.total_moved))
+        self._set_candidates(2 * count)
         self.notes.append(f"{note}; the number of candidates was doubled.")
-
-    def probe_rows(self) -> list[int]:
-        """The rows for single gradients."""
-        assert self.objective is not None
-        return list(next(row_batches(self.objective.rows, 8 * self.batch, self.seed)))
 
     def region(self, ranking: Ranking | None, size: int) -> Region:
         """The first entries of a ranking; by movement beyond the candidates and without a ranking."""
@@ -144,11 +135,7 @@ class TaskSearch:
         return self.candidates.region(top_mask(ranking.scores, size, self.candidates.movement))
 
     def rank_all_sizes(self, quality: Callable[[Ranking], float]) -> Ranking:
-        """The ranking that serves all sizes.
-
-        Args:
-            quality: how well a ranking does on rows that no search sees; the better of two starts is kept.
-        """
+        """The ranking that serves all sizes, from the start with the higher `quality` of two."""
         inner = [size for size in self.sizes if size <= len(self.candidates) / 2]
         if self.mode == "faithful":
             return self.rank([(inner or self.sizes)[len(inner or self.sizes) // 2]], self.seed)
@@ -174,9 +161,7 @@ class TaskSearch:
                 empty = torch.zeros(count, dtype=torch.bool)
                 oracle = self._oracle(graft, None, seed)
                 outcome = faithful_search(oracle, sizes[0], empty, steps=self.steps, step=step)
-                return Ranking(
-                    scores=outcome.scores, sizes=tuple(sizes), steps=outcome.steps, reached=outcome.reached
-                )
+                return Ranking(sizes=tuple(sizes), **vars(outcome))
             # Each size equally often, in a new random order each round.
             generator = np.random.default_rng(seed)
             rounds = math.ceil(self.steps / len(sizes))

@@ -31,14 +31,9 @@ ROUNDING = 1e-9
 
 @dataclass(frozen=True, kw_only=True)
 class PaperDroppingPoint:
-    """The paper's dropping point on the measured sparsities.
+    """The paper's dropping point on the measured sparsities."""
 
-    Attributes:
-        at: the last sparsity before the metric first leaves the tolerance; the last measured if it never
-            does.
-    """
-
-    at: float
+    at: float  # the last sparsity before the metric first leaves the tolerance, or the last measured
     until: float  # the next sparsity; NaN if the metric never leaves the tolerance
     rho: float  # share of the remaining weights that are removed in between, (until − at) / (1 − at)
     crossings: int  # how often the curve leaves the tolerance; above 1 it is noisy
@@ -46,35 +41,25 @@ class PaperDroppingPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Hinge:
-    """The best continuous fit of two slopes.
-
-    Attributes:
-        before, after: the slopes, metric per unit of sparsity.
-        dbic: BIC of one line minus BIC of the hinge; above 10 there surely is a bend, up to 2 there is none.
-    """
+    """The best continuous fit of two slopes."""
 
     at: float  # the sparsity at which they meet
-    before: float
+    before: float  # slope, metric per unit of sparsity
     after: float
-    dbic: float
+    dbic: float  # BIC of one line minus BIC of the hinge; above 10 there surely is a bend, up to 2 none
     until: float  # the last sparsity fitted; below the last measured where the curve reaches a floor
 
 
 @dataclass(frozen=True, kw_only=True)
 class DroppingPoint:
-    """The dropping point of one curve, by all estimates.
-
-    Attributes:
-        at, until: the robust bracket; `until` is NaN where the grid ends first.
-        point, low, high: the crossing within the bracket, and its 95 % interval.
-    """
+    """The dropping point of one curve, by all estimates."""
 
     paper: PaperDroppingPoint
     allowed: float  # tolerated drop, in the metric's unit
-    at: float
-    until: float
-    point: float
-    low: float
+    at: float  # the robust bracket
+    until: float  # its end; NaN where the grid ends first
+    point: float  # the crossing within the bracket
+    low: float  # its 95 % interval
     high: float
     reached: bool  # whether the curve leaves the tolerance; else `point` is a lower bound
     decided: bool  # whether the rows can tell the tolerance from noise
@@ -86,10 +71,7 @@ class DroppingPoint:
 
 
 def isotonic(curves: Float[np.ndarray, "curves points"]) -> Float[np.ndarray, "curves points"]:
-    """Isotonic regression: the least-squares curve that never rises, by the min-max formula for all curves.
-
-    The same as pooling adjacent violators.
-    """
+    """Isotonic regression: the least-squares curve that never rises, by the min-max formula."""
     points = curves.shape[1]
     sums = np.concatenate([np.zeros((len(curves), 1)), np.cumsum(curves, axis=1)], axis=1)
     first, last = np.indices((points, points))
@@ -183,13 +165,7 @@ def fit_bend(sparsities: Sparsities, curve: SparsityCurve, *, plateau: bool) -> 
 
 
 def verdict_of(*, at: float, reached: bool, step: float, bent: Hinge) -> Verdict:
-    """The verdict on a curve.
-
-    Args:
-        at: the last sparsity within the tolerance.
-        step: the first step of the grid before refinement.
-        bent: the hinge of the curve.
-    """
+    """The verdict on a curve within the tolerance up to `at`; `step` is the first of the unrefined grid."""
     if not reached:
         return "not reached"
     if at < step * (1 - ROUNDING):
@@ -228,12 +204,9 @@ def estimate_dropping_point(
 
     Args:
         drawn: the curve on bootstrap draws of the rows, the same rows at every point.
-        tolerance: the tolerated drop, absolute or as a share of the first value.
-        relative: whether it is a share.
+        tolerance: the tolerated drop; `relative`: as a share of the first value.
         step: the first step of the grid before refinement.
-        rows: number of rows measured.
-        least: lower bound of the half-width; z / rows for accuracy: that no row disagrees does not prove
-            that none would.
+        least: lower bound of the half-width; z / rows for accuracy.
     """
     scale = tolerance * np.abs(np.concatenate([curve[:1], drawn[:, 0]])) if relative else None
     allowed = np.full(1 + len(drawn), tolerance) if scale is None else scale

@@ -1,6 +1,6 @@
 """The sparsities to measure: a coarse grid, then points where the curve leaves the tolerance and bends."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,15 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from diagnostics.analyses.sparsity.dropping_point import next_sparsity
-from diagnostics.analyses.sparsity.evaluator import (
-    MAGNITUDE,
-    RANDOM,
-    MaskEvaluator,
-    Metric,
-    Regime,
-    SetKey,
-    pattern_sparsity,
-)
+from diagnostics.analyses.sparsity.evaluator import MAGNITUDE, MaskEvaluator, Metric, Regime, SetKey
 from diagnostics.analyses.sparsity.masked_finetuning import MaskedFinetuning
 from probes.checkpoints.pair import Side
 from probes.errors import InputError
@@ -72,12 +64,6 @@ class SparsitySettings:
     def rule(self, metric: Metric) -> str:
         """The tolerance in words."""
         return f"{self.allowed:g} absolute" if metric == "accuracy" else f"{self.allowed:.3g} of its value"
-
-    def zero_shot(self, patterns: Sequence[str], random: bool) -> list[tuple[str, float]]:
-        """Patterns and sparsities that are always measured of each side."""
-        points = [(MAGNITUDE, sparsity) for sparsity in self.grid]
-        points += [(pattern, pattern_sparsity(pattern)) for pattern in patterns]
-        return points + [(RANDOM, sparsity) for sparsity in self.grid if random]
 
     def sweep(
         self,

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
-import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
@@ -49,11 +48,7 @@ def split_training_rows(
 
 
 class MaskedFinetuning:
-    """Tunes behind a mask, with the same rows, order and schedule for every mask.
-
-    Attributes:
-        rows: number of training rows.
-    """
+    """Tunes behind a mask, with the same rows, order and schedule for every mask."""
 
     def __init__(
         self,
@@ -69,13 +64,6 @@ class MaskedFinetuning:
         self.host, self.steps, self.lr, self.batch_rows, self.seed = host, steps, lr, batch_rows, seed
         self.rows = len(training.task.rows)
         self._objective = Objective(training, tokens=batch_tokens)
-
-    @property
-    def half(self) -> bool:
-        """Whether weights are in half precision, which rounds away small steps."""
-        return any(
-            parameter.dtype in (torch.bfloat16, torch.float16) for parameter in self.host.model.parameters()
-        )
 
     def __call__(self, held: Mapping[nn.Parameter, Bool[Tensor, "..."]]) -> None:
         """Tune the model with these entries held at zero; its host restores it later."""
