@@ -1,8 +1,7 @@
-"""joblib backend for Dask that reports lost work.
+"""joblib backend for Dask that reports lost work: every task is asked for its own outcome.
 
-Dask gives the tasks of a lost worker to another worker. joblib's own backend waits for ever when Dask gives a
-task up (it took several workers with it), when no worker or scheduler is left, or when a result is lost on
-the way. This backend asks every task for its own outcome.
+joblib's own backend waits for ever when Dask gives a task up (it took several workers with it), when no
+worker or scheduler is left, or when a result is lost on the way.
 """
 
 import threading

@@ -5,6 +5,7 @@ import platform
 import re
 import sys
 import threading
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -115,17 +116,12 @@ def environment(device: str) -> dict[str, Any]:
 
     versions = {}
     for package in RECORDED:
-        try:
+        with suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return {
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "torch": torch.__version__,
-        "device": device,
+        "python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}",
+        "torch": torch.__version__, "device": device,
         "device_name": torch.cuda.get_device_name(device) if device.startswith("cuda") else "",
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(), "cores": os.cpu_count(),
         "packages": versions,
-    }
+    }  # fmt: skip

@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 from typing import Any, Generic, TypeVar
@@ -68,9 +69,8 @@ def run_jobs(calls: Iterable[Callable[[], Outcome]], *, device: str = "cpu") -> 
         except BrokenProcessPool as error:  # a lost process of this machine takes all others with it
             lost += 1
             if lost > RESTARTS:
-                raise EngineError(
-                    f"{lost} processes were lost one after another with the same work; out of memory?"
-                ) from error
+                reason = "processes were lost one after another with the same work; out of memory?"
+                raise EngineError(f"{lost} {reason}") from error
         except Exception as error:
             if type(error).__module__.partition(".")[0] != "ray":
                 raise
@@ -86,14 +86,14 @@ class Job(Generic[Outcome]):
         self.threads, self.device = threads, device
 
     def __getstate__(self) -> dict[str, Any]:
-        if self.call is None:  # on a worker, which sends it on
-            return {"packed": self.packed, "threads": self.threads, "device": self.device}
         import cloudpickle  # all engines use it: it sends functions that no worker can import
 
+        packed = self.packed
         # Unpacked when called, so that failing to unpack is an error of this job. Failing to pack is turned
         # into one as well: the engines would lose an error raised here.
         try:
-            packed = cloudpickle.dumps(self.call)
+            if self.call is not None:  # else on a worker, which sends it on
+                packed = cloudpickle.dumps(self.call)
         except Exception as error:
             reason = f"this work cannot be sent to a worker: {error}"
             packed = cloudpickle.dumps(partial(raise_unsendable, reason))
@@ -110,10 +110,7 @@ class Job(Generic[Outcome]):
         call = pickle.loads(self.packed)
         if self.device == "cuda":
             torch.cuda.set_device(worker_gpu())
-        if self.threads == 1:
-            torch.set_num_threads(1)
-            return call()
-        with _THREADS_LOCK:
+        with _THREADS_LOCK if self.threads > 1 else nullcontext():
             torch.set_num_threads(self.threads)
             return call()
 

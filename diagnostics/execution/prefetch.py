@@ -38,11 +38,7 @@ def prefetch(read: Callable[[Key], Value], keys: Iterable[Key]) -> Generator[Val
 def run_halving_on_oom(
     run: Callable[[list[Item]], list[Outcome]], items: list[Item], name_of: Callable[[Item], str]
 ) -> list[Outcome]:
-    """The results of `run` for some items, in order; a list that does not fit into memory is halved.
-
-    Args:
-        name_of: names an item in an error.
-    """
+    """The results of `run` for some items, in order; a list that does not fit into memory is halved."""
     try:
         return run(items)
     except (RuntimeError, MemoryError) as error:
@@ -56,7 +52,5 @@ def run_halving_on_oom(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     middle = (len(items) + 1) // 2
-    return [
-        *run_halving_on_oom(run, items[:middle], name_of),
-        *run_halving_on_oom(run, items[middle:], name_of),
-    ]
+    halves = items[:middle], items[middle:]
+    return [outcome for half in halves for outcome in run_halving_on_oom(run, half, name_of)]

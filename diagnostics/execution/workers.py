@@ -1,7 +1,6 @@
 """Models on the engine's workers: rows split by batch, interpolations by alpha, series by checkpoint.
 
-Each worker opens the pair itself and keeps it while jobs arrive. A batch, or a point, is computed alike
-wherever it runs, so that its numbers are the same.
+Each worker opens the pair itself. A batch, or a point, is computed alike wherever it runs.
 """
 
 import gc
@@ -11,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 
@@ -28,6 +27,7 @@ from probes.text.batches import Example, batches
 
 Outcome = TypeVar("Outcome")
 Object = TypeVar("Object")
+Measure: TypeAlias = Callable[[Any, Sequence[Example]], Outcome]
 
 # A worker frees a model after so long without work.
 IDLE_SECONDS = 30.0
@@ -49,20 +49,16 @@ class WorkerObject(Generic[Object]):
 
     def run(self, calls: Iterable[Callable[[Object], Outcome]]) -> Iterator[Outcome]:
         """Results of calls on it, in order; a call gets it in the state that another left it in."""
-        return jobs.run_jobs(
-            (partial(_call_on_object, self.packed, call) for call in calls), device=self.device
-        )
+        sent = (partial(_call_on_object, self.packed, call) for call in calls)
+        return jobs.run_jobs(sent, device=self.device)
 
 
 def pair_on_workers(
     pair: CheckpointPair, loading: Loading, build: Callable[[CheckpointPair, Loading], Object]
 ) -> WorkerObject[Object] | None:
-    """An object that every worker builds from a pair.
+    """An object that every worker builds from a pair by a top-level function, or a partial of one.
 
     None if all runs here: the engine has no workers, or a model lies in memory and cannot be sent.
-
-    Args:
-        build: a top-level function, or `functools.partial` of one.
     """
     if _runs_here(pair.base, pair.tuned):
         return None
@@ -101,7 +97,7 @@ class RemoteModel:
 
     def run_batches(
         self,
-        measure: Callable[[Any, Sequence[Example]], Outcome],
+        measure: Measure[Outcome],
         examples: Sequence[Example],
         tokens: int,
         progress: Callable[[int], None] | None = None,
@@ -110,14 +106,11 @@ class RemoteModel:
 
         Args:
             measure: gets the model and the examples of one batch, which form one batch again.
-            tokens: as of `batches`.
             progress: called with the number of examples done.
         """
         plan = [batch.indices.tolist() for batch in batches(examples, tokens=tokens, pad_id=0)]
-        calls = (
-            partial(_measure_batch, self.side, measure, indices, [examples[i] for i in indices])
-            for indices in plan
-        )
+        measured = partial(_measure_batch, self.side, measure)
+        calls = (partial(measured, indices, [examples[i] for i in indices]) for indices in plan)
         done = 0
         for indices, outcome in zip(plan, self.pair.run(calls), strict=True):
             done += len(indices)
@@ -142,13 +135,7 @@ _TIMERS: list[threading.Timer] = []
 
 
 def _open_pair(pair: CheckpointPair, loading: Loading) -> RunnablePair:
-    return RunnablePair(
-        pair,
-        device=loading.device,
-        dtype=loading.dtype,
-        device_map=loading.device_map,
-        trust_remote_code=loading.trust_remote_code,
-    )
+    return RunnablePair(pair, **vars(loading))
 
 
 def _open_host(pair: CheckpointPair, loading: Loading, *, build: Callable[[TwoSidedModel], Object]) -> Object:
@@ -157,11 +144,7 @@ def _open_host(pair: CheckpointPair, loading: Loading, *, build: Callable[[TwoSi
 
 
 def _measure_batch(
-    side: Side,
-    measure: Callable[[Any, Sequence[Example]], Outcome],
-    indices: list[int],
-    examples: list[Example],
-    runnable: RunnablePair,
+    side: Side, measure: Measure[Outcome], indices: list[int], examples: list[Example], runnable: RunnablePair
 ) -> Outcome:
     try:
         with getattr(runnable, side)() as model:

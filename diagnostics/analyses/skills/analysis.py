@@ -12,22 +12,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from diagnostics.analyses.skills.evaluator import (
-    SPLITS,
-    Eligible,
-    GraftEvaluator,
-    Key,
-    select_rows,
-    split_rows,
-)
+from diagnostics.analyses.skills.evaluator import SPLITS, Eligible, GraftEvaluator, select_rows, split_rows
 from diagnostics.analyses.skills.figures import draw
 from diagnostics.analyses.skills.mask_search import STEP
-from diagnostics.analyses.skills.measurements import (
-    TaskMeasurements,
-    measure_ends,
-    measure_regions,
-    start_measurements,
-)
+from diagnostics.analyses.skills.measurements import measure_ends, measure_regions, start_measurements
 from diagnostics.analyses.skills.notes import pair_notes, task_notes
 from diagnostics.analyses.skills.search import GradientProgress, Mode, TaskSearch, gradient_count
 from diagnostics.analyses.skills.size_selection import CHECKED, SizeChooser
@@ -230,7 +218,7 @@ def skill_localization(
             return encoded(host.editable, unencoded, **options.of_rows)
 
         encoded_tasks = {name: encode(task_rows) for name, task_rows in by_task.items()}
-        encoded_others: dict[Key, EncodedTask] = {key: encode(other) for key, other in others.items()}
+        encoded_others = {key: encode(other) for key, other in others.items()}
         sets = dict(encoded_others)
         for name, by_split in rows.items():
             sets |= {
@@ -243,10 +231,9 @@ def skill_localization(
         gradients = GradientProgress(per_task * len(by_task), progress)
         keys = [*[(name, "report") for name in by_task], *encoded_others]
         ends = measure_ends(evaluator, list(by_task), keys)
-        measurements: dict[str, TaskMeasurements] = {}
-        for name in by_task:
+        measurements = {name: start_measurements(name, ends, keys, evaluator) for name in by_task}
+        for name, measured in measurements.items():
             ref = encoded_tasks[name].task.ref
-            measured = measurements[name] = start_measurements(name, ends, keys, evaluator)
             measured.compare(draws, seed, ref)
             if not measured.scores.gained:
                 measured.reason = measured.reason or "tuned is not surely better than base on the report rows"

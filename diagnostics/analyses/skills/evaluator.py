@@ -62,11 +62,7 @@ def select_rows(encoded: EncodedTask, rows: Sequence[int]) -> EncodedTask:
     return replace(
         encoded,
         task=replace(encoded.task, rows=tuple(encoded.task.rows[row] for row in rows)),
-        examples=[
-            replace(example, row=renumbered[example.row])
-            for example in encoded.examples
-            if example.row in renumbered
-        ],
+        examples=[replace(e, row=renumbered[e.row]) for e in encoded.examples if e.row in renumbered],
         classes=tuple(encoded.classes[row] for row in rows) if encoded.classes else (),
     )
 
@@ -92,18 +88,15 @@ def eligible_tensors(host: TwoSidedModel, eligible: Eligible) -> dict[str, tuple
 def layer_lookup(names: Collection[str]) -> Callable[[str], int | None]:
     """A function from a tensor's name to its layer; None outside the blocks."""
     blocks = {name: match[1] for name in names if (match := re.search(families.BLOCK, name))}
-    stacks: dict[str, list[tuple[int, ...]]] = {}
     numbers = {name: tuple(map(int, re.findall(r"\.(\d+)", block))) for name, block in blocks.items()}
-    for name, index in numbers.items():
-        stacks.setdefault(re.sub(r"\d+", "#", blocks[name]), []).append(index)
-    # Blocks in stages are numbered consecutively.
-    ordered = {stack: sorted(set(indices)) for stack, indices in stacks.items()}
+    stacks = {name: re.sub(r"\d+", "#", block) for name, block in blocks.items()}
 
     def layer(name: str) -> int | None:
-        if name not in blocks:
-            return None
-        index = numbers[name]
-        return index[0] if len(index) == 1 else ordered[re.sub(r"\d+", "#", blocks[name])].index(index)
+        if name not in blocks or len(numbers[name]) == 1:
+            return numbers[name][0] if name in blocks else None
+        # Blocks in stages are numbered consecutively.
+        stack = {numbers[other] for other in blocks if stacks[other] == stacks[name]}
+        return sorted(stack).index(numbers[name])
 
     return layer
 

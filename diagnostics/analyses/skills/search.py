@@ -13,17 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diagnostics.analyses.skills import region
+from diagnostics.analyses.skills import mask_search, region
 from diagnostics.analyses.skills.candidates import Candidates, GraftedModel
 from diagnostics.analyses.skills.evaluator import GraftEvaluator
-from diagnostics.analyses.skills.mask_search import (
-    POINTS,
-    Oracle,
-    budget_search,
-    faithful_search,
-    integrated_gradients,
-    top_mask,
-)
+from diagnostics.analyses.skills.mask_search import Oracle, top_mask
 from diagnostics.analyses.skills.movement import kth_largest
 from diagnostics.analyses.skills.region import Region
 from probes.passes.masked_finetune import row_batches
@@ -142,7 +135,7 @@ class TaskSearch:
         with GraftedModel(self.evaluator.host, self.candidates) as graft:
             oracle = self._oracle(graft, None, self.seed)
             step = self.gradients.steps_of(f"{self.task}: integrated gradients")
-            scores = integrated_gradients(oracle, len(self.candidates), step=step)
+            scores = mask_search.integrated_gradients(oracle, len(self.candidates), step=step)
         self.starts = {"gradients": scores, "movement": self.candidates.movement().float()}
         rankings: dict[Start, Ranking] = {}
         for start in self.starts:
@@ -160,14 +153,14 @@ class TaskSearch:
             if self.mode == "faithful":
                 empty = torch.zeros(count, dtype=torch.bool)
                 oracle = self._oracle(graft, None, seed)
-                outcome = faithful_search(oracle, sizes[0], empty, steps=self.steps, step=step)
+                outcome = mask_search.faithful_search(oracle, sizes[0], empty, steps=self.steps, step=step)
                 return Ranking(sizes=tuple(sizes), **vars(outcome))
             # Each size equally often, in a new random order each round.
             generator = np.random.default_rng(seed)
             rounds = math.ceil(self.steps / len(sizes))
             turns = [size for _ in range(rounds) for size in generator.permutation(np.array(sizes)).tolist()]
             oracle = self._oracle(graft, self.batch, seed)
-            scores = budget_search(
+            scores = mask_search.budget_search(
                 oracle, self.starts[self.start], turns[: self.steps], self.candidates.movement,
                 rate=self.rate, step=step,
             )  # fmt: skip
@@ -190,4 +183,4 @@ def gradient_count(mode: Mode, steps: int, seeds: int, checked: int) -> int:
     """About how many gradients the searches for one task take."""
     if mode == "movement":
         return 1
-    return (POINTS + steps if mode == "budget" else 0) + steps * (1 + checked + seeds - 1)
+    return (mask_search.POINTS + steps if mode == "budget" else 0) + steps * (checked + seeds)

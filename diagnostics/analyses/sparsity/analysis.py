@@ -21,11 +21,7 @@ from diagnostics.analyses.sparsity.evaluator import (
 )
 from diagnostics.analyses.sparsity.figures import draw
 from diagnostics.analyses.sparsity.grid import COMPARED_SPARSITY, MAX_REFINEMENTS, SparsitySettings
-from diagnostics.analyses.sparsity.masked_finetuning import (
-    MaskedFinetuning,
-    check_training,
-    split_training_rows,
-)
+from diagnostics.analyses.sparsity.masked_finetuning import MaskedFinetuning, check_training, split_training
 from diagnostics.analyses.sparsity.notes import curve_verdict, notes
 from diagnostics.analyses.sparsity.tables import SparsityMeasurements
 from diagnostics.core.analysis import DeviceTest, Result, analysis
@@ -38,10 +34,12 @@ from probes.checkpoints.pair import Side
 from probes.checkpoints.prune import Scope
 from probes.files.layout import Part
 from probes.models.two_sided import TwoSidedModel
+from probes.passes.objective import Objective
 from probes.progress import Progress
 
-# The grid of the paper's code.
+# The grid of the paper's code, and its tolerance.
 GRID = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+TOLERANCE = 0.01
 
 # One text for both sides, which take the place of `{side}`.
 METRIC_TEXTS = {
@@ -224,8 +222,8 @@ def essential_sparsity(
         0.6
     """
     settings = SparsitySettings(
-        metric=metric, tolerance=tolerance, grid=tuple(sorted({0.0, *map(float, grid)})), refine=refine,
-        draws=draws, seed=seed,
+        metric=metric, tolerance=TOLERANCE if tolerance is None else tolerance, refine=refine,
+        grid=tuple(sorted({0.0, *map(float, grid)})), draws=draws, seed=seed,
     )  # fmt: skip
     check_training(finetune_steps, finetune_share, finetune_lr, finetune_batch)
     for pattern in patterns or ():
@@ -237,16 +235,17 @@ def essential_sparsity(
         for name, rows in tasks(source, role).items()
     }
     roles = {role: settings.metric_of(role, sets) for role in dict.fromkeys(role for role, _ in sets)}
-    training, sets = split_training_rows(sets, finetune_share, seed) if finetune_steps else (None, sets)
+    training, sets = split_training(sets, finetune_share, seed) if finetune_steps else (None, sets)
     with TwoSidedModel(pair, **options.of_models) as host:
         encoded_sets = {key: encoded(host.editable, rows, **options.of_rows) for key, rows in sets.items()}
         train = None
         curves: list[tuple[Side, Regime]] = [(side, "zero_shot") for side in SIDES]
         if training is not None:
             curves.append(("base", "masked_finetune"))
+            encoded_training = encoded(host.editable, training, **options.of_rows)
             train = MaskedFinetuning(
-                host, encoded(host.editable, training, **options.of_rows), steps=finetune_steps,
-                lr=finetune_lr, batch_rows=finetune_batch, seed=seed, batch_tokens=options.batch_tokens,
+                host=host, objective=Objective(encoded_training, tokens=options.batch_tokens), seed=seed,
+                rows=len(training.rows), steps=finetune_steps, lr=finetune_lr, batch_rows=finetune_batch,
             )  # fmt: skip
         cuts = Masks(host, settings.grid, scope=scope, parts=parts, random=random, seed=seed)
         fitting, misfit_notes = cuts.fitting(patterns)

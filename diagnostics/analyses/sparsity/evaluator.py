@@ -17,17 +17,9 @@ from diagnostics.analyses.sparsity.mask_overlap import Mass, Overlaps, kept_mass
 from diagnostics.evaluation.row_losses import EncodedTask, Losses
 from diagnostics.execution import workers
 from diagnostics.numerics import row_bootstrap
+from probes.checkpoints import prune
 from probes.checkpoints.pair import Side
-from probes.checkpoints.prune import (
-    Cut,
-    Order,
-    Scope,
-    cut_levels,
-    magnitude_order,
-    n_of_m,
-    pattern_pruned,
-    random_order,
-)
+from probes.checkpoints.prune import Cut, Order, Scope
 from probes.errors import InputError
 from probes.files.layout import Part
 from probes.models.two_sided import TwoSidedModel
@@ -94,7 +86,7 @@ class Masks:
         self.host = host
         self.settings = {"scope": scope, "parts": parts, "random": random, "seed": seed}
         tuned = host.pair.tuned
-        order = magnitude_order(tuned, scope, parts)
+        order = prune.magnitude_order(tuned, scope, parts)
         quantised = [name for name in order.shapes if not tuned.headers[name].dtype.is_floating_point]
         if quantised:
             dtype = str(tuned.headers[quantised[0]].dtype).removeprefix("torch.")
@@ -113,7 +105,7 @@ class Masks:
             side: Order(shapes, partial(host.read, side=side), groups=groups) for side in SIDES
         }
         if random:
-            drawn = random_order(tuned, scope, parts, seed=seed)
+            drawn = prune.random_order(tuned, scope, parts, seed=seed)
             self._orders[RANDOM] = Order(shapes, drawn.read, groups=groups)
         self._cuts: dict[tuple[str, float], Cut] = {}
         for kind in self._orders if sparsities else ():
@@ -151,7 +143,7 @@ class Masks:
         """The pruned entries of a stored tensor."""
         if pattern not in (MAGNITUDE, RANDOM):
             stored = self.host.read(name, model)
-            return pattern_pruned(self.host.pair.tuned, name, stored, *parse_pattern(pattern))
+            return prune.pattern_pruned(self.host.pair.tuned, name, stored, *parse_pattern(pattern))
         return self.order(model, pattern).pruned(self.cut(model, sparsity, pattern), name)
 
     def realised(self, model: Side, pattern: str, sparsity: float) -> float:
@@ -166,7 +158,7 @@ class Masks:
         for matrix in self.host.pair.tuned.matrices.values():
             if matrix.tensor in self.names:
                 try:
-                    n_of_m(torch.zeros(1, matrix.columns), kept, of)
+                    prune.n_of_m(torch.zeros(1, matrix.columns), kept, of)
                 except InputError as error:
                     return f"{matrix.name}: {error}"
         return ""
@@ -203,7 +195,7 @@ class Masks:
         for name in self.names:
             if name in self.host.twins:
                 sides = [self.host.read(name, side) for side in SIDES]
-                base, tuned = (cut_levels(of_side, name, W) for of_side, W in zip(cuts, sides, strict=True))
+                base, tuned = (prune.cut_levels(cut, name, W) for cut, W in zip(cuts, sides, strict=True))
                 overlaps.add(base, tuned, squared_change(*sides))
         table = pd.DataFrame({name: getattr(overlap, name) for name in OVERLAPS} for overlap in overlaps)
         table.insert(0, "sparsity", ascending)

@@ -16,7 +16,6 @@ from probes.text.rows import Task
 
 # Most points that refine the grid of a curve.
 MAX_REFINEMENTS = 4
-TOLERANCE = 0.01
 # The sparsity of the mask metrics and of titles.
 COMPARED_SPARSITY = 0.3
 BY_ROW = ("choices", "label")
@@ -27,7 +26,7 @@ class SparsitySettings:
     """How the curves are measured."""
 
     metric: Literal["auto", "accuracy", "loss"]
-    tolerance: float | None  # None is the default
+    tolerance: float
     grid: tuple[float, ...]  # ascending, from 0
     refine: float  # width of the bracket to reach; 0: the grid is not refined
     draws: int
@@ -39,17 +38,12 @@ class SparsitySettings:
                 raise InputError(f"grid holds {sparsity}; a sparsity is a share, from 0 to below 1")
         if len(self.grid) < 4:
             raise InputError(f"grid has {len(self.grid)} sparsities, 0 included; at least 4 are needed")
-        if not 0 < self.allowed < 1:
+        if not 0 < self.tolerance < 1:
             raise InputError(f"tolerance is {self.tolerance}; it is between 0 and 1, such as 0.01")
         if not 0 <= self.refine < 1:
             raise InputError(f"refine is {self.refine}; it is the width of a bracket, in [0, 1)")
         if self.draws < 100:
             raise InputError(f"draws is {self.draws}; at least 100 for a 95 % interval")
-
-    @property
-    def allowed(self) -> float:
-        """The tolerance in use."""
-        return TOLERANCE if self.tolerance is None else self.tolerance
 
     def metric_of(self, role: str, sets: Mapping[SetKey, Task]) -> Metric:
         """The metric of a role."""
@@ -63,7 +57,9 @@ class SparsitySettings:
 
     def rule(self, metric: Metric) -> str:
         """The tolerance in words."""
-        return f"{self.allowed:g} absolute" if metric == "accuracy" else f"{self.allowed:.3g} of its value"
+        return (
+            f"{self.tolerance:g} absolute" if metric == "accuracy" else f"{self.tolerance:.3g} of its value"
+        )
 
     def sweep(
         self,
@@ -81,7 +77,7 @@ class SparsitySettings:
             curve = higher_is_better(evaluator.values("task", metric), metric)[indices]
             sparsity = next_sparsity(
                 [evaluator.points[index].sparsity for index in indices], curve.tolist(),
-                allowed=self.allowed * (1.0 if metric == "accuracy" else abs(float(curve[0]))),
+                allowed=self.tolerance * (1.0 if metric == "accuracy" else abs(float(curve[0]))),
                 step=self.refine,
             )  # fmt: skip
             if sparsity is None:

@@ -35,7 +35,9 @@ def notes(
     """All notes, the most important first."""
     units = {role: "of the loss without a mask" if metric == "loss" else "of accuracy"
              for role, metric in measurements.roles.items()}  # fmt: skip
-    rules = "; ".join(f"{role} rows {measurements.settings.allowed:g} {unit}" for role, unit in units.items())
+    rules = "; ".join(
+        f"{role} rows {measurements.settings.tolerance:g} {unit}" for role, unit in units.items()
+    )
     lines = [
         "Zero-shot: masked and measured without tuning behind the mask. The paper's 30 to 50 % are of masked "
         f"fine-tuning and do not hold zero-shot. Tolerance: {rules}."

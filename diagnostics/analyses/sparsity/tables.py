@@ -64,7 +64,8 @@ class SparsityMeasurements:
                     np.array([evaluator.points[index].sparsity for index in indices]),
                     higher_is_better(values[role], metric)[indices],
                     higher_is_better(drawn[role], metric)[:, indices],
-                    tolerance=settings.allowed, relative=metric == "loss", step=settings.grid[1], rows=count,
+                    tolerance=settings.tolerance, relative=metric == "loss", step=settings.grid[1],
+                    rows=count,
                     # That no row differs does not prove that none would.
                     least=Z95 / count if metric == "accuracy" and shapes <= set(BY_ROW) else 0.0,
                 )  # fmt: skip
