@@ -90,23 +90,16 @@ def create_app(
 
     app.clientside_callback(
         ClientsideFunction("tunescope", "placed"),
-        Output("place", "data"),
-        Output("spot", "data"),
+        [Output("place", "data"), Output("spot", "data")],
         Input("url", "search"),
-        State("inside", "data"),
-        State("place", "data"),
-        State("spot", "data"),
+        [State(store, "data") for store in ("inside", "place", "spot")],
     )
 
     @app.callback(
-        Output("page", "children"),
-        Output("nav", "children"),
-        Output("chooser", "children"),
-        Output("shown", "data"),
-        Output("title", "data"),
+        [Output(part, "children") for part in ("page", "nav", "chooser")],
+        [Output("shown", "data"), Output("title", "data")],
         Input("place", "data"),
-        State("url", "search"),
-        State("shown", "data"),
+        [State("url", "search"), State("shown", "data")],
     )
     def turn(_: str | None, search: str | None, shown: Any) -> Any:
         """The page that the address names, unless it is already shown."""
@@ -122,11 +115,8 @@ def create_app(
     )
     app.clientside_callback(
         ClientsideFunction("tunescope", "burger"),
-        Output("shell", "navbar"),
-        Output("burger", "opened"),
-        Output("shell", "className"),
-        Input("burger", "opened"),
-        Input("shown", "data"),
+        [Output("shell", "navbar"), Output("burger", "opened"), Output("shell", "className")],
+        [Input("burger", "opened"), Input("shown", "data")],
         State("shell", "navbar"),
     )
     choose.callbacks(app)

@@ -64,20 +64,11 @@ def dashboard(
     if allow_run:
         allowed["run"] = runs_of(pair or [], runs, files, policy, device)
     elif pair or files or policy:
-        raise InputError(
-            "--pair, files of rows and --policy are for audits that visitors run: add --allow-run"
-        )
+        needing = "--pair, files of rows and --policy"
+        raise InputError(f"{needing} are for audits that visitors run: add --allow-run")
     check_port(host, port)
     token = None if loopback(host) else secrets.token_urlsafe(24)
-    serve(
-        audits or [],
-        host=host,
-        port=port,
-        prefix=prefix,
-        token=token,
-        open_browser=open_browser,
-        allowed=allowed,
-    )
+    serve(audits or [], host, port, prefix, token, open_browser, allowed)
 
 
 def runs_of(
@@ -115,15 +106,9 @@ def check_port(host: str, port: int) -> None:
 
 
 def serve(
-    audits: list[str],
-    *,
-    host: str,
-    port: int,
-    prefix: str,
-    token: str | None,
-    open_browser: bool,
+    audits: list[str], host: str, port: int, prefix: str, token: str | None, open_browser: bool,
     allowed: dict[str, Any],
-) -> None:
+) -> None:  # fmt: skip
     """Serve the dashboard until it is interrupted."""
     from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -153,11 +138,8 @@ def serve(
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{server.server_port}{app.config.requests_pathname_prefix}"
     if token:
-        typer.echo(
-            f"Others can reach {host}, and audits describe models and texts that may be private: "
-            "visitors need the token.",
-            err=True,
-        )
+        private = "audits describe models and texts that may be private"
+        typer.echo(f"Others can reach {host}, and {private}: visitors need the token.", err=True)
         address += f"?token={token}"
     names = ", ".join([*list(library.entries)[:6], *(["…"] if len(library.entries) > 6 else [])])
     typer.echo(f"{len(library.entries)} audits and series: {names or 'none yet'}", err=True)

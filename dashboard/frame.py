@@ -8,7 +8,6 @@ from dash import dcc, html
 from dashboard.components import choose, parts
 from dashboard.components.drawings import template
 from dashboard.pages import PAGES, Page
-from dashboard.state.audit_library import Entry
 from dashboard.state.query import Query, link
 from dashboard.state.view import View
 from diagnostics.core.policy import judged
@@ -33,51 +32,33 @@ INSIDE = {"layer", "component", "group", "matrix", "cell", "table", "step", "mea
 def layout() -> Any:
     """The empty frame; callbacks fill it from the address."""
     waiting = html.Div([dmc.Skeleton(height=120), dmc.Skeleton(height=320, mt="md")], className="waiting")
+    lost = html.Div(
+        "The dashboard does not respond. Check that it is still running.", className="lost", role="status"
+    )
+    content = [lost, html.Div(id="trouble"), html.Div(waiting, id="page", tabIndex="-1")]
+    shell = dmc.AppShell(
+        [
+            dmc.AppShellHeader(head(), className="head"),
+            dmc.AppShellNavbar(html.Div(id="nav"), className="side", p="md", **{"aria-label": "Pages"}),
+            dmc.AppShellMain(content),
+        ],
+        id="shell", className="folded", header={"height": 56}, padding=0, transitionDuration=0,
+        navbar={"width": 236, "breakpoint": "md", "collapsed": {"mobile": True}},
+    )  # fmt: skip
+    drawer = dmc.Drawer(
+        id="drawer", className="drawer", position="right", size="min(760px, 94vw)",
+        closeButtonProps={"aria-label": "Close"}, overlayProps={"backgroundOpacity": 0.25},
+        transitionProps={"duration": 0},
+    )  # fmt: skip
     return dmc.MantineProvider(
         [
             dcc.Location(id="url", refresh=False),
-            dcc.Store(id="place"),
-            dcc.Store(id="spot"),
+            *(dcc.Store(id=name) for name in ("place", "spot", "shown", "scheme", "title")),
             dcc.Store(id="inside", data=sorted(INSIDE)),
-            dcc.Store(id="shown"),
-            dcc.Store(id="scheme"),
-            dcc.Store(id="title"),
             dcc.Store(id="looks", data={scheme: template(scheme) for scheme in ("light", "dark")}),
             html.A("Skip to the page", href="#page", className="skip"),
-            dmc.AppShell(
-                [
-                    dmc.AppShellHeader(head(), className="head"),
-                    dmc.AppShellNavbar(
-                        html.Div(id="nav"), className="side", p="md", **{"aria-label": "Pages"}
-                    ),
-                    dmc.AppShellMain(
-                        [
-                            html.Div(
-                                "The dashboard does not respond. Check that it is still running.",
-                                className="lost",
-                                role="status",
-                            ),
-                            html.Div(id="trouble"),
-                            html.Div(waiting, id="page", tabIndex="-1"),
-                        ]
-                    ),
-                ],
-                id="shell",
-                className="folded",
-                header={"height": 56},
-                navbar={"width": 236, "breakpoint": "md", "collapsed": {"mobile": True}},
-                padding=0,
-                transitionDuration=0,
-            ),
-            dmc.Drawer(
-                id="drawer",
-                position="right",
-                size="min(760px, 94vw)",
-                closeButtonProps={"aria-label": "Close"},
-                overlayProps={"backgroundOpacity": 0.25},
-                transitionProps={"duration": 0},
-                className="drawer",
-            ),
+            shell,
+            drawer,
         ],
         defaultColorScheme="auto",
         theme={
@@ -94,22 +75,16 @@ def layout() -> Any:
 
 def head() -> html.Div:
     """The header."""
+    burger = {"id": "burger", "size": "sm", "hiddenFrom": "md", "aria-label": "Show the pages"}
+    mark = html.Span(className="mark", **{"aria-hidden": "true"})
+    toggle = {"variant": "subtle", "color": "gray", "aria-label": "Switch between light and dark"}
+    icons = {"lightIcon": html.Span(className="sun"), "darkIcon": html.Span(className="moon")}
     return html.Div(
         [
-            dmc.Burger(
-                id="burger", opened=False, size="sm", hiddenFrom="md", **{"aria-label": "Show the pages"}
-            ),
-            parts.going(
-                [html.Span(className="mark", **{"aria-hidden": "true"}), "tunescope"], "?", className="brand"
-            ),
+            dmc.Burger(opened=False, **burger),
+            parts.going([mark, "tunescope"], "?", className="brand"),
             html.Div(id="chooser"),
-            dmc.ColorSchemeToggle(
-                lightIcon=html.Span(className="sun"),
-                darkIcon=html.Span(className="moon"),
-                variant="subtle",
-                color="gray",
-                **{"aria-label": "Switch between light and dark"},
-            ),
+            dmc.ColorSchemeToggle(**icons, **toggle),
         ],
         className="head-in",
     )
@@ -120,17 +95,10 @@ def chooser(view: View) -> Any:
     options = [entry.id for entry in view.library.entries.values() if entry.kind == "audit"]
     if len(options) < 2 or view.entry is None or view.entry.kind != "audit":
         return None
+    look: dict[str, Any] = {"clearable": False, "allowDeselect": False, "className": "audit-choice"}
+    below = {"width": "max-content", "position": "bottom-start"}
     return choose.one(
-        view.query,
-        "audit",
-        "",
-        options,
-        searchable=len(options) > 8,
-        clearable=False,
-        allowDeselect=False,
-        className="audit-choice",
-        comboboxProps={"width": "max-content", "position": "bottom-start"},
-        **{"aria-label": "Audit"},
+        view.query, "audit", "", options, comboboxProps=below, **look, **{"aria-label": "Audit"}
     )
 
 
@@ -161,28 +129,17 @@ def body(view: View, page: Page) -> Any:
     if entry is None:
         return not_found("This dashboard has no such audit.")
     if entry.kind == "audit" and entry.audit is None:
-        return damaged(entry)
+        hint = html.P(
+            "If it is still running, it appears here after its first results. Otherwise run "
+            "`tunescope audit` again with the same --out: it keeps the results that are complete."
+        )
+        reason = html.P(parts.code(entry.damage))
+        message = parts.state("damaged", "This audit is damaged or incomplete", reason, hint, back())
+        return [parts.heading(entry.id, eyebrow="audit"), message]
     if entry.kind != page.of:
         kinds = {"audit": "an audit", "series": "a series"}
         return not_found(f"This page shows {kinds[page.of]}, but {entry.id} is {kinds[entry.kind]}.")
     return page.layout(view)
-
-
-def damaged(entry: Entry) -> Any:
-    """The message for an audit that cannot be read."""
-    return [
-        parts.heading(entry.id, eyebrow="audit"),
-        parts.state(
-            "damaged",
-            "This audit is damaged or incomplete",
-            html.P(parts.code(entry.damage)),
-            html.P(
-                "If it is still running, it appears here after its first results. Otherwise run "
-                "`tunescope audit` again with the same --out: it keeps the results that are complete."
-            ),
-            back(),
-        ),
-    ]
 
 
 def not_found(why: str) -> Any:
@@ -198,37 +155,27 @@ def back() -> html.P:
 def nav(view: View, page: Page) -> Any:
     """Links to the other pages of this audit or series, and to the pages of all audits."""
     entry, audit = view.entry, view.readable_audit
+
+    def pages(of: str, audit_id: str | None = None) -> list[html.A]:
+        linked = [other for other in PAGES.values() if other.of == of and other.linked(view)]
+        return [to(p.title, link(page=p.name, audit=audit_id), active=p == page) for p in linked]
+
     groups: list[Any] = []
     if entry is not None and entry.series:
         groups.append(group("Series", [to(f"← {entry.series}", link(page="series", audit=entry.series))]))
     if entry is not None and entry.kind == "audit" and audit is not None:
-        audit_pages = [
-            to(other.title, link(page=other.name, audit=entry.id), active=other == page)
-            for other in PAGES.values()
-            if other.of == "audit" and other.linked(view)
-        ]
-        verdicts = {finding.analysis: finding.severity for finding in reversed(audit.findings)}
-        order = sorted(audit.results, key=lambda name: ("fail", "warn", "").index(verdicts.get(name, "")))
+        first, *more = pages("audit", entry.id)
+        verdicts = {
+            name: "pass" if judged(result, audit.policy) else "none" for name, result in audit.results.items()
+        } | {finding.analysis: finding.severity for finding in reversed(audit.findings)}
+        opened = view.query.one("analysis") if page.name == "analysis" else None
+        order = sorted(audit.results, key=lambda name: {"fail": 0, "warn": 1}.get(verdicts[name], 2))
         analyses = [
-            to(
-                name,
-                link(page="analysis", audit=entry.id, analysis=name),
-                active=page.name == "analysis" and name == view.query.one("analysis"),
-                verdict=verdicts.get(name, "pass" if judged(audit.results[name], audit.policy) else "none"),
-            )
+            to(name, link(page="analysis", audit=entry.id, analysis=name), name == opened, verdicts[name])
             for name in order
         ]
-        groups += [
-            group("This audit", audit_pages[:1]),
-            group("Analyses", analyses),
-            group("More", audit_pages[1:]),
-        ]
-    library = [
-        to(other.title, link(page=other.name), active=other == page)
-        for other in PAGES.values()
-        if other.of == "library" and other.linked(view)
-    ]
-    return [*groups, group("Library", library)]
+        groups += [group("This audit", [first]), group("Analyses", analyses), group("More", more)]
+    return [*groups, group("Library", pages("library"))]
 
 
 def group(title: str, links: list[Any]) -> html.Div | None:
@@ -238,7 +185,7 @@ def group(title: str, links: list[Any]) -> html.Div | None:
     return html.Div([html.P(title, className="nav-title"), html.Ul([html.Li(item) for item in links])])
 
 
-def to(title: str, href: str, *, active: bool = False, verdict: str = "") -> html.A:
+def to(title: str, href: str, active: bool = False, verdict: str = "") -> html.A:
     """One link of the navigation."""
     props = {"aria-current": "page"} if active else {}
     text = [parts.badge(verdict, " "), title] if verdict else title

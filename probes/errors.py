@@ -20,3 +20,8 @@ class UnknownNameError(InputError, LookupError):
     Traceback (most recent call last):
     probes.errors.UnknownNameError: state dict: has no tensor 'up_proj'; the nearest of its 1: model.layers...
     """
+
+
+def library_error(error: BaseException) -> str:
+    """The type and the first line of a library's error, for messages."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -31,7 +31,8 @@ def one(
     query: Query, key: str, label: str, options: list[Any], default: str = "", **props: Any
 ) -> dmc.Select:
     """A choice of one string. Options are strings, or `{"value", "label"}`."""
-    look = {"size": "sm", "allowDeselect": not default, "clearable": not default, **props}
+    empty = not default
+    look = {"size": "sm", "allowDeselect": empty, "clearable": empty, "searchable": len(options) > 8, **props}
     value = query.one(key, default) or None
     return dmc.Select(id=choice(key, "one", default), label=label, data=options, value=value, **look)
 
@@ -58,18 +59,10 @@ def span(query: Query, key: str, label: str, low: int, high: int) -> dmc.InputWr
     """A range of whole numbers; the full range filters nothing."""
     first, last = query.span(key) or (low, high)
     slider = dmc.RangeSlider(
-        id=choice(key, "span", f"{low}-{high}"),
-        min=low,
-        max=high,
-        minRange=0,
-        value=[max(low, int(first)), min(high, int(last))],
-        marks=[{"value": end, "label": str(end)} for end in (low, high)],
-        thumbFromLabel=f"{label} from",
-        thumbToLabel=f"{label} to",
-        updatemode="mouseup",
-        size="sm",
-        mb="md",
-    )
+        id=choice(key, "span", f"{low}-{high}"), value=[max(low, int(first)), min(high, int(last))],
+        min=low, max=high, minRange=0, marks=[{"value": end, "label": str(end)} for end in (low, high)],
+        thumbFromLabel=f"{label} from", thumbToLabel=f"{label} to", updatemode="mouseup", size="sm", mb="md",
+    )  # fmt: skip
     return dmc.InputWrapper(slider, label=label, className="span")
 
 

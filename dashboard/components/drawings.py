@@ -16,19 +16,12 @@ if TYPE_CHECKING:
 
 CONFIG = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
 
-
-LOOKS = {"light": theme.LIGHT, "dark": theme.DARK}
-
-
-@cache
-def look(scheme: str) -> dict[str, Any]:
-    """The template of figures on a `light` or a `dark` page, as JSON."""
-    return theme.template(LOOKS[scheme]).to_plotly_json()
+_template = cache(lambda dark: theme.template(theme.DARK if dark else theme.LIGHT).to_plotly_json())
 
 
 def template(scheme: object) -> dict[str, Any]:
-    """The template for what a browser says of its page; light unless it is dark."""
-    return look("dark" if scheme == "dark" else "light")
+    """The template of figures as JSON, for a page in a browser's colour scheme; light unless it is dark."""
+    return _template(scheme == "dark")
 
 
 def axis_titles(picture: EmbeddedFigure, curve: int) -> tuple[str, str]:
@@ -77,12 +70,10 @@ def panel(
         step: the selected step of a series, if any.
     """
     key = {"name": picture.name, **about}
+    caption = html.Figcaption(picture.title, id={"role": "caption", **key})
+    plot = graph({"role": "graph", **key}, figure(picture, scheme, step), size(picture), picture.name)
     return html.Figure(
-        [
-            html.Figcaption(picture.title, id={"role": "caption", **key}),
-            graph({"role": "graph", **key}, figure(picture, scheme, step), size(picture), picture.name),
-            html.P(thinned(picture), id={"role": "thinned", **key}, className="source"),
-        ]
+        [caption, plot, html.P(thinned(picture), id={"role": "thinned", **key}, className="source")]
     )
 
 
@@ -91,8 +82,7 @@ def changes(
 ) -> dict[str, dict[str, Any]]:
     """The properties that turn a panel into that of another picture of the same name, by role of the id.
 
-    To replace the panel takes the browser several times as long, and so does setting a size, even the same
-    one as `before`.
+    Replacing the panel takes a browser several times as long, and so does setting a size, even an equal one.
     """
     resized = {} if before == size(picture) else {"style": size(picture)}
     return {

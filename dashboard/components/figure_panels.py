@@ -17,6 +17,7 @@ import numpy as np
 from diagnostics.plotting import theme
 
 Spec = Mapping[str, Any]  # what plotly.js draws: `data` and `layout`
+Domain = Mapping[str, tuple[float, float]]  # the x and y ends of a panel, as shares of the plotting area
 
 HEAD, FOOT, GAP = 76, 56, 104  # pixels: above all panels, below them, and between two rows of them
 TITLE = 34  # letters of an axis title that fit below a narrow panel
@@ -28,19 +29,7 @@ REFERENCES = ("anchor", "overlaying", "matches", "scaleanchor")
 COLORS = (
     "zmin", "zmax", "zmid", "zauto", "colorscale", "autocolorscale", "reversescale", "colorbar", "showscale",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Domain:
-    """The area of a panel, as shares of the plotting area."""
-
-    x: tuple[float, float]
-    y: tuple[float, float]
-
-    def within(self, letter: str, at: float) -> float:
-        """The share of the plotting area at a share of the panel."""
-        low, high = self.x if letter == "x" else self.y
-        return low + at * (high - low)
+CARTESIAN = {"scatter", "scattergl", "bar", "heatmap", "histogram", "box", "violin"}
 
 
 def figure_panels(
@@ -53,100 +42,111 @@ def figure_panels(
         heights: the height of each figure alone, in pixels.
         columns: panels in a row.
     """
-    names, figures = list(specs), list(specs.values())
+    figures = list(specs.values())
     menus = joint_menus(figures)
     if menus is None or not all(map(is_cartesian, figures)):
         return None
     shared = shared_axes(figures)
-    columns = max(1, min(columns, len(names)))
-    rows = -(-len(names) // columns)
+    columns = max(1, min(columns, len(figures)))
+    rows = -(-len(figures) // columns)
     more = LINE * (max(map(title_lines, figures)) - 1) if columns > 1 else 0
     gap, foot = GAP + more, FOOT + more
     inner = max(160, max(heights.values()) - HEAD - FOOT)
     drawn = rows * inner + (rows - 1) * gap
-    domains = grid(len(names), columns, inner / drawn, column_gap(figures, shared), gap / drawn)
+    domains = grid(len(figures), columns, inner / drawn, column_gap(figures, shared), gap / drawn)
+    per_panel = ("shapes", "annotations", "updatemenus", "height", "legend")
     layout: dict[str, Any] = {
         key: copy.deepcopy(value)
-        for key, value in specs[names[0]]["layout"].items()
-        if not AXIS.fullmatch(key) and key not in ("shapes", "annotations", "updatemenus", "height", "legend")
+        for key, value in figures[0]["layout"].items()
+        if not AXIS.fullmatch(key) and key not in per_panel
     }
     layout |= {"shapes": [], "annotations": []}
     data: list[dict[str, Any]] = []
-    for i, (name, spec, domain) in enumerate(zip(names, figures, domains, strict=True)):
+    for i, (name, spec, domain) in enumerate(zip(specs, figures, domains, strict=True)):
         panel = Panel(spec, i, domain, shared, first=i % columns == 0, narrow=columns > 1)
         data += panel.traces()
         layout |= panel.axes()
         layout["shapes"] += panel.marks("shapes")
         layout["annotations"] += [*panel.marks("annotations"), panel_title(name, domain, spec)]
-    share_ranges(layout, figures, shared)
     share_colors(data, layout)
     share_legend(data, all(len(spec["data"]) == 1 for spec in figures))
     share_legend([shape for shape in layout["shapes"] if shape.get("showlegend")], alone=False)
+    above = {"y": 1 + 30 / drawn, "yanchor": "bottom"}
     layout["height"] = drawn + HEAD + foot
     layout["margin"] = {"t": HEAD, "b": foot}
-    layout["legend"] = {"orientation": "h", "x": 0, "y": 1 + 30 / drawn, "yanchor": "bottom"}
+    layout["legend"] = {"orientation": "h", "x": 0, **above}
     if menus:
-        layout["updatemenus"] = [
-            {**menus, "x": 1, "xanchor": "right", "y": 1 + 30 / drawn, "yanchor": "bottom"}
-        ]
+        layout["updatemenus"] = [{**menus, "x": 1, "xanchor": "right", **above}]
     return {"data": data, "layout": layout}
 
 
 def is_cartesian(spec: Spec) -> bool:
     """Whether a figure has only x and y axes and no slider."""
     kinds = {trace.get("type", "scatter") for trace in spec["data"]}
-    supported = {"scatter", "scattergl", "bar", "heatmap", "histogram", "box", "violin"}
-    return bool(spec["data"]) and kinds <= supported and not spec["layout"].get("sliders")
+    return bool(spec["data"]) and kinds <= CARTESIAN and not spec["layout"].get("sliders")
 
 
 def grid(count: int, columns: int, height: float, gap: float, between: float) -> list[Domain]:
     """The areas of the panels, row by row from the top."""
     width = (1 - gap * (columns - 1)) / columns
-    domains = []
+    domains: list[Domain] = []
     for i in range(count):
         left, top = (i % columns) * (width + gap), 1 - (i // columns) * (height + between)
-        domains.append(Domain((left, min(1.0, left + width)), (max(0.0, top - height), top)))
+        domains.append({"x": (left, min(1.0, left + width)), "y": (max(0.0, top - height), top)})
     return domains
 
 
-def column_gap(specs: Sequence[Spec], shared: set[str]) -> float:
+def within(ends: tuple[float, float], share: float) -> float:
+    """The place on the plotting area at a share of a panel."""
+    return ends[0] + share * (ends[1] - ends[0])
+
+
+def column_gap(specs: Sequence[Spec], shared: Mapping[str, Any]) -> float:
     """The gap between columns as a share of a page; only the first panel labels a shared y axis."""
-    separate = [
-        axis for spec in specs for key, axis in axes_of(spec).items() if key[0] == "y" and key not in shared
-    ]
+    axes = [item for spec in specs for item in axes_of(spec).items()]
+    separate = [axis for key, axis in axes if key[0] == "y" and key not in shared]
     if not separate:
         return 0.03
     longest = max(len(str(label)) for axis in separate for label in (axis.get("ticktext") or ["00000"]))
     return min(0.3, (longest * LETTER + 40) / PAGE)
 
 
+def axis_key(axis: str) -> str:
+    """The key in a layout of an axis such as `x2`."""
+    return f"{axis[0]}axis{axis[1:]}"
+
+
 def axes_of(spec: Spec) -> dict[str, dict[str, Any]]:
     """The axes of a figure by their keys, the implicit ones included."""
     named = {key: value for key, value in spec["layout"].items() if AXIS.fullmatch(key)}
-    used = {
-        letter + "axis" + trace.get(letter + "axis", letter)[1:] for trace in spec["data"] for letter in "xy"
-    }
+    used = {axis_key(trace.get(f"{letter}axis", letter)) for trace in spec["data"] for letter in "xy"}
     return {key: dict(named.get(key) or {}) for key in sorted({*named, *used})}
 
 
-def shared_axes(specs: Sequence[Spec]) -> set[str]:
-    """The keys of the axes that measure the same thing in every figure."""
+def shared_axes(specs: Sequence[Spec]) -> dict[str, list[float] | None]:
+    """The axes that measure the same thing in every figure, by key, with the range that contains all figures.
+
+    Without a range, plotly.js finds it.
+    """
     every = [axes_of(spec) for spec in specs]
-    common = set(every[0]).intersection(*every[1:])
+    shared = {}
+    for key in set(every[0]).intersection(*every[1:]):
+        axes = [axes[key] for axes in every]
+        if len(set(map(measured, axes))) == 1:
+            ends = united(axis.get("range") for axis in axes)
+            # plotly.js makes the joint range of logarithmic axes far too wide.
+            shared[key] = log_range(specs, key) if ends is None and axes[0].get("type") == "log" else ends
+    return shared
 
-    def measure(axis: Mapping[str, Any]) -> tuple[Any, ...]:
-        title = axis.get("title") or {}
-        return (
-            title.get("text") if isinstance(title, Mapping) else title,
-            axis.get("type"),
-            axis.get("tickformat"),
-            repr(axis.get("tickvals")),
-            repr(axis.get("ticktext")),
-            repr(axis.get("categoryarray")),
-            is_reversed(axis),
-        )
 
-    return {key for key in common if len({measure(axes[key]) for axes in every}) == 1}
+def measured(axis: Mapping[str, Any]) -> str:
+    """What an axis measures, and how: equal for axes that can be shared."""
+    title = axis.get("title") or {}
+    text = title.get("text") if isinstance(title, Mapping) else title
+    parts = (axis.get(key) for key in ("type", "tickformat", "tickvals", "ticktext", "categoryarray"))
+    ends: Any = axis.get("range")
+    backwards = axis.get("autorange") == "reversed" or (is_numeric_range(ends) and ends[0] > ends[1])
+    return repr([text, *parts, backwards])
 
 
 def wrapped(title: Any) -> Any:
@@ -165,18 +165,10 @@ def title_lines(spec: Spec) -> int:
 
 def log_range(specs: Sequence[Spec], key: str) -> list[float] | None:
     """The range, in powers of ten, of everything drawn on a logarithmic axis; None if nothing is."""
-    letter, axis = key[0], key[0] + key[5:]
-    values = np.concatenate(
-        [
-            np.empty(0),
-            *(
-                trace_numbers(trace.get(letter))
-                for spec in specs
-                for trace in spec["data"]
-                if trace.get(f"{letter}axis", letter) == axis
-            ),
-        ]
-    )
+    letter = key[0]
+    traces = [trace for spec in specs for trace in spec["data"]]
+    drawn = [trace for trace in traces if axis_key(trace.get(f"{letter}axis", letter)) == key]
+    values = np.concatenate([np.empty(0), *(trace_numbers(trace.get(letter)) for trace in drawn)])
     powers = np.log10(values[np.isfinite(values) & (values > 0)])
     if not powers.size:
         return None
@@ -194,19 +186,9 @@ def trace_numbers(values: Any) -> np.ndarray:
         return np.empty(0)
 
 
-def is_reversed(axis: Mapping[str, Any]) -> bool:
-    """Whether an axis runs backwards."""
-    ends: Any = axis.get("range")
-    return axis.get("autorange") == "reversed" or (is_numeric_range(ends) and ends[0] > ends[1])
-
-
 def is_numeric_range(ends: Any) -> bool:
     """Whether both ends of a range are numbers."""
-    return (
-        isinstance(ends, list | tuple)
-        and len(ends) == 2
-        and all(isinstance(end, int | float) for end in ends)
-    )
+    return isinstance(ends, list | tuple) and [isinstance(end, int | float) for end in ends] == [True, True]
 
 
 def united(ranges: Iterable[Any]) -> list[float] | None:
@@ -223,7 +205,7 @@ class Panel:
     """One figure as the i-th panel of several.
 
     Attributes:
-        shared: the keys of the axes that it shares with the first panel.
+        shared: see `shared_axes`.
         first: whether it is the first of its row.
         narrow: whether it shares its row, so that long titles wrap.
     """
@@ -231,7 +213,7 @@ class Panel:
     spec: Spec
     i: int
     domain: Domain
-    shared: set[str]
+    shared: Mapping[str, list[float] | None]
     first: bool
     narrow: bool
 
@@ -258,18 +240,18 @@ class Panel:
         axes = {}
         for key, axis in axes_of(self.spec).items():
             letter, name = key[0], key[0] + key[5:]
-            moved = {
-                part: self.reference(value) if part in REFERENCES else value for part, value in axis.items()
-            }
-            moved["domain"] = [self.domain.within(letter, end) for end in axis.get("domain", (0, 1))]
+            moved = axis | {part: self.reference(axis[part]) for part in REFERENCES if part in axis}
+            moved["domain"] = [within(self.domain[letter], end) for end in axis.get("domain", (0, 1))]
             moved.setdefault("anchor", self.renamed(("y" if letter == "x" else "x") + key[5:]))
             if letter == "x" and self.narrow:
                 moved["title"] = wrapped(moved.get("title"))
-            if key in self.shared and self.i:
-                moved["matches"] = name
-            if key in self.shared and letter == "y" and not self.first:
-                moved |= {"showticklabels": False, "title": {"text": ""}, "ticks": ""}
-            axes[f"{letter}axis{self.renamed(name)[1:]}"] = moved
+            if key in self.shared:
+                moved.pop("range", None)
+                moved |= {"range": self.shared[key]} if self.shared[key] else {}
+                moved |= {"matches": name} if self.i else {}
+                if letter == "y" and not self.first:
+                    moved |= {"showticklabels": False, "title": {"text": ""}, "ticks": ""}
+            axes[axis_key(self.renamed(name))] = moved
         return axes
 
     def marks(self, kind: str) -> list[dict[str, Any]]:
@@ -282,7 +264,7 @@ class Panel:
                 moved[f"{letter}ref"] = self.reference(axis)
                 for end in (letter, f"{letter}0", f"{letter}1") if axis == "paper" else ():
                     if isinstance(mark.get(end), int | float):
-                        moved[end] = self.domain.within(letter, mark[end])
+                        moved[end] = within(self.domain[letter], mark[end])
             marks.append(moved)
         return marks
 
@@ -295,54 +277,34 @@ def panel_title(name: str, domain: Domain, spec: Spec) -> dict[str, Any]:
     )
     return {
         "text": f"<b>{theme.verbatim(name)}</b>",
-        "xref": "paper", "yref": "paper", "x": domain.x[0], "y": domain.y[1],
+        "xref": "paper", "yref": "paper", "x": domain["x"][0], "y": domain["y"][1],
         "xanchor": "left", "yanchor": "bottom", "yshift": 20 if crowned else 5, "showarrow": False,
     }  # fmt: skip
 
 
-def share_ranges(layout: dict[str, Any], specs: Sequence[Spec], shared: set[str]) -> None:
-    """Give shared axes a range that contains the ranges of all figures."""
-    for key in shared:
-        ends = united(axes_of(spec)[key].get("range") for spec in specs)
-        # plotly.js makes the joint range of logarithmic axes far too wide.
-        if ends is None and axes_of(specs[0])[key].get("type") == "log":
-            ends = log_range(specs, key)
-        for i in range(len(specs)):
-            name = key[0] + key[5:]
-            number = int(name[1:] or 1) + 10 * i
-            axis = layout[f"{key[:5]}{number if number > 1 else ''}"]
-            axis.pop("range", None)
-            if ends:
-                axis["range"] = ends
-
-
 def share_colors(data: Sequence[dict[str, Any]], layout: dict[str, Any]) -> None:
     """Give heat maps of the same quantity one colour scale."""
-    names: dict[str, str] = {}
-    last = max([int(key[9:] or 1) for key in layout if key.startswith("coloraxis")] or [1])
+    maps: dict[str, list[dict[str, Any]]] = {}
     for trace in data:
-        if trace.get("type") != "heatmap" or trace.get("coloraxis"):
-            continue
-        bar = (trace.get("colorbar") or {}).get("title") or {}
-        quantity = f"{trace.get('name', '')} {bar.get('text', '') if isinstance(bar, Mapping) else bar}"
-        low, high = trace.get("zmin"), trace.get("zmax")
-        if quantity not in names:
-            last += 1
-            names[quantity] = f"coloraxis{last}"
-            keys = ("colorscale", "colorbar", "showscale")
-            kept = {key: trace[key] for key in keys if trace.get(key) is not None}
-            layout[names[quantity]] = {**kept, "cmin": low, "cmax": high}
-        axis = layout[names[quantity]]
-        for end, value, widest in (("cmin", low, min), ("cmax", high, max)):
-            both = (axis[end], value)
-            axis[end] = widest(both) if None not in both else None
-        for key in COLORS:
-            trace.pop(key, None)
-        trace["coloraxis"] = names[quantity]
-    for name in names.values():
-        # plotly.js would use a single end as both.
-        if layout[name]["cmin"] is None or layout[name]["cmax"] is None:
-            del layout[name]["cmin"], layout[name]["cmax"]
+        if trace.get("type") == "heatmap" and not trace.get("coloraxis"):
+            bar = (trace.get("colorbar") or {}).get("title") or {}
+            text = bar.get("text", "") if isinstance(bar, Mapping) else bar
+            maps.setdefault(f"{trace.get('name', '')} {text}", []).append(trace)
+    numbers = [int(key[9:] or 1) for key in layout if key.startswith("coloraxis")]
+    for number, traces in enumerate(maps.values(), 1 + max(numbers, default=1)):
+        first = traces[0]
+        scale = {
+            key: first[key] for key in ("colorscale", "colorbar", "showscale") if first.get(key) is not None
+        }
+        lows: list[Any] = [trace.get("zmin") for trace in traces]
+        highs: list[Any] = [trace.get("zmax") for trace in traces]
+        if None not in (*lows, *highs):  # plotly.js would use a single end as both
+            scale |= {"cmin": min(lows), "cmax": max(highs)}
+        layout[f"coloraxis{number}"] = scale
+        for trace in traces:
+            for key in COLORS:
+                trace.pop(key, None)
+            trace["coloraxis"] = f"coloraxis{number}"
 
 
 def share_legend(data: Sequence[dict[str, Any]], alone: bool) -> None:
@@ -351,16 +313,15 @@ def share_legend(data: Sequence[dict[str, Any]], alone: bool) -> None:
     Args:
         alone: whether every panel has a single trace, and so would have no legend by itself.
     """
-    listed: set[str] = set()
+    listed: set[tuple[str, str]] = set()
     for trace in data:
-        name = trace.get("name")
-        wanted = trace.get("showlegend")
+        name, wanted = trace.get("name"), trace.get("showlegend")
         if not name or wanted is False or (alone and wanted is None):
             trace["showlegend"] = False
             continue
         group = str(trace.get("legendgroup") or name)
-        trace |= {"legendgroup": group, "showlegend": f"{group}\n{name}" not in listed}
-        listed.add(f"{group}\n{name}")
+        trace |= {"legendgroup": group, "showlegend": (group, name) not in listed}
+        listed.add((group, name))
 
 
 def joint_menus(specs: Sequence[Spec]) -> dict[str, Any] | None:
@@ -381,11 +342,10 @@ def joint_menus(specs: Sequence[Spec]) -> dict[str, Any] | None:
     for same in zip(*lists, strict=True):
         visible: list[Any] = []
         for button, spec in zip(same, specs, strict=True):
-            args = button.get("args") or []
-            if button.get("method") != "restyle" or len(args) != 2 or args[0] != "visible":
-                return None
-            if len(args[1]) != len(spec["data"]):
-                return None
-            visible += args[1]
+            match button:
+                case {"method": "restyle", "args": ["visible", flags]} if len(flags) == len(spec["data"]):
+                    visible += flags
+                case _:
+                    return None
         joint.append({**same[0], "args": ["visible", visible]})
     return {**menus[0][0], "buttons": joint}

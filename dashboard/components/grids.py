@@ -1,6 +1,8 @@
 """Tables of a page: the browser holds the visible rows, the server sorts and filters all rows."""
 
+import functools
 import logging
+import operator
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,10 @@ BLOCK = 100  # rows per request of the browser
 SEEN = 12  # rows of a long table that are visible without scrolling
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet evaluates cells that begin with these
 ROW, HEAD = 32, 36  # pixels
+COMPARE = {  # filters of numbers, as methods of a series
+    "equals": "eq", "notEqual": "ne", "lessThan": "lt", "lessThanOrEqual": "le", "greaterThan": "gt",
+    "greaterThanOrEqual": "ge",
+}  # fmt: skip
 
 
 def grid(frame: "pd.DataFrame", analysis: str, table: str, spot: str = "") -> html.Div:
@@ -28,16 +34,10 @@ def grid(frame: "pd.DataFrame", analysis: str, table: str, spot: str = "") -> ht
         spot: the address of the matrix that the rows belong to; empty for the whole table.
     """
     key: Mapping[str, str] = {"analysis": analysis, "table": table, "spot": spot}
-    button = dmc.Button(
-        "Save as CSV",
-        id={"role": "export", **key},
-        variant="default",
-        size="compact-sm",
-        **{"aria-label": f"Save table {table} as CSV"},
-    )
+    look = {"variant": "default", "size": "compact-sm", "aria-label": f"Save table {table} as CSV"}
     tools = [
         html.Span(id={"role": "count", **key}, className="source", role="status"),
-        button,
+        dmc.Button("Save as CSV", id={"role": "export", **key}, **look),
         dcc.Download(id={"role": "saved", **key}),
     ]
     rows = dag.AgGrid(
@@ -93,14 +93,10 @@ def selected(frame: "pd.DataFrame", request: Mapping[str, Any] | None) -> "pd.Da
         name = column_name(frame, field)
         if name is not None:
             frame = frame[matches(frame[name], model)]
-    orders = [
-        (name, order.get("sort") == "asc")
-        for order in request.get("sortModel") or []
-        if (name := column_name(frame, order.get("colId", ""))) is not None
-    ]
-    if orders:
-        names, ascending = zip(*orders, strict=True)
-        frame = frame.sort_values(list(names), ascending=list(ascending), kind="stable")
+    for order in reversed(request.get("sortModel") or []):  # stable, so that the first order wins
+        name = column_name(frame, order.get("colId", ""))
+        if name is not None:
+            frame = frame.sort_values(name, ascending=order.get("sort") == "asc", kind="stable")
     return frame
 
 
@@ -124,10 +120,8 @@ def column_name(frame: "pd.DataFrame", field: str) -> Any:
 def matches(column: "pd.Series[Any]", model: Mapping[str, Any]) -> "pd.Series[bool]":
     """Which values pass a filter of AG Grid."""
     if "conditions" in model:
-        first, *others = (matches(column, condition) for condition in model["conditions"])
-        for passes in others:
-            first = (first & passes) if model.get("operator") == "AND" else (first | passes)
-        return first
+        passes = (matches(column, condition) for condition in model["conditions"])
+        return functools.reduce(operator.and_ if model.get("operator") == "AND" else operator.or_, passes)
     kind, wanted = model.get("type", ""), model.get("filter")
     if kind in ("blank", "notBlank"):
         return column.isna() if kind == "blank" else column.notna()
@@ -143,15 +137,7 @@ def matches(column: "pd.Series[Any]", model: Mapping[str, Any]) -> "pd.Series[bo
         }[kind]()
     if kind == "inRange":
         return column.gt(float(wanted)) & column.lt(float(model["filterTo"]))  # type: ignore[arg-type]
-    compare = {
-        "equals": column.eq,
-        "notEqual": column.ne,
-        "lessThan": column.lt,
-        "lessThanOrEqual": column.le,
-        "greaterThan": column.gt,
-        "greaterThanOrEqual": column.ge,
-    }
-    return compare[kind](float(wanted))  # type: ignore[arg-type]
+    return getattr(column, COMPARE[kind])(float(wanted))  # type: ignore[arg-type]
 
 
 def response(frame: "pd.DataFrame", request: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,15 +17,19 @@ VERDICTS = ("pass", "warn", "fail")
 
 def icon(verdict: str) -> html.Span:
     """The sign of a verdict, for use next to its word."""
-    return html.Span(
-        className=f"icon {verdict if verdict in VERDICTS else 'skipped'}", **{"aria-hidden": "true"}
-    )
+    kind = verdict if verdict in VERDICTS else "skipped"
+    return html.Span(className=f"icon {kind}", **{"aria-hidden": "true"})
 
 
 def badge(verdict: str, word: str = "") -> html.Span:
     """A verdict as a sign and a word, never by colour alone."""
     kind, text = (verdict, verdict) if verdict in VERDICTS else ("skipped", "not judged")
     return html.Span([icon(verdict), word or text], className=f"badge {kind}")
+
+
+def source(text: Content) -> Content:
+    """A remark in small letters; nothing without text."""
+    return html.P(text, className="source") if text else None
 
 
 def code(text: object) -> html.Code:
@@ -40,14 +44,9 @@ def going(children: Content, href: str, **props: Any) -> html.A:
 
 def heading(question: str, *, eyebrow: Content = None, lead: Content = None) -> html.Header:
     """The head of a page."""
-    return html.Header(
-        [
-            html.P(eyebrow, className="eyebrow") if eyebrow else None,
-            html.H1(question, id="heading", tabIndex="-1"),
-            html.P(lead, className="lead") if lead else None,
-        ],
-        className="page-head",
-    )
+    above = html.P(eyebrow, className="eyebrow") if eyebrow else None
+    below = html.P(lead, className="lead") if lead else None
+    return html.Header([above, html.H1(question, id="heading", tabIndex="-1"), below], className="page-head")
 
 
 def flat(children: Iterable[Content]) -> list[Content]:
@@ -62,15 +61,8 @@ def section(title: str, *children: Content, name: str = "") -> html.Section:
 
 def filters(label: str, *controls: Content, note: Content = None, className: str = "") -> html.Div:
     """The bar of controls that stays on top while a page scrolls."""
-    return html.Div(
-        [
-            html.Div(list(controls), className=f"controls {className}".strip()),
-            html.P(note, className="source") if note else None,
-        ],
-        className="filters",
-        role="group",
-        **{"aria-label": label},
-    )
+    bar = html.Div(list(controls), className=f"controls {className}".strip())
+    return html.Div([bar, source(note)], className="filters", role="group", **{"aria-label": label})
 
 
 def notes(texts: Iterable[str]) -> Content:
@@ -81,11 +73,8 @@ def notes(texts: Iterable[str]) -> Content:
 
 def state(kind: str, title: str, *children: Content) -> html.Div:
     """A message in place of missing content; kinds: `empty`, `damaged`, `unknown`, `trouble`."""
-    return html.Div(
-        [html.P(title), *flat(children)],
-        className=f"state {kind}",
-        role="alert" if kind in ("damaged", "trouble") else "status",
-    )
+    role = "alert" if kind in ("damaged", "trouble") else "status"
+    return html.Div([html.P(title), *flat(children)], className=f"state {kind}", role=role)
 
 
 def troubles(title: str, texts: Iterable[str]) -> list[Content]:
@@ -104,22 +93,12 @@ def table(
         return {"className": "n"} if i in right else {}
 
     def line(cells: Sequence[Content]) -> html.Tr:
-        head, *others = cells
-        return html.Tr(
-            [
-                html.Th(head, scope="row", **look(0)),
-                *(html.Td(cell, **look(i)) for i, cell in enumerate(others, 1)),
-            ]
-        )
+        others = [html.Td(cell, **look(i)) for i, cell in enumerate(cells[1:], 1)]
+        return html.Tr([html.Th(cells[0], scope="row", **look(0)), *others])
 
     head = html.Tr([html.Th(text, scope="col", **look(i)) for i, text in enumerate(heads)])
-    return html.Div(
-        html.Table([html.Thead(head), html.Tbody([line(row) for row in rows])], className="plain"),
-        className="scroll",
-        tabIndex="0",
-        role="region",
-        **{"aria-label": label},
-    )
+    body = html.Table([html.Thead(head), html.Tbody([line(row) for row in rows])], className="plain")
+    return html.Div(body, className="scroll", tabIndex="0", role="region", **{"aria-label": label})
 
 
 def pairs(items: Mapping[str, Any]) -> html.Dl:
@@ -135,9 +114,8 @@ def short(fingerprint: str | None) -> Content:
     """The first digits of a hash, and a button that copies all of it."""
     if not fingerprint:
         return content.NOTHING
-    button = dmc.CopyButton(
-        value=fingerprint, size="compact-xs", variant="default", children="copy", copiedChildren="copied"
-    )
+    look = {"size": "compact-xs", "variant": "default", "children": "copy", "copiedChildren": "copied"}
+    button = dmc.CopyButton(value=fingerprint, **look)
     return html.Span([code(fingerprint[:12] + "…"), button], className="hash")
 
 
@@ -156,17 +134,9 @@ def audit_card(audit_id: str, audit: Audit, *details: Content) -> html.A:
         "tuned": html.Span([code(audit.tuned.get("ref", "")), f" ({kind})" if kind else ""]),
         "base": code(audit.base.get("ref", "")),
     }
-    return going(
-        [
-            badge(audit.verdict),
-            html.Strong(audit_id),
-            pairs(checkpoints),
-            html.P(f"{count}. Analyses: {', '.join(audit.results) or 'none'}.", className="source"),
-            *details,
-        ],
-        link(audit=audit_id),
-        className=f"card {audit.verdict}",
-    )
+    summary = source(f"{count}. Analyses: {', '.join(audit.results) or 'none'}.")
+    lines = [badge(audit.verdict), html.Strong(audit_id), pairs(checkpoints), summary, *details]
+    return going(lines, link(audit=audit_id), className=f"card {audit.verdict}")
 
 
 def waiting() -> list[Content]:
@@ -176,9 +146,6 @@ def waiting() -> list[Content]:
 
 def failure(error: Exception) -> Content:
     """The message of a page when a callback raised an error."""
-    return state(
-        "trouble",
-        "This could not be shown",
-        html.P([code(f"{type(error).__name__}: {error}")]),
-        html.P("Reload the page. If it happens again, see the terminal of the dashboard for details."),
-    )
+    hint = html.P("Reload the page. If it happens again, see the terminal of the dashboard for details.")
+    reason = html.P([code(f"{type(error).__name__}: {error}")])
+    return state("trouble", "This could not be shown", reason, hint)

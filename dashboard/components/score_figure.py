@@ -40,29 +40,20 @@ def score_figure(detector: Detector, row: "pd.Series", score: str) -> "go.Figure
         # A fixed pattern off the middle keeps marks of similar scores apart.
         jitter = 0.62 * ((np.arange(len(part)) * 0.618034) % 1 - 0.5)
         figure.add_scatter(
-            x=part[score],
-            y=position + jitter,
-            mode="markers",
-            name=f"{role} rows",
-            showlegend=False,
+            x=part[score], y=position + jitter, mode="markers", name=f"{role} rows", showlegend=False,
             marker={"color": COLORS.get(role, theme.NEUTRAL), "size": 6, "opacity": 0.55},
             customdata=[
                 [theme.verbatim(detector.key(drawn)), theme.verbatim(str(drawn["text"])[:80])]
                 for _, drawn in part.iterrows()
             ],
             hovertemplate="%{customdata[0]}: %{x:.4g}<br>%{customdata[1]}<extra></extra>",
-        )
+        )  # fmt: skip
     names = list(samples)
+    position = names.index(str(row["set"])) if str(row["set"]) in names else 0
+    mark = {"symbol": "diamond-open", "size": 16, "color": SELECTED, "line": {"color": SELECTED, "width": 3}}
     figure.add_scatter(
-        x=[row[score]],
-        y=[names.index(str(row["set"])) if str(row["set"]) in names else 0],
-        mode="markers",
-        name="selected row",
-        showlegend=False,
-        hoverinfo="skip",
-        marker={
-            "symbol": "diamond-open", "size": 16, "color": SELECTED, "line": {"color": SELECTED, "width": 3},
-        },
+        x=[row[score]], y=[position], mode="markers", name="selected row", showlegend=False, hoverinfo="skip",
+        marker=mark,
     )  # fmt: skip
     figure.add_vline(x=row[score], line={"color": SELECTED, "width": 1.5})
     for text, value in detector.thresholds(score).items():

@@ -56,17 +56,11 @@ def series_figure(
             if all(value is None for value in values[side]):
                 continue
             figure.add_scatter(
-                x=x,
-                y=values[side],
-                yaxis="y" + axis,
-                mode="lines+markers",
-                name=SIDES[side],
-                legendgroup=side,
-                showlegend=i == 0,
-                line={"color": look["color"], "dash": look["dash"]},
+                x=x, y=values[side], yaxis="y" + axis, mode="lines+markers", name=SIDES[side],
+                legendgroup=side, showlegend=i == 0, line={"color": look["color"], "dash": look["dash"]},
                 marker={"symbol": look["symbol"], "size": 8},
                 hovertemplate=f"{theme.verbatim(name)}: %{{y:.4g}}<extra>{SIDES[side]}</extra>",
-            )
+            )  # fmt: skip
         measured = [value for side in values.values() for value in side if value is not None]
         figure.layout["yaxis" + axis] = {
             "domain": [max(0.0, top - height), top],

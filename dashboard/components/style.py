@@ -11,9 +11,8 @@ def variables(page: theme.PageColours) -> str:
         "ink": page.ink,
         "muted": page.muted,
         "line": page.grid,
-        **page.verdicts,
     }
-    return " ".join(f"--{name}: {color};" for name, color in colors.items())
+    return " ".join(f"--{name}: {color};" for name, color in (colors | page.verdicts).items())
 
 
 # Inside the page: browsers request an external icon again at every change of the address.

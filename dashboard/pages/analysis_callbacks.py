@@ -3,20 +3,8 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from dash import (
-    ALL,
-    MATCH,
-    ClientsideFunction,
-    Dash,
-    Input,
-    Output,
-    State,
-    ctx,
-    dcc,
-    html,
-    no_update,
-    set_props,
-)
+import dash
+from dash import ALL, MATCH, ClientsideFunction, Dash, Input, Output, State, dcc, html, no_update
 
 from dashboard.components import drawings, grids, parts
 from dashboard.pages.page import Content
@@ -79,25 +67,22 @@ def drawer(view: View, scheme: str | None) -> tuple[str, Content]:
     if opened is None:
         return "Not found", parts.state("unknown", "No table of this audit contains it.")
     cell = {"layer": opened.layer, "component": opened.component}
-    shown: list[Content] = [parts.pairs({key: value for key, value in cell.items() if value})]
-    first = view.query.one("analysis")
-    results = view.audit.results
-    for name in sorted(results, key=lambda name: name != first):
-        result = opened.of(results[name])
-        if result.tables:
-            shown.append(drawer_section(name, result, opened, scheme, drawing=name == first))
-    return opened.title, shown
+    first, results = view.query.one("analysis"), view.audit.results
+    sections = [
+        drawer_section(name, result, opened, scheme, drawing=name == first)
+        for name in sorted(results, key=lambda name: name != first)
+        if (result := opened.of(results[name])).tables
+    ]
+    return opened.title, [parts.pairs({key: value for key, value in cell.items() if value}), *sections]
 
 
 def drawer_section(
     name: str, result: Result, opened: drill.OpenedMatrices, scheme: str | None, *, drawing: bool
 ) -> html.Section:
     """The results of one analysis for the opened matrices: figures, and tables or single rows."""
-    spot = (
-        link(matrix=opened.matrices[0])
-        if len(opened.matrices) == 1
-        else link(cell=f"{opened.layer}/{opened.component}")
-    )
+    spot = link(cell=f"{opened.layer}/{opened.component}")
+    if len(opened.matrices) == 1:
+        spot = link(matrix=opened.matrices[0])
     figures = content.embedded_figures(result)[0] if drawing else []
     shown: list[Content] = [
         drawings.panel(picture, scheme, {"analysis": name, "spot": spot})
@@ -108,10 +93,8 @@ def drawer_section(
     for table, frame in result.tables.items():
         shown.append(html.H3([parts.code(table), " ", content.plural(len(frame), "row")]))
         if len(frame) == 1:
-            row = frame.iloc[0]
-            shown.append(
-                parts.pairs({str(name): content.format_cell(row[name]).text for name in frame.columns})
-            )
+            cells = {str(key): content.format_cell(value).text for key, value in frame.iloc[0].items()}
+            shown.append(parts.pairs(cells))
         else:
             shown.append(grids.grid(frame, name, table, spot))
     return html.Section([html.H2(name), *shown], className="drilled")
@@ -120,24 +103,17 @@ def drawer_section(
 def callbacks(app: Dash, site: Site) -> None:
     """Connect figures, tables and the drawer with the address."""
 
+    box = {"role": "pictures", "analysis": MATCH}
+    plots = {"role": "graph", "analysis": MATCH, "spot": "", "name": ALL}
+    search_state = State("url", "search")
+
     @app.callback(
-        Output({"role": "pictures", "analysis": MATCH}, "children"),
-        Output({"role": "pictures", "analysis": MATCH}, "data-of"),
+        [Output(box, "children"), Output(box, "data-of")],
         Input("url", "search"),
-        State({"role": "pictures", "analysis": MATCH}, "id"),
-        State({"role": "pictures", "analysis": MATCH}, "data-of"),
-        State({"role": "graph", "analysis": MATCH, "spot": "", "name": ALL}, "id"),
-        State({"role": "graph", "analysis": MATCH, "spot": "", "name": ALL}, "style"),
+        [State(box, "id"), State(box, "data-of"), State(plots, "id"), State(plots, "style")],
         State("scheme", "data"),
     )
-    def redraw(
-        search: str,
-        about: dict[str, str],
-        before: str | None,
-        graphs: list[dict[str, str]],
-        sizes: list[dict[str, Any]],
-        scheme: str | None,
-    ) -> Any:
+    def redraw(search: str, about: Any, before: Any, graphs: Any, sizes: Any, scheme: str | None) -> Any:
         view, name = site.view(search), about["analysis"]
         now = repr((view.query.one("audit"), filters_of(view.query)))
         if view.query.one("analysis") != name or now == before:
@@ -147,15 +123,16 @@ def callbacks(app: Dash, site: Site) -> None:
             return pictures(figures, errors, view, scheme), now
         for picture, size in zip(figures, sizes, strict=True):
             for role, props in drawings.changes(picture, scheme, size).items():
-                set_props({"role": role, "name": picture.name, "analysis": name, "spot": ""}, props)
+                dash.set_props({"role": role, "name": picture.name, "analysis": name, "spot": ""}, props)
         return no_update, now
 
     @app.callback(
-        Output({"role": "grid", **TABLE}, "getRowsResponse"),
-        Output({"role": "count", **TABLE}, "children"),
+        [
+            Output({"role": "grid", **TABLE}, "getRowsResponse"),
+            Output({"role": "count", **TABLE}, "children"),
+        ],
         Input({"role": "grid", **TABLE}, "getRowsRequest"),
-        State({"role": "grid", **TABLE}, "id"),
-        State("url", "search"),
+        [State({"role": "grid", **TABLE}, "id"), search_state],
         prevent_initial_call=True,
     )
     def fill(request: dict[str, Any] | None, about: dict[str, str], search: str) -> Any:
@@ -169,9 +146,8 @@ def callbacks(app: Dash, site: Site) -> None:
     @app.callback(
         Output({"role": "saved", **TABLE}, "data"),
         Input({"role": "export", **TABLE}, "n_clicks"),
-        State({"role": "export", **TABLE}, "id"),
-        State({"role": "grid", **TABLE}, "getRowsRequest"),
-        State("url", "search"),
+        [State({"role": "export", **TABLE}, "id"), State({"role": "grid", **TABLE}, "getRowsRequest")],
+        search_state,
         prevent_initial_call=True,
     )
     def export(clicks: int | None, about: dict[str, str], request: dict[str, Any] | None, search: str) -> Any:
@@ -185,25 +161,26 @@ def callbacks(app: Dash, site: Site) -> None:
         Output("url", "search", allow_duplicate=True),
         Input({"role": "graph", "analysis": ALL, "spot": "", "name": ALL}, "clickData"),
         Input({"role": "grid", "analysis": ALL, "table": ALL, "spot": ""}, "cellClicked"),
-        State("url", "search"),
+        search_state,
         prevent_initial_call=True,
     )
     def open_clicked(points: list[Any], cells: list[Any], search: str) -> Any:
-        about, view = ctx.triggered_id, site.view(search)
-        click = ctx.triggered[0]["value"] if ctx.triggered else None
+        about, view = dash.ctx.triggered_id, site.view(search)
+        click = dash.ctx.triggered[0]["value"] if dash.ctx.triggered else None
         if not about or not click:
             return no_update
-        if about["role"] == "grid":
-            return row_clicked(view, about, click) or no_update
-        return (clicked(view, about, click["points"][0]) if click.get("points") else "") or no_update
+        opens = row_clicked if about["role"] == "grid" else figure_clicked
+        changes = opens(view, about, click)
+        return (
+            view.query.with_changes(**{"matrix": None, "cell": None} | changes).search
+            if changes
+            else no_update
+        )
 
     @app.callback(
-        Output("drawer", "opened"),
-        Output("drawer", "title"),
-        Output("drawer", "children"),
+        [Output("drawer", name) for name in ("opened", "title", "children")],
         Input("spot", "data"),
-        State("drawer", "opened"),
-        State("scheme", "data"),
+        [State("drawer", "opened"), State("scheme", "data")],
         prevent_initial_call=True,
     )
     def unfold(search: str | None, is_open: bool, scheme: str | None) -> Any:
@@ -223,21 +200,20 @@ def callbacks(app: Dash, site: Site) -> None:
     )
 
 
-def row_clicked(view: View, about: Mapping[str, str], click: Mapping[str, Any]) -> str:
-    """The address of the matrix with the clicked name; empty for any other cell."""
+def row_clicked(view: View, about: Mapping[str, str], click: Mapping[str, Any]) -> dict[str, str]:
+    """The keys of the query that open the clicked name of a matrix; empty for any other cell."""
     result = view.result(about["analysis"])
     frame = result.tables.get(about["table"]) if result else None
     if frame is None or grids.column_name(frame, str(click.get("colId", ""))) != "matrix":
-        return ""
-    return view.query.with_changes(matrix=str(click.get("value")), cell=None).search
+        return {}
+    return {"matrix": str(click.get("value"))}
 
 
-def clicked(view: View, about: Mapping[str, str], point: Mapping[str, Any]) -> str:
-    """The address of the matrix that a click on a figure selects; empty if it selects none."""
-    result = view.result(about["analysis"])
+def figure_clicked(view: View, about: Mapping[str, str], click: Mapping[str, Any]) -> dict[str, str]:
+    """The keys of the query that open the clicked matrix or cell of a figure; empty if there is none."""
+    result, points = view.result(about["analysis"]), click.get("points")
     picture = {picture.name: picture for picture in drawn(view, about["analysis"])[0]}.get(about["name"])
-    if result is None or picture is None:
-        return ""
-    axes = drawings.axis_titles(picture, int(point.get("curveNumber", 0)))
-    selected = drill.pointed(point, axes, set(drill.matrices(result)))
-    return view.query.with_changes(**{"matrix": None, "cell": None} | selected).search if selected else ""
+    if result is None or picture is None or not points:
+        return {}
+    axes = drawings.axis_titles(picture, int(points[0].get("curveNumber", 0)))
+    return drill.pointed(points[0], axes, set(drill.matrices(result)))

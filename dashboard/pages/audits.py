@@ -14,21 +14,10 @@ def layout(view: View) -> Content:
     """The audits, then the series."""
     library = view.library
     if not library.entries:
-        return [
-            parts.heading("No audits yet", eyebrow="tunescope"),
-            parts.state(
-                "empty",
-                "This dashboard was started without an audit",
-                html.P(
-                    [
-                        parts.code("tunescope audit BASE TUNED --out DIR"),
-                        " writes an audit; ",
-                        parts.code("tunescope dashboard DIR"),
-                        " shows it.",
-                    ]
-                ),
-            ),
-        ]
+        audit, shown = "tunescope audit BASE TUNED --out DIR", "tunescope dashboard DIR"
+        hint = html.P([parts.code(audit), " writes an audit; ", parts.code(shown), " shows it."])
+        message = parts.state("empty", "This dashboard was started without an audit", hint)
+        return [parts.heading("No audits yet", eyebrow="tunescope"), message]
     audits = html.Ul([html.Li(card(entry)) for entry in library.audits], className="library")
     series = html.Ul([html.Li(series_card(view, entry)) for entry in library.series], className="library")
     if not library.audits:
@@ -43,25 +32,19 @@ def layout(view: View) -> Content:
 def card(entry: Entry) -> html.A:
     """One audit."""
     audit = entry.audit
-    if audit is not None:
-        return parts.audit_card(entry.id, audit, html.P(time(audit.created), className="source"))
-    inside = [parts.badge("fail", "damaged"), html.Strong(entry.id), html.P(entry.damage, className="source")]
-    return parts.going(inside, link(audit=entry.id), className="card damaged")
-
-
-def time(created: str) -> str:
-    """A time to the minute."""
-    return created[:16].replace("T", " ") + " UTC" if created.endswith("Z") else created
+    if audit is None:
+        damaged = [parts.badge("fail", "damaged"), html.Strong(entry.id), parts.source(entry.damage)]
+        return parts.going(damaged, link(audit=entry.id), className="card damaged")
+    created = audit.created
+    time = created[:16].replace("T", " ") + " UTC" if created.endswith("Z") else created  # to the minute
+    return parts.audit_card(entry.id, audit, parts.source(time))
 
 
 def series_card(view: View, entry: Entry) -> html.A:
     """One series."""
     count = content.plural(len(view.library.parts(entry.id)), "audit")
-    return parts.going(
-        [html.Strong(entry.id), html.P(f"series, {count}", className="source")],
-        link(audit=entry.id),
-        className="card series",
-    )
+    text = [html.Strong(entry.id), parts.source(f"series, {count}")]
+    return parts.going(text, link(audit=entry.id), className="card series")
 
 
-PAGE = Page(name="audits", title="All audits", of="library", layout=layout)
+PAGE = Page("audits", "All audits", "library", layout)

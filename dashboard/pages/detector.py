@@ -31,8 +31,7 @@ def callbacks(app: Dash, site: Site) -> None:
 
     @app.callback(
         Output("detector-row", "children"),
-        Output("detector-scores", "figure"),
-        Output("detector-scores", "style"),
+        [Output("detector-scores", "figure"), Output("detector-scores", "style")],
         Input("url", "search"),
         State("scheme", "data"),
     )
@@ -45,11 +44,8 @@ def callbacks(app: Dash, site: Site) -> None:
         row = scored.selected(view.query)
         score = score_name(scored, view.query)
         figure = score_figure(scored, row, score)
-        return (
-            row_text(scored, row, score),
-            drawings.own_figure(figure, scheme),
-            {"height": figure.layout.height},
-        )
+        text, size = row_text(scored, row, score), {"height": figure.layout.height}
+        return text, drawings.own_figure(figure, scheme), size
 
     @app.callback(
         Output("url", "search", allow_duplicate=True),
@@ -79,42 +75,26 @@ def score_name(scored: Detector, query: Query) -> str:
 def layout(view: View) -> Content:
     """The choice of a row; callbacks fill in the text and the figure."""
     scored = detector(view.audit)
-    head = parts.heading(
-        "Which words are foreign?",
-        eyebrow=parts.code(scored.analysis) if scored else None,
-        lead="Select a text. Colours show which checkpoint predicts a token better, and by how much.",
-    )
+    lead = "Select a text. Colours show which checkpoint predicts a token better, and by how much."
+    eyebrow = parts.code(scored.analysis) if scored else None
+    head = parts.heading("Which words are foreign?", eyebrow=eyebrow, lead=lead)
     if scored is None:
         command = parts.code("tunescope audit BASE TUNED --task F --ood NAME=F")
         hint = html.P([command, " scores rows and records their tokens."])
         return [head, parts.state("empty", "This audit scored no rows", hint)]
+    nothing = "No such text in this list; click a mark in the figure to reach any row"
+    look = {"limit": 100, "maxDropdownHeight": 420, "nothingFoundMessage": nothing}
+    first = scored.key(scored.first_row)
+    text = choose.one(view.query, "row", "Text", options(scored), first, searchable=True, **look)
+    score = choose.one(view.query, "score", "Score in the figure", scored.scores, default="ratio")
+    empty = {"layout": {"template": drawings.template("light")}}
+    graph = drawings.graph("detector-scores", empty, {"height": 360})
+    hint = parts.source("Click a mark to select its row.")
     return [
         head,
-        parts.filters(
-            "Text and score",
-            choose.one(
-                view.query,
-                "row",
-                "Text",
-                options(scored),
-                default=scored.key(scored.first_row),
-                searchable=True,
-                limit=100,
-                nothingFoundMessage="No such text in this list; click a mark in the figure to reach any row",
-                maxDropdownHeight=420,
-            ),
-            choose.one(view.query, "score", "Score in the figure", scored.scores, default="ratio"),
-            className="row-choice",
-        ),
+        parts.filters("Text and score", text, score, className="row-choice"),
         html.Div(id="detector-row", className="pictures"),
-        parts.section(
-            "Score among all rows",
-            drawings.graph(
-                "detector-scores", {"layout": {"template": drawings.template("light")}}, {"height": 360}
-            ),
-            html.P("Click a mark to select its row.", className="source"),
-            name="scores",
-        ),
+        parts.section("Score among all rows", graph, hint, name="scores"),
     ]
 
 
@@ -126,33 +106,20 @@ def options(scored: Detector) -> list[dict[str, Any]]:
         mark = "" if row["has_tokens"] else " (no tokens recorded)"
         nats = content.format_number(float(row["ratio"]))
         label = f"{row['set']} {int(row['row'])}, {nats} nats{mark}: {start}"
-        groups.setdefault(f"{row['set']} ({row['role']})", []).append(
-            {"value": scored.key(row), "label": label}
-        )
+        item = {"value": scored.key(row), "label": label}
+        groups.setdefault(f"{row['set']} ({row['role']})", []).append(item)
     return [{"group": name, "items": items} for name, items in groups.items()]
 
 
 def row_text(scored: Detector, row: "pd.Series", score: str) -> Content:
     """Everything recorded about a row."""
     names = [name for name in dict.fromkeys((score, *FACTS)) if name in row.index]
-    group = row.get("group")
-    return parts.section(
-        f"{row['set']} {int(row['row'])}",
-        html.P(
-            [
-                f"Role {row['role']}",
-                f", group {group}" if isinstance(group, str) else "",
-                ". ",
-                *standing(scored, row, score),
-            ]
-        ),
-        coloured(scored, row),
-        parts.folded(
-            "All numbers of this row",
-            parts.pairs({name: content.format_cell(row[name]).text for name in names}),
-        ),
-        name="text",
-    )
+    group = f", group {row['group']}" if isinstance(row.get("group"), str) else ""
+    about = html.P([f"Role {row['role']}{group}. ", *standing(scored, row, score)])
+    numbers = parts.pairs({name: content.format_cell(row[name]).text for name in names})
+    folded = parts.folded("All numbers of this row", numbers)
+    title = f"{row['set']} {int(row['row'])}"
+    return parts.section(title, about, coloured(scored, row), folded, name="text")
 
 
 def standing(scored: Detector, row: "pd.Series", score: str) -> list[Content]:
@@ -173,15 +140,10 @@ def coloured(scored: Detector, row: "pd.Series") -> Content:
     """The text of a row, each token on the colour of its ratio."""
     tokens = scored.tokens(row)
     if not len(tokens):
-        more = (
-            f"; --set {scored.analysis}.examples=N records them for N rows at both ends of each set"
-            if scored.result.parameters.get("examples")
-            else ""
-        )
-        return [
-            html.P(str(row["text"]), className="text"),
-            html.P(f"The ratios of its tokens were not recorded{more}.", className="source"),
-        ]
+        hint = f"; --set {scored.analysis}.examples=N records them for N rows at both ends of each set"
+        more = hint if scored.result.parameters.get("examples") else ""
+        reason = parts.source(f"The ratios of its tokens were not recorded{more}.")
+        return [html.P(str(row["text"]), className="text"), reason]
     shown = tokens.head(SPANS)
     cut = len(tokens) - len(shown)
     spans = [
@@ -196,8 +158,8 @@ def coloured(scored: Detector, row: "pd.Series") -> Content:
     return [
         legend(scored.full_strength),
         html.P(spans, className="text"),
-        html.P(f"{cut:,} more tokens are not shown.", className="source") if cut else None,
-        html.P(truncated, className="source") if row.get("truncated") else None,
+        parts.source(f"{cut:,} more tokens are not shown.") if cut else None,
+        parts.source(truncated) if row.get("truncated") else None,
         html.Div(extremes, className="cards"),
     ]
 
@@ -217,15 +179,13 @@ def token_span(token: str, ratio: float, full_strength: float) -> html.Span:
 def legend(full_strength: float) -> html.P:
     """The meaning of the colours."""
     limit = content.format_number(full_strength)
-    return html.P(
-        [
-            token_span(f"−{limit} nats", -full_strength, full_strength),
-            " tuned predicts it better (dotted line)  ·  ",
-            token_span(f"+{limit} nats", full_strength, full_strength),
-            " base predicts it better: foreign to tuned (solid line)",
-        ],
-        className="source token-legend",
-    )
+    text = [
+        token_span(f"−{limit} nats", -full_strength, full_strength),
+        " tuned predicts it better (dotted line)  ·  ",
+        token_span(f"+{limit} nats", full_strength, full_strength),
+        " base predicts it better: foreign to tuned (solid line)",
+    ]
+    return html.P(text, className="source token-legend")
 
 
 def token_list(title: str, tokens: "pd.DataFrame") -> Content:
@@ -235,19 +195,11 @@ def token_list(title: str, tokens: "pd.DataFrame") -> Content:
         [parts.code(str(token).translate(visible) or "·"), signed(float(ratio)), str(int(position) + 1)]
         for token, ratio, position in zip(tokens["token"], tokens["ratio"], tokens["position"], strict=True)
     ]
-    listed = (
-        parts.table(("token", "nats", "position"), rows, label=f"{title} tokens", numeric=[1, 2])
-        if rows
-        else html.P("None.", className="empty")
-    )
-    return html.Div([html.H3(title), listed])
+    table = parts.table(("token", "nats", "position"), rows, label=f"{title} tokens", numeric=[1, 2])
+    return html.Div([html.H3(title), table if rows else html.P("None.", className="empty")])
 
 
 PAGE = Page(
-    name="detector",
-    title="Detector",
-    of="audit",
-    layout=layout,
-    linked=lambda view: detector(view.audit) is not None,
+    "detector", "Detector", "audit", layout, linked=lambda view: detector(view.audit) is not None,
     callbacks=callbacks,
-)
+)  # fmt: skip

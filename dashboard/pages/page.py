@@ -2,17 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
+from dashboard.components.parts import Content as Content
 from dashboard.state.view import Site, View
 
 if TYPE_CHECKING:
     import dash
 
-Content = Any  # a Dash component, or a list of them
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Page:
     """One page.
 

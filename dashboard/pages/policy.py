@@ -1,12 +1,12 @@
 """Other thresholds tried on an audit: verdict and findings follow at once, and a file saves the policy."""
 
-from collections.abc import Iterable
+from typing import Any
 
 import dash_mantine_components as dmc
 from dash import ALL, Dash, Input, Output, State, dcc, html, no_update
 
 from dashboard.components import choose, parts
-from dashboard.pages.overview import finding_item
+from dashboard.pages.overview import finding_list
 from dashboard.pages.page import Content, Page
 from dashboard.state.query import Query, link
 from dashboard.state.trial import STEPS, Trial, changes, key, toml, trial
@@ -22,9 +22,7 @@ def callbacks(app: Dash, site: Site) -> None:
     """Let verdict and findings follow the thresholds in the address."""
 
     @app.callback(
-        Output("trial", "children"),
-        Output("trial-findings", "children"),
-        Output(RULES, "children"),
+        [Output(part, "children") for part in ("trial", "trial-findings", RULES)],
         Input("url", "search"),
         State(RULES, "id"),
     )
@@ -53,11 +51,8 @@ def callbacks(app: Dash, site: Site) -> None:
 def layout(view: View) -> Content:
     """The outcome on top, then a control for each threshold."""
     audit, query = view.audit, view.query
-    head = parts.heading(
-        "Try a policy",
-        eyebrow=view.audit_id,
-        lead="Change a threshold to see the verdict that it would give. The audit itself does not change.",
-    )
+    lead = "Change a threshold to see the verdict that it would give. The audit itself does not change."
+    head = parts.heading("Try a policy", eyebrow=view.audit_id, lead=lead)
     if not audit.results:
         return [head, parts.state("empty", "This audit has no number to judge.")]
     without_rule = [
@@ -66,26 +61,15 @@ def layout(view: View) -> Content:
         for metric in result.metrics
         if metric not in audit.policy.rules.get(name, {})
     ]
+    unchanged = link(page="policy", audit=view.audit_id)
     tools = [
         dmc.Button("Download policy.toml", id="policy-save", size="sm"),
-        parts.going(
-            "Reset to the audit's policy", link(page="policy", audit=view.audit_id), className="reset"
-        ),
+        parts.going("Reset to the audit's policy", unchanged, className="reset"),
         dcc.Download(id="policy-file"),
     ]
-    bar = parts.filters(
-        "Policy",
-        choose.many(
-            query,
-            "also",
-            "Add a rule",
-            without_rule,
-            placeholder="metrics without a threshold",
-            searchable=True,
-            limit=60,
-        ),
-        html.Div(tools, className="policy-tools"),
-    )
+    look = {"placeholder": "metrics without a threshold", "searchable": True, "limit": 60}
+    also = choose.many(query, "also", "Add a rule", without_rule, **look)
+    bar = parts.filters("Policy", also, html.Div(tools, className="policy-tools"))
     bar.children.insert(0, html.Div(id="trial", role="status", **{"aria-live": "polite"}))
     tried = trial(audit, query, view.audit_id)
     return [
@@ -98,14 +82,9 @@ def layout(view: View) -> Content:
 
 def rule_section(tried: Trial, query: Query, name: str) -> Content:
     """The rules of one analysis, and those added in the address."""
-    rules = tried.audit.policy.rules.get(name, {})
-    added = {
-        metric for metric in tried.audit.results[name].metrics if f"{name}.{metric}" in query.many("also")
-    }
-    metrics = [
-        *rules,
-        *(metric for metric in tried.audit.results[name].metrics if metric in added - {*rules}),
-    ]
+    measured, also = tried.audit.results[name].metrics, query.many("also")
+    rules = list(tried.audit.policy.rules.get(name, {}))
+    metrics = rules + [m for m in measured if f"{name}.{m}" in also and m not in rules]
     if not metrics:
         return None
     rows = [rule_row(tried, query, name, metric) for metric in metrics]
@@ -121,38 +100,22 @@ def rule_row(tried: Trial, query: Query, name: str, metric: str) -> list[Content
     before = tried.changed.get((name, metric), rule)  # what the controls return to
     conditions = []
     if rule.per:
-        parameter = result.parameters.get(rule.per)
-        value = f" = {content.format_number(parameter)}" if rule.per in result.parameters else ""
-        conditions.append(f"thresholds per {rule.per}{value}")
+        parameters = result.parameters
+        unit = f" = {content.format_number(parameters[rule.per])}" if rule.per in parameters else ""
+        conditions.append(f"thresholds per {rule.per}{unit}")
     if rule.when:
         conditions.append(f"only with {rule.when}")
-    side = choose.one(
-        query,
-        key("side", name, metric),
-        "",
-        ["above", "below"],
-        default="below" if before.below else "above",
-        w=92,
-        **{"aria-label": f"Which side of the thresholds of {metric} is bad"},
-    )
-    thresholds = [
-        choose.number(
-            query,
-            key(step, name, metric),
-            getattr(before, step),
-            placeholder="none",
-            w=96,
-            **{"aria-label": f"{step} threshold of {metric}"},
-        )
-        for step in STEPS
-    ]
-    return [
-        [parts.code(metric), html.Span("; ".join(conditions), className="source")],
-        content.format_number(result.metrics.get(metric)),
-        html.Div(rule_state(tried, name, metric), id={"role": "rule", "analysis": name, "metric": metric}),
-        side,
-        *thresholds,
-    ]
+    label: Any = {"aria-label": f"Which side of the thresholds of {metric} is bad"}
+    bad = "below" if before.below else "above"
+    side = choose.one(query, key("side", name, metric), "", ["above", "below"], bad, w=92, **label)
+    thresholds = []
+    for step in STEPS:
+        look = {"placeholder": "none", "w": 96, "aria-label": f"{step} threshold of {metric}"}
+        thresholds.append(choose.number(query, key(step, name, metric), getattr(before, step), **look))
+    title = [parts.code(metric), html.Span("; ".join(conditions), className="source")]
+    value = content.format_number(result.metrics.get(metric))
+    state = html.Div(rule_state(tried, name, metric), id={"role": "rule", "analysis": name, "metric": metric})
+    return [title, value, state, side, *thresholds]
 
 
 def rule_state(tried: Trial, name: str, metric: str) -> Content:
@@ -181,17 +144,14 @@ def rule_state(tried: Trial, name: str, metric: str) -> Content:
 
 def verdict(audit: Audit, tried: Trial) -> Content:
     """The verdict under the tried thresholds, and how the findings change."""
-    before = {(finding.analysis, finding.metric): finding.severity for finding in audit.findings}
-    after = {(finding.analysis, finding.metric): finding.severity for finding in tried.audit.findings}
-    moved = [
-        *(f"new: {'.'.join(name)} ({after[name]})" for name in after if name not in before),
-        *(f"gone: {'.'.join(name)}" for name in before if name not in after),
-        *(
-            f"{'.'.join(name)}: {before[name]} becomes {after[name]}"
-            for name in after
-            if name in before and before[name] != after[name]
-        ),
-    ]
+    before, after = (
+        {f"{finding.analysis}.{finding.metric}": finding.severity for finding in findings}
+        for findings in (audit.findings, tried.audit.findings)
+    )
+    moved = [f"new: {name} ({after[name]})" for name in after if name not in before]
+    moved += [f"gone: {name}" for name in before if name not in after]
+    stayed = [name for name in after if name in before and before[name] != after[name]]
+    moved += [f"{name}: {before[name]} becomes {after[name]}" for name in stayed]
     now, recorded = tried.audit.verdict, audit.verdict
     if not tried.changed:
         sentence = f"The audit's policy ({audit.policy.origin}): {recorded}."
@@ -199,42 +159,23 @@ def verdict(audit: Audit, tried: Trial) -> Content:
         sentence = f"The verdict stays {now}."
     else:
         sentence = f"The verdict becomes {now}; the audit's policy gives {recorded}."
-    return [
-        html.P([parts.badge(now), html.Strong(sentence, className="outcome")], className="outcome-line"),
-        html.P("; ".join(moved), className="source") if moved else None,
-        incomplete(tried.audit.failed),
-    ]
+    outcome = [parts.badge(now), html.Strong(sentence, className="outcome")]
+    failed = ", ".join(tried.audit.failed)
+    incomplete = f"The verdict stays fail whatever the thresholds: {failed} gave no result."
+    remarks = [parts.source("; ".join(moved)), parts.source(failed and incomplete)]
+    return [html.P(outcome, className="outcome-line"), *remarks]
 
 
 def findings(tried: Trial, audit_id: str) -> Content:
     """The findings under the tried thresholds, and the changed rules as TOML."""
-    audit = tried.audit
-    items = [finding_item(audit, finding, audit_id) for finding in audit.findings]
-    return [
-        html.Ol(items, className="findings")
-        if items
-        else parts.state("empty", "No value is beyond a threshold."),
-        parts.folded(
-            f"{content.plural(len(tried.changed), 'changed rule')}, as TOML", html.Pre(changes(tried))
-        )
-        if tried.changed
-        else None,
-    ]
-
-
-def incomplete(names: Iterable[str]) -> Content:
-    """A reminder that thresholds do not replace missing results."""
-    failed = ", ".join(names)
-    text = f"The verdict stays fail whatever the thresholds: {failed} gave no result."
-    return html.P(text, className="source") if failed else None
+    items = finding_list(tried.audit, audit_id)
+    if not tried.changed:
+        return items
+    title = f"{content.plural(len(tried.changed), 'changed rule')}, as TOML"
+    return [items, parts.folded(title, html.Pre(changes(tried)))]
 
 
 PAGE = Page(
-    name="policy",
-    title="Try a policy",
-    of="audit",
-    layout=layout,
-    identity=("also",),
-    linked=lambda view: bool(view.audit.results),
-    callbacks=callbacks,
-)
+    "policy", "Try a policy", "audit", layout, identity=("also",),
+    linked=lambda view: bool(view.audit.results), callbacks=callbacks,
+)  # fmt: skip

@@ -39,15 +39,13 @@ def callbacks(app: Dash, site: Site) -> None:
                 runs.add_finished(site.library)
 
     @app.callback(
-        Output("run-done", "data"),
-        Output("run-message", "children"),
+        [Output("run-done", "data"), Output("run-message", "children")],
         Input("run-start", "n_clicks"),
-        State("run-pair", "value"),
-        State("run-only", "value"),
-        State("run-limit", "value"),
+        [State(name, "value") for name in ("run-pair", "run-only", "run-limit")],
         prevent_initial_call=True,
         background=True,
         manager=runs.manager(),
+        cancel=[Input("run-cancel", "n_clicks")],
         running=[
             (Output("run-start", "disabled"), True, False),
             (Output("run-cancel", "disabled"), False, True),
@@ -59,7 +57,6 @@ def callbacks(app: Dash, site: Site) -> None:
             Output("run-status", "children"),
             Output("run-log", "children"),
         ],
-        cancel=[Input("run-cancel", "n_clicks")],
     )
     def start(set_progress: Any, clicks: int | None, pair: Any, only: Any, limit: Any) -> Any:
         def report(share: float, now: str, lines: str) -> None:
@@ -95,50 +92,25 @@ def layout(view: View) -> Content:
     runs: Runs | None = view.site.allowed.get("run")
     if runs is None:
         command = parts.code('tunescope dashboard --allow-run --pair "NAME=BASE TUNED"')
-        return [
-            parts.heading("Run an audit", eyebrow="tunescope"),
-            parts.state(
-                "empty", "This server does not run audits", html.P([command, " starts one that does."])
-            ),
-        ]
+        hint = parts.state(
+            "empty", "This server does not run audits", html.P([command, " starts one that does."])
+        )
+        return [parts.heading("Run an audit", eyebrow="tunescope"), hint]
     from diagnostics.core.registry import installed
 
     pairs = [
         {"value": name, "label": f"{name}: {base} → {tuned}"} for name, (base, tuned) in runs.pairs.items()
     ]
-    files = [parts.code(f"--{role} {file}") for role, paths in runs.rows.items() for file in paths]
+    pair: dict[str, Any] = {"data": pairs, "value": next(iter(runs.pairs), None), "allowDeselect": False}
+    only = {"data": installed(), "placeholder": "all that these files allow", "clearable": True}
+    limit = {"placeholder": "all", "min": 1, "allowDecimal": False, "allowNegative": False}
     controls = [
-        dmc.Select(
-            id="run-pair",
-            label="Checkpoints",
-            data=pairs,
-            value=next(iter(runs.pairs), None),
-            allowDeselect=False,
-            size="sm",
-        ),
-        dmc.MultiSelect(
-            id="run-only",
-            label="Analyses",
-            data=installed(),
-            placeholder="all that these files allow",
-            clearable=True,
-            size="sm",
-        ),
-        dmc.NumberInput(
-            id="run-limit",
-            label="Rows per file",
-            placeholder="all",
-            min=1,
-            allowDecimal=False,
-            allowNegative=False,
-            size="sm",
-        ),
+        dmc.Select(id="run-pair", label="Checkpoints", size="sm", **pair),
+        dmc.MultiSelect(id="run-only", label="Analyses", size="sm", **only),
+        dmc.NumberInput(id="run-limit", label="Rows per file", size="sm", **limit),
     ]
-    rows = (
-        ["Rows: ", *[part for file in files for part in (file, " ")]]
-        if files
-        else "No files of rows: only analyses of the weights can run."
-    )
+    files = [parts.code(f"--{role} {file}") for role, paths in runs.rows.items() for file in paths]
+    rows = ["Rows: ", *[part for file in files for part in (file, " ")]]
     buttons = [
         dmc.Button("Run", id="run-start", size="sm"),
         dmc.Button("Cancel", id="run-cancel", size="sm", variant="default", disabled=True),
@@ -148,14 +120,11 @@ def layout(view: View) -> Content:
         html.P(id="run-status", className="source", role="status"),
         html.Pre(id="run-log", tabIndex="0", **{"aria-label": "Log"}),
     ]
+    lead = "The server was started with these checkpoints and files."
     return [
-        parts.heading(
-            "Run an audit",
-            eyebrow="tunescope",
-            lead="The server was started with these checkpoints and files.",
-        ),
+        parts.heading("Run an audit", eyebrow="tunescope", lead=lead),
         html.Div(controls, className="controls run-controls"),
-        html.P(rows, className="source"),
+        parts.source(rows if files else "No files of rows: only analyses of the weights can run."),
         html.Div(buttons, className="policy-tools run-tools"),
         html.Div(progress, id="run-going", style=HIDDEN),
         html.Div(id="run-message"),
@@ -164,10 +133,6 @@ def layout(view: View) -> Content:
 
 
 PAGE = Page(
-    name="run",
-    title="Run an audit",
-    of="library",
-    layout=layout,
-    linked=lambda view: "run" in view.site.allowed,
+    "run", "Run an audit", "library", layout, linked=lambda view: "run" in view.site.allowed,
     callbacks=callbacks,
-)
+)  # fmt: skip

@@ -19,12 +19,9 @@ from probes.errors import InputError
 def callbacks(app: Dash, site: Site) -> None:
     """Let the page follow the address; a click on the measures selects a step."""
 
-    @app.callback(
-        Output("series", "children"),
-        Input("url", "search"),
-        State("series", "data-of"),
-        State("scheme", "data"),
-    )
+    address, name = State("url", "search"), State("series", "data-of")
+
+    @app.callback(Output("series", "children"), Input("url", "search"), name, State("scheme", "data"))
     def redraw(search: str, series: str, scheme: str | None) -> Content:
         view = site.view(search)
         entry = view.library.find(series)
@@ -36,8 +33,7 @@ def callbacks(app: Dash, site: Site) -> None:
     @app.callback(
         Output("url", "search", allow_duplicate=True),
         Input({"role": "measures", "series": ALL}, "clickData"),
-        State("series", "data-of"),
-        State("url", "search"),
+        [name, address],
         prevent_initial_call=True,
     )
     def select_step(clicks: list[Any], series: str, search: str) -> Content:
@@ -58,13 +54,16 @@ def layout(view: View) -> Content:
     try:
         steps = read_steps(entry)
     except InputError as error:
-        reason = html.P(parts.code(str(error)))
-        return [
-            parts.heading(entry.id, eyebrow="series"),
-            parts.state("damaged", "This series is damaged or incomplete", reason),
-        ]
+        damage = html.P(parts.code(str(error)))
+        message = parts.state("damaged", "This series is damaged or incomplete", damage)
+        return [parts.heading(entry.id, eyebrow="series"), message]
     if not steps:
-        return run_only(view, entry)
+        run = view.library.find(f"{entry.id}/run")
+        if run is None or run.audit is None:
+            empty = parts.state("empty", "No checkpoint of this series was audited.")
+            return [parts.heading(entry.id, eyebrow="series"), empty]
+        lead = "This series has analyses of the whole run, and no audits of single checkpoints."
+        return [parts.heading(entry.id, eyebrow="series", lead=lead), analyses(run.audit, run.id)]
     names = measures(steps)
     per_analysis = list(dict.fromkeys(name.partition(".")[0] for name in names))
     controls = [choose.many(view.query, "measure", "Measures", names, placeholder="the main ones")]
@@ -78,17 +77,6 @@ def layout(view: View) -> Content:
     ]
 
 
-def run_only(view: View, entry: Entry) -> Content:
-    """A series without audits of its steps."""
-    run = view.library.find(f"{entry.id}/run")
-    audit = run.audit if run else None
-    if run is None or audit is None:
-        empty = parts.state("empty", "No checkpoint of this series was audited.")
-        return [parts.heading(entry.id, eyebrow="series"), empty]
-    lead = "This series has analyses of the whole run, and no audits of single checkpoints."
-    return [parts.heading(entry.id, eyebrow="series", lead=lead), analyses(audit, run.id)]
-
-
 def series_content(view: View, entry: Entry, scheme: str | None) -> Content:
     """The steps as links, the measures, the selected step, and the run."""
     steps = read_steps(entry)
@@ -99,49 +87,36 @@ def series_content(view: View, entry: Entry, scheme: str | None) -> Content:
     available = measures(steps)
     names = [name for name in view.query.many("measure") if name in available] or leading(steps, thresholds)
     figure = series_figure(steps, names, at, thresholds)
-    plot = drawings.graph(
-        {"role": "measures", "series": entry.id},
-        drawings.own_figure(figure, scheme),
-        {"height": figure.layout.height},
-        "measures",
-    )
+    size = {"height": figure.layout.height}
+    drawn = drawings.own_figure(figure, scheme)
+    plot = drawings.graph({"role": "measures", "series": entry.id}, drawn, size, "measures")
     caption = "Measures over the checkpoints. Click a point to select its step."
     return [
         step_links(entry, view.query, steps, at),
         html.Figure([html.Figcaption(caption), plot]),
-        parts.section(
-            f"{steps[at].title[:1].upper()}{steps[at].title[1:]}",
-            *step_details(view, steps[at], scheme),
-            name="step",
-        ),
+        parts.section(steps[at].title, *step_details(view, steps[at], scheme), name="step"),
         run_figures(view, entry, positions(steps)[at], scheme),
     ]
 
 
 def step_links(entry: Entry, query: Query, steps: list[Step], at: int) -> html.Nav:
     """The steps as links, each with its verdict."""
-    links = [
-        html.Li(
-            parts.going(
-                [parts.icon(step.verdict), step.label, html.Span(f", {step.verdict}", className="unseen")],
-                query.with_changes(page="series", audit=entry.id, step=step.label).search,
-                className=f"step {step.verdict}" + " active" * (i == at),
-                **({"aria-current": "step"} if i == at else {}),
-            )
-        )
-        for i, step in enumerate(steps)
-    ]
+    links = []
+    for i, step in enumerate(steps):
+        text = [parts.icon(step.verdict), step.label, html.Span(f", {step.verdict}", className="unseen")]
+        address = query.with_changes(page="series", audit=entry.id, step=step.label).search
+        current = {"aria-current": "step"} if i == at else {}
+        look = f"step {step.verdict}" + " active" * (i == at)
+        links.append(html.Li(parts.going(text, address, className=look, **current)))
     return html.Nav(html.Ol(links), className="strip", **{"aria-label": "Steps"})
 
 
 def step_details(view: View, step: Step, scheme: str | None) -> list[Content]:
     """The audits and numbers of one step, and the figures of one analysis."""
-    audits = [
-        html.Li(
-            [parts.badge(step.verdicts[side]), " ", parts.going(f"Audit {SIDES[side]}", link(audit=audit_id))]
-        )
-        for side, audit_id in step.entries.items()
-    ]
+    audits = []
+    for side, audit_id in step.entries.items():
+        address = parts.going(f"Audit {SIDES[side]}", link(audit=audit_id))
+        audits.append(html.Li([parts.badge(step.verdicts[side]), " ", address]))
     rows = [
         [parts.code(name), *(content.format_number(step.metrics[side].get(name)) for side in SIDES)]
         for name in measures([step])
@@ -190,4 +165,4 @@ def panels(
     ]
 
 
-PAGE = Page(name="series", title="Series", of="series", layout=layout, callbacks=callbacks)
+PAGE = Page("series", "Series", "series", layout, callbacks=callbacks)

@@ -35,13 +35,12 @@ def problem(body: Any, callbacks: Mapping[str, Mapping[str, Any]]) -> str:
     changed = body.get("changedPropIds", [])
     if not isinstance(changed, list) or not all(map(is_property_name, changed)):
         return "changedPropIds: not a list of property names"
-    expected = callback["output"] if isinstance(callback["output"], list) else [callback["output"]]
+    expected, outputs = callback["output"], body.get("outputs")
+    if not isinstance(expected, list):
+        expected, outputs = [expected], [outputs]
     declared_outputs = [
         {"id": stringify_id(o.component_id), "property": o.component_property} for o in expected
     ]
-    outputs = body.get("outputs")
-    if not isinstance(callback["output"], list):
-        outputs = [outputs]
     for name, items, declared, accepts in (
         ("outputs", outputs, declared_outputs, is_declared),
         ("inputs", body.get("inputs"), callback["inputs"], is_valid_value),
@@ -72,13 +71,11 @@ def is_declared(item: Any, spec: Mapping[str, str]) -> bool:
     if not spec["id"].startswith("{"):
         return actual == spec["id"]
     declared = json.loads(spec["id"])
-    return (
-        isinstance(actual, dict)
-        and actual.keys() == declared.keys()
-        and all(
-            isinstance(actual[key], str) if isinstance(value, list) else actual[key] == value
-            for key, value in declared.items()
-        )
+    if not isinstance(actual, dict) or actual.keys() != declared.keys():
+        return False
+    return all(
+        isinstance(actual[key], str) if isinstance(value, list) else actual[key] == value
+        for key, value in declared.items()
     )
 
 

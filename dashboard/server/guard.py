@@ -39,16 +39,12 @@ def protect(app: "dash.Dash", *, token: str | None, prefix: str) -> None:
             return None
         if same(request.args.get("token", ""), token):
             # Remove the token from the address, which people copy and browsers keep.
-            rest = {key: request.args.getlist(key) for key in request.args if key != "token"}
-            query = urlencode(rest, doseq=True)
-            answer = redirect(request.path + ("?" + query if query else ""))
+            rest = [(key, value) for key, value in request.args.items(multi=True) if key != "token"]
+            answer = redirect(request.path + ("?" + urlencode(rest) if rest else ""))
             answer.set_cookie(COOKIE, token, httponly=True, samesite="Strict", path=prefix)
             return answer
-        return refused(
-            401,
-            "This dashboard asks for a token: open the address that `tunescope dashboard` printed, "
-            "with its ?token=… at the end.",
-        )
+        address = "the address that `tunescope dashboard` printed, with its ?token=… at the end"
+        return refused(401, f"This dashboard asks for a token: open {address}.")
 
     @server.before_request
     def refuse_other_sites() -> Any:

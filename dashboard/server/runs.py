@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dashboard.state.audit_library import AuditLibrary, Entry
+from dashboard.state.audit_library import AuditLibrary, Entry, unused
 from probes.errors import InputError, UnknownNameError
 
 UNFINISHED = ".unfinished"
@@ -70,20 +70,13 @@ class Runs:
         for name in names:
             if name not in installed():
                 raise UnknownNameError(f"unknown analysis {name!r}; known: {', '.join(installed())}")
-        if limit in (None, ""):
-            limit = None
-        elif not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+        limit = None if limit == "" else limit
+        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
             raise InputError(f"rows per file: {limit!r} is not a whole number of 1 or more")
         base, tuned = self.pairs[pair]
-        return {
-            "base": base,
-            "tuned": tuned,
-            "only": names,
-            "limit": limit,
-            "policy": self.policy,
-            "device": self.device,
-            **{role: list(files) for role, files in self.rows.items()},
-        }
+        options = {"only": names, "limit": limit, "policy": self.policy, "device": self.device}
+        rows = {role: list(files) for role, files in self.rows.items()}
+        return {"base": base, "tuned": tuned, **options, **rows}
 
     def run(self, name: str, request: Mapping[str, Any], report: Callable[[float, str, str], None]) -> str:
         """Run an audit in its own process and return the name of the finished audit.
@@ -110,12 +103,8 @@ class Runs:
         unfinished = self.directory / UNFINISHED / finished.name
         log = Log(report)
         log.add("starting")
-        command = [
-            sys.executable,
-            "-m",
-            "dashboard.server.job",
-            json.dumps({**request, "out": str(unfinished)}),
-        ]
+        arguments = json.dumps({**request, "out": str(unfinished)})
+        command = [sys.executable, "-m", "dashboard.server.job", arguments]
         with subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             encoding="utf-8", errors="replace",
@@ -133,11 +122,7 @@ class Runs:
         """A name that no audit has yet: the pair, the time, and a number if necessary."""
         stem = re.sub(r"[^\w.-]+", "-", pair).strip("-.") or "audit"
         stamp = f"{stem}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-        name, n = stamp, 1
-        while (self.directory / name).exists():
-            n += 1
-            name = f"{stamp}-{n}"
-        return name
+        return unused(stamp, lambda name: (self.directory / name).exists())
 
     def finished(self) -> list[Path]:
         """The directories of finished audits, sorted by name."""
@@ -167,16 +152,16 @@ def stop(manager: Any) -> None:
         manager.terminate_job(process.pid)
 
 
+@dataclass
 class Log:
     """The progress and the output of a running audit, as the page shows them."""
 
-    def __init__(self, report: Callable[[float, str, str], None]):
-        self.report = report
-        self.lines: list[str] = []
-        self.share = 0.0
-        self.now = ""
-        self.analysis = ""
-        self.error = ""
+    report: Callable[[float, str, str], None]
+    lines: list[str] = field(default_factory=list)
+    share: float = 0.0
+    now: str = ""
+    analysis: str = ""
+    error: str = ""
 
     @property
     def tail(self) -> str:
@@ -205,9 +190,8 @@ class Log:
             self.add(f"verdict: {record['verdict']}")
         else:
             self.share = float(record["share"])
-            self.now = (
-                f"{record['analysis']}: {record['done']} of {record['total']} {record['what']}".rstrip()
-            )
+            count = f"{record['done']} of {record['total']} {record['what']}"
+            self.now = f"{record['analysis']}: {count}".rstrip()
             if record["analysis"] != self.analysis:
                 self.analysis = str(record["analysis"])
                 self.add(self.analysis)

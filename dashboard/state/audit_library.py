@@ -4,10 +4,11 @@ An audit is read when it is first requested, and again when it changes on disk. 
 shown as damaged and does not affect the others.
 """
 
+import itertools
 import logging
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,28 +123,22 @@ class AuditLibrary:
             return [self._insert(name or directory.resolve().name, path=directory)]
         entries = [entry for child in audit_directories(directory) for entry in self.add(child)]
         if not entries:
-            raise InputError(
-                f"{path}: no audit here; `tunescope audit BASE TUNED --out {path}` would write one"
-            )
+            hint = f"`tunescope audit BASE TUNED --out {path}` would write one"
+            raise InputError(f"{path}: no audit here; {hint}")
         return entries
 
     def _add_series(self, directory: Path, name: str) -> list[Entry]:
         """Add a series and its audits."""
         top = self._insert(name or directory.resolve().name, path=directory, kind="series")
         children = sorted(child for child in directory.iterdir() if (child / "audit.json").exists())
-        return [
-            top, *(self._insert(f"{top.id}/{child.name}", path=child, series=top.id) for child in children)
-        ]  # fmt: skip
+        entries = [self._insert(f"{top.id}/{child.name}", path=child, series=top.id) for child in children]
+        return [top, *entries]
 
     def _insert(self, name: str, **fields: Any) -> Entry:
         """Add an entry under an unused id."""
         stem = re.sub(r"[^\w./-]+", "-", name).strip("-") or "audit"
-        entry_id, n = stem, 1
-        while entry_id in self.entries:
-            n += 1
-            entry_id = f"{stem}-{n}"
-        self.entries[entry_id] = Entry(id=entry_id, **fields)
-        return self.entries[entry_id]
+        entry_id = unused(stem, self.entries.__contains__)
+        return self.entries.setdefault(entry_id, Entry(id=entry_id, **fields))
 
     def find(self, entry_id: str) -> Entry | None:
         """The entry with an id, if there is one."""
@@ -170,13 +165,16 @@ class AuditLibrary:
         return [entry for entry in self.entries.values() if entry.series == series]
 
 
+def unused(stem: str, is_used: Callable[[str], bool]) -> str:
+    """A name that is not used yet: the stem, with a number from 2 on if necessary."""
+    names = (stem if n == 1 else f"{stem}-{n}" for n in itertools.count(1))
+    return next(name for name in names if not is_used(name))
+
+
 def audit_directories(directory: Path) -> list[Path]:
     """The directories of audits and series directly inside a directory."""
-    return sorted(
-        child
-        for child in directory.iterdir()
-        if child.is_dir() and any((child / name).exists() for name in FILES)
-    )
+    children = (child for child in directory.iterdir() if child.is_dir())
+    return sorted(child for child in children if any((child / name).exists() for name in FILES))
 
 
 def nearby(directory: Path) -> list[Path]:

@@ -49,12 +49,12 @@ class Detector:
         """The rows in the list: those with recorded tokens (`has_tokens`) first, then by falling ratio."""
         import pandas as pd
 
-        def keys(table: "pd.DataFrame") -> "pd.MultiIndex":
-            return pd.MultiIndex.from_arrays([table["set"].astype(str), table["row"].astype(int)])
-
-        rows = self.rows.assign(has_tokens=keys(self.rows).isin(keys(self.result.tables["tokens"])))
-        order = rows.sort_values("ratio", ascending=False, kind="stable")
-        return order.sort_values("has_tokens", ascending=False, kind="stable").head(OFFERED)
+        recorded, keys = (
+            pd.MultiIndex.from_arrays([table["set"].astype(str), table["row"].astype(int)])
+            for table in (self.result.tables["tokens"], self.rows)
+        )
+        rows = self.rows.assign(has_tokens=keys.isin(recorded))
+        return rows.sort_values(["has_tokens", "ratio"], ascending=False, kind="stable").head(OFFERED)
 
     @cached_property
     def first_row(self) -> "pd.Series":

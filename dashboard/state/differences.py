@@ -14,14 +14,14 @@ MARKED = 0.1  # differences beyond this share of the larger number are marked
 Value = float | int | None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Measure:
     """One number of one audit, compared with the first audit.
 
     Attributes:
         text: the number; a dash where there is none.
         verdict: under the audit's own policy; empty where it is not judged.
-        change: the difference from the first audit; empty if there is none, or if either has no number.
+        change: the difference from the first audit; empty without one.
         differs: whether text or verdict differ from the first audit's.
         marked: `up` or `down` far above or below the first, `verdict` where the verdict differs.
     """
@@ -39,10 +39,8 @@ def measures(audits: Mapping[str, Audit]) -> dict[tuple[str, str], list[Measure]
     for name in analyses_of(audits.values()):
         results = [audit.results.get(name) for audit in audits.values()]
         for metric in dict.fromkeys(metric for result in results if result for metric in result.metrics):
-            values = [
-                (result.metrics[metric], verdict(audit, name, metric))
-                if result and metric in result.metrics
-                else (None, "")
+            values: list[tuple[Value, str]] = [
+                (result.metrics.get(metric) if result else None, verdict(audit, name, metric))
                 for audit, result in zip(audits.values(), results, strict=True)
             ]
             rows[name, metric] = [measure(*value, *values[0]) for value in values]
@@ -55,10 +53,10 @@ def analyses_of(audits: Iterable[Audit]) -> list[str]:
 
 
 def verdict(audit: Audit, name: str, metric: str) -> str:
-    """The verdict of an audit's policy on one of its numbers; empty if it has no rule for it."""
-    result = audit.results[name]
-    rule = judged(result, audit.policy).get(metric)
-    if rule is None:
+    """The verdict of an audit's policy on one of its numbers; empty without a rule or a number."""
+    result = audit.results.get(name)
+    rule = judged(result, audit.policy).get(metric) if result else None
+    if result is None or rule is None or metric not in result.metrics:
         return ""
     beyond = rule.beyond(result.metrics[metric], scale(result, rule))
     return beyond[0] if beyond else "pass"
@@ -69,20 +67,14 @@ def measure(value: Value, value_verdict: str, first: Value, first_verdict: str) 
     text = format_number(value)
     differs = text != format_number(first)
     if value is None or first is None or math.isnan(value) or math.isnan(first):
-        return Measure(text=text, verdict=value_verdict, differs=differs)
-    delta = value - first
-    marked = ""
+        return Measure(text, value_verdict, differs=differs)
+    delta, marked = value - first, ""
     if value_verdict != first_verdict:
         marked = "verdict"
     elif differs and abs(delta) > MARKED * max(abs(value), abs(first)):
         marked = "up" if delta > 0 else "down"
-    return Measure(
-        text=text,
-        verdict=value_verdict,
-        change=signed(delta) if differs else "",
-        differs=differs or value_verdict != first_verdict,
-        marked=marked,
-    )
+    change = signed(delta) if differs else ""
+    return Measure(text, value_verdict, change, differs or value_verdict != first_verdict, marked)
 
 
 def signed(value: float | int) -> str:
@@ -90,7 +82,7 @@ def signed(value: float | int) -> str:
     return ("+" if value > 0 else "−" if value < 0 else "") + format_number(abs(value))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class SharedFinding:
     """A finding that some of the audits have.
 
@@ -107,28 +99,19 @@ class SharedFinding:
     @property
     def worst(self) -> Finding:
         """The most severe of them."""
-        return min(filter(None, self.findings), key=lambda finding: finding.severity != "fail")
+        return min(filter(None, self.findings), key=lambda finding: finding.severity)  # fail before warn
 
 
 def shared_findings(audits: Mapping[str, Audit]) -> list[SharedFinding]:
     """The findings of all audits: those that the fewest audits have first, then by severity."""
     by_audit = [{(f.analysis, f.metric): f for f in reversed(audit.findings)} for audit in audits.values()]
     keys = dict.fromkeys((f.analysis, f.metric) for audit in audits.values() for f in audit.findings)
-    shared = [
-        SharedFinding(
-            analysis=analysis,
-            metric=metric,
-            findings=[findings.get((analysis, metric)) for findings in by_audit],
-            reasons=[
-                "" if (analysis, metric) in findings else reason(audit, analysis, metric)
-                for audit, findings in zip(audits.values(), by_audit, strict=True)
-            ],
-        )
-        for analysis, metric in keys
-    ]
-    return sorted(
-        shared, key=lambda row: (sum(f is not None for f in row.findings), row.worst.severity != "fail")
-    )
+    shared = []
+    for key in keys:
+        findings = [findings.get(key) for findings in by_audit]
+        pairs = zip(audits.values(), findings, strict=True)
+        shared.append(SharedFinding(*key, findings, ["" if f else reason(audit, *key) for audit, f in pairs]))
+    return sorted(shared, key=lambda row: (len(row.findings) - row.findings.count(None), row.worst.severity))
 
 
 def reason(audit: Audit, analysis: str, metric: str) -> str:
@@ -138,11 +121,8 @@ def reason(audit: Audit, analysis: str, metric: str) -> str:
         return "not run"
     if metric not in result.metrics:
         return "not measured"
-    return (
-        f"{format_number(result.metrics[metric])}, passes"
-        if verdict(audit, analysis, metric)
-        else "not judged"
-    )
+    passes = f"{format_number(result.metrics[metric])}, passes"
+    return passes if verdict(audit, analysis, metric) else "not judged"
 
 
 def cautions(audits: Mapping[str, Audit]) -> list[str]:

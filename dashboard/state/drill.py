@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from dashboard.state.query import Query
 from diagnostics.core.analysis import Result
-from diagnostics.plotting.layer_axes import layer_name
 from diagnostics.store.audit_store import Audit
 
 if TYPE_CHECKING:
@@ -29,12 +28,13 @@ class OpenedMatrices:
         """Its name on the page."""
         if len(self.matrices) == 1:
             return self.matrices[0]
-        return (
-            f"{self.component} {'outside the layers' if self.layer == 'none' else f'of layer {self.layer}'}"
-        )
+        location = "outside the layers" if self.layer == "none" else f"of layer {self.layer}"
+        return f"{self.component} {location}"
 
     def rows(self, frame: "pd.DataFrame") -> "pd.DataFrame | None":
         """The rows of a table about it; None if the table has no column that names matrices or cells."""
+        from diagnostics.plotting.layer_axes import layer_name
+
         if "matrix" in frame and self.matrices:
             kept = frame["matrix"].astype(str).isin(self.matrices)
         elif set(frame.columns) >= CELL and self.component:
@@ -53,13 +53,12 @@ class OpenedMatrices:
 
 def opened(audit: Audit, query: Query) -> OpenedMatrices | None:
     """What an address opens, by `matrix=NAME` or `cell=LAYER/COMPONENT`; None for nothing known."""
+    from diagnostics.plotting.layer_axes import layer_name
+
     frames = [frame for result in audit.results.values() for frame in result.tables.values()]
     if matrix := query.one("matrix"):
-        named = [
-            rows
-            for frame in frames
-            if "matrix" in frame and len(rows := frame[frame["matrix"].astype(str) == matrix])
-        ]
+        named = [frame[frame["matrix"].astype(str) == matrix] for frame in frames if "matrix" in frame]
+        named = [rows for rows in named if len(rows)]
         for rows in named:
             if set(rows.columns) >= CELL:
                 first = rows.iloc[0]

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from dashboard.state.query import Query
 from diagnostics.core.analysis import Result
-from diagnostics.plotting.layer_axes import FLOW
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,12 +52,10 @@ def filters_of(query: Query) -> Filters:
 
 def values(tables: "Mapping[str, pd.DataFrame]", column: str) -> list[str]:
     """The distinct values of a column over all tables: components in the order of a forward pass."""
-    names = {
-        str(value)
-        for frame in tables.values()
-        if column in frame
-        for value in frame[column].dropna().unique()
-    }
+    from diagnostics.plotting.layer_axes import FLOW
+
+    columns = [frame[column] for frame in tables.values() if column in frame]
+    names = {str(value) for values in columns for value in values.dropna().unique()}
     return sorted(names, key=lambda name: (*(name != component for component in FLOW), name))
 
 
@@ -66,10 +63,6 @@ def layer_range(tables: "Mapping[str, pd.DataFrame]") -> tuple[int, int] | None:
     """The first and the last layer in any table."""
     import pandas as pd
 
-    columns = [
-        frame["layer"].dropna()
-        for frame in tables.values()
-        if "layer" in frame and pd.api.types.is_numeric_dtype(frame["layer"])
-    ]
-    layers = pd.concat(columns) if columns else pd.Series(dtype=float)
-    return (int(layers.min()), int(layers.max())) if len(layers) else None
+    columns = [frame["layer"].dropna() for frame in tables.values() if "layer" in frame]
+    layers = [column for column in columns if len(column) and pd.api.types.is_numeric_dtype(column)]
+    return (int(min(c.min() for c in layers)), int(max(c.max() for c in layers))) if layers else None

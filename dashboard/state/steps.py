@@ -38,8 +38,8 @@ class Step:
 
     @property
     def title(self) -> str:
-        """Its name in a sentence."""
-        return f"step {self.label}" if self.label.isdecimal() else self.label
+        """Its name as a heading."""
+        return f"Step {self.label}" if self.label.isdecimal() else self.label[:1].upper() + self.label[1:]
 
 
 def read_steps(entry: Entry) -> list[Step]:
@@ -61,24 +61,15 @@ def read_steps(entry: Entry) -> list[Step]:
 def read_step(entry: Entry, checkpoint: Mapping[str, Any]) -> Step:
     """One checkpoint of series.json."""
     sides = {side: checkpoint[side] for side in SIDES}
-    metrics = {
-        side: {
-            f"{analysis}.{metric}": number(value)
-            for analysis, values in record["metrics"].items()
-            for metric, value in values.items()
-        }
-        for side, record in sides.items()
-    }
+    metrics: dict[str, dict[str, float]] = {side: {} for side in SIDES}
+    for side, record in sides.items():
+        for analysis, values in record["metrics"].items():
+            metrics[side] |= {f"{analysis}.{metric}": number(value) for metric, value in values.items()}
     verdicts = {side: str(record["verdict"]) for side, record in sides.items()}
     if unknown := set(verdicts.values()) - set(VERDICTS):
         raise InputError(f"unknown verdict {unknown.pop()!r}")
-    return Step(
-        label=str(checkpoint["label"]),
-        ref=str(checkpoint["ref"]),
-        entries={side: f"{entry.id}/{record['audit']}" for side, record in sides.items() if record["audit"]},
-        verdicts=verdicts,
-        metrics=metrics,
-    )
+    entries = {side: f"{entry.id}/{record['audit']}" for side, record in sides.items() if record["audit"]}
+    return Step(str(checkpoint["label"]), str(checkpoint["ref"]), entries, verdicts, metrics)
 
 
 def measures(steps: Sequence[Step]) -> list[str]:
@@ -95,20 +86,16 @@ def leading(steps: Sequence[Step], thresholds: Mapping[str, Any]) -> list[str]:
 
 def limits(library: AuditLibrary, steps: Sequence[Step]) -> dict[str, dict[str, float]]:
     """The thresholds of each judged measure by severity, from the last audit that can be read."""
-    for step in reversed(steps):
-        entry = library.find(next(iter(step.entries.values()), ""))
-        audit = entry.audit if entry else None
-        if audit is not None:
-            return {
-                f"{name}.{metric}": {
-                    severity: value * scale(result, rule)
-                    for severity, value in (("warn", rule.warn), ("fail", rule.fail))
-                    if value is not None
-                }
-                for name, result in audit.results.items()
-                for metric, rule in judged(result, audit.policy).items()
-            }
-    return {}
+    entries = (library.find(next(iter(step.entries.values()), "")) for step in reversed(steps))
+    audit = next((audit for entry in entries if entry and (audit := entry.audit)), None)
+    thresholds: dict[str, dict[str, float]] = {}
+    if audit is None:
+        return thresholds
+    for name, result in audit.results.items():
+        for metric, rule in judged(result, audit.policy).items():
+            values, factor = {"warn": rule.warn, "fail": rule.fail}, scale(result, rule)
+            thresholds[f"{name}.{metric}"] = {key: v * factor for key, v in values.items() if v is not None}
+    return thresholds
 
 
 def positions(steps: Sequence[Step]) -> list[Any]:

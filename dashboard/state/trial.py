@@ -112,10 +112,8 @@ def toml(policy: Policy, audit_id: str) -> tuple[str, list[str]]:
         for metric, judging in defaults.items():
             if metric not in policy.rules.get(name, {}) and is_known(name, metric, judging):
                 tables.setdefault(name, {})[metric] = {}
-    head = [
-        f"Thresholds tried on the audit {audit_id}: `tunescope audit BASE TUNED --policy FILE`",
-        *(f"left out, not installed: {name}" for name in omitted),
-    ]
+    head = [f"Thresholds tried on the audit {audit_id}: `tunescope audit BASE TUNED --policy FILE`"]
+    head += [f"left out, not installed: {name}" for name in omitted]
     comments = "".join(f"# {CONTROL.sub(' ', line)}\n" for line in head)
     return f"{comments}\n{tomli_w.dumps({name: rules for name, rules in tables.items() if rules})}", omitted
 

@@ -2,11 +2,9 @@
 
 import json
 import random
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +14,11 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from diagnostics.audit.plan import Settings, make_plan, name_list, resolve_policy, usable_analyses
-from diagnostics.audit.step import run_analysis, write_report
+from diagnostics.audit.step import new_audit, run_analysis, write_report
 from diagnostics.core.analysis import NotApplicableError
-from diagnostics.core.inputs import open_roles
+from diagnostics.core.inputs import Files, open_roles
 from diagnostics.core.policy import Policy
 from diagnostics.core.registry import find
-from diagnostics.execution import environment
 from diagnostics.store.audit_store import MEASUREMENTS, Audit, Outcome, Store
 from diagnostics.store.files import replacing
 from diagnostics.store.keys import digest, key
@@ -48,22 +45,12 @@ class AuditCallback(TrainerCallback):
     """
 
     def __init__(
-        self,
-        out: str | Path,
-        *,
-        task: str | Path | Iterable[str | Path] = (),
-        keep: str | Path | Iterable[str | Path] = (),
-        guard: str | Path | Iterable[str | Path] = (),
-        ood: str | Path | Iterable[str | Path] = (),
-        train: str | Path | Iterable[str | Path] = (),
-        every: int | None = None,
-        only: str | Collection[str] = (),
-        skip: str | Collection[str] = (),
-        settings: Settings | None = None,
-        policy: Policy | str | Path | None = None,
-        limit: int | None = None,
-        seed: int = 0,
-    ):
+        self, out: str | Path, *,
+        task: Files = (), keep: Files = (), guard: Files = (), ood: Files = (), train: Files = (),
+        every: int | None = None, only: str | Collection[str] = (), skip: str | Collection[str] = (),
+        settings: Settings | None = None, policy: Policy | str | Path | None = None,
+        limit: int | None = None, seed: int = 0,
+    ):  # fmt: skip
         """Check the arguments before anything trains.
 
         Args:
@@ -87,15 +74,14 @@ class AuditCallback(TrainerCallback):
         self.options: dict[str, Any] = {"only": only, "skip": skip, "settings": settings, "seed": seed}
         usable, _ = usable_analyses(only, skip)
         of_pairs = [name for name in usable if "series" not in find(name).inputs]
+        refusal = "compares two checkpoints; `tunescope audit BASE TUNED` runs it"
         self.plan = make_plan(
             {"pair", "series", *self.rows},
             only=only,
             skip=skip,
             settings=settings,
             shared={"seed": seed, "dtype": None},  # a model in memory is measured in its own dtype
-            left_out=dict.fromkeys(
-                of_pairs, "compares two checkpoints; `tunescope audit BASE TUNED` runs it"
-            ),
+            left_out=dict.fromkeys(of_pairs, refusal),
         )
         if not self.plan.parameters:
             reasons = {**self.plan.left_out, **self.plan.lacking}
@@ -119,14 +105,11 @@ class AuditCallback(TrainerCallback):
             self._record_if_due(state, trainer)
 
     def on_save(self, args: Any, state: Any, control: Any, **trainer: Any) -> None:
-        """Measure what was saved."""
+        """Measure what was saved or evaluated."""
         if self.every is None:
             self._record_if_due(state, trainer)
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **trainer: Any) -> None:
-        """Measure what was evaluated."""
-        if self.every is None:
-            self._record_if_due(state, trainer)
+    on_evaluate = on_save
 
     def on_train_end(self, args: Any, state: Any, control: Any, **trainer: Any) -> None:
         """Measure the model that the training ends with."""
@@ -193,38 +176,29 @@ class AuditCallback(TrainerCallback):
     def _audit(self, steps: list[float], tuned: Mapping[str, Any], device: str) -> Audit:
         if not self.base:
             self.base = dict(tuned)
-        return Audit(
-            base=self.base,
-            tuned=tuned,
-            data={role: [named.describe() for named in tasks] for role, tasks in self.rows.items()},
-            environment={**environment.environment(device), "seed": self.options["seed"]},
-            options=self.options,
-            policy=self.policy,
+        return new_audit(
+            self.store, device, self.options, base=self.base, tuned=tuned, data=self._rows_record(),
+            policy=self.policy, notes=(f"recorded while the model trained, at {len(steps)} steps",),
             analyses=self.plan.outcomes(Outcome(status="skipped", reason="not measured yet")),
-            notes=(f"recorded while the model trained, at {len(steps)} steps",),
-            created=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
-            tunescope=version("tunescope"),
-            path=self.store.out,
-        )
+        )  # fmt: skip
 
     def _describe(self, checkpoint: Checkpoint, step: int | float) -> dict[str, Any]:
         """The facts on the model, without a hash, which would take longer than the measurement."""
         return {
-            "ref": f"{checkpoint.ref} at step {step_label(step)}",
-            "kind": checkpoint.kind,
-            "fingerprint": None,
-            "parameters": checkpoint.parameters,
-            "dtype": checkpoint.dtype,
+            "ref": f"{checkpoint.ref} at step {step_label(step)}", "kind": checkpoint.kind,
+            "fingerprint": None, "parameters": checkpoint.parameters, "dtype": checkpoint.dtype,
             "architecture": checkpoint.architecture,
             "adapter": None if checkpoint.adapter is None else dict(checkpoint.adapter),
-        }
+        }  # fmt: skip
 
     def _context(self, name: str = "") -> str:
         """Hash of everything but the model that measurements depend on: of one analysis, or of all."""
-        rows = {role: [named.describe() for named in tasks] for role, tasks in self.rows.items()}
-        parameters = self.plan.parameters
+        rows, parameters = self._rows_record(), self.plan.parameters
         names = [name] if name else sorted(parameters)
         return digest(*(key(find(name), parameters[name], {}, rows) for name in names))
+
+    def _rows_record(self) -> dict[str, Any]:
+        return {role: [named.describe() for named in tasks] for role, tasks in self.rows.items()}
 
     def _resume(self, step: int) -> None:
         """Continue the recording in the directory, up to a step; one of other measurements is removed."""

@@ -7,7 +7,7 @@ none below 12 models. The outcome is read at tuned, half-way, or at the best alp
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,25 +37,22 @@ class Correlations:
     Attributes:
         models: a row an audit: model, displacement, outcome, and sharpness at tuned of all blocks and of each
             layer, `sharpness:NAME`.
-        table: of `diagnostics.numerics.rank_correlation.correlations`.
-        outcome: the predicted quantity in words.
     """
 
     models: "pd.DataFrame"
-    table: "pd.DataFrame"
-    outcome: str
-    notes: tuple[str, ...] = field(default=())
+    table: "pd.DataFrame"  # of `diagnostics.numerics.rank_correlation.correlations`
+    outcome: str  # the predicted quantity in words
+    notes: tuple[str, ...] = ()
 
     def figures(self) -> "dict[str, go.Figure]":
-        """Sharpness against the outcome, a panel a predictor, and the correlations with their intervals."""
-        return draw(self)
+        """The scatter, and the correlations with their intervals if there are any."""
+        figures = {"scatter": draw_scatter(self)}
+        if self.table["raw"].notna().any():
+            figures["correlations"] = draw_intervals(self)
+        return figures
 
     def write(self, out: Path) -> None:
-        """Write both tables as parquet, and the figures as one page that opens offline.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Write both tables as parquet, and the figures as one page that opens offline."""
         out.mkdir(parents=True, exist_ok=True)
         write_table(out / "models.parquet", self.models)
         write_table(out / "correlations.parquet", self.table)
@@ -65,22 +62,14 @@ class Correlations:
     def record(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         rows = self.table.astype(object).where(self.table.notna(), None).to_dict("records")
-        return {
-            "models": len(self.models),
-            "outcome": self.outcome,
-            "correlations": rows,
-            "notes": list(self.notes),
-        }
+        facts = {"models": len(self.models), "outcome": self.outcome}
+        return {**facts, "correlations": rows, "notes": list(self.notes)}
 
 
 def correlate(
-    audits: Sequence[str | Path | Audit],
-    *,
-    metric: Metric = "loss",
-    where: Where = "half",
-    permutations: int = 10_000,
-    seed: int = 0,
-) -> Correlations:
+    audits: Sequence[str | Path | Audit], *, metric: Metric = "loss", where: Where = "half",
+    permutations: int = 10_000, seed: int = 0,
+) -> Correlations:  # fmt: skip
     """Correlate sharpness at tuned, of all blocks and of each layer, with quality on OOD rows.
 
     Args:
@@ -102,12 +91,9 @@ def correlate(
         raise InputError(f"{len(opened)} audit given; a correlation needs several, one for each tuned model")
     check_comparable(opened)
     models = pd.DataFrame([model_row(audit, metric, where) for audit in opened])
+    predictors = [str(column) for column in models if str(column).startswith("sharpness:")]
     table = correlations(
-        models,
-        outcome="outcome",
-        predictors=[str(column) for column in models if str(column).startswith("sharpness:")],
-        permutations=permutations,
-        seed=seed,
+        models, outcome="outcome", predictors=predictors, permutations=permutations, seed=seed
     )
     table["predictor"] = table["predictor"].str.removeprefix("sharpness:")
     notes = [
@@ -121,29 +107,21 @@ def correlate(
 
 
 def check_comparable(audits: Sequence[Audit]) -> None:
-    """Refuse audits whose sharpness cannot be compared.
-
-    Raises:
-        InputError: another base, other rows or other parameters; the message names the first that differs.
-    """
+    """Refuse audits of another base, other rows or other parameters of sharpness."""
     for audit in audits:
         result = audit.results.get("sharpness")
+        name = audit_name(audit)
         if result is None:
             raise InputError(
-                f"{audit_name(audit)}: has no result of sharpness; run `tunescope audit` with --task F and "
-                "--ood F"
+                f"{name}: has no result of sharpness; run `tunescope audit` with --task F and --ood F"
             )
         if not (result.tables["path"]["role"] == "ood").any():
-            raise InputError(
-                f"{audit_name(audit)}: its sharpness was measured without OOD rows; run it with --ood NAME=F"
-            )
+            raise InputError(f"{name}: its sharpness was measured without OOD rows; run it with --ood NAME=F")
     for what, expected in comparison_facts(audits[0]).items():
         for audit in audits[1:]:
             if comparison_facts(audit)[what] != expected:
-                raise InputError(
-                    f"{audit_name(audit)}: has other {what} than {audit_name(audits[0])}; sharpness compares "
-                    "only at equal ones"
-                )
+                pair = f"{audit_name(audit)}: has other {what} than {audit_name(audits[0])}"
+                raise InputError(f"{pair}; sharpness compares only at equal ones")
 
 
 def audit_name(audit: Audit) -> str:
@@ -178,24 +156,8 @@ def model_row(audit: Audit, metric: Metric, where: Where) -> dict[str, Any]:
         "alpha": alpha,
         f"sharpness:{ALL_BLOCKS}": float(result.metrics.get("sharpness_tuned", math.nan)),
     }
-    return row | {
-        f"sharpness:{layer}": float(value)
-        for layer, value in zip(layers["name"], layers["sharpness_tuned"], strict=True)
-    }
-
-
-KINDS = {
-    "raw": Style("raw", theme.NEUTRAL, size=10),
-    "partial": Style("given displacement", theme.NEW, "diamond", size=10),
-}
-
-
-def draw(correlations: Correlations) -> "dict[str, go.Figure]":
-    """Both figures; without a correlation only the scatter."""
-    figures = {"scatter": draw_scatter(correlations)}
-    if correlations.table["raw"].notna().any():
-        figures["correlations"] = draw_intervals(correlations)
-    return figures
+    values = zip(layers["name"], layers["sharpness_tuned"], strict=True)
+    return row | {f"sharpness:{layer}": float(value) for layer, value in values}
 
 
 def draw_scatter(correlations: Correlations) -> "go.Figure":
@@ -226,7 +188,11 @@ def draw_intervals(correlations: Correlations) -> "go.Figure":
     """Raw and partial correlation of every predictor with 95 % intervals."""
     table, title = correlations.table.iloc[::-1], f"Rank correlation of sharpness with {correlations.outcome}"
     figure = theme.figure(title, "Spearman correlation with 95 % interval", "", 180 + 30 * len(table))
-    for kind, style in KINDS.items():
+    styles = {
+        "raw": Style("raw", theme.NEUTRAL, size=10),
+        "partial": Style("given displacement", theme.NEW, "diamond", size=10),
+    }
+    for kind, style in styles.items():
         hover = f"{{y}}: {{x:+.2f}}, p {{{kind}_p:.3g}}, after Holm {{{kind}_holm:.3g}}"
         points(figure, table, kind, "predictor", style, hover, x_interval=(f"{kind}_low", f"{kind}_high"))
     return theme.threshold(figure, x=0).update_xaxes(range=[-1.05, 1.05])

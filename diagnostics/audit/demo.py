@@ -28,21 +28,16 @@ def demo(out: str | Path, *, progress: Progress | None = None, **options: Any) -
     """
     base = BUNDLED / "base"
     if not base.is_dir():
-        raise InputError(
-            f"{base}: the bundled checkpoints are missing from this installation; reinstall tunescope"
-        )
-    return {
-        tuned.name: audit(
-            base, tuned, out=Path(out) / tuned.name, progress=prefixed(progress, tuned.name), **options
-        )
-        for tuned in tuned_models()
-    }
+        missing = "the bundled checkpoints are missing from this installation"
+        raise InputError(f"{base}: {missing}; reinstall tunescope")
+    audits = {}
+    for tuned in tuned_models():
+        bar, directory = prefixed(progress, tuned.name), Path(out) / tuned.name
+        audits[tuned.name] = audit(base, tuned, out=directory, progress=bar, **options)
+    return audits
 
 
 def tuned_models() -> list[Path]:
-    """The directories of the bundled models that were tuned from the base, by name.
-
-    The bundled series lie one level deeper and are not among them.
-    """
+    """The directories of the bundled models tuned from the base; the series lie one level deeper."""
     directories = {file.parent for file in BUNDLED.glob("*/*.safetensors")}
     return sorted(directory for directory in directories if directory != BUNDLED / "base")

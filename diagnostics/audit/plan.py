@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diagnostics.core.analysis import EXECUTION, Analysis
+from diagnostics.core.analysis import Analysis
 from diagnostics.core.inputs import OPTIONS
 from diagnostics.core.policy import Policy, default_policy
 from diagnostics.core.policy_file import load_policy
@@ -15,7 +15,6 @@ from probes.errors import UnknownNameError
 
 if TYPE_CHECKING:
     from probes import CheckpointPair
-    from probes.checkpoints.series import CheckpointSeries
 
 Progress = Callable[[str, int, int, str], None]
 Settings = Mapping[str, Mapping[str, Any]]
@@ -27,15 +26,12 @@ class Plan:
 
     Attributes:
         parameters: of each analysis that runs, defaults included, without where it runs (device, progress).
-        lacking: the missing option of each analysis that was chosen and cannot run.
-        left_out: the reason of each other one.
-        notes: on analyses that cannot be imported.
     """
 
     parameters: Mapping[str, dict[str, Any]]
-    lacking: Mapping[str, str]
-    left_out: Mapping[str, str]
-    notes: tuple[str, ...]
+    lacking: Mapping[str, str]  # the missing option of each analysis that was chosen and cannot run
+    left_out: Mapping[str, str]  # the reason of each other one
+    notes: tuple[str, ...]  # on analyses that cannot be imported
 
     def outcomes(self, pending: Outcome) -> dict[str, Outcome]:
         """An outcome for each installed analysis: `pending` if it runs, else skipped with the reason."""
@@ -47,19 +43,13 @@ class Plan:
 
 
 def make_plan(
-    supplied: Collection[str],
-    *,
-    only: Collection[str],
-    skip: Collection[str],
-    settings: Settings,
-    shared: Mapping[str, Any],
-    left_out: Mapping[str, str],
-) -> Plan:
+    supplied: Collection[str], *, only: Collection[str], skip: Collection[str], settings: Settings,
+    shared: Mapping[str, Any], left_out: Mapping[str, str],
+) -> Plan:  # fmt: skip
     """Choose the analyses and their parameters.
 
     Args:
         supplied: names of the inputs that there are.
-        only, skip, settings: as of `diagnostics.audit.audit`.
         shared: parameters for every analysis that takes them; `settings` come first.
         left_out: analyses that do not run, with the reason.
 
@@ -71,7 +61,9 @@ def make_plan(
             known = ", ".join(installed())
             raise UnknownNameError(f"--set {name}.…: unknown analysis {name!r}; known: {known}")
     chosen, broken = usable_analyses(only, skip)
-    reasons = {name: not_chosen(name, only) for name in installed() if name not in chosen} | broken
+    not_asked, skipped = f"not asked for: --only {','.join(only)}", "left out by --skip"
+    unchosen = [name for name in installed() if name not in chosen]
+    reasons = {name: not_asked if only and name not in only else skipped for name in unchosen} | broken
     reasons |= {name: reason for name, reason in left_out.items() if name in chosen}
     parameters, lacking = {}, {}
     for name in chosen:
@@ -96,19 +88,14 @@ def chosen_analyses(only: Collection[str], skip: Collection[str]) -> list[str]:
         UnknownNameError: an analysis is not installed; the message lists those that are.
     """
     names = installed()
-    for option, given in (("--only", only), ("--skip", skip)):
-        for name in given:
-            if name not in names:
-                raise UnknownNameError(f"{option}: unknown analysis {name!r}; known: {', '.join(names)}")
+    for option, name in (*(("--only", name) for name in only), *(("--skip", name) for name in skip)):
+        if name not in names:
+            raise UnknownNameError(f"{option}: unknown analysis {name!r}; known: {', '.join(names)}")
     return [name for name in names if (not only or name in only) and name not in skip]
 
 
 def usable_analyses(only: Collection[str], skip: Collection[str]) -> tuple[list[str], dict[str, str]]:
-    """The analyses that are asked for and can be imported, and why the others cannot be, by name.
-
-    Raises:
-        UnknownNameError: one of `only` cannot be imported, or a name is not installed.
-    """
+    """The analyses that are asked for and can be imported, and why the others cannot be, by name."""
     names = chosen_analyses(only, skip)
     broken = broken_analyses(names)
     for name in only:
@@ -120,11 +107,6 @@ def usable_analyses(only: Collection[str], skip: Collection[str]) -> tuple[list[
 def name_list(names: str | Collection[str]) -> list[str]:
     """Names of analyses as a list; one name may be given as it is."""
     return [names] if isinstance(names, str) else list(names)
-
-
-def not_chosen(name: str, only: Collection[str]) -> str:
-    """Why the options leave an analysis out."""
-    return f"not asked for: --only {','.join(only)}" if only and name not in only else "left out by --skip"
 
 
 def missing_inputs(record: Analysis, supplied: Collection[str]) -> str:
@@ -139,19 +121,13 @@ def missing_inputs(record: Analysis, supplied: Collection[str]) -> str:
 def analysis_parameters(
     record: Analysis, settings: Mapping[str, Any], shared: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The parameters that an analysis runs with: its settings, then the shared ones, then its defaults.
-
-    Raises:
-        UnknownNameError: a setting that it does not have; the message lists those that it has.
-    """
-    defaults = {name: p.default for name, p in record.parameters.items() if name not in EXECUTION}
+    """The parameters that an analysis runs with: its settings, then the shared ones, then its defaults."""
+    defaults = record.defaults
     for name in settings:
         if name not in defaults:
-            known = ", ".join(defaults)
-            raise UnknownNameError(f"{record.name} has no parameter {name!r}; it has: {known}")
-    taken = {
-        name: value for name, value in shared.items() if name in defaults and name not in record.unshared
-    }
+            raise UnknownNameError(f"{record.name} has no parameter {name!r}; it has: {', '.join(defaults)}")
+    applicable = defaults.keys() - set(record.unshared)
+    taken = {name: value for name, value in shared.items() if name in applicable}
     return {**defaults, **taken, **settings}
 
 
@@ -172,15 +148,10 @@ def registry_facts(name: str) -> dict[str, Any]:
 
 
 def unread_role_notes(roles: Collection[str], names: Collection[str]) -> tuple[str, ...]:
-    """Notes on the roles that no analysis reads.
-
-    Args:
-        roles: those that were given.
-        names: the analyses that run.
-    """
-    records = installed_analyses().values() if roles else ()
+    """Notes on the supplied roles that no analysis reads, or none of those that run."""
     notes = []
     for role in roles:
+        records = installed_analyses().values()
         readers = {record.name for record in records if role in (*record.inputs, *record.optional)}
         if not readers:
             notes.append(
@@ -189,13 +160,6 @@ def unread_role_notes(roles: Collection[str], names: Collection[str]) -> tuple[s
         elif not readers & set(names):
             notes.append(f"none of the analyses asked for reads --{role}; {', '.join(sorted(readers))} would")
     return tuple(notes)
-
-
-def run_notes(series: "CheckpointSeries") -> tuple[str, ...]:
-    """The checkpoints of a run, if there are more than its two ends."""
-    if len(series) < 3:
-        return ()
-    return (f"{len(series)} checkpoints of one run: {', '.join(series.labels)}",)
 
 
 def adapter_notes(pair: "CheckpointPair") -> tuple[str, ...]:

@@ -1,9 +1,7 @@
 """The audit: run the analyses that have their inputs, one by one, and keep each as soon as it is finished."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +13,11 @@ from diagnostics.audit.plan import (
     make_plan,
     name_list,
     resolve_policy,
-    run_notes,
     unread_role_notes,
 )
-from diagnostics.audit.step import run_analysis, write_report
+from diagnostics.audit.step import new_audit, run_analysis, write_report
 from diagnostics.core.analysis import NotApplicableError
-from diagnostics.core.inputs import ROLES, open_roles
+from diagnostics.core.inputs import ROLES, Files, open_roles
 from diagnostics.core.policy import Policy
 from diagnostics.core.registry import find
 from diagnostics.execution import engines, environment
@@ -33,39 +30,20 @@ if TYPE_CHECKING:
     from probes import CheckpointPair
     from probes.checkpoints.series import CheckpointSeries
 
-UNFINISHED = Outcome(
-    status="failed", fault="unfinished", reason="not finished; run the same command again to go on"
-)
+NOT_FINISHED = "not finished; run the same command again to go on"
 
 
 def audit(
-    base: Any,
-    tuned: Any,
-    *,
-    out: str | Path = "audit",
-    only: str | Collection[str] = (),
-    skip: str | Collection[str] = (),
-    settings: Settings | None = None,
+    base: Any, tuned: Any, *, out: str | Path = "audit",
+    only: str | Collection[str] = (), skip: str | Collection[str] = (), settings: Settings | None = None,
     policy: Policy | str | Path | None = None,
-    device: str = "auto",
-    dtype: str | None = None,
-    seed: int = 0,
-    engine: str = "local",
-    cache: "FactorCache | str | Path | None" = None,
-    fresh: bool = False,
-    progress: Progress | None = None,
-    task: str | Path | Iterable[str | Path] = (),
-    keep: str | Path | Iterable[str | Path] = (),
-    guard: str | Path | Iterable[str | Path] = (),
-    ood: str | Path | Iterable[str | Path] = (),
-    train: str | Path | Iterable[str | Path] = (),
-    limit: int | None = None,
-    chat_template: bool = False,
-    approximate: bool = False,
+    device: str = "auto", dtype: str | None = None, seed: int = 0, engine: str = "local",
+    cache: "FactorCache | str | Path | None" = None, fresh: bool = False, progress: Progress | None = None,
+    task: Files = (), keep: Files = (), guard: Files = (), ood: Files = (), train: Files = (),
+    limit: int | None = None, chat_template: bool = False, approximate: bool = False,
     trust_remote_code: bool = False,
-    series: "CheckpointSeries | None" = None,
-    left_out: Mapping[str, str] | None = None,
-) -> Audit:
+    series: "CheckpointSeries | None" = None, left_out: Mapping[str, str] | None = None,
+) -> Audit:  # fmt: skip
     """Measure what tuning did, judge it, and write the audit and its report into a directory.
 
     Each finished analysis is written at once; after a kill the same call continues. A result is reused only
@@ -103,21 +81,14 @@ def audit(
     only, skip = name_list(only), name_list(skip)
     rules = resolve_policy(policy)
     resolved_device = environment.device(device)
-    flags = {
-        "chat_template": chat_template,
-        "approximate": approximate,
-        "trust_remote_code": trust_remote_code,
-    }
+    flags = {"chat_template": chat_template, "approximate": approximate}
+    flags |= {"trust_remote_code": trust_remote_code}
     shared = {"dtype": environment.dtype(dtype), "seed": seed} | {name: True for name in flags if flags[name]}
     rows = open_roles({"task": task, "keep": keep, "guard": guard, "ood": ood, "train": train}, limit=limit)
     plan = make_plan(
-        {"pair", "series", *rows},
-        only=only,
-        skip=skip,
-        settings=settings or {},
-        shared={name: value for name, value in shared.items() if value is not None},
-        left_out=left_out or {},
-    )
+        {"pair", "series", *rows}, only=only, skip=skip, settings=settings or {},
+        shared={name: value for name, value in shared.items() if value is not None}, left_out=left_out or {},
+    )  # fmt: skip
     if not plan.parameters:
         reasons = "; ".join(f"{name} {reason}" for name, reason in plan.lacking.items())
         raise InputError(f"nothing to run: {reasons or 'every analysis is left out'}")
@@ -129,6 +100,9 @@ def audit(
     pair = CheckpointPair(base, tuned)
     if series is None:
         series = CheckpointSeries([pair.base, pair.tuned], steps=("base", "tuned"), complete=True)
+    run_notes = []
+    if len(series) > 2:
+        run_notes = [f"{len(series)} checkpoints of one run: {', '.join(series.labels)}"]
     with engines.engine(engine, resolved_device), store:
         return run_plan(
             store,
@@ -141,7 +115,7 @@ def audit(
             progress=progress,
             options={"only": only, "skip": skip, "settings": settings or {}, "engine": engine, **shared},
             notes=(
-                *run_notes(series),
+                *run_notes,
                 *plan.notes,
                 *unread_role_notes(rows, [*plan.parameters, *plan.lacking]),
                 *adapter_notes(pair),
@@ -150,18 +124,10 @@ def audit(
 
 
 def run_plan(
-    store: Store,
-    plan: Plan,
-    *,
-    supplied: Mapping[str, Any],
-    policy: Policy,
-    device: str,
-    cache: "FactorCache | None",
-    fresh: bool,
-    progress: Progress | None,
-    options: Mapping[str, Any],
+    store: Store, plan: Plan, *, supplied: Mapping[str, Any], policy: Policy, device: str,
+    cache: "FactorCache | None", fresh: bool, progress: Progress | None, options: Mapping[str, Any],
     notes: tuple[str, ...],
-) -> Audit:
+) -> Audit:  # fmt: skip
     """Run a plan whose inputs are checked, in a directory that is locked."""
     from probes.checkpoints.series import TooShortError
 
@@ -181,25 +147,20 @@ def run_plan(
         earlier = None  # of other checkpoints
     previous = [*earlier.kept.items(), *earlier.analyses.items()] if earlier is not None else []
     saved = {name: outcome for name, outcome in previous if outcome.result is not None}
-    outcomes = plan.outcomes(UNFINISHED)
+    outcomes = plan.outcomes(Outcome(status="failed", fault="unfinished", reason=NOT_FINISHED))
     for name in keys:
         if name in saved and saved[name].key == keys[name]:
             outcomes[name] = replace(saved[name], reused=True)
-    state = Audit(
-        base={"ref": pair.base.ref, "kind": pair.base.kind, "fingerprint": None, "stamp": stamps["base"]},
-        tuned={"ref": pair.tuned.ref, "kind": pair.tuned.kind, "fingerprint": None, "stamp": stamps["tuned"]},
-        data=rows,
-        environment={**environment.environment(device), "seed": options["seed"]},
-        options=options,
-        policy=policy,
-        analyses=outcomes,
+    sides: dict[str, Any] = {"base": pair.base, "tuned": pair.tuned}
+    facts = {
+        side: {"ref": checkpoint.ref, "kind": checkpoint.kind, "fingerprint": None, "stamp": stamps[side]}
+        for side, checkpoint in sides.items()
+    }
+    state = new_audit(
+        store, device, options, **facts, data=rows, policy=policy, analyses=outcomes, notes=notes,
         kept={name: outcome for name, outcome in saved.items() if name not in keys},
         unmatched=tuple(asdict(tensor) for tensor in pair.unmatched),
-        notes=notes,
-        created=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
-        tunescope=version("tunescope"),
-        path=store.out,
-    )
+    )  # fmt: skip
     store.begin(state)
     for name in [name for name in keys if outcomes[name].result is None]:
         # Without stamps: a measurement of one checkpoint stays valid in a longer series.
@@ -212,12 +173,8 @@ def run_plan(
         state = replace(state, analyses={**state.analyses, name: replace(outcome, key=keys[name])})
         store.write(state)
     base, tuned, fingerprint_notes = described(pair, earlier)
-    state = replace(
-        state,
-        base={**state.base, **base},
-        tuned={**state.tuned, **tuned},
-        notes=(*state.notes, *fingerprint_notes),
-    )
+    notes = (*state.notes, *fingerprint_notes)
+    state = replace(state, base={**state.base, **base}, tuned={**state.tuned, **tuned}, notes=notes)
     store.write(state)
     write_report(store, state)
     return state

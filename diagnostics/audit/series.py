@@ -4,15 +4,14 @@ What sequential fine-tuning adds must be counted against the original base: agai
 alone it looks small at every step.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from diagnostics.audit.plan import Progress, missing_inputs, name_list, usable_analyses
 from diagnostics.audit.run import audit
-from diagnostics.core.inputs import ROLES
+from diagnostics.core.inputs import ROLES, Files
 from diagnostics.core.policy import Verdict
 from diagnostics.core.registry import find
 from diagnostics.store.audit_store import Audit
@@ -31,6 +30,11 @@ class AuditedCheckpoint:
     first: Audit
     previous: Audit
 
+    def record(self) -> dict[str, Any]:
+        """Its entry in series.json."""
+        against = {"against_first": audit_record(self.first), "against_previous": audit_record(self.previous)}
+        return {"ref": self.ref, "label": self.label, **against}
+
     @property
     def verdict(self) -> Verdict:
         """The more severe of the two verdicts."""
@@ -43,12 +47,11 @@ class AuditSeries:
 
     Attributes:
         rows: every checkpoint after the first, in order; empty when no analysis compares two checkpoints.
-        run: the audit of the analyses of a whole run; None when there is none.
     """
 
     base: str
     rows: tuple[AuditedCheckpoint, ...] = ()
-    run: Audit | None = None
+    run: Audit | None = None  # the audit of the analyses of a whole run; None when there is none
 
     @property
     def measures(self) -> list[str]:
@@ -77,15 +80,7 @@ class AuditSeries:
         return {
             "schema": 1,
             "base": self.base,
-            "checkpoints": [
-                {
-                    "ref": row.ref,
-                    "label": row.label,
-                    "against_first": audit_record(row.first),
-                    "against_previous": audit_record(row.previous),
-                }
-                for row in self.rows
-            ],
+            "checkpoints": [row.record() for row in self.rows],
             "run": None if self.run is None else audit_record(self.run),
         }
 
@@ -107,16 +102,10 @@ def audit_record(audit: Audit) -> dict[str, Any]:
 
 
 def series(
-    checkpoints: Sequence[Any],
-    *,
-    out: str | Path,
-    labels: Sequence[Any] = (),
-    only: str | Collection[str] = (),
-    skip: str | Collection[str] = (),
-    progress: Progress | None = None,
-    train: str | Path | Iterable[str | Path] = (),
-    **options: Any,
-) -> AuditSeries:
+    checkpoints: Sequence[Any], *, out: str | Path, labels: Sequence[Any] = (),
+    only: str | Collection[str] = (), skip: str | Collection[str] = (), progress: Progress | None = None,
+    train: Files = (), **options: Any,
+) -> AuditSeries:  # fmt: skip
     """Audit every checkpoint against the first and the previous one, then the run as a whole.
 
     >>> from diagnostics.audit.demo import BUNDLED
@@ -154,22 +143,12 @@ def series(
             rows.append(audit_checkpoint(run, position, out, progress, shared))
             AuditSeries(base=run.base.ref, rows=tuple(rows)).write(out)
     supplied = {"pair", "series", *(role for role in ROLES if {**options, "train": train}.get(role))}
-    run_audit = None
+    run_audit, why = None, "compares two checkpoints: see the audits in the same directory"
     if not of_pairs or not all(missing_inputs(find(name), supplied) for name in of_run):
         run_audit = audit(
-            run.base,
-            run.checkpoints[-1],
-            out=out / "run",
-            series=run,
-            only=only,
-            skip=skip,
-            left_out=dict.fromkeys(
-                of_pairs, "compares two checkpoints: see the audits in the same directory"
-            ),
-            progress=prefixed(progress, "the run"),
-            train=train,
-            **options,
-        )
+            run.base, run.checkpoints[-1], out=out / "run", series=run, only=only, skip=skip, train=train,
+            left_out=dict.fromkeys(of_pairs, why), progress=prefixed(progress, "the run"), **options,
+        )  # fmt: skip
     return AuditSeries(base=run.base.ref, rows=tuple(rows), run=run_audit).write(out)
 
 
@@ -184,26 +163,15 @@ def audit_checkpoint(
         what = f"{run.labels[position]} against {run.labels[other]}"
         try:
             audits[other] = audit(
-                run.checkpoints[other],
-                run.checkpoints[position],
-                out=out / f"{position:03d}-against-{kind}",
-                progress=prefixed(progress, what),
-                **options,
-            )
+                run.checkpoints[other], run.checkpoints[position], out=out / f"{position:03d}-against-{kind}",
+                progress=prefixed(progress, what), **options,
+            )  # fmt: skip
         except InputError as error:
             raise InputError(f"{what}: {one_line(error)}") from error
-    return AuditedCheckpoint(
-        ref=run.checkpoints[position].ref,
-        label=run.labels[position],
-        first=audits[0],
-        previous=audits[position - 1],
-    )
+    ref, label = run.checkpoints[position].ref, run.labels[position]
+    return AuditedCheckpoint(ref=ref, label=label, first=audits[0], previous=audits[position - 1])
 
 
 def prefixed(progress: Progress | None, what: str) -> Progress | None:
     """A progress callback that puts a prefix in front of the names of analyses; None without one."""
-    return progress and partial(_report, progress, what)
-
-
-def _report(progress: Progress, what: str, name: str, done: int, total: int, step: str) -> None:
-    progress(f"{what}: {name}", done, total, step)
+    return progress and (lambda name, *counts: progress(f"{what}: {name}", *counts))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from diagnostics.audit.plan import Progress, registry_facts
@@ -21,17 +22,19 @@ if TYPE_CHECKING:
     from diagnostics.store.factor_cache import FactorCache
 
 
+def new_audit(store: Store, device: str, options: Mapping[str, Any], **parts: Any) -> Audit:
+    """An audit that begins now, in the directory of a store."""
+    return Audit(
+        environment={**environment.environment(device), "seed": options["seed"]}, options=options,
+        created=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        tunescope=version("tunescope"), path=store.out, **parts,
+    )  # fmt: skip
+
+
 def run_analysis(
-    store: Store,
-    record: Analysis,
-    used: Mapping[str, Any],
-    supplied: Mapping[str, Any],
-    *,
-    device: str,
-    cache: "FactorCache | None" = None,
-    progress: Progress | None,
-    skip_on: tuple[type[InputError], ...] = (),
-) -> Outcome:
+    store: Store, record: Analysis, used: Mapping[str, Any], supplied: Mapping[str, Any], *, device: str,
+    cache: "FactorCache | None" = None, progress: Progress | None, skip_on: tuple[type[InputError], ...] = (),
+) -> Outcome:  # fmt: skip
     """Run one analysis and write its tables and masks; an error becomes its outcome.
 
     An `InputError` means that the input is wrong. Any other error is a crash, a `ValueError` or `KeyError` of
@@ -45,11 +48,8 @@ def run_analysis(
     Raises:
         CannotWriteError: the audit's directory cannot be written.
     """
-    execution = {
-        "device": device,
-        "cache": cache,
-        "progress": partial(progress, record.name) if progress else None,
-    }
+    bar = partial(progress, record.name) if progress else None
+    execution = {"device": device, "cache": cache, "progress": bar}
     inputs = {
         name: {rows.name: rows.task for rows in supplied[name]} if name in ROLES else supplied[name]
         for name in (*record.inputs, *record.optional)
@@ -69,12 +69,9 @@ def run_analysis(
             seconds = time.perf_counter() - began
             outcome = failed_outcome(store, record.name, error, skip_on)
     return replace(
-        outcome,
-        seconds=round(seconds, 3),
-        peak_rss_mb=memory.megabytes(),
-        device=device,
+        outcome, seconds=round(seconds, 3), peak_rss_mb=memory.megabytes(), device=device,
         **registry_facts(record.name),
-    )
+    )  # fmt: skip
 
 
 def failed_outcome(
@@ -92,11 +89,7 @@ def failed_outcome(
 
 
 def write_report(store: Store, state: Audit) -> None:
-    """Write report.html.
-
-    Raises:
-        RuntimeError: it could not be drawn.
-    """
+    """Write report.html; a RuntimeError if it cannot be drawn."""
     from diagnostics.report.render import write_html
 
     try:

@@ -1,46 +1,24 @@
 """The command `tunescope`: each command parses its options, calls one function, and prints."""
 
-import functools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
+from diagnostics.cli import options as opt
 from diagnostics.cli.group import Commands, Interrupted
-from diagnostics.cli.options import (
-    OUTPUT,
-    Base,
-    Cache,
-    CacheGB,
-    Chat,
-    Device,
-    Engine,
-    Fresh,
-    Json,
-    NewOut,
-    Out,
-    Quiet,
-    Trust,
-    Tuned,
-    Verbose,
-    open_cache,
-    with_run_options,
-)
 from probes.errors import InputError
 
 main = typer.Typer(
-    cls=Commands,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    cls=Commands, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
     help="What fine-tuning did to a transformer, and whether the result is fit to ship.",
     subcommand_metavar="COMMAND …",
     epilog="Exit codes: 0 the policy passes, 1 it fails, 2 wrong input or usage, 3 an analysis crashed.",
-)
+)  # fmt: skip
 
 
 def show_version(wanted: bool) -> bool:
@@ -61,16 +39,11 @@ def top(
 
 
 @main.command("audit")
-@with_run_options
+@opt.with_run_options
 def run_audit(
-    base: Base,
-    tuned: Tuned,
-    out: Out = Path("audit"),
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    **options: Any,
-) -> None:
+    base: opt.Base, tuned: opt.Tuned, out: opt.Out = Path("audit"), as_json: opt.Json = False,
+    quiet: opt.Quiet = False, verbose: opt.Verbose = False, **options: Any,
+) -> None:  # fmt: skip
     """Compare TUNED with BASE: run the analyses, judge the numbers, write a report."""
     from diagnostics.audit.run import audit
     from diagnostics.cli import terminal
@@ -81,12 +54,11 @@ def run_audit(
         typer.echo((out / "audit.json").read_text(encoding="utf-8"), nl=False)
     elif not quiet:
         terminal.print_audit(finished, verbose=verbose)
-    terminal.print_failures(finished)
-    raise typer.Exit(finished.exit_code)
+    end(finished.exit_code, finished)
 
 
 @main.command("series")
-@with_run_options
+@opt.with_run_options
 def run_series(
     checkpoints: Annotated[
         list[str],
@@ -99,10 +71,10 @@ def run_series(
         str,
         typer.Option(metavar="N,N,…", help="Step of each checkpoint; by default read from the names."),
     ] = "",
-    out: Out = Path("series"),
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    out: opt.Out = Path("series"),
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
     **options: Any,
 ) -> None:
     """Audit a training run: each checkpoint against the first and the previous one, and the run itself."""
@@ -116,16 +88,14 @@ def run_series(
         typer.echo((out / "series.json").read_text(encoding="utf-8"), nl=False)
     elif not quiet:
         terminal.print_series(finished, out, verbose=verbose)
-    for audit in finished.audits:
-        terminal.print_failures(audit)
-    raise typer.Exit(finished.exit_code)
+    end(finished.exit_code, *finished.audits)
 
 
 @main.command("mitigate")
 def run_mitigate(
-    base: Base,
-    tuned: Tuned,
-    out: NewOut,
+    base: opt.Base,
+    tuned: opt.Tuned,
+    out: opt.NewOut,
     scale: Annotated[float, typer.Option(help="0 removes an intruder, 1 leaves it.")] = 0.7,
     mode: Annotated[
         Literal["top", "all", "update", "neighbour"],
@@ -137,12 +107,12 @@ def run_mitigate(
     k: Annotated[int, typer.Option("--k", help="Leading singular vectors examined in each matrix.")] = 10,
     epsilon: Annotated[float, typer.Option(help="Cosine under which a vector counts as new.")] = 0.5,
     full: Annotated[bool, typer.Option("--full", help="Write full weights, even for an adapter.")] = False,
-    device: Device = "auto",
-    engine: Engine = "local",
-    cache: Cache = None,
-    cache_gb: CacheGB = 20,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    device: opt.Device = "auto",
+    engine: opt.Engine = "local",
+    cache: opt.Cache = None,
+    cache_gb: opt.CacheGB = 20,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
 ) -> None:
     """Write TUNED with its intruder dimensions scaled down."""
     from diagnostics.cli import terminal
@@ -150,56 +120,53 @@ def run_mitigate(
     from diagnostics.execution import engines, environment
 
     resolved = environment.device(device)
-    with engines.engine(engine, resolved), terminal.progress_bars(show=not quiet) as progress:
+    with (
+        engines.engine(engine, resolved),
+        terminal.progress_bars(show=not quiet, name="mitigate") as progress,
+    ):
         written = mitigate(
             base, tuned, out, scale=scale, mode=mode, k=k, epsilon=epsilon, full=full or None,
-            device=resolved, cache=open_cache(cache, cache_gb),
-            progress=progress and functools.partial(progress, "mitigate"),
+            device=resolved, cache=opt.open_cache(cache, cache_gb), progress=progress,
         )  # fmt: skip
     print_edit(written, as_json, quiet)
 
 
 @main.command("graft")
 def run_graft(
-    base: Base,
-    tuned: Tuned,
+    base: opt.Base,
+    tuned: opt.Tuned,
     mask: Annotated[
         Path,
         typer.Option("--mask", metavar="F", help="Mask from an audit: AUDIT/masks/….safetensors."),
     ],
-    out: NewOut,
+    out: opt.NewOut,
     without: Annotated[
         bool, typer.Option("--without", help="Write the complement: TUNED with the masked entries of BASE.")
     ] = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
 ) -> None:
     """Write BASE with the masked entries of TUNED."""
     from diagnostics.cli import terminal
     from diagnostics.edits.graft import graft
 
-    with terminal.progress_bars(show=not quiet) as progress:
-        shown = progress and functools.partial(progress, "graft")
-        written = graft(base, tuned, mask, out, without=without, progress=shown)
+    with terminal.progress_bars(show=not quiet, name="graft") as progress:
+        written = graft(base, tuned, mask, out, without=without, progress=progress)
     print_edit(written, as_json, quiet)
 
 
 @main.command("interpolate")
 def run_interpolate(
-    base: Base,
-    tuned: Tuned,
+    base: opt.Base, tuned: opt.Tuned,
     alpha: Annotated[float, typer.Option("--alpha", metavar="A", help="0 is BASE, 1 is TUNED.")],
-    out: NewOut,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+    out: opt.NewOut, as_json: opt.Json = False, quiet: opt.Quiet = False,
+) -> None:  # fmt: skip
     """Write BASE + alpha (TUNED - BASE)."""
     from diagnostics.cli import terminal
     from diagnostics.edits.interpolate import interpolate
 
-    with terminal.progress_bars(show=not quiet) as progress:
-        shown = progress and functools.partial(progress, "interpolate")
-        written = interpolate(base, tuned, alpha, out, progress=shown)
+    with terminal.progress_bars(show=not quiet, name="interpolate") as progress:
+        written = interpolate(base, tuned, alpha, out, progress=progress)
     print_edit(written, as_json, quiet)
 
 
@@ -216,7 +183,10 @@ def print_edit(checkpoint: Any, as_json: bool, quiet: bool) -> None:
 
 @main.command("demo")
 def run_demo(
-    out: Out = Path("demo-audit"), fresh: Fresh = False, quiet: Quiet = False, verbose: Verbose = False
+    out: opt.Out = Path("demo-audit"),
+    fresh: opt.Fresh = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
 ) -> None:
     """Audit the bundled example models and explain the result."""
     from diagnostics.audit.demo import demo
@@ -226,10 +196,9 @@ def run_demo(
         audits = demo(out, fresh=fresh, progress=progress)
     if not quiet:
         terminal.print_demo(audits, verbose=verbose)
-    for audit in audits.values():
-        terminal.print_failures(audit)
     # Exit code 1 is left out: that a model fails the policy is what the demonstration shows.
-    raise typer.Exit(max(code for code in (0, *(audit.exit_code for audit in audits.values())) if code != 1))
+    codes = [audit.exit_code for audit in audits.values() if audit.exit_code != 1]
+    end(max(codes, default=0), *audits.values())
 
 
 @main.command("detect")
@@ -253,9 +222,9 @@ def run_detect(
     windows: Annotated[
         bool, typer.Option("--windows", help="Read long rows in windows instead of cutting them.")
     ] = False,
-    chat_template: Chat = False,
-    trust_remote_code: Trust = False,
-    device: Device = "auto",
+    chat_template: opt.Chat = False,
+    trust_remote_code: opt.Trust = False,
+    device: opt.Device = "auto",
     dtype: Annotated[
         str | None, typer.Option(metavar="D", help="dtype of the models; by default as stored.")
     ] = None,
@@ -306,7 +275,7 @@ def run_correlate(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Write tables and figures there.")
     ] = None,
-    as_json: Json = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Correlate sharpness with quality on OOD rows, over several audits with one base."""
     from diagnostics.audit.correlate import correlate
@@ -322,18 +291,16 @@ def run_correlate(
         terminal.print_correlations(correlations, out)
 
 
+WRITTEN = "File to write. Default: AUDIT/report.html; md and json are printed."
+
+
 @main.command("report")
 def run_report(
     audit: Annotated[Path, typer.Argument(metavar="AUDIT", help="Directory of an audit.")],
     form: Annotated[
         Literal["html", "md", "json"], typer.Option("--format", help="Format of the report.")
     ] = "html",
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", metavar="F", help="File to write. Default: AUDIT/report.html; md and json are printed."
-        ),
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="F", help=WRITTEN)] = None,
 ) -> None:
     """Write the report of a saved audit again, as HTML, Markdown or JSON."""
     from diagnostics.report import render
@@ -361,9 +328,9 @@ def list_analyses(
         list[str] | None,
         typer.Argument(metavar="[NAME…]", help="Show everything about these.", show_default=False),
     ] = None,
-    as_json: Json = False,
+    as_json: opt.Json = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", help="Show everything about all.", rich_help_panel=OUTPUT)
+        bool, typer.Option("--verbose", help="Show everything about all.", rich_help_panel=opt.OUTPUT)
     ] = False,
 ) -> None:
     """List the installed analyses; with a NAME, its cost, metrics and parameters."""
@@ -380,6 +347,15 @@ def list_analyses(
         terminal.list_analyses(records)
     for reason in broken_analyses(set(names or installed()) - set(records)).values():
         terminal.print_error(reason)
+
+
+def end(exit_code: int, *audits: Any) -> NoReturn:
+    """Print the failures of audits on standard error, and end with the exit code."""
+    from diagnostics.cli import terminal
+
+    for audit in audits:
+        terminal.print_failures(audit)
+    raise typer.Exit(exit_code)
 
 
 @contextmanager

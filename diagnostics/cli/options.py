@@ -11,143 +11,77 @@ import typer
 Texts = list[str] | None
 ROWS, RUN, MACHINE, OUTPUT = "Rows", "What is measured", "Machine", "Output"
 
+
+def option(panel: str, text: str, *flags: str, **details: Any) -> Any:
+    """An option in a panel of `--help`."""
+    return typer.Option(*flags, help=text, rich_help_panel=panel, **details)
+
+
 Base = Annotated[str, typer.Argument(metavar="BASE", help="Directory, file or hub id (`org/name@revision`).")]
 Tuned = Annotated[str, typer.Argument(metavar="TUNED", help="The same, or an adapter.")]
-Out = Annotated[
-    Path,
-    typer.Option(
-        "--out", metavar="DIR", help="Output directory; created if missing.", rich_help_panel=OUTPUT
-    ),
-]
-NewOut = Annotated[
-    Path,
-    typer.Option(
-        "--out", metavar="DIR", help="Output directory; must be new or empty.", rich_help_panel=OUTPUT
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON only.", rich_help_panel=OUTPUT)]
-Quiet = Annotated[
-    bool,
-    typer.Option("--quiet", help="Print nothing; see the exit code and the files.", rich_help_panel=OUTPUT),
-]
-Verbose = Annotated[
-    bool, typer.Option("--verbose", help="Print the notes too, and uncut lines.", rich_help_panel=OUTPUT)
-]
-Fresh = Annotated[
-    bool, typer.Option("--fresh", help="Start over; ignore earlier results in --out.", rich_help_panel=OUTPUT)
-]
-Chat = Annotated[
-    bool,
-    typer.Option("--chat-template", help="Wrap each row as a user message.", rich_help_panel=ROWS),
-]
-Trust = Annotated[
-    bool,
-    typer.Option(
-        "--trust-remote-code", help="Run code from the checkpoint's repository.", rich_help_panel=MACHINE
-    ),
-]
-Device = Annotated[str, typer.Option(metavar="D", help="auto, cpu, cuda or cuda:N.", rich_help_panel=MACHINE)]
-Engine = Annotated[
-    str,
-    typer.Option(
-        metavar="E", help="local, local:N, dask://HOST:PORT or ray://HOST:PORT.", rich_help_panel=MACHINE
-    ),
-]
-Cache = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="DIR",
-        envvar="TUNESCOPE_CACHE",
-        help="Keep factorizations of the base for the next audit; safe to delete.",
-        rich_help_panel=MACHINE,
-    ),
-]
+Out = Annotated[Path, option(OUTPUT, "Output directory; created if missing.", "--out", metavar="DIR")]
+NewOut = Annotated[Path, option(OUTPUT, "Output directory; must be new or empty.", "--out", metavar="DIR")]
+Json = Annotated[bool, option(OUTPUT, "Print JSON only.", "--json")]
+Quiet = Annotated[bool, option(OUTPUT, "Print nothing; see the exit code and the files.", "--quiet")]
+Verbose = Annotated[bool, option(OUTPUT, "Print the notes too, and uncut lines.", "--verbose")]
+Fresh = Annotated[bool, option(OUTPUT, "Start over; ignore earlier results in --out.", "--fresh")]
+Chat = Annotated[bool, option(ROWS, "Wrap each row as a user message.", "--chat-template")]
+Trust = Annotated[bool, option(MACHINE, "Run code from the checkpoint's repository.", "--trust-remote-code")]
+Device = Annotated[str, option(MACHINE, "auto, cpu, cuda or cuda:N.", metavar="D")]
+Engine = Annotated[str, option(MACHINE, "local, local:N, dask://HOST:PORT or ray://HOST:PORT.", metavar="E")]
+CACHE_HELP = "Keep factorizations of the base for the next audit; safe to delete."
+Cache = Annotated[Path | None, option(MACHINE, CACHE_HELP, metavar="DIR", envvar="TUNESCOPE_CACHE")]
 CacheGB = Annotated[
     float,
-    typer.Option(
-        "--cache-gb",
-        metavar="N",
-        envvar="TUNESCOPE_CACHE_GB",
-        help="Largest size of the cache in GB.",
-        rich_help_panel=MACHINE,
+    option(
+        MACHINE, "Largest size of the cache in GB.", "--cache-gb", metavar="N", envvar="TUNESCOPE_CACHE_GB"
     ),
 ]
-
-
-def rows_of(text: str, metavar: str = "F") -> Any:
-    """An option that names files of rows; it may be given several times."""
-    return typer.Option(metavar=metavar, help=text, rich_help_panel=ROWS)
 
 
 def run_options(
-    task: Annotated[Texts, rows_of("Held-out rows of the tuned task.")] = None,
-    keep: Annotated[Texts, rows_of("Rows of what must be retained.")] = None,
-    guard: Annotated[Texts, rows_of("Rows of what must never fail.")] = None,
-    ood: Annotated[Texts, rows_of("Out-of-distribution rows, named.", "NAME=F")] = None,
-    train: Annotated[Texts, rows_of("Rows of the training set.")] = None,
+    task: Annotated[Texts, option(ROWS, "Held-out rows of the tuned task.", metavar="F")] = None,
+    keep: Annotated[Texts, option(ROWS, "Rows of what must be retained.", metavar="F")] = None,
+    guard: Annotated[Texts, option(ROWS, "Rows of what must never fail.", metavar="F")] = None,
+    ood: Annotated[Texts, option(ROWS, "Out-of-distribution rows, named.", metavar="NAME=F")] = None,
+    train: Annotated[Texts, option(ROWS, "Rows of the training set.", metavar="F")] = None,
     limit: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Read only the first N rows of each file.", rich_help_panel=ROWS),
+        int | None, option(ROWS, "Read only the first N rows of each file.", metavar="N")
     ] = None,
     chat_template: Chat = False,
     approximate: Annotated[
-        bool,
-        typer.Option(
-            "--approximate", help="Allow different tokenizers: nats per byte.", rich_help_panel=ROWS
-        ),
+        bool, option(ROWS, "Allow different tokenizers: nats per byte.", "--approximate")
     ] = False,
-    only: Annotated[
-        Texts,
-        typer.Option(metavar="NAMES", help="Run only these analyses, as a,b,c.", rich_help_panel=RUN),
-    ] = None,
-    skip: Annotated[
-        Texts, typer.Option(metavar="NAMES", help="Leave these analyses out.", rich_help_panel=RUN)
-    ] = None,
+    only: Annotated[Texts, option(RUN, "Run only these analyses, as a,b,c.", metavar="NAMES")] = None,
+    skip: Annotated[Texts, option(RUN, "Leave these analyses out.", metavar="NAMES")] = None,
     settings: Annotated[
-        Texts,
-        typer.Option("--set", metavar="ANALYSIS.PARAM=VALUE", help="Set a parameter.", rich_help_panel=RUN),
+        Texts, option(RUN, "Set a parameter.", "--set", metavar="ANALYSIS.PARAM=VALUE")
     ] = None,
-    policy: Annotated[
-        str | None, typer.Option(metavar="F", help="TOML file of thresholds.", rich_help_panel=RUN)
-    ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of random draws.", rich_help_panel=RUN)] = 0,
+    policy: Annotated[str | None, option(RUN, "TOML file of thresholds.", metavar="F")] = None,
+    seed: Annotated[int, option(RUN, "Seed of random draws.", metavar="N")] = 0,
     device: Device = "auto",
-    dtype: Annotated[
-        str | None, typer.Option(metavar="D", help="dtype of the models.", rich_help_panel=MACHINE)
-    ] = None,
+    dtype: Annotated[str | None, option(MACHINE, "dtype of the models.", metavar="D")] = None,
     engine: Engine = "local",
     cache: Cache = None,
     cache_gb: CacheGB = 20,
     trust_remote_code: Trust = False,
     fresh: Fresh = False,
-) -> dict[str, Any]:
-    """The options of every command that audits, as keyword arguments of `diagnostics.audit.audit`."""
+) -> None:
+    """Declares the options of every command that audits; `audit_arguments` reads them."""
+
+
+def audit_arguments(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of `run_options` as keyword arguments of `diagnostics.audit.audit`."""
     from diagnostics.cli.settings import parse_settings
+    from diagnostics.core.inputs import ROLES
 
     def names(texts: Texts) -> list[str]:
         return [name.strip() for text in texts or () for name in text.split(",") if name.strip()]
 
-    return {
-        "task": task or (),
-        "keep": keep or (),
-        "guard": guard or (),
-        "ood": ood or (),
-        "train": train or (),
-        "limit": limit,
-        "chat_template": chat_template,
-        "approximate": approximate,
-        "trust_remote_code": trust_remote_code,
-        "only": names(only),
-        "skip": names(skip),
-        "settings": parse_settings(settings or ()),
-        "policy": policy,
-        "device": device,
-        "dtype": dtype,
-        "seed": seed,
-        "engine": engine,
-        "cache": open_cache(cache, cache_gb),
-        "fresh": fresh,
-    }
+    cache = open_cache(values.pop("cache"), values.pop("cache_gb"))
+    values |= {role: values[role] or () for role in ROLES}
+    values |= {"only": names(values["only"]), "skip": names(values["skip"])}
+    return values | {"settings": parse_settings(values["settings"] or ()), "cache": cache}
 
 
 def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -157,7 +91,7 @@ def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(**values: Any) -> None:
         of_command = {p.name: values.pop(p.name) for p in parameters}
-        command(**of_command, **run_options(**values))
+        command(**of_command, **audit_arguments(values))
 
     arguments = [p for p in parameters if p.default is p.empty]
     shared = list(signature(run_options).parameters.values())

@@ -6,7 +6,7 @@ from inspect import Parameter
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from diagnostics.core.analysis import EXECUTION, Analysis
+from diagnostics.core.analysis import Analysis
 from diagnostics.core.registry import find
 from probes.errors import InputError, UnknownNameError
 
@@ -31,10 +31,9 @@ def parse_settings(assignments: Iterable[str]) -> dict[str, dict[str, Any]]:
         if not (equals and dot):
             raise InputError(f"--set {text}: write ANALYSIS.PARAM=VALUE, as in --set intruders.k=20")
         record = find(analysis)
-        settable = [parameter for parameter in record.parameters if parameter not in EXECUTION]
-        if name not in settable:
+        if name not in record.defaults:
             raise UnknownNameError(
-                f"--set {text}: {analysis} has no parameter {name!r}; it has: {', '.join(settable)}"
+                f"--set {text}: {analysis} has no parameter {name!r}; it has: {', '.join(record.defaults)}"
             )
         kind = parameter_type(record, record.parameters[name])
         try:
@@ -56,11 +55,7 @@ def parameter_type(record: Analysis, parameter: Parameter) -> Any:
 
 
 def convert_text(text: str, kind: Any) -> Any:
-    """The text as a value of a type.
-
-    Raises:
-        InputError: it is not one; the message says what is expected.
-    """
+    """The text as a value of a type; an InputError says what is expected."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         for choice in sorted(arguments, key=lambda choice: choice is str):  # any text is a str: try it last

@@ -6,8 +6,9 @@ terminal lines are wrapped or cut to its width; in a pipe each stays whole.
 
 import math
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,11 +50,7 @@ def styled(word: str, width: int = 0) -> Text:
 
 
 def entry(head: "str | Text", body: str, *, style: str = "", cut: bool = False) -> Text:
-    """A head and the text that belongs to it.
-
-    Args:
-        cut: on a terminal, end the text with the line; otherwise it is wrapped and aligned behind the head.
-    """
+    """A head and its text, which on a terminal is cut to the line, or wrapped behind the head."""
     head, body = Text.assemble(head), printable(body)
     console = Console()
     if console.is_terminal:
@@ -66,20 +63,21 @@ def entry(head: "str | Text", body: str, *, style: str = "", cut: bool = False) 
 
 
 @contextmanager
-def progress_bars(*, show: bool) -> "Iterator[Callable[[str, int, int, str], None] | None]":
-    """A progress callback for an audit: a bar for each analysis on standard error; None unless shown."""
+def progress_bars(*, show: bool, name: str = "") -> Iterator[Any]:
+    """A progress callback that draws a bar for each name on standard error; None unless shown.
+
+    Args:
+        name: of the only bar; the callback then takes no name.
+    """
     if not show:
         yield None
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("{task.fields[name]}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}", style="dim", markup=False),
-    )
+        TextColumn("{task.fields[name]}", markup=False), BarColumn(), MofNCompleteColumn(),
+        TimeRemainingColumn(), TextColumn("{task.description}", style="dim", markup=False),
+    )  # fmt: skip
     console = Console(stderr=True)
     # Finished bars vanish from a terminal, which then shows the results alone.
     progress = Progress(*columns, console=console, transient=console.is_terminal)
@@ -92,7 +90,7 @@ def progress_bars(*, show: bool) -> "Iterator[Callable[[str, int, int, str], Non
         progress.update(tasks[name], completed=done, total=total, description=printable(what))
 
     try:
-        yield update
+        yield partial(update, name) if name else update
     finally:
         if tasks:
             progress.stop()
@@ -102,11 +100,7 @@ def progress_bars(*, show: bool) -> "Iterator[Callable[[str, int, int, str], Non
 
 
 def print_audit(audit: "Audit", *, verbose: bool = False) -> None:
-    """The verdict, the findings, a line for each analysis, and where the report is.
-
-    Args:
-        verbose: also print all notes, and the analyses that were not asked for.
-    """
+    """The verdict, the findings, a line for each analysis, and where the report is."""
     print_lines(verdict_line(audit), *finding_lines(audit), "")
     print_lines(*outcome_lines(audit, verbose=verbose), *note_lines(audit, verbose=verbose))
     if audit.path is not None:

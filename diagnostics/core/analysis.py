@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diagnostics.core import registry, row_options
+from diagnostics.core import display, registry, row_options
 from diagnostics.core.inputs import check_input_types
 from probes.errors import InputError, UnknownNameError
 
@@ -51,13 +51,9 @@ class Result:
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        from diagnostics.core import display
-
         return display.text(self, self._record())
 
     def _repr_html_(self) -> str:
-        from diagnostics.core import display
-
         return display.html(self, self._record())
 
     def _record(self) -> "Analysis | None":
@@ -113,8 +109,6 @@ class Analysis:
     """The registry's record of one analysis; `analysis` explains the attributes that are not listed here.
 
     Attributes:
-        inputs: what an audit must supply for it to run.
-        optional: what it uses when supplied.
         parameters: its keyword-only arguments, the fields of `RowOptions` among them.
     """
 
@@ -129,38 +123,30 @@ class Analysis:
     metrics: Mapping[str, str]
     unshared: tuple[str, ...]
     device_test: DeviceTest | None
-    inputs: tuple[str, ...]
-    optional: tuple[str, ...]
+    inputs: tuple[str, ...]  # what an audit must supply for it to run
+    optional: tuple[str, ...]  # what it uses when supplied
     parameters: Mapping[str, inspect.Parameter]
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The parameters that can be set, with their defaults."""
+        return {name: p.default for name, p in self.parameters.items() if name not in EXECUTION}
 
     def describe(self) -> dict[str, Any]:
         """The record as JSON keeps it: what a person needs to choose the analysis and to set it."""
-        defaults = {name: p.default for name, p in self.parameters.items() if name not in EXECUTION}
         return {
-            "question": self.question,
-            "reading": self.reading,
-            "needs": list(self.inputs),
-            "uses": list(self.optional),
-            "parameters": plain(defaults),
-            "metrics": dict(self.metrics),
-            "cost": self.cost,
-            "paper": self.paper,
-        }
+            "question": self.question, "reading": self.reading, "needs": list(self.inputs),
+            "uses": list(self.optional), "parameters": plain(self.defaults), "metrics": dict(self.metrics),
+            "cost": self.cost, "paper": self.paper,
+        }  # fmt: skip
 
 
 def analysis(
-    name: str,
-    *,
-    question: str,
-    reading: str,
-    paper: str,
-    cost: str,
-    draw: "Callable[[Result], dict[str, go.Figure]]",
-    summary: Callable[[Result], str] = metrics_in_a_line,
-    metrics: Mapping[str, str] | None = None,
-    unshared: tuple[str, ...] = (),
+    name: str, *, question: str, reading: str, paper: str, cost: str,
+    draw: "Callable[[Result], dict[str, go.Figure]]", summary: Callable[[Result], str] = metrics_in_a_line,
+    metrics: Mapping[str, str] | None = None, unshared: tuple[str, ...] = (),
     device_test: DeviceTest | None = None,
-) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+) -> Callable[[Callable[..., Result]], Callable[..., Result]]:  # fmt: skip
     """Register a function as the analysis `name`.
 
     Its positional arguments are the inputs that an audit supplies (`pair`, `task`, `series`…; one with a
@@ -195,9 +181,11 @@ def analysis(
                 raise UnknownNameError(
                     f"{name} has no parameter {unknown[0]!r}; it has: {', '.join(parameters)}"
                 )
+            # Types first: a pair in the place of a series is the fault, not the task that is missing then.
+            supplied = signature.bind_partial(*args, **kwargs).arguments
+            check_input_types(name, {p.name: supplied[p.name] for p in inputs if p.name in supplied})
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
-            check_input_types(name, {p.name: bound.arguments[p.name] for p in inputs})
             used = {k: v for k, v in bound.arguments.items() if k in parameters and k not in EXECUTION}
             call = inspect.BoundArguments(declared, row_options.collected(declared, bound.arguments))
             result = function(*call.args, **call.kwargs)
@@ -213,21 +201,11 @@ def analysis(
         measured.__signature__ = signature  # type: ignore[attr-defined]
         measured.__doc__ = row_options.with_explanations(declared, function.__doc__)
         registry.REGISTRY[name] = Analysis(
-            name=name,
-            function=measured,
-            question=question,
-            reading=reading,
-            paper=paper,
-            cost=cost,
-            draw=draw,
-            summary=summary,
-            metrics=metrics or {},
-            unshared=unshared,
-            device_test=device_test,
+            name=name, function=measured, question=question, reading=reading, paper=paper, cost=cost,
+            draw=draw, summary=summary, metrics=metrics or {}, unshared=unshared, device_test=device_test,
             inputs=tuple(p.name for p in inputs if p.default is p.empty),
-            optional=tuple(p.name for p in inputs if p.default is not p.empty),
-            parameters=parameters,
-        )
+            optional=tuple(p.name for p in inputs if p.default is not p.empty), parameters=parameters,
+        )  # fmt: skip
         return measured
 
     return register

@@ -15,45 +15,31 @@ from probes.text.rows import Task, read_task, task_of
 # Rows of a role: a task, a file or `hub-dataset:split`, or texts. Several are given by name.
 Source: TypeAlias = "Task | str | Path | Iterable[str | Mapping[str, Any]]"
 
+Files: TypeAlias = str | Path | Iterable[str | Path]  # of rows, as an audit takes them
+
 # input -> the option that supplies it
 OPTIONS = {
-    "pair": "BASE TUNED",
-    "task": "--task F",
-    "keep": "--keep F",
-    "guard": "--guard F",
-    "ood": "--ood NAME=F",
-    "train": "--train F",
-    "series": "CKPT CKPT…",
-}
+    "pair": "BASE TUNED", "task": "--task F", "keep": "--keep F", "guard": "--guard F", "ood": "--ood NAME=F",
+    "train": "--train F", "series": "CKPT CKPT…",
+}  # fmt: skip
 ROLES = ("task", "keep", "guard", "ood", "train")
 
 
 @dataclass(frozen=True, kw_only=True)
 class NamedTask:
-    """One task in one role.
+    """One task in one role."""
 
-    Attributes:
-        name: what results call it; the file's own name unless `--ood NAME=F` gives one.
-        ref: as the user wrote it.
-    """
-
-    name: str
-    ref: str
+    name: str  # what results call it; the file's own name unless `--ood NAME=F` gives one
+    ref: str  # as the user wrote it
     task: Task
 
     def describe(self) -> dict[str, Any]:
         """The task as an audit records it."""
-        return {
-            "name": self.name,
-            "ref": self.ref,
-            "fingerprint": self.task.fingerprint,
-            "rows": len(self.task.rows),
-        }
+        fingerprint, rows = self.task.fingerprint, len(self.task.rows)
+        return {"name": self.name, "ref": self.ref, "fingerprint": fingerprint, "rows": rows}
 
 
-def open_roles(
-    files: Mapping[str, str | Path | Iterable[str | Path]], *, limit: int | None = None
-) -> dict[str, tuple[NamedTask, ...]]:
+def open_roles(files: Mapping[str, Files], *, limit: int | None = None) -> dict[str, tuple[NamedTask, ...]]:
     """The tasks of each role that has any, checked.
 
     Args:
@@ -85,11 +71,7 @@ def open_roles(
 
 
 def open_rows(role: str, ref: str, *, limit: int | None = None) -> NamedTask:
-    """Read and check one task.
-
-    Raises:
-        InputError: it is missing, empty or malformed; the message names the file, the line and the field.
-    """
+    """Read and check one task."""
     name, path = "", ref
     if role == "ood" and "=" in ref and not Path(ref).exists():
         name, _, path = ref.partition("=")
@@ -104,11 +86,7 @@ def open_rows(role: str, ref: str, *, limit: int | None = None) -> NamedTask:
 
 
 def tasks(sources: "Source | Mapping[str, Source]", role: str) -> dict[str, Task]:
-    """The tasks of a role by name, from one source or several.
-
-    Raises:
-        InputError: as `open_rows`, or nothing was given.
-    """
+    """The tasks of a role by name, from one source or several."""
     if isinstance(sources, Mapping):
         by_name = {str(name): task_from(source, str(name)) for name, source in sources.items()}
     else:

@@ -56,20 +56,20 @@ class Rule:
 
     Attributes:
         warn, fail: a value beyond it is a finding; None: never.
-        below: whether small values are the bad ones.
-        per: a numeric parameter of the analysis that both thresholds are multiplied by.
-        when: a parameter or metric of the analysis; where it is missing or 0, the rule does not apply.
-        message: the meaning of such a value; the comparison itself when empty.
-        source: where the thresholds come from.
     """
 
     warn: float | None = None
     fail: float | None = None
-    below: bool = False
-    per: str = ""
-    when: str = ""
-    message: str = ""
-    source: str = ""
+    below: bool = False  # whether small values are the bad ones
+    per: str = ""  # a numeric parameter of the analysis that both thresholds are multiplied by
+    when: str = ""  # a parameter or metric of the analysis; where it is missing or 0, the rule does not apply
+    message: str = ""  # the meaning of such a value; the comparison itself when empty
+    source: str = ""  # where the thresholds come from
+
+    @property
+    def side(self) -> str:
+        """The bad side of its thresholds."""
+        return "below" if self.below else "above"
 
     @property
     def off(self) -> bool:
@@ -102,13 +102,12 @@ class Policy:
 
     def plain(self) -> dict[str, dict[str, dict[str, Any]]]:
         """The rules as JSON and TOML hold them, without what a rule leaves at its default."""
+
+        def set_fields(rule: Rule) -> dict[str, Any]:
+            return {k: v for k, v in asdict(rule).items() if v is not None and v != "" and v is not False}
+
         return {
-            name: {
-                metric: {
-                    k: v for k, v in asdict(rule).items() if v is not None and v != "" and v is not False
-                }
-                for metric, rule in rules.items()
-            }
+            name: {metric: set_fields(rule) for metric, rule in rules.items()}
             for name, rules in self.rules.items()
         }
 
@@ -144,11 +143,7 @@ def _assembled(places: tuple[tuple[str, str], ...]) -> Policy:
 
 
 def parse(tables: Mapping[str, Any], origin: str) -> Policy:
-    """Rules out of nested tables, as TOML and audit.json hold them.
-
-    Raises:
-        InputError, UnknownNameError: as `load_policy`, but names of analyses and metrics are not looked up.
-    """
+    """Rules out of nested tables, as TOML and audit.json hold them; names are not looked up."""
     rules: dict[str, dict[str, Rule]] = {}
     for name, metrics in tables.items():
         if not isinstance(metrics, Mapping):
@@ -166,10 +161,7 @@ def parse_rule(table: Any, where: str) -> Rule:
     """A rule from its inline table; `where` begins every message."""
     if not isinstance(table, Mapping):
         raise InputError(f"{where} = {table!r} is not a rule; write {{warn = …, fail = …}}")
-    kinds = {
-        field.name: str if field.type is str else bool if field.type is bool else float
-        for field in fields(Rule)
-    }
+    kinds = {field.name: field.type if field.type in (str, bool) else float for field in fields(Rule)}
     for key, value in table.items():
         if key not in kinds:
             raise UnknownNameError(f"{where}: unknown key {key!r}; known: {', '.join(kinds)}")
@@ -182,10 +174,9 @@ def parse_rule(table: Any, where: str) -> Rule:
     if rule.warn is not None and rule.fail is not None:
         first, second = (rule.fail, rule.warn) if rule.below else (rule.warn, rule.fail)
         if first > second:
-            order = "below" if rule.below else "above"
             raise InputError(
                 f"{where}: fail = {rule.fail:g} would be met before warn = {rule.warn:g}; "
-                f"this rule judges values {order} its thresholds"
+                f"this rule judges values {rule.side} its thresholds"
             )
     return rule
 
@@ -195,22 +186,14 @@ def judge(result: "Result", policy: Policy) -> list[Finding]:
     findings = []
     for metric, rule in judged(result, policy).items():
         value = result.metrics[metric]
-        crossed = rule.beyond(value, scale(result, rule))
-        if crossed is None:
-            continue
-        severity, threshold = crossed
-        comparison = f"{metric} is {value:.4g}, {'below' if rule.below else 'above'} {threshold:.4g}"
-        findings.append(
-            Finding(
-                analysis=result.analysis,
-                severity=severity,
-                metric=metric,
-                value=value,
-                threshold=threshold,
-                message=rule.message or comparison,
-                source=rule.source,
-            )
-        )
+        if crossed := rule.beyond(value, scale(result, rule)):
+            severity, threshold = crossed
+            comparison = f"{metric} is {value:.4g}, {rule.side} {threshold:.4g}"
+            finding = Finding(
+                analysis=result.analysis, severity=severity, metric=metric, value=value, threshold=threshold,
+                message=rule.message or comparison, source=rule.source,
+            )  # fmt: skip
+            findings.append(finding)
     return sorted(findings, key=lambda finding: finding.severity != "fail")
 
 

@@ -44,27 +44,20 @@ def load_policy(path: str | Path) -> Policy:
 
 
 def check_names(policy: Policy) -> None:
-    """Refuse rules for what is not installed or not measured.
-
-    Raises:
-        UnknownNameError: an unknown analysis, metric or parameter; the message lists the known ones.
-    """
+    """Refuse rules for what is not installed or not measured."""
     for name, rules in policy.rules.items():
         if name not in installed():
             raise UnknownNameError(
                 f"{policy.origin}: unknown analysis {name!r}; known: {', '.join(installed())}"
             )
         record = find(name)
+        metrics, parameters = list(record.metrics), list(record.parameters)
         for metric, rule in rules.items():
-            if record.metrics and metric not in record.metrics:
-                known = ", ".join(record.metrics)
-                raise UnknownNameError(f"{policy.origin}: {name} has no metric {metric!r}; it has: {known}")
-            if rule.per and rule.per not in record.parameters:
-                known = ", ".join(record.parameters) or "none"
-                raise UnknownNameError(
-                    f"{policy.origin}: {name} has no parameter {rule.per!r}; it has: {known}"
-                )
-            conditions = {**record.parameters, **record.metrics}
-            if rule.when and record.metrics and rule.when not in conditions:
-                known = ", ".join(conditions)
-                raise UnknownNameError(f"{policy.origin}: {name} has no {rule.when!r}; it has: {known}")
+            named = [("parameter ", rule.per, ["", *parameters])]
+            if metrics:
+                conditions = ("", rule.when, ["", *parameters, *metrics])
+                named = [("metric ", metric, metrics), *named, conditions]
+            for what, word, names in named:
+                if word not in names:
+                    has = ", ".join(filter(None, names)) or "none"
+                    raise UnknownNameError(f"{policy.origin}: {name} has no {what}{word!r}; it has: {has}")

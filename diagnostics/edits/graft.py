@@ -4,13 +4,12 @@
 base) is not tuned in floating point. Source: Panigrahi et al. 2023, arXiv:2302.06600, section 2.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from diagnostics.edits.trail import write_trail
 from probes import CheckpointPair
 from probes.checkpoints.mask_file import Patch, write_graft
 from probes.checkpoints.save import refuse_occupied
@@ -23,21 +22,15 @@ class GraftedCheckpoint:
     """A checkpoint that `graft` wrote.
 
     Attributes:
-        out: the directory.
-        mask: the file of the mask.
-        without: whether it is the complement: tuned with the masked entries of base.
-        entries: number of masked entries.
-        tensors: number of tensors with a masked entry.
-        weights: number of entries that both checkpoints have.
-        notes: what a reader must know.
+        entries, tensors: number of masked entries, and of tensors with any.
     """
 
     out: Path
     mask: Path
-    without: bool
+    without: bool  # whether it is the complement: tuned with the masked entries of base
     entries: int
     tensors: int
-    weights: int
+    weights: int  # number of entries that both checkpoints have
     notes: tuple[str, ...]
 
     def describe(self) -> dict[str, Any]:
@@ -52,14 +45,9 @@ class GraftedCheckpoint:
 
 
 def graft(
-    base: Any,
-    tuned: Any,
-    mask: str | Path,
-    out: str | Path,
-    *,
-    without: bool = False,
+    base: Any, tuned: Any, mask: str | Path, out: str | Path, *, without: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
-) -> GraftedCheckpoint:
+) -> GraftedCheckpoint:  # fmt: skip
     """Write the base with the masked entries of tuned, as full weights that `from_pretrained` loads.
 
     >>> import torch
@@ -87,15 +75,11 @@ def graft(
     pair = CheckpointPair(base, tuned)
     patch.check(pair, str(mask))
     written = write_graft(pair, patch, out, without=without, progress=progress)
-    notes = []
-    if written.alone:
-        notes.append(
-            f"{len(written.alone)} tensors that base lacks come from tuned, such as {written.alone[0]}."
-        )
-    if written.lost:
-        notes.append(
-            f"{len(written.lost)} tensors that tuned lacks were left out, such as {written.lost[0]}."
-        )
+    notes, alone, lost = [], written.alone, written.lost
+    if alone:
+        notes.append(f"{len(alone)} tensors that base lacks come from tuned, such as {alone[0]}.")
+    if lost:
+        notes.append(f"{len(lost)} tensors that tuned lacks were left out, such as {lost[0]}.")
     if written.widened:
         notes.append(
             f"{len(written.widened)} tensors are written in base's wider dtype, which keeps them exact; load "
@@ -104,15 +88,8 @@ def graft(
     if pair.tuned.kind == "adapter":
         notes.append("The adapter was merged: the mask selects merged weights, and full weights are written.")
     grafted = GraftedCheckpoint(
-        out=out,
-        mask=mask,
-        without=without,
-        entries=patch.count,
-        tensors=len(patch.index),
-        weights=written.weights,
-        notes=tuple(notes),
-    )
-    trail = {"tunescope": version("tunescope"), "base": pair.base.ref, "tuned": pair.tuned.ref}
-    trail |= grafted.describe() | {"about": dict(patch.about)}
-    (out / TRAIL).write_text(json.dumps(trail, indent=2) + "\n", encoding="utf-8")
+        out=out, mask=mask, without=without, entries=patch.count, tensors=len(patch.index),
+        weights=written.weights, notes=tuple(notes),
+    )  # fmt: skip
+    write_trail(out / TRAIL, pair, grafted.describe() | {"about": dict(patch.about)})
     return grafted

@@ -3,14 +3,13 @@
 Source: Wortsman et al. 2021, arXiv:2109.01903 (WiSE-FT), whose default α is 0.5.
 """
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from diagnostics.edits.trail import write_trail
 from probes import CheckpointPair
 from probes.checkpoints.blend import write_blend
 from probes.checkpoints.save import refuse_occupied
@@ -21,20 +20,12 @@ TRAIL = "tunescope_interpolate.json"
 
 @dataclass(frozen=True, kw_only=True)
 class InterpolatedCheckpoint:
-    """A checkpoint that `interpolate` wrote.
-
-    Attributes:
-        out: the directory.
-        alpha: 0 is base, 1 is tuned.
-        tensors: number of tensors that differ.
-        displacement: Frobenius norm of tuned − base over these.
-        notes: what a reader must know.
-    """
+    """A checkpoint that `interpolate` wrote."""
 
     out: Path
-    alpha: float
-    tensors: int
-    displacement: float
+    alpha: float  # 0 is base, 1 is tuned
+    tensors: int  # number of tensors that differ
+    displacement: float  # Frobenius norm of tuned − base over these
     notes: tuple[str, ...]
 
     def describe(self) -> dict[str, Any]:
@@ -50,13 +41,9 @@ class InterpolatedCheckpoint:
 
 
 def interpolate(
-    base: Any,
-    tuned: Any,
-    alpha: float,
-    out: str | Path,
-    *,
+    base: Any, tuned: Any, alpha: float, out: str | Path, *,
     progress: Callable[[int, int, str], None] | None = None,
-) -> InterpolatedCheckpoint:
+) -> InterpolatedCheckpoint:  # fmt: skip
     """Write base + α (tuned − base) as full weights that `from_pretrained` loads.
 
     >>> from diagnostics.audit.demo import BUNDLED
@@ -96,12 +83,8 @@ def interpolate(
     if pair.tuned.kind == "adapter":
         notes.append("The adapter was merged: its factors are not linear in alpha; full weights are written.")
     interpolated = InterpolatedCheckpoint(
-        out=out,
-        alpha=float(alpha),
-        tensors=len(blend.squares),
-        displacement=math.sqrt(sum(blend.squares.values())),
-        notes=tuple(notes),
-    )
-    trail = {"tunescope": version("tunescope"), "base": pair.base.ref, "tuned": pair.tuned.ref}
-    (out / TRAIL).write_text(json.dumps(trail | interpolated.describe(), indent=2) + "\n", encoding="utf-8")
+        out=out, alpha=float(alpha), tensors=len(blend.squares),
+        displacement=math.sqrt(sum(blend.squares.values())), notes=tuple(notes),
+    )  # fmt: skip
+    write_trail(out / TRAIL, pair, interpolated.describe())
     return interpolated

@@ -6,18 +6,17 @@ its intervention, `neighbour` its control. `all` is PEFT's `reduce_intruder_dime
 that the paper's reviewers asked for; compare with it, since it may retain as much at the same cost.
 """
 
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor
 
 from diagnostics.analyses.intruders.damping import Mode, applied, by_tensor, choose, damp
+from diagnostics.edits.trail import write_trail
 from diagnostics.execution import jobs
 from probes import CheckpointPair
 from probes.adapters.adapter import Adapter
@@ -46,38 +45,29 @@ class Scaled:
     """One scaled singular triple of a tuned matrix.
 
     Attributes:
-        rank: from 1, for the largest singular value.
-        singular_value: before scaling.
         cosine_low, cosine_high: bounds of its largest |cosine| with a base vector.
     """
 
     matrix: str
     layer: int | None
     component: str
-    rank: int
-    singular_value: float
+    rank: int  # from 1, for the largest singular value
+    singular_value: float  # before scaling
     cosine_low: float
     cosine_high: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Edited:
-    """One changed matrix (in mode `update` one stored tensor).
-
-    Attributes:
-        rank: of the edit; None in mode `update`.
-        norm: Frobenius norm of the edit.
-        update_norm: Frobenius norm of tuned − base.
-        share: share of the edit's squared norm that the written files hold.
-    """
+    """One changed matrix (in mode `update` one stored tensor)."""
 
     matrix: str
     layer: int | None
     component: str
-    rank: int | None
-    norm: float
-    update_norm: float
-    share: float = 1.0
+    rank: int | None  # of the edit; None in mode `update`
+    norm: float  # Frobenius norm of the edit
+    update_norm: float  # Frobenius norm of tuned − base
+    share: float = 1.0  # share of the edit's squared norm that the written files hold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +75,7 @@ class MitigatedCheckpoint:
     """A checkpoint that `mitigate` wrote.
 
     Attributes:
-        out: the directory.
-        kind: full weights or an adapter.
         triples, edits: the scaled triples, and the change of each matrix.
-        notes: what a reader must know.
     """
 
     out: Path
@@ -135,9 +122,8 @@ class MitigatedCheckpoint:
     def summary(self) -> str:
         """A sentence or two for the terminal."""
         if not self.edits:
-            return (
-                f"Nothing was scaled: no intruder dimension among the {self.k} leading vectors of any matrix."
-            )
+            among = f"the {self.k} leading vectors of any matrix"
+            return f"Nothing was scaled: no intruder dimension among {among}."
         what = f"the whole update of {len(self.edits)} tensors"
         if self.mode != "update":
             kind = "base-like neighbour" if self.mode == "neighbour" else "intruder dimension"
@@ -153,20 +139,10 @@ class MitigatedCheckpoint:
 
 
 def mitigate(
-    base: Any,
-    tuned: Any,
-    out: str | Path,
-    *,
-    scale: float = 0.7,
-    mode: Mode = "top",
-    k: int = 10,
-    epsilon: float = 0.5,
-    parts: tuple[Part, ...] = ("block",),
-    full: bool | None = None,
-    device: str = "cpu",
-    cache: "FactorCache | str | Path | None" = None,
-    progress: Progress | None = None,
-) -> MitigatedCheckpoint:
+    base: Any, tuned: Any, out: str | Path, *, scale: float = 0.7, mode: Mode = "top", k: int = 10,
+    epsilon: float = 0.5, parts: tuple[Part, ...] = ("block",), full: bool | None = None, device: str = "cpu",
+    cache: "FactorCache | str | Path | None" = None, progress: Progress | None = None,
+) -> MitigatedCheckpoint:  # fmt: skip
     """Write the tuned checkpoint with its intruder dimensions scaled.
 
     A full checkpoint stays full, and its other tensors stay bit for bit the same. An adapter stays an adapter
@@ -213,9 +189,7 @@ def mitigate(
         out=out, kind="full" if full else "adapter", mode=mode, scale=scale, k=k, epsilon=epsilon,
         triples=tuple(triples), edits=tuple(edits), notes=tuple(notes),
     )  # fmt: skip
-    trail = {"tunescope": version("tunescope"), "base": pair.base.ref, "tuned": pair.tuned.ref}
-    text = json.dumps(trail | result.describe(), indent=2)
-    (out / TRAIL).write_text(text + "\n", encoding="utf-8")
+    write_trail(out / TRAIL, pair, result.describe())
     return result
 
 
@@ -248,7 +222,12 @@ def _scale_triples(
     edits = [edit for edit, _ in damped.values()] if scale != 1 else []
     refitted = Refit()
     if full:
-        _write_full(pair.tuned, out, edits, progress)
+        tensors = by_tensor(edits)
+
+        def change(name: str, stored: Tensor) -> Tensor:
+            return applied(pair.tuned, name, stored, tensors.get(name, ()))
+
+        write_checkpoint(pair.tuned, out, change, progress=progress)
     else:
         adapter = pair.tuned.source
         assert isinstance(adapter, Adapter)
@@ -260,17 +239,12 @@ def _scale_triples(
     triples, edited = [], []
     for name, (edit, values) in damped.items():
         matrix = pair.matrices[name]
-        location: dict[str, Any] = {
-            "matrix": matrix.name,
-            "layer": matrix.layer,
-            "component": matrix.component,
-        }
+        where: dict[str, Any] = {"matrix": matrix.name, "layer": matrix.layer, "component": matrix.component}
         for rank, value in zip(chosen[name], values, strict=True):
-            triples.append(Scaled(**location, rank=rank, singular_value=value, **nearest[name, rank]))
+            triples.append(Scaled(**where, rank=rank, singular_value=value, **nearest[name, rank]))
+        size: dict[str, Any] = {"norm": edit.norm, "update_norm": float(norms[name])}
         share = refitted.share.get(edit.matrix.name, 1.0)
-        edited.append(
-            Edited(**location, rank=len(values), norm=edit.norm, update_norm=float(norms[name]), share=share)
-        )
+        edited.append(Edited(**where, **size, rank=len(values), share=share))
     return triples, edited, [*intruders.notes, CONTROL]
 
 
@@ -279,15 +253,6 @@ def _edit(
 ) -> tuple[Edit, list[float]]:
     left, right, values = damp(pair.read(name)[1].to(device), ranks, scale)
     return Edit(pair.counterpart(name), left.cpu(), right.cpu()), values.tolist()
-
-
-def _write_full(tuned: Checkpoint, out: Path, edits: Iterable[Edit], progress: Progress | None) -> None:
-    tensors = by_tensor(edits)
-
-    def change(name: str, stored: Tensor) -> Tensor:
-        return applied(tuned, name, stored, tensors.get(name, ()))
-
-    write_checkpoint(tuned, out, change, progress=progress)
 
 
 def _scale_update(
@@ -324,9 +289,6 @@ def _updated(tuned: Checkpoint, squares: Mapping[str, float], scale: float) -> l
         layer, component = None, name.removesuffix(".weight").rpartition(".")[2]
         if name in matrices:
             layer, component = matrices[name].layer, matrices[name].component
-        norm = math.sqrt(square)
-        edit = abs(1 - scale) * norm
-        rows.append(
-            Edited(matrix=name, layer=layer, component=component, rank=None, norm=edit, update_norm=norm)
-        )
+        size: dict[str, Any] = {"norm": abs(1 - scale) * math.sqrt(square), "update_norm": math.sqrt(square)}
+        rows.append(Edited(matrix=name, layer=layer, component=component, rank=None, **size))
     return rows

@@ -110,9 +110,8 @@ def dask_engine(name: str, address: str) -> Iterator[None]:
         others = {fact["torch"] for fact in facts.values()} - {torch.__version__}
         if others:
             log.warning(
-                "workers have torch %s, this process %s: the last digits may differ from a local run",
-                ", ".join(sorted(others)),
-                torch.__version__,
+                f"workers have torch {', '.join(sorted(others))}, this process {torch.__version__}: the last "
+                "digits may differ from a local run"
             )
         backend = LastingBackend(client=client, wait_for_workers_timeout=WORKER_SECONDS)
         # Jobs carry their rows, and take far longer than sending these does.
@@ -122,7 +121,7 @@ def dask_engine(name: str, address: str) -> Iterator[None]:
 
 
 def process_type(distributed: Any, address: str) -> str:
-    """The kind of a Dask process, `Scheduler` or another."""
+    """The kind of a Dask process, `Scheduler` or another; raises TimeoutError or OSError."""
 
     async def identify() -> str:
         async with distributed.rpc(address) as process:
@@ -162,7 +161,7 @@ def ray_engine(name: str, address: str, device: str) -> Iterator[None]:
 
 
 def ray_worker_count(name: str, resources: Mapping[str, float], device: str) -> int:
-    """How many workers a Ray cluster has room for; it would wait for ever for more."""
+    """How many workers a Ray cluster has room for: it waits for ever for more. InputError for none."""
     kind = "GPU" if device == "cuda" else "CPU"
     if resources.get(kind, 0) < 1:
         mend = "add a machine that has one, or use --device"
@@ -182,7 +181,7 @@ def oversubscription_warning(workers: Mapping[str, int], cores: Mapping[str, int
 
 
 def check_listening(name: str, address: str, what: str, start: str) -> None:
-    """Refuse an address where nothing listens, at once: the libraries try for half a minute."""
+    """Raise InputError for an address where nothing listens, at once: the libraries try for half a minute."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
         raise InputError(f"--engine {name}: should end in HOST:PORT")
@@ -195,7 +194,7 @@ def check_listening(name: str, address: str, what: str, start: str) -> None:
 
 
 def import_package(module: str, name: str, package: str) -> Any:
-    """The module of an engine's package."""
+    """The module of an engine's package; raises InputError if it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

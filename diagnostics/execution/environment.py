@@ -38,7 +38,7 @@ def device(name: str) -> str:
 
 
 def dtype(name: str | None) -> str | None:
-    """The dtype of that name, for the arithmetic of the analyses; None leaves each at its own default."""
+    """The dtype for the arithmetic of the analyses; None is each one's default. Raises InputError."""
     if name is not None and name not in DTYPES:
         raise InputError(f"--dtype {name}: unknown; known: {', '.join(DTYPES)}")
     return name
@@ -90,8 +90,7 @@ def resident() -> int | None:
 
 def process_peak() -> int | None:
     """The largest resident memory of this process so far, in bytes; None where the system does not tell."""
-    peak = _status("VmHWM")
-    if peak is not None:
+    if (peak := _status("VmHWM")) is not None:
         return peak
     try:
         import resource

@@ -9,7 +9,7 @@ import pickle
 import platform
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from functools import partial
@@ -51,7 +51,7 @@ def run_jobs(calls: Iterable[Callable[[], Outcome]], *, device: str = "cpu") -> 
     waiting = iter(calls)
     running: deque[Callable[[], Outcome]] = deque()  # sent to workers, in order, without a result yet
 
-    def jobs(repeated: Sequence[Callable[[], Outcome]]) -> Iterator[Any]:
+    def jobs(repeated: list[Callable[[], Outcome]]) -> Iterator[Any]:
         for call in chain(repeated, waiting):
             running.append(call)
             yield delayed(Job(call, threads, device))()
@@ -86,18 +86,18 @@ class Job(Generic[Outcome]):
         self.threads, self.device = threads, device
 
     def __getstate__(self) -> dict[str, Any]:
+        state = {"packed": self.packed, "threads": self.threads, "device": self.device}
+        if self.call is None:  # on a worker, which sends it on
+            return state
         import cloudpickle  # all engines use it: it sends functions that no worker can import
 
-        packed = self.packed
         # Unpacked when called, so that failing to unpack is an error of this job. Failing to pack is turned
         # into one as well: the engines would lose an error raised here.
         try:
-            if self.call is not None:  # else on a worker, which sends it on
-                packed = cloudpickle.dumps(self.call)
+            return state | {"packed": cloudpickle.dumps(self.call)}
         except Exception as error:
             reason = f"this work cannot be sent to a worker: {error}"
-            packed = cloudpickle.dumps(partial(raise_unsendable, reason))
-        return {"packed": packed, "threads": self.threads, "device": self.device}
+            return state | {"packed": cloudpickle.dumps(partial(raise_unsendable, reason))}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.call = None
@@ -110,7 +110,7 @@ class Job(Generic[Outcome]):
         call = pickle.loads(self.packed)
         if self.device == "cuda":
             torch.cuda.set_device(worker_gpu())
-        with _THREADS_LOCK if self.threads > 1 else nullcontext():
+        with nullcontext() if self.threads == 1 else _THREADS_LOCK:
             torch.set_num_threads(self.threads)
             return call()
 

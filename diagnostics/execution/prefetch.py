@@ -49,8 +49,7 @@ def run_halving_on_oom(
                 f"{name_of(items[0])}: does not fit into memory; free some, or choose another --device"
             ) from error
     # Behind the handler: in it, the error still holds what was allocated.
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
     middle = (len(items) + 1) // 2
     halves = items[:middle], items[middle:]
     return [outcome for half in halves for outcome in run_halving_on_oom(run, half, name_of)]

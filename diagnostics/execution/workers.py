@@ -187,5 +187,4 @@ def _close_if_idle() -> None:
 def _close() -> None:
     _HELD.clear()
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()

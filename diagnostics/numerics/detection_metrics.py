@@ -58,14 +58,9 @@ class Ranks:
     """Ranks of the distinct positive scores among all: the ROC of every bootstrap draw follows from them."""
 
     def __init__(
-        self,
-        positive: Array,
-        left: Counts,
-        right: Counts,
-        negatives: int,
-        *,
+        self, positive: Array, left: Counts, right: Counts, negatives: int, *,
         orders: tuple[Array, Array] | None = None,
-    ):
+    ):  # fmt: skip
         """Take the positive scores in ascending order.
 
         Args:
@@ -268,14 +263,9 @@ def auroc_difference(first: DetectionScores, second: DetectionScores, *, level: 
 
 
 def bootstrap(
-    metric: Metric,
-    scores: DetectionScores,
-    against: DetectionScores | None = None,
-    *,
-    draws: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> Estimate:
+    metric: Metric, scores: DetectionScores, against: DetectionScores | None = None, *, draws: int = 1000,
+    level: float = 0.95, seed: int = 0,
+) -> Estimate:  # fmt: skip
     """Percentile bootstrap of a metric, or of its difference to another score on the same rows.
 
     Rows are drawn within each class, the same ones for both scores. Time grows as rows times draws.

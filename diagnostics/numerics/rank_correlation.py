@@ -7,16 +7,13 @@ itself is such a confounder.
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float
 
 from diagnostics.numerics.estimates import Z95
 from probes.errors import InputError, UnknownNameError
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 # Models below which no correlation is given (ours).
 LEAST = 12
@@ -24,14 +21,14 @@ Values = Float[np.ndarray, " models"]
 
 
 def correlations(
-    models: "pd.DataFrame",
+    models: pd.DataFrame,
     *,
     outcome: str,
     predictors: Sequence[str],
     given: str = "displacement",
     permutations: int = 10_000,
     seed: int = 0,
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """Spearman correlations of predictors with an outcome over models, raw and given a confounder.
 
     Args:
@@ -56,8 +53,6 @@ def correlations(
        models  raw
     0      12  1.0
     """
-    import pandas as pd
-
     for column in (outcome, given, *predictors):
         if column not in models:
             names = ", ".join(map(str, models.columns))
@@ -79,7 +74,7 @@ def correlations(
 
 
 def _row(
-    models: "pd.DataFrame", outcome: str, name: str, given: str, permutations: int, seed: int
+    models: pd.DataFrame, outcome: str, name: str, given: str, permutations: int, seed: int
 ) -> dict[str, float]:
     from scipy.stats import rankdata
 

@@ -60,13 +60,9 @@ def unit(vectors: Vectors) -> Vectors:
 
 
 def held_out(
-    distance: Callable[[Vectors, Vectors], Distances],
-    inside: Float[np.ndarray, "inside width"],
-    outside: Float[np.ndarray, "outside width"],
-    *,
-    folds: int = 5,
-    seed: int = 0,
-) -> tuple[Float[np.ndarray, " inside"], Float[np.ndarray, " outside"]]:
+    distance: Callable[[Vectors, Vectors], Distances], inside: Float[np.ndarray, "inside width"],
+    outside: Float[np.ndarray, "outside width"], *, folds: int = 5, seed: int = 0,
+) -> tuple[Float[np.ndarray, " inside"], Float[np.ndarray, " outside"]]:  # fmt: skip
     """Cross-validated distances of both sets to the inside set.
 
     An inside vector is measured against the other folds, an outside vector against the mean over all folds.

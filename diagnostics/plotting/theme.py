@@ -29,8 +29,6 @@ class PageColours:
     """The colours of a page: one for light, one for dark.
 
     Attributes:
-        sequential: from little to much, lightness monotone; starts at the page's own tone.
-        diverging: from the base's side over the page's tone to the tuned side.
         verdicts: a colour for text and icons by verdict, readable (4.5:1) on `paper` and `panel`.
     """
 
@@ -39,31 +37,23 @@ class PageColours:
     ink: str
     muted: str
     grid: str
-    sequential: tuple[str, ...]
-    diverging: tuple[str, ...]
+    sequential: tuple[str, ...]  # from little to much, lightness monotone; starts at the page's own tone
+    diverging: tuple[str, ...]  # from the base's side over the page's tone to the tuned side
     verdicts: dict[str, str]
 
 
 LIGHT = PageColours(
-    paper="#ffffff",
-    panel="#f5f6f8",
-    ink="#1c2128",
-    muted="#57606a",
-    grid="#e3e6ea",
+    paper="#ffffff", panel="#f5f6f8", ink="#1c2128", muted="#57606a", grid="#e3e6ea",
     sequential=("#f3f1f8", "#d8c6f4", "#b48aec", "#8c48d8", "#5c1ca0", "#2f0a59"),
     diverging=("#174e7c", BASE, "#a9cbe6", "#f3f3f3", "#f4c79a", TUNED, "#8a4300"),
     verdicts={"pass": "#077070", "warn": "#8a5a00", "fail": "#c0253a", "skipped": "#57606a"},
-)
+)  # fmt: skip
 DARK = PageColours(
-    paper="#14181d",
-    panel="#1c2128",
-    ink="#e6e9ed",
-    muted="#a0a8b3",
-    grid="#333a44",
+    paper="#14181d", panel="#1c2128", ink="#e6e9ed", muted="#a0a8b3", grid="#333a44",
     sequential=("#20262e", "#43306b", "#6f42b8", "#9c62f0", "#c6a4fb", "#f1e8ff"),
     diverging=("#b5dbf7", "#4f9fdb", "#28506f", "#2a2f36", "#7a4718", "#f09238", "#ffd9ae"),
     verdicts={"pass": "#3fc1c1", "warn": "#e3a93c", "fail": "#ff7b72", "skipped": "#a0a8b3"},
-)
+)  # fmt: skip
 
 
 def verbatim(text: object) -> str:
@@ -112,13 +102,7 @@ def faint(color: str, alpha: float) -> str:
 
 
 def figure(title: str, x: str, y: str, height: int = 420) -> "go.Figure":
-    """An empty figure in the house style; text is shown as it is, markup and all.
-
-    Args:
-        title: what is seen, in one sentence.
-        x, y: axis titles, with their units.
-        height: in pixels.
-    """
+    """An empty figure in the house style; its titles are shown as they are, markup and all."""
     layout = {"template": template(), "title": {"text": verbatim(title), "y": 0.97}, "height": height}
     return go.Figure(layout=layout).update_xaxes(title=verbatim(x)).update_yaxes(title=verbatim(y))
 
@@ -134,11 +118,8 @@ def threshold(
         panel: `row` and `col` of a figure with panels.
     """
     look = {"line": {"color": color, "dash": dash, "width": 1.5}, **panel}
-    look |= (
-        {"annotation_text": label, "annotation_position": f"top {'left' if left else 'right'}"}
-        if label
-        else {}
-    )
+    if label:
+        look |= {"annotation_text": label, "annotation_position": f"top {'left' if left else 'right'}"}
     for draw, letter, value in ((figure.add_vline, "x", x), (figure.add_hline, "y", y)):
         if value is not None:
             draw(**{letter: value}, **look)

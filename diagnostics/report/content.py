@@ -65,21 +65,15 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedFigure:
-    """A figure for plotly.js, without its title, which the page shows itself so that it wraps.
-
-    Attributes:
-        spec: JSON of data and layout.
-        height, width: in pixels; width None: as wide as the page.
-        drawn, total: scatter points in it, and before thinning.
-    """
+    """A figure for plotly.js, without its title, which the page shows itself so that it wraps."""
 
     name: str
     title: str
-    spec: str
-    height: int
-    width: int | None
-    drawn: int
-    total: int
+    spec: str  # JSON of data and layout
+    height: int  # in pixels, as the width
+    width: int | None  # None: as wide as the page
+    drawn: int  # scatter points in it
+    total: int  # before thinning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,17 +119,11 @@ def build_section(audit: Audit, name: str) -> Section:
     rows = metric_rows(audit, name, record)
     verdicts = {metric.verdict for metric in rows}
     return Section(
-        name=name,
-        outcome=outcome,
-        result=result,
-        question=record.question if record else outcome.question,
-        reading=record.reading if record else "",
-        paper=record.paper if record else outcome.paper,
-        summary=summary,
+        name=name, outcome=outcome, result=result, reading=record.reading if record else "", summary=summary,
+        question=record.question if record else outcome.question, metrics=rows,
+        paper=record.paper if record else outcome.paper, notes=[*result.notes, *notes],
         verdict=next((verdict for verdict in ("fail", "warn", "pass") if verdict in verdicts), ""),
-        metrics=rows,
-        notes=[*result.notes, *notes],
-    )
+    )  # fmt: skip
 
 
 def registry_record(name: str) -> tuple[Analysis | None, list[str]]:
@@ -160,45 +148,34 @@ def metric_rows(audit: Audit, name: str, record: Analysis | None) -> list[Metric
             rule = rules[metric]
             factor = scale(result, rule)
             beyond = rule.beyond(result.metrics[metric], factor)
-            judgement = {
-                "verdict": beyond[0] if beyond else "pass",
-                "threshold": threshold_text(rule, factor),
-                "source": rule.source,
-            }
-        rows.append(
-            Metric(
-                name=metric,
-                value=format_number(result.metrics.get(metric)),
-                meaning=record.metrics.get(metric, "") if record else "",
-                **judgement,
-            )
-        )
+            judgement = {"verdict": beyond[0] if beyond else "pass", "source": rule.source}
+            judgement["threshold"] = threshold_text(rule, factor)
+        value = format_number(result.metrics.get(metric))
+        meaning = record.metrics.get(metric, "") if record else ""
+        rows.append(Metric(name=metric, value=value, meaning=meaning, **judgement))
     return rows
 
 
 def threshold_text(rule: Rule, factor: float) -> str:
     """The thresholds of a rule in words."""
-    side = "below" if rule.below else "above"
-    steps = (("warn", rule.warn), ("fail", rule.fail))
-    return ", ".join(
-        f"{word} {side} {format_number(limit * factor)}" for word, limit in steps if limit is not None
-    )
+    steps = {"warn": rule.warn, "fail": rule.fail}
+    limits = {word: format_number(limit * factor) for word, limit in steps.items() if limit is not None}
+    return ", ".join(f"{word} {rule.side} {limit}" for word, limit in limits.items())
 
 
 def threshold_side(audit: Audit, finding: Finding) -> str:
     """On which side of its threshold the value of a finding lies."""
-    return "below" if audit.policy.rules[finding.analysis][finding.metric].below else "above"
+    return audit.policy.rules[finding.analysis][finding.metric].side
 
 
 def count_findings(audit: Audit) -> str:
     """The findings counted: `1 warning, 0 failures (2 numbers judged)`."""
     failures = sum(finding.severity == "fail" for finding in audit.findings)
     warnings = len(audit.findings) - failures
-    text = f"{plural(warnings, 'warning')}, {plural(failures, 'failure')}"
+    text = "nothing was judged: the policy has no threshold for what was measured"
     if audit.judged:
-        text += f" ({plural(audit.judged, 'number')} judged)"
-    else:
-        text = "nothing was judged: the policy has no threshold for what was measured"
+        counts = f"{plural(warnings, 'warning')}, {plural(failures, 'failure')}"
+        text = f"{counts} ({plural(audit.judged, 'number')} judged)"
     return f"no result from {', '.join(audit.failed)}; {text}" if audit.failed else text
 
 
@@ -232,12 +209,9 @@ def format_number(value: Any) -> str:
 
 
 def table_head(name: str, kind: str, frame: "pd.DataFrame", metrics: Iterable[str]) -> Table:
-    """The first rows of a table; in a long one, the rows that matter come first.
+    """The first rows of the table `kind` of an analysis.
 
-    Args:
-        name: the analysis.
-        kind: the table's name.
-        metrics: of the analysis; a long table is sorted by the columns with these names, then by its flags.
+    A long one is sorted by the columns with the names of `metrics`, then by its flags, the largest first.
     """
     import pandas as pd
 
@@ -245,15 +219,11 @@ def table_head(name: str, kind: str, frame: "pd.DataFrame", metrics: Iterable[st
     flags = [column for column in frame.columns if pd.api.types.is_bool_dtype(frame[column])]
     keys = [metric for metric in metrics if metric in frame.columns] + flags if len(frame) > HEAD else []
     ordered = frame.sort_values(keys, ascending=False, kind="stable") if keys else frame
+    rows = [[format_cell(value) for value in row] for row in ordered.head(ROWS).to_numpy(dtype=object)]
     return Table(
-        name=kind,
-        columns=[str(column) for column in frame.columns],
-        numeric=numeric,
-        rows=[[format_cell(value) for value in row] for row in ordered.head(ROWS).to_numpy(dtype=object)],
-        total=len(frame),
-        sorted_by=keys,
-        file=table_file(name, kind),
-    )
+        name=kind, columns=list(map(str, frame.columns)), numeric=numeric, rows=rows, total=len(frame),
+        sorted_by=keys, file=table_file(name, kind),
+    )  # fmt: skip
 
 
 def format_cell(value: Any) -> Cell:
@@ -294,12 +264,6 @@ def embed_figure(name: str, figure: "go.Figure", limit: int = thinning.LIMIT) ->
     # The page has its own templates, light and dark; the width becomes a maximum, for narrow pages.
     left_out = {"title", "width", "template"}
     layout = {key: value for key, value in figure.layout.to_plotly_json().items() if key not in left_out}
-    return EmbeddedFigure(
-        name=name,
-        title=title,
-        spec=to_json_plotly({"data": [thinning.pack_arrays(trace) for trace in traces], "layout": layout}),
-        height=int(figure.layout.height or 420),
-        width=figure.layout.width,
-        drawn=drawn,
-        total=total,
-    )
+    spec = to_json_plotly({"data": [thinning.pack_arrays(trace) for trace in traces], "layout": layout})
+    size: dict[str, Any] = {"height": int(figure.layout.height or 420), "width": figure.layout.width}
+    return EmbeddedFigure(name=name, title=title, spec=spec, drawn=drawn, total=total, **size)

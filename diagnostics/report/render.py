@@ -24,11 +24,7 @@ if TYPE_CHECKING:
 
 
 def write_html(audit: Audit, path: str | Path) -> None:
-    """Write the audit as one self-contained page.
-
-    Raises:
-        OSError: it cannot be written; an earlier page is untouched.
-    """
+    """Write the audit as one self-contained page; an error leaves an earlier page untouched."""
     with disk.replacing(Path(path)) as part:
         part.write_text(to_html(audit), encoding="utf-8")
 
@@ -43,29 +39,21 @@ def to_html(audit: Audit) -> str:
     sources = (get_plotlyjs(), template_text("report.js"))
     scripts = [text.replace("\r\n", "\n").replace("\r", "\n") for text in sources]
     templates = {"light": theme.template(theme.LIGHT), "dark": theme.template(theme.DARK)}
-    return (
-        template_environment()
-        .get_template("report.html")
-        .render(
-            **shared_context(audit, sections),
-            pictures={name: embedded for name, (embedded, _) in figures.items()},
-            drawing_notes={name: notes for name, (_, notes) in figures.items()},
-            mask_file=mask_file,
-            tables={section.name: content.table_heads(section.result) for section in sections},
-            looks=json.dumps({name: template.to_plotly_json() for name, template in templates.items()}),
-            scripts=[Markup(text) for text in scripts],
-            hashes=[base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts],
-        )
-    )
+    return template_environment().get_template("report.html").render(
+        **shared_context(audit, sections), mask_file=mask_file,
+        pictures={name: embedded for name, (embedded, _) in figures.items()},
+        drawing_notes={name: notes for name, (_, notes) in figures.items()},
+        tables={section.name: content.table_heads(section.result) for section in sections},
+        looks=json.dumps({name: template.to_plotly_json() for name, template in templates.items()}),
+        scripts=[Markup(text) for text in scripts],
+        hashes=[base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts],
+    )  # fmt: skip
 
 
 def to_markdown(audit: Audit) -> str:
     """The audit as Markdown for a model card: no HTML, no figures."""
-    return (
-        template_environment()
-        .get_template("report.md")
-        .render(**shared_context(audit, content.build_sections(audit)))
-    )
+    template = template_environment().get_template("report.md")
+    return template.render(**shared_context(audit, content.build_sections(audit)))
 
 
 def to_json(audit: Audit) -> str:
@@ -89,20 +77,11 @@ def template_environment() -> "jinja2.Environment":
 
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("diagnostics.report"),
-        autoescape=lambda name: name is not None and name.endswith(".html"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    templates.filters |= {
-        "number": content.format_number,
-        "data": script_data,
-        "md": escape_markdown,
-        "code": code_span,
-        "cell": table_cell,
-        "arxiv": arxiv_url,
-    }
+        autoescape=lambda name: name is not None and name.endswith(".html"), undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    templates.filters |= {"number": content.format_number, "data": script_data, "arxiv": arxiv_url}
+    templates.filters |= {"md": escape_markdown, "code": code_span, "cell": table_cell}
     templates.globals |= {"theme": theme, "view": content, "template_text": template_text}
     return templates
 

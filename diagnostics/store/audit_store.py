@@ -32,6 +32,8 @@ ENTRY: dict[str, Any] = {
     "peak_rss_mb": int | float | None, "device": str | None, "key": str | None, "question": str, "paper": str,
     "reused": bool, "parameters": dict, "metrics": dict, "tables": dict, "masks": dict, "notes": [str],
 }  # fmt: skip
+# Fields that audit.json holds as they are.
+PLAIN = ("base", "tuned", "created", "tunescope", "data", "environment", "options")
 # Inside an audit's directory.
 FOLDERS = ("tables", "masks")
 # Also there: measurements on single checkpoints of a series, for a run that continues.
@@ -43,27 +45,20 @@ class Outcome:
     """The outcome of one analysis in an audit.
 
     Attributes:
-        status: whether there is a result.
-        reason: why there is none, in one line.
-        fault: why it failed: the input was wrong, the analysis crashed, or it was not finished.
-        seconds: wall clock of its run.
         peak_rss_mb: largest resident memory of this process during the run, MB (1e6 bytes); None if unknown.
-        device: where it ran.
-        key: hash of all that the result depends on.
         question, paper: as registered when it ran, so that an audit reads without the package.
-        reused: whether the result is that of an earlier run.
     """
 
     status: Literal["ok", "skipped", "failed"]
-    reason: str | None = None
+    reason: str | None = None  # why there is no result, in one line
     fault: Literal["input", "crash", "unfinished"] | None = None
-    seconds: float = 0.0
+    seconds: float = 0.0  # wall clock of its run
     peak_rss_mb: float | None = None
     device: str | None = None
-    key: str | None = None
+    key: str | None = None  # hash of all that the result depends on
     question: str = ""
     paper: str = ""
-    reused: bool = False
+    reused: bool = False  # whether the result is that of an earlier run
     result: Result | None = None
 
 
@@ -148,46 +143,33 @@ class Audit:
     def record(self) -> dict[str, Any]:
         """The contents of audit.json, as plain values."""
         return {
-            "schema": SCHEMA,
-            "tunescope": self.tunescope,
-            "created": self.created,
-            "base": plain(self.base),
-            "tuned": plain(self.tuned),
-            "data": plain(self.data),
-            "environment": plain(self.environment),
-            "options": plain(self.options),
-            "verdict": self.verdict,
-            "exit_code": self.exit_code,
-            "findings": [asdict(finding) for finding in self.findings],
-            "not_measured": self.not_measured,
+            "schema": SCHEMA, "tunescope": self.tunescope, "created": self.created,
+            "base": plain(self.base), "tuned": plain(self.tuned), "data": plain(self.data),
+            "environment": plain(self.environment), "options": plain(self.options),
+            "verdict": self.verdict, "exit_code": self.exit_code,
+            "findings": [asdict(finding) for finding in self.findings], "not_measured": self.not_measured,
             "policy": {"origin": self.policy.origin, "rules": self.policy.plain()},
             "analyses": {name: outcome_record(name, outcome) for name, outcome in self.analyses.items()},
             "kept": {name: outcome_record(name, outcome) for name, outcome in self.kept.items()},
-            "unmatched": plain(self.unmatched),
-            "notes": list(self.notes),
-        }
+            "unmatched": plain(self.unmatched), "notes": list(self.notes),
+        }  # fmt: skip
 
 
 def outcome_record(name: str, outcome: Outcome) -> dict[str, Any]:
     """One entry under `analyses` in audit.json."""
     record = {k: getattr(outcome, k) for k in Outcome.__dataclass_fields__ if k != "result"}
     result = outcome.result or Result(metrics={}, tables={})
-    record |= {
+    return record | {
         "parameters": dict(result.parameters),
         "metrics": dict(result.metrics),
         "notes": list(result.notes),
         "tables": {table: table_file(name, table) for table in result.tables},
         "masks": {mask: mask_file(name, mask) for mask in result.masks},
     }
-    return record
 
 
 def table_file(name: str, table: str) -> str:
-    """Where a table lies inside an audit.
-
-    Raises:
-        InputError: a name that is not safe as a part of a file name.
-    """
+    """Where a table lies inside an audit; an InputError for a name that could leave its directory."""
     return f"tables/{safe(name, table)}.parquet"
 
 
@@ -236,11 +218,7 @@ class Store:
         self.lock.release()
 
     def earlier(self) -> Audit | None:
-        """What an earlier run left here; a result whose tables are damaged counts as not there.
-
-        Raises:
-            InputError: audit.json is damaged.
-        """
+        """What an earlier run left here; a result whose tables are damaged counts as not there."""
         if not (self.out / "audit.json").exists():
             return None
         try:
@@ -275,16 +253,11 @@ class Store:
         """Write audit.json in one step, and drop the tables and masks that it no longer names."""
         with replacing(self.out / "audit.json") as part:
             part.write_text(to_json(audit.record()), encoding="utf-8")
-        named = {
-            self.out / file
-            for outcomes in (audit.analyses, audit.kept)
-            for name, outcome in outcomes.items()
-            if outcome.result is not None
-            for file in (
-                *(table_file(name, table) for table in outcome.result.tables),
-                *(mask_file(name, mask) for mask in outcome.result.masks),
-            )
-        }
+        named = set()
+        for name, outcome in (*audit.analyses.items(), *audit.kept.items()):
+            if outcome.result is not None:
+                named |= {self.out / table_file(name, table) for table in outcome.result.tables}
+                named |= {self.out / mask_file(name, mask) for mask in outcome.result.masks}
         for path in set(self._files()) - named:
             path.unlink(missing_ok=True)
 
@@ -318,47 +291,36 @@ def load(path: str | Path, *, damaged: Literal["refuse", "drop"] = "refuse") -> 
     directory = Path(path).parent if Path(path).name == "audit.json" else Path(path)
     file = directory / "audit.json"
     with one_line(file):
-        return _loaded(path, directory, file, damaged)
-
-
-def _loaded(path: str | Path, directory: Path, file: Path, damaged: str) -> Audit:
-    try:
-        record = json.loads(confined(file, directory, "audit").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no audit here (there is no audit.json)") from error
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: damaged, not JSON: {error}") from error
-    except RecursionError as error:
-        raise InputError(f"{file}: damaged, not JSON: nested too deeply") from error
-    schema = record.get("schema") if isinstance(record, dict) else None
-    if not isinstance(schema, int):
-        raise InputError(f"{file}: not an audit of tunescope")
-    if schema > SCHEMA:
-        raise InputError(
-            f"{file}: schema {schema} is newer than this tunescope reads ({SCHEMA}); upgrade tunescope"
-        )
-    try:
-        return audit_of(record, directory, damaged)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{file}: damaged: {type(error).__name__} {error}") from error
+        try:
+            record = json.loads(confined(file, directory, "audit").read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise InputError(f"{path}: no audit here (there is no audit.json)") from error
+        except OSError as error:
+            raise InputError(f"{file}: cannot be read: {error.strerror}") from error
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            reason = "nested too deeply" if isinstance(error, RecursionError) else error
+            raise InputError(f"{file}: damaged, not JSON: {reason}") from error
+        schema = record.get("schema") if isinstance(record, dict) else None
+        if not isinstance(schema, int):
+            raise InputError(f"{file}: not an audit of tunescope")
+        if schema > SCHEMA:
+            newer = f"schema {schema} is newer than this tunescope reads ({SCHEMA})"
+            raise InputError(f"{file}: {newer}; upgrade tunescope")
+        try:
+            return audit_of(record, directory, damaged)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{file}: damaged: {type(error).__name__} {error}") from error
 
 
 def typed(record: Any, kinds: Mapping[str, Any], file: Path, where: str) -> None:
-    """Check the types of a part of audit.json, on which all later code relies.
-
-    Raises:
-        InputError: the first field of another type.
-    """
+    """Check the types of a part of audit.json, on which all later code relies."""
     if not isinstance(record, dict):
         raise InputError(f"{file}: damaged: {where or 'it '}is no object")
     for key, kind in kinds.items():
-        value = record.get(key)
-        if isinstance(kind, list):
-            right = isinstance(value, list) and all(isinstance(item, kind[0]) for item in value)
-        else:
-            right = isinstance(value, kind)
+        value: Any = record.get(key)
+        right = isinstance(value, list if isinstance(kind, list) else kind)
+        if right and isinstance(kind, list):
+            right = all(isinstance(item, kind[0]) for item in value)
         if key in record and not right:
             raise InputError(f"{file}: damaged: {where}{key} is {value!r:.80}")
     if record.get("status", "ok") not in ("ok", "skipped", "failed"):
@@ -392,20 +354,10 @@ def audit_of(record: Mapping[str, Any], directory: Path, damaged: str) -> Audit:
         return by_name
 
     return Audit(
-        base=record["base"],
-        tuned=record["tuned"],
-        policy=policy,
-        analyses=outcomes(record["analyses"]),
-        created=record["created"],
-        tunescope=record["tunescope"],
-        data=record["data"],
-        environment=record["environment"],
-        options=record["options"],
-        kept=outcomes(record["kept"]),
-        unmatched=tuple(record["unmatched"]),
-        notes=tuple(record["notes"]),
-        path=directory,
-    )
+        policy=policy, analyses=outcomes(record["analyses"]), kept=outcomes(record["kept"]), path=directory,
+        unmatched=tuple(record["unmatched"]), notes=tuple(record["notes"]),
+        **{name: record[name] for name in PLAIN},
+    )  # fmt: skip
 
 
 def result_of(name: str, entry: Mapping[str, Any], directory: Path) -> Result:
@@ -428,11 +380,5 @@ def result_of(name: str, entry: Mapping[str, Any], directory: Path) -> Result:
         if file != mask_files[mask] or not (directory / file).is_file():
             raise InputError(f"{record}: damaged: mask {mask} of {name} is missing")
         masks[mask] = confined(directory / file, directory, "audit")
-    return Result(
-        metrics=metrics,
-        tables=tables,
-        notes=tuple(entry["notes"]),
-        masks=masks,
-        analysis=name,
-        parameters=entry["parameters"],
-    )
+    about: dict[str, Any] = {"analysis": name, "parameters": entry["parameters"]}
+    return Result(metrics=metrics, tables=tables, masks=masks, notes=tuple(entry["notes"]), **about)

@@ -45,12 +45,10 @@ class Recall:
     """Factors of one matrix, computed or recalled from a cache. This class has no cache."""
 
     def __call__(self, kind: str, parts: Sequence[Any], make: Callable[[], Factors]) -> Factors:
-        """The cached factors; else they are computed and kept.
+        """The cached factors; else `make` computes them, and they are kept.
 
         Args:
-            kind: the kind of factors.
             parts: all that they depend on besides the matrix: tensors, and values with a full `repr`.
-            make: computes them.
         """
         factors = self.lookup(kind, parts)
         if factors is None:
@@ -74,14 +72,12 @@ class FactorCache:
     """A directory of factorisations, shared by any number of processes, that may be deleted at any time.
 
     Attributes:
-        directory: created if it is missing.
-        room: its largest size, in bytes.
         began: start of this run. Only entries last used before it make room for new ones, so that a model
             larger than the cache finds a part of itself again rather than none.
     """
 
-    directory: Path
-    room: int = ROOM
+    directory: Path  # created if it is missing
+    room: int = ROOM  # its largest size, in bytes
     began: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:
@@ -90,11 +86,7 @@ class FactorCache:
 
     @classmethod
     def at(cls, directory: "FactorCache | str | Path | None", room: int = ROOM) -> "FactorCache | None":
-        """The cache in a directory; None for None.
-
-        Raises:
-            InputError: the directory cannot be made or written to.
-        """
+        """The cache in a directory; None for None."""
         if directory is None or isinstance(directory, FactorCache):
             return directory
         cache = cls(Path(directory).expanduser().absolute(), room)
@@ -108,12 +100,7 @@ class FactorCache:
         return cache
 
     def of(self, stored: Tensor, W: Tensor) -> Recall:
-        """The recall of one matrix.
-
-        Args:
-            stored: its values as read, on the CPU.
-            W: the same values in the form that is computed with.
-        """
+        """The recall of one matrix, by its values as read, on the CPU, and as computed with."""
         return _MatrixRecall(self, stored, W)
 
     def get(self, key: str) -> Factors | None:
@@ -176,7 +163,7 @@ class FactorCache:
             for entry in os.scandir(self.directory):
                 with suppress(FileNotFoundError):  # deleted by another meanwhile
                     status = entry.stat()
-                    if entry.name.endswith(".safetensors") or entry.name.endswith(".part"):
+                    if entry.name.endswith((".safetensors", ".part")):
                         entries.append((status.st_mtime, status.st_size, entry.path))
         return sorted(entries)
 

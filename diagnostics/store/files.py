@@ -25,11 +25,7 @@ class CannotWriteError(OSError):
 
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Turn what goes wrong on the disk into one line that says where, and how to mend it.
-
-    Raises:
-        CannotWriteError: with that line as its text.
-    """
+    """Turn what goes wrong on the disk into a CannotWriteError that says where, and how to mend it."""
     try:
         yield path
     except CannotWriteError:
@@ -43,11 +39,7 @@ def writing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that takes the place of `path` when the block ends well, and vanishes otherwise.
-
-    Raises:
-        CannotWriteError: the old `path` is untouched.
-    """
+    """A temporary file that takes the place of `path` when the block ends well, and vanishes otherwise."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     with writing(path):
         try:
@@ -71,11 +63,7 @@ def write_table(path: Path, frame: "pd.DataFrame") -> None:
 
 
 def read_table(path: Path) -> "pd.DataFrame":
-    """Read a frame back.
-
-    Raises:
-        InputError: it is missing or damaged.
-    """
+    """Read a frame back."""
     import pyarrow.parquet
 
     try:
@@ -106,11 +94,7 @@ def to_json(record: Any) -> str:
 
 
 def number(value: Any) -> float | int:
-    """A number as `to_json` wrote it.
-
-    Raises:
-        InputError: it is none, or too large for a computer's.
-    """
+    """A number as `to_json` wrote it."""
     if value in ("NaN", "Infinity", "-Infinity"):
         return float(value)
     if not isinstance(value, int | float) or (isinstance(value, int) and value.bit_length() > 1023):

@@ -20,19 +20,12 @@ def key(record: Analysis, used: Mapping[str, Any], stamps: Mapping[str, str], ro
     """Hash of all that a result depends on: it may be used again only under the same key."""
     import torch
 
-    return digest(
-        json.dumps(
-            {
-                "analysis": record.name,
-                "parameters": plain(used),
-                "checkpoints": stamps,
-                "rows": {role: rows[role] for role in (*record.inputs, *record.optional) if role in rows},
-                "source": source(record.function),
-                "versions": [version("tunescope"), torch.__version__],
-            },
-            sort_keys=True,
-        )
-    )
+    parts = {
+        "analysis": record.name, "parameters": plain(used), "checkpoints": stamps,
+        "rows": {role: rows[role] for role in (*record.inputs, *record.optional) if role in rows},
+        "source": source(record.function), "versions": [version("tunescope"), torch.__version__],
+    }  # fmt: skip
+    return digest(json.dumps(parts, sort_keys=True))
 
 
 def source(function: Callable[..., Any]) -> str:

@@ -1,8 +1,6 @@
 """PEFT adapters as low-rank deltas: LoRA, rsLoRA, DoRA, and tensors saved with them.
 
-An adapter is read as its base with the adapter merged in: tensors that it leaves alone are the base's, the
-others are merged in float32 when read, one at a time. Source of the rules: PEFT's `merge_and_unload`
-(peft/tuners/lora/layer.py, variants.py), with which the tests compare them.
+Source of the rules: PEFT's `merge_and_unload` (peft/tuners/lora/layer.py, variants.py).
 """
 
 import hashlib
@@ -17,18 +15,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from probes.adapters.parts import AdapterUpdate, LowRank
+from probes.adapters.parts import AdapterUpdate, LowRank, sum_of
 from probes.files.layout import Matrix
 from probes.files.sources import Source
 
 
 class Adapter:
-    """A source: the tensors of a base with an adapter merged in.
-
-    Attributes:
-        headers: the tensors of the merged model: the base's and the adapter's additional ones.
-        targets: the role of each tensor of the adapter.
-    """
+    """A source: the tensors of a base with an adapter merged in float32, one tensor at a time when read."""
 
     def __init__(
         self,
@@ -44,20 +37,16 @@ class Adapter:
 
         Args:
             config: adapter_config.json.
-            weights: the adapter's own tensors.
-            base: the tensors that it was trained on.
             matrices: the base's matrices by name.
             where, of: names of the adapter and its base in messages.
 
         Raises:
             InputError: a kind of adapter that is not read, or one that does not fit this base.
         """
-        from probes.adapters.targets import find_targets
+        from probes.adapters.targets import TargetSearch
 
-        self.config = config
-        self.weights = weights
-        self.base = base
-        self.targets = find_targets(config, weights.headers, base.headers, matrices, where=where, of=of)
+        self.config, self.weights, self.base = config, weights, base
+        self.targets = TargetSearch(config, weights.headers, base.headers, matrices, where, of).targets
         self.headers = dict(base.headers)
         for name, key in self.targets.replaced.items():
             self.headers[name] = replace(weights.headers[key], name=name)
@@ -107,21 +96,15 @@ class Adapter:
     @cached_property
     def _identity(self) -> Hashable:
         """Identifies the adapter and its base."""
-        locations = tuple(self.weights.location(key) for key in self.weights.headers)
-        return (
-            locations,
-            json.dumps(self.summary, sort_keys=True),
-            tuple(map(self.base.location, self.base.headers)),
-        )
+        sides = (tuple(map(side.location, side.headers)) for side in (self.weights, self.base))
+        return json.dumps(self.summary, sort_keys=True), *sides
 
     def changes(self, name: str) -> bool:
         """Whether a stored tensor is not the base's own."""
         if name not in self.targets.replaced:
             name = self._tied.get(name, name)
-        targets = self.targets
-        return any(
-            name in kind for kind in (targets.updates, targets.replaced, targets.tokens, targets.shifts)
-        )
+        roles = self.targets
+        return any(name in role for role in (roles.updates, roles.replaced, roles.tokens, roles.shifts))
 
     def touched(self, matrix: Matrix) -> bool:
         """Whether the adapter changes a matrix."""
@@ -135,12 +118,7 @@ class Adapter:
             return None
         if matrix.tensor in self.targets.replaced and not self.carried(matrix.tensor):
             return None
-        lows = [self._factors(update, matrix) for update in updates]
-        if len(lows) == 1:
-            return lows[0]
-        A = torch.cat([low.A.float() for low in lows])
-        B = torch.cat([low.B.float() * low.scaling for low in lows], dim=1)
-        return LowRank(A, B, 1.0)
+        return sum_of(*(self._factors(update, matrix) for update in updates))
 
     def matrix(self, matrix: Matrix) -> Float[Tensor, "out in"]:
         """One matrix as (out, in): merged in float32 where factors change it, else in its stored dtype."""
@@ -156,22 +134,18 @@ class Adapter:
         stored = self.stored(name)
         for update in self.targets.updates.get(name, ()):
             stored = stored.to(_wide(stored.dtype), copy=True)
-            if update.matrix is not None:
-                stored = update.matrix.put(
-                    stored, self._merge(update, update.matrix, update.matrix.take(stored))
-                )
-                continue
-            for matrix in self.undivided(update):
+            for matrix in self.undivided(update) if update.matrix is None else ():
                 view = matrix.take(stored)
                 view.copy_(self._merge(update, matrix, view))
+            if (part := update.matrix) is not None:
+                stored = part.put(stored, self._merge(update, part, part.take(stored)))
         return stored
 
     def stored(self, name: str) -> Tensor:
         """The tensor that factors are added to: the base's, or the adapter's replacement."""
         targets = self.targets
-        stored = (
-            self.weights.read(targets.replaced[name]) if name in targets.replaced else self.base.read(name)
-        )
+        replacement = targets.replaced.get(name)
+        stored = self.base.read(name) if replacement is None else self.weights.read(replacement)
         if name in targets.tokens:
             key, rows = targets.tokens[name]
             stored = stored.index_copy(0, torch.tensor(rows), self.weights.read(key).to(stored.dtype))
@@ -200,11 +174,8 @@ class Adapter:
 
     def updates(self, matrix: Matrix) -> list[AdapterUpdate]:
         """The factors that change a matrix."""
-        return [
-            update
-            for update in self.targets.updates.get(matrix.tensor, ())
-            if update.matrix is None or update.matrix.name == matrix.name
-        ]
+        updates = self.targets.updates.get(matrix.tensor, ())
+        return [update for update in updates if update.matrix is None or update.matrix.name == matrix.name]
 
     def _factors(self, update: AdapterUpdate, matrix: Matrix) -> LowRank:
         """The factors that an update adds to a matrix, as (r, in) and (out, r)."""

@@ -21,20 +21,14 @@ LARGEST = 2**31
 
 
 def well_formed(config: Mapping[str, Any], where: str) -> None:
-    """Check the types of the fields of adapter_config.json that are read.
-
-    Raises:
-        InputError: the first field of another type; the message says what it should be.
-    """
+    """Raise InputError for the first field of adapter_config.json that is read and has another type."""
     for name in ("r", "lora_alpha"):
         if not _number(config.get(name, 8)):
             raise _wrong(where, name, config[name], "a number")
     for name in ("rank_pattern", "alpha_pattern"):
-        value = config.get(name)
-        value = {} if value is None else value
-        if not isinstance(value, Mapping) or not all(
-            isinstance(k, str) and _number(v) for k, v in value.items()
-        ):
+        value = {} if config.get(name) is None else config[name]
+        items = value.items() if isinstance(value, Mapping) else [(None, None)]
+        if not all(isinstance(pattern, str) and _number(number) for pattern, number in items):
             raise _wrong(where, name, value, "an object of numbers by the names of modules")
     for name in ("modules_to_save", "target_parameters"):
         value = config.get(name) or ()
@@ -42,12 +36,10 @@ def well_formed(config: Mapping[str, Any], where: str) -> None:
             raise _wrong(where, name, value, "a list of names")
     rows = config.get("trainable_token_indices") or []
     for value in rows.values() if isinstance(rows, Mapping) else [rows]:
-        if not isinstance(value, list | tuple) or not all(
-            type(row) is int and 0 <= row < LARGEST for row in value
-        ):
-            raise _wrong(
-                where, "trainable_token_indices", rows, "a list of token ids, or such lists by module"
-            )
+        ids = value if isinstance(value, list | tuple) else [None]
+        if not all(type(token) is int and 0 <= token < LARGEST for token in ids):
+            wanted = "a list of token ids, or such lists by module"
+            raise _wrong(where, "trainable_token_indices", rows, wanted)
 
 
 def _number(value: Any) -> bool:
@@ -59,11 +51,7 @@ def _wrong(where: str, name: str, value: Any, wanted: str) -> InputError:
 
 
 class Patterns:
-    """Look-up in `rank_pattern` and `alpha_pattern` within a limited time.
-
-    Raises:
-        InputError: an invalid expression, or one that takes too long.
-    """
+    """Look-up in `rank_pattern` and `alpha_pattern`; an expression that takes too long is an InputError."""
 
     def __init__(self, where: str):
         self.where = where
@@ -72,9 +60,8 @@ class Patterns:
 
     def value(self, patterns: Mapping[str, Any] | None, key: str, default: Any) -> Any:
         """Value of the first pattern that matches the end of a name (peft.utils.other.get_pattern_key)."""
-        return next(
-            (value for pattern, value in (patterns or {}).items() if self.fits(pattern, key)), default
-        )
+        items = (patterns or {}).items()
+        return next((value for pattern, value in items if self.fits(pattern, key)), default)
 
     def fits(self, pattern: str, key: str) -> bool:
         """Whether an expression matches the end of a name, from the beginning of one of its parts."""
@@ -92,9 +79,8 @@ class Patterns:
         except (re.error, regex.error, OverflowError, RecursionError, MemoryError) as error:
             raise InputError(f"{self.where}: {pattern!r} is no regular expression ({error})") from error
         except TimeoutError as error:
-            raise InputError(
-                f"{self.where}: the regular expression {pattern!r} takes too long; name the modules instead"
-            ) from error
+            problem = f"the regular expression {pattern!r} takes too long; name the modules instead"
+            raise InputError(f"{self.where}: {problem}") from error
         finally:
             self.left -= time.thread_time() - began - USUAL
 

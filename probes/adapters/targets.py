@@ -1,7 +1,6 @@
 """The tensor of a base that each tensor of a PEFT adapter belongs to.
 
-An adapter names modules as in memory. A file may leave out or reorder the names of sub-models, store experts
-separately that memory stacks, and stores tied weights once. Differences end here.
+An adapter names modules as in memory; a file may reorder names, unstack experts and store tied weights once.
 """
 
 import re
@@ -19,17 +18,10 @@ from probes.naming.align import without_wrappers
 from probes.naming.lookup import Lookup, probe
 
 # Adapters that add a prompt or activations and change no weight.
-WEIGHTLESS = frozenset(
-    [
-        "PROMPT_TUNING",
-        "PREFIX_TUNING",
-        "P_TUNING",
-        "MULTITASK_PROMPT_TUNING",
-        "ADAPTION_PROMPT",
-        "CPT",
-        "CARTRIDGE",
-    ]
-)
+WEIGHTLESS = {
+    "PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT",
+    "CARTRIDGE",
+}  # fmt: skip
 # Fields of LoraConfig that give the factors another meaning.
 VARIANTS = {
     "layer_replication": "it repeats layers of its base",
@@ -42,9 +34,7 @@ VARIANTS = {
 }
 # Initialisations that also change the base's weights: the factors are then no delta to the base on disk.
 MOVED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-MERGE = (
-    "merge it where it was trained (`model.merge_and_unload().save_pretrained(DIR)`) and give that directory"
-)
+MERGE = "merge it where it was trained (`model.merge_and_unload().save_pretrained(DIR)`) and give DIR"
 
 _FACTOR = re.compile(
     r"(?P<module>.+)\.(?P<factor>lora_(?:embedding_)?[AB]|lora_magnitude_vector)"
@@ -56,18 +46,13 @@ _WRAPPED = re.compile(r"\.token_adapter(?=\.)|\.base_layer(?=\.)|\.modules_to_sa
 
 
 def refuse(config: Mapping[str, Any], where: str) -> None:
-    """Accept only adapters with factors that are a delta to the base on disk.
-
-    Raises:
-        InputError: another kind; the message names it and says how to mend it.
-    """
+    """Raise InputError for an adapter without factors, or with some that are no delta to the base on disk."""
     kind = str(config.get("peft_type", "unknown")).upper()
     if kind in WEIGHTLESS:
         raise InputError(f"{where}: a {kind} adapter changes no weights, so there is nothing to compare")
     if kind != "LORA":
-        raise InputError(
-            f"{where}: adapter of type {kind}; LoRA, rsLoRA and DoRA are read as they are: {MERGE}"
-        )
+        read = "LoRA, rsLoRA and DoRA are read as they are"
+        raise InputError(f"{where}: adapter of type {kind}; {read}: {MERGE}")
     for name, meaning in VARIANTS.items():
         if config.get(name):
             raise InputError(f"{where}: {name} is set ({meaning}); {MERGE}")
@@ -79,34 +64,13 @@ def refuse(config: Mapping[str, Any], where: str) -> None:
         )
 
 
-def find_targets(
-    config: Mapping[str, Any],
-    weights: Mapping[str, Header],
-    base: Mapping[str, Header],
-    matrices: Mapping[str, Matrix],
-    *,
-    where: str,
-    of: str,
-) -> Targets:
-    """The role of every tensor of an adapter's file.
-
-    Args:
-        config: adapter_config.json.
-        weights, base: the tensors of adapter and base, by name.
-        matrices: the base's matrices.
-        where, of: names of the two in messages.
+class TargetSearch:
+    """The role of every tensor of an adapter's file, as `targets`, found one kind of tensor after the other.
 
     Raises:
         InputError: a kind of adapter that is not read; a module that the base lacks, or has in another shape;
             a configuration that is damaged.
     """
-    refuse(config, where)
-    well_formed(config, where)
-    return _Search(config, weights, base, matrices, where, of).targets
-
-
-class _Search:
-    """The work of `find_targets`, one kind of tensor after the other."""
 
     def __init__(
         self,
@@ -117,18 +81,17 @@ class _Search:
         where: str,
         of: str,
     ):
-        self.config = config
-        self.weights = weights
+        refuse(config, where)
+        well_formed(config, where)
+        self.config, self.weights, self.where, self.of = config, weights, where, of
         self.names = Lookup(base, matrices)
-        self.where = where
-        self.of = of
         self.shapes = {name: header.shape for name, header in base.items()}
         self.targets = Targets()
         self.patterns = Patterns(where)
         self.moved: list[str] = []
 
         factors: dict[str, dict[str, str]] = defaultdict(dict)
-        saved_whole: dict[str, str] = {}
+        saved_in_full: dict[str, str] = {}
         tokens: dict[str, str] = {}
         adapters: set[str] = set()
         for key in weights:
@@ -140,21 +103,17 @@ class _Search:
             elif match := _TOKENS.fullmatch(name):
                 tokens[match["module"]] = key
             elif ".lora_" in name:
-                raise InputError(
-                    f"{where}: tensor {key!r} belongs to a variant of LoRA that is not read; {MERGE}"
-                )
+                raise InputError(f"{where}: tensor {key!r} is of a variant of LoRA that is not read; {MERGE}")
             elif ".original_module." not in name:
-                saved_whole[key] = _WRAPPED.sub("", name)
+                saved_in_full[key] = _WRAPPED.sub("", name)
         # With an embedding of another length PEFT saves the head, even if the base ties it.
-        self.heads = {name for key, name in saved_whole.items() if self._tied_head(name, key)}
-        for key, name in saved_whole.items():
-            self._whole(name, key)
+        self.heads = {name for key, name in saved_in_full.items() if self._tied_head(name, key)}
+        for key, name in saved_in_full.items():
+            self._replacement(name, key)
         for module, key in tokens.items():  # rows of embeddings that may have been saved in full
             self._tokens(module, key)
         if len(adapters) > 1:
-            raise InputError(
-                f"{where}: holds several adapters ({', '.join(sorted(adapters))}); save the one that is meant"
-            )
+            raise InputError(f"{where}: holds several adapters ({', '.join(sorted(adapters))}); save one")
         if not factors and not self.targets.replaced and not self.targets.tokens:
             raise InputError(f"{where}: holds no tensor of an adapter; is it the adapter's own directory?")
         for module, keys in factors.items():
@@ -165,14 +124,15 @@ class _Search:
                 f"layer and component, such as {self.moved[0]}"
             )
 
+    def _error(self, module: str, problem: str) -> InputError:
+        return InputError(f"{self.where}: {module}: {problem}")
+
     def _fail(self, module: str, problem: str) -> InputError:
-        return InputError(
-            f"{self.where}: {module}: {problem}; was it trained on another model than {self.of}?"
-        )
+        return self._error(module, f"{problem}; was it trained on another model than {self.of}?")
 
     # Tensors saved in full
 
-    def _whole(self, name: str, key: str) -> None:
+    def _replacement(self, name: str, key: str) -> None:
         """`modules_to_save`, biases, and embeddings that PEFT saves with their factors."""
         # Under `base_layer` is a copy of the weight that the factors are added to.
         stored = self.names.weight(name) if ".base_layer." in key else self.names.find(name)
@@ -210,9 +170,8 @@ class _Search:
         (height, width), trained_shape = self.shapes[stored], self.weights[key].shape
         if not rows or trained_shape != (len(rows), width) or max(rows) >= height:
             which = f"tokens {min(rows)} to {max(rows)}" if rows else "tokens that its config does not name,"
-            raise self._fail(
-                module, f"trained {which} in {_by(trained_shape)}, the base has {height}x{width}"
-            )
+            shapes = f"{_by(trained_shape)}, the base has {height}x{width}"
+            raise self._fail(module, f"trained {which} in {shapes}")
         self.targets.tokens[stored] = key, list(rows)
 
     # Factors
@@ -221,26 +180,20 @@ class _Search:
         embedding = "lora_embedding_A" in keys
         A, B = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
         if A not in keys or B not in keys:
-            raise InputError(
-                f"{self.where}: {module}: has {', '.join(keys)} but not both {A} and {B}; saved whole?"
-            )
+            raise self._error(module, f"has {', '.join(keys)} but not both {A} and {B}; saved whole?")
         if self.config.get("use_dora") and "lora_magnitude_vector" not in keys:
-            raise InputError(f"{self.where}: {module}: use_dora is set, but lora_magnitude_vector is missing")
+            raise self._error(module, "use_dora is set, but lora_magnitude_vector is missing")
         for key in (keys[A], keys[B]):
             header = self.weights[key]
             if len(header.shape) < 2 or 0 in header.shape or not header.dtype.is_floating_point:
-                raise InputError(
-                    f"{self.where}: {module}: {key!r} of {_by(header.shape)} is no factor; damaged?"
-                )
+                raise self._error(module, f"{key!r} of {_by(header.shape)} is no factor; damaged?")
         path = _WRAPPED.sub("", module + ".").removesuffix(".")
         plain = AdapterUpdate(
             module=path, tensor="", A=keys[A], B=keys[B], scaling=0.0,
             magnitude=keys.get("lora_magnitude_vector"), embedding=embedding,
         )  # fmt: skip
         if plain.magnitude and prod(self.weights[plain.magnitude].shape) != self._shape(plain)[embedding]:
-            raise InputError(
-                f"{self.where}: {module}: lora_magnitude_vector has not a length for each output"
-            )
+            raise self._error(module, "lora_magnitude_vector has not a length for each output")
         parameters = self._parameters(path)
         updates = self._parameter(plain, parameters) if parameters else self._module(plain)
         for update in updates:
@@ -276,11 +229,11 @@ class _Search:
                 if shape != (out, columns):
                     raise self._fail(path, f"the adapter is for {out}x{columns}, the base holds {_by(shape)}")
                 if stored in self.targets.untied and self.names.find(name) != stored:
-                    raise InputError(
-                        f"{self.where}: {path} is tied to {stored}, of which a copy was trained too, so "
-                        f"that they end as two weights; {MERGE}"
-                    )
-                self._note_tied(stored)
+                    problem = f"is tied to {stored}, of which a copy was trained too: two weights in the end"
+                    raise InputError(f"{self.where}: {path} {problem}; {MERGE}")
+                if stored in self.names.shared:
+                    outcome = "merged, both change; unmerged, only the adapted one"
+                    self.targets.notes.append(f"{stored} serves a tied head too: {outcome}")
                 return [replace(update, tensor=stored)]
         # Names, stacks and fusions may differ between memory and file: match by layer and component.
         updates = []
@@ -301,19 +254,18 @@ class _Search:
         PEFT nests one wrapper for each parameter of a module and saves the depth, not the name; shapes tell.
         """
         path = update.module
-        fitting = {name: found for name in parameters if (found := self._stack(update, name))}
+        fitting = {name: updates for name in parameters if (updates := self._stack(update, name))}
         if len(fitting) != 1:
+            stored = {name: self.names.find(f"{path}.{name}") for name in parameters}
             candidates = ", ".join(
-                f"{name} {_by(shape)}" for name in parameters for shape in self._known(f"{path}.{name}")
+                f"{name} {_by(self._oriented(key))}" for name, key in stored.items() if key
             )
-            problem = "fits several of" if fitting else "fits none of"
-            raise self._fail(
-                path, f"a delta of {_by(self._shape(update))} {problem} target_parameters ({candidates})"
-            )
-        ((name, found),) = fitting.items()
-        experts = max(found[0].experts, 1)
+            problem = f"fits {'several' if fitting else 'none'} of target_parameters ({candidates})"
+            raise self._fail(path, f"a delta of {_by(self._shape(update))} {problem}")
+        ((name, updates),) = fitting.items()
+        experts = max(updates[0].experts, 1)
         scaling = self._scaling(path, f"{path}.{name}", self._rank(update) // experts)
-        return [replace(one, scaling=scaling) for one in found]
+        return [replace(update, scaling=scaling) for update in updates]
 
     def _stack(self, update: AdapterUpdate, parameter: str) -> list[AdapterUpdate]:
         """The places of `update` if it is for this parameter; nothing if its shape says otherwise."""
@@ -335,10 +287,6 @@ class _Search:
             updates.append(replace(update, tensor=ours.tensor, matrix=ours, part=theirs, experts=experts))
         return updates if self._rank(update) % max(experts, 1) == 0 else []
 
-    def _known(self, name: str) -> Iterable[tuple[int, ...]]:
-        stored = self.names.find(name)
-        return [self._oriented(stored)] if stored is not None else []
-
     def _rank(self, update: AdapterUpdate) -> int:
         return self.weights[update.A].shape[0]
 
@@ -346,7 +294,7 @@ class _Search:
         """(out, in) of the product of the factors."""
         A, B = self.weights[update.A].shape, self.weights[update.B].shape
         if A[0] != prod(B[1:]):
-            raise InputError(f"{self.where}: {update.module}: factors {_by(A)} and {_by(B)} do not multiply")
+            raise self._error(update.module, f"factors {_by(A)} and {_by(B)} do not multiply")
         return (A[1], B[0]) if update.embedding else (B[0], prod(A[1:]))
 
     def _oriented(self, stored: str) -> tuple[int, ...]:
@@ -362,18 +310,10 @@ class _Search:
         config = self.config
         expected = self.patterns.value(config.get("rank_pattern"), key, config.get("r", 8))
         if rank != expected:
-            raise InputError(
-                f"{self.where}: {module}: factors of rank {rank}, but adapter_config.json says {expected}; "
-                "are the two files of one adapter?"
-            )
+            problem = f"factors of rank {rank}, but adapter_config.json says {expected}"
+            raise self._error(module, f"{problem}; are the two files of one adapter?")
         alpha = self.patterns.value(config.get("alpha_pattern"), key, config.get("lora_alpha", 8))
         return alpha / (sqrt(rank) if config.get("use_rslora") else rank)
-
-    def _note_tied(self, stored: str) -> None:
-        if stored in self.names.shared:
-            self.targets.notes.append(
-                f"{stored} serves a tied head too: merged, both change; unmerged, only the adapted one"
-            )
 
 
 def _by(shape: Iterable[int]) -> str:

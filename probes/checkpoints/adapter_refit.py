@@ -1,7 +1,4 @@
-"""Edits of a tuned model written back into its adapter, as far as the adapter's rank allows.
-
-Source of the truncation: Eckart & Young 1936; the nearest delta of rank r is the truncated SVD of the edited.
-"""
+"""Edits of a tuned model in its adapter: the truncated SVD is the nearest of a rank (Eckart & Young 1936)."""
 
 import json
 from collections import defaultdict
@@ -22,13 +19,12 @@ from probes.checkpoints.save import atomic_directory, carry_file, companion_file
 from probes.errors import InputError
 from probes.files.layout import Matrix
 
+WRITE_FULL = "write full weights instead (full=True)"
+
 
 @dataclass(frozen=True)
 class Edit:
-    """A change of one matrix, `left @ right`, both float64.
-
-    `left` may have fewer rows than the matrix: then the change is of the first ones (a resized vocabulary).
-    """
+    """A change of one matrix, or of its first rows in a resized vocabulary: `left @ right`, both float64."""
 
     matrix: Matrix
     left: Float[Tensor, "out count"]
@@ -48,13 +44,10 @@ class Edit:
 
 @dataclass(frozen=True)
 class Refit:
-    """An edited adapter.
+    """An edited adapter: new values of some of its own tensors, by name.
 
-    Attributes:
-        tensors: new values of the adapter's own tensors, by name; the others stay unchanged.
-        share: by matrix, the share of the edit's squared norm that the adapter holds after rounding to its
-            dtype; matrices that share factors share this number.
-        notes: for a reader.
+    `share` is by matrix, of the edit's squared norm that the adapter holds after rounding to its dtype;
+    matrices that share factors share this number.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -83,10 +76,8 @@ def refit(adapter: Adapter, edits: Iterable[Edit]) -> Refit:
             done.tensors[key] = edit.apply(done.tensors.get(key, adapter.weights.read(key)))
             done.share[matrix.name] = 1.0
         else:
-            raise InputError(
-                f"{matrix.name}: the adapter cannot hold a change of this matrix; write full weights instead "
-                "(full=True)"
-            )
+            problem = "the adapter cannot hold a change of this matrix"
+            raise InputError(f"{matrix.name}: {problem}; {WRITE_FULL}")
     for (_, expert), group in groups.items():
         share = _truncate(adapter, group, expert, done.tensors)
         done.share.update((edit.matrix.name, share) for _, edit in group)
@@ -116,8 +107,8 @@ def _truncate(
 def _placed(group: list[tuple[AdapterUpdate, Edit]], rows: int) -> tuple[Tensor, Tensor]:
     """The edits of all parts of one matrix as one product."""
     lefts = []
+    row_indices = torch.arange(rows)[:, None]
     for update, edit in group:
-        row_indices = torch.arange(rows)[:, None]
         left = torch.zeros(rows, edit.left.shape[1], dtype=edit.left.dtype)
         left[rows_of_part(update.part or edit.matrix, row_indices).flatten()[: len(edit.left)]] = edit.left
         lefts.append(left)
@@ -154,19 +145,12 @@ def _store(
         B, A = A.mT, B.mT
     kept = []
     for key, value in ((update.B, B), (update.A, A)):
-        values = tensors.get(key, adapter.weights.read(key)).clone()
-        if expert is None:
-            view = values.view(values.shape)
-            view.copy_(value.reshape(values.shape))
-        else:
-            r = A.shape[0]
-            view = (
-                values[:, expert :: update.experts]
-                if key == update.B
-                else values[expert * r : (expert + 1) * r]
-            )
-            view.copy_(value)
-        tensors[key] = values
+        view = tensors[key] = tensors.get(key, adapter.weights.read(key)).clone()
+        if expert is not None and key == update.B:
+            view = view[:, expert :: update.experts]
+        elif expert is not None:
+            view = view[expert * len(A) : (expert + 1) * len(A)]
+        view.copy_(value.reshape(view.shape))
         kept.append(view.flatten(1).double())
     return (kept[1].mT, kept[0].mT) if update.embedding else (kept[0], kept[1])
 
@@ -188,22 +172,17 @@ class _Dora:
         if update.magnitude is None:
             return cls(None, None, update.embedding)
         if update.tensor in adapter.targets.replaced and not adapter.carried(update.tensor):
-            raise InputError(
-                f"{update.module}: this DoRA stands on a weight that was trained too; write full weights "
-                "instead (full=True)"
-            )
+            problem = "this DoRA stands on a weight that was trained too"
+            raise InputError(f"{update.module}: {problem}; {WRITE_FULL}")
         matrix = update.matrix or adapter.undivided(update)[0]
         base = matrix.take(adapter.stored(update.tensor)).double()
         low = adapter.factors(update)
-        sizes = torch.linalg.vector_norm(
-            base + low.scaling * (low.B.double() @ low.A.double()), dim=0 if update.embedding else 1
-        )
+        tuned = base + low.scaling * (low.B.double() @ low.A.double())
+        sizes = torch.linalg.vector_norm(tuned, dim=0 if update.embedding else 1)
         gain = adapter.weights.read(update.magnitude).double().flatten() / sizes
         if not bool(((gain > 0) & gain.isfinite()).all()):
-            raise InputError(
-                f"{update.module}: this DoRA turns or removes rows of its base, which no factors can follow; "
-                "write full weights instead (full=True)"
-            )
+            problem = "this DoRA turns or removes rows of its base, which no factors can follow"
+            raise InputError(f"{update.module}: {problem}; {WRITE_FULL}")
         return cls(gain, base, update.embedding)
 
     def times(self, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,7 +217,7 @@ def scaled(adapter: Adapter, scale: float) -> Refit:
     updates = {update.B: update for updates in targets.updates.values() for update in updates}
     for update in updates.values():
         if update.magnitude is None:
-            done.tensors[update.B] = _round(weights.read(update.B).double() * scale, weights.read(update.B))
+            done.tensors[update.B] = _times(weights.read(update.B), scale)
         else:
             _scale_dora(adapter, update, scale, done.tensors)
     for name, key in targets.replaced.items():
@@ -250,51 +229,41 @@ def scaled(adapter: Adapter, scale: float) -> Refit:
     for name, (key, rows) in targets.tokens.items():
         done.tensors[key], _ = between(adapter.base.read(name)[rows], weights.read(key), scale)
     for key, _ in targets.shifts.values():
-        done.tensors[key] = _round(weights.read(key).double() * scale, weights.read(key))
+        done.tensors[key] = _times(weights.read(key), scale)
     return done
 
 
 def _scale_dora(adapter: Adapter, update: AdapterUpdate, scale: float, tensors: dict[str, Tensor]) -> None:
     """base + scale · (gain · (base + delta) − base) is a DoRA with the gain 1 − scale + scale · gain."""
-    dora = _Dora.of(adapter, update)
+    dora, key = _Dora.of(adapter, update), update.magnitude
     assert dora.gain is not None
+    assert key is not None
     gain = 1 - scale + scale * dora.gain
     if not bool((gain > 0).all()):
-        raise InputError(
-            f"{update.module}: scaled by {scale:g} this DoRA would turn rows of its base; write full weights "
-            "instead (full=True)"
-        )
-    assert update.magnitude is not None
-    key = update.magnitude
+        problem = f"scaled by {scale:g} this DoRA would turn rows of its base"
+        raise InputError(f"{update.module}: {problem}; {WRITE_FULL}")
     low = adapter.factors(update)
     new = _Dora(gain, dora.base, update.embedding)
     B, A = dora.times(low.B.double() * scale, low.A.double())
     tensors[key] = new.lengths(low.scaling * (B @ A), adapter.weights.read(key))
-    B, A = new.over(B, A)
-    _store(adapter, update, None, B, A, tensors)
+    _store(adapter, update, None, *new.over(B, A), tensors)
 
 
-def _round(value: Tensor, like: Tensor) -> Tensor:
-    return value.to(like.dtype)
+def _times(value: Tensor, scale: float) -> Tensor:
+    return (value.double() * scale).to(value.dtype)
 
 
 def write_adapter(source: Checkpoint, out: str | Path, tensors: Mapping[str, Tensor]) -> Path:
-    """Write an adapter with some of its tensors changed; the directory appears complete or not at all.
-
-    Args:
-        source: the adapter.
-        out: a directory that does not exist yet, or is empty.
-        tensors: new values, by the names in the adapter's own file.
+    """Write an adapter with new values of some tensors; `out` appears complete or not at all.
 
     Raises:
         InputError: `out` is a file, is not empty or cannot be written.
     """
     adapter = source.source
     assert isinstance(adapter, Adapter)
-    content = {
-        key: tensors.get(key, adapter.weights.read(key)).contiguous() for key in adapter.weights.headers
-    }
-    size = sum(header.bytes for header in adapter.weights.headers.values())
+    weights = adapter.weights
+    content = {key: tensors.get(key, weights.read(key)).contiguous() for key in weights.headers}
+    size = sum(header.bytes for header in weights.headers.values())
     with atomic_directory(Path(out).expanduser(), size) as directory:
         save_file(content, directory / "adapter_model.safetensors", metadata={"format": "pt"})
         if source.directory is not None:

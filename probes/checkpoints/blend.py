@@ -11,6 +11,7 @@ from torch import Tensor
 from probes.checkpoints.checkpoint import Checkpoint
 from probes.checkpoints.pair import CheckpointPair
 from probes.checkpoints.save import write_checkpoint
+from probes.files.layout import Header
 from probes.naming.align import align
 from probes.progress import Progress
 
@@ -20,23 +21,14 @@ CHUNK = 2**18
 
 @dataclass(frozen=True)
 class Blend:
-    """The composition of a blend.
-
-    Attributes:
-        squares: squared Frobenius norm of tuned − base of each tensor that differs, by its name in tuned.
-        alone: tensors of tuned that the base lacks; they were written unchanged.
-    """
+    """Squared Frobenius norms of tuned − base where they differ; tensors that base lacks, left unchanged."""
 
     squares: dict[str, float] = field(default_factory=dict)
     alone: list[str] = field(default_factory=list)
 
 
 def write_blend(
-    pair: CheckpointPair,
-    out: str | Path,
-    alpha: float,
-    *,
-    progress: Progress | None = None,
+    pair: CheckpointPair, out: str | Path, alpha: float, *, progress: Progress | None = None
 ) -> Blend:
     """Write base + α (tuned − base) of every tensor as full weights, under the names and dtypes of tuned.
 
@@ -77,15 +69,14 @@ class Blender:
         A tensor that tuning left unchanged is returned; the norm is None for one that the base lacks.
         """
         pair, square = self.pair, 0.0
-        ours = pair.base.headers.get(self._aligned.get(name, ""))
         if not stored.is_floating_point():
             return stored, 0.0
+        if not self.has_base(name, stored.shape):
+            return stored, None
         value = unrounded(pair.tuned, name, stored)
-        if ours is not None and ours.shape == stored.shape:
+        if ours := self._ours(name, stored.shape):
             value, square = between(pair.base.tensor(ours.name), value, alpha)
         else:  # stored differently, or a resized vocabulary: matrix by matrix, as far as they go
-            if name not in self._matrices:
-                return stored, None
             for other in self._matrices[name]:
                 matrix, rows = pair.counterpart(other), pair.matrices[other].rows
                 blended = matrix.take(value).clone()
@@ -93,28 +84,29 @@ class Blender:
                 value, square = matrix.put(value, blended), square + part
         return (value if square else stored), square
 
+    def _ours(self, name: str, shape: tuple[int, ...]) -> Header | None:
+        """The base's tensor for one of tuned, if it has the same shape."""
+        ours = self.pair.base.headers.get(self._aligned.get(name, ""))
+        return ours if ours is not None and ours.shape == shape else None
+
     def has_base(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether base has all or some entries of a tensor of tuned."""
-        ours = self.pair.base.headers.get(self._aligned.get(name, ""))
-        return (ours is not None and ours.shape == shape) or name in self._matrices
+        return self._ours(name, shape) is not None or name in self._matrices
 
     @cached_property
     def dtypes(self) -> dict[str, torch.dtype]:
         """The dtype that holds both sides of every floating tensor of tuned that base has too."""
         dtypes = {}
         for name, header in self.pair.tuned.headers.items():
-            if not header.dtype.is_floating_point or not self.has_base(name, header.shape):
-                continue
-            ours = self.pair.base.headers.get(self._aligned.get(name, ""))
-            names = self._matrices.get(name, ())
-            tensors = (
-                [ours.name]
-                if ours is not None and ours.shape == header.shape
-                else [self.pair.base.matrices[other].tensor for other in names]
-            )
-            sides = [self.pair.base.headers[tensor].dtype for tensor in tensors]
-            dtypes[name] = reduce(torch.promote_types, sides, header.dtype)
+            if header.dtype.is_floating_point and self.has_base(name, header.shape):
+                ours = self._ours(name, header.shape)
+                sides = [ours.dtype] if ours else map(self._matrix_dtype, self._matrices[name])
+                dtypes[name] = reduce(torch.promote_types, sides, header.dtype)
         return dtypes
+
+    def _matrix_dtype(self, name: str) -> torch.dtype:
+        """The dtype that the base stores a matrix in."""
+        return self.pair.base.headers[self.pair.base.matrices[name].tensor].dtype
 
     def base_of(self, name: str, stored: Tensor) -> Tensor | None:
         """The base's values of a tensor of tuned, uncomputed; None if base has none.
@@ -122,17 +114,14 @@ class Blender:
         In a resized vocabulary the rows that base lacks are those of `stored`, which is tuned's.
         """
         pair = self.pair
-        ours = pair.base.headers.get(self._aligned.get(name, ""))
-        if ours is not None and ours.shape == stored.shape:
+        if ours := self._ours(name, stored.shape):
             return pair.base.tensor(ours.name).to(ours.dtype)
         if name not in self._matrices:
             return None
         value = stored
         for other in self._matrices[name]:  # stored differently, or a resized vocabulary
             matrix, rows = pair.counterpart(other), pair.matrices[other].rows
-            base = pair.base.matrix(other)[:rows].to(
-                pair.base.headers[pair.base.matrices[other].tensor].dtype
-            )
+            base = pair.base.matrix(other)[:rows].to(self._matrix_dtype(other))
             value = value.to(torch.promote_types(value.dtype, base.dtype))
             blended = matrix.take(value).clone()
             blended[:rows] = base

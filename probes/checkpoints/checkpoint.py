@@ -1,7 +1,4 @@
-"""A checkpoint: headers are read when it is opened, a tensor when it is asked for.
-
-An adapter is presented as its base with the adapter merged in, one tensor at a time.
-"""
+"""A checkpoint: headers are read when it is opened, a tensor when it is asked for."""
 
 import hashlib
 import pickle
@@ -61,19 +58,12 @@ class Checkpoint:
         directory: Path | None = None,
         base: "Checkpoint | None" = None,
     ):
-        """Take a source as a checkpoint.
-
-        Raises:
-            InputError: it holds no tensor, or its weights are quantised.
-        """
+        """Take a source as a checkpoint; raises InputError if it holds no tensor or quantised weights."""
         if not source.headers:
             raise InputError(f"{ref}: holds no tensors")
         refuse_quantised(ref, source.headers, config)
-        self.ref = ref
-        self.source = source
-        self.config = config
-        self.directory = directory
-        self.base = base
+        self.ref, self.source, self.config = ref, source, config
+        self.directory, self.base = directory, base
 
     def __getstate__(self) -> dict[str, Any]:
         lost = self.tokenizer_lost or self.tokenizer is not None
@@ -83,9 +73,8 @@ class Checkpoint:
         if self.opened is None or self.reopen is None:
             return super().__reduce_ex__(protocol)
         reopened = self.reopen, (self.ref, *self.opened, pickle.dumps(self.config), self.base)
-        if self.tokenizer is None and not self.tokenizer_lost:
-            return reopened
-        return _without_tokenizer, reopened
+        lost = self.tokenizer_lost or self.tokenizer is not None
+        return (_without_tokenizer, reopened) if lost else reopened
 
     def __repr__(self) -> str:
         ref, kind, architecture, dtype, parameters = self.summary.values()
@@ -98,12 +87,9 @@ class Checkpoint:
     def summary(self) -> dict[str, str]:
         """What a notebook shows of it; reads headers alone."""
         return {
-            "ref": self.ref,
-            "kind": self.kind,
-            "architecture": self.architecture,
-            "dtype": self.dtype,
+            "ref": self.ref, "kind": self.kind, "architecture": self.architecture, "dtype": self.dtype,
             "parameters": f"{self.parameters:,}",
-        }
+        }  # fmt: skip
 
     def with_tokenizer(self, tokenizer: Any) -> "Checkpoint":
         """The same weights, read with this tokenizer in place of the one in their directory."""
@@ -136,9 +122,8 @@ class Checkpoint:
 
         try:
             named = matrices(self.headers, self.config)
-            untied = [
-                name for matrix in named.values() for name in matrix.tied if self._differ(name, matrix.tensor)
-            ]
+            tied = [(name, matrix.tensor) for matrix in named.values() for name in matrix.tied]
+            untied = [name for name, other in tied if self._differ(name, other)]
             if untied:  # transformers ties no weights that the file holds with other values
                 named = matrices(self.headers, self.config, untied=untied)
         except ValueError as error:
@@ -200,9 +185,8 @@ class Checkpoint:
         """Changes when the files or a given tokenizer do; reads no tensor of a file."""
         if self.tokenizer is None:
             return self.source.stamp()
-        return hashlib.blake2b(
-            f"{self.source.stamp()} {_tokenizer_text(self.tokenizer)}".encode(), digest_size=16
-        ).hexdigest()
+        text = f"{self.source.stamp()} {_tokenizer_text(self.tokenizer)}"
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     @cached_property
     def _fingerprint(self) -> str:
@@ -215,14 +199,10 @@ class Checkpoint:
     def describe(self) -> dict[str, Any]:
         """The record of it in an audit."""
         return {
-            "ref": self.ref,
-            "kind": self.kind,
-            "fingerprint": self.fingerprint(),
-            "parameters": self.parameters,
-            "dtype": self.dtype,
-            "architecture": self.architecture,
+            "ref": self.ref, "kind": self.kind, "fingerprint": self.fingerprint(),
+            "parameters": self.parameters, "dtype": self.dtype, "architecture": self.architecture,
             "adapter": None if self.adapter is None else dict(self.adapter),
-        }
+        }  # fmt: skip
 
     def described_by(self, config: Mapping[str, Any]) -> "Checkpoint":
         """The same weights under another config.json."""
@@ -233,9 +213,9 @@ class Checkpoint:
 
     def _differ(self, name: str, other: str) -> bool:
         """Whether two tensors of the same shape hold other values."""
-        if self.source.location(name) == self.source.location(other):
-            return False
-        return not same_bytes(self.source.read(name), self.source.read(other))
+        source = self.source
+        apart = source.location(name) != source.location(other)
+        return apart and not same_bytes(source.read(name), source.read(other))
 
     def _find(self, name: str) -> Matrix:
         if name not in self.matrices:
@@ -243,16 +223,16 @@ class Checkpoint:
         return self.matrices[name]
 
 
-def nearest(name: str, known: Collection[str]) -> str:
-    """The known names most like an unknown one, as a clause of a message."""
+def nearest(name: str, names: Collection[str]) -> str:
+    """The names most like an unknown one, as a clause of a message."""
     from difflib import get_close_matches
 
     parts = set(name.split("."))
-    shared = {other: len(parts.intersection(other.split("."))) for other in known}
+    shared = {other: len(parts.intersection(other.split("."))) for other in names}
     most = max(shared.values(), default=0)
     alike = [other for other, count in shared.items() if count == most]
     close = get_close_matches(name, alike, n=3, cutoff=0)
-    return f"the nearest of its {len(known)}: {', '.join(close)}"
+    return f"the nearest of its {len(names)}: {', '.join(close)}"
 
 
 # A worker unpickles the checkpoints of a pair with each job; one object for all of them keeps its caches.

@@ -1,14 +1,12 @@
 """Models in memory as checkpoints: modules, PEFT models, TransformerLens models, state dicts.
 
-A model is presented under the names of its own class, without wrappers, tied weights once. Its tensors are
-handed out uncopied and must not be written to.
+A model has the names of its own class, without wrappers. Its tensors are not copied: never write to them.
 """
 
 import json
 import re
 from collections.abc import Callable, Hashable, Mapping
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,17 +22,20 @@ from probes.files.sources import Source, fingerprint
 KNOWN = "an nn.Module, a PeftModel, a TransformerLens model or a state dict"
 
 
-def open_memory(ref: Any, *, base: "Checkpoint | str | Path | None" = None) -> Checkpoint:
+def open_memory(ref: Any) -> Checkpoint:
     """A model in memory as a checkpoint.
 
-    Args:
-        ref: an `nn.Module`, a `PeftModel` with one active adapter, a `TransformerBridge`, or a state dict.
-            The matrices of a HookedTransformer are named as in `blocks.0.attn.q_proj.weight`.
-        base: ignored: a PeftModel carries its own base.
+    The matrices of a HookedTransformer are named as in `blocks.0.attn.q_proj.weight`.
 
     Raises:
-        InputError: it is none of these, or its weights are merged, folded, quantised or not loaded.
+        InputError: it is no model, or its weights are merged, folded, quantised or not loaded.
     """
+    checkpoint = _of_model(ref)
+    checkpoint.module = None if isinstance(ref, Mapping) else ref
+    return checkpoint
+
+
+def _of_model(ref: Any) -> Checkpoint:
     if isinstance(ref, nn.Module):
         name, libraries = type(ref).__name__, _libraries(ref)
         if "transformer_lens" in libraries and hasattr(type(ref), "original_model"):
@@ -42,8 +43,7 @@ def open_memory(ref: Any, *, base: "Checkpoint | str | Path | None" = None) -> C
         if "transformer_lens" in libraries:
             return Checkpoint(name, StateSource(_unhook(ref.state_dict()), where=name), {})
         if "peft" in libraries:
-            model: Any = ref
-            return _peft(model, model.get_base_model())
+            return _peft(ref, ref.get_base_model())  # type: ignore[operator]
         if getattr(ref, "_hf_peft_config_loaded", False):
             return _peft(ref, ref)
         if any("peft" in _libraries(module) for module in ref.modules()):
@@ -55,16 +55,13 @@ def open_memory(ref: Any, *, base: "Checkpoint | str | Path | None" = None) -> C
     if isinstance(ref, Mapping) and ref and all(isinstance(value, Tensor) for value in ref.values()):
         tensors = {str(name): tensor for name, tensor in ref.items()}
         return Checkpoint("state dict", StateSource(_unhook(tensors)), {})
-    held = f"a {type(ref).__name__}"
-    raise InputError(f"{held}: is no checkpoint; give a path, a hub id, {KNOWN}")
+    raise InputError(f"a {type(ref).__name__}: is no checkpoint; give a path, a hub id, {KNOWN}")
 
 
 def wraps(model: Any, base: Any) -> bool:
     """Whether a PeftModel holds this very module as its base."""
-    if not isinstance(model, nn.Module) or not isinstance(base, nn.Module) or "peft" not in _libraries(model):
-        return False
-    wrapper: Any = model
-    return wrapper.get_base_model() is base
+    modules = isinstance(model, nn.Module) and isinstance(base, nn.Module)
+    return modules and "peft" in _libraries(model) and model.get_base_model() is base
 
 
 def _libraries(model: nn.Module) -> set[str]:
@@ -76,19 +73,12 @@ class StateSource:
     """Tensors in memory by name; tensors that share their bytes appear once, under the first name."""
 
     def __init__(self, tensors: Mapping[str, Tensor], *, where: str = "state dict"):
-        """Take named tensors as a source.
-
-        Raises:
-            InputError: a tensor without values.
-        """
         self.headers: dict[str, Header] = {}
         self._tensors: dict[str, Tensor] = {}
         locations: set[Hashable] = set()
         for name, tensor in tensors.items():
             if tensor.is_meta:
-                raise InputError(
-                    f"{where}: {name} is on the meta device, without values; load the weights first"
-                )
+                raise InputError(f"{where}: {name} is on the meta device, without values; load them first")
             if (location := _location(tensor)) in locations:
                 continue
             if tensor.numel():
@@ -147,8 +137,14 @@ def _as_saved(model: Any, state: StateSource) -> Source:
     return Reverted(state, headers, sources, lambda tensors: revert(model, tensors))
 
 
-class Reverted:
-    """A model's tensors turned back into those of its file when they are read."""
+class Reverted(StateSource):
+    """A model's tensors turned back into those of its file when they are read.
+
+    Attributes:
+        state: the model's own tensors.
+        headers: the file's tensors.
+        sources: the tensors of the model that each converted tensor of the file is made of.
+    """
 
     def __init__(
         self,
@@ -157,14 +153,6 @@ class Reverted:
         sources: Mapping[str, tuple[str, ...]],
         revert: Callable[[dict[str, Tensor]], dict[str, Tensor]],
     ):
-        """Take a model's state.
-
-        Args:
-            state: the model's own tensors.
-            headers: the file's tensors.
-            sources: the tensors of the model that each converted tensor of the file is made of.
-            revert: makes the file's tensors of the model's.
-        """
         self.state = state
         self.headers = headers
         self.sources = dict(sources)
@@ -199,8 +187,7 @@ class Reverted:
             offset, numbered = 0, {}
             for source in sources:
                 header = self.state.headers[source]
-                counted = torch.arange(offset, offset + header.entries)
-                numbered[source] = counted.reshape(header.shape)
+                numbered[source] = torch.arange(offset, offset + header.entries).reshape(header.shape)
                 offset += header.entries
             self._numbered = {sources: self._revert(numbered)}
         return sources, self._numbered[sources][name]
@@ -211,14 +198,6 @@ class Reverted:
         if sources is None:
             return self.state.location(name)
         return name, *map(self.state.location, sources)
-
-    def stamp(self) -> str:
-        """The content."""
-        return self.fingerprint()
-
-    def fingerprint(self) -> str:
-        """Hash of the content."""
-        return fingerprint(self)
 
 
 def _config(model: nn.Module) -> dict[str, Any]:
@@ -233,12 +212,7 @@ def _config(model: nn.Module) -> dict[str, Any]:
 
 
 def _peft(wrapper: Any, model: nn.Module) -> Checkpoint:
-    """A model with PEFT's layers, as an adapter and its base.
-
-    Args:
-        wrapper: has `peft_config`: a PeftModel, or the model itself.
-        model: the model that it wraps.
-    """
+    """A model with PEFT's layers, as an adapter and its base; `wrapper`, maybe the same, has its config."""
     from peft import get_peft_model_state_dict
 
     ref = type(model).__name__
@@ -256,16 +230,11 @@ def _peft(wrapper: Any, model: nn.Module) -> Checkpoint:
         )
     config = {key: _plain(value) for key, value in wrapper.peft_config[names[0]].to_dict().items()}
     refuse(config, where)
-    tensors = {
-        _WRAPPER.sub("", name): tensor
-        for name, tensor in model.state_dict().items()
-        if not _ADDED.search(name)
-    }
-    base = _module(model, ref, tensors)
-    factors = StateSource(
-        get_peft_model_state_dict(wrapper, adapter_name=names[0], save_embedding_layers=False), where=where
-    )
-    source = Adapter(config, factors, base.source, base.matrices, where=where, of=ref)
+    kept = {name: tensor for name, tensor in model.state_dict().items() if not _ADDED.search(name)}
+    base = _module(model, ref, {_WRAPPER.sub("", name): tensor for name, tensor in kept.items()})
+    factors = get_peft_model_state_dict(wrapper, adapter_name=names[0], save_embedding_layers=False)
+    weights = StateSource(factors, where=where)
+    source = Adapter(config, weights, base.source, base.matrices, where=where, of=ref)
     return Checkpoint(where, source, base.config, base=base)
 
 
@@ -287,8 +256,7 @@ def _plain(value: Any) -> Any:
 def _bridge(bridge: Any) -> Checkpoint:
     """A TransformerBridge, as the model inside it.
 
-    The bridge inserts its components between the model's modules, so that a tensor has several paths; the
-    model's class, built without weights, tells which path is its name.
+    The bridge's components give a tensor several paths; a bare model of the class tells which is its name.
     """
     if getattr(bridge, "_weights_processed", False):
         raise InputError(
@@ -319,10 +287,8 @@ _BRIDGED = re.compile(r"blocks\.\d+\.attn\.[qkvo]\.weight")
 def _unhook(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A HookedTransformer's state dict as (out, in) matrices under the field's names; others unchanged."""
     if any(_BRIDGED.fullmatch(name) for name in tensors):
-        raise InputError(
-            "state dict: is of a TransformerBridge and does not tell (in, out) from (out, in); give "
-            "the bridge"
-        )
+        problem = "is of a TransformerBridge and does not tell (in, out) from (out, in)"
+        raise InputError(f"state dict: {problem}; give the bridge")
     if not any(name.endswith(".attn.W_Q") for name in tensors):
         return dict(tensors)
     _refuse_folded(tensors)
@@ -344,22 +310,13 @@ def _unhook(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 _EMBEDDINGS = {
-    "embed.W_E": "embed.weight",
-    "pos_embed.W_pos": "position_embed.weight",
-    "unembed.W_U": "lm_head.weight",
-}
+    "embed.W_E": "embed.weight", "pos_embed.W_pos": "position_embed.weight", "unembed.W_U": "lm_head.weight",
+}  # fmt: skip
 # W_Q, W_K and W_V are (head, d_model, d_head), W_O is (head, d_head, d_model); the others are for x @ W.
 _MATRICES = {
-    "W_Q": "q_proj",
-    "W_K": "k_proj",
-    "W_V": "v_proj",
-    "_W_K": "k_proj",
-    "_W_V": "v_proj",
-    "W_O": "o_proj",
-    "W_in": "up_proj",
-    "W_gate": "gate_proj",
-    "W_out": "down_proj",
-}
+    "W_Q": "q_proj", "W_K": "k_proj", "W_V": "v_proj", "_W_K": "k_proj", "_W_V": "v_proj", "W_O": "o_proj",
+    "W_in": "up_proj", "W_gate": "gate_proj", "W_out": "down_proj",
+}  # fmt: skip
 _EXPERT = re.compile(r"W_(?:in|gate|out)(?=\.weight$)")
 _BUFFERS = ("mask", "IGNORE", "rotary_sin", "rotary_cos", "alibi")
 

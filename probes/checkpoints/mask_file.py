@@ -1,11 +1,9 @@
 """Patches: the entries of a pair that a graft takes from tuned, as a file of kilobytes.
 
-A patch holds flat indices and tuned's values for each tensor, with the content hashes of both checkpoints, so
-that it is never applied to another pair. Format: safetensors, `index/<tensor>` and `value/<tensor>`.
+Format: safetensors, `index/<tensor>` and `value/<tensor>`, with the content hashes of both checkpoints.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +16,7 @@ from torch import Tensor
 from probes.checkpoints.blend import Blender
 from probes.checkpoints.checkpoint import Checkpoint, nearest
 from probes.checkpoints.pair import CheckpointPair
-from probes.checkpoints.save import write_checkpoint
+from probes.checkpoints.save import atomic_file, write_checkpoint
 from probes.errors import InputError
 from probes.files.sources import SafetensorsSource
 from probes.files.untrusted import one_line
@@ -29,20 +27,13 @@ VERSION = "1"
 
 @dataclass(frozen=True, kw_only=True)
 class Patch:
-    """Entries of tuned, under the names of its file.
+    """Entries of tuned by tensor, under the names of its file, and the content hashes of both checkpoints."""
 
-    Attributes:
-        index: of each tensor flat indices, ascending, each once.
-        values: tuned's values at them, in the dtype of its file.
-        base, tuned: content hashes of the two checkpoints.
-        about: further facts, as JSON keeps them.
-    """
-
-    index: Mapping[str, Int[Tensor, " entries"]]
-    values: Mapping[str, Shaped[Tensor, " entries"]]
+    index: Mapping[str, Int[Tensor, " entries"]]  # flat, ascending, each once
+    values: Mapping[str, Shaped[Tensor, " entries"]]  # in the dtype of tuned's file
     base: str
     tuned: str
-    about: Mapping[str, Any] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)  # further facts, as JSON keeps them
 
     @property
     def count(self) -> int:
@@ -57,21 +48,13 @@ class Patch:
         about: Mapping[str, Any] | None = None,
     ) -> "Patch":
         """The patch with these entries of tuned."""
-        ascending = {name: entries.sort().values for name, entries in index.items() if len(entries)}
-        values = {
-            name: as_stored(pair.tuned, name).reshape(-1)[entries] for name, entries in ascending.items()
-        }
-        return cls(
-            index=ascending, values=values, base=pair.base.fingerprint(), tuned=pair.tuned.fingerprint(),
-            about=about or {},
-        )  # fmt: skip
+        index = {name: entries.sort().values for name, entries in index.items() if len(entries)}
+        values = {name: as_stored(pair.tuned, name).reshape(-1)[at] for name, at in index.items()}
+        hashes = {"base": pair.base.fingerprint(), "tuned": pair.tuned.fingerprint()}
+        return cls(index=index, values=values, **hashes, about=about or {})
 
     def save(self, path: str | Path) -> None:
-        """Write it to a file, completely or not at all.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Write it to a file, completely or not at all; raises OSError."""
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
@@ -83,22 +66,15 @@ class Patch:
             tensors[f"value/{name}"] = self.values[name].contiguous()
         about = json.dumps(dict(self.about))
         metadata = {"tunescope_patch": VERSION, "base": self.base, "tuned": self.tuned, "about": about}
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
-            save_file(tensors, part, metadata)
-            os.replace(part, path)
+            with atomic_file(path) as part:
+                save_file(tensors, part, metadata)
         except SafetensorError as error:
             raise OSError(f"{path}: cannot be written ({error})") from error
-        finally:
-            part.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> "Patch":
-        """Read a file that `save` wrote.
-
-        Raises:
-            InputError: it is missing, damaged, or something else.
-        """
+        """Read a file that `save` wrote; raises InputError for any other."""
         with one_line(path):
             return cls._read(Path(path))
 
@@ -117,7 +93,7 @@ class Patch:
             raise InputError(f"{path}: cannot be read as a mask ({error})") from error
         if metadata.get("tunescope_patch") != VERSION:
             raise InputError(
-                f"{path}: is no mask of tunescope's; audits with the analysis `skills` write them to masks/"
+                f"{path}: is no mask of tunescope's; the analysis `skills` writes them to masks/"
             )
         index, values = ({key.partition("/")[2]: tensor for key, tensor in tensors.items()
                           if key.startswith(kind)} for kind in ("index/", "value/"))  # fmt: skip
@@ -132,23 +108,12 @@ class Patch:
             raise InputError(f"{path}: damaged: its description is not JSON ({error})") from error
         if not isinstance(about, dict):
             raise InputError(f"{path}: damaged: its description is not a JSON object")
-        return cls(
-            index={name: entries.long() for name, entries in index.items()},
-            values=values,
-            base=metadata.get("base", ""),
-            tuned=metadata.get("tuned", ""),
-            about=about,
-        )
+        index = {name: entries.long() for name, entries in index.items()}
+        hashes = {side: metadata.get(side, "") for side in ("base", "tuned")}
+        return cls(index=index, values=values, **hashes, about=about)
 
     def check(self, pair: CheckpointPair, where: str = "mask") -> None:
-        """Refuse another pair than its own.
-
-        Args:
-            where: name of the patch in errors.
-
-        Raises:
-            InputError: it was made for another base or tuned, or names tensors that tuned lacks.
-        """
+        """Raise InputError for another pair than its own; `where` names the patch in the message."""
         for role, side, expected in (("base", pair.base, self.base), ("tuned", pair.tuned, self.tuned)):
             fingerprint = side.fingerprint()
             if fingerprint != expected:
@@ -159,28 +124,20 @@ class Patch:
         for name, index in self.index.items():
             header = pair.tuned.headers.get(name)
             if header is None:
-                raise InputError(
-                    f"{where}: {pair.tuned.ref} has no {name!r}; {nearest(name, pair.tuned.headers)}"
-                )
+                hint = nearest(name, pair.tuned.headers)
+                raise InputError(f"{where}: {pair.tuned.ref} has no {name!r}; {hint}")
             if len(index) and int(index[-1]) >= header.entries:
                 raise InputError(f"{where}: entry {int(index[-1])} of {name}, which has {header.entries}")
 
 
 @dataclass(frozen=True)
 class Graft:
-    """The composition of a graft.
-
-    Attributes:
-        weights: entries that both sides have.
-        alone: tensors that base lacks; they are tuned's.
-        lost: tensors of base that tuned lacks; they are not written.
-        widened: tensors written in base's dtype because it is wider than tuned's.
-    """
+    """The composition of a graft: how many weights both sides have, and tensors of other treatment."""
 
     weights: int
-    alone: tuple[str, ...]
-    lost: tuple[str, ...]
-    widened: tuple[str, ...]
+    alone: tuple[str, ...]  # base lacks them; they are tuned's
+    lost: tuple[str, ...]  # tuned lacks them; they are not written
+    widened: tuple[str, ...]  # written in base's dtype because it is wider than tuned's
 
 
 def write_graft(

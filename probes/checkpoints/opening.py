@@ -2,7 +2,6 @@
 
 import pickle
 import platform
-from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -39,20 +38,15 @@ def open_checkpoint(
     >>> open_checkpoint({"model.layers.0.mlp.up_proj.weight": torch.eye(2)}).parameters
     4
     """
-    if not isinstance(ref, Checkpoint):
-        with one_line(ref if isinstance(ref, str | Path) else "the checkpoint"):
-            ref = _opened(ref, base, revision)
-    return ref if tokenizer is None else ref.with_tokenizer(tokenizer)
-
-
-def _opened(ref: Any, base: "Checkpoint | str | Path | None", revision: str | None) -> Checkpoint:
-    if not isinstance(ref, str | Path):
+    if isinstance(ref, str | Path):
+        with one_line(ref):
+            ref = _open(str(ref), locate(ref, revision=revision), base)
+    elif not isinstance(ref, Checkpoint):
         from probes.checkpoints.in_memory import open_memory
 
-        checkpoint = open_memory(ref, base=base)
-        checkpoint.module = None if isinstance(ref, Mapping) else ref
-        return checkpoint
-    return _open(str(ref), locate(ref, revision=revision), base)
+        with one_line("the checkpoint"):
+            ref = open_memory(ref)
+    return ref if tokenizer is None else ref.with_tokenizer(tokenizer)
 
 
 def _open(ref: str, path: Path, base: "Checkpoint | str | Path | None") -> Checkpoint:
@@ -73,11 +67,7 @@ def _open(ref: str, path: Path, base: "Checkpoint | str | Path | None") -> Check
 # A worker unpickles the pair with each of its matrices, and opens the files once.
 @lru_cache(maxsize=8)
 def _reopened(ref: str, path: Path, stamp: str, config: bytes, base: Checkpoint | None) -> Checkpoint:
-    """A checkpoint that another process has opened.
-
-    Raises:
-        InputError: the files are not here, or are not those that it opened.
-    """
+    """A checkpoint that another process opened; raises InputError if its files are not here or differ."""
     machine = f"on {platform.node() or 'this machine'}"
     if not path.exists():
         raise InputError(
@@ -101,10 +91,8 @@ def _open_adapter(
     if base is None:
         named, revision = config.get("base_model_name_or_path"), config.get("revision")
         if not isinstance(named, str) or not named:
-            raise InputError(
-                f"{ref}: is an adapter, and {settings.name} names no base; name it there as "
-                "base_model_name_or_path, or in Python give base="
-            )
+            hint = "name it there as base_model_name_or_path, or in Python give base="
+            raise InputError(f"{ref}: is an adapter, and {settings.name} names no base; {hint}")
         try:
             base = open_checkpoint(named, revision=revision if isinstance(revision, str) else None)
         except ValueError as error:

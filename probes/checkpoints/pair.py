@@ -2,15 +2,13 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from probes.adapters.parts import LowRank
+from probes.adapters.parts import LowRank, sum_of
 from probes.checkpoints.checkpoint import Checkpoint, nearest, summary_table
 from probes.checkpoints.in_memory import wraps
 from probes.checkpoints.opening import open_checkpoint
@@ -25,15 +23,9 @@ Side = Literal["base", "tuned"]
 
 @dataclass(frozen=True)
 class Unmatched:
-    """A tensor without a counterpart, or with one of another shape.
+    """A tensor without a counterpart (then that shape is None), or with one of another shape."""
 
-    Attributes:
-        tensor: its name in the base, or in tuned if only that has it.
-        reason: why it does not align, in words.
-        base_shape, tuned_shape: None where there is none.
-    """
-
-    tensor: str
+    tensor: str  # its name in the base, or in tuned if only that has it
     reason: str
     base_shape: tuple[int, ...] | None
     tuned_shape: tuple[int, ...] | None
@@ -61,8 +53,7 @@ class CheckpointPair:
             base, tuned: what `open_checkpoint` takes. A tuned adapter is applied to this base, or, where the
                 base is an adapter too, to that adapter's base; open it yourself to have it otherwise.
                 The base of a PeftModel may be its own `get_base_model()`.
-            tokenizer: reads the rows for both, in this process; by default each has its directory's. Open
-                the sides yourself to give each its own.
+            tokenizer: reads the rows for both, in this process; by default each has its directory's.
 
         Raises:
             InputError: one cannot be opened, or they have no matrix in common.
@@ -148,15 +139,15 @@ class CheckpointPair:
             if minus is None:
                 return None
             minus = replace(minus, scaling=-minus.scaling)
-            low = minus if low is None else _joined(low, minus)
+            low = minus if low is None else sum_of(low, minus)
         return None if low is None else replace(low, B=low.B[:rows])
 
     @cached_property
     def unmatched(self) -> list[Unmatched]:
         """Every tensor without a counterpart, and why; reads those that may be renamed or tied copies."""
         base, tuned = self.base.headers, self.tuned.headers
-        missing = self._alone("base", base, set(self._tensors), set(self._names))
-        extra = self._alone("tuned", tuned, set(self._tensors.values()), set(self._names.values()))
+        missing = _alone(self.base, set(self._tensors), set(self._names))
+        extra = _alone(self.tuned, set(self._tensors.values()), set(self._names.values()))
         hints = renamed(missing, extra, self._head, self._same_tensor)
         unmatched = [Unmatched(n, "extra in tuned", None, h.shape) for n, h in extra.items()]
         for name, header in missing.items():
@@ -212,23 +203,22 @@ class CheckpointPair:
 
     def _fits(self, ours: Matrix, theirs: Matrix) -> bool:
         """Whether two matrices have the same shape, up to the length of the vocabulary."""
-        if (ours.rows, ours.columns) == (theirs.rows, theirs.columns):
-            return True
-        if ours.columns == theirs.columns and ours.component == theirs.component in ("embed", "lm_head"):
+        if ours.columns != theirs.columns:
+            return False
+        vocabulary = ours.component == theirs.component in ("embed", "lm_head")
+        if vocabulary and ours.rows != theirs.rows:
             self.resized[ours.name] = (ours.rows, theirs.rows)
-            return True
-        return False
+        return vocabulary or ours.rows == theirs.rows
 
     def _refuse_strangers(self) -> None:
         """Raise if no block matrix, or no matrix at all, is common."""
         sides = self._sides
         blocks = [[m for m in side.matrices.values() if m.part == "block"] for side in sides]
-        common = [m for m in self.matrices.values() if m.part == "block" or not all(blocks)]
-        if common:
+        if any(matrix.part == "block" or not all(blocks) for matrix in self.matrices.values()):
             return
         named = [
             f"{role} {side.ref} ({side.architecture})"
-            for role, side in zip(("base", "tuned"), sides, strict=True)
+            for role, side in (("base", sides[0]), ("tuned", sides[1]))
         ]
         for side, label in zip(sides, named, strict=True):
             if not side.matrices:
@@ -237,10 +227,10 @@ class CheckpointPair:
             other = self._tensors.get(matrix.tensor, "") + name.removeprefix(matrix.tensor)
             if matrix in (blocks[0] or [matrix]) and other in self.tuned.matrices:
                 theirs = self.tuned.matrices[other]
+                shapes = f"base is {matrix.rows}x{matrix.columns}, tuned {theirs.rows}x{theirs.columns}"
                 raise InputError(
-                    f"{plain(name)}: base is {matrix.rows}x{matrix.columns}, "
-                    f"tuned {theirs.rows}x{theirs.columns}, and no other matrix fits either; "
-                    f"{named[0]}, {named[1]}: are these of one architecture?"
+                    f"{plain(name)}: {shapes}, and no other matrix fits either; {named[0]}, {named[1]}: are "
+                    "these of one architecture?"
                 )
         shown = [
             _some([side.headers[m.tensor] for m in some or side.matrices.values()])
@@ -255,27 +245,6 @@ class CheckpointPair:
         if name not in self.matrices:
             raise UnknownNameError(f"{name!r} is not a matrix of both; {nearest(name, self.matrices)}")
         return self._names[name]
-
-    def _alone(
-        self, role: Side, headers: Mapping[str, Header], aligned: set[str], names: set[str]
-    ) -> dict[str, Header]:
-        """Tensors of a side without a counterpart; copies tied to a tensor that has one are left out."""
-        side = self.base if role == "base" else self.tuned
-        covered = {side.matrices[name].tensor for name in names}
-        covered |= {tied for name in names for tied in side.matrices[name].tied}
-        alone = {n: h for n, h in headers.items() if n not in aligned and n not in covered}
-        embeds = [side.matrices[name].tensor for name in names if side.matrices[name].component == "embed"]
-        return {
-            n: h
-            for n, h in alone.items()
-            if not any(
-                h.shape == headers[e].shape
-                and h.dtype == headers[e].dtype
-                and _is_head(side, n)
-                and same_bytes(side.tensor(n), side.tensor(e))
-                for e in embeds
-            )
-        }
 
     def _head(self, role: Side, name: str) -> bytes:
         side = self.base if role == "base" else self.tuned
@@ -300,11 +269,19 @@ def _same_weights(first: Checkpoint | None, second: Checkpoint | None) -> bool:
     return type(first.source) is type(second.source) and first.source.stamp() == second.source.stamp()
 
 
-def _joined(first: LowRank, second: LowRank) -> LowRank:
-    """The sum of two products as one."""
-    A = torch.cat([first.A.float(), second.A.float()])
-    B = torch.cat([first.B.float() * first.scaling, second.B.float() * second.scaling], dim=1)
-    return LowRank(A, B, 1.0)
+def _alone(side: Checkpoint, aligned: set[str], names: set[str]) -> dict[str, Header]:
+    """Tensors of a side without a counterpart; copies tied to a tensor that has one are left out."""
+    matrices = [side.matrices[name] for name in names]
+    covered = aligned.union(*((matrix.tensor, *matrix.tied) for matrix in matrices))
+    embeds = [side.headers[matrix.tensor] for matrix in matrices if matrix.component == "embed"]
+
+    def copied(header: Header) -> bool:
+        """Whether an unembedding holds the bytes of an aligned embedding."""
+        is_head = header.name in side.matrices and side.matrices[header.name].part == "head"
+        likely = (e.name for e in embeds if is_head and (e.shape, e.dtype) == (header.shape, header.dtype))
+        return any(same_bytes(side.tensor(header.name), side.tensor(name)) for name in likely)
+
+    return {n: h for n, h in side.headers.items() if n not in covered and not copied(h)}
 
 
 def _view(matrix: Matrix) -> Matrix:
@@ -321,10 +298,6 @@ def _role(matrix: Matrix) -> tuple[Any, ...]:
     unstacked = re.search(r"\bexperts\.(\d{1,9})\.", matrix.tensor)
     expert = int(unstacked[1]) if unstacked else matrix.expert
     return matrix.part, matrix.layer, matrix.component, expert, matrix.rows, matrix.columns
-
-
-def _is_head(side: Checkpoint, name: str) -> bool:
-    return name in side.matrices and side.matrices[name].part == "head"
 
 
 def _some(headers: list[Header]) -> str:

@@ -1,10 +1,8 @@
 """Pruning: exact cuts of an order over tensors that are never concatenated.
 
-An order ranks the entries of many tensors by (|key|, tensor, flat index), lowest first; a cut prunes the
-first k = round(s N). Thresholds come from histograms of bit patterns, which sort like the non-negative floats
-they encode: a few passes over the tensors serve all sparsities.
-Source: one-shot magnitude pruning of Jaiswal et al. 2023, arXiv:2306.03805; its released code concatenates
-all weights and runs `topk` for each sparsity.
+Thresholds come from histograms of bit patterns, which sort like the non-negative floats that they encode: a
+few passes over the tensors serve all sparsities.
+Source: one-shot magnitude pruning of Jaiswal et al. 2023, arXiv:2306.03805.
 """
 
 import math
@@ -22,7 +20,7 @@ from torch import Tensor
 
 from probes.checkpoints.checkpoint import Checkpoint
 from probes.errors import InputError
-from probes.files.layout import Header, Matrix, Part
+from probes.files.layout import Header, Part
 from probes.naming.align import natural_key
 
 Scope = Literal["global", "block", "tensor"]
@@ -50,14 +48,7 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """The entries that a sparsity prunes.
-
-    Attributes:
-        sparsity: as requested, of each group.
-        entries: number of entries of each tensor.
-        pruned_entries: number of pruned entries of each tensor.
-        segments: the pruned entries of each tensor's equal consecutive parts.
-    """
+    """The entries that a sparsity, of each group, prunes: how many of each tensor, and which of its parts."""
 
     sparsity: float
     entries: Mapping[str, int]
@@ -74,12 +65,7 @@ class Cut:
         return any(segment.ties and not segment.every_tie for segment in self.segments[name])
 
     def pruned(self, name: str, keys: Shaped[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
-        """The pruned entries of a tensor.
-
-        Args:
-            name: of the tensor.
-            keys: of the order.
-        """
+        """The pruned entries of a tensor with these keys in the order."""
         segments = self.segments[name]
         taken = torch.empty(keys.shape, dtype=torch.bool, device=keys.device)
         parts = keys.reshape(len(segments), -1), taken.view(len(segments), -1)
@@ -106,20 +92,16 @@ def cut_levels(
 ) -> Integer[np.ndarray, " entries"]:
     """The number of cuts that keep each entry of a tensor: the masks of all cuts in one, as they nest.
 
-    Args:
-        cuts: of one order, by rising sparsity; the i-th prunes an entry if the result is at most i.
-        name: of the tensor.
-        keys: of the order.
+    The cuts are of one order, by rising sparsity; the i-th prunes an entry if the result is at most i.
     """
     counts = np.empty(keys.numel(), np.uint8 if len(cuts) < 256 else np.int32)
     segments = [cut.segments[name] for cut in cuts]
-    thresholds = torch.tensor(
-        [[segment.threshold for segment in parts] for parts in segments], dtype=torch.float64
-    )
+    bounds_of_parts = [[segment.threshold for segment in parts] for parts in segments]
+    thresholds = torch.tensor(bounds_of_parts, dtype=torch.float64)
     # An order over several dtypes has thresholds that the narrower dtypes cannot represent.
     held = bool((thresholds.float() == thresholds).all()) and keys.dtype != torch.float64
-    bits, integers, _ = PATTERNS[torch.float32 if held else torch.float64]
     dtype = torch.float32 if held else torch.float64
+    bits, integers, _ = PATTERNS[dtype]
     shift = bits - DIGIT
     parts = keys.reshape(len(segments[0]), -1), counts.reshape(len(segments[0]), -1)
     for part, (values, marks) in enumerate(zip(*parts, strict=True)):
@@ -164,7 +146,6 @@ class Order:
         """Define an order; nothing is read yet.
 
         Args:
-            shapes: of every tensor.
             read: returns the keys of a tensor; called once for each pass.
             groups: which entries are cut together: for each tensor the groups of its equal consecutive parts,
                 such as the experts of a stack. By default all tensors are one group.
@@ -218,29 +199,24 @@ class Order:
                     threshold = number(search.thresholds[rank], dtype)
                     segments[name][part].append(Segment(threshold, ties, 0 < ties == equal))
                     taken[index][name] += below + ties
-        return [
-            Cut(
-                sparsity=sparsity,
-                entries=self.entries,
-                pruned_entries=taken[index],
-                segments={
-                    name: tuple(segment[index] for segment in parts) for name, parts in segments.items()
-                },
+        cuts = []
+        for index, sparsity in enumerate(sparsities):
+            chosen = {name: tuple(part[index] for part in parts) for name, parts in segments.items()}
+            cuts.append(
+                Cut(sparsity=sparsity, entries=self.entries, pruned_entries=taken[index], segments=chosen)
             )
-            for index, sparsity in enumerate(sparsities)
-        ]
+        return cuts
 
     def _dtype(self) -> torch.dtype:
         """The narrowest dtype that holds the keys of every tensor exactly."""
-        dtypes: list[torch.dtype] = []
-        for name in self.shapes:
-            dtypes.append(self.read(name).dtype)
-            if dtypes[-1] not in PATTERNS:
+        dtypes = {name: self.read(name).dtype for name in self.shapes}
+        for name, dtype in dtypes.items():
+            if dtype not in PATTERNS:
                 raise InputError(
-                    f"{name}: is stored as {str(dtypes[-1]).removeprefix('torch.')}, and codes have no order "
+                    f"{name}: is stored as {str(dtype).removeprefix('torch.')}, and codes have no order "
                     "of magnitude; dequantise the checkpoint first"
                 )
-        return reduce(torch.promote_types, dtypes, torch.float32 if not dtypes else dtypes[0])
+        return reduce(torch.promote_types, dtypes.values()) if dtypes else torch.float32
 
     def _patterns(self, name: str, part: int, dtype: torch.dtype) -> Iterator[np.ndarray]:
         """The bit patterns of the keys of one part of a tensor, without their signs, in chunks."""
@@ -257,21 +233,16 @@ class Order:
 
 
 class RankSearch:
-    """The k-th smallest of many bit patterns for several ranks k, digit by digit from the top.
-
-    Attributes:
-        levels: the shift of each digit.
-        thresholds: the pattern at each rank, from 1; 0 for rank 0, which prunes nothing.
-        ties: number of patterns equal to the threshold among the first k.
-    """
+    """The k-th smallest of many bit patterns for several ranks k, digit by digit from the top."""
 
     def __init__(self, ranks: Sequence[int], bits: int):
         first = max(0, bits - DIGIT)
-        self.levels = [*range(first, 0, -DIGIT), 0]
+        self.levels = [*range(first, 0, -DIGIT), 0]  # the shift of each digit
         self._widths = {level: (bits if level == first else above) - level
                         for level, above in zip(self.levels, [bits, *self.levels], strict=False)}  # fmt: skip
+        # The pattern at each rank, from 1; 0 for rank 0, which prunes nothing.
         self.thresholds = dict.fromkeys(ranks, 0)
-        self.ties = {rank: rank for rank in ranks}
+        self.ties = {rank: rank for rank in ranks}  # patterns equal to the threshold among the first k
         self._prefixes = np.zeros(1, np.int64)
         self._counts: np.ndarray | None = None
 
@@ -284,7 +255,7 @@ class RankSearch:
             if level == self.levels[0]:
                 self._counts[0] += np.bincount(chunk >> level, minlength=size)
                 continue
-            rows, sharing = self._sharing(chunk >> (level + self._widths[level]))
+            rows, sharing = _sharing(self._prefixes, chunk >> (level + self._widths[level]))
             digits = (chunk[sharing] >> level) & (size - 1)
             cells = rows.astype(np.int64) * size + digits
             self._counts += np.bincount(cells, minlength=self._counts.size).reshape(self._counts.shape)
@@ -320,9 +291,6 @@ class RankSearch:
         by_pattern = {int(pattern): (int(below[i]), int(equal[i])) for i, pattern in enumerate(patterns)}
         return {rank: by_pattern[pattern] if rank else (0, 0) for rank, pattern in self.thresholds.items()}
 
-    def _sharing(self, heads: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return _sharing(self._prefixes, heads)
-
 
 def _sharing(prefixes: np.ndarray, heads: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of some heads those that are among the prefixes, as indices into these, and their own indices."""
@@ -330,11 +298,11 @@ def _sharing(prefixes: np.ndarray, heads: np.ndarray) -> tuple[np.ndarray, np.nd
         table = np.full(1 << DIGIT, -1, np.int16)
         table[prefixes] = np.arange(len(prefixes))
         rows = table[heads]
-        here = np.flatnonzero(rows >= 0)
-        return rows[here], here
-    rows = np.minimum(np.searchsorted(prefixes, heads), len(prefixes) - 1)
-    here = np.flatnonzero(prefixes[rows] == heads)
-    return rows[here], here
+        matching = np.flatnonzero(rows >= 0)
+    else:
+        rows = np.minimum(np.searchsorted(prefixes, heads), len(prefixes) - 1)
+        matching = np.flatnonzero(prefixes[rows] == heads)
+    return rows[matching], matching
 
 
 def number(pattern: int, dtype: torch.dtype) -> float:
@@ -343,13 +311,9 @@ def number(pattern: int, dtype: torch.dtype) -> float:
 
 
 def scope_of(checkpoint: Checkpoint, parts: tuple[Part, ...] = ("block",)) -> dict[str, Header]:
-    """The stored tensors that hold matrices of these parts, layer by layer; tied ones once.
+    """The stored tensors that hold matrices of these parts, layer by layer; InputError if there are none.
 
-    The six linear maps of a block, as in the paper's code, and of a gated one the seventh; no biases, norms,
-    embeddings or heads, unless their part is asked for.
-
-    Raises:
-        InputError: there are none.
+    By default the six linear maps of a block, as in the paper's code, and of a gated one the seventh.
     """
     wanted = [matrix for matrix in checkpoint.matrices.values() if matrix.part in parts]
     wanted.sort(key=lambda matrix: (-1 if matrix.layer is None else matrix.layer, natural_key(matrix.tensor)))
@@ -366,12 +330,9 @@ def magnitude_order(
     *,
     read: Callable[[str], Tensor] | None = None,
 ) -> Order:
-    """The weights of a checkpoint from the least to the largest magnitude.
+    """The weights of a checkpoint, or those that `read` returns, from the least to the largest magnitude.
 
-    Args:
-        scope: which weights are cut together: all, those of a layer, or those of a tensor or expert.
-        parts: of the model, to prune in.
-        read: returns a tensor's values; by default the checkpoint's.
+    `scope`: which weights are cut together: all, those of a layer, or those of a tensor or expert.
     """
     shapes = {name: header.shape for name, header in scope_of(checkpoint, parts).items()}
     return Order(shapes, read or checkpoint.tensor, groups=_groups(checkpoint, shapes, scope))
@@ -393,23 +354,21 @@ def random_order(
 def _groups(checkpoint: Checkpoint, shapes: Mapping[str, object], scope: Scope) -> dict[str, list[Hashable]]:
     if scope == "global":
         return {}
-    held: dict[str, list[Matrix]] = defaultdict(list)
+    layers: dict[str, int | None] = {}
+    experts: dict[str, int] = defaultdict(int)
     for matrix in checkpoint.matrices.values():
-        held[matrix.tensor].append(matrix)
+        layers.setdefault(matrix.tensor, matrix.layer)
+        experts[matrix.tensor] = max(experts[matrix.tensor], 1 + (matrix.expert or 0))
     if scope == "block":
-        return {name: [held[name][0].layer] for name in shapes}
+        return {name: [layers[name]] for name in shapes}
     assert scope == "tensor", scope
-    experts = {name: 1 + max(matrix.expert or 0 for matrix in held[name]) for name in shapes}
-    return {name: [(name, expert) for expert in range(count)] for name, count in experts.items()}
+    return {name: [(name, expert) for expert in range(experts[name])] for name in shapes}
 
 
 def n_of_m(W: Shaped[Tensor, "out in"], n_keep: int, m: int) -> Bool[Tensor, "out in"]:
     """The weights that an N:M pattern keeps: the `n_keep` largest of `m` consecutive inputs of an output.
 
-    Of equal magnitudes the later ones are kept, as in an order.
-
-    Raises:
-        InputError: no such pattern, or groups that do not fill a row.
+    Of equal magnitudes the later ones are kept, as in an order. Groups that do not fill a row: InputError.
     """
     if not 0 < n_keep < m:
         raise InputError(f"{n_keep}:{m} is no pattern; N of M weights are kept, and N is from 1 to below M")
@@ -427,11 +386,7 @@ def n_of_m(W: Shaped[Tensor, "out in"], n_keep: int, m: int) -> Bool[Tensor, "ou
 def pattern_pruned(
     checkpoint: Checkpoint, name: str, stored: Tensor, n_keep: int, m: int
 ) -> Bool[Tensor, "..."]:
-    """The entries of a stored tensor that an N:M pattern prunes, along the inputs of each matrix in it.
-
-    Raises:
-        InputError: as `n_of_m`; the message names the matrix.
-    """
+    """The entries of a stored tensor that an N:M pattern prunes, along the inputs of each matrix in it."""
     pruned = torch.zeros(stored.shape, dtype=torch.bool)
     for matrix in checkpoint.matrices.values():
         if matrix.tensor == name:

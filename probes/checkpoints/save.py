@@ -1,7 +1,6 @@
 """Writing an edited checkpoint: a directory that `from_pretrained` loads, one tensor at a time.
 
-The safetensors library needs all tensors of a file in memory. Here shards of several gigabytes are streamed:
-the format is a header of offsets followed by the bytes.
+The safetensors library needs all tensors of a file in memory; here they are streamed behind the header.
 """
 
 import json
@@ -21,7 +20,7 @@ from probes.checkpoints.checkpoint import Checkpoint
 from probes.errors import InputError
 from probes.files.layout import Header
 from probes.files.locate import inside
-from probes.files.sources import DTYPES, SafetensorsSource, TorchSource, finite, raw
+from probes.files.sources import DTYPES, FileSource, finite, raw
 from probes.files.untrusted import read_json
 from probes.progress import Progress
 
@@ -51,15 +50,10 @@ def write_checkpoint(
     copied. One tensor is in memory at a time. The directory appears complete or not at all.
 
     Args:
-        source: the checkpoint.
         out: a directory that does not exist yet, or is empty.
         change: from a tensor's name and value to its new value, of the same shape; called in any order. A
             tensor that it returns unchanged is copied byte for byte.
         dtypes: of tensors that are written in another dtype than the source's.
-        progress: called with tensors written, tensors in all, and the last one's name.
-
-    Returns:
-        The directory.
 
     Raises:
         InputError: `out` is a file, is not empty or cannot be written; the disk is full; a change gives
@@ -102,19 +96,16 @@ def write_checkpoint(
 
 def _plan(source: Checkpoint) -> dict[str, list[Header]]:
     """The tensors of each file, as in the source; those that an adapter brings go into the last."""
+    shards: dict[str, list[Header]] = {}
     if source.base is not None:
-        shards = _plan(source.base)
-        last = list(shards)[-1]
-        base_names = {header.name for headers in shards.values() for header in headers}
-        shards = {
-            file: [source.headers[header.name] for header in headers] for file, headers in shards.items()
-        }
-        shards[last] += [header for name, header in source.headers.items() if name not in base_names]
+        added = dict(source.headers)
+        for key, headers in _plan(source.base).items():
+            shards[key] = [added.pop(header.name) for header in headers]
+        shards[key] += added.values()
         return shards
-    shards = {}
     filled = 0
     for name, header in source.headers.items():
-        if isinstance(source.source, SafetensorsSource | TorchSource):
+        if isinstance(source.source, FileSource):
             file = source.source.file(name)
             key = os.path.relpath(file, source.directory) if source.directory else file.name
         else:
@@ -140,11 +131,8 @@ def _write(path: Path, headers: list[Header], value: Callable[[str], Tensor]) ->
         if header.dtype not in _NAMES:
             raise InputError(f"{header.name}: safetensors has no dtype for {header.dtype}")
         begin, end = end, end + header.bytes
-        entries[header.name] = {
-            "dtype": _NAMES[header.dtype],
-            "shape": list(header.shape),
-            "data_offsets": [begin, end],
-        }
+        dtype, shape = _NAMES[header.dtype], list(header.shape)
+        entries[header.name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("xb") as file:
@@ -193,12 +181,9 @@ def companion_files(directory: Path) -> Iterator[str]:
     """The names of the files, other than weights, that a copy of a checkpoint's directory needs."""
     templates = "additional_chat_templates"
     for path in sorted(directory.iterdir()) + sorted((directory / templates).glob("*.jinja")):
-        kept = (
-            path.suffix not in _WEIGHTS
-            and path.name not in _STATE
-            and not path.name.startswith((".", "adapter_"))
-        )
-        if path.is_file() and kept and not path.name.endswith(".index.json"):
+        weights = path.suffix in _WEIGHTS or path.name.startswith("adapter_")
+        weights = weights or path.name.endswith(".index.json")
+        if path.is_file() and not weights and path.name not in _STATE and not path.name.startswith("."):
             yield str(path.relative_to(directory))
 
 
@@ -223,20 +208,15 @@ def refuse_occupied(out: Path) -> None:
 
 @contextmanager
 def atomic_directory(out: Path, size: int) -> Iterator[Path]:
-    """A hidden directory that becomes `out` on success and is removed otherwise.
-
-    Args:
-        size: bytes that will be written.
-    """
+    """A hidden directory for `size` bytes that becomes `out` on success and is removed otherwise."""
     refuse_occupied(out)
     partial = out.resolve().parent / f".{out.name}.{os.getpid()}.partial"
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(partial.parent).free
         if free < size:
-            raise InputError(
-                f"{out}: needs {size / 1e9:.1f} GB, but its disk has only {free / 1e9:.1f} GB left"
-            )
+            problem = f"needs {size / 1e9:.1f} GB, but its disk has only {free / 1e9:.1f} GB left"
+            raise InputError(f"{out}: {problem}")
         partial.mkdir()
         try:
             yield partial
@@ -248,9 +228,19 @@ def atomic_directory(out: Path, size: int) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
             raise
     except OSError as error:
-        raise InputError(
-            f"{out}: cannot be written ({error.strerror or error}); nothing is left of it"
-        ) from error
+        reason = error.strerror or error
+        raise InputError(f"{out}: cannot be written ({reason}); nothing is left of it") from error
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A hidden file that becomes `path` on success and is removed otherwise."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
@@ -16,8 +15,9 @@ import numpy as np
 
 from probes.checkpoints.checkpoint import Checkpoint, summary_table
 from probes.checkpoints.opening import open_checkpoint
+from probes.checkpoints.save import atomic_file
 from probes.checkpoints.steps import Step, exact, in_order, step_in, step_label
-from probes.errors import InputError
+from probes.errors import InputError, library_error
 from probes.files.locate import MODEL_FILES, adapter_files
 from probes.files.untrusted import confined, read_json
 from probes.naming.align import natural_key
@@ -75,10 +75,9 @@ class CheckpointSeries:
         expanded = expand(refs)
         if not expanded:
             raise InputError("a series needs checkpoints; none is given")
-        if len(steps) and len(steps) != len(expanded):
-            raise InputError(
-                f"--steps: {len(steps)} steps for {len(expanded)} checkpoints, the first included"
-            )
+        count = len(expanded)
+        if len(steps) not in (0, count):
+            raise InputError(f"--steps: {len(steps)} steps for {count} checkpoints, the first included")
         labels: Sequence[Any] | None = tuple(steps)
         if labels:
             in_order(labels)  # before files are opened
@@ -109,8 +108,7 @@ class CheckpointSeries:
     def _repr_html_(self) -> str:
         # A series that is still recorded has the weights of its last step alone.
         labels = self.labels[len(self) - len(self.checkpoints) :]
-        ends = dict.fromkeys((0, len(labels) - 1)) if labels else ()
-        shown = {labels[i]: self.checkpoints[i].summary for i in ends}
+        shown = {labels[i]: self.checkpoints[i].summary for i in ((0, -1) if labels else ())}
         title = f"{len(self)} checkpoints: {', '.join(self.labels[:8])}{', …' if len(self) > 8 else ''}"
         return f"<p>{escape(title)}</p>{summary_table(shown)}"
 
@@ -124,8 +122,13 @@ class CheckpointSeries:
         """`Checkpoint.stamp` of each checkpoint, in order."""
         return tuple(checkpoint.stamp() for checkpoint in self.checkpoints)
 
+    @property
+    def _sources(self) -> Sequence[str]:
+        """What tells the measurements of one checkpoint from those of the others."""
+        return self.stamps
+
     def within(self, context: str, cache: Path | None) -> "CheckpointSeries":
-        """The same series, whose measurements depend on `context` too and are kept in a directory."""
+        """The same series; its measurements depend on `context` too and are kept in a directory."""
         series = object.__new__(type(self))
         series.__dict__ = {**self.__dict__, "_context": context, "cache": cache, "_held": {}}
         return series
@@ -144,21 +147,27 @@ class CheckpointSeries:
 
         Args:
             name: of the measurement.
-            parameters: all that it depends on beside the checkpoint, as JSON keeps it.
+            parameters: all that it depends on besides the checkpoint, as JSON keeps it.
             measure: from a checkpoint to arrays and numbers by name, none of them of objects.
-            progress: called with (checkpoints done, all, the label of the next).
             least: as of `at_least`: how many checkpoints a conclusion takes, and for what.
             run_calls: runs the calls for the measurements that are not kept yet; gives results in order.
 
         Raises:
             TooShortError: there are fewer; they are measured all the same where measurements are kept and
                 more checkpoints may follow.
+            InputError: a checkpoint whose weights are gone was not measured with these parameters.
         """
         if self.complete or not self.cache:
             self.at_least(*least)
-        keys = [f"{name}.{_key(self._context, name, parameters, stamp)}" for stamp in self.stamps]
-        new = {key: checkpoint for key, checkpoint in zip(keys, self.checkpoints, strict=True)
-               if not self._is_kept(key)}  # fmt: skip
+        keys = [f"{name}.{_key(self._context, name, parameters, source)}" for source in self._sources]
+        new = {}
+        gone = len(self) - len(self.checkpoints)
+        for index, key in enumerate(keys):
+            if not self._is_kept(key):
+                if index < gone:
+                    step = self.labels[index]
+                    raise InputError(f"{self.cache}: holds no {name} of step {step} with these parameters")
+                new[key] = self.checkpoints[index - gone]
         results = iter(run_calls(partial(measure, checkpoint) for checkpoint in new.values()))
         for index, key in enumerate(keys):
             if progress:
@@ -169,11 +178,7 @@ class CheckpointSeries:
         return [self._held[key] for key in keys]
 
     def at_least(self, count: int, why: str) -> None:
-        """Refuse a series that is too short for a conclusion.
-
-        Raises:
-            TooShortError: it has fewer checkpoints; the text says why so many are needed.
-        """
+        """Raise TooShortError if the series has fewer checkpoints than a conclusion needs."""
         if len(self) < count:
             noun = "checkpoint" if len(self) == 1 else "checkpoints"
             raise TooShortError(f"a series of {len(self)} {noun}: {why} needs at least {count}; give more")
@@ -199,65 +204,22 @@ class RecordedSeries(CheckpointSeries):
     """
 
     def __init__(self, steps: Sequence[int | float], cache: Path, now: Any = None):
-        """Take up a recording.
-
-        Args:
-            steps: all, the present one last.
-            cache: the directory that keeps the measurements.
-            now: the model at the last step; None once everything has been measured.
-        """
+        """Take up a recording of all `steps`; `now` is the model at the last, unless that is measured too."""
         self.checkpoints = () if now is None else (open_checkpoint(now),)
         self.steps = in_order(steps) or ()
         self.labels = tuple(map(step_label, self.steps))
-        self.stepped = True
+        self.stepped, self.complete = True, False
         self.cache = cache
         self._context = ""
         self._held = {}
 
-    def measured(
-        self,
-        name: str,
-        parameters: Mapping[str, Any],
-        measure: Callable[[Checkpoint], Mapping[str, Any]],
-        progress: Progress | None = None,
-        *,
-        least: tuple[int, str] = (1, ""),
-        run_calls: RunCalls = one_by_one,
-    ) -> list[Measurement]:
-        """As of a series of files; an earlier step cannot be measured any more.
-
-        However few there are, the present step is measured: others will follow it.
-
-        Raises:
-            InputError: an earlier step was not measured with these parameters.
-            TooShortError: there are fewer than `least`.
-        """
-        assert self.cache is not None
-        measurements = []
-        for index, label in enumerate(self.labels):
-            if progress:
-                progress(index, len(self), label)
-            # The label is exact: two steps never share a key.
-            key = f"{name}.{_key(self._context, name, parameters, f'step {label}')}"
-            if index == len(self) - 1 and self.checkpoints:
-                if not self._is_kept(key):
-                    self._keep(key, *run_calls([partial(measure, self.checkpoints[0])]))
-                measurements.append(self._held[key])
-                continue
-            kept = read_measurement(self.cache / f"{key}.npz")
-            if kept is None:
-                raise InputError(f"{self.cache}: holds no {name} of step {label} with these parameters")
-            measurements.append(kept)
-        self.at_least(*least)
-        return measurements
+    @property
+    def _sources(self) -> Sequence[str]:
+        return [f"step {label}" for label in self.labels]  # labels are exact: two steps never share a key
 
 
 def series_of(series: Any, *, steps: Sequence[Any] = ()) -> CheckpointSeries:
-    """A series from a series, a reference or references in order.
-
-    Raises:
-        InputError: as `CheckpointSeries`, or one reference where several are meant.
-    """
+    """A series from a series, a reference or references in order; raises as `CheckpointSeries`."""
     if isinstance(series, CheckpointSeries):
         return series
     refs = [series] if isinstance(series, str | Path) else list(series)
@@ -302,22 +264,15 @@ def checkpoints_in(run: Path) -> list[str]:
 
 
 def revisions(ref: str) -> list[str]:
-    """The branches and tags of a hub repository that match `org/name@pattern`, in step order.
-
-    Raises:
-        InputError: the hub cannot be asked, or nothing matches.
-    """
+    """The branches and tags of a hub repository that match `org/name@pattern`, in step order."""
     from huggingface_hub import HfApi
 
     repository, _, pattern = ref.partition("@")
     try:
         listing = HfApi().list_repo_refs(repository)
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(
-            f"{ref}: the revisions of {repository} cannot be listed ({type(error).__name__}: {reason}); name "
-            f"each as {repository}@REVISION"
-        ) from error
+        problem = f"the revisions of {repository} cannot be listed ({library_error(error)})"
+        raise InputError(f"{ref}: {problem}; name each as {repository}@REVISION") from error
     names = [reference.name for reference in (*listing.branches, *listing.tags)]
     matched = sorted({name for name in names if fnmatchcase(name, pattern)}, key=natural_key)
     if not matched:
@@ -326,10 +281,7 @@ def revisions(ref: str) -> list[str]:
 
 
 def steps_of(checkpoints: Sequence[Checkpoint]) -> list[Step] | None:
-    """The steps of checkpoints of a run; None unless all but the first have one.
-
-    A first one without a step is the base, at step 0.
-    """
+    """The steps of checkpoints of a run, of the base 0; None unless all but the first have one."""
     steps = [step_of(checkpoint) for checkpoint in checkpoints]
     if steps[0] is None:
         steps[0] = 0.0
@@ -358,35 +310,21 @@ def read_measurement(path: Path) -> Measurement | None:
 
 
 def write_measurement(path: Path, measurement: Measurement) -> None:
-    """Keep a measurement, whole or not at all.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Keep a measurement, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            np.savez(file, allow_pickle=False, **measurement)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic_file(path) as part, part.open("wb") as file:
+        np.savez(file, allow_pickle=False, **measurement)
 
 
 def _holds_weights(path: Path) -> bool:
     """Whether a path is a checkpoint, as far as its names tell."""
-    if path.is_file():
+    if path.is_file() or any((path / name).is_file() for name in MODEL_FILES):
         return True
-    return (
-        any((path / name).is_file() for name in MODEL_FILES)
-        or adapter_files(path) is not None
-        or any(path.glob("*.safetensors"))
-    )
+    return adapter_files(path) is not None or any(path.glob("*.safetensors"))
 
 
 def _key(*parts: Any) -> str:
     """A short hash of what a measurement depends on."""
-    text = json.dumps(
-        [dict(part) if isinstance(part, Mapping) else part for part in parts], sort_keys=True, default=str
-    )
+    plain = [dict(part) if isinstance(part, Mapping) else part for part in parts]
+    text = json.dumps(plain, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()

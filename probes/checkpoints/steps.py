@@ -23,11 +23,7 @@ def step_in(name: str) -> Step | None:
 
 
 def exact(step: Any) -> Step:
-    """A step as a float, or as the whole number that it is where a float would round it.
-
-    Raises:
-        TypeError, ValueError, OverflowError: it is no number, or too large for a float.
-    """
+    """A step as a float, or as the whole number that it is where a float would round it."""
     if isinstance(step, str):
         try:
             step = int(step)
@@ -49,11 +45,7 @@ def step_label(step: Any) -> str:
 
 
 def in_order(labels: Sequence[Any]) -> tuple[Step, ...] | None:
-    """The labels as steps; None unless all of them are finite numbers.
-
-    Raises:
-        InputError: the steps do not rise.
-    """
+    """The labels as steps; None unless all are finite numbers. Raises InputError if they do not rise."""
     try:
         steps = tuple(exact(label) for label in labels)
     except (TypeError, ValueError, OverflowError):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from probes.checkpoints.checkpoint import Checkpoint, nearest
 from probes.errors import InputError, UnknownNameError
-from probes.experts.routers import NoRoutersError
+from probes.experts.routers import NoRoutersError, require_one_a_block
 from probes.files.layout import Matrix
 from probes.naming.families import GAIN_FROM_ONE, NORM_BEFORE_EXPERTS, NORM_BEHIND_EXPERTS
 
@@ -27,8 +27,7 @@ def router_matrices(
         routers: modules that are its routers, first to last; by default found by name.
 
     Raises:
-        NoRoutersError: it has no routers.
-        UnknownNameError: it has no router of that name.
+        NoRoutersError, UnknownNameError: it has no routers, or none of that name.
         InputError: layers with unlike numbers of experts, or no gain that is known.
     """
     if routers is not None:
@@ -36,38 +35,32 @@ def router_matrices(
     else:
         count = checkpoint.config.get("num_hidden_layers")
         chosen = [
-            matrix
-            for matrix in checkpoint.matrices.values()
+            matrix for matrix in checkpoint.matrices.values()
             if matrix.component == "router" and matrix.layer is not None and matrix.rows > 1
             and not (isinstance(count, int) and matrix.layer >= count)
         ]  # fmt: skip
         chosen.sort(key=lambda matrix: matrix.layer or 0)
     if not chosen:
         raise NoRoutersError(f"{checkpoint.ref}: {checkpoint.architecture} has no router among its weights")
+    if routers is None:
+        require_one_a_block(checkpoint.ref, chosen)
     for matrix, other in pairwise(chosen):
-        if routers is None and matrix.layer == other.layer:
-            raise InputError(
-                f"{checkpoint.ref}: {matrix.name} and {other.name} are in one block; name those to be read"
-            )
         if (matrix.rows, matrix.columns) != (other.rows, other.columns):
             raise InputError(
                 f"{checkpoint.ref}: {matrix.name} is {matrix.rows}x{matrix.columns}, {other.name} "
                 f"{other.rows}x{other.columns}; only layers with equally many experts go together"
             )
-    weights = []
-    for matrix in chosen:
-        weight = checkpoint.matrix(matrix.name).float()
-        weights.append(weight * _gain(checkpoint, matrix) if fold_gain else weight)
+    weights = [checkpoint.matrix(matrix.name).float() for matrix in chosen]
+    if fold_gain:
+        weights = [weight * _gain(checkpoint, matrix) for weight, matrix in zip(weights, chosen, strict=True)]
     return torch.stack(weights).numpy()
 
 
 def _named(checkpoint: Checkpoint, name: str) -> Matrix:
-    """The matrix of a router that was named."""
     matrix = checkpoint.matrices.get(f"{name}.weight") or checkpoint.matrices.get(name)
     if matrix is None:
-        raise UnknownNameError(
-            f"{checkpoint.ref}: has no {name}.weight; {nearest(name, checkpoint.matrices)}"
-        )
+        names = nearest(name, checkpoint.matrices)
+        raise UnknownNameError(f"{checkpoint.ref}: has no {name}.weight; {names}")
     return matrix
 
 
@@ -79,13 +72,10 @@ def _gain(checkpoint: Checkpoint, matrix: Matrix) -> Float[Tensor, " width"]:
         header = checkpoint.headers.get(name)
         if header is None or header.shape != (matrix.columns,):
             continue
-        if (
-            norm == NORM_BEFORE_EXPERTS[-1]
-            and f"{start}{number}{NORM_BEHIND_EXPERTS}.weight" in checkpoint.headers
-        ):
+        behind = f"{start}{number}{NORM_BEHIND_EXPERTS}.weight"
+        if norm == NORM_BEFORE_EXPERTS[-1] and behind in checkpoint.headers:
             break
         gain = checkpoint.tensor(name).float()
         return gain + 1 if checkpoint.config.get("model_type") in GAIN_FROM_ONE else gain
-    raise InputError(
-        f"{checkpoint.ref}: the norm before {matrix.name} is not recognised; leave fold_gain out"
-    )
+    what = f"the norm before {matrix.name} is not recognised; leave fold_gain out"
+    raise InputError(f"{checkpoint.ref}: {what}")

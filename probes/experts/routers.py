@@ -1,15 +1,14 @@
 """The routers of a mixture of experts: recognised by their output, read by watching them compute.
 
 A router is a module inside a block that returns, for every token, the indices of the experts it chose and as
-many weights; most in transformers return their logits too. Watching one forward pass tells whether it weighs
-all experts (by a softmax, or each by a sigmoid) or only the chosen ones. So no table of architectures is
-needed, and models with their own code are read the same way.
+many weights. Watching one forward pass tells whether it weighs all experts (by a softmax, or each by a
+sigmoid) or only the chosen ones. So no table of architectures is needed.
 """
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from probes.errors import InputError, UnknownNameError
+from probes.files.layout import Matrix
 from probes.models.body import blocks, run, unwrapped
 from probes.naming.families import BLOCK
 from probes.text.batches import Batch
@@ -46,7 +46,6 @@ class Router:
     Attributes:
         name: of its module.
         layer: index of its block, from 0.
-        experts: how many there are.
         top_k: experts chosen for a token.
         logits: the part of its output with a value for each expert; None if there is none.
         aspect: key of `ASPECTS`: from that part to the weights of all experts.
@@ -100,23 +99,20 @@ def find_routers(
         top_k: experts chosen where `names` return logits alone; their weights then sum to 1.
 
     Raises:
-        UnknownNameError: a name that the model does not have.
-        NoRoutersError: none are found.
+        UnknownNameError, NoRoutersError: the model lacks a name, or has no routers.
         InputError: several in one block, unequal numbers of experts or choices, a module without routes.
     """
     kind = type(unwrapped(model)).__name__
     if names is None:
-        candidates = dict(_in_blocks(model))
+        candidates = _in_blocks(model)
     else:
         modules = dict(model.named_modules())
         missing = [name for name in names if name not in modules]
         if missing:
-            raise UnknownNameError(
-                f"{kind}: has no module {missing[0]}; routers are named as in named_modules()"
-            )
-        candidates = {
-            name: (layer, modules[name]) for name, layer in zip(names, _numbers(names), strict=True)
-        }
+            what = f"has no module {missing[0]}; routers are named as in named_modules()"
+            raise UnknownNameError(f"{kind}: {what}")
+        blocks_of = zip(names, _numbers(names), strict=True)
+        candidates = {name: (layer, modules[name]) for name, layer in blocks_of}
     routers: dict[str, Router] = {}
     with ExitStack() as stack:
         for name, (layer, module) in candidates.items():
@@ -124,18 +120,21 @@ def find_routers(
             stack.callback(module.register_forward_hook(look, with_kwargs=True).remove)
         forward(model, batch)
     # A module that only returns the output of a router inside it is no router.
-    outermost = [
-        router
-        for name, router in routers.items()
-        if not any(other.startswith(f"{name}.") for other in routers)
-    ]
+    wrappers = {name for name in routers if any(other.startswith(f"{name}.") for other in routers)}
+    outermost = [router for name, router in routers.items() if name not in wrappers]
     outermost.sort(key=lambda router: router.layer)
     if not outermost:
         raise NoRoutersError(
             f"{kind}: has no routers that can be read: no module in its blocks returns the indices of the "
             "chosen experts and their weights"
         )
-    _alike(kind, outermost)
+    require_one_a_block(kind, outermost)
+    for router, other in pairwise(outermost):
+        if (router.experts, router.top_k) != (other.experts, other.top_k):
+            raise InputError(
+                f"{kind}: {router.name} chooses {router.top_k} of {router.experts} experts and {other.name} "
+                f"{other.top_k} of {other.experts}; name those to be read, with as many"
+            )
     return outermost
 
 
@@ -153,27 +152,24 @@ def forward(model: nn.Module, batch: Batch) -> None:
         if hasattr(inner, "get_input_embeddings") and hasattr(inner, "config"):
             run(model, batch)
         else:
-            model(batch.ids, **_masked(model, batch))
+            masked = "attention_mask" in inspect.signature(model.forward).parameters
+            model(batch.ids, **({"attention_mask": batch.attention_mask} if masked else {}))
 
 
-def _masked(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """The mask, if the module's `forward` accepts one."""
-    accepted = inspect.signature(model.forward).parameters
-    return {"attention_mask": batch.attention_mask} if "attention_mask" in accepted else {}
-
-
-def _in_blocks(model: nn.Module) -> Iterator[tuple[str, tuple[int, nn.Module]]]:
-    """Modules inside of the blocks by name, each with its block."""
+def _in_blocks(model: nn.Module) -> dict[str, tuple[int, nn.Module]]:
+    """Modules inside of the blocks by name, with their block."""
     try:
         names = {id(module): name for name, module in model.named_modules()}
         stacked = list(blocks(model))
     except (AttributeError, ValueError) as error:
         kind = type(unwrapped(model)).__name__
         raise NoRoutersError(f"{kind}: its blocks are not recognised; name its routers") from error
-    for layer, block in enumerate(stacked):
-        for name, module in block.named_modules(prefix=names[id(block)]):
-            if module is not block:
-                yield name, (layer, module)
+    return {
+        name: (layer, module)
+        for layer, block in enumerate(stacked)
+        for name, module in block.named_modules(prefix=names[id(block)])
+        if module is not block
+    }
 
 
 def _look(
@@ -185,34 +181,32 @@ def _look(
         if name in routers:
             return
         if named and isinstance(output, Tensor):
-            if top_k is None or not 1 <= top_k <= output.shape[-1]:
+            experts = output.shape[-1]
+            if top_k is None or not 1 <= top_k <= experts:
                 raise InputError(
-                    f"{name}: gives {output.shape[-1]} logits and no choice; say with top_k how many of the "
-                    "experts are chosen"
+                    f"{name}: gives {experts} logits and no choice; say with top_k how many of the experts "
+                    "are chosen"
                 )
             routers[name] = Router(
-                name=name, layer=layer, experts=output.shape[-1], top_k=top_k, logits=0, aspect="softmax",
+                name=name, layer=layer, experts=experts, top_k=top_k, logits=0, aspect="softmax",
                 weights=None, ids=None,
             )  # fmt: skip
             return
         parts = _parts(output)
-        if parts is None:
+        count = None if parts is None else _experts(module, output, parts[2])
+        if parts is None or count is None:  # or it chooses others, such as the positions that attention reads
             if named:
-                raise InputError(f"{name}: gives neither logits nor experts with their weights")
+                reason = "gives neither logits nor experts with their weights"
+                raise InputError(f"{name}: {'does not tell how many experts there are' if parts else reason}")
             return
         weights, ids, wide = parts
-        experts = _experts(module, output, wide)
-        if experts is None:  # it chooses something else, such as the positions that attention reads
-            if named:
-                raise InputError(f"{name}: does not tell how many experts there are")
-            return
         with _Watched() as watched:
             module.forward(*args, **kwargs)
-        shares = [share for share in watched.shares if share.shape[-1] == experts]
+        shares = [share for share in watched.shares if share.shape[-1] == count]
         logits, aspect = _weighed(output, wide, shares)
         router = Router(
-            name=name, layer=layer, experts=experts, top_k=output[ids].shape[-1], logits=logits,
-            aspect=aspect, weights=weights, ids=ids,
+            name=name, layer=layer, experts=count, top_k=output[ids].shape[-1], logits=logits, aspect=aspect,
+            weights=weights, ids=ids,
         )  # fmt: skip
         routers[name] = _unscaled(module, router, output)
 
@@ -281,9 +275,8 @@ def _unscaled(module: nn.Module, router: Router, output: Any) -> Router:
     """The router with the scale of its weights, found by comparing them with what they should be."""
     assert router.weights is not None
     assert router.ids is not None
-    weights, ids = output[router.weights], output[router.ids].long()
-    rough = weights.dtype not in (torch.float32, torch.float64)
-    weights = weights.float()
+    weights, ids = output[router.weights].float(), output[router.ids].long()
+    rough = output[router.weights].dtype not in (torch.float32, torch.float64)
     ones = torch.ones_like(weights[..., 0])
     full = None if router.logits is None else router.full(output[router.logits])
     scales = [
@@ -299,31 +292,10 @@ def _unscaled(module: nn.Module, router: Router, output: Any) -> Router:
     return router
 
 
-def _alike(kind: str, routers: Sequence[Router]) -> None:
-    """Refuse routers whose routes do not fit into one array."""
+def require_one_a_block(where: str, routers: Sequence[Router | Matrix]) -> None:
+    """Refuse two routers in one block."""
     for router, other in pairwise(routers):
         if router.layer == other.layer:
             raise InputError(
-                f"{kind}: {router.name} and {other.name} are in one block; name those to be read"
+                f"{where}: {router.name} and {other.name} are in one block; name those to be read"
             )
-        if (router.experts, router.top_k) != (other.experts, other.top_k):
-            raise InputError(
-                f"{kind}: {router.name} chooses {router.top_k} of {router.experts} experts and {other.name} "
-                f"{other.top_k} of {other.experts}; name those to be read, with as many"
-            )
-
-
-@contextmanager
-def watching_routers(
-    model: nn.Module, routers: Sequence[Router], see: Callable[[int, Tensor | None, Tensor], None]
-) -> Iterator[None]:
-    """Call `see(index, full, top)` whenever one of the routers has run; the hooks are removed afterwards."""
-
-    def hook(index: int) -> Callable[..., None]:
-        return lambda module, args, output: see(index, *routers[index].read(output))
-
-    with ExitStack() as stack:
-        for index, router in enumerate(routers):
-            module = model.get_submodule(router.name)
-            stack.callback(module.register_forward_hook(hook(index)).remove)
-        yield

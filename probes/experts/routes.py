@@ -2,13 +2,14 @@
 
 A sample's routing is the mean of the router's weights over its tokens, layer by layer, without padding.
 Source: "Grokking in LLM Pretraining?", arXiv:2506.21551, which leaves open whether the weights are the full
-distribution or those of the chosen experts: both are returned. The routes of single tokens are never kept.
+distribution or those of the chosen experts: both are returned.
 """
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -17,12 +18,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from probes.errors import InputError
-from probes.experts.routers import Router, find_routers, forward, watching_routers
+from probes.experts.routers import Router, find_routers, forward
 from probes.models.body import evaluating
 from probes.passes import activations
-from probes.passes.batched import measure_examples, non_finite_error
-from probes.progress import Progress
-from probes.text.batches import Batch, Example, PaddingSide, batches
+from probes.passes.batched import measure_examples, require_finite
+from probes.text.batches import Batch, Example, batches
 from probes.text.rows import Task
 
 RouteWeights: TypeAlias = Literal["full", "top"]
@@ -57,11 +57,7 @@ class Routes:
     via: Literal["bridge", "modules"] = "modules"
 
     def select(self, kind: str) -> Float[np.ndarray, "samples layers experts"]:
-        """The weights of a kind.
-
-        Raises:
-            InputError: there is no such kind, or the model has no weights of it.
-        """
+        """The weights of a kind; raises InputError if there is no such kind, or the model has none of it."""
         if kind not in ("full", "top"):
             raise InputError(f"weights are {kind!r}; give full or top")
         if kind == "full" and len(self.full) and np.isnan(self.full[self.tokens > 0]).any():
@@ -72,22 +68,14 @@ class Routes:
 
     def record(self) -> dict[str, np.ndarray]:
         """The routes as plain arrays, which `of` reads."""
-        return {
-            "full": self.full,
-            "top": self.top,
-            "tokens": self.tokens,
-            "layers": np.array(self.layers, dtype=np.int64),
-            "top_k": np.array(self.top_k),
-            "bridged": np.array(self.via == "bridge"),
-        }
+        arrays = {name: np.asarray(value) for name, value in vars(self).items() if name != "via"}
+        return arrays | {"bridged": np.array(self.via == "bridge")}
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> "Routes":
         """Routes from a record; other entries of it are ignored."""
         return cls(
-            full=np.asarray(record["full"]),
-            top=np.asarray(record["top"]),
-            tokens=np.asarray(record["tokens"]),
+            **{name: np.asarray(record[name]) for name in ("full", "top", "tokens")},
             layers=tuple(int(layer) for layer in record["layers"]),
             top_k=int(record["top_k"]),
             via="bridge" if bool(record["bridged"]) else "modules",
@@ -95,9 +83,7 @@ class Routes:
 
 
 def routed_examples(task: Task, examples: Sequence[Example]) -> list[Example]:
-    """One sequence for each row, in the order of the rows: its prompt, or all that the model reads.
-
-    Of a row with choices it is the prompt alone, which they share.
+    """One sequence for each row: all that the model reads, or the prompt that a row's choices share.
 
     Args:
         examples: of the task, as `encode` returns them.
@@ -106,13 +92,14 @@ def routed_examples(task: Task, examples: Sequence[Example]) -> list[Example]:
     for example in examples:
         first.setdefault(example.row, example)
     sequences = [first[row] for row in range(len(task.rows))]
-    return [_prompt(example) for example in sequences] if task.shape == "choices" else sequences
+    if task.shape != "choices":
+        return sequences
+    # The prompt ends before the first token that is scored.
+    return [_shortened(example, [*example.scored, True].index(True)) for example in sequences]
 
 
-def _prompt(example: Example) -> Example:
-    """An example up to the first token that is scored."""
-    stop = example.scored.index(True) if True in example.scored else len(example.ids)
-    return replace(example, ids=example.ids[:stop], scored=example.scored[:stop])
+def _shortened(example: Example, length: int) -> Example:
+    return replace(example, ids=example.ids[:length], scored=example.scored[:length])
 
 
 def capture_routes(
@@ -123,11 +110,7 @@ def capture_routes(
     routers: Sequence[str] | None = None,
     top_k: int | None = None,
     bridge: bool = True,
-    pad_id: int = 0,
-    tokens: int = 16384,
-    side: PaddingSide = "right",
-    progress: Progress | None = None,
-    where: Callable[[int], str] = "row index {}".format,
+    **batching: Any,
 ) -> Routes:
     """The routes of every example, through the expert hooks of TransformerLens' bridge where it has them.
 
@@ -142,57 +125,40 @@ def capture_routes(
         routers: modules that are its routers, first to last; by default they are detected.
         top_k: experts chosen where these return logits alone.
         bridge: try the bridge first.
-        pad_id, tokens, side: of the batches; no result depends on them, up to float round-off.
-        progress, where: as in `measure_examples`.
+        batching: `pad_id`, `tokens`, `side`, `progress` and `where`, as in `measure_examples`; no result
+            depends on the batches, up to float round-off.
 
     Raises:
-        NoRoutersError: the model has no experts to choose among.
-        UnknownNameError: it has no module of that name.
+        NoRoutersError, UnknownNameError: the model has no experts to choose among, or no module of a name.
         InputError: routers that do not go together, no token at all, token ids that the model does not have.
         NonFiniteError: weights that are NaN or infinite; the message names the row.
     """
     model = model if isinstance(model, nn.Module) else model.model
-    few = [
-        replace(example, ids=example.ids[:TRIAL_TOKENS], scored=example.scored[:TRIAL_TOKENS])
-        for example in examples
-        if example.ids
-    ][:TRIAL_ROWS]
+    few = [_shortened(example, TRIAL_TOKENS) for example in examples if example.ids][:TRIAL_ROWS]
     if not few:
         raise InputError("no row has a token whose route could be read")
-    trial = next(iter(batches(few, pad_id=pad_id, side=side)))
+    trial = next(batches(few, pad_id=0))
     with evaluating(model), ExitStack() as stack:
-        found_routers = find_routers(model, trial, names=routers, top_k=top_k)
-        by_modules = _by_modules(model, found_routers, drop_first)
-        by_bridge = None
-        if bridge and routers is None:
-            by_bridge = stack.enter_context(_bridged(model, found_routers, drop_first))
+        model_routers = find_routers(model, trial, names=routers, top_k=top_k)
+        by_modules = _by_modules(model, model_routers, drop_first)
+        bridging = bridge and routers is None
+        by_bridge = stack.enter_context(_bridged(model, model_routers, drop_first)) if bridging else None
         # The meaning of the bridge's hooks depends on the architecture: compare them with the router itself.
         bridged = by_bridge is not None and _agree(by_modules, by_bridge, trial)
         run = by_bridge if by_bridge is not None and bridged else by_modules
         measured = measure_examples(
-            examples,
-            batches(examples, tokens=tokens, pad_id=pad_id, side=side),
-            lambda batch: _means(model, run(batch), batch),
-            progress,
-            where,
-            "routed",
+            examples, lambda batch: _means(model, run(batch), batch), what="routed", **batching
         )
     return Routes(
-        full=measured["full"].numpy(),
-        top=measured["top"].numpy(),
-        tokens=measured["tokens"].numpy(),
-        layers=tuple(router.layer for router in found_routers),
-        top_k=found_routers[0].top_k,
+        **{name: values.numpy() for name, values in measured.items()},
+        layers=tuple(router.layer for router in model_routers),
+        top_k=model_routers[0].top_k,
         via="bridge" if bridged else "modules",
     )
 
 
 class RouteSums(NamedTuple):
-    """Sums over each row's tokens of the weights of all experts, and of the chosen ones.
-
-    Attributes:
-        tokens: how many are in them.
-    """
+    """Sums over each row's tokens of the weights of all experts, and of the chosen ones; counts of tokens."""
 
     full: Float[Tensor, "rows layers experts"]
     top: Float[Tensor, "rows layers experts"]
@@ -200,7 +166,6 @@ class RouteSums(NamedTuple):
 
 
 def _counted(batch: Batch, drop_first: bool) -> Bool[Tensor, "rows length"]:
-    """Which tokens count."""
     mask = batch.attention_mask.bool()
     return mask & (batch.position_ids > 0) if drop_first else mask
 
@@ -241,29 +206,27 @@ def _by_modules(
 
     def run(batch: Batch) -> RouteSums:
         mask = _counted(batch, drop_first)
-        full: dict[int, Tensor] = {}
-        top: dict[int, Tensor] = {}
-        tokens = mask.sum(dim=1)
+        tokens, sums = mask.sum(dim=1), dict[int, tuple[Tensor, Tensor]]()
 
-        def see(index: int, all_of: Tensor | None, chosen: Tensor) -> None:
+        def see(module: nn.Module, args: Any, output: Any, *, index: int) -> None:
             nonlocal tokens
+            full, top = routers[index].read(output)
             name = routers[index].name
-            if index in top:
+            if index in sums:
                 raise InputError(f"{name}: ran twice in one pass, so that a token has two routes")
-            top[index], tokens = _summed(chosen, mask, name)
-            nothing = torch.full_like(top[index], torch.nan)
-            full[index] = nothing if all_of is None else _summed(all_of, mask, name)[0]
+            chosen, tokens = _summed(top, mask, name)
+            nothing = torch.full_like(chosen, torch.nan)
+            sums[index] = nothing if full is None else _summed(full, mask, name)[0], chosen
 
-        with watching_routers(model, routers, see):
+        with ExitStack() as stack:
+            for index, router in enumerate(routers):
+                module = model.get_submodule(router.name)
+                stack.callback(module.register_forward_hook(partial(see, index=index)).remove)
             forward(model, batch)
-        return RouteSums(_by_place(full), _by_place(top), tokens.cpu())
+        full, top = torch.stack([torch.stack(sums[index]) for index in range(len(sums))], dim=2)
+        return RouteSums(full, top, tokens.cpu())
 
     return run
-
-
-def _by_place(sums: Mapping[int, Tensor]) -> Tensor:
-    """The sums of each router, in order."""
-    return torch.stack([sums[index] for index in range(len(sums))], dim=1)
 
 
 @contextmanager
@@ -318,8 +281,6 @@ def _captured(
 def _means(model: nn.Module, sums: RouteSums, batch: Batch) -> dict[str, Tensor]:
     """Means over the tokens that count; NaN without any."""
     full, top, tokens = sums
-    bad = (tokens > 0) & ~top.isfinite().flatten(1).all(dim=1)
-    if bad.any():
-        raise non_finite_error(model, batch, int(bad.nonzero()[0, 0]))
+    require_finite(model, batch, (tokens == 0) | top.isfinite().flatten(1).all(dim=1))
     count = torch.where(tokens > 0, tokens, torch.nan)[:, None, None]
     return {"full": full / count, "top": top / count, "tokens": tokens}

@@ -1,9 +1,6 @@
-"""Stored tensors, and the (out, in) matrices in them.
+"""Stored tensors, and the (out, in) matrices in them. Analyses see only the matrices."""
 
-`Header` describes a stored tensor; `Matrix` describes one two-dimensional weight inside it, takes it out
-(`take`) and puts it back (`put`). Analyses see only `Matrix`.
-"""
-
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,10 +21,7 @@ class Header:
     @property
     def entries(self) -> int:
         """Number of scalars."""
-        count = 1
-        for length in self.shape:
-            count *= length
-        return count
+        return math.prod(self.shape)
 
     @property
     def bytes(self) -> int:
@@ -92,9 +86,7 @@ class Matrix:
     def take(self, stored: Tensor) -> Tensor:
         """The (rows, columns) matrix out of the stored tensor, a view wherever strides allow."""
         matrix = self._undivided(stored)
-        if self.stop is None:
-            return matrix
-        return matrix.unflatten(0, (self.heads, -1))[:, self.start : self.stop].flatten(0, 1)
+        return matrix if self.stop is None else self._rows(matrix).flatten(0, 1)
 
     def put(self, stored: Tensor, matrix: Tensor) -> Tensor:
         """A copy of the stored tensor in which this matrix is replaced; dtype and shape stay."""
@@ -109,9 +101,11 @@ class Matrix:
         if self.stop is None:
             view.copy_(matrix)
         else:
-            grouped = view.unflatten(0, (self.heads, -1))
-            grouped[:, self.start : self.stop] = matrix.unflatten(0, (self.heads, -1)).to(stored.dtype)
+            self._rows(view).copy_(matrix.unflatten(0, (self.heads, -1)))
         return changed
+
+    def _rows(self, undivided: Tensor) -> Tensor:
+        return undivided.unflatten(0, (self.heads, -1))[:, self.start : self.stop]
 
     def _undivided(self, stored: Tensor) -> Tensor:
         """The undivided (out, in) matrix of the tensor or of the expert."""

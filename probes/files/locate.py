@@ -2,20 +2,18 @@
 
 import os
 import re
+from contextlib import suppress
+from functools import partial
 from pathlib import Path, PurePosixPath
 
-from probes.errors import InputError
-from probes.files.sources import SafetensorsSource, Source, TorchSource
+from probes.errors import InputError, library_error
+from probes.files.sources import FileSource, SafetensorsSource, Source, TorchSource
 from probes.files.untrusted import confined, read_json
 
 HUB_ID = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*(?:@[\w./-]+)?")
 TORCH_SUFFIXES = (".bin", ".pt", ".pth")
-MODEL_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+MODEL_FILES = tuple(f"{file}{kind}" for file in ("model.safetensors", "pytorch_model.bin")
+                    for kind in ("", ".index.json"))  # fmt: skip
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # Configuration, tokenizer and weights at the top of a repository; no code, no copies for other frameworks.
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken", "*.jinja"]
@@ -29,82 +27,58 @@ def locate(ref: str | Path, *, revision: str | None = None) -> Path:
     Raises:
         InputError: it does not exist, or the hub has no such repository or revision.
     """
-    path = Path(ref)
-    try:
+    path, text = Path(ref), str(ref)
+    with suppress(OSError, RuntimeError):  # a name that is too long, or a home that nobody has
         path = path.expanduser()
-        exists = path.exists()
-    except (OSError, RuntimeError):  # a name that is too long, or a home that nobody has
-        exists = False
-    if exists:
-        if revision is not None:
-            raise InputError(f"{ref}: is a local path, and those have no revision; leave revision out")
-        return path
-    text = str(ref)
-    if (
-        isinstance(ref, Path)
-        or not HUB_ID.fullmatch(text)
-        or ".." in text
-        or path.suffix in (".safetensors", *TORCH_SUFFIXES)
-    ):
+        if path.exists():
+            if revision is not None:
+                raise InputError(f"{ref}: is a local path, and those have no revision; leave revision out")
+            return path
+    is_file = isinstance(ref, Path) or path.suffix in (".safetensors", *TORCH_SUFFIXES)
+    if is_file or not HUB_ID.fullmatch(text) or ".." in text:
         raise InputError(f"{ref}: no such file or directory")
     repository, _, named = text.partition("@")
     if named and revision is not None and named != revision:
-        raise InputError(
-            f"{ref}: names revision {named!r}, but revision={revision!r} was given; give one of them"
-        )
+        raise InputError(f"{ref}: names revision {named!r}, but revision={revision!r} was given; give one")
     return _download(repository, revision or named or None)
 
 
 def _download(repository: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors, snapshot_download
 
     what = f"{repository}@{revision}" if revision else repository
-
-    def fetch(wanted: list[str]) -> Path:
-        return Path(
-            snapshot_download(repository, revision=revision, allow_patterns=wanted, ignore_patterns=UNWANTED)
-        )
-
+    fetch = partial(snapshot_download, repository, revision=revision, ignore_patterns=UNWANTED)
     try:
-        directory = fetch(WANTED)
-        return directory if any(directory.glob("*.safetensors")) else fetch([*WANTED, *WANTED_TORCH])
-    except GatedRepoError as error:
+        directory = Path(fetch(allow_patterns=WANTED))
+        if any(directory.glob("*.safetensors")):
+            return directory
+        return Path(fetch(allow_patterns=[*WANTED, *WANTED_TORCH]))
+    except errors.GatedRepoError as error:
         raise InputError(f"{what}: is open to accepted users only; accept its terms, then log in") from error
-    except RevisionNotFoundError as error:
+    except errors.RevisionNotFoundError as error:
         raise InputError(f"{what}: {repository} has no such revision on the hub") from error
-    except RepositoryNotFoundError as error:
-        raise InputError(
-            f"{what}: no such local path, and no such repository on the hub, or private"
-        ) from error
-    except (HFValidationError, LocalEntryNotFoundError) as error:
-        cached = _cached(repository, revision) if isinstance(error, LocalEntryNotFoundError) else None
-        if cached is not None:
+    except errors.RepositoryNotFoundError as error:
+        message = f"{what}: no such local path, and no such repository on the hub, or private"
+        raise InputError(message) from error
+    except (errors.HFValidationError, errors.LocalEntryNotFoundError) as error:
+        unreachable = isinstance(error, errors.LocalEntryNotFoundError)
+        if unreachable and (cached := _cached(repository, revision)):
             return cached
         raise InputError(
             f"{what}: no such local path, not in the Hugging Face cache, and the hub cannot be reached; "
             "check the spelling, or download it while online"
         ) from error
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"{what}: cannot be downloaded ({type(error).__name__}: {reason})") from error
+        raise InputError(f"{what}: cannot be downloaded ({library_error(error)})") from error
 
 
 def _cached(repository: str, revision: str | None) -> Path | None:
     """A cached snapshot of another program, which may be incomplete and still be enough."""
     from huggingface_hub import try_to_load_from_cache
 
-    for name in ("config.json", "adapter_config.json", *MODEL_FILES):
-        path = try_to_load_from_cache(repository, name, revision=revision)
-        if isinstance(path, str):
-            return Path(path).parent
-    return None
+    names = ("config.json", "adapter_config.json", *MODEL_FILES)
+    paths = (try_to_load_from_cache(repository, name, revision=revision) for name in names)
+    return next((Path(path).parent for path in paths if isinstance(path, str)), None)
 
 
 def open_files(path: Path) -> Source:
@@ -124,16 +98,15 @@ def open_files(path: Path) -> Source:
             file = confined(path / name, path)
             return _indexed(path, file) if name.endswith(".json") else _open([file])
     files = sorted(file for file in path.glob("*.safetensors") if file.is_file())
-    if len(files) == 1:
-        return _open([confined(files[0], path)])
-    if files:
-        names = ", ".join(file.name for file in files[:3])
-        more = ", …" if len(files) > 3 else ""
-        raise InputError(f"{path}: {len(files)} safetensors files ({names}{more}) and no index; name one")
-    raise InputError(f"{path}: no weights (none of {', '.join(MODEL_FILES)}); is it a model directory?")
+    if not files:
+        raise InputError(f"{path}: no weights (none of {', '.join(MODEL_FILES)}); is it a model directory?")
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files[:3]) + (", …" if len(files) > 3 else "")
+        raise InputError(f"{path}: {len(files)} safetensors files ({names}) and no index; name one")
+    return _open([confined(files[0], path)])
 
 
-def _open(paths: list[Path]) -> SafetensorsSource | TorchSource:
+def _open(paths: list[Path]) -> FileSource:
     suffixes = {path.suffix for path in paths}
     if suffixes == {".safetensors"}:
         return SafetensorsSource(paths)
@@ -152,18 +125,14 @@ def adapter_files(path: Path) -> tuple[Path, Path] | None:
     settings = directory / "adapter_config.json"
     weights = next((directory / name for name in ADAPTER_FILES if (directory / name).is_file()), None)
     if path.is_file():
-        if path.name not in ADAPTER_FILES:
-            return None
-        weights = path
-    if weights is None and not settings.is_file():
+        weights = path if path.name in ADAPTER_FILES else None
+    if weights is None and (path.is_file() or not settings.is_file()):
         return None
-    model = [name for name in MODEL_FILES if (directory / name).is_file()]
-    if path.is_dir() and model and weights is not None:
-        raise InputError(
-            f"{path}: holds a model and an adapter; name the file that is meant, {model[0]} or {weights.name}"
-        )
+    model = next((name for name in MODEL_FILES if (directory / name).is_file()), None)
     if path.is_dir() and model:
-        return None
+        if weights is None:
+            return None
+        raise InputError(f"{path}: holds a model and an adapter; name one file, {model} or {weights.name}")
     if weights is None:
         raise InputError(f"{path}: has adapter_config.json but no weights ({' or '.join(ADAPTER_FILES)})")
     if not settings.is_file():
@@ -173,37 +142,25 @@ def adapter_files(path: Path) -> tuple[Path, Path] | None:
 
 def _indexed(directory: Path, index: Path) -> Source:
     """The shards of an index, checked against it."""
-    weights = read_json(index).get("weight_map")
-    if (
-        not isinstance(weights, dict)
-        or not weights
-        or not all(isinstance(file, str) for file in weights.values())
-    ):
+    weights = read_json(index).get("weight_map") or {}
+    files = list(weights.values()) if isinstance(weights, dict) else []
+    if not files or not all(isinstance(file, str) for file in files):
         raise InputError(f"{index}: has no weight_map from tensors to files")
-    shards = {file: inside(directory, file, index) for file in sorted(set(weights.values()))}
-    source = _open(list(shards.values()))
+    source = _open([inside(directory, file, index) for file in sorted(set(files))])
     for name, file in weights.items():
         if name not in source.headers or source.file(name).name != Path(file).name:
-            raise InputError(
-                f"{index}: says that {file} holds {name!r}, but it does not; copy the checkpoint again"
-            )
+            raise InputError(f"{index}: says that {file} holds {name!r}, but it does not; copy it again")
     return source
 
 
 def inside(directory: Path, name: str, index: Path) -> Path:
     """The file `name` in a directory; neither its name nor a link may lead elsewhere."""
-    if (
-        PurePosixPath(name).is_absolute()
-        or ".." in PurePosixPath(name).parts
-        or "\\" in name
-        or os.path.isabs(name)
-    ):
+    outside = os.path.isabs(name) or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts
+    if outside or "\\" in name:
         raise InputError(f"{index}: names the file {name!r}, which is outside of the checkpoint; not opened")
-    path = directory / name
-    try:
+    path, exists = directory / name, False
+    with suppress(OSError):  # a name that is too long
         exists = path.exists()
-    except OSError:  # a name that is too long
-        exists = False
     if not exists:
         raise InputError(f"{index}: names {name!r}, which is missing from {directory}; copy or download it")
     if not confined(path, directory).is_file():

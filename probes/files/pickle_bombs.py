@@ -14,6 +14,7 @@ from probes.errors import InputError
 PARTS = 2**16
 # Pickles before the bytes of a file from before torch 1.6: magic number, version, system, tensors, keys.
 LEGACY = 5
+CHANGES_IN_PLACE = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}
 
 
 class TooManyError(Exception):
@@ -21,13 +22,9 @@ class TooManyError(Exception):
 
 
 def refuse_bombs(path: Path, zipped: bool) -> None:
-    """Refuse a torch file that would become far larger in memory than on disk, or never finish loading.
+    """Raise InputError for a file far larger in memory than on disk, or that would never finish loading.
 
-    Args:
-        zipped: it is a zip archive, as torch writes since 1.6; else it begins with a bare pickle.
-
-    Raises:
-        InputError: it is such a file. Truncated files are left to torch to refuse.
+    Truncated files are left to torch. `zipped`: an archive, as torch writes since 1.6; else a bare pickle.
     """
     try:
         if not zipped:
@@ -56,10 +53,7 @@ def bounded(file: Any) -> None:
     """Count the nested parts of the tuples of one pickle, without building it.
 
     Thirty tuples that each hold the previous one twice take a hundred bytes, and a billion steps to hash.
-
-    Raises:
-        TooManyError: a tuple of more than `PARTS` parts.
-        ValueError, IndexError, KeyError: it is no pickle, or is cut short.
+    Raises TooManyError for more than `PARTS` parts; ValueError, IndexError or KeyError for no whole pickle.
     """
     mark = -1
     stack: list[int] = []
@@ -81,20 +75,16 @@ def bounded(file: Any) -> None:
             parts = 1 + sum(taken) if name.startswith("TUPLE") else 1
             if parts > PARTS:
                 raise TooManyError(f"a tuple of {parts} parts")
-            kept = (
-                taken[:1] if name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD") else []
-            )
+            kept = taken[:1] if name in CHANGES_IN_PLACE else []
             stack += kept or [parts] * len(code.stack_after)
 
 
 def _taken(code: Any, stack: list[int], mark: int) -> list[int]:
     """The items that an operation takes off the stack."""
-    before = code.stack_before
-    taken: list[int] = []
+    before, taken = code.stack_before, []
     if pickletools.stackslice in before:
         while (part := stack.pop()) != mark:
             taken.append(part)
-        taken += [stack.pop() for _ in before[: before.index(pickletools.markobject)]]
-    else:
-        taken += [stack.pop() for _ in before]
+        before = before[: before.index(pickletools.markobject)]
+    taken += [stack.pop() for _ in before]
     return taken[::-1]

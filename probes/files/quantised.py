@@ -36,11 +36,9 @@ _OTHERWISE = "dequantise it with the tool that made it, or get the checkpoint th
 
 def refuse_quantised(ref: str, headers: Mapping[str, Header], config: Mapping[str, Any]) -> None:
     """Raise InputError if the weights are quantised, naming the scheme and the way back to plain weights."""
-    for scheme, evidence in [*_declared(config), *_stored(headers)]:
+    for scheme, sign in [*_declared(config), *_stored(headers)]:
         back = next((way for word, way in _BACK.items() if word in scheme.lower()), _OTHERWISE)
-        raise InputError(
-            f"{ref}: quantised with {scheme} ({evidence}), which cannot be compared as weights; {back}"
-        )
+        raise InputError(f"{ref}: quantised with {scheme} ({sign}) and cannot be compared as weights; {back}")
 
 
 def _declared(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -11,8 +11,10 @@ import mmap
 import os
 import struct
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -26,25 +28,12 @@ from probes.files.untrusted import plain
 
 # The dtypes of the safetensors format.
 DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "C64": torch.complex64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 
 # Most characters in the name of a tensor, and most axes; models use a third of either.
 NAME, AXES = 512, 64
@@ -60,29 +49,23 @@ class Source(Protocol):
     @property
     def headers(self) -> Mapping[str, Header]:
         """Every tensor by name."""
-        ...
 
     def read(self, name: str) -> Tensor:
         """The tensor as stored: its dtype, its layout. Must not be written to."""
-        ...
 
     def location(self, name: str) -> Hashable:
         """The location of its bytes; equal locations hold equal bytes."""
-        ...
 
     def stamp(self) -> str:
         """A hash that changes when the files do; does not read their content."""
-        ...
 
     def fingerprint(self) -> str:
         """Hash of every name, shape, dtype and byte, however the tensors are spread over files."""
-        ...
 
 
 def raw(tensor: Tensor) -> memoryview:
     """The bytes of a tensor in row order, without a copy where it is contiguous."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 # Floats are compared as integers of their size.
@@ -102,11 +85,7 @@ def same_bytes(first: Tensor, second: Tensor) -> bool:
 
 
 def finite(checkpoint: str, name: str, tensor: Tensor) -> None:
-    """Refuse NaN and infinite weights, in one pass and without a copy.
-
-    Raises:
-        InputError: says in which checkpoint and tensor, how many, and where the first is.
-    """
+    """Raise InputError if a tensor holds NaN or infinite weights, in one pass and without a copy."""
     if tensor.numel() == 0:
         return
     # Row order is an order of magnitude faster; a NaN becomes both extremes, an infinity one of them.
@@ -135,80 +114,87 @@ def fingerprint(source: Source) -> str:
         return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
 
 
-def stamp(paths: list[Path]) -> str:
-    """Resolved path, size and time of change of each file, hashed."""
-    facts = [(str(path.resolve()), *_state(path)) for path in sorted(paths)]
-    return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
-
-
-def _state(path: Path) -> tuple[int, int]:
-    status = path.stat()
+def _state(file: Path | int) -> tuple[int, int]:
+    """Size and time of change of a path or an open file."""
+    status = os.stat(file)
     return status.st_size, status.st_mtime_ns
 
 
-def _same(path: Path, state: tuple[int, int], opened: tuple[int, int]) -> None:
-    """Refuse a file that has changed: the tensors would come from two versions."""
-    if state != opened:
-        raise InputError(f"{path}: changed since it was opened; start again when it is complete")
-
-
-class SafetensorsSource:
-    """Tensors of one safetensors file or of the shards of one checkpoint.
-
-    Raises:
-        InputError: a file is missing, truncated or not safetensors; a tensor is stored twice.
-    """
+class FileSource(ABC):
+    """Tensors of the files of one checkpoint, as the files were when they were opened."""
 
     def __init__(self, paths: list[Path]):
         self.paths = [path.absolute() for path in paths]
         self.headers: dict[str, Header] = {}
-        self._where: dict[str, tuple[int, int]] = {}
+        self._shard: dict[str, int] = {}
+        # The offset of a tensor's bytes, or the first name with the same storage, which tied weights share.
+        self._storage: dict[str, Any] = {}
         self._states = [_state(path) for path in self.paths]
-        self._hash: str | None = None
-        for shard, path in enumerate(self.paths):
-            for header, offset in _layout(path):
-                if header.name in self.headers:
-                    first = self.paths[self._where[header.name][0]]
-                    raise InputError(f"{path}: {header.name!r} is also in {first.name}; which is meant?")
-                self.headers[header.name] = header
-                self._where[header.name] = (shard, offset)
+
+    def _add(self, shard: int, header: Header, storage: Hashable) -> None:
+        """Record a tensor; raises InputError if it is stored twice, or its name or shape is implausible."""
+        if header.name in self.headers:
+            first = self.file(header.name).name
+            raise InputError(f"{self.paths[shard]}: {header.name!r} is also in {first}; which is meant?")
+        _refuse_implausible(self.paths[shard], header)
+        self.headers[header.name] = header
+        self._shard[header.name], self._storage[header.name] = shard, storage
+
+    def _refuse_changed(self, shard: int, file: Path | int) -> None:
+        """Refuse a file that has changed: the tensors would come from two versions."""
+        if _state(file) != self._states[shard]:
+            path = self.paths[shard]
+            raise InputError(f"{path}: changed since it was opened; start again when it is complete")
 
     def file(self, name: str) -> Path:
         """The file that holds a tensor."""
-        return self.paths[self._where[name][0]]
+        return self.paths[self._shard[name]]
 
+    @abstractmethod
     def read(self, name: str) -> Tensor:
-        """The tensor, mapped from its file: bytes are read as they are touched."""
-        header = self.headers[name]
-        shard, offset = self._where[name]
-        path = self.paths[shard]
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            _same(path, (status.st_size, status.st_mtime_ns), self._states[shard])
-            if header.bytes == 0:
-                return torch.empty(header.shape, dtype=header.dtype)
-            page = offset - offset % mmap.ALLOCATIONGRANULARITY
-            # Copy on write: torch warns of read-only memory, and the file must stay as it is.
-            pages = mmap.mmap(
-                file.fileno(), offset - page + header.bytes, access=mmap.ACCESS_COPY, offset=page
-            )
-        values = torch.frombuffer(pages, dtype=header.dtype, count=header.entries, offset=offset - page)
-        return values.reshape(header.shape)
+        """The tensor as stored."""
 
     def location(self, name: str) -> Hashable:
-        """File and offset."""
-        shard, offset = self._where[name]
-        return str(self.paths[shard].resolve()), self._states[shard], offset
+        """File, and offset or first name of the storage."""
+        shard = self._shard[name]
+        return str(self.paths[shard].resolve()), self._states[shard], self._storage[name]
 
     def stamp(self) -> str:
-        """Path, size and time of change of every file."""
-        return stamp(self.paths)
+        """Resolved path, size and time of change of every file, hashed."""
+        facts = [(str(path.resolve()), *_state(path)) for path in sorted(self.paths)]
+        return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
 
     def fingerprint(self) -> str:
         """Content hash, of the files as they were opened; computed once."""
-        if self._hash is None:
-            self._hash = fingerprint(self)
-        return self._hash
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self)
+
+
+class SafetensorsSource(FileSource):
+    """Tensors of safetensors files; raises InputError if one is missing, truncated or not safetensors."""
+
+    def __init__(self, paths: list[Path]):
+        super().__init__(paths)
+        for shard, path in enumerate(self.paths):
+            for header, offset in _layout(path):
+                self._add(shard, header, offset)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, mapped from its file: bytes are read as they are touched."""
+        header, offset = self.headers[name], self._storage[name]
+        with self.file(name).open("rb") as file:
+            self._refuse_changed(self._shard[name], file.fileno())
+            if header.bytes == 0:
+                return torch.empty(header.shape, dtype=header.dtype)
+            page = offset - offset % mmap.ALLOCATIONGRANULARITY
+            length = offset - page + header.bytes
+            # Copy on write: torch warns of read-only memory, and the file must stay as it is.
+            pages = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=page)
+        values = torch.frombuffer(pages, dtype=header.dtype, count=header.entries, offset=offset - page)
+        return values.reshape(header.shape)
 
 
 def _layout(path: Path) -> Iterator[tuple[Header, int]]:
@@ -219,10 +205,8 @@ def _layout(path: Path) -> Iterator[tuple[Header, int]]:
         with safe_open(path, "pt"):  # the library checks sizes, offsets and dtypes against the file
             pass
     except SafetensorError as error:
-        raise InputError(
-            f"{path}: not a whole safetensors file ({plain(str(error))}); truncated or corrupt? copy or "
-            "download it again"
-        ) from error
+        problem = f"not a whole safetensors file ({plain(str(error))}); truncated or corrupt?"
+        raise InputError(f"{path}: {problem} copy or download it again") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
     with path.open("rb") as file:
@@ -233,24 +217,17 @@ def _layout(path: Path) -> Iterator[tuple[Header, int]]:
         if entry["dtype"] not in DTYPES:
             raise InputError(f"{path}: tensor {name!r} is of dtype {entry['dtype']}, which torch cannot read")
         header = Header(name, tuple(entry["shape"]), DTYPES[entry["dtype"]])
-        _sound(path, header)
         yield header, 8 + length + entry["data_offsets"][0]
 
 
-def _sound(path: Path, header: Header) -> None:
-    """Refuse implausible names and shapes before anything is looked up, allocated or printed.
-
-    Raises:
-        InputError: a name that cannot be printed in a line, or a shape beyond what torch can count.
-    """
+def _refuse_implausible(path: Path, header: Header) -> None:
+    """Refuse unprintable names and shapes that overflow, before anything is allocated or printed."""
     name, shape = header.name, header.shape
     if len(name) > NAME or not name.isprintable():
         raise InputError(f"{path}: {name[:80]!r} is no name of a tensor; is the file damaged?")
     if len(shape) > AXES or math.prod(max(1, length) for length in shape) >= 2**63:
         # An empty tensor of any shape fits into no bytes, but its strides may overflow.
-        raise InputError(
-            f"{path}: tensor {name!r} is of a shape that torch cannot hold; is the file damaged?"
-        )
+        raise InputError(f"{path}: tensor {name!r} is of a shape that torch cannot hold; damaged file?")
 
 
 # Bytes read from a mapped torch file before it is closed, which frees their memory. Opening it again costs
@@ -258,38 +235,26 @@ def _sound(path: Path, header: Header) -> None:
 MAPPED_BYTES = 2**28
 
 
-class TorchSource:
-    """Tensors of `torch.save` files, read with `weights_only=True` and mapped where the format allows.
+class TorchSource(FileSource):
+    """Tensors of `torch.save` files; raises InputError if one is damaged, holds code, or is no state dict.
 
     Files in torch's format from before 1.6 cannot be mapped; one of them is in memory at a time.
-
-    Raises:
-        InputError: a file is damaged, holds code, or is no state dict.
     """
 
     def __init__(self, paths: list[Path]):
-        self.paths = [path.absolute() for path in paths]
-        self.headers: dict[str, Header] = {}
-        self._shard: dict[str, int] = {}
-        self._first: dict[str, str] = {}
-        self._states = [_state(path) for path in self.paths]
-        self._hash: str | None = None
+        super().__init__(paths)
         self._open: tuple[int, dict[str, Tensor], bool] | None = None
         self._touched = 0
-        for shard, path in enumerate(self.paths):
+        for shard in range(len(self.paths)):
             shared: dict[Hashable, str] = {}
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of an unusual pickle: it is read, or refused just below
                 tensors = self._load(shard)
             for name, tensor in tensors.items():
-                if name in self.headers:
-                    raise InputError(f"{path}: {name!r} is also in another shard; which one is meant?")
-                self.headers[name] = Header(name, tuple(tensor.shape), tensor.dtype)
-                _sound(path, self.headers[name])
-                self._shard[name] = shard
                 view = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
                 # Pointers mean nothing once the file is closed; the first name with this storage stays.
-                self._first[name] = shared.setdefault(view, name) if tensor.numel() else name
+                first = shared.setdefault(view, name) if tensor.numel() else name
+                self._add(shard, Header(name, tuple(tensor.shape), tensor.dtype), first)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": None}
@@ -298,37 +263,18 @@ class TorchSource:
         """The tensors of one file; only the last one is kept open."""
         opened = self._open
         if opened is None or opened[0] != shard:
-            _same(self.paths[shard], _state(self.paths[shard]), self._states[shard])
+            self._refuse_changed(shard, self.paths[shard])
             self._open, self._touched = None, 0  # close one before the next
             opened = self._open = (shard, *_state_dict(self.paths[shard]))
         return opened[1]
 
-    def file(self, name: str) -> Path:
-        """The file that holds a tensor."""
-        return self.paths[self._shard[name]]
-
     def read(self, name: str) -> Tensor:
-        """The tensor as stored."""
+        """The tensor as stored, mapped where the format allows."""
         tensor = self._load(self._shard[name])[name]
         self._touched += self.headers[name].bytes
         if self._open is not None and self._open[2] and self._touched > MAPPED_BYTES:
             self._open = None
         return tensor
-
-    def location(self, name: str) -> Hashable:
-        """File and first name of the storage, which tied weights share."""
-        shard = self._shard[name]
-        return str(self.paths[shard].resolve()), self._states[shard], self._first[name]
-
-    def stamp(self) -> str:
-        """Path, size and time of change of every file."""
-        return stamp(self.paths)
-
-    def fingerprint(self) -> str:
-        """Content hash, of the files as they were opened; computed once."""
-        if self._hash is None:
-            self._hash = fingerprint(self)
-        return self._hash
 
 
 def _state_dict(path: Path) -> tuple[dict[str, Tensor], bool]:
@@ -347,17 +293,12 @@ def _state_dict(path: Path) -> tuple[dict[str, Tensor], bool]:
                 f"{path}: holds code or objects besides tensors and is not opened, because that could run "
                 "the code; where you trust it, save its tensors again as safetensors"
             ) from error
-        raise InputError(
-            f"{path}: not a whole torch file; truncated or corrupt? copy or download it again"
-        ) from error
+        raise InputError(f"{path}: not a whole torch file; truncated or corrupt? copy it again") from error
     for key in NESTED:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    tensors = (
-        {str(k): v.detach() for k, v in content.items() if isinstance(v, Tensor)}
-        if isinstance(content, dict)
-        else {}
-    )
+    entries = content.items() if isinstance(content, dict) else ()
+    tensors = {str(key): value.detach() for key, value in entries if isinstance(value, Tensor)}
     if not tensors:
         raise InputError(f"{path}: holds no state dict (names with tensors); save `model.state_dict()`")
     for name, tensor in tensors.items():

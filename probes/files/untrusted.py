@@ -1,8 +1,4 @@
-"""Untrusted files: checks of their paths, JSON and texts before use.
-
-A checkpoint, an audit or a mask may come from a stranger. Reading it never opens a file outside its
-directory, and any error is one printable line.
-"""
+"""Files of strangers: reading opens none outside their directory, and any error is one printable line."""
 
 import json
 from collections.abc import Iterator
@@ -18,14 +14,7 @@ MESSAGE = 1000
 
 @contextmanager
 def one_line(where: str | Path) -> Iterator[None]:
-    """Let errors out as one printable line, however long or strange the names in a file are.
-
-    Args:
-        where: the file or other input, for messages.
-
-    Raises:
-        InputError, UnknownNameError: as raised inside; an InputError for nesting that is too deep.
-    """
+    """Let errors out as one printable line, however long or strange the names in a file are."""
     try:
         yield
     except RecursionError as error:
@@ -52,35 +41,23 @@ def plain(text: str) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        InputError: not readable, not JSON, or not an object.
-    """
+    """A JSON object; raises InputError if the file is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from error
-    except RecursionError as error:
-        raise InputError(f"{path}: not readable as JSON (nested too deeply)") from error
+    except (ValueError, OSError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise InputError(f"{path}: not readable as JSON ({reason})") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: should hold a JSON object, holds a {type(content).__name__}")
     return content
 
 
 def confined(path: Path, directory: Path, what: str = "checkpoint") -> Path:
-    """The path, if its links stay in a directory.
+    """The path; raises InputError if a link leads out of the directory, called `what` in the message.
 
-    A link may lead elsewhere in the directory, and from a snapshot in the Hugging Face cache,
-    `models--ORG--NAME/snapshots/REVISION`, to the blobs of the same repository, of which a snapshot consists.
-    Any other link out of the directory is refused: an unpacked archive could have any file read through it. A
+    An unpacked archive could have any file read through such a link. A snapshot in the Hugging Face cache,
+    `models--ORG--NAME/snapshots/REVISION`, consists of links to its repository's blobs, which are allowed. A
     file that a person names is opened wherever it leads.
-
-    Args:
-        what: name of the directory in messages.
-
-    Raises:
-        InputError: it leads elsewhere.
     """
     try:
         real, root = path.resolve(), directory.resolve()

@@ -25,9 +25,8 @@ class Pass:
     """One forward pass of the body.
 
     Attributes:
-        hidden: the input of the head (batch, length, width); None if the model does not expose it.
+        hidden: the input of the head; None, as is `head`, if the model does not expose it.
         logits: from positions in the flattened batch to their logits, in the model's dtype.
-        head: from hidden states to logits; None where `hidden` is.
     """
 
     hidden: Float[Tensor, "rows length width"] | None
@@ -61,11 +60,7 @@ def body(model: nn.Module) -> Any:
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
-    """The transformer blocks, first to last.
-
-    Raises:
-        InputError: none are found.
-    """
+    """The transformer blocks, first to last; raises InputError where none are found."""
     inner = unwrapped(model)
     count = getattr(inner.config.get_text_config(), "num_hidden_layers", None)
     # In multimodal models, transformers calls the text model the decoder.
@@ -81,11 +76,7 @@ def blocks(model: nn.Module) -> nn.ModuleList:
 
 
 def inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    """The arguments of a model's `forward` for a batch, on the device of its embeddings.
-
-    Raises:
-        InputError: token ids that the model does not have.
-    """
+    """The arguments of a model's `forward` for a batch; raises InputError for token ids that it lacks."""
     inner = unwrapped(model)
     accepted = inspect.signature(inner.forward).parameters
     embeddings = inner.get_input_embeddings().weight
@@ -111,15 +102,17 @@ def inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     return arguments
 
 
-@contextmanager
-def with_padding_id(inner: Any, arguments: dict[str, Any]) -> Iterator[None]:
-    """Let a classifier that pools at the last token find it by a padding id, if need be an unused one.
+def full_pass(model: nn.Module, batch: Batch) -> Any:
+    """The output of a complete forward pass, with all logits.
+
+    A classifier that pools at the last token finds it by a padding id, if need be an unused one.
 
     Raises:
         InputError: it has no padding id, and all ids are in use.
     """
-    config, padding = inner.config.get_text_config(), arguments["attention_mask"] == 0
-    pad_token_id = config.pad_token_id
+    inner = unwrapped(model)
+    arguments, config = inputs(inner, batch), inner.config.get_text_config()
+    padding, pad_token_id = arguments["attention_mask"] == 0, config.pad_token_id
     if pad_token_id is None:
         used = set(arguments["input_ids"][~padding].tolist())
         free = next((i for i in range(config.vocab_size) if i not in used), None)
@@ -128,22 +121,17 @@ def with_padding_id(inner: Any, arguments: dict[str, Any]) -> Iterator[None]:
                 f"{type(inner).__name__}: set pad_token_id in its config.json, to find the last token"
             )
         config.pad_token_id = -1 if free is None else free
-    arguments["input_ids"] = arguments["input_ids"].masked_fill(padding, config.pad_token_id)
     try:
-        yield
+        arguments["input_ids"] = arguments["input_ids"].masked_fill(padding, config.pad_token_id)
+        return inner(**arguments)
     finally:
         config.pad_token_id = pad_token_id
 
 
 def run(model: nn.Module, batch: Batch, *, differentiable: bool = False) -> Pass:
-    """Run the body of a language model on a batch.
-
-    Args:
-        differentiable: record what is computed, here and when the head is asked.
-    """
+    """Run the body of a language model; `differentiable` records this and what its head computes."""
     inner = unwrapped(model)
-    part = body(inner)
-    arguments = inputs(inner, batch)
+    part, arguments = body(inner), inputs(inner, batch)
     forward, headed = part.forward, inner.get_output_embeddings() is not None
     outputs: list[Any] = []
 
@@ -156,10 +144,9 @@ def run(model: nn.Module, batch: Batch, *, differentiable: bool = False) -> Pass
     with torch.set_grad_enabled(differentiable):
         if part is not inner:
             with replaced_forward(part, record):
-                complete = inner(**arguments)
+                inner(**arguments)
         if not outputs:
-            complete = inner(**arguments)
-            logits = complete.logits.flatten(0, 1)
+            logits = inner(**arguments).logits.flatten(0, 1)
             return Pass(None, lambda positions: logits[positions.to(logits.device)], None)
     hidden, stub = outputs[0][0], arguments["input_ids"][:1, :1]
 
@@ -179,15 +166,12 @@ def shadow(model: nn.Module) -> Any:
 
     A weight changed in place changes in both.
     """
-    shared: dict[int, Any] = {}
+    shared: dict[int, Any] = {id(buffer): buffer.detach() for buffer in model.buffers()}
     for parameter in model.parameters():
         # Other kinds, such as quantised ones, carry their own state.
-        plain = type(parameter) is nn.Parameter
-        shared[id(parameter)] = (
-            nn.Parameter(parameter.detach(), parameter.requires_grad) if plain else parameter
-        )
-    for buffer in model.buffers():
-        shared[id(buffer)] = buffer.detach()
+        shared[id(parameter)] = parameter
+        if type(parameter) is nn.Parameter:
+            shared[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
     for module in model.modules():
         offloaded = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         if offloaded is not None:
@@ -230,14 +214,12 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
     try:
         yield
     finally:
-        if previous is None:
-            del module.__dict__["forward"]
-        else:
+        del module.__dict__["forward"]
+        if previous is not None:
             module.__dict__["forward"] = previous
 
 
 def _with_hidden(output: Any, hidden: Tensor) -> Any:
-    """A body's output with other hidden states."""
     if isinstance(output, tuple):
         return hidden, *output[1:]
     return type(output)(**{**output, "last_hidden_state": hidden})

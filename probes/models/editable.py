@@ -19,17 +19,7 @@ from probes.checkpoints.checkpoint import Checkpoint
 from probes.checkpoints.in_memory import Reverted
 from probes.checkpoints.opening import open_checkpoint
 from probes.errors import InputError
-from probes.models.loading import (
-    Kind,
-    Loading,
-    context_of,
-    device_of,
-    dtype_of,
-    kind_of,
-    labels_of,
-    memory_of,
-    tokenizer_of,
-)
+from probes.models.loading import Loading, device_of, dtype_of, kind_of, memory_of, tokenizer_of
 from probes.naming.align import align
 
 
@@ -37,14 +27,13 @@ class Slot(NamedTuple):
     """Entries of one stored tensor inside one tensor of a running model.
 
     Attributes:
-        tensor: the model's own parameter or buffer.
-        places: flat indices into it; unused where `which` is all.
+        indices: flat, into the model's tensor; unused where `which` is all.
         which: which of the requested entries these are; `slice(None)` for all, in order.
     """
 
     tensor: Tensor
-    places: Int[Tensor, " places"]
-    which: Int[Tensor, " places"] | slice
+    indices: Int[Tensor, " entries"]
+    which: Int[Tensor, " entries"] | slice
 
 
 class Editable:
@@ -52,9 +41,11 @@ class Editable:
 
     Attributes:
         checkpoint: the weights of the model outside of `holding`.
-        kind: what its head predicts.
+        kind, context, labels: as of `Runnable`.
         model: in evaluation mode; an adapter is merged into it.
-        loading: where and how it was loaded.
+
+    Raises:
+        InputError: it does not run, or its adapter cannot be merged.
     """
 
     def __init__(
@@ -65,19 +56,15 @@ class Editable:
         dtype: str | torch.dtype | None = None,
         trust_remote_code: bool = False,
     ):
-        """Load the model.
-
-        Raises:
-            InputError: it does not run, or its adapter cannot be merged.
-        """
         self.checkpoint = checkpoint
-        self.kind: Kind = kind_of(checkpoint)
         self.loading = Loading(device_of(device), dtype_of(dtype), None, trust_remote_code)
-        model = self.loading.model(checkpoint, self.kind).model
-        if any(memory_of(side) is not None for side in (checkpoint, checkpoint.base) if side is not None):
-            model = copy.deepcopy(model)
+        runnable = self.loading.model(checkpoint, kind_of(checkpoint))
+        self.kind, self.context, self.labels = runnable.kind, runnable.context, runnable.labels
+        sides = [side for side in (checkpoint, checkpoint.base) if side is not None]
+        in_memory = any(memory_of(side) is not None for side in sides)
+        model = copy.deepcopy(runnable.model) if in_memory else runnable.model
         self.model: Any = _merged(checkpoint, model).eval().requires_grad_(False)
-        self._own = {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
+        self._state = {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
         self._view = open_checkpoint(self.model)
         self._names = align(checkpoint.headers, self._view.headers)[0]
         # Merged by PEFT it is rounded at every step: as its file would be, it is rounded once.
@@ -87,33 +74,12 @@ class Editable:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """Its tokenizer.
-
-        Raises:
-            InputError: there is none.
-        """
+        """Its tokenizer; raises InputError if there is none."""
         return tokenizer_of(self.checkpoint, trust_remote_code=self.loading.trust_remote_code)
 
-    @property
-    def context(self) -> int | None:
-        """Most tokens of a sequence; None without a limit."""
-        return context_of(self.model.config)
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """The names of a classifier's classes in order; () for language models."""
-        return labels_of(self.model.config) if self.kind == "classifier" else ()
-
     @contextmanager
-    def holding(
-        self, names: Iterable[str], change: Callable[[str, Tensor], Tensor]
-    ) -> Iterator[torch.nn.Module]:
-        """The model with some stored tensors changed; restored bit for bit, also after an exception.
-
-        Args:
-            names: of tensors of the checkpoint.
-            change: from a tensor's name and value, which it must not write to, to its new value.
-        """
+    def holding(self, names: Iterable[str], change: Callable[[str, Tensor], Tensor]) -> Iterator[Any]:
+        """The model with stored tensors as `change(name, value)`, which must not write to the value."""
         written: list[str] = []
         try:
             for name in names:
@@ -148,22 +114,17 @@ class Editable:
             if isinstance(slot.which, slice):
                 slot.tensor.detach().copy_(value)
             else:
-                slot.tensor.detach().view(-1)[slot.places] = flat[slot.which].to(slot.tensor)
+                slot.tensor.detach().view(-1)[slot.indices] = flat[slot.which].to(slot.tensor)
 
     def slots(self, name: str, index: Int[Tensor, " entries"] | None = None) -> list[Slot]:
-        """Where entries of a stored tensor live in the running model.
-
-        Args:
-            name: one of `held`.
-            index: of the entries, flat; all of them where it is None.
-        """
-        other, source = self._names[name], self._view.source
-        if not isinstance(source, Reverted) or other not in source.sources:
-            tensor = self._tensors[other]
+        """Where entries of a tensor of `held` live in the running model; all, or those at flat indices."""
+        running, source = self._names[name], self._view.source
+        if not isinstance(source, Reverted) or running not in source.sources:
+            tensor = self._tensors[running]
             flat = torch.arange(0) if index is None else index.to(tensor.device)
             return [Slot(tensor, flat, slice(None))]
         # transformers keeps it in another form: each entry has a place of its own.
-        parts, positions = source.positions(other)
+        parts, positions = source.positions(running)
         order = positions.flatten() if index is None else positions.flatten()[index]
         start, slots = 0, []
         for part in parts:
@@ -177,8 +138,9 @@ class Editable:
     @cached_property
     def _tensors(self) -> dict[str, Tensor]:
         """The model's parameters and buffers by the names of its state dict, tied ones the same object."""
-        kept = {tensor.data_ptr(): tensor for tensor in (*self.model.buffers(), *self.model.parameters())}
-        return {name: kept.get(tensor.data_ptr(), tensor) for name, tensor in self._own.items()}
+        tensors = (*self.model.buffers(), *self.model.parameters())
+        by_address = {tensor.data_ptr(): tensor for tensor in tensors}
+        return {name: by_address.get(tensor.data_ptr(), tensor) for name, tensor in self._state.items()}
 
 
 def _merged(checkpoint: Checkpoint, model: Any) -> Any:

@@ -1,15 +1,15 @@
 """A pair as one running model, interpolated at any α, for each layer if need be.
 
-θ(α) = (1 − α) base + α tuned. α = 0 and α = 1 are copied, never computed, so that the ends are the
-checkpoints bit for bit. Interpolated values are computed in float64 and rounded once, to the dtype of the
-running model: it should be float32, as in half precision a small step changes nothing.
+θ(α) = (1 − α) base + α tuned. Both ends are copied, never computed. Interpolated values are computed in
+float64 and rounded once, to the dtype of the running model: float32, or small steps are lost.
 """
 
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -47,11 +47,7 @@ class Layer:
 
 
 def layers_of(model: nn.Module) -> list[Layer]:
-    """The layers of a running model, first to last; the embeddings and the head only if they have weights.
-
-    Raises:
-        InputError: no list of blocks is found.
-    """
+    """The layers of a running model, first to last; the embeddings and the head only if they have weights."""
     inside = [list(block.parameters()) for block in blocks(model)]
     taken: set[int] = set()
 
@@ -63,9 +59,7 @@ def layers_of(model: nn.Module) -> list[Layer]:
     first = {id(parameter) for parameters in inside for parameter in parameters}
     embeddings = {id(parameter) for parameter in _parameters(model, "get_input_embeddings")}
     outputs = {id(parameter) for parameter in _parameters(model, "get_output_embeddings")} - embeddings
-    before: list[nn.Parameter] = []
-    behind: list[nn.Parameter] = []
-    passed = False
+    before, behind, passed = list[nn.Parameter](), list[nn.Parameter](), False
     for name, parameter in model.named_parameters():
         if id(parameter) in first:
             passed = True
@@ -96,8 +90,7 @@ class InterpolatedModel:
 
     def __init__(self, host: TwoSidedModel):
         self.host = host
-        self.pinned = tuple(name for name in host.headers if name not in host.twins)
-        self._layers: list[Layer] | None = None
+        self.pinned = tuple(name for name in host.headers if name not in host.in_both)
         self._alphas: dict[str, float] = {}
         self._ends: dict[str, Tensor] = {}
 
@@ -106,34 +99,18 @@ class InterpolatedModel:
         """The torch model."""
         return self.host.model
 
-    @property
+    @cached_property
     def layers(self) -> list[Layer]:
-        """Its layers with the tensors of the checkpoint in them.
-
-        Raises:
-            InputError: no list of blocks is found.
-        """
-        if self._layers is None:
-            layers = layers_of(self.model)
-            owner = {
-                id(parameter): position
-                for position, layer in enumerate(layers)
-                for parameter in layer.parameters
-            }
-            names: list[list[str]] = [[] for _ in layers]
-            for name in self.host.headers:
-                positions = [
-                    owner[id(slot.tensor)]
-                    for slot in self.host.editable.slots(name)
-                    if id(slot.tensor) in owner
-                ]
-                if positions:
-                    names[min(positions)].append(name)
-            self._layers = [
-                Layer(layer.index, layer.name, layer.parameters, tuple(tensors))
-                for layer, tensors in zip(layers, names, strict=True)
-            ]
-        return self._layers
+        """Its layers with the tensors of the checkpoint in them; raises InputError if it has no blocks."""
+        layers = layers_of(self.model)
+        owner = {id(weight): index for index, layer in enumerate(layers) for weight in layer.parameters}
+        names: list[list[str]] = [[] for _ in layers]
+        for name in self.host.headers:
+            tensors = (id(slot.tensor) for slot in self.host.editable.slots(name))
+            owners = [owner[tensor] for tensor in tensors if tensor in owner]
+            if owners:
+                names[min(owners)].append(name)
+        return [replace(layer, tensors=tuple(tensors)) for layer, tensors in zip(layers, names, strict=True)]
 
     def ends(self, name: str) -> tuple[Shaped[Tensor, "..."], Shaped[Tensor, "..."]]:
         """A tensor of base and of tuned, in a dtype that holds both and at least float32; read-only."""
@@ -145,31 +122,24 @@ class InterpolatedModel:
 
     def displacement(self, layer: Layer) -> tuple[float, float]:
         """Frobenius norms of tuned − base and of base over the tensors of a layer."""
-        squares = [0.0, 0.0]
+        moved = size = 0.0
         for name in layer.tensors:
-            if name in self.host.twins:
+            if name in self.host.in_both:
                 base, tuned = (end.double() for end in self.ends(name))
-                squares[0] += float((tuned - base).square().sum())
-                squares[1] += float(base.square().sum())
-        return math.sqrt(squares[0]), math.sqrt(squares[1])
+                moved += float((tuned - base).square().sum())
+                size += float(base.square().sum())
+        return math.sqrt(moved), math.sqrt(size)
 
-    def place(self, alpha: float, layers: Mapping[int, float] | None = None) -> None:
-        """Set the model to α; only tensors that move are written.
-
-        Args:
-            layers: other values of α, by the index of a layer.
-        """
-        chosen = {}
+    def set_alpha(self, alpha: float, layers: Mapping[int, float] | None = None) -> None:
+        """Set the model to α, and layers by their index to others; only tensors that move are written."""
+        by_tensor = {}
         if layers:
             for layer in self.layers:
                 if layer.index in layers:
-                    chosen.update(dict.fromkeys(layer.tensors, layers[layer.index]))
-        for name in self.host.headers:
-            wanted = float(chosen.get(name, alpha))
-            if name not in self.host.twins or self._alphas.get(name, 1.0) == wanted:
-                continue
-            self._put(name, wanted)
-            self._alphas[name] = wanted
+                    by_tensor.update(dict.fromkeys(layer.tensors, layers[layer.index]))
+        wanted = {name: float(by_tensor.get(name, alpha)) for name in self.host.headers}
+        moving = self.host.in_both - {name for name in wanted if self._alphas.get(name, 1.0) == wanted[name]}
+        self._rewrite({name: value for name, value in wanted.items() if name in moving})
 
     def between(self, name: str, alpha: float) -> Shaped[Tensor, "..."]:
         """A tensor at α; an exact copy at both ends."""
@@ -177,12 +147,8 @@ class InterpolatedModel:
 
     @contextmanager
     def changed(self, layer: Layer, change: Callable[[str, Tensor], Tensor]) -> Iterator[Any]:
-        """Inside, the tensors of a layer are changed.
-
-        Args:
-            change: from a tensor's name and its value, which it must not write to, to its new value.
-        """
-        names = [name for name in layer.tensors if name in self.host.twins]
+        """Inside, a layer has tensors as `change(name, value)`, which must not write to the value."""
+        names = [name for name in layer.tensors if name in self.host.in_both]
         try:
             for name in names:
                 self._write(name, change(name, self.between(name, self._alphas.get(name, 1.0))))
@@ -227,7 +193,6 @@ def _widened(base: Tensor, tuned: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _between(base: Tensor, tuned: Tensor, alpha: float) -> Tensor:
-    """As `InterpolatedModel.between`, of two tensors on one device."""
     base, tuned = _widened(base, tuned)
     if alpha in (0.0, 1.0):
         return tuned if alpha else base

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,7 @@ from probes.errors import InputError
 from probes.files.layout import Header
 from probes.files.locate import MODEL_FILES
 from probes.models.body import shadow, unwrapped
+from probes.text.batches import out_of_memory
 
 Kind = Literal["causal", "classifier", "masked"]
 
@@ -31,14 +33,10 @@ AUTO: dict[Kind, str] = {
     "masked": "AutoModelForMaskedLM",
 }
 # Endings of transformers' class names, and PEFT's names for tasks.
-KINDS: dict[str, Kind] = {
-    "ForSequenceClassification": "classifier",
-    "ForMaskedLM": "masked",
-    "ForPreTraining": "masked",
-    "ForCausalLM": "causal",
-    "LMHeadModel": "causal",
-    "LMHeadCustomModel": "causal",
-    "ForConditionalGeneration": "causal",
+ENDINGS: dict[Kind, tuple[str, ...]] = {
+    "classifier": ("ForSequenceClassification",),
+    "masked": ("ForMaskedLM", "ForPreTraining"),
+    "causal": ("ForCausalLM", "LMHeadModel", "LMHeadCustomModel", "ForConditionalGeneration"),
 }
 TASKS: dict[str, Kind] = {"SEQ_CLS": "classifier", "CAUSAL_LM": "causal"}
 HEADS = "a causal language model, a masked one or a sequence classifier"
@@ -56,12 +54,11 @@ class Runnable:
     Attributes:
         ref: the reference that it was opened by.
         model: the torch model, in evaluation mode.
-        checkpoint: its weights.
         kind: what its head predicts: the next token, masked tokens, or a class.
         context: most tokens of a sequence; None without a limit.
         labels: the names of a classifier's classes in order; () for language models.
-        untrained: weights of the head that no file holds and that are therefore random: a base has no
-            classification head until an adapter brings one.
+        untrained: weights of the head that no file holds: a base has no classification head until an adapter
+            brings one. They are random.
 
     >>> from diagnostics.audit.demo import BUNDLED
     >>> from probes import open_model
@@ -81,11 +78,7 @@ class Runnable:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """Its tokenizer.
-
-        Raises:
-            InputError: there is none.
-        """
+        """Its tokenizer; raises InputError if there is none."""
         return tokenizer_of(self.checkpoint, trust_remote_code=self.trust_remote_code)
 
 
@@ -100,17 +93,14 @@ class Loading:
 
     def model(self, checkpoint: Checkpoint, kind: Kind) -> Runnable:
         """A checkpoint as a model."""
-        memory = memory_of(checkpoint)
         untrained: tuple[str, ...] = ()
         # Weights that no file holds are random, and the same each time.
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(0)
-            if memory is not None:
-                model = self._moved(checkpoint.ref, memory)
-            elif checkpoint.base is None:
-                model = self._read(checkpoint, kind)
-            else:
+            if checkpoint.base is not None and memory_of(checkpoint) is None:
                 model, untrained = self._adapted(checkpoint, kind)
+            else:
+                model = self._model(checkpoint, kind)
         config = unwrapped(model).config
         return Runnable(
             ref=checkpoint.ref,
@@ -123,18 +113,27 @@ class Loading:
             trust_remote_code=self.trust_remote_code,
         )
 
-    def config(self, checkpoint: Checkpoint, *, brought: Mapping[str, Header] | None = None) -> Any:
-        """A checkpoint's configuration as transformers', with the defaults of its class filled in.
+    def _model(self, checkpoint: Checkpoint, kind: Kind, brought: Mapping[str, Header] | None = None) -> Any:
+        """A full checkpoint: from memory, or from its files without the tensors that an adapter brings."""
+        memory = memory_of(checkpoint)
+        if memory is None:
+            return self._read(checkpoint, kind, brought or {})
+        ref, stored = checkpoint.ref, next(memory.parameters())
+        if self.device_map is not None:
+            raise InputError(f"{ref}: lies in memory already; spread it with device_map when it is loaded")
+        if self.dtype not in (None, stored.dtype):
+            raise InputError(f"{ref}: lies in memory as {stored.dtype}; load it as {self.dtype}")
+        # A copy that shares the weights, or a deep one where they must move.
+        moves = self.device not in (None, stored.device)
+        return copy.deepcopy(memory).to(self.device) if moves else shadow(memory)
 
-        Args:
-            brought: the tensors that an adapter puts in; a new head tells the number of classes.
-        """
+    def config(self, checkpoint: Checkpoint, *, brought: Mapping[str, Header] | None = None) -> Any:
+        """A checkpoint's configuration as transformers', with the classes of the head of an adapter."""
         import transformers
 
         # An infinity is written as an object, because JSON has no such number.
         stored = json.loads(json.dumps(dict(checkpoint.config)), object_hook=_number)
-        memory = memory_of(checkpoint)
-        if memory is not None:
+        if (memory := memory_of(checkpoint)) is not None:
             return unwrapped(memory).config
         brought = brought_by(checkpoint) if brought is None else brought
         inside = (checkpoint.base or checkpoint).headers
@@ -145,39 +144,20 @@ class Loading:
             )
         more = {"num_labels": min(heads)} if heads else {}
         if stored["model_type"] in transformers.CONFIG_MAPPING:
-            try:
-                with _silence():
-                    return transformers.CONFIG_MAPPING[stored["model_type"]].from_dict(stored, **more)
-            except Exception as error:  # transformers raises whatever a malformed file makes it hit
-                reason = " ".join(str(error).split())
-                raise InputError(
-                    f"{checkpoint.ref}: its config.json is none of a {stored['model_type']} model "
-                    f"({type(error).__name__}: {reason})"
-                ) from error
+            what = f"{checkpoint.ref}: its config.json is none of a {stored['model_type']} model"
+            with _silence(), _blaming(what):
+                return transformers.CONFIG_MAPPING[stored["model_type"]].from_dict(stored, **more)
         if not self.trust_remote_code or "auto_map" not in stored:
-            reason = (
-                "brings code of its own, which is run only if asked for; trust it with --trust-remote-code"
-                if "auto_map" in stored
-                else "transformers does not know it; is it too old?"
-            )
+            reason = "transformers does not know it; is it too old?"
+            if "auto_map" in stored:
+                reason = "brings code of its own, which is run only if asked for; trust it with "
+                reason += "--trust-remote-code"
             raise InputError(f"{checkpoint.ref}: {stored['model_type']}: {reason}")
         return transformers.AutoConfig.from_pretrained(
             **_repository(checkpoint.base or checkpoint), trust_remote_code=True, **more
         )
 
-    def _moved(self, ref: str, memory: Any) -> Any:
-        """A model in memory: a copy that shares its weights, or a deep one where they must move."""
-        if self.device_map is not None:
-            raise InputError(f"{ref}: lies in memory already; spread it with device_map when it is loaded")
-        stored = next(memory.parameters())
-        if self.dtype not in (None, stored.dtype):
-            raise InputError(f"{ref}: lies in memory as {stored.dtype}; load it as {self.dtype}")
-        if self.device in (None, stored.device):
-            return shadow(memory)
-        return copy.deepcopy(memory).to(self.device)
-
-    def _read(self, checkpoint: Checkpoint, kind: Kind, brought: Mapping[str, Header] | None = None) -> Any:
-        """A full checkpoint from its files, without the tensors that an adapter brings."""
+    def _read(self, checkpoint: Checkpoint, kind: Kind, brought: Mapping[str, Header]) -> Any:
         import transformers
 
         ref = checkpoint.ref
@@ -188,30 +168,21 @@ class Loading:
         own_code = type(config) not in auto._model_mapping
         if own_code and not self.trust_remote_code:
             raise InputError(f"{ref}: transformers has no {kind} model for {config.model_type}")
-        options: dict[str, Any] = {
-            "config": config,
-            "dtype": self.dtype or "auto",
-            "device_map": self.device_map,
-            "output_loading_info": True,
-        }
-        try:
-            with _silence():
-                if own_code:
-                    model, info = auto.from_pretrained(
-                        **_repository(checkpoint), trust_remote_code=True, **options
-                    )
-                elif _standard(checkpoint):
-                    model, info = auto.from_pretrained(checkpoint.directory, **options)
-                else:
-                    options["dtype"] = self.dtype or getattr(torch, checkpoint.dtype)
-                    tensors = {name: checkpoint.tensor(name) for name in checkpoint.headers}
-                    model_class = auto._model_mapping[type(config)]
-                    model_class = model_class[0] if isinstance(model_class, tuple) else model_class
-                    model, info = model_class.from_pretrained(None, state_dict=tensors, **options)
-        except Exception as error:  # transformers raises whatever a malformed file makes it hit
-            reason = str(error).strip().partition("\n")[0]
-            raise InputError(f"{ref}: does not load as a model ({type(error).__name__}: {reason})") from error
-        missing = sorted(set(info["missing_keys"]) - set(brought or {}))
+        options = {"config": config, "device_map": self.device_map, "output_loading_info": True}
+        dtype = self.dtype or "auto"
+        with _silence(), _blaming(f"{ref}: does not load as a model"):
+            if own_code:
+                options |= _repository(checkpoint) | {"trust_remote_code": True}
+                model, info = auto.from_pretrained(dtype=dtype, **options)
+            elif _standard(checkpoint):
+                model, info = auto.from_pretrained(checkpoint.directory, dtype=dtype, **options)
+            else:
+                dtype = self.dtype or getattr(torch, checkpoint.dtype)
+                tensors = {name: checkpoint.tensor(name) for name in checkpoint.headers}
+                classes = auto._model_mapping[type(config)]
+                model_class = classes[0] if isinstance(classes, tuple) else classes
+                model, info = model_class.from_pretrained(None, state_dict=tensors, dtype=dtype, **options)
+        missing = sorted(set(info["missing_keys"]) - set(brought))
         if missing:
             more = f" and {len(missing) - 1} more" if missing[1:] else ""
             raise InputError(
@@ -225,8 +196,7 @@ class Loading:
         base = checkpoint.base
         assert base is not None
         brought = brought_by(checkpoint)
-        memory = memory_of(base)
-        model = self._read(base, kind, brought) if memory is None else self._moved(base.ref, memory)
+        model = self._model(base, kind, brought)
         rows = [
             checkpoint.headers[matrix.tensor].shape[0]
             for matrix in base.matrices.values()
@@ -239,19 +209,15 @@ class Loading:
 
 
 def kind_of(checkpoint: Checkpoint) -> Kind:
-    """What a checkpoint's head predicts, by its configuration.
-
-    Raises:
-        InputError: it is of no kind that runs.
-    """
+    """What a checkpoint's head predicts, by its configuration; raises InputError if it is of no such kind."""
     task = getattr(checkpoint.source, "config", {}).get("task_type") if checkpoint.base else None
     if task in TASKS:
         return TASKS[task]
     if task not in (None, "FEATURE_EXTRACTION"):
         raise InputError(f"{checkpoint.ref}: is an adapter for {task}; only {HEADS} is run")
     classes = checkpoint.config.get("architectures") or []
-    for ending, kind in KINDS.items():
-        if any(str(name).endswith(ending) for name in classes):
+    for kind, endings in ENDINGS.items():
+        if any(str(name).endswith(endings) for name in classes):
             return kind
     what = ", ".join(map(str, classes)) or "without a config.json that names its architecture"
     raise InputError(f"{checkpoint.ref}: is {what}; only {HEADS} is run")
@@ -273,11 +239,7 @@ def labels_of(config: Any) -> tuple[str, ...]:
 
 
 def tokenizer_of(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer given with a checkpoint or its base, else the one in the directory of either.
-
-    Raises:
-        InputError: there is none, or it cannot be read.
-    """
+    """The tokenizer given with a checkpoint or its base, else the one in the directory of either."""
     import transformers
 
     sides = [side for side in (checkpoint, checkpoint.base) if side is not None]
@@ -292,30 +254,18 @@ def tokenizer_of(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> 
     files = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
     directories = [side.directory for side in sides if side.directory is not None]
     directory = next((path for path in directories if any((path / name).is_file() for name in files)), None)
-    if directory is None and not directories:
-        raise InputError(
-            f"{checkpoint.ref}: has no directory that could hold a tokenizer; give it as tokenizer="
-        )
     if directory is None:
-        raise InputError(
-            f"{checkpoint.ref}: no tokenizer lies beside its weights ({', '.join(files)}); save it there, or "
-            "in Python give it as tokenizer="
-        )
-    try:
+        reason = "has no directory that could hold a tokenizer; give it as tokenizer="
+        if directories:
+            reason = f"no tokenizer lies beside its weights ({', '.join(files)}); save it there, or in "
+            reason += "Python give it as tokenizer="
+        raise InputError(f"{checkpoint.ref}: {reason}")
+    with _blaming(f"{directory}: its tokenizer cannot be read"):
         return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises whatever its parsers hit in a malformed file
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(
-            f"{directory}: its tokenizer cannot be read ({type(error).__name__}: {reason})"
-        ) from error
 
 
 def memory_of(checkpoint: Checkpoint) -> Any:
-    """The model in memory that a checkpoint was opened from; None if it lies in files.
-
-    Raises:
-        InputError: it is not one of transformers or PEFT.
-    """
+    """The model in memory that a checkpoint was opened from, of transformers or PEFT; None for files."""
     module = checkpoint.module
     if module is None:
         return None
@@ -355,25 +305,32 @@ def inject(model: Any, checkpoint: Checkpoint, *, name: str = "tuned") -> Any:
     """Put an adapter from its files into its base, which changes in place."""
     import peft
 
-    assert checkpoint.directory is not None
     directory, device = str(checkpoint.directory), str(next(model.parameters()).device)
-    try:
-        with _silence(), warnings.catch_warnings():
-            # Deprecations between these two libraries do not concern our users.
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            if isinstance(model, peft.PeftModel):
-                model.load_adapter(directory, name, torch_device=device)
-                return model
-            return peft.PeftModel.from_pretrained(model, directory, adapter_name=name, torch_device=device)
-    except Exception as error:  # PEFT raises whatever a malformed file makes it hit
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"{checkpoint.ref}: the adapter does not load ({reason})") from error
+    what = f"{checkpoint.ref}: the adapter does not load"
+    with _blaming(what), _silence(), warnings.catch_warnings():
+        # Deprecations between these two libraries do not concern our users.
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        if isinstance(model, peft.PeftModel):
+            model.load_adapter(directory, name, torch_device=device)
+            return model
+        return peft.PeftModel.from_pretrained(model, directory, adapter_name=name, torch_device=device)
 
 
 def _number(value: dict[str, Any]) -> Any:
     """The number that transformers writes as {"__float__": "Infinity"}; other objects are returned as is."""
     return float(value["__float__"]) if value.keys() == {"__float__"} else value
+
+
+@contextmanager
+def _blaming(what: str) -> Iterator[None]:
+    """Raise InputError for whatever a malformed file makes a library hit; running out of memory is none."""
+    try:
+        yield
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise InputError(f"{what} ({type(error).__name__}: {shorten(str(error), 400)})") from error
 
 
 @contextmanager

@@ -1,8 +1,4 @@
-"""Perturbing a layer of a running model in place, with the blocks before it run once.
-
-`PerturbedWeights` sets the weights of a layer to w + c ⊙ u for any u, and computes gradients in u. `Prefix`
-caches the residual stream that enters a block for every batch, so that only later blocks run again.
-"""
+"""Perturbing a layer of a running model in place, with the blocks before it run once."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,38 +12,29 @@ from probes.models.body import blocks, replaced_forward, unwrapped
 
 
 class PerturbedWeights:
-    """Some weights of a model as w + c ⊙ u; a context manager.
+    """Some weights of a model as w + c ⊙ u; a context manager that restores them and their gradients.
 
-    It restores weights, gradients and `requires_grad` bit for bit, also after an error.
-
-    Attributes:
-        size: number of entries of u.
+    Args:
+        adaptive: c is |w|, so that a zero weight never moves; else 1.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], *, adaptive: bool = True):
-        """Choose the weights; nothing is changed yet.
-
-        Args:
-            adaptive: c is |w|, so that a zero weight never moves; else 1.
-        """
-        self._parameters = tuple(parameters)
+        self.parameters = tuple(parameters)
         self._adaptive = adaptive
-        self.size = sum(parameter.numel() for parameter in self._parameters)
+        self.size = sum(parameter.numel() for parameter in self.parameters)
 
     def __enter__(self) -> "PerturbedWeights":
-        self._stored = [parameter.detach().clone() for parameter in self._parameters]
-        self._state = [(parameter.requires_grad, parameter.grad) for parameter in self._parameters]
-        for parameter in self._parameters:
+        self._stored = [parameter.detach().clone() for parameter in self.parameters]
+        self._state = [(parameter.requires_grad, parameter.grad) for parameter in self.parameters]
+        for parameter in self.parameters:
             parameter.grad = None
         return self
 
     def __exit__(self, *error: object) -> None:
-        for parameter, stored, (required, gradient) in zip(
-            self._parameters, self._stored, self._state, strict=True
-        ):
+        for parameter, stored, state in zip(self.parameters, self._stored, self._state, strict=True):
+            required, parameter.grad = state
             parameter.detach().copy_(stored)
             parameter.requires_grad_(required)
-            parameter.grad = gradient
         self._stored, self._state = [], []
 
     @property
@@ -57,25 +44,24 @@ class PerturbedWeights:
 
     def put(self, u: Float[Tensor, " size"]) -> None:
         """Set the weights to w + c ⊙ u."""
-        for parameter, stored, part in self._parts(u):
-            move = part * stored.abs() if self._adaptive else part
+        for parameter, stored, move in zip(self.parameters, self._stored, self.divided(u), strict=True):
             parameter.detach().copy_(stored + move)
 
     @contextmanager
     def sloping(self) -> Iterator[None]:
         """Inside, these weights require gradients."""
         try:
-            for parameter in self._parameters:
+            for parameter in self.parameters:
                 parameter.requires_grad_(True)
             yield
         finally:
-            for parameter in self._parameters:
+            for parameter in self.parameters:
                 parameter.requires_grad_(False)
                 parameter.grad = None
 
     def slope(self) -> Float[Tensor, " size"]:
         """The gradient in u: c ⊙ the gradients of the weights, 0 for weights without one."""
-        return self.scaled([parameter.grad for parameter in self._parameters])
+        return self.scaled([parameter.grad for parameter in self.parameters])
 
     def scaled(self, gradients: Sequence[Tensor | None]) -> Float[Tensor, " size"]:
         """c ⊙ gradients of the weights, in their order, as one vector."""
@@ -85,37 +71,26 @@ class PerturbedWeights:
             parts.append((part * stored.abs() if self._adaptive else part).reshape(-1))
         return torch.cat(parts)
 
-    def divided(self, u: Float[Tensor, " size"]) -> list[Tensor]:
+    def divided(self, u: Float[Tensor, " size"]) -> Iterator[Tensor]:
         """c ⊙ u by weight: the perturbation of each."""
-        return [part * stored.abs() if self._adaptive else part for _, stored, part in self._parts(u)]
-
-    @property
-    def parameters(self) -> tuple[nn.Parameter, ...]:
-        """The perturbed weights."""
-        return self._parameters
-
-    def _parts(self, u: Tensor) -> Iterator[tuple[nn.Parameter, Tensor, Tensor]]:
-        sizes = [parameter.numel() for parameter in self._parameters]
-        for parameter, stored, part in zip(self._parameters, self._stored, u.split(sizes), strict=True):
-            yield parameter, stored, part.view(stored.shape)
+        parts = u.split([stored.numel() for stored in self._stored])
+        for stored, part in zip(self._stored, parts, strict=True):
+            yield part.view(stored.shape) * (stored.abs() if self._adaptive else 1)
 
 
 class Prefix:
     """Cache of the residual stream that enters a block, by batch, while earlier weights stay unchanged.
 
-    It holds one block at a time and moves forward to later ones: take layers in order. It is in the model's
-    dtype, on its device.
+    It holds one block at a time and moves forward to later ones: take layers in order.
+
+    Args:
+        room: most bytes that are kept; batches beyond run in full every time.
+
+    Raises:
+        InputError: no list of blocks is found.
     """
 
     def __init__(self, model: nn.Module, *, room: int = 2**31):
-        """Start an empty cache.
-
-        Args:
-            room: most bytes that are kept; batches beyond run in full every time.
-
-        Raises:
-            InputError: no list of blocks is found.
-        """
         self._inner = unwrapped(model)
         self._room = room
         self._blocks = list(blocks(model))
@@ -179,7 +154,6 @@ class Prefix:
 
 
 def _hidden(output: Any) -> Tensor:
-    """The residual stream in a block's output."""
     return output[0] if isinstance(output, tuple | list) else output
 
 

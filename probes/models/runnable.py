@@ -5,8 +5,8 @@ pair one side is resident at a time.
 """
 
 import gc
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -16,19 +16,8 @@ from probes.adapters.adapter import Adapter
 from probes.checkpoints.checkpoint import Checkpoint
 from probes.checkpoints.opening import open_checkpoint
 from probes.checkpoints.pair import CheckpointPair, Side
-from probes.models.loading import (
-    Kind,
-    Loading,
-    Runnable,
-    brought_by,
-    context_of,
-    device_of,
-    dtype_of,
-    inject,
-    kind_of,
-    labels_of,
-    tokenizer_of,
-)
+from probes.models import loading as load
+from probes.models.loading import Kind, Loading, Runnable, device_of, dtype_of, kind_of, tokenizer_of
 
 
 def open_model(
@@ -90,11 +79,7 @@ class RunnablePair:
         device_map: str | dict[str, Any] | None = None,
         trust_remote_code: bool = False,
     ):
-        """Plan how to run a pair; weights are loaded when a side is entered for the first time.
-
-        Raises:
-            InputError: a side is of no kind that runs.
-        """
+        """Plan how to run a pair; weights are loaded when a side is first entered."""
         self.pair = pair
         self.kind = kind_of(pair.tuned)
         self.shared = _switchable(pair)
@@ -111,51 +96,41 @@ class RunnablePair:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    @contextmanager
-    def base(self) -> Iterator[Any]:
+    def base(self) -> AbstractContextManager[Any]:
         """The base's torch model, in evaluation mode."""
-        with self._side("base") as model:
-            yield model
+        return self._side("base")
 
-    @contextmanager
-    def tuned(self) -> Iterator[Any]:
+    def tuned(self) -> AbstractContextManager[Any]:
         """The tuned torch model, in evaluation mode."""
-        with self._side("tuned") as model:
-            yield model
+        return self._side("tuned")
 
     def close(self) -> None:
         """Free the resident model."""
         self._resident = None
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
     @cached_property
     def tokenizer(self) -> Any:
         """The tuned side's tokenizer: its own, or the base's where an adapter brings none."""
-        return self._tokenizer(self.pair.tuned)
+        return tokenizer_of(self.pair.tuned, trust_remote_code=self.loading.trust_remote_code)
 
     @cached_property
     def base_tokenizer(self) -> Any:
         """The base's tokenizer."""
-        return self._tokenizer(self.pair.base)
+        return tokenizer_of(self.pair.base, trust_remote_code=self.loading.trust_remote_code)
 
     @cached_property
     def context(self) -> int | None:
         """Most tokens of a sequence on both sides; None if neither has a limit."""
         sides = (self.pair.base, self.pair.tuned)
-        lengths = [context_of(self.loading.config(side)) for side in sides]
+        lengths = [load.context_of(self.loading.config(side)) for side in sides]
         return min((length for length in lengths if length is not None), default=None)
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
         """The names of the tuned classifier's classes in order; () for language models."""
-        if self.kind != "classifier":
-            return ()
-        return labels_of(self.loading.config(self.pair.tuned))
-
-    def _tokenizer(self, checkpoint: Checkpoint) -> Any:
-        return tokenizer_of(checkpoint, trust_remote_code=self.loading.trust_remote_code)
+        return load.labels_of(self.loading.config(self.pair.tuned)) if self.kind == "classifier" else ()
 
     @contextmanager
     def _side(self, side: Side) -> Iterator[Any]:
@@ -167,8 +142,13 @@ class RunnablePair:
             trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
             with ExitStack() as stack:
                 stack.callback(lambda: [p.requires_grad_(flag) for p, flag in trainable.items()])
-                if self.shared:
-                    _switch(model, side, self._names, stack)
+                if side in self._names:
+                    model.set_adapter(side)
+                elif self.shared and side == "base" and hasattr(model, "disable_adapter"):
+                    stack.enter_context(model.disable_adapter())
+                elif self.shared and side == "base":  # transformers' own way of holding an adapter
+                    stack.callback(model.enable_adapters)
+                    model.disable_adapters()
                 yield model.eval()
                 model.eval()
         finally:
@@ -181,7 +161,7 @@ class RunnablePair:
         checkpoint = self.pair.tuned if side == "tuned" or self.shared else self.pair.base
         runnable = self.loading.model(checkpoint, self.kind if side == "tuned" else self.base_kind)
         if self.shared and self.pair.base.base is not None:
-            inject(runnable.model, self.pair.base, name="base")
+            load.inject(runnable.model, self.pair.base, name="base")
         self._resident = side, runnable
         return runnable
 
@@ -189,12 +169,12 @@ class RunnablePair:
 def _switchable(pair: CheckpointPair) -> bool:
     """Whether switching adapters off and on gives both sides bit for bit."""
     if pair._child:
-        return pair.base.base is None and _switched(pair.tuned)
-    sides = [side for side in (pair.base, pair.tuned) if side.base is not None]
-    return pair._sibling and all(side.module is None and _switched(side) for side in sides)
+        return pair.base.base is None and _undone(pair.tuned)
+    adapters = [side for side in (pair.base, pair.tuned) if side.base is not None]
+    return pair._sibling and all(side.module is None and _undone(side) for side in adapters)
 
 
-def _switched(checkpoint: Checkpoint) -> bool:
+def _undone(checkpoint: Checkpoint) -> bool:
     """Whether PEFT undoes every change of an adapter when it switches the adapter off."""
     source, base = checkpoint.source, checkpoint.base
     assert isinstance(source, Adapter)
@@ -202,24 +182,12 @@ def _switched(checkpoint: Checkpoint) -> bool:
     # Biases are trained in place, and a vocabulary is resized in place; modules_to_save are copies.
     if source.config.get("bias", "none") != "none":
         return False
-    copies = source.config.get("modules_to_save") or ()
-    for name, header in brought_by(checkpoint).items():
+    copies = set(source.config.get("modules_to_save") or ())
+    for name, header in load.brought_by(checkpoint).items():
         replaced = base.headers.get(name)
         if replaced is not None and replaced.shape != header.shape:
             return False
-        if any(part in copies for part in name.split(".")):
-            continue
-        if replaced is None or not torch.equal(base.tensor(name), source.stored(name)):
+        copied = not copies.isdisjoint(name.split("."))
+        if not copied and (replaced is None or not torch.equal(base.tensor(name), source.stored(name))):
             return False
     return True
-
-
-def _switch(model: Any, side: Side, names: Collection[str], stack: ExitStack) -> None:
-    """Switch a model to a side; the stack switches it back."""
-    if side in names:
-        model.set_adapter(side)
-    elif side == "base" and hasattr(model, "disable_adapter"):
-        stack.enter_context(model.disable_adapter())
-    elif side == "base":  # transformers' own way of holding an adapter
-        stack.callback(model.enable_adapters)
-        model.disable_adapters()

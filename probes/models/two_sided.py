@@ -1,8 +1,7 @@
-"""One running model whose entries are selected from base or tuned.
+"""One running model with entries of base or of tuned.
 
 Evaluation under a mask needs no second copy of the model: entries are zeroed, or set to the other side's
-values, in place, and restored from the checkpoints. Values are selected, never computed, so that they are
-restored bit for bit.
+values, in place. Values are selected, never computed, so that they are restored bit for bit.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -19,7 +18,7 @@ from probes.checkpoints.pair import CheckpointPair, Side
 from probes.checkpoints.prune import Cut, Order
 from probes.errors import UnknownNameError
 from probes.files.layout import Header
-from probes.models.editable import Editable, Slot
+from probes.models.editable import Editable
 
 # Integers as wide as a float.
 CODES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -31,10 +30,16 @@ class TwoSidedModel:
     A model in memory is copied, never written to. A tensor with several names is one tensor, under the name
     in the checkpoint.
 
+    Args:
+        device, dtype: of the model; by default the dtype that holds both sides exactly.
+        trust_remote_code: run code that a repository brings.
+
     Attributes:
-        pair: the checkpoints.
         editable: the model with its tokenizer, kind, context and labels.
         side: the checkpoint that it is at rest.
+
+    Raises:
+        InputError: tuned does not run, or its adapter cannot be merged.
     """
 
     def __init__(
@@ -45,15 +50,6 @@ class TwoSidedModel:
         dtype: str | torch.dtype | None = None,
         trust_remote_code: bool = False,
     ):
-        """Load tuned.
-
-        Args:
-            device, dtype: of the model; by default the dtype that holds both sides exactly.
-            trust_remote_code: run code that a repository brings.
-
-        Raises:
-            InputError: tuned does not run, or its adapter cannot be merged.
-        """
         if dtype is None and pair.base.dtype != pair.tuned.dtype:
             dtype = torch.promote_types(getattr(torch, pair.base.dtype), getattr(torch, pair.tuned.dtype))
         self.pair = pair
@@ -80,20 +76,16 @@ class TwoSidedModel:
         return {name: headers[name] for name in headers if name in self.editable.held}
 
     @cached_property
-    def twins(self) -> frozenset[str]:
+    def in_both(self) -> frozenset[str]:
         """The tensors of which base has entries too; the others are tuned's on either side."""
-        return frozenset(
-            name for name, header in self.headers.items() if self._blender.has_base(name, header.shape)
-        )
+        has_base = self._blender.has_base
+        return frozenset(name for name, header in self.headers.items() if has_base(name, header.shape))
 
     def read(self, name: str, side: Side = "tuned") -> Shaped[Tensor, "..."]:
         """A tensor as in a side's file, on the CPU, not to be written to.
 
         An adapter's merged weights are rounded once, to the dtype of its base's file; tensors that base lacks
-        are tuned's.
-
-        Raises:
-            UnknownNameError: the model has no such tensor.
+        are tuned's. Raises UnknownNameError if the model has no such tensor.
         """
         if name not in self.headers:
             raise UnknownNameError(f"{self.pair.tuned.ref}: has no tensor {name!r} that the model runs with")
@@ -106,7 +98,7 @@ class TwoSidedModel:
     def become(self, side: Side) -> None:
         """Set every tensor to a side's."""
         if side != self.side:
-            self._changed = set(self.twins) | self._changed
+            self._changed = self._changed | self.in_both
             self.side = side
         self.restore()
 
@@ -128,32 +120,22 @@ class TwoSidedModel:
                 then serve as keys, and no file is read.
         """
         for name in order.shapes:
-            live = self._live(name) if rising and not cut.divides_ties(name) else None
-            if live is None:
+            keys = self._live(name) if rising and not cut.divides_ties(name) else None
+            if keys is None:
                 # Entries that a lower cut pruned count with their original magnitude.
                 keys = self.read(name, self.side) if rising else order.read(name)
-                self.zero(name, cut.pruned(name, keys))
-            else:
-                self.zero(name, cut.pruned(name, live))
+            self.zero(name, cut.pruned(name, keys))
 
     def _live(self, name: str) -> Tensor | None:
         """The running tensor, if it is stored in one piece and in a dtype at least as wide; else None."""
         (slot, *more) = self.editable.slots(name)
         if more or not isinstance(slot.which, slice):
             return None
-        dtype = self._blender.dtypes.get(name, self.headers[name].dtype)
-        return (
-            slot.tensor.detach()
-            if torch.promote_types(dtype, slot.tensor.dtype) == slot.tensor.dtype
-            else None
-        )
+        dtype, tensor = self._blender.dtypes.get(name, self.headers[name].dtype), slot.tensor.detach()
+        return tensor if torch.promote_types(dtype, tensor.dtype) == tensor.dtype else None
 
     def zero(self, name: str, where: Bool[Tensor, "..."]) -> None:
-        """Set entries of a tensor to zero.
-
-        Args:
-            where: in the stored shape.
-        """
+        """Set entries of a tensor to zero, by a mask in the stored shape."""
         self._changed.add(name)
         for slot in self.editable.slots(name):
             tensor = slot.tensor.detach()
@@ -161,31 +143,18 @@ class TwoSidedModel:
                 # Bit patterns times 0 or 1: several times as fast as filling, and exact for other entries.
                 tensor.view(CODES[tensor.itemsize]).mul_(~where.to(tensor.device))
             else:
-                tensor.view(-1)[slot.places[where.reshape(-1)[slot.which].to(slot.places.device)]] = 0
+                selected = where.reshape(-1)[slot.which].to(slot.indices.device)
+                tensor.view(-1)[slot.indices[selected]] = 0
 
     def write(self, name: str, index: Int[Tensor, " entries"], values: Shaped[Tensor, " entries"]) -> None:
-        """Write values into entries of a tensor.
-
-        Args:
-            index: flat, into the stored tensor.
-            values: as in a side's file.
-        """
+        """Write values, as in a side's file, into entries of a tensor at flat indices."""
         self._changed.add(name)
-        for slot in self.slots(name, index):
-            slot.tensor.detach().view(-1)[slot.places] = values[slot.which].to(slot.tensor)
-
-    def slots(self, name: str, index: Int[Tensor, " entries"]) -> list[Slot]:
-        """The slots of entries of a stored tensor in the running model, for their gradients."""
-        return self.editable.slots(name, index)
+        for slot in self.editable.slots(name, index):
+            slot.tensor.detach().view(-1)[slot.indices] = values[slot.which].to(slot.tensor)
 
     @contextmanager
     def selecting(self, index: Mapping[str, Int[Tensor, " entries"]], side: Side) -> Iterator[Any]:
-        """Inside, some entries have another side's values.
-
-        Args:
-            index: flat indices of entries by tensor.
-            side: the side that their values come from.
-        """
+        """Inside, the entries at some flat indices have a side's values."""
         try:
             for name, entries in index.items():
                 self.write(name, entries, self.read(name, side).reshape(-1)[entries])

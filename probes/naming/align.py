@@ -69,16 +69,13 @@ def renamed(
     head: Callable[[Literal["base", "tuned"], str], bytes],
     same: Callable[[str, str], bool],
 ) -> dict[str, str]:
-    """Likely new names of tensors without a counterpart: a hint for the reader, never acted upon.
+    """Likely new names of tensors of base alone among those of tuned alone: a hint, never acted upon.
 
-    Args:
-        missing, extra: tensors of base alone, of tuned alone.
-        head: the first bytes of a tensor of a side.
-        same: whether a missing and an extra tensor hold the same bytes.
+    `head` gives the first bytes of a tensor, `same` whether a missing and an extra one hold the same bytes.
     """
-    wanted, offered = _by_kind(missing), _by_kind(extra)
+    offered = _by_kind(extra)
     hints = {}
-    for kind, names in wanted.items():
+    for kind, names in _by_kind(missing).items():
         candidates = offered.get(kind, [])
         heads = defaultdict(list)
         for name in candidates:

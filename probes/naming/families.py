@@ -1,8 +1,4 @@
-"""How transformer families name and store their weights: the data behind `probes.naming.matrices`.
-
-The tables follow the modelling code of transformers 5 and, for names that only older files have, the code
-that came with those checkpoints.  Paths are written without `.weight`.
-"""
+"""How transformer families name and store their weights, after their modelling code; without `.weight`."""
 
 from typing import Literal, NamedTuple
 
@@ -31,11 +27,10 @@ IN_BLOCK = _by_path(
             o_proj out_lin linear_out to_out post_proj attn_out attn.o attn.Wo attn.proj attn.c_proj
             attn.out_proj self_attn.Wo self_attn.dense self_attn.output self_attn.out_proj
             self_attn.projection cross_attn.out_proj encoder_attn.out_proj crossattention.c_proj
-            crossattention.output.dense
-            attention.wo attention.dense attention.output attention.output.dense attention.out_proj
-            attention.proj attention.projection_layer self_attention.dense multi_head_attention.dense
-            rel_attn.o SelfAttention.o EncDecAttention.o LocalSelfAttention.o TransientGlobalSelfAttention.o
-            self_attention.experts.output_linear""",
+            crossattention.output.dense attention.wo attention.dense attention.output attention.output.dense
+            attention.out_proj attention.proj attention.projection_layer self_attention.dense
+            multi_head_attention.dense rel_attn.o SelfAttention.o EncDecAttention.o LocalSelfAttention.o
+            TransientGlobalSelfAttention.o self_attention.experts.output_linear""",
         "gate_proj": "gate_proj wi_0 w1 experts.mlp.w1",
         "up_proj": """
             up_proj fc1 fc_in c_fc lin1 linear1 linear_1 linear_fc1 intermediate.dense intermediate_dense
@@ -58,12 +53,9 @@ VARIANTS = {
     "shared_": {"shared_expert", "shared_experts", "shared_mlp"},
 }
 PARTS: dict[str, Part] = {
-    "router": "router",
-    "relative_attention_bias": "embedding",
-    "relative_position_bias_table": "embedding",
-    "rel_pos_h": "embedding",
-    "rel_pos_w": "embedding",
-}
+    "router": "router", "relative_attention_bias": "embedding", "relative_position_bias_table": "embedding",
+    "rel_pos_h": "embedding", "rel_pos_w": "embedding",
+}  # fmt: skip
 
 # Last segments of embedding tables, wherever they stand.
 EMBEDDINGS = _by_path(
@@ -100,10 +92,9 @@ NOT_WEIGHTS = (
 
 
 class Fused(NamedTuple):
-    """The order of a fused tensor's parts, and what the order repeats for, in models of these types.
+    """The order of a fused tensor's parts, and what it repeats for, in models of these types and this switch.
 
-    `when` is a switch of the config that must stand so.  The gate is the half that the activation is applied
-    to, whatever the modelling code calls it.
+    The gate is the half that the activation is applied to, whatever the modelling code calls it.
     """
 
     order: tuple[str, ...]
@@ -149,7 +140,7 @@ FUSED: dict[str, tuple[Fused, ...]] = {
     "fc1": (Fused(("up", "gate"), "tensor", ("moonshine", "moonshine_streaming")),),
     "dense_h_to_4h": (Fused(_GATED, "tensor", ("chatglm",)),),
 }
-# Experts that have a bias beside the stack come in two orders.
+# Experts with a bias come in two orders.
 FUSED_WITH_BIAS = {
     "experts.gate_up_proj": (
         Fused(_GATED, "row", ("gpt_oss",)),
@@ -171,12 +162,9 @@ ROWS_OF_EXPERTS = r"\.experts\.mlp\.(?:w1|v1|w2)$"
 # The norm that a block's experts and their router read through, as its neighbours call it; the first that
 # there is. One behind the experts instead says that there is none before them.
 NORM_BEFORE_EXPERTS = (
-    "pre_feedforward_layernorm",
-    "pre_mlp_layernorm",
-    "pre_ff_layernorm",
-    "ffn_norm",
+    "pre_feedforward_layernorm", "pre_mlp_layernorm", "pre_ff_layernorm", "ffn_norm",
     "post_attention_layernorm",
-)
+)  # fmt: skip
 NORM_BEHIND_EXPERTS = "post_feedforward_layernorm"
 # Models with routers whose norms multiply by one more than their weight.
 GAIN_FROM_ONE = {

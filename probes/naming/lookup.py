@@ -79,8 +79,7 @@ def _role(matrix: Matrix) -> Role:
 
 
 def _is_head(name: str) -> bool:
-    matrices = probe(name)
-    return bool(matrices) and matrices[0].component == "lm_head"
+    return [matrix.component for matrix in probe(name)][:1] == ["lm_head"]
 
 
 def probe(name: str, *shape: int) -> list[Matrix]:

@@ -1,7 +1,6 @@
 """From a checkpoint's tensor names and shapes to (out, in) matrices with layer and component.
 
-Architectures differ as data, in `probes.naming.families`. Shapes decide wherever they can; config.json is
-asked only where they cannot: for the heads of a fused tensor, and which of two orders its parts have.
+Architectures differ as data, in `probes.naming.families`. Shapes decide wherever they can, else config.json.
 """
 
 import re
@@ -22,13 +21,11 @@ def matrices(
 ) -> dict[str, Matrix]:
     """Every two-dimensional weight of a checkpoint by its name, in the order of the headers.
 
-    Biases, normalisation weights, buffers, integers, and vectors with axes of length one are no matrices.
-    Convolutions are given as (out, rest).  A fused tensor that only an absent config.json could divide is one
-    matrix, and names the keys in `Matrix.missing`.  Where the config ties the unembedding to the embedding
-    and the file holds both, the embedding alone is given, and names the other in `Matrix.tied`.
+    Convolutions are given as (out, rest). A fused tensor that only an absent config.json could divide is one
+    matrix, and names the keys in `Matrix.missing`. Where the config ties the unembedding to the embedding and
+    the file holds both, only the embedding is given, and names the other in `Matrix.tied`.
 
     Args:
-        headers: the tensors of the file by name.
         config: the checkpoint's config.json; may be empty.
         untied: tensors that are no copies, whatever the config says.
 
@@ -43,12 +40,11 @@ def matrices(
 
 def is_weight(header: Header) -> bool:
     """Whether a tensor holds matrices: floating, two-dimensional or more, and no bias, scale or buffer."""
-    long = sum(length > 1 for length in header.shape)
-    matrix_like = len(header.shape) == 2 or (len(header.shape) > 2 and long > 1)
+    shape = header.shape
+    matrix_like = len(shape) == 2 or (len(shape) > 2 and sum(length > 1 for length in shape) > 1)
     # Without entries a shape may tell of any number of experts.
-    if 0 in header.shape or not header.dtype.is_floating_point:
-        return False
-    return matrix_like and not re.search(families.NOT_WEIGHTS, header.name)
+    real = 0 not in shape and header.dtype.is_floating_point
+    return real and matrix_like and not re.search(families.NOT_WEIGHTS, header.name)
 
 
 class _Location(NamedTuple):
@@ -151,7 +147,7 @@ class _File:
 
     @cached_property
     def siblings(self) -> dict[tuple[str, str], str]:
-        """Tensors by parent module and role: the output projection beside a fused input, and so on."""
+        """Tensors by parent module and role: the output projection of a fused input, and so on."""
         return {(location.parent, location.role): name for name, location in self.locations.items()}
 
     @cached_property
@@ -182,17 +178,10 @@ class _File:
         """The matrices of one tensor: itself, its experts, the parts fused in it."""
         location, stored = self.locations[name], self.stored(name)
         undivided = Matrix(
-            name=name,
-            tensor=name,
-            layer=location.layer,
-            component=location.prefix + location.role,
-            part=location.part,
-            rows=stored.rows,
-            columns=stored.columns,
-            dtype=self.headers[name].dtype,
-            transposed=stored.transposed,
-            experts=stored.experts,
-        )
+            name=name, tensor=name, layer=location.layer, component=location.prefix + location.role,
+            part=location.part, rows=stored.rows, columns=stored.columns, dtype=self.headers[name].dtype,
+            transposed=stored.transposed, experts=stored.experts,
+        )  # fmt: skip
         if stored.stack is None:
             yield from self.divided(undivided)
         elif not re.search(families.STACK, name):
@@ -212,10 +201,8 @@ class _File:
             if router is not None:
                 stack = experts = router.shape[0] if router.shape else 1
                 if not experts or shape[0] % experts:
-                    raise InputError(
-                        f"{name}: its {shape[0]} rows are no multiple of the {experts} experts of its "
-                        "router; is the file damaged?"
-                    )
+                    problem = f"its {shape[0]} rows are no multiple of the {experts} experts of its router"
+                    raise InputError(f"{name}: {problem}; is the file damaged?")
                 shape = (shape[0] // experts, *shape[1:])
         elif len(shape) > 2 and re.search(families.STACK, name):
             stack, shape = shape[0], shape[1:]
@@ -228,7 +215,7 @@ class _File:
         return _Stored(rows, columns, transposed, stack, experts)
 
     def swapped(self, experts: str) -> bool:
-        """Whether stacked experts are (in, out): gate_up (hidden, 2 inner) beside down (inner, hidden)."""
+        """Whether stacked experts are (in, out): gate_up (hidden, 2 inner), down (inner, hidden)."""
         gate_up, down = (self.siblings.get((experts, role)) for role in ("gate_up_proj", "down_proj"))
         if gate_up is None or down is None:
             return False
@@ -258,14 +245,9 @@ class _File:
         for letter, share in zip(layout.order, shares, strict=True):
             stop = start + share * unit
             yield replace(
-                undivided,
-                name=f"{undivided.name}:{letter}",
-                component=f"{location.prefix}{letter}_proj",
-                rows=groups * (stop - start),
-                start=start,
-                stop=stop,
-                heads=groups,
-            )
+                undivided, name=f"{undivided.name}:{letter}", component=f"{location.prefix}{letter}_proj",
+                rows=groups * (stop - start), start=start, stop=stop, heads=groups,
+            )  # fmt: skip
             start = stop
 
     def applies(self, layout: Fused) -> bool:
@@ -300,17 +282,15 @@ class _File:
             return undivided.rows // len(equal), equal
         if layout.per == "unknown":
             return 0, equal
+        if "q" not in layout.order:
+            return 1, equal
         # The output projection has a column for every row of q.
-        output = (
-            self.siblings.get((self.locations[undivided.tensor].parent, "o_proj"))
-            if "q" in layout.order
-            else None
-        )
+        output = self.siblings.get((self.locations[undivided.tensor].parent, "o_proj"))
         queries = self.stored(output).columns if output else 0
         others, odd = divmod(undivided.rows - queries, 2)
         if queries and others > 0 and not odd:
             return 1, (queries, others, others)
-        if "q" not in layout.order or undivided.rows == 3 * undivided.columns:
+        if undivided.rows == 3 * undivided.columns:
             return 1, equal
         return int(heads > 0), (heads, kv_heads, kv_heads)
 
@@ -331,8 +311,5 @@ class _File:
             if original := next(alike, None):
                 copies.setdefault(original.name, []).append(matrix.name)
         dropped = {name for names in copies.values() for name in names}
-        return {
-            name: replace(matrix, tied=tuple(copies.get(name, ())))
-            for name, matrix in named.items()
-            if name not in dropped
-        }
+        kept = {name: matrix for name, matrix in named.items() if name not in dropped}
+        return {name: replace(matrix, tied=tuple(copies.get(name, ()))) for name, matrix in kept.items()}

@@ -1,15 +1,15 @@
 """Activations of a running model: residual stream, attention patterns, expert routes, one batch at a time.
 
-They are captured through TransformerLens' `TransformerBridge`, under its names. Only the parts of the bridge
-that the names need are installed, into a copy that shares the model's weights, and their logits are compared
-with the model's before use. Where the bridge has no adapter for an architecture, or gives other logits, plain
-hooks on the blocks give the residual stream.
+They are captured through TransformerLens' `TransformerBridge`, under its names, in a copy that shares the
+model's weights; its logits are compared with the model's before use. Where the bridge has no adapter for an
+architecture, or gives other logits, plain hooks on the blocks give the residual stream.
 """
 
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -32,60 +32,45 @@ OUTSIDE = {"embed", "pos_embed", "token_type_embed", "embed_ln", "rotary_emb", "
 ROUND_OFF, ROUND_OFF_HALF = 1e-4, 0.1
 
 
+@dataclass(eq=False)
 class Capture:
     """A model with hooks that capture activations; `capture` makes one.
 
     Attributes:
         route: "bridge" or "modules": where the hooks are.
-        reason: why the bridge is not used; None if it is.
-        names: of the activations, as the bridge calls them: `blocks.{layer}.hook_resid_post`.
         model: the hooked model: a copy that shares the weights, or the model itself.
+        names: of the activations, as the bridge calls them: `blocks.{layer}.hook_resid_post`.
+        reason: why the bridge is not used; None if it is.
     """
 
-    def __init__(
-        self,
-        route: Literal["bridge", "modules"],
-        model: nn.Module,
-        names: Sequence[str],
-        *,
-        keep: Keep | None,
-        reason: str | None = None,
-        unchanged: Callable[[], bool] = lambda: True,
-    ):
-        self.route = route
-        self.model = model
-        self.names = tuple(names)
-        self.reason = reason
-        self._keep = keep
-        self._unchanged = unchanged
-        self._batch: Batch | None = None
-        self._values: dict[str, Any] = {}
-        self._fired: set[str] = set()
+    route: Literal["bridge", "modules"]
+    model: nn.Module
+    names: Sequence[str]
+    keep: Keep | None
+    reason: str | None = None
+    unchanged: Callable[[], bool] = lambda: True
+    _batch: Batch | None = field(default=None, init=False)
+    _values: dict[str, Any] = field(default_factory=dict, init=False)
+    _fired: set[str] = field(default_factory=set, init=False)
 
     def activations(self, batch: Batch | Mapping[str, Any]) -> dict[str, Any]:
-        """Run a batch; its activations by name, as `keep` returns them.
+        """Run a batch, or a tokenizer's output; its activations by name, as `keep` returns them.
 
         Residuals are (batch, length, width) and patterns (batch, head, query, key), padding included. Expert
         routes are (batch, length, expert); at padding an index is -1 and a weight 0.
-
-        Args:
-            batch: one of `batches`, or the output of a tokenizer, as `Batch.of` takes it.
 
         Raises:
             UnknownNameError: a name that was asked for is not computed.
             RuntimeError: an adapter was switched since `capture` was entered.
         """
-        inside = all(_layer(name) >= 0 for name in self.names)
-        return self.measured(batch, run if inside else _full_pass)[1]
+        in_blocks = all(_layer(name) >= 0 for name in self.names)
+        return self.measured(batch, run if in_blocks else _all_logits)[1]
 
     def measured(
         self, batch: Batch | Mapping[str, Any], measure: Callable[[nn.Module, Batch], Any]
     ) -> tuple[Any, dict[str, Any]]:
-        """The result of `measure(model, batch)`, and the activations captured in the blocks during it.
-
-        With `token_scores`, likelihoods and activations come from one pass.
-        """
-        if not self._unchanged():
+        """The result of `measure(model, batch)`, such as `token_scores`, and the activations during it."""
+        if not self.unchanged():
             raise RuntimeError("an adapter was switched on or off; enter capture inside of base() or tuned()")
         batch = Batch.of(batch)
         self._batch, self._values = batch, {}
@@ -115,11 +100,7 @@ class Capture:
             kind, sizes = type(unwrapped(self.model)).__name__, "x".join(map(str, value.shape))
             raise InputError(f"{kind}: {name} is {sizes}, not {shape[0]} rows of {shape[1]} tokens")
         value = _routed(name, value, self._batch)
-        self._values[name] = self._keep(name, value, self._batch) if self._keep else value
-
-    def silent(self) -> list[str]:
-        """Names whose hooks have not fired, though the model ran."""
-        return [name for name in self.names if name not in self._fired]
+        self._values[name] = self.keep(name, value, self._batch) if self.keep else value
 
 
 @contextmanager
@@ -162,7 +143,7 @@ def capture(
         try:
             captured = _bridged(model, names_filter, chosen, keep)
         except _NoBridgeError as error:
-            captured = _plain(model, names_filter, chosen, keep, stack, str(error))
+            captured = _plain(model, names_filter, chosen, keep, str(error), stack)
         yield captured
 
 
@@ -171,24 +152,16 @@ def pooled(name: str, value: Tensor, batch: Batch) -> Tensor:
     return mean_over_tokens(value, batch).cpu()
 
 
-# Names
-
-
 def expanded(
     names_filter: NamesFilter, layers: Sequence[int], hooks: Collection[str], where: str
 ) -> list[str]:
-    """The hooks that a filter means, layer by layer.
-
-    Raises:
-        UnknownNameError: it means none, or names one that is not there.
-    """
+    """The hooks that a filter means, layer by layer; raises UnknownNameError if none, or one is missing."""
     chosen: list[str] = []
     if callable(names_filter):
         chosen = [name for name in hooks if names_filter(name)]
     else:
         for name in [names_filter] if isinstance(names_filter, str) else names_filter:
-            every = (f"blocks.{layer}.{name}" for layer in range(max(map(_layer, hooks)) + 1))
-            matches = [name] if name in hooks else [hook for hook in every if hook in hooks]
+            matches = [name] if name in hooks else [hook for hook in hooks if _inside(hook) == name]
             if not matches:
                 raise UnknownNameError(f"{where}: has no {name}; {nearest(name, hooks)}")
             chosen += matches
@@ -213,7 +186,6 @@ def _parts(names: Iterable[str]) -> set[str] | None:
 
 
 def _inside(name: str) -> str:
-    """A name without its block."""
     return re.sub(r"^blocks\.\d+\.", "", name)
 
 
@@ -221,9 +193,6 @@ def _layer(name: str) -> int:
     """The block that a name is in; -1 outside of the blocks."""
     match = re.match(r"blocks\.(\d+)\.", name)
     return int(match[1]) if match else -1
-
-
-# The bridge
 
 
 class _NoBridgeError(Exception):
@@ -250,24 +219,23 @@ def _bridged(
             if not asked:
                 raise InputError(f"{where}: {name} is not captured ({error})") from error
     _same_logits(model, hooked)
-    silent = captured.silent()
+    silent = [name for name in names if name not in captured._fired]
     if asked:
-        captured.names = tuple(name for name in names if name not in silent)
+        captured.names = [name for name in names if name not in silent]
     elif silent:
         raise _NoBridgeError(f"the bridge does not compute {silent[0]}")
     return captured
 
 
 def _bridge(inner: Any, parts: set[str] | None) -> tuple[Any, list[str]]:
-    """A bridge put into a model, and the names of its hooks.
-
-    Args:
-        parts: put it around the blocks only, and around these components of them.
-    """
+    """A bridge put into a model, around these components of its blocks alone; and the names of its hooks."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of aliases to parts that are left out
         from transformer_lens.model_bridge.generalized_components import MoEBridge
         from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+        # The bridge's own computations use the weights of the base alone.
+        own_code = _NoBridgeError("the bridge would pass over the adapter; merge it into its base")
 
         def prune(adapter: Any) -> None:
             block = adapter.component_mapping["blocks"]
@@ -275,20 +243,18 @@ def _bridge(inner: Any, parts: set[str] | None) -> tuple[Any, list[str]]:
             for name in [name for name in block.submodules if name not in (parts or ())]:
                 del block.submodules[name]
                 block._modules.pop(name, None)
-            # The bridge's own computations use the weights of the base alone.
-            own_code = [part for part in block.submodules.values() if not isinstance(part, MoEBridge)]
-            if _adapters(inner) and own_code:
-                raise _NoBridgeError("the bridge would pass over the adapter; merge it into its base")
+            if _adapters(inner) and not all(
+                isinstance(part, MoEBridge) for part in block.submodules.values()
+            ):
+                raise own_code
 
         if parts is None and _adapters(inner):
-            raise _NoBridgeError("the bridge would pass over the adapter; merge it into its base")
+            raise own_code
         attention = inner.config._attn_implementation
         try:
+            hook = None if parts is None else prune
             bridge = build_bridge_from_module(
-                inner,
-                type(inner).__name__,
-                hf_config=inner.config,
-                post_adapter_hook=None if parts is None else prune,
+                inner, type(inner).__name__, hf_config=inner.config, post_adapter_hook=hook
             )
             # Only eager attention gives the patterns; some adapters set it in any case.
             patterns = parts is None or parts - {"mlp"}
@@ -307,14 +273,8 @@ def _same_logits(model: nn.Module, hooked: nn.Module) -> None:
     ids = (torch.arange(12).view(2, 6) * 7919 + 5) % vocabulary
     mask = torch.ones_like(ids)
     mask[1, 4:] = 0
-    probe = Batch(
-        ids=ids,
-        attention_mask=mask,
-        position_ids=torch.arange(6) * mask,
-        scored=torch.zeros_like(mask, dtype=torch.bool),
-        indices=torch.arange(2),
-    )
-    expected, bridged = (_full_pass(side, probe).logits for side in (model, hooked))
+    probe = Batch.of({"input_ids": ids, "attention_mask": mask})
+    expected, bridged = (_all_logits(side, probe).logits for side in (model, hooked))
     if expected.shape[:2] == mask.shape:
         expected, bridged = expected[mask.bool().to(expected.device)], bridged[mask.bool().to(bridged.device)]
     limit = ROUND_OFF if expected.dtype in (torch.float32, torch.float64) else ROUND_OFF_HALF
@@ -326,7 +286,7 @@ def _same_logits(model: nn.Module, hooked: nn.Module) -> None:
         raise _NoBridgeError(f"the bridge gives other logits, by up to {far:.2g}")
 
 
-def _full_pass(model: nn.Module, batch: Batch) -> Any:
+def _all_logits(model: nn.Module, batch: Batch) -> Any:
     """A full forward pass with all logits."""
     inner = unwrapped(model)
     with torch.no_grad():
@@ -349,14 +309,8 @@ def _routed(name: str, value: Tensor, batch: Batch) -> Tensor:
     mask = batch.attention_mask.to(value.device).bool()
     if value.ndim == 2 and len(value) == mask.numel():  # experts get the tokens of all rows in one list
         value = value.unflatten(0, mask.shape)
-    if name.endswith("hook_expert_indices"):
-        value = value.masked_fill(~mask[..., None], -1)
-    elif name.endswith("hook_expert_weights"):
-        value = value.masked_fill(~mask[..., None], 0)
-    return value
-
-
-# Plain hooks
+    at_padding = {"hook_expert_indices": -1, "hook_expert_weights": 0}.get(name.rpartition(".")[2])
+    return value if at_padding is None else value.masked_fill(~mask[..., None], at_padding)
 
 
 def _plain(
@@ -364,8 +318,8 @@ def _plain(
     names_filter: NamesFilter,
     layers: Sequence[int],
     keep: Keep | None,
-    stack: ExitStack,
     reason: str,
+    stack: ExitStack,
 ) -> Capture:
     """Capture the residual stream with hooks on the model's own blocks."""
     where, modules = type(unwrapped(model)).__name__, blocks(model)
@@ -376,14 +330,12 @@ def _plain(
         raise InputError(f"{where}: only the residual stream can be captured, as {reason}") from error
     captured = Capture("modules", model, names, keep=keep, reason=reason)
     for name in names:
-        hook = _residual(captured, name, RESIDUALS[_inside(name)])
+        hook = _residual_hook(captured, name, RESIDUALS[_inside(name)])
         stack.callback(modules[_layer(name)].register_forward_hook(hook, with_kwargs=True).remove)
     return captured
 
 
-def _residual(captured: Capture, name: str, after: int) -> Callable[..., None]:
-    """A hook that takes the input of a block, or its output."""
-
+def _residual_hook(captured: Capture, name: str, after: int) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         before = args[0] if args else kwargs["hidden_states"]
         out = output[0] if isinstance(output, tuple | list) else output

@@ -6,6 +6,7 @@ A weight gets its gradient once for each micro-batch, even if body and head shar
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import compress
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from probes.models.body import inputs, run, unwrapped, with_padding_id
-from probes.passes.batched import non_finite_error
+from probes.models.body import full_pass, run
+from probes.passes.batched import require_finite
 from probes.passes.scores import at_once
 from probes.text.batches import Batch
 
@@ -43,12 +44,9 @@ class GradientAccumulator:
 
     def classes(self, batch: Batch, classes: Int[Tensor, " rows"], weight: float) -> float:
         """Of a sequence classifier: minus the log-probability of each row's class."""
-        inner = unwrapped(self._model)
-        arguments = inputs(inner, batch)
         with torch.enable_grad():
-            with with_padding_id(inner, arguments):
-                logits = widened(inner(**arguments).logits)
-            self._require(logits.isfinite().all(dim=1), torch.arange(len(classes)), batch)
+            logits = widened(full_pass(self._model, batch).logits)
+            require_finite(self._model, batch, logits.isfinite().all(dim=1))
             nats = cross_entropy(logits, classes.to(logits.device), reduction="sum")
             self._add([nats * weight], [None])
         return nats.item()
@@ -56,10 +54,9 @@ class GradientAccumulator:
     def tokens(
         self, batch: Batch, targets: Int[Tensor, " scored"], weight: float, *, masked: bool = False
     ) -> float:
-        """Of a language model: minus the log-likelihood of the scored tokens.
+        """Of a language model: minus the log-likelihood of the scored tokens, the targets, row by row.
 
         Args:
-            targets: these tokens, row by row.
             masked: the model predicts a token at its own position, not at the one before.
         """
         return self._language(batch, targets, weight, masked, lambda logs: -logs.double().sum(), linear=True)
@@ -74,12 +71,10 @@ class GradientAccumulator:
         *,
         masked: bool = False,
     ) -> float:
-        """Of a language model: minus the log-probability of the right choice.
+        """Of a language model: minus the log-probability of the right choice of each row, the answers.
 
         Args:
-            targets, masked: as in `tokens`.
             owner: of each sequence, its row of choices and its choice.
-            answers: of each row of choices, the right one.
         """
         scored = batch.scored.nonzero()[:, 0]
         shape = (len(answers), int(owner[:, 1].max()) + 1)
@@ -118,18 +113,14 @@ class GradientAccumulator:
         *,
         linear: bool,
     ) -> float:
-        """A loss of the log-likelihoods of the scored tokens.
-
-        Args:
-            linear: the loss is minus their sum.
-        """
+        """A loss of the log-likelihoods of the scored tokens; `linear` if it is minus their sum."""
         rows, positions = batch.scored.nonzero(as_tuple=True)
         predicted_at = rows * batch.ids.shape[1] + positions - int(not masked)
         with torch.enable_grad():
             passed = run(self._model, batch, differentiable=True)
             if passed.hidden is None or passed.head is None:
                 logs = log_likelihoods(passed.logits(predicted_at), targets)
-                self._require(logs.isfinite(), rows, batch)
+                require_finite(self._model, batch, logs.isfinite(), rows)
                 nats = loss(logs)
                 self._add([nats * weight], [None])
                 return nats.item()
@@ -141,7 +132,7 @@ class GradientAccumulator:
             if not linear:
                 # The weight of each token depends on all of them: a first pass without gradients.
                 first = torch.cat([log_likelihoods(head(some), at).detach() for some, at in chunks])
-                self._require(first.isfinite(), rows, batch)
+                require_finite(self._model, batch, first.isfinite(), rows)
                 (slopes,) = torch.autograd.grad(loss(first.requires_grad_()), first)
             back = HeadGradients(hidden, [weight for weight in self._weights if weight.requires_grad])
             chunk_logs: list[Tensor] = []
@@ -152,14 +143,9 @@ class GradientAccumulator:
                 back.add(leaf, (logs * slope).sum() * weight)
                 chunk_logs.append(logs.detach())
             logs = torch.cat(chunk_logs)
-            self._require(logs.isfinite(), rows, batch)
+            require_finite(self._model, batch, logs.isfinite(), rows)
             self._add(*back.ends(predicted_at))
             return loss(logs).item()
-
-    def _require(self, finite: Tensor, rows: Int[Tensor, " checked"], batch: Batch) -> None:
-        """Raise NonFiniteError unless all is finite."""
-        if not finite.all():
-            raise non_finite_error(self._model, batch, int(rows[int((~finite).nonzero()[0, 0])]))
 
     def _add(self, ends: list[Tensor], gradients: list[Tensor | None]) -> None:
         """Backpropagate from the ends of a graph; each weight gets its gradient once."""
@@ -194,24 +180,16 @@ class HeadGradients:
         if towards:
             self.states.append(gradients[0])
         of_weights = gradients[len(towards) :]
-        if not self.weight_gradients:  # the first chunk tells which weights are the head's
-            self.weights = [
-                weight
-                for weight, gradient in zip(self.weights, of_weights, strict=True)
-                if gradient is not None
-            ]
-            self.weight_gradients = [gradient for gradient in of_weights if gradient is not None]
-        else:
-            self.weight_gradients = [
-                total + gradient for total, gradient in zip(self.weight_gradients, of_weights, strict=True)
-            ]
+        if self.weight_gradients:
+            totals = zip(self.weight_gradients, of_weights, strict=True)
+            self.weight_gradients = [total + gradient for total, gradient in totals]
+        else:  # the first chunk tells which weights are the head's
+            used = [gradient is not None for gradient in of_weights]
+            self.weights = list(compress(self.weights, used))
+            self.weight_gradients = list(compress(of_weights, used))
 
     def ends(self, positions: Int[Tensor, " positions"]) -> tuple[list[Any], list[Any]]:
-        """The tensors from which backpropagation goes on, with their gradients.
-
-        Args:
-            positions: of the chunks' hidden states among all.
-        """
+        """The tensors from which backpropagation goes on, with their gradients, by the chunks' positions."""
         ends: list[Any] = list(self.weights) if self.weight_gradients else []
         if not self.states:
             return ends, self.weight_gradients

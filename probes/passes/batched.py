@@ -1,15 +1,16 @@
 """Measuring every example in batches, in order, with errors that name the row and the layer."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from probes.errors import InputError
-from probes.models.body import blocks, evaluating, inputs, unwrapped, with_padding_id
+from probes.models.body import blocks, evaluating, full_pass
 from probes.progress import Progress
-from probes.text.batches import Batch, Example, halving
+from probes.text.batches import Batch, Example, PaddingSide, batches, halving
 
 
 class NonFiniteError(InputError):
@@ -35,28 +36,35 @@ class NonFiniteError(InputError):
 
 def measure_examples(
     examples: Sequence[Example],
-    parts: Iterable[Batch],
     measure: Callable[[Batch], dict[str, Any]],
+    *,
+    pad_id: int = 0,
+    tokens: int = 16384,
+    side: PaddingSide = "right",
     progress: Progress | None = None,
     where: Callable[[int], str] = "row index {}".format,
     what: str = "scored",
 ) -> dict[str, Any]:
-    """The measurements of each example, in order; NaN or None for examples in no batch.
+    """The measurements of each example, in order; NaN or None for examples without tokens.
+
+    Batches hold examples of similar length and are halved when memory runs out.
 
     Args:
         measure: returns tensors or lists with an entry for each row of a batch.
+        pad_id, tokens, side: of the batches.
         progress: called with (examples done, all, `what`).
         where: from the index of a task's row to its name in errors, as `Task.where`.
     """
+    parts = batches(examples, tokens=tokens, pad_id=pad_id, side=side)
     results: dict[str, Any] = {}
     done = 0
     try:
         for batch, measured in halving(measure, parts):
             for name, values in measured.items():
                 if isinstance(values, list):
-                    kept = results.setdefault(name, [None] * len(examples))
+                    by_example = results.setdefault(name, [None] * len(examples))
                     for index, value in zip(batch.indices.tolist(), values, strict=True):
-                        kept[index] = value
+                        by_example[index] = value
                     continue
                 if name not in results:
                     empty = torch.nan if values.is_floating_point() else 0
@@ -71,6 +79,13 @@ def measure_examples(
     return results
 
 
+def require_finite(model: nn.Module, batch: Batch, finite: Tensor, rows: Tensor | None = None) -> None:
+    """Raise NonFiniteError for the first row that is not finite; `finite` is of all, or of `rows`."""
+    if not finite.all():
+        first = int((~finite).nonzero()[0, 0])
+        raise non_finite_error(model, batch, first if rows is None else int(rows[first]))
+
+
 def non_finite_error(model: nn.Module, batch: Batch, row: int) -> NonFiniteError:
     """The error for a row of a batch, with the first layer whose output is not finite."""
     example = int(batch.indices[row])
@@ -82,17 +97,13 @@ def non_finite_error(model: nn.Module, batch: Batch, row: int) -> NonFiniteError
         hidden = output[0] if isinstance(output, tuple | list) else output
         finite.append(bool(hidden[mask.to(hidden.device)].isfinite().all()))
 
-    try:
-        handles = [block.register_forward_hook(look) for block in blocks(model)]
-    except ValueError:
-        return NonFiniteError(example, None, f"example {example}")
-    try:
-        inner = unwrapped(model)
-        arguments = inputs(inner, alone)
-        with evaluating(model), with_padding_id(inner, arguments), torch.no_grad():
-            inner(**arguments)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        try:
+            for block in blocks(model):
+                stack.callback(block.register_forward_hook(look).remove)
+        except ValueError:
+            return NonFiniteError(example, None, f"example {example}")
+        with evaluating(model), torch.no_grad():
+            full_pass(model, alone)
     layer = None if all(finite) else finite.index(False)
     return NonFiniteError(example, layer, f"example {example}")

@@ -18,18 +18,13 @@ from torch import Tensor, nn
 
 from probes.errors import InputError
 from probes.files.layout import Header
-from probes.models.body import evaluating, inputs, run, unwrapped, with_padding_id
+from probes.models.body import evaluating, full_pass, run, unwrapped
 from probes.naming.matrices import matrices
 from probes.text.batches import Batch, Example, batches
 
 
 class ActivationSwitch(NamedTuple):
-    """The place of a layer's pre-activations.
-
-    Attributes:
-        module: returns the pre-activations.
-        start, stop, groups: they are the outputs `start:stop` of each of `groups` equal groups.
-    """
+    """The module that returns a layer's pre-activations: the outputs `start:stop` of each of equal groups."""
 
     layer: int
     module: nn.Module
@@ -52,8 +47,6 @@ class Complexity:
         share: of each layer's units, averaged over tokens.
         units: number of units of each layer.
         radius: length of the moves of embeddings, in their own units.
-        vertices: number of vertices.
-        tokens: number of tokens.
     """
 
     share: dict[int, float]
@@ -69,10 +62,8 @@ def switches(model: nn.Module) -> tuple[list[ActivationSwitch], list[int]]:
     Units of routed experts are left out: at each vertex an expert gets other tokens.
     """
     inner = unwrapped(model)
-    headers = {
-        name: Header(name, tuple(parameter.shape), parameter.dtype)
-        for name, parameter in inner.named_parameters()
-    }
+    parameters = inner.named_parameters()
+    headers = {name: Header(name, tuple(weight.shape), weight.dtype) for name, weight in parameters}
     by_mlp: dict[tuple[int, str], ActivationSwitch] = {}
     routed: set[int] = set()
     for matrix in matrices(headers, inner.config.to_dict()).values():
@@ -144,7 +135,6 @@ def local_complexity(
 
 
 def _mean_length(embeddings: Any, parts: Sequence[Batch]) -> float:
-    """Mean length of the embeddings of all tokens."""
     ids = torch.cat([batch.ids[batch.attention_mask.bool()] for batch in parts])
     distinct, times = ids.unique(return_counts=True)
     lengths = torch.linalg.vector_norm(embeddings(distinct.to(embeddings.weight.device)).double(), dim=-1)
@@ -175,9 +165,8 @@ def _switched(
 ) -> Iterator[tuple[int, Bool[Tensor, "rows length units"]]]:
     """The units that switch between the vertices of a batch, for each layer."""
     count, where = len(moves), type(unwrapped(model)).__name__
-    repeated = Batch(
-        **{name: value.repeat(count, *[1] * (value.ndim - 1)) for name, value in vars(batch).items()}
-    )
+    repeats = {name: value.repeat(count, *[1] * (value.ndim - 1)) for name, value in vars(batch).items()}
+    repeated = Batch(**repeats)
     switched_units: dict[int, Tensor] = {}
 
     def move(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -198,16 +187,9 @@ def _switched(
         stack.callback(embeddings.register_forward_hook(move).remove)
         for index, switch in enumerate(layer_switches):
             stack.callback(switch.module.register_forward_hook(seeing(index, switch)).remove)
-        _run(model, repeated)
+        if unwrapped(model).get_output_embeddings() is None:
+            full_pass(model, repeated)
+        else:
+            run(model, repeated)
     for index, switched in switched_units.items():
         yield layer_switches[index].layer, switched
-
-
-def _run(model: nn.Module, batch: Batch) -> None:
-    inner = unwrapped(model)
-    if inner.get_output_embeddings() is not None:
-        run(model, batch)
-        return
-    arguments = inputs(inner, batch)
-    with with_padding_id(inner, arguments):
-        inner(**arguments)

@@ -28,8 +28,7 @@ def masked_finetune(
 
     AdamW with a learning rate that falls linearly to zero, no warm-up and no clipping, and the rates and
     batches of text of Jaiswal et al. 2023 (arXiv:2306.03805). Training without dropout is ours; as the seed
-    alone decides the order of the rows, two runs differ in the held entries only. The weights keep their
-    dtype; half precision rounds small steps away.
+    alone decides the order of the rows, two runs differ in the held entries only.
 
     Args:
         held: True where an entry is zero and stays so; weights without a mask are trained fully.

@@ -60,18 +60,13 @@ class ScoringUnit:
 
 
 class Objective:
-    """The differentiable loss of a task.
+    """The differentiable loss of a task; `rows` are those with something to score.
 
-    Attributes:
-        rows: indices of the rows with something to score, in order.
+    Args:
+        tokens: most tokens in a micro-batch, padding included; a larger unit is a batch of its own.
     """
 
     def __init__(self, encoded: EncodedRows, *, tokens: int = 16384):
-        """Prepare the rows.
-
-        Args:
-            tokens: most tokens in a micro-batch, padding included; a larger unit is a batch of its own.
-        """
         self._encoded, self._tokens = encoded, tokens
         self._too_many = float("inf")  # tokens of the smallest micro-batch that did not fit into memory
         self._units: dict[int, list[ScoringUnit]] = {}
@@ -79,15 +74,10 @@ class Objective:
             self._units.setdefault(unit.row, []).append(unit)
         self.rows: tuple[int, ...] = tuple(sorted(self._units))
 
-    @property
-    def unit(self) -> str:
-        """The unit that the loss is a mean over."""
-        return "row" if self._encoded.task.shape in ("choices", "label") else "token"
-
     def units(self, rows: Sequence[int] | None = None) -> int:
         """Number of units of rows, by default of all; 0 where there is nothing to score."""
         chosen = self._chosen(rows)
-        if self.unit == "row":
+        if self._encoded.task.shape in ("choices", "label"):
             return len(chosen)
         # Without masking a row is one example; a masked copy has one scored position.
         return sum(
@@ -109,8 +99,7 @@ class Objective:
 
         Raises:
             InputError: no row has anything to score, or one row does not fit into memory.
-            NonFiniteError: logits that are NaN or infinite; the message names the row. Gradients of the
-                micro-batches before it have been added.
+            NonFiniteError: the message names the row; micro-batches before it have been added.
         """
         task, units = self._encoded.task, self.units(rows)
         if not units:
@@ -146,8 +135,7 @@ class Objective:
                     "lower max_length"
                 )
             # Only here: until the handler above was left, the error kept what had been allocated.
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
         half = (len(part) + 1) // 2
         with descent.rest():
             return sum(self._descend(descent, some, weight) for some in (part[:half], part[half:]))
@@ -161,13 +149,12 @@ class Objective:
         masked = encoded.mask_id is not None
         if encoded.task.shape != "choices":
             return descent.tokens(batch, targets, weight, masked=masked)
-        owner = [
+        owner = torch.tensor([
             (row_index, encoded.examples[index].choice or 0)
-            for row_index, unit in enumerate(part)
-            for index, _ in unit.sequences
-        ]
+            for row_index, unit in enumerate(part) for index, _ in unit.sequences
+        ])  # fmt: skip
         answers = torch.tensor([encoded.task.rows[row].answer or 0 for row in rows])
-        return descent.choices(batch, targets, weight, torch.tensor(owner), answers, masked=masked)
+        return descent.choices(batch, targets, weight, owner, answers, masked=masked)
 
 
 def scoring_units(encoded: EncodedRows) -> Iterator[ScoringUnit]:
@@ -177,28 +164,25 @@ def scoring_units(encoded: EncodedRows) -> Iterator[ScoringUnit]:
     for index, example in enumerate(encoded.examples):
         if shape == "choices":
             choices.setdefault(example.row, []).append(index)
-        elif shape == "label":
-            if example.ids:
-                yield ScoringUnit(example.row, ((index, None),), len(example.ids))
-        elif masked:
+        elif shape != "label" and masked:
             for position in scored_positions(example):
                 yield ScoringUnit(example.row, ((index, position),), len(example.ids))
-        elif any(example.scored):
+        elif example.ids if shape == "label" else any(example.scored):
             yield ScoringUnit(example.row, ((index, None),), len(example.ids))
     for row, indices in choices.items():
         examples = [encoded.examples[index] for index in indices]
         if all(any(example.scored) for example in examples):
-            sequences = (
+            sequences = tuple(
                 (index, position)
-                for index, example in zip(indices, examples, strict=True)
-                for position in (scored_positions(example) if masked else (None,))
+                for index in indices
+                for position in (scored_positions(encoded.examples[index]) if masked else (None,))
             )
-            yield ScoringUnit(row, tuple(sequences), max(len(example.ids) for example in examples))
+            yield ScoringUnit(row, sequences, max(len(example.ids) for example in examples))
 
 
-def scored_positions(example: Example) -> Iterable[int]:
+def scored_positions(example: Example) -> list[int]:
     """The scored positions of an example."""
-    return (position for position, scored in enumerate(example.scored) if scored)
+    return [position for position, scored in enumerate(example.scored) if scored]
 
 
 def tokens_of(part: Sequence[ScoringUnit]) -> int:

@@ -14,10 +14,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from probes.errors import InputError
-from probes.models.body import Pass, evaluating, inputs, run, unwrapped, with_padding_id
-from probes.passes.batched import measure_examples, non_finite_error
+from probes.models.body import Pass, evaluating, full_pass, run, unwrapped
+from probes.passes.batched import measure_examples, require_finite
 from probes.progress import Progress
-from probes.text.batches import Batch, Example, PaddingSide, batches
+from probes.text.batches import Batch, Example, PaddingSide
 from probes.text.rows import Row
 
 By = Literal["sum", "mean", "per_byte"]
@@ -76,13 +76,12 @@ class SequenceScores:
 
 @dataclass(frozen=True, kw_only=True)
 class ChoiceScores:
-    """The likelihoods of each choice of a row given its prompt; the model chooses the largest.
+    """The log-likelihoods of each choice of a row given its prompt; the model chooses the largest.
 
     Attributes:
         row: index into the task's rows.
-        sum: log-likelihood of the choice's tokens.
-        mean: `sum` per token.
-        per_byte: `sum` per byte of the text, comparable between tokenizers.
+        sum, mean, per_byte: over the choice's tokens; per token; per byte of the text, which is comparable
+            between tokenizers.
     """
 
     row: int
@@ -92,37 +91,23 @@ class ChoiceScores:
 
     def best(self, by: By = "sum") -> int:
         """The likeliest choice, from 0; the first of equals."""
-        values: Tensor = getattr(self, by)
-        return int(values.argmax())
+        return int(getattr(self, by).argmax())
 
 
 def token_scores(
     model: nn.Module, batch: Batch, *, vocabulary: int | None = None, chunk: int | None = None
 ) -> TokenScores:
-    """Score the tokens of a batch with a causal language model.
+    """Score the tokens of a batch with a causal language model; raises NonFiniteError.
 
     Args:
         vocabulary: number of tokens that exist; the probability of later ones goes to them. For two models
             with vocabularies of unequal length.
         chunk: positions whose logits are computed at once; by default as many as suit the device.
-
-    Raises:
-        NonFiniteError: logits that are NaN or infinite.
     """
     with evaluating(model):
         passed = run(model, batch)
         rows, positions = batch.scored[:, 1:].nonzero(as_tuple=True)
-        scores = _scores(
-            model,
-            batch,
-            passed,
-            rows,
-            positions + 1,
-            rows * batch.ids.shape[1] + positions,
-            vocabulary,
-            chunk,
-        )
-        return _finite(model, batch, scores)
+        return _scores(model, batch, passed, rows, positions + 1, vocabulary=vocabulary, chunk=chunk)
 
 
 def masked_token_scores(
@@ -136,10 +121,6 @@ def masked_token_scores(
     Args:
         mask_id: the mask token.
         tokens: most tokens in a forward pass; by default those of the batch.
-        chunk: as in `token_scores`.
-
-    Raises:
-        NonFiniteError: logits that are NaN or infinite.
     """
     length = batch.ids.shape[1]
     count = max(1, (tokens or batch.ids.numel()) // length)
@@ -147,22 +128,14 @@ def masked_token_scores(
     scored = _empty(batch, batch.ids.device)
     with evaluating(model):
         for row, masked in zip(rows.split(count), positions.split(count), strict=True):
+            originals = Batch(**{name: values[row] for name, values in vars(batch).items()})
             copy = torch.arange(len(row), device=row.device)
-            ids = batch.ids[row]
-            targets, ids[copy, masked] = ids[copy, masked], mask_id
-            copies = Batch(
-                ids=ids,
-                attention_mask=batch.attention_mask[row],
-                position_ids=batch.position_ids[row],
-                scored=torch.zeros_like(ids, dtype=torch.bool),
-                indices=batch.indices[row],
-            )
-            passed = run(model, copies)
-            truth = replace(copies, ids=copies.ids.index_put((copy, masked), targets))
-            scores = _scores(model, truth, passed, copy, masked, copy * length + masked, None, chunk)
+            hidden = originals.ids.index_put((copy, masked), originals.ids.new_tensor(mask_id))
+            passed = run(model, replace(originals, ids=hidden))
+            scores = _scores(model, originals, passed, copy, masked, at_own=True, chunk=chunk)
             for name, values in scored.items():
                 values[row, masked] = getattr(scores, name)[copy, masked].to(values.device)
-        return _finite(model, batch, TokenScores(**scored, hidden=None))
+    return TokenScores(**scored, hidden=None)
 
 
 def score_examples(
@@ -206,34 +179,25 @@ def score_examples(
         else:
             scores = masked_token_scores(model, batch, mask_id)
         counts = batch.scored.sum(dim=1).cpu()
-        logs, top, energy, hit = (
-            values.double().cpu()
-            for values in (scores.log_likelihoods, scores.top, scores.energy, scores.hit)
-        )
-        results: dict[str, Any] = {
-            "log_likelihoods": torch.where(counts > 0, logs.nansum(dim=1), torch.nan),
-            "tokens": counts,
-            "top": top.nansum(dim=1) / counts,
-            "energy": energy.nansum(dim=1) / counts,
-            "hit": hit.nansum(dim=1) / counts,
-        }
+        sums = {name: getattr(scores, name).double().cpu().nansum(dim=1) for name in NAMES}
+        results: dict[str, Any] = {name: total / counts for name, total in sums.items()}
+        results["log_likelihoods"] = torch.where(counts > 0, sums["log_likelihoods"], torch.nan)
+        results["tokens"] = counts
         if pooled:
             if scores.hidden is None:
                 raise InputError(f"{type(unwrapped(model)).__name__}: gives no hidden states to pool")
             results["pooled"] = mean_over_tokens(scores.hidden, batch).cpu()
         if by_token:
             at_tokens = batch.attention_mask.bool().cpu()
-            results["by_token"] = [
-                row[at] for row, at in zip(scores.log_likelihoods.cpu(), at_tokens, strict=True)
-            ]
+            logs = scores.log_likelihoods.cpu()
+            results["by_token"] = [row[at] for row, at in zip(logs, at_tokens, strict=True)]
         return results
 
     results = measure_examples(
-        examples, batches(examples, tokens=tokens, pad_id=pad_id, side=side), scored, progress, where
+        examples, scored, pad_id=pad_id, tokens=tokens, side=side, progress=progress, where=where
     )
     if not results:
-        nothing = torch.full((len(examples),), torch.nan, dtype=torch.float64)
-        results = dict.fromkeys(NAMES, nothing)
+        results = dict.fromkeys(NAMES, torch.full((len(examples),), torch.nan, dtype=torch.float64))
         results["tokens"] = torch.zeros(len(examples), dtype=torch.long)
     if by_token:
         rows = results.get("by_token", [None] * len(examples))
@@ -244,17 +208,12 @@ def score_examples(
 def choice_scores(
     scores: SequenceScores, examples: Sequence[Example], rows: Sequence[Row]
 ) -> list[ChoiceScores]:
-    """The scores of the choices, by row, in the order of the rows.
-
-    Args:
-        scores: of `examples`.
-        examples: of `rows`, as `encode` returns them: one for each choice.
-    """
+    """The scores of the choices, in the order of the rows; `examples` are as `encode` returns them."""
     by_row: dict[int, dict[int, int]] = {}
     for index, example in enumerate(examples):
         if example.choice is not None:
             by_row.setdefault(example.row, {})[example.choice] = index
-    rows_of_choices = []
+    scores_of_rows = []
     for row, by_choice in sorted(by_row.items()):
         choices = rows[row].choices
         assert choices is not None
@@ -262,10 +221,9 @@ def choice_scores(
         order = torch.tensor([by_choice[choice] for choice in range(len(choices))])
         total = scores.log_likelihoods[order]
         lengths = torch.tensor([len(choice.encode()) for choice in choices])
-        rows_of_choices.append(
-            ChoiceScores(row=row, sum=total, mean=total / scores.tokens[order], per_byte=total / lengths)
-        )
-    return rows_of_choices
+        mean = total / scores.tokens[order]
+        scores_of_rows.append(ChoiceScores(row=row, sum=total, mean=mean, per_byte=total / lengths))
+    return scores_of_rows
 
 
 def class_logits(model: nn.Module, batch: Batch) -> Float[Tensor, "rows classes"]:
@@ -276,44 +234,32 @@ def class_logits(model: nn.Module, batch: Batch) -> Float[Tensor, "rows classes"
         NonFiniteError: logits that are NaN or infinite.
     """
     inner = unwrapped(model)
-    name = type(inner).__name__
     if inner.get_output_embeddings() is not None or not hasattr(inner, "num_labels"):
-        raise InputError(f"{name}: is no sequence classifier")
+        raise InputError(f"{type(inner).__name__}: is no sequence classifier")
     if inner.num_labels < 2:
-        raise InputError(f"{name}: has one output, a number and no class")
+        raise InputError(f"{type(inner).__name__}: has one output, a number and no class")
     # Models that pool at the first position need a token there.
     order = batch.attention_mask.argsort(dim=1, descending=True, stable=True)
     rows = {name: value.gather(1, order) for name, value in vars(batch).items() if name != "indices"}
-    batch = Batch(**rows, indices=batch.indices)
-    arguments = inputs(inner, batch)
-    with evaluating(model), with_padding_id(inner, arguments), torch.no_grad():
-        logits = inner(**arguments).logits.float()
-    bad = ~logits.isfinite().all(dim=1)
-    if bad.any():
-        raise non_finite_error(model, batch, int(bad.nonzero()[0, 0]))
+    batch = replace(batch, **rows)
+    with evaluating(model), torch.no_grad():
+        logits = full_pass(model, batch).logits.float()
+    require_finite(model, batch, logits.isfinite().all(dim=1))
     return logits
 
 
 def classify_examples(
-    model: nn.Module,
-    examples: Sequence[Example],
-    *,
-    pad_id: int = 0,
-    tokens: int = 16384,
-    side: PaddingSide = "right",
-    progress: Progress | None = None,
-    where: Callable[[int], str] = "row index {}".format,
+    model: nn.Module, examples: Sequence[Example], **batching: Any
 ) -> Float[Tensor, "examples classes"]:
     """Class logits of every example, in order, on the CPU; NaN for one without tokens.
 
-    The arguments and errors are those of `score_examples` and `class_logits`.
+    Raises what `class_logits` raises.
+
+    Args:
+        batching: `pad_id`, `tokens`, `side`, `progress` and `where`, as in `measure_examples`.
     """
     results = measure_examples(
-        examples,
-        batches(examples, tokens=tokens, pad_id=pad_id, side=side),
-        lambda batch: {"logits": class_logits(model, batch).cpu()},
-        progress,
-        where,
+        examples, lambda batch: {"logits": class_logits(model, batch).cpu()}, **batching
     )
     classes = unwrapped(model).num_labels
     return results["logits"] if results else torch.full((len(examples), classes), torch.nan)
@@ -332,12 +278,14 @@ def _scores(
     passed: Pass,
     rows: Int[Tensor, " positions"],
     positions: Int[Tensor, " positions"],
-    predicted_at: Int[Tensor, " positions"],
-    vocabulary: int | None,
-    chunk: int | None,
+    *,
+    at_own: bool = False,
+    vocabulary: int | None = None,
+    chunk: int | None = None,
 ) -> TokenScores:
-    """Scores of the tokens at (rows, places), from the logits at `predicted_at` in the flattened batch."""
+    """Scores of the tokens at (rows, positions), predicted at their own positions or at those before."""
     targets, size = batch.ids[rows, positions], chunk or at_once(model)
+    predicted_at = rows * batch.ids.shape[1] + positions - int(not at_own)
     if vocabulary is not None and (targets >= vocabulary).any():
         raise InputError(
             f"token {int(targets.max())} is scored, but the vocabulary is limited to {vocabulary}"
@@ -354,8 +302,10 @@ def _scores(
     device = chunks[0].device if chunks else batch.ids.device
     scored = _empty(batch, device)
     if chunks:
-        for values, computed in zip(scored.values(), torch.cat(chunks, dim=1), strict=True):
-            values[rows.to(device), positions.to(device)] = computed
+        computed = torch.cat(chunks, dim=1)
+        require_finite(model, batch, computed[0].isfinite(), rows)
+        for table, values in zip(scored.values(), computed, strict=True):
+            table[rows.to(device), positions.to(device)] = values
     return TokenScores(**scored, hidden=passed.hidden)
 
 
@@ -368,11 +318,3 @@ def at_once(model: nn.Module) -> int:
     inner = unwrapped(model)
     most = LOGITS_CPU if inner.get_input_embeddings().weight.device.type == "cpu" else LOGITS
     return max(POSITIONS, most // inner.config.get_text_config().vocab_size)
-
-
-def _finite(model: nn.Module, batch: Batch, scores: TokenScores) -> TokenScores:
-    """The scores; raises NonFiniteError unless all are finite."""
-    bad = batch.scored & ~scores.log_likelihoods.isfinite().to(batch.scored.device)
-    if bad.any():
-        raise non_finite_error(model, batch, int(bad.any(dim=1).nonzero()[0, 0]))
-    return scores

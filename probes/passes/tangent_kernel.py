@@ -39,10 +39,7 @@ def tangent_kernel(
 ) -> Float[Tensor, "rows rows"]:
     """K = J Jᵀ in float64, over all weights, tied ones once.
 
-    It takes a backward pass a row for each group of weights; the gradients of all rows in a group are held.
-
-    Args:
-        held: entries of gradients in memory at once.
+    It takes a backward pass a row for each group of weights; at most `held` entries of gradients are held.
     """
     kernel = torch.zeros(len(rows), len(rows), dtype=torch.float64)
     with evaluating(model), trainable(model) as weights, torch.enable_grad():
@@ -75,12 +72,8 @@ def _gradient(
     projected = direction[None].to(group[0])
     (output,) = row_outputs(model, encoded, row, projected, differentiable=True)
     gradients = torch.autograd.grad(output, group, allow_unused=True)
-    return [
-        torch.zeros(weight.numel(), dtype=weight.dtype, device=weight.device)
-        if gradient is None
-        else gradient.flatten()
-        for weight, gradient in zip(group, gradients, strict=True)
-    ]
+    pairs = zip(group, gradients, strict=True)
+    return [(torch.zeros_like(weight) if part is None else part).flatten() for weight, part in pairs]
 
 
 def first_order(
@@ -104,12 +97,10 @@ def first_order(
         with warnings.catch_warnings():
             # torch warns of its own scripted functions.
             warnings.simplefilter("ignore", DeprecationWarning)
-            moving = {
-                id(parameters[name]): forward_ad.make_dual(
-                    parameters[name].detach(), moved.to(parameters[name])
-                )
-                for name, moved in delta.items()
-            }
+            moving = {}
+            for name, moved in delta.items():
+                weight = parameters[name]
+                moving[id(weight)] = forward_ad.make_dual(weight.detach(), moved.to(weight))
         with replaced_parameters(model, moving):
             for row in rows:
                 try:
@@ -117,9 +108,8 @@ def first_order(
                     moved = forward_ad.unpack_dual(outputs).tangent
                 except (NotImplementedError, RuntimeError) as error:
                     reason = str(error).strip().partition("\n")[0]
-                    raise InputError(
-                        f"{type(model).__name__} cannot be differentiated forward ({reason})"
-                    ) from error
+                    kind = type(model).__name__
+                    raise InputError(f"{kind} cannot be differentiated forward ({reason})") from error
                 products.append(
                     (torch.zeros_like(outputs) if moved is None else moved).detach().double().cpu()
                 )
@@ -129,16 +119,16 @@ def first_order(
 @contextmanager
 def replaced_parameters(model: nn.Module, tensors: Mapping[int, Tensor]) -> Iterator[None]:
     """Inside, tensors replace parameters, keyed by the parameter's identity."""
-    kept = [(module, dict(module._parameters)) for module in model.modules()]
+    stored = [(module, dict(module._parameters)) for module in model.modules()]
     try:
-        for module, parameters in kept:
+        for module, parameters in stored:
             for name, parameter in parameters.items():
                 if id(parameter) in tensors:
                     delattr(module, name)
                     setattr(module, name, tensors[id(parameter)])
         yield
     finally:
-        for module, parameters in kept:
+        for module, parameters in stored:
             for name in parameters:
                 module.__dict__.pop(name, None)
             # In their own order, which is the order of the model's parameters.
@@ -150,11 +140,8 @@ def replaced_parameters(model: nn.Module, tensors: Mapping[int, Tensor]) -> Iter
 def without_fused_kernels(model: nn.Module) -> Iterator[None]:
     """Inside, attention and experts run without fused kernels, which have no forward derivative."""
     config: Any = getattr(model, "config", None)
-    before = {
-        kind: getattr(config, f"_{kind}_implementation", None)
-        for kind in ("attn", "experts")
-        if hasattr(model, f"set_{kind}_implementation")
-    }
+    kinds = [kind for kind in ("attn", "experts") if hasattr(model, f"set_{kind}_implementation")]
+    before = {kind: getattr(config, f"_{kind}_implementation", None) for kind in kinds}
     fused = {kind: name for kind, name in before.items() if name not in (None, "eager")}
     try:
         for kind in fused:

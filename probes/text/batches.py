@@ -82,16 +82,14 @@ class Batch:
         if isinstance(encoding, Batch):
             return encoding
         if "input_ids" not in encoding:
-            raise InputError(
-                f"has {', '.join(encoding) or 'nothing'}, no input_ids; give a tokenizer's output"
-            )
-        parts = {
-            name: _two_dimensional(name, encoding[name])
-            for name in ("input_ids", "attention_mask", "position_ids")
-            if encoding.get(name) is not None
-        }
+            listed = ", ".join(encoding) or "nothing"
+            raise InputError(f"has {listed}, no input_ids; give a tokenizer's output")
+        names = [name for name in ("input_ids", "attention_mask", "position_ids")
+                 if encoding.get(name) is not None]  # fmt: skip
+        parts = {name: _two_dimensional(name, encoding[name]) for name in names}
         ids, lengths = parts["input_ids"]
-        mask = parts.get("attention_mask", (_mask(lengths, ids.shape[1]), lengths))[0].long()
+        tokens = torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]
+        mask = parts.get("attention_mask", (tokens, lengths))[0].long()
         positions = parts.get("position_ids", ((mask.cumsum(dim=1) - 1) * mask, lengths))[0]
         for name, values in (("attention_mask", mask), ("position_ids", positions)):
             if values.shape != ids.shape:
@@ -110,11 +108,7 @@ class Batch:
         return Batch(**{name: value.to(device) for name, value in vars(self).items()})
 
     def split(self) -> tuple["Batch", "Batch"]:
-        """Two batches of half the rows each.
-
-        Raises:
-            InputError: there is only one row.
-        """
+        """Two batches of half the rows each; raises InputError for one row."""
         if len(self.indices) < 2:
             raise InputError("a batch of one row cannot be split")
         half = (len(self.indices) + 1) // 2
@@ -130,11 +124,7 @@ class Batch:
 
 
 def batches(
-    examples: Sequence[Example],
-    *,
-    tokens: int = 16384,
-    pad_id: int,
-    side: PaddingSide = "right",
+    examples: Sequence[Example], *, tokens: int = 16384, pad_id: int, side: PaddingSide = "right"
 ) -> Iterator[Batch]:
     """Examples in batches of similar length, the longest first so that memory runs out at once or never.
 
@@ -148,14 +138,13 @@ def batches(
     >>> [tuple(batch.ids.shape) for batch in batches(rows, pad_id=0)]
     [(1, 400), (1, 2)]
     """
-    order = sorted(
-        (i for i, example in enumerate(examples) if example.ids), key=lambda i: -len(examples[i].ids)
-    )
+    sizes = {index: len(example.ids) for index, example in enumerate(examples) if example.ids}
+    order = sorted(sizes, key=lambda index: -sizes[index])
     while order:
-        length = len(examples[order[0]].ids)
+        length = sizes[order[0]]
         count, empty = 1, 0
-        for i in order[1 : max(1, tokens // length)]:
-            empty += length - len(examples[i].ids)
+        for index in order[1 : max(1, tokens // length)]:
+            empty += length - sizes[index]
             if empty > max(EMPTY, EMPTY_SHARE * length * (count + 1)):
                 break
             count += 1
@@ -164,56 +153,42 @@ def batches(
 
 
 def pad(
-    examples: Sequence[Example],
-    indices: Sequence[int],
-    length: int,
-    pad_id: int,
-    side: PaddingSide,
+    examples: Sequence[Example], indices: Sequence[int], length: int, pad_id: int, side: PaddingSide
 ) -> Batch:
     """The examples at `indices` as one batch."""
-    ids = torch.full((len(indices), length), pad_id)
-    mask, positions = torch.zeros_like(ids), torch.zeros_like(ids)
-    scored = torch.zeros_like(ids, dtype=torch.bool)
-    for row, index in enumerate(indices):
-        example = examples[index]
-        size = len(example.ids)
-        columns = slice(0, size) if side == "right" else slice(length - size, length)
-        ids[row, columns] = torch.tensor(example.ids)
-        scored[row, columns] = torch.tensor(example.scored)
-        positions[row, columns] = torch.arange(size)
-        mask[row, columns] = 1
+    rows = [examples[index] for index in indices]
+
+    def padded(values: Iterable[Sequence[int]], value: int) -> Tensor:
+        empty = [[value] * (length - len(row.ids)) for row in rows]
+        return torch.tensor([[*row, *rest] if side == "right" else [*rest, *row]
+                             for row, rest in zip(values, empty, strict=True)])  # fmt: skip
+
     return Batch(
-        ids=ids, attention_mask=mask, position_ids=positions, scored=scored, indices=torch.tensor(indices)
-    )
+        ids=padded((row.ids for row in rows), pad_id),
+        attention_mask=padded(([1] * len(row.ids) for row in rows), 0),
+        position_ids=padded((range(len(row.ids)) for row in rows), 0),
+        scored=padded((row.scored for row in rows), 0).bool(), indices=torch.tensor(indices),
+    )  # fmt: skip
 
 
 def _two_dimensional(name: str, values: Any) -> tuple[Tensor, list[int]]:
     """Values of one sequence or several as a tensor padded with 0, and their lengths."""
     if hasattr(values, "ndim"):  # numpy's too
-        values = torch.as_tensor(values)
-    else:
-        rows = [values] if values and not isinstance(values[0], Sequence | Tensor) else values
-        rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
-        if not rows or any(row.ndim != 1 for row in rows):
-            raise InputError(f"{name} holds no sequences of token ids; give a tokenizer's output")
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), [len(row) for row in rows]
-    if values.ndim not in (1, 2):
-        raise InputError(f"{name} has {values.ndim} axes; it is (rows, tokens)")
-    table = torch.atleast_2d(values)
-    return table, [table.shape[1]] * len(table)
-
-
-def _mask(lengths: Sequence[int], width: int) -> Tensor:
-    return (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+        table = torch.atleast_2d(torch.as_tensor(values))
+        if values.ndim not in (1, 2):
+            raise InputError(f"{name} has {values.ndim} axes; it is (rows, tokens)")
+        return table, [table.shape[1]] * len(table)
+    rows = [values] if values and not isinstance(values[0], Sequence | Tensor) else values
+    rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
+    if not rows or any(row.ndim != 1 for row in rows):
+        raise InputError(f"{name} holds no sequences of token ids; give a tokenizer's output")
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), [len(row) for row in rows]
 
 
 def halving(run: Callable[[Batch], T], batches: Iterable[Batch]) -> Iterator[tuple[Batch, T]]:
     """Each batch with the result of `run`; a batch too large for memory is halved until it fits.
 
-    Later batches of a size that did not fit are halved without a trial.
-
-    Raises:
-        InputError: one row alone does not fit.
+    Later batches of a size that did not fit are halved without a trial. One row that does not: InputError.
     """
     too_many = float("inf")  # entries of the smallest batch that did not fit
     for batch in batches:
@@ -233,9 +208,8 @@ def halving(run: Callable[[Batch], T], batches: Iterable[Batch]) -> Iterator[tup
                     del result  # or it would stay while the next runs
                     continue
                 if alone:
-                    raise InputError(
-                        f"one row of {part.ids.shape[1]} tokens does not fit into memory; lower max_length"
-                    )
+                    row = f"one row of {part.ids.shape[1]} tokens"
+                    raise InputError(f"{row} does not fit into memory; lower max_length")
                 # Only here: until the handler above was left, the error kept what had been allocated.
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
@@ -244,23 +218,17 @@ def halving(run: Callable[[Batch], T], batches: Iterable[Batch]) -> Iterator[tup
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on any device."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        sign in str(error) for sign in ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-    )
+    signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    typed = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return typed or any(sign in str(error) for sign in signs)
 
 
 def windows(example: Example, longest: int) -> list[Example]:
     """The example in windows of at most `longest` tokens; a short example is returned unchanged.
 
     Windows begin `longest` // 2 tokens apart, each with the special tokens that begin the sequence, which a
-    model trained with a BOS needs. A token is scored once, in the first window that holds it: of all its
-    windows this one gives it the most context.
-
-    Args:
-        longest: most tokens of a window, special ones included.
-
-    Raises:
-        InputError: the special tokens leave no room.
+    model trained with a BOS needs. A token is scored in the first window that holds it, which gives it the
+    most context. Special tokens, which count, that leave no room are an InputError.
     """
     if len(example.ids) <= longest:
         return [example]

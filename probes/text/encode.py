@@ -1,10 +1,9 @@
 """Tasks as token ids with a mask of the scored tokens.
 
-Lengths are in tokens. A token is scored when it holds any character of the row's text, completion or choice;
-the prompt, the template around it and the tokenizer's special tokens are not scored.
+A token is scored when it holds any character of the row's text, completion or choice.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby, takewhile
 from typing import Any, Literal
@@ -34,20 +33,14 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenised:
-    """A piece as tokens.
-
-    Attributes:
-        prefix, suffix: special tokens around `ids`.
-        scored: whether each of `ids` is.
-        start: how many of `ids` precede the scored text.
-    """
+    """A piece as tokens, with special tokens around its ids."""
 
     piece: Piece
     prefix: list[int]
     ids: list[int]
     suffix: list[int]
-    scored: list[bool]
-    start: int
+    scored: list[bool]  # whether each of `ids` is
+    start: int  # how many of `ids` precede the scored text
     doubled_bos: bool
 
     def __len__(self) -> int:
@@ -61,14 +54,10 @@ class Tokenised:
         kept = slice(cut, cut + room)
         scored = [False] * len(self.prefix) + self.scored[kept] + [False] * len(self.suffix)
         return Example(
-            ids=self.prefix + self.ids[kept] + self.suffix,
-            scored=[False, *scored[1:]] if scored else [],
-            row=self.piece.row,
-            truncated=len(self.ids[kept]) < len(self.ids),
-            choice=self.piece.choice,
-            doubled_bos=self.doubled_bos,
-            head=len(self.prefix),
-        )
+            ids=self.prefix + self.ids[kept] + self.suffix, scored=[False, *scored[1:]] if scored else [],
+            row=self.piece.row, choice=self.piece.choice, truncated=len(self.ids[kept]) < len(self.ids),
+            doubled_bos=self.doubled_bos, head=len(self.prefix),
+        )  # fmt: skip
 
 
 def encode(
@@ -110,9 +99,7 @@ def encode(
     pieces = list(chat_pieces(task, tokenizer) if chat_template else plain_pieces(task))
     texts = [piece.text for piece in pieces[:CHUNK]]
     outer = ([], []) if chat_template else special_tokens(tokenizer, texts)
-    special = SpecialTokens(
-        tokenizer, *outer, add_bos=add_bos, add_eos=add_eos, everything=score_span == "all"
-    )
+    special = SpecialTokens(tokenizer, *outer, add_bos, add_eos, everything=score_span == "all")
     prompted = task.shape in ("completion", "choices")
     examples = []
     wrapped = (special.around(*tokens) for tokens in tokenised(tokenizer, pieces))
@@ -134,7 +121,6 @@ class SpecialTokens:
         tokenizer: Any,
         prefix: list[int],
         suffix: list[int],
-        *,
         add_bos: bool | None,
         add_eos: bool,
         everything: bool,
@@ -156,22 +142,14 @@ class SpecialTokens:
         begins = bos_count > 0 if self.add_bos is None else self.add_bos
         scored = [self.everything or start <= index < stop for index in range(written, len(ids))]
         return Tokenised(
-            piece=piece,
-            prefix=[self.bos] * begins + self.prefix,
-            ids=ids[written:] + [self.eos] * self.add_eos,
-            suffix=self.suffix,
-            scored=scored + [True] * self.add_eos,
-            start=max(0, start - written),
-            doubled_bos=bos_count > 1,
-        )
+            piece=piece, prefix=[self.bos] * begins + self.prefix, suffix=self.suffix,
+            ids=ids[written:] + [self.eos] * self.add_eos, scored=scored + [True] * self.add_eos,
+            start=max(0, start - written), doubled_bos=bos_count > 1,
+        )  # fmt: skip
 
 
 def special_tokens(tokenizer: Any, texts: Iterable[str] = ()) -> tuple[list[int], list[int]]:
-    """The special tokens that a tokenizer puts before and after a text.
-
-    Args:
-        texts: tried in turn until one has tokens of its own.
-    """
+    """The special tokens that a tokenizer puts before and after a text; any text with a token tells."""
     for text in chain("a", texts):
         full, inner = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (True, False))
         starts = range(len(full) - len(inner) + 1)
@@ -190,7 +168,7 @@ def tokenised(tokenizer: Any, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, 
     characters of each token, and one across the boundary is scored; with a slow one the prompt's tokens are
     those that it shares with the ids of the prompt alone.
     """
-    fast = bool(getattr(tokenizer, "is_fast", False))
+    fast = getattr(tokenizer, "is_fast", False)
 
     def shared_with(text: str, ids: list[int]) -> int:
         alone = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -205,14 +183,12 @@ def tokenised(tokenizer: Any, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, 
         for index, (piece, ids) in enumerate(zip(chunk, encoded["input_ids"], strict=True)):
             spans = encoded["offset_mapping"][index] if fast else []
             start, stop = 0, len(ids)
-            if piece.start and fast:
-                start = count_leading(end <= piece.start for _, end in spans)
-            elif piece.start:
-                start = shared_with(piece.text[: piece.start], ids)
-            if piece.stop < len(piece.text) and fast:
-                stop = count_leading(begin < piece.stop for begin, _ in spans)
-            elif piece.stop < len(piece.text):
-                stop = shared_with(piece.text[: piece.stop], ids)
+            if piece.start:
+                leading = count_leading(end <= piece.start for _, end in spans)
+                start = leading if fast else shared_with(piece.text[: piece.start], ids)
+            if piece.stop < len(piece.text):
+                leading = count_leading(begin < piece.stop for begin, _ in spans)
+                stop = leading if fast else shared_with(piece.text[: piece.stop], ids)
             yield piece, list(ids), start, stop
 
 
@@ -224,11 +200,7 @@ def count_leading(flags: Iterable[bool]) -> int:
 def plain_pieces(task: Task) -> Iterator[Piece]:
     """The rows without a template: a completion or choice follows its prompt without a space."""
     for index, row in enumerate(task.rows):
-        prompt = row.prompt or ""
-        for choice, text in targets(row):
-            yield Piece(
-                row=index, choice=choice, text=prompt + text, start=len(prompt), stop=len(prompt + text)
-            )
+        yield from continued(index, row, row.prompt or "")
 
 
 def chat_pieces(task: Task, tokenizer: Any) -> Iterator[Piece]:
@@ -257,42 +229,33 @@ def chat_pieces(task: Task, tokenizer: Any) -> Iterator[Piece]:
         if row.text is not None:
             yield Piece(row=index, choice=None, text=text, start=len(before), stop=len(text) - len(after))
         else:
-            for choice, target in targets(row):
-                yield Piece(
-                    row=index, choice=choice, text=text + target, start=len(text), stop=len(text + target)
-                )
+            yield from continued(index, row, text)
 
 
-def targets(row: Row) -> list[tuple[int | None, str]]:
-    """The scored texts of a row: each choice with its number, or the completion or text."""
-    if row.choices is not None:
-        return list(enumerate(row.choices))
-    return [(None, row.completion if row.completion is not None else row.text or "")]
+def continued(index: int, row: Row, prompt: str) -> Iterator[Piece]:
+    """A prompt with each scored text of a row: its choices, its completion or its text."""
+    text = row.text if row.completion is None else row.completion
+    for choice, target in [(None, text or "")] if row.choices is None else enumerate(row.choices):
+        stop = len(prompt) + len(target)
+        yield Piece(row=index, choice=choice, text=prompt + target, start=len(prompt), stop=stop)
 
 
 def encoding_notes(task: Task, examples: Sequence[Example], tokenizer: Any = None) -> tuple[str, ...]:
-    """Notes for a reader: rows that were cut, rows without a token to score, and BOS tokens.
-
-    Args:
-        tokenizer: if given, a note also tells of sequences without the BOS that it puts before texts.
-    """
+    """Notes on rows that were cut, rows without a token to score, and BOS that `tokenizer` would add."""
     bos = None if tokenizer is None else tokenizer.bos_token_id
     if bos is not None and bos not in special_tokens(tokenizer)[0]:
         bos = None
-    noted: list[tuple[str, set[int]]] = [
-        (what, {example.row for example in examples if holds(example)})
-        for what, holds in (
-            ("longer than the longest sequence and cut", lambda example: example.truncated),
-            ("without a token to score", lambda example: not any(example.scored)),
-            ("with a second BOS, which was left out", lambda example: example.doubled_bos),
-            (
-                "without the BOS that the tokenizer puts before a text",
-                lambda example: bos is not None and example.ids[:1] != [bos],
-            ),
-        )
-    ]
+    noted: dict[str, Callable[[Example], bool]] = {
+        "longer than the longest sequence and cut": lambda example: example.truncated,
+        "without a token to score": lambda example: not any(example.scored),
+        "with a second BOS, which was left out": lambda example: example.doubled_bos,
+        "without the BOS that the tokenizer puts before a text": lambda example: (
+            bos is not None and example.ids[:1] != [bos]
+        ),
+    }
+    rows = {what: {example.row for example in examples if noted[what](example)} for what in noted}
     return tuple(
-        f"{task.ref}: {len(rows)} of {len(task.rows)} rows {what}, the first at {task.where(min(rows))}"
-        for what, rows in noted
-        if rows
+        f"{task.ref}: {len(cut)} of {len(task.rows)} rows {what}, the first at {task.where(min(cut))}"
+        for what, cut in rows.items()
+        if cut
     )

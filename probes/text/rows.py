@@ -1,7 +1,6 @@
-"""Rows of text: JSONL and CSV files and dataset splits, checked field by field.
+"""Rows of text: JSONL and CSV files and dataset splits, checked field by field, without torch.
 
-The fields of a row decide which of four shapes it has; all rows of a task have the same. Errors name the
-file, the line and the field. Nothing here needs torch. `docs/rows.md` is the user's page.
+All rows of a task have one of four shapes. Errors name file, line and field. Users read `docs/rows.md`.
 """
 
 import csv
@@ -15,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from probes.errors import InputError
+from probes.errors import InputError, library_error
 from probes.files.untrusted import one_line
 
 Shape: TypeAlias = Literal["text", "completion", "choices", "label"]
@@ -98,11 +97,7 @@ class Task:
         return f"{self.ref}:{self.rows[index].number}"
 
     def at_least(self, count: int, what: str = "this") -> "Task":
-        """The task itself.
-
-        Raises:
-            InputError: it has fewer rows.
-        """
+        """The task itself; raises InputError if it has fewer rows."""
         if len(self.rows) < count:
             rows = "1 row" if len(self.rows) == 1 else f"{len(self.rows)} rows"
             raise InputError(f"{self.ref}: has {rows}, and {what} needs at least {count}; give it more")
@@ -127,19 +122,16 @@ def read_task(ref: str | Path, *, limit: int | None = None) -> Task:
     """
     path = local(ref)
     if path.is_file() and path.suffix.lower() in TABLES:
-        raise InputError(
-            f"{ref}: is read as a split of a data set; give the directory that it alone is in, "
-            f"{path.parent}:train"
-        )
+        problem = "is read as a split of a data set; give the directory that it alone is in"
+        raise InputError(f"{ref}: {problem}, {path.parent}:train")
     if path.is_file():
         return checked(str(ref), csv_rows(path) if path.suffix.lower() == ".csv" else json_rows(path), limit)
     if path.is_dir():
         raise InputError(f"{ref}: is a directory; name a file in it, or a split of a data set, {ref}:train")
     dataset = SPLIT.fullmatch(str(ref))
     if dataset is None or path.suffix.lower() in SUFFIXES:
-        raise InputError(
-            f"{ref}: there is no such file; a task is a .jsonl or .csv file, or hub-dataset:split"
-        )
+        wanted = "a task is a .jsonl or .csv file, or hub-dataset:split"
+        raise InputError(f"{ref}: there is no such file; {wanted}")
     return checked(str(ref), split_rows(str(ref), **dataset.groupdict()), limit)
 
 
@@ -167,11 +159,7 @@ def task_of(rows: Iterable[str | Mapping[str, Any]], *, ref: str = "rows", limit
 
 
 def class_ids(task: Task, labels: Sequence[str]) -> list[int]:
-    """The class of each row: its label is one of the model's label names, or else an index into them.
-
-    Raises:
-        InputError: a label that the model does not know, named with file and line.
-    """
+    """The class of each row: its label as one of the model's names or an index into them, else InputError."""
     by_name = {name: index for index, name in enumerate(labels)}
     classes = []
     for index, row in enumerate(task.rows):
@@ -208,29 +196,21 @@ def checked(ref: str, numbered: NumberedRows, limit: int | None) -> Task:
 
 
 def shape_of(fields: Any, expected: Shape | None) -> Shape:
-    """The shape of a row, by its fields.
-
-    Args:
-        expected: the shape of the rows before it.
-    """
+    """The shape of a row, by its fields; the rows before it have the expected one."""
     if not isinstance(fields, Mapping):
         raise InputError(f'a row is an object such as {{"text": …}}, and this is {described(fields)}')
     present = FIELDS & fields.keys()
     shape = next((shape for shape, needed in SHAPES.items() if present == set(needed)), None)
     if shape is not None and expected in (None, shape):
         return shape
-    if expected is None:
-        close = [shape for shape, needed in SHAPES.items() if present and present < set(needed)]
-    else:
-        close = [expected]
+    close = [shape for shape, needed in SHAPES.items() if present and present < set(needed)]
+    close = [expected] if expected else close
     missing = [field for field in SHAPES[close[0]] if field not in present] if len(close) == 1 else []
     if missing:
         raise InputError(f"the row lacks {quoted(missing)}; {columns(fields)}")
     if expected:
-        surplus = sorted(present - set(SHAPES[expected]))
-        raise InputError(
-            f"the row has {quoted(surplus)}, which the rows before it lack; a task has one shape"
-        )
+        surplus = quoted(sorted(present - set(SHAPES[expected])))
+        raise InputError(f"the row has {surplus}, which the rows before it lack; a task has one shape")
     hints = [hint for field, hint in OTHER_FIELDS.items() if field in fields]
     raise InputError("; ".join([f"a row is one of {ALLOWED}", columns(fields), *hints]))
 
@@ -252,9 +232,8 @@ def row_of(fields: Mapping[str, Any], needed: Iterable[str], number: int) -> Row
             values[field] = choices_of(value)
         elif field == "answer":
             if type(value) is not int:
-                raise InputError(
-                    f'"answer" is {described(value)}; it is the number of the right choice, from 0'
-                )
+                wanted = "the number of the right choice, from 0"
+                raise InputError(f'"answer" is {described(value)}; it is {wanted}')
         elif field == "label" and type(value) is int:
             continue
         else:
@@ -296,9 +275,8 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
             try:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise InputError(
-                    f"{path}:{number}: not UTF-8 text (byte {error.start} of the line)"
-                ) from error
+                problem = f"not UTF-8 text (byte {error.start} of the line)"
+                raise InputError(f"{path}:{number}: {problem}") from error
 
 
 def json_rows(path: Path) -> NumberedRows:
@@ -319,7 +297,7 @@ def csv_rows(path: Path) -> NumberedRows:
     """
     refuse_delimiter(path)
     reader = csv.reader((line for _, line in lines(path)), strict=True)
-    header: list[str] = []
+    header: list[str] | None = None
     while True:
         number = reader.line_num + 1
         # A module-wide setting that would refuse long texts; put back at once.
@@ -334,17 +312,15 @@ def csv_rows(path: Path) -> NumberedRows:
             return
         if not cells:
             continue
-        if not header:
+        if header is None:
             header = cells
-            twice = [name for name, count in Counter(header).items() if count > 1]
-            if twice:
+            if twice := [name for name, count in Counter(header).items() if count > 1]:
                 raise InputError(f"{path}:{number}: the header has {quoted(twice[:1])} twice")
             continue
         if len(cells) != len(header):
-            raise InputError(
-                f"{path}:{number}: {len(cells)} fields, and the header has {len(header)}; "
-                "texts with commas or line breaks are put in double quotes"
-            )
+            problem = f"{len(cells)} fields, and the header has {len(header)}"
+            hint = "texts with commas or line breaks are put in double quotes"
+            raise InputError(f"{path}:{number}: {problem}; {hint}")
         yield number, {name: from_cell(name, cell) for name, cell in zip(header, cells, strict=True)}
 
 
@@ -354,10 +330,8 @@ def refuse_delimiter(path: Path) -> None:
     for delimiter, plural in DELIMITERS.items():
         if delimiter in header and "," not in header:
             names = [name.strip().strip('"') for name in header.split(delimiter, maxsplit=8)]
-            raise InputError(
-                f"{path}:{number}: {plural} seem to divide its columns {quoted(names[:8])}; save it with "
-                "commas"
-            )
+            problem = f"{plural} seem to divide its columns {quoted(names[:8])}"
+            raise InputError(f"{path}:{number}: {problem}; save it with commas")
 
 
 def from_cell(field: str, cell: str) -> Any:
@@ -382,11 +356,8 @@ def split_rows(ref: str, name: str, revision: str | None, split: str) -> Numbere
     try:
         data = datasets.load_dataset(where, configuration, split=split, revision=revision)
     except Exception as error:
-        cause = error.__cause__ or error  # the library says only that something went wrong
-        reason = str(cause).strip().partition("\n")[0]
-        raise InputError(
-            f"{ref}: neither a file nor a split that can be loaded ({type(cause).__name__}: {reason})"
-        ) from error
+        reason = library_error(error.__cause__ or error)  # itself says only that something went wrong
+        raise InputError(f"{ref}: neither a file nor a split that can be loaded ({reason})") from error
     wanted = [column for column in data.column_names if column in FIELDS | {"group"}]
     if not wanted:
         return iter([(1, dict.fromkeys(data.column_names))])

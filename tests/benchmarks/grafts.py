@@ -120,7 +120,7 @@ def opened(folder: Path, device: str) -> Iterator[tuple[TwoSidedModel, Movement]
         with torch.no_grad():  # until they are touched they are only mapped from their file
             for parameter in host.model.parameters():
                 parameter.mul_(1)
-        shapes = {name: host.headers[name].shape for name in host.twins if ".layers." in name}
+        shapes = {name: host.headers[name].shape for name in host.in_both if ".layers." in name}
         yield host, Movement(shapes, lambda name: (host.read(name, "base"), host.read(name)))
 
 
@@ -140,7 +140,7 @@ def plain(folder: Path, device: str, rows: int) -> tuple[float, int]:
     """
     told = objective(rows)
     with opened(folder, device) as (host, movement):
-        weights = [host.slots(name, torch.arange(1))[0].tensor for name in movement.entries]
+        weights = [host.editable.slots(name, torch.arange(1))[0].tensor for name in movement.entries]
 
         def free(weight: torch.Tensor) -> None:
             weight.grad = None

@@ -7,9 +7,12 @@ and the thresholds of flags are ours.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from diagnostics.analyses.dynamics import tables as dynamics_tables
+from diagnostics.analyses.dynamics.figures import draw
 from diagnostics.analyses.dynamics.measures import Arrays, DynamicsProbes, locate
 from diagnostics.analyses.dynamics.notes import SCALING, notes_of
 from diagnostics.core.analysis import DeviceTest, Result, analysis
@@ -21,10 +24,6 @@ from probes.checkpoints.checkpoint import Checkpoint
 from probes.checkpoints.series import CheckpointSeries, series_of
 from probes.errors import InputError
 from probes.models.editable import Editable
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 # Share of collapsed labels from which training counts as stalled, as in the reference.
@@ -77,13 +76,6 @@ def summary(result: Result) -> str:
     if "linearity_gap" in m:
         parts.append(f"linearity gap {m['linearity_gap']:.2g}")
     return "; ".join(parts) or f"{m['checkpoints']} checkpoints, nothing measurable"
-
-
-def draw(result: Result) -> "dict[str, go.Figure]":
-    """The figures of a result; plotting is imported only here."""
-    from diagnostics.analyses.dynamics import figures
-
-    return figures.draw(result)
 
 
 @analysis(
@@ -175,8 +167,6 @@ def training_dynamics(
         >>> training_dynamics(run, BUNDLED / "grokking/held-out.jsonl", **fast).metrics["collapsed"]
         0.0
     """
-    import pandas as pd
-
     check(rows=rows, batch=batch, probes=probes, outputs=outputs, vertices=vertices, radius=radius)
     if loss_dtype not in DTYPES:
         raise InputError(f"loss_dtype is {loss_dtype!r}; it is one of {', '.join(DTYPES)}")
@@ -280,7 +270,7 @@ def expansions(
     return series.measured("expansion", {"first": first.stamp()} | probe.key(), measure, progress)
 
 
-def metrics_of(steps: "pd.DataFrame", trained: bool) -> dict[str, float | int]:
+def metrics_of(steps: pd.DataFrame, trained: bool) -> dict[str, float | int]:
     """The last step, and changes from the first; unknown values are left out."""
     role = "train" if trained else "task"
     first, last = steps.iloc[0], steps.iloc[-1]

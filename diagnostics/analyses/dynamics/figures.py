@@ -37,7 +37,7 @@ SCORES = {
 }
 
 
-def draw(result: Result) -> "dict[str, go.Figure]":
+def draw(result: Result) -> dict[str, go.Figure]:
     """The figures; one without data is left out."""
     figures = drawn(result, strip=draw_strip, scores=draw_scores)
     for name, (table, column, title, bar) in MAPS.items() if figures else ():
@@ -51,7 +51,7 @@ def measured(table: pd.DataFrame, column: str) -> bool:
     return column in table and bool(table[column].notna().any())
 
 
-def draw_strip(steps: pd.DataFrame) -> "go.Figure":
+def draw_strip(steps: pd.DataFrame) -> go.Figure:
     """Every measure over the same axis of steps, one above the other."""
     strip = {
         axis: {column: name for column, name in columns.items() if measured(steps, column)}
@@ -80,7 +80,7 @@ def draw_strip(steps: pd.DataFrame) -> "go.Figure":
     return figure.update_layout(title_y=0.985)
 
 
-def draw_scores(steps: pd.DataFrame) -> "go.Figure":
+def draw_scores(steps: pd.DataFrame) -> go.Figure:
     """Loss and accuracy of train and held-out rows over the steps."""
     figure = panels("Train and held-out rows: when each was learnt", "step", "", height=480, rows=2,
                     shared_xaxes=True, vertical_spacing=0.06)  # fmt: skip
@@ -95,7 +95,7 @@ def draw_scores(steps: pd.DataFrame) -> "go.Figure":
     return figure
 
 
-def draw_map(table: pd.DataFrame, column: str, title: str, bar: str) -> "go.Figure":
+def draw_map(table: pd.DataFrame, column: str, title: str, bar: str) -> go.Figure:
     """Layers over steps; several tensors of one layer are averaged."""
     part = table[table[column].notna()]
     # Tensors outside the blocks have rows by name: the unembedding is looked at first.

@@ -138,13 +138,9 @@ class DynamicsProbes:
         encoded = self.reading.encode(editable, self.rows)
         scored = {index for whole in label_units(encoded) for index, _ in whole.sequences}
         complexity = local_complexity(
-            editable.model,
-            [encoded.examples[index] for index in sorted(scored)],
-            radius=self.radius,
-            vertices=self.vertices,
-            seed=self.seed,
-            tokens=self.reading.batch_tokens,
-        )
+            editable.model, [encoded.examples[index] for index in sorted(scored)], radius=self.radius,
+            vertices=self.vertices, seed=self.seed, tokens=self.reading.batch_tokens,
+        )  # fmt: skip
         return {
             "layer": np.array(list(complexity.share)),
             "share": np.array(list(complexity.share.values())),

@@ -1,14 +1,11 @@
 """Notes of `dynamics`: observations, and the conditions of each measure."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from diagnostics.analyses.dynamics.measures import DynamicsProbes
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -19,23 +16,15 @@ SCALING = 0.9
 TREND = 6
 # Names of the measures in notes.
 MEASURES = {
-    "alignment": "The gradient",
-    "outputs": "The outputs of probe rows",
-    "kernel": "The tangent kernel",
-    "complexity": "Local complexity",
-    "expansion": "The linearity gap",
-}
+    "alignment": "The gradient", "outputs": "The outputs of probe rows", "kernel": "The tangent kernel",
+    "complexity": "Local complexity", "expansion": "The linearity gap",
+}  # fmt: skip
 
 
 def notes_of(
-    steps: "pd.DataFrame",
-    measurements: Sequence[Arrays],
-    gaps: Sequence[Arrays],
-    probe: DynamicsProbes,
-    *,
-    saved: bool,
-    stepped: bool,
-) -> list[str]:
+    steps: pd.DataFrame, measurements: Sequence[Arrays], gaps: Sequence[Arrays], probe: DynamicsProbes, *,
+    saved: bool, stepped: bool,
+) -> list[str]:  # fmt: skip
     """All notes, observations first."""
     role = "train" if "collapsed_train" in steps else "task"
     notes = observed(steps, role)
@@ -52,7 +41,7 @@ def notes_of(
     return notes + not_measured([*measurements, *gaps])
 
 
-def observed(steps: "pd.DataFrame", role: str) -> list[str]:
+def observed(steps: pd.DataFrame, role: str) -> list[str]:
     """Observations of the papers that this run shows too."""
     notes = []
     collapsed = steps[f"collapsed_{role}"]

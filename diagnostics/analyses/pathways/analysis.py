@@ -10,10 +10,11 @@ random labels move the published numbers too, but not the gap.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from diagnostics.analyses.pathways.figures import draw
 from diagnostics.analyses.pathways.notes import notes
 from diagnostics.analyses.pathways.pathway import ALPHABETS, Alphabet
 from diagnostics.analyses.pathways.record import Record, RecordingPlan, Samples, comparable, draw_rows
@@ -27,9 +28,6 @@ from diagnostics.execution.workers import checkpoint_runner
 from probes.checkpoints.series import series_of
 from probes.errors import InputError
 from probes.experts.routes import RouteWeights
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 METRICS = {
     "reorganising": "1 if after memorisation the distance within groups falls and the gap widens",
@@ -108,13 +106,6 @@ def summary(result: Result) -> str:
         rho, points = result.metrics["spearman_distance"], result.metrics["points"]
         text += f"; rank correlation of distance and held-out {row['metric']} {rho:+.2f} over {points}"
     return text
-
-
-def draw(result: Result) -> "dict[str, go.Figure]":
-    """The figures of a result; plotting is imported only here."""
-    from diagnostics.analyses.pathways import figures
-
-    return figures.draw(result)
 
 
 @analysis(
@@ -268,14 +259,9 @@ def grokking_pathways(
         "unrouted": len(rows) - len(routed),
     }
     return result_of_records(
-        series.steps,
-        series.labels,
-        records,
-        samples_drawn.take(order),
-        settings,
-        counted=counted,
+        series.steps, series.labels, records, samples_drawn.take(order), settings, counted=counted,
         progress=progress,
-    )
+    )  # fmt: skip
 
 
 def result_of_records(
@@ -314,16 +300,9 @@ def result_of_records(
 
 
 def check(
-    *,
-    tau: float,
-    alphabet: str,
-    samples: int,
-    metric: str,
-    epsilon: float | None,
-    delta: float,
-    permutations: int,
-    draws: int,
-) -> None:
+    *, tau: float, alphabet: str, samples: int, metric: str, epsilon: float | None, delta: float,
+    permutations: int, draws: int,
+) -> None:  # fmt: skip
     """Refuse parameters out of range before anything is loaded.
 
     Raises:

@@ -24,7 +24,7 @@ CURVES: dict[str, tuple[Style, Panel, str]] = {
 }
 
 
-def draw(result: Result) -> "dict[str, go.Figure]":
+def draw(result: Result) -> dict[str, go.Figure]:
     """The figures; one without data is left out."""
     return drawn(
         result, steps=draw_steps, against_held_out=draw_against, layers=draw_layers, groups=draw_groups,
@@ -38,7 +38,7 @@ def metric_of(verdict: pd.DataFrame) -> tuple[Any, str]:
     return row, "held-out accuracy" if row["metric"] == "accuracy" else "held-out loss, nats"
 
 
-def draw_steps(steps: pd.DataFrame, verdict: pd.DataFrame) -> "go.Figure":
+def draw_steps(steps: pd.DataFrame, verdict: pd.DataFrame) -> go.Figure:
     """Distance and smoothness above training loss and held-out metric, on one axis of steps."""
     row, metric = metric_of(verdict)
     words = str(row["verdict"])
@@ -68,7 +68,7 @@ def draw_steps(steps: pd.DataFrame, verdict: pd.DataFrame) -> "go.Figure":
     return figure.update_layout(margin_t=110, legend_y=1.06)
 
 
-def draw_against(steps: pd.DataFrame, verdict: pd.DataFrame) -> "go.Figure":
+def draw_against(steps: pd.DataFrame, verdict: pd.DataFrame) -> go.Figure:
     """The held-out metric over the distance within groups, joined in step order."""
     row, metric = metric_of(verdict)
     title = f"{metric.partition(',')[0].capitalize()} over the distance within groups, in step order"
@@ -86,17 +86,17 @@ def draw_against(steps: pd.DataFrame, verdict: pd.DataFrame) -> "go.Figure":
     )  # fmt: skip
 
 
-def draw_layers(layers: pd.DataFrame) -> "go.Figure":
+def draw_layers(layers: pd.DataFrame) -> go.Figure:
     """Distance within groups and the gap to others, by layer and checkpoint."""
     return draw_distances(layers, "layer")
 
 
-def draw_groups(groups: pd.DataFrame) -> "go.Figure | None":
+def draw_groups(groups: pd.DataFrame) -> go.Figure | None:
     """Distance within groups and the gap to others, by group and checkpoint."""
     return draw_distances(groups, "group") if groups["group"].nunique() > 1 else None
 
 
-def draw_distances(table: pd.DataFrame, unit: str) -> "go.Figure":
+def draw_distances(table: pd.DataFrame, unit: str) -> go.Figure:
     """Distance within groups and the gap to others, by layer or group and checkpoint."""
     columns = ["distance", "gap"] if table["gap"].notna().any() else ["distance"]
     figure = panels(
@@ -110,7 +110,7 @@ def draw_distances(table: pd.DataFrame, unit: str) -> "go.Figure":
     return figure
 
 
-def draw_smoothness(values: pd.DataFrame) -> "go.Figure | None":
+def draw_smoothness(values: pd.DataFrame) -> go.Figure | None:
     """How smoothness is spread over samples at each checkpoint."""
     if values["consistency"].isna().all():
         return None

@@ -3,31 +3,24 @@
 import math
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import TYPE_CHECKING
+
+import pandas as pd
 
 from diagnostics.analyses.pathways.run import RoutingRun
 from diagnostics.analyses.pathways.statistics import LEAST
 from diagnostics.analyses.pathways.tables import PAPER, at_once
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 Numbers = Mapping[str, float | int]
 SIGNS = {"distance": "distance", "consistency": "smoothness", "loss": "training loss"}
 
 
-def notes(run: RoutingRun, tables: "Mapping[str, pd.DataFrame]", metrics: Numbers) -> list[str]:
+def notes(run: RoutingRun, tables: Mapping[str, pd.DataFrame], metrics: Numbers) -> list[str]:
     """All notes, the verdict first."""
     return [
-        f"{run.verdict[0].upper()}{run.verdict[1:]}: {run.why}.",
-        *memorisation(run),
-        *turning(run),
-        *correlated(run, tables),
-        *two_checkpoints(run),
-        definitions(run),
-        *followed(run, metrics),
+        f"{run.verdict[0].upper()}{run.verdict[1:]}: {run.why}.", *memorisation(run), *turning(run),
+        *correlated(run, tables), *two_checkpoints(run), definitions(run), *followed(run, metrics),
         *undefined(run, metrics),
-    ]
+    ]  # fmt: skip
 
 
 def memorisation(run: RoutingRun) -> list[str]:
@@ -81,7 +74,7 @@ def turning(run: RoutingRun) -> list[str]:
     ]
 
 
-def correlated(run: RoutingRun, tables: "Mapping[str, pd.DataFrame]") -> list[str]:
+def correlated(run: RoutingRun, tables: Mapping[str, pd.DataFrame]) -> list[str]:
     """The correlations with the paper's, or why there are none."""
     now = at_once(tables["correlations"])
     since = f" since step {run.steps[run.since]:g}" if run.since else ""

@@ -28,13 +28,9 @@ from diagnostics.numerics.estimates import Estimate
 WIDENED = 0.02
 
 Verdict = Literal[
-    "reorganising after memorisation",
-    "routing drift without a generalisation signal",
-    "no movement after memorisation",
-    "undecided",
-    "not memorised",
-    "withheld",
-]
+    "reorganising after memorisation", "routing drift without a generalisation signal",
+    "no movement after memorisation", "undecided", "not memorised", "withheld",
+]  # fmt: skip
 
 
 class RoutingRun:
@@ -49,16 +45,10 @@ class RoutingRun:
     """
 
     def __init__(
-        self,
-        steps: Sequence[float],
-        labels: Sequence[str],
-        records: Sequence[Record],
-        samples: Samples,
-        settings: PathwaySettings,
-        *,
-        workers: int = -1,
+        self, steps: Sequence[float], labels: Sequence[str], records: Sequence[Record], samples: Samples,
+        settings: PathwaySettings, *, workers: int = -1,
         progress: Callable[[int, int, str], None] | None = None,
-    ):
+    ):  # fmt: skip
         self.steps, self.labels, self.samples, self.settings = tuple(steps), tuple(labels), samples, settings
         self.last = len(records) - 1
         with np.errstate(invalid="ignore", divide="ignore"):

@@ -23,7 +23,7 @@ def borders(groups: list[str]) -> tuple[list[float], list[float], list[str]]:
     return (ends[:-1] - 0.5).tolist(), middles, [theme.verbatim(name) for name, _ in sizes]
 
 
-def step_panels(title: str, x: str, steps: list[float], groups: list[str]) -> "go.Figure":
+def step_panels(title: str, x: str, steps: list[float], groups: list[str]) -> go.Figure:
     """A panel for each step, on one axis of samples that names the groups, with a line between any two."""
     look: dict[str, Any] = {"shared_yaxes": True, "horizontal_spacing": 0.04}
     labels = [f"step {name}" for name in names(steps)]
@@ -35,7 +35,7 @@ def step_panels(title: str, x: str, steps: list[float], groups: list[str]) -> "g
     return figure.update_yaxes(showgrid=False, autorange="reversed", **ticks)
 
 
-def draw_matrix(matrix: pd.DataFrame, samples: pd.DataFrame) -> "go.Figure":
+def draw_matrix(matrix: pd.DataFrame, samples: pd.DataFrame) -> go.Figure:
     """Distances between samples, ordered by group, at three steps."""
     known = samples.set_index("sample").loc[np.union1d(matrix["sample"], matrix["other"])]
     groups, title = known["group"].astype(str).tolist(), "How far samples' pathways differ; blocks are groups"
@@ -59,7 +59,7 @@ def hues(count: int) -> list[str]:
     return [f"hsl({(i * 137.5) % 360:.0f}, 60%, {(42, 66)[i % 2]}%)" for i in range(count)]
 
 
-def draw_routes(routes: pd.DataFrame, samples: pd.DataFrame) -> "go.Figure":
+def draw_routes(routes: pd.DataFrame, samples: pd.DataFrame) -> go.Figure:
     """The expert that gets most of each sample in each layer, at three steps."""
     steps, shown = (list(dict.fromkeys(routes[column])) for column in ("step", "sample"))
     groups = samples.set_index("sample")["group"].loc[shown].astype(str).tolist()
@@ -78,7 +78,7 @@ def draw_routes(routes: pd.DataFrame, samples: pd.DataFrame) -> "go.Figure":
     return figure.update_layout(coloraxis=axis, height=460)
 
 
-def draw_drift(samples: pd.DataFrame, steps: pd.DataFrame) -> "go.Figure":
+def draw_drift(samples: pd.DataFrame, steps: pd.DataFrame) -> go.Figure:
     """How far each sample's pathway moved from the first checkpoint to the last."""
     first, *_, last = names(steps["step"])
     title = f"How far pathways moved from step {first} to step {last}; 0 is not at all"

@@ -74,15 +74,11 @@ class Snapshot:
         """The statistics that are followed over the run, by name."""
         groups, record = self.samples.groups, self.record
         return {
-            "distance": self.pairs.within,
-            "gap": self.pairs.gap,
-            "consistency": mean(self.smooth, groups),
-            "distance_raw": self.raw.within,
-            "length": mean(self.lengths.astype(float), groups),
+            "distance": self.pairs.within, "gap": self.pairs.gap, "consistency": mean(self.smooth, groups),
+            "distance_raw": self.raw.within, "length": mean(self.lengths.astype(float), groups),
             "entropy": mean(self.entropies.mean(axis=1), groups),
-            "loss": mean(record.nats, groups, record.units),
-            "held_out": self.held_out,
-        }
+            "loss": mean(record.nats, groups, record.units), "held_out": self.held_out,
+        }  # fmt: skip
 
     @cached_property
     def held_out(self) -> SampleStatistic:

@@ -291,13 +291,9 @@ class Correlation(NamedTuple):
 
 
 def correlation(
-    x: Float[np.ndarray, " steps"],
-    y: Float[np.ndarray, " steps"],
-    *,
-    lag: int = 0,
-    permutations: int = 10_000,
-    seed: int = 0,
-) -> Correlation:
+    x: Float[np.ndarray, " steps"], y: Float[np.ndarray, " steps"], *, lag: int = 0,
+    permutations: int = 10_000, seed: int = 0,
+) -> Correlation:  # fmt: skip
     """Correlation of x with y `lag` checkpoints later; withheld below 6 checkpoints and for constants."""
     from scipy.stats import rankdata
 

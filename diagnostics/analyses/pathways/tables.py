@@ -2,18 +2,16 @@
 
 import math
 from collections.abc import Hashable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float, Int
 
 from diagnostics.analyses.pathways import pathway
 from diagnostics.analyses.pathways.run import RoutingRun
 from diagnostics.analyses.pathways.statistics import correlation, mean
 from diagnostics.numerics.estimates import UNDEFINED, Estimate
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 # Most samples in figures of single samples.
 SHOWN = 96
@@ -22,26 +20,17 @@ PAPER = {"distance": (-0.975, -0.928), "consistency": (0.949, 0.986), "loss": (-
 LAGS = (-2, -1, 0, 1, 2)
 
 
-def tables(run: RoutingRun) -> "dict[str, pd.DataFrame]":
+def tables(run: RoutingRun) -> dict[str, pd.DataFrame]:
     """Every table."""
     return {
-        "verdict": judged(run),
-        "steps": by_step(run),
-        "changes": by_change(run),
-        "correlations": correlations(run),
-        "groups": by_group(run),
-        "layers": by_layer(run),
-        "samples": by_sample(run),
-        "values": by_value(run),
-        "matrix": matrix(run),
-        "routes": routes(run),
-    }
+        "verdict": judged(run), "steps": by_step(run), "changes": by_change(run),
+        "correlations": correlations(run), "groups": by_group(run), "layers": by_layer(run),
+        "samples": by_sample(run), "values": by_value(run), "matrix": matrix(run), "routes": routes(run),
+    }  # fmt: skip
 
 
-def judged(run: RoutingRun) -> "pd.DataFrame":
+def judged(run: RoutingRun) -> pd.DataFrame:
     """One row: the verdict, its reason, and the steps of memorisation and turn."""
-    import pandas as pd
-
     memorised, turn, held = (step or UNDEFINED for step in (run.memorised_step, run.turn, run.held_out_turn))
     row = {
         "verdict": run.verdict, "why": run.why, "since": run.steps[run.since],
@@ -53,10 +42,8 @@ def judged(run: RoutingRun) -> "pd.DataFrame":
     return pd.DataFrame([row])
 
 
-def by_step(run: RoutingRun) -> "pd.DataFrame":
+def by_step(run: RoutingRun) -> pd.DataFrame:
     """One row a checkpoint: means over all samples."""
-    import pandas as pd
-
     rows = []
     for index, snapshot in enumerate(run.snapshots):
         estimates = {name: statistic.estimate for name, statistic in snapshot.estimates.items()}
@@ -85,10 +72,8 @@ def by_step(run: RoutingRun) -> "pd.DataFrame":
     return pd.DataFrame(rows)
 
 
-def by_change(run: RoutingRun) -> "pd.DataFrame":
+def by_change(run: RoutingRun) -> pd.DataFrame:
     """One row a quantity: its values at `since` and at the last checkpoint, and the paired change."""
-    import pandas as pd
-
     rows = []
     for name, change in run.changes.items():
         before, after = (run.snapshots[index].estimates[name].value for index in (run.since, run.last))
@@ -104,14 +89,12 @@ def by_change(run: RoutingRun) -> "pd.DataFrame":
     return pd.DataFrame(rows)
 
 
-def correlations(run: RoutingRun) -> "pd.DataFrame":
+def correlations(run: RoutingRun) -> pd.DataFrame:
     """One row a quantity and lag: its correlation with the held-out metric that many checkpoints later.
 
     A held-out loss counts with its sign flipped, so that higher is better. `changes` correlates differences
     of consecutive checkpoints, in which common trends do not show.
     """
-    import pandas as pd
-
     snapshots = run.snapshots[run.since :]
     sign = 1 if run.settings.metric == "accuracy" else -1
     held = [sign * snapshot.held_out.value for snapshot in snapshots]
@@ -137,16 +120,14 @@ def correlations(run: RoutingRun) -> "pd.DataFrame":
     return pd.DataFrame(rows)
 
 
-def at_once(correlations: "pd.DataFrame") -> dict[str, dict[Hashable, Any]]:
+def at_once(correlations: pd.DataFrame) -> dict[str, dict[Hashable, Any]]:
     """The rows of levels without a lag, by quantity."""
     now = correlations[(correlations["lag"] == 0) & (correlations["of"] == "levels")]
     return {row["quantity"]: row for row in now.to_dict("records")}
 
 
-def by_group(run: RoutingRun) -> "pd.DataFrame":
+def by_group(run: RoutingRun) -> pd.DataFrame:
     """One row a group and checkpoint."""
-    import pandas as pd
-
     rows = []
     for index, snapshot in enumerate(run.snapshots):
         for group, name in enumerate(run.samples.names):
@@ -172,10 +153,8 @@ def by_group(run: RoutingRun) -> "pd.DataFrame":
     return pd.DataFrame(rows)
 
 
-def by_layer(run: RoutingRun) -> "pd.DataFrame":
+def by_layer(run: RoutingRun) -> pd.DataFrame:
     """One row a layer with experts and checkpoint; its distances do not add up to those of pathways."""
-    import pandas as pd
-
     rows = []
     for index, snapshot in enumerate(run.snapshots):
         for at, (distances, dimension, ahead) in enumerate(snapshot.layers):
@@ -192,10 +171,8 @@ def by_layer(run: RoutingRun) -> "pd.DataFrame":
     return pd.DataFrame(rows)
 
 
-def by_sample(run: RoutingRun) -> "pd.DataFrame":
+def by_sample(run: RoutingRun) -> pd.DataFrame:
     """One row a sample: its step of memorisation, and the drift of its pathway."""
-    import pandas as pd
-
     raw, drift = run.drifts()
     at = [run.steps[index] if index <= run.last else math.nan for index in run.memorised]
     return pd.DataFrame(
@@ -208,10 +185,8 @@ def by_sample(run: RoutingRun) -> "pd.DataFrame":
     )  # fmt: skip
 
 
-def by_value(run: RoutingRun) -> "pd.DataFrame":
+def by_value(run: RoutingRun) -> pd.DataFrame:
     """One row a sample and checkpoint."""
-    import pandas as pd
-
     names = [run.samples.names[group] for group in run.samples.groups]
     return pd.concat(
         [
@@ -243,10 +218,8 @@ def shown(run: RoutingRun) -> Int[np.ndarray, " shown"]:
     return np.sort(np.lexsort((groups, rank))[:SHOWN])
 
 
-def matrix(run: RoutingRun) -> "pd.DataFrame":
+def matrix(run: RoutingRun) -> pd.DataFrame:
     """One row a pair of shown samples and shown checkpoint: the distance of their pathways."""
-    import pandas as pd
-
     at = shown(run)
     first, second = np.triu_indices(len(at), 1)
     parts = []
@@ -265,10 +238,8 @@ def matrix(run: RoutingRun) -> "pd.DataFrame":
     return pd.concat(parts, ignore_index=True)
 
 
-def routes(run: RoutingRun) -> "pd.DataFrame":
+def routes(run: RoutingRun) -> pd.DataFrame:
     """One row a shown sample, layer and shown checkpoint: its top expert and that expert's share."""
-    import pandas as pd
-
     at, parts = shown(run), []
     for index in moments(run):
         snapshot = run.snapshots[index]
@@ -291,7 +262,7 @@ def routes(run: RoutingRun) -> "pd.DataFrame":
 # --- numbers ---
 
 
-def metrics(run: RoutingRun, tables: "Mapping[str, pd.DataFrame]") -> dict[str, float | int]:
+def metrics(run: RoutingRun, tables: Mapping[str, pd.DataFrame]) -> dict[str, float | int]:
     """The metrics; withheld ones are left out."""
     values: dict[str, Any] = {}
     if len(run.snapshots) > 2 and run.verdict != "withheld":

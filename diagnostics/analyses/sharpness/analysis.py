@@ -13,9 +13,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
+import pandas as pd
 
 from diagnostics.analyses.sharpness.ascent import Norm
 from diagnostics.analyses.sharpness.curvature import (
@@ -24,6 +25,7 @@ from diagnostics.analyses.sharpness.curvature import (
     refuses_second_derivative,
     spectrum,
 )
+from diagnostics.analyses.sharpness.figures import draw
 from diagnostics.analyses.sharpness.layer_paths import LayerPaths
 from diagnostics.analyses.sharpness.layer_sharpness import (
     BatchSharpness,
@@ -58,9 +60,6 @@ from probes.models.perturb import PerturbedWeights
 from probes.models.two_sided import TwoSidedModel
 from probes.passes.objective import Objective
 
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
 LAYER_ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 METRICS = {
     "stragglers": "layers with a barrier that stands out and that pinning repairs",
@@ -92,13 +91,6 @@ def summary(result: Result) -> str:
     flagged = f"stragglers: {names}" if names else "no straggler"
     barrier = f"barrier {m['barrier_nats']:.3g} nats at alpha {m['worst_alpha']:g}"
     return f"best alpha {m['best_alpha']:g} (0 base, 1 tuned); {barrier}; {flagged}"
-
-
-def draw(result: Result) -> "dict[str, go.Figure]":
-    """The figures of a result; plotting is imported only here."""
-    from diagnostics.analyses.sharpness import figures
-
-    return figures.draw(result)
 
 
 @analysis(
@@ -237,8 +229,6 @@ def layer_sharpness(
         >>> layer_sharpness(pair, BUNDLED / "task.jsonl", **fast, **alphas).metrics["stragglers"]
         0
     """
-    import pandas as pd
-
     grid, layer_grid = check_alphas(alphas), check_alphas(layer_alphas)
     if sharpen not in ("screened", "all"):
         raise InputError(f"sharpen is {sharpen!r}; it is 'screened' or 'all'")
@@ -320,15 +310,9 @@ CURVATURE = ["alpha", "layer", "name", "top", "bottom", "trace", "trace_error"]
 
 
 def _checked(
-    rhos: Sequence[float],
-    rho: float,
-    norm: Norm,
-    steps: int,
-    starts: int,
-    pairs: int,
-    batches: int,
+    rhos: Sequence[float], rho: float, norm: Norm, steps: int, starts: int, pairs: int, batches: int,
     batch_rows: int,
-) -> tuple[float, ...]:
+) -> tuple[float, ...]:  # fmt: skip
     for radius in (*rhos, rho):
         if not 0 < radius < math.inf:
             raise InputError(f"rhos holds {radius}; a radius is above 0")
@@ -362,14 +346,9 @@ def _objective(evaluator: PathEvaluator, which: SetKey) -> Objective:
 
 
 def _sharpness(
-    evaluator: PathEvaluator,
-    flags: Flags,
-    batches: Sequence[BatchKey],
-    settings: SharpnessSettings,
-    alphas: Sequence[float],
-    flagged_alphas: set[float],
-    rho: float | None,
-) -> list[dict[str, Any]]:
+    evaluator: PathEvaluator, flags: Flags, batches: Sequence[BatchKey], settings: SharpnessSettings,
+    alphas: Sequence[float], flagged_alphas: set[float], rho: float | None,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Sharpness of layers at some α, and of flagged layers at some more.
 
     Args:
@@ -407,21 +386,12 @@ def _sharpness(
 
 
 def _batch_sharpness(
-    evaluator: PathEvaluator,
-    *,
-    alpha: float,
-    number: int,
-    batch: BatchKey,
-    layers: Sequence[int],
-    settings: SharpnessSettings,
-    radii: Mapping[str, Sequence[float]],
-    whole: bool,
-    done: int,
-    total: int,
-) -> BatchSharpness:
+    evaluator: PathEvaluator, *, alpha: float, number: int, batch: BatchKey, layers: Sequence[int],
+    settings: SharpnessSettings, radii: Mapping[str, Sequence[float]], whole: bool, done: int, total: int,
+) -> BatchSharpness:  # fmt: skip
     """Sharpness at one α on one batch, in this process or on a worker."""
     evaluator.clear_prefix()
-    evaluator.interpolated.place(alpha)
+    evaluator.interpolated.set_alpha(alpha)
     which, rows = batch
     perturbed = [layer for layer in evaluator.interpolated.layers if layer.index in layers]
     return batch_sharpness(
@@ -432,12 +402,9 @@ def _batch_sharpness(
 
 
 def _curvature(
-    evaluator: PathEvaluator,
-    layers: Sequence[Layer],
-    batch: BatchKey,
-    settings: SharpnessSettings,
+    evaluator: PathEvaluator, layers: Sequence[Layer], batch: BatchKey, settings: SharpnessSettings,
     notes: list[str],
-) -> list[dict[str, Any]]:
+) -> list[dict[str, Any]]:  # fmt: skip
     """Both ends of the spectrum and the trace of each layer at base and tuned, on one batch."""
     plan = [(alpha, layer) for alpha in (0.0, 1.0) for layer in layers]
     calls = (
@@ -460,7 +427,7 @@ def _spectrum(
     """The spectrum of one layer at one α, in this process or on a worker; or why torch refuses it."""
     import torch
 
-    evaluator.interpolated.place(alpha)
+    evaluator.interpolated.set_alpha(alpha)
     which, rows = batch
     (layer,) = (candidate for candidate in evaluator.interpolated.layers if candidate.index == index)
     with (

@@ -73,16 +73,9 @@ def steepest(gradient: Point, norm: Norm) -> Point:
 
 
 def worst(
-    loss_gradient: LossGradient,
-    zero: PerturbedLoss,
-    rho: float,
-    *,
-    norm: Norm = "l2",
-    steps: int = 20,
-    starts: int = 1,
-    generator: torch.Generator,
-    warm: Sequence[PerturbedLoss] = (),
-) -> Worst:
+    loss_gradient: LossGradient, zero: PerturbedLoss, rho: float, *, norm: Norm = "l2", steps: int = 20,
+    starts: int = 1, generator: torch.Generator, warm: Sequence[PerturbedLoss] = (),
+) -> Worst:  # fmt: skip
     """Gradient ascent from no perturbation to the worst one within a radius.
 
     Args:
@@ -116,13 +109,9 @@ def worst(
 
 
 def _ascend(
-    loss_gradient: LossGradient,
-    starts: Sequence[PerturbedLoss],
-    rho: float,
-    norm: Norm,
-    steps: int,
+    loss_gradient: LossGradient, starts: Sequence[PerturbedLoss], rho: float, norm: Norm, steps: int,
     noise: Tensor,
-) -> PerturbedLoss:
+) -> PerturbedLoss:  # fmt: skip
     """Projected ascent with momentum from the best start; a step that lowers the loss is taken back."""
     current = max(starts, key=lambda start: start.loss)
     if not bool(steepest(current.gradient, norm).any()) and steps:  # a stationary point
@@ -156,15 +145,9 @@ def _random(template: Tensor, size: float, norm: Norm, generator: torch.Generato
 
 
 def average(
-    loss: Callable[[Tensor], float],
-    zero: float,
-    template: Point,
-    rho: float,
-    *,
-    norm: Norm = "l2",
-    pairs: int = 10,
-    generator: torch.Generator,
-) -> Estimate:
+    loss: Callable[[Tensor], float], zero: float, template: Point, rho: float, *, norm: Norm = "l2",
+    pairs: int = 10, generator: torch.Generator,
+) -> Estimate:  # fmt: skip
     """Mean rise of a loss over random perturbations and their mirrors, which cancel its linear part.
 
     u is N(0, ρ² I) for l2, or uniform within ±ρ for linf. Draws depend on the generator only, so that losses

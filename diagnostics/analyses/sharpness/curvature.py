@@ -8,13 +8,13 @@ ends at once, so that a saddle is seen as one.
 import math
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from probes.models.body import evaluating, inputs, run, unwrapped, with_padding_id
+from probes.models.body import evaluating, full_pass, run
 from probes.models.perturb import PerturbedWeights
 from probes.passes.backward import log_likelihoods, widened
 from probes.passes.objective import EncodedRows, batch_of, scoring_units
@@ -134,11 +134,8 @@ def graph(model: nn.Module, encoded: EncodedRows, rows: tuple[int, ...]) -> Tens
     """Mean loss of rows in nats, with its graph, as one batch."""
     part = [unit for unit in scoring_units(encoded) if unit.row in rows]
     batch, targets = batch_of(encoded, part)
-    inner: Any = unwrapped(model)
     if encoded.task.shape == "label":
-        given = inputs(inner, batch)
-        with with_padding_id(inner, given):
-            logits = widened(inner(**given).logits)
+        logits = widened(full_pass(model, batch).logits)
         classes = torch.tensor([encoded.classes[unit.row] for unit in part], device=logits.device)
         return torch.nn.functional.cross_entropy(logits, classes)
     scored = batch.scored.nonzero()

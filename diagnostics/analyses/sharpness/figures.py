@@ -19,7 +19,7 @@ BARRIERS = {
 }
 
 
-def draw(result: Result) -> "dict[str, go.Figure]":
+def draw(result: Result) -> dict[str, go.Figure]:
     """The figures; one without data is left out."""
     return drawn(
         result, path=draw_path, single=draw_single, barriers=draw_barriers, by_layer=draw_by_layer,
@@ -27,7 +27,7 @@ def draw(result: Result) -> "dict[str, go.Figure]":
     )  # fmt: skip
 
 
-def draw_path(path: pd.DataFrame, result: Result) -> "go.Figure":
+def draw_path(path: pd.DataFrame, result: Result) -> go.Figure:
     """The loss of every set over alpha of the whole model."""
     part = path[path["metric"] == "loss"]
     title = "Loss of the whole model from base to tuned: a dip is a better blend, a bump a barrier"
@@ -41,7 +41,7 @@ def draw_path(path: pd.DataFrame, result: Result) -> "go.Figure":
     return figure
 
 
-def draw_single(layer_paths: pd.DataFrame, layers: pd.DataFrame) -> "go.Figure":
+def draw_single(layer_paths: pd.DataFrame, layers: pd.DataFrame) -> go.Figure:
     """Layer by alpha: what tuned loses when one layer alone goes back towards base."""
     part = layer_paths[layer_paths["anchor"] == "tuned"].sort_values(["layer", "alpha"])
     names = part["layer"].map(layers.set_index("layer")["name"]).fillna(part["layer"].astype(str))
@@ -52,7 +52,7 @@ def draw_single(layer_paths: pd.DataFrame, layers: pd.DataFrame) -> "go.Figure":
     return heat(figure, part, "alpha", "name", "rise", hover, diverging=True, bar="nats")
 
 
-def draw_barriers(layers: pd.DataFrame) -> "go.Figure":
+def draw_barriers(layers: pd.DataFrame) -> go.Figure:
     """Barriers of single layers from both anchors, with random moves and repairs."""
     flagged = ", ".join(layers.loc[layers["straggler"], "name"])
     title = "Barrier of each layer alone, and what pinning it repairs; "
@@ -66,7 +66,7 @@ def draw_barriers(layers: pd.DataFrame) -> "go.Figure":
     return figure.update_layout(margin_t=110).update_xaxes(type="category")
 
 
-def draw_by_layer(sharpness: pd.DataFrame, layers: pd.DataFrame, result: Result) -> "go.Figure":
+def draw_by_layer(sharpness: pd.DataFrame, layers: pd.DataFrame, result: Result) -> go.Figure:
     """Layer by alpha: the worst rise within one radius."""
     rho = float(result.parameters["rho"])
     part = sharpness[(sharpness["rho"] == rho) & (sharpness["name"] != WHOLE)].sort_values("alpha")
@@ -76,7 +76,7 @@ def draw_by_layer(sharpness: pd.DataFrame, layers: pd.DataFrame, result: Result)
     return heat(figure, part, "alpha", "name", "worst", hover, rows=rows, bar="nats")
 
 
-def draw_by_radius(sharpness: pd.DataFrame, layers: pd.DataFrame, result: Result) -> "go.Figure":
+def draw_by_radius(sharpness: pd.DataFrame, layers: pd.DataFrame, result: Result) -> go.Figure:
     """The worst rise over the radius on log axes, at tuned."""
     part = sharpness[(sharpness["alpha"] == 1.0) & (sharpness["worst"] > 0)]
     title = "Sharpness at tuned over the radius: slope 2 is curvature, slope 1 no minimum"
@@ -91,7 +91,7 @@ def draw_by_radius(sharpness: pd.DataFrame, layers: pd.DataFrame, result: Result
     return figure.update_xaxes(type="log").update_yaxes(type="log").update_layout(margin_t=110)
 
 
-def draw_remedies(remedies: pd.DataFrame, layers: pd.DataFrame, result: Result) -> "go.Figure":
+def draw_remedies(remedies: pd.DataFrame, layers: pd.DataFrame, result: Result) -> go.Figure:
     """What each remedy changes at the worst alpha, on every set, against no remedy."""
     worst = float(result.metrics["worst_alpha"])
     at_worst = remedies[remedies["alpha"] == worst]

@@ -57,14 +57,9 @@ class LayerPaths:
     """
 
     def __init__(
-        self,
-        evaluator: PathEvaluator,
-        on: Sequence[SetKey],
-        alphas: Sequence[float],
-        *,
-        draws: int = 4,
+        self, evaluator: PathEvaluator, on: Sequence[SetKey], alphas: Sequence[float], *, draws: int = 4,
         seed: int = 0,
-    ):
+    ):  # fmt: skip
         self.evaluator, self.on, self.alphas = evaluator, tuple(on), tuple(alphas)
         self.draws, self.seed = draws, seed
         self.units = np.concatenate([evaluator.units(which) for which in on])
@@ -199,7 +194,7 @@ class LayerPaths:
 
     def _cache_is_exact(self) -> bool:
         """Whether a loss from cached blocks equals that of a full pass, bit for bit."""
-        self.evaluator.interpolated.place(1.0)
+        self.evaluator.interpolated.set_alpha(1.0)
         last = self.evaluator.interpolated.layers[-1].index
         cached = [self._filled(_current_losses(self.evaluator, self.on, last, 1.0)) for _ in range(2)]
         self.evaluator.clear_prefix()
@@ -210,23 +205,16 @@ class LayerPaths:
 
 
 def _layer_losses(
-    evaluator: PathEvaluator,
-    *,
-    on: Sequence[SetKey],
-    cached: bool,
-    seed: int,
-    anchor: float,
-    layer: int,
-    alphas: Sequence[float],
-    draws: int,
-) -> list[LossesByRow]:
+    evaluator: PathEvaluator, *, on: Sequence[SetKey], cached: bool, seed: int, anchor: float, layer: int,
+    alphas: Sequence[float], draws: int,
+) -> list[LossesByRow]:  # fmt: skip
     """Losses with a layer at some α and all others at an anchor, then with it moved at random there."""
     prefix = anchor if cached else None
     losses = []
     for alpha in alphas:
-        evaluator.interpolated.place(anchor, {layer: alpha})
+        evaluator.interpolated.set_alpha(anchor, {layer: alpha})
         losses.append(_current_losses(evaluator, on, layer, prefix))
-    evaluator.interpolated.place(anchor)
+    evaluator.interpolated.set_alpha(anchor)
     (moved,) = (candidate for candidate in evaluator.interpolated.layers if candidate.index == layer)
     for draw in range(draws):
         with evaluator.interpolated.changed(moved, _noise(evaluator.interpolated, layer, seed, draw)):

@@ -180,14 +180,9 @@ def logits_normalised(model: nn.Module, wanted: bool) -> AbstractContextManager[
 
 
 def _layer(
-    model: nn.Module,
-    layer: Layer,
-    batch: RowBatch,
-    settings: SharpnessSettings,
-    scale: float,
-    number: int,
+    model: nn.Module, layer: Layer, batch: RowBatch, settings: SharpnessSettings, scale: float, number: int,
     warm: Mapping[float, Tensor],
-) -> tuple[dict[float, dict[str, float]], dict[float, Worst]]:
+) -> tuple[dict[float, dict[str, float]], dict[float, Worst]]:  # fmt: skip
     """One layer on one batch, by ascending radius."""
     rows: dict[float, dict[str, float]] = {}
     worsts: dict[float, Worst] = {}
@@ -212,15 +207,10 @@ def _layer(
             )  # fmt: skip
             smaller = [worsts[rho].best]
             rows[rho] = {
-                "radius": rho * scale,
-                "worst": worsts[rho].rise,
-                "single": worsts[rho].single,
-                "spread": worsts[rho].spread,
-                "slope": float(zero.gradient.norm()),
-                "loss": zero.loss,
-                "average": math.nan,
-                "average_error": math.nan,
-            }
+                "radius": rho * scale, "worst": worsts[rho].rise, "single": worsts[rho].single,
+                "spread": worsts[rho].spread, "slope": float(zero.gradient.norm()), "loss": zero.loss,
+                "average": math.nan, "average_error": math.nan,
+            }  # fmt: skip
             if settings.pairs:
                 mean = average(
                     batch_loss.loss, zero.loss, zero.u, rho * scale, norm=settings.norm, pairs=settings.pairs,

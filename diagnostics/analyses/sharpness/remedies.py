@@ -90,7 +90,7 @@ def has_head_biases(config: Any) -> bool:
 
 def sparse_delta(interpolated: InterpolatedModel, layer: Layer, dropped: float) -> dict[str, Tensor]:
     """Tuned's tensors of a layer with the smallest share of its delta set back to base."""
-    names = [name for name in layer.tensors if name in interpolated.host.twins]
+    names = [name for name in layer.tensors if name in interpolated.host.in_both]
     if not names:
         return {}
     sizes = {name: (interpolated.ends(name)[1] - interpolated.ends(name)[0]).abs() for name in names}
@@ -109,10 +109,10 @@ def _placed(
     interpolated: InterpolatedModel, alpha: float, layers: Sequence[Layer] = (), end: float = 0.0
 ) -> Iterator[None]:
     try:
-        interpolated.place(alpha, {layer.index: end for layer in layers})
+        interpolated.set_alpha(alpha, {layer.index: end for layer in layers})
         yield
     finally:
-        interpolated.place(alpha)
+        interpolated.set_alpha(alpha)
 
 
 def _sparse_deltas(
@@ -126,7 +126,7 @@ def _replaced(
     interpolated: InterpolatedModel, alpha: float, tensors: Callable[[], Mapping[str, Tensor]]
 ) -> Iterator[None]:
     with interpolated.other_end(tensors()):
-        interpolated.place(alpha)
+        interpolated.set_alpha(alpha)
         yield
 
 
@@ -135,11 +135,12 @@ def _pruned(
     interpolated: InterpolatedModel, alpha: float, layers: Sequence[Layer], share: float
 ) -> Iterator[None]:
     """The blend with the smallest weights of each layer's matrices set to zero."""
-    interpolated.place(alpha)
+    interpolated.set_alpha(alpha)
     with ExitStack() as stack:
         for layer in layers:
-            matrices = [interpolated.between(name, alpha).abs().flatten() for name in layer.tensors if
-                        name in interpolated.host.twins and interpolated.ends(name)[0].ndim > 1]  # fmt: skip
+            names = [name for name in layer.tensors if name in interpolated.host.in_both]
+            matrices = [interpolated.between(name, alpha).abs().flatten() for name in names
+                        if interpolated.ends(name)[0].ndim > 1]  # fmt: skip
             if not matrices:
                 continue
             sizes = torch.cat(matrices)

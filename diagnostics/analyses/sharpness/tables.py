@@ -2,17 +2,15 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from diagnostics.analyses.sharpness import stragglers
 from diagnostics.analyses.sharpness.layer_paths import LayerPath, LayerPaths
 from diagnostics.analyses.sharpness.layer_sharpness import WHOLE, SharpnessSettings
 from probes.models.interpolated import Layer
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 # Spread of the starts above which a value is only a lower bound; ratio of sharpness that is noted (ours).
 UNSTEADY, SHARPER = 0.1, 3.0
@@ -49,7 +47,7 @@ class Flags:
         return [layer for layer in self.layers if layer.name in names]
 
 
-def with_sharpness(curves: "pd.DataFrame", sharp: "pd.DataFrame", rho: float) -> "pd.DataFrame":
+def with_sharpness(curves: pd.DataFrame, sharp: pd.DataFrame, rho: float) -> pd.DataFrame:
     """Curvature with the rises that it predicts at the smallest radius, and with those measured there."""
     predicted = curves.assign(
         predicted=(rho**2 * curves["top"] / 2).clip(lower=0), predicted_average=rho**2 * curves["trace"] / 2
@@ -60,16 +58,10 @@ def with_sharpness(curves: "pd.DataFrame", sharp: "pd.DataFrame", rho: float) ->
 
 
 def layer_table(
-    flags: Flags,
-    sharp: "pd.DataFrame",
-    rho: float,
-    remedied: "pd.DataFrame",
-    worst: float,
+    flags: Flags, sharp: pd.DataFrame, rho: float, remedied: pd.DataFrame, worst: float,
     on: Sequence[tuple[str, str]],
-) -> "pd.DataFrame":
+) -> pd.DataFrame:  # fmt: skip
     """One row a layer: barriers, controls, sharpness at both ends, verdict, action."""
-    import pandas as pd
-
     rows = []
     action = best_remedy(remedied, worst, {role for role, _ in on})
     for index, path in enumerate(flags.measured):
@@ -88,13 +80,13 @@ def layer_table(
     return pd.DataFrame(rows)
 
 
-def at(sharp: "pd.DataFrame", alpha: float, name: str, rho: float, column: str) -> float:
+def at(sharp: pd.DataFrame, alpha: float, name: str, rho: float, column: str) -> float:
     """A value of the table `sharpness`; NaN where it was not measured."""
     row = (sharp["alpha"] == alpha) & (sharp["name"] == name) & (sharp["rho"] == rho)
     return float(sharp.loc[row, column].to_numpy(float)[0]) if row.any() else math.nan
 
 
-def best_remedy(remedied: "pd.DataFrame", alpha: float, roles: set[str]) -> tuple[str, float, float]:
+def best_remedy(remedied: pd.DataFrame, alpha: float, roles: set[str]) -> tuple[str, float, float]:
     """The remedy with the lowest loss of some roles at α, and its change of that loss and of the task loss.
 
     Within 0.02 nats of it, remedies that leave both ends unchanged are preferred: realign, then pin.
@@ -112,12 +104,8 @@ def best_remedy(remedied: "pd.DataFrame", alpha: float, roles: set[str]) -> tupl
 
 
 def metrics_of(
-    flags: Flags,
-    table: "pd.DataFrame",
-    sets: Sequence[Mapping[str, Any]],
-    sharp: "pd.DataFrame",
-    rho: float,
-) -> dict[str, float | int]:
+    flags: Flags, table: pd.DataFrame, sets: Sequence[Mapping[str, Any]], sharp: pd.DataFrame, rho: float,
+) -> dict[str, float | int]:  # fmt: skip
     """Metrics over all layers."""
     metrics: dict[str, float | int | None] = {
         "stragglers": int(table["straggler"].sum()),
@@ -144,13 +132,9 @@ def metrics_of(
 
 
 def notes_of(
-    table: "pd.DataFrame",
-    sets: Sequence[Mapping[str, Any]],
-    metrics: Mapping[str, float | int],
-    on: Sequence[tuple[str, str]],
-    settings: SharpnessSettings,
-    paths: LayerPaths,
-) -> list[str]:
+    table: pd.DataFrame, sets: Sequence[Mapping[str, Any]], metrics: Mapping[str, float | int],
+    on: Sequence[tuple[str, str]], settings: SharpnessSettings, paths: LayerPaths,
+) -> list[str]:  # fmt: skip
     """Notes on stragglers, sharpness and the limits of both."""
     data = " and ".join(f"{name} ({role})" if name != role else role for role, name in on)
     notes = [

@@ -144,7 +144,7 @@ def collect_gradients(
     # A tensor may be in several parameters, where the model keeps it in another form.
     holders: dict[nn.Parameter, list[str]] = {}
     for name, entries in index.items():
-        for slot in host.slots(name, entries.long()):
+        for slot in host.editable.slots(name, entries.long()):
             if not isinstance(slot.tensor, nn.Parameter):
                 raise InputError(f"{host.pair.tuned.ref}: {name} is no parameter of the running model")
             holders.setdefault(slot.tensor, []).append(name)
@@ -152,9 +152,9 @@ def collect_gradients(
     def collect(parameter: Any) -> None:
         gradient = parameter.grad.reshape(-1)
         for name in holders[parameter]:
-            for slot in host.slots(name, index[name].long()):
+            for slot in host.editable.slots(name, index[name].long()):
                 if slot.tensor is parameter:
-                    sums[name][slot.which] += gradient[slot.places].to("cpu", sums[name].dtype)
+                    sums[name][slot.which] += gradient[slot.indices].to("cpu", sums[name].dtype)
         parameter.grad = None
 
     required = {parameter: parameter.requires_grad for parameter in holders}

@@ -71,12 +71,12 @@ def eligible_tensors(host: TwoSidedModel, eligible: Eligible) -> dict[str, tuple
     """Shapes of the tensors that a mask may select from: base has them too, and the model differentiates."""
     matrices = {matrix.tensor for matrix in host.pair.tuned.matrices.values()}
     shapes = {}
-    for name in sorted(host.twins):
+    for name in sorted(host.in_both):
         inside = re.search(families.BLOCK, name) is not None
         if eligible != "everything" and not (inside and (eligible == "blocks" or name in matrices)):
             continue
         # A graft leaves out running statistics and other buffers.
-        if all(isinstance(slot.tensor, nn.Parameter) for slot in host.slots(name, torch.arange(1))):
+        if all(isinstance(slot.tensor, nn.Parameter) for slot in host.editable.slots(name, torch.arange(1))):
             shapes[name] = host.headers[name].shape
     if not shapes:
         raise InputError(
@@ -109,7 +109,7 @@ class GraftEvaluator:
         self.shapes = eligible_tensors(host, eligible)
         self.movement = Movement(self.shapes, self.read)
         # Tensors that differ and are not eligible; a graft has base's.
-        outside = sorted(host.twins - self.shapes.keys())
+        outside = sorted(host.in_both - self.shapes.keys())
         self.outside = [name for name in outside if not same_bytes(*self.read(name))]
         self.evaluations = 0  # passes over a set so far
         self._blender = Blender(host.pair)
@@ -152,7 +152,7 @@ class GraftEvaluator:
         tuned = self.host.pair.tuned
 
         def blends() -> Iterator[tuple[str, Tensor]]:
-            for name in sorted(self.host.twins):
+            for name in sorted(self.host.in_both):
                 value, square = self._blender.between(name, tuned.tensor(name), alpha)
                 if square:
                     yield name, value.to(self.host.headers[name].dtype)

@@ -68,7 +68,7 @@ def pair_notes(pair: CheckpointPair, evaluator: GraftEvaluator) -> list[str]:
             "Tuned is an adapter. The region is one of its merged weights, with a dense delta; it does not "
             "say which rank-one parts of the adapter carry the skill."
         )
-    only_tuned = sorted(host.headers.keys() - host.twins)
+    only_tuned = sorted(host.headers.keys() - host.in_both)
     if only_tuned:
         many = f"{len(only_tuned)} tensors, such as {only_tuned[0]}" if len(only_tuned) > 1 else only_tuned[0]
         notes.append(f"Base lacks {many}; it is measured with tuned's.")

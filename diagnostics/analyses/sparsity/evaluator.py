@@ -193,7 +193,7 @@ class Masks:
         cuts = [[self.cut(side, sparsity) for sparsity in ascending] for side in SIDES]
         overlaps = Overlaps(len(ascending))
         for name in self.names:
-            if name in self.host.twins:
+            if name in self.host.in_both:
                 sides = [self.host.read(name, side) for side in SIDES]
                 base, tuned = (prune.cut_levels(cut, name, W) for cut, W in zip(cuts, sides, strict=True))
                 overlaps.add(base, tuned, squared_change(*sides))
@@ -351,12 +351,12 @@ class MaskEvaluator:
         for name in self.masks.names:
             pruned = self.masks.pruned(model, pattern, sparsity, name)
             index = pruned.flatten().nonzero()[:, 0]
-            for slot in self.host.slots(name, index):
+            for slot in self.host.editable.slots(name, index):
                 parameter = slot.tensor
                 assert isinstance(parameter, nn.Parameter), name
                 if parameter not in held:
                     held[parameter] = torch.zeros(parameter.shape, dtype=torch.bool, device=parameter.device)
-                held[parameter].view(-1)[slot.places] = True
+                held[parameter].view(-1)[slot.indices] = True
         return held
 
     def rows(self, role: str, metric: Metric) -> list[row_bootstrap.RowLosses]:

@@ -143,7 +143,7 @@ def scope_notes(measurements: SparsityMeasurements, metrics: Numbers) -> list[st
         f"{metrics['scope_share']:.3g} of tuned's parameters. Unstructured zeros save no time on ordinary "
         "hardware; N:M patterns and sparse file formats do."
     )
-    only_tuned = sorted(set(host.headers) - host.twins)
+    only_tuned = sorted(set(host.headers) - host.in_both)
     if only_tuned:
         many = f"{len(only_tuned)} tensors, such as {only_tuned[0]}" if len(only_tuned) > 1 else only_tuned[0]
         lines.append(f"Base lacks {many}; it is measured with tuned's.")

@@ -9,10 +9,12 @@ arXiv:1903.01611 (distance and angle); Isik et al., arXiv:2402.04177 (loss again
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
+from diagnostics.analyses.trajectory.figures import draw
 from diagnostics.analyses.trajectory.tables import (
     decoupling_metrics,
     decoupling_rows,
@@ -37,9 +39,6 @@ from probes.checkpoints.checkpoint import Checkpoint
 from probes.checkpoints.series import series_of
 from probes.errors import InputError
 from probes.text.rows import Task
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 METRICS = {
     "shipped_low": "keep sets significantly below the first step at the last one, and still rising",
@@ -89,13 +88,6 @@ def summary(result: Result) -> str:
     if "inefficiency" in m:
         parts.append(f"path through the weights {m['inefficiency']:.2f} times the straight line")
     return "; ".join(parts) or f"{m['checkpoints']} checkpoints, nothing measurable"
-
-
-def draw(result: Result) -> "dict[str, go.Figure]":
-    """The figures of a result; plotting is imported only here."""
-    from diagnostics.analyses.trajectory import figures
-
-    return figures.draw(result)
 
 
 @analysis(
@@ -171,8 +163,6 @@ def training_trajectory(
         >>> training_trajectory(run, BUNDLED / "grokking/held-out.jsonl", rows=4).metrics["checkpoints"]
         4
     """
-    import pandas as pd
-
     if not 0 < recovered <= 1 or not 0 <= settled < 1:
         raise InputError(
             f"recovered is {recovered} and settled {settled}; both are shares, recovered above 0 and settled "

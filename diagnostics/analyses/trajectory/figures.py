@@ -23,13 +23,13 @@ DISTANCES = {
 }
 
 
-def draw(result: Result) -> "dict[str, go.Figure]":
+def draw(result: Result) -> dict[str, go.Figure]:
     """The figures; one without data is left out."""
     scores = {measure: partial(draw_scores, measure=measure) for measure in SCORES}
     return drawn(result, **scores, parting=draw_parting, angles=draw_angles, distances=draw_distances)
 
 
-def draw_scores(steps: pd.DataFrame, measure: str, troughs: pd.DataFrame = NONE) -> "go.Figure | None":
+def draw_scores(steps: pd.DataFrame, measure: str, troughs: pd.DataFrame = NONE) -> go.Figure | None:
     """Task, keep and train rows over the steps; the deepest trough of keep rows is shaded."""
     if steps[measure].isna().all():
         return None
@@ -51,7 +51,7 @@ def draw_scores(steps: pd.DataFrame, measure: str, troughs: pd.DataFrame = NONE)
     return theme.threshold(figure, "lowest", x=low)
 
 
-def draw_parting(steps: pd.DataFrame, result: Result) -> "go.Figure | None":
+def draw_parting(steps: pd.DataFrame, result: Result) -> go.Figure | None:
     """Metric of the task against its loss: a line up to the left while both improve."""
     task = steps[steps["role"] == "task"]
     if task[["metric", "loss"]].isna().all().any():
@@ -69,7 +69,7 @@ def draw_parting(steps: pd.DataFrame, result: Result) -> "go.Figure | None":
     return figure
 
 
-def draw_angles(path: pd.DataFrame, result: Result) -> "go.Figure | None":
+def draw_angles(path: pd.DataFrame, result: Result) -> go.Figure | None:
     """The angle of each step to the line from first to last, and to the step before it."""
     if path["angle"].isna().all():
         return None
@@ -83,7 +83,7 @@ def draw_angles(path: pd.DataFrame, result: Result) -> "go.Figure | None":
     return theme.threshold(figure, "at right angles", y=90)
 
 
-def draw_distances(path: pd.DataFrame) -> "go.Figure | None":
+def draw_distances(path: pd.DataFrame) -> go.Figure | None:
     """The distance of the weights from the first checkpoint and to the last."""
     if path["angle"].isna().all():
         return None

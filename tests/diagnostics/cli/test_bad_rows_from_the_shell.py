@@ -86,10 +86,13 @@ FILES = {
         [{"text": "a"}, '{"text": "b"'],
         r"rows\.jsonl:2: not JSON: Expecting ',' delimiter.*; each line is one object$",
     ),
-    "a field is missing": ([{"text": "a"}, {"txt": "b"}], r'rows\.jsonl:2: the row lacks "text"$'),
+    "a field is missing": (
+        [{"text": "a"}, {"txt": "b"}],
+        r'rows\.jsonl:2: the row lacks "text"; this one has "txt"$',
+    ),
     "no field is known": (
         [{"content": "a"}],
-        r'rows\.jsonl:1: a row is one of \{"text"\}, \{"prompt", "completion"\}, .*; this one has none of',
+        r'rows\.jsonl:1: a row is one of \{"text"\}, \{"prompt", "completion"\}, .*; this one has "content"$',
     ),
     "a field is mistyped": (
         [{"text": "a"}, {"text": 3}],
@@ -132,7 +135,7 @@ def test_one_set_of_rows_is_not_both_in_and_out_of_distribution(audit, tmp_path)
     shutil.copy(ROWS["task"], copy)
     one_line(
         audit(code=copy),
-        r"--task .*task\.jsonl and --ood a=.*copy\.jsonl hold the same rows; what is in distribution cannot "
+        r"--task .*task\.jsonl and --ood a=.*copy\.jsonl hold the same rows; rows in distribution cannot "
         "be out of it: give another file for one of them$",
     )
 

@@ -1,7 +1,15 @@
+from pathlib import Path
+
 import pytest
 
-from diagnostics.core.inputs import open_roles, tasks
+import diagnostics
+from diagnostics import AuditCallback, intruder_dimensions, training_dynamics
+from diagnostics.core.inputs import check_input_types, open_roles, tasks
+from probes import CheckpointPair, CheckpointSeries
+from probes.errors import InputError
 from probes.text.rows import read_task, task_of
+
+BUNDLED = Path(diagnostics.__file__).parent / "bundled"
 
 TEXT = '{"text": "a"}\n{"text": "b"}\n'
 
@@ -77,3 +85,43 @@ def test_a_role_called_from_python_may_be_a_task_a_file_texts_or_several_by_name
     assert [(name, task.rows[0].text) for name, task in several.items()] == [("file", "a"), ("texts", "c")]
     with pytest.raises(ValueError, match="ood is empty; give a task, or several by name"):
         tasks({}, "ood")
+
+
+# --- inputs of another type ---
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return CheckpointPair(BUNDLED / "base", BUNDLED / "full")
+
+
+def test_a_tuple_in_the_place_of_a_pair_is_refused_with_the_call_that_makes_one():
+    with pytest.raises(InputError, match=r"^intruders: pair is a tuple; it takes a CheckpointPair: Check"):
+        intruder_dimensions((BUNDLED / "base", BUNDLED / "full"))
+
+
+def test_a_pair_in_the_place_of_a_series_is_refused_with_the_list_of_its_two_ends(pair):
+    message = r"^dynamics: series is a CheckpointPair; it takes .*: \[pair\.base, pair\.tuned\]$"
+    with pytest.raises(InputError, match=message):
+        training_dynamics(pair)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [("pair", None, "None"), ("pair", "base", "a str"), ("series", 3, "a int"), ("series", {}, "a dict")],
+)
+def test_what_was_given_is_named_by_its_type(name, value, kind):
+    with pytest.raises(InputError, match=f"^angles: {name} is {kind}; it takes a Checkpoint"):
+        check_input_types("angles", {name: value})
+
+
+def test_pairs_and_all_that_makes_a_series_are_taken(pair):
+    check_input_types("angles", {"pair": pair, "series": CheckpointSeries([pair.base, pair.tuned])})
+    for series in ([pair.base, pair.tuned], (BUNDLED / "base",), BUNDLED / "series", iter([pair.base])):
+        check_input_types("angles", {"series": series, "task": 3})
+
+
+def test_a_callback_takes_one_file_as_it_is(tmp_path):
+    path = write(tmp_path, "task.jsonl")
+    callback = AuditCallback(tmp_path / "audit", only="sparsification", task=path)
+    assert [rows.ref for rows in callback.rows["task"]] == [path]

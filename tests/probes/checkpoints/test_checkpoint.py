@@ -373,7 +373,7 @@ def test_a_model_and_an_adapter_in_one_directory_are_not_guessed_between(adapter
     for file in adapter.iterdir():
         shutil.copy(file, directory)
     refuse(
-        "holds a model and an adapter; name the file that is meant, model.safetensors or adapter_model",
+        "holds a model and an adapter; name one file, model.safetensors or adapter_model",
         directory,
     )
     assert open_checkpoint(directory / "model.safetensors").kind == "full"

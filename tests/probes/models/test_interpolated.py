@@ -66,7 +66,7 @@ def test_the_ends_are_the_checkpoints_bit_for_bit_with_negative_zeros_and_all():
     with TwoSidedModel(CheckpointPair(base, tuned)) as host:
         walk = InterpolatedModel(host)
         for alpha in (0.3, 0.0, 0.7, 1.0, 0.0):
-            walk.place(alpha)
+            walk.set_alpha(alpha)
             if alpha in (0.0, 1.0):
                 end = (base, tuned)[int(alpha)].state_dict()
                 for name, value in host.model.state_dict().items():
@@ -75,7 +75,7 @@ def test_the_ends_are_the_checkpoints_bit_for_bit_with_negative_zeros_and_all():
 
 def test_between_the_ends_it_is_the_blend_in_float64_rounded_once(walk):
     walk, base, tuned = walk
-    walk.place(0.3)
+    walk.set_alpha(0.3)
     for name, value in walk.model.state_dict().items():
         one, two = (side.state_dict()[name].double() for side in (base, tuned))
         assert torch.equal(value, (one + 0.3 * (two - one)).float()), name
@@ -83,15 +83,15 @@ def test_between_the_ends_it_is_the_blend_in_float64_rounded_once(walk):
 
 def test_a_layer_stands_where_it_is_told_and_the_others_where_they_are(walk):
     walk, base, tuned = walk
-    walk.place(1.0, {0: 0.0})
+    walk.set_alpha(1.0, {0: 0.0})
     for name, value in walk.model.state_dict().items():
         side = base if ".layers.0." in name else tuned
         assert torch.equal(value, side.state_dict()[name]), name
-    walk.place(0.0, {-1: 1.0, 2: 1.0})
+    walk.set_alpha(0.0, {-1: 1.0, 2: 1.0})
     for name, value in walk.model.state_dict().items():
         side = base if ".layers." in name else tuned
         assert torch.equal(value, side.state_dict()[name]), name
-    walk.place(1.0)
+    walk.set_alpha(1.0)
     assert same(tuned.state_dict(), walk.model.state_dict())
 
 
@@ -106,7 +106,7 @@ def test_displacement_is_the_norm_of_the_delta_and_of_base(walk):
 
 def test_what_is_changed_or_redirected_comes_back_also_after_an_error(walk):
     walk, base, tuned = walk
-    walk.place(0.5)
+    walk.set_alpha(0.5)
     before = state(walk.model)
     layer = walk.layers[1]
     name = layer.tensors[0]
@@ -118,8 +118,8 @@ def test_what_is_changed_or_redirected_comes_back_also_after_an_error(walk):
     assert same(before, walk.model.state_dict())
     with walk.other_end({name: base.state_dict()[name]}):  # both ends are base's: so is what is between
         assert torch.equal(walk.model.state_dict()[name], base.state_dict()[name])
-        walk.place(1.0)
-    walk.place(0.5)
+        walk.set_alpha(1.0)
+    walk.set_alpha(0.5)
     assert same(before, walk.model.state_dict())
     walk.host.restore()
     assert same(tuned.state_dict(), walk.model.state_dict())
@@ -129,7 +129,7 @@ def test_what_base_lacks_is_pinned_to_tuned():
     base, tuned = make("llama", 0), make("llama_classes", 1)
     with TwoSidedModel(CheckpointPair(base, tuned)) as host:
         walk = InterpolatedModel(host)
-        walk.place(0.0)
+        walk.set_alpha(0.0)
         assert walk.pinned == ("score.weight",)
         assert torch.equal(walk.model.score.weight, tuned.score.weight)
         assert torch.equal(walk.model.model.norm.weight, base.model.norm.weight)

@@ -5,6 +5,7 @@ import json
 import pickle
 import shutil
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -480,6 +481,31 @@ def test_an_unfinished_adapter_is_refused(base, adapter):
     save_file(tensors, path)
     with pytest.raises(ValueError, match=r"adapter: the adapter does not load .*missing adapter keys"):
         open_model(ref)
+
+
+@pytest.mark.parametrize(
+    "loads",
+    [
+        "transformers.LlamaConfig.from_dict",
+        "transformers.AutoModelForCausalLM.from_pretrained",
+        "transformers.AutoTokenizer.from_pretrained",
+        "peft.PeftModel.from_pretrained",
+    ],
+)
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("no room"), RuntimeError("HIP error: out of memory")]
+)
+def test_memory_that_runs_out_while_loading_is_no_wrong_input(base, adapter, monkeypatch, loads, error):
+    ref, _ = adapter(base)
+    (Path(base) / "tokenizer.json").touch()
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(loads, fail)
+    with pytest.raises(type(error)) as raised:
+        _ = open_model(ref).tokenizer
+    assert raised.value is error
 
 
 def test_sides_of_no_kind_that_runs_are_refused(base, tmp_path):

@@ -64,7 +64,7 @@ def test_it_is_either_side_bit_for_bit(pair):
 
 def test_with_every_entry_of_the_other_side_it_is_the_other_side(pair):
     with TwoSidedModel(pair) as host:
-        every = {name: torch.arange(host.headers[name].entries) for name in host.twins}
+        every = {name: torch.arange(host.headers[name].entries) for name in host.in_both}
         wanted = {side: tensors_of(Editable(getattr(pair, side)).model) for side in ("base", "tuned")}
         for side, other in (("tuned", "base"), ("base", "tuned")):
             host.become(side)
@@ -77,7 +77,7 @@ def test_a_selection_and_its_complement_with_the_sides_swapped_are_one_model(pai
     generator = torch.Generator().manual_seed(0)
     with TwoSidedModel(pair) as host:
         chosen, rest = {}, {}
-        for name in host.twins:
+        for name in host.in_both:
             order = torch.randperm(host.headers[name].entries, generator=generator)
             chosen[name], rest[name] = order[:5].sort().values, order[5:].sort().values
         host.become("base")
@@ -92,10 +92,10 @@ def test_only_the_selected_entries_differ(pair):
     with TwoSidedModel(pair) as host:
         host.become("base")
         before = tensors_of(host.model)
-        index = {name: torch.tensor([0, 3]) for name in host.twins}
+        index = {name: torch.tensor([0, 3]) for name in host.in_both}
         with host.selecting(index, "tuned") as model:
             seen = open_checkpoint(model)
-            for name in host.twins:
+            for name in host.in_both:
                 wanted = host.read(name, "base").flatten().clone()
                 wanted[[0, 3]] = host.read(name, "tuned").flatten()[[0, 3]]
                 assert torch.equal(seen.tensor(name).flatten(), wanted)
@@ -249,7 +249,7 @@ def test_a_head_that_base_lacks_stays_tuneds(tmp_path):
     make("llama_classes", 1).save_pretrained(tmp_path / "tuned")
     pair = CheckpointPair(tmp_path / "base", tmp_path / "tuned")
     with TwoSidedModel(pair) as host:
-        assert set(host.headers) - host.twins == {"score.weight"}
+        assert set(host.headers) - host.in_both == {"score.weight"}
         host.become("base")
         held = host.model.state_dict()
         assert torch.equal(held["score.weight"], pair.tuned.tensor("score.weight"))
@@ -273,11 +273,11 @@ def test_the_gradient_at_an_entry_is_found_where_the_entry_lives(pair):
     """Slots point at parameters, and hold what the file holds at these entries."""
     with TwoSidedModel(pair) as host:
         parameters = {id(parameter) for parameter in host.model.parameters()}
-        for name in host.twins:
+        for name in host.in_both:
             index = torch.tensor([1, 2])
-            for slot in host.slots(name, index):
+            for slot in host.editable.slots(name, index):
                 assert id(slot.tensor) in parameters
-                held = slot.tensor.detach().view(-1)[slot.places]
+                held = slot.tensor.detach().view(-1)[slot.indices]
                 assert torch.equal(held, host.read(name).flatten()[index][slot.which])
 
 

@@ -481,8 +481,8 @@ def test_batches_hold_each_row_once_and_are_of_one_size():
     [
         ({"rhos": (0.0, 0.5)}, "rhos holds 0.0; a radius is above 0"),
         ({"rhos": (0.5,), "rho": -1.0}, "a radius is above 0"),
-        ({"rho": 0.3}, r"rho is 0.3, which is not among rhos"),
-        ({"norm": "linf"}, "starts is 1, and one search of kind linf may find less than half"),
+        ({"rho": 0.3}, r"rho is 0.3, which is not in rhos"),
+        ({"norm": "linf"}, "starts is 1; with norm linf a single start may find less than half"),
         ({"steps": 1}, "steps is 1; at least 2"),
         ({"batches": 0}, "batches is 0; at least 1"),
         ({"alphas": (2.0,)}, "alphas holds 2.0; they go from 0, base, to 1, tuned"),
@@ -496,7 +496,7 @@ def test_settings_that_make_no_sense_are_refused(models, settings, message):
 
 def test_half_precision_is_refused_because_small_steps_vanish_in_it(models, tmp_path):
     place = save(tmp_path / "base", copy.deepcopy(models[0]).bfloat16())
-    with pytest.raises(ValueError, match=r"half precision, .* set sharpness\.dtype to float32"):
+    with pytest.raises(ValueError, match=r"in half precision .*; set sharpness\.dtype to float32"):
         layer_sharpness(CheckpointPair(place, place), models[2], dtype=None)
 
 

@@ -48,7 +48,7 @@ def reader(host):
 
 def candidates_of(host, share=0.3):
     """The entries of the blocks that moved furthest."""
-    names = {name for name in host.twins if ".layers." in name or ".h." in name}
+    names = {name for name in host.in_both if ".layers." in name or ".h." in name}
     movement = Movement({name: host.headers[name].shape for name in names}, reader(host))
     return Candidates.of(movement.largest(int(share * movement.total)), reader(host))
 
@@ -64,8 +64,8 @@ def dense(host, candidates, objective):
     objective.backward(host.model)
     found = torch.zeros(len(candidates))
     for name, span in candidates.spans:
-        for slot in host.slots(name, candidates.index[name].long()):
-            found[span][slot.which] = slot.tensor.grad.view(-1)[slot.places]
+        for slot in host.editable.slots(name, candidates.index[name].long()):
+            found[span][slot.which] = slot.tensor.grad.view(-1)[slot.indices]
         found[span] *= delta(candidates.base[name], candidates.tuned[name])
     for parameter in host.model.parameters():
         parameter.grad = None

@@ -177,8 +177,8 @@ def test_eligible_are_weights_biases_and_norms_of_the_blocks(family, tmp_path):
         matrices = eligible_tensors(host, "matrices")
         everything = eligible_tensors(host, "everything")
         assert set(matrices) < set(blocks) < set(everything)
-        assert set(everything) == {name for name in host.twins if "inv_freq" not in name}
-        inside = {name for name in host.twins if ".0." in name or ".1." in name}
+        assert set(everything) == {name for name in host.in_both if "inv_freq" not in name}
+        inside = {name for name in host.in_both if ".0." in name or ".1." in name}
         assert set(blocks) == inside
         assert not any("norm" in name.lower() or name.endswith("bias") for name in matrices)
         layer = layer_lookup(blocks)
