@@ -1,8 +1,7 @@
-"""joblib backend for Dask that reports lost work.
+"""joblib backend for Dask that reports lost work: every task is asked for its own outcome.
 
-Dask gives the tasks of a lost worker to another worker. joblib's own backend waits for ever when Dask gives a
-task up (it took several workers with it), when no worker or scheduler is left, or when a result is lost on
-the way. This backend asks every task for its own outcome.
+joblib's own backend waits for ever when Dask gives a task up (it took several workers with it), when no
+worker or scheduler is left, or when a result is lost on the way.
 """
 
 import threading
@@ -68,12 +67,7 @@ class LastingBackend(DaskDistributedBackend):
         return future
 
     def retrieve_result_callback(self, out: Any) -> Any:
-        """The results of a batch.
-
-        Raises:
-            Exception: what one of its calls raised.
-            EngineError: Dask gave it up.
-        """
+        """The results of a batch."""
         if isinstance(out, KilledWorker):
             raise EngineError(
                 f"{out.allowed_failures + 1} workers were lost one after another while they ran the same "

@@ -40,18 +40,16 @@ def engine(name: str, device: str = "cpu") -> Iterator[None]:
         return
     kind, _, rest = name.partition(":")
     if kind == "local" and rest.isdecimal() and int(rest) > 0:
-        with local_engine(int(rest)):
-            yield
+        running = local_engine(int(rest))
     elif kind == "dask" and rest.startswith("//"):
-        with dask_engine(name, rest.removeprefix("//")):
-            yield
+        running = dask_engine(name, rest.removeprefix("//"))
     elif kind == "ray" and rest.startswith("//"):
-        with ray_engine(name, rest.removeprefix("//"), device):
-            yield
+        running = ray_engine(name, rest.removeprefix("//"), device)
     else:
-        raise InputError(
-            f"--engine {name}: unknown; known: local, local:N, dask://HOST:PORT, ray://HOST:PORT"
-        )
+        known = "local, local:N, dask://HOST:PORT, ray://HOST:PORT"
+        raise InputError(f"--engine {name}: unknown; known: {known}")
+    with running:
+        yield
 
 
 @contextmanager
@@ -165,25 +163,16 @@ def ray_engine(name: str, address: str, device: str) -> Iterator[None]:
 def ray_worker_count(name: str, resources: Mapping[str, float], device: str) -> int:
     """How many workers a Ray cluster has room for: it waits for ever for more. InputError for none."""
     kind = "GPU" if device == "cuda" else "CPU"
-    count = int(resources.get(kind, 0))
-    if count < 1:
-        raise InputError(
-            f"--engine {name}: the cluster has no {kind}; add a machine that has one, or use --device"
-        )
-    return count
+    if resources.get(kind, 0) < 1:
+        mend = "add a machine that has one, or use --device"
+        raise InputError(f"--engine {name}: the cluster has no {kind}; {mend}")
+    return int(resources[kind])
 
 
 def oversubscription_warning(workers: Mapping[str, int], cores: Mapping[str, int], threads: int) -> str:
-    """The warning for a machine with fewer cores than threads of its workers; empty where none is.
-
-    Args:
-        workers, cores: of each machine; a worker that runs several jobs at once counts as several.
-        threads: of each job, as in the process that asks.
-    """
-    if threads == 1:
-        return ""
+    """The warning for a machine with fewer cores than threads of its jobs at once; empty where none is."""
     for machine, count in workers.items():
-        if count * threads > cores[machine]:
+        if threads > 1 and count * threads > cores[machine]:
             return (
                 f"{machine}: {count} jobs at once with {threads} threads each, but {cores[machine]} cores: "
                 "they will wait for each other; set OMP_NUM_THREADS=1 for this command"

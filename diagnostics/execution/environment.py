@@ -17,11 +17,7 @@ RECORDED = ("numpy", "pandas", "safetensors", "transformers", "peft", "joblib")
 
 
 def device(name: str) -> str:
-    """The device that `auto`, `cpu`, `cuda` or `cuda:N` stands for on this machine.
-
-    Raises:
-        InputError: unknown, or not on this machine.
-    """
+    """The device that `auto`, `cpu`, `cuda` or `cuda:N` stands for on this machine."""
     import torch
 
     if name == "auto":
@@ -122,12 +118,9 @@ def environment(device: str) -> dict[str, Any]:
         with suppress(PackageNotFoundError):
             versions[package] = version(package)
     return {
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "torch": torch.__version__,
-        "device": device,
+        "python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}",
+        "torch": torch.__version__, "device": device,
         "device_name": torch.cuda.get_device_name(device) if device.startswith("cuda") else "",
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(), "cores": os.cpu_count(),
         "packages": versions,
-    }
+    }  # fmt: skip

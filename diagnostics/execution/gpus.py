@@ -29,18 +29,10 @@ def claimed_gpu(identities: tuple[str, ...], folder: Path) -> int:
 
 
 def claim_gpu(identities: Sequence[str], folder: Path, process: int) -> tuple[int, Any]:
-    """Claim one of several GPUs, each for one process.
+    """Claim one of several GPUs for one process: its index, and the lock to keep.
 
-    The operating system frees a lock however its process ends. dask-cuda and Ray show a worker its own GPU
-    first, or no other; that one is taken.
-
-    Args:
-        identities: names of the GPUs, the same in all processes, in this process's order of preference.
-        folder: where the locks lie, the same for all processes.
-        process: id of this process.
-
-    Returns:
-        Its index, and the lock to keep. Where all are held: process id modulo their number, and None.
+    Identities are in order of preference: dask-cuda and Ray show a worker its own GPU first. The operating
+    system frees a lock however its process ends. Where all are held: process id modulo their number, None.
     """
     from filelock import FileLock, Timeout
 

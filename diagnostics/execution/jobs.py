@@ -69,9 +69,8 @@ def run_jobs(calls: Iterable[Callable[[], Outcome]], *, device: str = "cpu") -> 
         except BrokenProcessPool as error:  # a lost process of this machine takes all others with it
             lost += 1
             if lost > RESTARTS:
-                raise EngineError(
-                    f"{lost} processes were lost one after another with the same work; out of memory?"
-                ) from error
+                reason = "processes were lost one after another with the same work; out of memory?"
+                raise EngineError(f"{lost} {reason}") from error
         except Exception as error:
             if type(error).__module__.partition(".")[0] != "ray":
                 raise

@@ -1,7 +1,6 @@
 """Run the work on several matrices in lockstep, so that the GPU is waited for once a round.
 
-The work on one matrix is a generator. Where it depends on values, it yields the tensors that hold them and
-receives arrays. The tensors that all generators yield in a round are read in one copy.
+The work on a matrix is a generator that yields the tensors whose values it needs, and receives arrays.
 """
 
 from collections.abc import Generator, Sequence
@@ -25,10 +24,7 @@ def read_values(tensors: Sequence[Tensor]) -> Values:
 
 
 def run_in_lockstep(jobs: Sequence[Steps[Outcome]]) -> list[Outcome]:
-    """What the jobs return, in order; the tensors that they yield are read together, round by round.
-
-    An error of one job ends the others.
-    """
+    """What the jobs return, in order; the tensors that they yield are read together, round by round."""
     outcomes: dict[int, Outcome] = {}
     replies: dict[int, Values | None] = dict.fromkeys(range(len(jobs)))
     try:

@@ -38,10 +38,7 @@ def prefetch(read: Callable[[Key], Value], keys: Iterable[Key]) -> Generator[Val
 def run_halving_on_oom(
     run: Callable[[list[Item]], list[Outcome]], items: list[Item], name_of: Callable[[Item], str]
 ) -> list[Outcome]:
-    """The results of `run` for some items, in order; a list that does not fit into memory is halved.
-
-    Raises InputError, with `name_of(item)`, if a single item does not fit.
-    """
+    """The results of `run` for some items, in order; a list that does not fit into memory is halved."""
     try:
         return run(items)
     except (RuntimeError, MemoryError) as error:

@@ -1,7 +1,6 @@
 """Models on the engine's workers: rows split by batch, interpolations by alpha, series by checkpoint.
 
-Each worker opens the pair itself and keeps it while jobs arrive. A batch, or a point, is computed alike
-wherever it runs, so that its numbers are the same.
+Each worker opens the pair itself. A batch, or a point, is computed alike wherever it runs.
 """
 
 import gc
@@ -11,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 
@@ -28,6 +27,7 @@ from probes.text.batches import Example, batches
 
 Outcome = TypeVar("Outcome")
 Object = TypeVar("Object")
+Measure: TypeAlias = Callable[[Any, Sequence[Example]], Outcome]
 
 # A worker frees a model after so long without work.
 IDLE_SECONDS = 30.0
@@ -42,35 +42,23 @@ def checkpoint_runner(series: CheckpointSeries, device: str) -> RunCalls:
 
 @dataclass(frozen=True)
 class WorkerObject(Generic[Object]):
-    """Lazily built per-worker object, kept while jobs arrive.
+    """Lazily built per-worker object, kept while jobs arrive."""
 
-    Attributes:
-        packed: pickle of a callable without arguments that builds it.
-        device: where it computes.
-    """
-
-    packed: bytes
-    device: str
+    packed: bytes  # pickle of a callable without arguments that builds it
+    device: str  # where it computes
 
     def run(self, calls: Iterable[Callable[[Object], Outcome]]) -> Iterator[Outcome]:
-        """Results of calls on it, in order; a call gets it in the state that another left it in.
-
-        Raises:
-            EngineError: as `diagnostics.execution.jobs.run_jobs`.
-        """
-        calls_on_object = (partial(_call_on_object, self.packed, call) for call in calls)
-        return jobs.run_jobs(calls_on_object, device=self.device)
+        """Results of calls on it, in order; a call gets it in the state that another left it in."""
+        sent = (partial(_call_on_object, self.packed, call) for call in calls)
+        return jobs.run_jobs(sent, device=self.device)
 
 
 def pair_on_workers(
     pair: CheckpointPair, loading: Loading, build: Callable[[CheckpointPair, Loading], Object]
 ) -> WorkerObject[Object] | None:
-    """An object that every worker builds from a pair.
+    """An object that every worker builds from a pair by a top-level function, or a partial of one.
 
     None if all runs here: the engine has no workers, or a model lies in memory and cannot be sent.
-
-    Args:
-        build: a top-level function, or `functools.partial` of one.
     """
     if _runs_here(pair.base, pair.tuned):
         return None
@@ -109,7 +97,7 @@ class RemoteModel:
 
     def run_batches(
         self,
-        measure: Callable[[Any, Sequence[Example]], Outcome],
+        measure: Measure[Outcome],
         examples: Sequence[Example],
         tokens: int,
         progress: Callable[[int], None] | None = None,
@@ -118,7 +106,6 @@ class RemoteModel:
 
         Args:
             measure: gets the model and the examples of one batch, which form one batch again.
-            tokens: as of `batches`.
             progress: called with the number of examples done.
         """
         plan = [batch.indices.tolist() for batch in batches(examples, tokens=tokens, pad_id=0)]
@@ -157,11 +144,7 @@ def _open_host(pair: CheckpointPair, loading: Loading, *, build: Callable[[TwoSi
 
 
 def _measure_batch(
-    side: Side,
-    measure: Callable[[Any, Sequence[Example]], Outcome],
-    indices: list[int],
-    examples: list[Example],
-    runnable: RunnablePair,
+    side: Side, measure: Measure[Outcome], indices: list[int], examples: list[Example], runnable: RunnablePair
 ) -> Outcome:
     try:
         with getattr(runnable, side)() as model:

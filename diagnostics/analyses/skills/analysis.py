@@ -9,28 +9,17 @@ and the controls are ours.
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
-from diagnostics.analyses.skills.evaluator import (
-    SPLITS,
-    Eligible,
-    GraftEvaluator,
-    Key,
-    select_rows,
-    split_rows,
-)
+from diagnostics.analyses.skills.evaluator import SPLITS, Eligible, GraftEvaluator, select_rows, split_rows
+from diagnostics.analyses.skills.figures import draw
 from diagnostics.analyses.skills.mask_search import STEP
-from diagnostics.analyses.skills.measurements import (
-    TaskMeasurements,
-    measure_ends,
-    measure_regions,
-    start_measurements,
-)
+from diagnostics.analyses.skills.measurements import measure_ends, measure_regions, start_measurements
 from diagnostics.analyses.skills.notes import pair_notes, task_notes
 from diagnostics.analyses.skills.search import GradientProgress, Mode, TaskSearch, gradient_count
 from diagnostics.analyses.skills.size_selection import CHECKED, SizeChooser
-from diagnostics.analyses.skills.tables import SkillTables
+from diagnostics.analyses.skills.tables import tables_and_metrics
 from diagnostics.core.analysis import DeviceTest, Result, analysis
 from diagnostics.core.inputs import tasks
 from diagnostics.core.row_options import RowOptions
@@ -40,12 +29,9 @@ from probes.checkpoints.mask_file import Patch
 from probes.errors import InputError
 from probes.models.two_sided import TwoSidedModel
 from probes.passes.objective import Objective
+from probes.progress import Progress
 from probes.text.rows import Task
 
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
-Progress = Callable[[int, int, str], None]
 # From the paper's budget up to where a region is no longer small.
 SHARES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
@@ -98,13 +84,6 @@ def summary(result: Result) -> str:
     """The verdict on each task."""
     verdicts = result.tables["tasks"]["verdict"] if "tasks" in result.tables else ()
     return " ".join(verdicts) or "nothing to localise"
-
-
-def draw(result: Result) -> "dict[str, go.Figure]":
-    """The figures of a result; plotly is loaded when they are drawn."""
-    from diagnostics.analyses.skills import figures
-
-    return figures.draw(result)
 
 
 @analysis(
@@ -239,7 +218,7 @@ def skill_localization(
             return encoded(host.editable, unencoded, **options.of_rows)
 
         encoded_tasks = {name: encode(task_rows) for name, task_rows in by_task.items()}
-        encoded_others: dict[Key, EncodedTask] = {key: encode(other) for key, other in others.items()}
+        encoded_others = {key: encode(other) for key, other in others.items()}
         sets = dict(encoded_others)
         for name, by_split in rows.items():
             sets |= {
@@ -252,17 +231,18 @@ def skill_localization(
         gradients = GradientProgress(per_task * len(by_task), progress)
         keys = [*[(name, "report") for name in by_task], *encoded_others]
         ends = measure_ends(evaluator, list(by_task), keys)
-        measurements: dict[str, TaskMeasurements] = {}
-        for name in by_task:
+        measurements = {name: start_measurements(name, ends, keys, evaluator) for name in by_task}
+        for name, measured in measurements.items():
             ref = encoded_tasks[name].task.ref
-            measured = measurements[name] = start_measurements(name, ends, keys, evaluator)
-            if not measured.compare(draws, seed, ref).gained:
+            measured.compare(draws, seed, ref)
+            if not measured.scores.gained:
                 measured.reason = measured.reason or "tuned is not surely better than base on the report rows"
             if measured.reason:
                 continue
+            rows_to_search = sets[name, "search"]
             objective = None
             if search != "movement":
-                objective = Objective(sets[name, "search"], tokens=options.batch_tokens)
+                objective = Objective(rows_to_search, tokens=options.batch_tokens)
             searcher = TaskSearch(
                 evaluator=evaluator, task=name, mode=search, sizes=sizes, share=candidates, steps=steps,
                 rate=rate, objective=objective, seed=seed, gradients=gradients,
@@ -274,9 +254,7 @@ def skill_localization(
             measure_regions(measured, evaluator, keys, seed)
             measured.compare(draws, seed, ref)
             notes += [*searcher.notes, *task_notes(measured)]
-        tables, metrics = SkillTables(
-            measurements=measurements, evaluator=evaluator, draws=draws, seed=seed
-        ).build()
+        tables, metrics = tables_and_metrics(measurements, evaluator, draws=draws, seed=seed)
         all_encoded = (*encoded_tasks.values(), *encoded_others.values())
         metrics |= {
             "gradients": gradients.done,
@@ -304,11 +282,7 @@ def check_parameters(
     seeds: int,
     draws: int,
 ) -> None:
-    """Refuse parameters out of range.
-
-    Raises:
-        InputError: with the range.
-    """
+    """Refuse parameters out of range."""
     for budget in budgets or ():
         if not 0 < budget < math.inf or (budget > 1 and budget != round(budget)):
             raise InputError(
@@ -333,11 +307,7 @@ def check_parameters(
 
 
 def region_sizes(budgets: Sequence[float | int] | None, bench: GraftEvaluator) -> tuple[list[int], list[str]]:
-    """The ascending sizes of the regions, and a note on budgets that are truncated.
-
-    Raises:
-        InputError: a budget above the number of entries.
-    """
+    """The ascending sizes of the regions, and a note on budgets that are truncated."""
     total, moved = bench.movement.total, bench.movement.total_moved
     wanted = []
     for budget in SHARES if budgets is None else budgets:

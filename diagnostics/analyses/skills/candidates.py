@@ -1,8 +1,7 @@
 """A graft's candidate entries in a running model: masks are written into it, gradients read out of it.
 
-Only the entries that moved furthest are candidates. The model is base, with tuned's values where the mask is
-true. The gradient of a weight is kept at its candidates alone and freed at once, so that memory is one model,
-its activations, its largest gradient and some numbers a candidate.
+The gradient of a weight is kept at its candidates alone and freed at once, so that memory is one model, its
+activations, its largest gradient and some numbers a candidate.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,14 +26,9 @@ Mask: TypeAlias = Bool[Tensor, " candidates"] | Float[Tensor, " candidates"]
 
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
-    """Entries with both of their values. In a vector they are ordered by tensor name, then by index.
+    """Entries with both of their stored values; in a vector they are ordered by tensor name, then index."""
 
-    Attributes:
-        index: ascending flat indices of each tensor, in 32 bits where these suffice.
-        base, tuned: their values as stored.
-    """
-
-    index: Region
+    index: Region  # ascending flat indices of each tensor, in 32 bits where these suffice
     base: Mapping[str, Shaped[Tensor, " _"]]
     tuned: Mapping[str, Shaped[Tensor, " _"]]
 
@@ -77,25 +71,17 @@ class Candidates:
 
 
 class GraftedModel:
-    """A running graft of the candidates, and the gradient of the loss with respect to its mask.
-
-    A context manager: at its end the model is base again, and weights require gradients as before.
-    """
+    """A running graft of the candidates; a context manager at whose end the model is base again."""
 
     def __init__(self, host: TwoSidedModel, candidates: Candidates):
-        """Prepare a host that is base.
-
-        Raises:
-            InputError: a candidate lies in a tensor that the model does not differentiate.
-        """
+        """Prepare a host that is base."""
         assert host.side == "base"
         self.host, self.candidates = host, candidates
         self._spans = dict(candidates.spans)
         self._mask: Tensor | None = None  # the hard mask that is written
         sides = (*candidates.base.values(), *candidates.tuned.values())
-        self._dtype = (
-            torch.float64 if any(values.dtype == torch.float64 for values in sides) else torch.float32
-        )
+        wide = any(values.dtype == torch.float64 for values in sides)
+        self._dtype = torch.float64 if wide else torch.float32
 
     def __enter__(self) -> "GraftedModel":
         return self
@@ -127,11 +113,7 @@ class GraftedModel:
     def gradient(
         self, mask: Mask, objective: Objective, rows: list[int] | None = None
     ) -> Float[Tensor, " candidates"]:
-        """dL/dm of every candidate at a mask.
-
-        Raises:
-            InputError: gradients that are NaN or infinite, or as `Objective.backward`.
-        """
+        """dL/dm of every candidate at a mask."""
         self.write_mask(mask)
         gradient = torch.zeros(len(self.candidates), dtype=self._dtype)
         parts = {name: gradient[span] for name, span in self._spans.items()}
@@ -142,34 +124,23 @@ class GraftedModel:
         return check_finite(gradient, self.host)
 
     def gradient_at(
-        self,
-        others: Region,
-        read: Read,
-        mask: Mask,
-        objective: Objective,
-        rows: list[int] | None = None,
+        self, others: Region, read: Read, mask: Mask, objective: Objective, rows: list[int] | None = None
     ) -> Float[Tensor, " others"]:
         """dL/dm of entries that are no candidates, at a mask of the candidates."""
         self.write_mask(mask)
         parts = {name: torch.zeros(len(entries)) for name, entries in others.items()}
         with collect_gradients(self.host, others, parts):
             objective.backward(self.host.model, rows)
-        slopes = [
-            part * delta(*(side.reshape(-1)[others[name].long()] for side in read(name)))
-            for name, part in parts.items()
-        ]
-        return check_finite(torch.cat(slopes) if slopes else torch.empty(0), self.host)
+        for name, part in parts.items():
+            parts[name] = part * delta(*(side.reshape(-1)[others[name].long()] for side in read(name)))
+        return check_finite(torch.cat(list(parts.values())) if parts else torch.empty(0), self.host)
 
 
 @contextmanager
 def collect_gradients(
     host: TwoSidedModel, index: Mapping[str, Int[Tensor, " _"]], sums: Mapping[str, Float[Tensor, " _"]]
 ) -> Iterator[None]:
-    """Add the gradients of some entries of each tensor to `sums`, and free all gradients at once.
-
-    Raises:
-        InputError: an entry lies in a tensor that the model does not differentiate.
-    """
+    """Add the gradients of some entries of each tensor to `sums`, and free all gradients at once."""
     # A tensor may be in several parameters, where the model keeps it in another form.
     holders: dict[nn.Parameter, list[str]] = {}
     for name, entries in index.items():
@@ -202,11 +173,7 @@ def collect_gradients(
 
 
 def check_finite(gradient: Float[Tensor, " _"], host: TwoSidedModel) -> Float[Tensor, " _"]:
-    """The gradient, checked.
-
-    Raises:
-        InputError: it holds NaN or infinities.
-    """
+    """The gradient, checked."""
     if not gradient.isfinite().all():
         raise InputError(
             f"{host.pair.tuned.ref}: gradients are NaN or infinite; half precision may overflow: use "

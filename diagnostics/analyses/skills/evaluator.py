@@ -1,8 +1,4 @@
-"""Evaluates the grafts of a pair on rows: three splits of each task, and the keep and OOD sets.
-
-Search, selection and report use different rows; rows of equal content are in one split. One running model is
-base, tuned, or a selection of both.
-"""
+"""Evaluates the grafts of a pair on rows: three splits of each task, and the keep and OOD sets."""
 
 import math
 import re
@@ -21,6 +17,7 @@ from diagnostics.core.analysis import NotApplicableError
 from diagnostics.evaluation.answers import Answers, answers
 from diagnostics.evaluation.row_losses import EncodedTask
 from probes.checkpoints.blend import Blender
+from probes.checkpoints.pair import Side
 from probes.errors import InputError
 from probes.files.sources import same_bytes
 from probes.models.two_sided import TwoSidedModel
@@ -29,7 +26,6 @@ from probes.text.rows import Task
 
 Split = Literal["search", "selection", "report"]
 Eligible = Literal["blocks", "matrices", "everything"]
-Progress = Callable[[int, int, str], None]
 Key = tuple[str, str]  # task and split, or role and set
 
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -39,11 +35,7 @@ MAX_ROWS = {"search": 1024, "selection": 1000, "report": 2000}
 
 
 def split_rows(task: Task, shares: Sequence[float], seed: int) -> dict[Split, list[int]]:
-    """Random rows of a task for each split; rows of equal content are in one split.
-
-    Raises:
-        NotApplicableError: too few rows; the message says how many are needed.
-    """
+    """Random rows of a task for each split; rows of equal content are in one split."""
     duplicates: dict[object, list[int]] = {}
     for index, row in enumerate(task.rows):
         duplicates.setdefault((row.text, row.prompt), []).append(index)
@@ -70,25 +62,13 @@ def select_rows(encoded: EncodedTask, rows: Sequence[int]) -> EncodedTask:
     return replace(
         encoded,
         task=replace(encoded.task, rows=tuple(encoded.task.rows[row] for row in rows)),
-        examples=[
-            replace(example, row=renumbered[example.row])
-            for example in encoded.examples
-            if example.row in renumbered
-        ],
+        examples=[replace(e, row=renumbered[e.row]) for e in encoded.examples if e.row in renumbered],
         classes=tuple(encoded.classes[row] for row in rows) if encoded.classes else (),
     )
 
 
 def eligible_tensors(host: TwoSidedModel, eligible: Eligible) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors that a mask may select from: those that base has too and the model
-    differentiates.
-
-    `blocks`: weights, biases and norms of the blocks, as in the released code; `matrices`: only the matrices
-    of the blocks; `everything`: embeddings and heads too.
-
-    Raises:
-        InputError: there is none.
-    """
+    """Shapes of the tensors that a mask may select from: base has them too, and the model differentiates."""
     matrices = {matrix.tensor for matrix in host.pair.tuned.matrices.values()}
     shapes = {}
     for name in sorted(host.in_both):
@@ -108,46 +88,30 @@ def eligible_tensors(host: TwoSidedModel, eligible: Eligible) -> dict[str, tuple
 def layer_lookup(names: Collection[str]) -> Callable[[str], int | None]:
     """A function from a tensor's name to its layer; None outside the blocks."""
     blocks = {name: match[1] for name in names if (match := re.search(families.BLOCK, name))}
-    stacks: dict[str, list[tuple[int, ...]]] = {}
     numbers = {name: tuple(map(int, re.findall(r"\.(\d+)", block))) for name, block in blocks.items()}
-    for name, index in numbers.items():
-        stacks.setdefault(re.sub(r"\d+", "#", blocks[name]), []).append(index)
-    # Blocks in stages are numbered consecutively.
-    ordered = {stack: sorted(set(indices)) for stack, indices in stacks.items()}
+    stacks = {name: re.sub(r"\d+", "#", block) for name, block in blocks.items()}
 
     def layer(name: str) -> int | None:
-        if name not in blocks:
-            return None
-        index = numbers[name]
-        return index[0] if len(index) == 1 else ordered[re.sub(r"\d+", "#", blocks[name])].index(index)
+        if name not in blocks or len(numbers[name]) == 1:
+            return numbers[name][0] if name in blocks else None
+        # Blocks in stages are numbered consecutively.
+        stack = {numbers[other] for other in blocks if stacks[other] == stacks[name]}
+        return sorted(stack).index(numbers[name])
 
     return layer
 
 
-def as_int64(region: Region) -> Region:
-    """A region with indices that any device takes."""
-    return {name: index.long() for name, index in region.items()}
-
-
 class GraftEvaluator:
-    """Evaluates grafts of one pair.
-
-    Attributes:
-        sets: encoded rows.
-        shapes: of the eligible tensors.
-        movement: of the eligible tensors.
-        outside: tensors that differ and are not eligible; a graft has base's.
-        evaluations: passes over a set so far.
-    """
+    """Evaluates grafts of one pair."""
 
     def __init__(self, host: TwoSidedModel, sets: Mapping[Key, EncodedTask], eligible: Eligible):
         self.host, self.sets = host, sets
         self.shapes = eligible_tensors(host, eligible)
         self.movement = Movement(self.shapes, self.read)
-        self.outside = [
-            name for name in sorted(host.in_both - self.shapes.keys()) if not same_bytes(*self.read(name))
-        ]
-        self.evaluations = 0
+        # Tensors that differ and are not eligible; a graft has base's.
+        outside = sorted(host.in_both - self.shapes.keys())
+        self.outside = [name for name in outside if not same_bytes(*self.read(name))]
+        self.evaluations = 0  # passes over a set so far
         self._blender = Blender(host.pair)
 
     def read(self, name: str) -> tuple[Tensor, Tensor]:
@@ -161,14 +125,15 @@ class GraftEvaluator:
 
     def graft(self, region: Region, keys: Collection[Key]) -> dict[Key, Answers]:
         """Answers of base with a region of tuned."""
-        self.host.become("base")
-        with self.host.selecting(as_int64(region), "tuned"):
-            return self.answers(keys)
+        return self._mixed(region, keys, "base", "tuned")
 
     def complement(self, region: Region, keys: Collection[Key]) -> dict[Key, Answers]:
         """Answers of tuned with a region of base: is the region needed?"""
-        self.host.become("tuned")
-        with self.host.selecting(as_int64(region), "base"):
+        return self._mixed(region, keys, "tuned", "base")
+
+    def _mixed(self, region: Region, keys: Collection[Key], most: Side, selected: Side) -> dict[Key, Answers]:
+        self.host.become(most)
+        with self.host.selecting({name: index.long() for name, index in region.items()}, selected):
             outcome = self.answers(keys)
         self.host.become("base")
         return outcome

@@ -1,16 +1,8 @@
 """Grafting masks learned by gradients of the task loss.
 
-A graft has tuned's values at the entries of a mask g and base's everywhere else. Both searches rank candidate
-entries, and see the model only through an oracle: mask values m in [0, 1] -> dL/dm at base + m ⊙ D.
-
-- `budget` (ours, the default): the mask selects the largest scores, exactly as many as asked for at every
-  step; the gradient with respect to that hard mask is applied to the scores (straight-through).
-- `faithful`: the paper's sigmoid relaxation of a mask that grows from a base mask by gradient descent, with
-  three repairs: scores start at 0, the step is calibrated to the gradient, and the search ends when the
-      rounded
-  mask has its size.
-
-Source: Panigrahi et al. 2023, arXiv:2302.06600, and its released code.
+The searches rank candidates by an oracle: mask values m in [0, 1] -> dL/dm at base + m ⊙ (tuned − base).
+Source: Panigrahi et al. 2023, arXiv:2302.06600, and its released code, repaired in three places: scores start
+at 0, the step is calibrated to the gradient, and the search ends when the rounded mask has its size.
 """
 
 from collections.abc import Callable, Sequence
@@ -61,8 +53,7 @@ def integrated_gradients(
 ) -> Tensor:
     """Integrated gradients of every candidate along the update: minus the mean of dL/dm at m = a.
 
-    About how much each candidate lowers the loss between base and tuned. Midpoint rule over `points` values
-    of a. Only a start for a search: it misses interactions of entries.
+    About how much each lowers the loss, by the midpoint rule; it misses interactions of entries.
     """
     total = torch.zeros(count)
     for point in range(points):
@@ -81,15 +72,15 @@ def budget_search(
     rate: float = STEP,
     step: Step | None = None,
 ) -> Float[Tensor, " candidates"]:
-    """Scores that rank the candidates: the largest are a mask of low loss.
+    """Scores that rank the candidates: the largest are a mask of low loss (ours).
 
-    With sizes that change from step to step, one search gives good, nested masks of all sizes (ours), a
-    little less good than a search for each size.
+    The mask selects the largest scores, as many as the step asks for; the gradient with respect to that hard
+    mask is applied to the scores (straight-through). With sizes that change from step to step, one search
+    gives nested masks of all sizes, a little less good than a search for each size.
 
     Args:
         start: initial scores; only their proportions count.
-        sizes: exact size of the mask at each step, one gradient each.
-        moved: movement of candidates, which breaks ties.
+        sizes: of the mask at each step, one gradient each.
         rate: the first step at the steepest entry, as a share of the largest start score; falls to 0.
     """
     largest, steps = float(start.abs().max()) if len(start) else 0.0, len(sizes)
@@ -134,17 +125,11 @@ def score_gradient(
 
 @dataclass(frozen=True, kw_only=True)
 class SearchOutcome:
-    """The end of a faithful search.
+    """The end of a faithful search."""
 
-    Attributes:
-        scores: logits of the relaxed mask; the region has the largest.
-        steps: gradients taken.
-        reached: whether the rounded mask reached its size.
-    """
-
-    scores: Float[Tensor, " candidates"]
-    steps: int
-    reached: bool
+    scores: Float[Tensor, " candidates"]  # logits of the relaxed mask; the region has the largest
+    steps: int  # gradients taken
+    reached: bool  # whether the rounded mask reached its size
 
 
 def faithful_search(

@@ -1,8 +1,7 @@
 """Movement, |tuned − base| of every entry, and the entries that moved furthest.
 
-Tensors are read one at a time, so that memory depends on the selection and not on the model. Entries have a
-total order: |tuned − base| descending, then tensor name, then index. Its first s are exactly s entries, and
-include those of a smaller s.
+Tensors are read one at a time. Entries have a total order: |tuned − base| descending, then tensor name, then
+index; a smaller selection lies within a larger one.
 """
 
 import math
@@ -39,36 +38,21 @@ def kth_largest(values: Float[Tensor, " entries"], k: int) -> float:
 
 
 class Movement:
-    """The movement of some tensors of a pair.
-
-    Attributes:
-        entries: size of each tensor that differs in at least one bit, by sorted name.
-        moved: how many of its entries have another value.
-        frozen: names of tensors that are equal in both.
-        squares: sum of squared movement.
-    """
+    """The movement of some tensors of a pair."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], read: Read):
-        """Read every tensor once.
-
-        Args:
-            shapes: of the tensors, in any order.
-            read: reads a tensor of base and of tuned.
-
-        Raises:
-            InputError: weights that are NaN or infinite.
-        """
+        """Read every tensor once."""
         self._read = read
-        self.entries: dict[str, int] = {}
-        self.moved: dict[str, int] = {}
-        self.squares = 0.0
+        self.entries: dict[str, int] = {}  # size of each tensor that differs in at least one bit
+        self.moved: dict[str, int] = {}  # how many of its entries have another value
+        self.frozen: list[str] = []  # tensors that are equal in both
+        self.squares = 0.0  # sum of squared movement
         self._dtype = torch.float32
-        frozen = []
         for name in sorted(shapes):
             base, tuned = read(name)
             assert base.shape == tuned.shape == torch.Size(shapes[name]), name
             if base.dtype == tuned.dtype and same_bytes(base, tuned):
-                frozen.append(name)
+                self.frozen.append(name)
                 continue
             self.entries[name], self.moved[name] = base.numel(), 0
             for D in self._chunks(base, tuned):
@@ -77,7 +61,6 @@ class Movement:
                 self._dtype = torch.promote_types(self._dtype, D.dtype)
                 self.moved[name] += int(D.count_nonzero())
                 self.squares += float(D.double().square().sum())
-        self.frozen = tuple(frozen)
 
     @property
     def total(self) -> int:
@@ -90,11 +73,7 @@ class Movement:
         return sum(self.moved.values())
 
     def largest(self, count: int) -> Region:
-        """The `count` entries that moved furthest; entries that did not move come last.
-
-        Raises:
-            InputError: fewer entries than that.
-        """
+        """The `count` entries that moved furthest; entries that did not move come last."""
         if not 0 <= count <= self.total:
             raise InputError(f"{count} entries are asked for; there are {self.total}")
         if not count:
@@ -102,24 +81,15 @@ class Movement:
         threshold = self._threshold(count)
         largest: dict[str, Tensor] = {}
         ties: dict[str, Tensor] = {}
-        tie_count = 0
         for name in self.entries:
-            index = self._where(name, lambda moved: moved > threshold)
-            if len(index):
-                largest[name] = index
-            if tie_count < count:
-                index = self._where(name, lambda moved: moved == threshold)
-                if len(index):
-                    ties[name] = index
-                tie_count += len(index)
+            largest[name] = self._where(name, lambda moved: moved > threshold)
+            if region.size(ties) < count:
+                ties[name] = self._where(name, lambda moved: moved == threshold)
         missing = count - region.size(largest)
         for name, index in ties.items():
-            index = index[:missing]
-            missing -= len(index)
-            if len(index):
-                parts = [largest[name], index] if name in largest else [index]
-                largest[name] = torch.cat(parts).sort().values
-        return {name: largest[name] for name in sorted(largest)}
+            largest[name] = torch.cat([largest[name], index[:missing]]).sort().values
+            missing -= min(missing, len(index))
+        return {name: index for name, index in sorted(largest.items()) if len(index)}
 
     def random(self, pattern: Region, seed: int) -> Region:
         """As many random entries of each tensor as a region has there, among those that moved.
@@ -159,12 +129,11 @@ class Movement:
 
     def square(self, chosen: Region) -> float:
         """Sum of squared movement over a region."""
-        return math.fsum(
-            float(
-                delta(*(side.reshape(-1)[index.long()] for side in self._read(name))).double().square().sum()
-            )
-            for name, index in chosen.items()
-        )
+        sums = []
+        for name, index in chosen.items():
+            D = delta(*(side.reshape(-1)[index.long()] for side in self._read(name)))
+            sums.append(float(D.double().square().sum()))
+        return math.fsum(sums)
 
     def _threshold(self, count: int) -> float:
         """Movement of the `count`-th entry."""

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 
 from diagnostics.analyses.skills.evaluator import GraftEvaluator
 from diagnostics.analyses.skills.measurements import TaskMeasurements
-from diagnostics.numerics.estimates import Estimate
 from probes import CheckpointPair
 
 # Largest skill size with each label; ours, nothing is published.
@@ -24,15 +23,14 @@ def verdict(measured: TaskMeasurements, total: int, metrics: Mapping[str, float]
     base, tuned = scores.shown("base").value, scores.shown("tuned").value
     unit = "accuracy" if scores.kind == "accuracy" else "nats per token"
     if choice is None:
-        return (
-            f"{measured.task}: nothing to localise: {measured.reason} (base {base:.3g}, tuned {tuned:.3g} "
-            f"{unit})."
-        )
+        ends = f"base {base:.3g}, tuned {tuned:.3g} {unit}"
+        return f"{measured.task}: nothing to localise: {measured.reason} ({ends})."
     gain = "gain of tuning" if scores.kind == "accuracy" else "loss reduction of tuning"
     rel = scores.rel("graft")
     text = (
         f"{measured.task}: a sufficient region of {choice.size:,} of {short_count(total)} entries "
-        f"({percent(choice.size / total)}) keeps {rel.value:.0%} of the {gain} (Rel {with_interval(rel)})"
+        f"({percent(choice.size / total)}) keeps {rel.value:.0%} of the {gain} (Rel {rel.value:.2f}, "
+        f"{rel.low:.2f} to {rel.high:.2f})"
     )
     if "agreement" in metrics:
         text += f" and agrees with tuned on {metrics['agreement']:.0%} of the rows"
@@ -43,11 +41,6 @@ def verdict(measured: TaskMeasurements, total: int, metrics: Mapping[str, float]
     if not choice.passed:
         return f"{text}. No size tried keeps enough: the skill is diffuse."
     return f"{text}. The skill is {size_label(choice.size / total)}."
-
-
-def with_interval(estimate: Estimate) -> str:
-    """A value with its interval."""
-    return f"{estimate.value:.2f}, {estimate.low:.2f} to {estimate.high:.2f}"
 
 
 def short_count(count: int) -> str:

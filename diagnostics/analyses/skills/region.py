@@ -1,10 +1,9 @@
 """Regions: sets of entries of a checkpoint, as sorted indices into its flattened tensors.
 
-A region has the entries that keep their tuned values. Where it lies is given by density, its share of a
-tensor,
-and not by counts: tensors differ in size by orders of magnitude.
+Where a region lies is given by density, its share of a tensor: tensors differ in size by orders of magnitude.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
@@ -62,18 +61,13 @@ def overlap(first: Region, second: Region) -> float:
 
 
 def chance(first: Region, second: Region, entries: Mapping[str, int]) -> float:
-    """The expected overlap if the first had as many random entries of each tensor.
-
-    The density of the first, averaged over the entries of the second: regions in the same tensors overlap
-    more than their overall density predicts.
-    """
+    """The expected overlap if the first had as many random entries of each tensor."""
     count = size(second)
     if not count:
         return float("nan")
-    shared = (
-        len(first[name]) * len(index) / entries[name] for name, index in second.items() if name in first
+    return (
+        sum(len(first[name]) * len(second[name]) / entries[name] for name in second if name in first) / count
     )
-    return sum(shared) / count
 
 
 def jaccard(first: Region, second: Region) -> float:
@@ -86,21 +80,15 @@ def jaccard(first: Region, second: Region) -> float:
 def purity(rel: Float[np.ndarray, "regions tasks"]) -> Float[np.ndarray, " regions"]:
     """How much better a region recovers its task than any other: rel[i, i] − max of rel[i, t ≠ i].
 
-    About 1 for a region that carries only its task, 0 for one that serves another as well. NaN for a single
-    task. Tasks with an undefined recovery (NaN) are left out.
+    1 for a region of one task alone, 0 for one that serves another too. Undefined recoveries are left out.
     """
-    values = np.full(len(rel), np.nan)
-    for i, row in enumerate(rel):
-        others = np.delete(row, i)
-        others = others[~np.isnan(others)]
-        if len(others):
-            values[i] = row[i] - others.max()
-    return values
+    others = np.where(np.eye(len(rel), dtype=bool) | np.isnan(rel), -np.inf, rel).max(axis=1)
+    return np.where(np.isinf(others), np.nan, np.diag(rel) - others)
 
 
 def to_mask(index: Int[Tensor, " _"], shape: tuple[int, ...]) -> Bool[Tensor, "..."]:
     """A mask of this shape that is true at the indices."""
-    mask = torch.zeros(int(np.prod(shape, dtype=np.int64)), dtype=torch.bool)
+    mask = torch.zeros(math.prod(shape), dtype=torch.bool)
     mask[index.long()] = True
     return mask.reshape(shape)
 
@@ -120,16 +108,10 @@ def by_component(
     matrices: Mapping[str, Any],
     layer_of: Callable[[str], int | None],
 ) -> list[dict[str, Any]]:
-    """A row for each layer and component, also for those without an entry of the region.
+    """A row for each layer and component of the eligible tensors, also for those without an entry.
 
-    Args:
-        shapes: of the eligible tensors.
-        matrices: of the checkpoint, by name; other tensors go by `component_of`.
-        layer_of: the layer of a tensor that holds no matrix.
-
-    Returns:
-        `layer`, `component`, `size` (all entries), `entries` (of the region), `share` (of the region) and
-        `density` relative to a region that is spread evenly: 1 is chance, 0 none.
+    `density` is relative to a region that is spread evenly: 1 is chance. Tensors that hold no matrix go by
+    `layer_of` and `component_of`.
     """
     by_tensor: dict[str, list[Any]] = {}
     for matrix in matrices.values():
@@ -145,7 +127,7 @@ def by_component(
             row[1] += 0 if mask is None else int(matrix.take(mask).sum())
         if not parts:
             row = counts.setdefault((layer_of(name), component_of(name)), [0, 0])
-            row[0] += int(np.prod(shape, dtype=np.int64))
+            row[0] += math.prod(shape)
             row[1] += len(index)
     total, chosen = sum(row[0] for row in counts.values()), size(region)
     return [
@@ -159,17 +141,9 @@ def by_component(
 
 
 def densest(
-    region: Region,
-    shapes: Mapping[str, tuple[int, ...]],
-    matrices: Mapping[str, Any],
-    count: int = 20,
+    region: Region, shapes: Mapping[str, tuple[int, ...]], matrices: Mapping[str, Any], count: int = 20
 ) -> list[dict[str, Any]]:
-    """The densest rows (outputs) and columns (inputs) of matrices.
-
-    Returns:
-        `matrix`, `layer`, `component`, `axis`, `place` (from 0), `entries` and `density`, the share of that
-        row or column.
-    """
+    """The densest rows (outputs) and columns (inputs) of matrices; density is the share of that row."""
     rows: list[dict[str, Any]] = []
     for matrix in matrices.values():
         index = region.get(matrix.tensor)

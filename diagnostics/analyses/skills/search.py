@@ -1,9 +1,7 @@
 """Searches for a region that carries one task: for all sizes at once, for one size, and with other seeds.
 
-One search serves the whole curve: its mask changes in size from step to step, and the region of any size is
-    the
-beginning of its ranking. Some sizes are searched again alone; that region is taken where it does better on
-rows that no search saw.
+One search serves the whole curve: its mask changes in size from step to step, and a region of any size is the
+beginning of its ranking. Some sizes are searched again alone, and taken where they do better on other rows.
 """
 
 import math
@@ -15,17 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diagnostics.analyses.skills import region
+from diagnostics.analyses.skills import mask_search, region
 from diagnostics.analyses.skills.candidates import Candidates, GraftedModel
 from diagnostics.analyses.skills.evaluator import GraftEvaluator
-from diagnostics.analyses.skills.mask_search import (
-    POINTS,
-    Oracle,
-    budget_search,
-    faithful_search,
-    integrated_gradients,
-    top_mask,
-)
+from diagnostics.analyses.skills.mask_search import Oracle, top_mask
 from diagnostics.analyses.skills.movement import kth_largest
 from diagnostics.analyses.skills.region import Region
 from probes.passes.masked_finetune import row_batches
@@ -60,66 +51,46 @@ class GradientProgress:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Ranking:
-    """Candidates ranked by a search.
+    """Candidates ranked by a search."""
 
-    Attributes:
-        scores: of the candidates.
-        sizes: of the masks during the search.
-        steps: gradients taken; 0 for an order of movement alone.
-        reached: False where a faithful search ended before its mask had its size.
-    """
-
-    scores: Tensor
-    sizes: tuple[int, ...]
-    steps: int = 0
-    reached: bool = True
+    scores: Tensor  # of the candidates
+    sizes: tuple[int, ...]  # of the masks during the search
+    steps: int = 0  # gradients taken; 0 for an order of movement alone
+    reached: bool = True  # False where a faithful search ended before its mask had its size
 
 
 @dataclass(kw_only=True)
 class TaskSearch:
-    """Searches for one task.
-
-    Attributes:
-        objective: the loss of its search rows; None where movement alone ranks.
-        sizes: of the regions asked for, ascending.
-        share: of the entries that are candidates; None: as many as the sizes need.
-        rate: of the first step of a `budget` search.
-        starts: initial scores of a `budget` search, by start.
-        start: the one that did better.
-        notes: on the candidates.
-    """
+    """Searches for one task."""
 
     evaluator: GraftEvaluator
     task: str
     mode: Mode
-    objective: Objective | None
-    sizes: Sequence[int]
-    share: float | None
+    objective: Objective | None  # the loss of its search rows; None where movement alone ranks
+    sizes: Sequence[int]  # of the regions asked for, ascending
+    share: float | None  # of the entries that are candidates; None: as many as the sizes need
     steps: int
-    rate: float
+    rate: float  # of the first step of a `budget` search
     batch: int
     seed: int
     gradients: GradientProgress
-    start: Start = "gradients"
-    starts: dict[Start, Tensor] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    start: Start = "gradients"  # the one that did better
+    starts: dict[Start, Tensor] = field(default_factory=dict)  # initial scores of a `budget` search, by start
+    notes: list[str] = field(default_factory=list)  # on the candidates
 
     def __post_init__(self) -> None:
-        movement = self.evaluator.movement
-        share = CANDIDATES if self.share is None else self.share
-        count = math.ceil(share * movement.total)
-        if self.share is None:
-            count = min(count, PER_ENTRY * max(self.sizes))
-        self._set_candidates(max(1, min(count, movement.total_moved)))
+        count = math.ceil((self.share or CANDIDATES) * self.evaluator.movement.total)
+        self._set_candidates(min(count, PER_ENTRY * max(self.sizes)) if self.share is None else count)
         if self.objective is not None:
-            self._check_candidates(may_double=self.share is None)
+            self._check_candidates(self.objective)
 
     def _set_candidates(self, count: int) -> None:
-        self.candidates = Candidates.of(self.evaluator.movement.largest(count), self.evaluator.read)
+        movement = self.evaluator.movement
+        chosen = movement.largest(max(1, min(count, movement.total_moved)))
+        self.candidates = Candidates.of(chosen, self.evaluator.read)
 
-    def _check_candidates(self, *, may_double: bool) -> None:
+    def _check_candidates(self, objective: Objective) -> None:
         """Probe gradients of other entries; double the candidates where one scores as high as the best."""
-        assert self.objective is not None
         count, movement = len(self.candidates), self.evaluator.movement
         others = movement.total_moved - count
         size = max([size for size in self.sizes if size <= count / 10] or [min(*self.sizes, count)])
@@ -130,9 +101,10 @@ class TaskSearch:
         if not region.size(probed):
             return
         with GraftedModel(self.evaluator.host, self.candidates) as graft:
-            middle, rows = torch.full((count,), 0.5), self.probe_rows()
-            scores = -graft.gradient(middle, self.objective, rows)
-            probed_scores = -graft.gradient_at(probed, self.evaluator.read, middle, self.objective, rows)
+            middle = torch.full((count,), 0.5)
+            rows = list(next(row_batches(objective.rows, 8 * self.batch, self.seed)))
+            scores = -graft.gradient(middle, objective, rows)
+            probed_scores = -graft.gradient_at(probed, self.evaluator.read, middle, objective, rows)
         threshold = kth_largest(scores, size)
         as_high = int((probed_scores > threshold).sum())
         if not as_high:
@@ -141,16 +113,11 @@ class TaskSearch:
             f"{self.task}: of {len(probed_scores):,} random entries that are no candidates, {as_high:,} have "
             f"gradients among the {size:,} largest of the {count:,} candidates"
         )
-        if not may_double:
+        if self.share is not None:
             self.notes.append(f"{note}; a larger share of candidates may find a better region.")
             return
-        self._set_candidates(min(2 * count, movement.total_moved))
+        self._set_candidates(2 * count)
         self.notes.append(f"{note}; the number of candidates was doubled.")
-
-    def probe_rows(self) -> list[int]:
-        """The rows for single gradients."""
-        assert self.objective is not None
-        return list(next(row_batches(self.objective.rows, 8 * self.batch, self.seed)))
 
     def region(self, ranking: Ranking | None, size: int) -> Region:
         """The first entries of a ranking; by movement beyond the candidates and without a ranking."""
@@ -161,18 +128,14 @@ class TaskSearch:
         return self.candidates.region(top_mask(ranking.scores, size, self.candidates.movement))
 
     def rank_all_sizes(self, quality: Callable[[Ranking], float]) -> Ranking:
-        """The ranking that serves all sizes.
-
-        Args:
-            quality: how well a ranking does on rows that no search sees; the better of two starts is kept.
-        """
+        """The ranking that serves all sizes, from the start with the higher `quality` of two."""
         inner = [size for size in self.sizes if size <= len(self.candidates) / 2]
         if self.mode == "faithful":
             return self.rank([(inner or self.sizes)[len(inner or self.sizes) // 2]], self.seed)
         with GraftedModel(self.evaluator.host, self.candidates) as graft:
             oracle = self._oracle(graft, None, self.seed)
             step = self.gradients.steps_of(f"{self.task}: integrated gradients")
-            scores = integrated_gradients(oracle, len(self.candidates), step=step)
+            scores = mask_search.integrated_gradients(oracle, len(self.candidates), step=step)
         self.starts = {"gradients": scores, "movement": self.candidates.movement().float()}
         rankings: dict[Start, Ranking] = {}
         for start in self.starts:
@@ -190,16 +153,14 @@ class TaskSearch:
             if self.mode == "faithful":
                 empty = torch.zeros(count, dtype=torch.bool)
                 oracle = self._oracle(graft, None, seed)
-                outcome = faithful_search(oracle, sizes[0], empty, steps=self.steps, step=step)
-                return Ranking(
-                    scores=outcome.scores, sizes=tuple(sizes), steps=outcome.steps, reached=outcome.reached
-                )
+                outcome = mask_search.faithful_search(oracle, sizes[0], empty, steps=self.steps, step=step)
+                return Ranking(sizes=tuple(sizes), **vars(outcome))
             # Each size equally often, in a new random order each round.
             generator = np.random.default_rng(seed)
             rounds = math.ceil(self.steps / len(sizes))
             turns = [size for _ in range(rounds) for size in generator.permutation(np.array(sizes)).tolist()]
             oracle = self._oracle(graft, self.batch, seed)
-            scores = budget_search(
+            scores = mask_search.budget_search(
                 oracle, self.starts[self.start], turns[: self.steps], self.candidates.movement,
                 rate=self.rate, step=step,
             )  # fmt: skip
@@ -222,4 +183,4 @@ def gradient_count(mode: Mode, steps: int, seeds: int, checked: int) -> int:
     """About how many gradients the searches for one task take."""
     if mode == "movement":
         return 1
-    return (POINTS + steps if mode == "budget" else 0) + steps * (1 + checked + seeds - 1)
+    return (mask_search.POINTS + steps if mode == "budget" else 0) + steps * (checked + seeds)

@@ -1,11 +1,6 @@
-"""Choice of the region size for a task: one search for all sizes, checks of some, and a choice on other rows.
-
-The skill size is the smallest region that keeps enough of the gain of tuning on the selection rows, which no
-search saw and nothing is reported on.
-"""
+"""Choice of the region size for a task: the smallest that keeps enough of the gain on the selection rows."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from diagnostics.analyses.skills import region
@@ -21,26 +16,16 @@ HALVINGS = 3  # of the gap between the largest size that is too small and the sm
 
 @dataclass(kw_only=True)
 class SizeChoice:
-    """Regions for one task.
-
-    Attributes:
-        regions: by ascending size; the chosen one among them.
-        kept: the share of the gain that each keeps on the selection rows.
-        own_search: sizes with a region from a search for that size alone.
-        size: the chosen one.
-        passed: whether it keeps what is asked for; else it is the size that keeps the most.
-        ranking: the ranking that the chosen region begins; None for movement.
-        other_seeds: regions of the chosen size from searches with other seeds.
-    """
+    """Regions for one task."""
 
     search: TaskSearch
-    regions: dict[int, Region] = field(default_factory=dict)
-    kept: dict[int, float] = field(default_factory=dict)
-    own_search: set[int] = field(default_factory=set)
-    size: int = 0
-    passed: bool = False
-    ranking: Ranking | None = None
-    other_seeds: list[Region] = field(default_factory=list)
+    regions: dict[int, Region] = field(default_factory=dict)  # by ascending size; the chosen one among them
+    kept: dict[int, float] = field(default_factory=dict)  # share of the gain, on the selection rows
+    own_search: set[int] = field(default_factory=set)  # sizes with a region from a search for that size alone
+    size: int = 0  # the chosen one
+    passed: bool = False  # whether it keeps what is asked for; else it is the size that keeps the most
+    ranking: Ranking | None = None  # the ranking that the chosen region begins; None for movement
+    other_seeds: list[Region] = field(default_factory=list)  # of the chosen size
 
     @property
     def chosen(self) -> Region:
@@ -63,12 +48,7 @@ class SizeChooser:
     def __init__(
         self, evaluator: GraftEvaluator, search: TaskSearch, base: Answers, tuned: Answers, share: float
     ):
-        """Prepare a choice.
-
-        Args:
-            base, tuned: answers of both sides to the selection rows.
-            share: of the gain of tuning that a region is to keep.
-        """
+        """Prepare a choice from both sides' answers to the selection rows; `share` is of the gain to keep."""
         self.evaluator, self.search, self.share = evaluator, search, share
         self._key = (search.task, "selection")
         self._base, self._gain = score(base), score(tuned) - score(base)
@@ -87,18 +67,16 @@ class SizeChooser:
         search, choice = self.search, SizeChoice(search=self.search)
         values: dict[int, float] = {}
         rankings: dict[int, Ranking | None] = {}
-        curve = None
-        if search.mode != "movement":
 
-            def total_score(ranking: Ranking) -> float:
-                return sum(self.score(search.region(ranking, size)) for size in search.sizes)
+        def total_score(ranking: Ranking) -> float:
+            return sum(self.score(search.region(ranking, size)) for size in search.sizes)
 
-            curve = search.rank_all_sizes(total_score)
+        curve = None if search.mode == "movement" else search.rank_all_sizes(total_score)
         for size in search.sizes:
             choice.regions[size], rankings[size] = search.region(curve, size), curve
             values[size] = self.score(choice.regions[size])
         if curve is not None:
-            for size in self._sizes_to_check(list(search.sizes), values):
+            for size in self._sizes_to_check(values):
                 ranking = search.rank([size], search.seed) if curve.sizes != (size,) else curve
                 candidate = search.region(ranking, size)
                 value = self.score(candidate)
@@ -124,9 +102,9 @@ class SizeChooser:
         """The smallest size that keeps what is asked for."""
         return next((size for size in sorted(values) if self.kept(values[size]) >= self.share), None)
 
-    def _sizes_to_check(self, sizes: Sequence[int], values: dict[int, float]) -> list[int]:
+    def _sizes_to_check(self, values: dict[int, float]) -> list[int]:
         """The most informative sizes: around the smallest that suffices, and the largest."""
-        inner = [size for size in sizes if size <= len(self.search.candidates) / 2]
+        inner = [size for size in self.search.sizes if size <= len(self.search.candidates) / 2]
         smallest = self._smallest(values)
         index = next((i for i, size in enumerate(inner) if size == smallest), len(inner) - 1)
         order = [index, index - 1, len(inner) - 1, index + 1, index - 2]

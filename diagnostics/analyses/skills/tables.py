@@ -4,30 +4,28 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import combinations
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from diagnostics.analyses.skills import region
-from diagnostics.analyses.skills.cross_task import overlap_rows, recoveries, unions
 from diagnostics.analyses.skills.evaluator import GraftEvaluator, Key, layer_lookup
-from diagnostics.analyses.skills.measurements import ALPHAS, TaskMeasurements, interpolation_name
+from diagnostics.analyses.skills.measurements import HALF_UPDATE, INTERPOLATIONS, TaskMeasurements
 from diagnostics.analyses.skills.notes import size_label, verdict
-from diagnostics.analyses.skills.size_selection import SizeChoice
+from diagnostics.analyses.skills.region import Region
 from diagnostics.evaluation.answers import Answers, AnswerScores, agreement, calibration, drawn_ece
 from diagnostics.numerics.calibration import ece, reliability
 
-if TYPE_CHECKING:
-    import pandas as pd
-
+Rows = list[dict[str, Any]]
 # Overlap beyond this many times chance, or a recovery of another task below this, is interference; ours.
 OVERLAP, HARM = 3.0, -0.05
 # Share of tuned's calibration error that a graft has to remove: the least published.
 CALIBRATION_GAIN = 0.4
-INTERPOLATIONS = tuple(map(interpolation_name, ALPHAS))
 
 
-def budget_rows(measured: TaskMeasurements, total: int) -> list[dict[str, Any]]:
+def budget_rows(measured: TaskMeasurements, total: int) -> Rows:
     """A row for every point of a task's curve."""
     scores, tuned = measured.scores, measured.report["tuned"]
     rows = []
@@ -48,32 +46,18 @@ def budget_rows(measured: TaskMeasurements, total: int) -> list[dict[str, Any]]:
     return rows
 
 
-def region_rows(evaluator: GraftEvaluator, choice: SizeChoice) -> list[dict[str, Any]]:
-    """Entries and density of the chosen region by layer and component."""
-    shapes = {name: evaluator.shapes[name] for name in evaluator.movement.entries}
-    matrices = evaluator.host.pair.tuned.matrices
-    rows = region.by_component(choice.chosen, shapes, matrices, layer_lookup(shapes))
-    return [{"task": choice.search.task, **row} for row in rows]
-
-
-def densest_rows(evaluator: GraftEvaluator, choice: SizeChoice) -> list[dict[str, Any]]:
-    """The matrix rows and columns that hold most of the chosen region."""
-    rows = region.densest(choice.chosen, evaluator.shapes, evaluator.host.pair.tuned.matrices)
-    return [{"task": choice.search.task, **row} for row in rows]
-
-
 def calibrated_models(measured: TaskMeasurements) -> dict[str, Answers]:
     """Report answers of the models that calibration compares; empty without choices or labels."""
     if measured.report["tuned"].logs is None:
         return {}
-    names = ["base", "tuned", *(["graft"] if measured.choice else []), *INTERPOLATIONS]
-    models = {name: measured.report[name] for name in names}
+    names = ["base", "tuned", "graft", *INTERPOLATIONS]
+    models = {name: measured.report[name] for name in names if name in measured.report}
     if not math.isnan(measured.temperature):
         models["tempered"] = measured.report["tuned"].cooled(measured.temperature)
     return models
 
 
-def calibration_rows(measured: TaskMeasurements, *, draws: int, seed: int) -> list[dict[str, Any]]:
+def calibration_rows(measured: TaskMeasurements, *, draws: int, seed: int) -> Rows:
     """Calibration of each model on the report rows."""
     return [
         {
@@ -86,7 +70,7 @@ def calibration_rows(measured: TaskMeasurements, *, draws: int, seed: int) -> li
     ]  # fmt: skip
 
 
-def reliability_rows(measured: TaskMeasurements) -> list[dict[str, Any]]:
+def reliability_rows(measured: TaskMeasurements) -> Rows:
     """Stated confidence against accuracy, by bin."""
     return [
         {
@@ -101,12 +85,12 @@ def reliability_rows(measured: TaskMeasurements) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def set_rows(measured: TaskMeasurements, *, draws: int, seed: int) -> list[dict[str, Any]]:
+def set_rows(measured: TaskMeasurements, *, draws: int, seed: int) -> Rows:
     """Each model on the report rows and on the other sets, with its difference to tuned."""
     rows = []
     sets: dict[Key, Mapping[str, Answers]] = {("task", measured.task): measured.report}
     sets |= measured.other_sets
-    names = ["base", "tuned", *(["graft", "complement"] if measured.choice else []), *INTERPOLATIONS]
+    names = ["base", "tuned", "graft", "complement", *INTERPOLATIONS]
     for (role, set_name), by_model in sets.items():
         models = {model: by_model[model] for model in names if model in by_model}
         scores = AnswerScores(models, draws=draws, seed=seed, where=set_name)
@@ -125,14 +109,6 @@ def set_rows(measured: TaskMeasurements, *, draws: int, seed: int) -> list[dict[
     return rows
 
 
-def stability_rows(choice: SizeChoice) -> list[dict[str, Any]]:
-    """Jaccard index of the regions that searches with two seeds find."""
-    return [
-        {"task": choice.search.task, "seed": first, "other": second, "jaccard": jaccard}
-        for first, second, jaccard in choice.stability()
-    ]
-
-
 def error_of(answers: Answers) -> float:
     """Expected calibration error of answers."""
     return ece(answers.confidence, answers.right)
@@ -140,18 +116,11 @@ def error_of(answers: Answers) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationChange:
-    """How far a graft lowers the calibration error, against interpolation.
+    """How far a graft lowers the calibration error, against interpolations that are not surely worse."""
 
-    Attributes:
-        less: share of tuned's error that the graft removes.
-        less_low: lower end of the 95 % interval of the error removed, in units of the error.
-        interpolated: the largest share that an interpolation removes, among those that are not surely worse
-            than the graft.
-    """
-
-    less: float
-    less_low: float
-    interpolated: float
+    less: float  # share of tuned's error that the graft removes
+    less_low: float  # lower end of the 95 % interval of the error removed, in units of the error
+    interpolated: float  # the largest share that an interpolation removes
 
     @property
     def overconfident(self) -> bool:
@@ -169,15 +138,11 @@ def calibration_change(measured: TaskMeasurements, *, draws: int, seed: int) -> 
         return None
     drawn = drawn_ece([tuned, graft], draws=draws, seed=seed)
     # A surely worse model is no alternative: base itself is often the best calibrated.
-    rivals = [
-        measured.report[name]
-        for name in INTERPOLATIONS
-        if measured.scores.difference(name, "graft").high >= 0
-    ]
+    rivals = [name for name in INTERPOLATIONS if measured.scores.difference(name, "graft").high >= 0]
     return CalibrationChange(
         less=1 - error_of(graft) / tuned_error,
         less_low=float(np.quantile(drawn[:, 0] - drawn[:, 1], 0.025)),
-        interpolated=max((1 - error_of(rival) / tuned_error for rival in rivals), default=0.0),
+        interpolated=max((1 - error_of(measured.report[name]) / tuned_error for name in rivals), default=0.0),
     )
 
 
@@ -187,17 +152,11 @@ def task_metrics(
     change: CalibrationChange | None,
     regions: Sequence[Mapping[str, Any]],
 ) -> dict[str, float]:
-    """The metrics of one task without the undefined ones.
-
-    Args:
-        total: entries that shares are of.
-        regions: the rows of `region_rows`.
-    """
+    """The metrics of one task without the undefined ones; `regions` are the rows of `by_component`."""
     scores, choice, report = measured.scores, measured.choice, measured.report
     with_confidence = report["tuned"].logs is not None
     values: dict[str, float] = {
-        "base_metric": scores.shown("base").value,
-        "tuned_metric": scores.shown("tuned").value,
+        **{f"{side}_metric": scores.shown(side).value for side in ("base", "tuned")},
         "gain": scores.value["tuned"] - scores.value["base"],
         "gain_error": scores.difference("tuned", "base").error,
         "rows_report": len(report["tuned"].losses.units),
@@ -210,16 +169,12 @@ def task_metrics(
         rel = scores.rel("graft")
         values |= {
             "graft_metric": scores.shown("graft").value,
-            "share": choice.size / total,
-            "region": choice.size,
+            "share": choice.size / total, "region": choice.size,
             "rel": rel.value, "rel_low": rel.low, "rel_high": rel.high,
-            "recovery": scores.recovery("graft"),
-            "agreement": agreement(report["graft"], report["tuned"]),
+            "recovery": scores.recovery("graft"), "agreement": agreement(report["graft"], report["tuned"]),
             "necessity": 1 - scores.rel("complement").value,
-            "movement_rel": measured.mean_rel("movement"),
-            "random_rel": measured.mean_rel("random"),
-            "half_update_rel": scores.rel(interpolation_name(0.5)).value,
-            "whole_rel": scores.rel("ones").value,
+            "movement_rel": measured.mean_rel("movement"), "random_rel": measured.mean_rel("random"),
+            "half_update_rel": scores.rel(HALF_UPDATE).value, "whole_rel": scores.rel("ones").value,
             "bias_or_norm": sum(row["share"] for row in regions if row["component"] in ("bias", "norm")),
         }  # fmt: skip
         if choice.passed:
@@ -228,87 +183,70 @@ def task_metrics(
             values["stability"] = float(np.mean([jaccard for *_, jaccard in choice.stability()]))
         if with_confidence:
             values["ece_graft"] = error_of(report["graft"])
-            values["ece_half_update"] = error_of(report[interpolation_name(0.5)])
+            values["ece_half_update"] = error_of(report[HALF_UPDATE])
         if change is not None:
             values["ece_less"] = change.less
     return {name: value for name, value in values.items() if not math.isnan(value)}
 
 
-@dataclass(frozen=True, kw_only=True)
-class SkillTables:
-    """Builds the tables and metrics from the measurements of all tasks."""
-
-    measurements: Mapping[str, TaskMeasurements]
-    evaluator: GraftEvaluator
-    draws: int
-    seed: int
-
-    def build(self) -> "tuple[dict[str, pd.DataFrame], dict[str, float | int]]":
-        """All tables, and all metrics: those of the first task, and counts over all tasks."""
-        drawing = {"draws": self.draws, "seed": self.seed}
-        movement = self.evaluator.movement
-        rows: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
-        choices = {task: m.choice for task, m in self.measurements.items() if m.choice is not None}
-        changes = []
-        for task, measured in self.measurements.items():
-            change = calibration_change(measured, **drawing)
-            changes.append(change)
-            lies_in = region_rows(self.evaluator, choices[task]) if task in choices else []
-            metrics = task_metrics(measured, movement.total, change, lies_in)
-            rows["tasks"].append(
-                {"task": task, **metrics, "verdict": verdict(measured, movement.total, metrics)}
-            )
-            rows["budget"] += budget_rows(measured, movement.total)
-            rows["sets"] += set_rows(measured, **drawing)
-            rows["calibration"] += calibration_rows(measured, **drawing)
-            rows["reliability"] += reliability_rows(measured)
-            rows["region"] += lies_in
-            if task in choices:
-                rows["densest"] += densest_rows(self.evaluator, choices[task])
-                rows["stability"] += stability_rows(choices[task])
-        first = rows["tasks"][0]
-        overall: dict[str, float | int] = {
-            name: value for name, value in first.items() if name not in ("task", "verdict")
-        }
-        if len(choices) > 1:
-            regions = {task: choice.chosen for task, choice in choices.items()}
-            rows["overlap"] += overlap_rows(regions, movement.entries)
-            crossed, matrix = recoveries(self.measurements, list(regions), **drawing)
-            rows["rel"] += crossed
-            rows["unions"] += unions(self.measurements, regions, self.evaluator, **drawing)
-            overall["interfering"] = interfering_pairs(rows["overlap"], crossed)
-            purity = float(region.purity(matrix)[0])
-            if first["task"] in choices and not math.isnan(purity):
-                overall["purity"] = purity
-        overall |= self._counts(list(choices.values()), changes, rows["sets"])
-        return {name: to_frame(table) for name, table in rows.items() if table}, overall
-
-    def _counts(
-        self,
-        choices: Sequence[SizeChoice],
-        changes: Sequence[CalibrationChange | None],
-        sets: Sequence[Mapping[str, Any]],
-    ) -> dict[str, float | int]:
-        """Counts over all tasks, and the metrics of the pair."""
-        movement = self.evaluator.movement
-        counts: dict[str, float | int] = {
-            "tasks": len(self.measurements), "entries": movement.total, "moved": movement.total_moved,
-            "localised": sum(choice.passed for choice in choices),
-            "diffuse": sum(
-                not choice.passed or size_label(choice.size / movement.total) == "diffuse"
-                for choice in choices
-            ),
-            "without_gain": len(self.measurements) - len(choices),
-            "overconfident": sum(change is not None and change.overconfident for change in changes),
-            "harmful_rest": sum(
-                row["model"] == "graft" and row["role"] != "keep" and row["over_tuned_low"] > 0
-                for row in sets
-            ),
-        }  # fmt: skip
-        if movement.squares:
-            leading = movement.largest(math.ceil(movement.total / 100))
-            counts["movement_top"] = movement.square(leading) / movement.squares
-        return counts
+def tables_and_metrics(
+    measurements: Mapping[str, TaskMeasurements], evaluator: GraftEvaluator, *, draws: int, seed: int
+) -> tuple[dict[str, pd.DataFrame], dict[str, float | int]]:
+    """All tables, and all metrics: those of the first task, and counts over all tasks."""
+    drawing = {"draws": draws, "seed": seed}
+    movement, matrices = evaluator.movement, evaluator.host.pair.tuned.matrices
+    shapes = {name: evaluator.shapes[name] for name in movement.entries}
+    rows: defaultdict[str, Rows] = defaultdict(list)
+    choices = {task: m.choice for task, m in measurements.items() if m.choice is not None}
+    changes = []
+    for task, measured in measurements.items():
+        changes.append(calibration_change(measured, **drawing))
+        choice = measured.choice
+        parts = region.by_component(choice.chosen, shapes, matrices, layer_lookup(shapes)) if choice else []
+        of_task = task_metrics(measured, movement.total, changes[-1], parts)
+        rows["tasks"].append({"task": task, **of_task, "verdict": verdict(measured, movement.total, of_task)})
+        rows["budget"] += budget_rows(measured, movement.total)
+        rows["sets"] += set_rows(measured, **drawing)
+        rows["calibration"] += calibration_rows(measured, **drawing)
+        rows["reliability"] += reliability_rows(measured)
+        rows["region"] += [{"task": task, **row} for row in parts]
+        if choice:
+            densest = region.densest(choice.chosen, shapes, matrices)
+            rows["densest"] += [{"task": task, **row} for row in densest]
+            rows["stability"] += [
+                {"task": task, "seed": first, "other": second, "jaccard": jaccard}
+                for first, second, jaccard in choice.stability()
+            ]
+    first_task, *_ = rows["tasks"]
+    metrics = {name: value for name, value in first_task.items() if name not in ("task", "verdict")}
+    if len(choices) > 1:
+        regions = {task: choice.chosen for task, choice in choices.items()}
+        rows["overlap"] = overlap_rows(regions, movement.entries)
+        rows["rel"], recovered = recoveries(measurements, list(regions), **drawing)
+        rows["unions"] = unions(measurements, regions, evaluator, **drawing)
+        metrics["interfering"] = interfering_pairs(rows["overlap"], rows["rel"])
+        purity = float(region.purity(recovered)[0])
+        if first_task["task"] in choices and not math.isnan(purity):
+            metrics["purity"] = purity
+    sizes = [choice.size / movement.total for choice in choices.values() if choice.passed]
+    metrics |= {
+        "tasks": len(measurements), "entries": movement.total, "moved": movement.total_moved,
+        "localised": len(sizes),
+        "diffuse": len(choices) - len(sizes) + sum(size_label(size) == "diffuse" for size in sizes),
+        "without_gain": len(measurements) - len(choices),
+        "overconfident": sum(change is not None and change.overconfident for change in changes),
+        "harmful_rest": sum(
+            row["model"] == "graft" and row["role"] != "keep" and row["over_tuned_low"] > 0
+            for row in rows["sets"]
+        ),
+    }  # fmt: skip
+    if movement.squares:
+        leading = movement.largest(math.ceil(movement.total / 100))
+        metrics["movement_top"] = movement.square(leading) / movement.squares
+    tables = {name: pd.DataFrame(table) for name, table in rows.items() if table}
+    for name in tables.keys() & {"region", "densest"}:
+        tables[name]["layer"] = tables[name]["layer"].astype(float)  # NaN outside the blocks
+    return tables, metrics
 
 
 def interfering_pairs(overlaps: Sequence[Mapping[str, Any]], crossed: Sequence[Mapping[str, Any]]) -> int:
@@ -326,11 +264,63 @@ def interfering_pairs(overlaps: Sequence[Mapping[str, Any]], crossed: Sequence[M
     return len(pairs)
 
 
-def to_frame(rows: Sequence[Mapping[str, Any]]) -> "pd.DataFrame":
-    """Rows as a table."""
-    import pandas as pd
+def overlap_rows(regions: Mapping[str, Region], entries: Mapping[str, int]) -> Rows:
+    """How the regions of two tasks overlap, each way, against chance."""
+    total = sum(entries.values())
+    return [
+        {
+            "task": task, "other": other_task, "overlap": region.overlap(first, second),
+            "chance": region.chance(first, second, entries), "density": region.size(first) / total,
+            "jaccard": region.jaccard(first, second),
+        }
+        for task, first in regions.items()
+        for other_task, second in regions.items()
+    ]  # fmt: skip
 
-    table = pd.DataFrame(list(rows))
-    if "layer" in table:  # NaN outside the blocks
-        table["layer"] = table["layer"].astype(float)
-    return table
+
+def recoveries(
+    measurements: Mapping[str, TaskMeasurements], tasks: Sequence[str], *, draws: int, seed: int
+) -> tuple[Rows, np.ndarray]:
+    """The share of each task's gain that each task's region keeps, as rows and as (regions, tasks)."""
+    rows, matrix = [], np.full((len(tasks), len(tasks)), math.nan)
+    for t, task in enumerate(tasks):
+        answers = {side: measurements[task].report[side] for side in ("base", "tuned")}
+        for owner in tasks:
+            answers[f"of {owner}"] = measurements[owner].on_other_tasks[task]
+        scores = AnswerScores(answers, draws=draws, seed=seed, where=task)
+        for i, owner in enumerate(tasks):
+            rel = scores.rel(f"of {owner}")
+            matrix[i, t] = rel.value
+            rows.append({"region": owner, "task": task, "rel": rel.value, "low": rel.low, "high": rel.high})
+    return rows, matrix
+
+
+def unions(
+    measurements: Mapping[str, TaskMeasurements],
+    regions: Mapping[str, Region],
+    evaluator: GraftEvaluator,
+    *,
+    draws: int,
+    seed: int,
+) -> Rows:
+    """How much of every task the union of all regions keeps, and each union with one task left out."""
+    tasks = list(regions)
+    groups = [tuple(tasks)] if len(tasks) < 3 else [tuple(tasks), *combinations(tasks, len(tasks) - 1)]
+    rows = []
+    keys = [(task, "report") for task in tasks]
+    for group in groups:
+        union = region.union([regions[task] for task in group])
+        answers = evaluator.graft(union, keys)
+        for task in tasks:
+            ends = {side: measurements[task].report[side] for side in ("base", "tuned")}
+            models = {**ends, "union": answers[task, "report"]}
+            scores = AnswerScores(models, draws=draws, seed=seed, where=task)
+            rel = scores.rel("union")
+            rows.append(
+                {
+                    "union": " + ".join(group), "entries": region.size(union), "task": task,
+                    "member": task in group, "metric": scores.shown("union").value, "rel": rel.value,
+                    "low": rel.low, "high": rel.high,
+                }
+            )  # fmt: skip
+    return rows

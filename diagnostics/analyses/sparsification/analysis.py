@@ -8,9 +8,11 @@ two that do not depend on scale.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
 from jaxtyping import Bool, Float
 from numpy.typing import ArrayLike
 from torch import Tensor
@@ -23,9 +25,6 @@ from probes.checkpoints.series import series_of
 from probes.errors import InputError
 from probes.files.layout import Part
 from probes.progress import Progress
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 # Magnitudes below which a weight counts as near zero (in its unit) and as small (share of its matrix's rms).
 NEAR_ZERO, SMALL = 1e-3, 0.1
@@ -42,8 +41,6 @@ MEASURES = {
     "hoyer": "Hoyer index: 0 all alike, 1 all but one zero, 0.202 for normal weights; scale-free",
 }
 SCALE_FREE = ("small", "hoyer")
-
-
 METRICS = {
     "jumps": "checkpoints at which a scale-free measure jumps",
     "jump": "index of the first of them, from 0",
@@ -56,20 +53,14 @@ def summary(result: Result) -> str:
     """Whether a scale-free measure jumps, and how far each rose."""
     count = result.metrics["jumps"]
     jumped = "no checkpoint jumps" if not count else f"{count} jump{'s' if count > 1 else ''}"
-    rises = [
-        f"{name} {result.metrics[f'{name}_rise']:+.4f}"
-        for name in MEASURES
-        if f"{name}_rise" in result.metrics
-    ]
-    return ", ".join([jumped, *rises])
+    rises = {name: result.metrics.get(f"{name}_rise") for name in MEASURES}
+    return ", ".join([jumped, *(f"{name} {rise:+.4f}" for name, rise in rises.items() if rise is not None)])
 
 
 def draw(result: Result) -> "dict[str, go.Figure]":
     """The four measures over the run, jumps marked."""
-    table = result.tables["checkpoints"]
-    figure = theme.figure(
-        "Negligible weights over the run; a star is a jump", "step", "share of weights, or index"
-    )
+    table, title = result.tables["checkpoints"], "Negligible weights over the run; a star is a jump"
+    figure = theme.figure(title, "step", "share of weights, or index")
     for (name, meaning), color, symbol in zip(MEASURES.items(), theme.COLORWAY, theme.SYMBOLS, strict=False):
         jump, hover = table[f"{name}_jump"], f"{{label}}: {{y:.4f}}<extra>{meaning}</extra>"
         marker = {"color": color, "size": np.where(jump, 13, 7), "symbol": np.where(jump, "star", symbol)}
@@ -79,27 +70,18 @@ def draw(result: Result) -> "dict[str, go.Figure]":
 
 @dataclass(frozen=True, kw_only=True)
 class Sparseness:
-    """The measures of one matrix.
-
-    Attributes:
-        zero, near_zero, small: counts.
-        hoyer: (√n − l1/l2) / (√n − 1); NaN for a single entry, or if all are 0.
-    """
+    """The measures of one matrix."""
 
     entries: int
-    zero: int
+    zero: int  # counts, as the next two
     near_zero: int
     small: int
     rms: float
-    hoyer: float
+    hoyer: float  # (√n − l1/l2) / (√n − 1); NaN for a single entry, or if all are 0
 
 
 def measure_sparseness(weights: Float[Tensor, "..."]) -> Sparseness:
-    """Measure one matrix in chunks; exact zeros count as small at any scale.
-
-    Raises:
-        InputError: an entry is NaN or infinite.
-    """
+    """Measure one matrix in chunks; exact zeros count as small at any scale."""
     flat = weights.flatten()
     entries, l1, square = flat.numel(), 0.0, 0.0
     for chunk in flat.split(CHUNK):
@@ -126,14 +108,7 @@ def checkpoint_sparseness(
     parts: Sequence[Part] = ("block",),
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, float]:
-    """All measures over the matrices of a checkpoint in these parts, weighted by entries.
-
-    One matrix is in memory at a time.
-
-    Raises:
-        NotApplicableError: no such matrix.
-        InputError: weights that are no finite floating-point numbers.
-    """
+    """All measures over the matrices of a checkpoint in these parts, weighted by entries."""
     names = [name for name, matrix in checkpoint.matrices.items() if matrix.part in parts]
     if not names:
         raise NotApplicableError(f"{checkpoint.ref}: has no matrix in {', '.join(parts)}")
@@ -152,11 +127,8 @@ def checkpoint_sparseness(
         except InputError as error:
             raise InputError(f"{checkpoint.ref}: {name} {error}") from error
     entries = sum(matrix.entries for matrix in measured)
-    shares = {
-        name: sum(getattr(matrix, name) for matrix in measured) / entries
-        for name in MEASURES
-        if name != "hoyer"
-    }
+    counted = [name for name in MEASURES if name != "hoyer"]
+    shares = {name: sum(getattr(matrix, name) for matrix in measured) / entries for name in counted}
     defined = [matrix for matrix in measured if not math.isnan(matrix.hoyer)]
     total = sum(matrix.entries for matrix in defined)
     hoyer = sum(matrix.entries * matrix.hoyer for matrix in defined) / total if defined else math.nan
@@ -195,10 +167,7 @@ def find_jumps(series: ArrayLike) -> Bool[np.ndarray, " steps"]:
     metrics=METRICS,
 )
 def abrupt_sparsification(
-    series: Any,
-    *,
-    parts: Sequence[Part] = ("block",),
-    progress: Progress | None = None,
+    series: Any, *, parts: Sequence[Part] = ("block",), progress: Progress | None = None
 ) -> Result:
     """Measure how sparse the checkpoints of a run are, in step order, and where a measure jumps.
 
@@ -226,30 +195,19 @@ def abrupt_sparsification(
         >>> result.metrics["checkpoints"]
         4
     """
-    import pandas as pd
-
     run = series_of(series)
     measured = run.measured(
-        "sparse",
-        {"parts": list(parts)},
-        lambda checkpoint: checkpoint_sparseness(checkpoint, parts),
-        progress=progress,
-        least=(3, "a jump"),
+        "sparse", {"parts": list(parts)}, lambda checkpoint: checkpoint_sparseness(checkpoint, parts),
+        progress=progress, least=(3, "a jump"),
+    )  # fmt: skip
+    table = pd.DataFrame({"label": run.labels, "step": run.steps, "place": range(len(run.labels))})
+    table = table.join(
+        pd.DataFrame({name: value.item() for name, value in values.items()} for values in measured)
     )
-    rows = [
-        {
-            "label": label,
-            "step": step,
-            "place": index,
-            **{name: value.item() for name, value in values.items()},
-        }
-        for index, (label, step, values) in enumerate(zip(run.labels, run.steps, measured, strict=True))
-    ]
-    table = pd.DataFrame(rows)
     jumps = {name: find_jumps(table[name].tolist()) for name in MEASURES}
     table = table.assign(**{f"{name}_jump": flags for name, flags in jumps.items()})
     scale_free = np.any([jumps[name] for name in SCALE_FREE], axis=0)
-    metrics: dict[str, float | int] = {"jumps": int(scale_free.sum()), "checkpoints": len(rows)}
+    metrics: dict[str, float | int] = {"jumps": int(scale_free.sum()), "checkpoints": len(table)}
     if scale_free.any():
         metrics["jump"] = int(scale_free.argmax())
     for name in MEASURES:
@@ -261,9 +219,7 @@ def abrupt_sparsification(
 
 
 def notes(
-    table: Any,
-    jumps: Mapping[str, Bool[np.ndarray, " steps"]],
-    steps: Float[np.ndarray, " steps"] | None,
+    table: Any, jumps: Mapping[str, Bool[np.ndarray, " steps"]], steps: Float[np.ndarray, " steps"] | None
 ) -> list[str]:
     """Notes on the jumps and on the checkpoints."""
     lines = []

@@ -7,7 +7,7 @@ Source: Jaiswal, Liu, Chen and Wang 2023, arXiv:2306.03805. For nearly every fig
 pre-trained weights and tunes the rest; measurements without tuning are called zero-shot here.
 """
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from diagnostics.analyses.sparsity.evaluator import (
     MAGNITUDE,
@@ -15,17 +15,13 @@ from diagnostics.analyses.sparsity.evaluator import (
     SIDES,
     MaskEvaluator,
     Masks,
-    Progress,
     Regime,
     parse_pattern,
     pattern_sparsity,
 )
+from diagnostics.analyses.sparsity.figures import draw
 from diagnostics.analyses.sparsity.grid import COMPARED_SPARSITY, MAX_REFINEMENTS, SparsitySettings
-from diagnostics.analyses.sparsity.masked_finetuning import (
-    MaskedFinetuning,
-    check_training,
-    split_training_rows,
-)
+from diagnostics.analyses.sparsity.masked_finetuning import MaskedFinetuning, check_training, split_training
 from diagnostics.analyses.sparsity.notes import curve_verdict, notes
 from diagnostics.analyses.sparsity.tables import SparsityMeasurements
 from diagnostics.core.analysis import DeviceTest, Result, analysis
@@ -38,12 +34,12 @@ from probes.checkpoints.pair import Side
 from probes.checkpoints.prune import Scope
 from probes.files.layout import Part
 from probes.models.two_sided import TwoSidedModel
+from probes.passes.objective import Objective
+from probes.progress import Progress
 
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
-# The grid of the paper's code.
+# The grid of the paper's code, and its tolerance.
 GRID = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+TOLERANCE = 0.01
 
 # One text for both sides, which take the place of `{side}`.
 METRIC_TEXTS = {
@@ -90,21 +86,14 @@ METRICS = {
 
 def summary(result: Result) -> str:
     """How much each side tolerates, and the overlap of their masks."""
-    points = result.tables["points"]
-    rows = points[(points["role"] == "task") & (points["regime"] == "zero_shot")].to_dict("records")
+    points = result.tables["points"].query("role == 'task' and regime == 'zero_shot'")
+    rows = points.to_dict("records")
     sides = "; ".join(f"{row['model']} {curve_verdict(row)}" for row in reversed(rows))
     text = f"zero-shot, {rows[0]['metric']} within {rows[0]['rule']}: {sides}"
     if "kappa_at_0_3" in result.metrics:
         text += f"; mask overlap beyond chance: kappa {result.metrics['kappa_at_0_3']:.2f}"
         text += f" at {COMPARED_SPARSITY:g}"
     return text
-
-
-def draw(result: Result) -> "dict[str, go.Figure]":
-    """The figures of a result; plotly is loaded when they are drawn."""
-    from diagnostics.analyses.sparsity import figures
-
-    return figures.draw(result)
 
 
 @analysis(
@@ -233,8 +222,8 @@ def essential_sparsity(
         0.6
     """
     settings = SparsitySettings(
-        metric=metric, tolerance=tolerance, grid=tuple(sorted({0.0, *map(float, grid)})), refine=refine,
-        draws=draws, seed=seed,
+        metric=metric, tolerance=TOLERANCE if tolerance is None else tolerance, refine=refine,
+        grid=tuple(sorted({0.0, *map(float, grid)})), draws=draws, seed=seed,
     )  # fmt: skip
     check_training(finetune_steps, finetune_share, finetune_lr, finetune_batch)
     for pattern in patterns or ():
@@ -246,27 +235,27 @@ def essential_sparsity(
         for name, rows in tasks(source, role).items()
     }
     roles = {role: settings.metric_of(role, sets) for role in dict.fromkeys(role for role, _ in sets)}
-    training, sets = split_training_rows(sets, finetune_share, seed) if finetune_steps else (None, sets)
+    training, sets = split_training(sets, finetune_share, seed) if finetune_steps else (None, sets)
     with TwoSidedModel(pair, **options.of_models) as host:
         encoded_sets = {key: encoded(host.editable, rows, **options.of_rows) for key, rows in sets.items()}
         train = None
+        curves: list[tuple[Side, Regime]] = [(side, "zero_shot") for side in SIDES]
         if training is not None:
+            curves.append(("base", "masked_finetune"))
+            encoded_training = encoded(host.editable, training, **options.of_rows)
             train = MaskedFinetuning(
-                host, encoded(host.editable, training, **options.of_rows), steps=finetune_steps,
-                lr=finetune_lr, batch_rows=finetune_batch, seed=seed, batch_tokens=options.batch_tokens,
+                host=host, objective=Objective(encoded_training, tokens=options.batch_tokens), seed=seed,
+                rows=len(training.rows), steps=finetune_steps, lr=finetune_lr, batch_rows=finetune_batch,
             )  # fmt: skip
         cuts = Masks(host, settings.grid, scope=scope, parts=parts, random=random, seed=seed)
         fitting, misfit_notes = cuts.fitting(patterns)
-        curves: list[tuple[Side, Regime]] = [(side, "zero_shot") for side in SIDES]
-        if train is not None:
-            curves.append(("base", "masked_finetune"))
         points = len(settings.grid) + MAX_REFINEMENTS * (refine > 0) + (len(settings.grid) - 1) * random
-        evaluator = MaskEvaluator(
-            cuts, encoded_sets, total=len(curves) * points + len(SIDES) * len(fitting), progress=progress
-        )
-        evaluator.measure_on_workers(
-            [(side, *point) for side in SIDES for point in settings.zero_shot(fitting, random)]
-        )
+        total = len(curves) * points + len(SIDES) * len(fitting)
+        evaluator = MaskEvaluator(cuts, encoded_sets, total=total, progress=progress)
+        always = [(MAGNITUDE, sparsity) for sparsity in settings.grid]
+        always += [(pattern, pattern_sparsity(pattern)) for pattern in fitting]
+        always += [(RANDOM, sparsity) for sparsity in settings.grid if random]
+        evaluator.measure_on_workers([(side, *point) for side in SIDES for point in always])
         for side, regime in curves:
             tune = train if regime == "masked_finetune" else None
             settings.sweep(evaluator, side, regime, roles["task"], tune)

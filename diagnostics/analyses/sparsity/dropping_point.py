@@ -31,75 +31,47 @@ ROUNDING = 1e-9
 
 @dataclass(frozen=True, kw_only=True)
 class PaperDroppingPoint:
-    """The paper's dropping point on the measured sparsities.
+    """The paper's dropping point on the measured sparsities."""
 
-    Attributes:
-        at: the last sparsity before the metric first leaves the tolerance; the last measured if it never
-            does.
-        until: the next sparsity; NaN if the metric never leaves the tolerance.
-        rho: share of the remaining weights that are removed in between, (until − at) / (1 − at).
-        crossings: how often the curve leaves the tolerance; above 1 it is noisy.
-    """
-
-    at: float
-    until: float
-    rho: float
-    crossings: int
+    at: float  # the last sparsity before the metric first leaves the tolerance, or the last measured
+    until: float  # the next sparsity; NaN if the metric never leaves the tolerance
+    rho: float  # share of the remaining weights that are removed in between, (until − at) / (1 − at)
+    crossings: int  # how often the curve leaves the tolerance; above 1 it is noisy
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hinge:
-    """The best continuous fit of two slopes.
+    """The best continuous fit of two slopes."""
 
-    Attributes:
-        at: the sparsity at which they meet.
-        before, after: the slopes, metric per unit of sparsity.
-        dbic: BIC of one line minus BIC of the hinge; above 10 there surely is a bend, up to 2 there is none.
-        until: the last sparsity fitted; below the last measured where the curve reaches a floor.
-    """
-
-    at: float
-    before: float
+    at: float  # the sparsity at which they meet
+    before: float  # slope, metric per unit of sparsity
     after: float
-    dbic: float
-    until: float
+    dbic: float  # BIC of one line minus BIC of the hinge; above 10 there surely is a bend, up to 2 none
+    until: float  # the last sparsity fitted; below the last measured where the curve reaches a floor
 
 
 @dataclass(frozen=True, kw_only=True)
 class DroppingPoint:
-    """The dropping point of one curve, by all estimates.
-
-    Attributes:
-        allowed: tolerated drop, in the metric's unit.
-        at, until: the robust bracket; `until` is NaN where the grid ends first.
-        point, low, high: the crossing within the bracket, and its 95 % interval.
-        reached: whether the curve leaves the tolerance; else `point` is a lower bound.
-        decided: whether the rows can tell the tolerance from noise.
-        rows_needed: how many rows could.
-        points: the crossing in each draw.
-    """
+    """The dropping point of one curve, by all estimates."""
 
     paper: PaperDroppingPoint
-    allowed: float
-    at: float
-    until: float
-    point: float
-    low: float
+    allowed: float  # tolerated drop, in the metric's unit
+    at: float  # the robust bracket
+    until: float  # its end; NaN where the grid ends first
+    point: float  # the crossing within the bracket
+    low: float  # its 95 % interval
     high: float
-    reached: bool
-    decided: bool
-    rows_needed: int
+    reached: bool  # whether the curve leaves the tolerance; else `point` is a lower bound
+    decided: bool  # whether the rows can tell the tolerance from noise
+    rows_needed: int  # how many rows could
     half_width: float
     hinge: Hinge
     verdict: Verdict
-    points: Float[np.ndarray, " draws"]
+    points: Float[np.ndarray, " draws"]  # the crossing in each draw
 
 
 def isotonic(curves: Float[np.ndarray, "curves points"]) -> Float[np.ndarray, "curves points"]:
-    """Isotonic regression: the least-squares curve that never rises, by the min-max formula for all curves.
-
-    The same as pooling adjacent violators.
-    """
+    """Isotonic regression: the least-squares curve that never rises, by the min-max formula."""
     points = curves.shape[1]
     sums = np.concatenate([np.zeros((len(curves), 1)), np.cumsum(curves, axis=1)], axis=1)
     first, last = np.indices((points, points))
@@ -124,9 +96,7 @@ def within_tolerance(
 
 
 def crossing(
-    sparsities: Sparsities,
-    curves: Float[np.ndarray, "curves points"],
-    allowed: Float[np.ndarray, " curves"],
+    sparsities: Sparsities, curves: Float[np.ndarray, "curves points"], allowed: Float[np.ndarray, " curves"]
 ) -> tuple[Int[np.ndarray, " curves"], Float[np.ndarray, " curves"]]:
     """Index of the last point at which each isotonic fit is within the allowed drop, and its crossing.
 
@@ -154,11 +124,7 @@ def paper_dropping_point(sparsities: Sparsities, curve: SparsityCurve, allowed: 
 
 
 def fit_hinge(sparsities: Sparsities, curve: SparsityCurve) -> Hinge:
-    """Fit `a + b s + d max(s − c, 0)`, with c among the inner sparsities.
-
-    Raises:
-        InputError: fewer than 4 points.
-    """
+    """Fit `a + b s + d max(s − c, 0)`, with c among the inner sparsities."""
     count = len(curve)
     if count < 4:
         raise InputError(f"{count} points; a hinge has 4 parameters")
@@ -199,13 +165,7 @@ def fit_bend(sparsities: Sparsities, curve: SparsityCurve, *, plateau: bool) -> 
 
 
 def verdict_of(*, at: float, reached: bool, step: float, bent: Hinge) -> Verdict:
-    """The verdict on a curve.
-
-    Args:
-        at: the last sparsity within the tolerance.
-        step: the first step of the grid before refinement.
-        bent: the hinge of the curve.
-    """
+    """The verdict on a curve within the tolerance up to `at`; `step` is the first of the unrefined grid."""
     if not reached:
         return "not reached"
     if at < step * (1 - ROUNDING):
@@ -244,15 +204,9 @@ def estimate_dropping_point(
 
     Args:
         drawn: the curve on bootstrap draws of the rows, the same rows at every point.
-        tolerance: the tolerated drop, absolute or as a share of the first value.
-        relative: whether it is a share.
+        tolerance: the tolerated drop; `relative`: as a share of the first value.
         step: the first step of the grid before refinement.
-        rows: number of rows measured.
-        least: lower bound of the half-width; z / rows for accuracy: that no row disagrees does not prove
-            that none would.
-
-    Raises:
-        InputError: fewer than 4 points.
+        least: lower bound of the half-width; z / rows for accuracy.
     """
     scale = tolerance * np.abs(np.concatenate([curve[:1], drawn[:, 0]])) if relative else None
     allowed = np.full(1 + len(drawn), tolerance) if scale is None else scale

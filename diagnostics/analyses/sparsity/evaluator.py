@@ -1,12 +1,14 @@
 """Evaluates base and tuned under masks: every sparsity, pattern and control on one model in memory."""
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -15,90 +17,60 @@ from diagnostics.analyses.sparsity.mask_overlap import Mass, Overlaps, kept_mass
 from diagnostics.evaluation.row_losses import EncodedTask, Losses
 from diagnostics.execution import workers
 from diagnostics.numerics import row_bootstrap
+from probes.checkpoints import prune
 from probes.checkpoints.pair import Side
-from probes.checkpoints.prune import (
-    Cut,
-    Order,
-    Scope,
-    cut_levels,
-    magnitude_order,
-    n_of_m,
-    pattern_pruned,
-    random_order,
-)
+from probes.checkpoints.prune import Cut, Order, Scope
 from probes.errors import InputError
 from probes.files.layout import Part
 from probes.models.two_sided import TwoSidedModel
-
-if TYPE_CHECKING:
-    import pandas as pd
+from probes.progress import Progress
 
 Regime = Literal["zero_shot", "masked_finetune"]
 Metric = Literal["accuracy", "loss"]
-Progress = Callable[[int, int, str], None]
 SetKey = tuple[str, str]  # role and name
 PointKey = tuple[Side, str, float]  # side, pattern, sparsity
 
 MAGNITUDE, RANDOM = "magnitude", "random"
 SIDES: tuple[Side, ...] = ("base", "tuned")
 PATTERNS = ("1:2", "2:4", "4:8")
+# Columns of the table of overlaps.
+OVERLAPS = ("cosine", "cosine_chance", "kappa", "iou", "iou_chance", "revived", "delta_low")
 # Sparsities are equal up to so many digits.
 DIGITS = 9
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One setting of the model.
+    """One setting of the model."""
 
-    Attributes:
-        model: the side that is masked, by its own magnitudes.
-        pattern: `magnitude`, `random`, or N:M as in `2:4`.
-        sparsity: as requested.
-        realised: share of the weights in the scope that is pruned.
-        regime: whether weights are tuned behind the mask.
-    """
+    model: Side  # the side that is masked, by its own magnitudes
+    pattern: str  # `magnitude`, `random`, or N:M as in `2:4`
+    sparsity: float  # as requested
+    realised: float  # share of the weights in the scope that is pruned
+    regime: Regime = "zero_shot"  # whether weights are tuned behind the mask
 
-    model: Side
-    pattern: str
-    sparsity: float
-    realised: float
-    regime: Regime = "zero_shot"
+    @property
+    def curve(self) -> tuple[Side, str, Regime]:
+        """The curve that it is a point of."""
+        return self.model, self.pattern, self.regime
 
 
 def parse_pattern(pattern: str) -> tuple[int, int]:
-    """N and M of an N:M pattern, which keeps at most N of M weights.
-
-    Raises:
-        InputError: it is not N:M with N below M.
-    """
-    parts = pattern.split(":")
-    if (
-        len(parts) != 2
-        or not all(part.isdecimal() for part in parts)
-        or not 0 < int(parts[0]) < int(parts[1])
-    ):
+    """N and M of an N:M pattern, which keeps at most N of M weights."""
+    match = re.fullmatch(r"(\d+):(\d+)", pattern)
+    if not match or not 0 < int(match[1]) < int(match[2]):
         raise InputError(f"patterns holds {pattern!r}; write N:M, at most N of M weights kept, such as 2:4")
-    return int(parts[0]), int(parts[1])
+    return int(match[1]), int(match[2])
 
 
 def pattern_sparsity(pattern: str) -> float:
-    """The share that an N:M pattern prunes.
-
-    Raises:
-        InputError: as `parse_pattern`.
-    """
+    """The share that an N:M pattern prunes."""
     kept, of = parse_pattern(pattern)
     return 1 - kept / of
 
 
 class Masks:
-    """The weights that each sparsity prunes of base, of tuned, and at random.
-
-    Attributes:
-        settings: the arguments besides host and sparsities.
-        names: the stored tensors in the scope, in order.
-        left_out: tensors in the scope that the running model lacks.
-    """
+    """The weights that each sparsity prunes of base, of tuned, and at random."""
 
     def __init__(
         self,
@@ -110,15 +82,11 @@ class Masks:
         random: bool,
         seed: int,
     ):
-        """Find the cuts of all sparsities in the same passes over the weights.
-
-        Raises:
-            InputError: a sparsity outside [0, 1); nothing to prune, or weights that are no finite floats.
-        """
+        """Find the cuts of all sparsities in the same passes over the weights."""
         self.host = host
         self.settings = {"scope": scope, "parts": parts, "random": random, "seed": seed}
         tuned = host.pair.tuned
-        order = magnitude_order(tuned, scope, parts)
+        order = prune.magnitude_order(tuned, scope, parts)
         quantised = [name for name in order.shapes if not tuned.headers[name].dtype.is_floating_point]
         if quantised:
             dtype = str(tuned.headers[quantised[0]].dtype).removeprefix("torch.")
@@ -126,18 +94,18 @@ class Masks:
                 f"{tuned.ref}: {quantised[0]} is stored as {dtype}; dequantise the checkpoint first, codes "
                 "have no order of magnitude"
             )
+        # Tensors in the scope, and those that the running model lacks.
         self.names = tuple(name for name in order.shapes if name in host.headers)
         self.left_out = tuple(name for name in order.shapes if name not in host.headers)
         if not self.names:
             raise InputError(f"{tuned.ref}: the running model has no {' or '.join(parts)} matrix of the file")
         shapes = {name: order.shapes[name] for name in self.names}
         groups = {name: order.groups[name] for name in self.names}
-        self._orders = {
-            "base": Order(shapes, lambda name: host.read(name, "base"), groups=groups),
-            "tuned": Order(shapes, lambda name: host.read(name, "tuned"), groups=groups),
+        self._orders: dict[str, Order] = {
+            side: Order(shapes, partial(host.read, side=side), groups=groups) for side in SIDES
         }
         if random:
-            drawn = random_order(tuned, scope, parts, seed=seed)
+            drawn = prune.random_order(tuned, scope, parts, seed=seed)
             self._orders[RANDOM] = Order(shapes, drawn.read, groups=groups)
         self._cuts: dict[tuple[str, float], Cut] = {}
         for kind in self._orders if sparsities else ():
@@ -175,7 +143,7 @@ class Masks:
         """The pruned entries of a stored tensor."""
         if pattern not in (MAGNITUDE, RANDOM):
             stored = self.host.read(name, model)
-            return pattern_pruned(self.host.pair.tuned, name, stored, *parse_pattern(pattern))
+            return prune.pattern_pruned(self.host.pair.tuned, name, stored, *parse_pattern(pattern))
         return self.order(model, pattern).pruned(self.cut(model, sparsity, pattern), name)
 
     def realised(self, model: Side, pattern: str, sparsity: float) -> float:
@@ -185,29 +153,18 @@ class Masks:
         return pattern_sparsity(pattern)
 
     def misfit(self, pattern: str) -> str:
-        """Why a pattern does not fit, naming the matrix; empty if it fits.
-
-        Raises:
-            InputError: it is no pattern.
-        """
+        """Why a pattern does not fit, naming the matrix; empty if it fits."""
         kept, of = parse_pattern(pattern)
         for matrix in self.host.pair.tuned.matrices.values():
             if matrix.tensor in self.names:
                 try:
-                    n_of_m(torch.zeros(1, matrix.columns), kept, of)
+                    prune.n_of_m(torch.zeros(1, matrix.columns), kept, of)
                 except InputError as error:
                     return f"{matrix.name}: {error}"
         return ""
 
     def fitting(self, patterns: Sequence[str] | None) -> tuple[tuple[str, ...], list[str]]:
-        """The patterns to measure, and notes on those that do not fit.
-
-        Args:
-            patterns: None: those of `PATTERNS` that fit.
-
-        Raises:
-            InputError: a requested one does not fit; the message names the matrix and its width.
-        """
+        """The patterns to measure, by default those of `PATTERNS` that fit, and notes on the others."""
         reasons = {pattern: self.misfit(pattern) for pattern in (PATTERNS if patterns is None else patterns)}
         misfits = {pattern: reason for pattern, reason in reasons.items() if reason}
         if patterns is not None and misfits:
@@ -232,25 +189,18 @@ class Masks:
 
     def overlaps(self, sparsities: Sequence[float]) -> "pd.DataFrame":
         """Overlap of the masks of base and tuned at each sparsity, without tensors that base lacks."""
-        import pandas as pd
-
         ascending = sorted(set(sparsities))
         cuts = [[self.cut(side, sparsity) for sparsity in ascending] for side in SIDES]
         overlaps = Overlaps(len(ascending))
         for name in self.names:
             if name in self.host.in_both:
                 sides = [self.host.read(name, side) for side in SIDES]
-                base, tuned = (cut_levels(of_side, name, W) for of_side, W in zip(cuts, sides, strict=True))
+                base, tuned = (prune.cut_levels(cut, name, W) for cut, W in zip(cuts, sides, strict=True))
                 overlaps.add(base, tuned, squared_change(*sides))
-        return pd.DataFrame(
-            {
-                "sparsity": sparsity, "cosine": overlap.cosine, "cosine_chance": overlap.cosine_chance,
-                "kappa": overlap.kappa, "iou": overlap.iou, "iou_chance": overlap.iou_chance,
-                "revived": overlap.revived, "revived_chance": 1 - sparsity,
-                "delta_low": overlap.delta_low, "delta_low_chance": sparsity,
-            }
-            for sparsity, overlap in zip(ascending, overlaps, strict=True)
-        )  # fmt: skip
+        table = pd.DataFrame({name: getattr(overlap, name) for name in OVERLAPS} for overlap in overlaps)
+        table.insert(0, "sparsity", ascending)
+        table.insert(7, "revived_chance", 1 - table["sparsity"])
+        return table.assign(delta_low_chance=table["sparsity"])
 
     def layers(self, model: Side, sparsity: float) -> "pd.DataFrame":
         """Sparsity of each matrix under a mask, and the sparsity that its scale predicts for normal weights.
@@ -258,44 +208,30 @@ class Masks:
         `gaussian` is erf(t / (√2 σ)) with the matrix's rms σ and its pruning threshold t; `excess` is the
         sparsity beyond it.
         """
-        import pandas as pd
-
         cut, rows = self.cut(model, sparsity), []
-        positions = {name: position for position, name in enumerate(self.names)}
-        tuned = self.host.pair.tuned.matrices.values()
-        matrices = sorted((m for m in tuned if m.tensor in positions), key=lambda m: positions[m.tensor])
-        name, stored, pruned = "", torch.empty(0), torch.empty(0, dtype=torch.bool)
-        for matrix in matrices:
-            if matrix.tensor != name:
-                name = matrix.tensor
-                stored = self.host.read(name, model)
-                pruned = cut.pruned(name, stored)
-            weights, count = matrix.take(stored), int(matrix.take(pruned).sum())
-            segments = cut.segments[name]
-            threshold = segments[(matrix.expert or 0) if len(segments) > 1 else 0].threshold
-            rms = float(weights.float().square().mean(dtype=torch.float64)) ** 0.5
-            share = count / weights.numel()
-            predicted = math.erf(threshold / (math.sqrt(2) * rms)) if rms and sparsity else math.nan
-            rows.append(
-                {
-                    "model": model, "matrix": matrix.name, "layer": matrix.layer,
-                    "component": matrix.component, "at": sparsity, "entries": weights.numel(),
-                    "sparsity": share, "density": 1 - share, "gaussian": predicted,
-                    "excess": share - predicted, "rms": rms,
-                    "zero": int((weights == 0).sum()) / weights.numel(),
-                }
-            )  # fmt: skip
-        table = pd.DataFrame(rows)
-        return table.assign(layer=table["layer"].astype("Int64"))
+        for name in self.names:
+            stored = self.host.read(name, model)
+            pruned, segments = cut.pruned(name, stored), cut.segments[name]
+            for matrix in (m for m in self.host.pair.tuned.matrices.values() if m.tensor == name):
+                weights, count = matrix.take(stored), int(matrix.take(pruned).sum())
+                threshold = segments[(matrix.expert or 0) if len(segments) > 1 else 0].threshold
+                rms = float(weights.float().square().mean(dtype=torch.float64)) ** 0.5
+                share = count / weights.numel()
+                predicted = math.erf(threshold / (math.sqrt(2) * rms)) if rms and sparsity else math.nan
+                rows.append(
+                    {
+                        "model": model, "matrix": matrix.name, "layer": matrix.layer,
+                        "component": matrix.component, "at": sparsity, "entries": weights.numel(),
+                        "sparsity": share, "density": 1 - share, "gaussian": predicted,
+                        "excess": share - predicted, "rms": rms,
+                        "zero": int((weights == 0).sum()) / weights.numel(),
+                    }
+                )  # fmt: skip
+        return pd.DataFrame(rows).astype({"layer": "Int64"})
 
 
 class MaskEvaluator:
-    """Losses of every row at every point, measured on demand.
-
-    Attributes:
-        points: in the order of measurement.
-        evaluations: passes over the rows.
-    """
+    """Losses of every row at every point, measured on demand."""
 
     def __init__(
         self,
@@ -306,19 +242,15 @@ class MaskEvaluator:
         progress: Progress | None = None,
     ):
         self.masks, self.host, self.sets = masks, masks.host, sets
-        self.points: list[Point] = []
+        self.points: list[Point] = []  # in the order of measurement
         self._losses: list[dict[SetKey, Losses]] = []
-        self.evaluations = 0
+        self.evaluations = 0  # passes over the rows
         self._from_workers: dict[PointKey, dict[SetKey, Losses]] = {}
         self._total, self._progress, self._done = total, progress, 0
         self._applied: PointKey | None = None
 
     def measure_on_workers(self, keys: Sequence[PointKey]) -> None:
-        """Measure points on the engine's workers, if it has any; `measure` then finds their losses.
-
-        Args:
-            keys: of points without training.
-        """
+        """Measure points without training on the engine's workers, if any; `measure` finds their losses."""
         build = partial(_build, sets=self.sets, settings=self.masks.settings)
         remote = workers.host_on_workers(self.host, build)
         if remote is None:
@@ -361,11 +293,7 @@ class MaskEvaluator:
         regime: Regime = "zero_shot",
         train: Callable[[Mapping[nn.Parameter, Bool[Tensor, "..."]]], None] | None = None,
     ) -> Point:
-        """Measure one point.
-
-        Args:
-            train: tunes behind the mask before the measurement; gets the entries held at zero.
-        """
+        """Measure one point; `train` tunes behind the mask before it, given the entries held at zero."""
         point = Point(
             model=model, pattern=pattern, sparsity=sparsity, regime=regime,
             realised=self.masks.realised(model, pattern, sparsity),
@@ -400,12 +328,9 @@ class MaskEvaluator:
 
     def curve(self, model: Side, pattern: str, regime: Regime) -> list[int]:
         """Indices of a curve's points, by ascending sparsity."""
-        indices = [
-            index
-            for index, point in enumerate(self.points)
-            if (point.model, point.pattern, point.regime) == (model, pattern, regime)
-        ]
-        return sorted(indices, key=lambda index: self.points[index].sparsity)
+        wanted = (model, pattern, regime)
+        order = sorted(range(len(self.points)), key=lambda index: self.points[index].sparsity)
+        return [index for index in order if self.points[index].curve == wanted]
 
     def count(self, role: str) -> int:
         """Number of rows of a role with something to score."""
@@ -435,11 +360,7 @@ class MaskEvaluator:
         return held
 
     def rows(self, role: str, metric: Metric) -> list[row_bootstrap.RowLosses]:
-        """Scores of each set of a role at every point, without rows that have nothing to score.
-
-        Raises:
-            InputError: fewer than 2 rows are left.
-        """
+        """Scores of each set of a role at every point, without rows that have nothing to score."""
         rows = []
         for key, encoded in self.sets.items():
             if key[0] != role:

@@ -1,6 +1,6 @@
 """The sparsities to measure: a coarse grid, then points where the curve leaves the tolerance and bends."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,15 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from diagnostics.analyses.sparsity.dropping_point import next_sparsity
-from diagnostics.analyses.sparsity.evaluator import (
-    MAGNITUDE,
-    RANDOM,
-    MaskEvaluator,
-    Metric,
-    Regime,
-    SetKey,
-    pattern_sparsity,
-)
+from diagnostics.analyses.sparsity.evaluator import MAGNITUDE, MaskEvaluator, Metric, Regime, SetKey
 from diagnostics.analyses.sparsity.masked_finetuning import MaskedFinetuning
 from probes.checkpoints.pair import Side
 from probes.errors import InputError
@@ -24,7 +16,6 @@ from probes.text.rows import Task
 
 # Most points that refine the grid of a curve.
 MAX_REFINEMENTS = 4
-TOLERANCE = 0.01
 # The sparsity of the mask metrics and of titles.
 COMPARED_SPARSITY = 0.3
 BY_ROW = ("choices", "label")
@@ -32,18 +23,12 @@ BY_ROW = ("choices", "label")
 
 @dataclass(frozen=True, kw_only=True)
 class SparsitySettings:
-    """How the curves are measured.
-
-    Attributes:
-        tolerance: None is the default.
-        grid: ascending, from 0.
-        refine: width of the bracket to reach; 0: the grid is not refined.
-    """
+    """How the curves are measured."""
 
     metric: Literal["auto", "accuracy", "loss"]
-    tolerance: float | None
-    grid: tuple[float, ...]
-    refine: float
+    tolerance: float
+    grid: tuple[float, ...]  # ascending, from 0
+    refine: float  # width of the bracket to reach; 0: the grid is not refined
     draws: int
     seed: int
 
@@ -53,24 +38,15 @@ class SparsitySettings:
                 raise InputError(f"grid holds {sparsity}; a sparsity is a share, from 0 to below 1")
         if len(self.grid) < 4:
             raise InputError(f"grid has {len(self.grid)} sparsities, 0 included; at least 4 are needed")
-        if not 0 < self.allowed < 1:
+        if not 0 < self.tolerance < 1:
             raise InputError(f"tolerance is {self.tolerance}; it is between 0 and 1, such as 0.01")
         if not 0 <= self.refine < 1:
             raise InputError(f"refine is {self.refine}; it is the width of a bracket, in [0, 1)")
         if self.draws < 100:
             raise InputError(f"draws is {self.draws}; at least 100 for a 95 % interval")
 
-    @property
-    def allowed(self) -> float:
-        """The tolerance in use."""
-        return TOLERANCE if self.tolerance is None else self.tolerance
-
     def metric_of(self, role: str, sets: Mapping[SetKey, Task]) -> Metric:
-        """The metric of a role.
-
-        Raises:
-            InputError: its files have none in common.
-        """
+        """The metric of a role."""
         if self.metric != "auto":
             return self.metric
         shapes = {task.shape: task.ref for (own_role, _), task in sets.items() if own_role == role}
@@ -81,13 +57,9 @@ class SparsitySettings:
 
     def rule(self, metric: Metric) -> str:
         """The tolerance in words."""
-        return f"{self.allowed:g} absolute" if metric == "accuracy" else f"{self.allowed:.3g} of its value"
-
-    def zero_shot(self, patterns: Sequence[str], random: bool) -> list[tuple[str, float]]:
-        """Patterns and sparsities that are always measured of each side."""
-        points = [(MAGNITUDE, sparsity) for sparsity in self.grid]
-        points += [(pattern, pattern_sparsity(pattern)) for pattern in patterns]
-        return points + [(RANDOM, sparsity) for sparsity in self.grid if random]
+        return (
+            f"{self.tolerance:g} absolute" if metric == "accuracy" else f"{self.tolerance:.3g} of its value"
+        )
 
     def sweep(
         self,
@@ -105,7 +77,7 @@ class SparsitySettings:
             curve = higher_is_better(evaluator.values("task", metric), metric)[indices]
             sparsity = next_sparsity(
                 [evaluator.points[index].sparsity for index in indices], curve.tolist(),
-                allowed=self.allowed * (1.0 if metric == "accuracy" else abs(float(curve[0]))),
+                allowed=self.tolerance * (1.0 if metric == "accuracy" else abs(float(curve[0]))),
                 step=self.refine,
             )  # fmt: skip
             if sparsity is None:

@@ -7,33 +7,28 @@ of the paper (Jaiswal et al. 2023, arXiv:2306.03805) is to be read with `kappa`,
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
+Levels: TypeAlias = Integer[np.ndarray, " entries"]
 # Entries summed in float64 at a time.
 CHUNK = 2**18
 
 
 @dataclass(frozen=True, kw_only=True)
 class Overlap:
-    """Two masks over the same entries, as counts.
+    """Two masks over the same entries, as counts of what base's mask, tuned's, and both prune."""
 
-    Attributes:
-        entries: in the scope.
-        base, tuned, both: pruned by base's mask, by tuned's, by both.
-        moved: squared norm of tuned − base.
-        moved_low: the same over the entries that base's mask prunes.
-    """
-
-    entries: int = 0
+    entries: int = 0  # in the scope
     base: int = 0
     tuned: int = 0
     both: int = 0
-    moved: float = 0.0
-    moved_low: float = 0.0
+    moved: float = 0.0  # squared norm of tuned − base
+    moved_low: float = 0.0  # the same over the entries that base's mask prunes
 
     @property
     def cosine(self) -> float:
@@ -82,26 +77,12 @@ class Overlaps:
     """Overlaps of the masks of base and tuned at several sparsities; a side's masks are nested."""
 
     def __init__(self, count: int):
-        """Start without tensors.
-
-        Args:
-            count: number of sparsities.
-        """
+        """Start without tensors, for a number of sparsities."""
         self._entries = np.zeros((count + 1, count + 1), np.int64)
         self._moved = np.zeros(count + 1)
 
-    def add(
-        self,
-        base: Integer[np.ndarray, " entries"],
-        tuned: Integer[np.ndarray, " entries"],
-        squares: Float[Tensor, "*shape"],
-    ) -> None:
-        """Count a tensor.
-
-        Args:
-            base, tuned: how many masks keep each entry: `probes.checkpoints.prune.cut_levels`.
-            squares: (tuned − base)² of each entry: `squared_change`.
-        """
+    def add(self, base: Levels, tuned: Levels, squares: Float[Tensor, "*shape"]) -> None:
+        """Count a tensor: how many masks keep each entry (`cut_levels`), and its (tuned − base)²."""
         count, flat = len(self._moved), squares.reshape(-1)
         for start in range(0, len(base), CHUNK):
             chunk = slice(start, start + CHUNK)
@@ -116,13 +97,9 @@ class Overlaps:
         low = self._moved.cumsum()
         for level in range(len(low) - 1):
             yield Overlap(
-                entries=int(both[-1, -1]),
-                base=int(both[level, -1]),
-                tuned=int(both[-1, level]),
-                both=int(both[level, level]),
-                moved=float(low[-1]),
-                moved_low=float(low[level]),
-            )
+                entries=int(both[-1, -1]), base=int(both[level, -1]), tuned=int(both[-1, level]),
+                both=int(both[level, level]), moved=float(low[-1]), moved_low=float(low[level]),
+            )  # fmt: skip
 
 
 def squared_change(base: Float[Tensor, "*shape"], tuned: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -139,10 +116,7 @@ def sum_where(values: Float[Tensor, "*shape"], where: Bool[Tensor, "*shape"]) ->
 
 @dataclass(frozen=True, kw_only=True)
 class Mass:
-    """Magnitude that a mask keeps, and all there is: sums of |w| and of w².
-
-    At a given sparsity unstructured masks keep the most; N:M masks keep more the larger M is.
-    """
+    """Magnitude that a mask keeps, and all there is: sums of |w| and of w²."""
 
     l1: float = 0.0
     l2: float = 0.0

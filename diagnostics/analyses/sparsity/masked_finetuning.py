@@ -1,14 +1,12 @@
 """Masked fine-tuning: the regime of nearly every figure in the paper on essential sparsity."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from diagnostics.evaluation.row_losses import EncodedTask
 from probes.errors import InputError
 from probes.models.two_sided import TwoSidedModel
 from probes.passes.masked_finetune import masked_finetune
@@ -17,11 +15,7 @@ from probes.text.rows import Task
 
 
 def check_training(steps: int, share: float, lr: float, batch_rows: int) -> None:
-    """Refuse parameters out of range.
-
-    Raises:
-        InputError: with the range.
-    """
+    """Refuse parameters out of range."""
     if steps < 0:
         raise InputError(f"finetune_steps is {steps}; it is at least 0 (no tuning)")
     if not 0 < share < 1:
@@ -30,14 +24,10 @@ def check_training(steps: int, share: float, lr: float, batch_rows: int) -> None
         raise InputError(f"finetune_lr is {lr} and finetune_batch {batch_rows}; both are above 0")
 
 
-def split_training_rows(
+def split_training(
     sets: Mapping[tuple[str, str], Task], share: float, seed: int
 ) -> tuple[Task, dict[tuple[str, str], Task]]:
-    """A random share of the task rows to tune on, and all sets without them.
-
-    Raises:
-        InputError: several task files, or fewer than 2 rows on either side.
-    """
+    """A random share of the task rows to tune on, and all sets without them."""
     task_keys = [key for key in sets if key[0] == "task"]
     if len(task_keys) > 1:
         names = ", ".join(name for _, name in task_keys)
@@ -56,39 +46,22 @@ def split_training_rows(
     return training, {**sets, task_keys[0]: rest}
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class MaskedFinetuning:
-    """Tunes behind a mask, with the same rows, order and schedule for every mask.
+    """Tunes behind a mask, with the same rows, order and schedule for every mask."""
 
-    Attributes:
-        rows: number of training rows.
-    """
-
-    def __init__(
-        self,
-        host: TwoSidedModel,
-        training: EncodedTask,
-        *,
-        steps: int,
-        lr: float,
-        batch_rows: int,
-        seed: int,
-        batch_tokens: int,
-    ):
-        self.host, self.steps, self.lr, self.batch_rows, self.seed = host, steps, lr, batch_rows, seed
-        self.rows = len(training.task.rows)
-        self._objective = Objective(training, tokens=batch_tokens)
-
-    @property
-    def half(self) -> bool:
-        """Whether weights are in half precision, which rounds away small steps."""
-        return any(
-            parameter.dtype in (torch.bfloat16, torch.float16) for parameter in self.host.model.parameters()
-        )
+    host: TwoSidedModel
+    objective: Objective
+    rows: int  # training rows
+    steps: int
+    lr: float
+    batch_rows: int
+    seed: int
 
     def __call__(self, held: Mapping[nn.Parameter, Bool[Tensor, "..."]]) -> None:
         """Tune the model with these entries held at zero; its host restores it later."""
         self.host.changed()
         masked_finetune(
-            self.host.model, self._objective, held, steps=self.steps, lr=self.lr, batch_rows=self.batch_rows,
+            self.host.model, self.objective, held, steps=self.steps, lr=self.lr, batch_rows=self.batch_rows,
             seed=self.seed,
         )  # fmt: skip

@@ -1,17 +1,17 @@
 """The notes of essential sparsity: each curve in a sentence, and what limits the numbers."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from diagnostics.analyses.sparsity.dropping_point import DroppingPoint
 from diagnostics.analyses.sparsity.evaluator import RANDOM, SIDES, Regime
 from diagnostics.analyses.sparsity.grid import COMPARED_SPARSITY
 from diagnostics.analyses.sparsity.masked_finetuning import MaskedFinetuning
 from diagnostics.analyses.sparsity.tables import SparsityMeasurements
+from diagnostics.evaluation.interpolation import is_half
 from probes.checkpoints.pair import Side
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 REGIMES: Mapping[Regime, str] = {"zero_shot": "zero-shot", "masked_finetune": "masked fine-tuning"}
 Numbers = Mapping[str, float | int]
@@ -35,15 +35,15 @@ def notes(
     """All notes, the most important first."""
     units = {role: "of the loss without a mask" if metric == "loss" else "of accuracy"
              for role, metric in measurements.roles.items()}  # fmt: skip
-    rules = "; ".join(f"{role} rows {measurements.settings.allowed:g} {unit}" for role, unit in units.items())
+    rules = "; ".join(
+        f"{role} rows {measurements.settings.tolerance:g} {unit}" for role, unit in units.items()
+    )
     lines = [
         "Zero-shot: masked and measured without tuning behind the mask. The paper's 30 to 50 % are of masked "
         f"fine-tuning and do not hold zero-shot. Tolerance: {rules}."
     ]
-    lines += [
-        curve_note(key, drop, measurements.evaluator.count(key[0]))
-        for key, drop in measurements.drops.items()
-    ]
+    count = measurements.evaluator.count
+    lines += [curve_note(key, drop, count(key[0])) for key, drop in measurements.drops.items()]
     lines += random_control_notes(measurements, tables)
     lines += shift_notes(measurements)
     lines += training_notes(train, metrics)
@@ -85,12 +85,9 @@ def random_control_notes(
 ) -> list[str]:
     """A note for each side that tolerates random pruning too."""
     lines = []
+    curve = tables["curve"].query("role == 'task' and regime == 'zero_shot' and sparsity > 0")
     for model in SIDES:
-        curve = tables["curve"]
-        control = curve[
-            (curve["model"] == model) & (curve["pattern"] == RANDOM) & (curve["role"] == "task")
-            & (curve["regime"] == "zero_shot") & (curve["sparsity"] > 0)
-        ]  # fmt: skip
+        control = curve[(curve["model"] == model) & (curve["pattern"] == RANDOM)]
         allowed = measurements.drops["task", model, "zero_shot"].allowed
         if len(control) and control["drop"].iloc[0] <= allowed:
             lines.append(
@@ -127,7 +124,7 @@ def training_notes(train: MaskedFinetuning | None, metrics: Numbers) -> list[str
             f"Tuned behind the mask, base tolerates less than {COMPARED_SPARSITY:g}, the lower end of the "
             "paper's range: too few steps, or a task that needs what base knows."
         )
-    if train.half:
+    if is_half(train.host.model):  # it rounds away small steps
         lines.append("Half-precision weights round away small steps of tuning; use dtype float32.")
     return lines
 

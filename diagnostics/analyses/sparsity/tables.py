@@ -3,35 +3,17 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from diagnostics.analyses.sparsity.dropping_point import (
-    ROUNDING,
-    DroppingPoint,
-    estimate_dropping_point,
-)
-from diagnostics.analyses.sparsity.evaluator import (
-    MAGNITUDE,
-    RANDOM,
-    SIDES,
-    MaskEvaluator,
-    Metric,
-    Regime,
-)
-from diagnostics.analyses.sparsity.grid import (
-    BY_ROW,
-    COMPARED_SPARSITY,
-    SparsitySettings,
-    higher_is_better,
-)
+from diagnostics.analyses.sparsity.dropping_point import ROUNDING, DroppingPoint, estimate_dropping_point
+from diagnostics.analyses.sparsity.evaluator import MAGNITUDE, RANDOM, SIDES, MaskEvaluator, Metric, Regime
+from diagnostics.analyses.sparsity.grid import BY_ROW, COMPARED_SPARSITY, SparsitySettings, higher_is_better
 from diagnostics.numerics import row_bootstrap
 from diagnostics.numerics.estimates import Z95
 from probes.checkpoints.pair import Side
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 # Where the layers of a side without a dropping point above 0 are shown.
 DEFAULT_SPARSITY = 0.5
@@ -45,24 +27,16 @@ WITHHELD = (
 
 @dataclass(frozen=True, kw_only=True)
 class SparsityMeasurements:
-    """The metrics at all points, their bootstrap draws, and the dropping points.
-
-    Attributes:
-        roles: metric by role.
-        values: metric at every point, by role.
-        drawn: the same on bootstrap draws of the rows.
-        losses: task loss at every point in nats a token; None for choices and labels.
-        drops: dropping points by role, model and regime.
-    """
+    """The metrics at all points, their bootstrap draws, and the dropping points."""
 
     evaluator: MaskEvaluator
     settings: SparsitySettings
-    roles: Mapping[str, Metric]
+    roles: Mapping[str, Metric]  # metric by role
     patterns: Sequence[str]
-    values: Mapping[str, np.ndarray]
-    drawn: Mapping[str, np.ndarray]
-    losses: np.ndarray | None
-    drops: Mapping[tuple[str, Side, Regime], DroppingPoint]
+    values: Mapping[str, np.ndarray]  # metric at every point, by role
+    drawn: Mapping[str, np.ndarray]  # the same on bootstrap draws of the rows
+    losses: np.ndarray | None  # task loss at every point in nats a token; None for choices and labels
+    drops: Mapping[tuple[str, Side, Regime], DroppingPoint]  # dropping points by role, model and regime
 
     @classmethod
     def of(
@@ -90,13 +64,11 @@ class SparsityMeasurements:
                     np.array([evaluator.points[index].sparsity for index in indices]),
                     higher_is_better(values[role], metric)[indices],
                     higher_is_better(drawn[role], metric)[:, indices],
-                    tolerance=settings.allowed,
-                    relative=metric == "loss",
-                    step=settings.grid[1],
+                    tolerance=settings.tolerance, relative=metric == "loss", step=settings.grid[1],
                     rows=count,
                     # That no row differs does not prove that none would.
                     least=Z95 / count if metric == "accuracy" and shapes <= set(BY_ROW) else 0.0,
-                )
+                )  # fmt: skip
         return cls(
             evaluator=evaluator, settings=settings, roles=roles, patterns=patterns, values=values,
             drawn=drawn, drops=drops, losses=evaluator.values("task", "loss") if by_token else None,
@@ -105,13 +77,12 @@ class SparsityMeasurements:
     def tables(self) -> "dict[str, pd.DataFrame]":
         """Every table."""
         masks = self.evaluator.masks
+        layers = [masks.layers(model, self.layer_sparsity(model)[0]) for model in SIDES]
         return {
-            "points": self._points(),
-            "curve": self._curve(),
-            "patterns": self._patterns(),
-            "layers": self._layers(),
+            "points": self._points(), "curve": self._curve(), "patterns": self._patterns(),
+            "layers": pd.concat(layers, ignore_index=True),
             "overlap": masks.overlaps(sorted({COMPARED_SPARSITY, *self.settings.grid} - {0.0})),
-        }
+        }  # fmt: skip
 
     def share_of_model(self, model: Side) -> float:
         """Share of a side's parameters in the scope; shared storage counts once."""
@@ -125,18 +96,13 @@ class SparsityMeasurements:
                 return index
         return None
 
-    # --- tables ---
-
     def _points(self) -> "pd.DataFrame":
         """One row a curve; NaN where the rows cannot tell."""
-        import pandas as pd
-
         rows = []
         for (role, model, regime), drop in self.drops.items():
             metric = self.roles[role]
-            dense, deployed = self.evaluator.dense(model, regime), None
-            if regime == "zero_shot":
-                deployed = self.index_of(model, DEPLOYED)
+            dense = self.evaluator.dense(model, regime)
+            deployed = self.index_of(model, DEPLOYED) if regime == "zero_shot" else None
             assert dense is not None
             row = {
                 "role": role, "model": model, "regime": regime, "metric": metric,
@@ -159,15 +125,12 @@ class SparsityMeasurements:
 
     def _curve(self) -> "pd.DataFrame":
         """One row a point and role; `drop` is from the same side without a mask, above 0 is worse."""
-        import pandas as pd
-
         points, rows = self.evaluator.points, []
         dense = np.array([self.evaluator.dense(point.model, point.regime) for point in points])
         for role, metric in self.roles.items():
             low, high = np.quantile(self.drawn[role], [0.025, 0.975], axis=0)
-            value, drawn = (
-                higher_is_better(of_role, metric) for of_role in (self.values[role], self.drawn[role])
-            )
+            value = higher_is_better(self.values[role], metric)
+            drawn = higher_is_better(self.drawn[role], metric)
             drop_low, drop_high = np.quantile(drawn[:, dense] - drawn, [0.025, 0.975], axis=0)
             rows += [
                 {
@@ -181,34 +144,25 @@ class SparsityMeasurements:
             ]  # fmt: skip
         order = {pattern: rank for rank, pattern in enumerate((MAGNITUDE, RANDOM, *self.patterns))}
         table = pd.DataFrame(rows)
-        table["order"] = table["pattern"].map(order)
-        by = ["role", "regime", "model", "order", "sparsity"]
-        return table.sort_values(by, ascending=[False, False, True, True, True], ignore_index=True).drop(
-            columns="order"
+        table = table.assign(order=table["pattern"].map(order)).sort_values(
+            ["role", "regime", "model", "order", "sparsity"], ascending=[False, False, True, True, True]
         )
+        return table.drop(columns="order").reset_index(drop=True)
 
     def _patterns(self) -> "pd.DataFrame":
         """N:M patterns, with magnitude and random masks of the same sparsity."""
-        import pandas as pd
-
-        rows = []
+        rows, points = [], self.evaluator.points
         for model in SIDES:
             dense = self.index_of(model, MAGNITUDE, 0.0)
             assert dense is not None
-            n_of_m = [
-                (pattern, index)
-                for pattern in self.patterns
-                if (index := self.index_of(model, pattern)) is not None
-            ]
-            unstructured = [
-                (pattern, index)
-                for sparsity in sorted({self.evaluator.points[index].sparsity for _, index in n_of_m})
-                for pattern in (MAGNITUDE, RANDOM)
-                if (index := self.index_of(model, pattern, sparsity)) is not None
-            ]
-            for pattern, index in (*unstructured, *n_of_m):
-                point = self.evaluator.points[index]
-                kept = self.evaluator.masks.kept(model, pattern, point.sparsity)
+            n_of_m = [self.index_of(model, pattern) for pattern in self.patterns]
+            sparsities = sorted({points[index].sparsity for index in n_of_m if index is not None})
+            indices = [
+                *(self.index_of(model, kind, s) for s in sparsities for kind in (MAGNITUDE, RANDOM)), *n_of_m,
+            ]  # fmt: skip
+            for index in (index for index in indices if index is not None):
+                point = points[index]
+                kept = self.evaluator.masks.kept(model, point.pattern, point.sparsity)
                 for role, metric in self.roles.items():
                     value = higher_is_better(self.values[role], metric)
                     drawn = higher_is_better(self.drawn[role], metric)
@@ -218,8 +172,8 @@ class SparsityMeasurements:
                         ratio = math.exp(min(self.losses[index] - self.losses[dense], 700.0))
                     rows.append(
                         {
-                            "model": model, "pattern": pattern, "sparsity": point.sparsity, "role": role,
-                            "metric": metric, "value": self.values[role][index],
+                            "model": model, "pattern": point.pattern, "sparsity": point.sparsity,
+                            "role": role, "metric": metric, "value": self.values[role][index],
                             "drop": value[dense] - value[index], "drop_low": low, "drop_high": high,
                             "perplexity_ratio": ratio, "kept_l1": kept.kept_l1, "kept_l2": kept.kept_l2,
                             "regime": point.regime,
@@ -234,17 +188,6 @@ class SparsityMeasurements:
         drop = self.drops["task", model, "zero_shot"]
         at_dropping_point = drop.decided and drop.paper.at > 0
         return (drop.paper.at, True) if at_dropping_point else (DEFAULT_SPARSITY, False)
-
-    def _layers(self) -> "pd.DataFrame":
-        """Each matrix of both sides at the side's dropping point."""
-        import pandas as pd
-
-        masks = self.evaluator.masks
-        return pd.concat(
-            [masks.layers(model, self.layer_sparsity(model)[0]) for model in SIDES], ignore_index=True
-        )
-
-    # --- metrics ---
 
     def metrics(self, tables: "Mapping[str, pd.DataFrame]") -> dict[str, float | int]:
         """The metrics, without those that the rows cannot tell."""
@@ -265,39 +208,31 @@ class SparsityMeasurements:
             layers = tables["layers"][tables["layers"]["model"] == model]
             if self.layer_sparsity(model)[1]:
                 values[f"fullest_{model}"] = layers["sparsity"].max()
-            values[f"zeros_{model}"] = float(
-                (layers["zero"] * layers["entries"]).sum() / layers["entries"].sum()
-            )
+            values[f"zeros_{model}"] = (layers["zero"] * layers["entries"]).sum() / layers["entries"].sum()
             values |= self._deployed(model, tables["patterns"])
-        values |= self._shift() | self._finetuned() | self._mask_overlap(tables["overlap"])
+        values |= self._shift() | self._finetuned()
+        overlap = tables["overlap"]
+        compared = overlap[(overlap["sparsity"] - COMPARED_SPARSITY).abs() < ROUNDING].iloc[0]
+        values |= {f"{name}_at_0_3": compared[name] for name in ("kappa", "revived", "delta_low")}
         task = [drop for (role, _, _), drop in self.drops.items() if role == "task"]
         values |= {
-            "scope_share": self.share_of_model("tuned"),
-            "evaluations": self.evaluator.evaluations,
-            "rows_needed": max(drop.rows_needed for drop in task),
-            "unscored": self.evaluator.unscored,
+            "scope_share": self.share_of_model("tuned"), "evaluations": self.evaluator.evaluations,
+            "rows_needed": max(drop.rows_needed for drop in task), "unscored": self.evaluator.unscored,
             "truncated": sum(encoded.truncated for encoded in self.evaluator.sets.values()),
             **{f"rows_{role}": self.evaluator.count(role) for role in self.roles},
-        }
-        return {
-            name: value if isinstance(value, int) else float(value)
-            for name, value in values.items()
-            if not math.isnan(value)
-        }
+        }  # fmt: skip
+        plain = {name: value if isinstance(value, int) else float(value) for name, value in values.items()}
+        return {name: value for name, value in plain.items() if not math.isnan(value)}
 
     def _deployed(self, model: Side, patterns: "pd.DataFrame") -> dict[str, Any]:
         """The task metric of a side without a mask and at 2:4."""
         dense = self.index_of(model, MAGNITUDE, 0.0)
         assert dense is not None
         values = {f"value_{model}": self.values["task"][dense]}
-        deployed = patterns[
-            (patterns["model"] == model) & (patterns["pattern"] == DEPLOYED) & (patterns["role"] == "task")
-        ]
-        for row in deployed.to_dict("records"):
-            values |= {
-                f"value_2_4_{model}": row["value"], f"drop_2_4_{model}": row["drop"],
-                f"perplexity_ratio_2_4_{model}": row["perplexity_ratio"],
-            }  # fmt: skip
+        for row in patterns.query("model == @model and pattern == @DEPLOYED and role == 'task'").to_dict(
+            "records"
+        ):
+            values |= {f"{name}_2_4_{model}": row[name] for name in ("value", "drop", "perplexity_ratio")}
         return values
 
     def _shift(self) -> dict[str, float]:
@@ -318,8 +253,3 @@ class SparsityMeasurements:
             "finetuned_robust_point": drop.point, "finetuned_robust_point_low": drop.low,
             "finetuned_robust_point_high": drop.high,
         }  # fmt: skip
-
-    def _mask_overlap(self, overlap: "pd.DataFrame") -> dict[str, float]:
-        """The overlap of both masks at `COMPARED_SPARSITY`."""
-        row = overlap[(overlap["sparsity"] - COMPARED_SPARSITY).abs() < ROUNDING].iloc[0]
-        return {f"{name}_at_0_3": float(row[name]) for name in ("kappa", "revived", "delta_low")}

@@ -106,7 +106,7 @@ def test_entries_that_did_not_move_are_taken_only_when_nothing_else_is_left():
 
 def test_tensors_that_are_equal_in_both_are_out_of_the_count():
     movement = moved({"a": torch.zeros(7), "b": torch.tensor([1.0, 0.0])})
-    assert movement.frozen == ("a",)
+    assert movement.frozen == ["a"]
     assert movement.entries == {"b": 2}
     assert movement.squares == 1
 
