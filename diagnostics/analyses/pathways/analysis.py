@@ -227,8 +227,7 @@ def grokking_pathways(
           permutations=permutations, draws=draws)  # fmt: skip
     series = series_of(series)
     held = tasks(task, "task")
-    given = held if train is None else tasks(train, "train")
-    followed, groups, rows = draw_rows(given, samples, seed)
+    followed, groups, rows = draw_rows(held if train is None else tasks(train, "train"), samples, seed)
     plan = RecordingPlan(
         followed=followed, held=held, drop_first=drop_first, fold_gain=fold_gain, options=options,
     )  # fmt: skip
@@ -303,11 +302,7 @@ def check(
     *, tau: float, alphabet: str, samples: int, metric: str, epsilon: float | None, delta: float,
     permutations: int, draws: int,
 ) -> None:  # fmt: skip
-    """Refuse parameters out of range before anything is loaded.
-
-    Raises:
-        InputError: the message names the parameter.
-    """
+    """Refuse parameters out of range before anything is loaded."""
     if not 0 < tau <= 1:
         raise InputError(f"tau is {tau:g}; it is a share of the weight, above 0 and at most 1")
     if alphabet not in ALPHABETS:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -12,7 +12,6 @@ from diagnostics.analyses.pathways import pathway
 from diagnostics.analyses.pathways.record import Record, Samples
 from diagnostics.analyses.pathways.snapshot import PathwaySettings, Snapshot
 from diagnostics.analyses.pathways.statistics import (
-    LEAST,
     WANTED,
     SampleStatistic,
     chosen_epsilon,
@@ -37,11 +36,9 @@ class RoutingRun:
     """The statistics of all checkpoints of a run, and its verdict.
 
     Attributes:
-        since: the checkpoint from which changes and correlations are taken: that of memorisation, else the
-            first.
+        since: checkpoint from which changes and correlations are taken: that of memorisation, else the first.
         epsilon: of each group; empty without train rows.
-        memorised: for each sample the checkpoint from which on it is memorised; the number of checkpoints if
-            never.
+        memorised: checkpoint from which on a sample is memorised; the number of checkpoints if never.
     """
 
     def __init__(
@@ -54,7 +51,8 @@ class RoutingRun:
         with np.errstate(invalid="ignore", divide="ignore"):
             self.losses = np.stack([record.nats / record.units for record in records])
         self.epsilon, self.memorised = self._memorised()
-        self.since = self._since()
+        early = self.memorised_early
+        self.since = int(np.quantile(early, 0.5, method="lower")) if self.enough_memorised else 0
         self.snapshots: list[Snapshot] = []
         for done, record in enumerate(records):
             if progress:
@@ -69,8 +67,6 @@ class RoutingRun:
             )[0]
         self.verdict, self.why = self._judged()
 
-    # --- memorisation ---
-
     def _memorised(self) -> tuple[dict[str, float], Int[np.ndarray, " samples"]]:
         memorised = np.full(len(self.samples.groups), len(self.losses))
         if not self.samples.trained:
@@ -84,18 +80,19 @@ class RoutingRun:
             memorised[members] = memorised_at(losses, epsilon[name], self.settings.delta)
         return epsilon, memorised
 
+    def share_memorised_by(self, index: int, samples: Any = slice(None)) -> float:
+        """Share of samples memorised by a checkpoint; NaN without train rows."""
+        return float((self.memorised[samples] <= index).mean()) if self.samples.trained else math.nan
+
     @property
     def memorised_share(self) -> float:
         """Share of samples memorised before the last checkpoint; NaN without train rows."""
-        return float((self.memorised < self.last).mean()) if self.samples.trained else math.nan
+        return self.share_memorised_by(self.last - 1)
 
     @property
     def enough_memorised(self) -> bool:
         """Whether enough samples are memorised to date memorisation."""
         return self.memorised_share >= WANTED[0]
-
-    def _since(self) -> int:
-        return int(np.quantile(self.memorised_early, 0.5, method="lower")) if self.enough_memorised else 0
 
     @property
     def memorised_early(self) -> Int[np.ndarray, " memorised"]:
@@ -112,8 +109,6 @@ class RoutingRun:
         medians = np.quantile(drawn, 0.5, axis=1, method="lower")
         low, high = np.quantile(medians, [0.025, 0.975], method="nearest")
         return Estimate(*(self.steps[int(index)] for index in (self.since, low, high)))
-
-    # --- changes ---
 
     @cached_property
     def changes(self) -> dict[str, SampleStatistic]:
@@ -187,8 +182,3 @@ class RoutingRun:
         first, last = self.snapshots[0], self.snapshots[self.last]
         raw = pathway.moves(first.strings, last.strings)
         return raw, raw / np.maximum(first.lengths, last.lengths)
-
-    @property
-    def too_few(self) -> bool:
-        """Whether correlations are withheld."""
-        return len(self.snapshots) - self.since < LEAST

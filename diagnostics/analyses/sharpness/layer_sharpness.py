@@ -28,17 +28,10 @@ BatchSharpness: TypeAlias = dict[tuple[str, float], dict[str, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class SharpnessSettings:
-    """How sharpness is measured; values compare only under the same settings.
+    """How sharpness is measured, as in `layer_sharpness`; values compare only under the same settings.
 
     Attributes:
         rhos: radii, ascending.
-        norm: of u; for linf a value is a lower bound unless the starts agree.
-        adaptive: perturb in proportion to |w|.
-        normalise: normalise logits, so that their scale does not count.
-        steps, starts: of the ascent.
-        pairs: mirrored random perturbations for the average; 0: none.
-        per_size: scale a layer's radii by √(its weights / the median layer's).
-        matrices_only: leave norm gains and biases unperturbed.
         cached: run the blocks before a layer once.
     """
 
@@ -68,11 +61,7 @@ class RowBatch:
 
 
 def row_batches(objectives: Sequence[Objective], count: int, size: int, seed: int) -> list[RowBatch]:
-    """At most `count` batches of distinct random rows, from each task in turn.
-
-    Raises:
-        InputError: no rows can be scored.
-    """
+    """At most `count` batches of distinct random rows, from each task in turn."""
     generator = np.random.default_rng(seed)
     queues = [list(generator.permutation(objective.rows)) for objective in objectives]
     batches: list[RowBatch] = []
@@ -95,12 +84,9 @@ class BatchLoss:
 
     def __call__(self, u: Tensor) -> tuple[float, Tensor]:
         """Loss and gradient; NaN where the loss is not finite."""
-        self._weights.put(u)
-        try:
-            with self._weights.sloping():
-                return self._batch.objective.backward(self._model, self._batch.rows), self._weights.slope()
-        except NonFiniteError:
-            return math.nan, torch.zeros_like(u)
+        with self._weights.sloping():
+            loss = self.loss(u)
+            return loss, self._weights.slope() if math.isfinite(loss) else torch.zeros_like(u)
 
     def loss(self, u: Tensor) -> float:
         """The loss alone."""
@@ -125,7 +111,6 @@ def batch_sharpness(
     """Sharpness on one batch: of each layer alone, and of all blocks together, at the model's weights.
 
     Args:
-        layers: in order.
         number: of the batch, which seeds its random draws.
         whole: also perturb all blocks jointly; for l2 at least as sharp as each of them by construction.
         radii: of layers, by name, that are not measured at all radii of the settings.
@@ -164,14 +149,10 @@ def mean_over_batches(layers: Sequence[Layer], batches: Sequence[BatchSharpness]
     """
     index = {layer.name: layer.index for layer in layers}
     return [
-        {
-            "layer": index.get(name, math.nan),
-            "name": name,
-            "rho": rho,
-            **_mean([batch[name, rho] for batch in batches]),
-        }
+        {"layer": index.get(name, math.nan), "name": name, "rho": rho,
+         **_mean([batch[name, rho] for batch in batches])}
         for name, rho in batches[0]
-    ]
+    ]  # fmt: skip
 
 
 def logits_normalised(model: nn.Module, wanted: bool) -> AbstractContextManager[None]:
