@@ -191,7 +191,9 @@ def training_dynamics(
     first = measurements[0]
     for at, (row, arrays) in enumerate(zip(steps, measurements, strict=True)):
         row |= dynamics_tables.alignment_columns(arrays)
-        row["movement"] = relative_movement(moves[at]) if moves else math.nan
+        row["movement"] = math.nan
+        if moves:
+            row["movement"] = dynamics_tables.relative(moves[at]["moved"].sum(), moves[at]["size"].sum())
         row |= dynamics_tables.kernel_columns(arrays, first, probe.rows)
         row["linearity_gap"] = dynamics_tables.linearity_gap(arrays, first, gaps[at]) if gaps else math.nan
         row |= dynamics_tables.complexity_columns(arrays)
@@ -237,12 +239,6 @@ def movements(
         progress,
     )
     return distances, locate({name: first.headers[name] for name in names}, first.config)
-
-
-def relative_movement(moves: Arrays) -> float:
-    """‖θ − θ₀‖ / ‖θ₀‖ over all tensors."""
-    size = float(moves["size"].sum())
-    return math.sqrt(float(moves["moved"].sum()) / size) if size > 0 else math.nan
 
 
 def expansions(

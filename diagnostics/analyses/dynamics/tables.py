@@ -119,12 +119,15 @@ def movement(first: Checkpoint, other: Checkpoint, names: Sequence[str]) -> dict
     return {"name": np.array(names), "moved": np.array(moved), "size": np.array(sizes)}
 
 
+def relative(moved: float, size: float) -> float:
+    """‖θ − θ₀‖ / ‖θ₀‖ from squares; NaN where θ₀ is 0."""
+    return math.sqrt(moved / size) if size > 0 else math.nan
+
+
 def tensor_rows(
-    labels: Sequence[tuple[float, str]],
-    measurements: Sequence[Arrays],
-    moves: Sequence[Arrays],
+    labels: Sequence[tuple[float, str]], measurements: Sequence[Arrays], moves: Sequence[Arrays],
     positions: Mapping[str, tuple[int | None, str, bool]],
-) -> list[dict[str, Any]]:
+) -> list[dict[str, Any]]:  # fmt: skip
     """One row a matrix and checkpoint: cosine of its gradient, and its movement; `positions` as `locate`."""
     rows = []
     for at, (step, label) in enumerate(labels):
@@ -147,8 +150,7 @@ def tensor_rows(
                 "unembedding": head, "nlm_cosine": math.nan,
             }  # fmt: skip
             row = by_tensor.setdefault(str(name), without_gradient)
-            size = float(moved["size"][index])
-            row["movement"] = math.sqrt(float(moved["moved"][index]) / size) if size > 0 else math.nan
+            row["movement"] = relative(moved["moved"][index], moved["size"][index])
         rows += [
             {"step": step, "label": label, "tensor": name, "movement": math.nan, **row}
             for name, row in by_tensor.items()

@@ -264,15 +264,10 @@ def grokking_pathways(
 
 
 def result_of_records(
-    steps: Sequence[float],
-    labels: Sequence[str],
-    records: Sequence[Record],
-    samples: Samples,
-    settings: PathwaySettings,
-    *,
-    counted: Mapping[str, int] | None = None,
+    steps: Sequence[float], labels: Sequence[str], records: Sequence[Record], samples: Samples,
+    settings: PathwaySettings, *, counted: Mapping[str, int] | None = None,
     progress: Callable[[int, int, str], None] | None = None,
-) -> Result:
+) -> Result:  # fmt: skip
     """The result of a run's records: the last part of `grokking_pathways`, for models that it cannot load.
 
     For your own modules `probes.experts.routes.capture_routes` records the routes of named routers.

@@ -8,18 +8,9 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float, Int
 
-from diagnostics.analyses.pathways import pathway
+from diagnostics.analyses.pathways import pathway, statistics
 from diagnostics.analyses.pathways.record import Record, Samples
 from diagnostics.analyses.pathways.snapshot import PathwaySettings, Snapshot
-from diagnostics.analyses.pathways.statistics import (
-    WANTED,
-    SampleStatistic,
-    chosen_epsilon,
-    gap_p,
-    halfway,
-    memorised_at,
-    redrawn,
-)
 from diagnostics.numerics.estimates import Estimate
 
 # A gap that widens by less counts as flat (ours): sparse parity widened it by 0.18 to 0.34, random labels on
@@ -62,7 +53,7 @@ class RoutingRun:
         self.widened_p = math.nan
         if 0 <= self.since < self.last:
             before, after = self.snapshots[self.since].share(), self.snapshots[self.last].share()
-            self.widened_p = gap_p(
+            self.widened_p = statistics.gap_p(
                 after - before, samples.groups, permutations=settings.permutations, seed=settings.seed
             )[0]
         self.verdict, self.why = self._judged()
@@ -75,9 +66,9 @@ class RoutingRun:
         for group, name in enumerate(self.samples.names):
             members = self.samples.groups == group
             losses = self.losses[:, members]
-            chosen = chosen_epsilon(losses, self.settings.delta)[0]
+            chosen = statistics.chosen_epsilon(losses, self.settings.delta)[0]
             epsilon[name] = chosen if self.settings.epsilon is None else self.settings.epsilon
-            memorised[members] = memorised_at(losses, epsilon[name], self.settings.delta)
+            memorised[members] = statistics.memorised_at(losses, epsilon[name], self.settings.delta)
         return epsilon, memorised
 
     def share_memorised_by(self, index: int, samples: Any = slice(None)) -> float:
@@ -92,7 +83,7 @@ class RoutingRun:
     @property
     def enough_memorised(self) -> bool:
         """Whether enough samples are memorised to date memorisation."""
-        return self.memorised_share >= WANTED[0]
+        return self.memorised_share >= statistics.WANTED[0]
 
     @property
     def memorised_early(self) -> Int[np.ndarray, " memorised"]:
@@ -111,7 +102,7 @@ class RoutingRun:
         return Estimate(*(self.steps[int(index)] for index in (self.since, low, high)))
 
     @cached_property
-    def changes(self) -> dict[str, SampleStatistic]:
+    def changes(self) -> dict[str, statistics.SampleStatistic]:
         """Changes of the followed statistics from `since` to the last checkpoint."""
         first, last = self.snapshots[self.since].estimates, self.snapshots[self.last].estimates
         return {name: last[name].minus(first[name]) for name in last}
@@ -134,7 +125,7 @@ class RoutingRun:
             return "withheld", "without train rows memorisation is unknown"
         if not self.enough_memorised:
             share = f"a share of {self.memorised_share:.2g} is memorised before the last checkpoint"
-            return "not memorised", f"{share}; dating memorisation needs {WANTED[0]:g}"
+            return "not memorised", f"{share}; dating memorisation needs {statistics.WANTED[0]:g}"
         gap = self.changes["gap"]
         if math.isnan(gap.value):
             return "withheld", (
@@ -172,10 +163,10 @@ class RoutingRun:
         )
 
     def _halfway(self, name: str) -> Estimate:
-        statistics = [snapshot.estimates[name] for snapshot in self.snapshots[self.since :]]
-        drawn = redrawn(statistics, draws=self.settings.draws, seed=self.settings.seed)
-        values = np.array([statistic.value for statistic in statistics])
-        return halfway(self.steps[self.since :], values, drawn)
+        followed = [snapshot.estimates[name] for snapshot in self.snapshots[self.since :]]
+        drawn = statistics.redrawn(followed, draws=self.settings.draws, seed=self.settings.seed)
+        values = np.array([statistic.value for statistic in followed])
+        return statistics.halfway(self.steps[self.since :], values, drawn)
 
     def drifts(self) -> tuple[Int[np.ndarray, " samples"], Float[np.ndarray, " samples"]]:
         """Distance between each sample's first and last pathway: edits, and share of the longer one."""

@@ -8,17 +8,10 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
-from diagnostics.analyses.pathways import pathway
+from diagnostics.analyses.pathways import pathway, statistics
 from diagnostics.analyses.pathways.pathway import Alphabet
 from diagnostics.analyses.pathways.record import Record, Samples
-from diagnostics.analyses.pathways.statistics import (
-    Pairs,
-    SampleStatistic,
-    gap_p,
-    mean,
-    pairs,
-    pairs_of_groups,
-)
+from diagnostics.analyses.pathways.statistics import Pairs, SampleStatistic, gap_p, mean, pairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +46,12 @@ class Snapshot:
         same = groups[:, None] == groups
         self._kept = share.astype(np.float32) if keep else None
         self.pairs, self.raw = pairs(share, groups), pairs(raw.astype(float), groups)
-        self.by_group = pairs_of_groups(share, groups)
+        self.by_group = statistics.pairs_of_groups(share, groups)
+        raw_by_group = statistics.pairs_of_groups(raw.astype(float), groups)
         self.p, self.p_by_group = gap_p(share, groups, permutations=settings.permutations, seed=settings.seed)
         with np.errstate(invalid="ignore", divide="ignore"):  # NaN for a single sample of a group
             self.group_distances = np.where(same, share, 0).sum(axis=1) / (same.sum(axis=1) - 1)
-        self.raw_by_group = [pair.within.value for pair in pairs_of_groups(raw.astype(float), groups)]
+        self.raw_by_group = [pair.within.value for pair in raw_by_group]
         self.cosines = pathway.cosines(self.weights, record.routers)
         layers, undefined = self.weights.shape[1], np.full(len(groups), math.nan)
         self.smooth = pathway.smoothness(self.cosines) if layers > 1 else undefined
@@ -88,12 +82,12 @@ class Snapshot:
     @cached_property
     def layers(self) -> list[tuple[Pairs, float, float]]:
         """For each layer the distances of pairs, its effective dimension and mean cosine with the next."""
-        groups, statistics = self.samples.groups, []
+        groups, by_layer = self.samples.groups, []
         for layer in range(self.weights.shape[1]):
             strings = self.pathways.strings(self.settings.alphabet, layer)
             lengths = pathway.lengths(strings)
             share = pathway.distances(strings, workers=self.workers) / pathway.longer(lengths, lengths)
             ahead = self.cosines[:, layer].mean() if layer < self.cosines.shape[1] else math.nan
             dimension = pathway.effective_dimension(self.weights[:, layer])
-            statistics.append((pairs(share, groups), dimension, float(ahead)))
-        return statistics
+            by_layer.append((pairs(share, groups), dimension, float(ahead)))
+        return by_layer

@@ -24,6 +24,8 @@ WANTED = (0.20, 0.25)
 HIGHEST = 2.0
 Labels = Int[np.ndarray, " samples"]
 Matrix = Float[np.ndarray, "samples samples"]
+# Sum and number of the pairs of each sample.
+Rows = tuple[Float[np.ndarray, " samples"], Float[np.ndarray, " samples"]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +116,6 @@ def pairs_of_groups(distances: Matrix, groups: Labels) -> list[Pairs]:
         )  # fmt: skip
         by_group.append(_pairs(inside, outside, groups))
     return by_group
-
-
-Rows = tuple[Float[np.ndarray, " samples"], Float[np.ndarray, " samples"]]
 
 
 def _pairs(inside: Rows, outside: Rows, groups: Labels) -> Pairs:
