@@ -83,10 +83,7 @@ def _blas() -> Any:
 def left_singular(
     W: Float[Tensor, "out in"],
 ) -> tuple[Float[Tensor, "out rank"], Float[Tensor, " rank"]]:
-    """All left singular vectors and values, descending, in float64.
-
-    By the Gram matrix of the smaller side, or by the SVD where squaring would lose the small vectors.
-    """
+    """All left singular vectors and values, descending, in float64: by the Gram matrix if it is accurate."""
     values, Q = torch.linalg.eigh(gram(W))
     values, Q = values.flip(0).clamp(min=0), Q.flip(1)
     S = values.sqrt()
@@ -174,13 +171,12 @@ def exact_cosines(
 
 @dataclass(frozen=True)
 class Ritz:
-    """Approximate eigenpairs of `W Wᵀ`, largest first.
+    """Approximate eigenpairs of `W Wᵀ`, largest first, in float64.
 
     Attributes:
         values: all Ritz values of the space, in units of a squared singular value.
         weights: squared share of every Ritz vector in each column of the starting block.
-        vectors: the leading unit Ritz vectors, float64.
-        residuals: of these `‖W Wᵀ v − θ v‖`, rounding allowed for.
+        residuals: `‖W Wᵀ v − θ v‖` of the leading unit Ritz vectors, rounding allowed for.
     """
 
     values: Float[Tensor, "batch space"]
@@ -188,7 +184,7 @@ class Ritz:
     vectors: Float[Tensor, "batch out count"]
     residuals: Float[Tensor, "batch count"]
 
-    def one(self, index: int) -> "Ritz":
+    def single(self, index: int) -> "Ritz":
         """The pairs of one matrix of the batch."""
         at = slice(index, index + 1)
         return Ritz(self.values[at], self.weights[at], self.vectors[at], self.residuals[at])
@@ -269,12 +265,12 @@ class BlockKrylov:
         space.basis, space.products, space.norm = state["basis"], state["products"], state["norm"]
         return space
 
-    def one(self, index: int) -> "BlockKrylov":
+    def single(self, index: int) -> "BlockKrylov":
         """The space of one matrix of the batch, to be extended alone."""
-        single = copy.copy(self)
+        space = copy.copy(self)
         for name in ("W", "norm", "basis", "products"):
-            setattr(single, name, getattr(self, name)[index : index + 1])
-        return single
+            setattr(space, name, getattr(self, name)[index : index + 1])
+        return space
 
     @property
     def full(self) -> bool:
@@ -298,23 +294,19 @@ class BlockKrylov:
 
     def projected(self) -> Float[Tensor, "batch space space"]:
         """`W Wᵀ` in the basis, symmetrised, float64: its eigenvalues are the Ritz values."""
-        return symmetric(self.basis.double().mT @ self.products.double())
+        T = self.basis.double().mT @ self.products.double()
+        return (T + T.mT) / 2
 
     def ritz(self, count: int) -> Ritz:
         """The `count` leading Ritz pairs, small arithmetic in float64."""
+        values, S = descending(self.projected())
         Q, P = self.basis.double(), self.products.double()
-        values, S = descending(symmetric(Q.mT @ P))
         leading = S[..., :count]
         vectors = Q @ leading
         vectors = vectors / torch.linalg.vector_norm(vectors, dim=-2, keepdim=True)
         residuals = torch.linalg.vector_norm(P @ leading - vectors * values[..., None, :count], dim=-2)
         residuals = residuals + rounding(self.norm, values[..., :1].sqrt(), self.W.dtype)
         return Ritz(values, S[..., : self.start, :].square(), vectors, residuals)
-
-
-def symmetric(T: Float[Tensor, "*batch space space"]) -> Float[Tensor, "*batch space space"]:
-    """A matrix that is symmetric up to rounding, symmetrised."""
-    return (T + T.mT) / 2
 
 
 def descending(

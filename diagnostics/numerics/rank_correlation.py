@@ -39,10 +39,6 @@ def correlations(
         (`raw_low`…), permutation p-values (`raw_p`, `partial_p`), and these after Holm's correction over the
         predictors (`raw_holm`, `partial_holm`). All NaN below 12 models and where a column is constant.
 
-    Raises:
-        UnknownNameError: a column that the table lacks.
-        InputError: no predictors, or fewer than 100 permutations.
-
     >>> import pandas as pd
     >>> models = pd.DataFrame({"sharp": range(12), "loss": range(12), "displacement": [0, 1] * 6})
     >>> correlations(models, outcome="loss", predictors=["sharp"])[["models", "raw"]]

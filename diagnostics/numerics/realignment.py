@@ -1,10 +1,8 @@
 """Permutation and sign symmetries of a block, undone.
 
-A tuned block with permuted units computes the same function, but its blends with base do not. `realigned`
-returns tuned's tensors in the order nearest to base: feed-forward neurons and heads are permuted (query heads
-within their key-value head, key-value heads with their query heads), and signs are flipped of value rows with
-output columns, of query with key rows, and, in a gated feed-forward, of up rows with down columns.
-Values are only copied and negated, so that undoing is exact.
+A tuned block with permuted units computes the same function, but its blends with base do not. Neurons and
+heads are permuted (query heads within their key-value head), and signs flipped of value rows with output
+columns, of query with key rows, and, in a gated feed-forward, of up rows with down columns. This is exact.
 Sources: arXiv:2407.02447 (assignment, as in weight matching); which signs are free is ours.
 """
 

@@ -214,10 +214,10 @@ def check(*, radius: float, **counts: int) -> None:
     """Refuse parameters out of range."""
     if not 0 <= radius < math.inf:
         raise InputError(f"radius is {radius}; it is a share of an embedding's norm, 0 or more")
-    least = {"probes": 2, "vertices": 2}
     for name, count in counts.items():
-        if count < least.get(name, 1):
-            raise InputError(f"{name} is {count}; it is at least {least.get(name, 1)}")
+        least = 2 if name in ("probes", "vertices") else 1
+        if count < least:
+            raise InputError(f"{name} is {count}; it is at least {least}")
 
 
 def movements(

@@ -17,10 +17,9 @@ from probes.errors import InputError
 
 
 def collapsed(logits: Float[Tensor, "positions classes"], dtype: torch.dtype) -> Bool[Tensor, " positions"]:
-    """Where Σ exp(o) is exactly 1 in a dtype, o being the logits minus their largest.
+    """Where Σ exp(o) is exactly 1 in the dtype of the loss, o being the logits minus their largest.
 
-    All but the most likely class have then vanished (in float32 below 2⁻²⁴). Where it is the label, loss and
-    gradient are 0. The test holds only for the dtype in which the loss is computed.
+    All but the most likely class have then vanished (in float32 below 2⁻²⁴), without a gradient on the label.
     """
     wide = logits.to(dtype)
     return (wide - wide.amax(dim=-1, keepdim=True)).exp().sum(dim=-1) == 1

@@ -1,11 +1,9 @@
 """Grokking pathways: reorganisation or drift of expert routing after memorisation.
 
-While a mixture of experts memorises, the pathways of its samples diverge. When it starts to share
-computation, pathways of one group converge again and stay apart from other groups'. This can go on long
-after the training loss is flat, and is visible without a test set.
+While a mixture of experts memorises, pathways diverge. When it starts to share computation, those of one
+group converge and stay apart from other groups', often long after the training loss is flat.
 Source: "Grokking in LLM Pretraining? Monitor Memorization-to-Generalization without Test",
-arXiv:2506.21551v4, which leaves the router weights and the symbols open. The gap between groups is ours:
-random labels move the published numbers too, but not the gap.
+arXiv:2506.21551v4. The gap is ours: random labels move the published numbers too, but not the gap.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,8 +1,6 @@
 """The pathway of a sample through a mixture of experts, edit distances and smoothness.
 
-In each layer experts are ranked by the sample's mean router weight. The fewest that hold a share tau of it
-form the pathway, layer after layer. Two pathways are compared by edit distance. A pathway is smooth where
-consecutive layers choose experts with similar router rows.
+In each layer the fewest experts that hold a share tau of the sample's mean router weight form the pathway.
 Source: "Grokking in LLM Pretraining?", arXiv:2506.21551v4. It specifies no symbols and does not discuss
 lengths: distances are therefore also given as a share of the longer pathway.
 """

@@ -1,12 +1,9 @@
 """Layer-wise barriers and sharpness on the path from base to tuned.
 
-Each layer is interpolated alone, with all others at tuned or at base. Its barrier is compared with random
-moves of the same size and with its equal share of the whole path's barrier. A layer that stands out, and
-where pinning helps, is a straggler. Sharpness, the worst and the mean rise of the task loss within a radius,
-is measured at points of the path for each layer and for all blocks. It is described, never judged:
-whole-model sharpness does not predict generalisation, and follows the learning rate.
-Sources: arXiv:2410.16476 (the question and the notion of stragglers; only its abstract could be read, and the
-rule is ours); arXiv:2302.07011 (the measures); arXiv:2109.01903 (the path).
+A layer with a barrier of its own that stands out, and where pinning helps, is a straggler. Sharpness, the
+worst and the mean rise of the task loss within a radius, is described, never judged: it does not predict
+generalisation, and follows the learning rate. Sources: arXiv:2410.16476 (stragglers; only its abstract could
+be read, and the rule is ours); arXiv:2302.07011 (the measures); arXiv:2109.01903 (the path).
 """
 
 import math
@@ -232,9 +229,9 @@ def layer_sharpness(
         evaluator.measure(grid)
         on = evaluator.role("ood") or evaluator.role("task")
         layer_paths = LayerPaths(evaluator, on, layer_grid, seed=seed)
-        worst = layer_paths.worst(grid)
+        worst, barrier = layer_paths.worst(grid)
         measured = layer_paths.measure(worst)
-        flags = Flags(layer_paths, measured, worst, layer_paths.barrier(grid))
+        flags = Flags(layer_paths, measured, worst, barrier)
         losses = {which[1]: evaluator.losses(which, grid) for which in on}
         best = loss_curves.best_alpha(np.array(grid), losses)
         settings = SharpnessSettings(
@@ -329,7 +326,7 @@ def _sharpness(
         for alpha in sorted({*alphas, *flagged_alphas})
     }
     plan = [
-        (alpha, partial(_batch_sharpness, number=number, batch=batch, whole=alpha in alphas))
+        (alpha, partial(_batch_sharpness, number=number, batch=batch, joint=alpha in alphas))
         for alpha, layers in parts.items()
         for number, batch in enumerate(batches)
         if layers
@@ -355,7 +352,7 @@ def _sharpness(
 
 def _batch_sharpness(
     evaluator: PathEvaluator, *, alpha: float, number: int, batch: BatchKey, layers: Sequence[int],
-    settings: SharpnessSettings, radii: Mapping[str, Sequence[float]], whole: bool, done: int, total: int,
+    settings: SharpnessSettings, radii: Mapping[str, Sequence[float]], joint: bool, done: int, total: int,
 ) -> BatchSharpness:  # fmt: skip
     """Sharpness at one α on one batch, in this process or on a worker."""
     evaluator.clear_prefix()
@@ -364,7 +361,7 @@ def _batch_sharpness(
     perturbed = [layer for layer in evaluator.interpolated.layers if layer.index in layers]
     return batch_sharpness(
         evaluator.interpolated.model, perturbed,
-        RowBatch(_objective(evaluator, which), rows), number, settings, whole=whole, radii=radii,
+        RowBatch(_objective(evaluator, which), rows), number, settings, joint=joint, radii=radii,
         report=lambda count, name: evaluator.tell(done + count, total, f"sharpness of {name}"),
     )  # fmt: skip
 

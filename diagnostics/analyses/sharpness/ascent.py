@@ -1,10 +1,8 @@
 """Sharpness: the worst and the mean rise of a loss within a radius of some weights.
 
-All is computed in u, with weights w + c ⊙ u and c = |w| (adaptive) or 1 (plain). Projection is then exact, a
-zero weight stays zero, and nothing is divided. The gradient in u is c ⊙ ∇L. Rises are in nats: 0 is flat, and
-no value by itself is good or bad.
-Source of the measures: Andriushchenko et al. 2023, arXiv:2302.07011; ascent in u, starts and warm starts are
-ours (its code steps along |w| ∇L, starts at zero only, and does not enforce the radius where a weight is 0).
+All is computed in u, with weights w + c ⊙ u and c = |w| (adaptive) or 1 (plain): projection is then exact.
+The gradient in u is c ⊙ ∇L. Source of the measures: Andriushchenko et al. 2023, arXiv:2302.07011; ascent in u
+and starts are ours (its code steps along |w| ∇L, starts at zero, and leaves the radius where a weight is 0).
 """
 
 import math

@@ -31,13 +31,12 @@ LossesByRow: TypeAlias = list[Float[np.ndarray, " rows"] | None]
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPath:
-    """Losses of one layer's paths, in nats by row.
+    """Losses of one layer's paths in nats by row, and the norms of its delta and of its base.
 
     Attributes:
         tuned, base: the paths with all other layers at that end; α is the layer's.
         control: tuned with the layer moved at random, each tensor by half the norm of its delta.
         pinned: the whole model at the worst α with the layer at base, and at tuned.
-        displacement, size: norms of the layer's delta and of its base.
     """
 
     layer: Layer
@@ -69,17 +68,13 @@ class LayerPaths:
         """Mean losses from nats by row."""
         return nats.sum(axis=1) / self.units.sum()
 
-    def worst(self, alphas: Sequence[float]) -> float:
-        """The interior α furthest above the line between the ends; the middle if none is above it."""
-        if self.barrier(alphas) <= 0:
-            return float(min(alphas[1:-1], key=lambda alpha: abs(alpha - 0.5)))
+    def worst(self, alphas: Sequence[float]) -> tuple[float, float]:
+        """The interior α furthest above the line between the ends, else the middle one; and the barrier."""
         losses = self.curve(np.stack([self.path(alpha) for alpha in alphas]))
-        return float(alphas[loss_curves.highest(np.array(alphas), losses)])
-
-    def barrier(self, alphas: Sequence[float]) -> float:
-        """The barrier of the whole model's path."""
-        losses = self.curve(np.stack([self.path(alpha) for alpha in alphas]))
-        return loss_curves.barrier(np.array(alphas), losses)
+        barrier = loss_curves.barrier(np.array(alphas), losses)
+        if barrier <= 0:
+            return float(min(alphas[1:-1], key=lambda alpha: abs(alpha - 0.5))), barrier
+        return float(alphas[loss_curves.highest(np.array(alphas), losses)]), barrier
 
     def measure(self, worst: float) -> list[LayerPath]:
         """The paths of all layers, in order, which are pinned at the α `worst`."""

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -52,8 +52,7 @@ class SharpnessSettings:
         return tuple(p for p in layer.parameters if p.ndim > 1 or not self.matrices_only)
 
 
-@dataclass(frozen=True)
-class RowBatch:
+class RowBatch(NamedTuple):
     """A batch of rows of one task."""
 
     objective: Objective
@@ -104,7 +103,7 @@ def batch_sharpness(
     number: int,
     settings: SharpnessSettings,
     *,
-    whole: bool = True,
+    joint: bool = True,
     radii: Mapping[str, Sequence[float]] | None = None,
     report: Callable[[int, str], None] = lambda done, what: None,
 ) -> BatchSharpness:
@@ -112,7 +111,7 @@ def batch_sharpness(
 
     Args:
         number: of the batch, which seeds its random draws.
-        whole: also perturb all blocks jointly; for l2 at least as sharp as each of them by construction.
+        joint: also perturb all blocks jointly; for l2 at least as sharp as each of them by construction.
         radii: of layers, by name, that are not measured at all radii of the settings.
         report: called with the number of measured layers and the name of the last.
     """
@@ -122,13 +121,13 @@ def batch_sharpness(
     all_blocks = Layer(-2, WHOLE, tuple(p for layer in blocks for p in layer.parameters))
     prefix = Prefix(model)
     sharpest: dict[float, tuple[Layer, Worst]] = {}
-    chosen = [*layers, *([all_blocks] if whole and blocks else [])]
+    chosen = [*layers, *([all_blocks] if joint and blocks else [])]
     with logits_normalised(model, settings.normalise):
         for done, layer in enumerate(chosen):
             size = _size(settings.parameters(layer))
-            joint = layer is all_blocks
-            scale = math.sqrt(size / median) if settings.per_size and not joint else 1.0
-            warm = {rho: _embedded(blocks, settings, *sharpest[rho]) for rho in sharpest if joint}
+            single = layer is not all_blocks
+            scale = math.sqrt(size / median) if settings.per_size and single else 1.0
+            warm = {} if single else {rho: _embedded(blocks, settings, *top) for rho, top in sharpest.items()}
             rhos = tuple((radii or {}).get(layer.name, settings.rhos))
             with prefix.entering(layer.index if settings.cached else -1):
                 rows, worsts = _layer(model, layer, batch, replace(settings, rhos=rhos), scale, number, warm)
@@ -142,11 +141,7 @@ def batch_sharpness(
 
 
 def mean_over_batches(layers: Sequence[Layer], batches: Sequence[BatchSharpness]) -> list[dict[str, Any]]:
-    """Means over batches, one row per layer and radius.
-
-    Columns: layer, name, rho, radius, worst, worst_error, single, average, average_error, spread, slope,
-        loss.
-    """
+    """Means over batches, one row per layer and radius: the columns of `sharpness` without alpha."""
     index = {layer.name: layer.index for layer in layers}
     return [
         {"layer": index.get(name, math.nan), "name": name, "rho": rho,

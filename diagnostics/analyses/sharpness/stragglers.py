@@ -20,13 +20,12 @@ def modified_z(values: Float[np.ndarray, " layers"], spread: float = 0.0) -> Flo
 
 
 class ScreenedLayer(NamedTuple):
-    """The measurements of a layer that decide whether it is a straggler.
+    """The measurements of a layer that decide whether it is a straggler, in nats.
 
     Attributes:
-        barrier: the larger of its two barriers, in nats.
+        barrier: the larger of its two barriers.
         repairs: loss at the worst α minus that with the layer pinned to base, and to tuned.
         rewind: rise of tuned's loss with this layer alone set back to base.
-        displacement: norm of its delta over the norm of base.
     """
 
     barrier: Estimate

@@ -1,10 +1,8 @@
 """Scores and weights over a training run: troughs of keep scores, detours in weights, loss against metric.
 
-A keep score that fell and still rises means that the run is shipped from a trough. The path through the
-weights is compared with the straight line between its ends. Where the task loss improves and its metric does
-not, the loss is no longer a stopping criterion. The formulas are ours; the papers show curves: Guo et al.,
-arXiv:2406.14833 (the stability gap); Gupta et al., arXiv:2308.04014 (re-warming); Frankle et al.,
-arXiv:1903.01611 (distance and angle); Isik et al., arXiv:2402.04177 (loss against BLEU).
+The formulas are ours; the papers show curves: Guo et al., arXiv:2406.14833 (the stability gap); Gupta et al.,
+arXiv:2308.04014 (re-warming); Frankle et al., arXiv:1903.01611 (distance and angle); Isik et al.,
+arXiv:2402.04177 (loss against BLEU).
 """
 
 from collections.abc import Callable, Mapping
