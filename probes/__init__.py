@@ -27,29 +27,23 @@ if TYPE_CHECKING:
     from probes.text.rows import task_of as task_of
 
 # Loaded when asked for: the command line imports this package and must not wait for torch.
-EXPORTS = {
-    "Batch": "probes.text.batches",
-    "Checkpoint": "probes.checkpoints.checkpoint",
-    "CheckpointPair": "probes.checkpoints.pair",
-    "CheckpointSeries": "probes.checkpoints.series",
-    "Example": "probes.text.batches",
-    "InputError": "probes.errors",
-    "LowRank": "probes.adapters.parts",
-    "Matrix": "probes.files.layout",
-    "Row": "probes.text.rows",
-    "Runnable": "probes.models.loading",
-    "RunnablePair": "probes.models.runnable",
-    "Task": "probes.text.rows",
-    "UnknownNameError": "probes.errors",
-    "batches": "probes.text.batches",
-    "capture": "probes.passes.activations",
-    "encode": "probes.text.encode",
-    "open_checkpoint": "probes.checkpoints.opening",
-    "open_model": "probes.models.runnable",
-    "read_task": "probes.text.rows",
-    "score_examples": "probes.passes.scores",
-    "task_of": "probes.text.rows",
+MODULES = {
+    "probes.adapters.parts": ["LowRank"],
+    "probes.checkpoints.checkpoint": ["Checkpoint"],
+    "probes.checkpoints.opening": ["open_checkpoint"],
+    "probes.checkpoints.pair": ["CheckpointPair"],
+    "probes.checkpoints.series": ["CheckpointSeries"],
+    "probes.errors": ["InputError", "UnknownNameError"],
+    "probes.files.layout": ["Matrix"],
+    "probes.models.loading": ["Runnable"],
+    "probes.models.runnable": ["RunnablePair", "open_model"],
+    "probes.passes.activations": ["capture"],
+    "probes.passes.scores": ["score_examples"],
+    "probes.text.batches": ["Batch", "Example", "batches"],
+    "probes.text.encode": ["encode"],
+    "probes.text.rows": ["Row", "Task", "read_task", "task_of"],
 }
+EXPORTS = {name: module for module, names in MODULES.items() for name in names}
 __all__ = sorted(EXPORTS)
 
 

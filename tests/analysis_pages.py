@@ -18,20 +18,20 @@ from diagnostics.core.inputs import OPTIONS
 
 PAGES = Path(__file__).parents[1] / "docs" / "analyses"
 MARK = "<!-- From the registry: python -m tests.analysis_pages write -->"
-# The figure that answers the question best, and the models that it is drawn of.
+# The model, and the figure that answers the question best.
 FIGURES = {
+    "drift": ("lora-r8", "rsa"),
+    "dynamics": ("parity", "strip"),
     "intruders": ("lora-r8", "where"),
     "mitigation": ("lora-r8", "retention"),
-    "ood": ("lora-r8", "scores"),
-    "skills": ("full", "budget"),
-    "sparsity": ("lora-r8", "curve"),
-    "drift": ("lora-r8", "layers"),
-    "path": ("lora-r8", "path"),
-    "sharpness": ("lora-r8", "layers"),
-    "pathways": ("parity", "distance"),
-    "dynamics": ("parity", "steps"),
-    "trajectory": ("parity", "scores"),
-    "sparsification": ("parity", "checkpoints"),
+    "ood": ("lora-r8", "densities"),
+    "path": ("lora-r8", "loss"),
+    "pathways": ("parity", "steps"),
+    "sharpness": ("lora-r8", "barriers"),
+    "skills": ("full", "curve"),
+    "sparsification": ("parity", "sparseness"),
+    "sparsity": ("lora-r8", "keep_curve"),
+    "trajectory": ("parity", "metric"),
 }
 
 

@@ -31,8 +31,8 @@ def one(
     query: Query, key: str, label: str, options: list[Any], default: str = "", **props: Any
 ) -> dmc.Select:
     """A choice of one string. Options are strings, or `{"value", "label"}`."""
-    empty, many = not default, len(options) > 8
-    look = {"size": "sm", "allowDeselect": empty, "clearable": empty, "searchable": many, **props}
+    empty = not default
+    look = {"size": "sm", "allowDeselect": empty, "clearable": empty, "searchable": len(options) > 8, **props}
     value = query.one(key, default) or None
     return dmc.Select(id=choice(key, "one", default), label=label, data=options, value=value, **look)
 

@@ -54,11 +54,11 @@ def figure_panels(
     inner = max(160, max(heights.values()) - HEAD - FOOT)
     drawn = rows * inner + (rows - 1) * gap
     domains = grid(len(figures), columns, inner / drawn, column_gap(figures, shared), gap / drawn)
-    own = ("shapes", "annotations", "updatemenus", "height", "legend")
+    per_panel = ("shapes", "annotations", "updatemenus", "height", "legend")
     layout: dict[str, Any] = {
         key: copy.deepcopy(value)
         for key, value in figures[0]["layout"].items()
-        if not AXIS.fullmatch(key) and key not in own
+        if not AXIS.fullmatch(key) and key not in per_panel
     }
     layout |= {"shapes": [], "annotations": []}
     data: list[dict[str, Any]] = []

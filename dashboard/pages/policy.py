@@ -61,10 +61,10 @@ def layout(view: View) -> Content:
         for metric in result.metrics
         if metric not in audit.policy.rules.get(name, {})
     ]
-    own = link(page="policy", audit=view.audit_id)
+    unchanged = link(page="policy", audit=view.audit_id)
     tools = [
         dmc.Button("Download policy.toml", id="policy-save", size="sm"),
-        parts.going("Reset to the audit's policy", own, className="reset"),
+        parts.going("Reset to the audit's policy", unchanged, className="reset"),
         dcc.Download(id="policy-file"),
     ]
     look = {"placeholder": "metrics without a threshold", "searchable": True, "limit": 60}

@@ -28,8 +28,8 @@ class OpenedMatrices:
         """Its name on the page."""
         if len(self.matrices) == 1:
             return self.matrices[0]
-        place = "outside the layers" if self.layer == "none" else f"of layer {self.layer}"
-        return f"{self.component} {place}"
+        location = "outside the layers" if self.layer == "none" else f"of layer {self.layer}"
+        return f"{self.component} {location}"
 
     def rows(self, frame: "pd.DataFrame") -> "pd.DataFrame | None":
         """The rows of a table about it; None if the table has no column that names matrices or cells."""

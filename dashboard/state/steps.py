@@ -93,9 +93,8 @@ def limits(library: AuditLibrary, steps: Sequence[Step]) -> dict[str, dict[str, 
         return thresholds
     for name, result in audit.results.items():
         for metric, rule in judged(result, audit.policy).items():
-            limits = {"warn": rule.warn, "fail": rule.fail}
-            factor = scale(result, rule)
-            thresholds[f"{name}.{metric}"] = {key: v * factor for key, v in limits.items() if v is not None}
+            values, factor = {"warn": rule.warn, "fail": rule.fail}, scale(result, rule)
+            thresholds[f"{name}.{metric}"] = {key: v * factor for key, v in values.items() if v is not None}
     return thresholds
 
 

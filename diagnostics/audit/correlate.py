@@ -37,13 +37,11 @@ class Correlations:
     Attributes:
         models: a row an audit: model, displacement, outcome, and sharpness at tuned of all blocks and of each
             layer, `sharpness:NAME`.
-        table: of `diagnostics.numerics.rank_correlation.correlations`.
-        outcome: the predicted quantity in words.
     """
 
     models: "pd.DataFrame"
-    table: "pd.DataFrame"
-    outcome: str
+    table: "pd.DataFrame"  # of `diagnostics.numerics.rank_correlation.correlations`
+    outcome: str  # the predicted quantity in words
     notes: tuple[str, ...] = ()
 
     def figures(self) -> "dict[str, go.Figure]":

@@ -26,15 +26,12 @@ class Plan:
 
     Attributes:
         parameters: of each analysis that runs, defaults included, without where it runs (device, progress).
-        lacking: the missing option of each analysis that was chosen and cannot run.
-        left_out: the reason of each other one.
-        notes: on analyses that cannot be imported.
     """
 
     parameters: Mapping[str, dict[str, Any]]
-    lacking: Mapping[str, str]
-    left_out: Mapping[str, str]
-    notes: tuple[str, ...]
+    lacking: Mapping[str, str]  # the missing option of each analysis that was chosen and cannot run
+    left_out: Mapping[str, str]  # the reason of each other one
+    notes: tuple[str, ...]  # on analyses that cannot be imported
 
     def outcomes(self, pending: Outcome) -> dict[str, Outcome]:
         """An outcome for each installed analysis: `pending` if it runs, else skipped with the reason."""
@@ -91,19 +88,14 @@ def chosen_analyses(only: Collection[str], skip: Collection[str]) -> list[str]:
         UnknownNameError: an analysis is not installed; the message lists those that are.
     """
     names = installed()
-    for option, given in (("--only", only), ("--skip", skip)):
-        for name in given:
-            if name not in names:
-                raise UnknownNameError(f"{option}: unknown analysis {name!r}; known: {', '.join(names)}")
+    for option, name in (*(("--only", name) for name in only), *(("--skip", name) for name in skip)):
+        if name not in names:
+            raise UnknownNameError(f"{option}: unknown analysis {name!r}; known: {', '.join(names)}")
     return [name for name in names if (not only or name in only) and name not in skip]
 
 
 def usable_analyses(only: Collection[str], skip: Collection[str]) -> tuple[list[str], dict[str, str]]:
-    """The analyses that are asked for and can be imported, and why the others cannot be, by name.
-
-    Raises:
-        UnknownNameError: one of `only` cannot be imported, or a name is not installed.
-    """
+    """The analyses that are asked for and can be imported, and why the others cannot be, by name."""
     names = chosen_analyses(only, skip)
     broken = broken_analyses(names)
     for name in only:
@@ -129,11 +121,7 @@ def missing_inputs(record: Analysis, supplied: Collection[str]) -> str:
 def analysis_parameters(
     record: Analysis, settings: Mapping[str, Any], shared: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The parameters that an analysis runs with: its settings, then the shared ones, then its defaults.
-
-    Raises:
-        UnknownNameError: a setting that it does not have; the message lists those that it has.
-    """
+    """The parameters that an analysis runs with: its settings, then the shared ones, then its defaults."""
     defaults = record.defaults
     for name in settings:
         if name not in defaults:

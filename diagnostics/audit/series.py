@@ -47,12 +47,11 @@ class AuditSeries:
 
     Attributes:
         rows: every checkpoint after the first, in order; empty when no analysis compares two checkpoints.
-        run: the audit of the analyses of a whole run; None when there is none.
     """
 
     base: str
     rows: tuple[AuditedCheckpoint, ...] = ()
-    run: Audit | None = None
+    run: Audit | None = None  # the audit of the analyses of a whole run; None when there is none
 
     @property
     def measures(self) -> list[str]:

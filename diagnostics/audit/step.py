@@ -89,11 +89,7 @@ def failed_outcome(
 
 
 def write_report(store: Store, state: Audit) -> None:
-    """Write report.html.
-
-    Raises:
-        RuntimeError: it could not be drawn.
-    """
+    """Write report.html; a RuntimeError if it cannot be drawn."""
     from diagnostics.report.render import write_html
 
     try:

@@ -102,11 +102,7 @@ def docstring_line(entry: EntryPoint) -> str:
 
 
 def load_command(entry: EntryPoint) -> Any:
-    """The command of an entry point.
-
-    Raises:
-        UnknownNameError: it cannot be imported.
-    """
+    """The command of an entry point."""
     try:
         command = entry.load()
     except ImportError as error:

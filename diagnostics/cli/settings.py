@@ -55,11 +55,7 @@ def parameter_type(record: Analysis, parameter: Parameter) -> Any:
 
 
 def convert_text(text: str, kind: Any) -> Any:
-    """The text as a value of a type.
-
-    Raises:
-        InputError: it is not one; the message says what is expected.
-    """
+    """The text as a value of a type; an InputError says what is expected."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         for choice in sorted(arguments, key=lambda choice: choice is str):  # any text is a str: try it last

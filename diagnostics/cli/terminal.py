@@ -50,11 +50,7 @@ def styled(word: str, width: int = 0) -> Text:
 
 
 def entry(head: "str | Text", body: str, *, style: str = "", cut: bool = False) -> Text:
-    """A head and the text that belongs to it.
-
-    Args:
-        cut: on a terminal, end the text with the line; otherwise it is wrapped and aligned behind the head.
-    """
+    """A head and its text, which on a terminal is cut to the line, or wrapped behind the head."""
     head, body = Text.assemble(head), printable(body)
     console = Console()
     if console.is_terminal:
@@ -104,11 +100,7 @@ def progress_bars(*, show: bool, name: str = "") -> Iterator[Any]:
 
 
 def print_audit(audit: "Audit", *, verbose: bool = False) -> None:
-    """The verdict, the findings, a line for each analysis, and where the report is.
-
-    Args:
-        verbose: also print all notes, and the analyses that were not asked for.
-    """
+    """The verdict, the findings, a line for each analysis, and where the report is."""
     print_lines(verdict_line(audit), *finding_lines(audit), "")
     print_lines(*outcome_lines(audit, verbose=verbose), *note_lines(audit, verbose=verbose))
     if audit.path is not None:

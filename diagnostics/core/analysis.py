@@ -109,8 +109,6 @@ class Analysis:
     """The registry's record of one analysis; `analysis` explains the attributes that are not listed here.
 
     Attributes:
-        inputs: what an audit must supply for it to run.
-        optional: what it uses when supplied.
         parameters: its keyword-only arguments, the fields of `RowOptions` among them.
     """
 
@@ -125,8 +123,8 @@ class Analysis:
     metrics: Mapping[str, str]
     unshared: tuple[str, ...]
     device_test: DeviceTest | None
-    inputs: tuple[str, ...]
-    optional: tuple[str, ...]
+    inputs: tuple[str, ...]  # what an audit must supply for it to run
+    optional: tuple[str, ...]  # what it uses when supplied
     parameters: Mapping[str, inspect.Parameter]
 
     @property
@@ -183,9 +181,11 @@ def analysis(
                 raise UnknownNameError(
                     f"{name} has no parameter {unknown[0]!r}; it has: {', '.join(parameters)}"
                 )
+            # Types first: a pair in the place of a series is the fault, not the task that is missing then.
+            supplied = signature.bind_partial(*args, **kwargs).arguments
+            check_input_types(name, {p.name: supplied[p.name] for p in inputs if p.name in supplied})
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
-            check_input_types(name, {p.name: bound.arguments[p.name] for p in inputs})
             used = {k: v for k, v in bound.arguments.items() if k in parameters and k not in EXECUTION}
             call = inspect.BoundArguments(declared, row_options.collected(declared, bound.arguments))
             result = function(*call.args, **call.kwargs)

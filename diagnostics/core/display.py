@@ -11,11 +11,7 @@ METRICS, NOTES, WIDTH = 12, 3, 200
 
 
 def text(result: "Result", record: "Analysis | None") -> str:
-    """At most a dozen lines: name, summary, first metrics, shapes of the tables, first notes.
-
-    Args:
-        record: the analysis of the result; None if it is not installed.
-    """
+    """At most a dozen lines: name, summary, first metrics, shapes of the tables, first notes."""
     question, summary = _header(result, record)
     lines = [f"Result of {result.analysis or 'no analysis'}", question, summary]
     rest = len(result.metrics) - METRICS

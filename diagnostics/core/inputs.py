@@ -27,15 +27,10 @@ ROLES = ("task", "keep", "guard", "ood", "train")
 
 @dataclass(frozen=True, kw_only=True)
 class NamedTask:
-    """One task in one role.
+    """One task in one role."""
 
-    Attributes:
-        name: what results call it; the file's own name unless `--ood NAME=F` gives one.
-        ref: as the user wrote it.
-    """
-
-    name: str
-    ref: str
+    name: str  # what results call it; the file's own name unless `--ood NAME=F` gives one
+    ref: str  # as the user wrote it
     task: Task
 
     def describe(self) -> dict[str, Any]:
@@ -76,11 +71,7 @@ def open_roles(files: Mapping[str, Files], *, limit: int | None = None) -> dict[
 
 
 def open_rows(role: str, ref: str, *, limit: int | None = None) -> NamedTask:
-    """Read and check one task.
-
-    Raises:
-        InputError: it is missing, empty or malformed; the message names the file, the line and the field.
-    """
+    """Read and check one task."""
     name, path = "", ref
     if role == "ood" and "=" in ref and not Path(ref).exists():
         name, _, path = ref.partition("=")
@@ -95,11 +86,7 @@ def open_rows(role: str, ref: str, *, limit: int | None = None) -> NamedTask:
 
 
 def tasks(sources: "Source | Mapping[str, Source]", role: str) -> dict[str, Task]:
-    """The tasks of a role by name, from one source or several.
-
-    Raises:
-        InputError: as `open_rows`, or nothing was given.
-    """
+    """The tasks of a role by name, from one source or several."""
     if isinstance(sources, Mapping):
         by_name = {str(name): task_from(source, str(name)) for name, source in sources.items()}
     else:

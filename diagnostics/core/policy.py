@@ -56,20 +56,15 @@ class Rule:
 
     Attributes:
         warn, fail: a value beyond it is a finding; None: never.
-        below: whether small values are the bad ones.
-        per: a numeric parameter of the analysis that both thresholds are multiplied by.
-        when: a parameter or metric of the analysis; where it is missing or 0, the rule does not apply.
-        message: the meaning of such a value; the comparison itself when empty.
-        source: where the thresholds come from.
     """
 
     warn: float | None = None
     fail: float | None = None
-    below: bool = False
-    per: str = ""
-    when: str = ""
-    message: str = ""
-    source: str = ""
+    below: bool = False  # whether small values are the bad ones
+    per: str = ""  # a numeric parameter of the analysis that both thresholds are multiplied by
+    when: str = ""  # a parameter or metric of the analysis; where it is missing or 0, the rule does not apply
+    message: str = ""  # the meaning of such a value; the comparison itself when empty
+    source: str = ""  # where the thresholds come from
 
     @property
     def side(self) -> str:
@@ -148,11 +143,7 @@ def _assembled(places: tuple[tuple[str, str], ...]) -> Policy:
 
 
 def parse(tables: Mapping[str, Any], origin: str) -> Policy:
-    """Rules out of nested tables, as TOML and audit.json hold them.
-
-    Raises:
-        InputError, UnknownNameError: as `load_policy`, but names of analyses and metrics are not looked up.
-    """
+    """Rules out of nested tables, as TOML and audit.json hold them; names are not looked up."""
     rules: dict[str, dict[str, Rule]] = {}
     for name, metrics in tables.items():
         if not isinstance(metrics, Mapping):

@@ -44,11 +44,7 @@ def load_policy(path: str | Path) -> Policy:
 
 
 def check_names(policy: Policy) -> None:
-    """Refuse rules for what is not installed or not measured.
-
-    Raises:
-        UnknownNameError: an unknown analysis, metric or parameter; the message lists the known ones.
-    """
+    """Refuse rules for what is not installed or not measured."""
     for name, rules in policy.rules.items():
         if name not in installed():
             raise UnknownNameError(

@@ -69,14 +69,8 @@ def find(name: str) -> "Analysis":
 
 
 def import_entry(entry: Any) -> None:
-    """Import the module of an entry point, which registers its analysis.
-
-    Args:
-        entry: an `EntryPoint`; of `importlib_metadata` once any package has imported that, Dash among them.
-
-    Raises:
-        UnknownNameError: it cannot be imported, or registers another name.
-    """
+    """Import the module of an entry point, which registers its analysis."""
+    # Dash imports `importlib_metadata`, which replaces the class `EntryPoint` by its own: hence `Any`.
     package = entry.dist.name if entry.dist else "an unknown package"
     try:
         entry.load()

@@ -67,12 +67,7 @@ def with_fields(signature: Signature) -> Signature:
 
 
 def collected(signature: Signature, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments as the function itself takes them: fields of row options in one value.
-
-    Args:
-        signature: of the function itself.
-        arguments: all of `with_fields(signature)`, by name.
-    """
+    """The arguments of `with_fields(signature)` as the function itself takes them."""
     rest = dict(arguments)
     for name, default in options_of(signature).items():
         values = {field.name: rest.pop(field.name) for field in fields(default)}

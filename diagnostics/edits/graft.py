@@ -22,17 +22,15 @@ class GraftedCheckpoint:
     """A checkpoint that `graft` wrote.
 
     Attributes:
-        without: whether it is the complement: tuned with the masked entries of base.
         entries, tensors: number of masked entries, and of tensors with any.
-        weights: number of entries that both checkpoints have.
     """
 
     out: Path
     mask: Path
-    without: bool
+    without: bool  # whether it is the complement: tuned with the masked entries of base
     entries: int
     tensors: int
-    weights: int
+    weights: int  # number of entries that both checkpoints have
     notes: tuple[str, ...]
 
     def describe(self) -> dict[str, Any]:

@@ -20,18 +20,12 @@ TRAIL = "tunescope_interpolate.json"
 
 @dataclass(frozen=True, kw_only=True)
 class InterpolatedCheckpoint:
-    """A checkpoint that `interpolate` wrote.
-
-    Attributes:
-        alpha: 0 is base, 1 is tuned.
-        tensors: number of tensors that differ.
-        displacement: Frobenius norm of tuned − base over these.
-    """
+    """A checkpoint that `interpolate` wrote."""
 
     out: Path
-    alpha: float
-    tensors: int
-    displacement: float
+    alpha: float  # 0 is base, 1 is tuned
+    tensors: int  # number of tensors that differ
+    displacement: float  # Frobenius norm of tuned − base over these
     notes: tuple[str, ...]
 
     def describe(self) -> dict[str, Any]:

@@ -45,38 +45,29 @@ class Scaled:
     """One scaled singular triple of a tuned matrix.
 
     Attributes:
-        rank: from 1, for the largest singular value.
-        singular_value: before scaling.
         cosine_low, cosine_high: bounds of its largest |cosine| with a base vector.
     """
 
     matrix: str
     layer: int | None
     component: str
-    rank: int
-    singular_value: float
+    rank: int  # from 1, for the largest singular value
+    singular_value: float  # before scaling
     cosine_low: float
     cosine_high: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Edited:
-    """One changed matrix (in mode `update` one stored tensor).
-
-    Attributes:
-        rank: of the edit; None in mode `update`.
-        norm: Frobenius norm of the edit.
-        update_norm: Frobenius norm of tuned − base.
-        share: share of the edit's squared norm that the written files hold.
-    """
+    """One changed matrix (in mode `update` one stored tensor)."""
 
     matrix: str
     layer: int | None
     component: str
-    rank: int | None
-    norm: float
-    update_norm: float
-    share: float = 1.0
+    rank: int | None  # of the edit; None in mode `update`
+    norm: float  # Frobenius norm of the edit
+    update_norm: float  # Frobenius norm of tuned − base
+    share: float = 1.0  # share of the edit's squared norm that the written files hold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,10 +170,7 @@ def mitigate(
         InputError: a parameter out of range; checkpoints that cannot be opened or are not related; an adapter
             that cannot hold the edit; `out` is occupied or cannot be written.
     """
-    if mode not in get_args(Mode):
-        raise InputError(f"mode is {mode!r}; it is one of: {', '.join(get_args(Mode))}")
-    if not 0 <= scale < math.inf:
-        raise InputError(f"scale is {scale}; 0 removes, 1 changes nothing, above 1 amplifies")
+    _check(mode, scale)
     out = Path(out).expanduser()
     refuse_occupied(out)
     pair = CheckpointPair(base, tuned)
@@ -203,6 +191,13 @@ def mitigate(
     )  # fmt: skip
     write_trail(out / TRAIL, pair, result.describe())
     return result
+
+
+def _check(mode: str, scale: float) -> None:
+    if mode not in get_args(Mode):
+        raise InputError(f"mode is {mode!r}; it is one of: {', '.join(get_args(Mode))}")
+    if not 0 <= scale < math.inf:
+        raise InputError(f"scale is {scale}; 0 removes, 1 changes nothing, above 1 amplifies")
 
 
 Written = tuple[list[Scaled], list[Edited], list[str]]

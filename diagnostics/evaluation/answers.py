@@ -7,7 +7,7 @@ rows, with the same draws for all models.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,18 +22,13 @@ from probes.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """One model's answers to the rows of one set.
+    """One model's answers to the rows of one set."""
 
-    Attributes:
-        losses: of every row of the set.
-        logs: of each scored row, the log-probability of every choice or class, −∞ for choices that the row
-            lacks; None for texts and completions.
-        truth: index of the right one; empty for texts and completions.
-    """
-
-    losses: Losses
+    losses: Losses  # of every row
+    # Of each scored row, the log-probability of every choice or class, −∞ for choices that the row lacks;
+    # None for texts and completions.
     logs: Float[np.ndarray, "rows answers"] | None
-    truth: Int[np.ndarray, " rows"]
+    truth: Int[np.ndarray, " rows"]  # index of the right one; empty for texts and completions
 
     @property
     def chosen(self) -> Int[np.ndarray, " rows"]:
@@ -55,17 +50,14 @@ class Answers:
 
     def cooled(self, temperature: float) -> "Answers":
         """The answers with logits divided by a temperature; above 1 lowers the confidence."""
+        from scipy.special import log_softmax
+
         assert self.logs is not None
-        logs = log_softmax(self.logs / temperature)
-        return Answers(losses=self.losses, logs=logs, truth=self.truth)
+        return replace(self, logs=np.asarray(log_softmax(self.logs / temperature, axis=1)))
 
 
 def answers(encoded: EncodedTask, model: Any) -> Answers:
-    """A model's answers to the rows of a task.
-
-    Raises:
-        NonFiniteError: logits that are NaN or infinite; the message names the row.
-    """
+    """A model's answers to the rows of a task; `NonFiniteError` names a row of logits that are not finite."""
     if encoded.task.shape in ("text", "completion"):
         return Answers(losses=encoded.measure(model), logs=None, truth=np.zeros(0, dtype=int))
     logs, truth = encoded.answered(model), encoded.truth
@@ -79,13 +71,6 @@ def score(answers: Answers) -> float:
     if answers.logs is not None:
         return float(answers.right.mean())
     return -float(np.nansum(answers.losses.nats) / answers.losses.units.sum())
-
-
-def log_softmax(values: Float[np.ndarray, "rows answers"]) -> Float[np.ndarray, "rows answers"]:
-    """Normalised log-probabilities along the last axis."""
-    from scipy.special import log_softmax as normalised
-
-    return np.asarray(normalised(values, axis=1))
 
 
 def agreement(first: Answers, second: Answers) -> float:
@@ -126,16 +111,12 @@ class Calibration(NamedTuple):
 def calibration(answers: Answers, *, draws: int, seed: int) -> Calibration:
     """Calibration of a model on a set."""
     assert answers.logs is not None
-    drawn = drawn_ece([answers], draws=draws, seed=seed)[:, 0]
-    low, high = np.quantile(drawn, [0.025, 0.975])
+    low, high = np.quantile(drawn_ece([answers], draws=draws, seed=seed)[:, 0], [0.025, 0.975])
     stated, right = answers.confidence, answers.right
     return Calibration(
-        ece=ece(stated, right),
-        ece_low=float(low),
-        ece_high=float(high),
-        ece_mass=ece(stated, right, by="mass"),
-        brier=brier(np.exp(answers.logs), answers.truth),
-    )
+        ece=ece(stated, right), ece_low=float(low), ece_high=float(high),
+        ece_mass=ece(stated, right, by="mass"), brier=brier(np.exp(answers.logs), answers.truth),
+    )  # fmt: skip
 
 
 def drawn_ece(several: Sequence[Answers], *, draws: int, seed: int) -> Float[np.ndarray, "draws models"]:
@@ -156,14 +137,10 @@ class AnswerScores:
     Attributes:
         kind: `accuracy`, or `loss` in nats per token.
         value: the score of each; larger is better, so that a loss is negative.
+        drawn: the score of each on every draw of the rows.
     """
 
     def __init__(self, answers: Mapping[str, Answers], *, draws: int, seed: int, where: str):
-        """Compare models.
-
-        Raises:
-            InputError: fewer than 2 rows can be scored.
-        """
         first = next(iter(answers.values()))
         units = first.losses.units
         scored = units > 0
@@ -173,26 +150,21 @@ class AnswerScores:
         values = np.stack([
             -model.losses.nats[scored] if model.logs is None else model.right for model in answers.values()
         ])  # fmt: skip
-        rows = RowLosses(
-            nats=values, units=units[scored] if self.kind == "loss" else np.ones(values.shape[1])
-        )
-        self._index = {name: index for index, name in enumerate(answers)}
-        self.value = {name: float(rows.loss[index]) for name, index in self._index.items()}
-        self._drawn = rows.drawn(draws, np.random.default_rng(seed))
-
-    def drawn(self, name: str) -> Float[np.ndarray, " draws"]:
-        """The score of one model on every draw."""
-        return self._drawn[:, self._index[name]]
+        weights = units[scored] if self.kind == "loss" else np.ones(values.shape[1])
+        rows = RowLosses(nats=values, units=weights)
+        self.value = dict(zip(answers, map(float, rows.loss), strict=True))
+        drawn = rows.drawn(draws, np.random.default_rng(seed))
+        self.drawn = {name: drawn[:, index] for index, name in enumerate(answers)}
 
     def shown(self, name: str) -> Estimate:
         """Accuracy, or the positive loss in nats, where smaller is better."""
         sign = -1.0 if self.kind == "loss" else 1.0
-        ends = sorted(sign * np.quantile(self.drawn(name), [0.025, 0.975]))
-        return Estimate(sign * self.value[name], float(ends[0]), float(ends[1]))
+        low, high = sorted(sign * np.quantile(self.drawn[name], [0.025, 0.975]))
+        return Estimate(sign * self.value[name], float(low), float(high))
 
     def difference(self, name: str, other: str) -> Estimate:
         """Score of one model minus that of another."""
-        differences = self.drawn(name) - self.drawn(other)
+        differences = self.drawn[name] - self.drawn[other]
         low, high = np.quantile(differences, [0.025, 0.975])
         error = float(differences.std(ddof=1))
         return Estimate(self.value[name] - self.value[other], float(low), float(high), error)
@@ -210,14 +182,13 @@ class AnswerScores:
         """
         if not self.gained:
             return UNDEFINED
-        gain = self.drawn("tuned") - self.drawn("base")
-        kept = (self.drawn(name) - self.drawn("base"))[gain > 0] / gain[gain > 0]
-        low, high = np.quantile(kept, [0.025, 0.975])
+        base, tuned = self.drawn["base"], self.drawn["tuned"]
+        gained = tuned > base
+        low, high = np.quantile((self.drawn[name] - base)[gained] / (tuned - base)[gained], [0.025, 0.975])
         value = (self.value[name] - self.value["base"]) / (self.value["tuned"] - self.value["base"])
         return Estimate(value, float(low), float(high))
 
     def recovery(self, name: str) -> float:
         """Accuracy as a share of tuned's; it flatters where base is already good. NaN for losses."""
-        if self.kind == "loss" or not self.value["tuned"]:
-            return math.nan
-        return self.value[name] / self.value["tuned"]
+        undefined = self.kind == "loss" or not self.value["tuned"]
+        return math.nan if undefined else self.value[name] / self.value["tuned"]

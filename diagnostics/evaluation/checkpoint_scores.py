@@ -42,13 +42,8 @@ class ScoringOptions(RowOptions):
 
     def key(self, sets: Mapping[SetKey, Task]) -> dict[str, Any]:
         """Everything that a measurement on these sets depends on, as JSON keeps it."""
-        rows = [[*key, identity(task)] for key, task in sets.items()]
-        return {
-            "sets": rows,
-            "max_length": self.max_length,
-            "chat_template": self.chat_template,
-            "dtype": self.dtype,
-        }
+        options = {name: getattr(self, name) for name in ("max_length", "chat_template", "dtype")}
+        return {"sets": [[*key, identity(task)] for key, task in sets.items()], **options}
 
 
 def identity(task: Task) -> str:
@@ -67,22 +62,14 @@ def scores(editable: Editable, sets: Mapping[SetKey, Task], options: ScoringOpti
         except NonFiniteError as error:
             nothing = np.full(len(task.rows), np.nan)
             losses, missing = Losses(nats=nothing, units=nothing, right=nothing), str(error)
-        start = f"score.{index}"
-        arrays |= {f"{start}.{name}": getattr(losses, name) for name in ("nats", "units", "right")}
-        arrays |= {
-            f"{start}.missing": np.array(missing),
-            f"{start}.notes": np.array(list(rows.notes), dtype=str),
-        }
+        values = vars(losses) | {"missing": np.array(missing), "notes": np.array(rows.notes, dtype=str)}
+        arrays |= {f"score.{index}.{name}": array for name, array in values.items()}
     return arrays
 
 
 @dataclass(frozen=True)
 class Curves:
-    """One set of rows over the checkpoints of a run.
-
-    Attributes:
-        nats, units, right: of each row at each checkpoint; without rows that no checkpoint can score.
-    """
+    """One set of rows over the checkpoints of a run, without rows that no checkpoint can score."""
 
     which: SetKey
     task: Task
@@ -121,11 +108,7 @@ class Curves:
 
 
 def curves(measurements: Sequence[Mapping[str, np.ndarray]], sets: Mapping[SetKey, Task]) -> list[Curves]:
-    """The curves of every set, from the arrays of `scores` of every checkpoint.
-
-    Raises:
-        InputError: a set without a scored row.
-    """
+    """The curves of every set, from the arrays of `scores` of every checkpoint."""
     by_set = []
     for index, (key, task) in enumerate(sets.items()):
         nats, units, right = (
@@ -146,15 +129,10 @@ def reading_notes(
     notes: dict[str, None] = {}
     for index, (role, name) in enumerate(sets):
         notes |= {str(note): None for arrays in measurements for note in arrays[f"score.{index}.notes"]}
-        missing = {
-            label: reason
-            for label, arrays in zip(labels, measurements, strict=True)
-            if (reason := str(arrays[f"score.{index}.missing"]))
-        }
+        reasons = [str(arrays[f"score.{index}.missing"]) for arrays in measurements]
+        missing = dict(pair for pair in zip(labels, reasons, strict=True) if pair[1])
         if missing:
             rows = f"{role} rows" if role == name else f"{role} rows {name}"
-            reason = next(iter(missing.values()))
-            notes[f"The {rows} have no finite loss at {', '.join(missing)} ({reason}): left out there."] = (
-                None
-            )
+            where = f"{', '.join(missing)} ({next(iter(missing.values()))})"
+            notes[f"The {rows} have no finite loss at {where}: left out there."] = None
     return list(notes)

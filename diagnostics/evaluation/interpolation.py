@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
+from itertools import product
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -27,16 +28,11 @@ T = TypeVar("T")
 Progress: TypeAlias = Callable[[int, int, str], None]
 
 HALF_DTYPES = ("bfloat16", "float16")
-# The grid of WiSE-FT's code.
-ALPHAS = tuple(round(0.1 * step, 1) for step in range(11))
+ALPHAS = tuple(round(0.1 * step, 1) for step in range(11))  # the grid of WiSE-FT's code
 
 
 def check_alphas(alphas: Sequence[float], least: int = 3) -> tuple[float, ...]:
-    """The alphas in ascending order, with 0 and 1.
-
-    Raises:
-        InputError: an alpha outside [0, 1], or fewer than `least`.
-    """
+    """The alphas in ascending order, with 0 and 1; refused outside [0, 1], and if fewer than `least`."""
     for alpha in alphas:
         if not 0 <= alpha <= 1:
             raise InputError(f"alphas holds {alpha}; they go from 0, base, to 1, tuned")
@@ -52,21 +48,14 @@ def is_half(model: Any) -> bool:
 
 
 def model_notes(pair: CheckpointPair, model: Any) -> list[str]:
-    """Notes on how a model is interpolated and perturbed.
-
-    Raises:
-        InputError: batch norms: their statistics cannot be interpolated.
-    """
+    """Notes on how a model is interpolated and perturbed; one with batch norms is refused."""
     from torch import nn
 
     modules = list(model.modules())
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules):
         raise InputError(f"{pair.tuned.ref}: has batch norms, and their statistics cannot be interpolated")
     notes = []
-    training = any(
-        memory is not None and getattr(memory, "training", False)
-        for memory in map(memory_of, (pair.base, pair.tuned))
-    )
+    training = any(getattr(memory_of(side), "training", False) for side in (pair.base, pair.tuned))
     dropping = any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules)
     if training or dropping:
         reason = "was given in training mode" if training else "has dropout"
@@ -79,7 +68,7 @@ def model_notes(pair: CheckpointPair, model: Any) -> list[str]:
         notes.append(
             "Interpolated models ran in half precision: small steps from an end change few weights or none."
         )
-    elif any(dtype in HALF_DTYPES for dtype in (pair.base.dtype, pair.tuned.dtype)):
+    elif {pair.base.dtype, pair.tuned.dtype} & set(HALF_DTYPES):
         notes.append(
             "Interpolated models ran in float32. Saved in the file's half precision, small steps from an end "
             "are rounded away."
@@ -96,11 +85,9 @@ class PathEvaluator:
     """
 
     def __init__(
-        self,
-        interpolated: InterpolatedModel,
-        sets: Mapping[SetKey, EncodedTask],
+        self, interpolated: InterpolatedModel, sets: Mapping[SetKey, EncodedTask],
         progress: Progress | None = None,
-    ):
+    ):  # fmt: skip
         self.interpolated, self.sets, self.progress = interpolated, dict(sets), progress
         self.missing: list[str] = []
         self._units_at: dict[float, dict[SetKey, Units | None]] = {}
@@ -113,8 +100,7 @@ class PathEvaluator:
         """
         noting = (partial(_with_missing, call) for call in calls)
         for result, missing in workers.run_calls(self._on_workers, self, noting):
-            for note in missing:
-                self._note(note)
+            self.missing += [note for note in missing if note not in self.missing]
             yield result
 
     @cached_property
@@ -122,11 +108,7 @@ class PathEvaluator:
         return workers.host_on_workers(self.interpolated.host, partial(_on_worker, sets=self.sets))
 
     def measure(self, alphas: Sequence[float]) -> None:
-        """Score all sets at these alphas, the ends first: without them there is no path.
-
-        Raises:
-            NonFiniteError: at an end.
-        """
+        """Score all sets at these alphas, the ends first: a loss that is not finite there is an error."""
         order = sorted(alphas, key=lambda alpha: alpha not in (0, 1))
         scores = self.run(partial(PathEvaluator._at, alpha=alpha) for alpha in order)
         for done, (alpha, units) in enumerate(zip(order, scores, strict=True)):
@@ -139,11 +121,7 @@ class PathEvaluator:
             self.progress(done, total, what)
 
     def at(self, alpha: float) -> dict[SetKey, Units | None]:
-        """Unit scores of every set with all layers at α; None where the loss is not finite.
-
-        Raises:
-            NonFiniteError: at an end.
-        """
+        """Unit scores of every set with all layers at α; None where the loss is not finite."""
         if alpha not in self._units_at:
             self._units_at[alpha] = self._at(alpha)
         return self._units_at[alpha]
@@ -187,11 +165,16 @@ class PathEvaluator:
         """Unit scores of every set at the model's current point; None where the loss is not finite."""
         return {key: self._units(key, math.nan) for key in self.sets}
 
+    def ends(self, key: SetKey) -> tuple[Units, Units]:
+        """Unit scores of a set under base and tuned."""
+        base, tuned = self.at(0.0)[key], self.at(1.0)[key]
+        assert base is not None
+        assert tuned is not None
+        return base, tuned
+
     def units(self, key: SetKey) -> Float[np.ndarray, " rows"]:
         """Number of units of each row of a set."""
-        base = self.at(0.0)[key]
-        assert base is not None
-        return base.by_row()[1]
+        return self.ends(key)[0].by_row()[1]
 
     def losses(self, key: SetKey, alphas: Sequence[float]) -> loss_curves.Curve:
         """Loss of a set at each alpha."""
@@ -217,9 +200,7 @@ class PathEvaluator:
             return None
 
     def _miss(self, where: str) -> None:
-        self._note(f"Not measured, because the loss is not finite: {where}.")
-
-    def _note(self, note: str) -> None:
+        note = f"Not measured, because the loss is not finite: {where}."
         if note not in self.missing:
             self.missing.append(note)
 
@@ -243,40 +224,37 @@ METRICS = ("loss", "accuracy", "confidence", "error_confidence", "fft", "ttf", "
 def path_rows(evaluator: PathEvaluator, alphas: Sequence[float]) -> list[dict[str, Any]]:
     """A row for every set, α and metric of `METRICS`."""
     rows = []
-    for key, encoded_set in evaluator.sets.items():
-        base, tuned = (evaluator.at(end)[key] for end in (0.0, 1.0))
-        assert base is not None
-        assert tuned is not None
+    for (role, name), encoded_set in evaluator.sets.items():
+        base, tuned = evaluator.ends((role, name))
         for alpha in alphas:
-            units = evaluator.at(alpha)[key]
+            units = evaluator.at(alpha)[role, name]
             values = {} if units is None else _values(base, tuned, units, alpha)
-            for metric in METRICS:
-                row = {"alpha": alpha, "role": key[0], "set": key[1], "metric": metric}
-                rows.append(row | {"value": values.get(metric, math.nan), "unit": encoded_set.unit})
+            rows += [
+                {
+                    "alpha": alpha, "role": role, "set": name, "metric": metric,
+                    "value": values.get(metric, math.nan), "unit": encoded_set.unit,
+                }
+                for metric in METRICS
+            ]  # fmt: skip
     return rows
 
 
 def _values(base: Units, tuned: Units, units: Units, alpha: float) -> dict[str, float]:
     shares = loss_curves.patterns(base.right, tuned.right, units.right)
+    mixture = float(loss_curves.ensemble_nats(base.nats, tuned.nats, alpha).mean())
     return {
-        "loss": units.loss,
-        "accuracy": units.accuracy,
-        "confidence": float(units.confidence.mean()),
-        "error_confidence": units.error_confidence,
-        "fft": shares["FFT"],
-        "ttf": shares["TTF"],
-        "ensemble_loss": float(loss_curves.ensemble_nats(base.nats, tuned.nats, alpha).mean()),
-    }
+        "loss": units.loss, "accuracy": units.accuracy, "confidence": float(units.confidence.mean()),
+        "error_confidence": units.error_confidence, "fft": shares["FFT"], "ttf": shares["TTF"],
+        "ensemble_loss": mixture,
+    }  # fmt: skip
 
 
 def pattern_rows(evaluator: PathEvaluator, alphas: Sequence[float]) -> list[dict[str, Any]]:
     """The shares of the eight patterns of base, tuned and interpolated model, for every set and α."""
     rows = []
-    for key in evaluator.sets:
-        for alpha in alphas:
-            base, tuned, units = (evaluator.at(point)[key] for point in (0.0, 1.0, alpha))
-            if base is None or tuned is None or units is None:
-                continue
+    for key, alpha in product(evaluator.sets, alphas):
+        (base, tuned), units = evaluator.ends(key), evaluator.at(alpha)[key]
+        if units is not None:
             shares = loss_curves.patterns(base.right, tuned.right, units.right)
             rows += [
                 {"alpha": alpha, "role": key[0], "set": key[1], "pattern": pattern, "share": share}
@@ -294,39 +272,23 @@ def set_rows(evaluator: PathEvaluator, alphas: Sequence[float]) -> list[dict[str
         inside = [alpha for alpha, loss in zip(alphas, losses, strict=True) if np.isfinite(loss)][1:-1]
         gains = [evaluator.combined(key, {better: 1.0, alpha: -1.0}) for alpha in inside]
         falls = [evaluator.combined(key, {alpha: 1.0, worse: -1.0}) for alpha in inside]
-        base, tuned = evaluator.at(0.0)[key], evaluator.at(1.0)[key]
-        assert base is not None
-        assert tuned is not None
+        base, tuned = evaluator.ends(key)
         best, fall = (
             max(estimates, key=lambda estimate: estimate.value, default=UNDEFINED)
             for estimates in (gains, falls)
         )
-        rows.append(
-            {
-                "role": key[0],
-                "set": key[1],
-                "rows": len(evaluator.units(key)),
-                "units": int(evaluator.units(key).sum()),
-                "unit": evaluator.sets[key].unit,
-                "loss_base": losses[0],
-                "loss_tuned": losses[-1],
-                "barrier": loss_curves.barrier(grid, losses),
-                "bump": loss_curves.bump(losses),
-                "dip": loss_curves.dip(losses),
-                "best_alpha": loss_curves.best_alpha(grid, {key[1]: losses}),
-                "worst_alpha": float(grid[np.nanargmax(losses)]),
-                "gain": best.value,
-                "gain_half": best.half,
-                "fall": fall.value,
-                "fall_half": fall.half,
-                "outcome": loss_curves.outcome(gains, falls),
-                "accuracy_base": base.accuracy,
-                "accuracy_tuned": tuned.accuracy,
-                "confidence_ratio": float(tuned.confidence.mean() / base.confidence.mean()),
-                "error_confidence_base": base.error_confidence,
-                "error_confidence_tuned": tuned.error_confidence,
-            }
-        )
+        rows.append({
+            "role": key[0], "set": key[1], "rows": len(evaluator.units(key)),
+            "units": int(evaluator.units(key).sum()), "unit": evaluator.sets[key].unit,
+            "loss_base": losses[0], "loss_tuned": losses[-1], "barrier": loss_curves.barrier(grid, losses),
+            "bump": loss_curves.bump(losses), "dip": loss_curves.dip(losses),
+            "best_alpha": loss_curves.best_alpha(grid, {key[1]: losses}),
+            "worst_alpha": float(grid[np.nanargmax(losses)]), "gain": best.value, "gain_half": best.half,
+            "fall": fall.value, "fall_half": fall.half, "outcome": loss_curves.outcome(gains, falls),
+            "accuracy_base": base.accuracy, "accuracy_tuned": tuned.accuracy,
+            "confidence_ratio": float(tuned.confidence.mean() / base.confidence.mean()),
+            "error_confidence_base": base.error_confidence, "error_confidence_tuned": tuned.error_confidence,
+        })  # fmt: skip
     return rows
 
 
@@ -342,7 +304,5 @@ def pinned_note(pinned: Sequence[str]) -> list[str]:
     """The note on tensors that base lacks; empty without any."""
     if not pinned:
         return []
-    return [
-        f"{len(pinned)} tensors that base lacks, such as {pinned[0]}, are tuned's at every alpha, alpha 0 "
-        "included."
-    ]
+    first = f"{len(pinned)} tensors that base lacks, such as {pinned[0]}"
+    return [f"{first}, are tuned's at every alpha, alpha 0 included."]

@@ -25,20 +25,13 @@ from probes.text.batches import Batch, Example, batches, halving, windows
 
 @dataclass(frozen=True, kw_only=True)
 class ExampleScores:
-    """A model's scores of one example; NaN and None where it has no token to score.
+    """A model's scores of one example; NaN and None where it has no token to score."""
 
-    Attributes:
-        tokens: log-likelihood in nats of each scored token, in order.
-        log_likelihood: their sum, in float64.
-        top: mean over scored tokens of the largest probability.
-        energy: mean over scored tokens of minus the log-sum-exp of the logits.
-        pooled: mean over all tokens of the last hidden state; for windows see `merge_windows`.
-    """
-
-    tokens: Float[np.ndarray, " tokens"]
-    log_likelihood: float = np.nan
-    top: float = np.nan
-    energy: float = np.nan
+    tokens: Float[np.ndarray, " tokens"]  # log-likelihood in nats of each scored token, in order
+    log_likelihood: float = np.nan  # their sum, in float64
+    top: float = np.nan  # mean over scored tokens of the largest probability
+    energy: float = np.nan  # mean over scored tokens of minus the log-sum-exp of the logits
+    # Mean over all tokens of the last hidden state; for windows see `merge_windows`.
     pooled: Float[np.ndarray, " width"] | None = None
 
 
@@ -46,27 +39,18 @@ NOTHING = ExampleScores(tokens=np.empty(0, np.float32))
 
 
 def score_texts(
-    model: nn.Module | RemoteModel,
-    examples: Sequence[Example],
-    *,
-    tokens: int = 16384,
-    vocabulary: int | None = None,
-    longest: int | None = None,
+    model: nn.Module | RemoteModel, examples: Sequence[Example], *, tokens: int = 16384,
+    vocabulary: int | None = None, longest: int | None = None,
     where: Callable[[int], str] = "example {}".format,
     progress: Callable[[int, int, str], None] | None = None,
-) -> list[ExampleScores]:
+) -> list[ExampleScores]:  # fmt: skip
     """Run a causal model over examples, batched by length; the batch size changes no score.
 
     Args:
         model: in this process, or on workers.
-        tokens: most tokens in a batch, padding included.
         vocabulary: number of tokens that exist, from the first; None: all of the model's.
         longest: split longer examples into windows of this many tokens; None: never.
         where: names an example in an error, given its index.
-        progress: called with (done, total, what).
-
-    Raises:
-        InputError: a likelihood is not finite; the message names the example.
     """
     owners, pieces = [], []
     for index, example in enumerate(examples):
@@ -95,13 +79,9 @@ def score_texts(
 
 
 def _score_pieces(
-    model: nn.Module,
-    examples: Sequence[Example],
-    *,
-    tokens: int,
-    vocabulary: int | None,
+    model: nn.Module, examples: Sequence[Example], *, tokens: int, vocabulary: int | None,
     progress: Callable[[int, int, str], None] | None = None,
-) -> list[ExampleScores]:
+) -> list[ExampleScores]:  # fmt: skip
     """Scores of examples that all have a scored token."""
     scores = score_examples(
         model, examples, tokens=tokens, vocabulary=vocabulary, pooled=True, by_token=True, progress=progress
@@ -111,13 +91,11 @@ def _score_pieces(
     return [
         ExampleScores(
             tokens=values.float().numpy()[np.array(example.scored)],
-            log_likelihood=float(scores.log_likelihoods[index]),
-            top=float(scores.top[index]),
-            energy=float(scores.energy[index]),
-            pooled=scores.pooled[index].float().numpy(),
+            log_likelihood=float(scores.log_likelihoods[index]), top=float(scores.top[index]),
+            energy=float(scores.energy[index]), pooled=scores.pooled[index].float().numpy(),
         )
         for index, (example, values) in enumerate(zip(examples, scores.by_token, strict=True))
-    ]
+    ]  # fmt: skip
 
 
 def merge_windows(parts: Sequence[ExampleScores]) -> ExampleScores:
@@ -131,11 +109,9 @@ def merge_windows(parts: Sequence[ExampleScores]) -> ExampleScores:
     )
     return ExampleScores(
         tokens=np.concatenate([part.tokens for part in parts]),
-        log_likelihood=math.fsum(part.log_likelihood for part in parts),
-        top=float(top),
-        energy=float(energy),
-        pooled=pooled.astype(np.float32),
-    )
+        log_likelihood=math.fsum(part.log_likelihood for part in parts), top=float(top),
+        energy=float(energy), pooled=pooled.astype(np.float32),
+    )  # fmt: skip
 
 
 def greedy(
@@ -143,20 +119,17 @@ def greedy(
 ) -> list[str]:
     """Greedy answers to prompts, at most `longest` tokens each.
 
-    The end tokens of the tokenizer and of the generation config end an answer. Other generation settings,
-    such as a repetition penalty, are ignored: with them the answer would not be greedy.
+    The end tokens of the tokenizer and of the generation config end an answer. Its other settings, such as a
+    repetition penalty, are ignored: with them the answer would not be greedy.
     """
     answers = [""] * len(prompts)
     eos = unwrapped(model).generation_config.eos_token_id
-    ends = {
-        id for id in (tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])) if id is not None
-    }
+    ends = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
     pad = next((id for id in (tokenizer.pad_token_id, *sorted(ends)) if id is not None), 0)
 
     def generate(batch: Batch) -> list[str]:
-        output = generate_greedily(
-            model, batch, max_new_tokens=longest, pad_token_id=pad, eos_token_id=sorted(ends) or None
-        )
+        settings = {"max_new_tokens": longest, "pad_token_id": pad, "eos_token_id": sorted(ends) or None}
+        output = generate_greedily(model, batch, **settings)
         rows = output.sequences[:, batch.ids.shape[1] :].tolist()
         kept = [list(takewhile(lambda token: token not in ends, row)) for row in rows]
         return tokenizer.batch_decode(kept, skip_special_tokens=True)
@@ -173,14 +146,9 @@ def greedy(
 def generate_greedily(model: Any, batch: Batch, **settings: Any) -> Any:
     """The output of transformers' `generate` after a batch."""
     device = model.get_input_embeddings().weight.device
+    inputs = {"input_ids": batch.ids.to(device), "attention_mask": batch.attention_mask.to(device)}
     with torch.no_grad():
-        return model.generate(
-            input_ids=batch.ids.to(device),
-            attention_mask=batch.attention_mask.to(device),
-            do_sample=False,
-            return_dict_in_generate=True,
-            **settings,
-        )
+        return model.generate(**inputs, do_sample=False, return_dict_in_generate=True, **settings)
 
 
 @contextmanager

@@ -65,19 +65,16 @@ def lag(alphas: Curve, losses: Curve) -> float:
 def outcome(gains: Sequence[Estimate], losses: Sequence[Estimate]) -> PathOutcome:
     """Success or failure of interpolation on a set.
 
+    A strong failure has an interior point that is worse than both ends, a success one that is better than
+    both, each by more than half the paired 95 % interval; a strong failure takes precedence.
+
     Args:
         gains: of each interior point, the loss of the better end minus its own.
         losses: of each interior point, its own loss minus that of the worse end.
-
-    Returns:
-        strong: some interior point is worse than both ends; success: some is better than both; weak: neither.
-        Each by more than half the paired 95 % interval. A strong failure takes precedence over a success.
     """
     if any(loss.low > 0 for loss in losses):
         return "strong"
-    if any(gain.low > 0 for gain in gains):
-        return "success"
-    return "weak"
+    return "success" if any(gain.low > 0 for gain in gains) else "weak"
 
 
 def patterns(

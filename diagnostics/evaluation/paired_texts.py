@@ -7,7 +7,7 @@ A row of text has one form, the full text. A row with a prompt has four, those o
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import compress, islice
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -28,30 +28,15 @@ SIDES: tuple[PairSide, ...] = ("base", "tuned")
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions:
-    """How texts are read.
+    """How texts are read."""
 
-    Attributes:
-        max_length: most tokens of a text, or of a window; None: what both models take.
-        windows: read longer texts to the end in windows; else they are cut.
-        chat_template: texts and prompts are a user's messages.
-        approximate: allow different tokenizers.
-        answers: source of the answers to prompts, `file` or `greedy`.
-        longest_answer: most tokens of a greedy answer; at most half of `max_length`.
-        batch_tokens: most tokens in a batch, padding included.
-    """
-
-    max_length: int | None = None
-    windows: bool = False
-    chat_template: bool = False
-    approximate: bool = False
-    answers: str = "file"
-    longest_answer: int = 768
-    batch_tokens: int = 16384
-
-    @property
-    def cut(self) -> int | None:
-        """Most tokens of a text if longer ones are cut."""
-        return None if self.windows else self.max_length
+    max_length: int | None = None  # most tokens of a text, or of a window; None: what both models take
+    windows: bool = False  # read longer texts to the end in windows; else they are cut
+    chat_template: bool = False  # texts and prompts are a user's messages
+    approximate: bool = False  # allow different tokenizers
+    answers: str = "file"  # source of the answers to prompts, `file` or `greedy`
+    longest_answer: int = 768  # most tokens of a greedy answer; at most half of `max_length`
+    batch_tokens: int = 16384  # most tokens in a batch, padding included
 
     @property
     def window(self) -> int | None:
@@ -61,17 +46,12 @@ class TextOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenForms:
-    """The rows of one task as token ids.
-
-    Attributes:
-        question, answer: empty for rows of text.
-        in_answer: for each of `full`, which scored tokens belong to the answer; empty for rows of text.
-    """
+    """The rows of one task as token ids; all forms but the first are empty for rows of text."""
 
     full: list[Example]
     question: list[Example]
     answer: list[Example]
-    in_answer: list[list[bool]]
+    in_answer: list[list[bool]]  # for each of `full`, which scored tokens belong to the answer
 
     @property
     def examples(self) -> list[Example]:
@@ -81,11 +61,8 @@ class TokenForms:
     @property
     def moved(self) -> int:
         """Rows where the question has other tokens inside the full text than alone."""
-        return sum(
-            full.ids[:size] != question.ids[:size]
-            for full, question in zip(self.full, self.question, strict=bool(self.question))
-            for size in (_scored_length(question),)
-        )
+        pairs = zip(self.full, self.question, strict=bool(self.question))
+        return sum(not _begins_with(full, question) for full, question in pairs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,47 +77,30 @@ class RowScores:
 
 @dataclass(frozen=True, kw_only=True)
 class PairedText:
-    """One row with the scores of both models.
-
-    Attributes:
-        length: scored tokens; bytes if the tokenizers differ.
-        ids: the scored tokens, of the tuned tokenizer.
-    """
+    """One row with the scores of both models."""
 
     row: Row
+    content: str  # the full text
     base: RowScores
     tuned: RowScores
-    length: int
-    ids: tuple[int, ...]
+    length: int  # scored tokens; bytes if the tokenizers differ
+    ids: tuple[int, ...]  # the scored tokens, of the tuned tokenizer
     truncated: bool
-
-    @property
-    def content(self) -> str:
-        """The full text."""
-        return content(self.row)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairedTexts:
-    """The scored texts of several sets.
-
-    Attributes:
-        noise: largest change of a log-likelihood in nats when a row is scored alone instead of in a batch.
-    """
+    """The scored texts of several sets."""
 
     sets: Mapping[str, Sequence[PairedText]]
     notes: tuple[str, ...]
-    noise: float
+    noise: float  # largest change of a log-likelihood in nats when a row is scored alone, not in a batch
 
 
 def read_sets(
     runnable: RunnablePair, sets: Mapping[str, Task], options: TextOptions, progress: Progress | None = None
 ) -> PairedTexts:
-    """Score the rows of every set with both models, one model after the other.
-
-    Raises:
-        InputError: a model is not causal, the tokenizers differ, or a likelihood is not finite.
-    """
+    """Score the rows of every set with both models, one model after the other."""
     kinds = list(dict.fromkeys((runnable.base_kind, runnable.kind)))
     if kinds != ["causal"]:
         raise InputError(f"{' and '.join(kinds)}: likelihood ratios need two causal language models")
@@ -170,14 +130,13 @@ def read_sets(
     }
     scores, noise = {}, 0.0
     for turn, side in enumerate(SIDES):
-        of_side: Progress | None = None
-        if progress:
 
-            def of_side(done: int, total: int, what: str, turn: int = turn) -> None:
-                progress(turn * total + done, 2 * total, what)
+        def tell(done: int, total: int, _: str, turn: int = turn, side: str = side) -> None:
+            if progress:
+                progress(turn * total + done, 2 * total, f"texts under {side}")
 
         with open_side(runnable, side) as model:
-            scores[side], change = score_side(model, tasks, encoded[side], options, vocabulary, side, of_side)
+            scores[side], change = score_side(model, tasks, encoded[side], options, vocabulary, side, tell)
         noise = max(noise, change)
     texts = {}
     for name, task in tasks.items():
@@ -189,12 +148,9 @@ def read_sets(
         ]
         # One note on a missing BOS is enough for all sets.
         expecting = None if lacking_bos else runnable.base_tokenizer
+        readers = tokenizers if shared is None else dict.fromkeys(SIDES, expecting)
         remarks += dict.fromkeys(
-            note
-            for side in SIDES
-            for note in encoding_notes(
-                task, examples[side], tokenizers[side] if shared is None else expecting
-            )
+            note for side in SIDES for note in encoding_notes(task, examples[side], readers[side])
         )
         remarks += window_notes(task, examples["tuned"], options.window)
         if moved := encoded["tuned"][name].moved:
@@ -238,9 +194,8 @@ def with_greedy_answers(
         longest = min(longest, length // 2)
     room = None if length is None else max(2, length - longest)
     prompts_only = replace(task, rows=tuple(replace(row, completion="") for row in task.rows))
-    prompts = encode(
-        prompts_only, tokenizer, max_length=room, chat_template=options.chat_template, score_span="all"
-    )
+    chat = options.chat_template
+    prompts = encode(prompts_only, tokenizer, max_length=room, chat_template=chat, score_span="all")
     answers = greedy(model, tokenizer, [without_ending(prompt) for prompt in prompts], longest=longest)
     rows = (replace(row, completion=text) for row, text in zip(task.rows, answers, strict=True))
     cut = [prompt.row for prompt in prompts if prompt.truncated]
@@ -269,7 +224,8 @@ def encode_forms(task: Task, tokenizer: Any, options: TextOptions) -> TokenForms
     def encoded(
         form: Task, *, chat: bool = options.chat_template, span: Literal["all", "content"] = "content"
     ) -> list[Example]:
-        return encode(form, tokenizer, max_length=options.cut, chat_template=chat, score_span=span)
+        cut = None if options.windows else options.max_length
+        return encode(form, tokenizer, max_length=cut, chat_template=chat, score_span=span)
 
     if task.shape != "completion":
         return TokenForms(full=encoded(task), question=[], answer=[], in_answer=[])
@@ -297,39 +253,32 @@ def texts_task(task: Task, contents: list[str]) -> Task:
     return replace(task, rows=tuple(rows), shape="text")
 
 
+def _begins_with(text: Example, question: Example) -> bool:
+    size = _scored_length(question)
+    return text.ids[:size] == question.ids[:size]
+
+
 def with_question(conditional: Example, question: Example) -> Example:
     """The example of an answer with the question's tokens scored too, if it begins with them."""
-    size = _scored_length(question)
-    if conditional.ids[:size] != question.ids[:size]:
+    if not _begins_with(conditional, question):
         return conditional
+    size = _scored_length(question)
     return replace(conditional, scored=question.scored[:size] + conditional.scored[size:])
 
 
 def score_side(
-    model: Any,
-    tasks: Mapping[str, Task],
-    encoded: Mapping[str, TokenForms],
-    options: TextOptions,
-    vocabulary: int | None,
-    side: str,
-    progress: Progress | None,
-) -> tuple[dict[str, list[RowScores]], float]:
+    model: Any, tasks: Mapping[str, Task], encoded: Mapping[str, TokenForms], options: TextOptions,
+    vocabulary: int | None, side: str, progress: Progress | None,
+) -> tuple[dict[str, list[RowScores]], float]:  # fmt: skip
     """One model's scores of every row, and their largest change when a few rows are scored alone."""
-    named = [(name, example) for name, forms in encoded.items() for example in forms.examples]
-    examples = [example for _, example in named]
+    names = [name for name, forms in encoded.items() for _ in forms.examples]
+    examples = [example for forms in encoded.values() for example in forms.examples]
 
     def where(index: int) -> str:
-        name, example = named[index]
-        return f"{tasks[name].where(example.row)} ({side})"
+        return f"{tasks[names[index]].where(examples[index].row)} ({side})"
 
-    def tell(done: int, total: int, _: str) -> None:
-        if progress:
-            progress(done, total, f"texts under {side}")
-
-    score = partial(
-        score_texts, model, vocabulary=vocabulary, longest=options.window, where=where
-    )  # fmt: skip
-    scores = score(examples, tokens=options.batch_tokens, progress=tell)
+    score = partial(score_texts, model, vocabulary=vocabulary, longest=options.window, where=where)
+    scores = score(examples, tokens=options.batch_tokens, progress=progress)
     by_length = sorted(range(len(examples)), key=lambda index: len(examples[index].ids))
     few = by_length[len(by_length) // 2 :][:4]
     alone = score([examples[index] for index in few], tokens=1)
@@ -337,51 +286,35 @@ def score_side(
         abs(single.log_likelihood - scores[index].log_likelihood)
         for single, index in zip(alone, few, strict=True)
     ]
-    remaining = iter(scores)
-    by_set = {}
+    remaining, by_set = iter(scores), {}
     for name, forms in encoded.items():
-        full, question, answer = (
+        full, *parts = (
             list(islice(remaining, len(form))) for form in (forms.full, forms.question, forms.answer)
         )
         by_set[name] = [RowScores(full=text) for text in full]
         if forms.question:
+            rows = zip(full, *parts, map(np.array, forms.in_answer), strict=True)
             by_set[name] = [
                 RowScores(
-                    full=text,
-                    question=prompt.log_likelihood,
-                    answer=reply.log_likelihood,
+                    full=text, question=prompt.log_likelihood, answer=reply.log_likelihood,
                     conditional=float(text.tokens[mask].sum(dtype=np.float64)) if any(mask) else np.nan,
                 )
-                for text, prompt, reply, mask in zip(
-                    full, question, answer, map(np.array, forms.in_answer), strict=True
-                )
-            ]
-    return by_set, max((change for change in changes if np.isfinite(change)), default=0.0)
+                for text, prompt, reply, mask in rows
+            ]  # fmt: skip
+    return by_set, max(filter(np.isfinite, changes), default=0.0)
 
 
 def paired_text(
-    row: Row,
-    base: RowScores,
-    tuned: RowScores,
-    example_base: Example,
-    example_tuned: Example,
-    *,
+    row: Row, base: RowScores, tuned: RowScores, example_base: Example, example_tuned: Example, *,
     in_bytes: bool,
-) -> PairedText:
+) -> PairedText:  # fmt: skip
     """One row with the scores of both models."""
     truncated = example_base.truncated or example_tuned.truncated
     if in_bytes and truncated:  # the two models saw different texts
         base = tuned = RowScores(full=NOTHING)
+    content = row.text if row.text is not None else f"{row.prompt}{row.completion}"
     return PairedText(
-        row=row,
-        base=base,
-        tuned=tuned,
-        length=len(content(row).encode()) if in_bytes else len(tuned.full.tokens),
-        ids=tuple(token for token, flag in zip(example_tuned.ids, example_tuned.scored, strict=True) if flag),
-        truncated=truncated,
-    )
-
-
-def content(row: Row) -> str:
-    """The full text of a row."""
-    return row.text if row.text is not None else f"{row.prompt}{row.completion}"
+        row=row, content=content, base=base, tuned=tuned, truncated=truncated,
+        length=len(content.encode()) if in_bytes else len(tuned.full.tokens),
+        ids=tuple(compress(example_tuned.ids, example_tuned.scored)),
+    )  # fmt: skip

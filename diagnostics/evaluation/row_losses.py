@@ -13,7 +13,13 @@ from jaxtyping import Float, Int
 
 from probes.errors import InputError
 from probes.models.editable import Editable
-from probes.passes.scores import SequenceScores, choice_scores, classify_examples, score_examples
+from probes.passes.scores import (
+    ChoiceScores,
+    SequenceScores,
+    choice_scores,
+    classify_examples,
+    score_examples,
+)
 from probes.text.batches import Example
 from probes.text.encode import encode, encoding_notes
 from probes.text.rows import Task, class_ids
@@ -21,35 +27,24 @@ from probes.text.rows import Task, class_ids
 
 @dataclass(frozen=True, kw_only=True)
 class Losses:
-    """Losses of rows.
-
-    Attributes:
-        nats: of each row; NaN where there is nothing to score.
-        units: scored tokens of each row, or 1; 0 where there is nothing to score.
-        right: 1 where the right choice or label is the likeliest, else 0; of text the share of scored tokens
-            that are the likeliest. NaN where there is nothing to score.
-    """
+    """Losses of rows; NaN where there is nothing to score."""
 
     nats: Float[np.ndarray, " rows"]
-    units: Float[np.ndarray, " rows"]
+    units: Float[np.ndarray, " rows"]  # scored tokens of each row, or 1; 0 where there is nothing to score
+    # 1 where the right choice or label is the likeliest, else 0; of text the share of such tokens.
     right: Float[np.ndarray, " rows"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedTask:
-    """A task as token ids of a model.
-
-    Attributes:
-        classes: of each row, for a classifier.
-        notes: rows that were cut, rows with nothing to score.
-    """
+    """A task as token ids of a model."""
 
     task: Task
     examples: Sequence[Example]
-    classes: tuple[int, ...]
+    classes: tuple[int, ...]  # of each row, for a classifier
     mask_id: int | None
     batch_tokens: int
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # on rows that were cut, and on rows with nothing to score
 
     @property
     def unit(self) -> str:
@@ -62,11 +57,7 @@ class EncodedTask:
         return len({example.row for example in self.examples if example.truncated})
 
     def measure(self, model: Any) -> Losses:
-        """The losses under a model.
-
-        Raises:
-            NonFiniteError: logits that are NaN or infinite; the message names the row.
-        """
+        """The losses under a model; a `NonFiniteError` names the row of logits that are not finite."""
         if self.unit == "row":
             return losses_of(self.answered(model), self.truth)
         scores = self._scored(model)
@@ -84,23 +75,23 @@ class EncodedTask:
         """The log-probability of every choice or class; NaN in rows with nothing to score.
 
         −∞ for the choices that a row has fewer than the widest one.
-
-        Raises:
-            NonFiniteError: as `measure`.
         """
         if self.task.shape == "label":
-            logits = classify_examples(
-                model, self.examples, tokens=self.batch_tokens, where=self.task.where
-            ).double()
-            return logits.log_softmax(dim=1).numpy()
+            tokens, where = self.batch_tokens, self.task.where
+            logits = classify_examples(model, self.examples, tokens=tokens, where=where)
+            return logits.double().log_softmax(dim=1).numpy()
         assert self.task.shape == "choices"
         widest = max(len(row.choices or ()) for row in self.task.rows)
         logs = np.full((len(self.task.rows), widest), np.nan)
-        for choices in choice_scores(self._scored(model), self.examples, self.task.rows):
+        for choices in self.choices(model):
             if choices.sum.isfinite().all():
                 logs[choices.row] = -np.inf
                 logs[choices.row, : len(choices.sum)] = choices.sum.log_softmax(dim=0).numpy()
         return logs
+
+    def choices(self, model: Any) -> list[ChoiceScores]:
+        """The scores of the choices of every row."""
+        return choice_scores(self._scored(model), self.examples, self.task.rows)
 
     def _scored(self, model: Any) -> SequenceScores:
         return score_examples(
@@ -119,11 +110,7 @@ def losses_of(logs: Float[np.ndarray, "rows answers"], truth: Int[np.ndarray, " 
 def encoded(
     editable: Editable, task: Task, *, max_length: int | None, chat_template: bool, batch_tokens: int
 ) -> EncodedTask:
-    """A task as token ids of a model.
-
-    Raises:
-        InputError: rows that a model of this kind cannot score, or unknown labels.
-    """
+    """A task as token ids of a model."""
     classifier = editable.kind == "classifier"
     if classifier != (task.shape == "label"):
         wanted = '{"text", "label"}' if classifier else "texts, completions or choices"
@@ -136,10 +123,8 @@ def encoded(
     if editable.kind == "masked" and tokenizer.mask_token_id is None:
         raise InputError(f"{editable.checkpoint.ref}: is a masked model, but its tokenizer has no mask token")
     return EncodedTask(
-        task=task,
-        examples=examples,
+        task=task, examples=examples, batch_tokens=batch_tokens,
         classes=tuple(class_ids(task, editable.labels)) if classifier else (),
         mask_id=tokenizer.mask_token_id if editable.kind == "masked" else None,
-        batch_tokens=batch_tokens,
         notes=encoding_notes(task, examples, tokenizer),
-    )
+    )  # fmt: skip

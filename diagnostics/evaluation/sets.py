@@ -16,23 +16,15 @@ SetKey: TypeAlias = tuple[str, str]  # role and name of a set
 
 
 def load_sets(
-    sources: Mapping[str, Any],
-    *,
-    least: int = 1,
-    purpose: str = "an analysis",
-    rows: int | None = None,
+    sources: Mapping[str, Any], *, least: int = 1, purpose: str = "an analysis", rows: int | None = None,
     seed: int = 0,
-) -> dict[SetKey, Task]:
-    """The tasks of every role that has a source.
+) -> dict[SetKey, Task]:  # fmt: skip
+    """The tasks of every role that has a source, which is None where the user gave no rows.
 
     Args:
-        sources: by role; None where the user gave no rows.
         least: smallest number of rows of a set.
         purpose: what needs that many, for the error.
         rows: most rows of a set, drawn with `seed`; None: all.
-
-    Raises:
-        InputError: rows that cannot be read, or too few in a set.
     """
     return {
         (role, name): draw_rows(task.at_least(least, purpose), rows, seed)
@@ -45,11 +37,7 @@ def load_sets(
 def load_named_sets(
     sources: Mapping[str, Any], *, least: int, purpose: str
 ) -> tuple[dict[str, str], dict[str, Task]]:
-    """Role and task of every set by a unique name; a name that two roles share gets its role in front.
-
-    Raises:
-        InputError: as `load_sets`.
-    """
+    """Role and task of every set by a unique name; a name that two roles share gets its role in front."""
     roles: dict[str, str] = {}
     sets: dict[str, Task] = {}
     for (role, name), task in load_sets(sources, least=least, purpose=purpose).items():
@@ -59,15 +47,13 @@ def load_named_sets(
 
 
 def encode_sets(editable: Editable, sets: Mapping[SetKey, Task], **options: Any) -> dict[SetKey, EncodedTask]:
-    """The sets as token ids of one model.
-
-    Args:
-        options: of `encoded`.
-
-    Raises:
-        InputError: rows that this model cannot score.
-    """
+    """The sets as token ids of one model; `options` are those of `encoded`."""
     return {key: encoded(editable, task, **options) for key, task in sets.items()}
+
+
+def set_notes(sets: Mapping[SetKey, EncodedTask]) -> list[str]:
+    """The notes of all sets, each once."""
+    return list(dict.fromkeys(note for encoded_set in sets.values() for note in encoded_set.notes))
 
 
 def draw_rows(task: Task, count: int | None, seed: int) -> Task:

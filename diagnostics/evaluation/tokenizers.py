@@ -10,9 +10,6 @@ def common_tokenizer(base: Any, tuned: Any, *, approximate: bool) -> tuple[Any |
     """A tokenizer for both models, the number of tokens that both know (None: all), and notes.
 
     The tokenizer is None where the two differ and `approximate` allows it.
-
-    Raises:
-        InputError: the tokenizers differ.
     """
     shared = shared_tokenizer(base, tuned)
     if shared is not None:

@@ -13,31 +13,18 @@ from jaxtyping import Bool, Float, Int
 from diagnostics.evaluation.row_losses import EncodedTask
 from probes.errors import InputError
 from probes.passes.batched import measure_examples
-from probes.passes.scores import (
-    choice_scores,
-    classify_examples,
-    masked_token_scores,
-    score_examples,
-    token_scores,
-)
+from probes.passes.scores import masked_token_scores, token_scores
 from probes.text.batches import Batch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Units:
-    """One number for each unit, in the order of the rows.
+    """One number for each unit, in the order of the rows."""
 
-    Attributes:
-        nats: minus the log-probability of the truth.
-        right: whether the truth is the likeliest; a tie counts as right.
-        confidence: probability of the likeliest.
-        row: index into the task's rows.
-    """
-
-    nats: Float[np.ndarray, " units"]
-    right: Bool[np.ndarray, " units"]
-    confidence: Float[np.ndarray, " units"]
-    row: Int[np.ndarray, " units"]
+    nats: Float[np.ndarray, " units"]  # minus the log-probability of the truth
+    right: Bool[np.ndarray, " units"]  # whether the truth is the likeliest; a tie counts as right
+    confidence: Float[np.ndarray, " units"]  # probability of the likeliest
+    row: Int[np.ndarray, " units"]  # index into the task's rows
 
     def by_row(self) -> tuple[Float[np.ndarray, " rows"], Float[np.ndarray, " rows"]]:
         """Nats and number of units of each row with units."""
@@ -61,31 +48,17 @@ class Units:
 
 
 def unit_scores(encoded: EncodedTask, model: Any) -> Units:
-    """Score every unit of a task.
-
-    Raises:
-        NonFiniteError: logits that are NaN or infinite; the message names the row.
-        InputError: no row has anything to score.
-    """
-    shape = encoded.task.shape
-    if shape == "label":
-        units = _labels(encoded, model)
-    elif shape == "choices":
-        units = _choices(encoded, model)
-    else:
-        units = _tokens(encoded, model)
+    """Score every unit of a task; a `NonFiniteError` names the row of logits that are not finite."""
+    units = {"label": _labels, "choices": _choices}.get(encoded.task.shape, _tokens)(encoded, model)
     if not len(units.nats):
         raise InputError(f"{encoded.task.ref}: none of its rows has a token to score")
     return units
 
 
 def _labels(encoded: EncodedTask, model: Any) -> Units:
-    logits = classify_examples(
-        model, encoded.examples, tokens=encoded.batch_tokens, where=encoded.task.where
-    ).double()
-    scored = logits.isfinite().all(dim=1).numpy()
-    classes = np.array(encoded.classes)[scored]
-    logs = logits.log_softmax(dim=1).numpy()[scored]
+    logs = encoded.answered(model)
+    scored = np.isfinite(logs).all(axis=1)
+    classes, logs = np.array(encoded.classes)[scored], logs[scored]
     return Units(
         nats=-logs[np.arange(len(classes)), classes],
         right=logs.argmax(axis=1) == classes,
@@ -96,11 +69,7 @@ def _labels(encoded: EncodedTask, model: Any) -> Units:
 
 def _choices(encoded: EncodedTask, model: Any) -> Units:
     rows = encoded.task.rows
-    scores = score_examples(
-        model, encoded.examples, tokens=encoded.batch_tokens, mask_id=encoded.mask_id,
-        where=encoded.task.where,
-    )  # fmt: skip
-    scored = [row for row in choice_scores(scores, encoded.examples, rows) if row.sum.isfinite().all()]
+    scored = [row for row in encoded.choices(model) if row.sum.isfinite().all()]
     logs = [row.sum.log_softmax(dim=0) for row in scored]
     answers = [rows[row.row].answer or 0 for row in scored]
     return Units(
@@ -130,16 +99,14 @@ def _tokens(encoded: EncodedTask, model: Any) -> Units:
         encoded.examples, measure, tokens=encoded.batch_tokens, where=encoded.task.where
     )
     nothing = np.zeros(0)
-    by_example = {
-        name: [nothing if values is None else values for values in measured.get(name, [])]
+    nats, right, confidence = (
+        [nothing if values is None else values for values in measured.get(name, [])]
         for name in ("nats", "right", "confidence")
-    }
-    lengths = [len(values) for values in by_example["nats"]]
-    rows = [example.row for example in encoded.examples][: len(lengths)]
-    flat = {name: np.concatenate([nothing, *values]) for name, values in by_example.items()}
+    )
+    rows = [example.row for example in encoded.examples][: len(nats)]
     return Units(
-        nats=flat["nats"],
-        right=flat["right"].astype(bool),
-        confidence=flat["confidence"],
-        row=np.repeat(np.array(rows, int), lengths),
+        nats=np.concatenate([nothing, *nats]),
+        right=np.concatenate([nothing, *right]).astype(bool),
+        confidence=np.concatenate([nothing, *confidence]),
+        row=np.repeat(np.array(rows, int), list(map(len, nats))),
     )

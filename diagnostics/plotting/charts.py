@@ -48,12 +48,12 @@ def drawn(result: Any, **functions: "Callable[..., go.Figure | None]") -> "dict[
     A parameter `result` gets the result itself. A figure is left out where a table without a default is
     missing or empty, or where its function returns None.
     """
-    known = {name: table for name, table in result.tables.items() if len(table)} | {"result": result}
+    tables = {name: table for name, table in result.tables.items() if len(table)} | {"result": result}
     figures: dict[str, go.Figure] = {}
     for name, function in functions.items():
         parameters = inspect.signature(function).parameters.values()
-        if all(p.name in known or p.default is not p.empty for p in parameters):
-            figure = function(**{p.name: known[p.name] for p in parameters if p.name in known})
+        if all(p.name in tables or p.default is not p.empty for p in parameters):
+            figure = function(**{p.name: tables[p.name] for p in parameters if p.name in tables})
             figures |= {} if figure is None else {name: figure}
     return figures
 

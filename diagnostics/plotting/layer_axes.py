@@ -30,7 +30,7 @@ def axes(matrices: pd.DataFrame) -> tuple[list[str], list[str]]:
     components = set(matrices["component"])
     return (
         sorted(layers, key=lambda layer: (layer == "none", layer.zfill(9))),
-        sorted(components, key=lambda name: (*(name != known for known in FLOW), name)),
+        sorted(components, key=lambda name: (*(name != listed_name for listed_name in FLOW), name)),
     )
 
 

@@ -29,8 +29,6 @@ class PageColours:
     """The colours of a page: one for light, one for dark.
 
     Attributes:
-        sequential: from little to much, lightness monotone; starts at the page's own tone.
-        diverging: from the base's side over the page's tone to the tuned side.
         verdicts: a colour for text and icons by verdict, readable (4.5:1) on `paper` and `panel`.
     """
 
@@ -39,8 +37,8 @@ class PageColours:
     ink: str
     muted: str
     grid: str
-    sequential: tuple[str, ...]
-    diverging: tuple[str, ...]
+    sequential: tuple[str, ...]  # from little to much, lightness monotone; starts at the page's own tone
+    diverging: tuple[str, ...]  # from the base's side over the page's tone to the tuned side
     verdicts: dict[str, str]
 
 

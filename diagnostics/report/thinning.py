@@ -12,13 +12,10 @@ LIMIT = 5_000  # points of one figure; a browser draws these as SVG without dela
 
 
 def thin_traces(figure: "go.Figure", limit: int = LIMIT) -> tuple[list[dict[str, Any]], int, int]:
-    """The traces of a figure as plotly.js takes them, with at most `limit` scatter points.
+    """The traces of a figure with at most `limit` scatter points, the points drawn, and the points before.
 
     The points are put on a grid over the visible area, and each cell gives up its points in turn: crowds are
     thinned, outliers and the course of a line stay.
-
-    Returns:
-        The traces, the points drawn, and the points before.
     """
     thinned = [trace.to_plotly_json() for trace in figure.data]
     sizes = [scatter_points(trace) for trace in thinned]

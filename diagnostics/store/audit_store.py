@@ -45,24 +45,20 @@ class Outcome:
     """The outcome of one analysis in an audit.
 
     Attributes:
-        reason: why there is no result, in one line.
-        seconds: wall clock of its run.
         peak_rss_mb: largest resident memory of this process during the run, MB (1e6 bytes); None if unknown.
-        key: hash of all that the result depends on.
         question, paper: as registered when it ran, so that an audit reads without the package.
-        reused: whether the result is that of an earlier run.
     """
 
     status: Literal["ok", "skipped", "failed"]
-    reason: str | None = None
+    reason: str | None = None  # why there is no result, in one line
     fault: Literal["input", "crash", "unfinished"] | None = None
-    seconds: float = 0.0
+    seconds: float = 0.0  # wall clock of its run
     peak_rss_mb: float | None = None
     device: str | None = None
-    key: str | None = None
+    key: str | None = None  # hash of all that the result depends on
     question: str = ""
     paper: str = ""
-    reused: bool = False
+    reused: bool = False  # whether the result is that of an earlier run
     result: Result | None = None
 
 

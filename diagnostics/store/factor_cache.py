@@ -72,14 +72,12 @@ class FactorCache:
     """A directory of factorisations, shared by any number of processes, that may be deleted at any time.
 
     Attributes:
-        directory: created if it is missing.
-        room: its largest size, in bytes.
         began: start of this run. Only entries last used before it make room for new ones, so that a model
             larger than the cache finds a part of itself again rather than none.
     """
 
-    directory: Path
-    room: int = ROOM
+    directory: Path  # created if it is missing
+    room: int = ROOM  # its largest size, in bytes
     began: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:

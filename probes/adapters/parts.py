@@ -44,45 +44,27 @@ def sum_of(first: LowRank, *others: LowRank) -> LowRank:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterUpdate:
-    """One pair of factors and the tensor or matrix of the base that they change.
+    """One pair of factors, by their names in the adapter's file, and what they change in the base."""
 
-    Attributes:
-        module: the adapted module, as the adapter names it.
-        tensor: the base's stored tensor that the whole delta is for; or
-        matrix, part: the one matrix of it, and the part of the delta that belongs there.
-        A, B, magnitude: names in the adapter's file.
-        embedding: A is (r, vocabulary) and B (width, r), so that the delta is (B @ A)ᵀ.
-        experts: how many experts' factors lie in A and B; 0 for a plain pair.
-    """
-
-    module: str
-    tensor: str
+    module: str  # as the adapter names it
+    tensor: str  # the base's stored tensor
     A: str
     B: str
     scaling: float
     magnitude: str | None = None
-    matrix: Matrix | None = None
-    part: Matrix | None = None
-    embedding: bool = False
-    experts: int = 0
+    matrix: Matrix | None = None  # the one matrix of the tensor that they change; None: the whole tensor
+    part: Matrix | None = None  # the part of the delta that belongs to `matrix`
+    embedding: bool = False  # A is (r, vocabulary) and B (width, r), so that the delta is (B @ A)ᵀ
+    experts: int = 0  # how many experts' factors lie in A and B; 0 for a plain pair
 
 
 @dataclass(kw_only=True)
 class Targets:
-    """The role of every tensor of an adapter's file.
-
-    Attributes:
-        updates: stored tensor -> the factors that change it.
-        replaced: stored tensor -> its replacement (`modules_to_save`, biases).
-        tokens: embedding -> the trained rows and their indices.
-        shifts: bias -> the bias that LoRA adds to it (`lora_bias`), and the scaling.
-        untied: embeddings trained as a copy, which a head tied to them in the base does not follow.
-        notes: for a reader.
-    """
+    """The role of every tensor of an adapter's file, by the base's stored tensor."""
 
     updates: dict[str, list[AdapterUpdate]] = field(default_factory=dict)
-    replaced: dict[str, str] = field(default_factory=dict)
-    tokens: dict[str, tuple[str, list[int]]] = field(default_factory=dict)
-    shifts: dict[str, tuple[str, float]] = field(default_factory=dict)
-    untied: set[str] = field(default_factory=set)
+    replaced: dict[str, str] = field(default_factory=dict)  # by `modules_to_save`, biases
+    tokens: dict[str, tuple[str, list[int]]] = field(default_factory=dict)  # trained rows and their indices
+    shifts: dict[str, tuple[str, float]] = field(default_factory=dict)  # `lora_bias`, and its scaling
+    untied: set[str] = field(default_factory=set)  # trained as a copy that a head tied in the base leaves
     notes: list[str] = field(default_factory=list)

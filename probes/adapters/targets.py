@@ -230,7 +230,7 @@ class TargetSearch:
                     raise self._fail(path, f"the adapter is for {out}x{columns}, the base holds {_by(shape)}")
                 if stored in self.targets.untied and self.names.find(name) != stored:
                     problem = f"is tied to {stored}, of which a copy was trained too: two weights in the end"
-                    raise self._error(path, f"{problem}; {MERGE}")
+                    raise InputError(f"{self.where}: {path} {problem}; {MERGE}")
                 if stored in self.names.shared:
                     outcome = "merged, both change; unmerged, only the adapted one"
                     self.targets.notes.append(f"{stored} serves a tied head too: {outcome}")

@@ -24,10 +24,7 @@ WRITE_FULL = "write full weights instead (full=True)"
 
 @dataclass(frozen=True)
 class Edit:
-    """A change of one matrix, `left @ right`, both float64.
-
-    `left` may have fewer rows than the matrix: then the change is of the first ones (a resized vocabulary).
-    """
+    """A change of one matrix, or of its first rows in a resized vocabulary: `left @ right`, both float64."""
 
     matrix: Matrix
     left: Float[Tensor, "out count"]
@@ -47,13 +44,10 @@ class Edit:
 
 @dataclass(frozen=True)
 class Refit:
-    """An edited adapter.
+    """An edited adapter: new values of some of its own tensors, by name.
 
-    Attributes:
-        tensors: new values of the adapter's own tensors, by name; the others stay unchanged.
-        share: by matrix, the share of the edit's squared norm that the adapter holds after rounding to its
-            dtype; matrices that share factors share this number.
-        notes: for a reader.
+    `share` is by matrix, of the edit's squared norm that the adapter holds after rounding to its dtype;
+    matrices that share factors share this number.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)

@@ -21,12 +21,7 @@ CHUNK = 2**18
 
 @dataclass(frozen=True)
 class Blend:
-    """The composition of a blend.
-
-    Attributes:
-        squares: squared Frobenius norm of tuned − base of each tensor that differs, by its name in tuned.
-        alone: tensors of tuned that the base lacks; they were written unchanged.
-    """
+    """Squared Frobenius norms of tuned − base where they differ; tensors that base lacks, left unchanged."""
 
     squares: dict[str, float] = field(default_factory=dict)
     alone: list[str] = field(default_factory=list)

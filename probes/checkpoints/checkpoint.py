@@ -223,16 +223,16 @@ class Checkpoint:
         return self.matrices[name]
 
 
-def nearest(name: str, known: Collection[str]) -> str:
-    """The known names most like an unknown one, as a clause of a message."""
+def nearest(name: str, names: Collection[str]) -> str:
+    """The names most like an unknown one, as a clause of a message."""
     from difflib import get_close_matches
 
     parts = set(name.split("."))
-    shared = {other: len(parts.intersection(other.split("."))) for other in known}
+    shared = {other: len(parts.intersection(other.split("."))) for other in names}
     most = max(shared.values(), default=0)
     alike = [other for other, count in shared.items() if count == most]
     close = get_close_matches(name, alike, n=3, cutoff=0)
-    return f"the nearest of its {len(known)}: {', '.join(close)}"
+    return f"the nearest of its {len(names)}: {', '.join(close)}"
 
 
 # A worker unpickles the checkpoints of a pair with each job; one object for all of them keeps its caches.

@@ -27,20 +27,13 @@ VERSION = "1"
 
 @dataclass(frozen=True, kw_only=True)
 class Patch:
-    """Entries of tuned, under the names of its file.
+    """Entries of tuned by tensor, under the names of its file, and the content hashes of both checkpoints."""
 
-    Attributes:
-        index: of each tensor flat indices, ascending, each once.
-        values: tuned's values at them, in the dtype of its file.
-        base, tuned: content hashes of the two checkpoints.
-        about: further facts, as JSON keeps them.
-    """
-
-    index: Mapping[str, Int[Tensor, " entries"]]
-    values: Mapping[str, Shaped[Tensor, " entries"]]
+    index: Mapping[str, Int[Tensor, " entries"]]  # flat, ascending, each once
+    values: Mapping[str, Shaped[Tensor, " entries"]]  # in the dtype of tuned's file
     base: str
     tuned: str
-    about: Mapping[str, Any] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)  # further facts, as JSON keeps them
 
     @property
     def count(self) -> int:
@@ -139,19 +132,12 @@ class Patch:
 
 @dataclass(frozen=True)
 class Graft:
-    """The composition of a graft.
-
-    Attributes:
-        weights: entries that both sides have.
-        alone: tensors that base lacks; they are tuned's.
-        lost: tensors of base that tuned lacks; they are not written.
-        widened: tensors written in base's dtype because it is wider than tuned's.
-    """
+    """The composition of a graft: how many weights both sides have, and tensors of other treatment."""
 
     weights: int
-    alone: tuple[str, ...]
-    lost: tuple[str, ...]
-    widened: tuple[str, ...]
+    alone: tuple[str, ...]  # base lacks them; they are tuned's
+    lost: tuple[str, ...]  # tuned lacks them; they are not written
+    widened: tuple[str, ...]  # written in base's dtype because it is wider than tuned's
 
 
 def write_graft(

@@ -91,10 +91,8 @@ def _open_adapter(
     if base is None:
         named, revision = config.get("base_model_name_or_path"), config.get("revision")
         if not isinstance(named, str) or not named:
-            raise InputError(
-                f"{ref}: is an adapter, and {settings.name} names no base; name it there as "
-                "base_model_name_or_path, or in Python give base="
-            )
+            hint = "name it there as base_model_name_or_path, or in Python give base="
+            raise InputError(f"{ref}: is an adapter, and {settings.name} names no base; {hint}")
         try:
             base = open_checkpoint(named, revision=revision if isinstance(revision, str) else None)
         except ValueError as error:

@@ -23,15 +23,9 @@ Side = Literal["base", "tuned"]
 
 @dataclass(frozen=True)
 class Unmatched:
-    """A tensor without a counterpart, or with one of another shape.
+    """A tensor without a counterpart (then that shape is None), or with one of another shape."""
 
-    Attributes:
-        tensor: its name in the base, or in tuned if only that has it.
-        reason: why it does not align, in words.
-        base_shape, tuned_shape: None where there is none.
-    """
-
-    tensor: str
+    tensor: str  # its name in the base, or in tuned if only that has it
     reason: str
     base_shape: tuple[int, ...] | None
     tuned_shape: tuple[int, ...] | None

@@ -146,7 +146,6 @@ class Order:
         """Define an order; nothing is read yet.
 
         Args:
-            shapes: of every tensor.
             read: returns the keys of a tensor; called once for each pass.
             groups: which entries are cut together: for each tensor the groups of its equal consecutive parts,
                 such as the experts of a stack. By default all tensors are one group.
@@ -234,21 +233,16 @@ class Order:
 
 
 class RankSearch:
-    """The k-th smallest of many bit patterns for several ranks k, digit by digit from the top.
-
-    Attributes:
-        levels: the shift of each digit.
-        thresholds: the pattern at each rank, from 1; 0 for rank 0, which prunes nothing.
-        ties: number of patterns equal to the threshold among the first k.
-    """
+    """The k-th smallest of many bit patterns for several ranks k, digit by digit from the top."""
 
     def __init__(self, ranks: Sequence[int], bits: int):
         first = max(0, bits - DIGIT)
-        self.levels = [*range(first, 0, -DIGIT), 0]
+        self.levels = [*range(first, 0, -DIGIT), 0]  # the shift of each digit
         self._widths = {level: (bits if level == first else above) - level
                         for level, above in zip(self.levels, [bits, *self.levels], strict=False)}  # fmt: skip
+        # The pattern at each rank, from 1; 0 for rank 0, which prunes nothing.
         self.thresholds = dict.fromkeys(ranks, 0)
-        self.ties = {rank: rank for rank in ranks}
+        self.ties = {rank: rank for rank in ranks}  # patterns equal to the threshold among the first k
         self._prefixes = np.zeros(1, np.int64)
         self._counts: np.ndarray | None = None
 

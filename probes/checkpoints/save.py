@@ -215,7 +215,8 @@ def atomic_directory(out: Path, size: int) -> Iterator[Path]:
         partial.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(partial.parent).free
         if free < size:
-            raise InputError(f"{out}: needs {size / 1e9:.1f} GB, its disk has only {free / 1e9:.1f} GB left")
+            problem = f"needs {size / 1e9:.1f} GB, but its disk has only {free / 1e9:.1f} GB left"
+            raise InputError(f"{out}: {problem}")
         partial.mkdir()
         try:
             yield partial

@@ -128,7 +128,7 @@ class CheckpointSeries:
         return self.stamps
 
     def within(self, context: str, cache: Path | None) -> "CheckpointSeries":
-        """The same series, whose measurements depend on `context` too and are kept in a directory."""
+        """The same series; its measurements depend on `context` too and are kept in a directory."""
         series = object.__new__(type(self))
         series.__dict__ = {**self.__dict__, "_context": context, "cache": cache, "_held": {}}
         return series
@@ -147,7 +147,7 @@ class CheckpointSeries:
 
         Args:
             name: of the measurement.
-            parameters: all that it depends on beside the checkpoint, as JSON keeps it.
+            parameters: all that it depends on besides the checkpoint, as JSON keeps it.
             measure: from a checkpoint to arrays and numbers by name, none of them of objects.
             least: as of `at_least`: how many checkpoints a conclusion takes, and for what.
             run_calls: runs the calls for the measurements that are not kept yet; gives results in order.

@@ -149,7 +149,7 @@ def _indexed(directory: Path, index: Path) -> Source:
     source = _open([inside(directory, file, index) for file in sorted(set(files))])
     for name, file in weights.items():
         if name not in source.headers or source.file(name).name != Path(file).name:
-            raise InputError(f"{index}: says that {file} holds {name!r}, and it does not; copy it again")
+            raise InputError(f"{index}: says that {file} holds {name!r}, but it does not; copy it again")
     return source
 
 

@@ -205,10 +205,8 @@ def _layout(path: Path) -> Iterator[tuple[Header, int]]:
         with safe_open(path, "pt"):  # the library checks sizes, offsets and dtypes against the file
             pass
     except SafetensorError as error:
-        raise InputError(
-            f"{path}: not a whole safetensors file ({plain(str(error))}); truncated or corrupt? copy or "
-            "download it again"
-        ) from error
+        problem = f"not a whole safetensors file ({plain(str(error))}); truncated or corrupt?"
+        raise InputError(f"{path}: {problem} copy or download it again") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
     with path.open("rb") as file:
@@ -229,7 +227,7 @@ def _refuse_implausible(path: Path, header: Header) -> None:
         raise InputError(f"{path}: {name[:80]!r} is no name of a tensor; is the file damaged?")
     if len(shape) > AXES or math.prod(max(1, length) for length in shape) >= 2**63:
         # An empty tensor of any shape fits into no bytes, but its strides may overflow.
-        raise InputError(f"{path}: tensor {name!r} has a shape that torch cannot hold; is the file damaged?")
+        raise InputError(f"{path}: tensor {name!r} is of a shape that torch cannot hold; damaged file?")
 
 
 # Bytes read from a mapped torch file before it is closed, which frees their memory. Opening it again costs

@@ -140,7 +140,7 @@ FUSED: dict[str, tuple[Fused, ...]] = {
     "fc1": (Fused(("up", "gate"), "tensor", ("moonshine", "moonshine_streaming")),),
     "dense_h_to_4h": (Fused(_GATED, "tensor", ("chatglm",)),),
 }
-# Experts that have a bias beside the stack come in two orders.
+# Experts with a bias come in two orders.
 FUSED_WITH_BIAS = {
     "experts.gate_up_proj": (
         Fused(_GATED, "row", ("gpt_oss",)),

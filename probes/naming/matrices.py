@@ -147,7 +147,7 @@ class _File:
 
     @cached_property
     def siblings(self) -> dict[tuple[str, str], str]:
-        """Tensors by parent module and role: the output projection beside a fused input, and so on."""
+        """Tensors by parent module and role: the output projection of a fused input, and so on."""
         return {(location.parent, location.role): name for name, location in self.locations.items()}
 
     @cached_property
@@ -215,7 +215,7 @@ class _File:
         return _Stored(rows, columns, transposed, stack, experts)
 
     def swapped(self, experts: str) -> bool:
-        """Whether stacked experts are (in, out): gate_up (hidden, 2 inner) beside down (inner, hidden)."""
+        """Whether stacked experts are (in, out): gate_up (hidden, 2 inner), down (inner, hidden)."""
         gate_up, down = (self.siblings.get((experts, role)) for role in ("gate_up_proj", "down_proj"))
         if gate_up is None or down is None:
             return False

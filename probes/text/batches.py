@@ -219,8 +219,8 @@ def halving(run: Callable[[Batch], T], batches: Iterable[Batch]) -> Iterator[tup
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on any device."""
     signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return known or any(sign in str(error) for sign in signs)
+    typed = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return typed or any(sign in str(error) for sign in signs)
 
 
 def windows(example: Example, longest: int) -> list[Example]:

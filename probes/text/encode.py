@@ -33,20 +33,14 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenised:
-    """A piece as tokens.
-
-    Attributes:
-        prefix, suffix: special tokens around `ids`.
-        scored: whether each of `ids` is.
-        start: how many of `ids` precede the scored text.
-    """
+    """A piece as tokens, with special tokens around its ids."""
 
     piece: Piece
     prefix: list[int]
     ids: list[int]
     suffix: list[int]
-    scored: list[bool]
-    start: int
+    scored: list[bool]  # whether each of `ids` is
+    start: int  # how many of `ids` precede the scored text
     doubled_bos: bool
 
     def __len__(self) -> int:
@@ -155,7 +149,7 @@ class SpecialTokens:
 
 
 def special_tokens(tokenizer: Any, texts: Iterable[str] = ()) -> tuple[list[int], list[int]]:
-    """The special tokens that a tokenizer puts before and after a text: the first that has tokens itself."""
+    """The special tokens that a tokenizer puts before and after a text; any text with a token tells."""
     for text in chain("a", texts):
         full, inner = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (True, False))
         starts = range(len(full) - len(inner) + 1)

@@ -97,11 +97,7 @@ class Task:
         return f"{self.ref}:{self.rows[index].number}"
 
     def at_least(self, count: int, what: str = "this") -> "Task":
-        """The task itself.
-
-        Raises:
-            InputError: it has fewer rows.
-        """
+        """The task itself; raises InputError if it has fewer rows."""
         if len(self.rows) < count:
             rows = "1 row" if len(self.rows) == 1 else f"{len(self.rows)} rows"
             raise InputError(f"{self.ref}: has {rows}, and {what} needs at least {count}; give it more")

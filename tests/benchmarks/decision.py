@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diagnostics.analyses.intruders import decide as tiers
 from diagnostics.analyses.intruders.analysis import intruder_dimensions
-from diagnostics.analyses.intruders.decide import decide, decide_exactly
+from diagnostics.analyses.intruders.decide import decide_all, decide_exactly
 from probes import CheckpointPair
 
 K, EPSILON = 10, 0.5
@@ -134,7 +134,8 @@ def compare(table: Table, label: str, pairs: list[Pair], floor: str = "", repeat
     naive_s, counts = seconds(lambda: [naive(base, tuned) for _, base, tuned in pairs], often)
     decided_s, decisions = seconds(
         lambda: [
-            decide(base, tuned, K, EPSILON, torch.Generator().manual_seed(0)) for _, base, tuned in pairs
+            decide_all(base[None], tuned[None], K, EPSILON, [torch.Generator().manual_seed(0)])[0]
+            for _, base, tuned in pairs
         ],
         repeats,
     )

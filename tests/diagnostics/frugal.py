@@ -56,7 +56,7 @@ def commands(root):
 
     from diagnostics import intruder_dimensions
     from diagnostics.analyses.skills.movement import Movement
-    from diagnostics.analyses.sparsification import checkpoint_sparseness
+    from diagnostics.analyses.sparsification.analysis import checkpoint_sparseness
     from diagnostics.analyses.sparsity.mask_overlap import Overlaps, squared_change
     from diagnostics.edits.graft import graft
     from diagnostics.edits.interpolate import interpolate

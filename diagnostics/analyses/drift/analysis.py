@@ -1,8 +1,7 @@
 """Representation drift: how far representations moved between base and tuned, layer by layer.
 
 A row's representation at a layer is the mean of the residual stream over its tokens, without padding and
-without the first token, which Telly's script includes. RSA and CKA compare the geometry of the rows: 1 when
-tuned is a rotated and scaled base, however far each row moved.
+without the first token, which Telly's script includes.
 Sources: RSA as in Telly (arXiv:2304.05216), without the diagonal that its script keeps; debiased CKA
 (Kornblith et al., arXiv:1905.00414; Song et al. 2012); Procrustes (Ding et al., arXiv:2108.01661).
 """
@@ -14,16 +13,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float
 
-from diagnostics.analyses.drift.figures import ONSET, draw
+from diagnostics.analyses.drift import similarity
+from diagnostics.analyses.drift.figures import draw
+from diagnostics.analyses.drift.similarity import ONSET, Points
 from diagnostics.core.analysis import DeviceTest, Result, analysis
 from diagnostics.core.row_options import RowOptions
 from diagnostics.evaluation.paired_texts import SIDES
 from diagnostics.evaluation.sets import draw_items, load_named_sets
 from diagnostics.evaluation.tokenizers import bos_notes, first_difference, shared_tokenizer
 from diagnostics.execution.workers import RemoteModel, open_side
-from diagnostics.numerics.kernel_alignment import debiased_cka
 from probes import CheckpointPair
 from probes.errors import InputError
 from probes.models.runnable import RunnablePair
@@ -32,16 +31,13 @@ from probes.text.encode import encode, encoding_notes
 from probes.text.rows import Task
 
 if TYPE_CHECKING:
+    import pandas as pd
     from torch import Tensor
-
-Points = Float[np.ndarray, "rows width"]
 
 # Debiased CKA divides by n − 3.
 LEAST = 4
 # With fewer rows than this every similarity is mostly noise (ours).
 FEW = 50
-# Rows that differ by less than this share of their norm differ by the round-off of float32 (ours).
-ROUND_OFF = 1e-6
 METRICS = {
     "onset_keep": "first layer with an RSA of the keep rows below 0.95 (-1: before the first block)",
     "onset_task": "first layer with an RSA of the task rows below 0.95",
@@ -55,70 +51,6 @@ METRICS = {
     "rows_task": "task rows compared",
     "rows_keep": "keep rows compared",
 }
-
-
-def rsa(X: Points, Y: Points) -> float:
-    """Correlation of the cosines between pairs of rows; NaN if either side has no spread.
-
-    1 is the same geometry, 0 is independence. With the diagonal of ones, 2,000 independent rows of width 768
-    would be at 0.43.
-    """
-    upper = np.triu_indices(len(X), k=1)
-    cosines = [(unit(points) @ unit(points).T)[upper] for points in (X, Y)]
-    a, b = (values - values.mean() for values in cosines)
-    size = math.sqrt((a @ a) * (b @ b))
-    return float(a @ b / size) if size > 1e-12 * len(a) else math.nan
-
-
-def cka(X: Points, Y: Points) -> float:
-    """Debiased linear CKA; 1 for equal geometry, 0 on average for independent data; NaN without spread."""
-    if not (spread(X) and spread(Y)):
-        return math.nan
-    return debiased_cka(*(centred(points) @ centred(points).T for points in (X, Y)))
-
-
-def procrustes(X: Points, Y: Points) -> float:
-    """Residual after the best rotation, scale and shift, from 0 (none) to 1; NaN without spread."""
-    if not (spread(X) and spread(Y)):
-        return math.nan
-    X, Y = centred(X), centred(Y)
-    # The singular values of XᵀY, from a product of the smaller of rows and width.
-    R, S = (np.linalg.qr(points.T).R for points in (X, Y))
-    common = float(np.linalg.svd(R @ S.T, compute_uv=False).sum())
-    return max(0.0, 1 - common / float(np.linalg.norm(X) * np.linalg.norm(Y)))
-
-
-def displacement(X: Points, Y: Points) -> float:
-    """How far rows moved, as a share of base's norm; large with a small Procrustes residual: a rotation."""
-    size = float(np.linalg.norm(X))
-    return float(np.linalg.norm(Y - X)) / size if size else math.nan
-
-
-def unit(X: Points) -> Points:
-    """Rows scaled to length 1; a row of zeros stays."""
-    lengths = np.linalg.norm(X, axis=1, keepdims=True)
-    return X / np.where(lengths > 0, lengths, 1)
-
-
-def centred(X: Points) -> Points:
-    """Columns of mean 0."""
-    return X - X.mean(axis=0)
-
-
-def spread(X: Points) -> bool:
-    """Whether rows differ by more than round-off."""
-    return bool(np.linalg.norm(centred(X)) > ROUND_OFF * np.linalg.norm(X))
-
-
-def class_shift(X: Points, Y: Points, classes: Sequence[Any]) -> float:
-    """Mean distance between the centres of a class in base and tuned, over base's spread within classes.
-
-    NaN without such a spread.
-    """
-    members = [np.array([label == name for label in classes]) for name in sorted(set(classes), key=str)]
-    within = math.sqrt(sum(float((centred(X[rows]) ** 2).sum()) for rows in members) / len(X))
-    moved = [float(np.linalg.norm(Y[rows].mean(axis=0) - X[rows].mean(axis=0))) for rows in members]
-    return float(np.mean(moved)) / within if within else math.nan
 
 
 def summary(result: Result) -> str:
@@ -154,16 +86,10 @@ def summary(result: Result) -> str:
     ),
 )
 def representation_drift(
-    pair: CheckpointPair,
-    task: Any,
-    keep: Any = None,
-    *,
-    rows: int = 1000,
-    skip: int = 1,
-    options: RowOptions = RowOptions(),
-    seed: int = 0,
+    pair: CheckpointPair, task: Any, keep: Any = None, *, rows: int = 1000, skip: int = 1,
+    options: RowOptions = RowOptions(), seed: int = 0,
     progress: Callable[[int, int, str], None] | None = None,
-) -> Result:
+) -> Result:  # fmt: skip
     """Compare the residual stream of base and tuned on the same tokens.
 
     Both models read a row, prompt and continuation, with the same tokenizer.
@@ -241,30 +167,19 @@ def representation_drift(
         start += len(examples)
         labels = [sets[name].rows[example.row].label for example in examples]
         classes = labels if sets[name].shape == "label" and len(set(labels)) > 1 else None
-        table += [
-            {
-                "set": name,
-                "role": roles[name],
-                "layer": layer,
-                **measures(X[part].astype(float), points["tuned"][layer][part].astype(float), classes),
-            }
-            for layer, X in points["base"].items()
-        ]
+        for layer, X in points["base"].items():
+            values = measures(X[part].astype(float), points["tuned"][layer][part].astype(float), classes)
+            table.append({"set": name, "role": roles[name], "layer": layer, **values})
         if len(examples) < FEW:
             remarks.append(f"{name}: {len(examples)} rows; with fewer than {FEW} the similarities are noisy")
     layers = pd.DataFrame(table)
-    metrics = metrics_of(layers.to_dict("records"))
-    return Result(metrics=metrics, tables={"layers": layers}, notes=tuple(remarks))
+    return Result(metrics=metrics_of(layers), tables={"layers": layers}, notes=tuple(remarks))
 
 
 def compared(
     task: Task, examples: Sequence[Example], *, rows: int, skip: int, seed: int
 ) -> tuple[list[Example], list[str]]:
-    """The examples of a task that are compared, and notes; a row with choices is read with its first.
-
-    Raises:
-        InputError: fewer than 4 are left.
-    """
+    """The examples of a task that are compared, and notes; a row with choices is read with its first."""
     firsts = {example.row: example for example in reversed(examples)}
     long = [row for row in sorted(firsts) if len(firsts[row].ids) > skip]
     if len(long) < LEAST:
@@ -294,13 +209,9 @@ def residuals(
 
 
 def _local_residuals(
-    model: Any,
-    examples: Sequence[Example],
-    *,
-    tokens: int,
-    skip: int,
+    model: Any, examples: Sequence[Example], *, tokens: int, skip: int,
     progress: Callable[[int], None] | None = None,
-) -> tuple[dict[int, Points], str]:
+) -> tuple[dict[int, Points], str]:  # fmt: skip
     """`residuals` of a model in this process."""
     from probes.passes.activations import capture, pooled
 
@@ -311,7 +222,6 @@ def _local_residuals(
 
     points: dict[int, Any] = {}
     done = 0
-
     with capture(model, ["blocks.0.hook_resid_pre", "hook_resid_post"], keep=mean_behind_skip) as caught:
         for batch, activations in caught.stream(batches(examples, tokens=tokens, pad_id=0)):
             for name, value in activations.items():
@@ -327,16 +237,9 @@ def _local_residuals(
 
 
 def check_finite(
-    points: Mapping[int, Points],
-    chosen: Mapping[str, Sequence[Example]],
-    sets: Mapping[str, Task],
-    side: str,
+    points: Mapping[int, Points], chosen: Mapping[str, Sequence[Example]], sets: Mapping[str, Task], side: str
 ) -> None:
-    """Refuse residuals that are NaN or infinite.
-
-    Raises:
-        InputError: some are; the message names the first layer and row.
-    """
+    """Refuse residuals that are NaN or infinite."""
     where = [sets[name].where(example.row) for name, examples in chosen.items() for example in examples]
     for layer, X in points.items():
         bad = np.flatnonzero(~np.isfinite(X).all(axis=1))
@@ -351,43 +254,24 @@ def measures(X: Points, Y: Points, classes: Sequence[Any] | None) -> dict[str, f
     """Every measure at one layer."""
     if X.shape[1] != Y.shape[1]:
         raise InputError(f"base is {X.shape[1]} wide and tuned {Y.shape[1]}; are these of one architecture?")
-    return {
-        "rsa": rsa(X, Y),
-        "cka": cka(X, Y),
-        "procrustes": procrustes(X, Y),
-        "displacement": displacement(X, Y),
-        "class_shift": class_shift(X, Y, classes) if classes else math.nan,
-        "rows": len(X),
-    }
+    names = ("rsa", "cka", "procrustes", "displacement")
+    values = {name: getattr(similarity, name)(X, Y) for name in names}
+    shift = similarity.class_shift(X, Y, classes) if classes else math.nan
+    return {**values, "class_shift": shift, "rows": len(X)}
 
 
-def metrics_of(layers: Sequence[Mapping[Any, Any]]) -> dict[str, float | int]:
+def metrics_of(layers: "pd.DataFrame") -> dict[str, float | int]:
     """The metrics of the layers of all sets."""
-    depths = sorted({row["layer"] for row in layers})
-    metrics: dict[str, float | int] = {"layers": len(depths)}
-    lowest: dict[str, dict[int, float]] = {}
-    for role in ("task", "keep"):
-        of_role = [row for row in layers if row["role"] == role]
-        if not of_role:
-            continue
-        metrics[f"rows_{role}"] = sum(row["rows"] for row in of_role if row["layer"] == depths[0])
-        lowest[role] = {}
-        for row in sorted(of_role, key=lambda row: row["layer"]):
-            if not math.isnan(row["rsa"]):
-                lowest[role][row["layer"]] = min(row["rsa"], lowest[role].get(row["layer"], math.inf))
-        ckas = [row["cka"] for row in of_role if not math.isnan(row["cka"])]
-        if ckas:
-            metrics[f"lowest_cka_{role}"] = min(ckas)
-        if lowest[role]:
-            metrics[f"lowest_rsa_{role}"] = min(lowest[role].values())
-            first = next((layer for layer, value in lowest[role].items() if value < ONSET), None)
-            if first is not None:
-                metrics[f"onset_{role}"] = first
-    lower = [v for layer, v in lowest.get("keep", {}).items() if layer + 1 <= (depths[-1] + 1) / 2]
-    if lower:
-        metrics["lower_half_rsa_keep"] = min(lower)
-    task, keep = (lowest.get(role, {}) for role in ("task", "keep"))
-    differences = [task[layer] - keep[layer] for layer in depths if layer in task and layer in keep]
-    if differences:
-        metrics["keep_below_task"] = max(differences)
-    return metrics
+    lowest = layers.groupby(["layer", "role"])["rsa"].min().unstack().reindex(columns=["task", "keep"])
+    depths = lowest.index
+    lower_half = depths + 1 <= (depths.max() + 1) / 2
+    metrics: dict[str, Any] = {
+        "layers": len(depths),
+        "lower_half_rsa_keep": lowest.loc[lower_half, "keep"].min(),
+        "keep_below_task": (lowest["task"] - lowest["keep"]).max(),
+    }
+    for role, rows in layers.groupby("role"):
+        metrics[f"rows_{role}"] = rows.loc[rows["layer"] == depths[0], "rows"].sum()
+        metrics[f"lowest_cka_{role}"], metrics[f"lowest_rsa_{role}"] = rows["cka"].min(), rows["rsa"].min()
+        metrics[f"onset_{role}"] = depths[lowest[role] < ONSET].min()
+    return {name: np.asarray(value).item() for name, value in metrics.items() if not math.isnan(value)}

@@ -2,12 +2,11 @@
 
 import plotly.graph_objects as go
 
+from diagnostics.analyses.drift.similarity import ONSET
 from diagnostics.core.analysis import Result
 from diagnostics.plotting import theme
 from diagnostics.plotting.set_styles import set_lines
 
-# RSA below which the representations of base and tuned are said to part.
-ONSET = 0.95
 # column -> title and axis
 CURVES = {
     "rsa": ("Similarity of the distances between rows (RSA), by layer", "RSA, 1 is unchanged"),

@@ -8,12 +8,14 @@ Source: Shuttleworth et al., arXiv:2410.21228 v3, Algorithm 1; k and epsilon as 
 import logging
 import math
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diagnostics.analyses.intruders.decide import SMALL, Decision, decide_all, decide_exactly
+from diagnostics.analyses.intruders.figures import draw
 from diagnostics.core.analysis import DeviceTest, Result, analysis
 from diagnostics.execution import jobs
 from diagnostics.execution.engines import runs_in_this_process
@@ -36,7 +39,6 @@ from probes.files.layout import Matrix, Part
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
 
 log = logging.getLogger(__name__)
 
@@ -54,34 +56,27 @@ BATCH_BYTES = 2**30
 VERIFIED_FROM = 10
 # A cosine between the entries of base and tuned below this means unrelated matrices.
 UNRELATED = 0.1
+# Frozen: its bytes are the base's. Not applicable: too small for epsilon or k.
+Status: TypeAlias = Literal["measured", "frozen", "not applicable"]
 
 
 @dataclass(frozen=True)
 class DeltaShape:
-    """Norms and spectrum of the delta of one matrix.
+    """Norms and spectrum of the delta of one matrix."""
 
-    Attributes:
-        norm, base_norm: Frobenius norms of delta and base.
-        alignment: cosine of base and tuned as vectors of entries; near 0 for unrelated matrices.
-        spectral_norm: largest singular value of the delta.
-        effective_rank: `exp` of the entropy of its singular values, with a 95 % interval where estimated.
-    """
-
-    norm: float
+    norm: float  # Frobenius
     base_norm: float
-    alignment: float
+    alignment: float  # cosine of base and tuned as vectors of entries; near 0 for unrelated matrices
     spectral_norm: float
-    effective_rank: float
+    effective_rank: float  # exp of the entropy of the singular values, with a 95 % interval where estimated
     effective_rank_low: float
     effective_rank_high: float
 
 
 def update_of(
-    base: Float[Tensor, "out in"],
-    tuned: Float[Tensor, "out in"],
-    low: LowRank | None,
+    base: Float[Tensor, "out in"], tuned: Float[Tensor, "out in"], low: LowRank | None,
     generator: torch.Generator,
-) -> Steps[DeltaShape]:
+) -> Steps[DeltaShape]:  # fmt: skip
     """Measure the delta: exactly from an adapter's factors or a small matrix, else by Lanczos quadrature."""
     delta = tuned - base
     norms = [torch.linalg.vector_norm(W, dtype=torch.float64) for W in (base, tuned, delta)]
@@ -118,41 +113,30 @@ def _krylov(delta: Float[Tensor, "out in"], generator: torch.Generator) -> linal
 def _estimated(
     projected: Float[Tensor, "space space"], norm: float, side: int
 ) -> tuple[float, float, float, float]:
-    """Spectral norm, effective rank and its 95 % interval, from a Krylov space of the delta.
-
-    Args:
-        projected: `BlockKrylov.projected`.
-        norm: Frobenius norm of the delta.
-        side: its smaller side.
-    """
+    """Spectral norm, effective rank and its 95 % interval, from a Krylov space of a delta of this norm."""
     values, vectors = linalg.descending(projected)
     weights, S = vectors[:PROBES].square(), values.sqrt()
     if values.sum() >= (1 - 1e-6) * norm**2:  # the space holds the whole delta: nothing to estimate
         rank = linalg.effective_rank(S)
         return float(S[0]), rank, rank, rank
-    sizes, entropies = S, torch.special.entr(S)
-    size, _ = linalg.spectral_sum(sizes, weights, side)
+    entropies = torch.special.entr(S)
+    size, _ = linalg.spectral_sum(S, weights, side)
     entropy, _ = linalg.spectral_sum(entropies, weights, side)
     # ln Σs − Σ s ln s / Σs, and its error from the same probes by linearising.
     rank = math.exp(math.log(size) + entropy / size)
-    _, error = linalg.spectral_sum(sizes * (1 - entropy / size) / size + entropies / size, weights, side)
+    _, error = linalg.spectral_sum(S * (1 - entropy / size) / size + entropies / size, weights, side)
     return float(S[0]), rank, rank * math.exp(-Z95 * error), rank * math.exp(Z95 * error)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class MatrixResult:
-    """The outcome for one matrix.
-
-    Attributes:
-        status: `measured`; `frozen`, its bytes are the base's; `not applicable`, too small for epsilon or k.
-        verified: whether the full decomposition agreed; None if it was not run.
-    """
+    """The outcome for one matrix."""
 
     matrix: Matrix
-    status: Literal["measured", "frozen", "not applicable"]
+    status: Status
     decision: Decision | None = None
     update: DeltaShape | None = None
-    verified: bool | None = None
+    verified: bool | None = None  # whether the full decomposition agreed; None if it was not run
 
     def below(self, k: int, epsilon: float) -> tuple[int, int]:
         """Lower and upper bound on the number of the k leading vectors below epsilon."""
@@ -163,7 +147,7 @@ class MatrixResult:
 
 @dataclass(frozen=True, kw_only=True)
 class IntruderSettings:
-    """The settings of `examine`, small enough to be sent to a worker."""
+    """The settings of `examine`."""
 
     k: int
     depth: int
@@ -183,24 +167,15 @@ def floor_of(matrix: Matrix, side: str) -> float:
 
 @dataclass(frozen=True)
 class FetchedMatrix:
-    """A matrix read from both checkpoints.
-
-    Attributes:
-        stored: base and tuned; None if both hold the same bytes.
-        low: an adapter's delta, if it is a product of factors.
-    """
+    """A matrix read from both checkpoints."""
 
     matrix: Matrix
-    stored: tuple[Tensor, Tensor] | None
-    low: LowRank | None = None
+    stored: tuple[Tensor, Tensor] | None  # base and tuned; None if both hold the same bytes
+    low: LowRank | None = None  # an adapter's delta, if it is a product of factors
 
 
 def fetch(pair: CheckpointPair, names: list[str], device: str) -> list[FetchedMatrix]:
-    """Read matrices from both checkpoints; for a GPU into pinned memory.
-
-    Raises:
-        InputError: NaN or infinite weights.
-    """
+    """Read matrices from both checkpoints; for a GPU into pinned memory."""
     fetched = []
     for name in names:
         stored = None
@@ -219,14 +194,7 @@ def fetch(pair: CheckpointPair, names: list[str], device: str) -> list[FetchedMa
 def examine(
     pair: CheckpointPair, names: list[str], settings: IntruderSettings, verify: set[str]
 ) -> list[MatrixResult]:
-    """Read and decide matrices of one shape; only their names travel to a worker.
-
-    Args:
-        verify: names to decide again by the full decomposition.
-
-    Raises:
-        InputError: NaN or infinite weights, or no room for a single matrix.
-    """
+    """Read and decide matrices of one shape; only names travel to a worker. `verify`: those decided again."""
     return examine_fetched(fetch(pair, names, settings.device), settings, verify)
 
 
@@ -234,21 +202,14 @@ def examine_fetched(
     fetched: list[FetchedMatrix], settings: IntruderSettings, verify: set[str]
 ) -> list[MatrixResult]:
     """Decide matrices of one shape that were read."""
-    results = {
-        item.matrix.name: MatrixResult(matrix=item.matrix, status="frozen")
-        for item in fetched
-        if item.stored is None
-    }
+    results = {item.matrix.name: MatrixResult(item.matrix, "frozen") for item in fetched}
     changed = [item for item in fetched if item.stored is not None]
     if changed:
         with linalg.threads_for(min(changed[0].matrix.rows, changed[0].matrix.columns)):
-            for result in run_halving_on_oom(lambda part: _measure(part, settings, verify), changed, _label):
+            label = "{0.matrix.name}, {0.matrix.rows}x{0.matrix.columns}".format
+            for result in run_halving_on_oom(lambda part: _measure(part, settings, verify), changed, label):
                 results[result.matrix.name] = result
-    return [results[item.matrix.name] for item in fetched]
-
-
-def _label(fetched: FetchedMatrix) -> str:
-    return f"{fetched.matrix.name}, {fetched.matrix.rows}x{fetched.matrix.columns}"
+    return list(results.values())
 
 
 def _examine_groups(
@@ -281,12 +242,10 @@ def _measure(
         [W.to(settings.device, non_blocking=True).to(dtype) for W in side]
         for side in zip(*(item.stored or () for item in changed), strict=True)
     ]
-    updates = run_in_lockstep(
-        [
-            update_of(base, tuned, item.low, generator)
-            for item, base, tuned, generator in zip(changed, *sides, generators, strict=True)
-        ]
-    )
+    updates = run_in_lockstep([
+        update_of(base, tuned, item.low, generator)
+        for item, base, tuned, generator in zip(changed, *sides, generators, strict=True)
+    ])  # fmt: skip
     # A single matrix is not copied.
     bases, tuneds = (side[0][None] if len(side) == 1 else torch.stack(side) for side in sides)
     del sides
@@ -306,7 +265,7 @@ def _measure(
         ]
     else:
         decisions = decide_all(bases, tuneds, depth, settings.epsilon, generators, True, recalls)
-    status: Literal["measured", "not applicable"] = "measured" if applicable else "not applicable"
+    status: Status = "measured" if applicable else "not applicable"
     results = []
     for i, (matrix, decision, update) in enumerate(zip(matrices, decisions, updates, strict=True)):
         verified = None
@@ -319,9 +278,7 @@ def _measure(
                     matrix.name,
                 )
                 decision = exact
-        results.append(
-            MatrixResult(matrix=matrix, status=status, decision=decision, update=update, verified=verified)
-        )
+        results.append(MatrixResult(matrix, status, decision, update, verified))
     return results
 
 
@@ -329,10 +286,9 @@ def groups_of(pair: CheckpointPair, names: list[str], device: str) -> list[list[
     """Batches of matrices: of one shape on a GPU, single ones elsewhere."""
     if not device.startswith("cuda"):
         return [[name] for name in names]
-    by_shape: dict[tuple[int, int], list[str]] = {}
+    by_shape = defaultdict[tuple[int, int], list[str]](list)
     for name in names:
-        matrix = pair.matrices[name]
-        by_shape.setdefault((matrix.rows, matrix.columns), []).append(name)
+        by_shape[pair.matrices[name].rows, pair.matrices[name].columns].append(name)
     return [
         group[i : i + size]
         for (rows, columns), group in by_shape.items()
@@ -384,13 +340,6 @@ def summary(result: Result) -> str:
     return f"{text} (epsilon {result.parameters['epsilon']:g}, random floor at most {floor:.2g})"
 
 
-def draw(result: Result) -> "dict[str, go.Figure]":
-    """The figures of a result, imported when needed."""
-    from diagnostics.analyses.intruders import figures
-
-    return figures.draw(result)
-
-
 @analysis(
     "intruders",
     question="Did tuning add dominant directions that the base does not have?",
@@ -407,27 +356,16 @@ def draw(result: Result) -> "dict[str, go.Figure]":
     summary=summary,
     metrics=METRICS,
     unshared=("dtype",),
-    device_test=DeviceTest(
-        absolute={"intruders": 0, "matrices": 0, "changed": 0, "frozen": 0},
-    ),
+    device_test=DeviceTest(absolute={"intruders": 0, "matrices": 0, "changed": 0, "frozen": 0}),
 )
 def intruder_dimensions(
-    pair: CheckpointPair,
-    *,
-    k: int = 10,
-    epsilon: float = 0.5,
-    side: Literal["left", "right"] = "left",
-    method: Literal["certified", "exact"] = "certified",
-    sweep: bool = False,
-    verify: float = 0.01,
-    parts: tuple[Part, ...] = ("block",),
-    full_finetune: bool = False,
-    device: str = "cpu",
-    dtype: Literal["float32", "float64"] = "float32",
-    seed: int = 0,
+    pair: CheckpointPair, *, k: int = 10, epsilon: float = 0.5, side: Literal["left", "right"] = "left",
+    method: Literal["certified", "exact"] = "certified", sweep: bool = False, verify: float = 0.01,
+    parts: tuple[Part, ...] = ("block",), full_finetune: bool = False, device: str = "cpu",
+    dtype: Literal["float32", "float64"] = "float32", seed: int = 0,
     cache: FactorCache | str | Path | None = None,
     progress: Callable[[int, int, str], None] | None = None,
-) -> Result:
+) -> Result:  # fmt: skip
     """Count the intruder dimensions of every matrix of a pair.
 
     The default method has the counts of the full decomposition: a vector is decided by a bound that holds, or
@@ -485,26 +423,18 @@ def intruder_dimensions(
     if not names:
         present = sorted({matrix.part for matrix in pair.matrices.values()})
         raise InputError(f"no matrix in parts {', '.join(parts)}; this pair has: {', '.join(present)}")
-    sides = [min(pair.matrices[name].rows, pair.matrices[name].columns) for name in names]
-    if k > max(sides):
+    most = max(min(pair.matrices[name].rows, pair.matrices[name].columns) for name in names)
+    if k > most:
         raise InputError(
-            f"k is {k}, but the largest matrix has only {max(sides)} singular vectors; choose a smaller k"
+            f"k is {k}, but the largest matrix has only {most} singular vectors; choose a smaller k"
         )
     settings = IntruderSettings(
-        k=k,
-        depth=max(k, SWEEP_DEPTH) if sweep else k,
-        epsilon=epsilon,
-        side=side,
-        method="exact" if sweep else method,
-        device=device,
-        dtype=dtype,
-        seed=seed,
-        cache=FactorCache.at(cache),
-    )
-    shuffled = np.random.default_rng(seed).permutation(names)
-    chosen = set(shuffled[: math.ceil(verify * len(names))])
-    if len(names) < VERIFIED_FROM or settings.method == "exact":
-        chosen = set()
+        k=k, depth=max(k, SWEEP_DEPTH) if sweep else k, epsilon=epsilon, side=side, device=device, seed=seed,
+        dtype=dtype, method="exact" if sweep else method, cache=FactorCache.at(cache),
+    )  # fmt: skip
+    chosen: set[str] = set()
+    if len(names) >= VERIFIED_FROM and settings.method != "exact":
+        chosen = set(np.random.default_rng(seed).permutation(names)[: math.ceil(verify * len(names))])
     results: list[MatrixResult] = []
     with closing(_examine_groups(pair, groups_of(pair, names, device), settings, chosen)) as decided:
         for result in decided:
@@ -529,11 +459,8 @@ def _check(k: int, epsilon: float, verify: float, side: str, method: str, dtype:
         raise InputError(f"epsilon is {epsilon}; it is a cosine and lies in (0, 1]")
     if not 0 <= verify <= 1:
         raise InputError(f"verify is {verify}; it is a share of the matrices and lies in [0, 1]")
-    for name, value, allowed in (
-        ("side", side, ("left", "right")),
-        ("method", method, ("certified", "exact")),
-        ("dtype", dtype, ("float32", "float64")),
-    ):
+    choices = {"side": ("left", "right"), "method": ("certified", "exact"), "dtype": ("float32", "float64")}
+    for value, (name, allowed) in zip((side, method, dtype), choices.items(), strict=True):
         if value not in allowed:
             raise InputError(f"{name} is {value!r}; it is one of: {', '.join(allowed)}")
 
@@ -545,9 +472,8 @@ def summarise(
     import pandas as pd
 
     matrices = pd.DataFrame([_matrix_row(result, k, epsilon, side) for result in results])
-    vectors = pd.DataFrame(
-        [row for result in results for row in _vector_rows(result, k, epsilon)], columns=VECTOR_COLUMNS
-    )
+    vector_rows = [row for result in results for row in _vector_rows(result, k, epsilon)]
+    vectors = pd.DataFrame(vector_rows, columns=VECTOR_COLUMNS)
     tables = {"matrices": matrices, "vectors": vectors}
     counted = matrices[matrices["status"] != "not applicable"]
     measured = matrices[matrices["status"] == "measured"]
@@ -571,9 +497,8 @@ def summarise(
             f"{len(checked)} of {len(measured)} changed matrices were decided again by the full "
             f"decomposition in float64; {checked.count(False) or 'none'} differed."
         )
-    descends = _descends(measured, vectors, k)
-    metrics["descendant"] = int(descends)
-    if not descends:
+    metrics["descendant"] = int(_descends(measured, vectors, k))
+    if not metrics["descendant"]:
         notes.append(
             "Tuned is not a descendant of this base: its entries do not correlate with the base's, and the "
             "cosines of its leading directions are at the random floor. Intruders are not counted; give the "
@@ -581,8 +506,7 @@ def summarise(
         )
         return Result(metrics=metrics, tables=tables, notes=tuple(notes))
     if len(counted):
-        intruders = int(measured["intruders"].sum())
-        examined = int(measured["examined"].sum())
+        intruders, examined = int(measured["intruders"].sum()), int(measured["examined"].sum())
         metrics |= {
             "intruders": intruders,
             "intruders_per_matrix": intruders / len(counted),
@@ -592,10 +516,8 @@ def summarise(
         }
         if full_finetune:
             metrics["intruders_in_full_finetune"] = intruders
-    for table, column in (("layers", "layer"), ("components", "component")):
-        tables[table] = _grouped(counted, column)
-    tables |= _flagged_tables(results, k, epsilon)
-    tables["sweep"] = _sweep(results, epsilon)
+    tables |= {f"{column}s": _grouped(counted, column) for column in ("layer", "component")}
+    tables |= _flagged_tables(results, k, epsilon) | {"sweep": _sweep(results, epsilon)}
     return Result(metrics=metrics, tables=tables, notes=tuple(notes))
 
 
@@ -607,66 +529,50 @@ VECTOR_COLUMNS = [
 
 def _matrix_row(result: MatrixResult, k: int, epsilon: float, side: str) -> dict[str, Any]:
     matrix, decision, update = result.matrix, result.decision, result.update
-    row: dict[str, Any] = {
-        "matrix": matrix.name,
-        "layer": math.nan if matrix.layer is None else matrix.layer,
-        "component": matrix.component,
-        "rows": matrix.rows,
-        "columns": matrix.columns,
-        "status": result.status,
-        "intruders": result.below(k, epsilon)[0] if result.status != "not applicable" else math.nan,
-        "examined": 0,
-        "floor": floor_of(matrix, side),
-    }
+    intruders = result.below(k, epsilon)[0] if result.status != "not applicable" else math.nan
+    row = _location(matrix) | {
+        "rows": matrix.rows, "columns": matrix.columns, "status": result.status, "intruders": intruders,
+        "examined": 0, "floor": floor_of(matrix, side),
+    }  # fmt: skip
     if decision is not None and update is not None:
-        present = ~np.isnan(decision.low[:k])
         row |= {
-            "examined": int(present.sum()) if result.status == "measured" else 0,
+            "examined": int((~np.isnan(decision.low[:k])).sum()) if result.status == "measured" else 0,
             "min_cosine_low": np.nanmin(decision.low[:k], initial=1.0),
             "min_cosine_high": np.nanmin(decision.high[:k], initial=1.0),
             "leading_ratio": decision.singular_values[0] / decision.base_values[0],
             "update_norm": update.norm,
             "relative_update": update.norm / update.base_norm if update.base_norm else math.nan,
-            "alignment": update.alignment,
-            "update_spectral_norm": update.spectral_norm,
-            "effective_rank": update.effective_rank,
-            "effective_rank_low": update.effective_rank_low,
-            "effective_rank_high": update.effective_rank_high,
-            "critical_spike": decision.critical,
+            "alignment": update.alignment, "update_spectral_norm": update.spectral_norm,
+            "effective_rank": update.effective_rank, "effective_rank_low": update.effective_rank_low,
+            "effective_rank_high": update.effective_rank_high, "critical_spike": decision.critical,
             "critical_ratio": update.spectral_norm / decision.critical if decision.critical else math.nan,
-        }
+        }  # fmt: skip
     return row
+
+
+def _location(matrix: Matrix) -> dict[str, Any]:
+    layer = math.nan if matrix.layer is None else matrix.layer
+    return {"matrix": matrix.name, "layer": layer, "component": matrix.component}
 
 
 def _vector_rows(result: MatrixResult, k: int, epsilon: float) -> Iterable[dict[str, Any]]:
     if result.decision is None:
         return
-    d, matrix, measured = result.decision, result.matrix, result.status == "measured"
-    for j in range(len(d.low)):
-        yield {
-            "matrix": matrix.name,
-            "layer": math.nan if matrix.layer is None else matrix.layer,
-            "component": matrix.component,
-            "rank": j + 1,
-            "singular_value": d.singular_values[j],
-            "cosine_low": d.low[j],
-            "cosine_high": d.high[j],
-            "tier": d.tier[j],
-            "intruder": bool(d.high[j] < epsilon and j < k and measured),
-            "on_threshold": bool(
-                d.low[j] == d.high[j] and abs(d.low[j] - epsilon) < ON_THRESHOLD and measured
-            ),
-        }
+    d, measured = result.decision, result.status == "measured"
+    for j, (low, high) in enumerate(zip(d.low, d.high, strict=True)):
+        yield _location(result.matrix) | {
+            "rank": j + 1, "singular_value": d.singular_values[j], "cosine_low": low, "cosine_high": high,
+            "tier": d.tier[j], "intruder": bool(high < epsilon and j < k and measured),
+            "on_threshold": bool(low == high and abs(low - epsilon) < ON_THRESHOLD and measured),
+        }  # fmt: skip
 
 
 def _descends(measured: "pd.DataFrame", vectors: "pd.DataFrame", k: int) -> bool:
-    """Whether tuned descends from base.
-
-    A median of cosine over floor below 2 alone would reject a small model whose adapter put intruders in most
-    slots: there twice the floor is above epsilon. Unrelated matrices also have uncorrelated entries.
-    """
+    """Whether tuned descends from base."""
     if not len(measured):
         return True
+    # A ratio below 2 alone would reject a small model whose adapter put intruders in most slots: there twice
+    # the floor is above epsilon. Unrelated matrices also have uncorrelated entries.
     leading = vectors[vectors["rank"] <= k].merge(measured[["matrix", "floor"]], on="matrix")
     ratio = (leading["cosine_low"] / leading["floor"]).median()
     return not (ratio < 2 and measured["alignment"].median() < UNRELATED)
@@ -677,10 +583,8 @@ def _grouped(counted: "pd.DataFrame", column: str) -> "pd.DataFrame":
     table = groups.agg(
         intruders=("intruders", "sum"), examined=("examined", "sum"), matrices=("matrix", "size")
     ).reset_index()
-    table["intruders_per_matrix"] = table["intruders"] / table["matrices"]
-    return table.assign(
-        rate=(table["intruders"] / table["examined"].where(table["examined"] > 0)).fillna(0.0)
-    )
+    rate = (table["intruders"] / table["examined"].where(table["examined"] > 0)).fillna(0.0)
+    return table.assign(intruders_per_matrix=table["intruders"] / table["matrices"], rate=rate)
 
 
 def _flagged_tables(results: list[MatrixResult], k: int, epsilon: float) -> "dict[str, pd.DataFrame]":
@@ -692,24 +596,17 @@ def _flagged_tables(results: list[MatrixResult], k: int, epsilon: float) -> "dic
         if result.decision is None or result.status != "measured" or not result.below(k, epsilon)[0]:
             continue
         d, name = result.decision, result.matrix.name
-        length = min(len(d.base_values), len(d.tuned_values))
-        spectra.append(
-            pd.DataFrame({
-                "matrix": name, "rank": np.arange(1, length + 1), "base": d.base_values[:length],
-                "tuned": d.tuned_values[:length],
-            })
-        )  # fmt: skip
-        tuned, base = np.indices(d.overlap.shape)
-        cosines.append(
-            pd.DataFrame({
-                "matrix": name, "tuned_rank": tuned.ravel() + 1, "base_rank": base.ravel() + 1,
-                "cosine": d.overlap.ravel(),
-            })
-        )  # fmt: skip
+        size = min(len(d.base_values), len(d.tuned_values))
+        values = {"rank": np.arange(size) + 1, "base": d.base_values[:size], "tuned": d.tuned_values[:size]}
+        spectra.append(pd.DataFrame({"matrix": name, **values}))
+        rows, columns = np.indices(d.overlap.shape).reshape(2, -1) + 1
+        cells = {"matrix": name, "tuned_rank": rows, "base_rank": columns, "cosine": d.overlap.ravel()}
+        cosines.append(pd.DataFrame(cells))
+    if not spectra:
+        return {}
     return {
-        name: pd.concat(frames, ignore_index=True)
-        for name, frames in (("spectra", spectra), ("cosines", cosines))
-        if frames
+        "spectra": pd.concat(spectra, ignore_index=True),
+        "cosines": pd.concat(cosines, ignore_index=True),
     }
 
 
@@ -719,9 +616,8 @@ def _sweep(results: list[MatrixResult], epsilon: float) -> "pd.DataFrame":
 
     measured = [result for result in results if result.status == "measured"]
     depth = max((len(result.decision.low) for result in measured if result.decision), default=0)
-    rows = []
-    for k in range(1, depth + 1):
-        for threshold in sorted({*EPSILONS, epsilon}):
-            counts = [result.below(k, threshold) for result in measured]
-            rows.append((k, threshold, sum(low for low, _ in counts), sum(high for _, high in counts)))
+    rows = [
+        (k, threshold, *np.sum([result.below(k, threshold) for result in measured], axis=0))
+        for k, threshold in product(range(1, depth + 1), sorted({*EPSILONS, epsilon}))
+    ]
     return pd.DataFrame(rows, columns=["k", "epsilon", "intruders_low", "intruders_high"])

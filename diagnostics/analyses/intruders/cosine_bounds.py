@@ -1,21 +1,14 @@
 """Upper bounds on the cosine of a vector with every eigenvector of a matrix, without computing any of them.
 
-For a vector y and a symmetric A, `m` Lanczos steps from y give orthonormal polynomials p_j of the spectral
-measure of y.  For every unit eigenvector u of A with eigenvalue x, the Christoffel function bounds
-`⟨u, y⟩² ≤ ‖y‖² / Σ_j p_j(x)²` (Nevai, J. Approx. Theory 48, 1986).  Three things make it a certificate:
-
-* rounding: the recurrence holds up to a residual of norm φ, so the coordinates z_j = ⟨u, q_j⟩ satisfy
-  `‖M(x) z‖ ≤ φ` instead of `M(x) z = 0`, M being T − x with the next off-diagonal entry appended;
-* every x: for x within h of c the residual against M(c) is at most φ + h, so one evaluation covers a whole
-  cell, and cells are halved until each is decided;
-* near-degenerate groups: a unit combination of eigenvectors whose eigenvalues lie within h is covered alike.
-
+Lanczos steps from y give orthonormal polynomials p_j of its spectral measure. For every unit eigenvector u at
+eigenvalue x, `⟨u, y⟩² ≤ ‖y‖² / Σ_j p_j(x)²` (Christoffel function; Nevai, J. Approx. Theory 48, 1986). The
+recurrence holds up to a residual of norm φ, rounding included: the coordinates z_j = ⟨u, q_j⟩ satisfy
+`‖M(x) z‖ ≤ φ`, M being T − x with the next off-diagonal entry appended. For x within h of c, and for groups
+of eigenvectors within h, the residual against M(c) is at most φ + h: one evaluation covers a whole cell.
 `max z_0²` subject to `‖z‖ ≤ 1` and `‖M z‖ ≤ φ` is bounded by `1 / min(s ‖z‖² + (1 − s) ‖M z‖²/φ²)` over
 z_0 = 1, for any s in (0, 1): a linear-quadratic control problem, solved by one backward recursion in square
-roots, so that nothing cancels however small φ is.
-
-With the inverse of A the vector b that approximates A⁻¹ q need not be exact: for an eigenvector u at x,
-`⟨u, q⟩ = x ⟨u, b⟩ + ⟨u, q − A b⟩`, so the residual `q − A b` enters φ divided by x.
+roots, so that nothing cancels however small φ is. An inexact inverse b ≈ A⁻¹ q is allowed: by
+`⟨u, q⟩ = x ⟨u, b⟩ + ⟨u, q − A b⟩` its residual `q − A b` enters φ divided by x.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,14 +35,12 @@ class Recurrence:
     """Lanczos coefficients of several starting vectors, one a row.
 
     Attributes:
-        alpha: (vectors, steps) diagonal.
-        beta: (vectors, steps) off-diagonal; the last belongs to the first basis vector not multiplied.
+        alpha, beta: (vectors, steps); the last beta belongs to the first basis vector not multiplied.
         residual: (vectors, 3) bounds on the norm of the recurrence's residual, rounding included, for an
             eigenvector of A at x: the first as it is, the second divided by x, the third by the root of x.
         norm: (vectors,) length of the starting vector.
-        inverse: whether the operator is the inverse of `A + shift`, so that its eigenvalues are
-            `1/(x + shift)`.  Only then may the second and the third residual differ from 0.
-        shift: at least 0.
+        inverse: whether the operator is the inverse of `A + shift`, with eigenvalues `1/(x + shift)`. Only
+            then may the second and the third residual differ from 0.
     """
 
     alpha: NDArray[np.float64]
@@ -62,9 +53,7 @@ class Recurrence:
     def bound(self, vector: NDArray[np.intp], low: NDArray, high: NDArray) -> NDArray[np.float64]:
         """Upper bound on |⟨u, y⟩| for eigenvectors of A with eigenvalue in [low, high], elementwise.
 
-        Args:
-            vector: row of the recurrence for each cell.
-            low, high: the cell, eigenvalues of A, low <= high.
+        `vector` is the row of the recurrence for each cell.
         """
         residual = self.residual[vector].T
         if not self.inverse:
@@ -109,12 +98,9 @@ def _value(alpha: NDArray, beta: NDArray, x: NDArray, eta: NDArray) -> NDArray[n
 
 
 def largest_cosines(
-    recurrences: list[Recurrence],
-    extra: "Extra",
-    span: tuple[float, float],
-    target: NDArray[np.float64],
+    recurrences: list[Recurrence], extra: "Extra", span: tuple[float, float], target: NDArray[np.float64],
     slack: float = 0.02,
-) -> tuple[NDArray[np.float64], float]:
+) -> tuple[NDArray[np.float64], float]:  # fmt: skip
     """An upper bound on the |cosine| of each vector with every eigenvector; `inf` if above the target.
 
     Also the largest eigenvalue at which a bound exceeds its target; 0 if none does.
@@ -123,8 +109,6 @@ def largest_cosines(
     the target, and none that raises the vector's bound lies more than `slack` above its midpoint's.
 
     Args:
-        recurrences: one or more of the same vectors.
-        extra: contribution of the deflated directions.
         span: smallest and largest possible eigenvalue.
         target: cosine per vector below which a decision is wanted.
         slack: allowed excess of a bound over the best in its cell.
@@ -157,11 +141,7 @@ def largest_cosines(
 
 
 def _least(
-    recurrences: list[Recurrence],
-    extra: "Extra",
-    vector: NDArray[np.intp],
-    low: NDArray,
-    high: NDArray,
+    recurrences: list[Recurrence], extra: "Extra", vector: NDArray[np.intp], low: NDArray, high: NDArray
 ) -> NDArray[np.float64]:
     # Near-degenerate base vectors count as one direction: let no group be cut by a cell's edge.
     low, high = low * (1 - DEGENERATE) ** 2, high * (1 + DEGENERATE) ** 2
@@ -175,17 +155,12 @@ class Extra:
 
     A unit eigenvector u with eigenvalue x has `|⟨u, v_l⟩| ≤ min(1, r_l / |x − θ_l|)` for a Ritz pair
     (θ_l, v_l) of residual r_l, whatever the gaps.
-
-    Attributes:
-        values, residuals: (deflated,) of the Ritz pairs.
-        cosines: (vectors, deflated) |⟨x, v_l⟩|.
-        error: (vectors,) distance of the examined vector from the true one.
     """
 
-    values: NDArray[np.float64]
+    values: NDArray[np.float64]  # (deflated,) of the Ritz pairs
     residuals: NDArray[np.float64]
-    cosines: NDArray[np.float64]
-    error: NDArray[np.float64]
+    cosines: NDArray[np.float64]  # (vectors, deflated) |⟨x, v_l⟩|
+    error: NDArray[np.float64]  # (vectors,) distance of the examined vector from the true one
 
     def at(self, vector: NDArray[np.intp], low: NDArray, high: NDArray) -> NDArray[np.float64]:
         """Bound on their contribution for eigenvalues in [low, high], elementwise."""
@@ -205,18 +180,13 @@ class Lanczos:
     def __init__(
         self, apply: Callable[[Tensor], tuple[Tensor, Tensor]], start: Float[Tensor, "size count"]
     ) -> None:
-        """Begin at `start`.
-
-        Args:
-            apply: the symmetric operator on a block of unit columns, with the three error bounds of each
-                column that `Recurrence.residual` names, (3, count); float64 in and out.
-        """
+        # The symmetric operator on a block of unit columns, with the three error bounds of each column that
+        # `Recurrence.residual` names, (3, count); float64 in and out.
         self.apply = apply
         self.norm = torch.linalg.vector_norm(start, dim=0)
         first = start / self.norm.clamp(min=torch.finfo(start.dtype).tiny)
         self.basis = first.mT.unsqueeze(1)  # (count, steps, size): a contiguous row a basis vector
-        self.alpha: list[Tensor] = []
-        self.beta: list[Tensor] = []
+        self.alpha, self.beta = list[Tensor](), list[Tensor]()
         self.leftover, self.rounding = torch.zeros_like(self.norm), torch.zeros_like(self.norm).expand(3, -1)
 
     def extend(self, steps: int) -> None:
@@ -241,10 +211,6 @@ class Lanczos:
             exhausted = beta <= error[0] + 1e-14 * torch.linalg.vector_norm(product, dim=1)
             self.leftover = self.leftover + torch.where(exhausted, 2 * beta, 0.0).square()
             self.basis = torch.cat([self.basis, self._direction(rest, exhausted).unsqueeze(1)], dim=1)
-
-    def release(self) -> None:
-        """Free the operator and its memory: no further step can be taken."""
-        del self.apply
 
     def _direction(self, rest: Tensor, exhausted: Tensor) -> Tensor:
         """Next basis vectors; an exhausted space continues with any orthogonal direction, at β of about 0."""
@@ -272,11 +238,5 @@ def recurrence(
     scale = float((np.abs(alpha) + beta).max())
     residual = np.sqrt(rounding[:, rows]).T
     residual[:, 0] = np.maximum(residual[:, 0] + np.sqrt(leftover[rows]), LEAST_RESIDUAL * scale)
-    return Recurrence(
-        alpha=alpha,
-        beta=np.maximum(beta, 1e-300 + 1e-14 * scale),
-        residual=residual,
-        norm=norm[rows],
-        inverse=inverse,
-        shift=shift,
-    )
+    beta = np.maximum(beta, 1e-300 + 1e-14 * scale)
+    return Recurrence(alpha, beta, residual, norm[rows], inverse, shift)

@@ -53,13 +53,10 @@ def damp(
 def triples(
     W: Float[Tensor, "out in"], ranks: Sequence[int]
 ) -> tuple[Float[Tensor, "out count"], Float[Tensor, "count in"]]:
-    """u and s vᵀ of W at these ranks (from 1), as columns and rows in float64.
-
-    s vᵀ is computed as uᵀ W: then damping removes exactly (1 − λ²) s² per triple from ‖W‖², whatever the
-    error of u.
-    """
+    """u and s vᵀ of W at these ranks (from 1), as columns and rows in float64."""
     with linalg.threads_for(min(W.shape)):
         U = leading(W, max(ranks))[:, [rank - 1 for rank in ranks]]
+    # s vᵀ as uᵀ W: damping removes exactly (1 − λ²) s² per triple from ‖W‖², whatever the error of u.
     return U, torch.cat([part.double().mT @ U for part in W.split(1024, dim=1)]).mT
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diagnostics.analyses.intruders import cosine_bounds
 from diagnostics.analyses.intruders.cosine_bounds import Extra, Lanczos, Recurrence, recurrence
-from diagnostics.analyses.intruders.inverse_factors import Applied, Shifted, Tall
+from diagnostics.analyses.intruders.inverse_factors import Applied, Shifted, Tall, errors
 from diagnostics.execution.lockstep import Steps, Values, read_values, run_in_lockstep
 from diagnostics.numerics import linalg
 from diagnostics.numerics.linalg import BlockKrylov, Ritz
@@ -39,39 +39,27 @@ BLOCK = 16
 
 @dataclass(frozen=True)
 class Decision:
-    """The outcome for the k leading vectors of one matrix.
+    """The outcome for the k leading vectors of one matrix."""
 
-    Attributes:
-        singular_values: of the tuned matrix.
-        low, high: interval that holds each cosine; equal where the tier is exact; NaN for a missing vector.
-        tier: which tier settled each vector.
-        base_values, tuned_values: leading singular values, NaN where not known to 1 %.
-        overlap: |cosine| of leading tuned (rows) and base (columns) vectors, NaN where not known to 0.01.
-        critical: size that a random rank-one spike needs to enter the k leading values.
-    """
-
-    singular_values: NDArray[np.float64]
+    singular_values: NDArray[np.float64]  # of tuned
+    # Interval that holds each cosine; equal where the tier is exact; NaN for a missing vector.
     low: NDArray[np.float64]
     high: NDArray[np.float64]
-    tier: list[str]
-    base_values: NDArray[np.float64]
+    tier: list[str]  # which tier settled each vector
+    base_values: NDArray[np.float64]  # leading singular values, NaN where not known to 1 %
     tuned_values: NDArray[np.float64]
-    overlap: NDArray[np.float64]
-    critical: float
+    overlap: NDArray[np.float64]  # |cosine| of tuned (rows) and base (columns); NaN: not known to 0.01
+    critical: float  # size that a random rank-one spike needs to enter the k leading values
 
 
 def decide_exactly(
-    base: Float[Tensor, "out in"],
-    tuned: Float[Tensor, "out in"],
-    k: int,
-    shown: int = 50,
+    base: Float[Tensor, "out in"], tuned: Float[Tensor, "out in"], k: int, shown: int = 50,
     recall: Recall = NO_RECALL,
-) -> Decision:
+) -> Decision:  # fmt: skip
     """All k cosines by full decompositions in float64, both guards applied."""
 
     def decomposed() -> dict[str, Tensor]:
-        U, S = linalg.left_singular(base)
-        return {"U": U, "S": S}
+        return dict(zip("US", linalg.left_singular(base), strict=True))
 
     of_base = recall("left singular vectors", (), decomposed)
     exact = linalg.exact_cosines(base, tuned, k, of_base=(of_base["U"], of_base["S"]))
@@ -79,52 +67,26 @@ def decide_exactly(
         [exact.cosines, exact.tuned_values, exact.base_values, exact.overlap]
     )
     return Decision(
-        singular_values=tuned_values[:k],
-        low=cosines,
-        high=cosines,
-        tier=["exact"] * k,
-        base_values=base_values[:shown],
-        tuned_values=tuned_values[:shown],
-        overlap=overlap,
+        singular_values=tuned_values[:k], low=cosines, high=cosines, tier=["exact"] * k, overlap=overlap,
+        base_values=base_values[:shown], tuned_values=tuned_values[:shown],
         critical=linalg.critical_spike(torch.from_numpy(base_values), k, *base.shape),
-    )
+    )  # fmt: skip
 
 
-def decide(
-    base: Float[Tensor, "out in"],
-    tuned: Float[Tensor, "out in"],
-    k: int,
-    epsilon: float,
-    generator: torch.Generator,
-    pictured: bool = False,
-) -> Decision:
-    """Decide the k leading vectors, each by the cheapest tier that certifies it.
+def decide_all(
+    base: Float[Tensor, "batch out in"], tuned: Float[Tensor, "batch out in"], k: int, epsilon: float,
+    generators: list[torch.Generator], pictured: bool = False, recalls: Sequence[Recall] | None = None,
+) -> list[Decision]:  # fmt: skip
+    """Decide the k leading vectors of matrices of one shape, each by the cheapest tier that certifies it.
 
     The intervals are bounds, rounding included. That the examined vectors are the k leading ones relies on a
     random start: a leading direction is missed only if the start is almost orthogonal to it.
 
     Args:
-        base, tuned: float32 or float64, finite.
-        k: leading vectors, fewer than the smaller side.
+        base, tuned: float32 or float64, finite; k is less than the smaller side.
         epsilon: cosine under which a vector is an intruder.
-        generator: for the starting blocks, on the matrices' device.
+        generators: for the starting blocks, on the matrices' device.
         pictured: with an intruder, also find the k leading base vectors.
-    """
-    return decide_all(base[None], tuned[None], k, epsilon, [generator], pictured)[0]
-
-
-def decide_all(
-    base: Float[Tensor, "batch out in"],
-    tuned: Float[Tensor, "batch out in"],
-    k: int,
-    epsilon: float,
-    generators: list[torch.Generator],
-    pictured: bool = False,
-    recalls: Sequence[Recall] | None = None,
-) -> list[Decision]:
-    """`decide` for matrices of one shape in a batch.
-
-    Args:
         recalls: of each base, the cache of its intermediate results.
     """
     pairs = list(zip(base, tuned, recalls or [NO_RECALL] * len(base), strict=True))
@@ -175,21 +137,12 @@ class _Search:
     """The tiers for one matrix."""
 
     def __init__(
-        self,
-        base: Tensor,
-        tuned: Tensor,
-        k: int,
-        epsilon: float,
-        generator: torch.Generator,
-        recall: Recall = NO_RECALL,
+        self, base: Tensor, tuned: Tensor, k: int, epsilon: float, generator: torch.Generator, recall: Recall
     ) -> None:
-        self.recall = recall
         self.base, self.tuned, self.k, self.epsilon = base, tuned, k, epsilon
-        self.generator = generator
+        self.generator, self.recall = generator, recall
         self.width = 2 * BLOCK * (1 + (k + BLOCK - 1) // (2 * BLOCK))
-        self.low = np.zeros(k)
-        self.high = np.ones(k)
-        self.tier = [""] * k
+        self.low, self.high, self.tier = np.zeros(k), np.ones(k), [""] * k
 
     def random(self, rows: int, columns: int | None = None) -> Tensor:
         """A random block; by default as wide as the starting block."""
@@ -207,8 +160,7 @@ class _Search:
 
     def begin(self, space0: BlockKrylov, ritz0: Ritz, ritz1: Ritz) -> None:
         """Start from the subspaces of tier a."""
-        self.space0, self.ritz0, self.ritz1 = space0, ritz0, ritz1
-        self.rounds = 0
+        self.space0, self.ritz0, self.ritz1, self.rounds = space0, ritz0, ritz1, 0
         self.vectors = ritz1.vectors[0, :, : self.k]
 
     def outcome(self, pictured: bool) -> Steps[Decision]:
@@ -219,7 +171,8 @@ class _Search:
             del self.space0, self.ritz0, self.ritz1, self.vectors  # the decomposition needs their memory
             return decide_exactly(self.base, self.tuned, self.k, recall=self.recall)
         if pictured and (self.high < self.epsilon).any():
-            yield from self.complete()
+            while not self._converged():  # the k leading base vectors
+                yield from self._further()
         return (yield from self.decision())
 
     def _converged(self) -> bool:
@@ -232,11 +185,6 @@ class _Search:
         self.space0.extend(MORE_STEPS)
         self.ritz0 = self.space0.ritz(3 * self.width)
         yield from self._subspace()
-
-    def complete(self) -> Steps[None]:
-        """Find the k leading base vectors."""
-        while not self._converged():
-            yield from self._further()
 
     def _open(self) -> list[int]:
         return [j for j in range(self.k) if self.tier[j] == ""]
@@ -251,9 +199,8 @@ class _Search:
         angle = np.arccos(self.cosines)
         slack = np.arcsin(np.minimum(self.sine, 1))[:, None] + np.arcsin(np.minimum(self.error, 1))
         nearest = np.cos(np.minimum(angle + slack, np.pi / 2))
-        at = nearest.argmax(axis=0)
         low = nearest.max(axis=0)
-        of_nearest = np.cos(np.maximum(angle - slack, 0))[at, np.arange(self.k)]
+        of_nearest = np.cos(np.maximum(angle - slack, 0))[nearest.argmax(axis=0), np.arange(self.k)]
         # The squares of all cosines add up to at most 1.
         high = np.maximum(of_nearest, np.sqrt(np.maximum(1 - low**2, 0)))
         for j, tier in enumerate(self.tier):
@@ -325,15 +272,16 @@ class _Search:
             for most in FACTOR_STEPS:
                 run.extend(most - len(run.alpha))
                 rows = self._rows()
-                coefficients = yield from _coefficients([direct, *(inverse for inverse, _ in inverses)])
-                runs = [recurrence(coefficients[0], rows)]
-                for (_, shift), of_inverse in zip(inverses, coefficients[1:], strict=True):
-                    runs.append(recurrence(of_inverse, rows, inverse=True, shift=shift))
+                of_direct, *of_inverses = yield from _coefficients([direct, *(run for run, _ in inverses)])
+                runs = [recurrence(of_direct, rows)] + [
+                    recurrence(of_inverse, rows, inverse=True, shift=shift)
+                    for (_, shift), of_inverse in zip(inverses, of_inverses, strict=True)
+                ]
                 if (yield from self._settle(runs, "factor", extra, span)):
                     return True
             if self.failing > before / BELOW:
                 return False
-            run.release()
+            del run.apply  # its memory: no further step is taken
         return False
 
     def _tall(self, start: Tensor, extra: Extra, span: tuple[float, float]) -> Steps[bool]:
@@ -379,31 +327,23 @@ class _Search:
 
     def _apply(self, block: Tensor) -> Applied:
         product, rounding = linalg.double_product(self.base, self.space0.norm[0], block)
-        error = torch.zeros(3, block.shape[1], dtype=torch.float64, device=block.device)
-        error[0] = rounding
-        return product, error
+        return product, errors(product, 0, rounding)
 
     def decision(self) -> Steps[Decision]:
         """The decision once every vector is settled."""
-        shown = 30
-        ritz0, ritz1 = self.ritz0, self.ritz1
+        shown, ritz0, ritz1 = 30, self.ritz0, self.ritz1
         cosines = (ritz1.vectors[0, :, :shown].mT @ ritz0.vectors[0, :, :shown]).abs()
-        base, tuned, errors, overlap, leading, weights = yield [
+        base, tuned, sines, overlap, leading, weights = yield [
             ritz0.singular_values(shown)[0], ritz1.singular_values(shown)[0], ritz1.errors()[0, :shown],
             cosines, ritz1.values[0, : self.k].sqrt(), ritz0.weights[0],
         ]  # fmt: skip
-        overlap[errors > ACCEPTED] = np.nan
+        overlap[sines > ACCEPTED] = np.nan
         overlap[:, self.sine[:shown] > ACCEPTED] = np.nan
         return Decision(
-            singular_values=leading,
-            low=self.low,
-            high=np.minimum(self.high, 1),
-            tier=self.tier,
-            base_values=base,
-            tuned_values=tuned,
-            overlap=overlap,
+            singular_values=leading, low=self.low, high=np.minimum(self.high, 1), tier=self.tier,
+            base_values=base, tuned_values=tuned, overlap=overlap,
             critical=self._critical(torch.from_numpy(weights)),
-        )
+        )  # fmt: skip
 
     def _critical(self, weights: Float[Tensor, "start space"]) -> float:
         rows, columns = self.base.shape

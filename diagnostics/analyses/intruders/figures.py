@@ -88,10 +88,7 @@ def hover_text(row: Mapping[Any, Any]) -> str:
 def draw_cosines(
     vectors: pd.DataFrame, matrices: pd.DataFrame, result: Result, title: str = ""
 ) -> "go.Figure":
-    """Cosine of each leading tuned vector with its nearest base vector.
-
-    A cosine is known to an interval: the mark is the end nearest epsilon, the whisker the rest.
-    """
+    """Cosine of each leading tuned vector with its nearest base vector: a mark nearest epsilon, a whisker."""
     known = vectors.dropna(subset=["cosine_low", "cosine_high"]).reset_index(drop=True)
     new = f"{known['intruder'].sum():,} of {len(known):,} leading tuned directions"
     title = title or f"{new} come near no base direction"

@@ -15,8 +15,7 @@ from diagnostics.numerics import linalg
 from diagnostics.store.factor_cache import NO_RECALL, Recall
 
 Applied = tuple[Float[Tensor, "size count"], Float[Tensor, "3 count"]]
-# Constant of a Gram matrix's rounding error: a random matrix with entries in proportion to the lengths of two
-# rows.
+# Of a Gram matrix's rounding error: a random matrix with entries in proportion to the lengths of two rows.
 ROUNDING = 4
 # Allowed rounding relative to the smallest inverted eigenvalue, without and with one step of refinement.
 NEGLIGIBLE, REFINED = 0.01, 0.1
@@ -27,31 +26,20 @@ class Shifted:
     """Cholesky factor of `W Wᵀ + shift` of a W that is not tall.
 
     Lanczos with its inverse resolves eigenvalues best near the shift, and lumps those far below it.
-
-    Attributes:
-        L: in W's precision where one step of iterative refinement makes up for it, else in float64.
-        gram: `W Wᵀ + shift` if L has a higher precision than W.
-        rounding: bound on the norm of the error of the factored `W Wᵀ + shift`.
-        norm: `‖W‖_F`.
     """
 
     W: Float[Tensor, "out in"]
-    L: Float[Tensor, "out out"]
+    L: Float[Tensor, "out out"]  # in W's precision where one step of refinement makes up for it, else float64
     shift: float
-    gram: Float[Tensor, "out out"] | None
-    rounding: float
-    norm: Float[Tensor, ""]
+    gram: Float[Tensor, "out out"] | None  # `W Wᵀ + shift` if L has a higher precision than W
+    rounding: float  # bound on the norm of the error of the factored `W Wᵀ + shift`
+    norm: Float[Tensor, ""]  # `‖W‖_F`
 
     @classmethod
     def of(
         cls, W: Float[Tensor, "out in"], shift: float, recall: Recall = NO_RECALL
     ) -> "Steps[Shifted | None]":
-        """Factor W in the lowest sufficient precision; None if the factorisation fails.
-
-        Args:
-            shift: raised where float64 needs more.
-            recall: caches `W Wᵀ`.
-        """
+        """Factor W in the lowest sufficient precision, with a higher shift if needed; None if that fails."""
         lengths = W.square().sum(dim=1)
         norm = _gram_norm((yield [lengths.sum(), lengths.max()]), len(lengths))
         native = _rounding(norm, W.dtype) <= REFINED * shift
@@ -74,9 +62,7 @@ class Shifted:
             b = b + self._solve(self._left(block, b)[0])
         b = b.to(self.L.dtype).double()
         left, rounding = self._left(block, b)
-        errors = torch.zeros(3, block.shape[1], dtype=b.dtype, device=b.device)
-        errors[1] = torch.linalg.vector_norm(left, dim=0) + rounding
-        return b, errors
+        return b, errors(b, 1, torch.linalg.vector_norm(left, dim=0) + rounding)
 
     def _solve(self, block: Tensor) -> Tensor:
         half = torch.linalg.solve_triangular(self.L, block.to(self.L.dtype), upper=False)
@@ -98,26 +84,18 @@ class Tall:
 
     The part of a vector outside the column space of a tall matrix lies at eigenvalue 0, which no power of
     `W Wᵀ` tells from the smallest ones. In the coordinates `L⁻¹ Wᵀ x` of the column space `W Wᵀ` is `Lᵀ L`.
-
-    Attributes:
-        smallest: a lower bound on the smallest eigenvalue of `Wᵀ W`.
-        coordinate_error: bound on the error of the coordinates of a unit vector, and relatively of `Lᵀ L`.
     """
 
     W: Float[Tensor, "out in"]
     L: Float[Tensor, "in in"]
-    smallest: float = 0.0
-    coordinate_error: float = 0.0
+    smallest: float = 0.0  # a lower bound on the smallest eigenvalue of `Wᵀ W`
+    coordinate_error: float = 0.0  # of the coordinates of a unit vector, and relatively of `Lᵀ L`
 
     @classmethod
     def of(
         cls, W: Float[Tensor, "out in"], generator: torch.Generator, recall: Recall = NO_RECALL
     ) -> "Steps[Tall | None]":
-        """Factor W in the lowest sufficient precision; None if none suffices.
-
-        Args:
-            recall: caches L, the bounds, and the generator's state afterwards.
-        """
+        """Factor W in the lowest sufficient precision; None if none suffices."""
         parts = (generator.get_state(),)
         saved = recall.lookup("tall factor", parts)
         if saved is None:
@@ -162,24 +140,27 @@ class Tall:
     def apply(self, block: Tensor) -> Applied:
         """`W Wᵀ` on unit columns of coordinates."""
         inner = block.mT.to(self.L.dtype).contiguous() @ self.L.mT
-        error = self._error(block, self.coordinate_error * self.smallest)
         size = torch.linalg.vector_norm(inner, dim=1)
-        error[0] += linalg.rounding(torch.linalg.matrix_norm(self.L), size, self.L.dtype)
-        return (inner @ self.L).mT.double(), error
+        rounding = linalg.rounding(torch.linalg.matrix_norm(self.L), size, self.L.dtype).double()
+        return (inner @ self.L).mT.double(), errors(
+            block, 0, self.coordinate_error * self.smallest + rounding
+        )
 
     def apply_inverse(self, block: Tensor) -> Applied:
         """The inverse of `W Wᵀ` on unit columns of coordinates."""
         inverse = self._inverse(block.to(self.L.dtype)).double()
-        return inverse, self._error(block, self.coordinate_error / self.smallest)
+        return inverse, errors(block, 0, self.coordinate_error / self.smallest)
 
     def _inverse(self, block: Tensor) -> Tensor:
         half = torch.linalg.solve_triangular(self.L.mT, block, upper=True)
         return torch.linalg.solve_triangular(self.L, half, upper=False)
 
-    def _error(self, block: Tensor, size: float) -> Tensor:
-        errors = torch.zeros(3, block.shape[1], dtype=block.dtype, device=block.device)
-        errors[0] = size
-        return errors
+
+def errors(block: Tensor, row: int, size: Tensor | float) -> Float[Tensor, "3 count"]:
+    """The error bounds of the columns of a block, as `Recurrence.residual` names them: all 0 but one."""
+    bounds = torch.zeros(3, block.shape[1], dtype=block.dtype, device=block.device)
+    bounds[row] = size
+    return bounds
 
 
 def _gram_norm(diagonal: Values, side: int) -> float:

@@ -1,15 +1,16 @@
 """Mitigation: does damping intruders keep more than scaling the whole update does?
 
-Every mode of `mitigate` is applied in memory at every strength, and loss on the keep rows is compared with
-loss on the task rows. The control is scaling the whole update, which the paper lacks and its authors said
-gives similar curves: a mode is recommended only if it significantly keeps more at the same task loss.
+Every mode of `mitigate` is applied in memory at every strength. The control, which the paper lacks, is
+scaling the whole update: a mode is recommended only if it significantly keeps more at the same task loss.
 Source: Shuttleworth et al., arXiv:2410.21228 v3 (both grids of strengths), and its public review.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
@@ -19,10 +20,11 @@ from torch import Tensor
 
 from diagnostics.analyses.intruders.damping import Mode, applied, by_tensor, choose, triples
 from diagnostics.analyses.mitigation import control
+from diagnostics.analyses.mitigation.figures import draw
 from diagnostics.core.analysis import DeviceTest, Result, analysis
 from diagnostics.core.row_options import RowOptions
 from diagnostics.evaluation.row_losses import EncodedTask, Losses
-from diagnostics.evaluation.sets import SetKey, encode_sets, load_sets
+from diagnostics.evaluation.sets import SetKey, encode_sets, load_sets, set_notes
 from diagnostics.execution import jobs, workers
 from diagnostics.numerics import row_bootstrap
 from probes import CheckpointPair
@@ -35,7 +37,6 @@ from probes.models.loading import Loading
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
 
 Progress = Callable[[int, int, str], None]
 # The grids of the paper's tables and of its curves.
@@ -89,13 +90,6 @@ def summary(result: Result) -> str:
     return f"{text}no mode significantly beats scaling the whole update: at best `{row['mode']}` {gain}"
 
 
-def draw(result: Result) -> "dict[str, go.Figure]":
-    """The figures of a result, imported when needed."""
-    from diagnostics.analyses.mitigation import figures
-
-    return figures.draw(result)
-
-
 @analysis(
     "mitigation",
     question="Does damping intruder dimensions keep more than scaling the whole update does?",
@@ -121,20 +115,10 @@ def draw(result: Result) -> "dict[str, go.Figure]":
     ),
 )
 def judged_mitigation(
-    pair: CheckpointPair,
-    task: Any,
-    keep: Any,
-    *,
-    scales: tuple[float, ...] = SCALES,
-    k: int = 10,
-    epsilon: float = 0.5,
-    parts: tuple[Part, ...] = ("block",),
-    margin: float = 0.01,
-    draws: int = 1000,
-    options: RowOptions = RowOptions(),
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> Result:
+    pair: CheckpointPair, task: Any, keep: Any, *, scales: tuple[float, ...] = SCALES, k: int = 10,
+    epsilon: float = 0.5, parts: tuple[Part, ...] = ("block",), margin: float = 0.01, draws: int = 1000,
+    options: RowOptions = RowOptions(), seed: int = 0, progress: Progress | None = None,
+) -> Result:  # fmt: skip
     """Measure retention and task loss for every mode of `mitigate` and for two controls.
 
     Weights are those that `mitigate` writes, computed in float64 and rounded once; an adapter is merged.
@@ -202,23 +186,20 @@ def judged_mitigation(
         [candidates(curve, mode).nlargest(1, "over_control_low_nats").iloc[0] for mode in plan.ranks],
         columns=curve.columns,
     ).reset_index(drop=True)
-    metrics = comparison.metrics()
-    metrics |= {
+    metrics = comparison.metrics() | {
         "intruders": plan.intruders,
         "edited": len(plan.ranks.get("top", {})),
-        "unscored": evaluator.unscored,
+        "unscored": sum(int((losses.units == 0).sum()) for losses in evaluator.losses[0].values()),
         "truncated": sum(encoded.truncated for encoded in sets.values()),
     }
     if len(modes):
-        row = best(modes)
-        metrics["recommended"] = int(modes["recommended"].sum())
-        columns = [*COMPARED, "retained_nats", "retention", "task_cost_nats"]
+        row = best(modes).rename({"scale": "best_scale"})
+        columns = [*COMPARED, "retained_nats", "retention", "task_cost_nats", "best_scale"]
         metrics |= {name: float(row[name]) for name in columns if not pd.isna(row[name])}
-        metrics["best_scale"] = float(row["scale"])
+        metrics["recommended"] = int(modes["recommended"].sum())
     notes = [*plan.notes, *conclusions(curve, modes, metrics, margin, adapter=pair.tuned.kind == "adapter")]
-    notes += dict.fromkeys(note for encoded in sets.values() for note in encoded.notes)
     tables = {"curve": curve, "modes": modes, "sets": evaluator.table()}
-    return Result(metrics=metrics, tables=tables, notes=tuple(notes))
+    return Result(metrics=metrics, tables=tables, notes=(*notes, *set_notes(sets)))
 
 
 def _check(scales: Sequence[float], margin: float, draws: int) -> None:
@@ -233,19 +214,14 @@ def _check(scales: Sequence[float], margin: float, draws: int) -> None:
         raise InputError(f"draws is {draws}; at least 100 for a 95 % interval")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class DampingPlan:
-    """The edits of every mode: singular triples of the matrices with intruders, decomposed once.
-
-    Attributes:
-        ranks: of the triples to scale, by mode and matrix; without modes that have none.
-        factors: the triple as (u, s vᵀ), by matrix and rank.
-    """
+    """The edits of every mode: singular triples of the matrices with intruders, decomposed once."""
 
     pair: CheckpointPair
     blender: Blender
-    ranks: Mapping[Mode, Mapping[str, Sequence[int]]]
-    factors: Mapping[str, Mapping[int, tuple[Tensor, Tensor]]]
+    ranks: Mapping[Mode, Mapping[str, Sequence[int]]]  # of the triples to scale; only modes that have some
+    factors: Mapping[str, Mapping[int, tuple[Tensor, ...]]]  # (u, s vᵀ) by matrix and rank
     intruders: int
     notes: tuple[str, ...]
 
@@ -261,8 +237,8 @@ class DampingPlan:
         notes = list(search_result.notes)
         if search_result.metrics.get("descendant", 1):
             vectors = search_result.tables["vectors"]
-            by_mode = {mode: choose(vectors, mode) for mode in get_args(Mode) if mode != "update"}
-            ranks = {mode: by_matrix for mode, by_matrix in by_mode.items() if by_matrix}
+            modes = [mode for mode in get_args(Mode) if mode != "update"]
+            ranks = {mode: by_matrix for mode in modes if (by_matrix := choose(vectors, mode))}
         if not ranks:
             notes.append(
                 f"No intruder dimension among the {search['k']} leading vectors of any matrix: modes top, "
@@ -280,19 +256,13 @@ class DampingPlan:
                 f"{len(pair.unmatched)} tensors differ in more than their values, such as {first.tensor} "
                 f"({first.reason}): strength 0 of the whole update is base except for them."
             )
-        needed: dict[str, set[int]] = {}
-        for by_matrix in ranks.values():
-            for name, of_matrix in by_matrix.items():
-                needed.setdefault(name, set()).update(of_matrix)
-        calls = (
-            partial(_factors, pair, name, sorted(of_matrix), device) for name, of_matrix in needed.items()
-        )
+        needed = defaultdict[str, set[int]](set)
+        for name, of_matrix in chain.from_iterable(by_matrix.items() for by_matrix in ranks.values()):
+            needed[name].update(of_matrix)
+        calls = (partial(_factors, pair, name, sorted(needed[name]), device) for name in needed)
         factors = dict(zip(needed, jobs.run_jobs(calls, device=device), strict=True))
         intruders = int(search_result.metrics.get("intruders", 0))
-        return cls(
-            pair=pair, blender=Blender(pair), ranks=ranks, factors=factors, intruders=intruders,
-            notes=tuple(notes),
-        )  # fmt: skip
+        return cls(pair, Blender(pair), ranks, factors, intruders, tuple(notes))
 
     def edits(self, mode: Mode, scale: float) -> list[Edit]:
         """The edits of a mode other than `update`."""
@@ -313,48 +283,41 @@ class DampingPlan:
         return tensors, lambda name, stored: applied(self.pair.tuned, name, stored, tensors[name])
 
 
-def _factors(
-    pair: CheckpointPair, name: str, ranks: list[int], device: str
-) -> dict[int, tuple[Tensor, Tensor]]:
+def _factors(pair: CheckpointPair, name: str, ranks: list[int], device: str) -> dict[int, tuple[Tensor, ...]]:
     U, rows = (part.cpu() for part in triples(pair.read(name)[1].to(device), ranks))
-    return {rank: (U[:, index], rows[index]) for index, rank in enumerate(ranks)}
+    return dict(zip(ranks, zip(U.mT, rows, strict=True), strict=True))
 
 
 class DampingEvaluator:
     """Losses of every row at every point (mode and strength) that `measure` was called with."""
 
     def __init__(
-        self,
-        plan: DampingPlan,
-        editable: Editable,
-        sets: Mapping[SetKey, EncodedTask],
+        self, plan: DampingPlan, editable: Editable, sets: Mapping[SetKey, EncodedTask],
         progress: Progress | None,
-    ):
+    ):  # fmt: skip
         self.plan, self.editable, self.sets, self.progress = plan, editable, sets, progress
         self.points: list[tuple[Mode, float]] = []
-        self._losses: list[dict[SetKey, Losses]] = []
+        self.losses: list[dict[SetKey, Losses]] = []
         self._by_weights: dict[Any, dict[SetKey, Losses]] = {}
 
     def measure(self, points: Sequence[tuple[Mode, float]]) -> None:
         """Measure points; one with the weights of an earlier point takes its losses."""
         new = {self._key(*point): point for point in points if self._key(*point) not in self._by_weights}
-        results = workers.run_calls(
-            self._on_workers, self, (partial(DampingEvaluator.at, point=point) for point in new.values())
-        )
+        calls = (partial(DampingEvaluator.at, point=point) for point in new.values())
+        results = workers.run_calls(self._on_workers, self, calls)
         for mode, scale in points:
             key = self._key(mode, scale)
             if key not in self._by_weights:
                 self._by_weights[key] = next(results)
             self.points.append((mode, scale))
-            self._losses.append(self._by_weights[key])
+            self.losses.append(self._by_weights[key])
             if self.progress:
                 total = max(len(self.points), len(SCALES) * (1 + len(self.plan.ranks)))
                 self.progress(len(self.points), total, f"{mode} at {scale:g}")
 
     def at(self, point: tuple[Mode, float]) -> dict[SetKey, Losses]:
         """The losses of every set at one point."""
-        names, change = self.plan.changes(*point)
-        with self.editable.holding(names, change) as model:
+        with self.editable.holding(*self.plan.changes(*point)) as model:
             return {key: encoded.measure(model) for key, encoded in self.sets.items()}
 
     def _key(self, mode: Mode, scale: float) -> Any:
@@ -366,25 +329,15 @@ class DampingEvaluator:
         make = partial(_on_worker, plan=self.plan, sets=self.sets)
         return workers.pair_on_workers(self.plan.pair, self.editable.loading, make)
 
-    @property
-    def unscored(self) -> int:
-        """Rows with nothing to score."""
-        return sum(int((losses.units == 0).sum()) for losses in self._losses[0].values())
-
     def rows(self, key: SetKey) -> row_bootstrap.RowLosses:
-        """The losses of a set at every point, without rows that have nothing to score.
-
-        Raises:
-            InputError: fewer than 2 rows are left.
-        """
-        units = self._losses[0][key].units
+        """The losses of a set at every point, without rows that have nothing to score."""
+        units = self.losses[0][key].units
         scored = units > 0
         if scored.sum() < 2:
             ref = self.sets[key].task.ref
             raise InputError(f"{ref}: {scored.sum()} rows have a token to score; at least 2 are needed")
-        return row_bootstrap.RowLosses(
-            nats=np.stack([losses[key].nats[scored] for losses in self._losses]), units=units[scored]
-        )
+        nats = np.stack([losses[key].nats[scored] for losses in self.losses])
+        return row_bootstrap.RowLosses(nats=nats, units=units[scored])
 
     def compare(self, *, draws: int, seed: int) -> "ModeComparison":
         """Compare all points with the control."""
@@ -397,7 +350,7 @@ class DampingEvaluator:
             counts[f"rows_{role}"] = sum(rows.units.size for rows in sets)
         accuracy = [
             np.mean([self._accuracy(key, losses) for key in self.sets if key[0] == "task"])
-            for losses in self._losses
+            for losses in self.losses
         ]
         return ModeComparison(points=tuple(self.points), accuracy=np.array(accuracy), counts=counts, **roles)
 
@@ -414,7 +367,7 @@ class DampingEvaluator:
             {
                 "role": role, "set": name, "mode": mode, "scale": scale, "rows": rows.units.size,
                 "loss": rows.loss[index], "unit": self.sets[role, name].unit,
-                "accuracy": self._accuracy((role, name), self._losses[index]),
+                "accuracy": self._accuracy((role, name), self.losses[index]),
             }
             for role, name in self.sets
             for rows in (self.rows((role, name)),)
@@ -425,10 +378,8 @@ class DampingEvaluator:
 def _on_worker(
     pair: CheckpointPair, loading: Loading, *, plan: DampingPlan, sets: Mapping[SetKey, EncodedTask]
 ) -> DampingEvaluator:
-    editable = Editable(
-        pair.tuned, device=loading.device, dtype=loading.dtype, trust_remote_code=loading.trust_remote_code
-    )
-    return DampingEvaluator(plan, editable, sets, None)
+    options = {name: getattr(loading, name) for name in ("device", "dtype", "trust_remote_code")}
+    return DampingEvaluator(plan, Editable(pair.tuned, **options), sets, None)
 
 
 COMPARED = (*(f"over_control{end}_nats" for end in ("", "_low", "_high")), "control_scale")
@@ -436,16 +387,10 @@ COMPARED = (*(f"over_control{end}_nats" for end in ("", "_low", "_high")), "cont
 
 @dataclass(frozen=True, kw_only=True)
 class ModeComparison:
-    """Every point compared with the control.
-
-    Attributes:
-        points: mode and strength of each.
-        task, keep: losses; the first draw is the rows themselves, the others are bootstrap draws.
-        accuracy: on the task; NaN for text.
-        counts: number of scored rows, by metric.
-    """
+    """Every point, a mode and its strength, compared with the control."""
 
     points: tuple[tuple[Mode, float], ...]
+    # Losses: the first draw is the rows themselves, the others are bootstrap draws.
     task: Float[np.ndarray, "draws points"]
     keep: Float[np.ndarray, "draws points"]
     accuracy: Float[np.ndarray, " points"]
@@ -476,7 +421,7 @@ class ModeComparison:
         measured = [scale for mode, scale in self.points if mode == "update"]
         missing = set()
         for mode in REPAIRS:
-            points = [i for i, flag in enumerate(self.searched()) if flag and self.points[i][0] == mode]
+            points = [i for i in np.flatnonzero(self.searched()) if self.points[i][0] == mode]
             if points:
                 top = max(points, key=lambda i: advantage.gains[i].value)
                 strength = round(float(advantage.strength[top]), 3)
@@ -490,25 +435,20 @@ class ModeComparison:
 
         advantage, task, keep = self.advantage(), self.task[0], self.keep[0]
         forgotten, gained = keep[self.tuned] - keep[self.base], task[self.base] - task[self.tuned]
+        value, low, high, _ = np.transpose(advantage.gains)
         table = pd.DataFrame(self.points, columns=["mode", "scale"]).assign(
             matrices=[len(plan.ranks.get(mode, ())) or math.nan for mode, _ in self.points],
-            keep_loss=keep,
-            task_loss=task,
-            task_accuracy=self.accuracy,
+            keep_loss=keep, task_loss=task, task_accuracy=self.accuracy,
             retained_nats=keep[self.tuned] - keep,
             retention=(keep[self.tuned] - keep) / forgotten if forgotten > 0 else math.nan,
             task_cost_nats=task - task[self.tuned],
             task_kept=(task[self.base] - task) / gained if gained > 0 else math.nan,
-            over_control_nats=[gain.value for gain in advantage.gains],
-            over_control_low_nats=[gain.low for gain in advantage.gains],
-            over_control_high_nats=[gain.high for gain in advantage.gains],
-            control_scale=advantage.strength,
-            control_short_nats=advantage.short,
-            recommended=self.searched() & [gain.low > margin for gain in advantage.gains],
-        )
-        is_control = [mode == "update" for mode, _ in self.points]
-        table.loc[is_control, [*COMPARED, "control_short_nats"]] = math.nan
-        order = {mode: index for index, mode in enumerate(("update", "top", "all", "neighbour"))}
+            over_control_nats=value, over_control_low_nats=low, over_control_high_nats=high,
+            control_scale=advantage.strength, control_short_nats=advantage.short,
+            recommended=self.searched() & (low > margin),
+        )  # fmt: skip
+        table.loc[table["mode"] == "update", [*COMPARED, "control_short_nats"]] = math.nan
+        order = ("update", "top", "all", "neighbour").index
         return table.sort_values(
             ["mode", "scale"], key=lambda c: c.map(order) if c.name == "mode" else c, ignore_index=True
         )
@@ -518,21 +458,17 @@ class ModeComparison:
         lost = self.keep[:, self.tuned] - self.keep[:, self.base]
         low, high = np.quantile(lost[1:], [0.025, 0.975])
         values = {
-            "forgotten_nats": lost[0],
-            "forgotten_low_nats": low,
-            "forgotten_high_nats": high,
+            "forgotten_nats": lost[0], "forgotten_low_nats": low, "forgotten_high_nats": high,
             "task_gain_nats": self.task[0, self.base] - self.task[0, self.tuned],
-        }
-        for side in ("base", "tuned"):
-            index = getattr(self, side)
-            values |= {
-                f"keep_loss_{side}": self.keep[0, index],
-                f"task_loss_{side}": self.task[0, index],
-                f"task_accuracy_{side}": self.accuracy[index],
-            }
-        return {name: float(value) for name, value in values.items() if not math.isnan(value)} | {
-            **self.counts
-        }
+        }  # fmt: skip
+        for side, index in (("base", self.base), ("tuned", self.tuned)):
+            values[f"keep_loss_{side}"], values[f"task_loss_{side}"] = (
+                self.keep[0, index],
+                self.task[0, index],
+            )
+            values[f"task_accuracy_{side}"] = self.accuracy[index]
+        finite = {name: float(value) for name, value in values.items() if not math.isnan(value)}
+        return {**finite, **self.counts}
 
 
 def candidates(curve: "pd.DataFrame", mode: str) -> "pd.DataFrame":
@@ -546,13 +482,9 @@ def best(modes: "pd.DataFrame") -> "pd.Series[Any]":
 
 
 def conclusions(
-    curve: "pd.DataFrame",
-    modes: "pd.DataFrame",
-    metrics: Mapping[str, float | int],
-    margin: float,
-    *,
+    curve: "pd.DataFrame", modes: "pd.DataFrame", metrics: Mapping[str, float | int], margin: float, *,
     adapter: bool,
-) -> list[str]:
+) -> list[str]:  # fmt: skip
     """Notes on forgetting and on which mode to take."""
     notes = []
     if metrics["forgotten_high_nats"] <= 0:
@@ -576,8 +508,7 @@ def conclusions(
                 f"`tunescope mitigate BASE TUNED --out DIR --mode {mode} --scale {scale}{full}` writes it."
             )
             continue
-        reason = "it may keep no more than the control"
-        points = candidates(curve, mode)
+        reason, points = "it may keep no more than the control", candidates(curve, mode)
         if points["over_control_high_nats"].max() <= margin:
             matches = "matches it" if (points["control_short_nats"] == 0).all() else "keeps as much"
             reason = f"the control {matches} at every strength"

@@ -18,13 +18,9 @@ BETWEEN = 400
 
 @dataclass(frozen=True, kw_only=True)
 class Control:
-    """Losses of the control at its measured strengths, for every draw of the rows.
+    """Losses of the control at its measured strengths, for every draw of the rows."""
 
-    Attributes:
-        strengths: ascending, with 1, which is tuned.
-    """
-
-    strengths: Float[np.ndarray, " strengths"]
+    strengths: Float[np.ndarray, " strengths"]  # ascending, with 1, which is tuned
     task: Float[np.ndarray, "draws strengths"]
     keep: Float[np.ndarray, "draws strengths"]
 
@@ -33,12 +29,9 @@ class Control:
     ) -> tuple[Float[np.ndarray, "draws points"], ...]:
         """The lowest keep loss of the control with at most this task loss, for every point.
 
-        Also its strength there, and its task loss above that of the point: at most 0 unless no strength is as
-        good.
-
-        Between measured strengths both losses follow a monotone cubic. If no strength is as good on the task,
-        the best on the task is taken, which favours the control. Tuned is always allowed: the control never
-        keeps less than tuned.
+        Also its strength there, and its task loss above that of the point, positive where no strength is as
+        good: there the best on the task is taken, which favours the control. Between measured strengths both
+        losses follow a monotone cubic. Tuned is always allowed: the control never keeps less than tuned.
         """
         from scipy.interpolate import PchipInterpolator
 
@@ -67,18 +60,14 @@ class Control:
 
 @dataclass(frozen=True, kw_only=True)
 class ControlComparison:
-    """Points compared with the control at the same task loss.
+    """Points compared with the control at the same task loss."""
 
-    Attributes:
-        gains: keep loss of the control minus that of each point, in nats. The 95 % intervals are simultaneous
-            over the searched points: picking the best does not bias them.
-        strength: of the control with the same task loss, or the best on the task if none is as good.
-        short: task loss of the control above that of the point; 0 if it is as good.
-    """
-
+    # Keep loss of the control minus that of each point, in nats. The 95 % intervals are simultaneous over the
+    # searched points: picking the best does not bias them.
     gains: tuple[Estimate, ...]
+    # Of the control with the same task loss, or the best on the task if none is as good.
     strength: Float[np.ndarray, " points"]
-    short: Float[np.ndarray, " points"]
+    short: Float[np.ndarray, " points"]  # task loss of the control above that of the point; 0 if as good
 
 
 def advantage(
@@ -87,10 +76,9 @@ def advantage(
     strengths: Float[np.ndarray, " points"],
     searched: Bool[np.ndarray, " points"],
 ) -> ControlComparison:
-    """Compare every point with the control.
+    """Compare every point with the control; the first draw is the rows themselves.
 
     Args:
-        task, keep: losses at every point; the first draw is the rows themselves, the others are resampled.
         strengths: of the points that are the control; NaN for the others.
         searched: the points among which the best is picked.
     """

@@ -95,23 +95,11 @@ def summary(result: Result) -> str:
     ),
 )
 def likelihood_ratio_ood(
-    pair: CheckpointPair,
-    task: Any,
-    ood: Any,
-    keep: Any = None,
-    guard: Any = None,
-    *,
-    windows: bool = False,
-    approximate: bool = False,
-    answers: Literal["file", "greedy"] = "file",
-    longest_answer: int = 768,
-    alpha: float = 0.05,
-    draws: int = 200,
-    examples: int = 20,
-    options: RowOptions = RowOptions(),
-    seed: int = 0,
-    progress: Callable[[int, int, str], None] | None = None,
-) -> Result:
+    pair: CheckpointPair, task: Any, ood: Any, keep: Any = None, guard: Any = None, *, windows: bool = False,
+    approximate: bool = False, answers: Literal["file", "greedy"] = "file", longest_answer: int = 768,
+    alpha: float = 0.05, draws: int = 200, examples: int = 20, options: RowOptions = RowOptions(),
+    seed: int = 0, progress: Callable[[int, int, str], None] | None = None,
+) -> Result:  # fmt: skip
     """Score every row with both models, and measure how well each score detects the OOD rows.
 
     The first token of a text is scored only behind a BOS. Distances of task rows are to the other task rows,
@@ -178,12 +166,9 @@ def likelihood_ratio_ood(
     )
     refuse_overlap(roles, sets)
     text_options = TextOptions(
-        windows=windows,
-        approximate=approximate,
-        answers=answers,
-        longest_answer=longest_answer,
+        windows=windows, approximate=approximate, answers=answers, longest_answer=longest_answer,
         **options.of_rows,
-    )
+    )  # fmt: skip
     with RunnablePair(pair, **options.of_models) as runnable:
         reading = read_sets(runnable, sets, text_options, progress)
         tokenizer = runnable.tokenizer
@@ -204,8 +189,7 @@ def likelihood_ratio_ood(
     inside, outside = rows.loc[inside.index], rows.loc[outside.index]
     detection = detection_of(inside, outside, draws=draws, seed=seed)
     gains = gains_of(rows)
-    metrics = metrics_of(detection, gains, inside, outside)
-    metrics |= {
+    metrics = metrics_of(detection, gains, inside, outside) | {
         "unscored": int((~scored).sum()),
         "truncated": int(rows["truncated"].sum()),
         "noise_nats": reading.noise,
@@ -221,27 +205,17 @@ def likelihood_ratio_ood(
         notes.append(
             f"{len(inside)} task rows calibrate the p-values; fewer than {CALIBRATED_FROM} leave them coarse"
         )
-    tables = {
-        "detection": detection,
-        "sets": gains,
-        "rows": rows.assign(text=rows["text"].str.slice(0, SHOWN)),
-    }
+    shown = rows.assign(text=rows["text"].str.slice(0, SHOWN))
+    tables = {"detection": detection, "sets": gains, "rows": shown}
     if not approximate:
         tables["tokens"] = tokens_of(reading, rows, tokenizer, examples)
     return Result(metrics=metrics, tables=tables, notes=(*reading.notes, *notes))
 
 
 def refuse_overlap(roles: Mapping[str, str], sets: Mapping[str, Task]) -> None:
-    """Refuse a task set and an OOD set with the same rows.
-
-    Raises:
-        InputError: there are such sets.
-    """
-    tasks, oods = (
-        [sets[name] for name, role in roles.items() if role == wanted] for wanted in ("task", "ood")
-    )
-    for task, ood in product(tasks, oods):
-        if task.fingerprint == ood.fingerprint:
+    """Refuse a task set and an OOD set with the same rows."""
+    for (name, task), (other, ood) in product(sets.items(), repeat=2):
+        if (roles[name], roles[other]) == ("task", "ood") and task.fingerprint == ood.fingerprint:
             raise InputError(
                 f"{task.ref} and {ood.ref} hold the same rows, which cannot be in and out of distribution"
             )
@@ -251,44 +225,31 @@ def metrics_of(
     detection: "pd.DataFrame", gains: "pd.DataFrame", inside: "pd.DataFrame", outside: "pd.DataFrame"
 ) -> dict[str, float | int]:
     """The metrics of the ratio, all OOD sets pooled, and of the scores that it must beat."""
-    ungrouped: dict[tuple[str, str], dict[str, Any]] = {
-        (row["ood"], row["score"]): {str(column): value for column, value in row.items()}
-        for row in detection[detection["group"].isna()].to_dict("records")
-    }
-    ratio, likelihood, length = (ungrouped[ALL, score] for score in ("ratio", "tuned_likelihood", "length"))
-    sets = [name for name in dict.fromkeys(detection["ood"]) if name != ALL]
+    ungrouped = detection[detection["group"].isna()]
+    pooled = ungrouped[ungrouped["ood"] == ALL].set_index("score")
+    ratio, likelihood, length = (pooled.loc[score] for score in ("ratio", "tuned_likelihood", "length"))
+    of_sets = ungrouped[(ungrouped["score"] == "ratio") & (ungrouped["ood"] != ALL)]
     metrics: dict[str, Any] = {
-        "auroc": ratio["auroc"],
-        "auroc_low": ratio["low"],
-        "auroc_high": ratio["high"],
-        "auroc_worst_set": min([ungrouped[name, "ratio"]["auroc"] for name in sets] or [ratio["auroc"]]),
-        "fpr95": ratio["fpr95"],
-        "ood_missed_at_95_id_kept": ratio["ood_missed_at_95_id_kept"],
-        "aupr_ood": ratio["aupr"],
-        "aupr_id": ratio["aupr_id"],
-        "prevalence": ratio["prevalence"],
-        "auroc_per_token": ungrouped[ALL, "ratio_per_token"]["auroc"],
-        "auroc_tuned_likelihood": likelihood["auroc"],
-        "auroc_length": length["auroc"],
-        "over_likelihood": likelihood["ratio_gain"],
-        "over_likelihood_low": likelihood["ratio_gain_low"],
-        "over_length": length["ratio_gain"],
-        "over_length_low": length["ratio_gain_low"],
+        "auroc": ratio["auroc"], "auroc_low": ratio["low"], "auroc_high": ratio["high"],
+        "auroc_worst_set": min(of_sets["auroc"], default=ratio["auroc"]), "fpr95": ratio["fpr95"],
+        "ood_missed_at_95_id_kept": ratio["ood_missed_at_95_id_kept"], "aupr_ood": ratio["aupr"],
+        "aupr_id": ratio["aupr_id"], "prevalence": ratio["prevalence"],
+        "auroc_per_token": pooled.loc["ratio_per_token", "auroc"],
+        "auroc_tuned_likelihood": likelihood["auroc"], "auroc_length": length["auroc"],
+        "over_likelihood": likelihood["ratio_gain"], "over_likelihood_low": likelihood["ratio_gain_low"],
+        "over_length": length["ratio_gain"], "over_length_low": length["ratio_gain_low"],
         "threshold_95_id_kept_nats": ratio["threshold_95_id_kept"],
         "threshold_95_ood_caught_nats": ratio["threshold_95_ood_caught"],
         "flagged_ood": outside["flagged"].mean(),
-    }
+    }  # fmt: skip
     ratios, lengths = (detection_metrics.DetectionScores(inside[c], outside[c]) for c in ("ratio", "length"))
     metrics["auroc_like_length"] = detection_metrics.auroc_within(ratios, lengths).value
-    for role, name in (("task", "gain"), ("keep", "keep_gain")):
-        part = gains[(gains["role"] == role) & gains["group"].isna()]
-        if len(part):
-            # Several sets of one role: the worst.
-            worst = min(part.to_dict("records"), key=lambda row: row["gain"])
-            metrics[f"{name}_nats"] = worst["gain"]
-            if role == "keep":
-                metrics["keep_gain_high_nats"] = worst["gain_high"]
-    plain: dict[str, float | int] = {
-        name: float(value) for name, value in metrics.items() if not math.isnan(value)
-    }
-    return {**plain, "rows_id": len(inside), "rows_ood": len(outside)}
+    # Of several sets of a role the worst comes first.
+    ungrouped = gains[gains["group"].isna()].sort_values("gain", kind="stable")
+    worst = ungrouped.drop_duplicates("role").set_index("role")
+    if "task" in worst.index:
+        metrics["gain_nats"] = worst.loc["task", "gain"]
+    if "keep" in worst.index:
+        metrics["keep_gain_nats"], metrics["keep_gain_high_nats"] = worst.loc["keep", ["gain", "gain_high"]]
+    finite = {name: float(value) for name, value in metrics.items() if not math.isnan(value)}
+    return {**finite, "rows_id": len(inside), "rows_ood": len(outside)}

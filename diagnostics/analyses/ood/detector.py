@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from jaxtyping import Float
 
 from diagnostics.analyses.ood.tables import token_ratios
 from diagnostics.core.inputs import task_from
-from diagnostics.evaluation.paired_texts import PairedText, PairedTexts, TextOptions, read_sets
+from diagnostics.evaluation.paired_texts import PairedText, TextOptions, read_sets
 from diagnostics.numerics import detection_metrics
 from diagnostics.store.files import replacing, to_json
 from probes import CheckpointPair
@@ -62,47 +63,30 @@ class LikelihoodRatioDetector:
     """
 
     def __init__(
-        self,
-        pair: Any,
-        *,
-        alpha: float = 0.05,
-        per_token: bool = False,
-        max_length: int | None = None,
-        windows: bool = False,
-        chat_template: bool = False,
-        batch_tokens: int = 16384,
-        device: str | None = None,
-        dtype: str | None = None,
-        trust_remote_code: bool = False,
-    ):
+        self, pair: Any, *, alpha: float = 0.05, per_token: bool = False, max_length: int | None = None,
+        windows: bool = False, chat_template: bool = False, batch_tokens: int = 16384,
+        device: str | None = None, dtype: str | None = None, trust_remote_code: bool = False,
+    ):  # fmt: skip
         if not 0 < alpha < 1:
             raise InputError(f"alpha is {alpha}; it is a share between 0 and 1")
         self.pair = pair if isinstance(pair, CheckpointPair) else CheckpointPair(*pair)
-        self.alpha = alpha
-        self.per_token = per_token
+        self.alpha, self.per_token = alpha, per_token
         self.text_options = TextOptions(
             max_length=max_length, windows=windows, chat_template=chat_template, batch_tokens=batch_tokens
         )
-        self.device = device
-        self.dtype = dtype
-        self.trust_remote_code = trust_remote_code
+        self.device, self.dtype, self.trust_remote_code = device, dtype, trust_remote_code
         self._models: RunnablePair | None = None
 
     @classmethod
     def fit(cls, pair: Any, task: Any, **parameters: Any) -> "LikelihoodRatioDetector":
-        """Calibrate a detector on in-distribution rows that tuning never saw.
-
-        Args:
-            pair: base and tuned, or their two references.
-            task: a task, a file, or texts.
-            parameters: as of the class: `alpha`, `per_token`, …
+        """Calibrate a detector on in-distribution rows that tuning never saw: a task, a file, or texts.
 
         Raises:
             InputError: fewer than 2 rows have a token to score, or the models cannot be compared.
         """
         detector = cls(pair, **parameters)
         rows = detector._task(task).at_least(2, "calibrating a detector")
-        scores = detector._scores(detector._read(rows))
+        scores = detector.score(rows)
         scored = scores[~np.isnan(scores)]
         if len(scored) < 2:
             raise InputError(
@@ -134,37 +118,25 @@ class LikelihoodRatioDetector:
         return np.where(self.decision_function(X) >= 0, 1, -1)
 
     def rows(self, X: Any) -> "pd.DataFrame":
-        """A table with a row a text: row, tokens, log-likelihoods, ratio, score, p_value, flagged, truncated.
-
-        `p_value` is conformal: the probability of so high a score for a text of the calibration distribution.
-        """
+        """The table `rows`; a p-value is the probability of so high a score within the distribution."""
         import pandas as pd
 
         return pd.DataFrame(self.records(X))
 
     def records(self, X: Any, *, tokens: bool = False) -> list[dict[str, Any]]:
-        """The rows of `rows` as plain values: None where nothing was scored.
-
-        Args:
-            tokens: add the table of `explain` to each row.
-        """
-        reading = self._read(X)
-        records = []
-        for text, score in zip(self._texts(reading), self._scores(reading).tolist(), strict=True):
-            base, tuned = (getattr(text, side).full.log_likelihood for side in ("base", "tuned"))
-            scored = score == score
-            p_value = float(detection_metrics.conformal_p(self.calibration_, [score])[0]) if scored else None
-            record = {
-                "row": text.row.number,
-                "tokens": text.length,
-                "log_likelihood_base": base if scored else None,
-                "log_likelihood_tuned": tuned if scored else None,
-                "ratio": base - tuned if scored else None,
-                "score": score if scored else None,
-                "p_value": p_value,
-                "flagged": not score <= self.threshold_,
-                "truncated": text.truncated,
-            }
+        """The rows of `rows` as plain values, None where nothing was scored; `tokens` adds `explain`."""
+        texts, records = self._read(X), []
+        for text, score in zip(texts, self._scores(texts).tolist(), strict=True):
+            base, tuned = text.base.full.log_likelihood, text.tuned.full.log_likelihood
+            record: dict[str, Any] = {
+                "row": text.row.number, "tokens": text.length, "log_likelihood_base": None,
+                "log_likelihood_tuned": None, "ratio": None, "score": None, "p_value": None,
+                "flagged": not score <= self.threshold_, "truncated": text.truncated,
+            }  # fmt: skip
+            if not math.isnan(score):
+                p_value = float(detection_metrics.conformal_p(self.calibration_, [score])[0])
+                record |= {"log_likelihood_base": base, "log_likelihood_tuned": tuned, "ratio": base - tuned}
+                record |= {"score": score, "p_value": p_value}
             if tokens:
                 record["by_token"] = token_ratios(text, self._runnable().tokenizer)
             records.append(record)
@@ -174,31 +146,25 @@ class LikelihoodRatioDetector:
         """Each token of a text with its log-likelihoods and their difference, which shows unusual words."""
         import pandas as pd
 
-        (read,) = self._texts(self._read([text]))
+        (read,) = self._read([text])
         columns = ["position", "token", "log_likelihood_base", "log_likelihood_tuned", "ratio"]
         return pd.DataFrame(token_ratios(read, self._runnable().tokenizer), columns=columns)
 
     def save(self, path: str | Path) -> None:
-        """Write a JSON file: the calibration and the references of the models, not their weights.
-
-        Raises:
-            OSError: it cannot be written.
-        """
-        pair = self.pair
+        """Write a JSON file: the calibration and the references of the models, not their weights."""
+        base, tuned = self.pair.base, self.pair.tuned
+        text_options = {name: getattr(self.text_options, name) for name in TEXT_PARAMETERS}
         record = {
             "schema": SCHEMA,
-            "base": {"ref": pair.base.ref, "fingerprint": pair.base.fingerprint()},
-            "tuned": {"ref": pair.tuned.ref, "fingerprint": pair.tuned.fingerprint()},
+            "base": {"ref": base.ref, "fingerprint": base.fingerprint()},
+            "tuned": {"ref": tuned.ref, "fingerprint": tuned.fingerprint()},
             # Never `trust_remote_code`: a file must not decide to run code.
             "parameters": {
-                "alpha": self.alpha,
-                "per_token": self.per_token,
-                **{name: getattr(self.text_options, name) for name in TEXT_PARAMETERS},
-                "device": self.device,
-                "dtype": self.dtype,
+                "alpha": self.alpha, "per_token": self.per_token, **text_options,
+                "device": self.device, "dtype": self.dtype,
             },
             "calibration": self.calibration_.tolist(),
-        }
+        }  # fmt: skip
         with replacing(Path(path)) as part:
             part.write_text(to_json(record), encoding="utf-8")
 
@@ -252,31 +218,21 @@ class LikelihoodRatioDetector:
             )
         return self._models
 
-    def _read(self, X: Any) -> PairedTexts:
+    def _read(self, X: Any) -> Sequence[PairedText]:
         reading = read_sets(self._runnable(), {"rows": self._task(X)}, self.text_options)
         for note in reading.notes:
             log.warning("%s", note)
-        return reading
+        return reading.sets["rows"]
 
     @staticmethod
     def _task(X: Any) -> Task:
-        return task_from(X if isinstance(X, str | Path) else texts_in(X), "rows")
+        if not (isinstance(X, str | Path | Mapping) or hasattr(X, "rows")):
+            if not isinstance(X, Iterable):
+                raise InputError(f"texts must be a list, and this is {type(X).__name__}")
+            X = [text.item() if isinstance(text, np.generic) else text for text in X]
+        return task_from(X, "rows")
 
-    @staticmethod
-    def _texts(reading: PairedTexts) -> list[PairedText]:
-        return list(reading.sets["rows"])
-
-    def _scores(self, reading: PairedTexts) -> Float[np.ndarray, " rows"]:
-        texts = self._texts(reading)
+    def _scores(self, texts: Sequence[PairedText]) -> Float[np.ndarray, " rows"]:
         ratio = np.array([text.base.full.log_likelihood - text.tuned.full.log_likelihood for text in texts])
         length = np.array([text.length or np.nan for text in texts], dtype=np.float64)
         return ratio / length if self.per_token else ratio
-
-
-def texts_in(X: Any) -> Any:
-    """Rows as a task takes them, from arrays, series or lists."""
-    if hasattr(X, "rows") or isinstance(X, Mapping):
-        return X
-    if not isinstance(X, Iterable):
-        raise InputError(f"texts must be a list, and this is {type(X).__name__}")
-    return [text.item() if isinstance(text, np.generic) else text for text in X]

@@ -75,43 +75,33 @@ def rows_of(reading: PairedTexts, roles: Mapping[str, str], *, seed: int) -> "tu
     """One row a text with all of its scores, and notes."""
     import pandas as pd
 
-    texts = [(name, text) for name, several in reading.sets.items() for text in several]
+    texts = [text for several in reading.sets.values() for text in several]
+    names = [name for name, several in reading.sets.items() for _ in several]
     base, tuned = (
-        np.array([getattr(text, side).full.log_likelihood for _, text in texts]) for side in ("base", "tuned")
+        np.array([getattr(text, side).full.log_likelihood for text in texts]) for side in ("base", "tuned")
     )
-    length = np.array([float(text.length) for _, text in texts])
-    rows = pd.DataFrame(
-        {
-            "set": [name for name, _ in texts],
-            "role": [roles[name] for name, _ in texts],
-            "row": [text.row.number for _, text in texts],
-            "group": pd.Series([text.row.group for _, text in texts], dtype=object),
-            "tokens": [text.length for _, text in texts],
-            "log_likelihood_base": base,
-            "log_likelihood_tuned": tuned,
-            **ratio_scores(base, tuned, length),
-            "max_softmax": [-text.tuned.full.top for _, text in texts],
-            "energy": [text.tuned.full.energy for _, text in texts],
-            "truncated": [text.truncated for _, text in texts],
-            "text": [text.content for _, text in texts],
-        }
-    )
+    length = np.array([float(text.length) for text in texts])
+    rows = pd.DataFrame({
+        "set": names, "role": [roles[name] for name in names], "row": [text.row.number for text in texts],
+        "group": pd.Series([text.row.group for text in texts], dtype=object),
+        "tokens": [text.length for text in texts], "log_likelihood_base": base, "log_likelihood_tuned": tuned,
+        **ratio_scores(base, tuned, length), "max_softmax": [-text.tuned.full.top for text in texts],
+        "energy": [text.tuned.full.energy for text in texts],
+        "truncated": [text.truncated for text in texts], "text": [text.content for text in texts],
+    })  # fmt: skip
     notes = []
+    completed = np.array([text.row.completion is not None for text in texts]) & np.isfinite(base + tuned)
     for form in ("question", "answer", "conditional"):
-        ratio = np.array([getattr(text.base, form) - getattr(text.tuned, form) for _, text in texts])
+        ratio = np.array([getattr(text.base, form) - getattr(text.tuned, form) for text in texts])
         if not np.isnan(ratio).all():
             rows[f"{form}_ratio"] = ratio
-            lacking = [
-                text.row.completion is not None and np.isfinite(full) and np.isnan(value)
-                for (_, text), full, value in zip(texts, base + tuned, ratio, strict=True)
-            ]
-            if any(lacking):
+            if lacking := (completed & np.isnan(ratio)).sum():
                 notes.append(
-                    f"{sum(lacking)} rows have no {form}_ratio, because none of its tokens is scored; that "
+                    f"{lacking} rows have no {form}_ratio, because none of its tokens is scored; that "
                     "score is evaluated without them"
                 )
     for side in ("base", "tuned"):
-        pooled = [getattr(text, side).full.pooled for _, text in texts]
+        pooled = [getattr(text, side).full.pooled for text in texts]
         has_vector = np.array([vector is not None for vector in pooled])
         count = int((has_vector & (rows["role"] == "task")).sum())
         if count < SPREAD_FROM:
@@ -126,8 +116,7 @@ def rows_of(reading: PairedTexts, roles: Mapping[str, str], *, seed: int) -> "tu
     if not any(str(name).startswith("relative_") for name in rows) and not notes:
         notes.append("relative distances need --keep F: they are relative to its rows")
     spellings = {role: set(rows.loc[rows["role"] == role, "text"].str.casefold()) for role in ("task", "ood")}
-    common = len(spellings["task"] & spellings["ood"])
-    if common:
+    if common := len(spellings["task"] & spellings["ood"]):
         notes.append(f"{common} texts are in both the task and the OOD rows; no score can tell them apart")
     return rows, notes
 
@@ -175,16 +164,9 @@ def detection_of(inside: "pd.DataFrame", outside: "pd.DataFrame", *, draws: int,
             values, ratio = (
                 detection_metrics.DetectionScores(*(rows[name] for rows in has)) for name in (score, "ratio")
             )
-            measured = detection_metrics.detection(*values)
             area = detection_metrics.auroc_interval(*values)
-            row = {
-                "ood": name,
-                "group": group,
-                "score": score,
-                **measured,
-                "low": area.low,
-                "high": area.high,
-            }
+            row = {"ood": name, "group": group, "score": score, "low": area.low, "high": area.high}
+            row |= detection_metrics.detection(*values)
             row["aupr"] = row.pop("aupr_ood")
             if group is None:
                 for column, metric in INTERVALS.items():
@@ -205,29 +187,18 @@ def gains_of(rows: "pd.DataFrame") -> "pd.DataFrame":
     import pandas as pd
 
     table = []
-    scored = rows[rows["ratio"].notna()]
-    for name, of_set in scored.groupby("set", sort=False):
+    for name, of_set in rows[rows["ratio"].notna()].groupby("set", sort=False):
         for group, part in [(None, of_set), *of_set.groupby("group", sort=False)]:
             tokens = part["tokens"].to_numpy(dtype=float)
-            won = -part["ratio"].to_numpy()
-            gain = combined(won[None], tokens, [1.0])
-            table.append(
-                {
-                    "set": name,
-                    "role": part["role"].iloc[0],
-                    "group": group,
-                    "rows": len(part),
-                    "tokens": int(tokens.sum()),
-                    "median_tokens": float(np.median(tokens)),
-                    "loss_base": -part["log_likelihood_base"].sum() / tokens.sum(),
-                    "loss_tuned": -part["log_likelihood_tuned"].sum() / tokens.sum(),
-                    "gain": gain.value,
-                    "gain_low": gain.low,
-                    "gain_high": gain.high,
-                    "flagged": float(part["flagged"].mean()),
-                    "truncated": float(part["truncated"].mean()),
-                }
-            )
+            gain = combined(-part["ratio"].to_numpy()[None], tokens, [1.0])
+            table.append({
+                "set": name, "role": part["role"].iloc[0], "group": group, "rows": len(part),
+                "tokens": int(tokens.sum()), "median_tokens": float(np.median(tokens)),
+                "loss_base": -part["log_likelihood_base"].sum() / tokens.sum(),
+                "loss_tuned": -part["log_likelihood_tuned"].sum() / tokens.sum(),
+                "gain": gain.value, "gain_low": gain.low, "gain_high": gain.high,
+                "flagged": float(part["flagged"].mean()), "truncated": float(part["truncated"].mean()),
+            })  # fmt: skip
     return pd.DataFrame(table)
 
 
@@ -263,11 +234,10 @@ def token_ratios(text: PairedText, tokenizer: Any) -> list[dict[str, Any]]:
     base, tuned = (getattr(text, side).full.tokens.astype(np.float64) for side in ("base", "tuned"))
     return [
         {
-            "position": position,
-            "token": tokenizer.decode([token]),
-            "log_likelihood_base": float(base[position]),
-            "log_likelihood_tuned": float(tuned[position]),
-            "ratio": float(base[position] - tuned[position]),
+            "position": position, "token": tokenizer.decode([token]), "log_likelihood_base": log_base,
+            "log_likelihood_tuned": log_tuned, "ratio": log_base - log_tuned,
         }
-        for position, token in enumerate(text.ids)
-    ]
+        for position, (token, log_base, log_tuned) in enumerate(
+            zip(text.ids, base.tolist(), tuned.tolist(), strict=True)
+        )
+    ]  # fmt: skip

@@ -1,39 +1,26 @@
 """Linear interpolation from base to tuned: is there a better model in between, or a hole?
 
-θ(α) = (1 − α) base + α tuned is run at every α on every set of rows. A dip is a better model in between; a
-bump is a hole, and makes averaging, scaling back and reusing the delta unsafe. Tuned is dominated if some α
-is as good on the task and better on the keep rows.
-Sources: Wortsman et al., arXiv:2109.01903 (the path and its grid); Lin et al., arXiv:2309.17230
-(FalseFalseTrue, overconfidence); Wortsman et al., arXiv:2203.05482 (averaging). Bump, dip and domination
-are ours: on a steep curve the usual barrier, an excess over the chord, is not a hole.
+θ(α) = (1 − α) base + α tuned is run at every α on every set of rows. Sources: Wortsman et al.,
+arXiv:2109.01903 (the path and its grid) and arXiv:2203.05482 (averaging); Lin et al., arXiv:2309.17230
+(FalseFalseTrue, overconfidence). Bump, dip and domination are ours: on a steep curve the usual barrier, an
+excess over the chord, is not a hole.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from diagnostics.analyses.path.figures import draw
 from diagnostics.core.analysis import DeviceTest, Result, analysis
 from diagnostics.core.row_options import RowOptions
-from diagnostics.evaluation.interpolation import (
-    ALPHAS,
-    PathEvaluator,
-    check_alphas,
-    model_notes,
-    path_rows,
-    pattern_rows,
-    pinned_note,
-    pooled,
-    set_rows,
-)
-from diagnostics.evaluation.sets import SetKey, encode_sets, load_sets
+from diagnostics.evaluation import interpolation
+from diagnostics.evaluation.interpolation import PathEvaluator, path_rows, pooled
+from diagnostics.evaluation.sets import SetKey, encode_sets, load_sets, set_notes
 from probes import CheckpointPair
 from probes.models.interpolated import InterpolatedModel
 from probes.models.two_sided import TwoSidedModel
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 ROLES = ("task", "keep", "ood")
 
@@ -81,13 +68,6 @@ def summary(result: Result) -> str:
     return f"no alpha is as good on the task and better on the keep rows{hole}"
 
 
-def draw(result: Result) -> "dict[str, go.Figure]":
-    """The figures of a result, imported when needed."""
-    from diagnostics.analyses.path import figures
-
-    return figures.draw(result)
-
-
 @analysis(
     "path",
     question="Is there a better model on the straight line between base and tuned, or a hole?",
@@ -109,16 +89,10 @@ def draw(result: Result) -> "dict[str, go.Figure]":
     ),
 )
 def interpolation_path(
-    pair: CheckpointPair,
-    task: Any,
-    keep: Any = None,
-    ood: Any = None,
-    *,
-    alphas: tuple[float, ...] = ALPHAS,
-    options: RowOptions = RowOptions(dtype="float32"),
-    seed: int = 0,
-    progress: Callable[[int, int, str], None] | None = None,
-) -> Result:
+    pair: CheckpointPair, task: Any, keep: Any = None, ood: Any = None, *,
+    alphas: tuple[float, ...] = interpolation.ALPHAS, options: RowOptions = RowOptions(dtype="float32"),
+    seed: int = 0, progress: Callable[[int, int, str], None] | None = None,
+) -> Result:  # fmt: skip
     """Score interpolated models between base and tuned on task, keep and OOD rows.
 
     Adapters are merged first: their factors are not linear in α. Tensors that base lacks stay tuned's.
@@ -162,27 +136,24 @@ def interpolation_path(
     """
     import pandas as pd
 
-    grid = check_alphas(alphas)
+    grid = interpolation.check_alphas(alphas)
     with TwoSidedModel(pair, **options.of_models) as host:
         interpolated = InterpolatedModel(host)
         loaded = load_sets({"task": task, "keep": keep, "ood": ood}, least=2, purpose="a path")
         sets = encode_sets(host.editable, loaded, **options.of_rows)
-        notes = model_notes(pair, host.model)
+        notes = interpolation.model_notes(pair, host.model)
         evaluator = PathEvaluator(interpolated, sets, progress)
         evaluator.measure(grid)
-    rows, choices = set_rows(evaluator, grid), choice_rows(evaluator, grid)
+    rows, choices = interpolation.set_rows(evaluator, grid), choice_rows(evaluator, grid)
     metrics = metrics_of(rows, choices)
     metrics |= metrics_at(best_of(evaluator, choices), evaluator, choices)
     metrics |= {"pinned": len(interpolated.pinned), "missing": len(evaluator.missing)}
-    notes = [*evaluator.missing, *conclusions(rows, metrics), *pinned_note(interpolated.pinned), *notes]
-    notes += dict.fromkeys(note for encoded in sets.values() for note in encoded.notes)
-    tables = {
-        "path": pd.DataFrame(path_rows(evaluator, grid)),
-        "sets": pd.DataFrame(rows),
-        "choices": pd.DataFrame(choices),
-        "patterns": pd.DataFrame(pattern_rows(evaluator, grid)),
-    }
-    return Result(metrics=metrics, tables=tables, notes=tuple(notes))
+    pinned = interpolation.pinned_note(interpolated.pinned)
+    notes = [*evaluator.missing, *conclusions(rows, metrics), *pinned, *notes]
+    path, patterns = path_rows(evaluator, grid), interpolation.pattern_rows(evaluator, grid)
+    records = {"path": path, "sets": rows, "choices": choices, "patterns": patterns}
+    tables = {name: pd.DataFrame(table) for name, table in records.items()}
+    return Result(metrics=metrics, tables=tables, notes=(*notes, *set_notes(sets)))
 
 
 def choice_rows(evaluator: PathEvaluator, alphas: Sequence[float]) -> list[dict[str, Any]]:
@@ -197,17 +168,11 @@ def choice_rows(evaluator: PathEvaluator, alphas: Sequence[float]) -> list[dict[
         lost, lost_error = _minus_tuned(evaluator, "keep", alpha)
         as_accurate = all(_as_accurate(evaluator, key, alpha) for key in evaluator.role("task"))
         as_good = cost <= cost_error and as_accurate
-        rows.append(
-            {
-                "alpha": alpha,
-                "task_cost_nats": cost,
-                "task_cost_error": cost_error,
-                "kept_nats": 0.0 - lost,
-                "kept_error": lost_error,
-                "as_good": as_good,
-                "dominates": bool(alpha < 1 and as_good and -lost > lost_error),
-            }
-        )
+        rows.append({
+            "alpha": alpha, "task_cost_nats": cost, "task_cost_error": cost_error, "kept_nats": 0.0 - lost,
+            "kept_error": lost_error, "as_good": as_good,
+            "dominates": bool(alpha < 1 and as_good and -lost > lost_error),
+        })  # fmt: skip
     return rows
 
 
@@ -225,10 +190,10 @@ def _minus_tuned(evaluator: PathEvaluator, role: str, alpha: float) -> tuple[flo
 
 def _as_accurate(evaluator: PathEvaluator, key: SetKey, alpha: float) -> bool:
     """Whether accuracy is at most a standard error below tuned's."""
-    units, tuned = evaluator.at(alpha)[key], evaluator.at(1.0)[key]
-    if units is None or tuned is None:
+    units = evaluator.at(alpha)[key]
+    if units is None:
         return False
-    lost = tuned.right.astype(float) - units.right
+    lost = evaluator.ends(key)[1].right.astype(float) - units.right
     return bool(lost.mean() <= lost.std(ddof=1) / math.sqrt(len(lost)) if len(lost) > 1 else lost.mean() <= 0)
 
 
@@ -249,13 +214,10 @@ def metrics_at(
     metrics: dict[str, float | int] = {"best_alpha": alpha, "task_cost_nats": choice["task_cost_nats"]}
     if evaluator.role("keep"):
         metrics["kept_nats"] = choice["kept_nats"]
-    ood = [key for key in evaluator.role("ood") if evaluator.at(alpha)[key] is not None]
-    if ood:
-        values = [
-            {row["metric"]: row["value"] for row in path_rows(evaluator, [alpha]) if row["set"] == key[1]}
-            for key in ood
-        ]
-        metrics |= {f"{name}_ood": float(np.mean([row[name] for row in values])) for name in ("fft", "ttf")}
+    rows = path_rows(evaluator, [alpha])
+    for name in ("fft", "ttf"):
+        share = pooled([row for row in rows if row["metric"] == name], "ood", "value")
+        metrics |= {} if share is None else {f"{name}_ood": share}
     return metrics
 
 
@@ -265,10 +227,10 @@ def metrics_of(
     """The metrics of all curves together."""
     metrics: dict[str, float | int | None] = {"dominated": int(any(row["dominates"] for row in choices))}
     for role in ROLES:
-        for name in ("bump", "dip", "barrier"):
-            metrics[f"{name}_{role}_nats"] = pooled(rows, role, name, "max")
-        for side in ("base", "tuned"):
-            metrics[f"{side}_{role}_nats"] = pooled(rows, role, f"loss_{side}")
+        metrics |= {
+            f"{name}_{role}_nats": pooled(rows, role, name, "max") for name in ("bump", "dip", "barrier")
+        }
+        metrics |= {f"{side}_{role}_nats": pooled(rows, role, f"loss_{side}") for side in ("base", "tuned")}
         metrics[f"rows_{role}"] = sum(row["rows"] for row in rows if row["role"] == role) or None
     ood = [row for row in rows if row["role"] == "ood"]
     if ood:

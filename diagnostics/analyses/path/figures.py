@@ -61,10 +61,10 @@ def draw_trade(choices: pd.DataFrame) -> "go.Figure | None":
     if choices["kept_nats"].isna().all():
         return None
     better = choices["dominates"].to_numpy(bool)
-    title = (
-        f"{'An alpha keeps more at no' if better.any() else 'No alpha keeps more without a'} cost on the task"
+    finding = "An alpha keeps more at no" if better.any() else "No alpha keeps more without a"
+    figure = theme.figure(
+        f"{finding} cost on the task", "task loss above tuned's, nats", "keep loss below tuned's, nats"
     )
-    figure = theme.figure(title, "task loss above tuned's, nats", "keep loss below tuned's, nats")
     look = {"color": theme.NEUTRAL, "thickness": 1, "width": 0}
     line(
         figure, choices, "task_cost_nats", "kept_nats", Style("alpha", theme.NEUTRAL, size=10),
@@ -94,9 +94,8 @@ def draw_patterns(patterns: pd.DataFrame) -> "go.Figure":
     """Shares of units by which models are right, of the first set of the last role."""
     role, name = patterns[["role", "set"]].iloc[-1]
     part = patterns[(patterns["role"] == role) & (patterns["set"] == name)].sort_values("alpha")
-    figure = theme.figure(
-        f"Models that are right, by alpha: {set_name(role, name)}", ALPHA, "share of units", 460
-    )
+    title = f"Models that are right, by alpha: {set_name(role, name)}"
+    figure = theme.figure(title, ALPHA, "share of units", 460)
     for pattern, (label, color) in PATTERNS.items():
         look: dict[str, Any] = {"mode": "lines", "stackgroup": "one", "fillcolor": color}
         curve, style = part[part["pattern"] == pattern], Style(label, color, width=0.5)

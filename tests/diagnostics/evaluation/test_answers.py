@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import log_softmax
 
 from diagnostics.evaluation.answers import (
     Answers,
@@ -13,7 +14,6 @@ from diagnostics.evaluation.answers import (
     agreement,
     calibration,
     drawn_ece,
-    log_softmax,
     score,
     temperature,
 )
@@ -22,7 +22,7 @@ from diagnostics.evaluation.row_losses import Losses, losses_of
 
 def said(logits, truth):
     """The answers of a model with these logits."""
-    logs, truth = log_softmax(np.asarray(logits, float)), np.asarray(truth)
+    logs, truth = log_softmax(np.asarray(logits, float), axis=1), np.asarray(truth)
     return Answers(losses=losses_of(logs, truth), logs=logs, truth=truth)
 
 

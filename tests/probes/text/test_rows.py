@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diagnostics.cli.main import run_options
+from diagnostics.cli.options import run_options
 from probes.text.rows import ALLOWED, SHAPES, Row, class_ids, read_task, task_of
 
 ROWS = {

@@ -1,21 +1,14 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diagnostics.analyses.drift.analysis import (
-    cka,
-    class_shift,
-    displacement,
-    metrics_of,
-    procrustes,
-    representation_drift,
-    rsa,
-    unit,
-)
+from diagnostics.analyses.drift.analysis import metrics_of, representation_drift
+from diagnostics.analyses.drift.similarity import cka, class_shift, displacement, procrustes, rsa, unit
 from diagnostics.audit.run import audit
 from diagnostics.store.audit_store import load
 from probes import CheckpointPair
@@ -210,7 +203,7 @@ def test_metrics_are_the_worst_of_each_role_and_of_the_lower_half():
         layer(*of, place, value) for of, each in values.items() for place, value in enumerate(each, start=-1)
     ]
     # Four blocks: the lower half ends behind block 1, which is at 0.80 there, not at 0.70 behind it.
-    assert metrics_of(rows) == {
+    assert metrics_of(pd.DataFrame(rows)) == {
         "layers": 5, "rows_task": 7, "rows_keep": 14, "lowest_cka_task": 0.5, "lowest_rsa_task": 0.6,
         "lowest_cka_keep": pytest.approx(0.6), "lowest_rsa_keep": 0.7, "onset_task": 2, "onset_keep": 1,
         "lower_half_rsa_keep": 0.8, "keep_below_task": pytest.approx(0.20),

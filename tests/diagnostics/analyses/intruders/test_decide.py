@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from diagnostics.analyses.intruders import decide as tiers
 from diagnostics.analyses.intruders import inverse_factors
-from diagnostics.analyses.intruders.decide import decide, decide_exactly
+from diagnostics.analyses.intruders.decide import decide_all, decide_exactly
 from diagnostics.numerics import linalg
 from tests.diagnostics.spectra import KINDS, orthonormal, values, with_values
 
@@ -22,6 +22,10 @@ SHAPES = ((160, 160), (140, 320), (320, 140))
 @pytest.fixture(autouse=True)
 def _tiers_on_small_matrices(monkeypatch):
     monkeypatch.setattr(tiers, "SMALL", 0)
+
+
+def decide(base, tuned, k, epsilon, generator, pictured=False):
+    return decide_all(base[None], tuned[None], k, epsilon, [generator], pictured)[0]
 
 
 def seeded(seed=0):
