@@ -137,11 +137,11 @@ def interpolation_path(
     import pandas as pd
 
     grid = interpolation.check_alphas(alphas)
-    with TwoSidedModel(pair, **options.of_models) as host:
-        interpolated = InterpolatedModel(host)
+    with TwoSidedModel(pair, **options.of_models) as two_sided:
+        interpolated = InterpolatedModel(two_sided)
         loaded = load_sets({"task": task, "keep": keep, "ood": ood}, least=2, purpose="a path")
-        sets = encode_sets(host.editable, loaded, **options.of_rows)
-        notes = interpolation.model_notes(pair, host.model)
+        sets = encode_sets(two_sided.editable, loaded, **options.of_rows)
+        notes = interpolation.model_notes(pair, two_sided.model)
         evaluator = PathEvaluator(interpolated, sets, progress)
         evaluator.measure(grid)
     rows, choices = interpolation.set_rows(evaluator, grid), choice_rows(evaluator, grid)

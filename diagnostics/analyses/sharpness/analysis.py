@@ -213,18 +213,18 @@ def layer_sharpness(
     dtype = (options.dtype or "").removeprefix("torch.")
     if dtype in interpolation.HALF_DTYPES:
         options = replace(options, dtype="float32")
-    with TwoSidedModel(pair, **options.of_models) as host:
-        interpolated, notes = InterpolatedModel(host), interpolation.model_notes(pair, host.model)
+    with TwoSidedModel(pair, **options.of_models) as two_sided:
+        interpolated, notes = InterpolatedModel(two_sided), interpolation.model_notes(pair, two_sided.model)
         if dtype in interpolation.HALF_DTYPES:
             notes.append(f"The model was run in float32: in {dtype} small perturbations change no weight.")
-        if interpolation.is_half(host.model):
+        if interpolation.is_half(two_sided.model):
             raise InputError(
                 "sharpness: in half precision small perturbations change no weight; set sharpness.dtype to "
                 "float32"
             )
         sources = {"task": task, "keep": keep, "ood": ood}
         loaded = load_sets(sources, least=2, purpose="sharpness", rows=rows, seed=seed)
-        sets = encode_sets(host.editable, loaded, **options.of_rows)
+        sets = encode_sets(two_sided.editable, loaded, **options.of_rows)
         evaluator = PathEvaluator(interpolated, sets, progress)
         evaluator.measure(grid)
         on = evaluator.role("ood") or evaluator.role("task")

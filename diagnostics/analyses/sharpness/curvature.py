@@ -69,7 +69,7 @@ def lanczos(product: Product, start: Tensor, steps: int) -> np.ndarray:
     """Eigenvalues of a symmetric operator in the Krylov space of a vector, ascending.
 
     Three vectors are held. Without reorthogonalisation copies of an end appear, which do not move it. scipy's
-    `eigsh` agrees to 3e-7 (float32 round-off) and takes one product more, but holds 20 vectors in host
+    `eigsh` agrees to 3e-7 (float32 round-off) and takes one product more, but holds 20 vectors in two_sided
     memory: 16 GB for a block of 200 M weights.
     """
     from scipy.linalg import eigvalsh_tridiagonal

@@ -86,7 +86,9 @@ def _sparse_deltas(
     """Tuned's tensors of layers with the smallest share of each layer's delta set back to base."""
     tensors = {}
     for layer in layers:
-        ends = {name: interpolated.ends(name) for name in layer.tensors if name in interpolated.host.in_both}
+        ends = {
+            name: interpolated.ends(name) for name in layer.tensors if name in interpolated.two_sided.in_both
+        }
         sizes = [(tuned - base).abs().flatten() for base, tuned in ends.values()]
         if not sizes:
             continue
@@ -126,7 +128,7 @@ def _pruned(
     interpolated.set_alpha(alpha)
     with ExitStack() as stack:
         for layer in layers:
-            names = [name for name in layer.tensors if name in interpolated.host.in_both]
+            names = [name for name in layer.tensors if name in interpolated.two_sided.in_both]
             matrices = [interpolated.between(name, alpha).abs().flatten() for name in names
                         if interpolated.ends(name)[0].ndim > 1]  # fmt: skip
             if not matrices:
