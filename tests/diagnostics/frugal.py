@@ -89,7 +89,7 @@ def commands(root):
         assert len(moved.entries) == CHANGED
         largest = moved.largest(1000)
         moved.random(largest, seed=0)
-        moved.others(largest, 0.001, seed=0)
+        moved.sample_others(largest, 0.001, seed=0)
 
     def density():
         assert checkpoint_sparseness(pair.tuned)["entries"] == CHECKPOINT // 4

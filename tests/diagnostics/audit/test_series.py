@@ -60,7 +60,7 @@ def test_the_run_as_a_whole_is_an_audit_of_its_own(sparseness, tmp_path):
     assert table["step"].tolist() == [0, 100, 200, 300, 400, 500]
     assert table["zero"].tolist() == [0, 0, 0, 0, 0.5, 0.5]
     assert set(run.results) == {"sparsification"}
-    assert run.analyses["norms"].reason == "compares two checkpoints: see the audits beside this one"
+    assert run.analyses["norms"].reason == "compares two checkpoints: see the audits in the same directory"
     assert "sparsification" not in made.rows[0].first.results
     assert (tmp_path / "run" / "report.html").exists()
 
