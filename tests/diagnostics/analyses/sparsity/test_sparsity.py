@@ -71,13 +71,13 @@ def loss_of(directory, model, rows=ROWS):
 
 
 def test_the_mask_at_the_dropping_point_is_what_graft_takes(pair, tmp_path, monkeypatch):
-    import diagnostics.core.analysis
+    import diagnostics.core.registry
     from diagnostics.audit.run import audit
     from diagnostics.edits.graft import graft
     from diagnostics.store.audit_store import load
 
     # Whatever else is installed.
-    monkeypatch.setattr(diagnostics.core.analysis, "entry_points", lambda **_: [])
+    monkeypatch.setattr(diagnostics.core.registry, "entry_points", lambda **_: [])
     (tmp_path / "task.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in ROWS[:20]))
     refs = pair.base.ref, pair.tuned.ref
     settings = {"grid": (0.0, 0.2, 0.4, 0.6), "refine": 0.0, "random": False, "patterns": (), "draws": 100}
