@@ -134,10 +134,7 @@ def drawn_ece(several: Sequence[Answers], *, draws: int, seed: int) -> Float[np.
 class AnswerScores:
     """The scores of several models on the same rows, with bootstrap intervals.
 
-    Attributes:
-        kind: `accuracy`, or `loss` in nats per token.
-        value: the score of each; larger is better, so that a loss is negative.
-        drawn: the score of each on every draw of the rows.
+    A `value` is larger for a better model, so that a loss is negative; `drawn` has it for every draw.
     """
 
     def __init__(self, answers: Mapping[str, Answers], *, draws: int, seed: int, where: str):
@@ -146,7 +143,7 @@ class AnswerScores:
         scored = units > 0
         if scored.sum() < 2:
             raise InputError(f"{where}: {scored.sum()} rows have anything to score; at least 2 are needed")
-        self.kind = "loss" if first.logs is None else "accuracy"
+        self.kind = "loss" if first.logs is None else "accuracy"  # the loss in nats per token
         values = np.stack([
             -model.losses.nats[scored] if model.logs is None else model.right for model in answers.values()
         ])  # fmt: skip

@@ -77,19 +77,14 @@ def model_notes(pair: CheckpointPair, model: Any) -> list[str]:
 
 
 class PathEvaluator:
-    """Scores every set at points between base and tuned; each alpha is run once.
-
-    Attributes:
-        missing: notes on losses that are not finite.
-        progress: called with (done, total, what); None on a worker.
-    """
+    """Scores every set at points between base and tuned; each alpha is run once."""
 
     def __init__(
         self, interpolated: InterpolatedModel, sets: Mapping[SetKey, EncodedTask],
         progress: Progress | None = None,
     ):  # fmt: skip
         self.interpolated, self.sets, self.progress = interpolated, dict(sets), progress
-        self.missing: list[str] = []
+        self.missing: list[str] = []  # notes on losses that are not finite
         self._units_at: dict[float, dict[SetKey, Units | None]] = {}
         self._prefix_alpha: float | None = None
 
@@ -105,7 +100,7 @@ class PathEvaluator:
 
     @cached_property
     def _on_workers(self) -> "workers.WorkerObject[PathEvaluator] | None":
-        return workers.host_on_workers(self.interpolated.host, partial(_on_worker, sets=self.sets))
+        return workers.two_sided_on_workers(self.interpolated.two_sided, partial(_on_worker, sets=self.sets))
 
     def measure(self, alphas: Sequence[float]) -> None:
         """Score all sets at these alphas, the ends first: a loss that is not finite there is an error."""
@@ -205,8 +200,8 @@ class PathEvaluator:
             self.missing.append(note)
 
 
-def _on_worker(host: TwoSidedModel, sets: Mapping[SetKey, EncodedTask]) -> PathEvaluator:
-    return PathEvaluator(InterpolatedModel(host), sets)
+def _on_worker(two_sided: TwoSidedModel, sets: Mapping[SetKey, EncodedTask]) -> PathEvaluator:
+    return PathEvaluator(InterpolatedModel(two_sided), sets)
 
 
 def _with_missing(call: Callable[[PathEvaluator], T], evaluator: PathEvaluator) -> tuple[T, list[str]]:

@@ -48,10 +48,7 @@ def highest(alphas: Curve, losses: Curve) -> int:
 
 
 def lag(alphas: Curve, losses: Curve) -> float:
-    """Smallest α with half of the loss reduction from base to tuned: 0.5 on a straight line.
-
-    Linear between points. NaN without a reduction, or with a missing loss.
-    """
+    """Smallest α with half of the loss reduction from base to tuned, linear between points; NaN: none."""
     gain = losses[0] - losses[-1]
     if not gain > 0 or not np.isfinite(losses).all():
         return math.nan
@@ -80,10 +77,7 @@ def outcome(gains: Sequence[Estimate], losses: Sequence[Estimate]) -> PathOutcom
 def patterns(
     base: Bool[np.ndarray, " units"], tuned: Bool[np.ndarray, " units"], blend: Bool[np.ndarray, " units"]
 ) -> dict[str, float]:
-    """Share of units with each pattern of `PATTERNS`: `FFT` is right in the interpolated model alone.
-
-    The eight shares add to 1; the interpolated model's accuracy is the sum of those that end in T.
-    """
+    """Share of units with each pattern of `PATTERNS`: `FFT` is right in the interpolated model alone."""
     codes = 4 * base.astype(int) + 2 * tuned.astype(int) + blend.astype(int)
     shares = np.bincount(codes, minlength=8) / len(codes)
     return dict(zip(PATTERNS, shares.tolist(), strict=True))

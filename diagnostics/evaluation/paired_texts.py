@@ -229,9 +229,9 @@ def encode_forms(task: Task, tokenizer: Any, options: TextOptions) -> TokenForms
 
     if task.shape != "completion":
         return TokenForms(full=encoded(task), question=[], answer=[], in_answer=[])
-    question = encoded(texts_task(task, [row.prompt or "" for row in task.rows]))
+    question = encoded(texts_task(task, "prompt"))
     # The answer alone is nobody's message.
-    answer = encoded(texts_task(task, [row.completion or "" for row in task.rows]), chat=False)
+    answer = encoded(texts_task(task, "completion"), chat=False)
     conditional = encoded(task)
     if options.chat_template:  # the template's own tokens do not count
         full = [with_question(*pair) for pair in zip(conditional, question, strict=True)]
@@ -244,12 +244,9 @@ def encode_forms(task: Task, tokenizer: Any, options: TextOptions) -> TokenForms
     return TokenForms(full=full, question=question, answer=answer, in_answer=in_answer)
 
 
-def texts_task(task: Task, contents: list[str]) -> Task:
-    """The task with texts in place of its rows."""
-    rows = (
-        Row(number=row.number, text=text, group=row.group)
-        for row, text in zip(task.rows, contents, strict=True)
-    )
+def texts_task(task: Task, part: Literal["prompt", "completion"]) -> Task:
+    """The prompts or completions of a task as a task of texts."""
+    rows = (Row(number=row.number, text=getattr(row, part) or "", group=row.group) for row in task.rows)
     return replace(task, rows=tuple(rows), shape="text")
 
 

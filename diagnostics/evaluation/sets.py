@@ -19,13 +19,7 @@ def load_sets(
     sources: Mapping[str, Any], *, least: int = 1, purpose: str = "an analysis", rows: int | None = None,
     seed: int = 0,
 ) -> dict[SetKey, Task]:  # fmt: skip
-    """The tasks of every role that has a source, which is None where the user gave no rows.
-
-    Args:
-        least: smallest number of rows of a set.
-        purpose: what needs that many, for the error.
-        rows: most rows of a set, drawn with `seed`; None: all.
-    """
+    """The tasks of every role that has a source, at most `rows` of each; fewer than `least` are refused."""
     return {
         (role, name): draw_rows(task.at_least(least, purpose), rows, seed)
         for role, source in sources.items()

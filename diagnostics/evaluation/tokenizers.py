@@ -7,10 +7,7 @@ from probes.text.encode import special_tokens
 
 
 def common_tokenizer(base: Any, tuned: Any, *, approximate: bool) -> tuple[Any | None, int | None, list[str]]:
-    """A tokenizer for both models, the number of tokens that both know (None: all), and notes.
-
-    The tokenizer is None where the two differ and `approximate` allows it.
-    """
+    """A tokenizer for both models, or None if `approximate`; the number of tokens both know, and notes."""
     shared = shared_tokenizer(base, tuned)
     if shared is not None:
         tokenizer, size, notes = shared
@@ -34,10 +31,7 @@ def common_tokenizer(base: Any, tuned: Any, *, approximate: bool) -> tuple[Any |
 
 
 def shared_tokenizer(base: Any, tuned: Any) -> tuple[Any, int | None, list[str]] | None:
-    """The smaller of two tokenizers if the larger only appends tokens, its size, and notes; else None.
-
-    The size is None where both have the same tokens.
-    """
+    """The smaller of two tokenizers if the larger only appends tokens, its size if they differ, and notes."""
     vocabularies = base.get_vocab(), tuned.get_vocab()
     if vocabularies[0] == vocabularies[1]:
         return tuned, None, []

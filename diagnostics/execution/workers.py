@@ -66,11 +66,11 @@ def pair_on_workers(
     return WorkerObject(pickle.dumps(partial(build, pair, loading)), device)
 
 
-def host_on_workers(
-    host: TwoSidedModel, build: Callable[[TwoSidedModel], Object]
+def two_sided_on_workers(
+    two_sided: TwoSidedModel, build: Callable[[TwoSidedModel], Object]
 ) -> WorkerObject[Object] | None:
     """As `pair_on_workers`, built from a two-sided model with this one's pair and loading."""
-    return pair_on_workers(host.pair, host.editable.loading, partial(_open_host, build=build))
+    return pair_on_workers(two_sided.pair, two_sided.editable.loading, partial(_open_host, build=build))
 
 
 def run_calls(

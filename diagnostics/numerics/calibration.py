@@ -23,13 +23,6 @@ def reliability(
     """Mean confidence and accuracy in bins of equal width, open below, or of equally many rows.
 
     Equal confidences share a bin, so that the order of rows does not matter.
-
-    Args:
-        confidence: probability of the predicted answer, in [0, 1].
-        correct: whether that answer is right.
-
-    Raises:
-        InputError: no rows, two lengths, or a confidence outside [0, 1].
     """
     stated, right = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
     if stated.ndim != 1 or stated.shape != right.shape or not len(stated):
@@ -68,9 +61,6 @@ def brier(probabilities: ArrayLike, labels: ArrayLike) -> float:
     Args:
         probabilities: (rows,) of an event, or (rows, classes).
         labels: whether the event happened, or the index of the class.
-
-    Raises:
-        InputError: shapes that do not fit, or a label that is no class.
     """
     stated, happened = np.asarray(probabilities, dtype=np.float64), np.asarray(labels)
     if stated.ndim not in (1, 2) or happened.shape != stated.shape[:1] or not len(stated):

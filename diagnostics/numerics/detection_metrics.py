@@ -42,10 +42,8 @@ class ROC:
     """The ROC at each distinct score of the positive rows, from the highest down.
 
     Attributes:
-        caught: positive rows with at least this score.
-        flagged: negative rows with at least this score.
+        caught, flagged: positive and negative rows with at least this score.
         before: negative rows with a higher score.
-        negatives: all negative rows.
     """
 
     caught: Float[np.ndarray, " steps"]
@@ -65,7 +63,6 @@ class Ranks:
 
         Args:
             left, right: for each, the number of negative scores below it, and of those not above it.
-            negatives: number of negative scores.
             orders: argsort of negative and of positive rows; needed for `copies`.
         """
         self.sizes = negatives, len(positive)
@@ -92,13 +89,13 @@ class Ranks:
 
 def both_ways(scores: DetectionScores, *, ordered: bool = False) -> tuple[Ranks, Ranks]:
     """Ranks with OOD as the positive class, and with in-distribution as the positive class."""
-    arrays = checked(scores)
+    inside, outside = checked(scores)
     orders = None
     if ordered:
-        orders = np.argsort(arrays[0]), np.argsort(arrays[1])
-        inside, outside = arrays[0][orders[0]], arrays[1][orders[1]]
+        orders = np.argsort(inside), np.argsort(outside)
+        inside, outside = inside[orders[0]], outside[orders[1]]
     else:
-        inside, outside = both(np.sort, *((array,) for array in arrays))
+        inside, outside = both(np.sort, (inside,), (outside,))
     (below_inside, upto_outside), (below_outside, upto_inside) = both(
         merged, (inside, outside), (outside, inside)
     )
@@ -130,11 +127,7 @@ def merged(first: Array, second: Array) -> tuple[Counts, Counts]:
 
 
 def checked(scores: DetectionScores, *, least: int = 1) -> tuple[Array, Array]:
-    """Both arrays as float64.
-
-    Raises:
-        InputError: an array that is not one number per row, has too few rows, or holds a NaN.
-    """
+    """Both arrays as float64, of at least so many rows and without NaN."""
     arrays = np.asarray(scores.inside, dtype=np.float64), np.asarray(scores.outside, dtype=np.float64)
     for name, array in zip(("in-distribution", "OOD"), arrays, strict=True):
         if array.ndim != 1:
@@ -226,9 +219,6 @@ def auroc_interval(inside: ArrayLike, outside: ArrayLike, *, level: float = 0.95
     Where all pairs are in one order that variance is 0 however few the rows are. Then the interval is
     Newcombe's, which ends at the AUROC that could still have shown this.
 
-    Raises:
-        InputError: fewer than 2 rows of either class.
-
     Source: DeLong, DeLong and Clarke-Pearson 1988; Newcombe 2006, part 2, method 5.
     """
     # Sorted: looking up a million numbers in order is several times faster.
@@ -245,18 +235,15 @@ def auroc_difference(first: DetectionScores, second: DetectionScores, *, level: 
     """AUROC of one score minus that of another on the same rows, by paired DeLong.
 
     Where that variance is 0 and the AUROCs differ, their two intervals are combined as if independent.
-
-    Raises:
-        InputError: fewer than 2 rows of either class, or different numbers of rows.
     """
-    one, two = checked(first, least=2), checked(second, least=2)
-    same_rows(one, two)
-    value = auroc(*one) - auroc(*two)
-    pairs = zip(placements(*one), placements(*two), strict=True)
+    minuend, subtrahend = checked(first, least=2), checked(second, least=2)
+    same_rows(minuend, subtrahend)
+    value = auroc(*minuend) - auroc(*subtrahend)
+    pairs = zip(placements(*minuend), placements(*subtrahend), strict=True)
     error = math.sqrt(delong(*(a - b for a, b in pairs)))
     below = above = deviation(level) * error
     if below < ROUNDING < abs(value):
-        a, b = auroc_interval(*one, level=level), auroc_interval(*two, level=level)
+        a, b = auroc_interval(*minuend, level=level), auroc_interval(*subtrahend, level=level)
         below = math.hypot(a.value - a.low, b.high - b.value)
         above = math.hypot(a.high - a.value, b.value - b.low)
     return Estimate(value, max(-1.0, value - below), min(1.0, value + above), error)
@@ -269,9 +256,6 @@ def bootstrap(
     """Percentile bootstrap of a metric, or of its difference to another score on the same rows.
 
     Rows are drawn within each class, the same ones for both scores. Time grows as rows times draws.
-
-    Raises:
-        InputError: fewer than 2 rows of either class, or different numbers of rows.
     """
     if draws < 1:
         raise InputError(f"draws is {draws}; at least 1, and some hundreds for stable bounds")
@@ -285,10 +269,9 @@ def bootstrap(
         values = [formula(rank.roc(copies)) for rank in ranks]
         return values[0] - sum(values[1:])
 
-    drawn = np.empty(draws)
+    drawn, sizes = np.empty(draws), ranks[0].sizes
     for draw in range(draws):
         # Negative rows, then positive ones.
-        sizes = ranks[0].sizes
         counts = [np.bincount(generator.integers(size, size=size), minlength=size) for size in sizes]
         drawn[draw] = measured((counts[0], counts[1]))
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
@@ -318,10 +301,10 @@ def deviation(level: float) -> float:
 
 def same_rows(first: tuple[Array, Array], second: tuple[Array, Array]) -> None:
     """Refuse scores of different rows."""
-    one, two = (tuple(map(len, pair)) for pair in (first, second))
-    if one != two:
+    counts, others = (tuple(map(len, pair)) for pair in (first, second))
+    if counts != others:
         raise InputError(
-            f"the two scores have {one} and {two} rows inside and outside; compare the same rows"
+            f"the two scores have {counts} and {others} rows inside and outside; compare the same rows"
         )
 
 
@@ -331,11 +314,7 @@ def threshold_catching(outside: ArrayLike, share: float = KEPT) -> float:
 
 
 def threshold_keeping(inside: ArrayLike, share: float = KEPT) -> float:
-    """The lowest threshold not exceeded by at least this share of the in-distribution rows.
-
-    Raises:
-        InputError: no rows, a NaN, or a share outside (0, 1].
-    """
+    """The lowest threshold not exceeded by at least this share of the in-distribution rows."""
     if not 0 < share <= 1:
         raise InputError(f"share is {share}; it is in (0, 1]")
     ranked = np.sort(checked(DetectionScores(inside, inside))[0])
@@ -354,13 +333,11 @@ def conformal_p(calibration: ArrayLike, scores: ArrayLike) -> Float[np.ndarray, 
 
 
 class LengthMatchedAUROC(NamedTuple):
-    """AUROC among rows of similar length.
+    """AUROC among rows of similar length; NaN without pairs of one length bin.
 
     Attributes:
-        value: over all pairs of one length bin; NaN without such a pair.
-        pairs: their share of all pairs.
-        aurocs: by bin; NaN where it holds rows of one class only.
-        inside, outside: rows by bin.
+        pairs: share of such pairs in all pairs.
+        aurocs, inside, outside: AUROC and numbers of rows of each bin.
         longest: greatest length in each bin but the last.
     """
 
@@ -373,18 +350,12 @@ class LengthMatchedAUROC(NamedTuple):
 
 
 def auroc_within(scores: DetectionScores, lengths: DetectionScores, *, bins: int = 10) -> LengthMatchedAUROC:
-    """AUROC within deciles of length, so that length cannot explain it.
-
-    Deciles are of all rows together; equal lengths share one.
-
-    Raises:
-        InputError: scores and lengths are of different rows.
-    """
+    """AUROC within deciles of length of all rows together, so that length cannot explain it."""
     inside, outside = checked(scores)
-    lengths_inside, lengths_outside = checked(lengths)
-    same_rows((inside, outside), (lengths_inside, lengths_outside))
-    edges = np.quantile(np.concatenate([lengths_inside, lengths_outside]), np.arange(1, bins) / bins)
-    bin_of = [np.searchsorted(edges, array, side="left") for array in (lengths_inside, lengths_outside)]
+    arrays = checked(lengths)
+    same_rows((inside, outside), arrays)
+    edges = np.quantile(np.concatenate(arrays), np.arange(1, bins) / bins)
+    bin_of = [np.searchsorted(edges, array, side="left") for array in arrays]
     counts = [np.bincount(array, minlength=bins) for array in bin_of]
     pairs = (counts[0] * counts[1]).astype(float)
     aurocs = np.full(bins, np.nan)
@@ -392,6 +363,5 @@ def auroc_within(scores: DetectionScores, lengths: DetectionScores, *, bins: int
         aurocs[bin_] = auroc(inside[bin_of[0] == bin_], outside[bin_of[1] == bin_])
     compared = pairs.sum()
     value = float(np.nansum(aurocs * pairs) / compared) if compared else math.nan
-    return LengthMatchedAUROC(
-        value, float(compared / (len(inside) * len(outside))), aurocs, counts[0], counts[1], edges
-    )
+    share = float(compared / (len(inside) * len(outside)))
+    return LengthMatchedAUROC(value, share, aurocs, counts[0], counts[1], edges)

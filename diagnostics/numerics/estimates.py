@@ -46,10 +46,6 @@ def combined(
 
     The standard error is that of a ratio of sums over independent rows. Weights that add to 0 leave only
     paired noise.
-
-    Args:
-        units: of each row, at least one.
-        weights: of each model.
     """
     rows = np.asarray(weights, float) @ nats
     value = float(rows.sum() / units.sum())

@@ -27,11 +27,7 @@ TWO_THREADS = 1024
 
 @contextmanager
 def threads_for(side: int) -> Iterator[None]:
-    """One BLAS thread for small matrices: on a busy machine several make a decomposition many times slower.
-
-    Args:
-        side: smaller side of the matrices.
-    """
+    """One BLAS thread for matrices with a small side: on a busy machine several are many times slower."""
     before = torch.get_num_threads()
     if side < TWO_THREADS:
         torch.set_num_threads(1)
@@ -87,10 +83,7 @@ def _blas() -> Any:
 def left_singular(
     W: Float[Tensor, "out in"],
 ) -> tuple[Float[Tensor, "out rank"], Float[Tensor, " rank"]]:
-    """All left singular vectors and values, descending, in float64.
-
-    By the Gram matrix of the smaller side, or by the SVD where squaring would lose the small vectors.
-    """
+    """All left singular vectors and values, descending, in float64: by the Gram matrix if it is accurate."""
     values, Q = torch.linalg.eigh(gram(W))
     values, Q = values.flip(0).clamp(min=0), Q.flip(1)
     S = values.sqrt()
@@ -108,11 +101,9 @@ def left_singular(
 
 
 def grouped_cosines(
-    U: Float[Tensor, "out rank"],
-    S: Float[Tensor, " rank"],
-    vectors: Float[Tensor, "out count"],
+    U: Float[Tensor, "out rank"], S: Float[Tensor, " rank"], vectors: Float[Tensor, "out count"],
     columns: int,
-) -> Float[Tensor, " count"]:
+) -> Float[Tensor, " count"]:  # fmt: skip
     """For each vector the largest |cosine| with the base's left singular vectors, with two guards.
 
     Rank guard: vectors with `s <= max(out, in) · eps · s_1` span an arbitrary null space and are dropped.
@@ -125,9 +116,8 @@ def grouped_cosines(
         vectors: unit vectors, float64.
         columns: in_features of the base.
     """
-    kept = (S / S[0].clamp(min=torch.finfo(S.dtype).tiny)) > max(U.shape[0], columns) * torch.finfo(
-        S.dtype
-    ).eps
+    info = torch.finfo(S.dtype)
+    kept = (S / S[0].clamp(min=info.tiny)) > max(U.shape[0], columns) * info.eps
     if not kept.any():  # a base of zeros has no directions
         return torch.zeros(vectors.shape[1], dtype=vectors.dtype, device=vectors.device)
     U, S = U[:, kept], S[kept]
@@ -149,7 +139,6 @@ class Exact:
 
     Attributes:
         cosines: of each of the k leading tuned vectors, NaN where the tuned matrix has no such direction.
-        base_values, tuned_values: all singular values, descending.
         overlap: |cosine| of the leading tuned (rows) with the leading base vectors (columns).
     """
 
@@ -170,9 +159,7 @@ def exact_cosines(
     """c_j of the k leading tuned left singular vectors against every base left singular vector, in float64.
 
     Source: arXiv:2410.21228 v3, Algorithm 1, with the rank and degeneracy guards of `grouped_cosines`.
-
-    Args:
-        of_base: `left_singular` of the base, if already computed.
+    `of_base` is `left_singular` of the base, if already computed.
     """
     U0, S0 = of_base or left_singular(base)
     U1, S1 = left_singular(tuned)
@@ -184,13 +171,12 @@ def exact_cosines(
 
 @dataclass(frozen=True)
 class Ritz:
-    """Approximate eigenpairs of `W Wᵀ`, largest first.
+    """Approximate eigenpairs of `W Wᵀ`, largest first, in float64.
 
     Attributes:
         values: all Ritz values of the space, in units of a squared singular value.
         weights: squared share of every Ritz vector in each column of the starting block.
-        vectors: the leading unit Ritz vectors, float64.
-        residuals: of these `‖W Wᵀ v − θ v‖`, rounding allowed for.
+        residuals: `‖W Wᵀ v − θ v‖` of the leading unit Ritz vectors, rounding allowed for.
     """
 
     values: Float[Tensor, "batch space"]
@@ -198,7 +184,7 @@ class Ritz:
     vectors: Float[Tensor, "batch out count"]
     residuals: Float[Tensor, "batch count"]
 
-    def one(self, index: int) -> "Ritz":
+    def single(self, index: int) -> "Ritz":
         """The pairs of one matrix of the batch."""
         at = slice(index, index + 1)
         return Ritz(self.values[at], self.weights[at], self.vectors[at], self.residuals[at])
@@ -232,12 +218,8 @@ def rounding(
     """Bound on the rounding error of `W (Wᵀ q)` for a unit q, in the norm.
 
     The errors of both products are proportional to `u ‖W‖_F ‖Wᵀ q‖`; the probabilistic model of Higham and
-    Mary (SIAM J. Sci. Comput. 2019) makes the constant about 1; a test holds their sum below 4 eps.
-
-    Args:
-        norm: `‖W‖_F`.
-        size: `‖Wᵀ q‖`, at most σ_1.
-        dtype: of W.
+    Mary (SIAM J. Sci. Comput. 2019) makes the constant about 1; a test holds their sum below 4 eps. `norm` is
+    `‖W‖_F`, and `size` `‖Wᵀ q‖`, at most σ_1.
     """
     return 4 * torch.finfo(dtype).eps * norm.double().unsqueeze(-1) * size.double()
 
@@ -247,18 +229,15 @@ def double_product(
 ) -> tuple[Float[Tensor, "out count"], Float[Tensor, " count"]]:
     """`W (Wᵀ block)` in W's precision, given in float64, and the bound on its rounding error.
 
-    Args:
-        norm: `‖W‖_F`.
-        block: float64, of values that W's precision holds, or else of norms about 1.
+    `norm` is `‖W‖_F`. The block is float64, of values that W's precision holds, or else of norms about 1.
     """
+    count = block.shape[1]
     # Blocks narrower than this take CPU BLAS longer.
-    width = max(block.shape[1], 16) if block.shape[1] > 1 else 1
-    padded = torch.zeros(block.shape[0], width, dtype=W.dtype, device=W.device)
-    padded[:, : block.shape[1]] = block
+    padded = torch.zeros(len(block), max(count, 16) if count > 1 else 1, dtype=W.dtype, device=W.device)
+    padded[:, :count] = block
     inner = W.mT @ padded
-    size = torch.linalg.vector_norm(inner[:, : block.shape[1]], dim=0)
-    product = (W @ inner)[:, : block.shape[1]].double()
-    return product, rounding(norm, size, W.dtype)
+    size = torch.linalg.vector_norm(inner[:, :count], dim=0)
+    return (W @ inner)[:, :count].double(), rounding(norm, size, W.dtype)
 
 
 class BlockKrylov:
@@ -286,12 +265,12 @@ class BlockKrylov:
         space.basis, space.products, space.norm = state["basis"], state["products"], state["norm"]
         return space
 
-    def one(self, index: int) -> "BlockKrylov":
+    def single(self, index: int) -> "BlockKrylov":
         """The space of one matrix of the batch, to be extended alone."""
-        single = copy.copy(self)
+        space = copy.copy(self)
         for name in ("W", "norm", "basis", "products"):
-            setattr(single, name, getattr(self, name)[index : index + 1])
-        return single
+            setattr(space, name, getattr(self, name)[index : index + 1])
+        return space
 
     @property
     def full(self) -> bool:
@@ -314,24 +293,20 @@ class BlockKrylov:
             self._append(self.products[..., -self.start :])
 
     def projected(self) -> Float[Tensor, "batch space space"]:
-        """`W Wᵀ` in the basis, float64: its eigenvalues are the Ritz values."""
-        return symmetric(self.basis.double().mT @ self.products.double())
+        """`W Wᵀ` in the basis, symmetrised, float64: its eigenvalues are the Ritz values."""
+        T = self.basis.double().mT @ self.products.double()
+        return (T + T.mT) / 2
 
     def ritz(self, count: int) -> Ritz:
         """The `count` leading Ritz pairs, small arithmetic in float64."""
+        values, S = descending(self.projected())
         Q, P = self.basis.double(), self.products.double()
-        values, S = descending(symmetric(Q.mT @ P))
         leading = S[..., :count]
         vectors = Q @ leading
         vectors = vectors / torch.linalg.vector_norm(vectors, dim=-2, keepdim=True)
         residuals = torch.linalg.vector_norm(P @ leading - vectors * values[..., None, :count], dim=-2)
         residuals = residuals + rounding(self.norm, values[..., :1].sqrt(), self.W.dtype)
         return Ritz(values, S[..., : self.start, :].square(), vectors, residuals)
-
-
-def symmetric(T: Float[Tensor, "*batch space space"]) -> Float[Tensor, "*batch space space"]:
-    """A matrix that is symmetric up to rounding, symmetrised."""
-    return (T + T.mT) / 2
 
 
 def descending(
@@ -348,12 +323,7 @@ def spectral_sum(
     """Estimate of `tr f(W Wᵀ)` and its standard error, from a Krylov space with a random start.
 
     Stochastic Lanczos quadrature (Ubaru, Chen & Saad, SIAM J. Matrix Anal. 2017) with the starting block's
-    columns as the probes.
-
-    Args:
-        f: the function at the Ritz values.
-        weights: of the Ritz pairs, `Ritz.weights` of one matrix.
-        size: order of W Wᵀ.
+    columns as the probes. `f` is the function at the Ritz values, `size` the order of W Wᵀ.
     """
     samples = size * (weights @ f)
     return samples.mean().item(), samples.std().item() / math.sqrt(len(samples))
@@ -370,9 +340,7 @@ def effective_rank(S: Float[Tensor, " rank"]) -> float:
 
 def product_core(B: Float[Tensor, "out r"], A: Float[Tensor, "r in"]) -> Float[Tensor, "left right"]:
     """A small float64 matrix with the singular values of `B A`, without forming the product."""
-    left = torch.linalg.qr(B.double()).R
-    right = torch.linalg.qr(A.double().mT).R
-    return left @ right.mT
+    return torch.linalg.qr(B.double()).R @ torch.linalg.qr(A.double().mT).R.mT
 
 
 def critical_spike(S: Float[Tensor, " rank"], k: int, rows: int, columns: int) -> float:

@@ -7,6 +7,7 @@ itself is such a confounder.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,14 +22,9 @@ Values = Float[np.ndarray, " models"]
 
 
 def correlations(
-    models: pd.DataFrame,
-    *,
-    outcome: str,
-    predictors: Sequence[str],
-    given: str = "displacement",
-    permutations: int = 10_000,
-    seed: int = 0,
-) -> pd.DataFrame:
+    models: pd.DataFrame, *, outcome: str, predictors: Sequence[str], given: str = "displacement",
+    permutations: int = 10_000, seed: int = 0,
+) -> pd.DataFrame:  # fmt: skip
     """Spearman correlations of predictors with an outcome over models, raw and given a confounder.
 
     Args:
@@ -42,10 +38,6 @@ def correlations(
         one row per predictor: predictor, models, raw and partial Spearman correlation with 95 % intervals
         (`raw_low`…), permutation p-values (`raw_p`, `partial_p`), and these after Holm's correction over the
         predictors (`raw_holm`, `partial_holm`). All NaN below 12 models and where a column is constant.
-
-    Raises:
-        UnknownNameError: a column that the table lacks.
-        InputError: no predictors, or fewer than 100 permutations.
 
     >>> import pandas as pd
     >>> models = pd.DataFrame({"sharp": range(12), "loss": range(12), "displacement": [0, 1] * 6})
@@ -61,11 +53,11 @@ def correlations(
         raise InputError("predictors is empty; name the columns to correlate with the outcome")
     if permutations < 100:
         raise InputError(f"permutations is {permutations}; at least 100")
-    rows = [
-        {"predictor": name, "models": len(whole), **_row(whole, outcome, name, given, permutations, seed)}
-        for name in predictors
-        for whole in (models[[outcome, given, name]].dropna(),)
-    ]
+    rows: list[dict[str, Any]] = []
+    for name in predictors:
+        measured = models[[outcome, given, name]].dropna()
+        row = _row(measured, outcome, name, given, permutations, seed)
+        rows.append({"predictor": name, "models": len(measured), **row})
     for kind in ("raw", "partial"):
         corrected = holm(np.array([row[f"{kind}_p"] for row in rows]))
         for row, value in zip(rows, corrected, strict=True):
@@ -135,9 +127,7 @@ def permutation_p(x: Values, y: Values, permutations: int, generator: np.random.
 def holm(p: Float[np.ndarray, " tests"]) -> Float[np.ndarray, " tests"]:
     """Holm's step-down correction; a NaN is no test."""
     corrected = np.full(len(p), math.nan)
-    tests = [int(test) for test in np.argsort(p) if not math.isnan(p[test])]
-    largest = 0.0
-    for done, test in enumerate(tests):
-        largest = max(largest, min(1.0, (len(tests) - done) * float(p[test])))
-        corrected[test] = largest
+    tests = np.argsort(p)[: np.count_nonzero(~np.isnan(p))]  # NaN are sorted last
+    factors = np.arange(len(tests), 0, -1)
+    corrected[tests] = np.maximum.accumulate(np.minimum(1.0, factors * p[tests]))
     return corrected

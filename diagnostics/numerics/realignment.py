@@ -1,10 +1,8 @@
 """Permutation and sign symmetries of a block, undone.
 
-A tuned block with permuted units computes the same function, but its blends with base do not. `realigned`
-returns tuned's tensors in the order nearest to base: feed-forward neurons and heads are permuted (query heads
-within their key-value head, key-value heads with their query heads), and signs are flipped of value rows with
-output columns, of query with key rows, and, in a gated feed-forward, of up rows with down columns.
-Values are only copied and negated, so that undoing is exact.
+A tuned block with permuted units computes the same function, but its blends with base do not. Neurons and
+heads are permuted (query heads within their key-value head), and signs flipped of value rows with output
+columns, of query with key rows, and, in a gated feed-forward, of up rows with down columns. This is exact.
 Sources: arXiv:2407.02447 (assignment, as in weight matching); which signs are free is ours.
 """
 
@@ -23,13 +21,7 @@ Read: TypeAlias = Callable[[str], Tensor]
 
 @dataclass
 class Realigned:
-    """A block in the order nearest to base.
-
-    Attributes:
-        tensors: those that differ from tuned's, by name.
-        moved: number of permuted neurons and heads.
-        turned: number of flipped rows in value, query or up.
-    """
+    """A block in the order nearest to base: changed tensors, permuted neurons and heads, flipped rows."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     moved: int = 0
@@ -50,27 +42,18 @@ def matched(A: Float[Tensor, "units units"]) -> Int[Tensor, " units"]:
 
 
 def realigned(
-    matrices: Sequence[Matrix],
-    headers: Mapping[str, Header],
-    base: Read,
-    tuned: Read,
-    *,
-    heads: int,
-    rotary: bool,
-    movable: bool = True,
-) -> Realigned:
-    """Undo permutations and sign flips of one block.
+    matrices: Sequence[Matrix], headers: Mapping[str, Header], base: Read, tuned: Read, *, heads: int,
+    rotary: bool, movable: bool = True,
+) -> Realigned:  # fmt: skip
+    """Undo permutations and sign flips of one block, if that brings it nearer to base.
 
     Args:
-        matrices: of the block, as tuned's file stores them.
+        matrices: of the block, as tuned's file stores them; other parts, such as experts, stay.
         headers: of tuned's file; biases are looked up there.
         base, tuned: read a stored tensor of either, under the names and in the layout of tuned's file.
         heads: number of query heads.
         rotary: queries and keys carry positions: only the sign of a whole head is free there.
         movable: heads may be permuted; not where each has its own position bias.
-
-    Returns:
-        nothing changed for blocks with other parts, such as experts, or that come no nearer to base.
     """
     parts = _Parts({matrix.component: matrix for matrix in matrices if matrix.expert is None}, headers)
     result = Realigned()
@@ -204,29 +187,20 @@ def _heads(values: _Values, *, heads: int, rotary: bool, movable: bool) -> tuple
     read = [torch.einsum("gid,hid->ghi", *sides) for sides in (K, V)]
     write = [torch.einsum("gaid,hbid->ghabi", *sides) for sides in (Q, O)]
     inner = write[0].abs().sum(-1) + write[1].abs().sum(-1)
-    match = matched if movable else _in_place
-    orders = [[match(inner[g, h]) for h in range(stores)] for g in range(stores)]
-    within = torch.tensor(
-        [
-            [float(inner[g, h][range(shared), orders[g][h]].sum()) for h in range(stores)]
-            for g in range(stores)
-        ]
-    )
-    outer = match(read[0].abs().sum(-1) + read[1].abs().sum(-1) + within.to(inner))
-    chosen = [orders[g][int(h)] for g, h in enumerate(outer)]
-    queries = torch.cat([int(h) * shared + order for h, order in zip(outer, chosen, strict=True)])
+    match = matched if movable else lambda A: torch.arange(len(A))
+    orders = {(g, h): match(inner[g, h]) for g in range(stores) for h in range(stores)}
+    sums = [float(inner[pair][range(shared), order].sum()) for pair, order in orders.items()]
+    within = torch.tensor(sums).view(stores, stores).to(inner)
+    outer = match(read[0].abs().sum(-1) + read[1].abs().sum(-1) + within)
+    chosen = {pair: orders[pair] for pair in enumerate(outer.tolist())}
+    queries = torch.cat([h * shared + order for (_, h), order in chosen.items()])
     signs = []
-    for which, (first, second) in enumerate(zip(read, write, strict=True)):
-        dots = torch.stack(
-            [
-                first[g, h] + second[g, h][range(shared), order].sum(0)
-                for g, (h, order) in enumerate(zip(outer.tolist(), chosen, strict=True))
-            ]
-        )
-        if which == 0 and rotary:
-            dots = dots.sum(-1, keepdim=True).expand_as(dots)
-        signs.append(signs_of(dots))
-    key_signs, value_signs = signs
+    for first, second in zip(read, write, strict=True):
+        dots = [first[pair] + second[pair][range(shared), order].sum(0) for pair, order in chosen.items()]
+        signs.append(torch.stack(dots))
+    if rotary:
+        signs[0] = signs[0].sum(-1, keepdim=True).expand_as(signs[0])
+    key_signs, value_signs = signs = [signs_of(dots) for dots in signs]
     turn_q, turn_o = (sign[:, None].expand(-1, shared, -1).flatten() for sign in signs)
     values.rows("q_proj", _spread(queries, size), turn_q)
     values.rows("k_proj", _spread(outer, size), key_signs.flatten())
@@ -234,11 +208,6 @@ def _heads(values: _Values, *, heads: int, rotary: bool, movable: bool) -> tuple
     values.columns("o_proj", _spread(queries, o.columns // heads), turn_o)
     moved = int((queries != torch.arange(heads)).sum())
     return moved, int((key_signs < 0).sum() + (value_signs < 0).sum())
-
-
-def _in_place(A: Float[Tensor, "units units"]) -> Int[Tensor, " units"]:
-    """The identity assignment."""
-    return torch.arange(len(A))
 
 
 def _spread(order: Tensor, size: int) -> Tensor:

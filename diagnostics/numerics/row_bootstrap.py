@@ -12,12 +12,7 @@ HELD = 2**23
 
 @dataclass(frozen=True, kw_only=True)
 class RowLosses:
-    """Losses of one set of rows at every point.
-
-    Attributes:
-        nats: summed over each row.
-        units: weight of each row in the mean, above 0.
-    """
+    """Losses of one set of rows at every point: nats of each row, and its weight in the mean, above 0."""
 
     nats: Float[np.ndarray, "points rows"]
     units: Float[np.ndarray, " rows"]

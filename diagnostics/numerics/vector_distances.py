@@ -63,10 +63,7 @@ def held_out(
     distance: Callable[[Vectors, Vectors], Distances], inside: Float[np.ndarray, "inside width"],
     outside: Float[np.ndarray, "outside width"], *, folds: int = 5, seed: int = 0,
 ) -> tuple[Float[np.ndarray, " inside"], Float[np.ndarray, " outside"]]:  # fmt: skip
-    """Cross-validated distances of both sets to the inside set.
-
-    An inside vector is measured against the other folds, an outside vector against the mean over all folds.
-    """
+    """Distances to the inside set: of its vectors to the other folds, of others their mean over all folds."""
     order = np.random.default_rng(seed).permutation(len(inside))
     from_inside, from_outside = np.empty(len(inside)), np.zeros(len(outside))
     parts = np.array_split(order, min(folds, len(inside)))

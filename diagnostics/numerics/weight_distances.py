@@ -24,38 +24,25 @@ Pair: TypeAlias = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class SharedWeights:
-    """Tensors that can be compared over a run.
-
-    Attributes:
-        names: floating tensors with one shape in all checkpoints, a tied one once.
-        left_out: floating tensors that are missing or of another shape in some checkpoint.
-    """
+    """Floating tensors with one shape over a run, tied ones once, and those that some checkpoint lacks."""
 
     names: tuple[str, ...]
     left_out: tuple[str, ...]
 
 
 def shared(checkpoints: Sequence[Checkpoint]) -> SharedWeights:
-    """The floating tensors that all checkpoints have in one shape.
-
-    Raises:
-        InputError: there are none.
-    """
-    first = checkpoints[0].headers
-    floating = {
-        name: None
-        for checkpoint in checkpoints
-        for name, header in checkpoint.headers.items()
-        if header.dtype.is_floating_point
-    }
+    """The floating tensors that all checkpoints have in one shape; InputError if there are none."""
+    headers = [checkpoint.headers for checkpoint in checkpoints]
+    floating = dict.fromkeys(
+        name for of in headers for name, header in of.items() if header.dtype.is_floating_point
+    )
     common = [
         name
         for name in floating
-        if all(name in c.headers and c.headers[name].shape == first[name].shape for c in checkpoints)
+        if all(name in of and of[name].shape == headers[0][name].shape for of in headers)
     ]
-    copies = set.intersection(
-        *({name for matrix in c.matrices.values() for name in matrix.tied} for c in checkpoints)
-    )
+    tied = [{name for matrix in c.matrices.values() for name in matrix.tied} for c in checkpoints]
+    copies = set.intersection(*tied)
     names = tuple(name for name in common if name not in copies)
     if not names:
         refs = " and ".join((checkpoints[0].ref, checkpoints[-1].ref))
@@ -76,11 +63,7 @@ def squared_distances(
     names: Sequence[str],
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[Pair, float]:
-    """Squared distances of `pairs`, summed over tensors.
-
-    Raises:
-        InputError: weights that are NaN or infinite.
-    """
+    """Squared distances of `pairs`, summed over tensors; InputError if weights are not finite."""
     squares = dict.fromkeys(pairs(len(checkpoints)), 0.0)
     for done, name in enumerate(names):
         if progress:

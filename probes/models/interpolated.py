@@ -84,20 +84,20 @@ class InterpolatedModel:
     """A two-sided model at any α; it starts at tuned.
 
     Attributes:
-        host: the running model; its `restore` undoes all changes.
+        two_sided: the running model; its `restore` undoes all changes.
         pinned: tensors that base lacks; they are tuned's at any α.
     """
 
-    def __init__(self, host: TwoSidedModel):
-        self.host = host
-        self.pinned = tuple(name for name in host.headers if name not in host.in_both)
+    def __init__(self, two_sided: TwoSidedModel):
+        self.two_sided = two_sided
+        self.pinned = tuple(name for name in two_sided.headers if name not in two_sided.in_both)
         self._alphas: dict[str, float] = {}
         self._ends: dict[str, Tensor] = {}
 
     @property
     def model(self) -> Any:
         """The torch model."""
-        return self.host.model
+        return self.two_sided.model
 
     @cached_property
     def layers(self) -> list[Layer]:
@@ -105,8 +105,8 @@ class InterpolatedModel:
         layers = layers_of(self.model)
         owner = {id(weight): index for index, layer in enumerate(layers) for weight in layer.parameters}
         names: list[list[str]] = [[] for _ in layers]
-        for name in self.host.headers:
-            tensors = (id(slot.tensor) for slot in self.host.editable.slots(name))
+        for name in self.two_sided.headers:
+            tensors = (id(slot.tensor) for slot in self.two_sided.editable.slots(name))
             owners = [owner[tensor] for tensor in tensors if tensor in owner]
             if owners:
                 names[min(owners)].append(name)
@@ -117,14 +117,14 @@ class InterpolatedModel:
         return _widened(*self._stored(name))
 
     def _stored(self, name: str) -> tuple[Tensor, Tensor]:
-        base, tuned = self.host.read(name, "base"), self._ends.get(name)
-        return base, self.host.read(name, "tuned") if tuned is None else tuned
+        base, tuned = self.two_sided.read(name, "base"), self._ends.get(name)
+        return base, self.two_sided.read(name, "tuned") if tuned is None else tuned
 
     def displacement(self, layer: Layer) -> tuple[float, float]:
         """Frobenius norms of tuned − base and of base over the tensors of a layer."""
         moved = size = 0.0
         for name in layer.tensors:
-            if name in self.host.in_both:
+            if name in self.two_sided.in_both:
                 base, tuned = (end.double() for end in self.ends(name))
                 moved += float((tuned - base).square().sum())
                 size += float(base.square().sum())
@@ -137,8 +137,10 @@ class InterpolatedModel:
             for layer in self.layers:
                 if layer.index in layers:
                     by_tensor.update(dict.fromkeys(layer.tensors, layers[layer.index]))
-        wanted = {name: float(by_tensor.get(name, alpha)) for name in self.host.headers}
-        moving = self.host.in_both - {name for name in wanted if self._alphas.get(name, 1.0) == wanted[name]}
+        wanted = {name: float(by_tensor.get(name, alpha)) for name in self.two_sided.headers}
+        moving = self.two_sided.in_both - {
+            name for name in wanted if self._alphas.get(name, 1.0) == wanted[name]
+        }
         self._rewrite({name: value for name, value in wanted.items() if name in moving})
 
     def between(self, name: str, alpha: float) -> Shaped[Tensor, "..."]:
@@ -148,7 +150,7 @@ class InterpolatedModel:
     @contextmanager
     def changed(self, layer: Layer, change: Callable[[str, Tensor], Tensor]) -> Iterator[Any]:
         """Inside, a layer has tensors as `change(name, value)`, which must not write to the value."""
-        names = [name for name in layer.tensors if name in self.host.in_both]
+        names = [name for name in layer.tensors if name in self.two_sided.in_both]
         try:
             for name in names:
                 self._write(name, change(name, self.between(name, self._alphas.get(name, 1.0))))
@@ -177,14 +179,14 @@ class InterpolatedModel:
 
     def _put(self, name: str, alpha: float) -> None:
         """Write a tensor at α; for a model on a GPU the ends are blended there, from their stored dtype."""
-        [slot, *more] = self.host.editable.slots(name)
+        [slot, *more] = self.two_sided.editable.slots(name)
         single = not more and isinstance(slot.which, slice)
         base, tuned = (end.to(slot.tensor.device) if single else end for end in self._stored(name))
         self._write(name, _between(base, tuned, alpha))
 
     def _write(self, name: str, value: Tensor) -> None:
-        self.host.changed([name])
-        self.host.editable.write(name, value)
+        self.two_sided.changed([name])
+        self.two_sided.editable.write(name, value)
 
 
 def _widened(base: Tensor, tuned: Tensor) -> tuple[Tensor, Tensor]:

@@ -115,13 +115,13 @@ class Peak:
 @contextmanager
 def opened(folder: Path, device: str) -> Iterator[tuple[TwoSidedModel, Movement]]:
     """The pair as base, and how far its blocks moved."""
-    with TwoSidedModel(CheckpointPair(folder / "base", folder / "tuned"), device=device) as host:
-        host.become("base")
+    with TwoSidedModel(CheckpointPair(folder / "base", folder / "tuned"), device=device) as two_sided:
+        two_sided.become("base")
         with torch.no_grad():  # until they are touched they are only mapped from their file
-            for parameter in host.model.parameters():
+            for parameter in two_sided.model.parameters():
                 parameter.mul_(1)
-        shapes = {name: host.headers[name].shape for name in host.in_both if ".layers." in name}
-        yield host, Movement(shapes, lambda name: (host.read(name, "base"), host.read(name)))
+        shapes = {name: two_sided.headers[name].shape for name in two_sided.in_both if ".layers." in name}
+        yield two_sided, Movement(shapes, lambda name: (two_sided.read(name, "base"), two_sided.read(name)))
 
 
 def timed(run: Callable[[], object], device: str) -> float:
@@ -139,8 +139,8 @@ def plain(folder: Path, device: str, rows: int) -> tuple[float, int]:
     Each gradient is freed at once, so that the memory is that of the activations and the largest gradient.
     """
     told = objective(rows)
-    with opened(folder, device) as (host, movement):
-        weights = [host.editable.slots(name, torch.arange(1))[0].tensor for name in movement.entries]
+    with opened(folder, device) as (two_sided, movement):
+        weights = [two_sided.editable.slots(name, torch.arange(1))[0].tensor for name in movement.entries]
 
         def free(weight: torch.Tensor) -> None:
             weight.grad = None
@@ -149,7 +149,7 @@ def plain(folder: Path, device: str, rows: int) -> tuple[float, int]:
             weight.requires_grad_(True)
         handles = [weight.register_post_accumulate_grad_hook(free) for weight in weights]
         with Peak(device) as peak:
-            times = [timed(lambda: told.backward(host.model), device) for _ in range(STEPS + 1)]
+            times = [timed(lambda: told.backward(two_sided.model), device) for _ in range(STEPS + 1)]
         for handle in handles:
             handle.remove()
         return median(times[1:]), peak.bytes
@@ -158,7 +158,7 @@ def plain(folder: Path, device: str, rows: int) -> tuple[float, int]:
 def search(folder: Path, device: str, rows: int) -> tuple[float, int]:
     """Seconds of a step of the search: the mask written, its gradient, the scores moved, the next mask."""
     told = objective(rows)
-    with opened(folder, device) as (host, movement):
+    with opened(folder, device) as (two_sided, movement):
         size = round(SHARE * movement.total)
         marks = []
 
@@ -170,9 +170,9 @@ def search(folder: Path, device: str, rows: int) -> tuple[float, int]:
         with Peak(device) as peak:
             candidates = Candidates.of(
                 movement.largest(round(CANDIDATES * movement.total)),
-                lambda name: (host.read(name, "base"), host.read(name)),
+                lambda name: (two_sided.read(name, "base"), two_sided.read(name)),
             )
-            with GraftedModel(host, candidates) as graft:
+            with GraftedModel(two_sided, candidates) as graft:
                 budget_search(
                     lambda mask: graft.gradient(mask, told), candidates.movement(), [size] * (STEPS + 1),
                     candidates.movement, step=mark,

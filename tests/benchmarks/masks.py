@@ -38,20 +38,20 @@ def made(folder: Path, *, width: int, layers: int) -> None:
 def tunescopes(folder: Path, levels: list[float]) -> tuple[list[float], dict[float, dict[str, Any]]]:
     """Seconds of every level, the search for all thresholds shared among them, and the masks."""
     pair = CheckpointPair(folder / "base", folder / "tuned")
-    with TwoSidedModel(pair, device="cpu") as host:
-        resident(host.model)
+    with TwoSidedModel(pair, device="cpu") as two_sided:
+        resident(two_sided.model)
         reset_peak()
-        order = host.magnitudes()
+        order = two_sided.magnitudes()
         begun = time.perf_counter()
         cuts = order.cuts(levels)
         shared = (time.perf_counter() - begun) / len(levels)
         times, masks = [], {}
         for cut in cuts:
             begun = time.perf_counter()
-            host.prune(order, cut, rising=True)
+            two_sided.prune(order, cut, rising=True)
             times.append(shared + time.perf_counter() - begun)
             masks[cut.sparsity] = {
-                name: host.model.state_dict()[name] == 0 for name in list(order.shapes)[:7]
+                name: two_sided.model.state_dict()[name] == 0 for name in list(order.shapes)[:7]
             }
         return times, masks
 

@@ -269,13 +269,13 @@ def candidates(folder: Path) -> Callable[[], Any]:
 
     def run() -> dict[str, list[float]]:
         told = objective(MASK_ROWS)
-        with opened(folder, "cpu") as (host, movement):
+        with opened(folder, "cpu") as (two_sided, movement):
 
             def read(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-                return host.read(name, "base"), host.read(name)
+                return two_sided.read(name, "base"), two_sided.read(name)
 
             chosen = Candidates.of(movement.largest(round(CANDIDATES * movement.total)), read)
-            with GraftedModel(host, chosen) as graft:
+            with GraftedModel(two_sided, chosen) as graft:
                 mask = torch.zeros(len(chosen), dtype=torch.bool)
                 graft.gradient(mask, told)
                 asked = {

@@ -56,7 +56,7 @@ def timed(own: Any, batch: RowBatch, *, cached: bool, frozen: bool) -> tuple[flo
     found: dict[str, float] = {}
     own.requires_grad_(not frozen)
     begun = time.perf_counter()
-    for (name, _), row in batch_sharpness(own, blocks, batch, 0, settings, whole=False).items():
+    for (name, _), row in batch_sharpness(own, blocks, batch, 0, settings, joint=False).items():
         found[name] = row["worst"]
     seconds = time.perf_counter() - begun
     own.requires_grad_(False)

@@ -110,8 +110,8 @@ def test_a_model_in_memory_takes_its_tokenizer_along(lora, tokenizer):
     with RunnablePair(pair) as runnable:
         assert runnable.tokenizer is tokenizer
         assert runnable.base_tokenizer is tokenizer
-    with TwoSidedModel(pair) as host:
-        assert host.editable.tokenizer is tokenizer
+    with TwoSidedModel(pair) as two_sided:
+        assert two_sided.editable.tokenizer is tokenizer
     # The base inside of the PeftModel too.
     own = CheckpointPair(tuned.get_base_model(), tuned, tokenizer=tokenizer)
     assert RunnablePair(own).base_tokenizer is tokenizer

@@ -61,11 +61,8 @@ def summary(result: Result) -> str:
     """Softmax and gradient first, then what moved."""
     m, parts = result.metrics, []
     if "collapsed" in m:
-        parts.append(
-            f"{m['collapsed']:.0%} of labels have a collapsed softmax"
-            if m["collapsed"]
-            else "no softmax has collapsed"
-        )
+        collapsed = f"{m['collapsed']:.0%} of labels have a collapsed softmax"
+        parts.append(collapsed if m["collapsed"] else "no softmax has collapsed")
     if "nlm_unembedding" in m:
         scaling = " (the loss only scales logits)" if m.get("logit_scaling") else ""
         parts.append(f"cosine of gradient and unembedding {m['nlm_unembedding']:.2f}{scaling}")
@@ -170,14 +167,13 @@ def training_dynamics(
     check(rows=rows, batch=batch, probes=probes, outputs=outputs, vertices=vertices, radius=radius)
     if loss_dtype not in DTYPES:
         raise InputError(f"loss_dtype is {loss_dtype!r}; it is one of {', '.join(DTYPES)}")
-    series, given = series_of(series), load_sets({"task": task, "train": train})
-    sets = {which: draw_rows(one, rows, seed) for which, one in given.items()}
-    trained = [one for which, one in given.items() if which[0] == "train"]
+    series, loaded = series_of(series), load_sets({"task": task, "train": train})
+    sets = {key: draw_rows(rows_of, rows, seed) for key, rows_of in loaded.items()}
+    trained = [rows_of for (role, _), rows_of in loaded.items() if role == "train"]
     probe = DynamicsProbes(
         sets=sets, batch=draw_rows(trained[0], batch, seed) if trained else None,
-        rows=draw_rows(next(iter(given.values())), probes, seed),
-        reading=options,
-        loss_dtype=loss_dtype, outputs=outputs, kernel=kernel, radius=radius, vertices=vertices, seed=seed,
+        rows=draw_rows(next(iter(loaded.values())), probes, seed), reading=options, loss_dtype=loss_dtype,
+        outputs=outputs, kernel=kernel, radius=radius, vertices=vertices, seed=seed,
     )  # fmt: skip
     measurements = series.measured(
         "dynamics", probe.key(), probe.measure, progress, least=(2, "a trend"),
@@ -195,15 +191,19 @@ def training_dynamics(
     first = measurements[0]
     for at, (row, arrays) in enumerate(zip(steps, measurements, strict=True)):
         row |= dynamics_tables.alignment_columns(arrays)
-        row["movement"] = relative_movement(moves[at]) if moves else math.nan
+        row["movement"] = math.nan
+        if moves:
+            row["movement"] = dynamics_tables.relative(moves[at]["moved"].sum(), moves[at]["size"].sum())
         row |= dynamics_tables.kernel_columns(arrays, first, probe.rows)
         row["linearity_gap"] = dynamics_tables.linearity_gap(arrays, first, gaps[at]) if gaps else math.nan
         row |= dynamics_tables.complexity_columns(arrays)
     table = pd.DataFrame(steps)
-    tables = {"steps": table}
-    tensors = dynamics_tables.tensor_rows(labels, measurements, moves, positions)
-    layers = dynamics_tables.layer_rows(labels, measurements)
-    tables |= {name: pd.DataFrame(rows) for name, rows in (("tensors", tensors), ("layers", layers)) if rows}
+    tables = {
+        "steps": table,
+        "tensors": pd.DataFrame(dynamics_tables.tensor_rows(labels, measurements, moves, positions)),
+        "layers": pd.DataFrame(dynamics_tables.layer_rows(labels, measurements)),
+    }
+    tables = {name: rows_of for name, rows_of in tables.items() if len(rows_of)}
     saved = len(series.checkpoints) == len(series)
     notes = notes_of(table, measurements, gaps, probe, saved=saved, stepped=series.stepped) + notes
     notes += reading_notes(measurements, sets, series.labels)
@@ -211,17 +211,13 @@ def training_dynamics(
 
 
 def check(*, radius: float, **counts: int) -> None:
-    """Refuse parameters out of range.
-
-    Raises:
-        InputError: the message names the parameter.
-    """
+    """Refuse parameters out of range."""
     if not 0 <= radius < math.inf:
         raise InputError(f"radius is {radius}; it is a share of an embedding's norm, 0 or more")
-    least = {"probes": 2, "vertices": 2}
     for name, count in counts.items():
-        if count < least.get(name, 1):
-            raise InputError(f"{name} is {count}; it is at least {least.get(name, 1)}")
+        least = 2 if name in ("probes", "vertices") else 1
+        if count < least:
+            raise InputError(f"{name} is {count}; it is at least {least}")
 
 
 def movements(
@@ -243,12 +239,6 @@ def movements(
         progress,
     )
     return distances, locate({name: first.headers[name] for name in names}, first.config)
-
-
-def relative_movement(moves: Arrays) -> float:
-    """‖θ − θ₀‖ / ‖θ₀‖ over all tensors."""
-    size = float(moves["size"].sum())
-    return math.sqrt(float(moves["moved"].sum()) / size) if size > 0 else math.nan
 
 
 def expansions(
@@ -276,9 +266,7 @@ def metrics_of(steps: pd.DataFrame, trained: bool) -> dict[str, float | int]:
     first, last = steps.iloc[0], steps.iloc[-1]
     collapsed = steps[f"collapsed_{role}"]
     values: dict[str, float] = {
-        "collapsed": last[f"collapsed_{role}"],
-        "collapsed_right": last[f"collapsed_right_{role}"],
-        "logit_scale": last[f"logit_scale_{role}"],
+        **{name: last[f"{name}_{role}"] for name in ("collapsed", "collapsed_right", "logit_scale")},
         "logit_scale_ratio": ratio(last[f"logit_scale_{role}"], first[f"logit_scale_{role}"]),
         "local_complexity_ratio": ratio(last["local_complexity"], first["local_complexity"]),
         "kernel_alignment_rise": last["kernel_alignment"] - first["kernel_alignment"],

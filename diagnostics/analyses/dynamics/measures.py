@@ -32,16 +32,12 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicsProbes:
-    """Measures and their rows.
+    """The measures of `training_dynamics`, with its parameters and their rows.
 
     Attributes:
         sets: rows to be scored, with statistics of their logits.
         batch: the training batch of the gradient; None without train rows.
         rows: probe rows of outputs, kernel and local complexity.
-        loss_dtype: of the softmax in the training loss.
-        outputs: number of random projections of the logits.
-        kernel: whether the tangent kernel is computed.
-        radius, vertices: of local complexity.
     """
 
     sets: Mapping[SetKey, Task]
@@ -58,15 +54,10 @@ class DynamicsProbes:
     def key(self) -> dict[str, Any]:
         """All that a measurement depends on besides the checkpoint, as JSON."""
         return self.reading.key(self.sets) | {
-            "batch": None if self.batch is None else identity(self.batch),
-            "probes": identity(self.rows),
-            "loss_dtype": self.loss_dtype,
-            "outputs": self.outputs,
-            "kernel": self.kernel,
-            "radius": self.radius,
-            "vertices": self.vertices,
-            "seed": self.seed,
-        }
+            "batch": None if self.batch is None else identity(self.batch), "probes": identity(self.rows),
+            "loss_dtype": self.loss_dtype, "outputs": self.outputs, "kernel": self.kernel,
+            "radius": self.radius, "vertices": self.vertices, "seed": self.seed,
+        }  # fmt: skip
 
     def measure(self, checkpoint: Checkpoint) -> Arrays:
         """All measures on one checkpoint, which is left unchanged."""
@@ -105,7 +96,7 @@ class DynamicsProbes:
         encoded = self.reading.encode(editable, self.rows)
         head = unwrapped(editable.model).get_output_embeddings()
         classes = len(editable.labels) if editable.kind == "classifier" else head.weight.shape[0]
-        rows = list(dict.fromkeys(whole.row for whole in label_units(encoded)))
+        rows = list(dict.fromkeys(unit.row for unit in label_units(encoded)))
         if not rows:
             raise InputError(f"{self.rows.ref}: no probe row has a label")
         return encoded, rows, projection(self.outputs, classes, self.seed)
@@ -136,19 +127,17 @@ class DynamicsProbes:
 
     def _complexity(self, editable: Editable) -> Arrays:
         encoded = self.reading.encode(editable, self.rows)
-        scored = {index for whole in label_units(encoded) for index, _ in whole.sequences}
+        scored = {index for unit in label_units(encoded) for index, _ in unit.sequences}
         complexity = local_complexity(
             editable.model, [encoded.examples[index] for index in sorted(scored)], radius=self.radius,
             vertices=self.vertices, seed=self.seed, tokens=self.reading.batch_tokens,
         )  # fmt: skip
         return {
-            "layer": np.array(list(complexity.share)),
-            "share": np.array(list(complexity.share.values())),
-            "units": np.array(list(complexity.units.values())),
-            "radius": np.array(complexity.radius),
+            "layer": np.array(list(complexity.share)), "share": np.array(list(complexity.share.values())),
+            "units": np.array(list(complexity.units.values())), "radius": np.array(complexity.radius),
             "vertices": np.array(complexity.vertices),
             "routed": np.array(switches(editable.model)[1], dtype=int),
-        }
+        }  # fmt: skip
 
 
 def alignment(model: nn.Module) -> Arrays:
@@ -170,16 +159,9 @@ def alignment(model: nn.Module) -> Arrays:
         rows.append((name, layer, component, unembedding, float(-(G @ W)), float(G @ G), float(W @ W)))
     if not rows:
         raise InputError(f"{type(inner).__name__}: none of its matrices has a gradient")
-    names, layers, components, heads, *sums = zip(*rows, strict=True)
-    return {
-        "name": np.array(names),
-        "layer": np.array([np.nan if layer is None else layer for layer in layers], float),
-        "component": np.array(components),
-        "unembedding": np.array(heads, bool),
-        **{
-            key: np.array(column) for key, column in zip(("product", "gradient", "weight"), sums, strict=True)
-        },
-    }
+    columns = ("name", "layer", "component", "unembedding", "product", "gradient", "weight")
+    arrays = {name: np.array(values) for name, values in zip(columns, zip(*rows, strict=True), strict=True)}
+    return arrays | {"layer": arrays["layer"].astype(float)}  # NaN outside the blocks
 
 
 def locate(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, tuple[int | None, str, bool]]:

@@ -17,10 +17,9 @@ from probes.errors import InputError
 
 
 def collapsed(logits: Float[Tensor, "positions classes"], dtype: torch.dtype) -> Bool[Tensor, " positions"]:
-    """Where Σ exp(o) is exactly 1 in a dtype, o being the logits minus their largest.
+    """Where Σ exp(o) is exactly 1 in the dtype of the loss, o being the logits minus their largest.
 
-    All but the most likely class have then vanished (in float32 below 2⁻²⁴). Where it is the label, loss and
-    gradient are 0. The test holds only for the dtype in which the loss is computed.
+    All but the most likely class have then vanished (in float32 below 2⁻²⁴), without a gradient on the label.
     """
     wide = logits.to(dtype)
     return (wide - wide.amax(dim=-1, keepdim=True)).exp().sum(dim=-1) == 1
@@ -40,17 +39,9 @@ def margin(
     return (wide.gather(1, label) - wide.scatter(1, label, -math.inf).amax(dim=1, keepdim=True))[:, 0]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class LogitSummary:
-    """Means over all labels of a set.
-
-    Attributes:
-        labels: their number.
-        collapsed: share with a collapsed softmax.
-        collapsed_right: share where the remaining class is also the label.
-        scale: mean standard deviation over the classes.
-        margin: mean margin of the label.
-    """
+    """Number of labels of a set, shares with a collapsed softmax, and mean scale and margin of the logits."""
 
     labels: int
     collapsed: float
@@ -60,11 +51,7 @@ class LogitSummary:
 
 
 def summarise(parts: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype) -> LogitSummary:
-    """Means over logits and labels, a chunk at a time.
-
-    Raises:
-        InputError: there is no label.
-    """
+    """Means over logits and labels, a chunk at a time."""
     count, sums = 0, np.zeros(4)
     for logits, targets in parts:
         flat, margins = collapsed(logits, dtype), margin(logits, targets)
@@ -73,7 +60,4 @@ def summarise(parts: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Log
         count += len(targets)
     if not count:
         raise InputError("no row has a label to measure logits at")
-    flat_mean, right_mean, scale_mean, margin_mean = (sums / count).tolist()
-    return LogitSummary(
-        labels=count, collapsed=flat_mean, collapsed_right=right_mean, scale=scale_mean, margin=margin_mean
-    )
+    return LogitSummary(count, *(sums / count).tolist())

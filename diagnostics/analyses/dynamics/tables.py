@@ -16,7 +16,11 @@ Arrays = Mapping[str, np.ndarray]
 
 # Relative difference of outputs below which it is float32 round-off.
 ROUND_OFF = 1e-6
-LOGITS = ("logit_scale", "margin", "collapsed", "collapsed_right")
+# Statistics of logits, and the columns with them.
+LOGITS = {
+    "scale": "logit_scale", "margin": "margin", "collapsed": "collapsed",
+    "collapsed_right": "collapsed_right",
+}  # fmt: skip
 
 
 def logit_columns(
@@ -26,28 +30,22 @@ def logit_columns(
     numbers = [number for number, curves in enumerate(sets) if curves.which[0] == role]
     rows = []
     for at, arrays in enumerate(measurements):
-        parts = [
-            {name: arrays.get(f"logits.{number}.{name}", np.nan) for name in ("labels", *_COLUMNS)}
-            for number in numbers
-        ]
-        labels = np.array([part["labels"] for part in parts], float)
+        parts = {
+            name: np.array([arrays.get(f"logits.{number}.{name}", np.nan) for number in numbers], float)
+            for name in ("labels", *LOGITS)
+        }
         row = {
             f"{curve}_{role}": float(np.mean([getattr(sets[number], curve)[at] for number in numbers]))
             for curve in ("loss", "metric")
         }
-        for name, column in _COLUMNS.items():
-            values = np.array([part[name] for part in parts], float)
-            row[f"{column}_{role}"] = float((values * labels).sum() / labels.sum()) if numbers else math.nan
+        for name, column in LOGITS.items():
+            row[f"{column}_{role}"] = float((parts[name] * parts["labels"]).sum() / parts["labels"].sum())
         rows.append(row)
     return rows
 
 
-_COLUMNS = dict(zip(("scale", "margin", "collapsed", "collapsed_right"), LOGITS, strict=True))
-
-
 def alignment_columns(arrays: Arrays) -> dict[str, float]:
-    """Cosine of minus the gradient with the weights: of all matrices as one vector, and of the "
-    "unembedding."""
+    """Cosine of minus the gradient with the weights, of all matrices as one vector and of the unembedding."""
     if "alignment.name" not in arrays:
         return {"nlm_cosine": math.nan, "nlm_unembedding": math.nan}
     product, gradient, weight = (arrays[f"alignment.{name}"] for name in ("product", "gradient", "weight"))
@@ -66,18 +64,14 @@ def cosine(product: float, first: float, second: float) -> float:
 
 def kernel_columns(arrays: Arrays, first: Arrays, rows: Task) -> dict[str, float]:
     """Alignment of the tangent kernel with the first checkpoint's, and with the labels."""
-    columns = dict.fromkeys(("kernel_cka", "kernel_cka_debiased", "kernel_alignment"), math.nan)
-    if "kernel.values" not in arrays or "kernel.values" not in first or "outputs.rows" not in arrays:
-        return columns
-    K, M = arrays["kernel.values"], first["kernel.values"]
-    if K.shape != M.shape:
-        return columns
+    K, M = arrays.get("kernel.values"), first.get("kernel.values")
+    if K is None or M is None or "outputs.rows" not in arrays or K.shape != M.shape:
+        return dict.fromkeys(("kernel_cka", "kernel_cka_debiased", "kernel_alignment"), math.nan)
     labels = labels_of(rows, arrays["outputs.rows"].tolist())
-    if labels:
-        columns["kernel_alignment"] = kernel_alignment.alignment(K, labels)
-    return columns | {
+    return {
         "kernel_cka": kernel_alignment.cka(K, M),
         "kernel_cka_debiased": kernel_alignment.debiased_cka(K, M),
+        "kernel_alignment": kernel_alignment.alignment(K, labels) if labels else math.nan,
     }
 
 
@@ -96,10 +90,9 @@ def labels_of(task: Task, rows: Sequence[int]) -> list[Any]:
 
 def linearity_gap(arrays: Arrays, first: Arrays, expansion: Arrays) -> float:
     """ρ = ‖f − f₀ − J₀ Δθ‖ / ‖f − f₀‖; 0 where the change is linear in Δθ, NaN where nothing changed."""
-    if "expansion.values" not in expansion or "outputs.values" not in arrays or "outputs.values" not in first:
-        return math.nan
-    f, f0, linear = arrays["outputs.values"], first["outputs.values"], expansion["expansion.values"]
-    if f.shape != f0.shape:
+    f, f0 = arrays.get("outputs.values"), first.get("outputs.values")
+    linear = expansion.get("expansion.values")
+    if f is None or f0 is None or linear is None or f.shape != f0.shape:
         return math.nan
     change = float(np.linalg.norm(f - f0))
     if change <= ROUND_OFF * float(np.linalg.norm(f0)):
@@ -126,45 +119,38 @@ def movement(first: Checkpoint, other: Checkpoint, names: Sequence[str]) -> dict
     return {"name": np.array(names), "moved": np.array(moved), "size": np.array(sizes)}
 
 
-def tensor_rows(
-    labels: Sequence[tuple[float, str]],
-    measurements: Sequence[Arrays],
-    moves: Sequence[Arrays],
-    positions: Mapping[str, tuple[int | None, str, bool]],
-) -> list[dict[str, Any]]:
-    """One row a matrix and checkpoint: cosine of its gradient, and its movement.
+def relative(moved: float, size: float) -> float:
+    """‖θ − θ₀‖ / ‖θ₀‖ from squares; NaN where θ₀ is 0."""
+    return math.sqrt(moved / size) if size > 0 else math.nan
 
-    Args:
-        positions: layer, component and whether it is a head, for the tensors of the files.
-    """
+
+def tensor_rows(
+    labels: Sequence[tuple[float, str]], measurements: Sequence[Arrays], moves: Sequence[Arrays],
+    positions: Mapping[str, tuple[int | None, str, bool]],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """One row a matrix and checkpoint: cosine of its gradient, and its movement; `positions` as `locate`."""
     rows = []
     for at, (step, label) in enumerate(labels):
         by_tensor: dict[str, dict[str, Any]] = {}
         arrays = measurements[at]
         for index, name in enumerate(arrays.get("alignment.name", ())):
-            product, gradient, weight = (
-                float(arrays[f"alignment.{key}"][index]) for key in ("product", "gradient", "weight")
-            )
+            sums = (float(arrays[f"alignment.{key}"][index]) for key in ("product", "gradient", "weight"))
             by_tensor[str(name)] = {
                 "layer": float(arrays["alignment.layer"][index]),
                 "component": str(arrays["alignment.component"][index]),
-                "unembedding": bool(arrays["alignment.unembedding"][index]),
-                "nlm_cosine": cosine(product, gradient, weight),
-            }
+                "unembedding": bool(arrays["alignment.unembedding"][index]), "nlm_cosine": cosine(*sums),
+            }  # fmt: skip
         moved = moves[at] if moves else {}
         for index, name in enumerate(moved.get("name", ())):
             if str(name) not in positions:
                 continue
             layer, component, head = positions[str(name)]
             without_gradient = {
-                "layer": math.nan if layer is None else float(layer),
-                "component": component,
-                "unembedding": head,
-                "nlm_cosine": math.nan,
-            }
+                "layer": math.nan if layer is None else float(layer), "component": component,
+                "unembedding": head, "nlm_cosine": math.nan,
+            }  # fmt: skip
             row = by_tensor.setdefault(str(name), without_gradient)
-            size = float(moved["size"][index])
-            row["movement"] = math.sqrt(float(moved["moved"][index]) / size) if size > 0 else math.nan
+            row["movement"] = relative(moved["moved"][index], moved["size"][index])
         rows += [
             {"step": step, "label": label, "tensor": name, "movement": math.nan, **row}
             for name, row in by_tensor.items()
@@ -174,20 +160,12 @@ def tensor_rows(
 
 def layer_rows(labels: Sequence[tuple[float, str]], measurements: Sequence[Arrays]) -> list[dict[str, Any]]:
     """One row a layer and checkpoint: switched units per token, and their share."""
+    columns = [f"complexity.{name}" for name in ("layer", "share", "units")]
     return [
         {
-            "step": step,
-            "label": label,
-            "layer": int(layer),
-            "local_complexity": float(share * units),
-            "share": float(share),
-            "units": int(units),
+            "step": step, "label": label, "layer": int(layer), "local_complexity": float(share * units),
+            "share": float(share), "units": int(units),
         }
         for (step, label), arrays in zip(labels, measurements, strict=True)
-        for layer, share, units in zip(
-            arrays.get("complexity.layer", ()),
-            arrays.get("complexity.share", ()),
-            arrays.get("complexity.units", ()),
-            strict=True,
-        )
-    ]
+        for layer, share, units in zip(*(arrays.get(name, ()) for name in columns), strict=True)
+    ]  # fmt: skip

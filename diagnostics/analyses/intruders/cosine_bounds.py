@@ -51,10 +51,7 @@ class Recurrence:
     shift: float = 0.0
 
     def bound(self, vector: NDArray[np.intp], low: NDArray, high: NDArray) -> NDArray[np.float64]:
-        """Upper bound on |⟨u, y⟩| for eigenvectors of A with eigenvalue in [low, high], elementwise.
-
-        `vector` is the row of the recurrence for each cell.
-        """
+        """Upper bound on |⟨u, y⟩| for eigenvectors of A with eigenvalue in [low, high], by row `vector`."""
         residual = self.residual[vector].T
         if not self.inverse:
             return self._at(vector, low, high, residual[0])
@@ -105,13 +102,9 @@ def largest_cosines(
 
     Also the largest eigenvalue at which a bound exceeds its target; 0 if none does.
 
-    In each cell the smallest of the recurrences' bounds holds. Cells are halved until each has a bound below
-    the target, and none that raises the vector's bound lies more than `slack` above its midpoint's.
-
-    Args:
-        span: smallest and largest possible eigenvalue.
-        target: cosine per vector below which a decision is wanted.
-        slack: allowed excess of a bound over the best in its cell.
+    In each cell of the span of eigenvalues the smallest of the recurrences' bounds holds. Cells are halved
+    until each has a bound below the target, the cosine below which a decision is wanted, and none that raises
+    the vector's bound lies more than `slack` above its midpoint's.
     """
     low, high = span
     edges = np.unique(np.concatenate([[low], np.geomspace(max(low, 1e-7 * high), high, 65)]))
@@ -215,7 +208,7 @@ class Lanczos:
     def _direction(self, rest: Tensor, exhausted: Tensor) -> Tensor:
         """Next basis vectors; an exhausted space continues with any orthogonal direction, at β of about 0."""
         # Reading the flag of a GPU would wait for it.
-        if exhausted.device.type != "cpu" or exhausted.any():
+        if not _on_cpu(exhausted) or exhausted.any():
             generator = torch.Generator(rest.device).manual_seed(self.basis.shape[1])
             fresh = torch.randn(rest.shape, generator=generator, dtype=rest.dtype, device=rest.device)
             for _ in range(2):
@@ -240,3 +233,7 @@ def recurrence(
     residual[:, 0] = np.maximum(residual[:, 0] + np.sqrt(leftover[rows]), LEAST_RESIDUAL * scale)
     beta = np.maximum(beta, 1e-300 + 1e-14 * scale)
     return Recurrence(alpha, beta, residual, norm[rows], inverse, shift)
+
+
+def _on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"

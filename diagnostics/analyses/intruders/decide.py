@@ -84,7 +84,6 @@ def decide_all(
 
     Args:
         base, tuned: float32 or float64, finite; k is less than the smaller side.
-        epsilon: cosine under which a vector is an intruder.
         generators: for the starting blocks, on the matrices' device.
         pictured: with an intruder, also find the k leading base vectors.
         recalls: of each base, the cache of its intermediate results.
@@ -106,7 +105,7 @@ def _lead(
     """Tier a: leading subspaces of both, until every tuned vector has converged."""
     space0 = _of_base(base, torch.cat([search.random(base.shape[1]) for search in searches]), searches)
     ritz0 = space0.ritz(3 * space0.start)
-    starts = [search.start(ritz0.one(i)) for i, search in enumerate(searches)]
+    starts = [search.start(ritz0.single(i)) for i, search in enumerate(searches)]
     space1 = BlockKrylov(tuned, torch.cat(starts))
     space1.extend(TUNED_STEPS)
     for _ in range(ROUNDS):
@@ -116,7 +115,7 @@ def _lead(
             break
         space1.extend(MORE_STEPS)
     for i, search in enumerate(searches):
-        search.begin(space0.one(i), ritz0.one(i), ritz1.one(i))
+        search.begin(space0.single(i), ritz0.single(i), ritz1.single(i))
 
 
 def _of_base(base: Tensor, start: Tensor, searches: list["_Search"]) -> BlockKrylov:

@@ -16,46 +16,38 @@ from diagnostics.numerics.estimates import Estimate
 BETWEEN = 400
 
 
-@dataclass(frozen=True, kw_only=True)
-class Control:
-    """Losses of the control at its measured strengths, for every draw of the rows."""
+def control_at_task(
+    measured: Float[np.ndarray, " strengths"], measured_task: Float[np.ndarray, "draws strengths"],
+    measured_keep: Float[np.ndarray, "draws strengths"], task: Float[np.ndarray, "draws points"],
+) -> tuple[Float[np.ndarray, "draws points"], ...]:  # fmt: skip
+    """The lowest keep loss of the control with at most this task loss, for every point.
 
-    strengths: Float[np.ndarray, " strengths"]  # ascending, with 1, which is tuned
-    task: Float[np.ndarray, "draws strengths"]
-    keep: Float[np.ndarray, "draws strengths"]
+    Also its strength there, and its task loss above that of the point, positive where no strength is as
+    good: there the best on the task is taken, which favours the control. Between measured strengths both
+    losses follow a monotone cubic. Tuned is always allowed: the control never keeps less than tuned.
+    """
+    from scipy.interpolate import PchipInterpolator
 
-    def at_task(
-        self, task: Float[np.ndarray, "draws points"]
-    ) -> tuple[Float[np.ndarray, "draws points"], ...]:
-        """The lowest keep loss of the control with at most this task loss, for every point.
-
-        Also its strength there, and its task loss above that of the point, positive where no strength is as
-        good: there the best on the task is taken, which favours the control. Between measured strengths both
-        losses follow a monotone cubic. Tuned is always allowed: the control never keeps less than tuned.
-        """
-        from scipy.interpolate import PchipInterpolator
-
-        even = np.linspace(self.strengths[0], self.strengths[-1], BETWEEN + 1)
-        strengths = np.union1d(even, self.strengths)
-        control_task, control_keep = (
-            PchipInterpolator(self.strengths, losses, axis=1)(strengths) for losses in (self.task, self.keep)
-        )
-        measured = np.searchsorted(strengths, self.strengths)
-        # Exactly the measured losses: rounding would deny the control its own points.
-        control_task[:, measured], control_keep[:, measured] = self.task, self.keep
-        tuned = int(np.searchsorted(strengths, 1.0))
-        draws = np.arange(len(task))
-        best = control_task.argmin(axis=1)
-        keep, chosen, beyond = (np.empty_like(task) for _ in range(3))
-        for point in range(task.shape[1]):
-            allowed: Bool[np.ndarray, "draws strengths"] = control_task <= task[:, point, None]
-            unmatched = ~allowed.any(axis=1)
-            allowed[:, tuned] = True
-            allowed[draws, best] |= unmatched
-            lowest = np.where(allowed, control_keep, np.inf).argmin(axis=1)
-            keep[:, point], chosen[:, point] = control_keep[draws, lowest], strengths[lowest]
-            beyond[:, point] = control_task[draws, lowest] - task[:, point]
-        return keep, chosen, beyond
+    strengths = np.union1d(np.linspace(measured[0], measured[-1], BETWEEN + 1), measured)
+    control_task, control_keep = (
+        PchipInterpolator(measured, losses, axis=1)(strengths) for losses in (measured_task, measured_keep)
+    )
+    at = np.searchsorted(strengths, measured)
+    # Exactly the measured losses: rounding would deny the control its own points.
+    control_task[:, at], control_keep[:, at] = measured_task, measured_keep
+    tuned = int(np.searchsorted(strengths, 1.0))
+    draws = np.arange(len(task))
+    best = control_task.argmin(axis=1)
+    keep, chosen, beyond = (np.empty_like(task) for _ in range(3))
+    for point in range(task.shape[1]):
+        allowed: Bool[np.ndarray, "draws strengths"] = control_task <= task[:, point, None]
+        unmatched = ~allowed.any(axis=1)
+        allowed[:, tuned] = True
+        allowed[draws, best] |= unmatched
+        lowest = np.where(allowed, control_keep, np.inf).argmin(axis=1)
+        keep[:, point], chosen[:, point] = control_keep[draws, lowest], strengths[lowest]
+        beyond[:, point] = control_task[draws, lowest] - task[:, point]
+    return keep, chosen, beyond
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +76,8 @@ def advantage(
     """
     control = np.flatnonzero(~np.isnan(strengths))
     control = control[np.argsort(strengths[control])]
-    measured = Control(strengths=strengths[control], task=task[:, control], keep=keep[:, control])
-    reached, chosen, beyond = measured.at_task(task)
+    # The strengths ascend, with 1, which is tuned.
+    reached, chosen, beyond = control_at_task(strengths[control], task[:, control], keep[:, control], task)
     gain = reached - keep
     value, spread = gain[0], gain[1:].std(axis=0, ddof=1)
     # Standardised, so that a point whose losses are noisy does not widen the intervals of the others.

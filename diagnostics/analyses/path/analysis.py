@@ -137,11 +137,11 @@ def interpolation_path(
     import pandas as pd
 
     grid = interpolation.check_alphas(alphas)
-    with TwoSidedModel(pair, **options.of_models) as host:
-        interpolated = InterpolatedModel(host)
+    with TwoSidedModel(pair, **options.of_models) as two_sided:
+        interpolated = InterpolatedModel(two_sided)
         loaded = load_sets({"task": task, "keep": keep, "ood": ood}, least=2, purpose="a path")
-        sets = encode_sets(host.editable, loaded, **options.of_rows)
-        notes = interpolation.model_notes(pair, host.model)
+        sets = encode_sets(two_sided.editable, loaded, **options.of_rows)
+        notes = interpolation.model_notes(pair, two_sided.model)
         evaluator = PathEvaluator(interpolated, sets, progress)
         evaluator.measure(grid)
     rows, choices = interpolation.set_rows(evaluator, grid), choice_rows(evaluator, grid)
@@ -157,9 +157,9 @@ def interpolation_path(
 
 
 def choice_rows(evaluator: PathEvaluator, alphas: Sequence[float]) -> list[dict[str, Any]]:
-    """Each α against tuned: its cost on the task, its gain on the keep rows, and whether it dominates.
+    """Each α against tuned, with ε one standard error over rows.
 
-    ε is one standard error over rows. An α dominates if its task loss is at most tuned's + ε, no set's
+    An α dominates if its task loss is at most tuned's + ε, no set's
     accuracy is more than its own ε below tuned's, and its keep loss is below tuned's − ε.
     """
     rows = []

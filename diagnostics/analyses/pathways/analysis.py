@@ -1,11 +1,9 @@
 """Grokking pathways: reorganisation or drift of expert routing after memorisation.
 
-While a mixture of experts memorises, the pathways of its samples diverge. When it starts to share
-computation, pathways of one group converge again and stay apart from other groups'. This can go on long
-after the training loss is flat, and is visible without a test set.
+While a mixture of experts memorises, pathways diverge. When it starts to share computation, those of one
+group converge and stay apart from other groups', often long after the training loss is flat.
 Source: "Grokking in LLM Pretraining? Monitor Memorization-to-Generalization without Test",
-arXiv:2506.21551v4, which leaves the router weights and the symbols open. The gap between groups is ours:
-random labels move the published numbers too, but not the gap.
+arXiv:2506.21551v4. The gap is ours: random labels move the published numbers too, but not the gap.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -227,8 +225,7 @@ def grokking_pathways(
           permutations=permutations, draws=draws)  # fmt: skip
     series = series_of(series)
     held = tasks(task, "task")
-    given = held if train is None else tasks(train, "train")
-    followed, groups, rows = draw_rows(given, samples, seed)
+    followed, groups, rows = draw_rows(held if train is None else tasks(train, "train"), samples, seed)
     plan = RecordingPlan(
         followed=followed, held=held, drop_first=drop_first, fold_gain=fold_gain, options=options,
     )  # fmt: skip
@@ -265,15 +262,10 @@ def grokking_pathways(
 
 
 def result_of_records(
-    steps: Sequence[float],
-    labels: Sequence[str],
-    records: Sequence[Record],
-    samples: Samples,
-    settings: PathwaySettings,
-    *,
-    counted: Mapping[str, int] | None = None,
+    steps: Sequence[float], labels: Sequence[str], records: Sequence[Record], samples: Samples,
+    settings: PathwaySettings, *, counted: Mapping[str, int] | None = None,
     progress: Callable[[int, int, str], None] | None = None,
-) -> Result:
+) -> Result:  # fmt: skip
     """The result of a run's records: the last part of `grokking_pathways`, for models that it cannot load.
 
     For your own modules `probes.experts.routes.capture_routes` records the routes of named routers.
@@ -303,11 +295,7 @@ def check(
     *, tau: float, alphabet: str, samples: int, metric: str, epsilon: float | None, delta: float,
     permutations: int, draws: int,
 ) -> None:  # fmt: skip
-    """Refuse parameters out of range before anything is loaded.
-
-    Raises:
-        InputError: the message names the parameter.
-    """
+    """Refuse parameters out of range before anything is loaded."""
     if not 0 < tau <= 1:
         raise InputError(f"tau is {tau:g}; it is a share of the weight, above 0 and at most 1")
     if alphabet not in ALPHABETS:

@@ -18,7 +18,7 @@ def notes(run: RoutingRun, tables: Mapping[str, pd.DataFrame], metrics: Numbers)
     """All notes, the verdict first."""
     return [
         f"{run.verdict[0].upper()}{run.verdict[1:]}: {run.why}.", *memorisation(run), *turning(run),
-        *correlated(run, tables), *two_checkpoints(run), definitions(run), *followed(run, metrics),
+        *correlated(run, tables), *definitions(run), *followed(run, metrics),
         *undefined(run, metrics),
     ]  # fmt: skip
 
@@ -37,9 +37,8 @@ def memorisation(run: RoutingRun) -> list[str]:
     share = f"a share of {run.memorised_share:.2g} is"
     notes = [f"A sample is memorised when {rule}{chosen}; {share} before the last checkpoint."]
     if run.memorised_step is not None:
-        half = run.memorised_step
-        text = f"Half of these are memorised by step {half.value:g} "
-        text += f"(95 % interval {half.low:g} to {half.high:g})."
+        step, low, high, _ = run.memorised_step
+        text = f"Half of these are memorised by step {step:g} (95 % interval {low:g} to {high:g})."
         if run.since == 0:
             text += (
                 " That is the first checkpoint: they were memorised earlier, or nothing is learnt; only a "
@@ -58,28 +57,23 @@ def turning(run: RoutingRun) -> list[str]:
             f"{turn.low:.4g} to {turn.high:.4g}), where half of the change of the gap between groups is made"
         )
         if held is not None:
-            text += (
-                f"; the held-out metric does so at step {held.value:.4g} ({held.low:.4g} to {held.high:.4g})"
-            )
+            text += f"; the held-out metric does so at step {held.value:.4g} "
+            text += f"({held.low:.4g} to {held.high:.4g})"
         return [f"{text}."]
-    if run.verdict == "reorganising after memorisation":
-        return [
-            "No step at which memorisation turns to generalisation is given: routes reorganise, but the "
-            "held-out metric does not improve significantly."
-        ]
     if run.verdict == "withheld":
         return []
-    return [
-        "No step at which memorisation turns to generalisation is given: the verdict does not support one."
-    ]
+    why = "the verdict does not support one"
+    if run.verdict == "reorganising after memorisation":
+        why = "routes reorganise, but the held-out metric does not improve significantly"
+    return [f"No step at which memorisation turns to generalisation is given: {why}."]
 
 
 def correlated(run: RoutingRun, tables: Mapping[str, pd.DataFrame]) -> list[str]:
     """The correlations with the paper's, or why there are none."""
     now = at_once(tables["correlations"])
     since = f" since step {run.steps[run.since]:g}" if run.since else ""
-    if run.too_few:
-        points = len(run.snapshots) - run.since
+    points = len(run.snapshots) - run.since
+    if points < LEAST:
         return [f"Correlations are withheld: they need {LEAST} checkpoints, and there are {points}{since}."]
     values = [
         f"{SIGNS[name]} {now[name]['spearman']:+.2f} (the paper's {low:+.3g} to {high:+.3g})"
@@ -95,31 +89,25 @@ def correlated(run: RoutingRun, tables: Mapping[str, pd.DataFrame]) -> list[str]
     ]
 
 
-def two_checkpoints(run: RoutingRun) -> list[str]:
-    """What two checkpoints cannot show."""
-    if len(run.snapshots) > 2:
-        return []
-    return [
-        "Two checkpoints show differences and drift only. If experts were renumbered in between, all routes "
-        "appear to have moved."
-    ]
-
-
-def definitions(run: RoutingRun) -> str:
-    """Definitions of the paper that are open, as used here."""
+def definitions(run: RoutingRun) -> list[str]:
+    """What two checkpoints cannot show, and the paper's open definitions as used here."""
+    notes = []
+    if len(run.snapshots) < 3:
+        notes.append(
+            "Two checkpoints show differences and drift only. If experts were renumbered in between, all "
+            "routes appear to have moved."
+        )
     settings, routes = run.settings, run.snapshots[0].record.routes
     kind = "all router weights" if settings.weights == "full" else "the weights of the chosen experts"
-    layers = routes.layers
-    apart = any(after - before > 1 for before, after in pairwise(layers))
     text = (
         f"Pathways use {kind}, tau {settings.tau:g}, symbols {settings.alphabet}. Verdicts use distances as "
         "a share of the longer pathway, since raw edits grow with length. Consistency is smoothness (higher "
         "is smoother). The paper's C, gp_inconsistency, is higher for more erratic routes. Effective "
         "dimensions use lambda = 0.001 Tr(H) / samples."
     )
-    if apart:
+    if any(after - before > 1 for before, after in pairwise(routes.layers)):
         text += " Consecutive layers are those with experts; dense layers lie between some."
-    return text
+    return [*notes, text]
 
 
 def followed(run: RoutingRun, metrics: Numbers) -> list[str]:

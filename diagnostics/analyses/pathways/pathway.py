@@ -1,8 +1,6 @@
 """The pathway of a sample through a mixture of experts, edit distances and smoothness.
 
-In each layer experts are ranked by the sample's mean router weight. The fewest that hold a share tau of it
-form the pathway, layer after layer. Two pathways are compared by edit distance. A pathway is smooth where
-consecutive layers choose experts with similar router rows.
+In each layer the fewest experts that hold a share tau of the sample's mean router weight form the pathway.
 Source: "Grokking in LLM Pretraining?", arXiv:2506.21551v4. It specifies no symbols and does not discuss
 lengths: distances are therefore also given as a share of the longer pathway.
 """
@@ -32,12 +30,7 @@ AT_ONCE = 2**24
 
 @dataclass(frozen=True, kw_only=True)
 class Pathways:
-    """The experts on each sample's pathway.
-
-    Attributes:
-        order: experts of each layer by descending weight; the lower id first among equals.
-        kept: number of these on the pathway, at least 1.
-    """
+    """Experts of each layer by descending weight (lower id first), and how many are on the pathway."""
 
     order: Int[np.ndarray, "samples layers experts"]
     kept: Int[np.ndarray, "samples layers"]
@@ -52,7 +45,7 @@ class Pathways:
             layer: restrict to one layer with experts, counted from 0.
         """
         samples, layers, experts = self.order.shape
-        chosen = range(layers) if layer is None else range(layer, layer + 1)
+        chosen = list(range(layers)) if layer is None else [layer]
         if alphabet == "chars":
             return [
                 "-".join(",".join(map(str, ranked[at, : count[at]])) for at in chosen)
@@ -62,8 +55,8 @@ class Pathways:
         codes = FIRST + self.order + first[:, None]
         codes = np.where(codes < SURROGATES, codes, codes + BEHIND - SURROGATES).astype("<u4")
         on_path = np.arange(experts) < self.kept[..., None]
-        at = list(chosen)
-        return [codes[row, at][on_path[row, at]].tobytes().decode("utf-32-le") for row in range(samples)]
+        codes, on_path = codes[:, chosen], on_path[:, chosen]
+        return [codes[row][on_path[row]].tobytes().decode("utf-32-le") for row in range(samples)]
 
 
 def pathways(weights: Weights, tau: float = 0.7) -> Pathways:
@@ -100,11 +93,7 @@ def lengths(strings: Sequence[str]) -> Int[np.ndarray, " samples"]:
 
 
 def distances(strings: Sequence[str], *, workers: int = 1) -> Int[np.ndarray, "samples samples"]:
-    """Levenshtein distances between all pairs of pathways.
-
-    Args:
-        workers: threads; -1: all.
-    """
+    """Levenshtein distances between all pairs of pathways, on some threads (-1: all)."""
     from rapidfuzz.distance import Levenshtein
     from rapidfuzz.process import cdist
 
@@ -123,8 +112,7 @@ def moves(before: Sequence[str], after: Sequence[str]) -> Int[np.ndarray, " samp
 def longer(
     first: Int[np.ndarray, " samples"], second: Int[np.ndarray, " others"]
 ) -> Int[np.ndarray, "samples others"]:
-    """Length of the longer of each pair. Distance over it is 0 for equal pathways, 1 with nothing in "
-    "common."""
+    """Length of the longer of each pair: distance over it is 0 for equal pathways, 1 with nothing shared."""
     return np.maximum.outer(first, second)
 
 
@@ -142,19 +130,14 @@ def cosines(
     for start in range(0, len(weights), chunk):
         at = slice(start, start + chunk)
         embedded = np.einsum("nle,led->nld", weights[at].astype(np.float64), rows, optimize=True)
-        norms = np.linalg.norm(embedded, axis=2)
         with np.errstate(invalid="ignore", divide="ignore"):
-            embedded /= norms[..., None]
+            embedded /= np.linalg.norm(embedded, axis=2, keepdims=True)
         cosine[at] = np.einsum("nld,nld->nl", embedded[:, :-1], embedded[:, 1:])
     return cosine
 
 
 def smoothness(cosine: Float[np.ndarray, "samples steps"]) -> Float[np.ndarray, " samples"]:
-    """Mean cosine of consecutive layers: 1 the same direction, 0 unrelated layers.
-
-    Raises:
-        InputError: fewer than 2 layers with experts.
-    """
+    """Mean cosine of consecutive layers: 1 the same direction, 0 unrelated layers."""
     if not cosine.shape[1]:
         raise InputError("smoothness compares consecutive layers with experts; there is only one")
     return cosine.mean(axis=1)
@@ -164,10 +147,7 @@ def gp_inconsistency(cosine: Float[np.ndarray, "samples steps"]) -> Float[np.nda
     """The paper's C = 1 − mean(c) / (max(c) + 1e-8) over the cosines c of consecutive layers.
 
     As written it grows with erratic routes, though the paper calls it consistency. NaN where the largest
-    cosine is at most 0.05, since the ratio then explodes.
-
-    Raises:
-        InputError: fewer than 3 layers with experts; 2 give 0 whatever the routes.
+    cosine is at most 0.05, since the ratio then explodes. It needs 3 layers: 2 give 0 whatever the routes.
     """
     if cosine.shape[1] < 2:
         raise InputError(
@@ -181,8 +161,7 @@ def gp_inconsistency(cosine: Float[np.ndarray, "samples steps"]) -> Float[np.nda
 
 
 def entropies(weights: Weights) -> Float[np.ndarray, "samples layers"]:
-    """Entropy in nats of a sample's weights in each layer: 0 for one expert, log(experts) for equal "
-    "weights."""
+    """Entropy in nats of a sample's weights in each layer: 0 for one expert, log(experts) for equal ones."""
     shares = weights.astype(np.float64)
     shares /= shares.sum(axis=2, keepdims=True)
     logs = np.log(shares, out=np.zeros_like(shares), where=shares > 0)
@@ -194,10 +173,8 @@ def effective_dimension(
 ) -> float:
     """Tr(H (H + λI)⁻¹) of one layer, H = G Gᵀ with the samples' weights G; at most min(samples, experts).
 
-    A proxy of ours for the paper's, which has a kernel for each expert: here these kernels are 1.
-
-    Args:
-        regularisation: λ; None is 1e-3 · Tr(H) / samples (ours: the paper gives none).
+    A proxy of ours for the paper's, which has a kernel for each expert: here these kernels are 1. λ is
+    1e-3 · Tr(H) / samples unless given (ours: the paper gives none).
     """
     gram = weights.astype(np.float64).T @ weights.astype(np.float64)
     if regularisation is None:

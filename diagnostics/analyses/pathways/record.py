@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -21,18 +21,12 @@ from probes.text.rows import Task
 # Most samples over all groups: distances are kept for all pairs.
 MOST = 3000
 ALL = "all"
+Part = TypeVar("Part", Routes, Losses)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """The followed samples, ordered by group.
-
-    Attributes:
-        names: of the groups.
-        groups: index of each sample's group.
-        rows: file and line of each sample.
-        trained: whether they are train rows.
-    """
+    """The followed samples, ordered by group: names of the groups, group and file and line of each sample."""
 
     names: tuple[str, ...]
     groups: Int[np.ndarray, " samples"]
@@ -49,14 +43,7 @@ class Samples:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """The measurements of one checkpoint.
-
-    Attributes:
-        routes: of each sample.
-        routers: one matrix per layer, one row per expert.
-        nats, units: summed loss of each sample, and its number of units.
-        held_nats, held_units, held_right: the same for each held-out row, and its share right.
-    """
+    """The measurements of one checkpoint: of the samples, and `held_` of the held-out rows."""
 
     routes: Routes
     routers: Float[np.ndarray, "layers experts width"]
@@ -77,23 +64,14 @@ class Record:
 
     def take(self, kept: Int[np.ndarray, " kept"]) -> "Record":
         """The record of a subset of samples."""
-        routes = replace(
-            self.routes,
-            full=self.routes.full[kept],
-            top=self.routes.top[kept],
-            tokens=self.routes.tokens[kept],
-        )
+        arrays = {name: getattr(self.routes, name)[kept] for name in ("full", "top", "tokens")}
+        routes = replace(self.routes, **arrays)
         return replace(self, routes=routes, nats=self.nats[kept], units=self.units[kept])
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecordingPlan:
-    """The rows and options of a record.
-
-    Attributes:
-        followed: rows with followed routes, by name.
-        held: held-out rows, by name.
-    """
+    """The followed and the held-out rows of a record, and its options."""
 
     followed: Mapping[str, Task]
     held: Mapping[str, Task]
@@ -112,12 +90,7 @@ class RecordingPlan:
         }  # fmt: skip
 
     def measure(self, checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-        """Routes, losses and routers of one checkpoint, as flat arrays.
-
-        Raises:
-            NotApplicableError: the model has no experts.
-            InputError: rows or a model that cannot be scored.
-        """
+        """Routes, losses and routers of one checkpoint, as flat arrays."""
         try:
             routers = router_matrices(checkpoint, fold_gain=self.fold_gain)
         except NoRoutersError as error:
@@ -136,49 +109,33 @@ class RecordingPlan:
             )
             for rows in followed
         ]  # fmt: skip
-        losses = joined([rows.measure(editable.model) for rows in followed])
-        held_losses = joined([rows.measure(editable.model) for rows in held])
+        measure = ("nats", "units", "right")
+        losses = joined([rows.measure(editable.model) for rows in followed], measure)
+        held_losses = joined([rows.measure(editable.model) for rows in held], measure)
         return {
-            **stacked(routed).record(),
-            "routers": np.asarray(routers, dtype=np.float32),
-            "nats": losses.nats,
-            "units": losses.units,
-            "held_nats": held_losses.nats,
-            "held_units": held_losses.units,
-            "held_right": held_losses.right,
+            **joined(routed, ("full", "top", "tokens")).record(),
+            "routers": np.asarray(routers, dtype=np.float32), "nats": losses.nats, "units": losses.units,
+            "held_nats": held_losses.nats, "held_units": held_losses.units, "held_right": held_losses.right,
             "truncated": np.array(sum(rows.truncated for rows in (*followed, *held))),
-        }
+        }  # fmt: skip
 
 
-def stacked(routed: Sequence[Routes]) -> Routes:
-    """Routes of several files, concatenated."""
-    return replace(
-        routed[0],
-        full=np.concatenate([routes.full for routes in routed]),
-        top=np.concatenate([routes.top for routes in routed]),
-        tokens=np.concatenate([routes.tokens for routes in routed]),
-    )
-
-
-def joined(losses: Sequence[Losses]) -> Losses:
-    """Losses of several files, concatenated."""
-    return Losses(
-        nats=np.concatenate([part.nats for part in losses]),
-        units=np.concatenate([part.units for part in losses]),
-        right=np.concatenate([part.right for part in losses]),
-    )
+def joined(parts: Sequence[Part], names: Sequence[str]) -> Part:
+    """Routes or losses of several files, with these arrays concatenated."""
+    arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    return replace(parts[0], **arrays)
 
 
 def draw_rows(
-    given: Mapping[str, Task], count: int, seed: int
+    sets: Mapping[str, Task], count: int, seed: int
 ) -> tuple[dict[str, Task], list[str], list[str]]:
     """At most `count` random rows of each group, with the group and the file and line of each.
 
     Rows without a group form one by the name of their file, or `all`.
     """
     groups = {
-        (name, index): row.group or (name if len(given) > 1 else ALL)
-        for name, task in given.items()
+        (name, index): row.group or (name if len(sets) > 1 else ALL)
+        for name, task in sets.items()
         for index, row in enumerate(task.rows)
     }
     by_group: dict[str, list[tuple[str, int]]] = {}
@@ -191,31 +148,23 @@ def draw_rows(
         chosen = generator.choice(len(keys), min(most, len(keys)), replace=False)
         kept |= {keys[index] for index in chosen}
     left = {name: [index for index in range(len(task.rows)) if (name, index) in kept]
-            for name, task in given.items()}  # fmt: skip
+            for name, task in sets.items()}  # fmt: skip
     cut = {
-        name: replace(given[name], rows=tuple(given[name].rows[index] for index in indices),
-                      fingerprint=f"{given[name].fingerprint}/{most}/{seed}")
+        name: replace(sets[name], rows=tuple(sets[name].rows[index] for index in indices),
+                      fingerprint=f"{sets[name].fingerprint}/{most}/{seed}")
         for name, indices in left.items() if indices
     }  # fmt: skip
     order = [(name, index) for name in cut for index in left[name]]
-    return cut, [groups[row_key] for row_key in order], [given[name].where(index) for name, index in order]
+    return cut, [groups[row_key] for row_key in order], [sets[name].where(index) for name, index in order]
 
 
 def comparable(labels: Sequence[str], records: Sequence[Record]) -> None:
-    """Refuse checkpoints with different routers.
-
-    Raises:
-        InputError: the message names the first that differs.
-    """
-    first = records[0]
-    for label, record in zip(labels[1:], records[1:], strict=True):
-        expected, found = (
-            f"{shape[0]} layers of {shape[1]} experts of width {shape[2]}"
-            for shape in (first.routers.shape, record.routers.shape)
-        )
-        if expected != found or record.routes.layers != first.routes.layers:
+    """Refuse checkpoints with different routers, naming the first that differs."""
+    shapes = ["{} layers of {} experts of width {}".format(*record.routers.shape) for record in records]
+    for label, shape, record in zip(labels, shapes, records, strict=True):
+        if shape != shapes[0] or record.routes.layers != records[0].routes.layers:
             raise InputError(
-                f"{label}: has {found}, and {labels[0]} {expected}. Routes can only be followed through the "
+                f"{label}: has {shape}, and {labels[0]} {shapes[0]}. Routes can only be followed through the "
                 "same experts; leave out checkpoints of another shape, such as those with merged or upcycled "
                 "experts"
             )

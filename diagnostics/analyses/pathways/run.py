@@ -3,24 +3,14 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from diagnostics.analyses.pathways import pathway
+from diagnostics.analyses.pathways import pathway, statistics
 from diagnostics.analyses.pathways.record import Record, Samples
 from diagnostics.analyses.pathways.snapshot import PathwaySettings, Snapshot
-from diagnostics.analyses.pathways.statistics import (
-    LEAST,
-    WANTED,
-    SampleStatistic,
-    chosen_epsilon,
-    gap_p,
-    halfway,
-    memorised_at,
-    redrawn,
-)
 from diagnostics.numerics.estimates import Estimate
 
 # A gap that widens by less counts as flat (ours): sparse parity widened it by 0.18 to 0.34, random labels on
@@ -37,11 +27,9 @@ class RoutingRun:
     """The statistics of all checkpoints of a run, and its verdict.
 
     Attributes:
-        since: the checkpoint from which changes and correlations are taken: that of memorisation, else the
-            first.
+        since: checkpoint from which changes and correlations are taken: that of memorisation, else the first.
         epsilon: of each group; empty without train rows.
-        memorised: for each sample the checkpoint from which on it is memorised; the number of checkpoints if
-            never.
+        memorised: checkpoint from which on a sample is memorised; the number of checkpoints if never.
     """
 
     def __init__(
@@ -54,7 +42,8 @@ class RoutingRun:
         with np.errstate(invalid="ignore", divide="ignore"):
             self.losses = np.stack([record.nats / record.units for record in records])
         self.epsilon, self.memorised = self._memorised()
-        self.since = self._since()
+        early = self.memorised_early
+        self.since = int(np.quantile(early, 0.5, method="lower")) if self.enough_memorised else 0
         self.snapshots: list[Snapshot] = []
         for done, record in enumerate(records):
             if progress:
@@ -64,12 +53,10 @@ class RoutingRun:
         self.widened_p = math.nan
         if 0 <= self.since < self.last:
             before, after = self.snapshots[self.since].share(), self.snapshots[self.last].share()
-            self.widened_p = gap_p(
+            self.widened_p = statistics.gap_p(
                 after - before, samples.groups, permutations=settings.permutations, seed=settings.seed
             )[0]
         self.verdict, self.why = self._judged()
-
-    # --- memorisation ---
 
     def _memorised(self) -> tuple[dict[str, float], Int[np.ndarray, " samples"]]:
         memorised = np.full(len(self.samples.groups), len(self.losses))
@@ -79,23 +66,24 @@ class RoutingRun:
         for group, name in enumerate(self.samples.names):
             members = self.samples.groups == group
             losses = self.losses[:, members]
-            chosen = chosen_epsilon(losses, self.settings.delta)[0]
+            chosen = statistics.chosen_epsilon(losses, self.settings.delta)[0]
             epsilon[name] = chosen if self.settings.epsilon is None else self.settings.epsilon
-            memorised[members] = memorised_at(losses, epsilon[name], self.settings.delta)
+            memorised[members] = statistics.memorised_at(losses, epsilon[name], self.settings.delta)
         return epsilon, memorised
+
+    def share_memorised_by(self, index: int, samples: Any = slice(None)) -> float:
+        """Share of samples memorised by a checkpoint; NaN without train rows."""
+        return float((self.memorised[samples] <= index).mean()) if self.samples.trained else math.nan
 
     @property
     def memorised_share(self) -> float:
         """Share of samples memorised before the last checkpoint; NaN without train rows."""
-        return float((self.memorised < self.last).mean()) if self.samples.trained else math.nan
+        return self.share_memorised_by(self.last - 1)
 
     @property
     def enough_memorised(self) -> bool:
         """Whether enough samples are memorised to date memorisation."""
-        return self.memorised_share >= WANTED[0]
-
-    def _since(self) -> int:
-        return int(np.quantile(self.memorised_early, 0.5, method="lower")) if self.enough_memorised else 0
+        return self.memorised_share >= statistics.WANTED[0]
 
     @property
     def memorised_early(self) -> Int[np.ndarray, " memorised"]:
@@ -113,10 +101,8 @@ class RoutingRun:
         low, high = np.quantile(medians, [0.025, 0.975], method="nearest")
         return Estimate(*(self.steps[int(index)] for index in (self.since, low, high)))
 
-    # --- changes ---
-
     @cached_property
-    def changes(self) -> dict[str, SampleStatistic]:
+    def changes(self) -> dict[str, statistics.SampleStatistic]:
         """Changes of the followed statistics from `since` to the last checkpoint."""
         first, last = self.snapshots[self.since].estimates, self.snapshots[self.last].estimates
         return {name: last[name].minus(first[name]) for name in last}
@@ -139,7 +125,7 @@ class RoutingRun:
             return "withheld", "without train rows memorisation is unknown"
         if not self.enough_memorised:
             share = f"a share of {self.memorised_share:.2g} is memorised before the last checkpoint"
-            return "not memorised", f"{share}; dating memorisation needs {WANTED[0]:g}"
+            return "not memorised", f"{share}; dating memorisation needs {statistics.WANTED[0]:g}"
         gap = self.changes["gap"]
         if math.isnan(gap.value):
             return "withheld", (
@@ -177,18 +163,13 @@ class RoutingRun:
         )
 
     def _halfway(self, name: str) -> Estimate:
-        statistics = [snapshot.estimates[name] for snapshot in self.snapshots[self.since :]]
-        drawn = redrawn(statistics, draws=self.settings.draws, seed=self.settings.seed)
-        values = np.array([statistic.value for statistic in statistics])
-        return halfway(self.steps[self.since :], values, drawn)
+        followed = [snapshot.estimates[name] for snapshot in self.snapshots[self.since :]]
+        drawn = statistics.redrawn(followed, draws=self.settings.draws, seed=self.settings.seed)
+        values = np.array([statistic.value for statistic in followed])
+        return statistics.halfway(self.steps[self.since :], values, drawn)
 
     def drifts(self) -> tuple[Int[np.ndarray, " samples"], Float[np.ndarray, " samples"]]:
         """Distance between each sample's first and last pathway: edits, and share of the longer one."""
         first, last = self.snapshots[0], self.snapshots[self.last]
         raw = pathway.moves(first.strings, last.strings)
         return raw, raw / np.maximum(first.lengths, last.lengths)
-
-    @property
-    def too_few(self) -> bool:
-        """Whether correlations are withheld."""
-        return len(self.snapshots) - self.since < LEAST

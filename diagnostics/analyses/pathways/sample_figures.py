@@ -37,13 +37,13 @@ def step_panels(title: str, x: str, steps: list[float], groups: list[str]) -> go
 
 def draw_matrix(matrix: pd.DataFrame, samples: pd.DataFrame) -> go.Figure:
     """Distances between samples, ordered by group, at three steps."""
-    known = samples.set_index("sample").loc[np.union1d(matrix["sample"], matrix["other"])]
-    groups, title = known["group"].astype(str).tolist(), "How far samples' pathways differ; blocks are groups"
+    shown = samples.set_index("sample").loc[np.union1d(matrix["sample"], matrix["other"])]
+    groups, title = shown["group"].astype(str).tolist(), "How far samples' pathways differ; blocks are groups"
     figure = step_panels(title, "sample", list(dict.fromkeys(matrix["step"])), groups)
-    labels = [theme.verbatim(f"{group}, {row}") for group, row in zip(groups, known["row"], strict=True)]
+    labels = [theme.verbatim(f"{group}, {row}") for group, row in zip(groups, shown["row"], strict=True)]
     for col, (_, part) in enumerate(matrix.groupby("step", sort=False), start=1):
         half = part.pivot(index="sample", columns="other", values="distance")
-        half = half.reindex(index=known.index, columns=known.index).fillna(0.0)
+        half = half.reindex(index=shown.index, columns=shown.index).fillna(0.0)
         figure.add_heatmap(
             z=np.maximum(half, half.T), text=[[label] * len(labels) for label in labels], row=1, col=col,
             coloraxis="coloraxis", hovertemplate="%{text}: %{z:.3f}<extra></extra>",

@@ -24,16 +24,13 @@ WANTED = (0.20, 0.25)
 HIGHEST = 2.0
 Labels = Int[np.ndarray, " samples"]
 Matrix = Float[np.ndarray, "samples samples"]
+# Sum and number of the pairs of each sample.
+Rows = tuple[Float[np.ndarray, " samples"], Float[np.ndarray, " samples"]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleStatistic:
-    """A statistic of samples drawn group by group, with its influence function.
-
-    Attributes:
-        influence: contribution of each sample to the deviation of the value, to first order.
-        groups: of the samples, from 0.
-    """
+    """A statistic of samples drawn group by group, and each sample's first-order share in its deviation."""
 
     value: float
     influence: Float[np.ndarray, " samples"]
@@ -87,13 +84,9 @@ def mean(
 
 
 class Pairs(NamedTuple):
-    """Mean distances over pairs of samples.
+    """Mean distances over pairs of one group, of two groups, their difference, and over all pairs.
 
-    Attributes:
-        within: pairs of one group; NaN where no group has two samples.
-        between: pairs of two groups; NaN where there is one group.
-        gap: between − within.
-        overall: all pairs.
+    NaN where no group has two samples, or there is one group.
     """
 
     within: SampleStatistic
@@ -105,31 +98,24 @@ class Pairs(NamedTuple):
 def pairs(distances: Matrix, groups: Labels) -> Pairs:
     """Mean distances within and between groups, all pairs counting equally; the diagonal is 0."""
     hot = _hot(groups)
-    sums, counts = distances @ hot, hot.sum(axis=0)
-    rows = np.arange(len(groups))
-    own, others = sums[rows, groups], sums.sum(axis=1)
-    inside = counts[groups] - 1
-    outside = len(groups) - counts[groups]
-    return _pairs((own, inside), (others - own, outside), groups)
+    sums, sizes = distances @ hot, hot.sum(axis=0)[groups]
+    within = sums[np.arange(len(groups)), groups]
+    return _pairs((within, sizes - 1), (sums.sum(axis=1) - within, len(groups) - sizes), groups)
 
 
 def pairs_of_groups(distances: Matrix, groups: Labels) -> list[Pairs]:
     """`pairs` for each group: pairs in it, and pairs of its samples with other groups."""
     hot = _hot(groups)
     sums, counts = distances @ hot, hot.sum(axis=0)
-    by_group = []
+    by_group, totals = [], sums.sum(axis=1)
     for group, count in enumerate(counts):
-        own = groups == group
-        inside = np.where(own, sums[:, group], 0.0), np.where(own, count - 1, 0.0)
+        members, to_group = groups == group, sums[:, group]
+        inside = np.where(members, to_group, 0.0), np.where(members, count - 1, 0.0)
         outside = (
-            np.where(own, sums.sum(axis=1) - sums[:, group], sums[:, group]),
-            np.where(own, len(groups) - count, count),
-        )
+            np.where(members, totals - to_group, to_group), np.where(members, len(groups) - count, count)
+        )  # fmt: skip
         by_group.append(_pairs(inside, outside, groups))
     return by_group
-
-
-Rows = tuple[Float[np.ndarray, " samples"], Float[np.ndarray, " samples"]]
 
 
 def _pairs(inside: Rows, outside: Rows, groups: Labels) -> Pairs:
@@ -230,9 +216,6 @@ def halfway(
 
     Linear between checkpoints. The interval holds 95 % of the bootstrap draws, and both neighbouring
     checkpoints, between which nothing was seen.
-
-    Args:
-        drawn: bootstrap draws of the values.
     """
     at = np.asarray(steps, dtype=float)
     index, step = _crossing(at, values[None])
@@ -275,18 +258,15 @@ def redrawn(
 
 
 class Correlation(NamedTuple):
-    """Correlation of two values over checkpoints; all but `points` are NaN where it is withheld.
+    """Correlation of two values over checkpoints; NaN where it is withheld.
 
-    Attributes:
-        points: checkpoints at which both are known.
-        p: two-sided permutation p-value of the rank correlation. It takes checkpoints to be independent,
-            which
-            those of one run are not: it is too small.
+    `p` is the two-sided permutation p-value of the rank correlation. It takes checkpoints to be independent,
+    which those of one run are not: it is too small.
     """
 
     points: int
-    pearson: float
     spearman: float
+    pearson: float
     p: float
 
 
@@ -300,15 +280,12 @@ def correlation(
     from diagnostics.numerics.rank_correlation import correlation as pearson
     from diagnostics.numerics.rank_correlation import permutation_p
 
-    first, second = x, y
-    if lag > 0:
-        first, second = first[:-lag], second[lag:]
-    elif lag < 0:
-        first, second = first[-lag:], second[:lag]
-    known = ~(np.isnan(first) | np.isnan(second))
-    first, second = first[known], second[known]
+    count = max(0, len(x) - abs(lag))
+    first, second = x[max(0, -lag) :][:count], y[max(0, lag) :][:count]
+    measured = ~(np.isnan(first) | np.isnan(second))
+    first, second = first[measured], second[measured]
     if len(first) < LEAST or not np.ptp(first) or not np.ptp(second):
         return Correlation(len(first), math.nan, math.nan, math.nan)
     x, y = (np.asarray(rankdata(values), dtype=float) for values in (first, second))
     p = permutation_p(x, y, permutations, np.random.default_rng(seed))
-    return Correlation(len(first), pearson(first, second), pearson(x, y), p)
+    return Correlation(len(first), pearson(x, y), pearson(first, second), p)

@@ -17,6 +17,7 @@ from diagnostics.numerics.estimates import UNDEFINED, Estimate
 SHOWN = 96
 # Spearman correlations with test accuracy over checkpoints, from the paper's table 1.
 PAPER = {"distance": (-0.975, -0.928), "consistency": (0.949, 0.986), "loss": (-0.211, 0.949)}
+UNKNOWN = (math.nan, math.nan)
 LAGS = (-2, -1, 0, 1, 2)
 
 
@@ -33,11 +34,9 @@ def judged(run: RoutingRun) -> pd.DataFrame:
     """One row: the verdict, its reason, and the steps of memorisation and turn."""
     memorised, turn, held = (step or UNDEFINED for step in (run.memorised_step, run.turn, run.held_out_turn))
     row = {
-        "verdict": run.verdict, "why": run.why, "since": run.steps[run.since],
-        "until": run.steps[run.last], "memorised": memorised.value, "memorised_low": memorised.low,
-        "memorised_high": memorised.high, "memorised_share": run.memorised_share,
-        "turn": turn.value, "turn_low": turn.low, "turn_high": turn.high, "held_out_turn": held.value,
-        "held_out_turn_low": held.low, "held_out_turn_high": held.high, "metric": run.settings.metric,
+        "verdict": run.verdict, "why": run.why, "since": run.steps[run.since], "until": run.steps[run.last],
+        **interval("memorised", memorised), "memorised_share": run.memorised_share,
+        **interval("turn", turn), **interval("held_out_turn", held), "metric": run.settings.metric,
     }  # fmt: skip
     return pd.DataFrame([row])
 
@@ -47,26 +46,21 @@ def by_step(run: RoutingRun) -> pd.DataFrame:
     rows = []
     for index, snapshot in enumerate(run.snapshots):
         estimates = {name: statistic.estimate for name, statistic in snapshot.estimates.items()}
-        share = float((run.memorised <= index).mean()) if run.samples.trained else math.nan
+        values = {name: estimate.value for name, estimate in estimates.items()}
         rows.append(
             {
-                "step": run.steps[index], "label": run.labels[index],
-                "samples": len(run.samples.groups), **spread("distance", estimates["distance"]),
-                "consistency": estimates["consistency"].value, "loss": estimates["loss"].value,
-                "held_out": estimates["held_out"].value, "between": snapshot.pairs.between.value,
-                "overall": snapshot.pairs.overall.value, **spread("gap", estimates["gap"]),
-                "gap_p": snapshot.p,
-                "distance_raw": estimates["distance_raw"].value,
-                "distance_raw_se": estimates["distance_raw"].error,
-                "length": estimates["length"].value,
-                **bounds("consistency", estimates["consistency"]),
+                "step": run.steps[index], "label": run.labels[index], "samples": len(run.samples.groups),
+                **spread("distance", estimates["distance"]), "consistency": values["consistency"],
+                "loss": values["loss"], "held_out": values["held_out"],
+                "between": snapshot.pairs.between.value, "overall": snapshot.pairs.overall.value,
+                **spread("gap", estimates["gap"]), "gap_p": snapshot.p,
+                "distance_raw": values["distance_raw"], "distance_raw_se": estimates["distance_raw"].error,
+                "length": values["length"], **bounds("consistency", estimates["consistency"]),
                 "gp_inconsistency": median(snapshot.rough),
-                "gp_undefined": int(np.isnan(snapshot.rough).sum()),
-                "entropy": estimates["entropy"].value,
+                "gp_undefined": int(np.isnan(snapshot.rough).sum()), "entropy": values["entropy"],
                 "effective_dimension": float(np.mean([dimension for _, dimension, _ in snapshot.layers])),
-                "memorised": share,
-                **bounds("loss", estimates["loss"]),
-                **bounds("held_out", estimates["held_out"]),
+                "memorised": run.share_memorised_by(index),
+                **bounds("loss", estimates["loss"]), **bounds("held_out", estimates["held_out"]),
             }
         )  # fmt: skip
     return pd.DataFrame(rows)
@@ -77,12 +71,11 @@ def by_change(run: RoutingRun) -> pd.DataFrame:
     rows = []
     for name, change in run.changes.items():
         before, after = (run.snapshots[index].estimates[name].value for index in (run.since, run.last))
-        estimate = change.estimate
+        value, low, high, _ = change.estimate
         rows.append(
             {
                 "quantity": name, "since": run.steps[run.since], "until": run.steps[run.last],
-                "before": before, "after": after, "change": estimate.value,
-                "low": estimate.low, "high": estimate.high,
+                "before": before, "after": after, "change": value, "low": low, "high": high,
                 "p": run.widened_p if name == "gap" else math.nan,
             }
         )  # fmt: skip
@@ -97,24 +90,22 @@ def correlations(run: RoutingRun) -> pd.DataFrame:
     """
     snapshots = run.snapshots[run.since :]
     sign = 1 if run.settings.metric == "accuracy" else -1
-    held = [sign * snapshot.held_out.value for snapshot in snapshots]
     series = {name: [snapshot.estimates[name].value for snapshot in snapshots] for name in run.changes}
+    held = [sign * value for value in series["held_out"]]
     series["gp_inconsistency"] = [median(snapshot.rough) for snapshot in snapshots]
     rows = []
     for name, values in series.items():
         for of in ("levels", "changes"):
             for lag in LAGS if name != "held_out" else ():
-                compared = (np.diff(each) if of == "changes" else np.asarray(each) for each in (values, held))
-                found = correlation(
+                compared = (np.diff(x) if of == "changes" else np.asarray(x) for x in (values, held))
+                correlated = correlation(
                     *compared, lag=lag, permutations=run.settings.permutations, seed=run.settings.seed
                 )
-                paper = PAPER.get(name, (math.nan, math.nan)) if of == "levels" and not lag else None
-                low, high = paper or (math.nan, math.nan)
+                low, high = PAPER.get(name, UNKNOWN) if of == "levels" and not lag else UNKNOWN
                 rows.append(
                     {
                         "quantity": name, "of": of, "lag": lag, "since": run.steps[run.since],
-                        "points": found.points, "spearman": found.spearman, "pearson": found.pearson,
-                        "p": found.p, "paper_low": low, "paper_high": high,
+                        **correlated._asdict(), "paper_low": low, "paper_high": high,
                     }
                 )  # fmt: skip
     return pd.DataFrame(rows)
@@ -133,7 +124,6 @@ def by_group(run: RoutingRun) -> pd.DataFrame:
         for group, name in enumerate(run.samples.names):
             members = run.samples.groups == group
             distances = snapshot.by_group[group]
-            trained = run.samples.trained
             rows.append(
                 {
                     "group": name, "step": run.steps[index], "samples": int(members.sum()),
@@ -147,7 +137,7 @@ def by_group(run: RoutingRun) -> pd.DataFrame:
                     "loss": mean(snapshot.record.nats[members], np.zeros(members.sum(), dtype=np.int64),
                                  snapshot.record.units[members]).value,
                     "epsilon": run.epsilon.get(name, math.nan),
-                    "memorised": float((run.memorised[members] <= index).mean()) if trained else math.nan,
+                    "memorised": run.share_memorised_by(index, members),
                 }
             )  # fmt: skip
     return pd.DataFrame(rows)
@@ -187,22 +177,16 @@ def by_sample(run: RoutingRun) -> pd.DataFrame:
 
 def by_value(run: RoutingRun) -> pd.DataFrame:
     """One row a sample and checkpoint."""
-    names = [run.samples.names[group] for group in run.samples.groups]
-    return pd.concat(
-        [
-            pd.DataFrame(
-                {
-                    "sample": np.arange(len(names)), "group": names, "step": run.steps[index],
-                    "loss": run.losses[index], "length": snapshot.lengths,
-                    "distance": snapshot.group_distances,
-                    "consistency": snapshot.smooth, "gp_inconsistency": snapshot.rough,
-                    "entropy": snapshot.entropies.mean(axis=1),
-                }
-            )
-            for index, snapshot in enumerate(run.snapshots)
-        ],
-        ignore_index=True,
-    )  # fmt: skip
+    names, parts = [run.samples.names[group] for group in run.samples.groups], []
+    for index, snapshot in enumerate(run.snapshots):
+        columns = {
+            "sample": np.arange(len(names)), "group": names, "step": run.steps[index],
+            "loss": run.losses[index], "length": snapshot.lengths, "distance": snapshot.group_distances,
+            "consistency": snapshot.smooth, "gp_inconsistency": snapshot.rough,
+            "entropy": snapshot.entropies.mean(axis=1),
+        }  # fmt: skip
+        parts.append(pd.DataFrame(columns))
+    return pd.concat(parts, ignore_index=True)
 
 
 def moments(run: RoutingRun) -> list[int]:
@@ -226,15 +210,9 @@ def matrix(run: RoutingRun) -> pd.DataFrame:
     for index in moments(run):
         snapshot = run.snapshots[index]
         strings, lengths = [snapshot.strings[sample] for sample in at], snapshot.lengths[at]
-        share = pathway.distances(strings) / pathway.longer(lengths, lengths)
-        parts.append(
-            pd.DataFrame(
-                {
-                    "step": run.steps[index], "sample": at[first], "other": at[second],
-                    "distance": share[first, second],
-                }
-            )
-        )  # fmt: skip
+        share = (pathway.distances(strings) / pathway.longer(lengths, lengths))[first, second]
+        columns = {"step": run.steps[index], "sample": at[first], "other": at[second], "distance": share}
+        parts.append(pd.DataFrame(columns))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -246,20 +224,13 @@ def routes(run: RoutingRun) -> pd.DataFrame:
         weights = snapshot.weights[at]
         layers = np.array(snapshot.record.routes.layers)
         shares = weights.max(axis=2) / weights.sum(axis=2)
-        parts.append(
-            pd.DataFrame(
-                {
-                    "step": run.steps[index], "sample": np.repeat(at, len(layers)),
-                    "layer": np.tile(layers, len(at)),
-                    "expert": snapshot.pathways.order[at, :, 0].ravel(), "share": shares.ravel(),
-                    "kept": snapshot.pathways.kept[at].ravel(),
-                }
-            )
-        )  # fmt: skip
+        columns = {
+            "step": run.steps[index], "sample": np.repeat(at, len(layers)), "layer": np.tile(layers, len(at)),
+            "expert": snapshot.pathways.order[at, :, 0].ravel(), "share": shares.ravel(),
+            "kept": snapshot.pathways.kept[at].ravel(),
+        }  # fmt: skip
+        parts.append(pd.DataFrame(columns))
     return pd.concat(parts, ignore_index=True)
-
-
-# --- numbers ---
 
 
 def metrics(run: RoutingRun, tables: Mapping[str, pd.DataFrame]) -> dict[str, float | int]:
@@ -273,7 +244,7 @@ def metrics(run: RoutingRun, tables: Mapping[str, pd.DataFrame]) -> dict[str, fl
     for name, step in (("memorised", run.memorised_step), ("turn", run.turn),
                          ("held_out_turn", run.held_out_turn)):  # fmt: skip
         if step is not None:
-            values |= {f"{name}_step": step.value, **bounds(f"{name}_step", step)}
+            values |= interval(f"{name}_step", step)
     now = at_once(tables["correlations"])
     for name in ("distance", "consistency", "gap", "loss"):
         values |= {f"{kind}_{name}": now[name][kind] for kind in ("spearman", "pearson")}
@@ -290,7 +261,7 @@ def metrics(run: RoutingRun, tables: Mapping[str, pd.DataFrame]) -> dict[str, fl
     drift = mean(run.drifts()[1], run.samples.groups).estimate
     values |= {
         "gap_p": run.snapshots[run.last].p, "gap_change_p": run.widened_p,
-        "memorised_share": run.memorised_share, "drift": drift.value, **bounds("drift", drift),
+        "memorised_share": run.memorised_share, **interval("drift", drift),
         "checkpoints": len(run.snapshots), "since_step": run.steps[run.since],
         "points": int(now["distance"]["points"]), "samples": len(run.samples.groups),
         "groups": len(run.samples.names), "layers": run.snapshots[0].weights.shape[1],
@@ -310,6 +281,11 @@ def spread(name: str, estimate: Estimate) -> dict[str, float]:
     return {name: estimate.value, f"{name}_se": estimate.error, **bounds(name, estimate)}
 
 
+def interval(name: str, estimate: Estimate) -> dict[str, float]:
+    """An estimate with its interval, as columns."""
+    return {name: estimate.value, **bounds(name, estimate)}
+
+
 def bounds(name: str, estimate: Estimate) -> dict[str, float]:
     """The interval of an estimate, as columns."""
     return {f"{name}_low": estimate.low, f"{name}_high": estimate.high}
@@ -317,5 +293,4 @@ def bounds(name: str, estimate: Estimate) -> dict[str, float]:
 
 def median(values: Float[np.ndarray, " samples"]) -> float:
     """Median without NaN; NaN if all are."""
-    known = values[~np.isnan(values)]
-    return float(np.median(known)) if len(known) else math.nan
+    return math.nan if np.isnan(values).all() else float(np.nanmedian(values))

@@ -1,12 +1,9 @@
 """Layer-wise barriers and sharpness on the path from base to tuned.
 
-Each layer is interpolated alone, with all others at tuned or at base. Its barrier is compared with random
-moves of the same size and with its equal share of the whole path's barrier. A layer that stands out, and
-where pinning helps, is a straggler. Sharpness, the worst and the mean rise of the task loss within a radius,
-is measured at points of the path for each layer and for all blocks. It is described, never judged:
-whole-model sharpness does not predict generalisation, and follows the learning rate.
-Sources: arXiv:2410.16476 (the question and the notion of stragglers; only its abstract could be read, and the
-rule is ours); arXiv:2302.07011 (the measures); arXiv:2109.01903 (the path).
+A layer with a barrier of its own that stands out, and where pinning helps, is a straggler. Sharpness, the
+worst and the mean rise of the task loss within a radius, is described, never judged: it does not predict
+generalisation, and follows the learning rate. Sources: arXiv:2410.16476 (stragglers; only its abstract could
+be read, and the rule is ours); arXiv:2302.07011 (the measures); arXiv:2109.01903 (the path).
 """
 
 import math
@@ -17,14 +14,10 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import pandas as pd
+import torch
 
+from diagnostics.analyses.sharpness import curvature as curvatures
 from diagnostics.analyses.sharpness.ascent import Norm
-from diagnostics.analyses.sharpness.curvature import (
-    HessianProduct,
-    Spectrum,
-    refuses_second_derivative,
-    spectrum,
-)
 from diagnostics.analyses.sharpness.figures import draw
 from diagnostics.analyses.sharpness.layer_paths import LayerPaths
 from diagnostics.analyses.sharpness.layer_sharpness import (
@@ -40,18 +33,8 @@ from diagnostics.analyses.sharpness.remedies import remedies, remedy_rows
 from diagnostics.analyses.sharpness.tables import Flags, layer_table, metrics_of, notes_of, with_sharpness
 from diagnostics.core.analysis import DeviceTest, Result, analysis
 from diagnostics.core.row_options import RowOptions
-from diagnostics.evaluation import loss_curves
-from diagnostics.evaluation.interpolation import (
-    ALPHAS,
-    HALF_DTYPES,
-    PathEvaluator,
-    check_alphas,
-    is_half,
-    model_notes,
-    path_rows,
-    pinned_note,
-    set_rows,
-)
+from diagnostics.evaluation import interpolation, loss_curves
+from diagnostics.evaluation.interpolation import ALPHAS, PathEvaluator, check_alphas
 from diagnostics.evaluation.sets import SetKey, encode_sets, load_sets
 from probes import CheckpointPair
 from probes.errors import InputError
@@ -114,20 +97,13 @@ def summary(result: Result) -> str:
     metrics=METRICS,
     device_test=DeviceTest(
         parameters={
-            "alphas": (0.0, 0.5, 1.0),
-            "layer_alphas": (0.5,),
-            "sharpness_alphas": (1.0,),
-            "rhos": (0.5,),
-            "steps": 3,
-            "batches": 1,
-            "batch_rows": 8,
-            "rows": 24,
-            "curvature": False,
+            "alphas": (0.0, 0.5, 1.0), "layer_alphas": (0.5,), "sharpness_alphas": (1.0,), "rhos": (0.5,),
+            "steps": 3, "batches": 1, "batch_rows": 8, "rows": 24, "curvature": False,
         },
         absolute={"layers": 0},
         relative={"sharpness_tuned": 0.05, "average_tuned": 0.05},
     ),
-)
+)  # fmt: skip
 def layer_sharpness(
     pair: CheckpointPair,
     task: Any,
@@ -234,74 +210,64 @@ def layer_sharpness(
         raise InputError(f"sharpen is {sharpen!r}; it is 'screened' or 'all'")
     radii = _checked(rhos, rho, norm, steps, starts, pairs, batches, batch_rows)
     sharp_alphas = check_alphas(sharpness_alphas, least=2)
-    asked = (options.dtype or "").removeprefix("torch.")
-    if asked in HALF_DTYPES:
+    dtype = (options.dtype or "").removeprefix("torch.")
+    if dtype in interpolation.HALF_DTYPES:
         options = replace(options, dtype="float32")
-    with TwoSidedModel(pair, **options.of_models) as host:
-        interpolated, notes = InterpolatedModel(host), model_notes(pair, host.model)
-        if asked in HALF_DTYPES:
-            notes.append(f"The model was run in float32: in {asked} small perturbations change no weight.")
-        if is_half(host.model):
+    with TwoSidedModel(pair, **options.of_models) as two_sided:
+        interpolated, notes = InterpolatedModel(two_sided), interpolation.model_notes(pair, two_sided.model)
+        if dtype in interpolation.HALF_DTYPES:
+            notes.append(f"The model was run in float32: in {dtype} small perturbations change no weight.")
+        if interpolation.is_half(two_sided.model):
             raise InputError(
                 "sharpness: in half precision small perturbations change no weight; set sharpness.dtype to "
                 "float32"
             )
-        loaded = load_sets(
-            {"task": task, "keep": keep, "ood": ood}, least=2, purpose="sharpness", rows=rows, seed=seed
-        )
-        sets = encode_sets(host.editable, loaded, **options.of_rows)
+        sources = {"task": task, "keep": keep, "ood": ood}
+        loaded = load_sets(sources, least=2, purpose="sharpness", rows=rows, seed=seed)
+        sets = encode_sets(two_sided.editable, loaded, **options.of_rows)
         evaluator = PathEvaluator(interpolated, sets, progress)
         evaluator.measure(grid)
         on = evaluator.role("ood") or evaluator.role("task")
         layer_paths = LayerPaths(evaluator, on, layer_grid, seed=seed)
-        worst = layer_paths.worst(grid)
+        worst, barrier = layer_paths.worst(grid)
         measured = layer_paths.measure(worst)
-        flags = Flags(layer_paths, measured, worst, layer_paths.barrier(grid))
-        best = loss_curves.best_alpha(
-            np.array(grid), {which[1]: evaluator.losses(which, grid) for which in on}
-        )
+        flags = Flags(layer_paths, measured, worst, barrier)
+        losses = {which[1]: evaluator.losses(which, grid) for which in on}
+        best = loss_curves.best_alpha(np.array(grid), losses)
         settings = SharpnessSettings(
             rhos=radii, norm=norm, adaptive=adaptive, normalise=normalise, steps=steps, starts=starts,
             pairs=pairs, per_size=per_size, matrices_only=matrices_only, cached=layer_paths.cached, seed=seed,
         )  # fmt: skip
         task_batches = _task_batches(evaluator, batches, batch_rows, seed)
-        screening_rho = rho if sharpen == "screened" else None
+        screened = sharpen == "screened"
         sharp = _sharpness(
-            evaluator, flags, task_batches, settings, sharp_alphas, {best, worst}, screening_rho
+            evaluator, flags, task_batches, settings, sharp_alphas, {best, worst}, rho if screened else None
         )
         flagged = [path.layer for path, flag in zip(measured, flags.stragglers, strict=True) if flag]
-        remedied: list[dict[str, Any]] = []
-        if flagged:
-            candidates = remedies(interpolated, pair, flagged)
-            remedied, remedy_notes = remedy_rows(evaluator, candidates, sorted({0.5, worst, 1.0}))
-            notes += remedy_notes
-        spectra = []
-        if curvature:
-            chosen = flags.chosen() if sharpen == "screened" else flags.layers
-            spectra = _curvature(evaluator, chosen, task_batches[0], settings, notes)
+        candidates = remedies(interpolated, pair, flagged) if flagged else []
+        remedied, remedy_notes = remedy_rows(evaluator, candidates, sorted({0.5, worst, 1.0}))
+        notes += remedy_notes
+        chosen = (flags.chosen() if screened else flags.layers) if curvature else []
+        spectra = _curvature(evaluator, chosen, task_batches[0], settings, notes)
     sharp_table, remedy_table = pd.DataFrame(sharp), pd.DataFrame(remedied, columns=REMEDIES)
     table = layer_table(flags, sharp_table, rho, remedy_table, worst, on)
-    set_table = set_rows(evaluator, grid)
+    set_table = interpolation.set_rows(evaluator, grid)
     metrics = metrics_of(flags, table, set_table, sharp_table, rho)
     metrics |= {
-        "best_alpha": best,
-        "batches": len(task_batches),
-        "pinned": len(interpolated.pinned),
+        "best_alpha": best, "batches": len(task_batches), "pinned": len(interpolated.pinned),
         "missing": len(evaluator.missing),
-    }
+    }  # fmt: skip
     notes = [*evaluator.missing, *notes_of(table, set_table, metrics, on, settings, layer_paths), *notes]
-    notes += pinned_note(interpolated.pinned)
+    notes += interpolation.pinned_note(interpolated.pinned)
     notes += dict.fromkeys(note for encoded in sets.values() for note in encoded.notes)
     curves = pd.DataFrame(spectra, columns=CURVATURE)
     tables = {
-        "layers": table,
-        "path": pd.DataFrame(path_rows(evaluator, grid)),
+        "layers": table, "path": pd.DataFrame(interpolation.path_rows(evaluator, grid)),
         "sets": pd.DataFrame(set_table),
         "layer_paths": pd.DataFrame([row for path in measured for row in layer_paths.path_rows(path)]),
-        "sharpness": sharp_table,
-        "remedies": remedy_table,
+        "sharpness": sharp_table, "remedies": remedy_table,
         "curvature": with_sharpness(curves, sharp_table, radii[0]),
-    }
+    }  # fmt: skip
     return Result(metrics=metrics, tables=tables, notes=tuple(notes))
 
 
@@ -351,8 +317,7 @@ def _sharpness(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Sharpness of layers at some α, and of flagged layers at some more.
 
-    Args:
-        rho: the only radius of layers that do not stand out, at both ends only; None: all are measured.
+    Layers that do not stand out are measured at `rho` and at both ends only, unless it is None.
     """
     chosen = flags.layers if rho is None else flags.chosen()
     others = {layer.name: (rho,) for layer in flags.layers if layer not in chosen and rho is not None}
@@ -361,7 +326,7 @@ def _sharpness(
         for alpha in sorted({*alphas, *flagged_alphas})
     }
     plan = [
-        (alpha, partial(_batch_sharpness, number=number, batch=batch, whole=alpha in alphas))
+        (alpha, partial(_batch_sharpness, number=number, batch=batch, joint=alpha in alphas))
         for alpha, layers in parts.items()
         for number, batch in enumerate(batches)
         if layers
@@ -387,7 +352,7 @@ def _sharpness(
 
 def _batch_sharpness(
     evaluator: PathEvaluator, *, alpha: float, number: int, batch: BatchKey, layers: Sequence[int],
-    settings: SharpnessSettings, radii: Mapping[str, Sequence[float]], whole: bool, done: int, total: int,
+    settings: SharpnessSettings, radii: Mapping[str, Sequence[float]], joint: bool, done: int, total: int,
 ) -> BatchSharpness:  # fmt: skip
     """Sharpness at one α on one batch, in this process or on a worker."""
     evaluator.clear_prefix()
@@ -396,7 +361,7 @@ def _batch_sharpness(
     perturbed = [layer for layer in evaluator.interpolated.layers if layer.index in layers]
     return batch_sharpness(
         evaluator.interpolated.model, perturbed,
-        RowBatch(_objective(evaluator, which), rows), number, settings, whole=whole, radii=radii,
+        RowBatch(_objective(evaluator, which), rows), number, settings, joint=joint, radii=radii,
         report=lambda count, name: evaluator.tell(done + count, total, f"sharpness of {name}"),
     )  # fmt: skip
 
@@ -407,10 +372,8 @@ def _curvature(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Both ends of the spectrum and the trace of each layer at base and tuned, on one batch."""
     plan = [(alpha, layer) for alpha in (0.0, 1.0) for layer in layers]
-    calls = (
-        partial(_spectrum, alpha=alpha, index=layer.index, batch=batch, settings=settings)
-        for alpha, layer in plan
-    )
+    measure = partial(_spectrum, batch=batch, settings=settings)
+    calls = (partial(measure, alpha=alpha, index=layer.index) for alpha, layer in plan)
     rows: list[dict[str, Any]] = []
     for done, ((alpha, layer), result) in enumerate(zip(plan, evaluator.run(calls), strict=True)):
         if isinstance(result, str):
@@ -423,10 +386,8 @@ def _curvature(
 
 def _spectrum(
     evaluator: PathEvaluator, *, alpha: float, index: int, batch: BatchKey, settings: SharpnessSettings
-) -> Spectrum | str:
+) -> curvatures.Spectrum | str:
     """The spectrum of one layer at one α, in this process or on a worker; or why torch refuses it."""
-    import torch
-
     evaluator.interpolated.set_alpha(alpha)
     which, rows = batch
     (layer,) = (candidate for candidate in evaluator.interpolated.layers if candidate.index == index)
@@ -434,13 +395,11 @@ def _spectrum(
         logits_normalised(evaluator.interpolated.model, settings.normalise),
         PerturbedWeights(settings.parameters(layer), adaptive=settings.adaptive) as weights,
     ):
+        model, generator = evaluator.interpolated.model, torch.Generator().manual_seed(settings.seed)
+        hessian = curvatures.HessianProduct(model, evaluator.sets[which], rows, weights)
         try:
-            return spectrum(
-                HessianProduct(evaluator.interpolated.model, evaluator.sets[which], rows, weights).product,
-                weights.zero,
-                generator=torch.Generator().manual_seed(settings.seed),
-            )
+            return curvatures.spectrum(hessian.product, weights.zero, generator=generator)
         except RuntimeError as error:
-            if not refuses_second_derivative(error):
+            if not curvatures.refuses_second_derivative(error):
                 raise
             return str(error).partition("\n")[0]

@@ -1,10 +1,8 @@
 """Sharpness: the worst and the mean rise of a loss within a radius of some weights.
 
-All is computed in u, with weights w + c ⊙ u and c = |w| (adaptive) or 1 (plain). Projection is then exact, a
-zero weight stays zero, and nothing is divided. The gradient in u is c ⊙ ∇L. Rises are in nats: 0 is flat, and
-no value by itself is good or bad.
-Source of the measures: Andriushchenko et al. 2023, arXiv:2302.07011; ascent in u, starts and warm starts are
-ours (its code steps along |w| ∇L, starts at zero only, and does not enforce the radius where a weight is 0).
+All is computed in u, with weights w + c ⊙ u and c = |w| (adaptive) or 1 (plain): projection is then exact.
+The gradient in u is c ⊙ ∇L. Source of the measures: Andriushchenko et al. 2023, arXiv:2302.07011; ascent in u
+and starts are ours (its code steps along |w| ∇L, starts at zero, and leaves the radius where a weight is 0).
 """
 
 import math
@@ -41,13 +39,11 @@ class PerturbedLoss(NamedTuple):
 
 @dataclass(frozen=True)
 class Worst:
-    """The largest rise found within a radius; a lower bound of the true one.
+    """The largest rise in nats found within a radius; a lower bound of the true one.
 
     Attributes:
-        rise: nats; at least 0.
         single: rise of a single gradient step; at least 0, at most `rise`.
         spread: relative shortfall of the poorest start against the best; 0 with one start.
-        best: the perturbation.
     """
 
     rise: float
@@ -81,13 +77,9 @@ def worst(
     Args:
         loss_gradient: called at most `steps` times a start.
         zero: no perturbation.
-        rho: the radius.
         starts: the first is zero with a little noise, the others are random within the radius.
         generator: on the CPU, whatever the device.
-        warm: known perturbations within the radius; the result is at least as bad as each of them.
-
-    Raises:
-        InputError: a radius that is not above 0.
+        warm: perturbations within the radius; the result is at least as bad as each of them.
     """
     if not 0 < rho < math.inf:
         raise InputError(f"rho is {rho}; a radius is above 0")
@@ -100,12 +92,8 @@ def worst(
     rises = [final.loss - zero.loss for final in finals]
     best = max(zero, *finals, key=lambda final: final.loss)
     rise = best.loss - zero.loss
-    return Worst(
-        rise=rise,
-        single=max(0.0, single.loss - zero.loss),
-        spread=(rise - min(rises)) / rise if rise > 0 else 0.0,
-        best=best,
-    )
+    spread = (rise - min(rises)) / rise if rise > 0 else 0.0
+    return Worst(rise, max(0.0, single.loss - zero.loss), spread, best)
 
 
 def _ascend(
@@ -137,11 +125,16 @@ def _at(loss_gradient: LossGradient, u: Tensor) -> PerturbedLoss:
 
 def _random(template: Tensor, size: float, norm: Norm, generator: torch.Generator) -> Tensor:
     """Normal scaled to a length (l2), or uniform up to it (linf)."""
+    noise = _noise(template, norm, generator)
     if norm == "linf":
-        noise = 2 * torch.rand(template.shape, generator=generator) - 1
         return noise.to(template) * size
-    noise = torch.randn(template.shape, generator=generator)
     return (noise * (size / float(torch.linalg.vector_norm(noise)))).to(template)
+
+
+def _noise(template: Tensor, norm: Norm, generator: torch.Generator) -> Tensor:
+    if norm == "linf":
+        return 2 * torch.rand(template.shape, generator=generator) - 1
+    return torch.randn(template.shape, generator=generator)
 
 
 def average(
@@ -156,20 +149,12 @@ def average(
     Args:
         zero: the loss without a perturbation.
         template: a vector with the shape, dtype and device of a perturbation.
-        pairs: number of mirrored pairs, two evaluations each.
-
-    Raises:
-        InputError: a radius that is not above 0.
     """
     if not 0 < rho < math.inf:
         raise InputError(f"rho is {rho}; a radius is above 0")
     rises = []
     for _ in range(pairs):
-        if norm == "linf":
-            noise = 2 * torch.rand(template.shape, generator=generator) - 1
-        else:
-            noise = torch.randn(template.shape, generator=generator)
-        u = noise.to(template) * rho
+        u = _noise(template, norm, generator).to(template) * rho
         rises.append((loss(u) + loss(-u)) / 2 - zero)
     values = torch.tensor(rises, dtype=torch.float64)
     error = float(values.std() / math.sqrt(pairs)) if pairs > 1 else math.nan

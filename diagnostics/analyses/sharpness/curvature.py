@@ -61,19 +61,15 @@ def spectrum(
         signs = (2 * torch.randint(0, 2, template.shape, generator=generator) - 1).to(template)
         traces.append(float(signs.double() @ product(signs).double()))
     values = lanczos(product, torch.randn(template.shape, generator=generator).to(template), steps)
-    return Spectrum(
-        top=float(values[-1]),
-        bottom=float(values[0]),
-        trace=float(np.mean(traces)),
-        trace_error=float(np.std(traces, ddof=1) / math.sqrt(probes)) if probes > 1 else math.nan,
-    )
+    error = float(np.std(traces, ddof=1) / math.sqrt(probes)) if probes > 1 else math.nan
+    return Spectrum(float(values[-1]), float(values[0]), float(np.mean(traces)), error)
 
 
 def lanczos(product: Product, start: Tensor, steps: int) -> np.ndarray:
     """Eigenvalues of a symmetric operator in the Krylov space of a vector, ascending.
 
     Three vectors are held. Without reorthogonalisation copies of an end appear, which do not move it. scipy's
-    `eigsh` agrees to 3e-7 (float32 round-off) and takes one product more, but holds 20 vectors in host
+    `eigsh` agrees to 3e-7 (float32 round-off) and takes one product more, but holds 20 vectors in two_sided
     memory: 16 GB for a block of 200 M weights.
     """
     from scipy.linalg import eigvalsh_tridiagonal
@@ -144,15 +140,16 @@ def graph(model: nn.Module, encoded: EncodedRows, rows: tuple[int, ...]) -> Tens
     if encoded.task.shape != "choices":
         return -logs.mean()
     sums: list[list[Tensor]] = [[] for _ in part]
-    owner = [index for index, unit in enumerate(part) for _ in unit.sequences]
-    choice = [encoded.examples[index].choice or 0 for unit in part for index, _ in unit.sequences]
+    owners = [
+        (number, encoded.examples[index].choice or 0)
+        for number, unit in enumerate(part)
+        for index, _ in unit.sequences
+    ]
     by_choice: dict[tuple[int, int], list[int]] = {}
     for token, sequence in enumerate(scored[:, 0].tolist()):
-        by_choice.setdefault((owner[sequence], choice[sequence]), []).append(token)
-    for (unit, _), tokens in sorted(by_choice.items()):
-        sums[unit].append(logs[tokens].sum())
+        by_choice.setdefault(owners[sequence], []).append(token)
+    for (number, _), tokens in sorted(by_choice.items()):
+        sums[number].append(logs[tokens].sum())
     answers = [encoded.task.rows[unit.row].answer or 0 for unit in part]
-    nats = [
-        -torch.stack(choices).log_softmax(0)[answer] for choices, answer in zip(sums, answers, strict=True)
-    ]
+    nats = [-torch.stack(row).log_softmax(0)[answer] for row, answer in zip(sums, answers, strict=True)]
     return torch.stack(nats).mean()

@@ -103,10 +103,7 @@ def draw_remedies(remedies: pd.DataFrame, layers: pd.DataFrame, result: Result) 
     for style, part in set_curves(at_worst, "alpha"):
         untreated, turn = part["remedy"] == "none", theme.SYMBOLS.index(style.symbol) % 3
         change = part.assign(change=part["loss"] - float(part.loc[untreated, "loss"].iloc[0]))[~untreated]
-        marker = {
-            "color": style.color,
-            "opacity": 1 - 0.25 * turn,
-            "pattern": {"shape": ("", "/", "x")[turn]},
-        }
+        pattern = {"shape": ("", "/", "x")[turn]}
+        marker = {"color": style.color, "opacity": 1 - 0.25 * turn, "pattern": pattern}
         bars(figure, change, "label", "change", style, hover, marker=marker)
     return theme.threshold(figure, y=0).update_layout(barmode="group").update_xaxes(type="category")

@@ -31,13 +31,12 @@ LossesByRow: TypeAlias = list[Float[np.ndarray, " rows"] | None]
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPath:
-    """Losses of one layer's paths, in nats by row.
+    """Losses of one layer's paths in nats by row, and the norms of its delta and of its base.
 
     Attributes:
         tuned, base: the paths with all other layers at that end; α is the layer's.
         control: tuned with the layer moved at random, each tensor by half the norm of its delta.
         pinned: the whole model at the worst α with the layer at base, and at tuned.
-        displacement, size: norms of the layer's delta and of its base.
     """
 
     layer: Layer
@@ -50,11 +49,7 @@ class LayerPath:
 
 
 class LayerPaths:
-    """Layer paths on the pooled rows of some sets.
-
-    Attributes:
-        cached: whether the blocks before a layer are run once: not where that would change a loss.
-    """
+    """Layer paths on the pooled rows of some sets, with the blocks before a layer `cached` where exact."""
 
     def __init__(
         self, evaluator: PathEvaluator, on: Sequence[SetKey], alphas: Sequence[float], *, draws: int = 4,
@@ -73,39 +68,26 @@ class LayerPaths:
         """Mean losses from nats by row."""
         return nats.sum(axis=1) / self.units.sum()
 
-    def worst(self, alphas: Sequence[float]) -> float:
-        """The interior α furthest above the line between the ends; the middle if none is above it."""
-        if self.barrier(alphas) <= 0:
-            return float(min(alphas[1:-1], key=lambda alpha: abs(alpha - 0.5)))
+    def worst(self, alphas: Sequence[float]) -> tuple[float, float]:
+        """The interior α furthest above the line between the ends, else the middle one; and the barrier."""
         losses = self.curve(np.stack([self.path(alpha) for alpha in alphas]))
-        return float(alphas[loss_curves.highest(np.array(alphas), losses)])
-
-    def barrier(self, alphas: Sequence[float]) -> float:
-        """The barrier of the whole model's path."""
-        return loss_curves.barrier(
-            np.array(alphas), self.curve(np.stack([self.path(alpha) for alpha in alphas]))
-        )
+        barrier = loss_curves.barrier(np.array(alphas), losses)
+        if barrier <= 0:
+            return float(min(alphas[1:-1], key=lambda alpha: abs(alpha - 0.5))), barrier
+        return float(alphas[loss_curves.highest(np.array(alphas), losses)]), barrier
 
     def measure(self, worst: float) -> list[LayerPath]:
-        """The paths of all layers, in order.
-
-        Args:
-            worst: the α at which layers are pinned.
-        """
+        """The paths of all layers, in order, which are pinned at the α `worst`."""
         layers, inside = self.evaluator.interpolated.layers, self.alphas[1:-1]
-        measure = partial(_layer_losses, on=self.on, cached=self.cached, seed=self.seed)
         plan: list[tuple[float, Layer, partial[list[LossesByRow]]]] = []
         for anchor, alphas, draws in (
             (1.0, (*inside, 0.0), self.draws), (0.0, (*inside, 1.0), 0), (worst, (0.0, 1.0), 0),
         ):  # fmt: skip
-            plan += [
-                (
-                    anchor,
-                    layer,
-                    partial(measure, anchor=anchor, layer=layer.index, alphas=alphas, draws=draws),
-                )
-                for layer in layers
-            ]
+            measure = partial(
+                _layer_losses, on=self.on, cached=self.cached, seed=self.seed, anchor=anchor, alphas=alphas,
+                draws=draws,
+            )  # fmt: skip
+            plan += [(anchor, layer, partial(measure, layer=layer.index)) for layer in layers]
         losses: dict[tuple[float, int], Nats] = {}
         results = self.evaluator.run(call for _, _, call in plan)
         for done, ((anchor, layer, _), rows) in enumerate(zip(plan, results, strict=True)):
@@ -143,26 +125,18 @@ class LayerPaths:
         screened = self.screened(path, worst)
         alphas, tuned = np.array(self.alphas), self.curve(path.tuned)
         middle = int(np.argmin(np.abs(alphas - 0.5)))
+        to_base, to_tuned = screened.repairs
         return {
-            "layer": path.layer.index,
-            "name": path.layer.name,
-            "weights": path.layer.weights,
-            "displacement": screened.displacement,
-            "moved": path.displacement,
-            "barrier": screened.barrier.value,
-            "barrier_error": screened.barrier.error,
-            "barrier_tuned": self._barrier(path.tuned).value,
-            "barrier_base": self._barrier(path.base).value,
-            "lag": loss_curves.lag(alphas, tuned),
-            "rewind_cost": screened.rewind.value,
-            "rewind_half": screened.rewind.half,
-            "midway_rise": float(tuned[middle] - tuned[-1]),
-            "control_rise": float(self.curve(path.control).mean() - tuned[-1]),
-            "repair_base": screened.repairs[0].value,
-            "repair_base_half": screened.repairs[0].half,
-            "repair_tuned": screened.repairs[1].value,
-            "repair_tuned_half": screened.repairs[1].half,
-        }
+            "layer": path.layer.index, "name": path.layer.name, "weights": path.layer.weights,
+            "displacement": screened.displacement, "moved": path.displacement,
+            "barrier": screened.barrier.value, "barrier_error": screened.barrier.error,
+            "barrier_tuned": self._barrier(path.tuned).value, "barrier_base": self._barrier(path.base).value,
+            "lag": loss_curves.lag(alphas, tuned), "rewind_cost": screened.rewind.value,
+            "rewind_half": screened.rewind.half, "midway_rise": float(tuned[middle] - tuned[-1]),
+            "control_rise": float(self.curve(path.control).mean() - tuned[-1]), "repair_base": to_base.value,
+            "repair_base_half": to_base.half, "repair_tuned": to_tuned.value,
+            "repair_tuned_half": to_tuned.half,
+        }  # fmt: skip
 
     def path_rows(self, path: LayerPath) -> list[dict[str, Any]]:
         """A layer's rows of `layer_paths`."""
@@ -184,13 +158,11 @@ class LayerPaths:
 
     def _filled(self, rows: LossesByRow) -> Float[np.ndarray, " rows"]:
         """Nats of the rows of all sets; NaN where the loss is not finite."""
-        sizes = [self.evaluator.units(which) for which in self.on]
-        return np.concatenate(
-            [
-                np.full(len(units), math.nan) if nats is None else nats
-                for units, nats in zip(sizes, rows, strict=True)
-            ]
-        )
+        parts = [
+            np.full(len(self.evaluator.units(which)), math.nan) if nats is None else nats
+            for which, nats in zip(self.on, rows, strict=True)
+        ]
+        return np.concatenate(parts)
 
     def _cache_is_exact(self) -> bool:
         """Whether a loss from cached blocks equals that of a full pass, bit for bit."""
@@ -199,9 +171,6 @@ class LayerPaths:
         cached = [self._filled(_current_losses(self.evaluator, self.on, last, 1.0)) for _ in range(2)]
         self.evaluator.clear_prefix()
         return all(np.array_equal(self.path(1.0), nats) for nats in cached)
-
-
-# For one layer and anchor, in this process or on a worker
 
 
 def _layer_losses(
@@ -225,11 +194,7 @@ def _layer_losses(
 def _current_losses(
     evaluator: PathEvaluator, on: Sequence[SetKey], layer: int, prefix: float | None
 ) -> LossesByRow:
-    """Nats by row at the model's current weights.
-
-    Args:
-        prefix: α of the cached blocks before the layer; None: they are run again.
-    """
+    """Nats by row at the current weights, with the blocks before the layer cached at α `prefix` if given."""
     with nullcontext() if prefix is None else evaluator.prefix_cached(layer, prefix):
         return [evaluator.current_rows(which) for which in on]
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -28,17 +28,10 @@ BatchSharpness: TypeAlias = dict[tuple[str, float], dict[str, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class SharpnessSettings:
-    """How sharpness is measured; values compare only under the same settings.
+    """How sharpness is measured, as in `layer_sharpness`; values compare only under the same settings.
 
     Attributes:
         rhos: radii, ascending.
-        norm: of u; for linf a value is a lower bound unless the starts agree.
-        adaptive: perturb in proportion to |w|.
-        normalise: normalise logits, so that their scale does not count.
-        steps, starts: of the ascent.
-        pairs: mirrored random perturbations for the average; 0: none.
-        per_size: scale a layer's radii by √(its weights / the median layer's).
-        matrices_only: leave norm gains and biases unperturbed.
         cached: run the blocks before a layer once.
     """
 
@@ -59,8 +52,7 @@ class SharpnessSettings:
         return tuple(p for p in layer.parameters if p.ndim > 1 or not self.matrices_only)
 
 
-@dataclass(frozen=True)
-class RowBatch:
+class RowBatch(NamedTuple):
     """A batch of rows of one task."""
 
     objective: Objective
@@ -68,11 +60,7 @@ class RowBatch:
 
 
 def row_batches(objectives: Sequence[Objective], count: int, size: int, seed: int) -> list[RowBatch]:
-    """At most `count` batches of distinct random rows, from each task in turn.
-
-    Raises:
-        InputError: no rows can be scored.
-    """
+    """At most `count` batches of distinct random rows, from each task in turn."""
     generator = np.random.default_rng(seed)
     queues = [list(generator.permutation(objective.rows)) for objective in objectives]
     batches: list[RowBatch] = []
@@ -95,12 +83,9 @@ class BatchLoss:
 
     def __call__(self, u: Tensor) -> tuple[float, Tensor]:
         """Loss and gradient; NaN where the loss is not finite."""
-        self._weights.put(u)
-        try:
-            with self._weights.sloping():
-                return self._batch.objective.backward(self._model, self._batch.rows), self._weights.slope()
-        except NonFiniteError:
-            return math.nan, torch.zeros_like(u)
+        with self._weights.sloping():
+            loss = self.loss(u)
+            return loss, self._weights.slope() if math.isfinite(loss) else torch.zeros_like(u)
 
     def loss(self, u: Tensor) -> float:
         """The loss alone."""
@@ -118,16 +103,15 @@ def batch_sharpness(
     number: int,
     settings: SharpnessSettings,
     *,
-    whole: bool = True,
+    joint: bool = True,
     radii: Mapping[str, Sequence[float]] | None = None,
     report: Callable[[int, str], None] = lambda done, what: None,
 ) -> BatchSharpness:
     """Sharpness on one batch: of each layer alone, and of all blocks together, at the model's weights.
 
     Args:
-        layers: in order.
         number: of the batch, which seeds its random draws.
-        whole: also perturb all blocks jointly; for l2 at least as sharp as each of them by construction.
+        joint: also perturb all blocks jointly; for l2 at least as sharp as each of them by construction.
         radii: of layers, by name, that are not measured at all radii of the settings.
         report: called with the number of measured layers and the name of the last.
     """
@@ -137,13 +121,13 @@ def batch_sharpness(
     all_blocks = Layer(-2, WHOLE, tuple(p for layer in blocks for p in layer.parameters))
     prefix = Prefix(model)
     sharpest: dict[float, tuple[Layer, Worst]] = {}
-    chosen = [*layers, *([all_blocks] if whole and blocks else [])]
+    chosen = [*layers, *([all_blocks] if joint and blocks else [])]
     with logits_normalised(model, settings.normalise):
         for done, layer in enumerate(chosen):
             size = _size(settings.parameters(layer))
-            joint = layer is all_blocks
-            scale = math.sqrt(size / median) if settings.per_size and not joint else 1.0
-            warm = {rho: _embedded(blocks, settings, *sharpest[rho]) for rho in sharpest if joint}
+            single = layer is not all_blocks
+            scale = math.sqrt(size / median) if settings.per_size and single else 1.0
+            warm = {} if single else {rho: _embedded(blocks, settings, *top) for rho, top in sharpest.items()}
             rhos = tuple((radii or {}).get(layer.name, settings.rhos))
             with prefix.entering(layer.index if settings.cached else -1):
                 rows, worsts = _layer(model, layer, batch, replace(settings, rhos=rhos), scale, number, warm)
@@ -157,21 +141,13 @@ def batch_sharpness(
 
 
 def mean_over_batches(layers: Sequence[Layer], batches: Sequence[BatchSharpness]) -> list[dict[str, Any]]:
-    """Means over batches, one row per layer and radius.
-
-    Columns: layer, name, rho, radius, worst, worst_error, single, average, average_error, spread, slope,
-        loss.
-    """
+    """Means over batches, one row per layer and radius: the columns of `sharpness` without alpha."""
     index = {layer.name: layer.index for layer in layers}
     return [
-        {
-            "layer": index.get(name, math.nan),
-            "name": name,
-            "rho": rho,
-            **_mean([batch[name, rho] for batch in batches]),
-        }
+        {"layer": index.get(name, math.nan), "name": name, "rho": rho,
+         **_mean([batch[name, rho] for batch in batches])}
         for name, rho in batches[0]
-    ]
+    ]  # fmt: skip
 
 
 def logits_normalised(model: nn.Module, wanted: bool) -> AbstractContextManager[None]:

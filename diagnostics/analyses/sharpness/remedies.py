@@ -66,42 +66,38 @@ def realigned_tensors(
 ) -> dict[str, Tensor]:
     """Tuned's changed tensors of a layer in the order nearest to base."""
     matrices = [matrix for matrix in pair.tuned.matrices.values() if matrix.layer == layer.index]
-    heads = getattr(interpolated.model.config.get_text_config(), "num_attention_heads", None)
+    config = interpolated.model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
     if layer.index < 0 or not matrices or not isinstance(heads, int):
         return {}
     positions = any(matrix.component == "position_embed" for matrix in pair.tuned.matrices.values())
+    # Without a table of positions, these are taken to rotate queries and keys. Heads that have their own
+    # position bias cannot be permuted.
+    own_bias = bool(getattr(config, "alibi", False)) or config.model_type in ("bloom", "mpt")
     return realigned(
-        matrices,
-        pair.tuned.headers,
-        lambda name: interpolated.ends(name)[0],
-        lambda name: interpolated.ends(name)[1],
-        heads=heads,
-        # Without a table of positions, these are taken to rotate queries and keys.
-        rotary=not positions,
-        movable=not has_head_biases(interpolated.model.config),
-    ).tensors
+        matrices, pair.tuned.headers, lambda name: interpolated.ends(name)[0],
+        lambda name: interpolated.ends(name)[1], heads=heads, rotary=not positions, movable=not own_bias,
+    ).tensors  # fmt: skip
 
 
-def has_head_biases(config: Any) -> bool:
-    """Whether each head has its own position bias, so that heads cannot be permuted."""
-    text = config.get_text_config()
-    return bool(getattr(text, "alibi", False)) or text.model_type in ("bloom", "mpt")
-
-
-def sparse_delta(interpolated: InterpolatedModel, layer: Layer, dropped: float) -> dict[str, Tensor]:
-    """Tuned's tensors of a layer with the smallest share of its delta set back to base."""
-    names = [name for name in layer.tensors if name in interpolated.host.in_both]
-    if not names:
-        return {}
-    sizes = {name: (interpolated.ends(name)[1] - interpolated.ends(name)[0]).abs() for name in names}
-    order = torch.cat([size.flatten() for size in sizes.values()]).argsort(stable=True)
-    reset = torch.zeros(len(order), dtype=torch.bool)
-    reset[order[: round(dropped * len(order))]] = True
-    parts = reset.split([size.numel() for size in sizes.values()])
-    return {
-        name: torch.where(part.view(sizes[name].shape), *interpolated.ends(name))
-        for name, part in zip(names, parts, strict=True)
-    }
+def _sparse_deltas(
+    interpolated: InterpolatedModel, layers: Sequence[Layer], dropped: float
+) -> dict[str, Tensor]:
+    """Tuned's tensors of layers with the smallest share of each layer's delta set back to base."""
+    tensors = {}
+    for layer in layers:
+        ends = {
+            name: interpolated.ends(name) for name in layer.tensors if name in interpolated.two_sided.in_both
+        }
+        sizes = [(tuned - base).abs().flatten() for base, tuned in ends.values()]
+        if not sizes:
+            continue
+        order = torch.cat(sizes).argsort(stable=True)
+        reset = torch.zeros(len(order), dtype=torch.bool)
+        reset[order[: round(dropped * len(order))]] = True
+        for (name, (base, tuned)), part in zip(ends.items(), reset.split(list(map(len, sizes))), strict=True):
+            tensors[name] = torch.where(part.view(base.shape), base, tuned)
+    return tensors
 
 
 @contextmanager
@@ -113,12 +109,6 @@ def _placed(
         yield
     finally:
         interpolated.set_alpha(alpha)
-
-
-def _sparse_deltas(
-    interpolated: InterpolatedModel, layers: Sequence[Layer], dropped: float
-) -> dict[str, Tensor]:
-    return {name: W for layer in layers for name, W in sparse_delta(interpolated, layer, dropped).items()}
 
 
 @contextmanager
@@ -138,7 +128,7 @@ def _pruned(
     interpolated.set_alpha(alpha)
     with ExitStack() as stack:
         for layer in layers:
-            names = [name for name in layer.tensors if name in interpolated.host.in_both]
+            names = [name for name in layer.tensors if name in interpolated.two_sided.in_both]
             matrices = [interpolated.between(name, alpha).abs().flatten() for name in names
                         if interpolated.ends(name)[0].ndim > 1]  # fmt: skip
             if not matrices:
@@ -171,17 +161,13 @@ def remedy_rows(
             with remedy.applied(alpha):
                 current = evaluator.current_units()
             for (role, name), units in current.items():
+                loss, accuracy = (math.nan, math.nan) if units is None else (units.loss, units.accuracy)
                 rows.append(
                     {
-                        "remedy": remedy.name,
-                        "setting": remedy.setting,
-                        "alpha": alpha,
-                        "role": role,
-                        "set": name,
-                        "loss": math.nan if units is None else units.loss,
-                        "accuracy": math.nan if units is None else units.accuracy,
+                        "remedy": remedy.name, "setting": remedy.setting, "alpha": alpha, "role": role,
+                        "set": name, "loss": loss, "accuracy": accuracy,
                     }
-                )
+                )  # fmt: skip
     return rows, notes
 
 

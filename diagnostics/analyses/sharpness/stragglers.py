@@ -20,13 +20,12 @@ def modified_z(values: Float[np.ndarray, " layers"], spread: float = 0.0) -> Flo
 
 
 class ScreenedLayer(NamedTuple):
-    """The measurements of a layer that decide whether it is a straggler.
+    """The measurements of a layer that decide whether it is a straggler, in nats.
 
     Attributes:
-        barrier: the larger of its two barriers, in nats.
+        barrier: the larger of its two barriers.
         repairs: loss at the worst α minus that with the layer pinned to base, and to tuned.
         rewind: rise of tuned's loss with this layer alone set back to base.
-        displacement: norm of its delta over the norm of base.
     """
 
     barrier: Estimate
@@ -36,12 +35,7 @@ class ScreenedLayer(NamedTuple):
 
 
 def stands_out(barriers: Sequence[Estimate], path_barrier: float) -> Bool[np.ndarray, " layers"]:
-    """Conditions (i) and (ii): a significant barrier, and an outlier or more than a layer's share.
-
-    Args:
-        barriers: of each layer.
-        path_barrier: barrier of the whole model's path.
-    """
+    """Conditions (i) and (ii): a significant barrier, and an outlier or more than its share of the path's."""
     values = np.array([barrier.value for barrier in barriers])
     errors = np.nan_to_num([barrier.error for barrier in barriers])
     significant = (values >= LEAST) & (values > ERRORS * errors)
@@ -56,10 +50,7 @@ def stragglers(layers: Sequence[ScreenedLayer], path_barrier: float) -> Bool[np.
 
 
 def load_bearing(layers: Sequence[ScreenedLayer], path_barrier: float) -> Bool[np.ndarray, " layers"]:
-    """Layers without a barrier that tuned needs and that moved far.
-
-    The rule is ours: a rewind cost that is an outlier, and a displacement above the median.
-    """
+    """Layers without a barrier with an outlying rewind cost and a displacement above the median (ours)."""
     barred = stands_out([layer.barrier for layer in layers], path_barrier)
     rewind = np.array([layer.rewind.value for layer in layers])
     needed = (modified_z(rewind, SPREAD) > OUTLIER) & [layer.rewind.low > 0 for layer in layers]

@@ -64,6 +64,7 @@ def layer_table(
     """One row a layer: barriers, controls, sharpness at both ends, verdict, action."""
     rows = []
     action = best_remedy(remedied, worst, {role for role, _ in on})
+    action_columns = ("action", "action_barrier_nats", "action_task_nats")
     for index, path in enumerate(flags.measured):
         row = flags.paths.row(path, flags.worst)
         for column, alpha in (("base", 0.0), ("half", 0.5), ("tuned", 1.0)):
@@ -73,9 +74,7 @@ def layer_table(
         row["sharpness_ratio"] = row["sharpness_tuned"] / base if base > 0 else math.nan
         straggler = bool(flags.stragglers[index])
         row |= {"straggler": straggler, "load_bearing": bool(flags.load_bearing[index])}
-        row["action"] = action[0] if straggler else ""
-        row["action_barrier_nats"] = action[1] if straggler else math.nan
-        row["action_task_nats"] = action[2] if straggler else math.nan
+        row |= dict(zip(action_columns, action if straggler else ("", math.nan, math.nan), strict=True))
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -108,22 +107,20 @@ def metrics_of(
 ) -> dict[str, float | int]:  # fmt: skip
     """Metrics over all layers."""
     metrics: dict[str, float | int | None] = {
-        "stragglers": int(table["straggler"].sum()),
-        "worst_alpha": flags.worst,
+        "stragglers": int(table["straggler"].sum()), "worst_alpha": flags.worst,
         "barrier_nats": flags.path_barrier,
         "repaired_nats": float(table[["repair_base", "repair_tuned"]].to_numpy(float).max()),
-        "load_bearing": int(table["load_bearing"].sum()),
-        "layers": len(table),
+        "load_bearing": int(table["load_bearing"].sum()), "layers": len(table),
         "unsteady": int((sharp["spread"] > UNSTEADY).sum()),
-    }
+    }  # fmt: skip
     for name, column in (("sharpness", "worst"), ("average", "average")):
         for side, alpha in (("base", 0.0), ("tuned", 1.0)):
             value = at(sharp, alpha, WHOLE, rho, column)
             metrics[f"{name}_{side}"] = None if math.isnan(value) else value
     ood = [row for row in sets if row["role"] == "ood"]
     if ood:
-        metrics["strong_failures"] = sum(row["outcome"] == "strong" for row in ood)
-        metrics["successes"] = sum(row["outcome"] == "success" for row in ood)
+        outcomes = [row["outcome"] for row in ood]
+        metrics |= {"strong_failures": outcomes.count("strong"), "successes": outcomes.count("success")}
         worse = [row["confidence_ratio"] for row in ood if row["accuracy_tuned"] < row["accuracy_base"]]
         metrics["overconfidence_ood"] = max(worse, default=0.0)
     for role in ("task", "keep", "ood"):

@@ -212,10 +212,10 @@ def skill_localization(
         if source is not None
         for name, set_rows in tasks(source, role).items()
     }
-    with TwoSidedModel(pair, **options.of_models) as host:
+    with TwoSidedModel(pair, **options.of_models) as two_sided:
 
         def encode(unencoded: Task) -> EncodedTask:
-            return encoded(host.editable, unencoded, **options.of_rows)
+            return encoded(two_sided.editable, unencoded, **options.of_rows)
 
         encoded_tasks = {name: encode(task_rows) for name, task_rows in by_task.items()}
         encoded_others = {key: encode(other) for key, other in others.items()}
@@ -224,7 +224,7 @@ def skill_localization(
             sets |= {
                 (name, purpose): select_rows(encoded_tasks[name], by_split[purpose]) for purpose in SPLITS
             }
-        evaluator = GraftEvaluator(host, sets, eligible)
+        evaluator = GraftEvaluator(two_sided, sets, eligible)
         sizes, size_notes = region_sizes(budgets, evaluator)
         notes = [*pair_notes(pair, evaluator), *size_notes]
         per_task = gradient_count(search, steps, seeds, CHECKED) if evaluator.movement.total_moved else 0

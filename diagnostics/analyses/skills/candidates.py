@@ -73,10 +73,10 @@ class Candidates:
 class GraftedModel:
     """A running graft of the candidates; a context manager at whose end the model is base again."""
 
-    def __init__(self, host: TwoSidedModel, candidates: Candidates):
-        """Prepare a host that is base."""
-        assert host.side == "base"
-        self.host, self.candidates = host, candidates
+    def __init__(self, two_sided: TwoSidedModel, candidates: Candidates):
+        """Prepare a two-sided model that is base."""
+        assert two_sided.side == "base"
+        self.two_sided, self.candidates = two_sided, candidates
         self._spans = dict(candidates.spans)
         self._mask: Tensor | None = None  # the hard mask that is written
         sides = (*candidates.base.values(), *candidates.tuned.values())
@@ -88,7 +88,7 @@ class GraftedModel:
 
     def __exit__(self, *error: object) -> None:
         self._mask = None
-        self.host.restore(self.candidates.index.keys())
+        self.two_sided.restore(self.candidates.index.keys())
 
     def write_mask(self, mask: Mask) -> None:
         """Write base + mask ⊙ (tuned − base) at the candidates; a hard mask selects values."""
@@ -107,7 +107,7 @@ class GraftedModel:
             else:
                 D = delta(base, tuned)
                 chosen = base.to(D.dtype) + values.to(D.dtype) * D
-            self.host.write(name, index.long(), chosen)
+            self.two_sided.write(name, index.long(), chosen)
         self._mask = mask.clone() if hard else None
 
     def gradient(
@@ -117,11 +117,11 @@ class GraftedModel:
         self.write_mask(mask)
         gradient = torch.zeros(len(self.candidates), dtype=self._dtype)
         parts = {name: gradient[span] for name, span in self._spans.items()}
-        with collect_gradients(self.host, self.candidates.index, parts):
-            objective.backward(self.host.model, rows)
+        with collect_gradients(self.two_sided, self.candidates.index, parts):
+            objective.backward(self.two_sided.model, rows)
         for name, part in parts.items():
             part *= delta(self.candidates.base[name], self.candidates.tuned[name])
-        return check_finite(gradient, self.host)
+        return check_finite(gradient, self.two_sided)
 
     def gradient_at(
         self, others: Region, read: Read, mask: Mask, objective: Objective, rows: list[int] | None = None
@@ -129,30 +129,30 @@ class GraftedModel:
         """dL/dm of entries that are no candidates, at a mask of the candidates."""
         self.write_mask(mask)
         parts = {name: torch.zeros(len(entries)) for name, entries in others.items()}
-        with collect_gradients(self.host, others, parts):
-            objective.backward(self.host.model, rows)
+        with collect_gradients(self.two_sided, others, parts):
+            objective.backward(self.two_sided.model, rows)
         for name, part in parts.items():
             parts[name] = part * delta(*(side.reshape(-1)[others[name].long()] for side in read(name)))
-        return check_finite(torch.cat(list(parts.values())) if parts else torch.empty(0), self.host)
+        return check_finite(torch.cat(list(parts.values())) if parts else torch.empty(0), self.two_sided)
 
 
 @contextmanager
 def collect_gradients(
-    host: TwoSidedModel, index: Mapping[str, Int[Tensor, " _"]], sums: Mapping[str, Float[Tensor, " _"]]
+    two_sided: TwoSidedModel, index: Mapping[str, Int[Tensor, " _"]], sums: Mapping[str, Float[Tensor, " _"]]
 ) -> Iterator[None]:
     """Add the gradients of some entries of each tensor to `sums`, and free all gradients at once."""
     # A tensor may be in several parameters, where the model keeps it in another form.
     holders: dict[nn.Parameter, list[str]] = {}
     for name, entries in index.items():
-        for slot in host.editable.slots(name, entries.long()):
+        for slot in two_sided.editable.slots(name, entries.long()):
             if not isinstance(slot.tensor, nn.Parameter):
-                raise InputError(f"{host.pair.tuned.ref}: {name} is no parameter of the running model")
+                raise InputError(f"{two_sided.pair.tuned.ref}: {name} is no parameter of the running model")
             holders.setdefault(slot.tensor, []).append(name)
 
     def collect(parameter: Any) -> None:
         gradient = parameter.grad.reshape(-1)
         for name in holders[parameter]:
-            for slot in host.editable.slots(name, index[name].long()):
+            for slot in two_sided.editable.slots(name, index[name].long()):
                 if slot.tensor is parameter:
                     sums[name][slot.which] += gradient[slot.indices].to("cpu", sums[name].dtype)
         parameter.grad = None
@@ -172,11 +172,11 @@ def collect_gradients(
             parameter.grad = None
 
 
-def check_finite(gradient: Float[Tensor, " _"], host: TwoSidedModel) -> Float[Tensor, " _"]:
+def check_finite(gradient: Float[Tensor, " _"], two_sided: TwoSidedModel) -> Float[Tensor, " _"]:
     """The gradient, checked."""
     if not gradient.isfinite().all():
         raise InputError(
-            f"{host.pair.tuned.ref}: gradients are NaN or infinite; half precision may overflow: use "
+            f"{two_sided.pair.tuned.ref}: gradients are NaN or infinite; half precision may overflow: use "
             "--dtype float32"
         )
     return gradient

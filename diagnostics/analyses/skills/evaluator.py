@@ -67,20 +67,22 @@ def select_rows(encoded: EncodedTask, rows: Sequence[int]) -> EncodedTask:
     )
 
 
-def eligible_tensors(host: TwoSidedModel, eligible: Eligible) -> dict[str, tuple[int, ...]]:
+def eligible_tensors(two_sided: TwoSidedModel, eligible: Eligible) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors that a mask may select from: base has them too, and the model differentiates."""
-    matrices = {matrix.tensor for matrix in host.pair.tuned.matrices.values()}
+    matrices = {matrix.tensor for matrix in two_sided.pair.tuned.matrices.values()}
     shapes = {}
-    for name in sorted(host.in_both):
+    for name in sorted(two_sided.in_both):
         inside = re.search(families.BLOCK, name) is not None
         if eligible != "everything" and not (inside and (eligible == "blocks" or name in matrices)):
             continue
         # A graft leaves out running statistics and other buffers.
-        if all(isinstance(slot.tensor, nn.Parameter) for slot in host.editable.slots(name, torch.arange(1))):
-            shapes[name] = host.headers[name].shape
+        if all(
+            isinstance(slot.tensor, nn.Parameter) for slot in two_sided.editable.slots(name, torch.arange(1))
+        ):
+            shapes[name] = two_sided.headers[name].shape
     if not shapes:
         raise InputError(
-            f"{host.pair.tuned.ref}: no tensor of base and tuned is eligible for a mask (eligible={eligible})"
+            f"{two_sided.pair.tuned.ref}: no tensor of base and tuned is eligible (eligible={eligible})"
         )
     return shapes
 
@@ -104,24 +106,24 @@ def layer_lookup(names: Collection[str]) -> Callable[[str], int | None]:
 class GraftEvaluator:
     """Evaluates grafts of one pair."""
 
-    def __init__(self, host: TwoSidedModel, sets: Mapping[Key, EncodedTask], eligible: Eligible):
-        self.host, self.sets = host, sets
-        self.shapes = eligible_tensors(host, eligible)
+    def __init__(self, two_sided: TwoSidedModel, sets: Mapping[Key, EncodedTask], eligible: Eligible):
+        self.two_sided, self.sets = two_sided, sets
+        self.shapes = eligible_tensors(two_sided, eligible)
         self.movement = Movement(self.shapes, self.read)
         # Tensors that differ and are not eligible; a graft has base's.
-        outside = sorted(host.in_both - self.shapes.keys())
+        outside = sorted(two_sided.in_both - self.shapes.keys())
         self.outside = [name for name in outside if not same_bytes(*self.read(name))]
         self.evaluations = 0  # passes over a set so far
-        self._blender = Blender(host.pair)
+        self._blender = Blender(two_sided.pair)
 
     def read(self, name: str) -> tuple[Tensor, Tensor]:
         """A tensor of base and of tuned."""
-        return self.host.read(name, "base"), self.host.read(name, "tuned")
+        return self.two_sided.read(name, "base"), self.two_sided.read(name, "tuned")
 
     def answers(self, keys: Collection[Key]) -> dict[Key, Answers]:
         """Answers of the model in its present state to some sets."""
         self.evaluations += len(keys)
-        return {key: answers(self.sets[key], self.host.model) for key in keys}
+        return {key: answers(self.sets[key], self.two_sided.model) for key in keys}
 
     def graft(self, region: Region, keys: Collection[Key]) -> dict[Key, Answers]:
         """Answers of base with a region of tuned."""
@@ -132,30 +134,30 @@ class GraftEvaluator:
         return self._mixed(region, keys, "tuned", "base")
 
     def _mixed(self, region: Region, keys: Collection[Key], most: Side, selected: Side) -> dict[Key, Answers]:
-        self.host.become(most)
-        with self.host.selecting({name: index.long() for name, index in region.items()}, selected):
+        self.two_sided.become(most)
+        with self.two_sided.selecting({name: index.long() for name, index in region.items()}, selected):
             outcome = self.answers(keys)
-        self.host.become("base")
+        self.two_sided.become("base")
         return outcome
 
     def full_graft(self, keys: Collection[Key]) -> dict[Key, Answers]:
         """Answers of the graft of all eligible entries."""
-        self.host.become("tuned")
-        with self._written((name, self.host.read(name, "base")) for name in self.outside):
+        self.two_sided.become("tuned")
+        with self._written((name, self.two_sided.read(name, "base")) for name in self.outside):
             outcome = self.answers(keys)
-        self.host.become("base")
+        self.two_sided.become("base")
         return outcome
 
     def interpolated(self, alpha: float, keys: Collection[Key]) -> dict[Key, Answers]:
         """Answers of base + α (tuned − base), over all weights."""
-        self.host.become("base")
-        tuned = self.host.pair.tuned
+        self.two_sided.become("base")
+        tuned = self.two_sided.pair.tuned
 
         def blends() -> Iterator[tuple[str, Tensor]]:
-            for name in sorted(self.host.in_both):
+            for name in sorted(self.two_sided.in_both):
                 value, square = self._blender.between(name, tuned.tensor(name), alpha)
                 if square:
-                    yield name, value.to(self.host.headers[name].dtype)
+                    yield name, value.to(self.two_sided.headers[name].dtype)
 
         with self._written(blends()):
             return self.answers(keys)
@@ -165,8 +167,8 @@ class GraftEvaluator:
         """Give tensors other values, and restore them at the end."""
         try:
             for name, value in tensors:
-                self.host.changed([name])
-                self.host.editable.write(name, value)
+                self.two_sided.changed([name])
+                self.two_sided.editable.write(name, value)
             yield
         finally:
-            self.host.restore()
+            self.two_sided.restore()

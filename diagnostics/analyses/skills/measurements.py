@@ -55,7 +55,7 @@ def measure_ends(
     if not evaluator.movement.entries and not evaluator.outside:
         return ends | dict.fromkeys(["base", "ones", *INTERPOLATIONS], ends["tuned"])
     ends["ones"] = evaluator.full_graft(keys) if evaluator.outside else ends["tuned"]
-    evaluator.host.become("base")
+    evaluator.two_sided.become("base")
     ends["base"] = evaluator.answers([*keys, *selection])
     return ends | {name: evaluator.interpolated(alpha, keys) for name, alpha in INTERPOLATIONS.items()}
 

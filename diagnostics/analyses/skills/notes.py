@@ -58,7 +58,7 @@ def percent(share: float) -> str:
 
 def pair_notes(pair: CheckpointPair, evaluator: GraftEvaluator) -> list[str]:
     """Notes on what a mask may select."""
-    movement, host = evaluator.movement, evaluator.host
+    movement, two_sided = evaluator.movement, evaluator.two_sided
     notes = [
         f"Shares are of N = {movement.total:,} entries in {len(movement.entries)} eligible tensors that "
         f"tuning changed; {len(movement.frozen)} eligible tensors are equal in base and tuned."
@@ -68,7 +68,7 @@ def pair_notes(pair: CheckpointPair, evaluator: GraftEvaluator) -> list[str]:
             "Tuned is an adapter. The region is one of its merged weights, with a dense delta; it does not "
             "say which rank-one parts of the adapter carry the skill."
         )
-    only_tuned = sorted(host.headers.keys() - host.in_both)
+    only_tuned = sorted(two_sided.headers.keys() - two_sided.in_both)
     if only_tuned:
         many = f"{len(only_tuned)} tensors, such as {only_tuned[0]}" if len(only_tuned) > 1 else only_tuned[0]
         notes.append(f"Base lacks {many}; it is measured with tuned's.")

@@ -100,7 +100,7 @@ class TaskSearch:
         probed = movement.sample_others(self.candidates.index, min(PROBED, count / others), self.seed)
         if not region.size(probed):
             return
-        with GraftedModel(self.evaluator.host, self.candidates) as graft:
+        with GraftedModel(self.evaluator.two_sided, self.candidates) as graft:
             middle = torch.full((count,), 0.5)
             rows = list(next(row_batches(objective.rows, 8 * self.batch, self.seed)))
             scores = -graft.gradient(middle, objective, rows)
@@ -132,7 +132,7 @@ class TaskSearch:
         inner = [size for size in self.sizes if size <= len(self.candidates) / 2]
         if self.mode == "faithful":
             return self.rank([(inner or self.sizes)[len(inner or self.sizes) // 2]], self.seed)
-        with GraftedModel(self.evaluator.host, self.candidates) as graft:
+        with GraftedModel(self.evaluator.two_sided, self.candidates) as graft:
             oracle = self._oracle(graft, None, self.seed)
             step = self.gradients.steps_of(f"{self.task}: integrated gradients")
             scores = mask_search.integrated_gradients(oracle, len(self.candidates), step=step)
@@ -149,7 +149,7 @@ class TaskSearch:
         """Search over masks of these sizes, from the better start."""
         step = self.gradients.steps_of(f"{self.task}: {self.mode} search")
         count = len(self.candidates)
-        with GraftedModel(self.evaluator.host, self.candidates) as graft:
+        with GraftedModel(self.evaluator.two_sided, self.candidates) as graft:
             if self.mode == "faithful":
                 empty = torch.zeros(count, dtype=torch.bool)
                 oracle = self._oracle(graft, None, seed)

@@ -194,7 +194,7 @@ def tables_and_metrics(
 ) -> tuple[dict[str, pd.DataFrame], dict[str, float | int]]:
     """All tables, and all metrics: those of the first task, and counts over all tasks."""
     drawing = {"draws": draws, "seed": seed}
-    movement, matrices = evaluator.movement, evaluator.host.pair.tuned.matrices
+    movement, matrices = evaluator.movement, evaluator.two_sided.pair.tuned.matrices
     shapes = {name: evaluator.shapes[name] for name in movement.entries}
     rows: defaultdict[str, Rows] = defaultdict(list)
     choices = {task: m.choice for task, m in measurements.items() if m.choice is not None}

@@ -236,18 +236,21 @@ def essential_sparsity(
     }
     roles = {role: settings.metric_of(role, sets) for role in dict.fromkeys(role for role, _ in sets)}
     training, sets = split_training(sets, finetune_share, seed) if finetune_steps else (None, sets)
-    with TwoSidedModel(pair, **options.of_models) as host:
-        encoded_sets = {key: encoded(host.editable, rows, **options.of_rows) for key, rows in sets.items()}
+    with TwoSidedModel(pair, **options.of_models) as two_sided:
+        encoded_sets = {
+            key: encoded(two_sided.editable, rows, **options.of_rows) for key, rows in sets.items()
+        }
         train = None
         curves: list[tuple[Side, Regime]] = [(side, "zero_shot") for side in SIDES]
         if training is not None:
             curves.append(("base", "masked_finetune"))
-            encoded_training = encoded(host.editable, training, **options.of_rows)
+            encoded_training = encoded(two_sided.editable, training, **options.of_rows)
+            objective = Objective(encoded_training, tokens=options.batch_tokens)
             train = MaskedFinetuning(
-                host=host, objective=Objective(encoded_training, tokens=options.batch_tokens), seed=seed,
-                rows=len(training.rows), steps=finetune_steps, lr=finetune_lr, batch_rows=finetune_batch,
+                two_sided=two_sided, objective=objective, rows=len(training.rows), steps=finetune_steps,
+                lr=finetune_lr, batch_rows=finetune_batch, seed=seed,
             )  # fmt: skip
-        cuts = Masks(host, settings.grid, scope=scope, parts=parts, random=random, seed=seed)
+        cuts = Masks(two_sided, settings.grid, scope=scope, parts=parts, random=random, seed=seed)
         fitting, misfit_notes = cuts.fitting(patterns)
         points = len(settings.grid) + MAX_REFINEMENTS * (refine > 0) + (len(settings.grid) - 1) * random
         total = len(curves) * points + len(SIDES) * len(fitting)
@@ -282,5 +285,5 @@ def dropping_masks(measurements: SparsityMeasurements) -> tuple[dict[str, Patch]
             continue
         kept = measurements.evaluator.masks.kept_entries(side, sparsity)
         about = {"kept by": side, "pattern": MAGNITUDE, "sparsity": sparsity}
-        patches[side] = Patch.of(measurements.evaluator.host.pair, kept, about)
+        patches[side] = Patch.of(measurements.evaluator.two_sided.pair, kept, about)
     return patches, lines

@@ -74,7 +74,7 @@ class Masks:
 
     def __init__(
         self,
-        host: TwoSidedModel,
+        two_sided: TwoSidedModel,
         sparsities: Sequence[float],
         *,
         scope: Scope,
@@ -83,9 +83,9 @@ class Masks:
         seed: int,
     ):
         """Find the cuts of all sparsities in the same passes over the weights."""
-        self.host = host
+        self.two_sided = two_sided
         self.settings = {"scope": scope, "parts": parts, "random": random, "seed": seed}
-        tuned = host.pair.tuned
+        tuned = two_sided.pair.tuned
         order = prune.magnitude_order(tuned, scope, parts)
         quantised = [name for name in order.shapes if not tuned.headers[name].dtype.is_floating_point]
         if quantised:
@@ -95,14 +95,14 @@ class Masks:
                 "have no order of magnitude"
             )
         # Tensors in the scope, and those that the running model lacks.
-        self.names = tuple(name for name in order.shapes if name in host.headers)
-        self.left_out = tuple(name for name in order.shapes if name not in host.headers)
+        self.names = tuple(name for name in order.shapes if name in two_sided.headers)
+        self.left_out = tuple(name for name in order.shapes if name not in two_sided.headers)
         if not self.names:
             raise InputError(f"{tuned.ref}: the running model has no {' or '.join(parts)} matrix of the file")
         shapes = {name: order.shapes[name] for name in self.names}
         groups = {name: order.groups[name] for name in self.names}
         self._orders: dict[str, Order] = {
-            side: Order(shapes, partial(host.read, side=side), groups=groups) for side in SIDES
+            side: Order(shapes, partial(two_sided.read, side=side), groups=groups) for side in SIDES
         }
         if random:
             drawn = prune.random_order(tuned, scope, parts, seed=seed)
@@ -142,8 +142,8 @@ class Masks:
     def pruned(self, model: Side, pattern: str, sparsity: float, name: str) -> Bool[Tensor, "..."]:
         """The pruned entries of a stored tensor."""
         if pattern not in (MAGNITUDE, RANDOM):
-            stored = self.host.read(name, model)
-            return prune.pattern_pruned(self.host.pair.tuned, name, stored, *parse_pattern(pattern))
+            stored = self.two_sided.read(name, model)
+            return prune.pattern_pruned(self.two_sided.pair.tuned, name, stored, *parse_pattern(pattern))
         return self.order(model, pattern).pruned(self.cut(model, sparsity, pattern), name)
 
     def realised(self, model: Side, pattern: str, sparsity: float) -> float:
@@ -155,7 +155,7 @@ class Masks:
     def misfit(self, pattern: str) -> str:
         """Why a pattern does not fit, naming the matrix; empty if it fits."""
         kept, of = parse_pattern(pattern)
-        for matrix in self.host.pair.tuned.matrices.values():
+        for matrix in self.two_sided.pair.tuned.matrices.values():
             if matrix.tensor in self.names:
                 try:
                     prune.n_of_m(torch.zeros(1, matrix.columns), kept, of)
@@ -168,7 +168,7 @@ class Masks:
         reasons = {pattern: self.misfit(pattern) for pattern in (PATTERNS if patterns is None else patterns)}
         misfits = {pattern: reason for pattern, reason in reasons.items() if reason}
         if patterns is not None and misfits:
-            raise InputError(f"{self.host.pair.tuned.ref}: {next(iter(misfits.values()))}")
+            raise InputError(f"{self.two_sided.pair.tuned.ref}: {next(iter(misfits.values()))}")
         notes = [f"{pattern} is not measured: {reason}." for pattern, reason in misfits.items()]
         return tuple(pattern for pattern in reasons if pattern not in misfits), notes
 
@@ -182,7 +182,7 @@ class Masks:
     def kept(self, model: Side, pattern: str, sparsity: float) -> Mass:
         """The magnitude that a mask keeps."""
         parts = (
-            kept_mass(self.host.read(name, model), self.pruned(model, pattern, sparsity, name))
+            kept_mass(self.two_sided.read(name, model), self.pruned(model, pattern, sparsity, name))
             for name in self.names
         )
         return sum(parts, Mass())
@@ -193,8 +193,8 @@ class Masks:
         cuts = [[self.cut(side, sparsity) for sparsity in ascending] for side in SIDES]
         overlaps = Overlaps(len(ascending))
         for name in self.names:
-            if name in self.host.in_both:
-                sides = [self.host.read(name, side) for side in SIDES]
+            if name in self.two_sided.in_both:
+                sides = [self.two_sided.read(name, side) for side in SIDES]
                 base, tuned = (prune.cut_levels(cut, name, W) for cut, W in zip(cuts, sides, strict=True))
                 overlaps.add(base, tuned, squared_change(*sides))
         table = pd.DataFrame({name: getattr(overlap, name) for name in OVERLAPS} for overlap in overlaps)
@@ -210,9 +210,9 @@ class Masks:
         """
         cut, rows = self.cut(model, sparsity), []
         for name in self.names:
-            stored = self.host.read(name, model)
+            stored = self.two_sided.read(name, model)
             pruned, segments = cut.pruned(name, stored), cut.segments[name]
-            for matrix in (m for m in self.host.pair.tuned.matrices.values() if m.tensor == name):
+            for matrix in (m for m in self.two_sided.pair.tuned.matrices.values() if m.tensor == name):
                 weights, count = matrix.take(stored), int(matrix.take(pruned).sum())
                 threshold = segments[(matrix.expert or 0) if len(segments) > 1 else 0].threshold
                 rms = float(weights.float().square().mean(dtype=torch.float64)) ** 0.5
@@ -241,7 +241,7 @@ class MaskEvaluator:
         total: int,
         progress: Progress | None = None,
     ):
-        self.masks, self.host, self.sets = masks, masks.host, sets
+        self.masks, self.two_sided, self.sets = masks, masks.two_sided, sets
         self.points: list[Point] = []  # in the order of measurement
         self._losses: list[dict[SetKey, Losses]] = []
         self.evaluations = 0  # passes over the rows
@@ -252,7 +252,7 @@ class MaskEvaluator:
     def measure_on_workers(self, keys: Sequence[PointKey]) -> None:
         """Measure points without training on the engine's workers, if any; `measure` finds their losses."""
         build = partial(_build, sets=self.sets, settings=self.masks.settings)
-        remote = workers.host_on_workers(self.host, build)
+        remote = workers.two_sided_on_workers(self.two_sided, build)
         if remote is None:
             return
         # Without a mask all patterns are one model.
@@ -275,14 +275,14 @@ class MaskEvaluator:
         """Apply a mask to a side; after a lower sparsity of the same order, only more entries are zeroed."""
         applied = self._applied
         if applied is None or applied[:2] != (model, pattern) or sparsity < applied[2]:
-            self.host.become(model)
+            self.two_sided.become(model)
         self._applied = (model, pattern, sparsity)
         if pattern in (MAGNITUDE, RANDOM):
             order, cut = self.masks.order(model, pattern), self.masks.cut(model, sparsity, pattern)
-            self.host.prune(order, cut, rising=pattern == MAGNITUDE)
+            self.two_sided.prune(order, cut, rising=pattern == MAGNITUDE)
             return
         for name in self.masks.names:
-            self.host.zero(name, self.masks.pruned(model, pattern, sparsity, name))
+            self.two_sided.zero(name, self.masks.pruned(model, pattern, sparsity, name))
 
     def measure(
         self,
@@ -319,7 +319,7 @@ class MaskEvaluator:
 
     def losses(self) -> dict[SetKey, Losses]:
         """Losses of every row with the model in its present state."""
-        return {key: encoded.measure(self.host.model) for key, encoded in self.sets.items()}
+        return {key: encoded.measure(self.two_sided.model) for key, encoded in self.sets.items()}
 
     @property
     def curves(self) -> list[tuple[Side, Regime]]:
@@ -351,7 +351,7 @@ class MaskEvaluator:
         for name in self.masks.names:
             pruned = self.masks.pruned(model, pattern, sparsity, name)
             index = pruned.flatten().nonzero()[:, 0]
-            for slot in self.host.editable.slots(name, index):
+            for slot in self.two_sided.editable.slots(name, index):
                 parameter = slot.tensor
                 assert isinstance(parameter, nn.Parameter), name
                 if parameter not in held:
@@ -391,9 +391,9 @@ class MaskEvaluator:
 
 
 def _build(
-    host: TwoSidedModel, sets: Mapping[SetKey, EncodedTask], settings: Mapping[str, Any]
+    two_sided: TwoSidedModel, sets: Mapping[SetKey, EncodedTask], settings: Mapping[str, Any]
 ) -> MaskEvaluator:
-    return MaskEvaluator(Masks(host, (), **settings), sets, total=0)
+    return MaskEvaluator(Masks(two_sided, (), **settings), sets, total=0)
 
 
 def _measure_point(evaluator: MaskEvaluator, *, key: PointKey, cut: Cut | None) -> dict[SetKey, Losses]:

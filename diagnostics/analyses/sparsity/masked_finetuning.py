@@ -50,7 +50,7 @@ def split_training(
 class MaskedFinetuning:
     """Tunes behind a mask, with the same rows, order and schedule for every mask."""
 
-    host: TwoSidedModel
+    two_sided: TwoSidedModel
     objective: Objective
     rows: int  # training rows
     steps: int
@@ -59,9 +59,9 @@ class MaskedFinetuning:
     seed: int
 
     def __call__(self, held: Mapping[nn.Parameter, Bool[Tensor, "..."]]) -> None:
-        """Tune the model with these entries held at zero; its host restores it later."""
-        self.host.changed()
+        """Tune the model with these entries held at zero; the two-sided model restores it later."""
+        self.two_sided.changed()
         masked_finetune(
-            self.host.model, self.objective, held, steps=self.steps, lr=self.lr, batch_rows=self.batch_rows,
-            seed=self.seed,
+            self.two_sided.model, self.objective, held, steps=self.steps, lr=self.lr, seed=self.seed,
+            batch_rows=self.batch_rows,
         )  # fmt: skip

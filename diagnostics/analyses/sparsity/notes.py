@@ -124,14 +124,14 @@ def training_notes(train: MaskedFinetuning | None, metrics: Numbers) -> list[str
             f"Tuned behind the mask, base tolerates less than {COMPARED_SPARSITY:g}, the lower end of the "
             "paper's range: too few steps, or a task that needs what base knows."
         )
-    if is_half(train.host.model):  # it rounds away small steps
+    if is_half(train.two_sided.model):  # it rounds away small steps
         lines.append("Half-precision weights round away small steps of tuning; use dtype float32.")
     return lines
 
 
 def scope_notes(measurements: SparsityMeasurements, metrics: Numbers) -> list[str]:
     """Notes on what was pruned, and what was not."""
-    host, masks = measurements.evaluator.host, measurements.evaluator.masks
+    two_sided, masks = measurements.evaluator.two_sided, measurements.evaluator.masks
     lines = [
         f"{metrics[f'zeros_{model}']:.3g} of {model}'s scope is zero before pruning; these weights go first, "
         "and its curve is flat up to there."
@@ -143,7 +143,7 @@ def scope_notes(measurements: SparsityMeasurements, metrics: Numbers) -> list[st
         f"{metrics['scope_share']:.3g} of tuned's parameters. Unstructured zeros save no time on ordinary "
         "hardware; N:M patterns and sparse file formats do."
     )
-    only_tuned = sorted(set(host.headers) - host.in_both)
+    only_tuned = sorted(set(two_sided.headers) - two_sided.in_both)
     if only_tuned:
         many = f"{len(only_tuned)} tensors, such as {only_tuned[0]}" if len(only_tuned) > 1 else only_tuned[0]
         lines.append(f"Base lacks {many}; it is measured with tuned's.")
@@ -152,6 +152,6 @@ def scope_notes(measurements: SparsityMeasurements, metrics: Numbers) -> list[st
             f"{len(masks.left_out)} of the file's tensors, such as {masks.left_out[0]}, are not part of the "
             "running model and are not pruned."
         )
-    if any(matrix.part == "router" for matrix in host.pair.tuned.matrices.values()):
+    if any(matrix.part == "router" for matrix in two_sided.pair.tuned.matrices.values()):
         lines.append("Mixture of experts: experts that these rows are never routed to look free to prune.")
     return lines

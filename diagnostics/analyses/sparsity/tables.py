@@ -86,7 +86,7 @@ class SparsityMeasurements:
 
     def share_of_model(self, model: Side) -> float:
         """Share of a side's parameters in the scope; shared storage counts once."""
-        checkpoint = getattr(self.evaluator.host.pair, model)
+        checkpoint = getattr(self.evaluator.two_sided.pair, model)
         return min(1.0, self.evaluator.masks.entries / checkpoint.parameters)
 
     def index_of(self, model: Side, pattern: str, sparsity: float | None = None) -> int | None:

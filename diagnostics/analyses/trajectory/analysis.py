@@ -1,10 +1,8 @@
 """Scores and weights over a training run: troughs of keep scores, detours in weights, loss against metric.
 
-A keep score that fell and still rises means that the run is shipped from a trough. The path through the
-weights is compared with the straight line between its ends. Where the task loss improves and its metric does
-not, the loss is no longer a stopping criterion. The formulas are ours; the papers show curves: Guo et al.,
-arXiv:2406.14833 (the stability gap); Gupta et al., arXiv:2308.04014 (re-warming); Frankle et al.,
-arXiv:1903.01611 (distance and angle); Isik et al., arXiv:2402.04177 (loss against BLEU).
+The formulas are ours; the papers show curves: Guo et al., arXiv:2406.14833 (the stability gap); Gupta et al.,
+arXiv:2308.04014 (re-warming); Frankle et al., arXiv:1903.01611 (distance and angle); Isik et al.,
+arXiv:2402.04177 (loss against BLEU).
 """
 
 from collections.abc import Callable, Mapping
@@ -14,18 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from diagnostics.analyses.trajectory import tables as trajectory_tables
 from diagnostics.analyses.trajectory.figures import draw
-from diagnostics.analyses.trajectory.tables import (
-    decoupling_metrics,
-    decoupling_rows,
-    path_metrics,
-    settling_metrics,
-    step_rows,
-    trough_metrics,
-    trough_notes,
-    trough_rows,
-    weight_path,
-)
 from diagnostics.core.analysis import DeviceTest, Result, analysis
 from diagnostics.evaluation.checkpoint_scores import (
     ScoringOptions,
@@ -105,10 +93,7 @@ def summary(result: Result) -> str:
     draw=draw,
     summary=summary,
     metrics=METRICS,
-    device_test=DeviceTest(
-        parameters={"rows": 40},
-        relative={"distance": 1e-4, "inefficiency": 1e-4},
-    ),
+    device_test=DeviceTest(parameters={"rows": 40}, relative={"distance": 1e-4, "inefficiency": 1e-4}),
 )
 def training_trajectory(
     series: Any,
@@ -179,29 +164,25 @@ def training_trajectory(
     )  # fmt: skip
     steps, by_set = np.array(series.steps), curves(measurements, sets)
     notes = [] if series.stepped else ["The steps are unknown: checkpoints are numbered 0, 1, 2 …"]
-    trough_table = [
-        row for one in by_set if one.which[0] != "train" for row in trough_rows(steps, one, recovered)
-    ]
-    decoupling = [row for one in by_set if one.which[0] == "task" for row in decoupling_rows(one)]
+    judged = [curve for curve in by_set if curve.which[0] != "train"]
+    trough_table = [row for curve in judged for row in trajectory_tables.trough_rows(steps, curve, recovered)]
+    tasks = [curve for curve in judged if curve.which[0] == "task"]
+    decoupling = [row for curve in tasks for row in trajectory_tables.decoupling_rows(curve)]
     metrics: dict[str, float | int] = {"checkpoints": len(series)}
-    metrics |= trough_metrics(trough_table, recovered)
-    metrics |= decoupling_metrics(by_set, decoupling, notes)
-    metrics |= settling_metrics(steps, by_set, settled, notes)
+    metrics |= trajectory_tables.trough_metrics(trough_table, recovered)
+    metrics |= trajectory_tables.decoupling_metrics(by_set, decoupling, notes)
+    metrics |= trajectory_tables.settling_metrics(steps, by_set, settled, notes)
     tables = {
-        "steps": pd.DataFrame(step_rows(series, by_set)),
+        "steps": pd.DataFrame(trajectory_tables.step_rows(series, by_set)),
         "troughs": pd.DataFrame(trough_table),
         "decoupling": pd.DataFrame(decoupling),
     }
-    path = weight_path(series, notes, progress)
+    path = trajectory_tables.weight_path(series, notes, progress)
     if path:
-        tables["path"] = pd.DataFrame(
-            [
-                {"step": step, "label": label, **row}
-                for step, label, row in zip(series.steps, series.labels, path, strict=True)
-            ]
-        )
-        metrics |= path_metrics(path, notes)
-    notes += trough_notes(trough_table, recovered) + reading_notes(measurements, sets, series.labels)
+        tables["path"] = pd.DataFrame({"step": series.steps, "label": series.labels}).join(pd.DataFrame(path))
+        metrics |= trajectory_tables.path_metrics(path, notes)
+    notes += trajectory_tables.trough_notes(trough_table, recovered)
+    notes += reading_notes(measurements, sets, series.labels)
     return Result(metrics=metrics, tables=tables, notes=tuple(notes))
 
 

@@ -24,18 +24,13 @@ def step_rows(series: CheckpointSeries, sets: Sequence[Curves]) -> list[dict[str
     """One row a set and checkpoint."""
     return [
         {
-            "step": step,
-            "label": series.labels[index],
-            "role": curve.which[0],
-            "set": curve.which[1],
-            "metric": float(curve.metric[index]),
-            "loss": float(curve.loss[index]),
-            "rows": curve.nats.shape[1],
-            "unit": curve.unit,
+            "step": step, "label": series.labels[index], "role": curve.which[0], "set": curve.which[1],
+            "metric": float(curve.metric[index]), "loss": float(curve.loss[index]),
+            "rows": curve.nats.shape[1], "unit": curve.unit,
         }
         for curve in sets
         for index, step in enumerate(series.steps)
-    ]
+    ]  # fmt: skip
 
 
 def trough_rows(steps: troughs.Curve, curves: Curves, recovered: float) -> list[dict[str, Any]]:
@@ -50,25 +45,15 @@ def trough_rows(steps: troughs.Curve, curves: Curves, recovered: float) -> list[
         slope = troughs.slope(steps[late], scored[late])
         rows.append(
             {
-                "role": curves.which[0],
-                "set": curves.which[1],
-                "measure": measure,
-                "judged": measure == curves.judged,
-                "first": float(scored[0]),
-                "lowest": float(scored[low.index]),
-                "last": float(scored[-1]),
-                "depth": low.depth,
-                "depth_low": low.depth - width,
-                "recovery": low.recovery,
-                "trough_step": float(steps[low.index]),
-                "steps_to_trough": low.steps_down,
-                "steps_to_recover": low.steps_up,
-                "slope": slope.value,
-                "slope_low": slope.low,
-                "slope_high": slope.high,
-                "slope_points": int((~np.isnan(scored[late])).sum()),
+                "role": curves.which[0], "set": curves.which[1], "measure": measure,
+                "judged": measure == curves.judged, "first": float(scored[0]),
+                "lowest": float(scored[low.index]), "last": float(scored[-1]), "depth": low.depth,
+                "depth_low": low.depth - width, "recovery": low.recovery,
+                "trough_step": float(steps[low.index]), "steps_to_trough": low.steps_down,
+                "steps_to_recover": low.steps_up, "slope": slope.value, "slope_low": slope.low,
+                "slope_high": slope.high, "slope_points": int((~np.isnan(scored[late])).sum()),
             }
-        )
+        )  # fmt: skip
     return rows
 
 
@@ -77,13 +62,12 @@ def decoupling_rows(curves: Curves) -> list[dict[str, Any]]:
     parts = {"whole": slice(None)} | troughs.thirds(len(curves.loss))
     return [
         {
-            "set": curves.which[1],
-            "part": part,
+            "set": curves.which[1], "part": part,
             "spearman": troughs.rank_correlation(-curves.loss[at], curves.metric[at]),
             "checkpoints": len(curves.loss[at]),
         }
         for part, at in parts.items()
-    ]
+    ]  # fmt: skip
 
 
 def trough_metrics(rows: Sequence[Mapping[str, Any]], recovered: float) -> dict[str, float | int]:

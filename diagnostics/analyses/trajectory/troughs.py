@@ -22,7 +22,7 @@ LEVEL, FEWEST = 0.90, 4
 RANKED = 4
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Trough:
     """The fall of a score below its first value, and its recovery.
 
@@ -30,8 +30,7 @@ class Trough:
         index: of the lowest score.
         depth: first score minus the lowest; 0 if it never fell below the first.
         recovery: share of the depth that the last score has regained; NaN without a depth.
-        steps_down: from the first checkpoint to the lowest.
-        steps_up: from the lowest to the first that has regained the required share; NaN if none has.
+        steps_down, steps_up: from the first checkpoint to the lowest, and on to one that has recovered.
     """
 
     index: int
@@ -44,20 +43,15 @@ class Trough:
 def trough(steps: Curve, scores: Curve, *, recovered: float = 0.8) -> Trough:
     """The trough of a curve; missing scores are skipped, except for the first and the last."""
     if np.isnan(scores[[0, -1]]).any():
-        return Trough(index=0, depth=math.nan, recovery=math.nan, steps_down=math.nan, steps_up=math.nan)
+        return Trough(0, math.nan, math.nan, math.nan, math.nan)
     index = int(np.nanargmin(scores))
     low = scores[index]
     depth = float(scores[0] - low)
     if depth == 0:
-        return Trough(index=0, depth=0.0, recovery=math.nan, steps_down=0.0, steps_up=math.nan)
+        return Trough(0, 0.0, math.nan, 0.0, math.nan)
     regained = np.flatnonzero(scores[index:] >= low + recovered * depth)
-    return Trough(
-        index=index,
-        depth=depth,
-        recovery=float((scores[-1] - low) / depth),
-        steps_down=float(steps[index] - steps[0]),
-        steps_up=float(steps[index + regained[0]] - steps[index]) if len(regained) else math.nan,
-    )
+    up = float(steps[index + regained[0]] - steps[index]) if len(regained) else math.nan
+    return Trough(index, depth, float((scores[-1] - low) / depth), float(steps[index] - steps[0]), up)
 
 
 def slope(steps: Curve, scores: Curve) -> Estimate:

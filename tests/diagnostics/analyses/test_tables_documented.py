@@ -15,10 +15,12 @@ from tests.reference import BUNDLED, results
 
 DOCUMENTED = (
     "drift",
+    "dynamics",
     "intruders",
     "mitigation",
     "ood",
     "path",
+    "pathways",
     "trajectory",
     pytest.param("sharpness", marks=pytest.mark.slow),
 )

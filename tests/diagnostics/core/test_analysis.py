@@ -5,6 +5,7 @@ import subprocess
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -16,6 +17,8 @@ from diagnostics.core.analysis import Result, plain
 from diagnostics.core.registry import broken_analyses, find, find_source, installed, installed_analyses
 from diagnostics.core.row_options import RowOptions
 
+PAIR = SimpleNamespace(base="a base", tuned="a tuned model")
+
 
 def nothing(*inputs, **parameters):
     return Result(metrics={}, tables={})
@@ -25,7 +28,7 @@ def test_parameters_are_recorded_as_used_with_defaults_and_without_where_it_ran(
     def measure(pair, *, k: int = 10, parts: tuple = ("block",), device="cpu", progress=None, seed: int = 0):
         return Result(metrics={}, tables={})
 
-    made = register("made", measure)("a pair", k=3, device="cuda")
+    made = register("made", measure)(PAIR, k=3, device="cuda")
     assert made.analysis == "made"
     assert made.parameters == {"k": 3, "parts": ["block"], "seed": 0}
 
@@ -33,7 +36,7 @@ def test_parameters_are_recorded_as_used_with_defaults_and_without_where_it_ran(
 def test_an_unknown_parameter_is_refused_with_the_known_ones(register):
     measured = register("made", lambda pair, *, k=10, seed=0: nothing())
     with pytest.raises(LookupError, match=r"made has no parameter 'q'; it has: k, seed"):
-        measured("a pair", q=1)
+        measured(PAIR, q=1)
 
 
 def test_positional_arguments_are_inputs_and_those_with_a_default_are_optional(register):
@@ -75,14 +78,14 @@ def test_row_options_are_parameters_like_others(register):
     assert list(inspect.signature(measured).parameters) == ["pair", "k", *FIELDS, "seed"]
     assert record.parameters["max_length"].annotation == int | None
     assert record.describe()["parameters"]["dtype"] == "float32"
-    made = measured("a pair", max_length=64, device="cuda", k=5)
+    made = measured(PAIR, max_length=64, device="cuda", k=5)
     assert made.tables["a"] == (RowOptions(max_length=64, device="cuda", dtype="float32"), 5, 0)
     assert made.parameters == {
         "k": 5, "max_length": 64, "chat_template": False, "batch_tokens": 16384,
         "trust_remote_code": False, "dtype": "float32", "seed": 0,
     }  # fmt: skip
     with pytest.raises(LookupError, match=f"made has no parameter 'options'; it has: k, {FIELDS[0]}"):
-        measured("a pair", options=RowOptions())
+        measured(PAIR, options=RowOptions())
 
 
 def test_every_parameter_is_explained_once_and_the_analysis_may_say_more(register):

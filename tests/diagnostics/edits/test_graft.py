@@ -81,6 +81,6 @@ def test_what_a_reader_must_know_is_said(tmp_path):
     Patch.of(pair, {NAME: torch.tensor([2])}).save(tmp_path / "m.safetensors")
     made = graft(tmp_path / "base", tmp_path / "tuned", tmp_path / "m.safetensors", tmp_path / "out")
     alone, lost, wider = made.notes
-    assert "1 tensors that base lacks are tuned's, such as score.weight" in alone
+    assert "1 tensors that base lacks come from tuned, such as score.weight" in alone
     assert "1 tensors that tuned lacks were left out, such as lm_head.weight" in lost
     assert "tensors are written in base's wider dtype" in wider

@@ -28,7 +28,7 @@ def test_the_command_writes_the_blend_and_says_what_it_is(models, monkeypatch, c
         assert torch.equal(made.tensor(name), (one + 0.25 * (two - one)).float()), name
         square += float((two - one).square().sum())
     said = capsys.readouterr().out
-    assert "Wrote the model at 0.25 of the way (0 is base, 1 is tuned): 21 tensors differ" in said
+    assert "Wrote the model at alpha 0.25 (0 is base, 1 is tuned): 21 tensors differ" in said
     trail = json.loads((models / "out" / "tunescope_interpolate.json").read_text())
     assert trail["alpha"] == 0.25
     assert trail["displacement"] == pytest.approx(square**0.5)
@@ -37,7 +37,7 @@ def test_the_command_writes_the_blend_and_says_what_it_is(models, monkeypatch, c
 @pytest.mark.parametrize(("alpha", "end"), [(0.0, "base"), (1.0, "tuned")])
 def test_the_ends_are_copied_bit_for_bit(models, alpha, end):
     made = interpolate(models / "base", models / "tuned", alpha, models / "out")
-    assert f"{end} itself" in made.summary()
+    assert f"the model at alpha {alpha:g} (0 is base, 1 is tuned)" in made.summary()
     written, own = open_checkpoint(models / "out"), open_checkpoint(models / end)
     for name in own.headers:
         assert torch.equal(written.tensor(name).view(torch.int32), own.tensor(name).view(torch.int32))
@@ -67,5 +67,5 @@ def test_what_a_reader_must_know_is_said(models):
     make("llama_classes", 1).bfloat16().save_pretrained(models / "classes")
     made = interpolate(models / "base", models / "classes", 0.5, models / "out")
     alone, wider = made.notes
-    assert "1 tensors that base lacks are tuned's, such as score.weight" in alone
-    assert "Base is float32, tuned bfloat16: all is written as tuned's, rounded once" in wider
+    assert "1 tensors that base lacks come from tuned, such as score.weight" in alone
+    assert "Base is float32, tuned bfloat16: the result is rounded once, to the dtype of tuned" in wider

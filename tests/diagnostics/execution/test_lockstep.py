@@ -42,7 +42,7 @@ for name in LOOKS:
 def looks(monkeypatch):
     """How often a tensor that is away was looked at, by what."""
     # On a GPU a step does not ask whether its space is exhausted.
-    monkeypatch.setattr(cosine_bounds, "_at_hand", lambda asked: False)
+    monkeypatch.setattr(cosine_bounds, "_on_cpu", lambda tensor: False)
     Away.looks.clear()
     return Away.looks
 

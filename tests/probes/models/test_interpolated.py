@@ -22,8 +22,8 @@ def same(one, two):
 @pytest.fixture
 def walk():
     base, tuned = make("llama", 0), make("llama", 1)
-    with TwoSidedModel(CheckpointPair(base, tuned)) as host:
-        yield InterpolatedModel(host), base, tuned
+    with TwoSidedModel(CheckpointPair(base, tuned)) as two_sided:
+        yield InterpolatedModel(two_sided), base, tuned
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -50,10 +50,10 @@ def test_norms_behind_the_blocks_and_a_head_of_its_own_are_the_heads():
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "olmoe"])
 def test_tensors_are_given_to_the_layer_that_they_run_in(family):
-    with TwoSidedModel(CheckpointPair(make(family, 0), make(family, 1))) as host:
-        layers = InterpolatedModel(host).layers
+    with TwoSidedModel(CheckpointPair(make(family, 0), make(family, 1))) as two_sided:
+        layers = InterpolatedModel(two_sided).layers
         given = [name for layer in layers for name in layer.tensors]
-        assert sorted(given) == sorted(host.headers)
+        assert sorted(given) == sorted(two_sided.headers)
         for layer in layers[1:-1]:
             assert all(f".{layer.index}." in name for name in layer.tensors)
 
@@ -63,13 +63,13 @@ def test_the_ends_are_the_checkpoints_bit_for_bit_with_negative_zeros_and_all():
     with torch.no_grad():
         base.model.norm.weight[:3] = torch.tensor([-0.0, 1e-42, 3e38])
         tuned.model.norm.weight[:3] = torch.tensor([5.0, -0.0, 1.0])
-    with TwoSidedModel(CheckpointPair(base, tuned)) as host:
-        walk = InterpolatedModel(host)
+    with TwoSidedModel(CheckpointPair(base, tuned)) as two_sided:
+        walk = InterpolatedModel(two_sided)
         for alpha in (0.3, 0.0, 0.7, 1.0, 0.0):
             walk.set_alpha(alpha)
             if alpha in (0.0, 1.0):
                 end = (base, tuned)[int(alpha)].state_dict()
-                for name, value in host.model.state_dict().items():
+                for name, value in two_sided.model.state_dict().items():
                     assert torch.equal(value.view(torch.int32), end[name].view(torch.int32)), name
 
 
@@ -121,14 +121,14 @@ def test_what_is_changed_or_redirected_comes_back_also_after_an_error(walk):
         walk.set_alpha(1.0)
     walk.set_alpha(0.5)
     assert same(before, walk.model.state_dict())
-    walk.host.restore()
+    walk.two_sided.restore()
     assert same(tuned.state_dict(), walk.model.state_dict())
 
 
 def test_what_base_lacks_is_pinned_to_tuned():
     base, tuned = make("llama", 0), make("llama_classes", 1)
-    with TwoSidedModel(CheckpointPair(base, tuned)) as host:
-        walk = InterpolatedModel(host)
+    with TwoSidedModel(CheckpointPair(base, tuned)) as two_sided:
+        walk = InterpolatedModel(two_sided)
         walk.set_alpha(0.0)
         assert walk.pinned == ("score.weight",)
         assert torch.equal(walk.model.score.weight, tuned.score.weight)

@@ -54,71 +54,71 @@ def pair(request, tmp_path):
 
 
 def test_it_is_either_side_bit_for_bit(pair):
-    with TwoSidedModel(pair) as host:
+    with TwoSidedModel(pair) as two_sided:
         sides = {"base": pair.base, "tuned": pair.tuned}
         for side in ("tuned", "base", "tuned", "base"):
-            host.become(side)
-            assert same(tensors_of(host.model), tensors_of(Editable(sides[side]).model))
-    assert same(tensors_of(host.model), tensors_of(Editable(pair.tuned).model))
+            two_sided.become(side)
+            assert same(tensors_of(two_sided.model), tensors_of(Editable(sides[side]).model))
+    assert same(tensors_of(two_sided.model), tensors_of(Editable(pair.tuned).model))
 
 
 def test_with_every_entry_of_the_other_side_it_is_the_other_side(pair):
-    with TwoSidedModel(pair) as host:
-        every = {name: torch.arange(host.headers[name].entries) for name in host.in_both}
+    with TwoSidedModel(pair) as two_sided:
+        every = {name: torch.arange(two_sided.headers[name].entries) for name in two_sided.in_both}
         wanted = {side: tensors_of(Editable(getattr(pair, side)).model) for side in ("base", "tuned")}
         for side, other in (("tuned", "base"), ("base", "tuned")):
-            host.become(side)
-            with host.selecting(every, other) as model:
+            two_sided.become(side)
+            with two_sided.selecting(every, other) as model:
                 assert same(tensors_of(model), wanted[other])
-            assert same(tensors_of(host.model), wanted[side])
+            assert same(tensors_of(two_sided.model), wanted[side])
 
 
 def test_a_selection_and_its_complement_with_the_sides_swapped_are_one_model(pair):
     generator = torch.Generator().manual_seed(0)
-    with TwoSidedModel(pair) as host:
+    with TwoSidedModel(pair) as two_sided:
         chosen, rest = {}, {}
-        for name in host.in_both:
-            order = torch.randperm(host.headers[name].entries, generator=generator)
+        for name in two_sided.in_both:
+            order = torch.randperm(two_sided.headers[name].entries, generator=generator)
             chosen[name], rest[name] = order[:5].sort().values, order[5:].sort().values
-        host.become("base")
-        with host.selecting(chosen, "tuned") as model:
+        two_sided.become("base")
+        with two_sided.selecting(chosen, "tuned") as model:
             one = tensors_of(model)
-        host.become("tuned")
-        with host.selecting(rest, "base") as model:
+        two_sided.become("tuned")
+        with two_sided.selecting(rest, "base") as model:
             assert same(one, tensors_of(model))
 
 
 def test_only_the_selected_entries_differ(pair):
-    with TwoSidedModel(pair) as host:
-        host.become("base")
-        before = tensors_of(host.model)
-        index = {name: torch.tensor([0, 3]) for name in host.in_both}
-        with host.selecting(index, "tuned") as model:
+    with TwoSidedModel(pair) as two_sided:
+        two_sided.become("base")
+        before = tensors_of(two_sided.model)
+        index = {name: torch.tensor([0, 3]) for name in two_sided.in_both}
+        with two_sided.selecting(index, "tuned") as model:
             seen = open_checkpoint(model)
-            for name in host.in_both:
-                wanted = host.read(name, "base").flatten().clone()
-                wanted[[0, 3]] = host.read(name, "tuned").flatten()[[0, 3]]
+            for name in two_sided.in_both:
+                wanted = two_sided.read(name, "base").flatten().clone()
+                wanted[[0, 3]] = two_sided.read(name, "tuned").flatten()[[0, 3]]
                 assert torch.equal(seen.tensor(name).flatten(), wanted)
-        assert same(before, tensors_of(host.model))
+        assert same(before, tensors_of(two_sided.model))
 
 
 def test_sparsity_zero_leaves_every_logit_and_what_is_pruned_is_zero(pair):
-    with TwoSidedModel(pair) as host:
-        before = logits(host.model)
+    with TwoSidedModel(pair) as two_sided:
+        before = logits(two_sided.model)
         order = magnitude_order(pair.tuned)
         none, half = order.cuts([0.0, 0.5])
         for name in order.shapes:
-            host.zero(name, order.pruned(none, name))
-        assert torch.equal(logits(host.model), before)
+            two_sided.zero(name, order.pruned(none, name))
+        assert torch.equal(logits(two_sided.model), before)
         for name in order.shapes:
-            host.zero(name, order.pruned(half, name))
-        seen = open_checkpoint(host.model)
+            two_sided.zero(name, order.pruned(half, name))
+        seen = open_checkpoint(two_sided.model)
         for name in order.shapes:
             stored, pruned = pair.tuned.tensor(name), order.pruned(half, name)
             assert torch.equal(seen.tensor(name), stored.masked_fill(pruned, 0))
-        assert not torch.equal(logits(host.model), before)
-        host.restore()
-        assert torch.equal(logits(host.model), before)
+        assert not torch.equal(logits(two_sided.model), before)
+        two_sided.restore()
+        assert torch.equal(logits(two_sided.model), before)
 
 
 @pytest.mark.parametrize("side", ["base", "tuned"])
@@ -126,15 +126,15 @@ def test_sparsity_zero_leaves_every_logit_and_what_is_pruned_is_zero(pair):
 def test_rising_sparsities_zero_what_the_files_say(pair, side, scope):
     """Base has a seventh of its weights at -0: ties at 0 that a low cut divides."""
     grid = (0.05, 0.1, 0.3, 0.6)
-    with TwoSidedModel(pair) as host:
-        host.become(side)
-        order = magnitude_order(pair.tuned, scope, read=lambda name: host.read(name, side))
+    with TwoSidedModel(pair) as two_sided:
+        two_sided.become(side)
+        order = magnitude_order(pair.tuned, scope, read=lambda name: two_sided.read(name, side))
         cuts = order.cuts(grid)
         for cut in cuts:
-            host.prune(order, cut, rising=True)
-            seen = open_checkpoint(host.model)
+            two_sided.prune(order, cut, rising=True)
+            seen = open_checkpoint(two_sided.model)
             for name in order.shapes:
-                stored = host.read(name, side)
+                stored = two_sided.read(name, side)
                 assert torch.equal(seen.tensor(name), stored.masked_fill(cut.pruned(name, stored), 0))
 
 
@@ -145,62 +145,67 @@ def test_ties_are_divided_rising_as_they_are_in_the_files(tmp_path):
             for parameter in model.parameters():
                 parameter.copy_((parameter * 4).round() / 4)  # of few values
         model.save_pretrained(tmp_path / name)
-    with TwoSidedModel(CheckpointPair(tmp_path / "base", tmp_path / "tuned")) as host:
-        order = magnitude_order(host.pair.tuned)
+    with TwoSidedModel(CheckpointPair(tmp_path / "base", tmp_path / "tuned")) as two_sided:
+        order = magnitude_order(two_sided.pair.tuned)
         for cut in order.cuts([0.2, 0.21, 0.22, 0.5, 0.51, 0.9]):
-            host.prune(order, cut, rising=True)
-            zeros = {name: int((host.model.state_dict()[name] == 0).sum()) for name in order.shapes}
-            stored = {name: int((host.read(name) == 0).sum()) for name in order.shapes}
-            wanted = {n: int((cut.pruned(n, host.read(n)) | (host.read(n) == 0)).sum()) for n in stored}
+            two_sided.prune(order, cut, rising=True)
+            zeros = {name: int((two_sided.model.state_dict()[name] == 0).sum()) for name in order.shapes}
+            stored = {name: int((two_sided.read(name) == 0).sum()) for name in order.shapes}
+            wanted = {
+                n: int((cut.pruned(n, two_sided.read(n)) | (two_sided.read(n) == 0)).sum()) for n in stored
+            }
             assert zeros == wanted
             assert any(cut.divides_ties(name) for name in order.shapes)
 
 
 def test_an_order_drawn_at_random_is_pruned_by_it(pair):
-    with TwoSidedModel(pair) as host:
+    with TwoSidedModel(pair) as two_sided:
         order = random_order(pair.tuned, seed=3)
         (cut,) = order.cuts([0.4])
-        host.prune(order, cut)
-        seen = open_checkpoint(host.model)
+        two_sided.prune(order, cut)
+        seen = open_checkpoint(two_sided.model)
         for name in order.shapes:
-            assert torch.equal(seen.tensor(name) == 0, order.pruned(cut, name) | (host.read(name) == 0))
+            assert torch.equal(seen.tensor(name) == 0, order.pruned(cut, name) | (two_sided.read(name) == 0))
 
 
 def test_after_an_exception_it_is_tuned_again(pair):
-    host = TwoSidedModel(pair)
-    before = tensors_of(host.model)
+    two_sided = TwoSidedModel(pair)
+    before = tensors_of(two_sided.model)
 
     def fail():
-        with host:
-            host.become("base")
-            host.zero(next(iter(host.headers)), torch.ones_like(host.read(next(iter(host.headers)))).bool())
+        with two_sided:
+            two_sided.become("base")
+            two_sided.zero(
+                next(iter(two_sided.headers)),
+                torch.ones_like(two_sided.read(next(iter(two_sided.headers)))).bool(),
+            )
             raise RuntimeError("in the middle")
 
     with pytest.raises(RuntimeError, match="in the middle"):
         fail()
-    assert same(tensors_of(host.model), before)
+    assert same(tensors_of(two_sided.model), before)
 
 
 def test_what_training_changed_is_put_back_once_it_is_told(pair):
-    with TwoSidedModel(pair) as host:
-        before = tensors_of(host.model)
-        host.become("base")
-        host.changed()
+    with TwoSidedModel(pair) as two_sided:
+        before = tensors_of(two_sided.model)
+        two_sided.become("base")
+        two_sided.changed()
         with torch.no_grad():
-            for parameter in host.model.parameters():
+            for parameter in two_sided.model.parameters():
                 parameter.add_(1)
-        host.restore()
-        assert same(tensors_of(host.model), tensors_of(Editable(pair.base).model))
-    assert same(tensors_of(host.model), before)
+        two_sided.restore()
+        assert same(tensors_of(two_sided.model), tensors_of(Editable(pair.base).model))
+    assert same(tensors_of(two_sided.model), before)
 
 
 def test_a_model_in_memory_is_never_written_to():
     base, tuned = make("llama", 0), make("llama", 1)
     states = [state_of(model) for model in (base, tuned)]
-    with TwoSidedModel(CheckpointPair(base, tuned)) as host:
-        host.become("base")
-        name = next(iter(host.headers))
-        host.zero(name, torch.ones(host.headers[name].shape, dtype=torch.bool))
+    with TwoSidedModel(CheckpointPair(base, tuned)) as two_sided:
+        two_sided.become("base")
+        name = next(iter(two_sided.headers))
+        two_sided.zero(name, torch.ones(two_sided.headers[name].shape, dtype=torch.bool))
     for model, (tensors, modules, config) in zip((base, tuned), states, strict=True):
         after = state_of(model)
         assert all(torch.equal(tensor, after[0][name][0]) for name, (tensor, *_) in tensors.items())
@@ -213,9 +218,9 @@ def test_tied_embeddings_are_one_tensor(tmp_path):
     for seed, name in enumerate(("base", "tuned")):
         make("llama", seed, tie_word_embeddings=True).save_pretrained(tmp_path / name)
     pair = CheckpointPair(tmp_path / "base", tmp_path / "tuned")
-    with TwoSidedModel(pair) as host:
-        assert "lm_head.weight" not in host.headers
-        with host.selecting({"model.embed_tokens.weight": torch.tensor([0])}, "base") as model:
+    with TwoSidedModel(pair) as two_sided:
+        assert "lm_head.weight" not in two_sided.headers
+        with two_sided.selecting({"model.embed_tokens.weight": torch.tensor([0])}, "base") as model:
             assert model.lm_head.weight is model.model.embed_tokens.weight
             assert model.lm_head.weight[0, 0] == pair.base.tensor("model.embed_tokens.weight")[0, 0]
 
@@ -224,10 +229,10 @@ def test_sides_of_other_dtypes_are_both_held_exactly(tmp_path):
     make("llama", 0).save_pretrained(tmp_path / "base")
     make("llama", 1).bfloat16().save_pretrained(tmp_path / "tuned")
     pair = CheckpointPair(tmp_path / "base", tmp_path / "tuned")
-    with TwoSidedModel(pair) as host:
-        assert host.model.dtype == torch.float32
-        host.become("base")
-        assert same(tensors_of(host.model), tensors_of(Editable(pair.base).model))
+    with TwoSidedModel(pair) as two_sided:
+        assert two_sided.model.dtype == torch.float32
+        two_sided.become("base")
+        assert same(tensors_of(two_sided.model), tensors_of(Editable(pair.base).model))
 
 
 def test_an_adapters_merged_weights_are_rounded_once(tmp_path):
@@ -236,22 +241,22 @@ def test_an_adapters_merged_weights_are_rounded_once(tmp_path):
     config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     get_peft_model(make("llama", 0).bfloat16(), config).save_pretrained(tmp_path / "tuned")
     pair = CheckpointPair(tmp_path / "base", tmp_path / "tuned")
-    with TwoSidedModel(pair) as host:
-        before = tensors_of(host.model)
+    with TwoSidedModel(pair) as two_sided:
+        before = tensors_of(two_sided.model)
         assert same(before, tensors_of(Editable(pair.tuned).model))
-        host.become("base")
-        assert same(tensors_of(host.model), tensors_of(Editable(pair.base).model))
-    assert same(tensors_of(host.model), before)
+        two_sided.become("base")
+        assert same(tensors_of(two_sided.model), tensors_of(Editable(pair.base).model))
+    assert same(tensors_of(two_sided.model), before)
 
 
 def test_a_head_that_base_lacks_stays_tuneds(tmp_path):
     make("llama", 0).save_pretrained(tmp_path / "base")
     make("llama_classes", 1).save_pretrained(tmp_path / "tuned")
     pair = CheckpointPair(tmp_path / "base", tmp_path / "tuned")
-    with TwoSidedModel(pair) as host:
-        assert set(host.headers) - host.in_both == {"score.weight"}
-        host.become("base")
-        held = host.model.state_dict()
+    with TwoSidedModel(pair) as two_sided:
+        assert set(two_sided.headers) - two_sided.in_both == {"score.weight"}
+        two_sided.become("base")
+        held = two_sided.model.state_dict()
         assert torch.equal(held["score.weight"], pair.tuned.tensor("score.weight"))
         name = "model.layers.0.mlp.up_proj.weight"
         assert torch.equal(held[name], pair.base.tensor(name))
@@ -261,24 +266,24 @@ def test_of_a_resized_vocabulary_the_rows_that_base_lacks_stay_tuneds(tmp_path):
     make("llama", 0).save_pretrained(tmp_path / "base")
     make("llama", 1, vocab_size=44).save_pretrained(tmp_path / "tuned")
     pair = CheckpointPair(tmp_path / "base", tmp_path / "tuned")
-    with TwoSidedModel(pair) as host:
-        host.become("base")
+    with TwoSidedModel(pair) as two_sided:
+        two_sided.become("base")
         for name in ("model.embed_tokens.weight", "lm_head.weight"):
-            held = host.model.state_dict()[name]
+            held = two_sided.model.state_dict()[name]
             assert torch.equal(held[:41], pair.base.tensor(name))
             assert torch.equal(held[41:], pair.tuned.tensor(name)[41:])
 
 
 def test_the_gradient_at_an_entry_is_found_where_the_entry_lives(pair):
     """Slots point at parameters, and hold what the file holds at these entries."""
-    with TwoSidedModel(pair) as host:
-        parameters = {id(parameter) for parameter in host.model.parameters()}
-        for name in host.in_both:
+    with TwoSidedModel(pair) as two_sided:
+        parameters = {id(parameter) for parameter in two_sided.model.parameters()}
+        for name in two_sided.in_both:
             index = torch.tensor([1, 2])
-            for slot in host.editable.slots(name, index):
+            for slot in two_sided.editable.slots(name, index):
                 assert id(slot.tensor) in parameters
                 held = slot.tensor.detach().view(-1)[slot.indices]
-                assert torch.equal(held, host.read(name).flatten()[index][slot.which])
+                assert torch.equal(held, two_sided.read(name).flatten()[index][slot.which])
 
 
 def test_an_unknown_tensor_is_refused(pair):
@@ -293,20 +298,22 @@ def test_an_unknown_tensor_is_refused(pair):
 def test_whatever_is_done_to_it_it_leaves_as_tuned(steps, seed):
     generator = torch.Generator().manual_seed(seed)
     pair = CheckpointPair(SHARED["base"], SHARED["tuned"])
-    with TwoSidedModel(pair) as host:
-        before = tensors_of(host.model)
+    with TwoSidedModel(pair) as two_sided:
+        before = tensors_of(two_sided.model)
         for step in steps:
-            name = sorted(host.headers)[int(torch.randint(len(host.headers), (), generator=generator))]
+            name = sorted(two_sided.headers)[
+                int(torch.randint(len(two_sided.headers), (), generator=generator))
+            ]
             if step == "zero":
-                host.zero(name, torch.rand(host.headers[name].shape, generator=generator) < 0.5)
+                two_sided.zero(name, torch.rand(two_sided.headers[name].shape, generator=generator) < 0.5)
             elif step == "write":
-                host.write(name, torch.tensor([0]), torch.tensor([7.0]))
+                two_sided.write(name, torch.tensor([0]), torch.tensor([7.0]))
             elif step == "restore":
-                host.restore()
-                assert same(tensors_of(host.model), tensors_of(SHARED[host.side]))
+                two_sided.restore()
+                assert same(tensors_of(two_sided.model), tensors_of(SHARED[two_sided.side]))
             else:
-                host.become(step)
-    assert same(tensors_of(host.model), before)
+                two_sided.become(step)
+    assert same(tensors_of(two_sided.model), before)
 
 
 SHARED = {"base": make("llama", 0), "tuned": make("llama", 1)}

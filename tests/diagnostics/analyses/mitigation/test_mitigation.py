@@ -5,6 +5,7 @@ import math
 import re
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -309,14 +310,13 @@ def test_the_same_arguments_give_the_same_result_and_batches_change_nothing(harm
 
 
 def control_of(strengths, task, keep):
-    return control.Control(
-        strengths=np.array(strengths, float), task=np.array([task], float), keep=np.array([keep], float)
-    )
+    losses = np.array(strengths, float), np.array([task], float), np.array([keep], float)
+    return partial(control.control_at_task, *losses)
 
 
 def test_the_control_is_asked_for_its_best_keep_loss_at_a_task_loss_no_worse():
     own = control_of([0, 0.5, 1], task=[3, 2, 1], keep=[0, 1, 2])  # both straight lines in the strength
-    keep, strength, beyond = own.at_task(np.array([[2.0, 1.0, 2.5, 9.0]]))
+    keep, strength, beyond = own(np.array([[2.0, 1.0, 2.5, 9.0]]))
     # Task 2 is had at 0.5, 1 at 1, 2.5 at 0.25, and 9 is worse than base's.
     assert strength[0] == pytest.approx([0.5, 1, 0.25, 0], abs=1e-9)
     assert keep[0] == pytest.approx([1, 2, 0.5, 0], abs=1e-9)
@@ -325,14 +325,14 @@ def test_the_control_is_asked_for_its_best_keep_loss_at_a_task_loss_no_worse():
 
 def test_where_no_control_is_as_good_the_best_on_the_task_stands_for_it():
     own = control_of([0, 0.5, 1], task=[3, 1, 2], keep=[0, 1, 2])
-    keep, strength, beyond = own.at_task(np.array([[0.5]]))
+    keep, strength, beyond = own(np.array([[0.5]]))
     assert (keep.item(), strength.item(), beyond.item()) == (1, 0.5, 0.5)
 
 
 def test_tuned_itself_can_always_be_had():
     # Amplified it is better on the task, and worse on the keep rows than tuned.
     own = control_of([0, 1, 2], task=[3, 2, 1], keep=[0, 1, 5])
-    assert own.at_task(np.array([[1.0]]))[0].item() == 1
+    assert own(np.array([[1.0]]))[0].item() == 1
 
 
 @given(seed=st.integers(0, 30))
@@ -340,7 +340,7 @@ def test_the_control_has_no_advantage_over_itself(seed):
     generator = np.random.default_rng(seed)
     strengths = np.array([0, 0.25, 0.5, 1, 2])
     task, keep = generator.normal(size=(2, 6, 5))
-    found = control.Control(strengths=strengths, task=task, keep=keep).at_task(task)[0]
+    found = control.control_at_task(strengths, task, keep, task)[0]
     assert (found <= keep + 1e-12).all()
 
 

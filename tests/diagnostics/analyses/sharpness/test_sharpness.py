@@ -131,7 +131,7 @@ def plant(request, models, tmp_path_factory):
 
 def rows_of_batch(model, layers, batch, settings):
     """Sharpness of layers on one batch."""
-    return mean_over_batches(layers, [batch_sharpness(model, layers, batch, 0, settings, whole=False)])
+    return mean_over_batches(layers, [batch_sharpness(model, layers, batch, 0, settings, joint=False)])
 
 
 def losses(result, role="ood"):

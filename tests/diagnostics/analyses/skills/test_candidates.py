@@ -42,15 +42,15 @@ def objective_of(tokens=10_000):
     return Objective(encoded, tokens=tokens)
 
 
-def reader(host):
-    return lambda name: (host.read(name, "base"), host.read(name, "tuned"))
+def reader(two_sided):
+    return lambda name: (two_sided.read(name, "base"), two_sided.read(name, "tuned"))
 
 
-def candidates_of(host, share=0.3):
+def candidates_of(two_sided, share=0.3):
     """The entries of the blocks that moved furthest."""
-    names = {name for name in host.in_both if ".layers." in name or ".h." in name}
-    movement = Movement({name: host.headers[name].shape for name in names}, reader(host))
-    return Candidates.of(movement.largest(int(share * movement.total)), reader(host))
+    names = {name for name in two_sided.in_both if ".layers." in name or ".h." in name}
+    movement = Movement({name: two_sided.headers[name].shape for name in names}, reader(two_sided))
+    return Candidates.of(movement.largest(int(share * movement.total)), reader(two_sided))
 
 
 def half(candidates):
@@ -58,49 +58,49 @@ def half(candidates):
     return torch.arange(len(candidates)) % 2 == 1
 
 
-def dense(host, candidates, objective):
+def dense(two_sided, candidates, objective):
     """Gradients of all weights at once, taken at the candidates, times how far each moved."""
-    host.model.requires_grad_(True)
-    objective.backward(host.model)
+    two_sided.model.requires_grad_(True)
+    objective.backward(two_sided.model)
     found = torch.zeros(len(candidates))
     for name, span in candidates.spans:
-        for slot in host.editable.slots(name, candidates.index[name].long()):
+        for slot in two_sided.editable.slots(name, candidates.index[name].long()):
             found[span][slot.which] = slot.tensor.grad.view(-1)[slot.indices]
         found[span] *= delta(candidates.base[name], candidates.tuned[name])
-    for parameter in host.model.parameters():
+    for parameter in two_sided.model.parameters():
         parameter.grad = None
-    host.model.requires_grad_(False)
+    two_sided.model.requires_grad_(False)
     return found
 
 
 @pytest.mark.parametrize("tokens", [10_000, 10])
 def test_the_gradient_is_the_dense_one_bit_for_bit_also_over_several_micro_batches(pair, tokens):
     objective = objective_of(tokens)
-    with TwoSidedModel(pair) as host:
-        host.become("base")
-        candidates = candidates_of(host)
-        with GraftedModel(host, candidates) as graft:
+    with TwoSidedModel(pair) as two_sided:
+        two_sided.become("base")
+        candidates = candidates_of(two_sided)
+        with GraftedModel(two_sided, candidates) as graft:
             sparse = graft.gradient(half(candidates), objective)
-            assert torch.equal(sparse, dense(host, candidates, objective))
+            assert torch.equal(sparse, dense(two_sided, candidates, objective))
             assert sparse.count_nonzero() > 0.5 * len(sparse)
             again = graft.gradient(half(candidates), objective)
             assert torch.equal(sparse, again)  # nothing is left of the first
 
 
 def test_a_hard_mask_is_written_by_selection_and_is_gone_afterwards(pair):
-    with TwoSidedModel(pair) as host:
-        host.become("base")
-        candidates = candidates_of(host)
-        before = state_of(host.model)
-        with GraftedModel(host, candidates) as graft:
+    with TwoSidedModel(pair) as two_sided:
+        two_sided.become("base")
+        candidates = candidates_of(two_sided)
+        before = state_of(two_sided.model)
+        with GraftedModel(two_sided, candidates) as graft:
             for mask in (half(candidates), ~half(candidates), torch.full((len(candidates),), 0.5)):
                 graft.write_mask(mask)
             graft.write_mask(half(candidates))
             chosen = candidates.region(half(candidates))
-            written = {name: tensor.clone() for name, tensor in host.model.state_dict().items()}
+            written = {name: tensor.clone() for name, tensor in two_sided.model.state_dict().items()}
             graft.gradient(~half(candidates), objective_of())
-        assert_same(before, state_of(host.model))
-        with host.selecting(chosen, "tuned") as model:
+        assert_same(before, state_of(two_sided.model))
+        with two_sided.selecting(chosen, "tuned") as model:
             selected = model.state_dict()
             assert all(torch.equal(written[name], selected[name]) for name in written)
 
@@ -112,31 +112,31 @@ def test_an_objective_that_fails_leaves_no_gradient_and_no_hook(pair, monkeypatc
 
     whole = Objective.backward
     monkeypatch.setattr(Objective, "backward", failing)
-    with TwoSidedModel(pair) as host:
-        host.become("base")
-        candidates = candidates_of(host)
-        before = state_of(host.model)
-        with pytest.raises(RuntimeError, match="out of luck"), GraftedModel(host, candidates) as graft:
+    with TwoSidedModel(pair) as two_sided:
+        two_sided.become("base")
+        candidates = candidates_of(two_sided)
+        before = state_of(two_sided.model)
+        with pytest.raises(RuntimeError, match="out of luck"), GraftedModel(two_sided, candidates) as graft:
             graft.gradient(half(candidates), objective_of())
-        assert_same(before, state_of(host.model))
-        assert all(parameter.grad is None for parameter in host.model.parameters())
-        assert not any(parameter.requires_grad for parameter in host.model.parameters())
+        assert_same(before, state_of(two_sided.model))
+        assert all(parameter.grad is None for parameter in two_sided.model.parameters())
+        assert not any(parameter.requires_grad for parameter in two_sided.model.parameters())
 
 
 def test_the_gradient_of_a_soft_mask_is_that_of_finite_differences(tmp_path):
     objective = objective_of()
     # Not a Llama: its norms compute in float32, whatever it is given.
-    with TwoSidedModel(pair_of("gpt2", tmp_path, torch.float64), dtype="float64") as host:
-        host.become("base")
-        candidates = candidates_of(host)
+    with TwoSidedModel(pair_of("gpt2", tmp_path, torch.float64), dtype="float64") as two_sided:
+        two_sided.become("base")
+        candidates = candidates_of(two_sided)
         generator = torch.Generator().manual_seed(0)
         mask = torch.rand(len(candidates), generator=generator, dtype=torch.float64)
-        with GraftedModel(host, candidates) as graft:
+        with GraftedModel(two_sided, candidates) as graft:
             gradient = graft.gradient(mask, objective)
 
             def loss(values):
                 graft.write_mask(values)
-                return objective.backward(host.model)
+                return objective.backward(two_sided.model)
 
             step = 1e-4
             for place in gradient.abs().topk(20).indices.tolist():
@@ -154,17 +154,17 @@ def test_the_gradient_of_a_soft_mask_is_that_of_finite_differences(tmp_path):
 
 def test_entries_elsewhere_have_the_gradient_that_they_would_have_as_candidates(pair):
     objective = objective_of()
-    with TwoSidedModel(pair) as host:
-        host.become("base")
-        every = candidates_of(host, share=1.0)
-        few = candidates_of(host, share=0.2)
+    with TwoSidedModel(pair) as two_sided:
+        two_sided.become("base")
+        every = candidates_of(two_sided, share=1.0)
+        few = candidates_of(two_sided, share=0.2)
         chosen = few.region(torch.ones(len(few), dtype=torch.bool))
-        names = {name: host.headers[name].shape for name in every.index}
-        movement = Movement(names, reader(host))
+        names = {name: two_sided.headers[name].shape for name in every.index}
+        movement = Movement(names, reader(two_sided))
         others = movement.sample_others(chosen, 0.3, seed=0)
-        with GraftedModel(host, few) as graft:
-            found = graft.gradient_at(others, reader(host), torch.zeros(len(few)), objective)
-        with GraftedModel(host, every) as graft:
+        with GraftedModel(two_sided, few) as graft:
+            found = graft.gradient_at(others, reader(two_sided), torch.zeros(len(few)), objective)
+        with GraftedModel(two_sided, every) as graft:
             whole = graft.gradient(torch.zeros(len(every)), objective)
     wanted = []
     for name, span in every.spans:
@@ -174,12 +174,14 @@ def test_entries_elsewhere_have_the_gradient_that_they_would_have_as_candidates(
 
 
 def test_candidates_know_how_far_each_moved(pair):
-    with TwoSidedModel(pair) as host:
-        candidates = candidates_of(host)
+    with TwoSidedModel(pair) as two_sided:
+        candidates = candidates_of(two_sided)
         moved = candidates.movement()
         assert moved.min() > 0
         for name, span in candidates.spans:
-            base, tuned = (side.reshape(-1)[candidates.index[name].long()] for side in reader(host)(name))
+            base, tuned = (
+                side.reshape(-1)[candidates.index[name].long()] for side in reader(two_sided)(name)
+            )
             assert torch.equal(moved[span], (tuned - base).abs())
         some = torch.arange(5, len(candidates), 7)
         assert torch.equal(candidates.movement(some), moved[some])
@@ -194,11 +196,11 @@ def test_gradients_that_are_not_finite_are_refused(tmp_path, monkeypatch):
                 (parameter.sum() * torch.inf).backward()
 
     monkeypatch.setattr(Objective, "backward", infinite)
-    with TwoSidedModel(pair_of("llama", tmp_path)) as host:
-        host.become("base")
-        candidates = candidates_of(host)
+    with TwoSidedModel(pair_of("llama", tmp_path)) as two_sided:
+        two_sided.become("base")
+        candidates = candidates_of(two_sided)
         with (
-            GraftedModel(host, candidates) as graft,
+            GraftedModel(two_sided, candidates) as graft,
             pytest.raises(ValueError, match=r"tuned: gradients are NaN or infinite; .*--dtype float32"),
         ):
             graft.gradient(half(candidates), objective_of())

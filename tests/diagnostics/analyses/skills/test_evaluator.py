@@ -67,14 +67,14 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def evaluator(saved):
-    with TwoSidedModel(CheckpointPair(*saved)) as host:
+    with TwoSidedModel(CheckpointPair(*saved)) as two_sided:
         task = planted.rows("small", 40)
-        whole = encoded(host.editable, task, max_length=None, chat_template=False, batch_tokens=300)
-        yield GraftEvaluator(host, {("small", "report"): whole}, "blocks")
+        whole = encoded(two_sided.editable, task, max_length=None, chat_template=False, batch_tokens=300)
+        yield GraftEvaluator(two_sided, {("small", "report"): whole}, "blocks")
 
 
-def weights(host):
-    return {name: tensor.clone() for name, tensor in host.model.state_dict().items()}
+def weights(two_sided):
+    return {name: tensor.clone() for name, tensor in two_sided.model.state_dict().items()}
 
 
 def same(one, other):
@@ -87,12 +87,14 @@ def test_part_of_a_task_is_measured_as_in_the_whole(evaluator):
     some = select_rows(whole, rows)
     assert [some.task.where(i) for i in range(4)] == [whole.task.where(row) for row in rows]
     np.testing.assert_allclose(
-        some.measure(evaluator.host.model).nats, whole.measure(evaluator.host.model).nats[rows], atol=1e-5
+        some.measure(evaluator.two_sided.model).nats,
+        whole.measure(evaluator.two_sided.model).nats[rows],
+        atol=1e-5,
     )
 
 
 def answers_of(evaluator, side):
-    evaluator.host.become(side)
+    evaluator.two_sided.become(side)
     return evaluator.answers([KEY])[KEY].logs
 
 
@@ -100,7 +102,7 @@ KEY = ("small", "report")
 
 
 def test_no_entry_is_base_every_entry_is_tuned_and_the_rest_is_the_complement(evaluator):
-    host = evaluator.host
+    two_sided = evaluator.two_sided
     base, tuned = answers_of(evaluator, "base"), answers_of(evaluator, "tuned")
     assert not np.array_equal(base, tuned)
     every = {name: torch.arange(count) for name, count in evaluator.movement.entries.items()}
@@ -114,24 +116,24 @@ def test_no_entry_is_base_every_entry_is_tuned_and_the_rest_is_the_complement(ev
     rest = {name: torch.tensor(sorted(set(range(count)) - set(some.get(name, torch.empty(0)).tolist())))
             for name, count in evaluator.movement.entries.items()}  # fmt: skip
     assert np.array_equal(evaluator.graft(some, [KEY])[KEY].logs, evaluator.complement(rest, [KEY])[KEY].logs)
-    assert host.side == "base"
+    assert two_sided.side == "base"
 
 
 def test_interpolation_is_base_at_0_and_tuned_at_1_and_leaves_nothing_behind(evaluator):
     base, tuned = answers_of(evaluator, "base"), answers_of(evaluator, "tuned")
-    evaluator.host.become("base")
-    before = state_of(evaluator.host.model)
+    evaluator.two_sided.become("base")
+    before = state_of(evaluator.two_sided.model)
     assert np.array_equal(evaluator.interpolated(0.0, [KEY])[KEY].logs, base)
     assert np.array_equal(evaluator.interpolated(1.0, [KEY])[KEY].logs, tuned)
     half = evaluator.interpolated(0.5, [KEY])[KEY].logs
     assert not np.array_equal(half, base)
-    assert_same(before, state_of(evaluator.host.model))
+    assert_same(before, state_of(evaluator.two_sided.model))
 
 
 def test_whatever_fails_the_model_is_tuned_again_in_the_end(saved, monkeypatch):
-    with TwoSidedModel(CheckpointPair(*saved)) as host:
-        before = weights(host)
-        evaluator = GraftEvaluator(host, {}, "blocks")
+    with TwoSidedModel(CheckpointPair(*saved)) as two_sided:
+        before = weights(two_sided)
+        evaluator = GraftEvaluator(two_sided, {}, "blocks")
         monkeypatch.setattr(GraftEvaluator, "answers", lambda self, keys: 1 / 0)
         some = evaluator.movement.largest(50)
         for run in (
@@ -142,10 +144,10 @@ def test_whatever_fails_the_model_is_tuned_again_in_the_end(saved, monkeypatch):
         ):
             with pytest.raises(ZeroDivisionError):
                 run()
-            host.become("tuned")
-            assert same(before, weights(host))
-            host.become("base")
-    assert same(before, weights(host))
+            two_sided.become("tuned")
+            assert same(before, weights(two_sided))
+            two_sided.become("base")
+    assert same(before, weights(two_sided))
 
 
 def test_what_is_tuned_outside_the_blocks_stays_base_in_a_graft(saved, tmp_path):
@@ -155,30 +157,30 @@ def test_what_is_tuned_outside_the_blocks_stays_base_in_a_graft(saved, tmp_path)
     with torch.no_grad():
         model.lm_head.weight[2:5] += 1.0
     model.save_pretrained(tmp_path)
-    with TwoSidedModel(CheckpointPair(saved[0], tmp_path)) as host:
-        evaluator = GraftEvaluator(host, {}, "blocks")
+    with TwoSidedModel(CheckpointPair(saved[0], tmp_path)) as two_sided:
+        evaluator = GraftEvaluator(two_sided, {}, "blocks")
         assert evaluator.outside == ["lm_head.weight"]
-        head = {side: host.read("lm_head.weight", side) for side in ("base", "tuned")}
+        head = {side: two_sided.read("lm_head.weight", side) for side in ("base", "tuned")}
         seen = []
-        evaluator.answers = lambda keys: seen.append(weights(host)) or {}
+        evaluator.answers = lambda keys: seen.append(weights(two_sided)) or {}
         evaluator.full_graft([])
         assert torch.equal(seen[0]["lm_head.weight"], head["base"])
         name = "model.layers.0.mlp.down_proj.weight"
-        assert torch.equal(seen[0][name], host.read(name, "tuned"))
-        assert "lm_head.weight" in GraftEvaluator(host, {}, "everything").shapes
+        assert torch.equal(seen[0][name], two_sided.read(name, "tuned"))
+        assert "lm_head.weight" in GraftEvaluator(two_sided, {}, "everything").shapes
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert_classes", "mixtral", "gpt_oss", "olmoe"])
 def test_eligible_are_weights_biases_and_norms_of_the_blocks(family, tmp_path):
     for seed in (0, 1):
         make(family, seed).save_pretrained(tmp_path / str(seed))
-    with TwoSidedModel(CheckpointPair(tmp_path / "0", tmp_path / "1")) as host:
-        blocks = eligible_tensors(host, "blocks")
-        matrices = eligible_tensors(host, "matrices")
-        everything = eligible_tensors(host, "everything")
+    with TwoSidedModel(CheckpointPair(tmp_path / "0", tmp_path / "1")) as two_sided:
+        blocks = eligible_tensors(two_sided, "blocks")
+        matrices = eligible_tensors(two_sided, "matrices")
+        everything = eligible_tensors(two_sided, "everything")
         assert set(matrices) < set(blocks) < set(everything)
-        assert set(everything) == {name for name in host.in_both if "inv_freq" not in name}
-        inside = {name for name in host.in_both if ".0." in name or ".1." in name}
+        assert set(everything) == {name for name in two_sided.in_both if "inv_freq" not in name}
+        inside = {name for name in two_sided.in_both if ".0." in name or ".1." in name}
         assert set(blocks) == inside
         assert not any("norm" in name.lower() or name.endswith("bias") for name in matrices)
         layer = layer_lookup(blocks)
@@ -203,8 +205,8 @@ def test_an_adapter_is_its_merged_weights(saved, tmp_path):
             if "lora_B" in name:
                 parameter.normal_()
     model.save_pretrained(tmp_path)
-    with TwoSidedModel(CheckpointPair(saved[0], tmp_path)) as host:
-        evaluator = GraftEvaluator(host, {}, "blocks")
+    with TwoSidedModel(CheckpointPair(saved[0], tmp_path)) as two_sided:
+        evaluator = GraftEvaluator(two_sided, {}, "blocks")
         assert set(evaluator.movement.entries) == {
             f"model.layers.{layer}.{name}.weight"
             for layer in range(2)

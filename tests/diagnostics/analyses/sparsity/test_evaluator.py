@@ -15,9 +15,9 @@ FAMILIES = ["llama", "gpt2", "gpt_neox", "mixtral", "gpt_oss"]
 
 
 def bench_of(pair, **settings):
-    host = TwoSidedModel(pair)
+    two_sided = TwoSidedModel(pair)
     about = {"scope": "global", "parts": ("block",), "random": True, "seed": 0, **settings}
-    return MaskEvaluator(Masks(host, [0.0, 0.3, 0.6], **about), {}, total=0)
+    return MaskEvaluator(Masks(two_sided, [0.0, 0.3, 0.6], **about), {}, total=0)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -34,18 +34,18 @@ def test_what_is_held_is_what_is_zero_in_the_running_model(evaluator, side, patt
     sparsity = 0.5 if pattern == "1:2" else 0.3
     evaluator.prune(side, pattern, sparsity)
     held = evaluator.pruned_parameters(side, pattern, sparsity)
-    seen = open_checkpoint(evaluator.host.model)
+    seen = open_checkpoint(evaluator.two_sided.model)
     count = 0
     for name in evaluator.masks.names:
         pruned = evaluator.masks.pruned(side, pattern, sparsity, name)
-        stored = evaluator.host.read(name, side)
+        stored = evaluator.two_sided.read(name, side)
         assert torch.equal(seen.tensor(name), stored.masked_fill(pruned, 0))
         count += int(pruned.sum())
     # No weight of these families is 0 by itself.
     assert all(torch.equal(zero, parameter == 0) for parameter, zero in held.items())
     assert sum(int(zero.sum()) for zero in held.values()) == count
     assert count == round(evaluator.masks.realised(side, pattern, sparsity) * evaluator.masks.entries)
-    others = [p for p in evaluator.host.model.parameters() if p not in held]
+    others = [p for p in evaluator.two_sided.model.parameters() if p not in held]
     assert not any((p == 0).any() for p in others)
 
 
@@ -53,10 +53,12 @@ def test_falling_sparsities_and_other_sides_start_from_the_checkpoint(evaluator)
     steps = [("base", 0.6), ("base", 0.3), ("tuned", 0.3), ("tuned", 0.6), ("base", 0.0)]
     for side, sparsity in steps:
         evaluator.prune(side, "magnitude", sparsity)
-        alone = open_checkpoint(evaluator.host.model)
+        alone = open_checkpoint(evaluator.two_sided.model)
         for name in evaluator.masks.names:
             pruned = evaluator.masks.pruned(side, "magnitude", sparsity, name)
-            assert torch.equal(alone.tensor(name), evaluator.host.read(name, side).masked_fill(pruned, 0))
+            assert torch.equal(
+                alone.tensor(name), evaluator.two_sided.read(name, side).masked_fill(pruned, 0)
+            )
     evaluator.prune("tuned", "magnitude", 0.0)
 
 

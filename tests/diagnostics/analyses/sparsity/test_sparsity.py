@@ -204,7 +204,9 @@ def test_a_model_in_memory_is_left_as_it_was(pair):
 def test_a_run_that_fails_leaves_the_model_as_tuned(pair, monkeypatch):
     hosts = []
     enter = TwoSidedModel.__enter__
-    monkeypatch.setattr(TwoSidedModel, "__enter__", lambda host: hosts.append(host) or enter(host))
+    monkeypatch.setattr(
+        TwoSidedModel, "__enter__", lambda two_sided: hosts.append(two_sided) or enter(two_sided)
+    )
     measure, calls = EncodedTask.measure, []
 
     def fails(self, model):
