@@ -193,8 +193,8 @@ def draw_overlap(overlap: pd.DataFrame) -> "go.Figure":
 
 def draw_rel(rel: pd.DataFrame) -> "go.Figure":
     """The share of each task's gain that each region keeps."""
-    own = rel["region"] == rel["task"]
-    within, across = rel.loc[own, "rel"], rel.loc[~own, "rel"]
+    same_task = rel["region"] == rel["task"]
+    within, across = rel.loc[same_task, "rel"], rel.loc[~same_task, "rel"]
     title = f"Regions keep {within.min():.2f} or more of their own task's gain, and {across.min():.2f} to "
     figure = theme.figure(f"{title}{across.max():.2f} of another's", "task", "region of")
     hover = "the region of {y} keeps {z:.2f} ({low:.2f} to {high:.2f}) of the gain on {x}"

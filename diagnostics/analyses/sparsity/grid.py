@@ -49,7 +49,7 @@ class SparsitySettings:
         """The metric of a role."""
         if self.metric != "auto":
             return self.metric
-        shapes = {task.shape: task.ref for (own_role, _), task in sets.items() if own_role == role}
+        shapes = {task.shape: task.ref for (set_role, _), task in sets.items() if set_role == role}
         if len({shape in BY_ROW for shape in shapes}) > 1:
             listed = " and ".join(f"{ref} {shape}" for shape, ref in shapes.items())
             raise InputError(f"--{role}: {listed} have no metric in common; set metric to loss or accuracy")
