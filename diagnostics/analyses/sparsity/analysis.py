@@ -217,7 +217,7 @@ def essential_sparsity(
         >>> from diagnostics.audit.demo import BUNDLED
         >>> from probes import CheckpointPair
         >>> pair, texts = CheckpointPair(BUNDLED / "base", BUNDLED / "full"), ["a cat sat", "the dog ran"]
-        >>> result = essential_sparsity(pair, texts, grid=(0, 0.2, 0.4, 0.6), patterns=(), draws=100)
+        >>> result = essential_sparsity(pair, texts, grid=(0.0, 0.2, 0.4, 0.6), patterns=(), draws=100)
         >>> result.tables["curve"]["sparsity"].max()
         0.6
     """
