@@ -201,7 +201,7 @@ def layer_sharpness(
         >>> from diagnostics.audit.demo import BUNDLED
         >>> pair = CheckpointPair(BUNDLED / "base", BUNDLED / "full")
         >>> fast = {"rows": 2, "max_length": 8, "steps": 2, "pairs": 0, "rhos": (0.5,), "curvature": False}
-        >>> alphas = {"alphas": (0.0, 0.5, 1.0), "layer_alphas": (0.0, 1.0), "sharpness_alphas": (0.0, 1.0)}
+        >>> alphas = dict.fromkeys(("alphas", "layer_alphas", "sharpness_alphas"), (0.0, 0.5, 1.0))
         >>> layer_sharpness(pair, BUNDLED / "task.jsonl", **fast, **alphas).metrics["stragglers"]
         0
     """

@@ -218,7 +218,7 @@ def essential_sparsity(
         >>> from probes import CheckpointPair
         >>> pair, texts = CheckpointPair(BUNDLED / "base", BUNDLED / "full"), ["a cat sat", "the dog ran"]
         >>> result = essential_sparsity(pair, texts, grid=(0.0, 0.2, 0.4, 0.6), patterns=(), draws=100)
-        >>> result.tables["curve"]["sparsity"].max()
+        >>> float(result.tables["curve"]["sparsity"].max())
         0.6
     """
     settings = SparsitySettings(
