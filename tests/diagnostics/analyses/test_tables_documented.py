@@ -61,7 +61,7 @@ def test_the_docstring_names_every_table_and_column(name):
 
 
 def test_the_detector_names_every_column_of_its_tables():
-    detector = LikelihoodRatioDetector((BUNDLED / "base", BUNDLED / "lora-r1")).fit(["one", "two", "three"])
+    detector = LikelihoodRatioDetector.fit((BUNDLED / "base", BUNDLED / "lora-r1"), ["one", "two", "three"])
     tables = {"rows": detector.rows(["four"]), "explain": detector.explain("five")}
     detector.close()
     assert missing(LikelihoodRatioDetector, tables) == []
