@@ -88,6 +88,7 @@ class Section:
     paper: str
     summary: str
     verdict: str
+    preflight: bool
     metrics: list[Metric]
     notes: list[str]
 
@@ -101,9 +102,10 @@ def leading_metrics(metrics: list[Metric]) -> tuple[list[Metric], list[Metric]]:
 
 
 def build_sections(audit: Audit) -> list[Section]:
-    """A section for each analysis with a result, the most severe first."""
+    """A section for each analysis with a result: those that check the files, then the most severe first."""
     sections = [build_section(audit, name) for name in audit.results]
-    return sorted(sections, key=lambda section: ("fail", "warn", "pass", "").index(section.verdict))
+    by_verdict = sorted(sections, key=lambda section: ("fail", "warn", "pass", "").index(section.verdict))
+    return sorted(by_verdict, key=lambda section: not section.preflight)
 
 
 def build_section(audit: Audit, name: str) -> Section:
@@ -121,6 +123,7 @@ def build_section(audit: Audit, name: str) -> Section:
     return Section(
         name=name, outcome=outcome, result=result, reading=record.reading if record else "", summary=summary,
         question=record.question if record else outcome.question, metrics=rows,
+        preflight=record.preflight if record else False,
         paper=record.paper if record else outcome.paper, notes=[*result.notes, *notes],
         verdict=next((verdict for verdict in ("fail", "warn", "pass") if verdict in verdicts), ""),
     )  # fmt: skip
