@@ -41,7 +41,7 @@ def tunescopes(folder: Path, levels: list[float]) -> tuple[list[float], dict[flo
     with TwoSidedModel(pair, device="cpu") as two_sided:
         resident(two_sided.model)
         reset_peak()
-        order = two_sided.magnitudes()
+        order = magnitude_order(pair.tuned)
         begun = time.perf_counter()
         cuts = order.cuts(levels)
         shared = (time.perf_counter() - begun) / len(levels)
