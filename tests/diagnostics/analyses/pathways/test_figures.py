@@ -94,13 +94,13 @@ def test_the_histogram_counts_every_sample_by_group_or_together(made):
     figure = drawn(made)["drift"]
     assert [trace.name for trace in figure.data] == ["g0", "g1", "g2", "g3"]
     assert sum(len(trace.x) for trace in figure.data) == 80
-    samples = samples_of(groups=APART + 1, each=4)
+    samples = samples_of(groups=APART + 1, group_size=4)
     many = drawn(tables(run_of(samples, steps=ENDS, records=records_of(samples, shared=ENDS))))["drift"]
     assert [len(trace.x) for trace in many.data] == [24]
 
 
 def test_many_samples_are_shown_as_a_few_of_each_group():
-    samples = samples_of(groups=3, each=60)
+    samples = samples_of(groups=3, group_size=60)
     made = tables(run_of(samples, steps=ENDS, records=records_of(samples, shared=ENDS)))
     shown = made["routes"]["sample"].unique()
     assert len(shown) == 96

@@ -101,7 +101,7 @@ def test_without_a_better_held_out_metric_no_turn_is_marked():
 
 
 def test_rows_of_one_group_have_no_verdict():
-    run = run_of(samples_of(groups=1, each=60))
+    run = run_of(samples_of(groups=1, group_size=60))
     made, found, said = told(run)
     assert run.verdict == "withheld"
     assert "give rows a group" in said.lower()
@@ -125,7 +125,7 @@ def still():
 
 def widening(each, share):
     """A run that shares a little of its routing within groups at the very end."""
-    samples = samples_of(each=each)
+    samples = samples_of(group_size=each)
     return run_of(samples, records=records_of(samples, shared=(0.0,) * 9 + (share,), seed=1))
 
 
