@@ -168,6 +168,28 @@ class CheckpointPair:
                 unmatched.append(Unmatched(name, reason, base[name].shape, tuned[other].shape))
         return sorted(unmatched, key=lambda tensor: natural_key(tensor.tensor))
 
+    @cached_property
+    def compared(self) -> float:
+        """Share of tuned's parameters that have a counterpart in base, in [0, 1]; tied ones count once.
+
+        1 where both have the same tensors. Well below 1, the two are only partly one model: six of eight
+        experts, another tokenizer's vocabulary, layers of another width.
+        """
+        covered: dict[str, int] = Counter()
+        for name in self.matrices:
+            matrix = self.counterpart(name)
+            covered[matrix.tensor] += self.matrices[name].rows * matrix.columns
+        for name, other in self._tensors.items():
+            if self._alike(name):
+                covered[other] = self.tuned.headers[other].entries
+        tied = {alias for matrix in self.tuned.matrices.values() for alias in matrix.tied}
+        locations = {}
+        for name, header in self.tuned.headers.items():
+            if header.dtype.is_floating_point and name not in tied:
+                locations.setdefault(self.tuned.source.location(name), header)
+        total = sum(header.entries for header in locations.values())
+        return sum(covered[header.name] for header in locations.values()) / total if total else 0.0
+
     @property
     def _sides(self) -> tuple[Checkpoint, Checkpoint]:
         return self.base, self.tuned
