@@ -155,8 +155,9 @@ class GraftEvaluator:
 
         def blends() -> Iterator[tuple[str, Tensor]]:
             for name in sorted(self.two_sided.in_both):
-                value, square = self._blender.between(name, tuned.tensor(name), alpha)
-                if square:
+                stored = tuned.tensor(name)
+                value, _ = self._blender.between(name, stored, alpha)
+                if value is not stored:
                     yield name, value.to(self.two_sided.headers[name].dtype)
 
         with self._written(blends()):
