@@ -18,10 +18,10 @@ from diagnostics.analyses.integrity.merge import pooled_factor
 from diagnostics.analyses.integrity.model_files import ModelFiles
 from diagnostics.analyses.integrity.notes import notes_of
 from diagnostics.analyses.integrity.reading import Measured, PairReader
-from diagnostics.analyses.integrity.required import problems
 from diagnostics.core.analysis import Result, analysis
 from probes import CheckpointPair, open_checkpoint
 from probes.checkpoints.checkpoint import Checkpoint
+from probes.checkpoints.usable import problems
 from probes.errors import InputError
 from probes.progress import Progress
 
@@ -180,7 +180,7 @@ def open_adapter(adapter: Any, pair: CheckpointPair) -> Checkpoint:
 def _weights(pair: CheckpointPair, measured: Measured) -> dict[str, float | int]:
     """The metrics of the weights."""
     rows = measured.compared
-    entries, compared = sum(row.entries for row in rows), sum(row.compared for row in rows)
+    compared = sum(row.compared for row in rows)
     changed = sum(row.changed for row in rows)
     alone = any(row.compared < row.entries for row in rows)
     base, tuned = ([row for row in measured.healths if row.side == side] for side in ("base", "tuned"))
@@ -189,7 +189,7 @@ def _weights(pair: CheckpointPair, measured: Measured) -> dict[str, float | int]
         "nothing_tuned": int(compared > 0 and not changed and not alone),
         "changed_share": changed / compared if compared else 0.0,
         "changed_tensors": sum(row.changed > 0 for row in rows),
-        "compared_share": compared / entries if entries else 0.0,
+        "compared_share": pair.compared,
         "nonfinite_base": sum(row.health.nan + row.health.infinite for row in base),
         "nonfinite_tuned": sum(row.health.nan + row.health.infinite for row in tuned),
         "overflow_tuned": sum(row.overflow for row in tuned),

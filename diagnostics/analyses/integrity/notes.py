@@ -8,6 +8,7 @@ from diagnostics.analyses.integrity.model_files import ModelFiles
 from diagnostics.analyses.integrity.reading import Measured
 from diagnostics.analyses.integrity.tables import placed
 from probes import CheckpointPair
+from probes.checkpoints.usable import Problem, in_a_line
 from probes.files.untrusted import plain
 
 NAMED = 4  # tensors or layers in a note
@@ -25,20 +26,21 @@ MERGES = {
 
 def notes_of(
     pair: CheckpointPair, sides: tuple[ModelFiles, ModelFiles], measured: Measured,
-    required: Sequence[Sequence[Any]], facts: Sequence[Evidence],
+    required: Sequence[Sequence[Problem]], facts: Sequence[Evidence],
 ) -> list[str]:  # fmt: skip
     """All notes, the gravest first."""
     notes = []
     for role, problems in zip(("base", "tuned"), required, strict=True):
         if problems:
-            named = some(f"{problem.tensor} ({problem.what})" for problem in problems)
-            notes.append(f"{role} cannot be used: {named}.")
+            notes.append(f"{role.capitalize()} cannot be used: {plain(in_a_line(problems))}.")
     for role in ("base", "tuned"):
         broken = [
             row for row in measured.healths if row.side == role and row.health.nan + row.health.infinite
         ]
         if broken:
-            notes.append(f"{role} holds NaN or infinity in {some(row.tensor for row in broken)}.")
+            notes.append(
+                f"{role.capitalize()} holds NaN or infinity in {some(row.tensor for row in broken)}."
+            )
     notes += merge_notes(measured)
     swapped = [fact.evidence for fact in facts if fact.says == "swapped" and fact.weight == "strong"]
     if swapped:

@@ -1,6 +1,6 @@
 """One pass over both checkpoints: each tensor is read once, and all that is measured is measured then."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +15,8 @@ from probes import CheckpointPair
 from probes.adapters.adapter import Adapter
 from probes.checkpoints.checkpoint import Checkpoint
 from probes.files.layout import Matrix
-from probes.naming.align import align
 
+RECENT = 3  # tensors of base that are kept, mapped from their files
 # Of an adapter's merge in float32: a delta that is no product of factors is a difference, which rounds.
 MERGED_EPS = 4 * torch.finfo(torch.float32).eps
 
@@ -73,14 +73,12 @@ class PairReader:
     def __init__(self, pair: CheckpointPair, adapter: Checkpoint | None):
         self.pair, self.adapter = pair, adapter
         self.measured = Measured()
-        ours = align(pair.base.headers, pair.tuned.headers)[0]
-        self._ours = {theirs: name for name, theirs in ours.items()}
         self._split: dict[str, list[str]] = {}
         for name in pair.matrices:
             self._split.setdefault(pair.counterpart(name).tensor, []).append(name)
         self._of_tensor = [_by_tensor(side) for side in (pair.base, pair.tuned)]
         self._read: set[str] = set()  # tensors of base
-        self._last: tuple[str, Tensor] | None = None  # of base: parts of one tensor follow each other
+        self._recent: dict[str, Tensor] = {}  # of base: parts of one tensor follow each other
 
     def run(self, progress: Callable[[int, int, str], None] | None = None) -> Measured:
         """Read everything once."""
@@ -92,60 +90,61 @@ class PairReader:
                 progress(done, total, name)
             self._tensor(name)
         for name in _unique(pair.base):
-            self._base(name)  # those that tuned lacks
+            if name not in self._read:  # tuned lacks it
+                self._base(name)
         if progress:
             progress(total, total, "")
         if self.adapter is not None and isinstance(self.adapter.source, Adapter):
-            aligned = set(self._ours.values()) | {pair.base.matrices[name].tensor for name in pair.matrices}
+            aligned = set(pair.tensors.values()) | {pair.base.matrices[name].tensor for name in pair.matrices}
             changed = filter(self.adapter.source.changes, self.adapter.headers)
             self.measured.unread += [name for name in changed if name not in aligned]
         return self.measured
 
     def _tensor(self, name: str) -> None:
         """One stored tensor of tuned with its counterpart."""
-        pair = self.pair
-        header = pair.tuned.headers[name]
-        matrix = _only(self._of_tensor[1].get(name, ()))
-        ours = self._ours.get(name)
-        whole = ours is not None and pair.base.headers[ours].shape == header.shape
-        part = matrix.part if matrix else "other"
+        pair, header = self.pair, self.pair.tuned.headers[name]
+        ours, matrix = pair.tensors.get(name), _first(self._of_tensor[1].get(name, ()))
+        rows = pair.common_rows(name)
+        if ours is not None and pair.base.headers[ours].shape == header.shape:
+            rows = None  # all
+        elif rows is None:
+            ours = None
         row = Compared(
-            tensor=ours if whole and ours else name, matrix=matrix, part=part, entries=header.entries,
-            compared=0, changed=0,
+            tensor=ours or name, matrix=matrix, part=matrix.part if matrix else "other",
+            entries=header.entries, compared=0, changed=0,
         )  # fmt: skip
         self.measured.compared.append(row)
-        if whole and ours and pair.tuned.source.location(name) == pair.base.source.location(ours):
-            base = self._base(ours)  # the very same bytes, such as those that an adapter leaves alone
-            row.compared = header.entries
-            self._merge(ours, base, base, row)
+        if ours and pair.tuned.source.location(name) == pair.base.source.location(ours):
+            tuned = self._base(ours)  # the very same bytes, such as those that an adapter leaves alone
+        else:
+            tuned = pair.tuned.tensor(name)
+            self._health("tuned", pair.tuned, name, tuned)
+        if ours:
+            base = self._base(ours)[:rows]
+            row.compared = base.numel()
+            row.changed = 0 if tuned is base else self._changed(name, base, tuned[:rows])
+            self._merge(ours, base, tuned[:rows], row.changed)
             return
-        tuned = pair.tuned.tensor(name)
-        self._health("tuned", pair.tuned, name, tuned)
-        if whole and ours:
-            base = self._base(ours)
-            row.compared = header.entries
-            row.changed = self._changed(name, base, tuned)
-            self._merge(ours, base, tuned, row)
-            return
-        for other in self._split.get(name, ()):  # stored differently, or a resized vocabulary
-            ours_matrix, theirs = pair.matrices[other], pair.counterpart(other)
-            base = ours_matrix.take(self._base(pair.base.matrices[other].tensor))[: ours_matrix.rows]
-            part_of_tuned = theirs.take(tuned)[: ours_matrix.rows]
-            row.compared += part_of_tuned.numel()
-            changed = changed_entries(base, part_of_tuned)
+        for other in self._split.get(name, ()):  # stored differently
+            of_base, of_tuned = pair.base.matrices[other], pair.counterpart(other)
+            count = pair.matrices[other].rows
+            base = of_base.take(self._base(of_base.tensor))[:count]
+            part = of_tuned.take(tuned)[:count]
+            changed = self._changed(name, base, part)
+            row.compared += part.numel()
             row.changed += changed
-            self._merge_matrix(pair.base.matrices[other], base, part_of_tuned, changed)
+            self._merge_matrix(of_base, base, part, changed)
 
     def _base(self, name: str) -> Tensor:
         """A tensor of base; its health is measured when it is first read."""
-        if self._last is not None and self._last[0] == name:
-            return self._last[1]
-        values = self.pair.base.tensor(name)
-        self._last = (name, values)
-        if name not in self._read:
-            self._read.add(name)
-            self._health("base", self.pair.base, name, values)
-        return values
+        if name not in self._recent:
+            if len(self._recent) == RECENT:
+                del self._recent[next(iter(self._recent))]
+            self._recent[name] = values = self.pair.base.tensor(name)
+            if name not in self._read:
+                self._read.add(name)
+                self._health("base", self.pair.base, name, values)
+        return self._recent[name]
 
     def _health(self, side: str, checkpoint: Checkpoint, name: str, values: Tensor) -> None:
         if not values.is_floating_point() or values.dtype.itemsize == 1:
@@ -156,7 +155,7 @@ class PairReader:
         dtype = implied_dtype(checkpoint)
         self.measured.healths.append(
             TensorHealth(
-                side=side, tensor=name, matrix=_only(matrices), health=state,
+                side=side, tensor=name, matrix=_first(matrices), health=state,
                 dtype=str(checkpoint.headers[name].dtype).removeprefix("torch."),
                 overflow=overflowing(values, state.largest, dtype) if dtype else 0,
                 dead=sum(_dead(matrix.take(values)) for matrix in matrices) if state.zero else 0,
@@ -164,36 +163,35 @@ class PairReader:
         )  # fmt: skip
 
     def _changed(self, name: str, base: Tensor, tuned: Tensor) -> int:
-        """Entries of a stored tensor that differ by more than rounding."""
+        """Entries of a stored tensor of tuned, or of a part, that differ by more than rounding."""
         source = self.pair.tuned.source
         if isinstance(source, Adapter) and source.changes(name):
             # Never stored: it is exact but for the arithmetic of the merge.
             base, tuned = base.float(), tuned.float()
             return int(((tuned - base).abs() > MERGED_EPS * base.abs()).sum())
-        if base.is_contiguous() and tuned.is_contiguous():
-            return sum(map(changed_entries, chunks(base), chunks(tuned)))
         return changed_entries(base, tuned)
 
     # --- the merge check ---
 
-    def _merge(self, name: str, base: Tensor, tuned: Tensor, row: Compared) -> None:
-        """The merge of a stored tensor of base, matrix by matrix."""
+    def _merge(self, name: str, base: Tensor, tuned: Tensor, changed: int) -> None:
+        """The merge of a stored tensor of base, or of its first rows, matrix by matrix."""
         if self.adapter is None:
             return
-        if matrices := self._of_tensor[0].get(name):
-            for matrix in matrices:
-                ours, theirs = matrix.take(base), matrix.take(tuned)
-                changed = row.changed if len(matrices) == 1 else changed_entries(ours, theirs)
-                self._merge_matrix(matrix, ours, theirs, changed)
+        matrices = self._of_tensor[0].get(name, ())
+        if len(matrices) == 1 and not matrices[0].transposed and base.ndim == 2:
+            self._merge_matrix(matrices[0], base, tuned, changed)
             return
-        source = self.adapter.source
-        fit = None
-        if isinstance(source, Adapter) and source.changes(name):
-            shape = (1, -1)  # norms and biases
+        for matrix in matrices:
+            ours, theirs = matrix.take(base), matrix.take(tuned)
+            self._merge_matrix(matrix, ours, theirs, changed and changed_entries(ours, theirs))
+        if matrices:
+            return
+        source, fit = self.adapter.source, None
+        if isinstance(source, Adapter) and source.changes(name):  # norms and biases
             delta = self.adapter.tensor(name).float() - base.float()
-            fit = fit_merge(base.reshape(shape), tuned.reshape(shape), delta.reshape(shape))
-        if fit is not None or row.changed:
-            self.measured.merges.append(Merged(name=name, matrix=None, fit=fit, changed=row.changed))
+            fit = fit_merge(*(values.reshape(1, -1) for values in (base, tuned, delta)))
+        if fit is not None or changed:
+            self.measured.merges.append(Merged(name=name, matrix=None, fit=fit, changed=changed))
 
     def _merge_matrix(self, matrix: Matrix, base: Tensor, tuned: Tensor, changed: int) -> None:
         adapter = self.adapter
@@ -237,7 +235,7 @@ def _by_tensor(checkpoint: Checkpoint) -> dict[str, list[Matrix]]:
     return matrices
 
 
-def _only(matrices: "list[Matrix] | tuple[()]") -> Matrix | None:
+def _first(matrices: Sequence[Matrix]) -> Matrix | None:
     """Where a stored tensor lies; of several matrices the first stands for all."""
     return matrices[0] if matrices else None
 

@@ -1,8 +1,11 @@
 """What rounding alone explains: the unit in the last place of a dtype, and entries that differ by more."""
 
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
+
+from diagnostics.analyses.integrity.health import chunks
+from probes.checkpoints.rounding import changed
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -18,11 +21,6 @@ def ulp(values: Float[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "..."
     return torch.ldexp(torch.ones_like(values, dtype=torch.float64), exponents - 1) * facts.eps
 
 
-def coarser(first: torch.dtype, second: torch.dtype) -> torch.dtype:
-    """The dtype with fewer digits."""
-    return max(first, second, key=lambda dtype: torch.finfo(dtype).eps)
-
-
 def grid(values: Shaped[Tensor, "..."]) -> torch.dtype:
     """The coarsest dtype that holds all values: a file may keep in float32 what was rounded to bfloat16.
 
@@ -36,26 +34,27 @@ def grid(values: Shaped[Tensor, "..."]) -> torch.dtype:
     return values.dtype
 
 
-def changed(base: Shaped[Tensor, "..."], tuned: Shaped[Tensor, "..."]) -> Bool[Tensor, "..."]:
-    """Where two tensors differ by more than the rounding of the coarser dtype.
-
-    >>> changed(torch.tensor([0.1, 0.2]), torch.tensor([0.1, 0.25]).bfloat16()).tolist()
-    [False, True]
-    """
-    if base.dtype != tuned.dtype:
-        dtype = coarser(base.dtype, tuned.dtype)
-        base, tuned = base.to(dtype), tuned.to(dtype)
-    return (base != tuned) & ~(base.isnan() & tuned.isnan())
-
-
 def changed_entries(base: Shaped[Tensor, "..."], tuned: Shaped[Tensor, "..."]) -> int:
-    """How many entries of a chunk differ by more than rounding explains."""
-    if base.dtype == tuned.dtype and torch.equal(base, tuned):
-        return 0
-    count = int(changed(base, tuned).sum())
-    if count and base.dtype == tuned.dtype and base.dtype.itemsize > 2:
+    """How many entries of a tensor or matrix differ by more than rounding explains.
+
+    >>> changed_entries(torch.tensor([0.1, 0.2]), torch.tensor([0.1, 0.25]).bfloat16())
+    1
+    """
+    parts = list(zip(chunks(base), chunks(tuned), strict=True))
+    if base.dtype != tuned.dtype:
+        equal = all(torch.equal(ours.to(theirs.dtype), theirs) for ours, theirs in parts)
+        return 0 if equal else int(changed(base, tuned).sum())
+    count = sum(_different(ours, theirs) for ours, theirs in parts)
+    if count and base.dtype.itemsize > 2:
         # Rounded to half precision on the way, and stored wide again.
         for dtype in HALF:
-            if not changed(base.to(dtype).to(base.dtype), tuned).any():
+            if all(torch.equal(ours.to(dtype).to(ours.dtype), theirs) for ours, theirs in parts):
                 return 0
     return count
+
+
+def _different(base: Shaped[Tensor, " entries"], tuned: Shaped[Tensor, " entries"]) -> int:
+    """Entries of another value; NaN in both is none."""
+    if torch.equal(base, tuned):
+        return 0
+    return int(((base != tuned) & ~(base.isnan() & tuned.isnan())).sum())
