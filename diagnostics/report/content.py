@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 ROWS = 200  # rows of a table in a page; the parquet file holds all
 HEAD = 8  # of these, rows that are not folded
+SENTENCE = 40  # characters from which a cell of a table wraps
 LEADING = 12  # metrics of an analysis that are not folded
 NOTHING = "–"
 
@@ -94,10 +95,15 @@ class Section:
 
 
 def leading_metrics(metrics: list[Metric]) -> tuple[list[Metric], list[Metric]]:
-    """The first metrics and those with a threshold, and the others; a few more are not worth a fold."""
+    """The first metrics and those not passed, and the others; a few more are not worth a fold."""
     if len(metrics) <= LEADING + 4:
         return metrics, []
-    first = [metric for i, metric in enumerate(metrics) if i < LEADING or metric.threshold]
+    passed = {"", "pass"}
+    first = [
+        metric
+        for i, metric in enumerate(metrics)
+        if i < LEADING or metric.verdict not in passed or (metric.threshold and not metric.verdict)
+    ]
     return first, [metric for metric in metrics if metric not in first]
 
 

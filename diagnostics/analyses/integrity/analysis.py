@@ -79,12 +79,14 @@ def summary(result: Result) -> str:
     if "adapted" in metrics:
         parts.append(f"the adapter is merged in {metrics['merged']} of {metrics['adapted']} matrices")
     if bad := metrics["nonfinite_tuned"] + metrics["nonfinite_base"]:
-        parts.append(f"{bad:,} weights are NaN or infinite")
+        parts.append(f"{bad:,} {'weight is' if bad == 1 else 'weights are'} NaN or infinite")
     if missing := metrics["unusable_base"] + metrics["unusable_tuned"]:
-        parts.append(f"{missing:,} required tensors are missing or empty")
+        parts.append(
+            f"{missing:,} required {'tensor is' if missing == 1 else 'tensors are'} missing or empty"
+        )
     if (differences := result.tables.get("changes")) is not None:
         warned, total = int((differences["judged"] != "info").sum()), len(differences)
-        count = f"{total} difference{'s' * (total != 1)} outside the weights, {warned} to look at"
+        count = f"{total} difference{'s' * (total != 1)} outside the weights, {warned or 'none'} to look at"
         parts.append(count if total else "nothing outside the weights differs")
     return "; ".join(parts)
 

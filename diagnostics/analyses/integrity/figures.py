@@ -10,6 +10,8 @@ from diagnostics.plotting import theme
 from diagnostics.plotting.charts import drawn
 from diagnostics.plotting.layer_axes import axes, layer_map, location
 
+LEAST = 0.1  # end of the colour scale where every factor is 1 but for noise
+
 
 def draw(result: Result) -> "dict[str, go.Figure]":
     """The merge by layer and component, and the share of changed entries."""
@@ -26,10 +28,13 @@ def draw_factors(merge: pd.DataFrame) -> "go.Figure | None":
     if wrong:
         title = f"{wrong} of {len(fitted)} matrices do not hold the adapter's delta just once"
     figure = theme.figure(title, "layer", "component")
-    shown = fitted.assign(off=fitted["factor"] - 1)
+    shown = fitted.assign(off=fitted["factor"] - 1, entries=1.0)
+    most = max(LEAST, float(shown["off"].abs().max()))
+    ticks = {"tickvals": [-most, 0, most], "ticktext": [f"{1 + off:.3g}" for off in (-most, 0, most)]}
     return layer_map(
-        figure, shown.assign(entries=1.0), "off", label=_label, text=lambda off: f"{1 + off:.3g}",
-        order=axes(fitted), weights="entries", diverging=True, bar="times added, above or below 1",
+        figure, shown, "off", label=_label, text=lambda off: f"{1 + off:.3g}",
+        order=axes(fitted), weights="entries", diverging=True, zmin=-most, zmax=most,
+        bar="", colorbar={"title": {"text": "times added"}, **ticks},
     )  # fmt: skip
 
 

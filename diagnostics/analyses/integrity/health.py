@@ -14,7 +14,7 @@ from torch import Tensor
 # Entries looked at together: both sides of a chunk stay in the cache of a core.
 CHUNK = 2**18
 
-_CODES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+CODES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ def magnitudes(values: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
     >>> magnitudes(torch.tensor([0.0, -0.0, 1.0, -1.0], dtype=torch.bfloat16)).tolist()
     [0, 0, 16256, 16256]
     """
-    codes = _CODES[values.dtype.itemsize]
+    codes = CODES[values.dtype.itemsize]
     return values.view(codes) & torch.iinfo(codes).max
 
 
