@@ -237,8 +237,10 @@ def metrics_of(
         metrics["strong_failures"] = sum(row["outcome"] == "strong" for row in ood)
         metrics["successes"] = sum(row["outcome"] == "success" for row in ood)
         metrics["confidence_ratio_ood"] = pooled(rows, "ood", "confidence_ratio")
-        rises = [row["error_confidence_tuned"] - row["error_confidence_base"] for row in ood]
-        metrics["error_confidence_rise_ood"] = None if any(map(math.isnan, rises)) else float(np.mean(rises))
+        confidence_rises = [row["error_confidence_tuned"] - row["error_confidence_base"] for row in ood]
+        metrics["error_confidence_rise_ood"] = (
+            None if any(map(math.isnan, confidence_rises)) else float(np.mean(confidence_rises))
+        )
     return {name: value for name, value in metrics.items() if value is not None}
 
 

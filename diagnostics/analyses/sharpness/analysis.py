@@ -240,7 +240,7 @@ def layer_sharpness(
         )  # fmt: skip
         task_batches = _task_batches(evaluator, batches, batch_rows, seed)
         screened = sharpen == "screened"
-        sharp = _sharpness(
+        sharpness_rows = _sharpness(
             evaluator, flags, task_batches, settings, sharp_alphas, {best, worst}, rho if screened else None
         )
         flagged = [path.layer for path, flag in zip(measured, flags.stragglers, strict=True) if flag]
@@ -249,10 +249,10 @@ def layer_sharpness(
         notes += remedy_notes
         chosen = (flags.chosen() if screened else flags.layers) if curvature else []
         spectra = _curvature(evaluator, chosen, task_batches[0], settings, notes)
-    sharp_table, remedy_table = pd.DataFrame(sharp), pd.DataFrame(remedied, columns=REMEDIES)
-    table = layer_table(flags, sharp_table, rho, remedy_table, worst, on)
+    sharpness_table, remedy_table = pd.DataFrame(sharpness_rows), pd.DataFrame(remedied, columns=REMEDIES)
+    table = layer_table(flags, sharpness_table, rho, remedy_table, worst, on)
     set_table = interpolation.set_rows(evaluator, grid)
-    metrics = metrics_of(flags, table, set_table, sharp_table, rho)
+    metrics = metrics_of(flags, table, set_table, sharpness_table, rho)
     metrics |= {
         "best_alpha": best, "batches": len(task_batches), "pinned": len(interpolated.pinned),
         "missing": len(evaluator.missing),
@@ -265,8 +265,8 @@ def layer_sharpness(
         "layers": table, "path": pd.DataFrame(interpolation.path_rows(evaluator, grid)),
         "sets": pd.DataFrame(set_table),
         "layer_paths": pd.DataFrame([row for path in measured for row in layer_paths.path_rows(path)]),
-        "sharpness": sharp_table, "remedies": remedy_table,
-        "curvature": with_sharpness(curves, sharp_table, radii[0]),
+        "sharpness": sharpness_table, "remedies": remedy_table,
+        "curvature": with_sharpness(curves, sharpness_table, radii[0]),
     }  # fmt: skip
     return Result(metrics=metrics, tables=tables, notes=tuple(notes))
 
