@@ -201,7 +201,7 @@ def test_a_run_of_ten_matrices_decides_one_again_and_says_so(monkeypatch):
 
 def test_a_wrong_decision_is_found_out_and_replaced(monkeypatch):
     """Break the certified path on purpose: the check must notice, and keep the exact answer."""
-    from diagnostics.analyses.intruders import analysis as intruders
+    from diagnostics.analyses.intruders import examine as intruders
 
     generator = seeded(11)
     base = [with_values(values("power", 128), 128, 160, generator)[0].float() for _ in range(10)]
@@ -306,7 +306,7 @@ def test_update_norm_effective_rank_and_critical_strength_are_those_of_the_delta
     base, _, _ = with_values(values("power", 200), 200, 260, generator)
     spread = 0.01 * torch.randn(200, 260, generator=generator, dtype=torch.float64)
     S = torch.linalg.svdvals(spread.float().double())
-    monkeypatch.setattr("diagnostics.analyses.intruders.analysis.SMALL", 0)  # take the estimate
+    monkeypatch.setattr("diagnostics.analyses.intruders.delta_shape.SMALL", 0)  # take the estimate
     row = intruder_dimensions(CheckpointPair(state([base.float()]), state([(base + spread).float()])))
     row = row.tables["matrices"].iloc[0]
     assert row["update_norm"] == pytest.approx(spread.norm().item(), rel=1e-4)
@@ -323,7 +323,7 @@ def test_the_effective_rank_of_a_low_rank_update_is_at_most_its_rank(rank, monke
     base = torch.randn(200, 260, generator=generator)
     B, A = torch.randn(200, rank, generator=generator), torch.randn(rank, 260, generator=generator)
     for small in (0, 640):
-        monkeypatch.setattr("diagnostics.analyses.intruders.analysis.SMALL", small)
+        monkeypatch.setattr("diagnostics.analyses.intruders.delta_shape.SMALL", small)
         result = intruder_dimensions(CheckpointPair(state([base]), state([base + B @ A])))
         assert (
             result.tables["matrices"]["effective_rank"][0] <= 1.05 * rank
