@@ -74,7 +74,7 @@ def test_distances_are_those_of_all_weights_at_once(tmp_path):
     run = run_of(tmp_path, 5)
     names = shared(run).names
     points = [np.concatenate([one.tensor(name).double().numpy().ravel() for name in names]) for one in run]
-    found, meant = squared_distances(run, names), numpy_squares(points)
+    found, meant = squared_distances(shared(run)), numpy_squares(points)
     assert found.keys() == meant.keys()
     for places, value in meant.items():
         assert found[places] == pytest.approx(value, rel=1e-12)
@@ -96,7 +96,7 @@ def test_two_tensors_are_in_memory_at_most(tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr(Checkpoint, "tensor", counted)
-    squared_distances(run, shared(run).names)
+    squared_distances(shared(run))
     assert max(most) == 2
 
 
@@ -110,8 +110,8 @@ def test_a_tied_tensor_counts_once(tmp_path):
     ]
     # Also where it is in memory under both names.
     held = [open_checkpoint(make("llama", seed, tie_word_embeddings=True)) for seed in (0, 1)]
-    assert sum(squared_distances(held, shared(held).names).values()) == pytest.approx(
-        sum(squared_distances(run, shared(run).names).values())
+    assert sum(squared_distances(shared(held)).values()) == pytest.approx(
+        sum(squared_distances(shared(run)).values())
     )
 
 
@@ -143,4 +143,4 @@ def test_weights_that_are_not_finite_are_named(tmp_path):
         open_checkpoint(save_model(tmp_path / str(i), one)) for i, one in enumerate((state, broken, state))
     ]
     with pytest.raises(ValueError, match=rf"1: {name} holds 64 NaN or infinite values"):
-        squared_distances(run, shared(run).names)
+        squared_distances(shared(run))
