@@ -20,6 +20,7 @@ from probes.checkpoints.checkpoint import Checkpoint
 from probes.checkpoints.in_memory import Reverted
 from probes.checkpoints.opening import open_checkpoint
 from probes.errors import InputError
+from probes.files.reparametrised import REMEDY, Resolved
 from probes.models.loading import Loading, device_of, dtype_of, kind_of, memory_of, tokenizer_of
 
 
@@ -66,6 +67,10 @@ class Editable:
         self.model: Any = _merged(checkpoint, model).eval().requires_grad_(False)
         self._state = {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
         self._view = open_checkpoint(self.model)
+        if isinstance(getattr(self._view.source, "state", self._view.source), Resolved):
+            raise InputError(
+                f"{checkpoint.ref}: has reparametrised weights, which cannot be edited; {REMEDY}"
+            )
         self._names = shared_tensors(self._view, checkpoint, align_checkpoints(self._view, checkpoint))
         self._refuse_unreached()
         # Merged by PEFT it is rounded at every step: as its file would be, it is rounded once.
