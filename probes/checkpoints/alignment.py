@@ -43,6 +43,9 @@ def align_checkpoints(base: Checkpoint, tuned: Checkpoint) -> Alignment:
         tensors = dict(tensors)
         while more := _further_stack(base, tuned, tensors, loaded):
             tensors |= more
+        lacking = _left(tuned, tensors.values())
+        for theirs, ours in _tied_in_base(base, tuned, lacking, prefixes):
+            tensors.setdefault(ours, theirs)  # what ties them together is stored under another of its names
     return Alignment(tensors, prefixes)
 
 

@@ -2,7 +2,6 @@
 
 import pickle
 import platform
-from collections.abc import Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from probes.files.quantised import refuse_quantised
 from probes.files.reparametrised import resolve
 from probes.files.sources import Source
 from probes.files.untrusted import confined, one_line, read_json
-from probes.naming.architecture import architecture_of
+from probes.naming.architecture import stored_names
 
 
 def open_checkpoint(
@@ -61,23 +60,10 @@ def _open(ref: str, path: Path, base: "Checkpoint | str | Path | None") -> Check
         settings = directory / "config.json"
         config = read_json(confined(settings, directory)) if settings.is_file() else {}
         lone_file = path.is_file() and not config
-        weights = resolve(open_files(path), ref, partial(_own_names, config))
+        weights = resolve(open_files(path), ref, partial(stored_names, config))
         checkpoint = Checkpoint(ref, weights, config, directory=None if lone_file else directory)
     checkpoint.opened, checkpoint.reopen = (path.absolute(), weights.stamp()), _reopened
     return checkpoint
-
-
-def _own_names(config: Mapping[str, Any]) -> set[str]:
-    """The names that a model's architecture has, in today's spelling and in that of old files."""
-    structure = architecture_of(config)
-    names = {*structure.parameters, *structure.buffers} if structure else set()
-    norms = {"original0": "weight_g", "original1": "weight_v"}
-    old = {
-        name.replace(f"parametrizations.weight.{new}", before)
-        for name in names
-        for new, before in norms.items()
-    }
-    return names | old
 
 
 # A worker unpickles the pair with each of its matrices, and opens the files once.
@@ -116,5 +102,7 @@ def _open_adapter(
     base = open_checkpoint(base)
     factors = open_files(weights)
     refuse_quantised(ref, factors.headers, {})
-    source = Adapter(config, factors, base.source, base.matrices, where=ref, of=base.ref)
-    return Checkpoint(ref, source, base.config, directory=settings.parent, base=base), factors
+    source = Adapter(
+        config, factors, base.source, base.matrices, base_config=base.config, where=ref, of=base.ref
+    )
+    return Checkpoint(ref, source, source.model_config, directory=settings.parent, base=base), factors

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from probes.adapters.parts import LowRank, sum_of
@@ -122,6 +123,10 @@ class CheckpointPair:
         finite(self.tuned.ref, other, tuned)
         return base, tuned
 
+    def dtypes(self, name: str) -> tuple[torch.dtype, torch.dtype]:
+        """The dtypes that the files of base and tuned store a matrix in."""
+        return self.base.matrices[name].dtype, self.counterpart(name).dtype
+
     def identical(self, name: str) -> bool:
         """Whether a matrix is bit for bit the same in both; reads none that an adapter leaves alone."""
         other, rows = self._other(name), self.matrices[name].rows
@@ -224,20 +229,24 @@ class CheckpointPair:
 
     @cached_property
     def _between(self) -> str | None:
-        base, tuned, used = self.base.headers, self.tuned.headers, used_tensors(self.tuned)
-        shapes, lacking = [], []
+        base, tuned = self.base.headers, self.tuned.headers
+        shapes, lacking = {}, []
         for name, header in tuned.items():
             ours = base.get(self.tensors.get(name, ""))
             equal = ours is not None and ours.shape == header.shape
             divided = header.entries > 0 and self._covered[name] == header.entries
-            if name not in used or equal or divided or self.common_rows(name) is not None:
+            if equal or divided or self.common_rows(name) is not None:
                 continue
             if ours is not None:
-                shapes.append(f"{name} ({_size(ours)} in base, {_size(header)} in tuned)")
+                shapes[name] = f"{name} ({_size(ours)} in base, {_size(header)} in tuned)"
             elif name in self._in_another_form or (name in self._extra and not is_head(name)):
                 lacking.append(name)
+        if shapes or lacking:
+            used = used_tensors(self.tuned)
+            shapes = {name: text for name, text in shapes.items() if name in used}
+            lacking = [name for name in lacking if name in used]
         problems = [
-            (shapes, "of another shape"),
+            (list(shapes.values()), "of another shape"),
             (lacking, "that base lacks" + (" or stores otherwise" if self._in_another_form else "")),
             (self._lost, "of base that tuned lacks"),
         ]
@@ -272,18 +281,20 @@ class CheckpointPair:
     @cached_property
     def _lost(self) -> list[str]:
         """Tensors without which base does not run, in parts of the model that tuned has too."""
-        lost = []
-        tied = {alias for matrix in self.tuned.matrices.values() for alias in matrix.tied}
-        for name in used_tensors(self.base):
-            if name not in self._missing:
-                # Stored by both, but only a copy in tuned, whose head cannot be base's.
-                copied = {alias for matrix in self.base.matrices.values() for alias in matrix.tied}
-                lost += [name] if self._tensors.get(name) in tied and name not in copied else []
-            elif is_head(name):
-                lost += [name] if is_tied(self.tuned, self.base, name) else []
-            elif self._has_neighbours(name):
-                lost.append(name)
-        return lost
+        # Stored by both, but only a copy in tuned, whose head cannot be base's.
+        copies = [
+            {alias for matrix in side.matrices.values() for alias in matrix.tied} for side in self._sides
+        ]
+        tied = [n for n, other in self._tensors.items() if other in copies[1] and n not in copies[0]]
+        if not tied and not self._missing:
+            return []
+        used = used_tensors(self.base)
+        missing = [
+            name
+            for name in self._missing
+            if (is_tied(self.tuned, self.base, name) if is_head(name) else self._has_neighbours(name))
+        ]
+        return [name for name in (*tied, *missing) if name in used]
 
     def _has_neighbours(self, name: str) -> bool:
         """Whether the part of the model with this tensor, a stack of blocks or a module, is in both."""

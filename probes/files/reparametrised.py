@@ -21,8 +21,8 @@ from probes.files.sources import FileSource, Source, fingerprint
 _PARAMETRIZED = re.compile(r"^(?:(.*)\.)?parametrizations\.([^.]+)\.(.+)$")
 _HOOKED = re.compile(r"^(.*)_(orig|mask|g|u|v)$")
 REMEDY = (
-    "before saving call torch.nn.utils.parametrize.remove_parametrizations(module, name) "
-    "(prune.remove(module, name) after pruning)"
+    "call torch.nn.utils.parametrize.remove_parametrizations(module, name) "
+    "(prune.remove(module, name) after pruning), and save it again"
 )
 
 
@@ -66,8 +66,9 @@ def spectral_normed(original: Tensor, u: Tensor, v: Tensor) -> Tensor:
             [0.0000, 0.2500]])
     """
     axes = [axis for axis, length in enumerate(original.shape) if length == len(u)]
+    axes = axes[:1] if original.ndim == 2 else axes
     sigmas = [torch.vdot(u, torch.mv(original.movedim(axis, 0).flatten(1), v)) for axis in axes]
-    # Where axes are equally long, the estimates fit the one that they were made for best.
+    # Transposed convolutions have the second axis in front; the estimates fit the right one best.
     return original / max(sigmas, key=lambda sigma: abs(float(sigma)))
 
 

@@ -4,6 +4,7 @@ The model is built on the meta device, without weights. transformers is imported
 """
 
 import json
+import re
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -78,6 +79,19 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture | None:
     except TypeError:
         return None
     return _built(text)
+
+
+def stored_names(config: Mapping[str, Any]) -> set[str]:
+    """The names that a model's own tensors have in files, with the old spelling of weight norms.
+
+    >>> stored_names({})
+    set()
+    """
+    structure = architecture_of(config)
+    names = {*structure.parameters, *structure.buffers} if structure else set()
+    spelling = re.compile(r"\.parametrizations\.weight\.original([01])$")
+    old = {spelling.sub(lambda match: f".weight_{'gv'[int(match[1])]}", name) for name in names}
+    return names | old
 
 
 @lru_cache(maxsize=8)
