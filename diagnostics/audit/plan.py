@@ -45,7 +45,8 @@ class Plan:
         for name, reason in self.lacking.items():
             outcomes[name] = Outcome(status="skipped", reason=reason, **registry_facts(name))
         outcomes |= {name: replace(pending, **registry_facts(name)) for name in self.parameters}
-        return {name: outcomes[name] for name in preflight_first(sorted(outcomes))}
+        first = [name for name in self.parameters if find(name).preflight]
+        return {name: outcomes[name] for name in dict.fromkeys([*first, *sorted(outcomes)])}
 
 
 def make_plan(

@@ -44,12 +44,14 @@ def installed_analyses() -> "dict[str, Analysis]":
 
 
 def preflight_first(names: Iterable[str]) -> list[str]:
-    """The names in their order, those that check the files themselves first; imports none.
+    """The names in their order, those that check the files themselves first; imports these analyses.
 
-    >>> preflight_first(["drift", "integrity"]) if find("integrity") else []
+    >>> preflight_first(["drift", "integrity"])
     ['integrity', 'drift']
     """
-    return sorted(names, key=lambda name: name not in REGISTRY or not REGISTRY[name].preflight)
+    names = list(names)
+    broken = broken_analyses(names)
+    return sorted(names, key=lambda name: name in broken or not find(name).preflight)
 
 
 def broken_analyses(names: Iterable[str]) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """One pass over both checkpoints: each tensor is read once, and all that is measured is measured then."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from probes.adapters.adapter import Adapter
 from probes.checkpoints.checkpoint import Checkpoint
 from probes.files.layout import Matrix
 
+SAMPLE = 2**20  # entries of a matrix that tell its factor to four digits
 RECENT = 3  # tensors of base that are kept, mapped from their files
 # Of an adapter's merge in float32: a delta that is no product of factors is a difference, which rounds.
 MERGED_EPS = 4 * torch.finfo(torch.float32).eps
@@ -203,11 +204,23 @@ class PairReader:
                 row = Merged(name=matrix.name, matrix=matrix, fit=None, changed=changed, scheme=levels)
                 self.measured.merges.append(row)
             return
-        low = adapter.delta(matrix.name)
-        delta = adapter.matrix(matrix.name).float() if low is None else low.dense()
-        delta = delta[: len(base)] - (base.float() if low is None else 0)
-        fit = fit_merge(base, tuned, delta)
+        rows = sampled(matrix)
+        fit = fit_merge(base[rows], tuned[rows], delta_of(adapter, matrix.name, base, rows))
         self.measured.merges.append(Merged(name=matrix.name, matrix=matrix, fit=fit, changed=changed))
+
+
+def sampled(matrix: Matrix) -> slice:
+    """The rows on which the merge of a matrix is judged: of a large one every n-th."""
+    return slice(None, None, max(1, matrix.rows * matrix.columns // SAMPLE))
+
+
+def delta_of(adapter: Checkpoint, name: str, base: Tensor, rows: slice) -> Tensor:
+    """Rows of what an adapter adds to a matrix of its base."""
+    low = adapter.delta(name)
+    if low is not None:
+        return replace(low, B=low.B[: len(base)][rows]).dense()
+    # No product of factors: DoRA, or a matrix that was trained as a whole.
+    return adapter.matrix(name)[: len(base)][rows].float() - base[rows].float()
 
 
 def implied_dtype(checkpoint: Checkpoint) -> torch.dtype | None:
