@@ -20,11 +20,13 @@ class Architecture:
     Attributes:
         parameters, buffers: by the names in its state dict; of the buffers those that are saved.
         tied: parameters that are another one, by name.
+        body: prefix of what is in the model before its head; "" where it is not told apart.
     """
 
     parameters: Mapping[str, Header]
     buffers: Mapping[str, Header]
     tied: Mapping[str, str]
+    body: str
     _model: Any = field(repr=False, compare=False)
 
     def loaded(self, stored: Collection[str]) -> dict[str, tuple[str, str]]:
@@ -133,6 +135,7 @@ def _read(model: Any) -> Architecture:
         parameters={name: header for name, header in headers.items() if name in inside},
         buffers={name: header for name, header in headers.items() if name not in inside},
         tied=dict(model.all_tied_weights_keys),
+        body=f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix or "-") else "",
         _model=model,
     )
 
