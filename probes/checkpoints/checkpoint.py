@@ -112,6 +112,11 @@ class Checkpoint:
         return self.source.summary if isinstance(self.source, Adapter) else None
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of an adapter's numbers must know of how it is read."""
+        return self.source.notes if isinstance(self.source, Adapter) else ()
+
+    @property
     def headers(self) -> Mapping[str, Header]:
         """Every tensor by name; of an adapter, those of the merged model."""
         return self.source.headers
