@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from diagnostics.core import display, registry, row_options
 from diagnostics.core.inputs import check_input_types
-from probes.errors import InputError, UnknownNameError
+from probes.errors import NotApplicableError as NotApplicableError
+from probes.errors import UnknownNameError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,13 +76,6 @@ class Result:
         from diagnostics.core.policy import default_policy, judge
 
         return judge(self, default_policy() if policy is None else policy)
-
-
-class NotApplicableError(InputError):
-    """An analysis does not apply to this kind of model or data; the text says why, and what does.
-
-    An audit of everything skips the analysis. Asked for by name, it is an error of the input.
-    """
 
 
 def metrics_in_a_line(result: Result) -> str:

@@ -40,6 +40,15 @@ class InterpolatedCheckpoint:
         )
 
 
+def _resized(ours: int, theirs: int) -> str:
+    if ours < theirs:
+        return (
+            f"the {theirs - ours} that base lacks are tuned's at every alpha; at alpha 0 the logits of "
+            f"base's {ours} tokens are base's."
+        )
+    return f"the {ours - theirs} that tuned lacks are left out; at alpha 0 the other logits are base's."
+
+
 def interpolate(
     base: Any, tuned: Any, alpha: float, out: str | Path, *,
     progress: Callable[[int, int, str], None] | None = None,
@@ -72,9 +81,8 @@ def interpolate(
     notes = []
     if blend.alone:
         notes.append(f"{len(blend.alone)} tensors that base lacks come from tuned, such as {blend.alone[0]}.")
-    resized = [f"{rows[0]} to {rows[1]} rows" for rows in pair.resized.values()]
-    if resized:
-        notes.append(f"The vocabulary went from {resized[0]}; rows that base lacks come from tuned.")
+    for ours, theirs in dict.fromkeys(pair.resized.values()):
+        notes.append(f"The vocabulary went from {ours} to {theirs} rows: " + _resized(ours, theirs))
     if pair.base.dtype != pair.tuned.dtype:
         notes.append(
             f"Base is {pair.base.dtype}, tuned {pair.tuned.dtype}: the result is rounded once, to "

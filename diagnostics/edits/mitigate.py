@@ -277,7 +277,8 @@ def _scale_update(
     squares = {}
     for name, header in base.headers.items():
         if adapter.changes(name) and adapter.headers[name].shape == header.shape:
-            squares[name] = between(base.tensor(name), tuned.tensor(name), 1.0)[1]
+            dtypes = header.dtype, adapter.headers[name].dtype
+            squares[name] = between(base.tensor(name), tuned.tensor(name), 1.0, dtypes)[1]
     return [], _updated(tuned, squares, scale), rescaled.notes
 
 

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Hashable, Mapping
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from probes.adapters.targets import refuse
 from probes.checkpoints.checkpoint import Checkpoint
 from probes.errors import InputError
 from probes.files.layout import Header
+from probes.files.reparametrised import resolve
 from probes.files.sources import Source, fingerprint
+from probes.naming.architecture import stored_names
 
 KNOWN = "an nn.Module, a PeftModel, a TransformerLens model or a state dict"
 
@@ -54,7 +57,7 @@ def _of_model(ref: Any) -> Checkpoint:
         return _module(ref, name, ref.state_dict())
     if isinstance(ref, Mapping) and ref and all(isinstance(value, Tensor) for value in ref.values()):
         tensors = {str(name): tensor for name, tensor in ref.items()}
-        return Checkpoint("state dict", StateSource(_unhook(tensors)), {})
+        return Checkpoint("state dict", resolve(StateSource(_unhook(tensors)), "state dict"), {})
     raise InputError(f"a {type(ref).__name__}: is no checkpoint; give a path, a hub id, {KNOWN}")
 
 
@@ -113,12 +116,13 @@ def _module(model: nn.Module, ref: str, tensors: Mapping[str, Tensor]) -> Checkp
     for name, original in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         if name in kept and original in kept and _location(kept[name]) == _location(kept[original]):
             del kept[name]  # the copy that transformers leaves out when it saves
-    state = StateSource(kept, where=ref)
+    config = _config(model)
+    state = resolve(StateSource(kept, where=ref), ref, partial(stored_names, config))
     saved = hasattr(model, "save_pretrained") and "transformers" in _libraries(model)
-    return Checkpoint(ref, _as_saved(model, state) if saved else state, _config(model))
+    return Checkpoint(ref, _as_saved(model, state) if saved else state, config)
 
 
-def _as_saved(model: Any, state: StateSource) -> Source:
+def _as_saved(model: Any, state: Source) -> Source:
     """The tensors of the file: transformers renames and stacks what it loads, and reverts that to save it."""
     from transformers.core_model_loading import revert_weight_conversion as revert
 
@@ -148,7 +152,7 @@ class Reverted(StateSource):
 
     def __init__(
         self,
-        state: StateSource,
+        state: Source,
         headers: dict[str, Header],
         sources: Mapping[str, tuple[str, ...]],
         revert: Callable[[dict[str, Tensor]], dict[str, Tensor]],

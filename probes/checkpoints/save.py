@@ -20,6 +20,7 @@ from probes.checkpoints.checkpoint import Checkpoint
 from probes.errors import InputError
 from probes.files.layout import Header
 from probes.files.locate import inside
+from probes.files.reparametrised import Resolved
 from probes.files.sources import DTYPES, FileSource, finite, raw
 from probes.files.untrusted import read_json
 from probes.progress import Progress
@@ -105,7 +106,7 @@ def _plan(source: Checkpoint) -> dict[str, list[Header]]:
         return shards
     filled = 0
     for name, header in source.headers.items():
-        if isinstance(source.source, FileSource):
+        if isinstance(source.source, FileSource | Resolved):
             file = source.source.file(name)
             key = os.path.relpath(file, source.directory) if source.directory else file.name
         else:

@@ -22,6 +22,7 @@ from probes.checkpoints.checkpoint import Checkpoint
 from probes.errors import InputError
 from probes.files.layout import Header
 from probes.files.locate import MODEL_FILES
+from probes.files.reparametrised import Resolved
 from probes.models.body import shadow, unwrapped
 from probes.text.batches import out_of_memory
 
@@ -281,6 +282,8 @@ def memory_of(checkpoint: Checkpoint) -> Any:
 def _standard(checkpoint: Checkpoint) -> bool:
     """Whether transformers finds the same weights in the directory as we do."""
     directory, path = checkpoint.directory, Path(checkpoint.ref)
+    if isinstance(checkpoint.source, Resolved):  # transformers would take the weights for missing
+        return False
     if directory is None or (path.is_file() and path.name not in MODEL_FILES):
         return False
     return any((directory / name).is_file() for name in MODEL_FILES)

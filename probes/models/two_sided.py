@@ -100,6 +100,10 @@ class TwoSidedModel:
         base = self._blender.base_of(name, stored)
         return stored if base is None else base
 
+    def settled(self, name: str) -> Shaped[Tensor, "..."]:
+        """A tensor of tuned with base's value in each entry that only a dtype rounded."""
+        return self._blender.settled(name, self.read(name))
+
     def become(self, side: Side) -> None:
         """Set every tensor to a side's."""
         if side != self.side:
