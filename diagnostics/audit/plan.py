@@ -14,7 +14,7 @@ from diagnostics.store.audit_store import Outcome
 from probes.errors import UnknownNameError
 
 if TYPE_CHECKING:
-    from probes import CheckpointPair
+    pass
 
 Progress = Callable[[str, int, int, str], None]
 Settings = Mapping[str, Mapping[str, Any]]
@@ -160,20 +160,3 @@ def unread_role_notes(roles: Collection[str], names: Collection[str]) -> tuple[s
         elif not readers & set(names):
             notes.append(f"none of the analyses asked for reads --{role}; {', '.join(sorted(readers))} would")
     return tuple(notes)
-
-
-def adapter_notes(pair: "CheckpointPair") -> tuple[str, ...]:
-    """How adapters are read, and whether they name another base."""
-    notes = []
-    for side in (pair.base, pair.tuned):
-        facts = side.adapter or {}
-        notes += [f"{side.ref}: {note}" for note in facts.get("notes", ())]
-        trained_on, base = facts.get("base"), side.base
-        # Directories are moved and hub ids downloaded: only the last part of the name stays the same.
-        directory = str(base.directory.resolve()) if base and base.directory else ""
-        if trained_on and directory and base and Path(trained_on).name not in directory:
-            notes.append(
-                f"{side.ref} was trained on {trained_on!r} and is applied to {base.ref}: is that the same "
-                "model?"
-            )
-    return tuple(dict.fromkeys(notes))

@@ -9,7 +9,6 @@ from diagnostics.audit.plan import (
     Plan,
     Progress,
     Settings,
-    adapter_notes,
     make_plan,
     name_list,
     resolve_policy,
@@ -95,6 +94,7 @@ def audit(
     store = Store(out)
     from diagnostics.store.factor_cache import FactorCache
     from probes import CheckpointPair
+    from probes.checkpoints.lineage import adapter_notes
     from probes.checkpoints.series import CheckpointSeries
 
     pair = CheckpointPair(base, tuned)
@@ -118,7 +118,7 @@ def audit(
                 *run_notes,
                 *plan.notes,
                 *unread_role_notes(rows, [*plan.parameters, *plan.lacking]),
-                *adapter_notes(pair),
+                *adapter_notes(pair.base, pair.tuned),
             ),
         )
 

@@ -240,6 +240,7 @@ def run_detect(
             "--chat-template; leave them out"
         )
     from diagnostics.analyses.ood.detector import LikelihoodRatioDetector
+    from probes.checkpoints.lineage import adapter_notes
     from probes.text.rows import read_task
 
     scored_rows = read_task(rows)  # before a model is loaded, so that a bad file is reported at once
@@ -256,6 +257,8 @@ def run_detect(
             (base, tuned), task, per_token=per_token, windows=windows, chat_template=chat_template,
             **parameters,
         )  # fmt: skip
+    for note in adapter_notes(fitted.pair.base, fitted.pair.tuned):
+        typer.echo(f"note: {note}", err=True)
     if save is not None:
         fitted.save(save)
     for record in fitted.records(scored_rows, tokens=tokens):

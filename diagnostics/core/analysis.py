@@ -6,7 +6,7 @@ that a fresh one does. `@analysis` records each function once; everything else r
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -190,7 +190,8 @@ def analysis(
                 )
                 ordered = {metric: result.metrics[metric] for metric in metrics if metric in result.metrics}
                 result = replace(result, metrics=ordered)
-            return replace(result, analysis=name, parameters=plain(used))
+            notes = (*result.notes, *other_bases(supplied.values()))
+            return replace(result, analysis=name, parameters=plain(used), notes=notes)
 
         measured.__signature__ = signature  # type: ignore[attr-defined]
         measured.__doc__ = row_options.with_explanations(declared, function.__doc__)
@@ -203,6 +204,16 @@ def analysis(
         return measured
 
     return register
+
+
+def other_bases(inputs: Iterable[Any]) -> tuple[str, ...]:
+    """A sentence on each adapter among the inputs that is applied to another base than it names."""
+    checkpoints: list[Any] = []
+    for supplied in inputs:
+        checkpoints += getattr(supplied, "checkpoints", ())
+        checkpoints += [getattr(supplied, side, None) for side in ("base", "tuned")]
+    sentences = (getattr(checkpoint, "other_base", None) for checkpoint in checkpoints)
+    return tuple(dict.fromkeys(sentence for sentence in sentences if sentence))
 
 
 def plain(value: Any) -> Any:

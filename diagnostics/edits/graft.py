@@ -11,6 +11,7 @@ from typing import Any
 
 from diagnostics.edits.trail import write_trail
 from probes import CheckpointPair
+from probes.checkpoints.lineage import adapter_notes
 from probes.checkpoints.mask_file import Patch, write_graft
 from probes.checkpoints.save import refuse_occupied
 
@@ -87,6 +88,7 @@ def graft(
         )
     if pair.tuned.kind == "adapter":
         notes.append("The adapter was merged: the mask selects merged weights, and full weights are written.")
+    notes += adapter_notes(pair.base, pair.tuned)
     grafted = GraftedCheckpoint(
         out=out, mask=mask, without=without, entries=patch.count, tensors=len(patch.index),
         weights=written.weights, notes=tuple(notes),

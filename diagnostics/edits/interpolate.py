@@ -12,6 +12,7 @@ from typing import Any
 from diagnostics.edits.trail import write_trail
 from probes import CheckpointPair
 from probes.checkpoints.blend import write_blend
+from probes.checkpoints.lineage import adapter_notes
 from probes.checkpoints.save import refuse_occupied
 from probes.errors import InputError
 
@@ -90,6 +91,7 @@ def interpolate(
         )
     if pair.tuned.kind == "adapter":
         notes.append("The adapter was merged: its factors are not linear in alpha; full weights are written.")
+    notes += adapter_notes(pair.base, pair.tuned)
     interpolated = InterpolatedCheckpoint(
         out=out, alpha=float(alpha), tensors=len(blend.squares),
         displacement=math.sqrt(sum(blend.squares.values())), notes=tuple(notes),

@@ -23,6 +23,7 @@ from probes.adapters.adapter import Adapter
 from probes.checkpoints.adapter_refit import Edit, Refit, refit, scaled, write_adapter
 from probes.checkpoints.blend import between, write_blend
 from probes.checkpoints.checkpoint import Checkpoint
+from probes.checkpoints.lineage import adapter_notes
 from probes.checkpoints.save import refuse_occupied, write_checkpoint
 from probes.errors import InputError
 from probes.files.layout import Part
@@ -183,8 +184,7 @@ def mitigate(
         triples, edits, notes = _scale_triples(
             pair, out, scale, mode, full, device, progress, k=k, epsilon=epsilon, parts=parts, cache=cache
         )
-    if full and pair.tuned.adapter:
-        notes = [*notes, *pair.tuned.adapter["notes"]]
+    notes = [*notes, *adapter_notes(pair.base, pair.tuned)]
     result = MitigatedCheckpoint(
         out=out, kind="full" if full else "adapter", mode=mode, scale=scale, k=k, epsilon=epsilon,
         triples=tuple(triples), edits=tuple(edits), notes=tuple(notes),

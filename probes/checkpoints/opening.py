@@ -102,5 +102,7 @@ def _open_adapter(
     base = open_checkpoint(base)
     factors = open_files(weights)
     refuse_quantised(ref, factors.headers, {})
-    source = Adapter(config, factors, base.source, base.matrices, where=ref, of=base.ref)
-    return Checkpoint(ref, source, base.config, directory=settings.parent, base=base), factors
+    source = Adapter(
+        config, factors, base.source, base.matrices, base_config=base.config, where=ref, of=base.ref
+    )
+    return Checkpoint(ref, source, source.model_config, directory=settings.parent, base=base), factors

@@ -173,9 +173,10 @@ def _carry(source: Checkpoint, out: Path) -> None:
         {m.component: m.rows for m in side.matrices.values() if m.part == "embedding"}.get("embed")
         for side in (model, source)
     )
-    resized = before != after and config.get("vocab_size") == before
-    if config and (resized or not (out / "config.json").exists()):
-        _write_json(out / "config.json", config | ({"vocab_size": after} if resized else {}))
+    if before != after and config.get("vocab_size") == before:
+        config["vocab_size"] = after
+    if config and (config != model.config or not (out / "config.json").exists()):
+        _write_json(out / "config.json", config)
 
 
 def companion_files(directory: Path) -> Iterator[str]:

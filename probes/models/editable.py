@@ -5,7 +5,6 @@ written to it. An adapter is merged first.
 """
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -59,12 +58,11 @@ class Editable:
     ):
         self.checkpoint = checkpoint
         self.loading = Loading(device_of(device), dtype_of(dtype), None, trust_remote_code)
-        runnable = self.loading.model(checkpoint, kind_of(checkpoint))
+        runnable = self.loading.model(checkpoint, kind_of(checkpoint), merged=True)
         self.kind, self.context, self.labels = runnable.kind, runnable.context, runnable.labels
-        sides = [side for side in (checkpoint, checkpoint.base) if side is not None]
-        in_memory = any(memory_of(side) is not None for side in sides)
+        in_memory = checkpoint.base is None and memory_of(checkpoint) is not None
         model = copy.deepcopy(runnable.model) if in_memory else runnable.model
-        self.model: Any = _merged(checkpoint, model).eval().requires_grad_(False)
+        self.model: Any = model.eval().requires_grad_(False)
         self._state = {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
         self._view = open_checkpoint(self.model)
         if isinstance(getattr(self._view.source, "state", self._view.source), Resolved):
@@ -73,7 +71,7 @@ class Editable:
             )
         self._names = shared_tensors(self._view, checkpoint, align_checkpoints(self._view, checkpoint))
         self._refuse_unreached()
-        # Merged by PEFT it is rounded at every step: as its file would be, it is rounded once.
+        # PEFT would round at every step: as its file would be, an adapter is rounded once.
         if checkpoint.base is not None:
             for name in checkpoint.headers:
                 self._put(name, checkpoint.tensor(name))
@@ -160,17 +158,3 @@ class Editable:
         tensors = (*self.model.buffers(), *self.model.parameters())
         by_address = {tensor.data_ptr(): tensor for tensor in tensors}
         return {name: by_address.get(tensor.data_ptr(), tensor) for name, tensor in self._state.items()}
-
-
-def _merged(checkpoint: Checkpoint, model: Any) -> Any:
-    """A model without PEFT's layers, its adapter in the weights."""
-    if not (hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)):
-        return model
-    if not hasattr(model, "merge_and_unload"):
-        raise InputError(
-            f"{checkpoint.ref}: transformers holds the adapter, which is not merged; give its directory, or "
-            "a PeftModel"
-        )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return model.merge_and_unload()
