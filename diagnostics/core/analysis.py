@@ -208,12 +208,15 @@ def analysis(
 
 def other_bases(inputs: Iterable[Any]) -> tuple[str, ...]:
     """A sentence on each adapter among the inputs that is applied to another base than it names."""
-    checkpoints: list[Any] = []
+    from probes.checkpoints.checkpoint import Checkpoint
+    from probes.checkpoints.lineage import other_base
+
+    sides: list[Any] = []
     for supplied in inputs:
-        checkpoints += getattr(supplied, "checkpoints", ())
-        checkpoints += [getattr(supplied, side, None) for side in ("base", "tuned")]
-    sentences = (getattr(checkpoint, "other_base", None) for checkpoint in checkpoints)
-    return tuple(dict.fromkeys(sentence for sentence in sentences if sentence))
+        sides += getattr(supplied, "checkpoints", ())
+        sides += [getattr(supplied, side, None) for side in ("base", "tuned")]
+    sentences = (other_base(side) for side in sides if isinstance(side, Checkpoint))
+    return tuple(dict.fromkeys(filter(None, sentences)))
 
 
 def plain(value: Any) -> Any:

@@ -116,13 +116,6 @@ class Checkpoint:
         """What a reader of an adapter's numbers must know of how it is read."""
         return self.source.notes if isinstance(self.source, Adapter) else ()
 
-    @cached_property
-    def other_base(self) -> str | None:
-        """A sentence on an adapter that names another base than the one it is applied to, else None."""
-        from probes.checkpoints.lineage import other_base
-
-        return other_base(self)
-
     @property
     def headers(self) -> Mapping[str, Header]:
         """Every tensor by name; of an adapter, those of the merged model."""

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from weakref import WeakKeyDictionary
 
 from probes.checkpoints.checkpoint import Checkpoint
 from probes.checkpoints.opening import open_checkpoint
@@ -22,6 +23,16 @@ def other_base(checkpoint: Checkpoint) -> str | None:
     >>> other_base(open_checkpoint(BUNDLED / "lora-r8", base=BUNDLED / "base")) is None
     True
     """
+    if checkpoint not in _COMPARED:
+        _COMPARED[checkpoint] = _compared(checkpoint)
+    return _COMPARED[checkpoint]
+
+
+# Every analysis of an audit asks for the same two.
+_COMPARED: WeakKeyDictionary[Checkpoint, str | None] = WeakKeyDictionary()
+
+
+def _compared(checkpoint: Checkpoint) -> str | None:
     base, facts = checkpoint.base, checkpoint.adapter
     named = (facts or {}).get("base")
     if base is None or not isinstance(named, str) or not named.strip():
@@ -45,7 +56,7 @@ def adapter_notes(*checkpoints: Checkpoint) -> tuple[str, ...]:
     notes: list[str] = []
     for checkpoint in checkpoints:
         notes += [f"{checkpoint.ref}: {note}" for note in checkpoint.notes]
-        notes += filter(None, [checkpoint.other_base])
+        notes += filter(None, [other_base(checkpoint)])
     return tuple(dict.fromkeys(notes))
 
 
