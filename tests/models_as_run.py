@@ -264,6 +264,7 @@ def outcomes(cases: Cases, case: Case, out: Path) -> Outcomes:
 
     Differences are shares of the largest logit.
     """
+    out.mkdir(parents=True)
     base, tuned = case.base_logits, case.tuned_logits
     scale = float(max(base.abs().max(), tuned.abs().max()))
     assert float((base - tuned).abs().max()) > 100 * ROUND_OFF * scale, "nothing was tuned"

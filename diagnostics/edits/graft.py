@@ -83,8 +83,7 @@ def graft(
         notes.append(f"{len(lost)} tensors that tuned lacks were left out, such as {lost[0]}.")
     if written.widened:
         notes.append(
-            f"{len(written.widened)} tensors are written in base's wider dtype, which keeps them exact; load "
-            "them with that dtype."
+            f"{len(written.widened)} tensors are written in base's wider dtype, which keeps them exact."
         )
     if pair.tuned.kind == "adapter":
         notes.append("The adapter was merged: the mask selects merged weights, and full weights are written.")

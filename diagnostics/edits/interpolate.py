@@ -60,8 +60,8 @@ def interpolate(
     >>> interpolate(BUNDLED / "base", BUNDLED / "full", 0.5, "halfway").tensors
     28
 
-    Computed in float64 and rounded once, to the dtype of tuned. 0 and 1 copy base and tuned, bit for bit
-    when their dtypes are equal. A tensor that base lacks, such as a new head, is tuned's at every α.
+    Computed in float64 and rounded once, to the dtype that holds both sides. 0 and 1 copy base and tuned, the
+    latter in its own dtype. A tensor that base lacks, such as a new head, is tuned's at every α.
 
     Args:
         base, tuned: the pair, as `CheckpointPair` takes it.
@@ -86,8 +86,8 @@ def interpolate(
         notes.append(f"The vocabulary went from {ours} to {theirs} rows: " + _resized(ours, theirs))
     if pair.base.dtype != pair.tuned.dtype:
         notes.append(
-            f"Base is {pair.base.dtype}, tuned {pair.tuned.dtype}: the result is rounded once, to "
-            "the dtype of tuned."
+            f"Base is {pair.base.dtype}, tuned {pair.tuned.dtype}: below alpha 1 weights are written in a "
+            "dtype that holds both exactly."
         )
     if pair.tuned.kind == "adapter":
         notes.append("The adapter was merged: its factors are not linear in alpha; full weights are written.")
