@@ -40,6 +40,13 @@ IDS = torch.tensor([[5, 9, 3, 30, 7, 41]])
 # order: about 1e-6 in two layers of 32. Another model is off by a hundred times as much at least.
 ROUND_OFF = 2e-5
 
+HEADING = """# Two models, each exactly as its user runs it
+
+Logits at both ends of `path`, and of what `interpolate` (0, 1), `graft` (all, none, all `--without`) and
+`mitigate --scale 1` write, against what transformers, or PEFT for an adapter unmerged, computes of the same
+files. `=`: equal within float32 round-off. `no`: refused, for the reason below. `python -m
+tests.models_as_run` writes this page and the largest differences."""
+
 TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 DECODER = TOKENS | {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -66,6 +73,7 @@ class Architecture:
         targets, parameters: what the adapter is on, as modules and as stacks of experts.
         head: the module that the adapter on the head is on.
         namings: further names that transformers loads the same file under, as substitutions.
+        task: PEFT's name of what it is for.
     """
 
     model: str
@@ -75,6 +83,7 @@ class Architecture:
     auto: str = "AutoModelForCausalLM"
     parameters: tuple[str, ...] = ()
     namings: tuple[dict[str, str], ...] = ()
+    task: str | None = "CAUSAL_LM"
 
     @cached_property
     def model_class(self) -> Any:
@@ -123,11 +132,11 @@ ARCHITECTURES = {
             "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
             "decoder_start_token_id": 0,
         },
-        ("q", "wo"), auto="AutoModelForSeq2SeqLM",
+        ("q", "wo"), auto="AutoModelForSeq2SeqLM", task=None,
     ),
     "BERT": Architecture(
         "BertForMaskedLM", ENCODER, ("query", "output.dense"), head="cls.predictions.decoder",
-        auto="AutoModelForMaskedLM",
+        auto="AutoModelForMaskedLM", task=None,
         namings=({r"LayerNorm\.weight": "LayerNorm.gamma", r"LayerNorm\.bias": "LayerNorm.beta"},),
     ),
 }  # fmt: skip
@@ -210,6 +219,7 @@ class Cases:
     def adapter(self, out: str, *, tied: bool, **config: Any) -> Case:
         """An adapter as PEFT trains and saves it; its logits are those of the PeftModel, unmerged."""
         settings = {"r": 4, "lora_alpha": 8, "target_modules": list(self.architecture.targets)} | config
+        settings["task_type"] = self.architecture.task
         tuned, base_model = self.root / out, self.load(self.base(tied=tied))
         base_logits = logits(base_model)
         with warnings.catch_warnings():
@@ -360,7 +370,8 @@ def table(cells: dict[tuple[str, str], str]) -> str:
             reasons.append(reason)
         return f"{what} [{reasons.index(reason) + 1}]" if colon else part
 
-    lines = ["| | " + " | ".join(VARIANTS) + " |", "| --- " * (len(VARIANTS) + 1) + "|"]
+    lines = [*HEADING.splitlines(), "", "| | " + " | ".join(VARIANTS) + " |"]
+    lines.append("| --- " * (len(VARIANTS) + 1) + "|")
     for name in ARCHITECTURES:
         row = [" · ".join(map(short, cells.get((name, variant), "").split(" · "))) for variant in VARIANTS]
         lines.append(f"| {' | '.join([name, *row])} |")
