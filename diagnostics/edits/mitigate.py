@@ -235,7 +235,9 @@ def _scale_triples(
         write_adapter(pair.tuned, out, refitted.tensors)
     cosines = intruders.tables["vectors"].set_index(["matrix", "rank"])[["cosine_low", "cosine_high"]]
     nearest: dict[Any, Any] = cosines.to_dict("index")
-    norms = intruders.tables["matrices"].set_index("matrix")["update_norm"]
+    # Where no matrix of these parts was changed, none was measured.
+    measured = intruders.tables["matrices"].set_index("matrix")
+    norms: Any = measured["update_norm"] if damped else {}
     triples, edited = [], []
     for name, (edit, values) in damped.items():
         matrix = pair.matrices[name]

@@ -19,6 +19,7 @@ from probes.checkpoints.prune import Cut, Order
 from probes.errors import UnknownNameError
 from probes.files.layout import Header
 from probes.models.editable import Editable
+from probes.models.vocabulary import BaseVocabulary
 
 # Integers as wide as a float.
 CODES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -37,6 +38,7 @@ class TwoSidedModel:
     Attributes:
         editable: the model with its tokenizer, kind, context and labels.
         side: the checkpoint that it is at rest.
+        vocabulary: cuts the logits of base, also when pruned, to base's vocabulary.
 
     Raises:
         InputError: tuned does not run, or its adapter cannot be merged.
@@ -57,6 +59,7 @@ class TwoSidedModel:
         self.side: Side = "tuned"
         self._blender = Blender(pair)
         self._changed: set[str] = set()
+        self.vocabulary = BaseVocabulary(pair, self.editable.model)
 
     def __enter__(self) -> "TwoSidedModel":
         return self
@@ -114,12 +117,15 @@ class TwoSidedModel:
     def changed(self, names: Collection[str] | None = None) -> None:
         """Note that tensors, by default all, were changed by other means, such as training."""
         self._changed.update(self.headers if names is None else names)
+        self.vocabulary.cut = False
 
     def restore(self, names: Collection[str] | None = None) -> None:
         """Restore changed tensors, by default all, to those of the present side."""
         for name in sorted(self._changed if names is None else self._changed.intersection(names)):
             self.editable.write(name, self.read(name, self.side))
             self._changed.discard(name)
+        if not self._changed:
+            self.vocabulary.cut = self.side == "base"
 
     def prune(self, order: Order, cut: Cut, *, rising: bool = False) -> None:
         """Set the entries that a cut prunes to zero.
@@ -157,7 +163,7 @@ class TwoSidedModel:
 
     def write(self, name: str, index: Int[Tensor, " entries"], values: Shaped[Tensor, " entries"]) -> None:
         """Write values, as in a side's file, into entries of a tensor at flat indices."""
-        self._changed.add(name)
+        self.changed([name])
         for slot in self.editable.slots(name, index):
             slot.tensor.detach().view(-1)[slot.indices] = values[slot.which].to(slot.tensor)
 

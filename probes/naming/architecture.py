@@ -29,6 +29,11 @@ class Architecture:
     body: str
     _model: Any = field(repr=False, compare=False)
 
+    @property
+    def transposed_experts(self) -> bool:
+        """Whether a module of stacked experts says `is_transposed`: it holds (experts, in, out)."""
+        return any(getattr(module, "is_transposed", False) for module in self._model.modules())
+
     def loaded(self, stored: Collection[str]) -> dict[str, tuple[str, str]]:
         """What transformers calls the tensors of a file when it loads them.
 
