@@ -62,8 +62,10 @@ LENGTHS = frozenset({"max_position_embeddings", "original_max_position_embedding
 STEPS = frozenset({
     "time_step_min", "time_step_max", "time_step_floor", "time_step_scale", "time_step_init_scheme",
 })  # fmt: skip
-# Positions start behind the padding, whose id tells where that ends.
-POSITIONS_FROM_PADDING = re.compile(r"create_position_ids_from_input_ids|padding_idx ?\+")
+# Fields that a message lists.
+SHOWN = 4
+# The id of the padding decides which position a token has: in RoBERTa, or in a table with a row of zeros.
+POSITIONS_FROM_PADDING = re.compile(r"create_position_ids_from_input_ids|padding_idx ?\+|emb\[padding_idx")
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,17 @@ def function_changes(base: Checkpoint, tuned: Checkpoint) -> tuple[ConfigChange,
     rms_norm_eps (1e-06 and 0.1)
     """
     return tuple(change for change in config_changes(base, tuned) if change.changes_function)
+
+
+def differing(changes: Sequence[ConfigChange]) -> str:
+    """The first of some changes as the beginning of a message; the others as a number.
+
+    >>> print(differing([ConfigChange("rms_norm_eps", 1e-6, 1e-5, True)]))
+    base and tuned differ in rms_norm_eps (1e-06 and 1e-05)
+    """
+    shown, more = changes[:SHOWN], len(changes) - SHOWN
+    listed = ", ".join(map(str, shown)) + (f" and {more} more" if more > 0 else "")
+    return f"base and tuned differ in {listed}"
 
 
 def _shown(value: Any) -> str:

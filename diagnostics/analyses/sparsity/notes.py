@@ -11,6 +11,7 @@ from diagnostics.analyses.sparsity.grid import COMPARED_SPARSITY
 from diagnostics.analyses.sparsity.masked_finetuning import MaskedFinetuning
 from diagnostics.analyses.sparsity.tables import SparsityMeasurements
 from diagnostics.evaluation.interpolation import is_half
+from diagnostics.evaluation.one_function import apart_notes
 from probes.checkpoints.pair import Side
 
 REGIMES: Mapping[Regime, str] = {"zero_shot": "zero-shot", "masked_finetune": "masked fine-tuning"}
@@ -52,7 +53,7 @@ def notes(
         if not at_dropping_point:
             state = "is 0" if measurements.drops["task", model, "zero_shot"].decided else "is withheld"
             lines.append(f"The dropping point of {model} {state}; its layers are shown at {sparsity:g}.")
-    lines += scope_notes(measurements, metrics)
+    lines += [*apart_notes(measurements.evaluator.two_sided.pair), *scope_notes(measurements, metrics)]
     sets = measurements.evaluator.sets.values()
     return lines + list(dict.fromkeys(note for encoded in sets for note in encoded.notes))
 
