@@ -150,8 +150,8 @@ def test_what_was_compared_is_named_with_short_fingerprints_and_the_whole_ones_a
     for words in ("org/base", "runs/tuned", "1,234,567", "adapter r 8", "task.jsonl 1,200", "python 3.12.1"):
         assert words in page.text
     assert "a1a1a1a1a1a1…" in page.text
-    whole = [element[2] for element in page.all("code", **{"class": "whole"})]
-    assert whole == ["a1" * 32, "b2" * 32, "c3" * 32]
+    full = [element[2] for element in page.all("code", **{"class": "whole"})]
+    assert full == ["a1" * 32, "b2" * 32, "c3" * 32]
 
 
 def test_what_did_not_run_says_which_option_would_enable_it(reported):

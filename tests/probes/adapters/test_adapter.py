@@ -205,11 +205,11 @@ def test_the_parts_of_a_fused_tensor_share_one_factor(tmp_path):
     save(tmp_path, "gpt2", target_modules=["c_attn"])
     tuned = open_checkpoint(tmp_path / "adapter", base=tmp_path / "base")
     low = [tuned.delta(f"transformer.h.0.attn.c_attn.weight:{part}") for part in "qkv"]
-    assert {tuple(each.A.shape) for each in low} == {(3, 16)}
+    assert {tuple(delta.A.shape) for delta in low} == {(3, 16)}
     assert torch.equal(low[0].A, low[2].A)
     B = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     key = "base_model.model.transformer.h.0.attn.c_attn.lora_B.weight"
-    assert torch.equal(torch.cat([each.B for each in low]), B[key])
+    assert torch.equal(torch.cat([delta.B for delta in low]), B[key])
 
 
 def test_low_rank_is_scaling_times_the_product():
@@ -274,8 +274,8 @@ def renamed(tmp_path: Path) -> Callable[..., Checkpoint]:
         name = next(name for name in tuned.matrices if tuned.touched(name))
         wanted = next(
             tensor
-            for own, tensor in peft.state_dict().items()
-            if own.endswith(base("h.0.attn.c_attn.weight"))
+            for key, tensor in peft.state_dict().items()
+            if key.endswith(base("h.0.attn.c_attn.weight"))
         )
         torch.testing.assert_close(tuned.tensor(tuned.matrices[name].tensor), wanted, rtol=1e-5, atol=1e-6)
         return tuned
@@ -518,7 +518,7 @@ def test_factors_that_fit_no_target_parameter_are_refused_with_the_shapes(tmp_pa
     tensors = load_file(path)
     # 3 experts of rank 3, and one column too many
     save_file({n: torch.cat([t, t[:, :1]], dim=1) if "lora_A" in n else t for n, t in tensors.items()}, path)
-    known = r"target_parameters \(down_proj 3x16x24, gate_up_proj 3x48x16\)"
-    message = rf"layers.0.mlp.experts: a delta of 48x17 fits none of {known}"
+    targets = r"target_parameters \(down_proj 3x16x24, gate_up_proj 3x48x16\)"
+    message = rf"layers.0.mlp.experts: a delta of 48x17 fits none of {targets}"
     with pytest.raises(ValueError, match=message):
         open_checkpoint(tmp_path / "adapter", base=tmp_path / "base")

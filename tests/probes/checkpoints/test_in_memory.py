@@ -39,8 +39,8 @@ def build(name: str, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     kind, settings = MODELS[name]
     model = getattr(transformers, kind)
-    own = {} if name == "gpt2" else SIZES
-    return model(model.config_class(vocab_size=20, architectures=[kind], **own, **settings)).eval()
+    sizes = {} if name == "gpt2" else SIZES
+    return model(model.config_class(vocab_size=20, architectures=[kind], **sizes, **settings)).eval()
 
 
 def bridged(model: Any) -> Any:
@@ -253,12 +253,12 @@ def test_a_peft_model_equals_the_directory_that_it_saves(tmp_path):
 
 def test_the_base_of_a_peft_model_may_be_the_one_inside_it():
     model = adapted(build("llama"), target_modules=["q_proj"])
-    own = CheckpointPair(model.get_base_model(), model)
+    inner = CheckpointPair(model.get_base_model(), model)
     apart = CheckpointPair(build("llama"), model)
-    assert list(own.matrices) == list(apart.matrices)
-    for name in own.matrices:
-        assert own.identical(name) == apart.identical(name)
-        for ours, theirs in zip(own.read(name), apart.read(name), strict=True):
+    assert list(inner.matrices) == list(apart.matrices)
+    for name in inner.matrices:
+        assert inner.identical(name) == apart.identical(name)
+        for ours, theirs in zip(inner.read(name), apart.read(name), strict=True):
             assert torch.equal(ours, theirs)
 
 
