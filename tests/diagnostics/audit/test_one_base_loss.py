@@ -1,8 +1,6 @@
 """Base's loss on the same rows is one number, whichever analysis prints it, and it is transformers' own."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,11 @@ from diagnostics.analyses.ood.detector import LikelihoodRatioDetector
 from diagnostics.audit.run import audit
 from diagnostics.core.analysis import NotApplicableError
 from probes import CheckpointPair
+from probes.checkpoints.mask_file import Patch
 from probes.errors import InputError
+from tests.cases import make_case
 from tests.diagnostics.shell import shell
 
-CASE = Path(__file__).parents[4] / "shared" / "cases" / "config_rope.py"
 WORDS = ["<unk>", "<pad>", "<s>", "</s>", *(f"w{index}" for index in range(37))]
 SMALL: dict[str, Any] = {
     "vocab_size": len(WORDS), "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -169,11 +168,13 @@ def test_of_two_functions_each_side_runs_under_its_own(case, tmp_path):
 
 @pytest.mark.parametrize("at", [0, 1])
 def test_nothing_is_written_between_two_functions_but_an_edit_of_tuned_is(at, tmp_path, monkeypatch, capsys):
-    write_pair(tmp_path, *TWO_FUNCTIONS["rms_norm_eps"])
+    opened = write_pair(tmp_path, *TWO_FUNCTIONS["rms_norm_eps"])
+    Patch.of(opened, {"model.layers.0.mlp.up_proj.weight": torch.arange(3)}).save(tmp_path / "mask")
     pair, out = (tmp_path / "base", tmp_path / "tuned"), tmp_path / "out"
     named = "base and tuned differ in rms_norm_eps (1e-06 and 1), so no weights lead from one to the other"
     for command in (
         ("interpolate", *pair, "--alpha", at, "--out", out),
+        ("graft", *pair, "--mask", tmp_path / "mask", "--out", out),
         ("mitigate", *pair, "--mode", "update", "--scale", at, "--out", out),
     ):
         assert shell(monkeypatch, *command) == 2
@@ -186,11 +187,8 @@ def test_nothing_is_written_between_two_functions_but_an_edit_of_tuned_is(at, tm
     assert json.loads((out / "config.json").read_text())["rms_norm_eps"] == 1.0
 
 
-def test_in_an_audit_of_everything_what_needs_one_model_is_skipped_and_named(tmp_path, monkeypatch):
-    if not CASE.is_file():
-        pytest.skip(f"NOT THERE, so the pair of another rope_theta was not audited: {CASE}")
-    monkeypatch.setattr(sys, "argv", [str(CASE), str(tmp_path)])
-    runpy.run_path(str(CASE))
+def test_in_an_audit_of_everything_what_needs_one_model_is_skipped_and_named(tmp_path):
+    make_case("config_rope", tmp_path)
     task = tmp_path / "task.jsonl"
     few = {"sparsity": {"grid": (0.0, 0.3, 0.6, 0.9), "patterns": (), "draws": 100, "refine": 0.0}}
     few["mitigation"] = {"scales": (0.5,), "draws": 100}
@@ -264,3 +262,36 @@ def test_an_interpolated_model_in_bfloat16_leaves_base_what_it_is(tmp_path):
     task, keep = tmp_path / "task.jsonl", tmp_path / "keep.jsonl"
     mitigation = d.judged_mitigation(pair, task, keep, scales=(0.5,), draws=100)
     assert mitigation.metrics["task_loss_base"] == pytest.approx(own_loss(tmp_path / "base", task), abs=2e-5)
+
+
+def test_each_side_answers_in_the_order_of_its_own_classes(tmp_path):
+    make_case("label_orders", tmp_path)
+    pair, rows = CheckpointPair(tmp_path / "base", tmp_path / "tuned"), tmp_path / "nli.jsonl"
+    sparsity = d.essential_sparsity(pair, rows, grid=(0.0, 0.3, 0.6, 0.9), patterns=(), draws=100, refine=0.0)
+    mitigation = d.judged_mitigation(pair, rows, rows, scales=(0.5,), draws=100).metrics
+    # The labels are base's own answers, and tuned's are nearly all the same.
+    assert unpruned(sparsity)[0] == mitigation["task_accuracy_base"] == 1.0
+    assert unpruned(sparsity)[1] == mitigation["task_accuracy_tuned"] > 0.8
+    with pytest.raises(NotApplicableError, match="differ in id2label"):
+        d.interpolation_path(pair, rows)
+
+
+def test_without_a_control_the_modes_are_shown_and_none_is_recommended(tmp_path):
+    pair = write_pair(tmp_path, *TWO_FUNCTIONS["rms_norm_eps"])
+    rows = tmp_path / "task.jsonl", tmp_path / "keep.jsonl"
+    result = d.judged_mitigation(pair, *rows, scales=(0.5, 1.0), draws=100, epsilon=0.999)
+    curve = result.tables["curve"]
+    assert result.metrics["edited"] > 0
+    assert set(curve.loc[curve["mode"] == "update", "scale"]) == {0.0, 1.0}
+    assert not curve["recommended"].any()
+    assert curve["over_control_nats"].isna().all()
+    assert "recommended" not in result.metrics
+    assert result.summary().endswith("no control lies between two functions")
+    assert list(result.figures()) == ["retention"]
+    assert result.findings() == []
+
+
+def test_workers_run_each_side_under_its_own_too(tmp_path, simulated_workers):
+    pair = write_pair(tmp_path, *TWO_FUNCTIONS["rms_norm_eps"])
+    assert_one_loss(apart(pair, tmp_path / "task.jsonl", tmp_path / "keep.jsonl"), tmp_path)
+    assert simulated_workers
