@@ -26,7 +26,8 @@ from probes.models.loading import Loading
 HARMLESS = frozenset({
     # names, versions and where code is found
     "_name_or_path", "name_or_path", "transformers_version", "_commit_hash", "architectures", "auto_map",
-    "tokenizer_class", "finetuning_task", "task_specific_params", "unsloth_version", "unsloth_fixed",
+    "tokenizer_class", "finetuning_task", "task_specific_params", "prefix", "unsloth_version",
+    "unsloth_fixed",
     # precision, caching, and how the same is computed
     "dtype", "torch_dtype", "use_bfloat16", "use_cache", "cache_implementation", "num_logits_to_keep",
     "gradient_checkpointing", "chunk_size_feed_forward", "pretraining_tp", "deterministic_flash_attn",
@@ -62,6 +63,8 @@ LENGTHS = frozenset({"max_position_embeddings", "original_max_position_embedding
 STEPS = frozenset({
     "time_step_min", "time_step_max", "time_step_floor", "time_step_scale", "time_step_init_scheme",
 })  # fmt: skip
+# Every configuration had them once, and was written with them; off, they are as good as not there.
+OLDER_DEFAULTS = ("is_decoder", "add_cross_attention", "tie_encoder_decoder", "cross_attention_hidden_size")
 # Fields that a message lists.
 SHOWN = 4
 # The id of the padding decides which position a token has: in RoBERTa, or in a table with a row of zeros.
@@ -175,6 +178,9 @@ def _completed(config: dict[str, Any]) -> dict[str, Any]:
         config["n_inner"] = 4 * config["n_embd"]
     if "rope_type" in config:
         config.pop("type", None)  # its older name
+    for name in OLDER_DEFAULTS:
+        if not config.get(name):
+            config.pop(name, None)
     return config
 
 
@@ -187,7 +193,7 @@ def _compared(
         ours, theirs = base.get(name), tuned.get(name)
         if ours == theirs:
             continue
-        if name != "id2label" and any(isinstance(value, dict) for value in (ours, theirs)):
+        if name not in HARMLESS | {"id2label"} and any(isinstance(value, dict) for value in (ours, theirs)):
             parts = [value if isinstance(value, dict) else {} for value in (ours, theirs)]
             around = (*inside, (base, tuned))
             yield from _compared(*parts, sides=sides, inside=around, prefix=f"{prefix}{name}.")

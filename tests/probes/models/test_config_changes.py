@@ -27,7 +27,7 @@ MODELS = {
     "olmoe": "OlmoeForCausalLM", "mixtral": "MixtralForCausalLM", "mamba": "MambaForCausalLM",
     "bert": "BertForMaskedLM", "roberta": "RobertaForMaskedLM", "granite": "GraniteForCausalLM",
     "cohere": "CohereForCausalLM", "esm": "EsmForMaskedLM", "xglm": "XGLMForCausalLM",
-    "phimoe": "PhimoeForCausalLM",
+    "opt": "OPTForCausalLM", "phimoe": "PhimoeForCausalLM",
     "qwen2 classifier": "Qwen2ForSequenceClassification", "bert classifier": "BertForSequenceClassification",
 }  # fmt: skip
 WINDOW = {"use_sliding_window": True}
@@ -164,6 +164,11 @@ def test_a_field_that_moves_logits_is_reported_with_both_values(model, fields):
         # A window that is switched off.
         ("qwen2", {"use_sliding_window": False, "sliding_window": 9}, {"max_window_layers": 21}),
         # Fields that no model reads.
+        ("llama", {}, {"is_decoder": False, "add_cross_attention": False, "tf_legacy_loss": False}),
+        ("gpt2", {}, {"n_ctx": 64, "task_specific_params": {"text-generation": {"do_sample": True}}}),
+        ("bert", {}, {"position_embedding_type": "absolute", "gradient_checkpointing": False}),
+        ("mamba", {}, {"d_inner": 64, "rms_norm": True, "fused_add_norm": True, "time_step_min": 0.002}),
+        ("opt", {}, {"prefix": "</s>", "layerdrop": 0.1}),
         ("llama", {}, {"use_mrope": False, "my_run": 7, "unsloth_version": "2026.1"}),
         # Longer sequences under plain rotary positions.
         ("llama", {}, {"max_position_embeddings": 4096}),
