@@ -62,8 +62,12 @@ class Architecture:
             if parameter not in state and name in state:
                 parameter, pattern = rename_source_key(name, [], [], prefix, state)
             renamed = parameter if pattern is None else apply_renamings(name, renamings)
-            if pattern is not None and parameter.startswith(f"{prefix}."):
-                renamed = f"{prefix}.{renamed.removeprefix(f'{prefix}.')}"
+            if pattern is not None:  # part of a parameter: with the prefix that the parameter got or lost
+                bare, _ = rename_source_key(name, renamings, converters)
+                if parameter == f"{prefix}.{bare}":
+                    renamed = parameter.removesuffix(bare) + renamed
+                elif bare == f"{prefix}.{parameter}":
+                    renamed = renamed.removeprefix(f"{prefix}.")
             names[name] = (renamed, parameter) if parameter in state else (name, name)
         return names
 
