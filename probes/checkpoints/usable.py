@@ -17,11 +17,10 @@ from probes.adapters.adapter import Adapter
 from probes.checkpoints.checkpoint import Checkpoint
 from probes.errors import InputError, library_error
 from probes.files.layout import Header
+from probes.files.locate import SHARD
 from probes.files.untrusted import plain
 from probes.naming.align import natural_key, without_wrappers
 
-# A file of several, as transformers numbers them.
-SHARD = re.compile(r"-\d{5}-of-(\d{5})\.(?:safetensors|bin)$")
 EXPERT = re.compile(r"(?P<stack>.+\.experts\.)(?P<expert>\d{1,9})(?P<rest>\..+)")
 GATHER = (
     "ZeRO-3 leaves them where it does not gather the weights: set stage3_gather_16bit_weights_on_model_save, "
@@ -54,7 +53,7 @@ def problems(checkpoint: Checkpoint) -> tuple[Problem, ...]:
     """
     if isinstance(checkpoint.source, Adapter):
         assert checkpoint.base is not None
-        return (*problems(checkpoint.base), *_empty(checkpoint.source.weights.headers))
+        return problems(checkpoint.base)  # an adapter with tensors of size 0 is not opened
     shards = tuple(_missing_shards(checkpoint))
     if checkpoint.module is not None:  # it is loaded
         return (*shards, *_empty(checkpoint.headers))
@@ -63,10 +62,19 @@ def problems(checkpoint: Checkpoint) -> tuple[Problem, ...]:
 
 
 def refuse_empty(checkpoint: Checkpoint) -> None:
-    """Raise InputError if a tensor of size 0 makes a checkpoint unusable; asks transformers only then."""
-    own = checkpoint.source.weights if isinstance(checkpoint.source, Adapter) else checkpoint.source
-    if any(_empty(own.headers)) and (unusable := problems(checkpoint)):
-        raise InputError(plain(f"{checkpoint.ref}: cannot be used: {in_a_line(unusable)}; {GATHER}"))
+    """Raise InputError if tensors of size 0 make a checkpoint unusable; only then transformers is asked."""
+    if _empty(checkpoint.headers):
+        _refuse(checkpoint.ref, problems(checkpoint))
+
+
+def refuse_empty_factors(ref: str, factors: Mapping[str, Header]) -> None:
+    """Raise InputError if an adapter holds tensors of size 0."""
+    _refuse(ref, _empty(factors))
+
+
+def _refuse(ref: str, unusable: Sequence[Problem]) -> None:
+    if unusable:
+        raise InputError(plain(f"{ref}: cannot be used: {in_a_line(unusable)}; {GATHER}"))
 
 
 def in_a_line(unusable: Sequence[Problem]) -> str:
@@ -91,7 +99,7 @@ def _empty(headers: Mapping[str, Header]) -> list[Problem]:
 
 def _missing_shards(checkpoint: Checkpoint) -> Iterator[Problem]:
     paths = getattr(checkpoint.source, "paths", ())
-    counts = {int(match[1]) for path in paths if (match := SHARD.search(path.name))}
+    counts = {int(match["count"]) for path in paths if (match := SHARD.fullmatch(path.name))}
     if len(counts) == 1 and (count := counts.pop()) > len(paths):
         have = "one is" if len(paths) == 1 else f"{len(paths)} are"
         yield Problem(None, f"of {count} shards {have} here")
