@@ -7,7 +7,7 @@ FOREIGN = {
     "ZeRO": (["latest", "zero_to_fp32.py", "global_step9/zero_pp_rank_0_mp_rank_00_model_states.pt"],
              "ZeRO (global_step9, zero_to_fp32.py); gather them with `python {}/zero_to_fp32.py {} OUT`"),
     "FSDP": (["trainer_state.json", "pytorch_model_fsdp_0/.metadata", "pytorch_model_fsdp_0/__0_0.distcp"],
-             "(pytorch_model_fsdp_0); merge them with `accelerate merge-weights {}/pytorch_model_fsdp_0 OUT`"),
+             "merge them with `accelerate merge-weights {}/pytorch_model_fsdp_0 OUT`"),
     "FSDP, gathered": (["pytorch_model_fsdp.bin"], "rename it to pytorch_model.bin"),
     "DCP": ([".metadata", "__0_0.distcp"], "format_utils dcp_to_torch {} OUT.pt`"),
     "Megatron": (["latest_checkpointed_iteration.txt", "iter_0000100/mp_rank_00/model_optim_rng.pt"],
