@@ -29,6 +29,7 @@ from diagnostics.core.registry import find
 from diagnostics.store.audit_store import MEASUREMENTS, Audit, Outcome, Store
 from diagnostics.store.files import replacing
 from diagnostics.store.keys import digest, key, one_line
+from diagnostics.store.occupied import refuse_occupied, stranger
 from probes.checkpoints.checkpoint import Checkpoint
 from probes.checkpoints.opening import open_checkpoint
 from probes.checkpoints.series import RecordedSeries, TooShortError
@@ -57,7 +58,7 @@ class AuditCallback(TrainerCallback):
         task: Files = (), keep: Files = (), guard: Files = (), ood: Files = (), train: Files = (),
         every: int | None = None, only: str | Collection[str] = (), skip: str | Collection[str] = (),
         settings: Settings | None = None, policy: Policy | str | Path | None = None,
-        limit: int | None = None, seed: int = 0,
+        limit: int | None = None, seed: int = 0, replace: bool = False,
     ):  # fmt: skip
         """Check the arguments before anything trains.
 
@@ -66,7 +67,8 @@ class AuditCallback(TrainerCallback):
             task, keep, guard, ood, train: files of rows by role, as of `diagnostics.audit.audit`.
             every: steps between measurements; by default whenever the Trainer saves or evaluates.
             only, skip: names of analyses of a series.
-            settings, policy, limit, seed: as of `diagnostics.audit.audit`.
+            settings, policy, limit, seed, replace: as of `diagnostics.audit.audit`. An earlier recording in
+                `out` is continued by a training that resumes, and replaced by one that begins.
 
         Raises:
             InputError, UnknownNameError: the input is wrong, or no analysis of a series can run on it.
@@ -76,6 +78,10 @@ class AuditCallback(TrainerCallback):
         only, skip, settings = name_list(only), name_list(skip), settings or {}
         self.every = every
         self.store = Store(out)
+        if not replace:
+            recorded = (self.store.out / STEPS).exists() or not (self.store.out / "audit.json").exists()
+            what = stranger(self.store.out) or (None if recorded else "an audit of two checkpoints")
+            refuse_occupied(self.store.out, what)
         self.policy = resolve_policy(policy)
         files = {"task": task, "keep": keep, "guard": guard, "ood": ood, "train": train}
         self.rows = open_roles(files, limit=limit)
@@ -160,6 +166,7 @@ class AuditCallback(TrainerCallback):
             device = str(next(model.parameters()).device)
             state = self._audit(steps, self._describe(checkpoint, step), device)
             if self.store.earlier() is None:
+                self._keep_steps(self.steps)
                 self.store.begin(state)
             for name in self.plan.parameters:
                 if name in self.inapplicable:
@@ -171,15 +178,18 @@ class AuditCallback(TrainerCallback):
                 state = replace(state, analyses={**state.analyses, name: outcome})
             self.steps = steps
             state = replace(state, notes=(*state.notes, *self._gaps()))
-            with replacing(self.store.out / STEPS) as part:
-                recording = {
-                    "context": self._context(), "steps": steps, "base": self.base,
-                    "inapplicable": self.inapplicable, "failures": self.failures,
-                }  # fmt: skip
-                part.write_text(json.dumps(recording), encoding="utf-8")
+            self._keep_steps(steps)
             self.store.write(state)
             write_report(self.store, state)
         return state
+
+    def _keep_steps(self, steps: list[float]) -> None:
+        recording = {
+            "context": self._context(), "steps": steps, "base": self.base,
+            "inapplicable": self.inapplicable, "failures": self.failures,
+        }  # fmt: skip
+        with replacing(self.store.out / STEPS) as part:
+            part.write_text(json.dumps(recording), encoding="utf-8")
 
     def _measure(self, name: str, steps: list[float], checkpoint: Checkpoint, device: str) -> Outcome:
         """Run one analysis on the steps at which it was measured, and on the model as it is now."""
@@ -252,7 +262,8 @@ class AuditCallback(TrainerCallback):
         if step and recording.get("context") == self._context():
             self.steps = [earlier for earlier in recording["steps"] if earlier < step]
             self.base = recording["base"]
-            self.inapplicable, self.failures = recording["inapplicable"], recording["failures"]
+            self.inapplicable = recording.get("inapplicable", {})
+            self.failures = recording.get("failures", {})
         else:
             self.store.clear()
 

@@ -23,6 +23,7 @@ from diagnostics.core.registry import find
 from diagnostics.execution import engines, environment
 from diagnostics.store.audit_store import MEASUREMENTS, Audit, Outcome, Store
 from diagnostics.store.keys import described, digest, key
+from diagnostics.store.occupied import other_audit, refuse_occupied, stranger
 from probes.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ def audit(
     only: str | Collection[str] = (), skip: str | Collection[str] = (), settings: Settings | None = None,
     policy: Policy | str | Path | None = None,
     device: str = "auto", dtype: str | None = None, seed: int = 0, engine: str = "local",
-    cache: "FactorCache | str | Path | None" = None, fresh: bool = False, progress: Progress | None = None,
+    cache: "FactorCache | str | Path | None" = None, fresh: bool = False, replace: bool = False,
+    progress: Progress | None = None,
     task: Files = (), keep: Files = (), guard: Files = (), ood: Files = (), train: Files = (),
     limit: int | None = None, chat_template: bool = False, approximate: bool = False,
     trust_remote_code: bool = False,
@@ -65,6 +67,8 @@ def audit(
         engine: where work that splits runs: `local`, `local:N`, `dask://HOST:PORT`, `ray://HOST:PORT`.
         cache: directory of factorizations of a base, for the next model tuned from it; changes no result.
         fresh: ignore earlier results in `out`.
+        replace: write into `out` even if it holds a model, files of others, or another pair's audit. Only an
+            audit is removed.
         progress: called with (analysis, done, total, current item).
         task, keep, guard, ood, train: files of rows by role, one or several; `NAME=F` names one of `ood`.
         limit: read only the first rows of each file.
@@ -74,7 +78,7 @@ def audit(
         left_out: analyses that do not run, with the reason.
 
     Raises:
-        InputError, UnknownNameError: the input is wrong; nothing was run or written.
+        InputError, UnknownNameError: the input is wrong, or `out` is occupied; nothing was run or written.
         OSError: `out` cannot be written; finished analyses are kept.
         RuntimeError: the report could not be drawn; everything else is written.
     """
@@ -98,11 +102,16 @@ def audit(
     from probes.checkpoints.series import CheckpointSeries
 
     pair = CheckpointPair(base, tuned)
+    # A run that goes on ends in another checkpoint.
+    other = other_audit(store.out, pair.base, pair.tuned if series is None else None)
+    if not replace:
+        refuse_occupied(store.out, stranger(store.out) or other)
     if series is None:
         series = CheckpointSeries([pair.base, pair.tuned], steps=("base", "tuned"), complete=True)
     run_notes = []
     if len(series) > 2:
         run_notes = [f"{len(series)} checkpoints of one run: {', '.join(series.labels)}"]
+    run_notes += [f"{ref} is left out: {reason}" for ref, reason in series.left_out.items()]
     with engines.engine(engine, resolved_device), store:
         return run_plan(
             store,
@@ -111,7 +120,7 @@ def audit(
             policy=rules,
             device=resolved_device,
             cache=FactorCache.at(cache),
-            fresh=fresh,
+            fresh=fresh or other is not None,
             progress=progress,
             options={"only": only, "skip": skip, "settings": settings or {}, "engine": engine, **shared},
             notes=(

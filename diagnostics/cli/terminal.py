@@ -237,6 +237,7 @@ def print_series(finished: "AuditSeries", out: Path, *, verbose: bool = False) -
             ]
             table.add_row(printable(row.label), styled(row.verdict), *numbers)
         print_lines(table)
+    print_lines(*(entry("left out: ", reason) for reason in finished.left_out.values()))
     run = finished.run
     if run is not None:
         in_table = {name: None for row in finished.rows for name in row.first.results}
