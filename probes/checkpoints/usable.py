@@ -22,6 +22,7 @@ from probes.files.untrusted import plain
 from probes.naming.align import natural_key, without_wrappers
 
 EXPERT = re.compile(r"(?P<stack>.+\.experts\.)(?P<expert>\d{1,9})(?P<rest>\..+)")
+KINDS = 2  # of problems in a line
 GATHER = (
     "ZeRO-3 leaves them where it does not gather the weights: set stage3_gather_16bit_weights_on_model_save, "
     "or run the zero_to_fp32.py in its checkpoint"
@@ -78,7 +79,7 @@ def _refuse(ref: str, unusable: Sequence[Problem]) -> None:
 
 
 def in_a_line(unusable: Sequence[Problem]) -> str:
-    """Problems of each kind, counted, with the first.
+    """Problems of the first kinds, counted, each with its first tensor.
 
     >>> in_a_line([Problem("a", "missing"), Problem("b", "missing"), Problem("c", "of size 0")])
     '2 tensors are missing, such as a; c is of size 0'
@@ -86,10 +87,12 @@ def in_a_line(unusable: Sequence[Problem]) -> str:
     kinds: dict[str, list[Problem]] = {}
     for problem in unusable:
         kinds.setdefault(problem.what, []).append(problem)
-    return "; ".join(
+    parts = [
         f"{len(kind)} tensors are {what}, such as {kind[0].tensor}" if kind[1:] else str(kind[0])
-        for what, kind in kinds.items()
-    )
+        for what, kind in list(kinds.items())[:KINDS]
+    ]
+    others = sum(map(len, list(kinds.values())[KINDS:]))
+    return "; ".join(parts) + (f"; and {others} more" if others else "")
 
 
 def _empty(headers: Mapping[str, Header]) -> list[Problem]:
