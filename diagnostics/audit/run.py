@@ -22,7 +22,7 @@ from diagnostics.core.policy import Policy
 from diagnostics.core.registry import find
 from diagnostics.execution import engines, environment
 from diagnostics.store.audit_store import MEASUREMENTS, Audit, Outcome, Store
-from diagnostics.store.keys import described, digest, key
+from diagnostics.store.keys import described, digest, key, one_line
 from diagnostics.store.occupied import other_audit, refuse_occupied, stranger
 from probes.errors import InputError
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from probes import CheckpointPair
     from probes.checkpoints.series import CheckpointSeries
 
+# Reads every tensor of both sides; without it they are looked through for NaN alone.
+INTEGRITY = "integrity"
 NOT_FINISHED = "not finished; run the same command again to go on"
 
 
@@ -184,6 +186,36 @@ def run_plan(
     base, tuned, fingerprint_notes = described(pair, earlier)
     notes = (*state.notes, *fingerprint_notes)
     state = replace(state, base={**state.base, **base}, tuned={**state.tuned, **tuned}, notes=notes)
+    if INTEGRITY not in keys:
+        state = finite_or_failed(state, pair, earlier)
     store.write(state)
     write_report(store, state)
     return state
+
+
+def finite_or_failed(state: Audit, pair: "CheckpointPair", earlier: Audit | None) -> Audit:
+    """The audit with `integrity` as failed where a tensor is NaN or infinite that no analysis may have read.
+
+    Args:
+        earlier: an audit of the same files; its findings on them are used again.
+    """
+    from probes.checkpoints.usable import in_a_line, not_finite
+
+    sides: dict[str, Any] = {}
+    for side in ("base", "tuned"):
+        line = getattr(earlier, side, {}).get("not_finite")
+        try:
+            if line is None:
+                line = in_a_line(not_finite(getattr(pair, side)))
+        except (InputError, OSError) as error:  # a file that vanishes meanwhile must not cost the results
+            return replace(state, notes=(*state.notes, f"not looked through for NaN: {one_line(error)}"))
+        sides[side] = {**getattr(state, side), "not_finite": line}
+    reasons = [
+        f"{side} {part['ref']}: {part['not_finite']}" for side, part in sides.items() if part["not_finite"]
+    ]
+    state = replace(state, **sides)
+    if not reasons:
+        return state
+    reason = f"{'; '.join(reasons)}: the file is damaged or its training diverged; take another checkpoint"
+    failed = Outcome(status="failed", fault="input", reason=reason)
+    return replace(state, analyses={**state.analyses, INTEGRITY: failed})

@@ -4,9 +4,11 @@ transformers itself is asked: it loads the headers, without weights, into the mo
 """
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +78,32 @@ def refuse_empty_factors(ref: str, factors: Mapping[str, Header]) -> None:
 def _refuse(ref: str, unusable: Sequence[Problem]) -> None:
     if unusable:
         raise InputError(plain(f"{ref}: cannot be used: {in_a_line(unusable)}; {GATHER}"))
+
+
+def not_finite(checkpoint: Checkpoint) -> tuple[Problem, ...]:
+    """The tensors that hold NaN or infinite values; reads every tensor once.
+
+    >>> from probes import open_checkpoint
+    >>> up, norm = torch.eye(2), torch.tensor([1.0, float("nan")])
+    >>> not_finite(open_checkpoint({"layers.0.mlp.up_proj.weight": up, "norm.weight": norm}))
+    (Problem(tensor='norm.weight', what='NaN or infinite'),)
+    """
+    source = checkpoint.source
+    stored = source.weights if isinstance(source, Adapter) else source
+
+    def holds_some(name: str) -> bool:
+        tensor = stored.read(name)
+        if tensor.numel() == 0 or not tensor.is_floating_point():
+            return False
+        # A NaN becomes both extremes, an infinity one of them; torch compares no floats of one byte.
+        extremes = torch.aminmax(tensor.float() if tensor.itemsize == 1 else tensor)
+        return not all(extreme.isfinite() for extreme in extremes)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        flags = pool.map(holds_some, stored.headers)
+        names = [name for name, flag in zip(stored.headers, flags, strict=True) if flag]
+    of_base = () if checkpoint.base is None else not_finite(checkpoint.base)
+    return (*of_base, *(Problem(name, "NaN or infinite") for name in sorted(names, key=natural_key)))
 
 
 def in_a_line(unusable: Sequence[Problem]) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from diagnostics.audit.demo import BUNDLED
 from diagnostics.audit.run import audit
@@ -378,6 +379,23 @@ def test_the_same_pair_is_started_over_with_fresh_alone_and_by_any_name(norms, c
         audit(*checkpoints, out=out)
     audit(*checkpoints, out=out, fresh=True)
     assert len(norms) == 3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_tensor_that_no_analysis_reads_must_be_finite_too(norms, checkpoints, out, value, side):
+    file = Path(checkpoints[side], "model.safetensors")
+    save_file({**load_file(file), "lm_head.weight": torch.tensor([[1.0, value]])}, file)
+    for count in (1, 1):  # the second time from the first
+        made = audit(*checkpoints, out=out)
+        assert (made.verdict, made.exit_code, len(norms)) == ("fail", 2, count)
+        assert made.results["norms"].metrics["matrices"] == 4
+        reason = made.analyses["integrity"].reason
+        assert (
+            f"{('base', 'tuned')[side]} {checkpoints[side]}: lm_head.weight is NaN or infinite: the "
+            in reason
+        )
+    assert load(out).exit_code == 2
 
 
 def test_files_of_others_are_never_removed(norms, checkpoints, out):
