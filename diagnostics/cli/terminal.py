@@ -99,10 +99,14 @@ def progress_bars(*, show: bool, name: str = "") -> Iterator[Any]:
 # --- one audit ---
 
 
-def print_audit(audit: "Audit", *, verbose: bool = False) -> None:
-    """The verdict, the findings, a line for each analysis, and where the report is."""
+def print_audit(audit: "Audit", *, verbose: bool = False, notes: bool = False) -> None:
+    """The verdict, the findings, a line for each analysis, and where the report is.
+
+    Args:
+        notes: print those of the analyses too, as `verbose` does.
+    """
     print_lines(verdict_line(audit), *finding_lines(audit), "")
-    print_lines(*outcome_lines(audit, verbose=verbose), *note_lines(audit, verbose=verbose))
+    print_lines(*outcome_lines(audit, verbose=verbose), *note_lines(audit, verbose=verbose or notes))
     if audit.path is not None:
         print_lines("", f"report   {audit.path / 'report.html'}", f"results  {audit.path / 'audit.json'}")
 

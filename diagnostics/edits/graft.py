@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from diagnostics.edits.merge_check import check_graft
 from diagnostics.edits.trail import write_trail
 from diagnostics.evaluation.one_function import refuse_two_functions
 from probes import CheckpointPair
@@ -95,5 +96,6 @@ def graft(
         out=out, mask=mask, without=without, entries=patch.count, tensors=len(patch.index),
         weights=written.weights, notes=tuple(notes),
     )  # fmt: skip
-    write_trail(out / TRAIL, pair, grafted.describe() | {"about": dict(patch.about)})
+    merge = check_graft(pair, out, patch, without=without)
+    write_trail(out / TRAIL, pair, grafted.describe() | {"about": dict(patch.about)}, merge=merge)
     return grafted

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from diagnostics.edits.merge_check import check_merge
 from diagnostics.edits.trail import write_trail
 from diagnostics.evaluation.one_function import refuse_two_functions
 from probes import CheckpointPair
@@ -105,5 +106,5 @@ def interpolate(
         out=out, alpha=float(alpha), tensors=len(blend.squares),
         displacement=math.sqrt(sum(blend.squares.values())), notes=tuple(notes), base_at_0=base_at_0,
     )  # fmt: skip
-    write_trail(out / TRAIL, pair, interpolated.describe())
+    write_trail(out / TRAIL, pair, interpolated.describe(), merge=check_merge(pair, out, alpha))
     return interpolated

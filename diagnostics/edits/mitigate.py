@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from torch import Tensor
 
 from diagnostics.analyses.intruders.damping import Mode, applied, by_tensor, choose, damp
+from diagnostics.edits.merge_check import check_merge
 from diagnostics.edits.trail import write_trail
 from diagnostics.evaluation.one_function import refuse_two_functions
 from diagnostics.execution import jobs
@@ -192,7 +193,10 @@ def mitigate(
         out=out, kind="full" if full else "adapter", mode=mode, scale=scale, k=k, epsilon=epsilon,
         triples=tuple(triples), edits=tuple(edits), notes=tuple(notes),
     )  # fmt: skip
-    write_trail(out / TRAIL, pair, result.describe())
+    factor = scale if mode == "update" else 1.0
+    edited = () if mode == "update" else {edit.matrix for edit in edits}
+    merge = check_merge(pair, out, factor, edited=edited)
+    write_trail(out / TRAIL, pair, result.describe(), merge=merge)
     return result
 
 
