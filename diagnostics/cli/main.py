@@ -1,6 +1,7 @@
 """The command `tunescope`: each command parses its options, calls one function, and prints."""
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -105,6 +106,7 @@ def run_series(
     from diagnostics.cli import terminal
 
     labels = [step.strip() for step in steps.split(",")] if steps else ()
+    logging.getLogger("probes.checkpoints.series").addHandler(logging.NullHandler())  # printed at the end
     with interruptible(out), terminal.progress_bars(show=not quiet) as progress:
         finished = series(checkpoints, out=out, labels=labels, progress=progress, **options)
     if as_json:

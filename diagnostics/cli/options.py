@@ -35,6 +35,7 @@ Json = Annotated[bool, option(OUTPUT, "Print JSON only.", "--json")]
 Quiet = Annotated[bool, option(OUTPUT, "Print nothing; see the exit code and the files.", "--quiet")]
 Verbose = Annotated[bool, option(OUTPUT, "Print the notes too, and uncut lines.", "--verbose")]
 Fresh = Annotated[bool, option(OUTPUT, "Start over; ignore earlier results in --out.", "--fresh")]
+Replace = Annotated[bool, option(OUTPUT, "Write into --out even if it holds something else.", "--replace")]
 Chat = Annotated[bool, option(ROWS, "Wrap each row as a user message.", "--chat-template")]
 Trust = Annotated[bool, option(MACHINE, "Run code from the checkpoint's repository.", "--trust-remote-code")]
 Device = Annotated[str, option(MACHINE, "auto, cpu, cuda or cuda:N.", metavar="D")]
@@ -76,6 +77,7 @@ def run_options(
     cache_gb: CacheGB = 20,
     trust_remote_code: Trust = False,
     fresh: Fresh = False,
+    replace: Replace = False,
 ) -> None:
     """Declares the options of every command that audits; `audit_arguments` reads them."""
 

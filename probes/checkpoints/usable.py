@@ -4,9 +4,11 @@ transformers itself is asked: it loads the headers, without weights, into the mo
 """
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +19,12 @@ from probes.adapters.adapter import Adapter
 from probes.checkpoints.checkpoint import Checkpoint
 from probes.errors import InputError, library_error
 from probes.files.layout import Header
+from probes.files.locate import SHARD
 from probes.files.untrusted import plain
 from probes.naming.align import natural_key, without_wrappers
 
-# A file of several, as transformers numbers them.
-SHARD = re.compile(r"-\d{5}-of-(\d{5})\.(?:safetensors|bin)$")
 EXPERT = re.compile(r"(?P<stack>.+\.experts\.)(?P<expert>\d{1,9})(?P<rest>\..+)")
+KINDS = 2  # of problems in a line
 GATHER = (
     "ZeRO-3 leaves them where it does not gather the weights: set stage3_gather_16bit_weights_on_model_save, "
     "or run the zero_to_fp32.py in its checkpoint"
@@ -54,7 +56,7 @@ def problems(checkpoint: Checkpoint) -> tuple[Problem, ...]:
     """
     if isinstance(checkpoint.source, Adapter):
         assert checkpoint.base is not None
-        return (*problems(checkpoint.base), *_empty(checkpoint.source.weights.headers))
+        return problems(checkpoint.base)  # an adapter with tensors of size 0 is not opened
     shards = tuple(_missing_shards(checkpoint))
     if checkpoint.module is not None:  # it is loaded
         return (*shards, *_empty(checkpoint.headers))
@@ -63,14 +65,49 @@ def problems(checkpoint: Checkpoint) -> tuple[Problem, ...]:
 
 
 def refuse_empty(checkpoint: Checkpoint) -> None:
-    """Raise InputError if a tensor of size 0 makes a checkpoint unusable; asks transformers only then."""
-    own = checkpoint.source.weights if isinstance(checkpoint.source, Adapter) else checkpoint.source
-    if any(_empty(own.headers)) and (unusable := problems(checkpoint)):
-        raise InputError(plain(f"{checkpoint.ref}: cannot be used: {in_a_line(unusable)}; {GATHER}"))
+    """Raise InputError if tensors of size 0 make a checkpoint unusable; only then transformers is asked."""
+    if _empty(checkpoint.headers):
+        _refuse(checkpoint.ref, problems(checkpoint))
+
+
+def refuse_empty_factors(ref: str, factors: Mapping[str, Header]) -> None:
+    """Raise InputError if an adapter holds tensors of size 0."""
+    _refuse(ref, _empty(factors))
+
+
+def _refuse(ref: str, unusable: Sequence[Problem]) -> None:
+    if unusable:
+        raise InputError(plain(f"{ref}: cannot be used: {in_a_line(unusable)}; {GATHER}"))
+
+
+def not_finite(checkpoint: Checkpoint) -> tuple[Problem, ...]:
+    """The tensors that hold NaN or infinite values; reads every tensor once.
+
+    >>> from probes import open_checkpoint
+    >>> up, norm = torch.eye(2), torch.tensor([1.0, float("nan")])
+    >>> not_finite(open_checkpoint({"layers.0.mlp.up_proj.weight": up, "norm.weight": norm}))
+    (Problem(tensor='norm.weight', what='NaN or infinite'),)
+    """
+    source = checkpoint.source
+    stored = source.weights if isinstance(source, Adapter) else source
+
+    def holds_some(name: str) -> bool:
+        tensor = stored.read(name)
+        if tensor.numel() == 0 or not tensor.is_floating_point():
+            return False
+        # A NaN becomes both extremes, an infinity one of them; torch compares no floats of one byte.
+        extremes = torch.aminmax(tensor.float() if tensor.itemsize == 1 else tensor)
+        return not all(extreme.isfinite() for extreme in extremes)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        flags = pool.map(holds_some, stored.headers)
+        names = [name for name, flag in zip(stored.headers, flags, strict=True) if flag]
+    of_base = () if checkpoint.base is None else not_finite(checkpoint.base)
+    return (*of_base, *(Problem(name, "NaN or infinite") for name in sorted(names, key=natural_key)))
 
 
 def in_a_line(unusable: Sequence[Problem]) -> str:
-    """Problems of each kind, counted, with the first.
+    """Problems of the first kinds, counted, each with its first tensor.
 
     >>> in_a_line([Problem("a", "missing"), Problem("b", "missing"), Problem("c", "of size 0")])
     '2 tensors are missing, such as a; c is of size 0'
@@ -78,10 +115,12 @@ def in_a_line(unusable: Sequence[Problem]) -> str:
     kinds: dict[str, list[Problem]] = {}
     for problem in unusable:
         kinds.setdefault(problem.what, []).append(problem)
-    return "; ".join(
+    parts = [
         f"{len(kind)} tensors are {what}, such as {kind[0].tensor}" if kind[1:] else str(kind[0])
-        for what, kind in kinds.items()
-    )
+        for what, kind in list(kinds.items())[:KINDS]
+    ]
+    others = sum(map(len, list(kinds.values())[KINDS:]))
+    return "; ".join(parts) + (f"; and {others} more" if others else "")
 
 
 def _empty(headers: Mapping[str, Header]) -> list[Problem]:
@@ -91,7 +130,7 @@ def _empty(headers: Mapping[str, Header]) -> list[Problem]:
 
 def _missing_shards(checkpoint: Checkpoint) -> Iterator[Problem]:
     paths = getattr(checkpoint.source, "paths", ())
-    counts = {int(match[1]) for path in paths if (match := SHARD.search(path.name))}
+    counts = {int(match["count"]) for path in paths if (match := SHARD.fullmatch(path.name))}
     if len(counts) == 1 and (count := counts.pop()) > len(paths):
         have = "one is" if len(paths) == 1 else f"{len(paths)} are"
         yield Problem(None, f"of {count} shards {have} here")
