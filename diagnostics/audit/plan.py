@@ -9,7 +9,13 @@ from diagnostics.core.analysis import Analysis
 from diagnostics.core.inputs import OPTIONS
 from diagnostics.core.policy import Policy, default_policy
 from diagnostics.core.policy_file import load_policy
-from diagnostics.core.registry import broken_analyses, find, installed, installed_analyses
+from diagnostics.core.registry import (
+    broken_analyses,
+    find,
+    installed,
+    installed_analyses,
+    preflight_first,
+)
 from diagnostics.store.audit_store import Outcome
 from probes.errors import UnknownNameError
 
@@ -39,7 +45,8 @@ class Plan:
         for name, reason in self.lacking.items():
             outcomes[name] = Outcome(status="skipped", reason=reason, **registry_facts(name))
         outcomes |= {name: replace(pending, **registry_facts(name)) for name in self.parameters}
-        return dict(sorted(outcomes.items()))
+        first = [name for name in self.parameters if find(name).preflight]
+        return {name: outcomes[name] for name in dict.fromkeys([*first, *sorted(outcomes)])}
 
 
 def make_plan(
@@ -101,7 +108,7 @@ def usable_analyses(only: Collection[str], skip: Collection[str]) -> tuple[list[
     for name in only:
         if name in broken:
             raise UnknownNameError(broken[name])
-    return [name for name in names if name not in broken], broken
+    return preflight_first(name for name in names if name not in broken), broken
 
 
 def name_list(names: str | Collection[str]) -> list[str]:

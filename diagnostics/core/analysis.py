@@ -117,6 +117,7 @@ class Analysis:
     metrics: Mapping[str, str]
     unshared: tuple[str, ...]
     device_test: DeviceTest | None
+    preflight: bool
     inputs: tuple[str, ...]  # what an audit must supply for it to run
     optional: tuple[str, ...]  # what it uses when supplied
     parameters: Mapping[str, inspect.Parameter]
@@ -139,7 +140,7 @@ def analysis(
     name: str, *, question: str, reading: str, paper: str, cost: str,
     draw: "Callable[[Result], dict[str, go.Figure]]", summary: Callable[[Result], str] = metrics_in_a_line,
     metrics: Mapping[str, str] | None = None, unshared: tuple[str, ...] = (),
-    device_test: DeviceTest | None = None,
+    device_test: DeviceTest | None = None, preflight: bool = False,
 ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:  # fmt: skip
     """Register a function as the analysis `name`.
 
@@ -159,6 +160,8 @@ def analysis(
         unshared: parameters that an audit's option of the same name does not set, because they mean
             something else here: `dtype` is the model's there.
         device_test: how results on a GPU are tested; for an analysis with a `device`.
+        preflight: checks the files themselves: it comes first in every audit, report and dashboard, and
+            `tunescope check` runs it alone.
     """
 
     def register(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -198,6 +201,7 @@ def analysis(
         registry.REGISTRY[name] = Analysis(
             name=name, function=measured, question=question, reading=reading, paper=paper, cost=cost,
             draw=draw, summary=summary, metrics=metrics or {}, unshared=unshared, device_test=device_test,
+            preflight=preflight,
             inputs=tuple(p.name for p in inputs if p.default is p.empty),
             optional=tuple(p.name for p in inputs if p.default is not p.empty), parameters=parameters,
         )  # fmt: skip

@@ -23,8 +23,9 @@ def tied_weights(config: Mapping[str, Any], task: str | None = None) -> dict[str
     >>> tied_weights(llama | {"tie_word_embeddings": True}), tied_weights(llama)
     ({'lm_head.weight': 'model.embed_tokens.weight'}, {})
     """
-    if task in TASKS:
-        config = {**config, "architectures": [_class_name(config, TASKS[task])]}
+    # Vision-language models are adapted for a task that no class of theirs is listed under.
+    if task in TASKS and (name := _class_name(config, TASKS[task])):
+        config = {**config, "architectures": [name]}
     architecture = architecture_of(config)
     return None if architecture is None else dict(architecture.tied)
 
