@@ -258,8 +258,9 @@ class CheckpointPair:
         if not parts:
             return None
         return (
-            f"{self.base.ref} and {self.tuned.ref}: no model lies between the two, because not only values "
-            f"differ ({'; '.join(map(plain, parts))}); give the base that tuned was made from"
+            f"{self.base.ref} and {self.tuned.ref}: no model lies between the two, which differ in more than "
+            f"values ({'; '.join(map(plain, parts))}); give the base that tuned was made from, or measure "
+            "what runs each by itself, such as ood or drift"
         )
 
     def between_problem(self) -> str | None:
@@ -274,7 +275,7 @@ class CheckpointPair:
         >>> CheckpointPair(experts(2), experts(2)).between_problem() is None
         True
         >>> print(CheckpointPair(experts(3), experts(2)).between_problem())
-        state dict and state dict: no model lies between the two, because not only values differ (1 ...
+        state dict and state dict: no model lies between the two, which differ in more than values (1...
         """
         return self._between
 
