@@ -16,6 +16,7 @@ from probes.checkpoints.alignment import (
     is_tied,
     parameters_of,
     shared_tensors,
+    tied_copies,
     used_tensors,
 )
 from probes.checkpoints.checkpoint import Checkpoint, nearest, summary_table
@@ -185,7 +186,8 @@ class CheckpointPair:
                 reason = f"tied to {to} in {role} alone"
                 reason += "; not compared"
                 unmatched.append(Unmatched(name, reason, base[name].shape, tuned[other].shape))
-        for name in self.tensors.keys() - set(self._tensors.values()) - tied[1].keys():
+        by_tie = self.tensors.keys() - set(self._tensors.values()) - tied[1].keys()
+        for name in by_tie - tied_copies(self.tuned, by_tie):
             to = self.tensors[name]
             reason = f"tied to {to} in base alone; not compared"
             unmatched.append(Unmatched(name, reason, base[to].shape, tuned[name].shape))
@@ -202,7 +204,9 @@ class CheckpointPair:
     @cached_property
     def _missing(self) -> dict[str, Header]:
         """Tensors of base without a counterpart in tuned."""
-        return _alone(self.base, set(self._tensors).union(self.tensors.values()), set(self._names))
+        missing = _alone(self.base, set(self._tensors).union(self.tensors.values()), set(self._names))
+        copies = tied_copies(self.base, missing)
+        return {name: header for name, header in missing.items() if name not in copies}
 
     @cached_property
     def _extra(self) -> dict[str, Header]:

@@ -16,6 +16,7 @@ from probes import CheckpointPair, open_model
 from probes.checkpoints.mask_file import Patch, write_graft
 from probes.errors import InputError, NotApplicableError
 from probes.models.two_sided import TwoSidedModel
+from tests.probes import zoo
 from tests.probes.runnable import make, transformers
 
 TEXT = {
@@ -127,7 +128,49 @@ def test_two_sides_of_one_running_model_are_those_of_transformers(tmp_path):
             assert torch.equal(two_sided.model(ids).logits, logits[base])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+def test_a_file_with_the_models_own_names_aligns_with_one_that_transformers_saved(family, tmp_path):
+    torch.manual_seed(0)
+    model = zoo.model_of(family)
+    model.save_pretrained(tmp_path / "saved")
+    shutil.copytree(tmp_path / "saved", tmp_path / "own")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    own = {name: state[name].contiguous() for name in state.keys() - model.all_tied_weights_keys.keys()}
+    save_file(own, tmp_path / "own" / "model.safetensors", {"format": "pt"})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "tuned")
+    pair = CheckpointPair(tmp_path / "own", tmp_path / "tuned")
+    assert pair.unmatched == []
+    assert pair.compared == 1.0
+    interpolate(tmp_path / "own", tmp_path / "tuned", 0.0, tmp_path / "out")
+    written = type(model).from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(written[name], tensor) for name, tensor in state.items())
+
+
 # ------------------------------------------------------------------------------------------- tied heads
+
+
+@pytest.mark.parametrize("stored", [("bias",), ("decoder.bias",), ("bias", "decoder.bias")])
+def test_a_tied_bias_is_one_tensor_too(stored, tmp_path):
+    for seed, side in enumerate(("base", "tuned")):
+        model = make("bert", seed)
+        with torch.no_grad():
+            model.cls.predictions.bias.normal_()
+        model.save_pretrained(tmp_path / side)
+    file = tmp_path / "base" / "model.safetensors"
+    state = load_file(file)
+    bias = state.pop("cls.predictions.bias")
+    state |= {f"cls.predictions.{name}": bias.clone() for name in stored}
+    save_file(state, file, {"format": "pt"})
+    for base, tuned in (("base", "tuned"), ("tuned", "base")):
+        pair = CheckpointPair(tmp_path / base, tmp_path / tuned)
+        assert pair.unmatched == []
+        interpolate(tmp_path / base, tmp_path / tuned, 0.0, tmp_path / f"from-{base}")
+        written, expected = (parameters(type(model), tmp_path / name) for name in (f"from-{base}", base))
+        assert all(torch.equal(written[name], value) for name, value in expected.items())
 
 
 @pytest.mark.parametrize("stored", ["embedding", "head", "both"])
