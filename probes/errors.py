@@ -11,6 +11,17 @@ class InputError(ValueError):
     """
 
 
+class IncompleteError(InputError):
+    """A checkpoint lacks its weights or some of them, as one that is still being written does.
+
+    >>> import tempfile
+    >>> from probes import open_checkpoint
+    >>> open_checkpoint(tempfile.mkdtemp())
+    Traceback (most recent call last):
+    probes.errors.IncompleteError: ...: no weights (none of model.safetensors, ...); is it a model directory?
+    """
+
+
 class UnknownNameError(InputError, LookupError):
     """A name that is not known; the text lists the known ones.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from probes.adapters.adapter import Adapter
-from probes.adapters.targets import refuse
+from probes.adapters.config_fields import refuse
 from probes.checkpoints.checkpoint import Checkpoint
 from probes.errors import InputError
 from probes.files.layout import Header
@@ -73,18 +73,22 @@ def _libraries(model: nn.Module) -> set[str]:
 
 
 class StateSource:
-    """Tensors in memory by name; tensors that share their bytes appear once, under the first name."""
+    """Tensors in memory by name; tensors that share their bytes appear once, under the first name.
 
-    def __init__(self, tensors: Mapping[str, Tensor], *, where: str = "state dict"):
+    Args:
+        once: leave out the others.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], *, where: str = "state dict", once: bool = True):
         self.headers: dict[str, Header] = {}
         self._tensors: dict[str, Tensor] = {}
         locations: set[Hashable] = set()
         for name, tensor in tensors.items():
             if tensor.is_meta:
                 raise InputError(f"{where}: {name} is on the meta device, without values; load them first")
-            if (location := _location(tensor)) in locations:
+            if once and (location := _location(tensor)) in locations:
                 continue
-            if tensor.numel():
+            if once and tensor.numel():
                 locations.add(location)
             self.headers[name] = Header(name, tuple(tensor.shape), tensor.dtype)
             self._tensors[name] = tensor.detach()
@@ -237,9 +241,11 @@ def _peft(wrapper: Any, model: nn.Module) -> Checkpoint:
     kept = {name: tensor for name, tensor in model.state_dict().items() if not _ADDED.search(name)}
     base = _module(model, ref, {_WRAPPER.sub("", name): tensor for name, tensor in kept.items()})
     factors = get_peft_model_state_dict(wrapper, adapter_name=names[0], save_embedding_layers=False)
-    weights = StateSource(factors, where=where)
-    source = Adapter(config, weights, base.source, base.matrices, where=where, of=ref)
-    return Checkpoint(where, source, base.config, base=base)
+    weights = StateSource(factors, where=where, once=False)
+    source = Adapter(
+        config, weights, base.source, base.matrices, base_config=base.config, where=where, of=ref
+    )
+    return Checkpoint(where, source, source.model_config, base=base)
 
 
 # Tensors that PEFT adds to a model, and parts that it inserts into the names of the model's own.

@@ -5,7 +5,6 @@ written to it. An adapter is merged first.
 """
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -59,21 +58,21 @@ class Editable:
     ):
         self.checkpoint = checkpoint
         self.loading = Loading(device_of(device), dtype_of(dtype), None, trust_remote_code)
-        runnable = self.loading.model(checkpoint, kind_of(checkpoint))
+        runnable = self.loading.model(checkpoint, kind_of(checkpoint), merged=True)
         self.kind, self.context, self.labels = runnable.kind, runnable.context, runnable.labels
-        sides = [side for side in (checkpoint, checkpoint.base) if side is not None]
-        in_memory = any(memory_of(side) is not None for side in sides)
+        in_memory = checkpoint.base is None and memory_of(checkpoint) is not None
         model = copy.deepcopy(runnable.model) if in_memory else runnable.model
-        self.model: Any = _merged(checkpoint, model).eval().requires_grad_(False)
+        self.model: Any = model.eval().requires_grad_(False)
         self._state = {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
         self._view = open_checkpoint(self.model)
         if isinstance(getattr(self._view.source, "state", self._view.source), Resolved):
             raise InputError(
                 f"{checkpoint.ref}: has reparametrised weights, which cannot be edited; {REMEDY}"
             )
+        self._headers = checkpoint.headers
         self._names = shared_tensors(self._view, checkpoint, align_checkpoints(self._view, checkpoint))
         self._refuse_unreached()
-        # Merged by PEFT it is rounded at every step: as its file would be, it is rounded once.
+        # PEFT would round at every step: as its file would be, an adapter is rounded once.
         if checkpoint.base is not None:
             for name in checkpoint.headers:
                 self._put(name, checkpoint.tensor(name))
@@ -120,8 +119,22 @@ class Editable:
     @cached_property
     def held(self) -> frozenset[str]:
         """The floating tensors of the checkpoint that the model uses."""
-        headers = self.checkpoint.headers
-        return frozenset(name for name in self._names if headers[name].dtype.is_floating_point)
+        return frozenset(name for name in self._names if self._headers[name].dtype.is_floating_point)
+
+    def named_as(self, other: Checkpoint) -> "Editable":
+        """The same running model, its tensors under the names of another checkpoint of the architecture.
+
+        Only `held`, `write` and `slots` are; tensors of another shape have no name.
+        """
+        named = copy.copy(self)
+        named.__dict__.pop("held", None)
+        running, headers = self._view.headers, other.headers
+        names = shared_tensors(self._view, other, align_checkpoints(self._view, other))
+        named._headers = headers
+        named._names = {
+            name: held for name, held in names.items() if headers[name].shape == running[held].shape
+        }
+        return named
 
     def write(self, name: str, value: Tensor) -> None:
         """Write a tensor of the checkpoint into the model, in the model's dtype; skip one that it lacks."""
@@ -160,17 +173,3 @@ class Editable:
         tensors = (*self.model.buffers(), *self.model.parameters())
         by_address = {tensor.data_ptr(): tensor for tensor in tensors}
         return {name: by_address.get(tensor.data_ptr(), tensor) for name, tensor in self._state.items()}
-
-
-def _merged(checkpoint: Checkpoint, model: Any) -> Any:
-    """A model without PEFT's layers, its adapter in the weights."""
-    if not (hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)):
-        return model
-    if not hasattr(model, "merge_and_unload"):
-        raise InputError(
-            f"{checkpoint.ref}: transformers holds the adapter, which is not merged; give its directory, or "
-            "a PeftModel"
-        )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return model.merge_and_unload()

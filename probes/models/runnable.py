@@ -17,6 +17,7 @@ from probes.checkpoints.checkpoint import Checkpoint
 from probes.checkpoints.opening import open_checkpoint
 from probes.checkpoints.pair import CheckpointPair, Side
 from probes.models import loading as load
+from probes.models.config_changes import function_changes
 from probes.models.loading import Kind, Loading, Runnable, device_of, dtype_of, kind_of, tokenizer_of
 
 
@@ -123,9 +124,7 @@ class RunnablePair:
     @cached_property
     def context(self) -> int | None:
         """Most tokens of a sequence on both sides; None if neither has a limit."""
-        sides = (self.pair.base, self.pair.tuned)
-        lengths = [load.context_of(self.loading.config(side)) for side in sides]
-        return min((length for length in lengths if length is not None), default=None)
+        return common_context(self.pair, self.loading)
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
@@ -166,8 +165,17 @@ class RunnablePair:
         return runnable
 
 
+def common_context(pair: CheckpointPair, loading: Loading) -> int | None:
+    """Most tokens of a sequence on both sides of a pair; None if neither has a limit."""
+    sides = (pair.tuned,) if pair.base.config == pair.tuned.config else (pair.base, pair.tuned)
+    lengths = [load.context_of(loading.config(side)) for side in sides]
+    return min((length for length in lengths if length is not None), default=None)
+
+
 def _switchable(pair: CheckpointPair) -> bool:
     """Whether switching adapters off and on gives both sides bit for bit."""
+    if function_changes(pair.base, pair.tuned):
+        return False
     if pair._child:
         return pair.base.base is None and _undone(pair.tuned)
     adapters = [side for side in (pair.base, pair.tuned) if side.base is not None]
@@ -182,12 +190,16 @@ def _undone(checkpoint: Checkpoint) -> bool:
     # Biases are trained in place, and a vocabulary is resized in place; modules_to_save are copies.
     if source.config.get("bias", "none") != "none":
         return False
+    for name, key in source.targets.in_place.items():
+        if not torch.equal(base.tensor(name), source.weights.read(key)):
+            return False
     copies = set(source.config.get("modules_to_save") or ())
     for name, header in load.brought_by(checkpoint).items():
-        replaced = base.headers.get(name)
+        original = source.original(name)
+        replaced = base.headers.get(original)
         if replaced is not None and replaced.shape != header.shape:
             return False
         copied = not copies.isdisjoint(name.split("."))
-        if not copied and (replaced is None or not torch.equal(base.tensor(name), source.stored(name))):
+        if not copied and (replaced is None or not torch.equal(base.tensor(original), source.stored(name))):
             return False
     return True

@@ -29,6 +29,11 @@ class Architecture:
     body: str
     _model: Any = field(repr=False, compare=False)
 
+    @property
+    def transposed_experts(self) -> bool:
+        """Whether a module of stacked experts says `is_transposed`: it holds (experts, in, out)."""
+        return any(getattr(module, "is_transposed", False) for module in self._model.modules())
+
     def loaded(self, stored: Collection[str]) -> dict[str, tuple[str, str]]:
         """What transformers calls the tensors of a file when it loads them.
 
@@ -57,8 +62,12 @@ class Architecture:
             if parameter not in state and name in state:
                 parameter, pattern = rename_source_key(name, [], [], prefix, state)
             renamed = parameter if pattern is None else apply_renamings(name, renamings)
-            if pattern is not None and parameter.startswith(f"{prefix}."):
-                renamed = f"{prefix}.{renamed.removeprefix(f'{prefix}.')}"
+            if pattern is not None:  # part of a parameter: with the prefix that the parameter got or lost
+                bare, _ = rename_source_key(name, renamings, converters)
+                if parameter == f"{prefix}.{bare}":
+                    renamed = parameter.removesuffix(bare) + renamed
+                elif bare == f"{prefix}.{parameter}":
+                    renamed = renamed.removeprefix(f"{prefix}.")
             names[name] = (renamed, parameter) if parameter in state else (name, name)
         return names
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from diagnostics.edits.interpolate import interpolate
 from probes import CheckpointPair, open_model
+from probes.checkpoints.blend import write_blend
 from probes.checkpoints.mask_file import Patch, write_graft
 from probes.errors import InputError, NotApplicableError
 from probes.models.two_sided import TwoSidedModel
@@ -215,8 +216,9 @@ def test_a_head_that_base_ties_is_its_embedding_where_tuned_has_its_own(tmp_path
 def test_a_head_that_only_tuned_ties_leaves_no_model_between(tmp_path):
     make("llama", 0).save_pretrained(tmp_path / "base")
     make("llama", 1, tie_word_embeddings=True).save_pretrained(tmp_path / "tuned")
+    pair = CheckpointPair(tmp_path / "base", tmp_path / "tuned")
     with pytest.raises(NotApplicableError, match=r"1 tensor of base that tuned lacks, .*lm_head\.weight"):
-        interpolate(tmp_path / "base", tmp_path / "tuned", 0.0, tmp_path / "out")
+        write_blend(pair, tmp_path / "out", 0.0)
 
 
 # ------------------------------------------------------------------------------- tensors of other shapes
@@ -253,11 +255,12 @@ def test_nothing_stands_in_for_tensors_that_base_has_otherwise_or_not_at_all(cas
     assert "\n" not in problem
     patch = Patch.of(pair, {})
     for attempt in (
-        lambda: interpolate(base, tuned, 0.0, tmp_path / "out"),
+        lambda: write_blend(pair, tmp_path / "out", 0.0),
         lambda: write_graft(pair, patch, tmp_path / "out"),
         lambda: TwoSidedModel(pair),
     ):
-        with pytest.raises(NotApplicableError, match="no model lies between the two"):
+        # Where it would run, the configurations are compared first, and these differ too.
+        with pytest.raises(InputError, match=r"no model lies between the two|differ in .* does not run"):
             attempt()
     assert not (tmp_path / "out").exists()
 
@@ -302,7 +305,10 @@ def test_an_audit_skips_what_needs_a_model_between_and_says_why(tmp_path):
 
     base = saved(tmp_path / "base", "llama")
     tuned = saved(tmp_path / "tuned", "llama", 1, intermediate_size=32)
-    with pytest.raises(NotApplicableError, match=r"6 tensors of another shape, such as .*16x28 in base"):
+    problem = CheckpointPair(base, tuned).between_problem()
+    assert problem is not None
+    assert re.search(r"6 tensors of another shape, such as .*16x28 in base, 16x32 in tuned", problem)
+    with pytest.raises(NotApplicableError, match=r"differ in (?:more than values|intermediate_size)"):
         interpolation_path(CheckpointPair(base, tuned), task_of(["a text", "another"]))
 
 
