@@ -133,6 +133,10 @@ class Loading:
 
         # An infinity is written as an object, because JSON has no such number.
         stored = json.loads(json.dumps(dict(checkpoint.config)), object_hook=_number)
+        numbers = stored.get("label2id")
+        if not stored.get("id2label") and isinstance(numbers, dict) and numbers:
+            # transformers would call the classes LABEL_0, LABEL_1 …
+            stored["id2label"] = {number: name for name, number in numbers.items()}
         if (memory := memory_of(checkpoint)) is not None:
             return unwrapped(memory).config
         brought = brought_by(checkpoint) if brought is None else brought

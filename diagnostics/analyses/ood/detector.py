@@ -18,7 +18,7 @@ from diagnostics.store.files import replacing, to_json
 from probes import CheckpointPair
 from probes.errors import InputError
 from probes.models.runnable import RunnablePair
-from probes.text.rows import Task
+from probes.text.rows import Task, task_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -85,7 +85,7 @@ class LikelihoodRatioDetector:
             InputError: fewer than 2 rows have a token to score, or the models cannot be compared.
         """
         detector = cls(pair, **parameters)
-        rows = detector._task(task).at_least(2, "calibrating a detector")
+        rows = detector._task(task, files=True).at_least(2, "calibrating a detector")
         scores = detector.score(rows)
         scored = scores[~np.isnan(scores)]
         if len(scored) < 2:
@@ -225,11 +225,14 @@ class LikelihoodRatioDetector:
         return reading.sets["rows"]
 
     @staticmethod
-    def _task(X: Any) -> Task:
+    def _task(X: Any, *, files: bool = False) -> Task:
+        """The rows of a task, a file, or a list; in a list of `files` a string may name one."""
         if not (isinstance(X, str | Path | Mapping) or hasattr(X, "rows")):
             if not isinstance(X, Iterable):
                 raise InputError(f"texts must be a list, and this is {type(X).__name__}")
             X = [text.item() if isinstance(text, np.generic) else text for text in X]
+            # Texts to be judged may come from anyone: none of them opens a file.
+            return task_from(X, "rows") if files else task_of(X, ref="rows")
         return task_from(X, "rows")
 
     def _scores(self, texts: Sequence[PairedText]) -> Float[np.ndarray, " rows"]:
