@@ -45,11 +45,20 @@ class EncodedTask:
     mask_id: int | None
     batch_tokens: int
     notes: tuple[str, ...]  # on rows that were cut, and on rows with nothing to score
+    labels: tuple[str, ...] = ()  # of the classifier's classes, in order
 
     @property
     def unit(self) -> str:
         """The unit of the loss."""
         return "row" if self.task.shape in ("choices", "label") else "token"
+
+    @property
+    def bytes(self) -> Float[np.ndarray, " rows"]:
+        """Bytes of the scored text of each row; 0 where it was cut."""
+        cut = {example.row for example in self.examples if example.truncated}
+        texts = (row.text if row.completion is None else row.completion for row in self.task.rows)
+        counts = [0 if i in cut else len((text or "").encode()) for i, text in enumerate(texts)]
+        return np.array(counts, dtype=float)
 
     @property
     def truncated(self) -> int:
@@ -124,7 +133,7 @@ def encoded(
         raise InputError(f"{editable.checkpoint.ref}: is a masked model, but its tokenizer has no mask token")
     return EncodedTask(
         task=task, examples=examples, batch_tokens=batch_tokens,
-        classes=tuple(class_ids(task, editable.labels)) if classifier else (),
+        classes=tuple(class_ids(task, editable.labels)) if classifier else (), labels=editable.labels,
         mask_id=tokenizer.mask_token_id if editable.kind == "masked" else None,
         notes=encoding_notes(task, examples, tokenizer),
     )  # fmt: skip

@@ -27,6 +27,11 @@ from probes.text.batches import out_of_memory
 
 Kind = Literal["causal", "classifier", "masked"]
 
+# Any of them makes a directory one with a tokenizer.
+TOKENIZER_FILES = (
+    "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json",
+)  # fmt: skip
+
 AUTO: dict[Kind, str] = {
     "causal": "AutoModelForCausalLM",
     "classifier": "AutoModelForSequenceClassification",
@@ -255,17 +260,32 @@ def tokenizer_of(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> 
     in_memory = [side.tokenizer for side in sides if side.tokenizer is not None]
     if in_memory:
         return in_memory[0]
-    files = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
-    directories = [side.directory for side in sides if side.directory is not None]
-    directory = next((path for path in directories if any((path / name).is_file() for name in files)), None)
+    directory = _tokenizer_directory(checkpoint)
     if directory is None:
         reason = "has no directory that could hold a tokenizer; give it as tokenizer="
-        if directories:
-            reason = f"no tokenizer lies beside its weights ({', '.join(files)}); save it there, or in "
-            reason += "Python give it as tokenizer="
+        if any(side.directory is not None for side in sides):
+            reason = f"no tokenizer lies beside its weights ({', '.join(TOKENIZER_FILES)}); save it there, "
+            reason += "or in Python give it as tokenizer="
         raise InputError(f"{checkpoint.ref}: {reason}")
     with _blaming(f"{directory}: its tokenizer cannot be read"):
         return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+
+
+def has_tokenizer(checkpoint: Checkpoint) -> bool:
+    """Whether a tokenizer was given with a checkpoint or its base, or lies in the directory of either."""
+    sides = [side for side in (checkpoint, checkpoint.base) if side is not None]
+    if any(side.tokenizer is not None or side.tokenizer_lost for side in sides):
+        return True
+    return _tokenizer_directory(checkpoint) is not None
+
+
+def _tokenizer_directory(checkpoint: Checkpoint) -> Path | None:
+    """The directory of a checkpoint, or else of its base, that holds a tokenizer."""
+    sides = [side for side in (checkpoint, checkpoint.base) if side is not None]
+    directories = [side.directory for side in sides if side.directory is not None]
+    return next(
+        (path for path in directories if any((path / name).is_file() for name in TOKENIZER_FILES)), None
+    )
 
 
 def memory_of(checkpoint: Checkpoint) -> Any:

@@ -25,6 +25,7 @@ from diagnostics.core.analysis import DeviceTest, Result, analysis
 from diagnostics.core.row_options import RowOptions
 from diagnostics.evaluation.row_losses import EncodedTask, Losses
 from diagnostics.evaluation.sets import SetKey, encode_sets, load_sets, set_notes
+from diagnostics.evaluation.tokenizers import refuse_other_splits
 from diagnostics.execution import jobs, workers
 from diagnostics.numerics import row_bootstrap
 from probes import CheckpointPair
@@ -168,6 +169,7 @@ def judged_mitigation(
 
     _check(scales, margin, draws)
     loaded = load_sets({"task": task, "keep": keep}, least=2, purpose="judging a mitigation")
+    refuse_other_splits(pair, loaded.values(), options)
     editable = Editable(pair.tuned, **options.of_models)
     sets = encode_sets(editable, loaded, **options.of_rows)
     # The search for intruders may take long: rows are checked first.

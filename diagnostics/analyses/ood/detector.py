@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from jaxtyping import Float
 from diagnostics.analyses.ood.tables import token_ratios
 from diagnostics.core.inputs import task_from
 from diagnostics.evaluation.paired_texts import PairedText, TextOptions, read_sets
+from diagnostics.evaluation.tokenizers import same_rules
 from diagnostics.numerics import detection_metrics
 from diagnostics.store.files import replacing, to_json
 from probes import CheckpointPair
@@ -76,6 +78,7 @@ class LikelihoodRatioDetector:
         )
         self.device, self.dtype, self.trust_remote_code = device, dtype, trust_remote_code
         self._models: RunnablePair | None = None
+        self._other_rules: bool | None = None
 
     @classmethod
     def fit(cls, pair: Any, task: Any, **parameters: Any) -> "LikelihoodRatioDetector":
@@ -138,7 +141,8 @@ class LikelihoodRatioDetector:
                 record |= {"log_likelihood_base": base, "log_likelihood_tuned": tuned, "ratio": base - tuned}
                 record |= {"score": score, "p_value": p_value}
             if tokens:
-                record["by_token"] = token_ratios(text, self._runnable().tokenizer)
+                tokenizer = self._runnable().tokenizer
+                record["by_token"] = None if self._in_bytes else token_ratios(text, tokenizer)
             records.append(record)
         return records
 
@@ -146,6 +150,8 @@ class LikelihoodRatioDetector:
         """Each token of a text with its log-likelihoods and their difference, which shows unusual words."""
         import pandas as pd
 
+        if self._in_bytes:
+            raise InputError("the tokenizers of base and tuned differ, so that a token has no ratio")
         (read,) = self._read([text])
         columns = ["position", "token", "log_likelihood_base", "log_likelihood_tuned", "ratio"]
         return pd.DataFrame(token_ratios(read, self._runnable().tokenizer), columns=columns)
@@ -218,8 +224,17 @@ class LikelihoodRatioDetector:
             )
         return self._models
 
+    @property
+    def _in_bytes(self) -> bool:
+        """Whether lengths are bytes: the same of all texts, however the two tokenizers split them."""
+        runnable = self._runnable()
+        if self._other_rules is None:
+            self._other_rules = not same_rules(runnable.base_tokenizer, runnable.tokenizer)
+        return self._other_rules
+
     def _read(self, X: Any) -> Sequence[PairedText]:
-        reading = read_sets(self._runnable(), {"rows": self._task(X)}, self.text_options)
+        options = replace(self.text_options, in_bytes=self._in_bytes)
+        reading = read_sets(self._runnable(), {"rows": self._task(X)}, options)
         for note in reading.notes:
             log.warning("%s", note)
         return reading.sets["rows"]

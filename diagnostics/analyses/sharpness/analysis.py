@@ -36,6 +36,7 @@ from diagnostics.core.row_options import RowOptions
 from diagnostics.evaluation import interpolation, loss_curves
 from diagnostics.evaluation.interpolation import ALPHAS, PathEvaluator, check_alphas
 from diagnostics.evaluation.sets import SetKey, encode_sets, load_sets
+from diagnostics.evaluation.tokenizers import refuse_other_splits
 from probes import CheckpointPair
 from probes.errors import InputError
 from probes.models.interpolated import InterpolatedModel, Layer
@@ -224,6 +225,7 @@ def layer_sharpness(
             )
         sources = {"task": task, "keep": keep, "ood": ood}
         loaded = load_sets(sources, least=2, purpose="sharpness", rows=rows, seed=seed)
+        refuse_other_splits(pair, loaded.values(), options)
         sets = encode_sets(two_sided.editable, loaded, **options.of_rows)
         evaluator = PathEvaluator(interpolated, sets, progress)
         evaluator.measure(grid)

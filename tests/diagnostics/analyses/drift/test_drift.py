@@ -222,7 +222,7 @@ def test_too_few_rows_and_other_tokenizers_are_refused(places, tmp_path):
     with pytest.raises(ValueError, match="rows is 3 and skip 1; they are at least 4 and 0"):
         representation_drift(CheckpointPair(*places), TASK, rows=3)
     other = save_llama(tmp_path / "other", seed=1, characters=LETTERS[::-1])
-    with pytest.raises(ValueError, match=r"tokenizers of base and tuned differ.*not of the same tokens"):
+    with pytest.raises(ValueError, match=r"split 8 of 8 rows differently.*not of the same tokens"):
         representation_drift(CheckpointPair(places[0], other), TASK)
 
 
