@@ -160,7 +160,7 @@ def test_two_equal_directions_are_an_update_of_effective_rank_two():
 
 
 def test_the_norm_of_a_large_constant_matrix_is_summed_in_float64():
-    from diagnostics.analyses.intruders.analysis import update_of
+    from diagnostics.analyses.intruders.delta_shape import update_of
     from diagnostics.execution.lockstep import run_in_lockstep
 
     rows, columns = 1024, 2048

@@ -58,8 +58,8 @@ def make_plan(
     """
     for name in settings:
         if name not in installed():
-            known = ", ".join(installed())
-            raise UnknownNameError(f"--set {name}.…: unknown analysis {name!r}; known: {known}")
+            analysis_names = ", ".join(installed())
+            raise UnknownNameError(f"--set {name}.…: unknown analysis {name!r}; known: {analysis_names}")
     chosen, broken = usable_analyses(only, skip)
     not_asked, skipped = f"not asked for: --only {','.join(only)}", "left out by --skip"
     unchosen = [name for name in installed() if name not in chosen]

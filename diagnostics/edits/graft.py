@@ -40,8 +40,8 @@ class GraftedCheckpoint:
     def summary(self) -> str:
         """One sentence for the terminal."""
         share = f"{self.entries:,} of {self.weights:,} weights ({self.entries / max(1, self.weights):.3g})"
-        host, guest = ("tuned", "base") if self.without else ("base", "tuned")
-        return f"Wrote {host} with {share} from {guest}, in {self.tensors} tensors."
+        recipient, donor = ("tuned", "base") if self.without else ("base", "tuned")
+        return f"Wrote {recipient} with {share} from {donor}, in {self.tensors} tensors."
 
 
 def graft(

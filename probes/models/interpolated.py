@@ -90,7 +90,7 @@ class InterpolatedModel:
 
     def __init__(self, two_sided: TwoSidedModel):
         self.two_sided = two_sided
-        self.pinned = tuple(name for name in two_sided.headers if name not in two_sided.in_both)
+        self.pinned = two_sided.only_tuned
         self._alphas: dict[str, float] = {}
         self._ends: dict[str, Tensor] = {}
 

@@ -81,6 +81,11 @@ class TwoSidedModel:
         has_base = self._blender.has_base
         return frozenset(name for name, header in self.headers.items() if has_base(name, header.shape))
 
+    @property
+    def only_tuned(self) -> tuple[str, ...]:
+        """The tensors that base lacks, in the order of the file."""
+        return tuple(name for name in self.headers if name not in self.in_both)
+
     def read(self, name: str, side: Side = "tuned") -> Shaped[Tensor, "..."]:
         """A tensor as in a side's file, on the CPU, not to be written to.
 

@@ -60,7 +60,7 @@ def figures(view):
     """The strings of the figures of an analysis, and of what stands in their place."""
     from dashboard.pages.analysis_callbacks import drawn, pictures
 
-    return texts(pictures(*drawn(view, view.query.one("analysis")), view, "dark"))
+    return texts(pictures(*drawn(view, view.query.value("analysis")), view, "dark"))
 
 
 def test_an_analysis_that_nobody_knew_of_has_its_page_figures_and_tables(made_up, audit_of):

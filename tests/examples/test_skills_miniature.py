@@ -101,7 +101,7 @@ def outcome(**changed: float) -> Outcome:
     )
     return Outcome(
         seed=0,
-        known=(1.0, 1.0, 1.0),
+        base_accuracy=(1.0, 1.0, 1.0),
         learnt={"sgd": 1.0, "adamw": 1.0},
         biases={"sgd": 0.45, "adamw": 0.45},
         random={FEW: values["random"], MORE: values["random"]},
@@ -177,7 +177,7 @@ def test_what_need_not_hold_is_said_and_fails_nothing(changed, failing):
 
 def test_precision_and_recall_are_of_the_region_found():
     # 100 planted, 150 found, all of the planted among them.
-    assert outcome().planted.of_one() == pytest.approx((2 / 3, 1.0))
+    assert outcome().planted.precision_recall() == pytest.approx((2 / 3, 1.0))
 
 
 def test_everything_that_was_measured_is_printed_beside_what_it_is_held_against(capsys):

@@ -104,7 +104,7 @@ def test_blanks_of_a_text_can_be_seen_and_break_its_lines():
 
 def test_a_click_picks_the_row_that_a_mark_stands_for():
     click = {"points": [{"customdata": ["3 a&lt;b", "text"]}]}
-    assert parse(pointed(click, parse("?page=detector&score=ratio"))).one("row") == "3 a<b"
+    assert parse(pointed(click, parse("?page=detector&score=ratio"))).value("row") == "3 a<b"
     assert pointed({"points": [{}]}, Query()) == pointed(None, Query()) == ""
 
 

@@ -61,9 +61,9 @@ def test_every_part_of_the_pipeline_counts_and_rows_tell_whether_it_matters(part
             [(task, *(encode(task, tokenizer, max_length=None) for tokenizer in (base, tuned)))], base, tuned
         )
 
-    told = compared("d", "A", "ab", "cd")
-    assert told is not None
-    assert (told.count, told.total) == (4 if part == "post_processor" else 1, 4)
+    split = compared("d", "A", "ab", "cd")
+    assert split is not None
+    assert (split.count, split.total) == (4 if part == "post_processor" else 1, 4)
     assert (compared("d d", "a") is None) == (part != "post_processor")
 
 
@@ -79,9 +79,9 @@ def test_rows_differ_just_where_the_ids_that_the_tokenizers_give_them_do(texts, 
     base, tuned = fast(), fast(**CHANGES[part])
     task = task_of(texts)
     readings = [encode(task, tokenizer, max_length=None) for tokenizer in (base, tuned)]
-    told = split_rows([(task, *readings)], base, tuned)
+    split = split_rows([(task, *readings)], base, tuned)
     expected = sum(base(text)["input_ids"] != tuned(text)["input_ids"] for text in texts)
-    assert (told.count if told else 0) == expected
+    assert (split.count if split else 0) == expected
 
 
 ONE_MODEL = {

@@ -405,7 +405,7 @@ def test_a_notebook_whose_loop_is_running_chooses_an_engine_too(cluster):
 def test_of_a_pair_of_files_only_paths_travel(pair):
     import pickle
 
-    from diagnostics.analyses.intruders.analysis import IntruderSettings, examine
+    from diagnostics.analyses.intruders.examine import IntruderSettings, examine
     from probes import CheckpointPair
 
     opened = CheckpointPair(*pair)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from diagnostics.analyses.intruders import cosine_bounds
-from diagnostics.analyses.intruders.analysis import update_of
 from diagnostics.analyses.intruders.decide import decide_all
+from diagnostics.analyses.intruders.delta_shape import update_of
 from diagnostics.execution import lockstep
 from diagnostics.execution.lockstep import read_values
 from tests.diagnostics.spectra import orthonormal, values, with_values

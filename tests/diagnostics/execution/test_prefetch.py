@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diagnostics.analyses.intruders import analysis as intruders
-from diagnostics.analyses.intruders import decide
+from diagnostics.analyses.intruders import decide, examine
 from diagnostics.analyses.intruders.analysis import intruder_dimensions
 from diagnostics.execution.engines import runs_in_this_process
 from diagnostics.execution.prefetch import prefetch, run_halving_on_oom
@@ -142,7 +142,7 @@ def pair(count=6, size=24):
 def test_reading_ahead_changes_no_bit_of_the_result(monkeypatch):
     opened = pair()
     with_it = intruder_dimensions(opened, epsilon=0.9)
-    monkeypatch.setattr(intruders, "runs_in_this_process", lambda: False)
+    monkeypatch.setattr(examine, "runs_in_this_process", lambda: False)
     without = intruder_dimensions(opened, epsilon=0.9)
     assert with_it.metrics == without.metrics
     assert all(table.equals(without.tables[name]) for name, table in with_it.tables.items())
@@ -178,7 +178,7 @@ def test_matrices_side_by_side_that_do_not_fit_are_halved_with_the_same_result(m
         return decide_all(base, *given)
 
     monkeypatch.setattr(intruders, "groups_of", lambda pair, names, device: [names])
-    monkeypatch.setattr(intruders, "decide_all", scarce)
+    monkeypatch.setattr(examine, "decide_all", scarce)
     together = intruder_dimensions(opened, epsilon=0.9)
     # 5 of 6 changed: 5 do not fit, 3 of them neither; 2, 1 and the other 2 do.
     assert sizes == [5, 3, 2, 1, 2]

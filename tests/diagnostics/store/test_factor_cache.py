@@ -305,7 +305,7 @@ def test_the_command_keeps_a_cache_where_it_or_the_environment_says_and_nowhere_
     checkpoints, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(
-        "diagnostics.analyses.intruders.analysis.LARGEST_FLOOR", 2
+        "diagnostics.analyses.intruders.examine.LARGEST_FLOOR", 2
     )  # else 8x8 is not applicable
     for name in ("TUNESCOPE_CACHE", "TUNESCOPE_CACHE_GB"):
         monkeypatch.delenv(name, raising=False)
