@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diagnostics.edits.trail import write_trail
+from diagnostics.evaluation.one_function import refuse_two_functions
 from probes import CheckpointPair
 from probes.checkpoints.mask_file import Patch, write_graft
 from probes.checkpoints.save import refuse_occupied
@@ -67,12 +68,14 @@ def graft(
         progress: called with (done, total, name).
 
     Raises:
+        NotApplicableError: base and tuned have configurations that give two functions.
         InputError: the mask is missing, damaged or of another pair; `out` is occupied or cannot be written.
     """
     out, mask = Path(out).expanduser(), Path(mask).expanduser()
     refuse_occupied(out)
     patch = Patch.load(mask)
     pair = CheckpointPair(base, tuned)
+    refuse_two_functions(pair, instead="a graft of the two would be neither, and nothing was written")
     patch.check(pair, str(mask))
     written = write_graft(pair, patch, out, without=without, progress=progress)
     notes, alone, lost = [], written.alone, written.lost

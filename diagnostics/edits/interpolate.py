@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diagnostics.edits.trail import write_trail
+from diagnostics.evaluation.one_function import refuse_two_functions
 from probes import CheckpointPair
 from probes.checkpoints.blend import write_blend
 from probes.checkpoints.save import refuse_occupied
@@ -27,6 +28,7 @@ class InterpolatedCheckpoint:
     tensors: int  # number of tensors that differ
     displacement: float  # Frobenius norm of tuned − base over these
     notes: tuple[str, ...]
+    base_at_0: bool = True  # whether the model at alpha 0 is base, in every tensor and its dtype
 
     def describe(self) -> dict[str, Any]:
         """The attributes as plain values, as in the JSON file next to the weights."""
@@ -34,9 +36,10 @@ class InterpolatedCheckpoint:
 
     def summary(self) -> str:
         """One sentence for the terminal."""
+        base = "base" if self.base_at_0 else "base but for what the notes name"
         return (
-            f"Wrote the model at alpha {self.alpha:g} (0 is base, 1 is tuned): {self.tensors} tensors differ "
-            f"between the two, by a norm of {self.displacement:.4g}."
+            f"Wrote the model at alpha {self.alpha:g} (0 is {base}, 1 is tuned): {self.tensors} tensors "
+            f"differ between the two, by a norm of {self.displacement:.4g}."
         )
 
 
@@ -60,6 +63,7 @@ def interpolate(
         progress: called with (done, total, name).
 
     Raises:
+        NotApplicableError: base and tuned have configurations that give two functions.
         InputError: an alpha outside [0, 1], weights that are not finite, an `out` that is occupied or cannot
             be written.
     """
@@ -68,10 +72,14 @@ def interpolate(
     out = Path(out).expanduser()
     refuse_occupied(out)
     pair = CheckpointPair(base, tuned)
+    refuse_two_functions(pair, instead="copy base or tuned as it is; nothing was written")
     blend = write_blend(pair, out, alpha, progress=progress)
     notes = []
     if blend.alone:
         notes.append(f"{len(blend.alone)} tensors that base lacks come from tuned, such as {blend.alone[0]}.")
+    lost = [tensor.tensor for tensor in pair.unmatched if tensor.tuned_shape is None]
+    if lost:
+        notes.append(f"{len(lost)} tensors that tuned lacks were left out, such as {lost[0]}.")
     resized = [f"{rows[0]} to {rows[1]} rows" for rows in pair.resized.values()]
     if resized:
         notes.append(f"The vocabulary went from {resized[0]}; rows that base lacks come from tuned.")
@@ -80,11 +88,12 @@ def interpolate(
             f"Base is {pair.base.dtype}, tuned {pair.tuned.dtype}: the result is rounded once, to "
             "the dtype of tuned."
         )
+    base_at_0 = not notes
     if pair.tuned.kind == "adapter":
         notes.append("The adapter was merged: its factors are not linear in alpha; full weights are written.")
     interpolated = InterpolatedCheckpoint(
         out=out, alpha=float(alpha), tensors=len(blend.squares),
-        displacement=math.sqrt(sum(blend.squares.values())), notes=tuple(notes),
+        displacement=math.sqrt(sum(blend.squares.values())), notes=tuple(notes), base_at_0=base_at_0,
     )  # fmt: skip
     write_trail(out / TRAIL, pair, interpolated.describe())
     return interpolated

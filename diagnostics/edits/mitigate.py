@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diagnostics.analyses.intruders.damping import Mode, applied, by_tensor, choose, damp
 from diagnostics.edits.trail import write_trail
+from diagnostics.evaluation.one_function import refuse_two_functions
 from diagnostics.execution import jobs
 from probes import CheckpointPair
 from probes.adapters.adapter import Adapter
@@ -167,6 +168,7 @@ def mitigate(
         progress: called with (done, total, name), for the search and then for the writing.
 
     Raises:
+        NotApplicableError: mode `update`, and configurations that give two functions.
         InputError: a parameter out of range; checkpoints that cannot be opened or are not related; an adapter
             that cannot hold the edit; `out` is occupied or cannot be written.
     """
@@ -178,6 +180,7 @@ def mitigate(
         raise InputError(f"{pair.tuned.ref}: holds full weights, which cannot be written as an adapter")
     full = pair.tuned.kind == "full" or bool(full)
     if mode == "update":
+        refuse_two_functions(pair, instead="modes top and all edit tuned alone, under its own config.json")
         triples, edits, notes = _scale_update(pair, out, scale, full, progress)
     else:
         triples, edits, notes = _scale_triples(

@@ -8,7 +8,7 @@ classes.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,15 +16,15 @@ import numpy as np
 from jaxtyping import Float
 
 from diagnostics.core.row_options import RowOptions
-from diagnostics.evaluation.row_losses import EncodedTask, Losses, encoded
+from diagnostics.evaluation.row_losses import EncodedTask, Losses, encoded, refuse_numbers
 from diagnostics.evaluation.sets import SetKey
 from diagnostics.numerics.estimates import Estimate, combined
 from probes.checkpoints.checkpoint import Checkpoint
 from probes.errors import InputError
 from probes.models.editable import Editable
-from probes.models.loading import memory_of
+from probes.models.loading import Loading, context_of, memory_of
 from probes.passes.batched import NonFiniteError
-from probes.text.rows import Task, by_number
+from probes.text.rows import Task
 
 ByRow = Float[np.ndarray, "checkpoints rows"]
 # Of the arrays of `scores`; measurements in an earlier one are not read.
@@ -43,6 +43,15 @@ class ScoringOptions(RowOptions):
         """A checkpoint as a model; one in memory keeps its dtype and device."""
         in_memory = {"device": None, "dtype": None} if memory_of(checkpoint) is not None else {}
         return Editable(checkpoint, **(self.of_models | in_memory))
+
+    def cut_alike(self, checkpoints: Sequence[Checkpoint]) -> "ScoringOptions":
+        """These options, with rows as long as every checkpoint takes: all score the same tokens."""
+        first, *others = (checkpoint.config for checkpoint in checkpoints)
+        if all(config == first for config in others):
+            return self
+        loading = Loading(None, None, None, self.trust_remote_code)
+        lengths = [self.max_length, *(context_of(loading.config(checkpoint)) for checkpoint in checkpoints)]
+        return replace(self, max_length=min((n for n in lengths if n is not None), default=None))
 
     def encode(self, editable: Editable, task: Task) -> EncodedTask:
         """A task as token ids of a model."""
@@ -137,7 +146,9 @@ def curves(measurements: Sequence[Mapping[str, np.ndarray]], sets: Mapping[SetKe
             np.stack([arrays[f"score.{index}.{name}"] for arrays in measurements])
             for name in ("nats", "units", "right", "bytes")
         )
-        refuse_numbers(task, [tuple(map(str, arrays[f"score.{index}.labels"])) for arrays in measurements])
+        first, *later = (list(map(str, arrays[f"score.{index}.labels"])) for arrays in measurements)
+        for labels in later:
+            refuse_numbers(task, first, labels)
         per_byte = split_differently(measurements, index) and task.shape in ("text", "completion")
         if per_byte:
             whole = ((np.isnan(units) | (units > 0)) & (size > 0)).all(axis=0)
@@ -152,17 +163,6 @@ def curves(measurements: Sequence[Mapping[str, np.ndarray]], sets: Mapping[SetKe
 def split_differently(measurements: Sequence[Mapping[str, np.ndarray]], index: int) -> bool:
     """Whether checkpoints read a set as different tokens."""
     return len({str(arrays[f"score.{index}.ids"]) for arrays in measurements}) > 1
-
-
-def refuse_numbers(task: Task, labels: Sequence[tuple[str, ...]]) -> None:
-    """Refuse labels that are numbers where models have the same classes in another order."""
-    for other in labels[1:]:
-        reordered = other != labels[0] and sorted(other) == sorted(labels[0])
-        if reordered and by_number(task, other):
-            raise InputError(
-                f"{task.ref}: its labels are numbers, and the models number their classes differently "
-                f"({', '.join(labels[0])} and {', '.join(other)}); give the names of the classes"
-            )
 
 
 def reading_notes(

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from diagnostics.evaluation.likelihoods import NOTHING, ExampleScores, greedy, score_texts
+from diagnostics.evaluation.one_function import apart_notes
 from diagnostics.evaluation.tokenizers import per_byte_notes, same_rules, split_rows, template_of
 from diagnostics.execution.workers import open_side
 from probes.checkpoints.pair import Side as PairSide
@@ -112,7 +113,7 @@ def read_sets(
     length = min((n for n in (options.max_length, runnable.context) if n is not None), default=None)
     options = replace(options, max_length=length)
     base, tuned = runnable.base_tokenizer, runnable.tokenizer
-    remarks: list[str] = []
+    remarks = apart_notes(runnable.pair)
     tasks = {name: with_answers(task) for name, task in sets.items()}
     if options.answers == "greedy":
         with runnable.tuned() as model:

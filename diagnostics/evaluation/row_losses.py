@@ -5,7 +5,7 @@ log-probability of the right choice or class; one unit a row.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from probes.passes.scores import (
 )
 from probes.text.batches import Example
 from probes.text.encode import encode, encoding_notes
-from probes.text.rows import Task, class_ids
+from probes.text.rows import Task, by_number, class_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class EncodedTask:
     mask_id: int | None
     batch_tokens: int
     notes: tuple[str, ...]  # on rows that were cut, and on rows with nothing to score
-    labels: tuple[str, ...] = ()  # of the classifier's classes, in order
+    labels: tuple[str, ...] = ()  # names of a classifier's classes, in the order that `classes` counts
 
     @property
     def unit(self) -> str:
@@ -64,6 +64,18 @@ class EncodedTask:
     def truncated(self) -> int:
         """Number of rows that were cut."""
         return len({example.row for example in self.examples if example.truncated})
+
+    def under(self, editable: Editable) -> "EncodedTask":
+        """The same rows for another model, which may have the same classes in another order, or other ones.
+
+        As many classes with other names are the same classes in the same order.
+        """
+        labels = tuple(editable.labels)
+        if reordered(self.labels, labels):
+            refuse_numbers(self.task, self.labels, labels)
+        elif len(labels) == len(self.labels):
+            return self
+        return replace(self, classes=tuple(class_ids(self.task, labels)), labels=labels)
 
     def measure(self, model: Any) -> Losses:
         """The losses under a model; a `NonFiniteError` names the row of logits that are not finite."""
@@ -108,6 +120,21 @@ class EncodedTask:
         )
 
 
+def reordered(labels: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether two models have the same classes in different orders; case aside."""
+    ours, theirs = ([name.strip().casefold() for name in names] for names in (labels, other))
+    return ours != theirs and sorted(ours) == sorted(theirs)
+
+
+def refuse_numbers(task: Task, labels: Sequence[str], other: Sequence[str]) -> None:
+    """Refuse labels that are numbers where two models have the same classes in different orders."""
+    if reordered(labels, other) and by_number(task, other):
+        raise InputError(
+            f"{task.ref}: its labels are numbers, and the models number their classes differently "
+            f"({', '.join(labels)} and {', '.join(other)}); give the names of the classes"
+        )
+
+
 def losses_of(logs: Float[np.ndarray, "rows answers"], truth: Int[np.ndarray, " rows"]) -> Losses:
     """The losses of rows from `EncodedTask.answered` and the right answers."""
     nats = -logs[np.arange(len(logs)), truth]
@@ -133,7 +160,8 @@ def encoded(
         raise InputError(f"{editable.checkpoint.ref}: is a masked model, but its tokenizer has no mask token")
     return EncodedTask(
         task=task, examples=examples, batch_tokens=batch_tokens,
-        classes=tuple(class_ids(task, editable.labels)) if classifier else (), labels=editable.labels,
+        classes=tuple(class_ids(task, editable.labels)) if classifier else (),
+        labels=tuple(editable.labels),
         mask_id=tokenizer.mask_token_id if editable.kind == "masked" else None,
         notes=encoding_notes(task, examples, tokenizer),
     )  # fmt: skip

@@ -66,6 +66,7 @@ class Editable:
         self.model: Any = _merged(checkpoint, model).eval().requires_grad_(False)
         self._state = {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
         self._view = open_checkpoint(self.model)
+        self._headers = checkpoint.headers
         self._names = align(checkpoint.headers, self._view.headers)[0]
         # Merged by PEFT it is rounded at every step: as its file would be, it is rounded once.
         if checkpoint.base is not None:
@@ -101,8 +102,22 @@ class Editable:
     @cached_property
     def held(self) -> frozenset[str]:
         """The floating tensors of the checkpoint that the model uses."""
-        headers = self.checkpoint.headers
-        return frozenset(name for name in self._names if headers[name].dtype.is_floating_point)
+        return frozenset(name for name in self._names if self._headers[name].dtype.is_floating_point)
+
+    def named_as(self, other: Checkpoint) -> "Editable":
+        """The same running model, its tensors under the names of another checkpoint of the architecture.
+
+        Only `held`, `write` and `slots` are; tensors of another shape have no name.
+        """
+        named = copy.copy(self)
+        named.__dict__.pop("held", None)
+        running, headers = self._view.headers, other.headers
+        names = align(headers, running)[0]
+        named._headers = headers
+        named._names = {
+            name: held for name, held in names.items() if headers[name].shape == running[held].shape
+        }
+        return named
 
     def write(self, name: str, value: Tensor) -> None:
         """Write a tensor of the checkpoint into the model, in the model's dtype; skip one that it lacks."""

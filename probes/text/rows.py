@@ -161,7 +161,8 @@ def task_of(rows: Iterable[str | Mapping[str, Any]], *, ref: str = "rows", limit
 def class_ids(task: Task, labels: Sequence[str]) -> list[int]:
     """The class of each row: all labels of a task are names of the model's classes, or all are their numbers.
 
-    A name may differ from the model's in case and in spaces around it.
+    A string is a name; it may differ from the model's in case and in spaces around it. A whole number counts
+    from 0; if some of the task's exceed the classes, all are names.
 
     Args:
         labels: the names of the model's classes, in order.
@@ -176,16 +177,19 @@ def class_ids(task: Task, labels: Sequence[str]) -> list[int]:
     names, numbers = _by_name(task, labels), _by_number(task, labels)
     if None in names and None in numbers:
         raise _unreadable(task, labels, names, numbers)
-    if None not in names and None not in numbers and names != numbers:
+    if None in numbers:
+        return [class_id for class_id in names if class_id is not None]
+    # They begin as the names do: without a 0 they may count from 1, and a class may be called 0.
+    if {0, 1} & set(numbers) and None not in names and names != numbers:
         first = next(i for i, name in enumerate(names) if name != numbers[i])
         label = task.rows[first].label
         called = [repr(labels[ids[first] or 0]) for ids in (names, numbers)]
         raise InputError(
             f'{task.where(first)}: "label" is {label}: the class called {called[0]}, or class number '
-            f"{label}, called {called[1]}? Every label of the file can be read both ways; write names as "
-            f'strings in a .jsonl file, "label": "{label}"'
+            f"{label}, called {called[1]}? Every label of the file can be read both ways; write the "
+            f'names as strings in a .jsonl file, "label": "{label}"'
         )
-    return [class_id for class_id in (numbers if None in names else names) if class_id is not None]
+    return [class_id for class_id in numbers if class_id is not None]
 
 
 def _unreadable(
@@ -209,8 +213,8 @@ def _unreadable(
 
 
 def by_number(task: Task, labels: Sequence[str]) -> bool:
-    """Whether the labels of a task are the numbers of classes, and name none of them."""
-    return None in _by_name(task, labels)
+    """Whether the labels of a task are the numbers of classes, and no names."""
+    return None not in _by_number(task, labels)
 
 
 def _by_name(task: Task, labels: Sequence[str]) -> list[int | None]:
