@@ -11,6 +11,7 @@ from dashboard.pages import PAGES, Page
 from dashboard.state.query import Query, link
 from dashboard.state.view import View
 from diagnostics.core.policy import judged
+from diagnostics.core.registry import preflight_first
 from diagnostics.plotting import theme
 
 # Mantine wants ten shades of its primary colour. The colour of the base is the sixth, and readable on white.
@@ -170,6 +171,7 @@ def nav(view: View, page: Page) -> Any:
         } | {finding.analysis: finding.severity for finding in reversed(audit.findings)}
         opened = view.query.value("analysis") if page.name == "analysis" else None
         order = sorted(audit.results, key=lambda name: {"fail": 0, "warn": 1}.get(verdicts[name], 2))
+        order = preflight_first(order)
         analyses = [
             to(name, link(page="analysis", audit=entry.id, analysis=name), name == opened, verdicts[name])
             for name in order

@@ -11,6 +11,17 @@ class InputError(ValueError):
     """
 
 
+class IncompleteError(InputError):
+    """A checkpoint lacks its weights or some of them, as one that is still being written does.
+
+    >>> import tempfile
+    >>> from probes import open_checkpoint
+    >>> open_checkpoint(tempfile.mkdtemp())
+    Traceback (most recent call last):
+    probes.errors.IncompleteError: ...: no weights (none of model.safetensors, ...); is it a model directory?
+    """
+
+
 class UnknownNameError(InputError, LookupError):
     """A name that is not known; the text lists the known ones.
 
@@ -19,6 +30,14 @@ class UnknownNameError(InputError, LookupError):
     >>> open_checkpoint({"model.layers.0.mlp.up_proj.weight": torch.eye(2)}).tensor("up_proj")
     Traceback (most recent call last):
     probes.errors.UnknownNameError: state dict: has no tensor 'up_proj'; the nearest of its 1: model.layers...
+    """
+
+
+class NotApplicableError(InputError):
+    """An analysis does not apply to this kind of model or data; the text says why, and what does.
+
+    An audit of everything skips the analysis. Asked for by name, it is an error of the input. `probes` raises
+    it where base and tuned have no model between them.
     """
 
 

@@ -22,6 +22,7 @@ MARK = "<!-- From the registry: python -m tests.analysis_pages write -->"
 FIGURES = {
     "drift": ("lora-r8", "rsa"),
     "dynamics": ("parity", "strip"),
+    "integrity": ("full", "changed"),
     "intruders": ("lora-r8", "where"),
     "mitigation": ("lora-r8", "retention"),
     "ood": ("lora-r8", "densities"),

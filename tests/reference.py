@@ -29,6 +29,7 @@ SERIES = ("parity", "random")
 
 # analysis -> (exported function, roles that it reads, parameters)
 OF_PAIRS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
+    "integrity": ("checkpoint_integrity", (), {}),
     "intruders": ("intruder_dimensions", (), {"sweep": True}),
     "drift": ("representation_drift", ("task", "keep"), {"rows": 40}),
     "path": ("interpolation_path", ("task", "keep", "ood"), {"alphas": (0.0, 0.5, 1.0)}),

@@ -1,6 +1,7 @@
 """Recording the analyses of a series while a model trains with transformers' Trainer."""
 
 import json
+import logging
 import random
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,9 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import TrainerCallback
-from transformers.utils import logging
 
-from diagnostics.audit.plan import Settings, make_plan, name_list, resolve_policy, usable_analyses
+from diagnostics.audit.plan import (
+    Settings,
+    make_plan,
+    name_list,
+    registry_facts,
+    resolve_policy,
+    usable_analyses,
+)
 from diagnostics.audit.step import new_audit, run_analysis, write_report
 from diagnostics.core.analysis import NotApplicableError
 from diagnostics.core.inputs import Files, open_roles
@@ -21,13 +28,15 @@ from diagnostics.core.policy import Policy
 from diagnostics.core.registry import find
 from diagnostics.store.audit_store import MEASUREMENTS, Audit, Outcome, Store
 from diagnostics.store.files import replacing
-from diagnostics.store.keys import digest, key
+from diagnostics.store.keys import digest, key, one_line
+from diagnostics.store.occupied import refuse_occupied, stranger
 from probes.checkpoints.checkpoint import Checkpoint
 from probes.checkpoints.opening import open_checkpoint
 from probes.checkpoints.series import RecordedSeries, TooShortError
 from probes.checkpoints.steps import step_label
 from probes.errors import InputError
 
+log = logging.getLogger(__name__)
 STEPS = "steps.json"
 
 
@@ -49,7 +58,7 @@ class AuditCallback(TrainerCallback):
         task: Files = (), keep: Files = (), guard: Files = (), ood: Files = (), train: Files = (),
         every: int | None = None, only: str | Collection[str] = (), skip: str | Collection[str] = (),
         settings: Settings | None = None, policy: Policy | str | Path | None = None,
-        limit: int | None = None, seed: int = 0,
+        limit: int | None = None, seed: int = 0, replace: bool = False,
     ):  # fmt: skip
         """Check the arguments before anything trains.
 
@@ -58,7 +67,8 @@ class AuditCallback(TrainerCallback):
             task, keep, guard, ood, train: files of rows by role, as of `diagnostics.audit.audit`.
             every: steps between measurements; by default whenever the Trainer saves or evaluates.
             only, skip: names of analyses of a series.
-            settings, policy, limit, seed: as of `diagnostics.audit.audit`.
+            settings, policy, limit, seed, replace: as of `diagnostics.audit.audit`. An earlier recording in
+                `out` is continued by a training that resumes, and replaced by one that begins.
 
         Raises:
             InputError, UnknownNameError: the input is wrong, or no analysis of a series can run on it.
@@ -68,6 +78,10 @@ class AuditCallback(TrainerCallback):
         only, skip, settings = name_list(only), name_list(skip), settings or {}
         self.every = every
         self.store = Store(out)
+        if not replace:
+            recorded = (self.store.out / STEPS).exists() or not (self.store.out / "audit.json").exists()
+            what = stranger(self.store.out) or (None if recorded else "an audit of two checkpoints")
+            refuse_occupied(self.store.out, what)
         self.policy = resolve_policy(policy)
         files = {"task": task, "keep": keep, "guard": guard, "ood": ood, "train": train}
         self.rows = open_roles(files, limit=limit)
@@ -89,6 +103,9 @@ class AuditCallback(TrainerCallback):
             raise InputError(f"nothing to record: {'; '.join(lines)}")
         self.steps: list[float] = []
         self.base: dict[str, Any] = {}
+        # Why an analysis does not apply to the model, and the steps at which one failed, by name.
+        self.inapplicable: dict[str, str] = {}
+        self.failures: dict[str, list[float]] = {}
 
     # --- what transformers calls ---
 
@@ -121,9 +138,8 @@ class AuditCallback(TrainerCallback):
         try:
             self.record(state.global_step, trainer["model"], trainer.get("processing_class"))
         except Exception as error:  # a long training must not end because its recording fails
-            logging.get_logger(__name__).warning(
-                f"tunescope: step {state.global_step} is not recorded ({type(error).__name__}: {error})"
-            )
+            reason = f"{type(error).__name__}: {error}"
+            log.warning("tunescope: step %s is not recorded (%s)", state.global_step, reason)
 
     # --- recording ---
 
@@ -150,28 +166,65 @@ class AuditCallback(TrainerCallback):
             device = str(next(model.parameters()).device)
             state = self._audit(steps, self._describe(checkpoint, step), device)
             if self.store.earlier() is None:
+                self._keep_steps(self.steps)
                 self.store.begin(state)
-            for name, used in self.plan.parameters.items():
-                series = RecordedSeries(steps, self.store.out / MEASUREMENTS, checkpoint)
-                inputs = {"series": series.within(self._context(name), series.cache), **self.rows}
-                # Every run is too short at first.
-                skip_on = (
-                    (TooShortError,) if name in self.options["only"] else (TooShortError, NotApplicableError)
-                )
-                outcome = run_analysis(
-                    self.store, find(name), used, inputs, device=device, progress=None, skip_on=skip_on
-                )
-                if outcome.status == "failed" and not self.steps:
-                    error = InputError if outcome.fault == "input" else RuntimeError
-                    raise error(f"{name}: {outcome.reason}")
+            for name in self.plan.parameters:
+                if name in self.inapplicable:
+                    outcome = Outcome(
+                        status="skipped", reason=self.inapplicable[name], **registry_facts(name)
+                    )
+                else:
+                    outcome = self._measure(name, steps, checkpoint, device)
                 state = replace(state, analyses={**state.analyses, name: outcome})
             self.steps = steps
-            with replacing(self.store.out / STEPS) as part:
-                recording = {"context": self._context(), "steps": steps, "base": self.base}
-                part.write_text(json.dumps(recording), encoding="utf-8")
+            state = replace(state, notes=(*state.notes, *self._gaps()))
+            self._keep_steps(steps)
             self.store.write(state)
             write_report(self.store, state)
         return state
+
+    def _keep_steps(self, steps: list[float]) -> None:
+        recording = {
+            "context": self._context(), "steps": steps, "base": self.base,
+            "inapplicable": self.inapplicable, "failures": self.failures,
+        }  # fmt: skip
+        with replacing(self.store.out / STEPS) as part:
+            part.write_text(json.dumps(recording), encoding="utf-8")
+
+    def _measure(self, name: str, steps: list[float], checkpoint: Checkpoint, device: str) -> Outcome:
+        """Run one analysis on the steps at which it was measured, and on the model as it is now."""
+        failures = self.failures.get(name, [])
+        measured = [step for step in steps if step not in failures]
+        series = RecordedSeries(measured, self.store.out / MEASUREMENTS, checkpoint)
+        inputs = {"series": series.within(self._context(name), series.cache), **self.rows}
+        record = find(name)
+        record = replace(record, function=self._noting(name)(record.function))
+        outcome = run_analysis(
+            self.store, record, self.plan.parameters[name], inputs, device=device, progress=None,
+            # Every run is too short at first.
+            skip_on=(TooShortError,) if name in self.options["only"] else (TooShortError, NotApplicableError),
+        )  # fmt: skip
+        if outcome.status == "failed":
+            if not self.steps:
+                error = InputError if outcome.fault == "input" else RuntimeError
+                raise error(f"{name}: {outcome.reason}")
+            log.warning("tunescope: step %s: %s failed (%s)", step_label(steps[-1]), name, outcome.reason)
+            self.failures[name] = [*failures, steps[-1]]
+        return outcome
+
+    @contextmanager
+    def _noting(self, name: str) -> Iterator[None]:
+        """Keep the reason why an analysis does not apply: it is not asked again at the next steps."""
+        try:
+            yield
+        except NotApplicableError as error:
+            self.inapplicable[name] = one_line(error)
+            raise
+
+    def _gaps(self) -> Iterator[str]:
+        """Notes on the steps at which an analysis failed."""
+        for name, steps in self.failures.items():
+            yield f"{name} failed at step {', '.join(map(step_label, steps))}, which it leaves out"
 
     def _audit(self, steps: list[float], tuned: Mapping[str, Any], device: str) -> Audit:
         if not self.base:
@@ -209,6 +262,8 @@ class AuditCallback(TrainerCallback):
         if step and recording.get("context") == self._context():
             self.steps = [earlier for earlier in recording["steps"] if earlier < step]
             self.base = recording["base"]
+            self.inapplicable = recording.get("inapplicable", {})
+            self.failures = recording.get("failures", {})
         else:
             self.store.clear()
 

@@ -9,20 +9,20 @@ from diagnostics.audit.plan import (
     Plan,
     Progress,
     Settings,
-    adapter_notes,
     make_plan,
     name_list,
     resolve_policy,
     unread_role_notes,
 )
 from diagnostics.audit.step import new_audit, run_analysis, write_report
-from diagnostics.core.analysis import NotApplicableError
+from diagnostics.core.analysis import Analysis, NotApplicableError
 from diagnostics.core.inputs import ROLES, Files, open_roles
 from diagnostics.core.policy import Policy
 from diagnostics.core.registry import find
 from diagnostics.execution import engines, environment
 from diagnostics.store.audit_store import MEASUREMENTS, Audit, Outcome, Store
-from diagnostics.store.keys import described, digest, key
+from diagnostics.store.keys import described, digest, key, one_line
+from diagnostics.store.occupied import other_audit, refuse_occupied, stranger
 from probes.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from probes import CheckpointPair
     from probes.checkpoints.series import CheckpointSeries
 
+# Reads every tensor of both sides; without it they are looked through for NaN alone.
+INTEGRITY = "integrity"
 NOT_FINISHED = "not finished; run the same command again to go on"
 
 
@@ -38,9 +40,10 @@ def audit(
     only: str | Collection[str] = (), skip: str | Collection[str] = (), settings: Settings | None = None,
     policy: Policy | str | Path | None = None,
     device: str = "auto", dtype: str | None = None, seed: int = 0, engine: str = "local",
-    cache: "FactorCache | str | Path | None" = None, fresh: bool = False, progress: Progress | None = None,
+    cache: "FactorCache | str | Path | None" = None, fresh: bool = False, replace: bool = False,
+    progress: Progress | None = None,
     task: Files = (), keep: Files = (), guard: Files = (), ood: Files = (), train: Files = (),
-    limit: int | None = None, chat_template: bool = False, approximate: bool = False,
+    adapter: Any = None, limit: int | None = None, chat_template: bool = False, approximate: bool = False,
     trust_remote_code: bool = False,
     series: "CheckpointSeries | None" = None, left_out: Mapping[str, str] | None = None,
 ) -> Audit:  # fmt: skip
@@ -65,8 +68,11 @@ def audit(
         engine: where work that splits runs: `local`, `local:N`, `dask://HOST:PORT`, `ray://HOST:PORT`.
         cache: directory of factorizations of a base, for the next model tuned from it; changes no result.
         fresh: ignore earlier results in `out`.
+        replace: write into `out` even if it holds a model, files of others, or another pair's audit. Only an
+            audit is removed.
         progress: called with (analysis, done, total, current item).
         task, keep, guard, ood, train: files of rows by role, one or several; `NAME=F` names one of `ood`.
+        adapter: the adapter that was merged into tuned, if any: the merge is checked.
         limit: read only the first rows of each file.
         chat_template, approximate, trust_remote_code: for the analyses that take them: wrap each row as a
             user message, nats per byte even where tokenizers agree, run code from the repository.
@@ -74,7 +80,7 @@ def audit(
         left_out: analyses that do not run, with the reason.
 
     Raises:
-        InputError, UnknownNameError: the input is wrong; nothing was run or written.
+        InputError, UnknownNameError: the input is wrong, or `out` is occupied; nothing was run or written.
         OSError: `out` cannot be written; finished analyses are kept.
         RuntimeError: the report could not be drawn; everything else is written.
     """
@@ -84,9 +90,10 @@ def audit(
     flags = {"chat_template": chat_template, "approximate": approximate}
     flags |= {"trust_remote_code": trust_remote_code}
     shared = {"dtype": environment.dtype(dtype), "seed": seed} | {name: True for name in flags if flags[name]}
+    given = {} if adapter is None else {"adapter": adapter}
     rows = open_roles({"task": task, "keep": keep, "guard": guard, "ood": ood, "train": train}, limit=limit)
     plan = make_plan(
-        {"pair", "series", *rows}, only=only, skip=skip, settings=settings or {},
+        {"pair", "series", *rows, *given}, only=only, skip=skip, settings=settings or {},
         shared={name: value for name, value in shared.items() if value is not None}, left_out=left_out or {},
     )  # fmt: skip
     if not plan.parameters:
@@ -94,31 +101,40 @@ def audit(
         raise InputError(f"nothing to run: {reasons or 'every analysis is left out'}")
     store = Store(out)
     from diagnostics.store.factor_cache import FactorCache
-    from probes import CheckpointPair
+    from probes import CheckpointPair, open_checkpoint
+    from probes.checkpoints.lineage import adapter_notes
     from probes.checkpoints.series import CheckpointSeries
 
     pair = CheckpointPair(base, tuned)
+    # A run that goes on ends in another checkpoint.
+    other = other_audit(store.out, pair.base, pair.tuned if series is None else None)
+    if not replace:
+        refuse_occupied(store.out, stranger(store.out) or other)
+    if given:
+        given = {"adapter": open_checkpoint(adapter, base=pair.base.base or pair.base)}
     if series is None:
         series = CheckpointSeries([pair.base, pair.tuned], steps=("base", "tuned"), complete=True)
     run_notes = []
     if len(series) > 2:
         run_notes = [f"{len(series)} checkpoints of one run: {', '.join(series.labels)}"]
+    run_notes += [f"{ref} is left out: {reason}" for ref, reason in series.left_out.items()]
     with engines.engine(engine, resolved_device), store:
         return run_plan(
             store,
             plan,
-            supplied={"pair": pair, "series": series, **rows},
+            supplied={"pair": pair, "series": series, **given, **rows},
             policy=rules,
             device=resolved_device,
             cache=FactorCache.at(cache),
-            fresh=fresh,
+            fresh=fresh or other is not None,
             progress=progress,
-            options={"only": only, "skip": skip, "settings": settings or {}, "engine": engine, **shared},
+            options={"only": only, "skip": skip, "settings": settings or {}, "engine": engine, **shared}
+            | {name: checkpoint.ref for name, checkpoint in given.items()},
             notes=(
                 *run_notes,
                 *plan.notes,
                 *unread_role_notes(rows, [*plan.parameters, *plan.lacking]),
-                *adapter_notes(pair),
+                *adapter_notes(pair.base, pair.tuned),
             ),
         )
 
@@ -137,10 +153,11 @@ def run_plan(
     if fresh:
         store.clear()
     stamps = {side: digest(getattr(pair, side).stamp()) for side in ("base", "tuned")}
-    run_stamps = {**stamps, "series": digest(*series.stamps, *map(str, series.labels))}
+    series_stamp = {"series": digest(*series.stamps, *map(str, series.labels))}
+    adapter_stamp = {"adapter": digest(supplied["adapter"].stamp())} if "adapter" in supplied else {}
     rows = {role: [named.describe() for named in supplied[role]] for role in ROLES if role in supplied}
     keys = {
-        name: key(find(name), used, run_stamps if "series" in find(name).inputs else stamps, rows)
+        name: key(find(name), used, stamps_of(find(name), stamps, series_stamp | adapter_stamp), rows)
         for name, used in plan.parameters.items()
     }
     if earlier is not None and any(stamps[side] != getattr(earlier, side).get("stamp") for side in stamps):
@@ -175,6 +192,41 @@ def run_plan(
     base, tuned, fingerprint_notes = described(pair, earlier)
     notes = (*state.notes, *fingerprint_notes)
     state = replace(state, base={**state.base, **base}, tuned={**state.tuned, **tuned}, notes=notes)
+    if INTEGRITY not in keys:
+        state = finite_or_failed(state, pair, earlier)
     store.write(state)
     write_report(store, state)
     return state
+
+
+def finite_or_failed(state: Audit, pair: "CheckpointPair", earlier: Audit | None) -> Audit:
+    """The audit with `integrity` as failed where a tensor is NaN or infinite that no analysis may have read.
+
+    Args:
+        earlier: an audit of the same files; its findings on them are used again.
+    """
+    from probes.checkpoints.usable import in_a_line, not_finite
+
+    sides: dict[str, Any] = {}
+    for side in ("base", "tuned"):
+        line = getattr(earlier, side, {}).get("not_finite")
+        try:
+            if line is None:
+                line = in_a_line(not_finite(getattr(pair, side)))
+        except (InputError, OSError) as error:  # a file that vanishes meanwhile must not cost the results
+            return replace(state, notes=(*state.notes, f"not looked through for NaN: {one_line(error)}"))
+        sides[side] = {**getattr(state, side), "not_finite": line}
+    reasons = [
+        f"{side} {part['ref']}: {part['not_finite']}" for side, part in sides.items() if part["not_finite"]
+    ]
+    state = replace(state, **sides)
+    if not reasons:
+        return state
+    reason = f"{'; '.join(reasons)}: the file is damaged or its training diverged; take another checkpoint"
+    failed = Outcome(status="failed", fault="input", reason=reason)
+    return replace(state, analyses={**state.analyses, INTEGRITY: failed})
+
+
+def stamps_of(record: Analysis, pair: Mapping[str, str], others: Mapping[str, str]) -> dict[str, str]:
+    """The stamps of all checkpoints that an analysis reads: the pair's, and of its other inputs."""
+    return {**pair, **{name: others[name] for name in (*record.inputs, *record.optional) if name in others}}

@@ -4,8 +4,8 @@ What sequential fine-tuning adds must be counted against the original base: agai
 alone it looks small at every step.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from diagnostics.core.registry import find
 from diagnostics.store.audit_store import Audit
 from diagnostics.store.files import replacing, to_json
 from diagnostics.store.keys import one_line
+from diagnostics.store.occupied import SERIES, other_audit, refuse_occupied, stranger
 from probes.checkpoints.series import CheckpointSeries
 from probes.errors import InputError
 
@@ -47,11 +48,13 @@ class AuditSeries:
 
     Attributes:
         rows: every checkpoint after the first, in order; empty when no analysis compares two checkpoints.
+        left_out: checkpoints that are still being written, as far as can be told, and what they lack.
     """
 
     base: str
     rows: tuple[AuditedCheckpoint, ...] = ()
     run: Audit | None = None  # the audit of the analyses of a whole run; None when there is none
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def measures(self) -> list[str]:
@@ -82,6 +85,7 @@ class AuditSeries:
             "base": self.base,
             "checkpoints": [row.record() for row in self.rows],
             "run": None if self.run is None else audit_record(self.run),
+            "left_out": dict(self.left_out),
         }
 
     def write(self, out: Path) -> "AuditSeries":
@@ -104,7 +108,7 @@ def audit_record(audit: Audit) -> dict[str, Any]:
 def series(
     checkpoints: Sequence[Any], *, out: str | Path, labels: Sequence[Any] = (),
     only: str | Collection[str] = (), skip: str | Collection[str] = (), progress: Progress | None = None,
-    train: Files = (), **options: Any,
+    train: Files = (), replace: bool = False, **options: Any,
 ) -> AuditSeries:  # fmt: skip
     """Audit every checkpoint against the first and the previous one, then the run as a whole.
 
@@ -123,6 +127,7 @@ def series(
         only, skip: names of the analyses to run, or to leave out; one of a whole run is run once.
         progress: as of `audit`; names of analyses are preceded by the comparison.
         train: files of rows that the run was trained on.
+        replace: as of `audit`: write into `out` even if it holds a model, or audits of other checkpoints.
         options: of `audit`.
 
     Raises:
@@ -132,6 +137,9 @@ def series(
     if len(run) < 2:
         raise InputError("a series needs at least two checkpoints, the base first")
     only, skip, out = name_list(only), name_list(skip), Path(out)
+    if not replace:
+        refuse_other_audits(run, out)
+    options["replace"] = replace
     chosen, _ = usable_analyses(only, skip)
     of_run = [name for name in chosen if "series" in find(name).inputs]
     of_pairs = [name for name in chosen if name not in of_run]
@@ -141,7 +149,7 @@ def series(
         shared = {"only": only, "skip": skip, "left_out": left_out, **options}
         for position in range(1, len(run)):
             rows.append(audit_checkpoint(run, position, out, progress, shared))
-            AuditSeries(base=run.base.ref, rows=tuple(rows)).write(out)
+            AuditSeries(base=run.base.ref, rows=tuple(rows), left_out=run.left_out).write(out)
     supplied = {"pair", "series", *(role for role in ROLES if {**options, "train": train}.get(role))}
     run_audit, why = None, "compares two checkpoints: see the audits in the same directory"
     if not of_pairs or not all(missing_inputs(find(name), supplied) for name in of_run):
@@ -149,7 +157,25 @@ def series(
             run.base, run.checkpoints[-1], out=out / "run", series=run, only=only, skip=skip, train=train,
             left_out=dict.fromkeys(of_pairs, why), progress=prefixed(progress, "the run"), **options,
         )  # fmt: skip
-    return AuditSeries(base=run.base.ref, rows=tuple(rows), run=run_audit).write(out)
+    finished = AuditSeries(base=run.base.ref, rows=tuple(rows), run=run_audit, left_out=run.left_out)
+    return finished.write(out)
+
+
+def refuse_other_audits(run: CheckpointSeries, out: Path) -> None:
+    """Raise InputError if a directory holds a model, or audits of other checkpoints than a series has."""
+    what = "a single audit" if (out / "audit.json").exists() else stranger(out)
+    refuse_occupied(out, None if what == SERIES else what)
+    checkpoints = run.checkpoints
+    for position in range(1, len(checkpoints)):
+        for kind, other in (("first", 0), ("previous", position - 1)):
+            directory = comparison(out, position, kind)
+            refuse_occupied(directory, other_audit(directory, checkpoints[other], checkpoints[position]))
+    refuse_occupied(out / "run", other_audit(out / "run", run.base, None))
+
+
+def comparison(out: Path, position: int, kind: str) -> Path:
+    """The directory for the audit of one checkpoint against the first or the previous one."""
+    return out / f"{position:03d}-against-{kind}"
 
 
 def audit_checkpoint(
@@ -163,7 +189,7 @@ def audit_checkpoint(
         what = f"{run.labels[position]} against {run.labels[other]}"
         try:
             audits[other] = audit(
-                run.checkpoints[other], run.checkpoints[position], out=out / f"{position:03d}-against-{kind}",
+                run.checkpoints[other], run.checkpoints[position], out=comparison(out, position, kind),
                 progress=prefixed(progress, what), **options,
             )  # fmt: skip
         except InputError as error:

@@ -19,12 +19,23 @@ def option(panel: str, text: str, *flags: str, **details: Any) -> Any:
 
 Base = Annotated[str, typer.Argument(metavar="BASE", help="Directory, file or hub id (`org/name@revision`).")]
 Tuned = Annotated[str, typer.Argument(metavar="TUNED", help="The same, or an adapter.")]
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter",
+        metavar="A",
+        help="The adapter that was merged into TUNED: check the merge.",
+        rich_help_panel=RUN,
+    ),
+]
+PolicyFile = Annotated[str | None, option(RUN, "TOML file of thresholds.", "--policy", metavar="F")]
 Out = Annotated[Path, option(OUTPUT, "Output directory; created if missing.", "--out", metavar="DIR")]
 NewOut = Annotated[Path, option(OUTPUT, "Output directory; must be new or empty.", "--out", metavar="DIR")]
 Json = Annotated[bool, option(OUTPUT, "Print JSON only.", "--json")]
 Quiet = Annotated[bool, option(OUTPUT, "Print nothing; see the exit code and the files.", "--quiet")]
 Verbose = Annotated[bool, option(OUTPUT, "Print the notes too, and uncut lines.", "--verbose")]
 Fresh = Annotated[bool, option(OUTPUT, "Start over; ignore earlier results in --out.", "--fresh")]
+Replace = Annotated[bool, option(OUTPUT, "Write into --out even if it holds something else.", "--replace")]
 Chat = Annotated[bool, option(ROWS, "Wrap each row as a user message.", "--chat-template")]
 Trust = Annotated[bool, option(MACHINE, "Run code from the checkpoint's repository.", "--trust-remote-code")]
 Device = Annotated[str, option(MACHINE, "auto, cpu, cuda or cuda:N.", metavar="D")]
@@ -57,7 +68,7 @@ def run_options(
     settings: Annotated[
         Texts, option(RUN, "Set a parameter.", "--set", metavar="ANALYSIS.PARAM=VALUE")
     ] = None,
-    policy: Annotated[str | None, option(RUN, "TOML file of thresholds.", metavar="F")] = None,
+    policy: PolicyFile = None,
     seed: Annotated[int, option(RUN, "Seed of random draws.", metavar="N")] = 0,
     device: Device = "auto",
     dtype: Annotated[str | None, option(MACHINE, "dtype of the models.", metavar="D")] = None,
@@ -66,6 +77,7 @@ def run_options(
     cache_gb: CacheGB = 20,
     trust_remote_code: Trust = False,
     fresh: Fresh = False,
+    replace: Replace = False,
 ) -> None:
     """Declares the options of every command that audits; `audit_arguments` reads them."""
 

@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from diagnostics.edits.merge_check import check_graft
 from diagnostics.edits.trail import write_trail
 from diagnostics.evaluation.one_function import refuse_two_functions
 from probes import CheckpointPair
+from probes.checkpoints.lineage import adapter_notes
 from probes.checkpoints.mask_file import Patch, write_graft
 from probes.checkpoints.save import refuse_occupied
 
@@ -85,14 +87,15 @@ def graft(
         notes.append(f"{len(lost)} tensors that tuned lacks were left out, such as {lost[0]}.")
     if written.widened:
         notes.append(
-            f"{len(written.widened)} tensors are written in base's wider dtype, which keeps them exact; load "
-            "them with that dtype."
+            f"{len(written.widened)} tensors are written in base's wider dtype, which keeps them exact."
         )
     if pair.tuned.kind == "adapter":
         notes.append("The adapter was merged: the mask selects merged weights, and full weights are written.")
+    notes += adapter_notes(pair.base, pair.tuned)
     grafted = GraftedCheckpoint(
         out=out, mask=mask, without=without, entries=patch.count, tensors=len(patch.index),
         weights=written.weights, notes=tuple(notes),
     )  # fmt: skip
-    write_trail(out / TRAIL, pair, grafted.describe() | {"about": dict(patch.about)})
+    merge = check_graft(pair, out, patch, without=without)
+    write_trail(out / TRAIL, pair, grafted.describe() | {"about": dict(patch.about)}, merge=merge)
     return grafted

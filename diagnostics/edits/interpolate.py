@@ -9,10 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from diagnostics.edits.merge_check import check_merge
 from diagnostics.edits.trail import write_trail
 from diagnostics.evaluation.one_function import refuse_two_functions
 from probes import CheckpointPair
 from probes.checkpoints.blend import write_blend
+from probes.checkpoints.lineage import adapter_notes
 from probes.checkpoints.save import refuse_occupied
 from probes.errors import InputError
 
@@ -43,6 +45,15 @@ class InterpolatedCheckpoint:
         )
 
 
+def _resized(ours: int, theirs: int) -> str:
+    if ours < theirs:
+        return (
+            f"the {theirs - ours} that base lacks are tuned's at every alpha; at alpha 0 the logits of "
+            f"base's {ours} tokens are base's."
+        )
+    return f"the {ours - theirs} that tuned lacks are left out; at alpha 0 the other logits are base's."
+
+
 def interpolate(
     base: Any, tuned: Any, alpha: float, out: str | Path, *,
     progress: Callable[[int, int, str], None] | None = None,
@@ -53,8 +64,8 @@ def interpolate(
     >>> interpolate(BUNDLED / "base", BUNDLED / "full", 0.5, "halfway").tensors
     28
 
-    Computed in float64 and rounded once, to the dtype of tuned. 0 and 1 copy base and tuned, bit for bit
-    when their dtypes are equal. A tensor that base lacks, such as a new head, is tuned's at every α.
+    Computed in float64 and rounded once, to the dtype that holds both sides. 0 and 1 copy base and tuned, the
+    latter in its own dtype. A tensor that base lacks, such as a new head, is tuned's at every α.
 
     Args:
         base, tuned: the pair, as `CheckpointPair` takes it.
@@ -77,23 +88,23 @@ def interpolate(
     notes = []
     if blend.alone:
         notes.append(f"{len(blend.alone)} tensors that base lacks come from tuned, such as {blend.alone[0]}.")
+    for ours, theirs in dict.fromkeys(pair.resized.values()):
+        notes.append(f"The vocabulary went from {ours} to {theirs} rows: " + _resized(ours, theirs))
     lost = [tensor.tensor for tensor in pair.unmatched if tensor.tuned_shape is None]
     if lost:
         notes.append(f"{len(lost)} tensors that tuned lacks were left out, such as {lost[0]}.")
-    resized = [f"{rows[0]} to {rows[1]} rows" for rows in pair.resized.values()]
-    if resized:
-        notes.append(f"The vocabulary went from {resized[0]}; rows that base lacks come from tuned.")
+    base_at_0 = not notes
     if pair.base.dtype != pair.tuned.dtype:
         notes.append(
-            f"Base is {pair.base.dtype}, tuned {pair.tuned.dtype}: the result is rounded once, to "
-            "the dtype of tuned."
+            f"Base is {pair.base.dtype}, tuned {pair.tuned.dtype}: below alpha 1 weights are written in a "
+            "dtype that holds both exactly."
         )
-    base_at_0 = not notes
     if pair.tuned.kind == "adapter":
         notes.append("The adapter was merged: its factors are not linear in alpha; full weights are written.")
+    notes += adapter_notes(pair.base, pair.tuned)
     interpolated = InterpolatedCheckpoint(
         out=out, alpha=float(alpha), tensors=len(blend.squares),
         displacement=math.sqrt(sum(blend.squares.values())), notes=tuple(notes), base_at_0=base_at_0,
     )  # fmt: skip
-    write_trail(out / TRAIL, pair, interpolated.describe())
+    write_trail(out / TRAIL, pair, interpolated.describe(), merge=check_merge(pair, out, alpha))
     return interpolated

@@ -8,6 +8,7 @@ depends on and is used again only under the same key.
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from diagnostics.core.analysis import Result, plain
 from diagnostics.core.policy import Finding, Policy, Verdict, judge, judged, not_measured, parse, verdict
+from diagnostics.core.registry import installed
 from diagnostics.store.files import number, read_table, replacing, to_json, write_table, writing
 from probes.errors import InputError
 from probes.files.untrusted import confined, one_line
@@ -228,10 +230,11 @@ class Store:
 
     def clear(self) -> None:
         """Remove what audits write here, and nothing else."""
+        files = [*self._files(), *self.out.glob(f"{MEASUREMENTS}/*.npz")]
         with writing(self.out):
             for path in [self.out / name for name in ("audit.json", "report.html", "audit.log")]:
                 path.unlink(missing_ok=True)
-            for path in [*self._files(), *self.out.glob(f"{MEASUREMENTS}/*.npz")]:
+            for path in files:
                 path.unlink()
 
     def begin(self, audit: Audit) -> None:
@@ -251,6 +254,7 @@ class Store:
 
     def write(self, audit: Audit) -> None:
         """Write audit.json in one step, and drop the tables and masks that it no longer names."""
+        files = set(self._files())
         with replacing(self.out / "audit.json") as part:
             part.write_text(to_json(audit.record()), encoding="utf-8")
         named = set()
@@ -258,12 +262,22 @@ class Store:
             if outcome.result is not None:
                 named |= {self.out / table_file(name, table) for table in outcome.result.tables}
                 named |= {self.out / mask_file(name, mask) for mask in outcome.result.masks}
-        for path in set(self._files()) - named:
+        for path in files - named:
             path.unlink(missing_ok=True)
 
     def _files(self) -> list[Path]:
-        """The tables and masks that lie here."""
-        return [*self.out.glob("tables/*.parquet"), *self.out.glob("masks/*.safetensors")]
+        """The tables and masks of analyses that lie here; other files in their folders are not ours."""
+        files = (*self.out.glob("tables/*.parquet"), *self.out.glob("masks/*.safetensors"))
+        return [file for file in files if file.name.partition(".")[0] in self._analyses]
+
+    @cached_property
+    def _analyses(self) -> set[str]:
+        """The installed analyses, and those of the audit that lies here."""
+        names = set(installed())
+        with suppress(InputError):
+            earlier = load(self.out, damaged="drop")
+            names |= {*earlier.analyses, *earlier.kept}
+        return names
 
     def log(self, text: str) -> None:
         """Append to audit.log, where tracebacks go."""

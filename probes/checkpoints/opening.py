@@ -2,17 +2,20 @@
 
 import pickle
 import platform
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from probes.adapters.adapter import Adapter
 from probes.checkpoints.checkpoint import Checkpoint
+from probes.checkpoints.usable import refuse_empty, refuse_empty_factors
 from probes.errors import InputError
 from probes.files.locate import adapter_files, locate, open_files
 from probes.files.quantised import refuse_quantised
+from probes.files.reparametrised import resolve
 from probes.files.sources import Source
 from probes.files.untrusted import confined, one_line, read_json
+from probes.naming.architecture import names_of_model
 
 
 def open_checkpoint(
@@ -58,8 +61,9 @@ def _open(ref: str, path: Path, base: "Checkpoint | str | Path | None") -> Check
         settings = directory / "config.json"
         config = read_json(confined(settings, directory)) if settings.is_file() else {}
         lone_file = path.is_file() and not config
-        weights = open_files(path)
+        weights = resolve(open_files(path), ref, partial(names_of_model, config))
         checkpoint = Checkpoint(ref, weights, config, directory=None if lone_file else directory)
+        refuse_empty(checkpoint)
     checkpoint.opened, checkpoint.reopen = (path.absolute(), weights.stamp()), _reopened
     return checkpoint
 
@@ -100,5 +104,8 @@ def _open_adapter(
     base = open_checkpoint(base)
     factors = open_files(weights)
     refuse_quantised(ref, factors.headers, {})
-    source = Adapter(config, factors, base.source, base.matrices, where=ref, of=base.ref)
-    return Checkpoint(ref, source, base.config, directory=settings.parent, base=base), factors
+    refuse_empty_factors(ref, factors.headers)
+    source = Adapter(
+        config, factors, base.source, base.matrices, base_config=base.config, where=ref, of=base.ref
+    )
+    return Checkpoint(ref, source, source.model_config, directory=settings.parent, base=base), factors

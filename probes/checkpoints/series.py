@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
@@ -17,12 +18,13 @@ from probes.checkpoints.checkpoint import Checkpoint, summary_table
 from probes.checkpoints.opening import open_checkpoint
 from probes.checkpoints.save import atomic_file
 from probes.checkpoints.steps import Step, exact, in_order, step_in, step_label
-from probes.errors import InputError, library_error
-from probes.files.locate import MODEL_FILES, adapter_files
+from probes.errors import IncompleteError, InputError, library_error
+from probes.files.locate import ADAPTER_FILES, MODEL_FILES
 from probes.files.untrusted import confined, read_json
 from probes.naming.align import natural_key
 from probes.progress import Progress
 
+logger = logging.getLogger(__name__)
 # The measurement of one checkpoint: arrays and numbers by name.
 Measurement: TypeAlias = dict[str, np.ndarray]
 Calls: TypeAlias = Iterable[Callable[[], Mapping[str, Any]]]
@@ -45,6 +47,7 @@ class CheckpointSeries:
         checkpoints: in order; adapters among them are adapters of the first, or of its base.
         steps: rising; 0, 1, 2 … where no step is known. A step that a float would round is an int.
         labels: the steps as they were given or read, else the references.
+        left_out: checkpoints without all of their weights, which may still be written, and what they lack.
         stepped: whether the steps are those of the run, not positions.
 
     >>> from diagnostics.audit.demo import BUNDLED
@@ -65,12 +68,13 @@ class CheckpointSeries:
         Args:
             refs: as of `expand`, or whatever `open_checkpoint` takes.
             steps: one for each, rising; by default those in trainer_state.json or in the names, by which
-                the checkpoints are put in order.
+                the checkpoints after the first are put in order.
             cache: a directory that keeps measurements; without it they live as long as the series.
             complete: no checkpoint will follow, as for a pair.
 
         Raises:
             InputError: no checkpoint, one that does not open, not as many steps, or steps that do not rise.
+                One that is still being written is left out, unless it is the first, or none follows it.
         """
         expanded = expand(refs)
         if not expanded:
@@ -81,13 +85,27 @@ class CheckpointSeries:
         labels: Sequence[Any] | None = tuple(steps)
         if labels:
             in_order(labels)  # before files are opened
+        if not labels and _written_by_a_shell(expanded):  # which puts checkpoint-1000 before checkpoint-200
+            expanded = sorted(expanded, key=natural_key)
         base = open_checkpoint(expanded[0])
         adapted = base.base or base  # a series may begin with an adapter
-        checkpoints = [base, *(open_checkpoint(ref, base=adapted) for ref in expanded[1:])]
-        if not labels:
+        opened: dict[int, Checkpoint] = {0: base}
+        self.left_out: dict[str, str] = {}
+        for index, ref in enumerate(expanded[1:], 1):
+            try:
+                opened[index] = open_checkpoint(ref, base=adapted)
+            except IncompleteError as error:
+                if len(opened) == 1 and index == count - 1:
+                    raise  # nothing is left to compare
+                self.left_out[str(ref)] = str(error)
+                logger.warning("%s is left out of the series: %s", ref, error)
+        checkpoints = list(opened.values())
+        if labels:
+            labels = [labels[index] for index in opened]
+        else:
             labels = steps_of(checkpoints)
-            if labels is not None:  # a shell puts checkpoint-1000 before checkpoint-200
-                order = sorted(range(len(labels)), key=labels.__getitem__)
+            if labels is not None:
+                order = [0, *sorted(range(1, len(labels)), key=labels.__getitem__)]
                 checkpoints, labels = [checkpoints[i] for i in order], [labels[i] for i in order]
         self.checkpoints = tuple(checkpoints)
         run_steps = in_order(labels) if labels else None
@@ -206,6 +224,7 @@ class RecordedSeries(CheckpointSeries):
     def __init__(self, steps: Sequence[int | float], cache: Path, now: Any = None):
         """Take up a recording of all `steps`; `now` is the model at the last, unless that is measured too."""
         self.checkpoints = () if now is None else (open_checkpoint(now),)
+        self.left_out = {}
         self.steps = in_order(steps) or ()
         self.labels = tuple(map(step_label, self.steps))
         self.stepped, self.complete = True, False
@@ -249,7 +268,7 @@ def expand(refs: Sequence[Any]) -> list[Any]:
         elif "@" in text and not text.startswith((".", "/", "~")):
             expanded += revisions(text)
         else:
-            matched = [match for match in glob(str(path)) if _holds_weights(Path(match))]
+            matched = [match for match in glob(str(path)) if _is_checkpoint(Path(match))]
             if not matched:
                 raise InputError(f"{text}: no checkpoint matches this pattern")
             expanded += sorted(matched, key=natural_key)
@@ -281,12 +300,32 @@ def revisions(ref: str) -> list[str]:
 
 
 def steps_of(checkpoints: Sequence[Checkpoint]) -> list[Step] | None:
-    """The steps of checkpoints of a run, of the base 0; None unless all but the first have one."""
-    steps = [step_of(checkpoint) for checkpoint in checkpoints]
-    if steps[0] is None:
-        steps[0] = 0.0
-    numbers = [step for step in steps if step is not None]
-    return numbers if len(numbers) == len(steps) > 1 else None
+    """The steps of a base and the checkpoints of its run; None unless all but the base have one.
+
+    A base's own step is that of the run it came from: it counts only if that is the same run.
+    """
+    base, *others = checkpoints
+    steps = [step for step in map(step_of, others) if step is not None]
+    if len(steps) < len(others) or not others:
+        return None
+    first = step_of(base) if all(_siblings(base.ref, other.ref) for other in others) else None
+    return [first if first is not None and first < min(steps) else 0.0, *steps]
+
+
+def _siblings(ref: str, other: str) -> bool:
+    """Whether two references lie in one directory, or are revisions of one repository."""
+    if "@" in ref:
+        return ref.partition("@")[0] == other.partition("@")[0]
+    return Path(ref).absolute().parent == Path(other).absolute().parent
+
+
+def _written_by_a_shell(refs: Sequence[Any]) -> bool:
+    """Whether a shell may have made references of `run/checkpoint-*`: of one run, in alphabetical order."""
+    if not all(isinstance(ref, str | Path) for ref in refs):
+        return False
+    names = list(map(str, refs))
+    stepped = all(step_in(Path(name).name) is not None for name in names)
+    return stepped and names == sorted(names) and all(_siblings(names[0], name) for name in names)
 
 
 def step_of(checkpoint: Checkpoint) -> Step | None:
@@ -318,9 +357,14 @@ def write_measurement(path: Path, measurement: Measurement) -> None:
 
 def _holds_weights(path: Path) -> bool:
     """Whether a path is a checkpoint, as far as its names tell."""
-    if path.is_file() or any((path / name).is_file() for name in MODEL_FILES):
-        return True
-    return adapter_files(path) is not None or any(path.glob("*.safetensors"))
+    names = (*MODEL_FILES, *ADAPTER_FILES)
+    return path.is_file() or any((path / name).is_file() for name in names) or any(path.glob("*.safetensors"))
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a path is a checkpoint, or becomes one once its weights are written."""
+    begun = ("config.json", "adapter_config.json", "trainer_state.json")
+    return _holds_weights(path) or any((path / name).is_file() for name in begun)
 
 
 def _key(*parts: Any) -> str:

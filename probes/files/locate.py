@@ -6,7 +6,8 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from probes.errors import InputError, library_error
+from probes.errors import IncompleteError, InputError, library_error
+from probes.files.gathering import explained
 from probes.files.sources import FileSource, SafetensorsSource, Source, TorchSource
 from probes.files.untrusted import confined, read_json
 
@@ -14,6 +15,10 @@ HUB_ID = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*(?:@[\w./-]+)?")
 TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 MODEL_FILES = tuple(f"{file}{kind}" for file in ("model.safetensors", "pytorch_model.bin")
                     for kind in ("", ".index.json"))  # fmt: skip
+# One of several files of a model, as transformers numbers them.
+SHARD = re.compile(r"(?P<stem>(?!shard-)[\w.-]+)-\d{5}-of-(?P<count>\d{5})(?P<kind>\.safetensors|\.bin)")
+# A training leaves these beside the weights.
+OF_TRAINING = ("trainer_state.json", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # Configuration, tokenizer and weights at the top of a repository; no code, no copies for other frameworks.
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken", "*.jinja"]
@@ -97,13 +102,35 @@ def open_files(path: Path) -> Source:
         if (path / name).is_file():
             file = confined(path / name, path)
             return _indexed(path, file) if name.endswith(".json") else _open([file])
+    _refuse_shards(path)
     files = sorted(file for file in path.glob("*.safetensors") if file.is_file())
+    if len(files) != 1 and (reason := explained(path)):
+        raise InputError(f"{path}: {reason}")
     if not files:
-        raise InputError(f"{path}: no weights (none of {', '.join(MODEL_FILES)}); is it a model directory?")
+        raise IncompleteError(f"{path}: no weights (none of {', '.join(MODEL_FILES)}); {_hint(path)}")
     if len(files) > 1:
         names = ", ".join(file.name for file in files[:3]) + (", …" if len(files) > 3 else "")
         raise InputError(f"{path}: {len(files)} safetensors files ({names}) and no index; name one")
     return _open([confined(files[0], path)])
+
+
+def _refuse_shards(path: Path) -> None:
+    """Raise IncompleteError if a directory holds shards of a model without their index."""
+    matches = {file.name: match for file in path.iterdir() if (match := SHARD.fullmatch(file.name))}
+    if not matches:
+        return
+    first = min(matches)
+    stem, count, kind = matches[first].group("stem", "count", "kind")
+    here = f"{len(matches)} of {int(count)} shards are here ({first}…)"
+    raise IncompleteError(f"{path}: {here} and no {stem}{kind}.index.json; copy or download what is missing")
+
+
+def _hint(path: Path) -> str:
+    """What may be the matter with a directory without weights."""
+    left = [name for name in OF_TRAINING if (path / name).is_file()]
+    if left:
+        return f"{left[0]} lies there: is it still being written?"
+    return "is it a model directory?"
 
 
 def _open(paths: list[Path]) -> FileSource:
@@ -112,7 +139,8 @@ def _open(paths: list[Path]) -> FileSource:
         return SafetensorsSource(paths)
     if suffixes <= set(TORCH_SUFFIXES):
         return TorchSource(paths)
-    raise InputError(f"{paths[0]}: weights are read from .safetensors, .bin, .pt or .pth files")
+    readable = "weights are read from .safetensors, .bin, .pt or .pth files"
+    raise InputError(f"{paths[0]}: {explained(paths[0]) or readable}")
 
 
 def adapter_files(path: Path) -> tuple[Path, Path] | None:
@@ -133,8 +161,14 @@ def adapter_files(path: Path) -> tuple[Path, Path] | None:
         if weights is None:
             return None
         raise InputError(f"{path}: holds a model and an adapter; name one file, {model} or {weights.name}")
+    if weights is None and (directory / "adapters.safetensors").is_file():
+        remedy = "fuse it (`mlx_lm.fuse --model BASE --adapter-path DIR`) and give the fused model"
+        raise InputError(f"{path}: is an adapter of MLX, whose factors only MLX applies; {remedy}")
     if weights is None:
-        raise InputError(f"{path}: has adapter_config.json but no weights ({' or '.join(ADAPTER_FILES)})")
+        if path.is_dir() and (reason := explained(path)):
+            raise InputError(f"{path}: {reason}")
+        lacking = f"has adapter_config.json but no weights ({' or '.join(ADAPTER_FILES)})"
+        raise IncompleteError(f"{path}: {lacking}")
     if not settings.is_file():
         raise InputError(f"{path}: has adapter weights but no adapter_config.json, which says what they mean")
     return confined(settings, directory), weights if path.is_file() else confined(weights, directory)
@@ -149,7 +183,7 @@ def _indexed(directory: Path, index: Path) -> Source:
     source = _open([inside(directory, file, index) for file in sorted(set(files))])
     for name, file in weights.items():
         if name not in source.headers or source.file(name).name != Path(file).name:
-            raise InputError(f"{index}: says that {file} holds {name!r}, but it does not; copy it again")
+            raise IncompleteError(f"{index}: says that {file} holds {name!r}, but it does not; copy it again")
     return source
 
 
@@ -162,7 +196,9 @@ def inside(directory: Path, name: str, index: Path) -> Path:
     with suppress(OSError):  # a name that is too long
         exists = path.exists()
     if not exists:
-        raise InputError(f"{index}: names {name!r}, which is missing from {directory}; copy or download it")
+        raise IncompleteError(
+            f"{index}: names {name!r}, which is missing from {directory}; copy or download it"
+        )
     if not confined(path, directory).is_file():
         raise InputError(f"{index}: names {name!r}, which is not a file")
     return path

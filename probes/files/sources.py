@@ -21,7 +21,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from probes.errors import InputError
+from probes.errors import IncompleteError, InputError
 from probes.files.layout import Header
 from probes.files.pickle_bombs import refuse_bombs
 from probes.files.untrusted import plain
@@ -206,7 +206,7 @@ def _layout(path: Path) -> Iterator[tuple[Header, int]]:
             pass
     except SafetensorError as error:
         problem = f"not a whole safetensors file ({plain(str(error))}); truncated or corrupt?"
-        raise InputError(f"{path}: {problem} copy or download it again") from error
+        raise IncompleteError(f"{path}: {problem} copy or download it again") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
     with path.open("rb") as file:
@@ -293,7 +293,9 @@ def _state_dict(path: Path) -> tuple[dict[str, Tensor], bool]:
                 f"{path}: holds code or objects besides tensors and is not opened, because that could run "
                 "the code; where you trust it, save its tensors again as safetensors"
             ) from error
-        raise InputError(f"{path}: not a whole torch file; truncated or corrupt? copy it again") from error
+        raise IncompleteError(
+            f"{path}: not a whole torch file; truncated or corrupt? copy it again"
+        ) from error
     for key in NESTED:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

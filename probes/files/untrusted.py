@@ -21,9 +21,10 @@ def one_line(where: str | Path) -> Iterator[None]:
         raise InputError(plain(f"{where}: is nested too deeply to be read")) from error
     except (ValueError, LookupError) as error:
         # A parser's complaint is about the file; subclasses such as KeyError are faults of this program.
-        if type(error) not in (ValueError, LookupError, InputError, UnknownNameError):
+        if type(error) not in (ValueError, LookupError) and not isinstance(error, InputError):
             raise
         kind = UnknownNameError if isinstance(error, LookupError) else InputError
+        kind = type(error) if isinstance(error, InputError) else kind
         text = str(error)
         if text.startswith("Exceeds the limit"):  # Python's, on writing a whole number out for a message
             text = f"{where}: holds a number of more digits than can be read"

@@ -121,11 +121,13 @@ class InterpolatedModel:
         return base, self.two_sided.read(name, "tuned") if tuned is None else tuned
 
     def displacement(self, layer: Layer) -> tuple[float, float]:
-        """Frobenius norms of tuned − base and of base over the tensors of a layer."""
+        """Frobenius norms of tuned − base, but for what a dtype rounded, and of base over a layer."""
         moved = size = 0.0
         for name in layer.tensors:
             if name in self.two_sided.in_both:
-                base, tuned = (end.double() for end in self.ends(name))
+                tuned = self._ends.get(name)
+                tuned = (self.two_sided.settled(name) if tuned is None else tuned).double()
+                base = self.two_sided.read(name, "base").double()
                 moved += float((tuned - base).square().sum())
                 size += float(base.square().sum())
         return math.sqrt(moved), math.sqrt(size)
@@ -142,6 +144,8 @@ class InterpolatedModel:
             name for name in wanted if self._alphas.get(name, 1.0) == wanted[name]
         }
         self._rewrite({name: value for name, value in wanted.items() if name in moving})
+        in_both = self.two_sided.in_both
+        self.two_sided.vocabulary.cut = all(wanted[name] == 0 for name in in_both) and bool(in_both)
 
     def between(self, name: str, alpha: float) -> Shaped[Tensor, "..."]:
         """A tensor at α; an exact copy at both ends."""
@@ -185,7 +189,10 @@ class InterpolatedModel:
         self._write(name, _between(base, tuned, alpha))
 
     def _write(self, name: str, value: Tensor) -> None:
+        vocabulary = self.two_sided.vocabulary
+        cut = vocabulary.cut  # a perturbed base is one still
         self.two_sided.changed([name])
+        vocabulary.cut = cut
         self.two_sided.editable.write(name, value)
 
 

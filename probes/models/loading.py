@@ -7,10 +7,10 @@ shared, not copied.
 import copy
 import json
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Literal
@@ -18,10 +18,15 @@ from typing import Any, Literal
 import torch
 
 from probes.adapters.adapter import Adapter
+from probes.adapters.rewriting import rewritten
+from probes.adapters.targets import canonical
 from probes.checkpoints.checkpoint import Checkpoint
+from probes.checkpoints.usable import in_a_line, problems
 from probes.errors import InputError
 from probes.files.layout import Header
 from probes.files.locate import MODEL_FILES
+from probes.files.reparametrised import Resolved
+from probes.files.untrusted import confined, plain, read_json
 from probes.models.body import shadow, unwrapped
 from probes.text.batches import out_of_memory
 
@@ -32,10 +37,11 @@ TOKENIZER_FILES = (
     "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json",
 )  # fmt: skip
 
-AUTO: dict[Kind, str] = {
-    "causal": "AutoModelForCausalLM",
-    "classifier": "AutoModelForSequenceClassification",
-    "masked": "AutoModelForMaskedLM",
+# A vision-language model is run on text alone, as its language model.
+AUTO: dict[Kind, tuple[str, ...]] = {
+    "causal": ("AutoModelForCausalLM", "AutoModelForImageTextToText"),
+    "classifier": ("AutoModelForSequenceClassification",),
+    "masked": ("AutoModelForMaskedLM",),
 }
 # Endings of transformers' class names, and PEFT's names for tasks.
 ENDINGS: dict[Kind, tuple[str, ...]] = {
@@ -45,6 +51,10 @@ ENDINGS: dict[Kind, tuple[str, ...]] = {
 }
 TASKS: dict[str, Kind] = {"SEQ_CLS": "classifier", "CAUSAL_LM": "causal"}
 HEADS = "a causal language model, a masked one or a sequence classifier"
+WHOLE = "are the files whole, and of this model? copy them again"
+CONFIG = "restore the config.json that was saved with these weights"
+TOKENIZER = "copy the tokenizer's files again, or save them there (`tokenizer.save_pretrained`)"
+NOTHING: Mapping[str, Any] = {}
 # Padding takes their first positions, which leaves fewer for tokens.
 PADDED_POSITIONS = {
     "camembert", "data2vec-text", "ibert", "longformer", "luke", "mpnet", "roberta", "roberta-prelayernorm",
@@ -96,14 +106,18 @@ class Loading:
     device_map: Any
     trust_remote_code: bool
 
-    def model(self, checkpoint: Checkpoint, kind: Kind) -> Runnable:
-        """A checkpoint as a model."""
+    def model(self, checkpoint: Checkpoint, kind: Kind, *, merged: bool = False) -> Runnable:
+        """A checkpoint as a model.
+
+        Args:
+            merged: an adapter's base in the form of the merged model, with the weights of the base; a copy.
+        """
         untrained: tuple[str, ...] = ()
         # Weights that no file holds are random, and the same each time.
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(0)
-            if checkpoint.base is not None and memory_of(checkpoint) is None:
-                model, untrained = self._adapted(checkpoint, kind)
+            if checkpoint.base is not None and (merged or memory_of(checkpoint) is None):
+                model, untrained = self._adapted(checkpoint, kind, merged=merged)
             else:
                 model = self._model(checkpoint, kind)
         config = unwrapped(model).config
@@ -145,8 +159,7 @@ class Loading:
         if (memory := memory_of(checkpoint)) is not None:
             return unwrapped(memory).config
         brought = brought_by(checkpoint) if brought is None else brought
-        inside = (checkpoint.base or checkpoint).headers
-        heads = [header.shape[0] for name, header in brought.items() if name not in inside]
+        heads = [brought[name].shape[0] for name in _new(checkpoint, brought)]
         if not stored.get("model_type"):
             raise InputError(
                 f"{checkpoint.ref}: no config.json says what model this is; put it beside the weights"
@@ -154,17 +167,20 @@ class Loading:
         more = {"num_labels": min(heads)} if heads else {}
         if stored["model_type"] in transformers.CONFIG_MAPPING:
             what = f"{checkpoint.ref}: its config.json is none of a {stored['model_type']} model"
-            with _silence(), _blaming(what):
+            with _silence(), _blaming(what, CONFIG, config=stored):
                 return transformers.CONFIG_MAPPING[stored["model_type"]].from_dict(stored, **more)
         if not self.trust_remote_code or "auto_map" not in stored:
-            reason = "transformers does not know it; is it too old?"
+            reason = (
+                f"transformers {transformers.__version__} does not know it; is model_type in config.json "
+            )
+            reason += "spelt right? a newer transformers may know it"
             if "auto_map" in stored:
                 reason = "brings code of its own, which is run only if asked for; trust it with "
                 reason += "--trust-remote-code"
             raise InputError(f"{checkpoint.ref}: {stored['model_type']}: {reason}")
-        return transformers.AutoConfig.from_pretrained(
-            **_repository(checkpoint.base or checkpoint), trust_remote_code=True, **more
-        )
+        where = _repository(checkpoint.base or checkpoint)
+        with _blaming(f"{checkpoint.ref}: the code that its config.json names does not run"):
+            return transformers.AutoConfig.from_pretrained(**where, trust_remote_code=True, **more)
 
     def _read(self, checkpoint: Checkpoint, kind: Kind, brought: Mapping[str, Header]) -> Any:
         import transformers
@@ -172,14 +188,20 @@ class Loading:
         ref = checkpoint.ref
         config = self.config(checkpoint, brought=brought)
         if config.is_encoder_decoder:
-            raise InputError(f"{ref}: has an encoder and a decoder; only {HEADS} is run")
-        auto = getattr(transformers, AUTO[kind])
+            raise InputError(
+                f"{ref}: has an encoder and a decoder; only {HEADS} is run (weights alone are compared and "
+                "edited all the same)"
+            )
+        autos = [getattr(transformers, name) for name in AUTO[kind]]
+        auto = next((auto for auto in autos if type(config) in auto._model_mapping), autos[0])
+        stored = checkpoint.config
         own_code = type(config) not in auto._model_mapping
         if own_code and not self.trust_remote_code:
             raise InputError(f"{ref}: transformers has no {kind} model for {config.model_type}")
         options = {"config": config, "device_map": self.device_map, "output_loading_info": True}
         dtype = self.dtype or "auto"
-        with _silence(), _blaming(f"{ref}: does not load as a model"):
+        problem = partial(_unusable, checkpoint)
+        with _silence(), _blaming(f"{ref}: does not load as a model", CONFIG, config=stored, problem=problem):
             if own_code:
                 options |= _repository(checkpoint) | {"trust_remote_code": True}
                 model, info = auto.from_pretrained(dtype=dtype, **options)
@@ -191,21 +213,37 @@ class Loading:
                 classes = auto._model_mapping[type(config)]
                 model_class = classes[0] if isinstance(classes, tuple) else classes
                 model, info = model_class.from_pretrained(None, state_dict=tensors, dtype=dtype, **options)
+        if model.main_input_name != "input_ids":
+            raise InputError(f"{ref}: is {checkpoint.architecture}, which runs on no text without an image")
         missing = sorted(set(info["missing_keys"]) - set(brought))
         if missing:
             more = f" and {len(missing) - 1} more" if missing[1:] else ""
             raise InputError(
                 f"{ref}: has no {missing[0]}{more}, which a {kind} model needs; its config.json says "
-                f"{checkpoint.architecture}"
+                f"{checkpoint.architecture}: are the two of one model, and is no shard missing?"
             )
         return model if self.device_map is not None else model.to(self.device or "cpu")
 
-    def _adapted(self, checkpoint: Checkpoint, kind: Kind) -> tuple[Any, tuple[str, ...]]:
-        """An adapter on its base, and the weights of the base's head that are random."""
+    def _adapted(
+        self, checkpoint: Checkpoint, kind: Kind, *, merged: bool = False
+    ) -> tuple[Any, tuple[str, ...]]:
+        """An adapter on its base, or its base alone, and the weights of the base's head that are random."""
         base = checkpoint.base
         assert base is not None
         brought = brought_by(checkpoint)
-        model = self._model(base, kind, brought)
+        memory = memory_of(checkpoint)
+        if memory is not None and not hasattr(memory, "unload"):
+            raise InputError(
+                f"{checkpoint.ref}: transformers holds the adapter, which is not merged; give its directory, "
+                "or a PeftModel"
+            )
+        model = self._model(base, kind, brought) if memory is None else self._model(checkpoint, kind)
+        if memory is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = model.unload()
+        if merged and any(memory_of(side) is not None for side in (base, checkpoint)):
+            model = copy.deepcopy(model)
         rows = [
             checkpoint.headers[matrix.tensor].shape[0]
             for matrix in base.matrices.values()
@@ -213,8 +251,32 @@ class Loading:
         ]
         if rows and rows[0] != model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(rows[0], mean_resizing=False)
-        untrained = tuple(sorted(name for name in brought if name not in base.headers))
-        return inject(model, checkpoint), untrained
+        untrained = tuple(sorted(_new(checkpoint, brought)))
+        if not merged:
+            return inject(model, checkpoint), untrained
+        if isinstance(checkpoint.source, Adapter) and checkpoint.source.targets.untied:
+            untie(model)
+        return model, untrained
+
+
+def _new(checkpoint: Checkpoint, brought: Mapping[str, Header]) -> list[str]:
+    """The tensors brought by an adapter that its base has under no name."""
+    if checkpoint.base is None or not isinstance(checkpoint.source, Adapter):
+        return [name for name in brought if name not in (checkpoint.base or checkpoint).headers]
+    return [name for name in brought if checkpoint.source.original(name) not in checkpoint.base.headers]
+
+
+def untie(model: Any) -> None:
+    """Give every tied weight of a model a tensor of its own, with the same values."""
+    for name in model.all_tied_weights_keys:
+        path, _, leaf = name.rpartition(".")
+        tensor = model.get_parameter(name)
+        setattr(
+            model.get_submodule(path), leaf, torch.nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
+        )
+    model.all_tied_weights_keys = {}
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
 
 
 def kind_of(checkpoint: Checkpoint) -> Kind:
@@ -267,7 +329,8 @@ def tokenizer_of(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> 
             reason = f"no tokenizer lies beside its weights ({', '.join(TOKENIZER_FILES)}); save it there, "
             reason += "or in Python give it as tokenizer="
         raise InputError(f"{checkpoint.ref}: {reason}")
-    with _blaming(f"{directory}: its tokenizer cannot be read"):
+    problem = partial(_refuse_own_code, directory, trust_remote_code)
+    with _blaming(f"{directory}: its tokenizer cannot be read", TOKENIZER, problem=problem):
         return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
 
 
@@ -288,6 +351,19 @@ def _tokenizer_directory(checkpoint: Checkpoint) -> Path | None:
     )
 
 
+def _refuse_own_code(directory: Path, trusted: bool) -> str:
+    """Raise InputError if a tokenizer was not read because its code is not trusted; else nothing is known."""
+    settings = {}
+    with suppress(InputError):  # what cannot be read is the problem itself
+        settings = read_json(confined(directory / "tokenizer_config.json", directory))
+    if "auto_map" in settings and not trusted:
+        raise InputError(
+            f"{directory}: its tokenizer brings code of its own, which is run only if asked for; trust it "
+            "with --trust-remote-code"
+        )
+    return ""
+
+
 def memory_of(checkpoint: Checkpoint) -> Any:
     """The model in memory that a checkpoint was opened from, of transformers or PEFT; None for files."""
     module = checkpoint.module
@@ -305,6 +381,8 @@ def memory_of(checkpoint: Checkpoint) -> Any:
 def _standard(checkpoint: Checkpoint) -> bool:
     """Whether transformers finds the same weights in the directory as we do."""
     directory, path = checkpoint.directory, Path(checkpoint.ref)
+    if isinstance(checkpoint.source, Resolved):  # transformers would take the weights for missing
+        return False
     if directory is None or (path.is_file() and path.name not in MODEL_FILES):
         return False
     return any((directory / name).is_file() for name in MODEL_FILES)
@@ -329,16 +407,58 @@ def inject(model: Any, checkpoint: Checkpoint, *, name: str = "tuned") -> Any:
     """Put an adapter from its files into its base, which changes in place."""
     import peft
 
-    directory, device = str(checkpoint.directory), str(next(model.parameters()).device)
+    adapter, device = checkpoint.source, str(next(model.parameters()).device)
+    assert isinstance(adapter, Adapter)
+    assert checkpoint.directory is not None
+    # PEFT ignores fields that it does not know; here they were all read or found to be harmless.
+    known = peft.LoraConfig.__dataclass_fields__
+    fields = {field: value for field, value in adapter.config.items() if field in known}
+    transposed = any(getattr(module, "is_transposed", False) for module in model.modules())
     what = f"{checkpoint.ref}: the adapter does not load"
-    with _blaming(what), _silence(), warnings.catch_warnings():
-        # Deprecations between these two libraries do not concern our users.
-        warnings.simplefilter("ignore", FutureWarning)
+    with ExitStack() as stack:
+        stack.enter_context(_blaming(what))
+        stack.enter_context(_silence())
+        stack.enter_context(warnings.catch_warnings())
+        # What PEFT remarks on was read and found to be right, or is refused.
+        warnings.simplefilter("ignore")
         warnings.filterwarnings("error", message="Found missing adapter keys")
+        config = peft.LoraConfig(**fields | {"inference_mode": True})
+        files = rewritten(adapter, checkpoint.directory, peft.__version__, transposed)
+        directory = str(stack.enter_context(files))
         if isinstance(model, peft.PeftModel):
+            model.add_adapter(name, config)
             model.load_adapter(directory, name, torch_device=device)
-            return model
-        return peft.PeftModel.from_pretrained(model, directory, adapter_name=name, torch_device=device)
+        else:
+            model = peft.PeftModel.from_pretrained(
+                model, directory, adapter_name=name, config=config, torch_device=device
+            )
+    _refuse_ignored(model, checkpoint, name)
+    return model
+
+
+def _refuse_ignored(model: Any, checkpoint: Checkpoint, name: str) -> None:
+    """Raise InputError if PEFT took no notice of factors in the file: the config does not target them.
+
+    Those of experts are counted otherwise in the file than in memory.
+    """
+    assert isinstance(checkpoint.source, Adapter)
+
+    def factors(keys: Iterable[str]) -> set[str]:
+        return {canonical(key) for key in keys if ".lora_" in key and ".experts." not in key}
+
+    stored = factors(checkpoint.source.weights.headers)
+    loaded = factors(key for key in model.state_dict() if f".{name}." in key or key.endswith(f".{name}"))
+    if len(stored) > len(loaded):
+        module = min(stored - loaded).removeprefix("base_model.model.").partition(".lora_")[0]
+        raise InputError(
+            f"{checkpoint.ref}: holds factors of {module}, which its adapter_config.json does not target, so "
+            "that PEFT does not load them; add the module to target_modules, or remove its tensors"
+        )
+
+
+def _unusable(checkpoint: Checkpoint) -> str:
+    """What is wrong with the weights under their config.json, as far as that can be told."""
+    return in_a_line([problem for problem in problems(checkpoint) if problem.tensor is not None])
 
 
 def _number(value: dict[str, Any]) -> Any:
@@ -347,14 +467,38 @@ def _number(value: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def _blaming(what: str) -> Iterator[None]:
-    """Raise InputError for whatever a malformed file makes a library hit; running out of memory is none."""
+def _blaming(
+    what: str, remedy: str = WHOLE, *, config: Mapping[str, Any] = NOTHING, problem: Callable[[], str] = str
+) -> Iterator[None]:
+    """Raise InputError for whatever a malformed file makes a library hit; running out of memory is none.
+
+    Args:
+        what: what cannot be done.
+        remedy: what mends it.
+        config: in which the fields are looked for whose values the library does not know.
+        problem: says in our own words what is wrong, "" if it does not know; or raises an InputError.
+    """
     try:
         yield
     except Exception as error:
         if out_of_memory(error):
             raise
-        raise InputError(f"{what} ({type(error).__name__}: {shorten(str(error), 400)})") from error
+        reason = problem() or _reason(error, config)
+        raise InputError(plain(f"{what} ({reason}); {remedy}")) from error
+
+
+def _reason(error: BaseException, config: Mapping[str, Any]) -> str:
+    """What a library says of a malformed file, and of which field."""
+    while error.__cause__ is not None:  # a validator's own words, without those of its callers
+        error = error.__cause__
+    text = shorten(str(error.args[0] if isinstance(error, KeyError) and error.args else error), 300)
+    if not isinstance(error, KeyError):
+        return text or type(error).__name__
+    parts = {"": config, **{f"{name}.": part for name, part in config.items() if isinstance(part, Mapping)}}
+    fields = [f"{path}{name}" for path, part in parts.items() for name in part if part[name] == text]
+    if fields:
+        return f"{fields[0]} is {text!r}, which is not known"
+    return text if " " in text else f"it lacks {text!r}"
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from probes.models.config_changes import differing, function_changes
 from probes.models.editable import Editable
 from probes.models.loading import kind_of
 from probes.models.runnable import common_context
+from probes.models.vocabulary import BaseVocabulary
 
 # Integers as wide as a float.
 CODES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -46,6 +47,7 @@ class TwoSidedModel:
     Attributes:
         editable: the model with its tokenizer, kind, context and labels.
         side: the checkpoint that it is at rest.
+        vocabulary: cuts the logits of base, also when pruned, to base's vocabulary.
         changes: the fields of the configurations that give other functions.
 
     Raises:
@@ -94,6 +96,7 @@ class TwoSidedModel:
         self.side: Side = side
         self._changed: set[str] = set()
         self._retrained = False
+        self.vocabulary = BaseVocabulary(self.pair, self.editable.model)
 
     def __enter__(self) -> "TwoSidedModel":
         return self
@@ -142,6 +145,10 @@ class TwoSidedModel:
         base = self._blender.base_of(name, stored)
         return stored if base is None else base
 
+    def settled(self, name: str) -> Shaped[Tensor, "..."]:
+        """A tensor of tuned with base's value in each entry that only a dtype rounded."""
+        return self._blender.settled(name, self.read(name))
+
     def become(self, side: Side) -> None:
         """Set every tensor to a side's."""
         if side != self.side and self.changes:
@@ -155,6 +162,7 @@ class TwoSidedModel:
         """Note that tensors, by default all, were changed by other means, such as training."""
         self._retrained = self._retrained or (names is None and bool(self.changes))
         self._changed.update(self.headers if names is None else names)
+        self.vocabulary.cut = False
 
     def restore(self, names: Collection[str] | None = None) -> None:
         """Restore changed tensors, by default all, to those of the present side."""
@@ -163,6 +171,8 @@ class TwoSidedModel:
         for name in sorted(self._changed if names is None else self._changed.intersection(names)):
             self.editable.write(name, self.read(name, self.side))
             self._changed.discard(name)
+        if not self._changed:
+            self.vocabulary.cut = self.side == "base"
 
     def prune(self, order: Order, cut: Cut, *, rising: bool = False) -> None:
         """Set the entries that a cut prunes to zero.
@@ -200,7 +210,7 @@ class TwoSidedModel:
 
     def write(self, name: str, index: Int[Tensor, " entries"], values: Shaped[Tensor, " entries"]) -> None:
         """Write values, as in a side's file, into entries of a tensor at flat indices."""
-        self._changed.add(name)
+        self.changed([name])
         for slot in self.editable.slots(name, index):
             slot.tensor.detach().view(-1)[slot.indices] = values[slot.which].to(slot.tensor)
 

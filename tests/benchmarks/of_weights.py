@@ -326,7 +326,49 @@ def sparsified(folder: Path) -> Callable[[], Any]:
     return run
 
 
+# Integrity
+
+
+def integrity_pair(folder: Path, quick: bool) -> None:
+    inputs.moved(folder, width=128 if quick else 1024, layers=2 if quick else 4)
+
+
+def loaded_both(folder: Path) -> Callable[[], Any]:
+    """The obvious way: load both files, and count what differs and what is not finite."""
+
+    def run() -> list[int]:
+        base, tuned = (load_file(folder / side / "model.safetensors") for side in ("base", "tuned"))
+        changed = sum(int((base[name] != tuned[name]).sum()) for name in tuned)
+        broken = sum(int((~side[name].isfinite()).sum()) for side in (base, tuned) for name in side)
+        dead = sum(
+            int((tuned[name] == 0).all(dim=1).sum()) - int((base[name] == 0).all(dim=1).sum())
+            for name in tuned
+            if tuned[name].ndim == 2
+        )
+        return [changed, broken, dead]
+
+    return run
+
+
+def integrity(folder: Path) -> Callable[[], Any]:
+    from diagnostics import checkpoint_integrity
+    from probes import CheckpointPair
+
+    def run() -> Any:
+        result = checkpoint_integrity(CheckpointPair(folder / "base", folder / "tuned"))
+        broken = result.metrics["nonfinite_base"] + result.metrics["nonfinite_tuned"]
+        return [int(result.tables["compared"]["changed"].sum()), broken, result.metrics["dead_rows"]]
+
+    return run
+
+
 CONTESTS = [
+    Contest(
+        analysis="integrity", what="entries that changed, are not finite, or are dead", peer="load both",
+        make=integrity_pair, theirs=loaded_both, ours=integrity,
+        agree=lambda theirs, ours: near(theirs, ours, 0, "counts"),
+        apart="ours also compares files and asks transformers what is required",
+    ),
     Contest(
         analysis="intruders", what="intruders of a full pair", peer="the paper's two full SVDs",
         make=spectral, theirs=two_svds, ours=intruders, agree=same_counts,

@@ -300,3 +300,17 @@ def test_an_answer_that_fails_is_said_on_the_page_and_not_only_in_the_log(angles
     notice = answer["sideUpdate"]["trouble"]["children"]
     assert "RuntimeError: <b>no ink</b>" in json.dumps(notice)
     assert "page" not in answer.get("response", {})
+
+
+def test_what_checks_the_files_is_linked_first(made_up, audit_of, monkeypatch):
+    from dataclasses import replace
+
+    from dashboard import frame
+    from diagnostics.core import registry
+
+    results = [made_up(name, tables(), draw, {"widest": 0.25}) for name in ("angles", "zenith")]
+    audit = audit_of(*results, rules={"angles": {"widest": {"fail": 0.1}}})
+    monkeypatch.setitem(registry.REGISTRY, "zenith", replace(registry.REGISTRY["zenith"], preflight=True))
+    view, page = frame.resolve(view_of({"it": audit}, "?audit=it"))
+    linked = [text for text in texts(frame.nav(view, page)) if text in ("angles", "zenith")]
+    assert linked == ["zenith", "angles"]  # though angles fails

@@ -23,6 +23,7 @@ from diagnostics.numerics import linalg
 from diagnostics.store.factor_cache import NO_RECALL, FactorCache
 from probes import CheckpointPair
 from probes.adapters.parts import LowRank
+from probes.checkpoints.rounding import settled
 from probes.files.layout import Matrix
 
 log = logging.getLogger(__name__)
@@ -90,8 +91,9 @@ def fetch(pair: CheckpointPair, names: list[str], device: str) -> list[FetchedMa
         stored = None
         # Of an adapter the frozen matrices are known without reading.
         if not (pair.tuned.kind == "adapter" and pair.identical(name)):
-            stored = pair.read(name)
-        if stored is None or (stored[0].dtype == stored[1].dtype and torch.equal(*stored)):
+            base, tuned = pair.read(name)
+            stored = base, settled(base, tuned, dtypes=pair.dtypes(name))
+        if stored is None or torch.equal(stored[0].to(stored[1].dtype), stored[1]):
             fetched.append(FetchedMatrix(pair.matrices[name], None))
             continue
         if device.startswith("cuda"):

@@ -61,8 +61,9 @@ def pair_notes(pair: CheckpointPair, evaluator: GraftEvaluator) -> list[str]:
     """Notes on what a mask may select."""
     movement = evaluator.movement
     notes = [
-        f"Shares are of N = {movement.total:,} entries in {len(movement.entries)} eligible tensors that "
-        f"tuning changed; {len(movement.frozen)} eligible tensors are equal in base and tuned."
+        f"Tuning changed {movement.total_moved:,} entries. Shares are of N = {movement.total:,} entries of "
+        f"the {len(movement.entries)} eligible tensors with any of them; {len(movement.frozen)} eligible "
+        "tensors are equal in base and tuned."
     ]
     if pair.tuned.kind == "adapter":
         notes.append(

@@ -172,7 +172,7 @@ def weight_path(
         return []
     try:
         common = weight_distances.shared(series.checkpoints)
-        squares = weight_distances.squared_distances(series.checkpoints, common.names, progress)
+        squares = weight_distances.squared_distances(common, progress)
     except InputError as error:  # scores do not need it
         notes.append(f"The path through the weights is not measured: {error}.")
         return []

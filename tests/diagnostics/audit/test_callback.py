@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from diagnostics.analyses.sparsification import analysis as sparsification
 from diagnostics.audit.callback import AuditCallback
-from diagnostics.core.analysis import Result
+from diagnostics.core.analysis import NotApplicableError, Result
 from diagnostics.core.registry import REGISTRY
 from diagnostics.store.audit_store import load
 from probes.checkpoints.series import read_measurement
@@ -157,6 +157,63 @@ def test_what_goes_wrong_at_the_start_stops_the_training_and_later_only_warns(
     monkeypatch.setattr(callback, "record", dies)
     training.train()
     assert callback.steps == [0, 2, 6]
+
+
+def rows(path):
+    """Rows of a and b."""
+    texts = [" ".join("ab"[(row >> bit) % 2] for bit in range(6)) for row in range(12)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def test_as_the_readme_has_it_a_dense_model_passes_and_what_needs_experts_is_left_out(tmp_path, caplog):
+    files = {"task": [rows(tmp_path / "held-out.jsonl")], "train": [rows(tmp_path / "train.jsonl")]}
+    trainer(tmp_path, AuditCallback(tmp_path / "audit", **files, every=2)).train()
+    made = load(tmp_path / "audit")
+    assert made.verdict != "fail"
+    assert not made.failed
+    assert "trajectory" in made.results
+    pathways = made.analyses["pathways"]
+    assert pathways.status == "skipped"
+    assert "is a dense model, and pathways need experts" in pathways.reason
+    assert pathways.question
+    assert not [line for line in caplog.messages if "failed" in line]
+
+
+def test_what_does_not_apply_is_still_left_out_when_the_training_resumes(norm, register, tmp_path):
+    def dense(series):
+        raise NotApplicableError("no experts here")
+
+    register("dense", dense)
+    out = tmp_path / "audit"
+    AuditCallback(out).record(0, tiny())
+    resumed = AuditCallback(out)
+    state = type("State", (), {"is_world_process_zero": True, "global_step": 5})()
+    resumed.on_train_begin(None, state, None, model=tiny())
+    assert load(out).analyses["dense"].reason == "no experts here"
+    with pytest.raises(InputError, match="dense: no experts here"):
+        AuditCallback(tmp_path / "asked", only="dense").record(0, tiny())
+
+
+def test_a_measurement_that_fails_is_logged_when_it_does_and_later_steps_go_on_without_it(
+    norm, register, tmp_path, caplog
+):
+    def shaky(series):
+        def measure(checkpoint):
+            if series.steps[-1] == 2:
+                raise InputError("holds a NaN")
+            return {"x": 1.0}
+
+        return Result(metrics={"steps": len(series.measured("shaky", {}, measure))}, tables={})
+
+    register("shaky", shaky)
+    callback = AuditCallback(tmp_path / "audit", every=2)
+    trainer(tmp_path, callback).train()
+    assert caplog.messages.count("tunescope: step 2: shaky failed (holds a NaN)") == 1
+    made = load(tmp_path / "audit")
+    assert made.results["shaky"].metrics["steps"] == 3  # 0, 4 and 6
+    assert "shaky failed at step 2, which it leaves out" in made.notes
+    assert made.results["norm"].tables["steps"]["step"].tolist() == [0, 2, 4, 6]
 
 
 def test_what_cannot_be_recorded_is_said_before_anything_trains(norm, registry, tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from diagnostics.audit.demo import BUNDLED
 from diagnostics.audit.run import audit
@@ -327,8 +328,87 @@ def test_other_weights_are_never_served_from_old_results(norms, checkpoints, out
     audited = audit(*checkpoints, out=out)
     assert len(norms) == 2
     assert audited.results["norms"].metrics["norm"] == pytest.approx(12.0)  # 1.5 * 8
-    audit(checkpoints[1], checkpoints[0], out=out)  # the other way round
+    audit(checkpoints[1], checkpoints[0], out=out, replace=True)  # the other way round
     assert len(norms) == 3
+
+
+OTHERS = {
+    "another tuned": lambda base, tuned, out: audit(base, base, out=out),
+    "the other way round": lambda base, tuned, out: audit(tuned, base, out=out),
+    "a model": lambda base, tuned, out: save_model(out, weights(1)),
+    "an adapter": lambda base, tuned, out: written(out / "adapter_config.json"),
+    "a report": lambda base, tuned, out: written(out / "report.html"),
+    "an audit of another program": lambda base, tuned, out: written(out / "audit.json"),
+    "a series": lambda base, tuned, out: written(out / "series.json"),
+}
+
+
+def written(file):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text('{"by": "another"}')
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_directory_keeps_what_it_holds_unless_it_is_to_be_replaced(other, norms, checkpoints, out):
+    OTHERS[other](*checkpoints, out)
+    count = len(norms)
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    for fresh in (False, True):
+        with pytest.raises(
+            InputError, match=f"--out {out}: holds .*; name another directory, or give --repl"
+        ):
+            audit(*checkpoints, out=out, fresh=fresh)
+    assert len(norms) == count
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+    assert audit(*checkpoints, out=out, replace=True).results["norms"].metrics["matrices"] == 4
+    assert load(out).tuned["ref"] == checkpoints[1]
+    assert len(norms) == count + 1
+    audit(*checkpoints, out=out, replace=True)  # of the same pair, it is used again
+    assert len(norms) == count + 1
+
+
+def test_the_same_pair_is_started_over_with_fresh_alone_and_by_any_name(norms, checkpoints, out, monkeypatch):
+    audit(*checkpoints, out=out)
+    rewrite_tuned(checkpoints)
+    audit(*checkpoints, out=out, fresh=True)
+    assert len(norms) == 2
+    base, tuned = map(Path, checkpoints)
+    monkeypatch.chdir(base.parent)
+    audit(base.name, f"./{tuned.name}", out=out)
+    assert len(norms) == 2
+    (out / "audit.json").write_text("{")  # damaged: of which pair it was cannot be told
+    with pytest.raises(InputError, match="start over with --fresh"):
+        audit(*checkpoints, out=out)
+    audit(*checkpoints, out=out, fresh=True)
+    assert len(norms) == 3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_tensor_that_no_analysis_reads_must_be_finite_too(norms, checkpoints, out, value, side):
+    file = Path(checkpoints[side], "model.safetensors")
+    save_file({**load_file(file), "lm_head.weight": torch.tensor([[1.0, value]])}, file)
+    for count in (1, 1):  # the second time from the first
+        made = audit(*checkpoints, out=out)
+        assert (made.verdict, made.exit_code, len(norms)) == ("fail", 2, count)
+        assert made.results["norms"].metrics["matrices"] == 4
+        reason = made.analyses["integrity"].reason
+        assert (
+            f"{('base', 'tuned')[side]} {checkpoints[side]}: lm_head.weight is NaN or infinite: the "
+            in reason
+        )
+    assert load(out).exit_code == 2
+
+
+def test_files_of_others_are_never_removed(norms, checkpoints, out):
+    files = [out / name for name in ("notes.txt", "tables/mine.parquet", "masks/mine.safetensors")]
+    for file in files:
+        written(file)
+    audit(*checkpoints, out=out)
+    audit(*checkpoints, out=out, fresh=True)
+    audit(checkpoints[1], checkpoints[0], out=out, replace=True)
+    assert all(file.is_file() for file in files)
+    assert len(list((out / "tables").iterdir())) == 2
 
 
 def test_another_version_is_never_served_from_old_results(norms, checkpoints, out, monkeypatch):
@@ -483,7 +563,7 @@ def test_two_checkpoints_are_base_and_tuned_whatever_steps_their_names_tell(norm
         lambda series: seen.append([checkpoint.ref for checkpoint in series.checkpoints]) or nothing(),
     )
     for other in (early, again):
-        assert audit(late, other, out=out).exit_code == 0
+        assert audit(late, other, out=out, replace=True).exit_code == 0
     assert seen == [[late, early], [late, again]]
 
 

@@ -4,10 +4,13 @@ import pytest
 import torch
 
 from diagnostics.analyses.sparsification import analysis as sparsification
+from diagnostics.audit.run import audit
 from diagnostics.audit.series import series
 from diagnostics.core.policy import parse
 from diagnostics.core.registry import REGISTRY
 from diagnostics.store.audit_store import load
+from probes.errors import InputError
+from tests.conftest import save_model, weights
 
 SPARSIFICATION = REGISTRY["sparsification"]
 NAME = "model.layers.0.self_attn.q_proj.weight"
@@ -108,6 +111,36 @@ def test_a_series_goes_on_where_it_stopped(norms, tmp_path):
     assert len(norms) == 1
     series(checkpoints, out=tmp_path)
     assert len(norms) == 3
+
+
+def test_a_directory_with_another_series_is_refused_before_anything_runs(norms, tmp_path):
+    first, second, third = steps(1.0, 2.0, 4.0)
+    series([first, second], out=tmp_path / "out")
+    for other in ([first, third, second], [second, first]):
+        with pytest.raises(
+            InputError, match=r"001-against-first: holds an audit of another pair, .*--replace"
+        ):
+            series(other, out=tmp_path / "out")
+    assert len(norms) == 1
+    assert len(series([first, third, second], out=tmp_path / "out", replace=True).rows) == 2
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"--out .*model: holds a model \(config.json\)"):
+        series([first, second], out=tmp_path / "model")
+    audit(first, second, out=tmp_path / "single")
+    with pytest.raises(InputError, match=r"--out .*single: holds a single audit"):
+        series([first, second], out=tmp_path / "single")
+
+
+def test_a_checkpoint_that_is_being_written_is_named_and_the_others_run(norms, tmp_path):
+    names = ("base", "run/checkpoint-1", "run/checkpoint-2")
+    refs = [save_model(tmp_path / name, weights(0)) for name in names]
+    (refs[2] / "model.safetensors").unlink()
+    made = series([refs[0], tmp_path / "run"], out=tmp_path / "out")
+    assert [row.label for row in made.rows] == ["1"]
+    record = json.loads((tmp_path / "out/series.json").read_text())
+    assert list(record["left_out"]) == [str(refs[2])]
+    assert "no weights" in record["left_out"][str(refs[2])]
 
 
 def test_the_worst_audit_decides_the_exit_code(norms, tmp_path):

@@ -315,7 +315,7 @@ def test_a_missing_checkpoint_is_one_line(norms, checkpoints, tmp_path):
 
 def test_a_missing_argument_and_an_unknown_command_are_one_line(norms):
     assert "Missing argument 'TUNED'. (see " in error_line(run("audit", "base"))
-    assert "No such command 'adit'; known: audit, series, mitigate," in error_line(run("adit"))
+    assert "No such command 'adit'; known: audit, check, series, mitigate," in error_line(run("adit"))
 
 
 def test_a_full_disk_is_one_line_and_what_was_finished_is_kept(

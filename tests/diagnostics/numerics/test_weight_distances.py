@@ -8,8 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
+from diagnostics import intruder_dimensions
+from diagnostics.analyses.dynamics.tables import movement
 from diagnostics.numerics.weight_distances import inefficiency, pairs, path_rows, shared, squared_distances
+from probes import CheckpointPair
 from probes.checkpoints.checkpoint import Checkpoint
 from probes.checkpoints.opening import open_checkpoint
 from tests.conftest import save_model, weights
@@ -77,7 +81,7 @@ def test_distances_are_those_of_all_weights_at_once(tmp_path):
         np.concatenate([checkpoint.tensor(name).double().numpy().ravel() for name in names])
         for checkpoint in run
     ]
-    squares, meant = squared_distances(run, names), numpy_squares(points)
+    squares, meant = squared_distances(shared(run)), numpy_squares(points)
     assert squares.keys() == meant.keys()
     for places, value in meant.items():
         assert squares[places] == pytest.approx(value, rel=1e-12)
@@ -99,7 +103,7 @@ def test_two_tensors_are_in_memory_at_most(tmp_path, monkeypatch):
         return tensor
 
     monkeypatch.setattr(Checkpoint, "tensor", counted)
-    squared_distances(run, shared(run).names)
+    squared_distances(shared(run))
     assert max(most) == 2
 
 
@@ -113,8 +117,8 @@ def test_a_tied_tensor_counts_once(tmp_path):
     ]
     # Also where it is in memory under both names.
     held = [open_checkpoint(make("llama", seed, tie_word_embeddings=True)) for seed in (0, 1)]
-    assert sum(squared_distances(held, shared(held).names).values()) == pytest.approx(
-        sum(squared_distances(run, shared(run).names).values())
+    assert sum(squared_distances(shared(held)).values()) == pytest.approx(
+        sum(squared_distances(shared(run)).values())
     )
 
 
@@ -150,4 +154,73 @@ def test_weights_that_are_not_finite_are_named(tmp_path):
         for i, tensors in enumerate((state, broken, state))
     ]
     with pytest.raises(ValueError, match=rf"1: {name} holds 64 NaN or infinite values"):
-        squared_distances(run, shared(run).names)
+        squared_distances(shared(run))
+
+
+# ------------------------------------------------------------------- the same weights, saved in another way
+
+
+def resized(model, directory):
+    model.resize_token_embeddings(model.config.vocab_size + 2, mean_resizing=False)
+    model.save_pretrained(directory)
+
+
+def sharded(model, directory):
+    model.save_pretrained(directory, max_shard_size="4KB")
+    assert len(list(directory.glob("*.safetensors"))) > 1
+
+
+def with_old_names(model, directory):
+    model.save_pretrained(directory)
+    state = load_file(directory / "model.safetensors")
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    for new, name in old.items():
+        state = {key.replace(new, name): value for key, value in state.items()}
+    save_file(state, directory / "model.safetensors", {"format": "pt"})
+
+
+def with_its_head_stored_too(model, directory):
+    model.save_pretrained(directory)
+    state = load_file(directory / "model.safetensors")
+    alias, original = next(pair for pair in model.all_tied_weights_keys.items() if pair[0].endswith("weight"))
+    state[alias] = state[original].clone()
+    save_file(state, directory / "model.safetensors", {"format": "pt"})
+
+
+OTHERWISE = {
+    "two unused tokens": resized, "shards": sharded, "names of old": with_old_names,
+    "a tied head stored twice": with_its_head_stored_too,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("save", OTHERWISE.values(), ids=OTHERWISE)
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
+def test_the_same_weights_are_as_far_from_the_first_however_they_are_saved(family, save, tmp_path):
+    make(family, 0, tie_word_embeddings=True).save_pretrained(tmp_path / "first")
+    make(family, 1, tie_word_embeddings=True).save_pretrained(tmp_path / "last")
+    save(make(family, 1, tie_word_embeddings=True), tmp_path / "otherwise")
+    first, last, otherwise = (open_checkpoint(tmp_path / name) for name in ("first", "last", "otherwise"))
+    usual, other = movement(shared([first, last]), 1), movement(shared([first, otherwise]), 1)
+    assert usual["name"].tolist() == other["name"].tolist()
+    assert usual["moved"] == pytest.approx(other["moved"], rel=1e-12)
+    assert usual["size"] == pytest.approx(other["size"], rel=1e-12)
+    # And the other way round, but for the order of the names.
+    usual, other = movement(shared([last, first]), 1), movement(shared([otherwise, first]), 1)
+    assert usual["moved"].sum() == pytest.approx(other["moved"].sum(), rel=1e-12)
+    assert usual["size"].sum() == pytest.approx(other["size"].sum(), rel=1e-12)
+    results = [
+        intruder_dimensions(CheckpointPair(tmp_path / "first", tmp_path / name), k=2)
+        for name in ("last", "otherwise")
+    ]
+    assert results[0].metrics == results[1].metrics
+    norms = [result.tables["matrices"].set_index("matrix")["update_norm"] for result in results]
+    assert norms[0].to_dict() == pytest.approx(norms[1].to_dict(), rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_copy_in_another_dtype_has_not_moved(dtype, tmp_path):
+    make("llama", 0).save_pretrained(tmp_path / "first")
+    make("llama", 0).to(dtype).save_pretrained(tmp_path / "copy")
+    run = [open_checkpoint(tmp_path / name) for name in ("first", "copy")]
+    for order in (run, run[::-1]):
+        assert not movement(shared(order), 1)["moved"].any()

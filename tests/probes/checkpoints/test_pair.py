@@ -303,7 +303,9 @@ def test_a_tied_head_that_one_side_stores_is_the_embedding_again(llama, tmp_path
 def test_a_head_that_differs_from_the_embedding_is_not_tied(llama, directory, tmp_path):
     llama(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
     pair = CheckpointPair(tmp_path / "tied", directory)
-    assert shapes(pair) == {"lm_head.weight": ("extra in tuned", None, (50, 32))}
+    reason = f"tied to {EMBED} in base alone; not compared"
+    assert shapes(pair) == {"lm_head.weight": (reason, (50, 32), (50, 32))}
+    assert pair.tensors["lm_head.weight"] == EMBED
 
 
 @pytest.mark.parametrize("role", ["base", "tuned"])
@@ -597,3 +599,20 @@ def test_stacked_experts_align_with_separate_ones_and_fused_projections_with_the
     assert len(pair.matrices) == 11
     assert pair.unmatched == []
     assert all(pair.identical(name) for name in pair.matrices)
+
+
+def test_a_pair_of_the_same_tensors_is_compared_completely(checkpoints):
+    assert CheckpointPair(*checkpoints).compared == 1.0
+
+
+def test_what_base_lacks_is_not_compared():
+    base = {f"model.layers.{layer}.mlp.up_proj.weight": torch.randn(8, 8) for layer in range(3)}
+    tuned = base | {"model.layers.0.mlp.down_proj.weight": torch.randn(8, 8)}
+    assert CheckpointPair(base, tuned).compared == 0.75
+
+
+def test_of_a_longer_vocabulary_the_common_rows_are_compared():
+    def model(rows):
+        return {EMBED: torch.ones(rows, 4), Q: torch.ones(4, 4)}
+
+    assert CheckpointPair(model(12), model(16)).compared == 1 - 16 / 80

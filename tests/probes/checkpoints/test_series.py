@@ -138,6 +138,93 @@ def test_checkpoints_whose_steps_are_known_are_put_in_order(tmp_path):
     assert [checkpoint.ref for checkpoint in series.checkpoints] == [refs[0], refs[2], refs[1]]
 
 
+@pytest.mark.parametrize("trained", [None, 7000])
+def test_the_base_comes_first_whatever_step_it_tells(tmp_path, trained):
+    base = saved(tmp_path / "earlier" / "checkpoint-500", step=trained)
+    others = [saved(tmp_path / "run" / f"checkpoint-{step}") for step in (25, 50)]
+    for refs in ([base, *others], [base, *reversed(others)], [base, tmp_path / "run"]):
+        series = CheckpointSeries(refs)
+        assert [each.ref for each in series.checkpoints] == [base, *others]
+        assert (series.labels, series.stepped) == (("0", "25", "50"), True)
+
+
+def test_a_base_of_an_earlier_run_is_at_0_and_one_of_the_same_run_at_its_step(tmp_path):
+    base, *others = (saved(tmp_path / "run" / f"checkpoint-{step}") for step in (10, 25, 50))
+    assert CheckpointSeries([base, *others]).labels == ("10", "25", "50")
+    elsewhere = saved(tmp_path / "earlier" / "checkpoint-10")
+    assert CheckpointSeries([elsewhere, *others]).labels == ("0", "25", "50")
+
+
+def test_in_one_directory_the_first_is_the_base_unless_a_shell_put_it_there(tmp_path):
+    refs = {step: saved(tmp_path / f"checkpoint-{step}") for step in (25, 50, 500, 1000)}
+    written = [refs[500], refs[25], refs[50]]
+    assert [each.ref for each in CheckpointSeries(written).checkpoints] == written
+    globbed = sorted(refs.values())
+    assert globbed[0] == refs[1000]  # before 25
+    assert CheckpointSeries(globbed).labels == ("25", "50", "500", "1000")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A base and three checkpoints."""
+    base = saved(tmp_path / "base")
+    return base, [saved(tmp_path / "run" / f"checkpoint-{step}", step=step) for step in (100, 200, 1000)]
+
+
+def unwritten(path):
+    (path / "model.safetensors").unlink()
+
+
+def without_index(path):
+    (path / "model.safetensors").rename(path / "model-00001-of-00002.safetensors")
+
+
+def half_of_the_shards(path):
+    without_index(path)
+    files = {NAME: "model-00001-of-00002.safetensors", "x": "model-00002-of-00002.safetensors"}
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+
+
+def cut_off(path):
+    content = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(content[:-4])
+
+
+def emptied(path):
+    for file in path.iterdir():
+        file.unlink()
+
+
+@pytest.mark.parametrize("begun", [unwritten, without_index, half_of_the_shards, cut_off, emptied])
+def test_a_checkpoint_that_is_being_written_is_left_out_and_named(run, begun, caplog):
+    base, checkpoints = run
+    last = Path(checkpoints[-1])
+    begun(last)
+    series = CheckpointSeries([base, last.parent])
+    assert series.labels == ("0", "100", "200")
+    assert list(series.left_out) == [str(last)]
+    assert f"{last} is left out of the series: " in caplog.text
+    if begun is not emptied:  # a shell gives an empty directory, a pattern of ours does not
+        assert list(CheckpointSeries([base, last.parent / "checkpoint-*"]).left_out) == [str(last)]
+    assert CheckpointSeries([base, *checkpoints], steps=[0, 1, 2, 3]).labels == ("0", "1", "2")
+
+
+def test_a_base_that_is_being_written_and_a_lone_checkpoint_are_refused(run):
+    base, checkpoints = run
+    unwritten(Path(checkpoints[0]))
+    with pytest.raises(ValueError, match="no weights"):
+        CheckpointSeries([base, checkpoints[0]])
+    unwritten(Path(base))
+    with pytest.raises(ValueError, match="no weights"):
+        CheckpointSeries([base, *checkpoints])
+
+
+def test_a_checkpoint_that_is_wrong_is_not_left_out(run, tmp_path):
+    base, checkpoints = run
+    with pytest.raises(ValueError, match="no such file"):
+        CheckpointSeries([base, *checkpoints, tmp_path / "run" / "checkpoint-1O00"])
+
+
 def test_where_one_checkpoint_tells_no_step_all_are_counted(tmp_path):
     refs = [saved(tmp_path / name) for name in ("base", "best", "checkpoint-9")]
     series = CheckpointSeries(refs)
@@ -307,9 +394,10 @@ def test_steps_that_differ_in_their_last_digit_have_measurements_of_their_own(tm
 
 def test_steps_beyond_what_a_float_tells_apart_are_read_from_names_and_put_in_order(tmp_path):
     steps = (2**53 + 1, 2**53)
-    series = CheckpointSeries([saved(tmp_path / f"checkpoint-{step}") for step in steps])
-    assert series.steps == tuple(sorted(steps))
-    assert series.labels == tuple(map(str, sorted(steps)))
+    refs = [saved(tmp_path / f"checkpoint-{step}") for step in steps]
+    series = CheckpointSeries([saved(tmp_path / "base"), *refs])
+    assert series.steps == (0, *sorted(steps))
+    assert series.labels == ("0", *map(str, sorted(steps)))
 
 
 # --- a run that is going on ---

@@ -183,12 +183,28 @@ def test_a_checkpoint_of_a_model_in_memory_is_pickled_without_it():
     [
         ({"architectures": ["LlamaModel"]}, "is LlamaModel; only a causal language model, a masked one or a"),
         ({"architectures": None}, "is without a config.json that names its architecture; only a causal"),
-        ({"model_type": "llamma"}, "llamma: transformers does not know it; is it too old"),
+        ({"model_type": "llamma"}, r"llamma: transformers [\d.]+ does not know it; is model_type in config"),
         (
             {"model_type": "new", "auto_map": {"AutoConfig": "code.py"}},
             "brings code of its own, .* --trust-remote",
         ),
-        ({"hidden_size": 24}, "does not load as a model"),
+        (
+            {"hidden_size": 24},
+            r"does not load as a model \(2 tensors are \d+x16, and \d+x24 by its config.json, such as lm_"
+            r"head.weight; .*\); restore the config.json that was saved with these weights",
+        ),
+        (
+            {"hidden_act": "no such"},
+            r"does not load as a model \(hidden_act is 'no such', which is not known\); restore the config",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "no such", "rope_theta": 1.0}},
+            r"does not load as a model \(rope_parameters.rope_type is 'no such', which is not known\);",
+        ),
+        (
+            {"num_attention_heads": 5},
+            r"its config.json is none of a llama model \(The hidden size .*heads.*\); restore the config",
+        ),
         ({"num_hidden_layers": 3}, r"has no model.layers.2.\S+ and 8 more, which a causal model needs"),
     ],
 )
@@ -258,7 +274,15 @@ def test_the_tokenizer_lies_beside_the_weights_or_the_base(base, adapter):
     assert pair.tokenizer("b a")["input_ids"] == pair.base_tokenizer("b a")["input_ids"] == [1, 0]
     with open(f"{base}/tokenizer.json", "w") as file:
         file.write("{")
-    with pytest.raises(ValueError, match="base: its tokenizer cannot be read"):
+    with pytest.raises(
+        ValueError, match=r"base: its tokenizer cannot be read \(.*\); copy the tokenizer's files"
+    ):
+        _ = open_model(ref).tokenizer
+    with open(f"{base}/tokenizer_config.json", "w") as file:
+        json.dump({"auto_map": {"AutoTokenizer": ["code.Tokenizer", None]}}, file)
+    with pytest.raises(
+        ValueError, match=r"base: its tokenizer brings code of its own, .*--trust-remote-code"
+    ):
         _ = open_model(ref).tokenizer
 
 
