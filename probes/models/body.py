@@ -144,7 +144,8 @@ def run(model: nn.Module, batch: Batch, *, differentiable: bool = False) -> Pass
     with torch.set_grad_enabled(differentiable):
         if part is not inner:
             with replaced_forward(part, record):
-                inner(**arguments)
+                # A classifier finds the last token by a padding id.
+                inner(**arguments) if headed else full_pass(model, batch)
         if not outputs:
             logits = inner(**arguments).logits.flatten(0, 1)
             return Pass(None, lambda positions: logits[positions.to(logits.device)], None)
