@@ -11,6 +11,7 @@ from dashboard.pages import PAGES, Page
 from dashboard.state.query import Query, link
 from dashboard.state.view import View
 from diagnostics.core.policy import judged
+from diagnostics.core.registry import preflight_first
 from diagnostics.plotting import theme
 
 # Mantine wants ten shades of its primary colour. The colour of the base is the sixth, and readable on white.
@@ -97,7 +98,7 @@ def chooser(view: View) -> Any:
         return None
     look: dict[str, Any] = {"clearable": False, "allowDeselect": False, "className": "audit-choice"}
     below = {"width": "max-content", "position": "bottom-start"}
-    return choose.one(
+    return choose.select(
         view.query, "audit", "", options, comboboxProps=below, **look, **{"aria-label": "Audit"}
     )
 
@@ -105,23 +106,23 @@ def chooser(view: View) -> Any:
 def resolve(view: View) -> tuple[View, Page]:
     """The page that an address names, and the view with the keys that the address leaves out."""
     query = view.query
-    if not query.one("page"):
+    if not query.value("page"):
         entry = view.entry
-        if entry is not None and not query.one("audit"):
+        if entry is not None and not query.value("audit"):
             query = query.with_changes(audit=entry.id)
-        if not query.one("audit"):
+        if not query.value("audit"):
             page = "audits"
         elif entry is not None and entry.kind == "series":
             page = "series"
         else:
-            page = "analysis" if query.one("analysis") else "overview"
+            page = "analysis" if query.value("analysis") else "overview"
         query = query.with_changes(page=page)
-    return View(view.site, query), PAGES.get(query.one("page"), PAGES["audits"])
+    return View(view.site, query), PAGES.get(query.value("page"), PAGES["audits"])
 
 
 def body(view: View, page: Page) -> Any:
     """The content of a page, or why there is none."""
-    if page.name != view.query.one("page"):
+    if page.name != view.query.value("page"):
         return not_found("There is no such page.")
     if page.of == "library":
         return page.layout(view)
@@ -168,8 +169,9 @@ def nav(view: View, page: Page) -> Any:
         verdicts = {
             name: "pass" if judged(result, audit.policy) else "none" for name, result in audit.results.items()
         } | {finding.analysis: finding.severity for finding in reversed(audit.findings)}
-        opened = view.query.one("analysis") if page.name == "analysis" else None
+        opened = view.query.value("analysis") if page.name == "analysis" else None
         order = sorted(audit.results, key=lambda name: {"fail": 0, "warn": 1}.get(verdicts[name], 2))
+        order = preflight_first(order)
         analyses = [
             to(name, link(page="analysis", audit=entry.id, analysis=name), name == opened, verdicts[name])
             for name in order
@@ -194,7 +196,7 @@ def to(title: str, href: str, active: bool = False, verdict: str = "") -> html.A
 
 def title(view: View, page: Page) -> str:
     """The title of the browser's tab."""
-    name = view.query.one("analysis") if page.name == "analysis" else page.title
+    name = view.query.value("analysis") if page.name == "analysis" else page.title
     return " · ".join(filter(None, (name, view.audit_id, "tunescope")))
 
 

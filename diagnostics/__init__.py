@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diagnostics.analyses.drift import representation_drift as representation_drift
     from diagnostics.analyses.dynamics import training_dynamics as training_dynamics
+    from diagnostics.analyses.integrity import checkpoint_integrity as checkpoint_integrity
     from diagnostics.analyses.intruders import intruder_dimensions as intruder_dimensions
     from diagnostics.analyses.mitigation import judged_mitigation as judged_mitigation
     from diagnostics.analyses.ood import likelihood_ratio_ood as likelihood_ratio_ood

@@ -200,7 +200,7 @@ class World:
         base = train(model, chains, budget.pretraining, [{"params": model.parameters(), "lr": 3e-3}], seed)
         tuned = copy.deepcopy(base)
         train(tuned, task, budget.tuning, [{"params": tuned.parameters(), "lr": 5e-4}], seed + 1)
-        rows = [each.texts(budget.rows, generator) for each in (task, chains, ood)]
+        rows = [distribution.texts(budget.rows, generator) for distribution in (task, chains, ood)]
         return cls(base, tuned, task, *rows)
 
     def measure(self, tuned: LlamaForCausalLM, out: Path, **settings: Any) -> Result:
@@ -210,7 +210,7 @@ class World:
 
 
 @dataclass(frozen=True)
-class Found:
+class Measurements:
     """All measurements.
 
     Attributes:
@@ -224,7 +224,7 @@ class Found:
     models: DataFrame
 
 
-def measure(budget: Budget, seed: int, out: Path) -> Found:
+def measure(budget: Budget, seed: int, out: Path) -> Measurements:
     """Train, plant and measure."""
     world = World.trained(budget, seed)
     main = {
@@ -240,7 +240,7 @@ def measure(budget: Budget, seed: int, out: Path) -> Found:
     models_ = [
         natural(world, budget, number, out, {**light, "sharpen": "all"}) for number in range(budget.natural)
     ]
-    return Found(main, DataFrame(ranked), DataFrame(models_))
+    return Measurements(main, DataFrame(ranked), DataFrame(models_))
 
 
 def at_half(result: Result, metric: str) -> float:
@@ -259,14 +259,14 @@ def sharpness_at_half(result: Result) -> dict[str, float]:
 
 def of_plant(result: Result, block: int) -> dict[str, float]:
     """What a plant of heads gave."""
-    layers, sharp = result.tables["layers"].set_index("name"), sharpness_at_half(result)
+    layers, sharpness = result.tables["layers"].set_index("name"), sharpness_at_half(result)
     return {
         "named": layers["barrier"].idxmax() == f"block {block}",
         "barrier": layers["barrier"].max(),
         "loss": at_half(result, "loss"),
         "accuracy": at_half(result, "accuracy"),
-        "whole": sharp["all blocks"],
-        "own": sharp.get(f"block {block}", np.nan),
+        "whole": sharpness["all blocks"],
+        "own": sharpness.get(f"block {block}", np.nan),
     }
 
 
@@ -308,7 +308,7 @@ class Claim:
     numbers: str
 
 
-def claims(measured: Found) -> list[Claim]:
+def claims(measured: Measurements) -> list[Claim]:
     """The claims about planted stragglers."""
     plain, first = measured.main["plain"], measured.main["signs of block 0"]
     claims = [
@@ -366,7 +366,7 @@ def realigned_at_half(result: Result) -> float:
     return float(table.loc[rows, "loss"].iloc[0]) if rows.any() else float("nan")
 
 
-def show(measured: Found, console: Console) -> None:
+def show(measured: Measurements, console: Console) -> None:
     """Print the table of plants, the claims, and what sharpness predicts (no claim)."""
     shown = Table(title="OOD loss along the path, and barriers of single layers (nats)")
     for column in ("tuned", "base", "best", "at", "half-way", "tuned", "planted block", "largest other"):

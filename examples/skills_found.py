@@ -22,43 +22,44 @@ class Planted:
     """Skills whose entries are known, and what is found of them.
 
     Attributes:
-        one: the entries of skill 0.
-        found: its region, at half to one and a half times their number.
-        two: the entries of skills 0 and 1 in one model; a third of them are of both.
-        both: their regions.
+        region: the entries of skill 0.
+        result: its localization, at half to one and a half times their number.
+        regions: the entries of skills 0 and 1 in one model; a third of them are of both.
+        joint_result: their localization.
     """
 
-    one: Region
-    found: Result
-    two: tuple[Region, Region]
-    both: Result
+    region: Region
+    result: Result
+    regions: tuple[Region, Region]
+    joint_result: Result
 
     @property
     def size(self) -> int:
         """Number of entries planted for the one skill."""
-        return sum(len(index) for index in self.one.values())
+        return sum(len(index) for index in self.region.values())
 
-    def of_one(self) -> tuple[float, float]:
+    def precision_recall(self) -> tuple[float, float]:
         """Precision and recall of the region of the one skill; NaN if there is none."""
-        if not self.found.masks:
+        if not self.result.masks:
             return math.nan, math.nan
-        region = self.found.masks["0"].index
-        return overlap(self.one, region), overlap(region, self.one)
+        region = self.result.masks["0"].index
+        return overlap(self.region, region), overlap(region, self.region)
 
-    def of_two(self) -> tuple[float, float]:
+    def precisions(self) -> tuple[float, float]:
         """Share of each of the two regions that was planted for its skill; NaN without a region."""
-        masks = self.both.masks
+        masks = self.joint_result.masks
         first, second = (
-            overlap(self.two[index], masks[name].index) if name in masks else math.nan
+            overlap(self.regions[index], masks[name].index) if name in masks else math.nan
             for index, name in enumerate(("0", "1"))
         )
         return first, second
 
     def overlaps(self) -> tuple[float, float]:
         """Overlap of the two planted regions, and of the two found (mean of both directions)."""
-        first, second = self.two
+        first, second = self.regions
         planted = mean((overlap(first, second), overlap(second, first)))
-        regions = [self.both.masks[name].index for name in ("0", "1") if name in self.both.masks]
+        masks = self.joint_result.masks
+        regions = [masks[name].index for name in ("0", "1") if name in masks]
         if len(regions) < 2:
             return planted, math.nan
         return planted, mean((overlap(*regions), overlap(*reversed(regions))))
@@ -69,7 +70,7 @@ class Outcome:
     """The results of the pairs of one seed.
 
     Attributes:
-        known: accuracy of the base where it answers rightly, by skill.
+        base_accuracy: accuracy of the base where it answers rightly, by skill.
         learnt: accuracy on what was tuned on, by way of tuning.
         biases: accuracy of base with all of tuned's biases, by way of tuning.
         random: accuracy of base with so many entries of the SGD-tuned model, drawn at random from all.
@@ -78,7 +79,7 @@ class Outcome:
     """
 
     seed: int
-    known: tuple[float, ...]
+    base_accuracy: tuple[float, ...]
     learnt: Mapping[str, float]
     biases: Mapping[str, float]
     random: Mapping[int, float]

@@ -293,9 +293,9 @@ def hoped(outcome: Outcome) -> list[Claim]:
 def planted_claims(outcome: Outcome) -> list[Claim]:
     """The claims about the planted skills."""
     planted = outcome.planted
-    metrics, size = planted.found.metrics, planted.size
+    metrics, size = planted.result.metrics, planted.size
     recovery, region = metrics.get("recovery", math.nan), metrics.get("region", math.nan)
-    rel, (precision, recall) = metrics.get("rel", math.nan), planted.of_one()
+    rel, (precision, recall) = metrics.get("rel", math.nan), planted.precision_recall()
     return [
         Claim(
             outcome.seed,

@@ -182,23 +182,24 @@ def planted(outcomes: list[Outcome]) -> Table:
 
     row(
         "base -> tuned",
-        lambda o: "{base_metric:.3f} -> {tuned_metric:.3f}".format(**o.planted.found.metrics),
+        lambda o: "{base_metric:.3f} -> {tuned_metric:.3f}".format(**o.planted.result.metrics),
     )
     row(
         "smallest region that keeps 0.95 of the gain, entries of those planted",
-        lambda o: f"{o.planted.found.metrics.get('region', float('nan')):g} of {o.planted.size}",
+        lambda o: f"{o.planted.result.metrics.get('region', float('nan')):g} of {o.planted.size}",
     )
     row(
         "its accuracy as a share of tuned's",
-        lambda o: f"{o.planted.found.metrics.get('recovery', float('nan')):.2f}",
+        lambda o: f"{o.planted.result.metrics.get('recovery', float('nan')):.2f}",
     )
     row(
-        "share of the gain that it keeps", lambda o: f"{o.planted.found.metrics.get('rel', float('nan')):.2f}"
+        "share of the gain that it keeps",
+        lambda o: f"{o.planted.result.metrics.get('rel', float('nan')):.2f}",
     )
-    row("precision, recall", lambda o: "{:.2f}, {:.2f}".format(*o.planted.of_one()))
+    row("precision, recall", lambda o: "{:.2f}, {:.2f}".format(*o.planted.precision_recall()))
     row(
         "two skills at their planted size: precision, which is recall",
-        lambda o: "{:.2f}, {:.2f}".format(*o.planted.of_two()),
+        lambda o: "{:.2f}, {:.2f}".format(*o.planted.precisions()),
     )
     row("two skills: overlap planted, found", lambda o: "{:.2f}, {:.2f}".format(*o.planted.overlaps()))
     return table
@@ -259,7 +260,7 @@ def shifted_gain(outcome: Outcome) -> float:
 def show(outcomes: list[Outcome], console: Console) -> None:
     """Print everything but the claims."""
     accuracies = " / ".join(
-        ", ".join(f"{accuracy:.2f}" for accuracy in outcome.known) for outcome in outcomes
+        ", ".join(f"{accuracy:.2f}" for accuracy in outcome.base_accuracy) for outcome in outcomes
     )
     console.print(f"Base answers rightly where it was taught to (Q0, Q1, Q2): {accuracies}.")
     for how in HOW:

@@ -33,6 +33,14 @@ class UnknownNameError(InputError, LookupError):
     """
 
 
+class NotApplicableError(InputError):
+    """An analysis does not apply to this kind of model or data; the text says why, and what does.
+
+    An audit of everything skips the analysis. Asked for by name, it is an error of the input. `probes` raises
+    it where base and tuned have no model between them.
+    """
+
+
 def library_error(error: BaseException) -> str:
     """The type and the first line of a library's error, for messages."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -22,6 +22,7 @@ MARK = "<!-- From the registry: python -m tests.analysis_pages write -->"
 FIGURES = {
     "drift": ("lora-r8", "rsa"),
     "dynamics": ("parity", "strip"),
+    "integrity": ("full", "changed"),
     "intruders": ("lora-r8", "where"),
     "mitigation": ("lora-r8", "retention"),
     "ood": ("lora-r8", "densities"),
@@ -132,7 +133,7 @@ def figures() -> None:
 
     from tests.reference import results
 
-    with sync_playwright() as playwright, tempfile.TemporaryDirectory() as place:
+    with sync_playwright() as playwright, tempfile.TemporaryDirectory() as directory:
         browser = playwright.chromium.launch(
             executable_path="/usr/bin/chromium",
             args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
@@ -142,7 +143,7 @@ def figures() -> None:
             if FIGURES[analysis][0] != model:
                 continue
             figure = result.figures()[FIGURES[analysis][1]]
-            html = Path(place) / f"{analysis}.html"
+            html = Path(directory) / f"{analysis}.html"
             figure.update_layout(width=880).write_html(html, config={"displayModeBar": False})
             sheet.goto(html.as_uri())
             sheet.locator(".plot-container").screenshot(path=PAGES / f"{analysis}.png")

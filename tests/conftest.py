@@ -47,12 +47,12 @@ def save_model(directory: Path, state: dict[str, torch.Tensor]) -> Path:
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Any]:
     """A headless Chromium, one for all tests of a process; CHROMIUM names one that is not on the path."""
-    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
+    executable = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
+    if executable is None:
         pytest.skip("NO CHROMIUM FOUND, so nothing was opened in any browser; set CHROMIUM to its path")
     sync_api = pytest.importorskip("playwright.sync_api", reason="PLAYWRIGHT IS NOT INSTALLED")
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=FLAGS)
+        browser = playwright.chromium.launch(executable_path=executable, args=FLAGS)
         yield browser
         browser.close()
 
@@ -81,7 +81,7 @@ def register(registry: dict[str, Any]) -> Callable[..., Callable[..., Any]]:
     """Registers a made-up analysis: `register("name", function, metrics=...)`."""
     from diagnostics.core.analysis import analysis
 
-    def made(name: str, function: Callable[..., Any], **record: Any) -> Callable[..., Any]:
+    def register_analysis(name: str, function: Callable[..., Any], **record: Any) -> Callable[..., Any]:
         about = {
             "question": f"What does {name} find?",
             "reading": "0 is nothing.",
@@ -91,7 +91,7 @@ def register(registry: dict[str, Any]) -> Callable[..., Callable[..., Any]]:
         }
         return analysis(name, **{**about, **record})(function)
 
-    return made
+    return register_analysis
 
 
 @pytest.fixture

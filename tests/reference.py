@@ -29,6 +29,7 @@ SERIES = ("parity", "random")
 
 # analysis -> (exported function, roles that it reads, parameters)
 OF_PAIRS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
+    "integrity": ("checkpoint_integrity", (), {}),
     "intruders": ("intruder_dimensions", (), {"sweep": True}),
     "drift": ("representation_drift", ("task", "keep"), {"rows": 40}),
     "path": ("interpolation_path", ("task", "keep", "ood"), {"alphas": (0.0, 0.5, 1.0)}),
@@ -98,20 +99,18 @@ def write(out: Path, only: Collection[str] = ()) -> None:
     """Run everything, or the analyses named, and keep metrics and tables below `out`."""
     torch.set_num_threads(2)
     for model, analysis, result in results(only):
-        place = out / model / analysis
-        place.mkdir(parents=True, exist_ok=True)
-        (place / "metrics.json").write_text(json.dumps(dict(result.metrics), indent=1), encoding="utf-8")
+        directory = out / model / analysis
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "metrics.json").write_text(json.dumps(dict(result.metrics), indent=1), encoding="utf-8")
         for name, table in result.tables.items():
-            table.to_parquet(place / f"{name}.parquet")
+            table.to_parquet(directory / f"{name}.parquet")
         print(f"{model} {analysis}: {len(result.metrics)} metrics, {len(result.tables)} tables", flush=True)
 
 
 def differences(before: Path, after: Path) -> list[str]:
     """What is not bit for bit the same in two directories that `write` made, a line each."""
     lines = []
-    files = {
-        file.relative_to(place) for place in (before, after) for file in place.rglob("*") if file.is_file()
-    }
+    files = {file.relative_to(root) for root in (before, after) for file in root.rglob("*") if file.is_file()}
     for file in sorted(files):
         if not (after / file.parent).is_dir():
             lines.append(f"{file.parent}: not written")
@@ -120,14 +119,14 @@ def differences(before: Path, after: Path) -> list[str]:
         if not (old.exists() and new.exists()):
             lines.append(f"{file}: only in {before if old.exists() else after}")
         elif file.suffix == ".json":
-            metrics = [json.loads(each.read_text(encoding="utf-8")) for each in (old, new)]
+            metrics = [json.loads(path.read_text(encoding="utf-8")) for path in (old, new)]
             lines += [
                 f"{file}: {name} {metrics[0].get(name)} -> {metrics[1].get(name)}"
                 for name in {**metrics[0], **metrics[1]}
                 if json.dumps(metrics[0].get(name)) != json.dumps(metrics[1].get(name))
             ]
         else:
-            tables = [pd.read_parquet(each) for each in (old, new)]
+            tables = [pd.read_parquet(path) for path in (old, new)]
             try:
                 pd.testing.assert_frame_equal(*tables, check_exact=True, obj=str(file))
             except AssertionError as error:

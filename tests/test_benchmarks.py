@@ -31,19 +31,19 @@ def test_a_constant_score_is_flagged_by_chance(who):
     if who == "tunescope":
         from diagnostics.numerics.detection_metrics import detection
 
-        found = detection(inside, outside)
-        assert (found["auroc"], found["aupr_ood"], found["aupr_id"]) == (0.5, 0.25, 0.75)
-        assert found["fpr95"] == pytest.approx(0.95)
+        result = detection(inside, outside)
+        assert (result["auroc"], result["aupr_ood"], result["aupr_id"]) == (0.5, 0.25, 0.75)
+        assert result["fpr95"] == pytest.approx(0.95)
         return
     if importlib.util.find_spec("pytorch_ood") is None:
         pytest.skip("pytorch-ood is not installed")
     metrics = of_rows.pytorch_ood_metrics()()
     metrics.update(torch.ones(40), torch.tensor([1] * 30 + [-1] * 10))
     with pytest.warns(UserWarning, match="AUTC is undefined"):
-        found = metrics.compute()
+        result = metrics.compute()
     # Trapezoids from (0, 1) give (1 + prevalence) / 2, which is not chance.
-    assert found["AUROC"] == 0.5
-    assert found["AUPR-OUT"] == pytest.approx((1 + 0.25) / 2)
+    assert result["AUROC"] == 0.5
+    assert result["AUPR-OUT"] == pytest.approx((1 + 0.25) / 2)
 
 
 def softmax_regression():
@@ -69,10 +69,10 @@ def test_the_hessian_of_a_softmax_regression_has_its_known_spectrum():
 
         return torch.autograd.functional.hvp(loss, model.weight.detach(), v.view(4, 3))[1].flatten()
 
-    found = spectrum(product, torch.zeros(12), probes=400, generator=torch.Generator().manual_seed(0))
-    assert found.top == pytest.approx(9 / 4, rel=1e-4)
-    assert found.bottom == pytest.approx(0, abs=1e-5)
-    assert abs(found.trace - 10.5) < 4 * found.trace_error
+    estimate = spectrum(product, torch.zeros(12), probes=400, generator=torch.Generator().manual_seed(0))
+    assert estimate.top == pytest.approx(9 / 4, rel=1e-4)
+    assert estimate.bottom == pytest.approx(0, abs=1e-5)
+    assert abs(estimate.trace - 10.5) < 4 * estimate.trace_error
 
 
 def test_hessian_libraries_agree_on_that_spectrum():
@@ -82,7 +82,7 @@ def test_hessian_libraries_agree_on_that_spectrum():
     with torch.no_grad():
         model.weight.zero_()
     operator = eigenthings.HessianOperator(
-        model, [(X, y)], lambda own, batch: nn.functional.cross_entropy(own(batch[0]), batch[1])
+        model, [(X, y)], lambda module, batch: nn.functional.cross_entropy(module(batch[0]), batch[1])
     )
     assert float(eigenthings.lanczos(operator, k=1, max_iter=9, seed=0).eigenvalues[0]) == pytest.approx(
         9 / 4
@@ -90,8 +90,8 @@ def test_hessian_libraries_agree_on_that_spectrum():
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # backward() with create_graph, told once a process
-        found = pyhessian.hessian(model, nn.CrossEntropyLoss(), data=(X, y), cuda=False)
-    assert found.eigenvalues(maxIter=50, tol=0.0)[0][0] == pytest.approx(9 / 4, rel=1e-3)
+        estimator = pyhessian.hessian(model, nn.CrossEntropyLoss(), data=(X, y), cuda=False)
+    assert estimator.eigenvalues(maxIter=50, tol=0.0)[0][0] == pytest.approx(9 / 4, rel=1e-3)
 
 
 class Saddle(nn.Module):
@@ -113,15 +113,15 @@ def test_a_negative_trace_is_estimated_from_all_samples():
     from diagnostics.analyses.sharpness.curvature import spectrum
 
     # vᵀHv of random signs is −4 or 0, half of the times each.
-    found = spectrum(
+    estimate = spectrum(
         lambda v: -v.sum() * torch.ones(2),
         torch.zeros(2),
         probes=400,
         generator=torch.Generator().manual_seed(0),
     )
-    assert (found.bottom, found.top) == (pytest.approx(-2), pytest.approx(0, abs=1e-6))
-    assert found.trace_error == pytest.approx(0.1, rel=0.05)  # 2 / √400
-    assert abs(found.trace + 2) < 4 * found.trace_error
+    assert (estimate.bottom, estimate.top) == (pytest.approx(-2), pytest.approx(0, abs=1e-6))
+    assert estimate.trace_error == pytest.approx(0.1, rel=0.05)  # 2 / √400
+    assert abs(estimate.trace + 2) < 4 * estimate.trace_error
     pyhessian = pytest.importorskip("pyhessian")
     X = torch.zeros(1)
     with warnings.catch_warnings():
@@ -154,13 +154,13 @@ def test_two_equal_directions_are_an_update_of_effective_rank_two():
     delta[0, 0] = delta[1, 1] = 3  # singular values 3 and 3: norm 3 √2, entropy ln 2
     assert effective_rank(torch.linalg.svdvals(delta)) == pytest.approx(2)
     modeldelta = pytest.importorskip("modeldelta.core.weight_diff")
-    found = modeldelta.analyze_delta(base, base + delta)
-    assert found["effective_rank"] == pytest.approx(2)
-    assert found["frob_norm"] == pytest.approx(3 * 2**0.5)
+    result = modeldelta.analyze_delta(base, base + delta)
+    assert result["effective_rank"] == pytest.approx(2)
+    assert result["frob_norm"] == pytest.approx(3 * 2**0.5)
 
 
 def test_the_norm_of_a_large_constant_matrix_is_summed_in_float64():
-    from diagnostics.analyses.intruders.analysis import update_of
+    from diagnostics.analyses.intruders.delta_shape import update_of
     from diagnostics.execution.lockstep import run_in_lockstep
 
     rows, columns = 1024, 2048
@@ -181,9 +181,9 @@ def test_a_tangent_kernel_is_that_of_whole_gradients_in_float64(tmp_path, monkey
     ours = np.ravel(of_gradients.kernel(tmp_path)())
     loaded = inputs.loaded
     monkeypatch.setattr(inputs, "loaded", lambda folder: loaded(folder).double())
-    whole = of_gradients.jacobian(tmp_path)()
-    assert apart(np.ravel(whole.entries).tolist(), ours.tolist()) < 1e-5
-    assert whole.exact == pytest.approx(np.array(whole.entries)[:2, :2])
+    kernel = of_gradients.jacobian(tmp_path)()
+    assert apart(np.ravel(kernel.entries).tolist(), ours.tolist()) < 1e-5
+    assert kernel.exact == pytest.approx(np.array(kernel.entries)[:2, :2])
 
 
 def test_every_analysis_is_held_against_something():
@@ -251,11 +251,11 @@ def test_a_section_that_fails_leaves_the_others_running():
         raise RuntimeError("broken")
 
     done = []
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(io.StringIO()):
         assert run({"one": fails, "two": lambda: done.append(2)}) == ["one"]
     assert done == [2]
-    assert "one FAILED: broken" in said.getvalue()
+    assert "one FAILED: broken" in output.getvalue()
 
 
 def line_of(analysis: str, **changed) -> growth.Cost:
@@ -287,20 +287,20 @@ def test_memory_is_in_largest_matrices_of_weights_and_in_models_of_rows():
 
 def test_durations_have_two_digits_and_a_unit_that_fits():
     spans = (3.14159, 119, 180, 7300, 500_000)
-    assert [cost.spoken(each) for each in spans] == ["3.1 s", "120 s", "3.0 min", "2.0 h", "5.8 days"]
+    assert [cost.spoken(seconds) for seconds in spans] == ["3.1 s", "120 s", "3.0 min", "2.0 h", "5.8 days"]
 
 
 def test_the_page_of_costs_follows_from_what_was_measured():
-    found = growth.load(DOCS / "cost.csv")
-    assert (DOCS / "cost.md").read_text(encoding="utf-8") == cost.page(found)
+    costs = growth.load(DOCS / "cost.csv")
+    assert (DOCS / "cost.md").read_text(encoding="utf-8") == cost.page(costs)
     assert (DOCS / "cost.png").stat().st_size < 200_000
 
 
 def test_measurements_survive_being_written(tmp_path):
-    found = [line_of("intruders"), line_of("ood", memory=math.nan)]
-    growth.save(found, tmp_path / "cost.csv")
+    costs = [line_of("intruders"), line_of("ood", memory=math.nan)]
+    growth.save(costs, tmp_path / "cost.csv")
     again = growth.load(tmp_path / "cost.csv")
-    assert again[0] == found[0]
+    assert again[0] == costs[0]
     assert math.isnan(again[1].memory)
 
 

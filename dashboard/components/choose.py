@@ -27,17 +27,17 @@ def choice(key: str, kind: Kind = "one", default: str = "") -> dict[str, str]:
     return {"role": "choose", "key": key, "kind": kind, "default": default}
 
 
-def one(
+def select(
     query: Query, key: str, label: str, options: list[Any], default: str = "", **props: Any
 ) -> dmc.Select:
     """A choice of one string. Options are strings, or `{"value", "label"}`."""
     empty = not default
     look = {"size": "sm", "allowDeselect": empty, "clearable": empty, "searchable": len(options) > 8, **props}
-    value = query.one(key, default) or None
+    value = query.value(key, default) or None
     return dmc.Select(id=choice(key, "one", default), label=label, data=options, value=value, **look)
 
 
-def many(query: Query, key: str, label: str, options: list[str], **props: Any) -> dmc.MultiSelect:
+def multi_select(query: Query, key: str, label: str, options: list[str], **props: Any) -> dmc.MultiSelect:
     """A choice of any number of strings; none means all."""
     look = {"size": "sm", "clearable": True, "searchable": len(options) > 8, "placeholder": "all", **props}
     value = [name for name in query.many(key) if name in options]
@@ -48,7 +48,7 @@ def number(query: Query, key: str, default: float | None, **props: Any) -> dmc.N
     """A number, or nothing."""
     written = OFF if default is None else repr(default)
     try:
-        value: float | str = float(query.one(key, written))
+        value: float | str = float(query.value(key, written))
     except ValueError:
         value = ""
     look = {"size": "sm", "hideControls": True, "debounce": 200, **props}
@@ -75,7 +75,7 @@ def row_filters(result: Result, query: Query) -> list[Content]:
     for column in ("component", "group"):
         options = filters.values(result.tables, column)
         if len(options) > 1:
-            controls.append(many(query, column, f"{column.capitalize()}s", options))
+            controls.append(multi_select(query, column, f"{column.capitalize()}s", options))
     return controls
 
 

@@ -21,7 +21,7 @@ OPTIONS = 5_000  # matrices in the list, which a search narrows
 
 def layout(view: View) -> Content:
     """Everything about one analysis of one audit."""
-    audit, query, name = view.audit, view.query, view.query.one("analysis")
+    audit, query, name = view.audit, view.query, view.query.value("analysis")
     if name not in audit.results:
         return absent(view, name)
     section = content.build_section(audit, name)
@@ -29,7 +29,7 @@ def layout(view: View) -> Content:
     note = "The figures and tables below follow these filters; the numbers above cover the whole audit."
     if matrices := drill.matrices(section.result)[:OPTIONS]:
         look: dict[str, Any] = {"placeholder": "by name", "searchable": True, "limit": 50}
-        controls.append(choose.one(query, "matrix", "Open one matrix", matrices, **look))
+        controls.append(choose.select(query, "matrix", "Open one matrix", matrices, **look))
         note += " Click a cell of a heat map, or the name of a matrix, to open it."
     eyebrow = [parts.code(name), " ", parts.badge(section.verdict)]
     reading = [html.Strong("How to read it. "), section.reading]
@@ -38,7 +38,7 @@ def layout(view: View) -> Content:
         parts.heading(section.question or name, eyebrow=eyebrow, lead=section.summary),
         html.P(reading, className="reading") if section.reading else None,
         parts.notes(section.notes),
-        parts.section("Numbers", *numbers(section, query.one("metric"))) if section.metrics else None,
+        parts.section("Numbers", *numbers(section, query.value("metric"))) if section.metrics else None,
         parts.filters("Filters of this page", *controls, note=note) if controls else None,
         parts.section("Figures", pictures),
         parts.section("Tables", tables(section, query)) if section.result.tables else None,
@@ -96,7 +96,7 @@ def tables(section: content.Section, query: Query) -> Content:
         rows = grids.grid(frame, section.name, name) if len(frame) else empty
         panels.append(dmc.TabsPanel(rows, value=name, pt="sm"))
     first = next(iter(frames))
-    opened = query.one("table", first)
+    opened = query.value("table", first)
     tabs_id, value = choose.choice("table", default=first), opened if opened in frames else first
     bar = dmc.TabsList(tabs, **{"aria-label": "Tables"})
     return dmc.Tabs([bar, *panels], id=tabs_id, value=value, keepMounted=False, className="tables")

@@ -32,7 +32,7 @@ def pictures(
     figures: list[EmbeddedFigure], errors: list[str], view: View, scheme: str | None
 ) -> list[Content]:
     """The figures of the page, or why there are none."""
-    about = {"analysis": view.query.one("analysis"), "spot": ""}
+    about = {"analysis": view.query.value("analysis"), "spot": ""}
     shown: list[Content] = [drawings.panel(picture, scheme, about) for picture in figures]
     if (errors or not figures) and filters_of(view.query):
         reason = html.P("The filters remove rows that the figures need. Widen them.")
@@ -67,7 +67,7 @@ def drawer(view: View, scheme: str | None) -> tuple[str, Content]:
     if opened is None:
         return "Not found", parts.state("unknown", "No table of this audit contains it.")
     cell = {"layer": opened.layer, "component": opened.component}
-    first, results = view.query.one("analysis"), view.audit.results
+    first, results = view.query.value("analysis"), view.audit.results
     sections = [
         drawer_section(name, result, opened, scheme, drawing=name == first)
         for name in sorted(results, key=lambda name: name != first)
@@ -115,8 +115,8 @@ def callbacks(app: Dash, site: Site) -> None:
     )
     def redraw(search: str, about: Any, before: Any, graphs: Any, sizes: Any, scheme: str | None) -> Any:
         view, name = site.view(search), about["analysis"]
-        now = repr((view.query.one("audit"), filters_of(view.query)))
-        if view.query.one("analysis") != name or now == before:
+        now = repr((view.query.value("audit"), filters_of(view.query)))
+        if view.query.value("analysis") != name or now == before:
             return no_update, no_update
         figures, errors = drawn(view, name)
         if errors or not figures or [picture.name for picture in figures] != [g["name"] for g in graphs]:
@@ -185,7 +185,7 @@ def callbacks(app: Dash, site: Site) -> None:
     )
     def unfold(search: str | None, is_open: bool, scheme: str | None) -> Any:
         view = site.view(search)
-        if not view.query.one("analysis") or view.readable_audit is None:
+        if not view.query.value("analysis") or view.readable_audit is None:
             return (False, no_update, no_update) if is_open else (no_update,) * 3
         return True, *drawer(view, scheme)
 

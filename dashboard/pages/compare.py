@@ -56,7 +56,7 @@ def callbacks(app: Dash, site: Site) -> None:
         def update(search: str, before: str | None, scheme: str | None) -> Content:
             view = site.view(search)
             now = repr([view.query.many(key) for key in keys])
-            if view.query.one("page") != "compare" or now == before:
+            if view.query.value("page") != "compare" or now == before:
                 return no_update, no_update
             return content(view, scheme), now
 
@@ -77,14 +77,14 @@ def layout(view: View) -> Content:
     analyses = analyses_of(entry.audit for entry in entries if entry.audit)
     ids = [entry.id for entry in entries]
     rows = [{"value": key, "label": text} for key, text in ROWS.items()]
-    choice = choose.many(query, "of", "Audits", ids, maxValues=MOST, comboboxProps={"zIndex": 300})
-    shown = choose.one(query, "rows", "Show", rows, default="all")
+    choice = choose.multi_select(query, "of", "Audits", ids, maxValues=MOST, comboboxProps={"zIndex": 300})
+    shown = choose.select(query, "rows", "Show", rows, default="all")
     text = [head, parts.filters("Audits to compare", choice, shown), html.Div(id="side-by-side")]
     if not analyses:
         return text
     figures = [
-        choose.one(query, "figures", "Figures of", analyses, default=commonest(view.library)),
-        choose.one(query, "columns", "Columns", ["1", "2", "3"], default="2"),
+        choose.select(query, "figures", "Figures of", analyses, default=commonest(view.library)),
+        choose.select(query, "columns", "Columns", ["1", "2", "3"], default="2"),
     ]
     pictures = html.Div(id="same-figures", className="pictures")
     return [*text, parts.section("Figures", html.Div(figures, className="controls"), pictures)]
@@ -112,7 +112,7 @@ def comparison(view: View) -> Content:
         parts.section("Verdicts", html.Div(cards, className="cards narrow")),
         parts.notes([*notes, *differences.cautions(audits)]),
         parts.section("Findings", finding_table(audits)),
-        parts.section("Numbers", *number_tables(audits, view.query.one("rows", "all"))),
+        parts.section("Numbers", *number_tables(audits, view.query.value("rows", "all"))),
     ]
 
 
@@ -188,7 +188,7 @@ def pictures(view: View, scheme: str | None) -> Content:
     audits = dict(list(compared(view).items())[:MOST])
     if len(audits) < 2:
         return None
-    name, asked = view.query.one("figures", commonest(view.library)), view.query.one("columns")
+    name, asked = view.query.value("figures", commonest(view.library)), view.query.value("columns")
     missing: list[str] = []
     errors: list[str] = []
     by_figure: dict[str, dict[str, EmbeddedFigure]] = {}

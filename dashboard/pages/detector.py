@@ -37,7 +37,7 @@ def callbacks(app: Dash, site: Site) -> None:
     )
     def update(search: str, scheme: str | None) -> Content:
         view = site.view(search)
-        audit = view.readable_audit if view.query.one("page") == "detector" else None
+        audit = view.readable_audit if view.query.value("page") == "detector" else None
         scored = detector(audit) if audit else None
         if scored is None:
             return (no_update,) * 3
@@ -68,7 +68,7 @@ def pointed(click: dict[str, Any] | None, query: Query) -> str:
 
 def score_name(scored: Detector, query: Query) -> str:
     """The score that an address selects."""
-    name = query.one("score", "ratio")
+    name = query.value("score", "ratio")
     return name if name in scored.scores else "ratio"
 
 
@@ -85,8 +85,8 @@ def layout(view: View) -> Content:
     nothing = "No such text in this list; click a mark in the figure to reach any row"
     look = {"limit": 100, "maxDropdownHeight": 420, "nothingFoundMessage": nothing}
     first = scored.key(scored.first_row)
-    text = choose.one(view.query, "row", "Text", options(scored), first, searchable=True, **look)
-    score = choose.one(view.query, "score", "Score in the figure", scored.scores, default="ratio")
+    text = choose.select(view.query, "row", "Text", options(scored), first, searchable=True, **look)
+    score = choose.select(view.query, "score", "Score in the figure", scored.scores, default="ratio")
     empty = {"layout": {"template": drawings.template("light")}}
     graph = drawings.graph("detector-scores", empty, {"height": 360})
     hint = parts.source("Click a mark to select its row.")

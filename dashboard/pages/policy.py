@@ -28,7 +28,7 @@ def callbacks(app: Dash, site: Site) -> None:
     )
     def update(search: str, rules: list[dict[str, str]]) -> Content:
         view = site.view(search)
-        if view.query.one("page") != "policy" or view.readable_audit is None:
+        if view.query.value("page") != "policy" or view.readable_audit is None:
             return no_update, no_update, [no_update] * len(rules)
         tried = trial(view.audit, view.query, view.audit_id)
         states = [rule_state(tried, rule["analysis"], rule["metric"]) for rule in rules]
@@ -68,7 +68,7 @@ def layout(view: View) -> Content:
         dcc.Download(id="policy-file"),
     ]
     look = {"placeholder": "metrics without a threshold", "searchable": True, "limit": 60}
-    also = choose.many(query, "also", "Add a rule", without_rule, **look)
+    also = choose.multi_select(query, "also", "Add a rule", without_rule, **look)
     bar = parts.filters("Policy", also, html.Div(tools, className="policy-tools"))
     bar.children.insert(0, html.Div(id="trial", role="status", **{"aria-live": "polite"}))
     tried = trial(audit, query, view.audit_id)
@@ -107,7 +107,7 @@ def rule_row(tried: Trial, query: Query, name: str, metric: str) -> list[Content
         conditions.append(f"only with {rule.when}")
     label: Any = {"aria-label": f"Which side of the thresholds of {metric} is bad"}
     bad = "below" if before.below else "above"
-    side = choose.one(query, key("side", name, metric), "", ["above", "below"], bad, w=92, **label)
+    side = choose.select(query, key("side", name, metric), "", ["above", "below"], bad, w=92, **label)
     thresholds = []
     for step in STEPS:
         look = {"placeholder": "none", "w": 96, "aria-label": f"{step} threshold of {metric}"}

@@ -26,7 +26,7 @@ def callbacks(app: Dash, site: Site) -> None:
         view = site.view(search)
         entry = view.library.find(series)
         # The address of a dashboard that has only this series may leave out its name.
-        if entry is None or view.query.one("audit", series) != series:
+        if entry is None or view.query.value("audit", series) != series:
             return no_update
         return series_content(view, entry, scheme)
 
@@ -66,9 +66,9 @@ def layout(view: View) -> Content:
         return [parts.heading(entry.id, eyebrow="series", lead=lead), analyses(run.audit, run.id)]
     names = measures(steps)
     per_analysis = list(dict.fromkeys(name.partition(".")[0] for name in names))
-    controls = [choose.many(view.query, "measure", "Measures", names, placeholder="the main ones")]
+    controls = [choose.multi_select(view.query, "measure", "Measures", names, placeholder="the main ones")]
     if len(per_analysis) > 1:
-        controls.append(choose.one(view.query, "analysis", "Figures of", per_analysis, per_analysis[0]))
+        controls.append(choose.select(view.query, "analysis", "Figures of", per_analysis, per_analysis[0]))
     count = content.plural(len(steps), "checkpoint")
     return [
         parts.heading(entry.id, eyebrow="series", lead=f"{count} after the first"),
@@ -81,7 +81,7 @@ def series_content(view: View, entry: Entry, scheme: str | None) -> Content:
     """The steps as links, the measures, the selected step, and the run."""
     steps = read_steps(entry)
     labels = [step.label for step in steps]
-    asked = view.query.one("step")
+    asked = view.query.value("step")
     at = labels.index(asked) if asked in labels else len(steps) - 1
     thresholds = limits(view.library, steps)
     available = measures(steps)
@@ -131,7 +131,7 @@ def step_details(view: View, step: Step, scheme: str | None) -> list[Content]:
     audit = entry.audit if entry else None
     if audit is None or not audit.results:
         return shown
-    name = view.query.one("analysis")
+    name = view.query.value("analysis")
     name = name if name in audit.results else next(iter(audit.results))
     return [
         *shown,

@@ -146,7 +146,7 @@ class AuditLibrary:
 
     def selected(self, query: Query) -> Entry | None:
         """The entry that an address names; without a name, the only one there is."""
-        entry_id = query.one("audit")
+        entry_id = query.value("audit")
         top = [*self.audits, *self.series]
         return top[0] if not entry_id and len(top) == 1 else self.find(entry_id)
 

@@ -68,7 +68,7 @@ class Detector:
 
     def selected(self, query: Query) -> "pd.Series":
         """The row that an address names, or the first row."""
-        number, _, name = query.one("row").partition(" ")
+        number, _, name = query.value("row").partition(" ")
         if number.isdecimal():
             rows = self.rows[(self.rows["row"] == int(number)) & (self.rows["set"].astype(str) == name)]
             if len(rows):

@@ -56,7 +56,7 @@ def opened(audit: Audit, query: Query) -> OpenedMatrices | None:
     from diagnostics.plotting.layer_axes import layer_name
 
     frames = [frame for result in audit.results.values() for frame in result.tables.values()]
-    if matrix := query.one("matrix"):
+    if matrix := query.value("matrix"):
         named = [frame[frame["matrix"].astype(str) == matrix] for frame in frames if "matrix" in frame]
         named = [rows for rows in named if len(rows)]
         for rows in named:
@@ -64,7 +64,7 @@ def opened(audit: Audit, query: Query) -> OpenedMatrices | None:
                 first = rows.iloc[0]
                 return OpenedMatrices((matrix,), layer_name(first["layer"]), str(first["component"]))
         return OpenedMatrices((matrix,)) if named else None
-    layer, _, component = query.one("cell").partition("/")
+    layer, _, component = query.value("cell").partition("/")
     cell = OpenedMatrices((), layer, component)
     parts = [cell.rows(frame) for frame in frames if set(frame.columns) >= CELL]
     cells = [part for part in parts if part is not None and len(part)]

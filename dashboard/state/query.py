@@ -11,7 +11,7 @@ class Query:
 
     values: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def one(self, key: str, default: str = "") -> str:
+    def value(self, key: str, default: str = "") -> str:
         """The first value of a key."""
         return next(iter(self.values.get(key, ())), default)
 
@@ -21,7 +21,7 @@ class Query:
 
     def span(self, key: str) -> tuple[float, float] | None:
         """The two ends of a range such as `3-17`; None when there is none, or it cannot be read."""
-        low, dash, high = self.one(key).partition("-")
+        low, dash, high = self.value(key).partition("-")
         try:
             return (float(low), float(high)) if dash else (float(low), float(low))
         except ValueError:

@@ -51,7 +51,7 @@ def trial(audit: Audit, query: Query, audit_id: str) -> Trial:
         part, _, rest = name.partition(".")
         analysis, _, metric = rest.partition(".")
         if part in (*STEPS, "side") and analysis in audit.results:
-            wanted.setdefault((analysis, metric), {})[part] = query.one(name)
+            wanted.setdefault((analysis, metric), {})[part] = query.value(name)
     rules = {name: dict(by_metric) for name, by_metric in audit.policy.rules.items()}
     changed: dict[tuple[str, str], Rule] = {}
     errors = {}

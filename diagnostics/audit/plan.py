@@ -9,12 +9,18 @@ from diagnostics.core.analysis import Analysis
 from diagnostics.core.inputs import OPTIONS
 from diagnostics.core.policy import Policy, default_policy
 from diagnostics.core.policy_file import load_policy
-from diagnostics.core.registry import broken_analyses, find, installed, installed_analyses
+from diagnostics.core.registry import (
+    broken_analyses,
+    find,
+    installed,
+    installed_analyses,
+    preflight_first,
+)
 from diagnostics.store.audit_store import Outcome
 from probes.errors import UnknownNameError
 
 if TYPE_CHECKING:
-    from probes import CheckpointPair
+    pass
 
 Progress = Callable[[str, int, int, str], None]
 Settings = Mapping[str, Mapping[str, Any]]
@@ -39,7 +45,8 @@ class Plan:
         for name, reason in self.lacking.items():
             outcomes[name] = Outcome(status="skipped", reason=reason, **registry_facts(name))
         outcomes |= {name: replace(pending, **registry_facts(name)) for name in self.parameters}
-        return dict(sorted(outcomes.items()))
+        first = [name for name in self.parameters if find(name).preflight]
+        return {name: outcomes[name] for name in dict.fromkeys([*first, *sorted(outcomes)])}
 
 
 def make_plan(
@@ -58,8 +65,8 @@ def make_plan(
     """
     for name in settings:
         if name not in installed():
-            known = ", ".join(installed())
-            raise UnknownNameError(f"--set {name}.…: unknown analysis {name!r}; known: {known}")
+            analysis_names = ", ".join(installed())
+            raise UnknownNameError(f"--set {name}.…: unknown analysis {name!r}; known: {analysis_names}")
     chosen, broken = usable_analyses(only, skip)
     not_asked, skipped = f"not asked for: --only {','.join(only)}", "left out by --skip"
     unchosen = [name for name in installed() if name not in chosen]
@@ -101,7 +108,7 @@ def usable_analyses(only: Collection[str], skip: Collection[str]) -> tuple[list[
     for name in only:
         if name in broken:
             raise UnknownNameError(broken[name])
-    return [name for name in names if name not in broken], broken
+    return preflight_first(name for name in names if name not in broken), broken
 
 
 def name_list(names: str | Collection[str]) -> list[str]:
@@ -160,20 +167,3 @@ def unread_role_notes(roles: Collection[str], names: Collection[str]) -> tuple[s
         elif not readers & set(names):
             notes.append(f"none of the analyses asked for reads --{role}; {', '.join(sorted(readers))} would")
     return tuple(notes)
-
-
-def adapter_notes(pair: "CheckpointPair") -> tuple[str, ...]:
-    """How adapters are read, and whether they name another base."""
-    notes = []
-    for side in (pair.base, pair.tuned):
-        facts = side.adapter or {}
-        notes += [f"{side.ref}: {note}" for note in facts.get("notes", ())]
-        trained_on, base = facts.get("base"), side.base
-        # Directories are moved and hub ids downloaded: only the last part of the name stays the same.
-        directory = str(base.directory.resolve()) if base and base.directory else ""
-        if trained_on and directory and base and Path(trained_on).name not in directory:
-            notes.append(
-                f"{side.ref} was trained on {trained_on!r} and is applied to {base.ref}: is that the same "
-                "model?"
-            )
-    return tuple(dict.fromkeys(notes))

@@ -9,14 +9,13 @@ from diagnostics.audit.plan import (
     Plan,
     Progress,
     Settings,
-    adapter_notes,
     make_plan,
     name_list,
     resolve_policy,
     unread_role_notes,
 )
 from diagnostics.audit.step import new_audit, run_analysis, write_report
-from diagnostics.core.analysis import NotApplicableError
+from diagnostics.core.analysis import Analysis, NotApplicableError
 from diagnostics.core.inputs import ROLES, Files, open_roles
 from diagnostics.core.policy import Policy
 from diagnostics.core.registry import find
@@ -44,7 +43,7 @@ def audit(
     cache: "FactorCache | str | Path | None" = None, fresh: bool = False, replace: bool = False,
     progress: Progress | None = None,
     task: Files = (), keep: Files = (), guard: Files = (), ood: Files = (), train: Files = (),
-    limit: int | None = None, chat_template: bool = False, approximate: bool = False,
+    adapter: Any = None, limit: int | None = None, chat_template: bool = False, approximate: bool = False,
     trust_remote_code: bool = False,
     series: "CheckpointSeries | None" = None, left_out: Mapping[str, str] | None = None,
 ) -> Audit:  # fmt: skip
@@ -73,6 +72,7 @@ def audit(
             audit is removed.
         progress: called with (analysis, done, total, current item).
         task, keep, guard, ood, train: files of rows by role, one or several; `NAME=F` names one of `ood`.
+        adapter: the adapter that was merged into tuned, if any: the merge is checked.
         limit: read only the first rows of each file.
         chat_template, approximate, trust_remote_code: for the analyses that take them: wrap each row as a
             user message, allow different tokenizers, run code from the checkpoint's repository.
@@ -90,9 +90,10 @@ def audit(
     flags = {"chat_template": chat_template, "approximate": approximate}
     flags |= {"trust_remote_code": trust_remote_code}
     shared = {"dtype": environment.dtype(dtype), "seed": seed} | {name: True for name in flags if flags[name]}
+    given = {} if adapter is None else {"adapter": adapter}
     rows = open_roles({"task": task, "keep": keep, "guard": guard, "ood": ood, "train": train}, limit=limit)
     plan = make_plan(
-        {"pair", "series", *rows}, only=only, skip=skip, settings=settings or {},
+        {"pair", "series", *rows, *given}, only=only, skip=skip, settings=settings or {},
         shared={name: value for name, value in shared.items() if value is not None}, left_out=left_out or {},
     )  # fmt: skip
     if not plan.parameters:
@@ -100,7 +101,8 @@ def audit(
         raise InputError(f"nothing to run: {reasons or 'every analysis is left out'}")
     store = Store(out)
     from diagnostics.store.factor_cache import FactorCache
-    from probes import CheckpointPair
+    from probes import CheckpointPair, open_checkpoint
+    from probes.checkpoints.lineage import adapter_notes
     from probes.checkpoints.series import CheckpointSeries
 
     pair = CheckpointPair(base, tuned)
@@ -108,6 +110,8 @@ def audit(
     other = other_audit(store.out, pair.base, pair.tuned if series is None else None)
     if not replace:
         refuse_occupied(store.out, stranger(store.out) or other)
+    if given:
+        given = {"adapter": open_checkpoint(adapter, base=pair.base.base or pair.base)}
     if series is None:
         series = CheckpointSeries([pair.base, pair.tuned], steps=("base", "tuned"), complete=True)
     run_notes = []
@@ -118,18 +122,19 @@ def audit(
         return run_plan(
             store,
             plan,
-            supplied={"pair": pair, "series": series, **rows},
+            supplied={"pair": pair, "series": series, **given, **rows},
             policy=rules,
             device=resolved_device,
             cache=FactorCache.at(cache),
             fresh=fresh or other is not None,
             progress=progress,
-            options={"only": only, "skip": skip, "settings": settings or {}, "engine": engine, **shared},
+            options={"only": only, "skip": skip, "settings": settings or {}, "engine": engine, **shared}
+            | {name: checkpoint.ref for name, checkpoint in given.items()},
             notes=(
                 *run_notes,
                 *plan.notes,
                 *unread_role_notes(rows, [*plan.parameters, *plan.lacking]),
-                *adapter_notes(pair),
+                *adapter_notes(pair.base, pair.tuned),
             ),
         )
 
@@ -148,10 +153,11 @@ def run_plan(
     if fresh:
         store.clear()
     stamps = {side: digest(getattr(pair, side).stamp()) for side in ("base", "tuned")}
-    run_stamps = {**stamps, "series": digest(*series.stamps, *map(str, series.labels))}
+    series_stamp = {"series": digest(*series.stamps, *map(str, series.labels))}
+    adapter_stamp = {"adapter": digest(supplied["adapter"].stamp())} if "adapter" in supplied else {}
     rows = {role: [named.describe() for named in supplied[role]] for role in ROLES if role in supplied}
     keys = {
-        name: key(find(name), used, run_stamps if "series" in find(name).inputs else stamps, rows)
+        name: key(find(name), used, stamps_of(find(name), stamps, series_stamp | adapter_stamp), rows)
         for name, used in plan.parameters.items()
     }
     if earlier is not None and any(stamps[side] != getattr(earlier, side).get("stamp") for side in stamps):
@@ -219,3 +225,8 @@ def finite_or_failed(state: Audit, pair: "CheckpointPair", earlier: Audit | None
     reason = f"{'; '.join(reasons)}: the file is damaged or its training diverged; take another checkpoint"
     failed = Outcome(status="failed", fault="input", reason=reason)
     return replace(state, analyses={**state.analyses, INTEGRITY: failed})
+
+
+def stamps_of(record: Analysis, pair: Mapping[str, str], others: Mapping[str, str]) -> dict[str, str]:
+    """The stamps of all checkpoints that an analysis reads: the pair's, and of its other inputs."""
+    return {**pair, **{name: others[name] for name in (*record.inputs, *record.optional) if name in others}}

@@ -42,19 +42,42 @@ def top(
 @main.command("audit")
 @opt.with_run_options
 def run_audit(
-    base: opt.Base, tuned: opt.Tuned, out: opt.Out = Path("audit"), as_json: opt.Json = False,
-    quiet: opt.Quiet = False, verbose: opt.Verbose = False, **options: Any,
+    base: opt.Base, tuned: opt.Tuned, adapter: opt.Adapter = None, out: opt.Out = Path("audit"),
+    as_json: opt.Json = False, quiet: opt.Quiet = False, verbose: opt.Verbose = False, **options: Any,
 ) -> None:  # fmt: skip
     """Compare TUNED with BASE: run the analyses, judge the numbers, write a report."""
+    run_and_print(out, as_json, quiet, verbose, base=base, tuned=tuned, adapter=adapter, **options)
+
+
+@main.command("check")
+def run_check(
+    base: opt.Base, tuned: opt.Tuned, adapter: opt.Adapter = None,
+    policy: opt.PolicyFile = None, fresh: opt.Fresh = False, out: opt.Out = Path("check"),
+    as_json: opt.Json = False, quiet: opt.Quiet = False, verbose: opt.Verbose = False,
+) -> None:  # fmt: skip
+    """Check in seconds, without data, that TUNED is what it seems: tuned, merged, complete, finite."""
+    from diagnostics.core.registry import installed_analyses
+
+    names = [name for name, record in installed_analyses().items() if record.preflight]
+    run_and_print(
+        out, as_json, quiet, verbose, notes=True, base=base, tuned=tuned, adapter=adapter, only=names,
+        policy=policy, fresh=fresh,
+    )  # fmt: skip
+
+
+def run_and_print(
+    out: Path, as_json: bool, quiet: bool, verbose: bool, *, notes: bool = False, **options: Any
+) -> NoReturn:  # fmt: skip
+    """Audit a pair, print the outcome, and end with its exit code."""
     from diagnostics.audit.run import audit
     from diagnostics.cli import terminal
 
     with interruptible(out), terminal.progress_bars(show=not quiet) as progress:
-        finished = audit(base, tuned, out=out, progress=progress, **options)
+        finished = audit(out=out, progress=progress, **options)
     if as_json:
         typer.echo((out / "audit.json").read_text(encoding="utf-8"), nl=False)
     elif not quiet:
-        terminal.print_audit(finished, verbose=verbose)
+        terminal.print_audit(finished, verbose=verbose, notes=notes)
     end(finished.exit_code, finished)
 
 
@@ -242,6 +265,7 @@ def run_detect(
             "--chat-template; leave them out"
         )
     from diagnostics.analyses.ood.detector import LikelihoodRatioDetector
+    from probes.checkpoints.lineage import adapter_notes
     from probes.text.rows import read_task
 
     scored_rows = read_task(rows)  # before a model is loaded, so that a bad file is reported at once
@@ -258,6 +282,8 @@ def run_detect(
             (base, tuned), task, per_token=per_token, windows=windows, chat_template=chat_template,
             **parameters,
         )  # fmt: skip
+    for note in adapter_notes(fitted.pair.base, fitted.pair.tuned):
+        typer.echo(f"note: {note}", err=True)
     if save is not None:
         fitted.save(save)
     for record in fitted.records(scored_rows, tokens=tokens):

@@ -19,6 +19,16 @@ def option(panel: str, text: str, *flags: str, **details: Any) -> Any:
 
 Base = Annotated[str, typer.Argument(metavar="BASE", help="Directory, file or hub id (`org/name@revision`).")]
 Tuned = Annotated[str, typer.Argument(metavar="TUNED", help="The same, or an adapter.")]
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter",
+        metavar="A",
+        help="The adapter that was merged into TUNED: check the merge.",
+        rich_help_panel=RUN,
+    ),
+]
+PolicyFile = Annotated[str | None, option(RUN, "TOML file of thresholds.", "--policy", metavar="F")]
 Out = Annotated[Path, option(OUTPUT, "Output directory; created if missing.", "--out", metavar="DIR")]
 NewOut = Annotated[Path, option(OUTPUT, "Output directory; must be new or empty.", "--out", metavar="DIR")]
 Json = Annotated[bool, option(OUTPUT, "Print JSON only.", "--json")]
@@ -58,7 +68,7 @@ def run_options(
     settings: Annotated[
         Texts, option(RUN, "Set a parameter.", "--set", metavar="ANALYSIS.PARAM=VALUE")
     ] = None,
-    policy: Annotated[str | None, option(RUN, "TOML file of thresholds.", metavar="F")] = None,
+    policy: PolicyFile = None,
     seed: Annotated[int, option(RUN, "Seed of random draws.", metavar="N")] = 0,
     device: Device = "auto",
     dtype: Annotated[str | None, option(MACHINE, "dtype of the models.", metavar="D")] = None,

@@ -99,10 +99,14 @@ def progress_bars(*, show: bool, name: str = "") -> Iterator[Any]:
 # --- one audit ---
 
 
-def print_audit(audit: "Audit", *, verbose: bool = False) -> None:
-    """The verdict, the findings, a line for each analysis, and where the report is."""
+def print_audit(audit: "Audit", *, verbose: bool = False, notes: bool = False) -> None:
+    """The verdict, the findings, a line for each analysis, and where the report is.
+
+    Args:
+        notes: print those of the analyses too, as `verbose` does.
+    """
     print_lines(verdict_line(audit), *finding_lines(audit), "")
-    print_lines(*outcome_lines(audit, verbose=verbose), *note_lines(audit, verbose=verbose))
+    print_lines(*outcome_lines(audit, verbose=verbose), *note_lines(audit, verbose=verbose or notes))
     if audit.path is not None:
         print_lines("", f"report   {audit.path / 'report.html'}", f"results  {audit.path / 'audit.json'}")
 
@@ -238,6 +242,8 @@ def print_series(finished: "AuditSeries", out: Path, *, verbose: bool = False) -
             table.add_row(printable(row.label), styled(row.verdict), *numbers)
         print_lines(table)
     print_lines(*(entry("left out: ", reason) for reason in finished.left_out.values()))
+    said = [note for audit in finished.audits for note in audit.notes if "was trained on" in note]
+    print_lines(*(entry("note: ", note, style="dim") for note in dict.fromkeys(said)))
     run = finished.run
     if run is not None:
         in_table = {name: None for row in finished.rows for name in row.first.results}

@@ -6,14 +6,15 @@ that a fresh one does. `@analysis` records each function once; everything else r
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diagnostics.core import display, registry, row_options
 from diagnostics.core.inputs import check_input_types
-from probes.errors import InputError, UnknownNameError
+from probes.errors import NotApplicableError as NotApplicableError
+from probes.errors import UnknownNameError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,13 +78,6 @@ class Result:
         return judge(self, default_policy() if policy is None else policy)
 
 
-class NotApplicableError(InputError):
-    """An analysis does not apply to this kind of model or data; the text says why, and what does.
-
-    An audit of everything skips the analysis. Asked for by name, it is an error of the input.
-    """
-
-
 def metrics_in_a_line(result: Result) -> str:
     """The first metrics of a result, as `name value` with commas between."""
     return ", ".join(f"{name} {value:.4g}" for name, value in list(result.metrics.items())[:4])
@@ -123,6 +117,7 @@ class Analysis:
     metrics: Mapping[str, str]
     unshared: tuple[str, ...]
     device_test: DeviceTest | None
+    preflight: bool
     inputs: tuple[str, ...]  # what an audit must supply for it to run
     optional: tuple[str, ...]  # what it uses when supplied
     parameters: Mapping[str, inspect.Parameter]
@@ -145,7 +140,7 @@ def analysis(
     name: str, *, question: str, reading: str, paper: str, cost: str,
     draw: "Callable[[Result], dict[str, go.Figure]]", summary: Callable[[Result], str] = metrics_in_a_line,
     metrics: Mapping[str, str] | None = None, unshared: tuple[str, ...] = (),
-    device_test: DeviceTest | None = None,
+    device_test: DeviceTest | None = None, preflight: bool = False,
 ) -> Callable[[Callable[..., Result]], Callable[..., Result]]:  # fmt: skip
     """Register a function as the analysis `name`.
 
@@ -165,6 +160,8 @@ def analysis(
         unshared: parameters that an audit's option of the same name does not set, because they mean
             something else here: `dtype` is the model's there.
         device_test: how results on a GPU are tested; for an analysis with a `device`.
+        preflight: checks the files themselves: it comes first in every audit, report and dashboard, and
+            `tunescope check` runs it alone.
     """
 
     def register(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -196,19 +193,34 @@ def analysis(
                 )
                 ordered = {metric: result.metrics[metric] for metric in metrics if metric in result.metrics}
                 result = replace(result, metrics=ordered)
-            return replace(result, analysis=name, parameters=plain(used))
+            notes = (*result.notes, *other_bases(supplied.values()))
+            return replace(result, analysis=name, parameters=plain(used), notes=notes)
 
         measured.__signature__ = signature  # type: ignore[attr-defined]
         measured.__doc__ = row_options.with_explanations(declared, function.__doc__)
         registry.REGISTRY[name] = Analysis(
             name=name, function=measured, question=question, reading=reading, paper=paper, cost=cost,
             draw=draw, summary=summary, metrics=metrics or {}, unshared=unshared, device_test=device_test,
+            preflight=preflight,
             inputs=tuple(p.name for p in inputs if p.default is p.empty),
             optional=tuple(p.name for p in inputs if p.default is not p.empty), parameters=parameters,
         )  # fmt: skip
         return measured
 
     return register
+
+
+def other_bases(inputs: Iterable[Any]) -> tuple[str, ...]:
+    """A sentence on each adapter among the inputs that is applied to another base than it names."""
+    from probes.checkpoints.checkpoint import Checkpoint
+    from probes.checkpoints.lineage import other_base
+
+    sides: list[Any] = []
+    for supplied in inputs:
+        sides += getattr(supplied, "checkpoints", ())
+        sides += [getattr(supplied, side, None) for side in ("base", "tuned")]
+    sentences = (other_base(side) for side in sides if isinstance(side, Checkpoint))
+    return tuple(dict.fromkeys(filter(None, sentences)))
 
 
 def plain(value: Any) -> Any:

@@ -20,7 +20,7 @@ Files: TypeAlias = str | Path | Iterable[str | Path]  # of rows, as an audit tak
 # input -> the option that supplies it
 OPTIONS = {
     "pair": "BASE TUNED", "task": "--task F", "keep": "--keep F", "guard": "--guard F", "ood": "--ood NAME=F",
-    "train": "--train F", "series": "CKPT CKPT…",
+    "train": "--train F", "series": "CKPT CKPT…", "adapter": "--adapter A",
 }  # fmt: skip
 ROLES = ("task", "keep", "guard", "ood", "train")
 

@@ -43,6 +43,17 @@ def installed_analyses() -> "dict[str, Analysis]":
     return {name: find(name) for name in installed() if name not in broken}
 
 
+def preflight_first(names: Iterable[str]) -> list[str]:
+    """The names in their order, those that check the files themselves first; imports these analyses.
+
+    >>> preflight_first(["drift", "integrity"])
+    ['integrity', 'drift']
+    """
+    names = list(names)
+    broken = broken_analyses(names)
+    return sorted(names, key=lambda name: name in broken or not find(name).preflight)
+
+
 def broken_analyses(names: Iterable[str]) -> dict[str, str]:
     """Which of these analyses cannot be imported, and why."""
     reasons = {}

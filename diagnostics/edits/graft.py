@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from diagnostics.edits.merge_check import check_graft
 from diagnostics.edits.trail import write_trail
 from probes import CheckpointPair
+from probes.checkpoints.lineage import adapter_notes
 from probes.checkpoints.mask_file import Patch, write_graft
 from probes.checkpoints.save import refuse_occupied
 
@@ -40,8 +42,8 @@ class GraftedCheckpoint:
     def summary(self) -> str:
         """One sentence for the terminal."""
         share = f"{self.entries:,} of {self.weights:,} weights ({self.entries / max(1, self.weights):.3g})"
-        host, guest = ("tuned", "base") if self.without else ("base", "tuned")
-        return f"Wrote {host} with {share} from {guest}, in {self.tensors} tensors."
+        recipient, donor = ("tuned", "base") if self.without else ("base", "tuned")
+        return f"Wrote {recipient} with {share} from {donor}, in {self.tensors} tensors."
 
 
 def graft(
@@ -87,9 +89,11 @@ def graft(
         )
     if pair.tuned.kind == "adapter":
         notes.append("The adapter was merged: the mask selects merged weights, and full weights are written.")
+    notes += adapter_notes(pair.base, pair.tuned)
     grafted = GraftedCheckpoint(
         out=out, mask=mask, without=without, entries=patch.count, tensors=len(patch.index),
         weights=written.weights, notes=tuple(notes),
     )  # fmt: skip
-    write_trail(out / TRAIL, pair, grafted.describe() | {"about": dict(patch.about)})
+    merge = check_graft(pair, out, patch, without=without)
+    write_trail(out / TRAIL, pair, grafted.describe() | {"about": dict(patch.about)}, merge=merge)
     return grafted

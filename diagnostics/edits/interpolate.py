@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from diagnostics.edits.merge_check import check_merge
 from diagnostics.edits.trail import write_trail
 from probes import CheckpointPair
 from probes.checkpoints.blend import write_blend
+from probes.checkpoints.lineage import adapter_notes
 from probes.checkpoints.save import refuse_occupied
 from probes.errors import InputError
 
@@ -38,6 +40,15 @@ class InterpolatedCheckpoint:
             f"Wrote the model at alpha {self.alpha:g} (0 is base, 1 is tuned): {self.tensors} tensors differ "
             f"between the two, by a norm of {self.displacement:.4g}."
         )
+
+
+def _resized(ours: int, theirs: int) -> str:
+    if ours < theirs:
+        return (
+            f"the {theirs - ours} that base lacks are tuned's at every alpha; at alpha 0 the logits of "
+            f"base's {ours} tokens are base's."
+        )
+    return f"the {ours - theirs} that tuned lacks are left out; at alpha 0 the other logits are base's."
 
 
 def interpolate(
@@ -72,9 +83,8 @@ def interpolate(
     notes = []
     if blend.alone:
         notes.append(f"{len(blend.alone)} tensors that base lacks come from tuned, such as {blend.alone[0]}.")
-    resized = [f"{rows[0]} to {rows[1]} rows" for rows in pair.resized.values()]
-    if resized:
-        notes.append(f"The vocabulary went from {resized[0]}; rows that base lacks come from tuned.")
+    for ours, theirs in dict.fromkeys(pair.resized.values()):
+        notes.append(f"The vocabulary went from {ours} to {theirs} rows: " + _resized(ours, theirs))
     if pair.base.dtype != pair.tuned.dtype:
         notes.append(
             f"Base is {pair.base.dtype}, tuned {pair.tuned.dtype}: the result is rounded once, to "
@@ -82,9 +92,10 @@ def interpolate(
         )
     if pair.tuned.kind == "adapter":
         notes.append("The adapter was merged: its factors are not linear in alpha; full weights are written.")
+    notes += adapter_notes(pair.base, pair.tuned)
     interpolated = InterpolatedCheckpoint(
         out=out, alpha=float(alpha), tensors=len(blend.squares),
         displacement=math.sqrt(sum(blend.squares.values())), notes=tuple(notes),
     )  # fmt: skip
-    write_trail(out / TRAIL, pair, interpolated.describe())
+    write_trail(out / TRAIL, pair, interpolated.describe(), merge=check_merge(pair, out, alpha))
     return interpolated

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from torch import Tensor
 
 from diagnostics.analyses.intruders.damping import Mode, applied, by_tensor, choose, damp
+from diagnostics.edits.merge_check import check_merge
 from diagnostics.edits.trail import write_trail
 from diagnostics.execution import jobs
 from probes import CheckpointPair
@@ -23,6 +24,7 @@ from probes.adapters.adapter import Adapter
 from probes.checkpoints.adapter_refit import Edit, Refit, refit, scaled, write_adapter
 from probes.checkpoints.blend import between, write_blend
 from probes.checkpoints.checkpoint import Checkpoint
+from probes.checkpoints.lineage import adapter_notes
 from probes.checkpoints.save import refuse_occupied, write_checkpoint
 from probes.errors import InputError
 from probes.files.layout import Part
@@ -183,13 +185,15 @@ def mitigate(
         triples, edits, notes = _scale_triples(
             pair, out, scale, mode, full, device, progress, k=k, epsilon=epsilon, parts=parts, cache=cache
         )
-    if full and pair.tuned.adapter:
-        notes = [*notes, *pair.tuned.adapter["notes"]]
+    notes = [*notes, *adapter_notes(pair.base, pair.tuned)]
     result = MitigatedCheckpoint(
         out=out, kind="full" if full else "adapter", mode=mode, scale=scale, k=k, epsilon=epsilon,
         triples=tuple(triples), edits=tuple(edits), notes=tuple(notes),
     )  # fmt: skip
-    write_trail(out / TRAIL, pair, result.describe())
+    factor = scale if mode == "update" else 1.0
+    edited = () if mode == "update" else {edit.matrix for edit in edits}
+    merge = check_merge(pair, out, factor, edited=edited)
+    write_trail(out / TRAIL, pair, result.describe(), merge=merge)
     return result
 
 
@@ -277,7 +281,8 @@ def _scale_update(
     squares = {}
     for name, header in base.headers.items():
         if adapter.changes(name) and adapter.headers[name].shape == header.shape:
-            squares[name] = between(base.tensor(name), tuned.tensor(name), 1.0)[1]
+            dtypes = header.dtype, adapter.headers[name].dtype
+            squares[name] = between(base.tensor(name), tuned.tensor(name), 1.0, dtypes)[1]
     return [], _updated(tuned, squares, scale), rescaled.notes
 
 

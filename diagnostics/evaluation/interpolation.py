@@ -16,10 +16,8 @@ from diagnostics.evaluation.sets import SetKey
 from diagnostics.evaluation.unit_scores import Units, unit_scores
 from diagnostics.execution import workers
 from diagnostics.numerics.estimates import UNDEFINED, Estimate, combined
-from probes import CheckpointPair
 from probes.errors import InputError
 from probes.models.interpolated import InterpolatedModel
-from probes.models.loading import memory_of
 from probes.models.perturb import Prefix
 from probes.models.two_sided import TwoSidedModel
 from probes.passes.batched import NonFiniteError
@@ -27,7 +25,6 @@ from probes.passes.batched import NonFiniteError
 T = TypeVar("T")
 Progress: TypeAlias = Callable[[int, int, str], None]
 
-HALF_DTYPES = ("bfloat16", "float16")
 ALPHAS = tuple(round(0.1 * step, 1) for step in range(11))  # the grid of WiSE-FT's code
 
 
@@ -40,40 +37,6 @@ def check_alphas(alphas: Sequence[float], least: int = 3) -> tuple[float, ...]:
     if len(grid) < least:
         raise InputError("alphas holds no value between 0, base, and 1, tuned")
     return grid
-
-
-def is_half(model: Any) -> bool:
-    """Whether any weight of a model is in half precision."""
-    return any(str(weight.dtype).removeprefix("torch.") in HALF_DTYPES for weight in model.parameters())
-
-
-def model_notes(pair: CheckpointPair, model: Any) -> list[str]:
-    """Notes on how a model is interpolated and perturbed; one with batch norms is refused."""
-    from torch import nn
-
-    modules = list(model.modules())
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules):
-        raise InputError(f"{pair.tuned.ref}: has batch norms, and their statistics cannot be interpolated")
-    notes = []
-    training = any(getattr(memory_of(side), "training", False) for side in (pair.base, pair.tuned))
-    dropping = any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules)
-    if training or dropping:
-        reason = "was given in training mode" if training else "has dropout"
-        notes.append(f"The model {reason}: it was run in evaluation mode, without dropout.")
-    if any(matrix.expert is not None for matrix in pair.tuned.matrices.values()):
-        notes.append(
-            "Experts without tokens show neither barrier nor sharpness. Where routes change, the path jumps."
-        )
-    if is_half(model):
-        notes.append(
-            "Interpolated models ran in half precision: small steps from an end change few weights or none."
-        )
-    elif {pair.base.dtype, pair.tuned.dtype} & set(HALF_DTYPES):
-        notes.append(
-            "Interpolated models ran in float32. Saved in the file's half precision, small steps from an end "
-            "are rounded away."
-        )
-    return notes
 
 
 class PathEvaluator:
@@ -293,11 +256,3 @@ def pooled(rows: Iterable[Mapping[str, Any]], role: str, column: str, how: str =
     if not values:
         return None
     return max(values) if how == "max" else float(np.mean(values))
-
-
-def pinned_note(pinned: Sequence[str]) -> list[str]:
-    """The note on tensors that base lacks; empty without any."""
-    if not pinned:
-        return []
-    first = f"{len(pinned)} tensors that base lacks, such as {pinned[0]}"
-    return [f"{first}, are tuned's at every alpha, alpha 0 included."]

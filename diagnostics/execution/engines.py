@@ -46,8 +46,8 @@ def engine(name: str, device: str = "cpu") -> Iterator[None]:
     elif kind == "ray" and rest.startswith("//"):
         running = ray_engine(name, rest.removeprefix("//"), device)
     else:
-        known = "local, local:N, dask://HOST:PORT, ray://HOST:PORT"
-        raise InputError(f"--engine {name}: unknown; known: {known}")
+        engine_forms = "local, local:N, dask://HOST:PORT, ray://HOST:PORT"
+        raise InputError(f"--engine {name}: unknown; known: {engine_forms}")
     with running:
         yield
 

@@ -5,13 +5,15 @@ held, and nothing of the size of the weights cancels.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from torch import Tensor
 
+from probes.checkpoints.alignment import align_checkpoints, is_head
 from probes.checkpoints.checkpoint import Checkpoint
+from probes.checkpoints.rounding import settled
 from probes.errors import InputError
 from probes.files.sources import finite
 
@@ -24,30 +26,91 @@ Pair: TypeAlias = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class SharedWeights:
-    """Floating tensors with one shape over a run, tied ones once, and those that some checkpoint lacks."""
+    """The floating weights that all checkpoints of a run have, tied ones once.
 
+    Attributes:
+        checkpoints: the run; the first gives the names.
+        names: of the tensors.
+        left_out: tensors that some checkpoint lacks, or has in another shape.
+        stored: of each checkpoint, its own name of each tensor.
+        rows: how many first rows are compared of a vocabulary that was resized during the run.
+    """
+
+    checkpoints: Sequence[Checkpoint]
     names: tuple[str, ...]
     left_out: tuple[str, ...]
+    stored: tuple[Mapping[str, str], ...]
+    rows: Mapping[str, int]
+
+    def read(self, index: int, name: str) -> Tensor:
+        """A tensor of a checkpoint, as far as all have it."""
+        tensor = self.checkpoints[index].tensor(self.stored[index][name])
+        return tensor[: self.rows[name]] if name in self.rows else tensor
+
+    def squared(self, first: int, second: int, name: str, start: Tensor | None = None) -> float:
+        """Squared distance of a tensor in two checkpoints; `start` is the first one's, if it was read.
+
+        Entries that only a dtype rounded add nothing.
+        """
+        sides = [(self.checkpoints[index], self.stored[index][name]) for index in (first, second)]
+        if len({checkpoint.source.location(stored) for checkpoint, stored in sides}) == 1:
+            return 0.0  # the tensor of one file, which an adapter leaves alone
+        start = self.read(first, name) if start is None else start
+        of_first, of_second = (checkpoint.headers[stored].dtype for checkpoint, stored in sides)
+        return squared(start, settled(start, self.read(second, name), dtypes=(of_first, of_second)))
 
 
 def shared(checkpoints: Sequence[Checkpoint]) -> SharedWeights:
-    """The floating tensors that all checkpoints have in one shape; InputError if there are none."""
-    headers = [checkpoint.headers for checkpoint in checkpoints]
-    floating = dict.fromkeys(
-        name for of in headers for name, header in of.items() if header.dtype.is_floating_point
-    )
-    common = [
-        name
-        for name in floating
-        if all(name in of and of[name].shape == headers[0][name].shape for of in headers)
-    ]
-    tied = [{name for matrix in c.matrices.values() for name in matrix.tied} for c in checkpoints]
-    copies = set.intersection(*tied)
-    names = tuple(name for name in common if name not in copies)
+    """The weights that all checkpoints have; InputError if there are none."""
+    first = checkpoints[0]
+    stored = [_names_in(first, checkpoint) for checkpoint in checkpoints]
+    floating = [name for name, header in first.headers.items() if header.dtype.is_floating_point]
+    tied = [{alias for matrix in c.matrices.values() for alias in matrix.tied} for c in checkpoints]
+    names, rows = [], {}
+    for name in floating:
+        theirs = [of_checkpoint.get(name) for of_checkpoint in stored]
+        if all(other in copies for other, copies in zip(theirs, tied, strict=True)):
+            continue
+        shapes = {
+            checkpoint.headers[other].shape if other else None
+            for other, checkpoint in zip(theirs, checkpoints, strict=True)
+        }
+        if len(shapes) == 1 and None not in shapes:
+            names.append(name)
+        elif len({shape[1:] for shape in shapes if shape}) == 1 and all(
+            other and _is_vocabulary(checkpoint, other)
+            for other, checkpoint in zip(theirs, checkpoints, strict=True)
+        ):
+            names.append(name)
+            rows[name] = min(shape[0] for shape in shapes if shape)
     if not names:
-        refs = " and ".join((checkpoints[0].ref, checkpoints[-1].ref))
+        refs = " and ".join((first.ref, checkpoints[-1].ref))
         raise InputError(f"{refs}: no tensor is in all {len(checkpoints)} checkpoints; are they of one run?")
-    return SharedWeights(names=names, left_out=tuple(name for name in floating if name not in set(common)))
+    copies = set.union(*tied)
+    unnamed = dict.fromkeys(
+        name
+        for of_checkpoint, checkpoint in zip(stored, checkpoints, strict=True)
+        for name, header in checkpoint.headers.items()
+        if header.dtype.is_floating_point and name not in of_checkpoint.values() and name not in copies
+    )
+    left_out = [name for name in floating if name not in names and name not in copies]
+    return SharedWeights(
+        checkpoints=checkpoints, names=tuple(names), left_out=(*left_out, *unnamed), stored=tuple(stored),
+        rows=rows,
+    )  # fmt: skip
+
+
+def _names_in(first: Checkpoint, other: Checkpoint) -> dict[str, str]:
+    """The other checkpoint's name of each tensor of the first."""
+    return dict(align_checkpoints(first, other).tensors)
+
+
+def _is_vocabulary(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a tensor has a row, or an entry, for each token."""
+    vocabulary = [m for m in checkpoint.matrices.values() if m.component in ("embed", "lm_head")]
+    shape = checkpoint.headers[name].shape
+    of_tokens = any(name in (m.tensor, *m.tied) for m in vocabulary)
+    return of_tokens or (is_head(name) and len(shape) == 1 and shape[0] in {m.rows for m in vocabulary})
 
 
 def pairs(count: int) -> list[Pair]:
@@ -59,27 +122,22 @@ def pairs(count: int) -> list[Pair]:
 
 
 def squared_distances(
-    checkpoints: Sequence[Checkpoint],
-    names: Sequence[str],
-    progress: Callable[[int, int, str], None] | None = None,
+    common: SharedWeights, progress: Callable[[int, int, str], None] | None = None
 ) -> dict[Pair, float]:
     """Squared distances of `pairs`, summed over tensors; InputError if weights are not finite."""
-    squares = dict.fromkeys(pairs(len(checkpoints)), 0.0)
-    for done, name in enumerate(names):
+    squares = dict.fromkeys(pairs(len(common.checkpoints)), 0.0)
+    for done, name in enumerate(common.names):
         if progress:
-            progress(done, len(names), name)
+            progress(done, len(common.names), name)
         held: tuple[int, Tensor] | None = None
         for pair in squares:
-            first, second = (checkpoints[index] for index in pair)
-            if first.source.location(name) == second.source.location(name):
-                continue  # the tensor of one file, which an adapter leaves alone
             if held is None or held[0] != pair[0]:
                 held = None  # freed before the next is read
-                held = pair[0], first.tensor(name)
-            distance = squared(held[1], second.tensor(name))
+                held = pair[0], common.read(pair[0], name)
+            distance = common.squared(*pair, name, held[1])
             if not math.isfinite(distance):
-                for checkpoint in (first, second):
-                    finite(checkpoint.ref, name, checkpoint.tensor(name))
+                for index in pair:
+                    finite(common.checkpoints[index].ref, name, common.read(index, name))
             squares[pair] += distance
     return squares
 

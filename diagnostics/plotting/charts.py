@@ -65,9 +65,9 @@ def line(
     """A line with marks, and a ribbon where it has an interval."""
     if interval:
         low, high = (table[column].to_numpy(float) for column in interval)
-        ends, along = np.concatenate([high, low[::-1]]), table[x].to_numpy(float)
+        ends, x_values = np.concatenate([high, low[::-1]]), table[x].to_numpy(float)
         ribbon = {
-            "type": "scatter", "mode": "lines", "x": np.concatenate([along, along[::-1]]), "y": ends,
+            "type": "scatter", "mode": "lines", "x": np.concatenate([x_values, x_values[::-1]]), "y": ends,
             "fill": "toself", "fillcolor": theme.faint(style.color, 0.15), "hoverinfo": "skip",
             "line": {"width": 0, "color": style.color}, "showlegend": False, "legendgroup": style.name,
         }  # fmt: skip
@@ -125,31 +125,33 @@ def heat(
         diverging: whether 0 is the middle of the colours; else they start from 0.
         markup: whether the columns of the hover text are in plotly's markup already.
     """
-    across = list(table[x].unique() if columns is None else columns)
-    down = list(table[y].unique() if rows is None else rows)
+    x_values = list(table[x].unique() if columns is None else columns)
+    y_values = list(table[y].unique() if rows is None else rows)
 
     def grid(column: str) -> np.ndarray:
         cells = table.assign(cell=table[column] if markup else values(table[column]))
-        return cells.pivot(index=y, columns=x, values="cell").reindex(index=down, columns=across).to_numpy()
+        cells = cells.pivot(index=y, columns=x, values="cell")
+        return cells.reindex(index=y_values, columns=x_values).to_numpy()
 
     z = grid(value).astype(float)
     most = max(float(np.nanmax(np.abs(z), initial=0.0)), 1e-12)
     cells: dict[str, Any] = {
-        "type": "heatmap", "z": z, "x": names(across), "y": names(down), "zmin": -most if diverging else 0,
-        "zmax": most, "colorbar": {"title": {"text": bar}}, **pointed(f"{hover}<extra></extra>", grid),
+        "type": "heatmap", "z": z, "x": names(x_values), "y": names(y_values),
+        "zmin": -most if diverging else 0, "zmax": most, "colorbar": {"title": {"text": bar}},
+        **pointed(f"{hover}<extra></extra>", grid),
     }  # fmt: skip
     if diverging:
         # Opaque, so that the numbers in its cells are dark or light as they must be.
         cells["colorscale"] = theme.scale(theme.LIGHT.diverging)
     if max(z.shape) <= 2 * LABELLED:
         cells |= {"xgap": 2, "ygap": 2}
-    if text and len(across) <= LABELLED:
+    if text and len(x_values) <= LABELLED:
         labels = grid(text).astype(object)
         cells |= {"text": np.where(pd.isna(labels), "", labels), "texttemplate": "%{text}"}
     figure.add_trace({**cells, **look}, *panel)
     axis = {"type": "category", "showgrid": False, "row": panel[0], "col": panel[1]}
     figure.update_xaxes(**axis).update_yaxes(autorange="reversed", **axis)
-    return figure.update_layout(height=max(280, 170 + 30 * len(down)))
+    return figure.update_layout(height=max(280, 170 + 30 * len(y_values)))
 
 
 def panels(
@@ -182,8 +184,9 @@ def menu(figures: "Mapping[str, go.Figure]") -> "go.Figure":
         buttons.append({"label": theme.verbatim(label), **button})
     first.update_traces(visible=True)
     first.add_traces([trace.update(visible=False) for figure in others for trace in figure.data])
-    place = {"x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom", "pad": {"b": 26}}  # above the legend
-    return first.update_layout(updatemenus=[{"type": "dropdown", "buttons": buttons, **place}], margin_t=120)
+    # Above the legend.
+    corner = {"x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom", "pad": {"b": 26}}
+    return first.update_layout(updatemenus=[{"type": "dropdown", "buttons": buttons, **corner}], margin_t=120)
 
 
 def whiskers(

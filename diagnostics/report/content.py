@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 ROWS = 200  # rows of a table in a page; the parquet file holds all
 HEAD = 8  # of these, rows that are not folded
+SENTENCE = 40  # characters from which a cell of a table wraps
 LEADING = 12  # metrics of an analysis that are not folded
 NOTHING = "–"
 
@@ -88,22 +89,29 @@ class Section:
     paper: str
     summary: str
     verdict: str
+    preflight: bool
     metrics: list[Metric]
     notes: list[str]
 
 
 def leading_metrics(metrics: list[Metric]) -> tuple[list[Metric], list[Metric]]:
-    """The first metrics and those with a threshold, and the others; a few more are not worth a fold."""
+    """The first metrics and those with a threshold, and the others; a few more are not worth a fold.
+
+    Where there are many thresholds, those that are passed fold too.
+    """
     if len(metrics) <= LEADING + 4:
         return metrics, []
-    first = [metric for i, metric in enumerate(metrics) if i < LEADING or metric.threshold]
+    many = sum(bool(metric.threshold) for metric in metrics) > LEADING
+    shown = [metric for metric in metrics if metric.threshold and not (many and metric.verdict == "pass")]
+    first = [metric for i, metric in enumerate(metrics) if i < LEADING or metric in shown]
     return first, [metric for metric in metrics if metric not in first]
 
 
 def build_sections(audit: Audit) -> list[Section]:
-    """A section for each analysis with a result, the most severe first."""
+    """A section for each analysis with a result: those that check the files, then the most severe first."""
     sections = [build_section(audit, name) for name in audit.results]
-    return sorted(sections, key=lambda section: ("fail", "warn", "pass", "").index(section.verdict))
+    by_verdict = sorted(sections, key=lambda section: ("fail", "warn", "pass", "").index(section.verdict))
+    return sorted(by_verdict, key=lambda section: not section.preflight)
 
 
 def build_section(audit: Audit, name: str) -> Section:
@@ -121,6 +129,7 @@ def build_section(audit: Audit, name: str) -> Section:
     return Section(
         name=name, outcome=outcome, result=result, reading=record.reading if record else "", summary=summary,
         question=record.question if record else outcome.question, metrics=rows,
+        preflight=record.preflight if record else False,
         paper=record.paper if record else outcome.paper, notes=[*result.notes, *notes],
         verdict=next((verdict for verdict in ("fail", "warn", "pass") if verdict in verdicts), ""),
     )  # fmt: skip

@@ -87,7 +87,7 @@ def choose_points(positions: list[np.ndarray], limit: int) -> np.ndarray:
     import pandas as pd
 
     side = max(1, int(limit**0.5))  # no more cells than points, so that each can keep one
-    column, row = (np.minimum((along * side).astype(int), side - 1) for along in positions)
+    column, row = (np.minimum((coordinates * side).astype(int), side - 1) for coordinates in positions)
     turn = pd.Series(column * side + row).groupby(column * side + row).cumcount().to_numpy()
     return np.sort(np.argsort(turn, kind="stable")[:limit])
 

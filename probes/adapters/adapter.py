@@ -18,6 +18,7 @@ from torch import Tensor
 from probes.adapters.parts import AdapterUpdate, LowRank, sum_of
 from probes.files.layout import Matrix
 from probes.files.sources import Source
+from probes.naming.tied import untied
 
 
 class Adapter:
@@ -30,14 +31,16 @@ class Adapter:
         base: Source,
         matrices: Mapping[str, Matrix],
         *,
+        base_config: Mapping[str, Any] | None = None,
         where: str = "adapter",
         of: str = "its base",
     ):
-        """Find the tensor of the base that each tensor of an adapter changes; reads none of them.
+        """Find the tensor of the base that each tensor of an adapter changes.
 
         Args:
             config: adapter_config.json.
             matrices: the base's matrices by name.
+            base_config: config.json of the base.
             where, of: names of the adapter and its base in messages.
 
         Raises:
@@ -46,13 +49,17 @@ class Adapter:
         from probes.adapters.targets import TargetSearch
 
         self.config, self.weights, self.base = config, weights, base
-        self.targets = TargetSearch(config, weights.headers, base.headers, matrices, where, of).targets
+        self._base_config = dict(base_config or {})
+        search = TargetSearch(config, weights, base.headers, matrices, base_config or {}, where, of)
+        self.targets = search.targets
         self.headers = dict(base.headers)
+        for name, original in self.targets.untied.items():
+            self.headers[name] = replace(base.headers[original], name=name)
         for name, key in self.targets.replaced.items():
             self.headers[name] = replace(weights.headers[key], name=name)
         # A file with both copies of a tied weight has the change in one of them.
         tied = {alias: matrix.tensor for matrix in matrices.values() for alias in matrix.tied}
-        self._tied = {alias: name for alias, name in tied.items() if name not in self.targets.untied}
+        self._tied = {alias: name for alias, name in tied.items() if alias not in self.targets.untied}
         self._transposed = {m.tensor for m in matrices.values() if m.transposed and m.experts is None}
 
     @property
@@ -73,6 +80,11 @@ class Adapter:
             "notes": list(targets.notes),
         }
 
+    @property
+    def model_config(self) -> dict[str, Any]:
+        """config.json of the merged model."""
+        return untied(self._base_config) if self.targets.untied else self._base_config
+
     def stamp(self) -> str:
         """A hash that changes when the files of base or adapter do."""
         return self._hash(self.base.stamp(), self.weights.stamp())
@@ -85,10 +97,33 @@ class Adapter:
         facts = json.dumps([*parts, self.summary], sort_keys=True)
         return hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
 
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of its numbers must know: how far apart weights are that the base ties."""
+        notes = list(self.targets.notes)
+        for name, original in self.targets.untied.items():
+            other, value = self.read(original), self.read(name)
+            if other.dim() != 2 or other.shape != value.shape:
+                continue
+            norm = float(torch.linalg.vector_norm(other.float() - value.float()))
+            share = norm / (float(torch.linalg.vector_norm(self.base.read(original).float())) or 1.0)
+            if norm:
+                notes.append(
+                    f"{name} and {original} are one tensor in the base, and the adapter trains them apart: "
+                    "every number, and what is written, is of the unmerged model, with two weights that "
+                    f"differ by a norm of {norm:.3g} ({share:.2g} of the base's); merged into one tied "
+                    "weight, as PEFT's merge_and_unload does with factors, both would change alike"
+                )
+        return tuple(notes)
+
+    def original(self, name: str) -> str:
+        """The base's tensor that a tensor stands on: itself, or the one that the base ties it to."""
+        return name if name in self.base.headers else self.targets.untied.get(name, name)
+
     def location(self, name: str) -> Hashable:
         """The location of a tensor's bytes: the base's if the adapter leaves it alone."""
         if not self.changes(name):
-            return self.base.location(name)
+            return self.base.location(self.original(name))
         if name in self.targets.replaced and name not in self.targets.updates:
             return self.weights.location(self.targets.replaced[name])
         return name, self._identity
@@ -145,7 +180,8 @@ class Adapter:
         """The tensor that factors are added to: the base's, or the adapter's replacement."""
         targets = self.targets
         replacement = targets.replaced.get(name)
-        stored = self.base.read(name) if replacement is None else self.weights.read(replacement)
+        key = self.original(name)
+        stored = self.base.read(key) if replacement is None else self.weights.read(replacement)
         if name in targets.tokens:
             key, rows = targets.tokens[name]
             stored = stored.index_copy(0, torch.tensor(rows), self.weights.read(key).to(stored.dtype))
@@ -156,9 +192,10 @@ class Adapter:
 
     def carried(self, name: str) -> bool:
         """Whether a saved tensor is the base's own: PEFT saves an adapted embedding in full."""
-        if name not in self.base.headers or self.base.headers[name].shape != self.headers[name].shape:
+        key = self.original(name)
+        if key not in self.base.headers or self.base.headers[key].shape != self.headers[name].shape:
             return False
-        return torch.equal(self.base.read(name), self.weights.read(self.targets.replaced[name]))
+        return torch.equal(self.base.read(key), self.weights.read(self.targets.replaced[name]))
 
     def _merge(self, update: AdapterUpdate, matrix: Matrix, value: Tensor) -> Tensor:
         low = self._factors(update, matrix)
@@ -196,23 +233,36 @@ class Adapter:
             A, B = B.mT, A.mT
         A, B = A.flatten(1), B.flatten(1)  # convolutions
         if update.experts:
-            # (experts · r, in) is expert after expert, (out, r · experts) has the experts innermost.
             assert expert is not None
-            r = A.shape[0] // update.experts
-            A, B = A[expert * r : (expert + 1) * r], B[:, expert :: update.experts]
+            A, B = expert_rows(A, update, expert), expert_columns(B, update, expert)
+        if update.exchanged:
+            A, B = B.mT, A.mT
         return LowRank(A, B, update.scaling)
 
     def undivided(self, update: AdapterUpdate) -> list[Matrix]:
         """The undivided (out, in) matrices of the updated tensor: one, or one for each expert."""
         header = self.headers[update.tensor]
         A, B = self.weights.headers[update.A].shape, self.weights.headers[update.B].shape
-        out, columns = (A[1], B[0]) if update.embedding else (B[0], math.prod(A[1:]))
+        exchanged = update.embedding or update.exchanged
+        out, columns = (A[1], B[0]) if exchanged else (B[0], math.prod(A[1:]))
         matrix = Matrix(
             name=update.tensor, tensor=update.tensor, layer=None, component="", part="other",
             rows=out, columns=columns, dtype=header.dtype,
             transposed=update.tensor in self._transposed,
         )  # fmt: skip
         return [replace(matrix, expert=e) for e in range(header.shape[0])] if update.experts else [matrix]
+
+
+def expert_rows(A: Tensor, update: AdapterUpdate, expert: int) -> Tensor:
+    """The rows of `lora_A` that are one expert's: expert after expert."""
+    r = A.shape[0] // update.experts
+    return A[expert * r : (expert + 1) * r]
+
+
+def expert_columns(B: Tensor, update: AdapterUpdate, expert: int) -> Tensor:
+    """The columns of `lora_B` that are one expert's."""
+    r = B.shape[1] // update.experts
+    return B[:, expert * r : (expert + 1) * r] if update.grouped else B[:, expert :: update.experts]
 
 
 def rows_of_part(matrix: Matrix, undivided: Tensor) -> Tensor:

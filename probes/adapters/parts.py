@@ -56,6 +56,8 @@ class AdapterUpdate:
     part: Matrix | None = None  # the part of the delta that belongs to `matrix`
     embedding: bool = False  # A is (r, vocabulary) and B (width, r), so that the delta is (B @ A)ᵀ
     experts: int = 0  # how many experts' factors lie in A and B; 0 for a plain pair
+    exchanged: bool = False  # of experts, A is over the outputs and B over the inputs
+    grouped: bool = False  # of experts, the columns of B lie expert after expert
 
 
 @dataclass(kw_only=True)
@@ -66,5 +68,10 @@ class Targets:
     replaced: dict[str, str] = field(default_factory=dict)  # by `modules_to_save`, biases
     tokens: dict[str, tuple[str, list[int]]] = field(default_factory=dict)  # trained rows and their indices
     shifts: dict[str, tuple[str, float]] = field(default_factory=dict)  # `lora_bias`, and its scaling
-    untied: set[str] = field(default_factory=set)  # trained as a copy that a head tied in the base leaves
+    untied: dict[str, str] = field(default_factory=dict)  # weights of their own that the base ties to another
+    in_place: dict[str, str] = field(default_factory=dict)  # PEFT loads them over the base's tied weights
+    mirrors: dict[str, str] = field(
+        default_factory=dict
+    )  # tensors of the file that repeat another, transposed
+    transposed_stacks: bool = False  # stacks of experts are stored as (experts, in, out)
     notes: list[str] = field(default_factory=list)

@@ -10,58 +10,42 @@ from dataclasses import replace
 from math import prod, sqrt
 from typing import Any
 
+from probes.adapters.config_fields import MERGE, refuse
 from probes.adapters.config_patterns import Patterns, well_formed
+from probes.adapters.expert_layouts import first_in_a, grouped
 from probes.adapters.parts import AdapterUpdate, Targets
+from probes.adapters.ties import Ties
 from probes.errors import InputError
 from probes.files.layout import Header, Matrix
+from probes.files.sources import Source
 from probes.naming.align import without_wrappers
 from probes.naming.lookup import Lookup, probe
+from probes.naming.tied import transposed_experts
 
-# Adapters that add a prompt or activations and change no weight.
-WEIGHTLESS = {
-    "PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT",
-    "CARTRIDGE",
-}  # fmt: skip
-# Fields of LoraConfig that give the factors another meaning.
-VARIANTS = {
-    "layer_replication": "it repeats layers of its base",
-    "use_qalora": "it is a QA-LoRA",
-    "use_bdlora": "it is a BD-LoRA",
-    "kasa_config": "it is a KaSA, which cuts the smallest singular values of its base",
-    "monteclora_config": "it is a MonteCLoRA",
-    "arrow_config": "it routes between adapters",
-    "alora_invocation_tokens": "it is an aLoRA, switched on by tokens",
-}
-# Initialisations that also change the base's weights: the factors are then no delta to the base on disk.
-MOVED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-MERGE = "merge it where it was trained (`model.merge_and_unload().save_pretrained(DIR)`) and give DIR"
-
+GROW = (
+    "Resize the base as in training (`base.resize_token_embeddings(N)`), save it and give that as base, or "
+    "save the adapter again with `save_embedding_layers=True`"
+)
 _FACTOR = re.compile(
     r"(?P<module>.+)\.(?P<factor>lora_(?:embedding_)?[AB]|lora_magnitude_vector)"
     r"(?:\.(?!(?:weight|bias)$)(?P<name>[^.]+))?(?:\.(?P<leaf>weight|bias))?"
 )
 _TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?")
+_COPIED = re.compile(r"\.modules_to_save(?:\.[^.]+)?(?=\.[^.]+$)")
 # Parts that PEFT's wrappers insert into the names of tensors saved in full.
 _WRAPPED = re.compile(r"\.token_adapter(?=\.)|\.base_layer(?=\.)|\.modules_to_save(?:\.[^.]+)?(?=\.[^.]+$)")
 
 
-def refuse(config: Mapping[str, Any], where: str) -> None:
-    """Raise InputError for an adapter without factors, or with some that are no delta to the base on disk."""
-    kind = str(config.get("peft_type", "unknown")).upper()
-    if kind in WEIGHTLESS:
-        raise InputError(f"{where}: a {kind} adapter changes no weights, so there is nothing to compare")
-    if kind != "LORA":
-        read = "LoRA, rsLoRA and DoRA are read as they are"
-        raise InputError(f"{where}: adapter of type {kind}; {read}: {MERGE}")
-    for name, meaning in VARIANTS.items():
-        if config.get(name):
-            raise InputError(f"{where}: {name} is set ({meaning}); {MERGE}")
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(MOVED_BASE):
-        raise InputError(
-            f"{where}: init_lora_weights={start!r} also changed the base's weights in training; save it "
-            f"again with `path_initial_model_for_weight_conversion`, or {MERGE}"
-        )
+def canonical(key: str) -> str:
+    """The name that today's PEFT saves a tensor under.
+
+    >>> canonical("base_model.model._orig_mod.lm_head.lora_A.default.weight")
+    'base_model.model.lm_head.lora_A.weight'
+    """
+    name = without_wrappers(key.removeprefix("base_model.model."))
+    if match := _FACTOR.fullmatch(name):
+        name = ".".join(filter(None, (match["module"], match["factor"], match["leaf"])))
+    return f"base_model.model.{_COPIED.sub('', name)}"
 
 
 class TargetSearch:
@@ -75,16 +59,19 @@ class TargetSearch:
     def __init__(
         self,
         config: Mapping[str, Any],
-        weights: Mapping[str, Header],
+        weights: Source,
         base: Mapping[str, Header],
         matrices: Mapping[str, Matrix],
+        base_config: Mapping[str, Any],
         where: str,
         of: str,
     ):
         refuse(config, where)
         well_formed(config, where)
-        self.config, self.weights, self.where, self.of = config, weights, where, of
+        self.config, self.weights, self.where, self.of = config, weights.headers, where, of
         self.names = Lookup(base, matrices)
+        self.base_config = base_config
+        self.ties = Ties(self.names, base_config, config, weights)
         self.shapes = {name: header.shape for name, header in base.items()}
         self.targets = Targets()
         self.patterns = Patterns(where)
@@ -94,7 +81,7 @@ class TargetSearch:
         saved_in_full: dict[str, str] = {}
         tokens: dict[str, str] = {}
         adapters: set[str] = set()
-        for key in weights:
+        for key in self.weights:
             name = without_wrappers(key.removeprefix("base_model.model."))
             if match := _FACTOR.fullmatch(name):
                 adapters.add(match["name"] or "default")
@@ -104,20 +91,26 @@ class TargetSearch:
                 tokens[match["module"]] = key
             elif ".lora_" in name:
                 raise InputError(f"{where}: tensor {key!r} is of a variant of LoRA that is not read; {MERGE}")
-            elif ".original_module." not in name:
+            else:
                 saved_in_full[key] = _WRAPPED.sub("", name)
-        # With an embedding of another length PEFT saves the head, even if the base ties it.
-        self.heads = {name for key, name in saved_in_full.items() if self._tied_head(name, key)}
         for key, name in saved_in_full.items():
             self._replacement(name, key)
+        self.ties.spread(self.targets.replaced, self.shapes)
         for module, key in tokens.items():  # rows of embeddings that may have been saved in full
             self._tokens(module, key)
         if len(adapters) > 1:
             raise InputError(f"{where}: holds several adapters ({', '.join(sorted(adapters))}); save one")
         if not factors and not self.targets.replaced and not self.targets.tokens:
             raise InputError(f"{where}: holds no tensor of an adapter; is it the adapter's own directory?")
-        for module, keys in factors.items():
-            self._factors(module, keys)
+        plain = {module: self._plain(module, keys) for module, keys in factors.items()}
+        parameters = {module: self._parameters(update.module) for module, update in plain.items()}
+        self.exchanged = self._exchanged(
+            [(plain[module], names) for module, names in parameters.items() if names]
+        )
+        for module, update in plain.items():
+            self._factors(update, parameters[module], factors[module].get("lora_B.bias"))
+        self.ties.settle(self.targets)
+        self._refuse_unsaved_rows()
         if self.moved:
             self.targets.notes.append(
                 f"{len(self.moved)} modules are called otherwise in the base's file and are taken by "
@@ -134,49 +127,69 @@ class TargetSearch:
 
     def _replacement(self, name: str, key: str) -> None:
         """`modules_to_save`, biases, and embeddings that PEFT saves with their factors."""
-        # Under `base_layer` is a copy of the weight that the factors are added to.
-        stored = self.names.weight(name) if ".base_layer." in key else self.names.find(name)
         modules = self.config.get("modules_to_save") or ()
-        if name in self.heads and self.config.get("ensure_weight_tying"):
-            return  # a tied copy of a tensor that is saved under its own name
         copied = any(re.search(rf"(?:^|\.){re.escape(module)}(?:\.|$)", name) for module in modules)
-        if stored is None and name not in self.heads and not copied:
+        below = ".base_layer." in key or ".original_module." in key
+        stored = self.ties.member(name) or (self.names.weight(name) if below else self.names.find(name))
+        if ".original_module." in key and (
+            stored is None or self.weights[key].shape == self._stored_shape(stored)
+        ):
+            return  # the base's own weight, which old versions saved with the trained copy
+        if stored is None and not copied:
             raise self._fail(name, "is not in the base")
         stored = stored or name
-        alone = ".base_layer." not in key and not self.config.get("ensure_weight_tying")
-        if stored in self.names.shared and alone and not self.heads:
-            self.targets.untied.add(stored)
-            self.targets.notes.append(
-                f"{stored} was trained as a copy: a head tied to it keeps the base's values, but follows the "
-                "copy once full weights are loaded that have no head of their own"
-            )
+        if self.ties.of(stored) and (below or not copied):
+            # PEFT loads it into the one weight of all these modules; only copies are apart.
+            self.ties.shared[self.ties.of(stored)] = key
+            return
         self.targets.replaced[stored] = key
         self.shapes[stored] = self.weights[key].shape
 
-    def _tied_head(self, name: str, key: str) -> bool:
-        """Whether this is a head that the base stores only as its embedding."""
-        alone = ".base_layer." not in key and self.names.find(name) is None
-        return alone and self.names.weight(name) is not None
-
     def _tokens(self, module: str, key: str) -> None:
         """`trainable_token_indices`: some rows of an embedding."""
-        stored = self.names.weight(f"{module}.weight")
+        name = f"{module}.weight"
+        stored = self.ties.member(name) or self.names.weight(name)
         rows = self.config.get("trainable_token_indices") or []
         if isinstance(rows, Mapping):
-            fitting = [chosen for name, chosen in rows.items() if _ends(module, name)]
+            fitting = [chosen for ending, chosen in rows.items() if _ends(module, ending)]
             rows = fitting[0] if fitting else []
-        if stored is None or len(self.shapes[stored]) != 2:
+        if stored is None or len(self._stored_shape(stored)) != 2:
             raise self._fail(module, "has trained tokens, but the base has no such embedding")
-        (height, width), trained_shape = self.shapes[stored], self.weights[key].shape
-        if not rows or trained_shape != (len(rows), width) or max(rows) >= height:
+        (height, width), trained_shape = self._stored_shape(stored), self.weights[key].shape
+        if rows and trained_shape == (len(rows), width) and max(rows) >= height:
+            problem = (
+                f"trained the token {max(rows)} of a vocabulary that had grown; {self.of} has {height} rows"
+            )
+            raise self._error(module, f"{problem}, and the adapter does not hold the others. {GROW}")
+        if not rows or trained_shape != (len(rows), width):
             which = f"tokens {min(rows)} to {max(rows)}" if rows else "tokens that its config does not name,"
             shapes = f"{_by(trained_shape)}, the base has {height}x{width}"
             raise self._fail(module, f"trained {which} in {shapes}")
         self.targets.tokens[stored] = key, list(rows)
 
+    def _refuse_unsaved_rows(self) -> None:
+        """Raise if the vocabulary grew, and not all of its weights were saved."""
+        heads, embeddings = self.names.heads, self.names.embeddings
+        groups = [list(group) for group in self.ties.groups()]
+        if len(heads) == len(embeddings) == 1 and not any(heads[0] in group for group in groups):
+            groups.append([embeddings[0], heads[0]])
+        for group in groups:
+            lengths = {name: self.shapes[name][0] for name in group if name in self.shapes}
+            before = {self.names.headers[name].shape[0] for name in group if name in self.names.headers}
+            if len(set(lengths.values())) > 1 and len(before) == 1:
+                longest, shortest = (
+                    max(lengths, key=lengths.__getitem__),
+                    min(lengths, key=lengths.__getitem__),
+                )
+                problem = (
+                    f"has {lengths[longest]} rows, but {shortest} {lengths[shortest]}: the vocabulary grew"
+                )
+                raise self._error(longest, f"{problem}, and its new rows were not all saved. {GROW}")
+
     # Factors
 
-    def _factors(self, module: str, keys: Mapping[str, str]) -> None:
+    def _plain(self, module: str, keys: Mapping[str, str]) -> AdapterUpdate:
+        """The factors of a module, before what they change is known."""
         embedding = "lora_embedding_A" in keys
         A, B = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
         if A not in keys or B not in keys:
@@ -194,17 +207,20 @@ class TargetSearch:
         )  # fmt: skip
         if plain.magnitude and prod(self.weights[plain.magnitude].shape) != self._shape(plain)[embedding]:
             raise self._error(module, "lora_magnitude_vector has not a length for each output")
-        parameters = self._parameters(path)
+        return plain
+
+    def _factors(self, plain: AdapterUpdate, parameters: list[str], bias_key: str | None) -> None:
+        path = plain.module
         updates = self._parameter(plain, parameters) if parameters else self._module(plain)
         for update in updates:
             self.targets.updates.setdefault(update.tensor, []).append(update)
-        if "lora_B.bias" in keys:
+        if bias_key is not None:
             bias = self.names.find(f"{path}.bias")
             if bias is None:
                 raise self._fail(path, "adds to a bias that the base lacks")
-            if self.shapes[bias] != self.weights[keys["lora_B.bias"]].shape:
+            if self.shapes[bias] != self.weights[bias_key].shape:
                 raise self._fail(path, "adds to a bias of another length")
-            self.targets.shifts[bias] = keys["lora_B.bias"], updates[0].scaling
+            self.targets.shifts[bias] = bias_key, updates[0].scaling
 
     def _parameters(self, path: str) -> list[str]:
         """The names of a module's directly adapted parameters (`target_parameters`)."""
@@ -223,17 +239,11 @@ class TargetSearch:
         out, columns = self._shape(update)
         update = replace(update, scaling=self._scaling(path, path, self._rank(update)))
         for name in (f"{path}.weight", f"{path}.in_proj_weight"):
-            stored = self.names.weight(name)
+            stored = self.ties.member(name) or self.names.weight(name)
             if stored is not None:
                 shape = self._oriented(stored)
                 if shape != (out, columns):
                     raise self._fail(path, f"the adapter is for {out}x{columns}, the base holds {_by(shape)}")
-                if stored in self.targets.untied and self.names.find(name) != stored:
-                    problem = f"is tied to {stored}, of which a copy was trained too: two weights in the end"
-                    raise InputError(f"{self.where}: {path} {problem}; {MERGE}")
-                if stored in self.names.shared:
-                    outcome = "merged, both change; unmerged, only the adapted one"
-                    self.targets.notes.append(f"{stored} serves a tied head too: {outcome}")
                 return [replace(update, tensor=stored)]
         # Names, stacks and fusions may differ between memory and file: match by layer and component.
         updates = []
@@ -254,7 +264,7 @@ class TargetSearch:
         PEFT nests one wrapper for each parameter of a module and saves the depth, not the name; shapes tell.
         """
         path = update.module
-        fitting = {name: updates for name in parameters if (updates := self._stack(update, name))}
+        fitting = self._fitting(update, parameters, self.exchanged)
         if len(fitting) != 1:
             stored = {name: self.names.find(f"{path}.{name}") for name in parameters}
             candidates = ", ".join(
@@ -264,28 +274,66 @@ class TargetSearch:
             raise self._fail(path, f"a delta of {_by(self._shape(update))} {problem}")
         ((name, updates),) = fitting.items()
         experts = max(updates[0].experts, 1)
+        if min(experts, self._rank(update) // experts) > 1:
+            packed = grouped(self.config, name, self.where)
+            updates = [replace(update, grouped=packed) for update in updates]
         scaling = self._scaling(path, f"{path}.{name}", self._rank(update) // experts)
         return [replace(update, scaling=scaling) for update in updates]
 
-    def _stack(self, update: AdapterUpdate, parameter: str) -> list[AdapterUpdate]:
+    def _exchanged(self, stacks: list[tuple[AdapterUpdate, list[str]]]) -> bool:
+        """Whether `lora_A` is over the outputs of stacked experts, and `lora_B` over their inputs.
+
+        The shapes tell, unless every stack is square; then the version of PEFT does.
+        """
+        fitting = [[self._fitting(*stack, exchanged) for stack in stacks] for exchanged in (False, True)]
+        fits = [all(len(names) == 1 for names in way) for way in fitting]
+        ways = [way for way, fit in zip(fitting, fits, strict=True) if fit] or fitting
+        stacked = [updates[0] for names in ways[0] for updates in names.values() if updates[0].experts]
+        self.targets.transposed_stacks = any(
+            update.matrix is None and update.tensor in self.names.transposed for update in stacked
+        )
+        if fits[0] != fits[1]:
+            return fits[1]
+        if not stacked:
+            return False
+        transposed = self.targets.transposed_stacks
+        module_says = transposed_experts(self.base_config)
+        version = self.config.get("peft_version")
+        first = first_in_a(version, transposed if module_says is None else module_says)
+        if first is None:
+            raise self._error(
+                stacked[0].module,
+                "the factors of these experts fit as PEFT before 0.19.1 lays them out, and as it does since; "
+                f"peft_version is {version!r}: set it in adapter_config.json to the version that trained it",
+            )
+        return first != transposed
+
+    def _fitting(
+        self, update: AdapterUpdate, parameters: list[str], exchanged: bool
+    ) -> dict[str, list[AdapterUpdate]]:
+        """The changes by the parameters that they may be of, if lora_A and lora_B are exchanged or not."""
+        return {name: found for name in parameters if (found := self._stack(update, name, exchanged))}
+
+    def _stack(self, update: AdapterUpdate, parameter: str, exchanged: bool) -> list[AdapterUpdate]:
         """The places of `update` if it is for this parameter; nothing if its shape says otherwise."""
         name = f"{update.module}.{parameter}"
-        delta = self._shape(update)
         stored = self.names.find(name)
-        if stored is not None:
-            shape = self._oriented(stored)
-            experts = shape[0] if len(shape) == 3 else 0
-            fits = shape[-2:] == delta and self._rank(update) % max(experts, 1) == 0
-            return [replace(update, tensor=stored, experts=experts)] if fits else []
         # In memory the experts are one tensor, in the file one each; routers differ in name.
-        experts = self.names.experts(name)
+        shape = () if stored is None else self._oriented(stored)
+        experts = self.names.experts(name) if stored is None else shape[0] if len(shape) == 3 else 0
+        update = replace(update, experts=experts, exchanged=exchanged and experts > 0)
+        delta = self._shape(update)
+        if self._rank(update) % max(experts, 1):
+            return []
+        if stored is not None:
+            return [replace(update, tensor=stored)] if shape[-2:] == delta else []
         updates = []
         for theirs in probe(name, *([experts] if experts else []), *delta):
             ours = self.names.alike(theirs)
             if ours is None or (ours.rows, ours.columns) != (theirs.rows, theirs.columns):
                 return []
-            updates.append(replace(update, tensor=ours.tensor, matrix=ours, part=theirs, experts=experts))
-        return updates if self._rank(update) % max(experts, 1) == 0 else []
+            updates.append(replace(update, tensor=ours.tensor, matrix=ours, part=theirs))
+        return updates
 
     def _rank(self, update: AdapterUpdate) -> int:
         return self.weights[update.A].shape[0]
@@ -295,11 +343,15 @@ class TargetSearch:
         A, B = self.weights[update.A].shape, self.weights[update.B].shape
         if A[0] != prod(B[1:]):
             raise self._error(update.module, f"factors {_by(A)} and {_by(B)} do not multiply")
-        return (A[1], B[0]) if update.embedding else (B[0], prod(A[1:]))
+        return (A[1], B[0]) if update.embedding or update.exchanged else (B[0], prod(A[1:]))
+
+    def _stored_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor of the merged model, as it is before factors are added to it."""
+        return self.shapes[name] if name in self.shapes else self.shapes[self.ties.of(name)]
 
     def _oriented(self, stored: str) -> tuple[int, ...]:
         """Shape of a stored tensor as (out, in) or (experts, out, in)."""
-        shape = self.shapes[stored]
+        shape = self._stored_shape(stored)
         if len(shape) < 2:
             raise self._fail(stored, f"has factors, but is a tensor of {_by(shape) or 'no axes'}")
         shape = shape if stored in self.names.stacked else (shape[0], prod(shape[1:]))

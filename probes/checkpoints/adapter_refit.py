@@ -11,7 +11,7 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 
-from probes.adapters.adapter import Adapter, rows_of_part
+from probes.adapters.adapter import Adapter, expert_columns, expert_rows, rows_of_part
 from probes.adapters.parts import AdapterUpdate
 from probes.checkpoints.blend import between
 from probes.checkpoints.checkpoint import Checkpoint
@@ -141,18 +141,17 @@ def _store(
     tensors: dict[str, Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Store factors in the adapter's layout; returns them as rounded by its dtype, in float64."""
-    if update.embedding:
+    exchanged = update.embedding or update.exchanged
+    if exchanged:
         B, A = A.mT, B.mT
     kept = []
     for key, value in ((update.B, B), (update.A, A)):
         view = tensors[key] = tensors.get(key, adapter.weights.read(key)).clone()
-        if expert is not None and key == update.B:
-            view = view[:, expert :: update.experts]
-        elif expert is not None:
-            view = view[expert * len(A) : (expert + 1) * len(A)]
+        if expert is not None:
+            view = (expert_columns if key == update.B else expert_rows)(view, update, expert)
         view.copy_(value.reshape(view.shape))
         kept.append(view.flatten(1).double())
-    return (kept[1].mT, kept[0].mT) if update.embedding else (kept[0], kept[1])
+    return (kept[1].mT, kept[0].mT) if exchanged else (kept[0], kept[1])
 
 
 @dataclass(frozen=True)
@@ -221,13 +220,15 @@ def scaled(adapter: Adapter, scale: float) -> Refit:
         else:
             _scale_dora(adapter, update, scale, done.tensors)
     for name, key in targets.replaced.items():
-        base, replacement = adapter.base.headers.get(name), weights.read(key)
+        original = adapter.original(name)
+        base, replacement = adapter.base.headers.get(original), weights.read(key)
         if base is None or base.shape != replacement.shape:
             done.notes.append(f"{name} is not in the base in this shape and stays as it was trained")
         else:
-            done.tensors[key], _ = between(adapter.base.read(name), replacement, scale)
+            done.tensors[key], _ = between(adapter.base.read(original), replacement, scale)
     for name, (key, rows) in targets.tokens.items():
-        done.tensors[key], _ = between(adapter.base.read(name)[rows], weights.read(key), scale)
+        stored = adapter.base.read(adapter.original(name))
+        done.tensors[key], _ = between(stored[rows], weights.read(key), scale)
     for key, _ in targets.shifts.values():
         done.tensors[key] = _times(weights.read(key), scale)
     return done
@@ -263,6 +264,9 @@ def write_adapter(source: Checkpoint, out: str | Path, tensors: Mapping[str, Ten
     assert isinstance(adapter, Adapter)
     weights = adapter.weights
     content = {key: tensors.get(key, weights.read(key)).contiguous() for key in weights.headers}
+    for key, mirrored in adapter.targets.mirrors.items():
+        value = content[mirrored]
+        content[key] = (value if value.shape == content[key].shape else value.mT).contiguous().clone()
     size = sum(header.bytes for header in weights.headers.values())
     with atomic_directory(Path(out).expanduser(), size) as directory:
         save_file(content, directory / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -19,6 +19,7 @@ from probes.files.layout import Header, Matrix
 from probes.files.quantised import refuse_quantised
 from probes.files.sources import Source, same_bytes
 from probes.files.untrusted import plain
+from probes.naming.architecture import Architecture, architecture_of
 
 
 class Checkpoint:
@@ -111,6 +112,11 @@ class Checkpoint:
         return self.source.summary if isinstance(self.source, Adapter) else None
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of an adapter's numbers must know of how it is read."""
+        return self.source.notes if isinstance(self.source, Adapter) else ()
+
+    @property
     def headers(self) -> Mapping[str, Header]:
         """Every tensor by name; of an adapter, those of the merged model."""
         return self.source.headers
@@ -121,11 +127,11 @@ class Checkpoint:
         from probes.naming.matrices import matrices
 
         try:
-            named = matrices(self.headers, self.config)
+            named = matrices(self.headers, self._tying_config)
             tied = [(name, matrix.tensor) for matrix in named.values() for name in matrix.tied]
             untied = [name for name, other in tied if self._differ(name, other)]
             if untied:  # transformers ties no weights that the file holds with other values
-                named = matrices(self.headers, self.config, untied=untied)
+                named = matrices(self.headers, self._tying_config, untied=untied)
         except ValueError as error:
             raise InputError(plain(f"{self.ref}: {error}")) from error
         first: dict[Any, Matrix] = {}
@@ -137,6 +143,18 @@ class Checkpoint:
                 named[kept.name] = first[location] = replace(kept, tied=(*kept.tied, matrix.tensor))
                 del named[matrix.name]
         return named
+
+    @property
+    def _tying_config(self) -> Mapping[str, Any]:
+        """Its config.json; where that is silent about tied embeddings, a copy of equal bytes is tied."""
+        parts = [self.config, *(part for part in self.config.values() if isinstance(part, Mapping))]
+        silent = not any("tie_word_embeddings" in part for part in parts)
+        return {**self.config, "tie_word_embeddings": True} if silent else self.config
+
+    @property
+    def structure(self) -> Architecture | None:
+        """The model that transformers builds from its config, without weights; None if it builds none."""
+        return architecture_of(self.config)
 
     @property
     def architecture(self) -> str:

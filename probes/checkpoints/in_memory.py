@@ -7,17 +7,20 @@ import json
 import re
 from collections.abc import Callable, Hashable, Mapping
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from probes.adapters.adapter import Adapter
-from probes.adapters.targets import refuse
+from probes.adapters.config_fields import refuse
 from probes.checkpoints.checkpoint import Checkpoint
 from probes.errors import InputError
 from probes.files.layout import Header
+from probes.files.reparametrised import resolve
 from probes.files.sources import Source, fingerprint
+from probes.naming.architecture import stored_names
 
 KNOWN = "an nn.Module, a PeftModel, a TransformerLens model or a state dict"
 
@@ -54,7 +57,7 @@ def _of_model(ref: Any) -> Checkpoint:
         return _module(ref, name, ref.state_dict())
     if isinstance(ref, Mapping) and ref and all(isinstance(value, Tensor) for value in ref.values()):
         tensors = {str(name): tensor for name, tensor in ref.items()}
-        return Checkpoint("state dict", StateSource(_unhook(tensors)), {})
+        return Checkpoint("state dict", resolve(StateSource(_unhook(tensors)), "state dict"), {})
     raise InputError(f"a {type(ref).__name__}: is no checkpoint; give a path, a hub id, {KNOWN}")
 
 
@@ -70,18 +73,22 @@ def _libraries(model: nn.Module) -> set[str]:
 
 
 class StateSource:
-    """Tensors in memory by name; tensors that share their bytes appear once, under the first name."""
+    """Tensors in memory by name; tensors that share their bytes appear once, under the first name.
 
-    def __init__(self, tensors: Mapping[str, Tensor], *, where: str = "state dict"):
+    Args:
+        once: leave out the others.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], *, where: str = "state dict", once: bool = True):
         self.headers: dict[str, Header] = {}
         self._tensors: dict[str, Tensor] = {}
         locations: set[Hashable] = set()
         for name, tensor in tensors.items():
             if tensor.is_meta:
                 raise InputError(f"{where}: {name} is on the meta device, without values; load them first")
-            if (location := _location(tensor)) in locations:
+            if once and (location := _location(tensor)) in locations:
                 continue
-            if tensor.numel():
+            if once and tensor.numel():
                 locations.add(location)
             self.headers[name] = Header(name, tuple(tensor.shape), tensor.dtype)
             self._tensors[name] = tensor.detach()
@@ -113,12 +120,13 @@ def _module(model: nn.Module, ref: str, tensors: Mapping[str, Tensor]) -> Checkp
     for name, original in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         if name in kept and original in kept and _location(kept[name]) == _location(kept[original]):
             del kept[name]  # the copy that transformers leaves out when it saves
-    state = StateSource(kept, where=ref)
+    config = _config(model)
+    state = resolve(StateSource(kept, where=ref), ref, partial(stored_names, config))
     saved = hasattr(model, "save_pretrained") and "transformers" in _libraries(model)
-    return Checkpoint(ref, _as_saved(model, state) if saved else state, _config(model))
+    return Checkpoint(ref, _as_saved(model, state) if saved else state, config)
 
 
-def _as_saved(model: Any, state: StateSource) -> Source:
+def _as_saved(model: Any, state: Source) -> Source:
     """The tensors of the file: transformers renames and stacks what it loads, and reverts that to save it."""
     from transformers.core_model_loading import revert_weight_conversion as revert
 
@@ -148,7 +156,7 @@ class Reverted(StateSource):
 
     def __init__(
         self,
-        state: StateSource,
+        state: Source,
         headers: dict[str, Header],
         sources: Mapping[str, tuple[str, ...]],
         revert: Callable[[dict[str, Tensor]], dict[str, Tensor]],
@@ -233,9 +241,11 @@ def _peft(wrapper: Any, model: nn.Module) -> Checkpoint:
     kept = {name: tensor for name, tensor in model.state_dict().items() if not _ADDED.search(name)}
     base = _module(model, ref, {_WRAPPER.sub("", name): tensor for name, tensor in kept.items()})
     factors = get_peft_model_state_dict(wrapper, adapter_name=names[0], save_embedding_layers=False)
-    weights = StateSource(factors, where=where)
-    source = Adapter(config, weights, base.source, base.matrices, where=where, of=ref)
-    return Checkpoint(where, source, base.config, base=base)
+    weights = StateSource(factors, where=where, once=False)
+    source = Adapter(
+        config, weights, base.source, base.matrices, base_config=base.config, where=where, of=ref
+    )
+    return Checkpoint(where, source, source.model_config, base=base)
 
 
 # Tensors that PEFT adds to a model, and parts that it inserts into the names of the model's own.

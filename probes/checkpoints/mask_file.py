@@ -1,6 +1,7 @@
-"""Patches: the entries of a pair that a graft takes from tuned, as a file of kilobytes.
+"""Patches: the entries of a pair that a graft takes from tuned, as one file.
 
-Format: safetensors, `index/<tensor>` and `value/<tensor>`, with the content hashes of both checkpoints.
+The analyses `skills` and `sparsity` write them. Format: safetensors, `index/<tensor>` and `value/<tensor>`,
+with the content hashes of both checkpoints.
 """
 
 import json
@@ -93,7 +94,7 @@ class Patch:
             raise InputError(f"{path}: cannot be read as a mask ({error})") from error
         if metadata.get("tunescope_patch") != VERSION:
             raise InputError(
-                f"{path}: is no mask of tunescope's; the analysis `skills` writes them to masks/"
+                f"{path}: is no mask of tunescope's; `skills` and `sparsity` write theirs to AUDIT/masks"
             )
         index, values = ({key.partition("/")[2]: tensor for key, tensor in tensors.items()
                           if key.startswith(kind)} for kind in ("index/", "value/"))  # fmt: skip

@@ -2,7 +2,7 @@
 
 import pickle
 import platform
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ from probes.checkpoints.usable import refuse_empty, refuse_empty_factors
 from probes.errors import InputError
 from probes.files.locate import adapter_files, locate, open_files
 from probes.files.quantised import refuse_quantised
+from probes.files.reparametrised import resolve
 from probes.files.sources import Source
 from probes.files.untrusted import confined, one_line, read_json
+from probes.naming.architecture import stored_names
 
 
 def open_checkpoint(
@@ -60,7 +62,7 @@ def _open(ref: str, path: Path, base: "Checkpoint | str | Path | None") -> Check
         settings = directory / "config.json"
         config = read_json(confined(settings, directory)) if settings.is_file() else {}
         lone_file = path.is_file() and not config
-        weights = open_files(path)
+        weights = resolve(open_files(path), ref, partial(stored_names, config))
         checkpoint = Checkpoint(ref, weights, config, directory=None if lone_file else directory)
         refuse_empty(checkpoint)
     checkpoint.opened, checkpoint.reopen = (path.absolute(), weights.stamp()), _reopened
@@ -104,5 +106,7 @@ def _open_adapter(
     factors = open_files(weights)
     refuse_quantised(ref, factors.headers, {})
     refuse_empty_factors(ref, factors.headers)
-    source = Adapter(config, factors, base.source, base.matrices, where=ref, of=base.ref)
-    return Checkpoint(ref, source, base.config, directory=settings.parent, base=base), factors
+    source = Adapter(
+        config, factors, base.source, base.matrices, base_config=base.config, where=ref, of=base.ref
+    )
+    return Checkpoint(ref, source, source.model_config, directory=settings.parent, base=base), factors

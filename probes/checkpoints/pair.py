@@ -6,9 +6,18 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from probes.adapters.parts import LowRank, sum_of
+from probes.checkpoints.alignment import (
+    align_checkpoints,
+    is_head,
+    is_tied,
+    parameters_of,
+    shared_tensors,
+    used_tensors,
+)
 from probes.checkpoints.checkpoint import Checkpoint, nearest, summary_table
 from probes.checkpoints.in_memory import wraps
 from probes.checkpoints.opening import open_checkpoint
@@ -16,7 +25,8 @@ from probes.errors import InputError, UnknownNameError
 from probes.files.layout import Header, Matrix
 from probes.files.sources import finite, raw, same_bytes
 from probes.files.untrusted import plain
-from probes.naming.align import align, natural_key, renamed
+from probes.naming import families
+from probes.naming.align import natural_key, renamed
 
 Side = Literal["base", "tuned"]
 
@@ -70,7 +80,8 @@ class CheckpointPair:
         elif not self.tuned.config:
             self.tuned = self.tuned.described_by(self.base.config)
         self.resized: dict[str, tuple[int, int]] = {}
-        self._tensors, self.prefixes = align(self.base.headers, self.tuned.headers)
+        self._alignment = align_checkpoints(self.base, self.tuned)
+        self._tensors, self.prefixes = self._alignment.tensors, self._alignment.prefixes
         self._names = self._aligned()
         # An adapter of this very base, or of the base of another adapter: its factors are the whole delta.
         self._child = _same_weights(self.tuned.base, self.base)
@@ -87,14 +98,14 @@ class CheckpointPair:
         return _realigned, (self.base, self.tuned)
 
     def __repr__(self) -> str:
-        return f"<CheckpointPair {self.base!r} and {self.tuned!r}: {self._alignment}>"
+        return f"<CheckpointPair {self.base!r} and {self.tuned!r}: {self._counts}>"
 
     def _repr_html_(self) -> str:
         table = summary_table({"base": self.base.summary, "tuned": self.tuned.summary})
-        return f"{table}<p>{self._alignment}</p>"
+        return f"{table}<p>{self._counts}</p>"
 
     @property
-    def _alignment(self) -> str:
+    def _counts(self) -> str:
         return f"{len(self.matrices)} matrices aligned, {len(self.unmatched)} tensors unmatched"
 
     def read(self, name: str) -> tuple[Tensor, Tensor]:
@@ -111,6 +122,10 @@ class CheckpointPair:
         tuned = self.tuned.matrix(other)[:rows] if low is None else base.float() + low.dense()
         finite(self.tuned.ref, other, tuned)
         return base, tuned
+
+    def dtypes(self, name: str) -> tuple[torch.dtype, torch.dtype]:
+        """The dtypes that the files of base and tuned store a matrix in."""
+        return self.base.matrices[name].dtype, self.counterpart(name).dtype
 
     def identical(self, name: str) -> bool:
         """Whether a matrix is bit for bit the same in both; reads none that an adapter leaves alone."""
@@ -146,10 +161,13 @@ class CheckpointPair:
     def unmatched(self) -> list[Unmatched]:
         """Every tensor without a counterpart, and why; reads those that may be renamed or tied copies."""
         base, tuned = self.base.headers, self.tuned.headers
-        missing = _alone(self.base, set(self._tensors), set(self._names))
-        extra = _alone(self.tuned, set(self._tensors.values()), set(self._names.values()))
+        missing, extra = self._missing, self._extra
         hints = renamed(missing, extra, self._head, self._same_tensor)
-        unmatched = [Unmatched(n, "extra in tuned", None, h.shape) for n, h in extra.items()]
+        forms = self._in_another_form
+        reason = "stored in another form in base; not compared"
+        unmatched = [
+            Unmatched(n, reason if n in forms else "extra in tuned", None, h.shape) for n, h in extra.items()
+        ]
         for name, header in missing.items():
             hint = f"; {hints[name]}" if name in hints else ""
             unmatched.append(Unmatched(name, f"missing from tuned{hint}", header.shape, None))
@@ -164,9 +182,159 @@ class CheckpointPair:
                 unmatched.append(Unmatched(name, reason, base[name].shape, tuned[other].shape))
             elif (name in tied[0]) != (other in tied[1]):
                 role, to = ("base", tied[0][name]) if name in tied[0] else ("tuned", tied[1][other])
-                reason = f"tied to {to} in {role} alone; not compared"
+                reason = f"tied to {to} in {role} alone"
+                reason += "; not compared"
                 unmatched.append(Unmatched(name, reason, base[name].shape, tuned[other].shape))
+        for name in self.tensors.keys() - set(self._tensors.values()) - tied[1].keys():
+            to = self.tensors[name]
+            reason = f"tied to {to} in base alone; not compared"
+            unmatched.append(Unmatched(name, reason, base[to].shape, tuned[name].shape))
         return sorted(unmatched, key=lambda tensor: natural_key(tensor.tensor))
+
+    @cached_property
+    def tensors(self) -> dict[str, str]:
+        """The base's tensor with the same parameter as each tensor of tuned, of any shape.
+
+        A tensor that holds several matrices may also have these in others of base: see `counterpart`.
+        """
+        return shared_tensors(self.base, self.tuned, self._alignment)
+
+    @cached_property
+    def _missing(self) -> dict[str, Header]:
+        """Tensors of base without a counterpart in tuned."""
+        return _alone(self.base, set(self._tensors).union(self.tensors.values()), set(self._names))
+
+    @cached_property
+    def _extra(self) -> dict[str, Header]:
+        """Tensors of tuned without a counterpart in base."""
+        return _alone(self.tuned, set(self.tensors), set(self._names.values()))
+
+    @cached_property
+    def _in_another_form(self) -> frozenset[str]:
+        """Tensors of tuned that are in base too, stacked or divided in a way that is not followed."""
+        if not self._extra or not self._missing:
+            return frozenset()
+        parameters = [parameters_of(side) for side in self._sides]
+        of_base = {parameters[0][name] for name in self._missing}
+        changed = {name for name in self._extra if parameters[1][name] != name}
+        return frozenset(name for name in changed if parameters[1][name] in of_base)
+
+    def common_rows(self, name: str) -> int | None:
+        """How many first rows a tensor of tuned shares with base's, in a resized vocabulary; else None."""
+        ours, theirs = self.base.headers.get(self.tensors.get(name, "")), self.tuned.headers[name]
+        if ours is None or not ours.shape or not theirs.shape or ours.shape[1:] != theirs.shape[1:]:
+            return None
+        rows = ours.shape[0], theirs.shape[0]
+        return min(rows) if rows in self.resized.values() else None
+
+    @cached_property
+    def _between(self) -> str | None:
+        base, tuned = self.base.headers, self.tuned.headers
+        shapes, lacking = {}, []
+        for name, header in tuned.items():
+            ours = base.get(self.tensors.get(name, ""))
+            equal = ours is not None and ours.shape == header.shape
+            divided = header.entries > 0 and self._covered[name] == header.entries
+            if equal or divided or self.common_rows(name) is not None:
+                continue
+            if ours is not None:
+                shapes[name] = f"{name} ({_size(ours)} in base, {_size(header)} in tuned)"
+            elif name in self._in_another_form or (name in self._extra and not is_head(name)):
+                lacking.append(name)
+        if shapes or lacking:
+            used = used_tensors(self.tuned)
+            shapes = {name: text for name, text in shapes.items() if name in used}
+            lacking = [name for name in lacking if name in used]
+        problems = [
+            (list(shapes.values()), "of another shape"),
+            (lacking, "that base lacks" + (" or stores otherwise" if self._in_another_form else "")),
+            (self._lost, "of base that tuned lacks"),
+        ]
+        parts = [
+            f"{len(names)} {'tensor' if len(names) == 1 else 'tensors'} {what}, such as {names[0]}"
+            for names, what in problems
+            if names
+        ]
+        if not parts:
+            return None
+        return (
+            f"{self.base.ref} and {self.tuned.ref}: no model lies between the two, because not only values "
+            f"differ ({'; '.join(map(plain, parts))}); give the base that tuned was made from"
+        )
+
+    def between_problem(self) -> str | None:
+        """Why no single model leads from base to tuned, in one line; None if one does.
+
+        Weights between the two, or some of either, make sense where both have the same parameters. A new task
+        head is tuned's at either end, and so are the rows that a shorter vocabulary lacks.
+
+        >>> import torch
+        >>> def experts(count):
+        ...     return {f"layers.0.experts.{i}.up_proj.weight": torch.eye(4) for i in range(count)}
+        >>> CheckpointPair(experts(2), experts(2)).between_problem() is None
+        True
+        >>> print(CheckpointPair(experts(3), experts(2)).between_problem())
+        state dict and state dict: no model lies between the two, because not only values differ (1 ...
+        """
+        return self._between
+
+    @cached_property
+    def _lost(self) -> list[str]:
+        """Tensors without which base does not run, in parts of the model that tuned has too."""
+        # Stored by both, but only a copy in tuned, whose head cannot be base's.
+        copies = [
+            {alias for matrix in side.matrices.values() for alias in matrix.tied} for side in self._sides
+        ]
+        tied = [n for n, other in self._tensors.items() if other in copies[1] and n not in copies[0]]
+        if not tied and not self._missing:
+            return []
+        used = used_tensors(self.base)
+        missing = [
+            name
+            for name in self._missing
+            if (is_tied(self.tuned, self.base, name) if is_head(name) else self._has_neighbours(name))
+        ]
+        return [name for name in (*tied, *missing) if name in used]
+
+    def _has_neighbours(self, name: str) -> bool:
+        """Whether the part of the model with this tensor, a stack of blocks or a module, is in both."""
+        if block := re.search(families.BLOCK, name):
+            stack = re.sub(r"\d+$", "", name[: block.end(1)])
+            return any(other.startswith(stack) for other in self._tensors)
+        # `model.norm.weight` is beside `model.layers`; a tower at `model.visual` is left out as a whole.
+        beside = ".".join(name.split(".")[:-2])
+        return any(other.startswith(f"{beside}." if beside else "") for other in self._tensors)
+
+    @cached_property
+    def _covered(self) -> Counter[str]:
+        """How many entries of each tensor of tuned have a counterpart in base."""
+        covered: Counter[str] = Counter()
+        for name in self.matrices:
+            matrix = self.counterpart(name)
+            covered[matrix.tensor] += self.matrices[name].rows * matrix.columns
+        for name, ours in self.tensors.items():
+            header = self.tuned.headers[name]
+            if self.base.headers[ours].shape == header.shape:
+                covered[name] = header.entries
+            elif (rows := self.common_rows(name)) is not None:
+                covered[name] = header.entries // header.shape[0] * rows
+        return covered
+
+    @cached_property
+    def compared(self) -> float:
+        """Share of tuned's parameters that have a counterpart in base, in [0, 1]; tied ones count once.
+
+        1 where both have the same tensors. Well below 1, the two are only partly one model: six of eight
+        experts, another tokenizer's vocabulary, layers of another width.
+        """
+        covered = self._covered
+        tied = {alias for matrix in self.tuned.matrices.values() for alias in matrix.tied}
+        locations: dict[Any, Header] = {}
+        for name, header in self.tuned.headers.items():
+            if header.dtype.is_floating_point and name not in tied:
+                locations.setdefault(self.tuned.source.location(name), header)
+        total = sum(header.entries for header in locations.values())
+        return sum(covered[header.name] for header in locations.values()) / total if total else 0.0
 
     @property
     def _sides(self) -> tuple[Checkpoint, Checkpoint]:
@@ -289,6 +457,10 @@ def _view(matrix: Matrix) -> Matrix:
     return replace(matrix, name="", tensor="", layer=None, component="", part="other", tied=(), missing=())
 
 
+def _size(header: Header) -> str:
+    return "x".join(map(str, header.shape)) or "a scalar"
+
+
 def _divided(matrix: Matrix) -> bool:
     return matrix.name != matrix.tensor
 
@@ -302,7 +474,7 @@ def _role(matrix: Matrix) -> tuple[Any, ...]:
 
 def _some(headers: list[Header]) -> str:
     first = headers[0]
-    return f"{len(headers)} such as {plain(first.name)} ({'x'.join(map(str, first.shape)) or 'a scalar'})"
+    return f"{len(headers)} such as {plain(first.name)} ({_size(first)})"
 
 
 def _order(matrix: Matrix) -> tuple[Any, ...]:

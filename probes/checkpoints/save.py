@@ -20,6 +20,7 @@ from probes.checkpoints.checkpoint import Checkpoint
 from probes.errors import InputError
 from probes.files.layout import Header
 from probes.files.locate import inside
+from probes.files.reparametrised import Resolved
 from probes.files.sources import DTYPES, FileSource, finite, raw
 from probes.files.untrusted import read_json
 from probes.progress import Progress
@@ -105,7 +106,7 @@ def _plan(source: Checkpoint) -> dict[str, list[Header]]:
         return shards
     filled = 0
     for name, header in source.headers.items():
-        if isinstance(source.source, FileSource):
+        if isinstance(source.source, FileSource | Resolved):
             file = source.source.file(name)
             key = os.path.relpath(file, source.directory) if source.directory else file.name
         else:
@@ -172,9 +173,10 @@ def _carry(source: Checkpoint, out: Path) -> None:
         {m.component: m.rows for m in side.matrices.values() if m.part == "embedding"}.get("embed")
         for side in (model, source)
     )
-    resized = before != after and config.get("vocab_size") == before
-    if config and (resized or not (out / "config.json").exists()):
-        _write_json(out / "config.json", config | ({"vocab_size": after} if resized else {}))
+    if before != after and config.get("vocab_size") == before:
+        config["vocab_size"] = after
+    if config and (config != model.config or not (out / "config.json").exists()):
+        _write_json(out / "config.json", config)
 
 
 def companion_files(directory: Path) -> Iterator[str]:

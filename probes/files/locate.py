@@ -167,6 +167,9 @@ def adapter_files(path: Path) -> tuple[Path, Path] | None:
         if weights is None:
             return None
         raise InputError(f"{path}: holds a model and an adapter; name one file, {model} or {weights.name}")
+    if weights is None and (directory / "adapters.safetensors").is_file():
+        remedy = "fuse it (`mlx_lm.fuse --model BASE --adapter-path DIR`) and give the fused model"
+        raise InputError(f"{path}: is an adapter of MLX, whose factors only MLX applies; {remedy}")
     if weights is None:
         if path.is_dir() and (reason := explained(path)):
             raise InputError(f"{path}: {reason}")

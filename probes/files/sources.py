@@ -287,8 +287,8 @@ def _state_dict(path: Path) -> tuple[dict[str, Tensor], bool]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # a damaged pickle raises anything
         reason = str(error)
-        foreign = "Unsupported", "GLOBAL", "allowlist", "TorchScript"  # in what torch says of them
-        if (zipped or pickled) and any(word in reason for word in foreign):
+        refusals = "Unsupported", "GLOBAL", "allowlist", "TorchScript"  # in what torch says of them
+        if (zipped or pickled) and any(word in reason for word in refusals):
             raise InputError(
                 f"{path}: holds code or objects besides tensors and is not opened, because that could run "
                 "the code; where you trust it, save its tensors again as safetensors"

@@ -176,6 +176,10 @@ def shadow(model: nn.Module) -> Any:
         offloaded = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         if offloaded is not None:
             shared[id(offloaded)] = offloaded
+        # PEFT keeps views of an embedding's factors beside the head that is tied to it; they are not copied.
+        kept = getattr(module, "kwargs", None)
+        views = kept.get("tied_adapter") if isinstance(kept, dict) else None
+        shared |= {id(view): view.detach() for view in (views or {}).values()}
     return copy.deepcopy(model, shared)
 
 

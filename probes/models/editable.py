@@ -5,7 +5,6 @@ written to it. An adapter is merged first.
 """
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -15,12 +14,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from probes.checkpoints.alignment import align_checkpoints, shared_tensors, used_tensors
 from probes.checkpoints.checkpoint import Checkpoint
 from probes.checkpoints.in_memory import Reverted
 from probes.checkpoints.opening import open_checkpoint
 from probes.errors import InputError
+from probes.files.reparametrised import REMEDY, Resolved
 from probes.models.loading import Loading, device_of, dtype_of, kind_of, memory_of, tokenizer_of
-from probes.naming.align import align
 
 
 class Slot(NamedTuple):
@@ -58,19 +58,36 @@ class Editable:
     ):
         self.checkpoint = checkpoint
         self.loading = Loading(device_of(device), dtype_of(dtype), None, trust_remote_code)
-        runnable = self.loading.model(checkpoint, kind_of(checkpoint))
+        runnable = self.loading.model(checkpoint, kind_of(checkpoint), merged=True)
         self.kind, self.context, self.labels = runnable.kind, runnable.context, runnable.labels
-        sides = [side for side in (checkpoint, checkpoint.base) if side is not None]
-        in_memory = any(memory_of(side) is not None for side in sides)
+        in_memory = checkpoint.base is None and memory_of(checkpoint) is not None
         model = copy.deepcopy(runnable.model) if in_memory else runnable.model
-        self.model: Any = _merged(checkpoint, model).eval().requires_grad_(False)
+        self.model: Any = model.eval().requires_grad_(False)
         self._state = {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
         self._view = open_checkpoint(self.model)
-        self._names = align(checkpoint.headers, self._view.headers)[0]
-        # Merged by PEFT it is rounded at every step: as its file would be, it is rounded once.
+        if isinstance(getattr(self._view.source, "state", self._view.source), Resolved):
+            raise InputError(
+                f"{checkpoint.ref}: has reparametrised weights, which cannot be edited; {REMEDY}"
+            )
+        self._names = shared_tensors(self._view, checkpoint, align_checkpoints(self._view, checkpoint))
+        self._refuse_unreached()
+        # PEFT would round at every step: as its file would be, an adapter is rounded once.
         if checkpoint.base is not None:
             for name in checkpoint.headers:
                 self._put(name, checkpoint.tensor(name))
+
+    def _refuse_unreached(self) -> None:
+        """Raise if the model holds weights of the file in a form that edits would miss."""
+        used = set(self._names.values())
+        parameters = {id(parameter) for parameter in self.model.parameters()}
+        unused = [name for name in self._view.headers if name not in used]
+        unreached = [name for name in unused if id(self._tensors.get(name)) in parameters]
+        spare = [name for name in used_tensors(self.checkpoint) if name not in self._names]
+        if unreached and spare:
+            raise InputError(
+                f"{self.checkpoint.ref}: {unreached[0]} of the running model is not found in the file, which "
+                f"has {spare[0]}; load it with transformers and save it again (`save_pretrained`)"
+            )
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -141,17 +158,3 @@ class Editable:
         tensors = (*self.model.buffers(), *self.model.parameters())
         by_address = {tensor.data_ptr(): tensor for tensor in tensors}
         return {name: by_address.get(tensor.data_ptr(), tensor) for name, tensor in self._state.items()}
-
-
-def _merged(checkpoint: Checkpoint, model: Any) -> Any:
-    """A model without PEFT's layers, its adapter in the weights."""
-    if not (hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)):
-        return model
-    if not hasattr(model, "merge_and_unload"):
-        raise InputError(
-            f"{checkpoint.ref}: transformers holds the adapter, which is not merged; give its directory, or "
-            "a PeftModel"
-        )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return model.merge_and_unload()

@@ -90,7 +90,7 @@ class InterpolatedModel:
 
     def __init__(self, two_sided: TwoSidedModel):
         self.two_sided = two_sided
-        self.pinned = tuple(name for name in two_sided.headers if name not in two_sided.in_both)
+        self.pinned = two_sided.only_tuned
         self._alphas: dict[str, float] = {}
         self._ends: dict[str, Tensor] = {}
 
@@ -121,11 +121,13 @@ class InterpolatedModel:
         return base, self.two_sided.read(name, "tuned") if tuned is None else tuned
 
     def displacement(self, layer: Layer) -> tuple[float, float]:
-        """Frobenius norms of tuned − base and of base over the tensors of a layer."""
+        """Frobenius norms of tuned − base, but for what a dtype rounded, and of base over a layer."""
         moved = size = 0.0
         for name in layer.tensors:
             if name in self.two_sided.in_both:
-                base, tuned = (end.double() for end in self.ends(name))
+                tuned = self._ends.get(name)
+                tuned = (self.two_sided.settled(name) if tuned is None else tuned).double()
+                base = self.two_sided.read(name, "base").double()
                 moved += float((tuned - base).square().sum())
                 size += float(base.square().sum())
         return math.sqrt(moved), math.sqrt(size)

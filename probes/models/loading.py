@@ -7,8 +7,8 @@ shared, not copied.
 import copy
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,11 +18,14 @@ from typing import Any, Literal
 import torch
 
 from probes.adapters.adapter import Adapter
+from probes.adapters.rewriting import rewritten
+from probes.adapters.targets import canonical
 from probes.checkpoints.checkpoint import Checkpoint
 from probes.checkpoints.usable import in_a_line, problems
 from probes.errors import InputError
 from probes.files.layout import Header
 from probes.files.locate import MODEL_FILES
+from probes.files.reparametrised import Resolved
 from probes.files.untrusted import confined, plain, read_json
 from probes.models.body import shadow, unwrapped
 from probes.text.batches import out_of_memory
@@ -97,14 +100,18 @@ class Loading:
     device_map: Any
     trust_remote_code: bool
 
-    def model(self, checkpoint: Checkpoint, kind: Kind) -> Runnable:
-        """A checkpoint as a model."""
+    def model(self, checkpoint: Checkpoint, kind: Kind, *, merged: bool = False) -> Runnable:
+        """A checkpoint as a model.
+
+        Args:
+            merged: an adapter's base in the form of the merged model, with the weights of the base; a copy.
+        """
         untrained: tuple[str, ...] = ()
         # Weights that no file holds are random, and the same each time.
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(0)
-            if checkpoint.base is not None and memory_of(checkpoint) is None:
-                model, untrained = self._adapted(checkpoint, kind)
+            if checkpoint.base is not None and (merged or memory_of(checkpoint) is None):
+                model, untrained = self._adapted(checkpoint, kind, merged=merged)
             else:
                 model = self._model(checkpoint, kind)
         config = unwrapped(model).config
@@ -142,8 +149,7 @@ class Loading:
         if (memory := memory_of(checkpoint)) is not None:
             return unwrapped(memory).config
         brought = brought_by(checkpoint) if brought is None else brought
-        inside = (checkpoint.base or checkpoint).headers
-        heads = [header.shape[0] for name, header in brought.items() if name not in inside]
+        heads = [brought[name].shape[0] for name in _new(checkpoint, brought)]
         if not stored.get("model_type"):
             raise InputError(
                 f"{checkpoint.ref}: no config.json says what model this is; put it beside the weights"
@@ -202,12 +208,26 @@ class Loading:
             )
         return model if self.device_map is not None else model.to(self.device or "cpu")
 
-    def _adapted(self, checkpoint: Checkpoint, kind: Kind) -> tuple[Any, tuple[str, ...]]:
-        """An adapter on its base, and the weights of the base's head that are random."""
+    def _adapted(
+        self, checkpoint: Checkpoint, kind: Kind, *, merged: bool = False
+    ) -> tuple[Any, tuple[str, ...]]:
+        """An adapter on its base, or its base alone, and the weights of the base's head that are random."""
         base = checkpoint.base
         assert base is not None
         brought = brought_by(checkpoint)
-        model = self._model(base, kind, brought)
+        memory = memory_of(checkpoint)
+        if memory is not None and not hasattr(memory, "unload"):
+            raise InputError(
+                f"{checkpoint.ref}: transformers holds the adapter, which is not merged; give its directory, "
+                "or a PeftModel"
+            )
+        model = self._model(base, kind, brought) if memory is None else self._model(checkpoint, kind)
+        if memory is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = model.unload()
+        if merged and any(memory_of(side) is not None for side in (base, checkpoint)):
+            model = copy.deepcopy(model)
         rows = [
             checkpoint.headers[matrix.tensor].shape[0]
             for matrix in base.matrices.values()
@@ -215,8 +235,32 @@ class Loading:
         ]
         if rows and rows[0] != model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(rows[0], mean_resizing=False)
-        untrained = tuple(sorted(name for name in brought if name not in base.headers))
-        return inject(model, checkpoint), untrained
+        untrained = tuple(sorted(_new(checkpoint, brought)))
+        if not merged:
+            return inject(model, checkpoint), untrained
+        if isinstance(checkpoint.source, Adapter) and checkpoint.source.targets.untied:
+            untie(model)
+        return model, untrained
+
+
+def _new(checkpoint: Checkpoint, brought: Mapping[str, Header]) -> list[str]:
+    """The tensors brought by an adapter that its base has under no name."""
+    if checkpoint.base is None or not isinstance(checkpoint.source, Adapter):
+        return [name for name in brought if name not in (checkpoint.base or checkpoint).headers]
+    return [name for name in brought if checkpoint.source.original(name) not in checkpoint.base.headers]
+
+
+def untie(model: Any) -> None:
+    """Give every tied weight of a model a tensor of its own, with the same values."""
+    for name in model.all_tied_weights_keys:
+        path, _, leaf = name.rpartition(".")
+        tensor = model.get_parameter(name)
+        setattr(
+            model.get_submodule(path), leaf, torch.nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
+        )
+    model.all_tied_weights_keys = {}
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
 
 
 def kind_of(checkpoint: Checkpoint) -> Kind:
@@ -306,6 +350,8 @@ def memory_of(checkpoint: Checkpoint) -> Any:
 def _standard(checkpoint: Checkpoint) -> bool:
     """Whether transformers finds the same weights in the directory as we do."""
     directory, path = checkpoint.directory, Path(checkpoint.ref)
+    if isinstance(checkpoint.source, Resolved):  # transformers would take the weights for missing
+        return False
     if directory is None or (path.is_file() and path.name not in MODEL_FILES):
         return False
     return any((directory / name).is_file() for name in MODEL_FILES)
@@ -330,16 +376,53 @@ def inject(model: Any, checkpoint: Checkpoint, *, name: str = "tuned") -> Any:
     """Put an adapter from its files into its base, which changes in place."""
     import peft
 
-    directory, device = str(checkpoint.directory), str(next(model.parameters()).device)
+    adapter, device = checkpoint.source, str(next(model.parameters()).device)
+    assert isinstance(adapter, Adapter)
+    assert checkpoint.directory is not None
+    # PEFT ignores fields that it does not know; here they were all read or found to be harmless.
+    known = peft.LoraConfig.__dataclass_fields__
+    fields = {field: value for field, value in adapter.config.items() if field in known}
+    transposed = any(getattr(module, "is_transposed", False) for module in model.modules())
     what = f"{checkpoint.ref}: the adapter does not load"
-    with _blaming(what), _silence(), warnings.catch_warnings():
-        # Deprecations between these two libraries do not concern our users.
-        warnings.simplefilter("ignore", FutureWarning)
+    with ExitStack() as stack:
+        stack.enter_context(_blaming(what))
+        stack.enter_context(_silence())
+        stack.enter_context(warnings.catch_warnings())
+        # What PEFT remarks on was read and found to be right, or is refused.
+        warnings.simplefilter("ignore")
         warnings.filterwarnings("error", message="Found missing adapter keys")
+        config = peft.LoraConfig(**fields | {"inference_mode": True})
+        files = rewritten(adapter, checkpoint.directory, peft.__version__, transposed)
+        directory = str(stack.enter_context(files))
         if isinstance(model, peft.PeftModel):
+            model.add_adapter(name, config)
             model.load_adapter(directory, name, torch_device=device)
-            return model
-        return peft.PeftModel.from_pretrained(model, directory, adapter_name=name, torch_device=device)
+        else:
+            model = peft.PeftModel.from_pretrained(
+                model, directory, adapter_name=name, config=config, torch_device=device
+            )
+    _refuse_ignored(model, checkpoint, name)
+    return model
+
+
+def _refuse_ignored(model: Any, checkpoint: Checkpoint, name: str) -> None:
+    """Raise InputError if PEFT took no notice of factors in the file: the config does not target them.
+
+    Those of experts are counted otherwise in the file than in memory.
+    """
+    assert isinstance(checkpoint.source, Adapter)
+
+    def factors(keys: Iterable[str]) -> set[str]:
+        return {canonical(key) for key in keys if ".lora_" in key and ".experts." not in key}
+
+    stored = factors(checkpoint.source.weights.headers)
+    loaded = factors(key for key in model.state_dict() if f".{name}." in key or key.endswith(f".{name}"))
+    if len(stored) > len(loaded):
+        module = min(stored - loaded).removeprefix("base_model.model.").partition(".lora_")[0]
+        raise InputError(
+            f"{checkpoint.ref}: holds factors of {module}, which its adapter_config.json does not target, so "
+            "that PEFT does not load them; add the module to target_modules, or remove its tensors"
+        )
 
 
 def _unusable(checkpoint: Checkpoint) -> str:

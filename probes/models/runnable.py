@@ -182,12 +182,16 @@ def _undone(checkpoint: Checkpoint) -> bool:
     # Biases are trained in place, and a vocabulary is resized in place; modules_to_save are copies.
     if source.config.get("bias", "none") != "none":
         return False
+    for name, key in source.targets.in_place.items():
+        if not torch.equal(base.tensor(name), source.weights.read(key)):
+            return False
     copies = set(source.config.get("modules_to_save") or ())
     for name, header in load.brought_by(checkpoint).items():
-        replaced = base.headers.get(name)
+        original = source.original(name)
+        replaced = base.headers.get(original)
         if replaced is not None and replaced.shape != header.shape:
             return False
         copied = not copies.isdisjoint(name.split("."))
-        if not copied and (replaced is None or not torch.equal(base.tensor(name), source.stored(name))):
+        if not copied and (replaced is None or not torch.equal(base.tensor(original), source.stored(name))):
             return False
     return True

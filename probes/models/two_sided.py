@@ -81,6 +81,11 @@ class TwoSidedModel:
         has_base = self._blender.has_base
         return frozenset(name for name, header in self.headers.items() if has_base(name, header.shape))
 
+    @property
+    def only_tuned(self) -> tuple[str, ...]:
+        """The tensors that base lacks, in the order of the file."""
+        return tuple(name for name in self.headers if name not in self.in_both)
+
     def read(self, name: str, side: Side = "tuned") -> Shaped[Tensor, "..."]:
         """A tensor as in a side's file, on the CPU, not to be written to.
 
@@ -94,6 +99,10 @@ class TwoSidedModel:
             return stored
         base = self._blender.base_of(name, stored)
         return stored if base is None else base
+
+    def settled(self, name: str) -> Shaped[Tensor, "..."]:
+        """A tensor of tuned with base's value in each entry that only a dtype rounded."""
+        return self._blender.settled(name, self.read(name))
 
     def become(self, side: Side) -> None:
         """Set every tensor to a side's."""

@@ -90,6 +90,11 @@ NOT_WEIGHTS = (
     r"|(?:query|key|diagonal)_decay)$|norm\d*(?:\.weight)?$|(?:^|\.)ln_\w+\.weight$"
 )
 
+# Buffers that old releases stored with the weights.
+BUFFERS = (
+    r"(?:inv_freq|(?:cos|sin)_cached|causal_mask|masked_bias|freqs_cis|position_ids|relative_position_index)$"
+)
+
 
 class Fused(NamedTuple):
     """The order of a fused tensor's parts, and what it repeats for, in models of these types and this switch.

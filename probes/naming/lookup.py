@@ -48,12 +48,12 @@ class Lookup:
         prefix, _, shorter = name.partition(".")  # `roberta.encoder…`, saved from the bare encoder
         if shorter in self.headers and not prefix.isdigit():
             return shorter
-        return self.heads[0] if len(self.heads) == 1 and _is_head(name) else None  # `embed_out` in the file
+        return self.heads[0] if len(self.heads) == 1 and is_head(name) else None  # `embed_out` in the file
 
     def weight(self, name: str) -> str | None:
         """The stored tensor with the values of `name`, which may be tied to another."""
         stored = self.tied.get(name) or self.find(name)
-        if stored is None and len(self.embeddings) == 1 and _is_head(name):
+        if stored is None and len(self.embeddings) == 1 and is_head(name):
             return self.embeddings[0]  # a file without its own unembedding: the model ties it
         return stored
 
@@ -78,7 +78,8 @@ def _role(matrix: Matrix) -> Role:
     return matrix.layer, matrix.component, "shared" in matrix.name, expert
 
 
-def _is_head(name: str) -> bool:
+def is_head(name: str) -> bool:
+    """Whether a tensor of this name is an unembedding."""
     return [matrix.component for matrix in probe(name)][:1] == ["lm_head"]
 
 

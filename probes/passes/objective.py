@@ -108,10 +108,10 @@ class Objective:
         waiting = [unit for row in self._chosen(rows) for unit in self._units[row]]
         with ExitStack() as stack:
             stack.enter_context(evaluating(model))
-            descent = stack.enter_context(GradientAccumulator(model))
+            accumulator = stack.enter_context(GradientAccumulator(model))
             try:
                 parts = micro_batches(waiting, self._tokens)
-                return sum(self._descend(descent, part, scale / units) for part in parts) / units
+                return sum(self._accumulate(accumulator, part, scale / units) for part in parts) / units
             except NonFiniteError as error:
                 name = task.where(self._encoded.examples[error.example].row)
                 raise NonFiniteError(error.example, error.layer, name) from error
@@ -119,12 +119,12 @@ class Objective:
     def _chosen(self, rows: Sequence[int] | None) -> Sequence[int]:
         return self.rows if rows is None else [row for row in rows if row in self._units]
 
-    def _descend(self, descent: GradientAccumulator, part: list[ScoringUnit], weight: float) -> float:
+    def _accumulate(self, accumulator: GradientAccumulator, part: list[ScoringUnit], weight: float) -> float:
         """Add `weight` times a micro-batch's gradient, halving it until it fits; its loss in nats, summed."""
         size, alone = tokens_of(part), len(part) == 1
         if alone or size < self._too_many:
             try:
-                return self._run(descent, part, weight)
+                return self._run(accumulator, part, weight)
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
@@ -137,24 +137,24 @@ class Objective:
             # Only here: until the handler above was left, the error kept what had been allocated.
             torch.cuda.empty_cache()
         half = (len(part) + 1) // 2
-        with descent.rest():
-            return sum(self._descend(descent, some, weight) for some in (part[:half], part[half:]))
+        with accumulator.rest():
+            return sum(self._accumulate(accumulator, some, weight) for some in (part[:half], part[half:]))
 
-    def _run(self, descent: GradientAccumulator, part: list[ScoringUnit], weight: float) -> float:
+    def _run(self, accumulator: GradientAccumulator, part: list[ScoringUnit], weight: float) -> float:
         """Add `weight` times the gradient of a micro-batch in one pass; its loss in nats, summed."""
         encoded, rows = self._encoded, [unit.row for unit in part]
         batch, targets = batch_of(encoded, part)
         if encoded.task.shape == "label":
-            return descent.classes(batch, torch.tensor([encoded.classes[row] for row in rows]), weight)
+            return accumulator.classes(batch, torch.tensor([encoded.classes[row] for row in rows]), weight)
         masked = encoded.mask_id is not None
         if encoded.task.shape != "choices":
-            return descent.tokens(batch, targets, weight, masked=masked)
+            return accumulator.tokens(batch, targets, weight, masked=masked)
         owner = torch.tensor([
             (row_index, encoded.examples[index].choice or 0)
             for row_index, unit in enumerate(part) for index, _ in unit.sequences
         ])  # fmt: skip
         answers = torch.tensor([encoded.task.rows[row].answer or 0 for row in rows])
-        return descent.choices(batch, targets, weight, owner, answers, masked=masked)
+        return accumulator.choices(batch, targets, weight, owner, answers, masked=masked)
 
 
 def scoring_units(encoded: EncodedRows) -> Iterator[ScoringUnit]:

@@ -22,6 +22,7 @@ from tests.benchmarks import (
     gpu,
     grafts,
     growth,
+    integrity,
     masks,
     memory,
     pathways,
@@ -39,6 +40,7 @@ ALL: dict[str, ModuleType] = {
     "engines": engines,
     "gpu": gpu,
     "grafts": grafts,
+    "integrity": integrity,
     "masks": masks,
     "memory": memory,
     "pathways": pathways,
@@ -63,6 +65,7 @@ QUICK: dict[str, dict[str, Any]] = {
         "ROWS": 20,
         "SHARPNESS": {"rows": 8, "batches": 1, "batch_rows": 4, "steps": 2, "pairs": 0},
     },
+    "integrity": {"WIDTH": 256, "LAYERS": 2, "RUNS": 1},
     "masks": {"WIDTH": 64, "DEPTH": 2, "LEVELS": [0.3, 0.6, 0.9]},
     "memory": {
         "SIZE": 1024,

@@ -20,14 +20,14 @@ def row(line: Line) -> list[str]:
     contest = line.contest
     peer = contest.peer
     if line.theirs is not None:
-        peer = " ".join([peer, *(str(peer_version(each)) for each in contest.packages)])
-    said = line.agreement.text + (f" ({contest.apart})" if contest.apart and line.ours else "")
+        peer = " ".join([peer, *(str(peer_version(package)) for package in contest.packages)])
+    agreement = line.agreement.text + (f" ({contest.apart})" if contest.apart and line.ours else "")
     if line.theirs is None or line.ours is None:
-        return [contest.analysis, contest.what, peer, *["–"] * 5, said]
+        return [contest.analysis, contest.what, peer, *["–"] * 5, agreement]
     return [
         contest.analysis, contest.what, peer, f"{line.theirs.seconds:.2f}", f"{line.ours.seconds:.2f}",
         f"{line.theirs.seconds / line.ours.seconds:.1f} ×", f"{line.theirs.memory / 1e9:.2f}",
-        f"{line.ours.memory / 1e9:.2f}", said,
+        f"{line.ours.memory / 1e9:.2f}", agreement,
     ]  # fmt: skip
 
 
@@ -39,8 +39,8 @@ def table_of(lines: list[Line], threads: int, quick: bool) -> Table:
         "least of the runs; memory beyond the start",
         show_lines=True,
     )
-    for place, name in enumerate(COLUMNS):
-        table.add_column(name, justify="right" if 3 <= place <= 7 else "left", overflow="fold")
+    for index, name in enumerate(COLUMNS):
+        table.add_column(name, justify="right" if 3 <= index <= 7 else "left", overflow="fold")
     for line in lines:
         table.add_row(*row(line))
     return table

@@ -100,10 +100,10 @@ def peer_version(distribution: str) -> str | Absent:
 
 def held(contest: Contest, *, quick: bool, threads: int, rounds: int) -> Line:
     """Hold a contest: both sides in turns, and the least that each took."""
-    for each in contest.packages:
-        found = peer_version(each)
-        if isinstance(found, Absent):
-            return Line(contest, None, None, Agreement(False, f"not run: {found.reason}"))
+    for package in contest.packages:
+        installed = peer_version(package)
+        if isinstance(installed, Absent):
+            return Line(contest, None, None, Agreement(False, f"not run: {installed.reason}"))
     try:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -140,32 +140,32 @@ def alone(run: Callable[..., Any], *arguments: Any, threads: int) -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as name:
-        told = Path(name) / "told"
-        process = context.Process(target=_in_process, args=(run, arguments, threads, told))
+        answer_file = Path(name) / "answer"
+        process = context.Process(target=_in_process, args=(run, arguments, threads, answer_file))
         process.start()
         process.join()
-        if not told.is_file():
+        if not answer_file.is_file():
             raise SideError(f"its process ended with code {process.exitcode}")
-        kind, value, said = pickle.loads(told.read_bytes())
+        kind, value, trace = pickle.loads(answer_file.read_bytes())
     if kind == "raised":
-        print(said, file=sys.stderr)
+        print(trace, file=sys.stderr)
         raise SideError(value)
     return value
 
 
-def _in_process(run: Callable[..., Any], arguments: tuple[Any, ...], threads: int, told: Path) -> None:
+def _in_process(run: Callable[..., Any], arguments: tuple[Any, ...], threads: int, answer_file: Path) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    said = io.StringIO()
+    log = io.StringIO()
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             warnings.simplefilter("ignore")
             answer: tuple[str, Any, str] = ("gave", run(*arguments), "")
     except BaseException as error:
         text = str(error).strip().partition("\n")[0]
         answer = ("raised", f"{type(error).__name__}: {text}"[:200], traceback.format_exc())
-    told.write_bytes(pickle.dumps(answer))
+    answer_file.write_bytes(pickle.dumps(answer))
 
 
 def measured(side: Side, folder: Path) -> tuple[Spent, Any]:
@@ -202,11 +202,11 @@ def status(field: str) -> float:
     return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024.0
 
 
-def apart(one: Sequence[float], other: Sequence[float]) -> float:
+def apart(theirs: Sequence[float], ours: Sequence[float]) -> float:
     """The largest difference of numbers, as a share of the largest of them; infinite where all are 0."""
     import numpy as np
 
-    first, second = np.asarray(one, float), np.asarray(other, float)
+    first, second = np.asarray(theirs, float), np.asarray(ours, float)
     largest = float(np.abs(first).max(initial=0.0))
     return float(np.abs(first - second).max()) / largest if largest else math.inf
 
@@ -215,7 +215,7 @@ def near(theirs: Sequence[float], ours: Sequence[float], limit: float, what: str
     """Whether numbers agree to a share of the largest."""
     if len(theirs) != len(ours):
         return Agreement(False, f"{what}: {len(theirs)} numbers against {len(ours)}")
-    found = apart(theirs, ours)
-    same = found <= limit
+    difference = apart(theirs, ours)
+    same = difference <= limit
     over = "" if same else f", over {limit:.0e}"
-    return Agreement(same, f"{what}: {len(theirs)} within {found:.0e}{over}")
+    return Agreement(same, f"{what}: {len(theirs)} within {difference:.0e}{over}")

@@ -68,11 +68,11 @@ def rate_of(cost: Cost) -> float:
     return cost.work / cost.seconds
 
 
-def largest_of(found: Sequence[Cost]) -> dict[tuple[str, str], Cost]:
+def largest_of(costs: Sequence[Cost]) -> dict[tuple[str, str], Cost]:
     """The largest pair measured, by analysis and device: its rate is the one that is extrapolated."""
     best: dict[tuple[str, str], Cost] = {}
-    for each in sorted(found, key=lambda cost: cost.parameters):
-        best[each.analysis, each.device] = each
+    for cost in sorted(costs, key=lambda cost: cost.parameters):
+        best[cost.analysis, cost.device] = cost
     return dict(sorted(best.items(), key=lambda item: (item[0][1], list(WORK).index(item[0][0]))))
 
 
@@ -112,21 +112,21 @@ def _two(value: float) -> str:
     return f"{round(value, 1 - math.floor(math.log10(value))):,.{digits}f}"
 
 
-def page(found: Sequence[Cost]) -> str:
+def page(costs: Sequence[Cost]) -> str:
     """docs/cost.md."""
-    best = largest_of(found)
-    sizes = sorted({each.parameters for each in found})
-    kinds = sorted({(each.device, each.threads) for each in found})
+    best = largest_of(costs)
+    sizes = sorted({cost.parameters for cost in costs})
+    kinds = sorted({(cost.device, cost.threads) for cost in costs})
     where = " and ".join(
         "a GPU" if device != "cpu" else f"{threads} CPU thread{'s' if threads > 1 else ''}"
         for device, threads in kinds
     )
-    busy = max(each.load - each.threads for each in found)
-    beside = f", with other work beside it (load {busy + kinds[0][1]:.1f})" if busy > 0.5 else ""
+    busy = max(cost.load - cost.threads for cost in costs)
+    load_note = f", with other work beside it (load {busy + kinds[0][1]:.1f})" if busy > 0.5 else ""
     lines = [
         "# What an audit costs",
         "",
-        f"Measured on {where}{beside}, on pairs of {_two(sizes[0] / 1e6)} M to {_two(sizes[-1] / 1e6)} M "
+        f"Measured on {where}{load_note}, on pairs of {_two(sizes[0] / 1e6)} M to {_two(sizes[-1] / 1e6)} M "
         "parameters in bfloat16; what is beyond is an estimate, and says so. `python -m "
         "tests.benchmarks.growth --write docs` measures again and writes this page, its figure and "
         "[cost.csv](cost.csv), from which all numbers here follow.",
@@ -196,37 +196,37 @@ def held(cost: Cost) -> str:
     return f"{gigabytes}, {_two(cost.memory / unit_of(cost))} × {what} in float32"
 
 
-def figure(found: Sequence[Cost]) -> Any:
+def figure(costs: Sequence[Cost]) -> Any:
     """Seconds and memory against parameters, both axes in powers of ten."""
     from plotly.subplots import make_subplots
 
     colours = dict(zip(WORK, ("#3366cc", "#dc7633", "#2e8b57", "#8e44ad"), strict=True))
-    made = make_subplots(rows=1, cols=2, subplot_titles=("Time", "Memory beyond the start"))
-    for device in sorted({each.device for each in found}):
+    chart = make_subplots(rows=1, cols=2, subplot_titles=("Time", "Memory beyond the start"))
+    for device in sorted({cost.device for cost in costs}):
         for analysis in WORK:
             line = sorted(
-                (each for each in found if (each.analysis, each.device) == (analysis, device)),
+                (cost for cost in costs if (cost.analysis, cost.device) == (analysis, device)),
                 key=lambda cost: cost.parameters,
             )
             for column, values in enumerate(
-                ([each.seconds for each in line], [each.memory / 1e9 for each in line]), start=1
+                ([cost.seconds for cost in line], [cost.memory / 1e9 for cost in line]), start=1
             ):
-                made.add_scatter(
-                    x=[each.parameters for each in line], y=values, mode="lines+markers", row=1, col=column,
+                chart.add_scatter(
+                    x=[cost.parameters for cost in line], y=values, mode="lines+markers", row=1, col=column,
                     name=analysis if device == "cpu" else f"{analysis} on {device}", showlegend=column == 1,
                     line={"color": colours[analysis], "dash": "solid" if device == "cpu" else "dot"},
                 )  # fmt: skip
-    made.update_xaxes(type="log", title="parameters in the blocks", exponentformat="B", dtick=1)
-    made.update_yaxes(type="log", exponentformat="none", dtick=1)
-    made.update_yaxes(title="seconds", row=1, col=1)
-    made.update_yaxes(title="GB", row=1, col=2)
-    return made.update_layout(
+    chart.update_xaxes(type="log", title="parameters in the blocks", exponentformat="B", dtick=1)
+    chart.update_yaxes(type="log", exponentformat="none", dtick=1)
+    chart.update_yaxes(title="seconds", row=1, col=1)
+    chart.update_yaxes(title="GB", row=1, col=2)
+    return chart.update_layout(
         template="plotly_white", width=1000, height=420, margin={"t": 40, "r": 10, "b": 50, "l": 60},
         legend={"orientation": "h", "y": -0.2},
     )  # fmt: skip
 
 
-def picture(found: Sequence[Cost], file: Path) -> None:
+def picture(costs: Sequence[Cost], file: Path) -> None:
     """The figure as a PNG, drawn by a headless Chromium.
 
     Raises:
@@ -239,7 +239,7 @@ def picture(found: Sequence[Cost], file: Path) -> None:
         raise RuntimeError("no chromium: cost.png was not drawn")
     with tempfile.TemporaryDirectory() as name, sync_playwright() as playwright:
         html = Path(name) / "cost.html"
-        figure(found).write_html(html, config={"displayModeBar": False, "staticPlot": True})
+        figure(costs).write_html(html, config={"displayModeBar": False, "staticPlot": True})
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         shown = browser.new_page(viewport={"width": 1020, "height": 440}, device_scale_factor=1.5)
         shown.goto(html.as_uri())
@@ -248,7 +248,7 @@ def picture(found: Sequence[Cost], file: Path) -> None:
         browser.close()
 
 
-def write(found: Sequence[Cost], folder: Path) -> None:
+def write(costs: Sequence[Cost], folder: Path) -> None:
     """The page and its figure."""
-    (folder / "cost.md").write_text(page(found), encoding="utf-8")
-    picture(found, folder / "cost.png")
+    (folder / "cost.md").write_text(page(costs), encoding="utf-8")
+    picture(costs, folder / "cost.png")

@@ -76,9 +76,9 @@ def detected(draws: np.random.Generator) -> Any:
          "text": [f"row {i}: " + "a word or two " * 6 for i in range(len(sets))],
          "p_value": 0.5, "flagged": ~inside}
     )  # fmt: skip
-    found = detection_of(rows[inside], rows[~inside], draws=20, seed=0)
-    area = float(found.loc[found["score"] == "ratio", "auroc"].iloc[0])
-    tables = {"detection": found, "sets": gains_of(rows), "rows": rows}
+    table = detection_of(rows[inside], rows[~inside], draws=20, seed=0)
+    area = float(table.loc[table["score"] == "ratio", "auroc"].iloc[0])
+    tables = {"detection": table, "sets": gains_of(rows), "rows": rows}
     return Result(metrics={"auroc": area}, tables=tables, analysis="ood", parameters={})
 
 
@@ -92,7 +92,7 @@ def write(out: Path) -> None:
         base={"ref": "org/base", "kind": "full", "parameters": 70_000_000_000},
         tuned={"ref": "org/tuned", "kind": "full", "parameters": 70_000_000_000},
         policy=default_policy(),
-        analyses={name: Outcome(status="ok", seconds=1, result=made) for name, made in results.items()},
+        analyses={name: Outcome(status="ok", seconds=1, result=result) for name, result in results.items()},
         created="2026-02-11T09:41:07Z",
         tunescope="0.1.0",
     )

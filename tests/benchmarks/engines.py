@@ -20,7 +20,7 @@ from diagnostics.audit.demo import BUNDLED
 from diagnostics.core.analysis import Result
 from diagnostics.execution.engines import engine
 from probes import CheckpointPair
-from tests.benchmarks.rows import made
+from tests.benchmarks.rows import write_pair
 from tests.benchmarks.seven_b import write
 
 LAYERS = int(os.environ.get("BENCH_LAYERS", "20"))
@@ -62,11 +62,11 @@ def timed(work: Callable[[], Result], workers: int, warm: Callable[[], object]) 
 
 def compared(what: str, work: Callable[[], Result], warm: Callable[[], object]) -> None:
     """Print how much faster two workers are than one; they must agree bit for bit."""
-    (one, first), (two, second) = (timed(work, workers, warm) for workers in (1, 2))
+    (alone, first), (paired, second) = (timed(work, workers, warm) for workers in (1, 2))
     for name, table in first.tables.items():
         pd.testing.assert_frame_equal(table, second.tables[name], check_exact=True)
     print(
-        f"{what}: one Dask worker {one:.0f} s, two {two:.0f} s, {one / two:.2f} × as fast, "
+        f"{what}: one Dask worker {alone:.0f} s, two {paired:.0f} s, {alone / paired:.2f} × as fast, "
         "bit for bit the same"
     )
 
@@ -94,7 +94,7 @@ def of_batches(folder: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED / "base")
-    made(folder, width=WIDTH, layers=DEPTH, vocabulary=len(tokenizer))
+    write_pair(folder, width=WIDTH, layers=DEPTH, vocabulary=len(tokenizer))
     for name in ("base", "tuned"):
         tokenizer.save_pretrained(folder / name)
     pair = CheckpointPair(folder / "base", folder / "tuned")

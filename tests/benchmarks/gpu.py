@@ -10,7 +10,7 @@ import torch
 from probes.passes.scores import score_examples
 from probes.text.batches import batches
 from tests.benchmarks.rows import examples, fastest
-from tests.benchmarks.seven_b import audited, told
+from tests.benchmarks.seven_b import audited, cost_text
 
 LAYERS, WIDTH, INNER, VOCABULARY = 32, 4096, 14336, 128256
 ROWS, TOKENS = 2000, 16384
@@ -43,7 +43,7 @@ def scoring(device: str) -> None:
     with torch.device(device):
         model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
     rows = examples(ROWS, "paragraphs")
-    made = [batch.to(device) for batch in batches(rows, tokens=TOKENS, pad_id=0)]
+    device_batches = [batch.to(device) for batch in batches(rows, tokens=TOKENS, pad_id=0)]
 
     def finished(answer: Any) -> Any:
         if device == "cuda":
@@ -52,7 +52,7 @@ def scoring(device: str) -> None:
 
     def plain() -> None:
         with torch.inference_mode():
-            for batch in made:
+            for batch in device_batches:
                 model(input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False)
         finished(None)
 
@@ -79,7 +79,7 @@ def main() -> None:
     seen = audited(shapes(), LAYERS, device)
     if seen is not None:
         shape = f"pair of {parameters / 1e9:.1f} B parameters on {device}"
-        print(f"{shape} (at most 60 s beyond reading): {told(seen)}")
+        print(f"{shape} (at most 60 s beyond reading): {cost_text(seen)}")
     scoring(device)
 
 

@@ -34,7 +34,7 @@ SHARE = 1e-4  # the paper's budget
 CANDIDATES = PER_ENTRY * SHARE  # as the analysis takes
 
 
-def made(folder: Path, *, width: int = 768, layers: int = 12) -> None:
+def write_pair(folder: Path, *, width: int = 768, layers: int = 12) -> None:
     """A random Llama of about 97 M parameters, and one that has moved from it a little."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -58,7 +58,7 @@ def examples(rows: int) -> list[Example]:
     return [
         Example(
             ids=torch.randint(8192, (LENGTH,), generator=generator).tolist(),
-            scored=[place > 0 for place in range(LENGTH)],
+            scored=[position > 0 for position in range(LENGTH)],
             row=row,
         )
         for row in range(rows)
@@ -138,7 +138,7 @@ def plain(folder: Path, device: str, rows: int) -> tuple[float, int]:
 
     Each gradient is freed at once, so that the memory is that of the activations and the largest gradient.
     """
-    told = objective(rows)
+    loss = objective(rows)
     with opened(folder, device) as (two_sided, movement):
         weights = [two_sided.editable.slots(name, torch.arange(1))[0].tensor for name in movement.entries]
 
@@ -149,7 +149,7 @@ def plain(folder: Path, device: str, rows: int) -> tuple[float, int]:
             weight.requires_grad_(True)
         handles = [weight.register_post_accumulate_grad_hook(free) for weight in weights]
         with Peak(device) as peak:
-            times = [timed(lambda: told.backward(two_sided.model), device) for _ in range(STEPS + 1)]
+            times = [timed(lambda: loss.backward(two_sided.model), device) for _ in range(STEPS + 1)]
         for handle in handles:
             handle.remove()
         return median(times[1:]), peak.bytes
@@ -157,7 +157,7 @@ def plain(folder: Path, device: str, rows: int) -> tuple[float, int]:
 
 def search(folder: Path, device: str, rows: int) -> tuple[float, int]:
     """Seconds of a step of the search: the mask written, its gradient, the scores moved, the next mask."""
-    told = objective(rows)
+    loss = objective(rows)
     with opened(folder, device) as (two_sided, movement):
         size = round(SHARE * movement.total)
         marks = []
@@ -174,7 +174,7 @@ def search(folder: Path, device: str, rows: int) -> tuple[float, int]:
             )
             with GraftedModel(two_sided, candidates) as graft:
                 budget_search(
-                    lambda mask: graft.gradient(mask, told), candidates.movement(), [size] * (STEPS + 1),
+                    lambda mask: graft.gradient(mask, loss), candidates.movement(), [size] * (STEPS + 1),
                     candidates.movement, step=mark,
                 )  # fmt: skip
         return median(after - before for before, after in pairwise(marks)), peak.bytes
@@ -195,19 +195,19 @@ def main(device: str = "", **shape: int) -> None:
     with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         folder = Path(name)
-        made(folder, **shape)
+        write_pair(folder, **shape)
         model = sum(file.stat().st_size for file in (folder / "base").glob("*.safetensors"))
-        found = {way.__name__: in_turn(folder, way, device) for way in (plain, search)}
+        costs = {way.__name__: in_turn(folder, way, device) for way in (plain, search)}
     table = Table(
         title=f"A step of the mask search on {device}: {TIMED} rows of {LENGTH} tokens, "
         f"{model / 4e6:.0f} M weights in float32, {CANDIDATES:g} of them candidates"
     )
-    for place, column in enumerate(("way", "seconds a step", "GB beyond the model")):
-        table.add_column(column, justify="left" if place == 0 else "right")
-    for way, (seconds, size) in found.items():
+    for index, column in enumerate(("way", "seconds a step", "GB beyond the model")):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    for way, (seconds, size) in costs.items():
         table.add_row(way, f"{seconds:.3f}", f"{size / 1e9:.3f}")
-    times = found["search"][0] / found["plain"][0]
-    extra = (found["search"][1] - found["plain"][1]) / model
+    times = costs["search"][0] / costs["plain"][0]
+    extra = (costs["search"][1] - costs["plain"][1]) / model
     table.add_row("ratio, extra of the model", f"{times:.2f}", f"{extra:.3f}")
     Console(width=110).print(table)
 

@@ -187,7 +187,7 @@ def costs(width: int, layers: int, device: str, threads: int, folder: Path) -> l
     """All analyses of one pair."""
     tokens = tokens_of(folder)
     parameters, head = (4 + 3 * 11 / 4) * width**2 * layers, inputs.VOCABULARY * width
-    found = []
+    pair_costs = []
     for name, side in SIDES.items():
         if name == "sparsity" and device != "cpu":
             continue
@@ -198,7 +198,7 @@ def costs(width: int, layers: int, device: str, threads: int, folder: Path) -> l
             print(f"{name} of {parameters / 1e6:.0f} M parameters on {device} FAILED: {error}", flush=True)
             continue
         read = tokens if name in ("drift", "ood") else 0
-        found.append(
+        pair_costs.append(
             Cost(
                 analysis=name, device=device, threads=threads, parameters=round(parameters), tokens=read,
                 work=work_of(name, round(parameters), read, head), seconds=seconds, memory=memory,
@@ -206,12 +206,12 @@ def costs(width: int, layers: int, device: str, threads: int, folder: Path) -> l
                 load=os.getloadavg()[0],
             )
         )  # fmt: skip
-    return found
+    return pair_costs
 
 
 def measure(sizes: Sequence[tuple[int, int]], console: Console) -> list[Cost]:
     """All sizes that the disk holds, on the CPU and on a GPU where there is one."""
-    threads, found = torch.get_num_threads(), []
+    threads, all_costs = torch.get_num_threads(), []
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     if len(devices) == 1:
         console.print("no GPU is at hand: the CPU alone is measured")
@@ -225,41 +225,41 @@ def measure(sizes: Sequence[tuple[int, int]], console: Console) -> list[Cost]:
             for device in devices:
                 if (width, layers) == LARGE and device == "cpu":
                     continue
-                made = costs(width, layers, device, threads, Path(name))
-                found += made
-                times = ", ".join(f"{each.analysis} {each.seconds:.1f} s" for each in made)
+                pair_costs = costs(width, layers, device, threads, Path(name))
+                all_costs += pair_costs
+                times = ", ".join(f"{cost.analysis} {cost.seconds:.1f} s" for cost in pair_costs)
                 console.print(f"width {width}, {layers} layers, on {device}: {times}", highlight=False)
-    return found
+    return all_costs
 
 
-def table_of(found: Sequence[Cost]) -> Table:
+def table_of(measurements: Sequence[Cost]) -> Table:
     """What was measured."""
     table = Table(title=f"How cost grows: {ROWS} rows, {len(LEVELS)} levels")
     for column in ("analysis", "device", "threads", "parameters, M", "seconds", "G of work a second", "GB"):
         table.add_column(column, justify="right" if column not in ("analysis", "device") else "left")
-    for each in sorted(found, key=lambda cost: (cost.analysis, cost.device, cost.parameters)):
+    for cost in sorted(measurements, key=lambda cost: (cost.analysis, cost.device, cost.parameters)):
         table.add_row(
-            each.analysis, each.device, f"{each.threads}", f"{each.parameters / 1e6:.2g}",
-            f"{each.seconds:.2f}", f"{each.work / each.seconds / 1e9:.1f}",
-            "" if math.isnan(each.memory) else f"{each.memory / 1e9:.2f}",
+            cost.analysis, cost.device, f"{cost.threads}", f"{cost.parameters / 1e6:.2g}",
+            f"{cost.seconds:.2f}", f"{cost.work / cost.seconds / 1e9:.1f}",
+            "" if math.isnan(cost.memory) else f"{cost.memory / 1e9:.2f}",
         )  # fmt: skip
     return table
 
 
-def save(found: Sequence[Cost], file: Path) -> None:
+def save(measurements: Sequence[Cost], file: Path) -> None:
     """What was measured, a row each."""
     with file.open("w", newline="", encoding="utf-8") as out:
         writer = csv.DictWriter(out, [field.name for field in fields(Cost)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(
-            asdict(each)
+            asdict(cost)
             | {
-                "load": f"{each.load:.2f}",
-                "work": f"{each.work:.6g}",
-                "seconds": f"{each.seconds:.4g}",
-                "memory": f"{each.memory:.4g}",
+                "load": f"{cost.load:.2f}",
+                "work": f"{cost.work:.6g}",
+                "seconds": f"{cost.seconds:.4g}",
+                "memory": f"{cost.memory:.4g}",
             }
-            for each in found
+            for cost in measurements
         )
 
 
@@ -286,13 +286,13 @@ def main(quick: bool = False, write: Path | None = None, sizes: int = len(SIZES)
 
     console = Console(width=150)
     chosen = ((64, 2), (128, 2)) if quick else SIZES[:sizes]
-    found = measure(chosen, console)
-    console.print(table_of(found))
-    console.print(cost.page(found), highlight=False, markup=False, soft_wrap=True)
+    measurements = measure(chosen, console)
+    console.print(table_of(measurements))
+    console.print(cost.page(measurements), highlight=False, markup=False, soft_wrap=True)
     if write is not None:
-        save(found, write / "cost.csv")
-        cost.write(found, write)
-    missing = len(chosen) * len(SIDES) - sum(each.device == "cpu" for each in found)
+        save(measurements, write / "cost.csv")
+        cost.write(measurements, write)
+    missing = len(chosen) * len(SIDES) - sum(measurement.device == "cpu" for measurement in measurements)
     if missing > 0:
         raise SystemExit(f"{missing} were not measured, see above")
 

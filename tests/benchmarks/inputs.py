@@ -99,11 +99,11 @@ def batched(folder: Path, file: Path, rows: int = 16) -> list[tuple[torch.Tensor
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.padding_side = "right"
     lines = [json.loads(line)["text"] for line in file.read_text().splitlines()]
-    made = []
+    padded_batches = []
     for start in range(0, len(lines), rows):
         given = tokenizer(lines[start : start + rows], return_tensors="pt", padding=True)
-        made.append((given["input_ids"], given["attention_mask"]))
-    return made
+        padded_batches.append((given["input_ids"], given["attention_mask"]))
+    return padded_batches
 
 
 def loaded(folder: Path) -> Any:
@@ -114,17 +114,17 @@ def loaded(folder: Path) -> Any:
 
 
 def log_likelihoods(
-    model: Any, made: list[tuple[torch.Tensor, torch.Tensor]]
+    model: Any, padded_batches: list[tuple[torch.Tensor, torch.Tensor]]
 ) -> tuple[list[float], int, int]:
     """The log-likelihood of every row, the tokens scored, and how many of them were the likeliest."""
-    found: list[float] = []
+    sums: list[float] = []
     tokens = right = 0
     with torch.no_grad():
-        for ids, mask in made:
+        for ids, mask in padded_batches:
             logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
             logs = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
             scored = mask[:, 1:].bool()
-            found += (logs.double() * scored).sum(1).tolist()
+            sums += (logs.double() * scored).sum(1).tolist()
             tokens += int(scored.sum())
             right += int(((logits.argmax(-1) == ids[:, 1:]) & scored).sum())
-    return found, tokens, right
+    return sums, tokens, right

@@ -22,7 +22,7 @@ LEVELS = [round(0.045 * level, 3) for level in range(1, 21)]
 FEW = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
-def made(folder: Path, *, width: int, layers: int) -> None:
+def write_pair(folder: Path, *, width: int, layers: int) -> None:
     """Two random Llamas of about 97 M parameters, 85 M of them in the scope."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -41,7 +41,7 @@ def tunescopes(folder: Path, levels: list[float]) -> tuple[list[float], dict[flo
     with TwoSidedModel(pair, device="cpu") as two_sided:
         resident(two_sided.model)
         reset_peak()
-        order = two_sided.magnitudes()
+        order = magnitude_order(pair.tuned)
         begun = time.perf_counter()
         cuts = order.cuts(levels)
         shared = (time.perf_counter() - begun) / len(levels)
@@ -115,11 +115,11 @@ def pruning(console: Console) -> None:
     with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         folder = Path(name)
-        made(folder, width=WIDTH, layers=DEPTH)
+        write_pair(folder, width=WIDTH, layers=DEPTH)
         theirs, masks = torchs(folder, list(FEW))
-        ours, found = tunescopes(folder, sorted({*LEVELS, *FEW}))
+        ours, our_masks = tunescopes(folder, sorted({*LEVELS, *FEW}))
         apart = sum(
-            int((found[level][tensor] != masks[level][tensor]).sum())
+            int((our_masks[level][tensor] != masks[level][tensor]).sum())
             for level in FEW
             for tensor in masks[level]
         )
@@ -149,13 +149,13 @@ def curve(console: Console) -> None:
 
     def timed(self: EncodedTask, model: Any) -> Any:
         begun = time.perf_counter()
-        found = measure(self, model)
+        result = measure(self, model)
         spent.append(time.perf_counter() - begun)
-        return found
+        return result
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        made(folder, width=WIDTH, layers=DEPTH)
+        write_pair(folder, width=WIDTH, layers=DEPTH)
         words(folder, 8192)
         draw = np.random.default_rng(0)
         rows = [" ".join(f"w{word}" for word in draw.integers(0, 8000, 24)) for _ in range(100)]
@@ -163,17 +163,17 @@ def curve(console: Console) -> None:
         try:
             EncodedTask.measure = timed  # type: ignore[method-assign]
             begun = time.perf_counter()
-            found = essential_sparsity(
+            result = essential_sparsity(
                 pair, rows, grid=(0.0, *LEVELS), refine=0, patterns=(), random=False, draws=1000
             )
-            whole = time.perf_counter() - begun
+            total = time.perf_counter() - begun
         finally:
             EncodedTask.measure = measure  # type: ignore[method-assign]
     console.print(
-        f"A curve of 20 levels of base and of tuned, 97 M parameters, 100 rows of 24 tokens: {whole:.0f} s, "
-        f"{len(spent)} evaluations of them {sum(spent):.0f} s: {sum(spent) / whole:.1%} (at least 90 %)"
+        f"A curve of 20 levels of base and of tuned, 97 M parameters, 100 rows of 24 tokens: {total:.0f} s, "
+        f"{len(spent)} evaluations of them {sum(spent):.0f} s: {sum(spent) / total:.1%} (at least 90 %)"
     )
-    assert found.metrics["evaluations"] == len(spent)
+    assert result.metrics["evaluations"] == len(spent)
 
 
 def words(folder: Path, size: int) -> None:

@@ -33,10 +33,10 @@ LOOK = 0.002
 
 def pair(folder: Path, size: int) -> None:
     """The pair of the streaming tests, in bfloat16, as small as it is there and with larger matrices."""
-    for place, own in (("small", frugal.SIZE), ("large", size)):
-        (folder / place).mkdir()
-        resized(own)
-        frugal.write_pair(folder / place, torch.bfloat16)
+    for subfolder, matrix_size in (("small", frugal.SIZE), ("large", size)):
+        (folder / subfolder).mkdir()
+        resized(matrix_size)
+        frugal.write_pair(folder / subfolder, torch.bfloat16)
 
 
 def resized(size: int) -> None:
@@ -66,8 +66,8 @@ def held(folder: Path, name: str, size: int) -> float:
     run()
     over.set()
     watching.join()
-    for place in ("small", "large"):
-        shutil.rmtree(folder / place / "out", ignore_errors=True)
+    for subfolder in ("small", "large"):
+        shutil.rmtree(folder / subfolder / "out", ignore_errors=True)
     return (most[0] - begun) / frugal.LARGEST
 
 
@@ -80,8 +80,8 @@ def commands(console: Console) -> None:
     with tempfile.TemporaryDirectory() as folder:
         alone(pair, Path(folder), SIZE, threads=1)
         for name, stated, most in rows:
-            found = alone(held, Path(folder), name, SIZE, threads=1)
-            table.add_row(name, f"{found:.1f}", stated, most)
+            copies = alone(held, Path(folder), name, SIZE, threads=1)
+            table.add_row(name, f"{copies:.1f}", stated, most)
     console.print(table)
 
 
@@ -98,16 +98,16 @@ def adapters(folder: Path, shapes: dict[str, tuple[int, int]]) -> None:
     save_file(base, folder / "base" / "model.safetensors")
     (folder / "base" / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     for number in range(2):
-        place = folder / f"adapter-{number}"
-        place.mkdir()
+        directory = folder / f"adapter-{number}"
+        directory.mkdir()
         weights = {}
         for part, (rows, columns) in shapes.items():
             stem = f"base_model.model.{names[part].removesuffix('.weight')}"
             weights[f"{stem}.lora_A.weight"] = torch.randn(RANK, columns, generator=generator) / columns**0.5
             weights[f"{stem}.lora_B.weight"] = torch.randn(rows, RANK, generator=generator) / rows**0.5
-        save_file(weights, place / "adapter_model.safetensors")
+        save_file(weights, directory / "adapter_model.safetensors")
         config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": list(shapes)}
-        (place / "adapter_config.json").write_text(json.dumps(config))
+        (directory / "adapter_config.json").write_text(json.dumps(config))
 
 
 def audited(folder: Path, number: int, cached: bool, method: str) -> tuple[float, dict[str, Any]]:
@@ -117,8 +117,8 @@ def audited(folder: Path, number: int, cached: bool, method: str) -> tuple[float
 
     opened = CheckpointPair(folder / "base", folder / f"adapter-{number}")
     begun = time.process_time()
-    made = intruder_dimensions(opened, method=method, cache=folder / f"cache-{method}" if cached else None)
-    return time.process_time() - begun, dict(made.metrics)
+    result = intruder_dimensions(opened, method=method, cache=folder / f"cache-{method}" if cached else None)
+    return time.process_time() - begun, dict(result.metrics)
 
 
 def cache(console: Console) -> None:
@@ -130,21 +130,21 @@ def cache(console: Console) -> None:
         for method in ("certified", "exact"):
             run(0, True, method)
             times: dict[bool, list[float]] = {False: [], True: []}
-            found: dict[bool, dict[str, Any]] = {}
+            results: dict[bool, dict[str, Any]] = {}
             for _ in range(2):
                 for cached, spent in times.items():
                     seconds, metrics = run(1, cached, method)
                     spent.append(seconds)
-                    found[cached] = metrics
-                assert found[True] == found[False], "the cache changed what was found"
+                    results[cached] = metrics
+                assert results[True] == results[False], "the cache changed what was found"
             least = {cached: min(spent) for cached, spent in times.items()}
             size = sum(
                 file.stat().st_size for file in (folder / f"cache-{method}").rglob("*") if file.is_file()
             )
-            whole = sum(4 * math.prod(shape) for shape in SHAPES.values())
+            total = sum(4 * math.prod(shape) for shape in SHAPES.values())
             console.print(
                 f"second adapter, method {method}: {least[False]:.1f} s of one processor, with a cache "
-                f"{least[True]:.1f} s: 1 / {least[False] / least[True]:.1f}; it has {size / whole:.2f} of "
+                f"{least[True]:.1f} s: 1 / {least[False] / least[True]:.1f}; it has {size / total:.2f} of "
                 "the base's bytes"
             )
 

@@ -76,12 +76,12 @@ def pyhessian(folder: Path) -> Callable[[], Any]:
 
     def run() -> Curvature:
         torch.manual_seed(0)
-        found = hessian(Logits(model), token_loss, data=(rows, rows), cuda=False)
-        values, _ = found.eigenvalues(maxIter=STEPS, tol=0.0)
+        estimator = hessian(Logits(model), token_loss, data=(rows, rows), cuda=False)
+        values, _ = estimator.eigenvalues(maxIter=STEPS, tol=0.0)
         # With a tolerance of 0 it would stop as soon as the running mean is negative.
-        made = of_samples(values[0], found.trace(maxIter=SIGNS, tol=-math.inf))
+        estimate = of_samples(values[0], estimator.trace(maxIter=SIGNS, tol=-math.inf))
         model.zero_grad(set_to_none=True)
-        return made
+        return estimate
 
     return run
 
@@ -99,8 +99,8 @@ def eigenthings(folder: Path) -> Callable[[], Any]:
             param_filter=lambda name, weight: weight.requires_grad,
         )
         values = lanczos(operator, k=1, max_iter=STEPS, seed=0).eigenvalues
-        told = trace(operator, num_matvecs=SIGNS, method="hutchinson", seed=0)
-        return Curvature(float(values[0]), told.estimate, told.stderr)
+        trace_estimate = trace(operator, num_matvecs=SIGNS, method="hutchinson", seed=0)
+        return Curvature(float(values[0]), trace_estimate.estimate, trace_estimate.stderr)
 
     return run
 
@@ -116,8 +116,8 @@ def curvature(folder: Path) -> Callable[[], Any]:
     block = list(model.model.layers[0].parameters())
     model.requires_grad_(False)
     examples = [
-        Example(ids=row, scored=[False] + [True] * (len(row) - 1), row=place)
-        for place, row in enumerate(rows.tolist())
+        Example(ids=row, scored=[False] + [True] * (len(row) - 1), row=index)
+        for index, row in enumerate(rows.tolist())
     ]
     encoded = EncodedTask(
         task=task_of(["x"] * len(rows)), examples=examples, classes=(), mask_id=None, batch_tokens=2**14,
@@ -127,11 +127,11 @@ def curvature(folder: Path) -> Callable[[], Any]:
     def run() -> Curvature:
         with PerturbedWeights(block, adaptive=False) as moved:
             twice = HessianProduct(model, encoded, tuple(range(len(rows))), moved)
-            made = spectrum(
+            estimate = spectrum(
                 twice.product, moved.zero, steps=STEPS, probes=SIGNS,
                 generator=torch.Generator().manual_seed(0),
             )  # fmt: skip
-        return Curvature(max(made.top, made.bottom, key=abs), made.trace, made.trace_error)
+        return Curvature(max(estimate.top, estimate.bottom, key=abs), estimate.trace, estimate.trace_error)
 
     return run
 
@@ -176,12 +176,12 @@ def whole_gradients(folder: Path, rows: int) -> torch.Tensor:
     """The gradient of each row in all weights, one beside the other."""
     model = inputs.loaded(folder / "base")
     weights = list(model.parameters())
-    along = direction(model.config.vocab_size).to(weights[0].dtype)
+    output_direction = direction(model.config.vocab_size).to(weights[0].dtype)
     gradients = []
     for ids, mask in islice(inputs.batched(folder / "base", folder / "rows.jsonl", rows=1), rows):
         logits = model(input_ids=ids, attention_mask=mask).logits[0, :-1]
-        found = torch.autograd.grad((logits @ along).mean(), weights)
-        gradients.append(torch.cat([each.flatten() for each in found]))
+        by_weight = torch.autograd.grad((logits @ output_direction).mean(), weights)
+        gradients.append(torch.cat([gradient.flatten() for gradient in by_weight]))
     return torch.stack(gradients)
 
 
@@ -207,29 +207,31 @@ def kernel(folder: Path) -> Callable[[], Any]:
     def run() -> list[list[float]]:
         editable = Editable(open_checkpoint(str(folder / "base")), device="cpu", dtype="float32")
         task = read_task(str(folder / "rows.jsonl"))
-        told = encoded(editable, task, max_length=None, chat_template=False, batch_tokens=2**14)
-        along = direction(editable.model.config.vocab_size)
-        return tangent_kernel(editable.model, told, range(KERNEL_ROWS), along).tolist()
+        encoded_task = encoded(editable, task, max_length=None, chat_template=False, batch_tokens=2**14)
+        output_direction = direction(editable.model.config.vocab_size)
+        return tangent_kernel(editable.model, encoded_task, range(KERNEL_ROWS), output_direction).tolist()
 
     return run
 
 
 def same_kernel(theirs: Kernel, ours: list[list[float]]) -> Agreement:
     exact = np.ravel(theirs.exact).tolist()
-    found = near(exact, np.array(ours)[:EXACT, :EXACT].ravel().tolist(), 1e-4, "entries summed in float64")
+    agreement = near(
+        exact, np.array(ours)[:EXACT, :EXACT].ravel().tolist(), 1e-4, "entries summed in float64"
+    )
     off = apart(np.ravel(theirs.entries).tolist(), np.ravel(ours).tolist())
     # Millions of products summed in float32.
-    said = f"; theirs sums in float32 and is off by {off:.0e}: ours is right" if off > 1e-5 else ""
-    return Agreement(found.same and off < 0.1, found.text + said)
+    rounding_note = f"; theirs sums in float32 and is off by {off:.0e}: ours is right" if off > 1e-5 else ""
+    return Agreement(agreement.same and off < 0.1, agreement.text + rounding_note)
 
 
 # The gradient of a mask
 
 
 def masked_pair(folder: Path, quick: bool) -> None:
-    from tests.benchmarks.grafts import made
+    from tests.benchmarks.grafts import write_pair
 
-    made(folder, width=128 if quick else 768, layers=2 if quick else 12)
+    write_pair(folder, width=128 if quick else 768, layers=2 if quick else 12)
 
 
 MASK_ROWS = 8
@@ -243,21 +245,23 @@ def whole_mask(folder: Path) -> Callable[[], Any]:
 
     def run() -> dict[str, list[float]]:
         base, tuned = inputs.loaded(folder / "base"), inputs.loaded(folder / "tuned")
-        own = {name: value.detach() for name, value in base.named_parameters()}
+        weights = {name: value.detach() for name, value in base.named_parameters()}
         deltas = {
-            name: value.detach() - own[name] for name, value in tuned.named_parameters() if ".layers." in name
+            name: value.detach() - weights[name]
+            for name, value in tuned.named_parameters()
+            if ".layers." in name
         }
         del tuned
         masks = {name: torch.zeros_like(delta).requires_grad_() for name, delta in deltas.items()}
         ids = torch.tensor([example.ids for example in examples(MASK_ROWS)])
-        blended = {name: own[name] + masks[name] * delta for name, delta in deltas.items()}
-        logits = functional_call(base, own | blended, (), {"input_ids": ids, "use_cache": False}).logits
+        blended = {name: weights[name] + masks[name] * delta for name, delta in deltas.items()}
+        logits = functional_call(base, weights | blended, (), {"input_ids": ids, "use_cache": False}).logits
         token_loss(logits, ids).backward()
-        found = {}
+        gradients = {}
         for name, mask in masks.items():
             assert mask.grad is not None
-            found[name] = mask.grad.flatten()[:: max(1, mask.numel() // 50)].tolist()
-        return found
+            gradients[name] = mask.grad.flatten()[:: max(1, mask.numel() // 50)].tolist()
+        return gradients
 
     return run
 
@@ -268,7 +272,7 @@ def candidates(folder: Path) -> Callable[[], Any]:
     from tests.benchmarks.grafts import CANDIDATES, objective, opened
 
     def run() -> dict[str, list[float]]:
-        told = objective(MASK_ROWS)
+        loss = objective(MASK_ROWS)
         with opened(folder, "cpu") as (two_sided, movement):
 
             def read(name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -277,13 +281,13 @@ def candidates(folder: Path) -> Callable[[], Any]:
             chosen = Candidates.of(movement.largest(round(CANDIDATES * movement.total)), read)
             with GraftedModel(two_sided, chosen) as graft:
                 mask = torch.zeros(len(chosen), dtype=torch.bool)
-                graft.gradient(mask, told)
+                graft.gradient(mask, loss)
                 asked = {
                     name: torch.arange(0, entries, max(1, entries // 50))
                     for name, entries in movement.entries.items()
                 }
-                found = graft.gradient_at(asked, read, mask, told)
-            parts = found.split([len(index) for index in asked.values()])
+                gradients = graft.gradient_at(asked, read, mask, loss)
+            parts = gradients.split([len(index) for index in asked.values()])
             return {name: part.tolist() for name, part in zip(asked, parts, strict=True)}
 
     return run
@@ -292,9 +296,9 @@ def candidates(folder: Path) -> Callable[[], Any]:
 def same_gradient(theirs: dict[str, list[float]], ours: dict[str, list[float]]) -> Agreement:
     if set(theirs) != set(ours):
         return Agreement(False, f"tensors differ: {sorted(set(theirs) ^ set(ours))[0]}")
-    one = [value for name in sorted(theirs) for value in theirs[name]]
-    other = [value for name in sorted(theirs) for value in ours[name]]
-    return near(one, other, 1e-4, "mask gradients")
+    expected = [value for name in sorted(theirs) for value in theirs[name]]
+    actual = [value for name in sorted(theirs) for value in ours[name]]
+    return near(expected, actual, 1e-4, "mask gradients")
 
 
 # Pathways
@@ -304,7 +308,7 @@ def paths(folder: Path, quick: bool) -> None:
     from tests.benchmarks import pathways
 
     kept, pathways.PATHWAYS = pathways.PATHWAYS, 30 if quick else 150
-    (folder / "words.txt").write_text("\n".join(pathways.made()), encoding="utf-8")
+    (folder / "words.txt").write_text("\n".join(pathways.random_pathways()), encoding="utf-8")
     pathways.PATHWAYS = kept
 
 
@@ -312,7 +316,7 @@ def plain_distances(folder: Path) -> Callable[[], Any]:
     from tests.benchmarks.pathways import plainly
 
     words = (folder / "words.txt").read_text(encoding="utf-8").split("\n")
-    return lambda: [plainly(one, other) for place, one in enumerate(words) for other in words[:place]]
+    return lambda: [plainly(word, other) for row, word in enumerate(words) for other in words[:row]]
 
 
 def distances(folder: Path) -> Callable[[], Any]:
@@ -321,8 +325,8 @@ def distances(folder: Path) -> Callable[[], Any]:
     words = (folder / "words.txt").read_text(encoding="utf-8").split("\n")
 
     def run() -> list[int]:
-        found = between(words)
-        return found[np.tril_indices(len(words), k=-1)].tolist()
+        matrix = between(words)
+        return matrix[np.tril_indices(len(words), k=-1)].tolist()
 
     return run
 

@@ -25,9 +25,9 @@ SCALES = (0.5, 0.8)
 
 
 def adapted(folder: Path, quick: bool) -> None:
-    from tests.benchmarks.rows import made
+    from tests.benchmarks.rows import write_pair
 
-    made(folder, width=128 if quick else 512, layers=2 if quick else 8)
+    write_pair(folder, width=128 if quick else 512, layers=2 if quick else 8)
     inputs.words(folder / "base")
     inputs.texts(folder / "rows.jsonl", 32 if quick else 200)
 
@@ -38,8 +38,8 @@ def two_models(folder: Path) -> Callable[[], Any]:
 
     def run() -> list[float]:
         base, tuned = both(folder)
-        made = inputs.batched(folder / "base", folder / "rows.jsonl")
-        sums = [np.array(inputs.log_likelihoods(model, made)[0]) for model in (base, tuned)]
+        padded_batches = inputs.batched(folder / "base", folder / "rows.jsonl")
+        sums = [np.array(inputs.log_likelihoods(model, padded_batches)[0]) for model in (base, tuned)]
         return (sums[0] - sums[1]).tolist()
 
     return run
@@ -108,8 +108,8 @@ def same_metrics(theirs: dict[str, float], ours: dict[str, float]) -> Agreement:
     text = ", ".join(f"{name} {ours[name]:.6f} within {value:.0e}" for name, value in apart.items())
     # Where scores are tied the two differ: a constant score, whose AUPR is the prevalence and whose FPR95
     # is 0.95, is the closed-form case of the tests.
-    said = "; of ties ours is right, by the constant score" if max(apart.values()) > 1e-9 else ""
-    return Agreement(apart["auroc"] < 1e-9 and max(apart.values()) < 1e-2, text + said)
+    ties_note = "; of ties ours is right, by the constant score" if max(apart.values()) > 1e-9 else ""
+    return Agreement(apart["auroc"] < 1e-9 and max(apart.values()) < 1e-2, text + ties_note)
 
 
 # Drift
@@ -124,20 +124,20 @@ def hidden_states(folder: Path) -> Callable[[], Any]:
     """Telly's way with `output_hidden_states`: means over tokens, cosines of rows, their correlation."""
 
     def run() -> list[float]:
-        made = inputs.batched(folder / "base", folder / "rows.jsonl")
+        padded_batches = inputs.batched(folder / "base", folder / "rows.jsonl")
         means = []
         for side in ("base", "tuned"):
-            model, found = inputs.loaded(folder / side), []
+            model, pooled = inputs.loaded(folder / side), []
             with torch.no_grad():
-                for ids, mask in made:
+                for ids, mask in padded_batches:
                     states = model(
                         input_ids=ids, attention_mask=mask, output_hidden_states=True
                     ).hidden_states
                     kept = mask.clone()
                     kept[:, 0] = 0
                     share = (kept / kept.sum(1, keepdim=True))[..., None]
-                    found.append([(state * share).sum(1) for state in states])
-            means.append([torch.cat(layer).double().numpy() for layer in zip(*found, strict=True)])
+                    pooled.append([(state * share).sum(1) for state in states])
+            means.append([torch.cat(layer).double().numpy() for layer in zip(*pooled, strict=True)])
         above = np.triu_indices(len(means[0][0]), k=1)
         similar = []
         for X, Y in zip(*means, strict=True):
@@ -163,10 +163,10 @@ def drift(folder: Path) -> Callable[[], Any]:
 
 
 def same_similarity(theirs: list[float], ours: list[float]) -> Agreement:
-    found = near(theirs[:-1], ours[:-1], 1e-4, "RSA at all layers but the last")
+    agreement = near(theirs[:-1], ours[:-1], 1e-4, "RSA at all layers but the last")
     # The last hidden state of transformers is behind the final norm, and is no residual stream.
     text = f"; at the last, theirs is behind the final norm: {theirs[-1]:.4f}, ours {ours[-1]:.4f}"
-    return Agreement(found.same, found.text + text)
+    return Agreement(agreement.same, agreement.text + text)
 
 
 # A path
@@ -176,16 +176,16 @@ def state_dicts(folder: Path) -> Callable[[], Any]:
     """WiSE-FT's way: both state dicts, and a model that each blend of them is loaded into."""
 
     def run() -> list[float]:
-        made = inputs.batched(folder / "base", folder / "rows.jsonl")
+        padded_batches = inputs.batched(folder / "base", folder / "rows.jsonl")
         model = inputs.loaded(folder / "base")
         base = {name: value.clone() for name, value in model.state_dict().items()}
         tuned = inputs.loaded(folder / "tuned").state_dict()
-        found = []
+        losses = []
         for alpha in ALPHAS:
             model.load_state_dict({name: (1 - alpha) * base[name] + alpha * tuned[name] for name in base})
-            sums, tokens, _ = inputs.log_likelihoods(model, made)
-            found.append(-sum(sums) / tokens)
-        return found
+            sums, tokens, _ = inputs.log_likelihoods(model, padded_batches)
+            losses.append(-sum(sums) / tokens)
+        return losses
 
     return run
 
@@ -217,7 +217,9 @@ def edited(folder: Path) -> Callable[[], Any]:
     """The paper's way: decompose each matrix once, write each edit into a model, run it."""
 
     def run() -> dict[str, float]:
-        made = {name: inputs.batched(folder / "base", folder / f"{name}.jsonl") for name in ("task", "keep")}
+        batches = {
+            name: inputs.batched(folder / "base", folder / f"{name}.jsonl") for name in ("task", "keep")
+        }
         base, model = inputs.loaded(folder / "base"), inputs.loaded(folder / "tuned")
         old = dict(base.named_parameters())
         tuned = {name: value.detach().clone() for name, value in model.named_parameters()}
@@ -231,7 +233,7 @@ def edited(folder: Path) -> Callable[[], Any]:
                     if len(new):
                         at = int(new[0])
                         first[name] = S[at] * torch.outer(U[:, at], Vh[at])
-            found = {}
+            losses = {}
             for mode in ("top", "update"):
                 for scale in SCALES:
                     for name, weight in model.named_parameters():
@@ -239,10 +241,10 @@ def edited(folder: Path) -> Callable[[], Any]:
                             weight.copy_(old[name] + scale * (tuned[name] - old[name]))
                         else:
                             weight.copy_(tuned[name] + (scale - 1) * first.get(name, torch.tensor(0.0)))
-                    for name, rows in made.items():
+                    for name, rows in batches.items():
                         sums, tokens, _ = inputs.log_likelihoods(model, rows)
-                        found[f"{mode} {scale} {name}"] = -sum(sums) / tokens
-        return found
+                        losses[f"{mode} {scale} {name}"] = -sum(sums) / tokens
+        return losses
 
     return run
 
@@ -276,19 +278,19 @@ def one_after_another(folder: Path) -> Callable[[], Any]:
     """Each checkpoint loaded and run, and the length of each step from the weights of the one before."""
 
     def run() -> list[list[float]]:
-        made = inputs.batched(folder / "base", folder / "rows.jsonl")
-        found, before = [], None
+        padded_batches = inputs.batched(folder / "base", folder / "rows.jsonl")
+        measurements, before = [], None
         for side in ("base", "tuned-1", "tuned-2", "tuned-3"):
             model = inputs.loaded(folder / side)
-            sums, tokens, right = inputs.log_likelihoods(model, made)
+            sums, tokens, right = inputs.log_likelihoods(model, padded_batches)
             here = dict(model.named_parameters())
             length = 0.0
             if before is not None:
                 squares = [float((here[name] - old).double().square().sum()) for name, old in before.items()]
                 length = sum(squares) ** 0.5
-            found.append([-sum(sums) / tokens, right / tokens, length])
+            measurements.append([-sum(sums) / tokens, right / tokens, length])
             before = {name: value.detach() for name, value in here.items()}
-        return found
+        return measurements
 
     return run
 

@@ -51,16 +51,16 @@ def intruders(folder: Path) -> Callable[[], Any]:
     from probes import CheckpointPair
 
     def run() -> Any:
-        found = intruder_dimensions(CheckpointPair(folder / "base", folder / "tuned"), k=K, epsilon=EPSILON)
-        return {name: table.to_dict("list") for name, table in found.tables.items()}
+        result = intruder_dimensions(CheckpointPair(folder / "base", folder / "tuned"), k=K, epsilon=EPSILON)
+        return {name: table.to_dict("list") for name, table in result.tables.items()}
 
     return run
 
 
 def same_counts(theirs: dict[str, int], ours: Any) -> Agreement:
-    found = dict(zip(ours["matrices"]["matrix"], ours["matrices"]["intruders"], strict=True))
+    our_counts = dict(zip(ours["matrices"]["matrix"], ours["matrices"]["intruders"], strict=True))
     # A matrix that tunescope calls too small to judge is no matter of counting.
-    judged = {name: int(count) for name, count in found.items() if not math.isnan(count)}
+    judged = {name: int(count) for name, count in our_counts.items() if not math.isnan(count)}
     other = [name for name, count in judged.items() if theirs[name] != count]
     total = sum(theirs[name] for name in judged)
     if other:
@@ -116,12 +116,12 @@ def weightwatcher(folder: Path) -> Callable[[], Any]:
     logging.getLogger("powerlaw").setLevel(logging.CRITICAL)
 
     def run() -> Any:
-        found: dict[str, list[float]] = {}
+        eigenvalues: dict[str, list[float]] = {}
         for side in ("base", "tuned"):
             table = ww.WeightWatcher(model=inputs.loaded(folder / side)).analyze(plot=False)
             for name, value in zip(table["longname"], table["lambda_max"], strict=True):
-                found.setdefault(str(name), []).append(float(value))
-        return found
+                eigenvalues.setdefault(str(name), []).append(float(value))
+        return eigenvalues
 
     return run
 
@@ -144,9 +144,9 @@ def same_values(theirs: dict[str, list[float]], ours: Any) -> Agreement:
 
 
 def adapter(folder: Path, quick: bool) -> None:
-    from tests.benchmarks.rows import made
+    from tests.benchmarks.rows import write_pair
 
-    made(folder, width=256 if quick else 1024, layers=1 if quick else 2, vocabulary=1024, rank=8)
+    write_pair(folder, width=256 if quick else 1024, layers=1 if quick else 2, vocabulary=1024, rank=8)
 
 
 def peft_reducer(folder: Path) -> Callable[[], Any]:
@@ -182,16 +182,16 @@ def mitigated(folder: Path) -> Callable[[], Any]:
     def run() -> Any:
         with tempfile.TemporaryDirectory() as name:
             out = Path(name) / "out"
-            found = mitigate(
+            result = mitigate(
                 folder / "base", folder / "tuned", out, scale=SCALE, mode="all", k=K, epsilon=EPSILON
             )
-            counts = {edit.matrix: edit.rank for edit in found.edits}
+            counts = {edit.matrix: edit.rank for edit in result.edits}
             written = open_checkpoint(str(out), base=str(folder / "base"))
             deltas = {}
             for matrix in written.matrices:
-                made = written.delta(matrix)
-                if made is not None:
-                    deltas[matrix] = made.dense()[:64, :64].clone()
+                delta = written.delta(matrix)
+                if delta is not None:
+                    deltas[matrix] = delta.dense()[:64, :64].clone()
             return counts, deltas
 
     return run
@@ -199,11 +199,11 @@ def mitigated(folder: Path) -> Callable[[], Any]:
 
 def same_adapters(theirs: Any, ours: Any) -> Agreement:
     counts, deltas = ({_plain(name): value for name, value in part.items()} for part in theirs)
-    found, written = ({_plain(name): value for name, value in part.items()} for part in ours)
-    if {name: count for name, count in counts.items() if count} != found:
-        return Agreement(False, f"{sum(counts.values())} intruders against {sum(found.values())}")
+    our_counts, written = ({_plain(name): value for name, value in part.items()} for part in ours)
+    if {name: count for name, count in counts.items() if count} != our_counts:
+        return Agreement(False, f"{sum(counts.values())} intruders against {sum(our_counts.values())}")
     apart = max(float((deltas[name] - written[name]).norm() / deltas[name].norm()) for name in deltas)
-    text = f"{sum(found.values())} intruders, equal in each of {len(counts)} matrices; deltas written"
+    text = f"{sum(our_counts.values())} intruders, equal in each of {len(counts)} matrices; deltas written"
     return Agreement(apart < 1e-2, f"{text} within {apart:.0e}")
 
 
@@ -215,9 +215,9 @@ def _plain(name: str) -> str:
 
 
 def pruned_pair(folder: Path, quick: bool) -> None:
-    from tests.benchmarks.masks import made
+    from tests.benchmarks.masks import write_pair
 
-    made(folder, width=128 if quick else 768, layers=2 if quick else 12)
+    write_pair(folder, width=128 if quick else 768, layers=2 if quick else 12)
 
 
 def torch_prune(folder: Path) -> Callable[[], Any]:
@@ -253,8 +253,8 @@ def weightscope(folder: Path) -> Callable[[], Any]:
     from weightscope.diff import diff_models
 
     def run() -> Any:
-        found = diff_models(str(folder / "base"), str(folder / "tuned"))
-        return {each.name: each.n_changed for each in found.tensors}
+        diff = diff_models(str(folder / "base"), str(folder / "tuned"))
+        return {tensor.name: tensor.n_changed for tensor in diff.tensors}
 
     return run
 
@@ -296,7 +296,7 @@ def whole_vectors(folder: Path) -> Callable[[], Any]:
     """The obvious way: all weights of a checkpoint in one vector."""
 
     def run() -> list[list[float]]:
-        found = []
+        statistics = []
         for side in ("base", "tuned-1", "tuned-2", "tuned-3"):
             matrices = block_matrices(folder / side / "model.safetensors")
             flat = torch.cat([W.flatten() for W in matrices.values()])
@@ -306,11 +306,11 @@ def whole_vectors(folder: Path) -> Callable[[], Any]:
                 root = math.sqrt(W.numel())
                 hoyer += W.numel() * float((root - W.double().abs().sum() / W.double().norm()) / (root - 1))
             size = len(flat)
-            found.append(
+            statistics.append(
                 [float((flat == 0).double().mean()), float((flat.abs() < 1e-3).double().mean()),
                  small / size, hoyer / size]
             )  # fmt: skip
-        return found
+        return statistics
 
     return run
 
@@ -326,7 +326,49 @@ def sparsified(folder: Path) -> Callable[[], Any]:
     return run
 
 
+# Integrity
+
+
+def integrity_pair(folder: Path, quick: bool) -> None:
+    inputs.moved(folder, width=128 if quick else 1024, layers=2 if quick else 4)
+
+
+def loaded_both(folder: Path) -> Callable[[], Any]:
+    """The obvious way: load both files, and count what differs and what is not finite."""
+
+    def run() -> list[int]:
+        base, tuned = (load_file(folder / side / "model.safetensors") for side in ("base", "tuned"))
+        changed = sum(int((base[name] != tuned[name]).sum()) for name in tuned)
+        broken = sum(int((~side[name].isfinite()).sum()) for side in (base, tuned) for name in side)
+        dead = sum(
+            int((tuned[name] == 0).all(dim=1).sum()) - int((base[name] == 0).all(dim=1).sum())
+            for name in tuned
+            if tuned[name].ndim == 2
+        )
+        return [changed, broken, dead]
+
+    return run
+
+
+def integrity(folder: Path) -> Callable[[], Any]:
+    from diagnostics import checkpoint_integrity
+    from probes import CheckpointPair
+
+    def run() -> Any:
+        result = checkpoint_integrity(CheckpointPair(folder / "base", folder / "tuned"))
+        broken = result.metrics["nonfinite_base"] + result.metrics["nonfinite_tuned"]
+        return [int(result.tables["compared"]["changed"].sum()), broken, result.metrics["dead_rows"]]
+
+    return run
+
+
 CONTESTS = [
+    Contest(
+        analysis="integrity", what="entries that changed, are not finite, or are dead", peer="load both",
+        make=integrity_pair, theirs=loaded_both, ours=integrity,
+        agree=lambda theirs, ours: near(theirs, ours, 0, "counts"),
+        apart="ours also compares files and asks transformers what is required",
+    ),
     Contest(
         analysis="intruders", what="intruders of a full pair", peer="the paper's two full SVDs",
         make=spectral, theirs=two_svds, ours=intruders, agree=same_counts,

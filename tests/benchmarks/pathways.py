@@ -13,18 +13,18 @@ PATHWAYS, LAYERS, EXPERTS, KEPT = 1000, 8, 32, 8
 FEW = 400
 
 
-def plainly(one: str, other: str) -> int:
+def plainly(first: str, second: str) -> int:
     """Levenshtein's distance, one row of the table at a time."""
-    above = list(range(len(other) + 1))
-    for row, a in enumerate(one, start=1):
+    above = list(range(len(second) + 1))
+    for row, a in enumerate(first, start=1):
         current = [row]
-        for column, b in enumerate(other, start=1):
+        for column, b in enumerate(second, start=1):
             current.append(min(above[column] + 1, current[-1] + 1, above[column - 1] + (a != b)))
         above = current
     return above[-1]
 
 
-def made() -> list[str]:
+def random_pathways() -> list[str]:
     """Pathways of 64 symbols: 8 layers, in each of which 8 of 32 experts hold 0.7 alike."""
     generator = np.random.default_rng(0)
     weights = np.full((PATHWAYS, LAYERS, EXPERTS), 0.2 / (EXPERTS - KEPT), dtype=np.float32)
@@ -40,16 +40,16 @@ def made() -> list[str]:
 
 def main() -> None:
     console = Console(width=150)
-    words = made()
+    words = random_pathways()
     begun = time.perf_counter()
-    found = distances(words)
+    matrix = distances(words)
     ours = time.perf_counter() - begun
     generator = np.random.default_rng(1)
     pairs = generator.integers(PATHWAYS, size=(FEW, 2))
     begun = time.perf_counter()
-    expected = [plainly(words[one], words[other]) for one, other in pairs]
+    expected = [plainly(words[row], words[column]) for row, column in pairs]
     per_pair = (time.perf_counter() - begun) / FEW
-    assert expected == found[pairs[:, 0], pairs[:, 1]].tolist()
+    assert expected == matrix[pairs[:, 0], pairs[:, 1]].tolist()
     count = PATHWAYS * (PATHWAYS - 1) // 2
     table = Table(title=f"Edit distances of {PATHWAYS:,} pathways of {LAYERS * KEPT} symbols, one thread")
     for column in ("", "pairs timed", "microseconds a pair", "all pairs, seconds", "ratio"):

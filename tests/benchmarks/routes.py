@@ -41,14 +41,14 @@ def examples() -> list[Example]:
     ]  # fmt: skip
 
 
-def plain(own: Any, rows: list[Example], *, logits: bool) -> None:
+def plain(olmoe: Any, rows: list[Example], *, logits: bool) -> None:
     """The forward pass alone, with or without logits."""
     for batch in batches(rows, tokens=2048, pad_id=0):
         if logits:
             with torch.no_grad():
-                own(input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False)
+                olmoe(input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False)
         else:
-            run(own, batch)
+            run(olmoe, batch)
 
 
 def timed(way: Callable[[], Any]) -> float:
@@ -59,14 +59,14 @@ def timed(way: Callable[[], Any]) -> float:
 
 
 def main() -> None:
-    console, own, rows = Console(width=150), model(), examples()
+    console, olmoe, rows = Console(width=150), model(), examples()
     ways: dict[str, Callable[[], Any]] = {
-        "plain forward": partial(plain, own, rows, logits=True),
-        "plain forward without logits": partial(plain, own, rows, logits=False),
-        "capture through the bridge": partial(capture_routes, own, rows, tokens=2048),
-        "capture at the routers themselves": partial(capture_routes, own, rows, tokens=2048, bridge=False),
+        "plain forward": partial(plain, olmoe, rows, logits=True),
+        "plain forward without logits": partial(plain, olmoe, rows, logits=False),
+        "capture through the bridge": partial(capture_routes, olmoe, rows, tokens=2048),
+        "capture at the routers themselves": partial(capture_routes, olmoe, rows, tokens=2048, bridge=False),
     }
-    assert capture_routes(own, rows[:1]).via == "bridge"
+    assert capture_routes(olmoe, rows[:1]).via == "bridge"
     for way in ways.values():
         way()  # warm up
     rounds = [{name: timed(way) for name, way in ways.items()} for _ in range(ROUNDS)]
@@ -75,7 +75,7 @@ def main() -> None:
     )
     for column in ("", f"processor seconds, best of {ROUNDS}", "ratio"):
         table.add_column(column, justify="right" if column else "left")
-    best = {name: min(each[name] for each in rounds) for name in ways}
+    best = {name: min(timings[name] for timings in rounds) for name in ways}
     for name, seconds in best.items():
         ratio = f"{seconds / best['plain forward']:.2f} ×" + (" (target 1.2)" if "capture" in name else "")
         table.add_row(name, f"{seconds:.2f}", ratio)

@@ -32,7 +32,9 @@ HEAVY, WATCHED = (1024, 12), (512, 8)
 RESIDUALS = ["hook_resid_pre", "hook_resid_post"]
 
 
-def made(folder: Path, *, width: int, layers: int, vocabulary: int = VOCABULARY, rank: int = 16) -> None:
+def write_pair(
+    folder: Path, *, width: int, layers: int, vocabulary: int = VOCABULARY, rank: int = 16
+) -> None:
     """A random Llama at `folder/base` and an adapter on all of its linear layers at `folder/tuned`."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -100,12 +102,12 @@ def bundled() -> tuple[CheckpointPair, list[Example]]:
 
     pair = CheckpointPair(BUNDLED / "base", BUNDLED / "lora-r8")
     with RunnablePair(pair) as runnable:
-        found = [
+        rows = [
             replace(example, row=0)
             for file in sorted(BUNDLED.glob("*.jsonl"))
             for example in encode(read_task(file), runnable.tokenizer, max_length=runnable.context)
         ]
-    return pair, found
+    return pair, rows
 
 
 def two_models(folder: Path, tuned: str = "tuned") -> tuple[Any, Any]:
@@ -136,11 +138,11 @@ def scoring(console: Console) -> None:
         "ratio",
         "largest difference",
     )
-    for place, column in enumerate(columns):
-        table.add_column(column, justify="left" if place < 2 else "right")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < 2 else "right")
     for width, layers in SIZES:
         with tempfile.TemporaryDirectory() as name:
-            made(Path(name), width=width, layers=layers)
+            write_pair(Path(name), width=width, layers=layers)
             models = two_models(Path(name))
             with RunnablePair(CheckpointPair(Path(name) / "base", Path(name) / "tuned")) as runnable:
                 for kind in KINDS:
@@ -154,7 +156,7 @@ def scoring(console: Console) -> None:
                     table.add_row(
                         f"width {width}, {layers} layers",
                         kind,
-                        *(f"{tokens / each:,.0f}" for each in seconds),
+                        *(f"{tokens / elapsed:,.0f}" for elapsed in seconds),
                         f"{seconds[0] / seconds[1]:.1f} ×",
                         f"{apart:.1e} nats",
                     )
@@ -162,10 +164,10 @@ def scoring(console: Console) -> None:
     rows = rows[: 10 * ROWS]
     models, tokens = two_models(Path(pair.base.ref).parent, "lora-r8"), sum(sum(row.scored) for row in rows)
     with RunnablePair(pair, dtype="float32") as runnable:
-        whole = [model.float() for model in models]
-        seconds, results = fastest(partial(reference, *whole, rows), partial(ours, runnable, rows))
+        float_models = [model.float() for model in models]
+        seconds, results = fastest(partial(reference, *float_models, rows), partial(ours, runnable, rows))
     apart = max(abs(a - b) for a, b in zip(*results, strict=True))
-    per_second = (f"{tokens / each:,.0f}" for each in seconds)
+    per_second = (f"{tokens / elapsed:,.0f}" for elapsed in seconds)
     ratio = f"{seconds[0] / seconds[1]:.1f} ×"
     about = "bundled, width 128, 4 layers", f"its own {len(rows):,}"
     table.add_row(*about, *per_second, ratio, f"{apart:.1e} nats")
@@ -177,11 +179,11 @@ def fastest(*runs: Callable[[], Any], repeats: int = 3) -> tuple[list[float], li
     times: list[list[float]] = [[] for _ in runs]
     results: list[Any] = [None] * len(runs)
     for _ in range(repeats):
-        for place, each in enumerate(runs):
+        for index, call in enumerate(runs):
             begun = time.perf_counter()
-            results[place] = each()
-            times[place].append(time.perf_counter() - begun)
-    return [min(each) for each in times], results
+            results[index] = call()
+            times[index].append(time.perf_counter() - begun)
+    return [min(seconds) for seconds in times], results
 
 
 def weighed(way: str, folder: Path, count: int) -> float:
@@ -211,15 +213,15 @@ def memory(console: Console) -> None:
     """Peak memory of scoring with an adapter, and of capturing more and more rows."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        made(folder, width=HEAVY[0], layers=HEAVY[1])
+        write_pair(folder, width=HEAVY[0], layers=HEAVY[1])
         size = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / 1e9
-        two, one = peak(folder, "two models", 40), peak(folder, "one model", 40)
+        both, single = peak(folder, "two models", 40), peak(folder, "one model", 40)
         console.print(
-            f"Peak memory of scoring, base and adapter of {size:.2f} GB: two resident models {two:.2f} GB, "
-            f"tunescope {one:.2f} GB: {one / two:.2f} × (limit 0.6)"
+            f"Peak memory of scoring, base and adapter of {size:.2f} GB: two resident models {both:.2f} GB, "
+            f"tunescope {single:.2f} GB: {single / both:.2f} × (limit 0.6)"
         )
     with tempfile.TemporaryDirectory() as name:
-        made(Path(name), width=HEAVY[0] // 4, layers=HEAVY[1] // 2)
+        write_pair(Path(name), width=HEAVY[0] // 4, layers=HEAVY[1] // 2)
         few, many = (peak(Path(name), "capture", count) for count in CAPTURED)
         console.print(
             f"Peak memory of capturing residuals: {few:.2f} GB for {CAPTURED[0]} rows, {many:.2f} for "
@@ -231,20 +233,20 @@ def capturing(console: Console) -> None:
     """What capturing the residuals of every layer costs."""
     rows = examples(ROWS // 2)
     with tempfile.TemporaryDirectory() as name:
-        made(Path(name), width=WATCHED[0], layers=WATCHED[1])
+        write_pair(Path(name), width=WATCHED[0], layers=WATCHED[1])
         pair = CheckpointPair(Path(name) / "base", Path(name) / "tuned")
-        made_of = list(batches(rows, tokens=TOKENS, pad_id=0))
+        padded_batches = list(batches(rows, tokens=TOKENS, pad_id=0))
         with RunnablePair(pair) as runnable, runnable.base() as model:
 
             def plain() -> None:
                 with evaluating(model):
-                    for batch in made_of:
+                    for batch in padded_batches:
                         run(model, batch)
 
             with capture(model, RESIDUALS, keep=pooled) as activations:
 
                 def hooked() -> None:
-                    for _ in activations.stream(made_of):
+                    for _ in activations.stream(padded_batches):
                         pass
 
                 seconds, _ = fastest(plain, hooked, repeats=5)
@@ -261,8 +263,8 @@ def detection(console: Console) -> None:
 
     draw = np.random.default_rng(0)
     outside, inside = draw.normal(1, 1, DETECTED), draw.normal(0, 1, DETECTED)
-    for each in (outside, inside):
-        each[::10] = each[::10].round(1)
+    for scores in (outside, inside):
+        scores[::10] = scores[::10].round(1)
     values, labels = np.concatenate([inside, outside]), np.repeat([0, 1], DETECTED)
     runs: dict[str, Callable[[], Any]] = {
         "tunescope": lambda: detection_metrics.detection(inside, outside),
@@ -283,11 +285,11 @@ def detection(console: Console) -> None:
     else:
         console.print("pytorch-ood is not installed, and left out: make bench installs it")
     times, results = fastest(*runs.values())
-    found = dict(zip(runs, zip(times, results, strict=True), strict=True))
+    outcomes = dict(zip(runs, zip(times, results, strict=True), strict=True))
     table = Table(title=f"Detection metrics of {2 * DETECTED:,} scores")
     for column in ("", "seconds", "over tunescope's", "AUROC"):
         table.add_column(column, justify="right" if column else "left")
-    for name, (seconds, result) in found.items():
+    for name, (seconds, result) in outcomes.items():
         area = {"tunescope": "auroc", "pytorch-ood": "AUROC"}.get(name, 0)
         table.add_row(name, f"{seconds:.2f}", f"{seconds / times[0]:.1f} ×", f"{float(result[area]):.13f}")
     console.print(table)

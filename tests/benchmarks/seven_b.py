@@ -108,7 +108,7 @@ def audited(shapes: Mapping[str, tuple[int, int]], layers: int, device: str = "c
     return seen
 
 
-def told(seen: Mapping[str, Any]) -> str:
+def cost_text(seen: Mapping[str, Any]) -> str:
     """The cost in words."""
     return (
         f"{seen['total']:.0f} s; reading {seen['bytes'] / 1e9:.1f} GB took {seen['reading']:.0f} s of them, "
@@ -125,7 +125,7 @@ def main() -> None:
         return
     parameters = LAYERS * sum(rows * columns for rows, columns in SHAPES.values())
     shape = f"pair of {parameters / 1e9:.1f} B parameters, {LAYERS} bfloat16 shards each"
-    print(f"{shape} (limit 3 GB): {told(seen)}")
+    print(f"{shape} (limit 3 GB): {cost_text(seen)}")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def task() -> EncodedTask:
     )
 
 
-def timed(own: Any, batch: RowBatch, *, cached: bool, frozen: bool) -> tuple[float, dict[str, float]]:
+def timed(llama: Any, batch: RowBatch, *, cached: bool, frozen: bool) -> tuple[float, dict[str, float]]:
     """Seconds of every block, and the worst rises.
 
     Args:
@@ -52,37 +52,37 @@ def timed(own: Any, batch: RowBatch, *, cached: bool, frozen: bool) -> tuple[flo
         frozen: gradients are taken of the layer alone; else of all weights, as a plain backward pass does.
     """
     settings = SharpnessSettings(rhos=(0.5,), steps=STEPS, pairs=0, cached=cached)
-    blocks = [layer for layer in layers_of(own) if layer.name.startswith("block")]
-    found: dict[str, float] = {}
-    own.requires_grad_(not frozen)
+    blocks = [layer for layer in layers_of(llama) if layer.name.startswith("block")]
+    rises: dict[str, float] = {}
+    llama.requires_grad_(not frozen)
     begun = time.perf_counter()
-    for (name, _), row in batch_sharpness(own, blocks, batch, 0, settings, joint=False).items():
-        found[name] = row["worst"]
+    for (name, _), row in batch_sharpness(llama, blocks, batch, 0, settings, joint=False).items():
+        rises[name] = row["worst"]
     seconds = time.perf_counter() - begun
-    own.requires_grad_(False)
-    own.zero_grad(set_to_none=True)
-    return seconds, found
+    llama.requires_grad_(False)
+    llama.zero_grad(set_to_none=True)
+    return seconds, rises
 
 
 def main() -> None:
-    console, own = Console(width=150), model()
+    console, llama = Console(width=150), model()
     batch = RowBatch(Objective(task()), tuple(range(ROWS)))
     ways = {
         "full passes forward and back": {"cached": False, "frozen": False},
         "full passes, other weights frozen": {"cached": False, "frozen": True},
         "blocks before the layer once": {"cached": True, "frozen": True},
     }
-    timed(own, batch, cached=True, frozen=True)  # warm up
-    rounds = [{name: timed(own, batch, **how) for name, how in ways.items()} for _ in range(3)]
+    timed(llama, batch, cached=True, frozen=True)  # warm up
+    rounds = [{name: timed(llama, batch, **how) for name, how in ways.items()} for _ in range(3)]
     table = Table(
         title=f"Worst rise of each of {LAYERS} blocks: {STEPS} steps, {ROWS} rows of {LENGTH} tokens"
     )
     for column in ("", "seconds, best of 3", "ratio", "largest relative difference"):
         table.add_column(column, justify="right" if column else "left")
-    first = min(each["full passes forward and back"][0] for each in rounds)
+    first = min(timings["full passes forward and back"][0] for timings in rounds)
     exact = rounds[0]["full passes forward and back"][1]
     for name in ways:
-        seconds = min(each[name][0] for each in rounds)
+        seconds = min(timings[name][0] for timings in rounds)
         values = rounds[0][name][1]
         apart = max(abs(values[block] / exact[block] - 1) for block in exact)
         target = " (target 1.8)" if name.startswith("blocks") else ""

@@ -14,15 +14,15 @@ RUNS = 5
 FIRST_MATRIX = """
 import sys, time
 begun = time.perf_counter()
-from diagnostics import intruders
+from diagnostics.analyses.intruders import examine
 def first(*arguments):
     print(time.perf_counter() - begun)
     heavy = [name for name in ("transformers", "transformer_lens", "peft") if name in sys.modules]
     print(heavy, flush=True)
     import os
     os._exit(0)
-assert callable(intruders.examine_fetched)
-intruders.examine_fetched = first
+assert callable(examine.examine_fetched)
+examine.examine_fetched = first
 from diagnostics.cli.main import main
 sys.argv = ["tunescope", "audit", *sys.argv[1:], "--only", "intruders", "--quiet"]
 main()

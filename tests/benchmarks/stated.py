@@ -59,16 +59,16 @@ def scores(model: Path) -> dict[str, tuple[float, float]]:
     from probes.models.editable import Editable
     from probes.text.rows import read_task
 
-    found = {}
+    results = {}
     base = None if model.name == "base" else str(BUNDLED / "base")
     checkpoint = open_checkpoint(str(model), base=base)
     editable = Editable(checkpoint, device="cpu", dtype="float32")
     for name in ("task", "keep", "ood-code", "ood-words"):
         task = read_task(str(BUNDLED / f"{name}.jsonl"))
-        made = encoded(editable, task, max_length=None, chat_template=False, batch_tokens=16384)
-        units = unit_scores(made, editable.model)
-        found[name] = units.accuracy, units.loss
-    return found
+        encoded_task = encoded(editable, task, max_length=None, chat_template=False, batch_tokens=16384)
+        units = unit_scores(encoded_task, editable.model)
+        results[name] = units.accuracy, units.loss
+    return results
 
 
 def detection() -> Iterator[tuple[str, str]]:
@@ -77,17 +77,17 @@ def detection() -> Iterator[tuple[str, str]]:
     from diagnostics.audit.demo import BUNDLED, tuned_models
     from probes import CheckpointPair
 
-    found: list[Any] = []
+    metrics: list[Any] = []
     for model in tuned_models():
         pair = CheckpointPair(BUNDLED / "base", model)
         files = (str(BUNDLED / f"{name}.jsonl") for name in ("task", "ood-words"))
-        found.append(likelihood_ratio_ood(pair, *files, draws=DRAWS, examples=0).metrics)
-    least = math.floor(1000 * min(each["auroc"] for each in found)) / 1000
-    tuned = [each["auroc_tuned_likelihood"] for each in found]
+        metrics.append(likelihood_ratio_ood(pair, *files, draws=DRAWS, examples=0).metrics)
+    least = math.floor(1000 * min(row["auroc"] for row in metrics)) / 1000
+    tuned = [row["auroc_tuned_likelihood"] for row in metrics]
     yield "diagnostics/bundled/README.md", f"AUROC of {least:.3f} or more"
     yield (
         "diagnostics/bundled/README.md",
-        f"with {min(tuned):.2f} to {max(tuned):.2f}, the length alone with {found[0]['auroc_length']:.2f}",
+        f"with {min(tuned):.2f} to {max(tuned):.2f}, the length alone with {metrics[0]['auroc_length']:.2f}",
     )
 
 
@@ -134,8 +134,8 @@ def main() -> None:
     differ = 0
     for figures in (intruders, models, detection, passes, mask):
         for where, text in figures():
-            said = " ".join((ROOT / where).read_text(encoding="utf-8").split())
-            same = text in said
+            page = " ".join((ROOT / where).read_text(encoding="utf-8").split())
+            same = text in page
             differ += not same
             table.add_row(where, text, "yes" if same else "NO")
     Console(width=150).print(table)

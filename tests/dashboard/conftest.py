@@ -46,7 +46,7 @@ def audit_of() -> Callable[..., Any]:
     from diagnostics.core.policy import parse
     from diagnostics.store.audit_store import Audit, Outcome
 
-    def made(*results: Any, rules: Any = None, outcomes: Any = None, **about: Any) -> Any:
+    def build(*results: Any, rules: Any = None, outcomes: Any = None, **about: Any) -> Any:
         ran = {
             result.analysis: Outcome(
                 status="ok",
@@ -74,7 +74,7 @@ def audit_of() -> Callable[..., Any]:
             }
         )
 
-    return made
+    return build
 
 
 @pytest.fixture(scope="module")
@@ -126,10 +126,10 @@ class Visit:
         from axe_playwright_python.sync_playwright import Axe
 
         return [
-            (each["id"], node["html"][:200], node["failureSummary"])
-            for each in Axe().run(self.page).response["violations"]
-            if each["impact"] in ("serious", "critical")
-            for node in each["nodes"]
+            (violation["id"], node["html"][:200], node["failureSummary"])
+            for violation in Axe().run(self.page).response["violations"]
+            if violation["impact"] in ("serious", "critical")
+            for node in violation["nodes"]
         ]
 
 
@@ -144,18 +144,18 @@ def visit(chromium):
             color_scheme="dark" if dark else "light",
             accept_downloads=True,
         )
-        made = Visit(context.new_page())
-        made.page.set_default_timeout(WAIT)
-        made.page.on("console", lambda said: made.complaints.append(f"{said.type}: {said.text}"))
-        made.page.on("pageerror", lambda error: made.complaints.append(str(error)))
-        made.page.on("request", lambda request: made.asked.append(request.url))
-        opened.append((context, made))
-        made.go(address)
-        return made
+        tab = Visit(context.new_page())
+        tab.page.set_default_timeout(WAIT)
+        tab.page.on("console", lambda message: tab.complaints.append(f"{message.type}: {message.text}"))
+        tab.page.on("pageerror", lambda error: tab.complaints.append(str(error)))
+        tab.page.on("request", lambda request: tab.asked.append(request.url))
+        opened.append((context, tab))
+        tab.go(address)
+        return tab
 
     yield open_tab
     for context, _ in opened:
         context.close()
-    asked = {urlsplit(url).hostname for _, made in opened for url in made.asked if url.startswith("http")}
+    asked = {urlsplit(url).hostname for _, tab in opened for url in tab.asked if url.startswith("http")}
     assert asked <= {"127.0.0.1"}
-    assert [made.complaints for _, made in opened] == [[] for _ in opened]
+    assert [tab.complaints for _, tab in opened] == [[] for _ in opened]

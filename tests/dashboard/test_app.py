@@ -28,7 +28,7 @@ def texts(component):
     if isinstance(component, str | int | float):
         return [str(component)]
     if isinstance(component, list | tuple):
-        return [text for each in component for text in texts(each)]
+        return [text for child in component for text in texts(child)]
     children = getattr(component, "children", None)
     return [] if children is None else texts(children)
 
@@ -36,7 +36,7 @@ def texts(component):
 def within(component):
     """A component and all components in it."""
     if isinstance(component, list | tuple):
-        return [each for child in component for each in within(child)]
+        return [part for child in component for part in within(child)]
     children = getattr(component, "children", None)
     return [component, *(within(children) if children is not None else [])]
 
@@ -60,7 +60,7 @@ def figures(view):
     """The strings of the figures of an analysis, and of what stands in their place."""
     from dashboard.pages.analysis_callbacks import drawn, pictures
 
-    return texts(pictures(*drawn(view, view.query.one("analysis")), view, "dark"))
+    return texts(pictures(*drawn(view, view.query.value("analysis")), view, "dark"))
 
 
 def test_an_analysis_that_nobody_knew_of_has_its_page_figures_and_tables(made_up, audit_of):
@@ -77,15 +77,15 @@ def test_an_analysis_that_nobody_knew_of_has_its_page_figures_and_tables(made_up
     audit = audit_of(made_up("warmth", {"heat": table}, warm, {"hottest": 0.75}))
     search = "?audit=it&analysis=warmth"
     view, page = frame.resolve(view_of({"it": audit}, search))
-    said = " ".join(texts(frame.body(view, page)))
+    text = " ".join(texts(frame.body(view, page)))
     for part in ("What do warmth say?", "0 is closed, 1 is open.", "hottest", "what hottest says", "heat"):
-        assert part in said
+        assert part in text
     assert "warmth" in texts(frame.nav(view, page))
     assert "2 warm" in figures(view)
     filtered = view_of({"it": audit}, search + "&layer=1-1")
     assert "1 warm" in figures(filtered)
-    known = {"analysis": "warmth", "table": "heat", "spot": ""}
-    assert list(table_rows(filtered, known)["warmth"]) == [0.75]
+    control = {"analysis": "warmth", "table": "heat", "spot": ""}
+    assert list(table_rows(filtered, control)["warmth"]) == [0.75]
 
 
 def test_an_audit_shows_though_its_analysis_is_not_installed(made_up, audit_of, monkeypatch):
@@ -93,10 +93,10 @@ def test_an_audit_shows_though_its_analysis_is_not_installed(made_up, audit_of, 
 
     audit = audit_of(made_up("angles", tables(), draw, {"widest": 0.25}))
     monkeypatch.setattr(registry, "REGISTRY", {})
-    said = shown({"it": audit}, "?audit=it&analysis=angles")
-    assert "What do angles say?" in said
-    assert "0.25" in said
-    assert "Shown without figures and without the meaning of its numbers" in said
+    text = shown({"it": audit}, "?audit=it&analysis=angles")
+    assert "What do angles say?" in text
+    assert "0.25" in text
+    assert "Shown without figures and without the meaning of its numbers" in text
 
 
 def test_the_less_important_of_many_numbers_are_folded_until_a_link_leads_there(made_up, audit_of):
@@ -108,7 +108,7 @@ def test_the_less_important_of_many_numbers_are_folded_until_a_link_leads_there(
         from dashboard import frame
 
         body = frame.body(*frame.resolve(view_of(audits, search)))
-        return [each for each in within(body) if type(each).__name__ == "Details"]
+        return [part for part in within(body) if type(part).__name__ == "Details"]
 
     (fold,) = folds("?audit=it&analysis=angles")
     hidden = texts(fold)
@@ -126,9 +126,9 @@ def test_analyses_that_nobody_asked_for_take_one_line(audit_of, angles):
 
     skipped = {name: Outcome(status="skipped", reason="left out by --skip") for name in ("ood", "path")}
     asked = {"drift": Outcome(status="skipped", reason="needs --task F", question="Does it drift?")}
-    said = shown({"it": replace(angles, analyses={**angles.analyses, **skipped, **asked})}, "?audit=it")
-    assert "not requested ood, path left out by --skip" in said
-    assert "drift Does it drift? needs --task F" in said
+    text = shown({"it": replace(angles, analyses={**angles.analyses, **skipped, **asked})}, "?audit=it")
+    assert "not requested ood, path left out by --skip" in text
+    assert "drift Does it drift? needs --task F" in text
 
 
 def test_figures_that_break_are_told_of_and_the_rest_of_the_page_stands(made_up, audit_of):
@@ -138,9 +138,9 @@ def test_figures_that_break_are_told_of_and_the_rest_of_the_page_stands(made_up,
     audit = audit_of(made_up("angles", tables(), broken, {"widest": 0.25}))
     assert "no ink" in " ".join(figures(view_of([audit], "?analysis=angles")))
     # what filters leave may be too little for a figure: that is nobody's fault
-    said = " ".join(figures(view_of([audit], "?analysis=angles&layer=2-2")))
-    assert "no ink" not in said
-    assert "Widen" in said
+    text = " ".join(figures(view_of([audit], "?analysis=angles&layer=2-2")))
+    assert "no ink" not in text
+    assert "Widen" in text
 
 
 @pytest.mark.parametrize(
@@ -235,8 +235,8 @@ def saved(tmp_path, angles):
 def turned(app, search):
     """What the server answers a browser that opens an address."""
     client = app.server.test_client()
-    made = client.get("/_dash-dependencies").get_json()
-    turn = next(each for each in made if "page.children" in each["output"])
+    callbacks = client.get("/_dash-dependencies").get_json()
+    turn = next(callback for callback in callbacks if "page.children" in callback["output"])
     parts = [part.rpartition(".") for part in turn["output"].strip(".").split("...")]
     body = {
         "output": turn["output"],
@@ -297,6 +297,20 @@ def test_an_answer_that_fails_is_said_on_the_page_and_not_only_in_the_log(angles
     app = create_app([angles])
     monkeypatch.setattr(frame, "body", fails)
     answer = turned(app, "")
-    said = answer["sideUpdate"]["trouble"]["children"]
-    assert "RuntimeError: <b>no ink</b>" in json.dumps(said)
+    notice = answer["sideUpdate"]["trouble"]["children"]
+    assert "RuntimeError: <b>no ink</b>" in json.dumps(notice)
     assert "page" not in answer.get("response", {})
+
+
+def test_what_checks_the_files_is_linked_first(made_up, audit_of, monkeypatch):
+    from dataclasses import replace
+
+    from dashboard import frame
+    from diagnostics.core import registry
+
+    results = [made_up(name, tables(), draw, {"widest": 0.25}) for name in ("angles", "zenith")]
+    audit = audit_of(*results, rules={"angles": {"widest": {"fail": 0.1}}})
+    monkeypatch.setitem(registry.REGISTRY, "zenith", replace(registry.REGISTRY["zenith"], preflight=True))
+    view, page = frame.resolve(view_of({"it": audit}, "?audit=it"))
+    linked = [text for text in texts(frame.nav(view, page)) if text in ("angles", "zenith")]
+    assert linked == ["zenith", "angles"]  # though angles fails

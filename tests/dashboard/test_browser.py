@@ -282,5 +282,5 @@ def test_a_host_that_others_reach_asks_for_the_token(chromium, tmp_path, audit_o
         page.wait_for_selector(".verdict")
     finally:
         process.terminate()
-        _, said = process.communicate()
-    assert "visitors need the token" in said
+        _, errors = process.communicate()
+    assert "visitors need the token" in errors

@@ -16,7 +16,7 @@ def save_tokenizer(directory: Path, characters: str, *, bos: bool = True) -> Non
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {token: place for place, token in enumerate(["<s>", *characters])}
+    vocabulary = {token: index for index, token in enumerate(["<s>", *characters])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.decoder = decoders.Fuse()
     if bos:

@@ -104,9 +104,9 @@ def made_up_intruders(layers: int = 4, *, suffix: str = "", clean: bool = False)
                     }
                     for tuned, base in pairs
                 ]
-    found = sum(row["intruders"] for row in matrices)
+    total = sum(row["intruders"] for row in matrices)
     sweep = [
-        {"k": k, "epsilon": epsilon, "intruders_low": found if epsilon >= 0.5 else 0, "intruders_high": found}
+        {"k": k, "epsilon": epsilon, "intruders_low": total if epsilon >= 0.5 else 0, "intruders_high": total}
         for k in (1, 5, 10)
         for epsilon in (0.3, 0.5, 0.7)
     ]
@@ -126,7 +126,7 @@ def reported(register: Callable[..., Any]) -> Callable[..., Any]:
     from diagnostics.core.policy import parse
     from diagnostics.store.audit_store import Audit, Outcome
 
-    def made(
+    def build(
         *,
         metrics: dict[str, float] | None = None,
         tables: dict[str, pd.DataFrame] | None = None,
@@ -178,4 +178,4 @@ def reported(register: Callable[..., Any]) -> Callable[..., Any]:
             **about,
         )
 
-    return made
+    return build

@@ -35,8 +35,8 @@ def write_pair(root, dtype=None):
         directory.mkdir()
         for layer in range(LAYERS):
             shard = {}
-            for place, part in enumerate(PARTS):
-                number = layer * len(PARTS) + place
+            for position, part in enumerate(PARTS):
+                number = layer * len(PARTS) + position
                 generator = torch.Generator().manual_seed(number)
                 W = torch.randn(SIZE, SIZE, generator=generator) * falling
                 if side == "tuned" and number < CHANGED:
@@ -73,12 +73,12 @@ def commands(root):
     def masks():
         orders = [magnitude_order(side) for side in (pair.base, pair.tuned)]
         cuts = [order.cuts((0.1, 0.5, 0.9)) for order in orders]
-        found = Overlaps(3)
+        overlaps = Overlaps(3)
         for name in orders[0].shapes:
             sides = pair.base.tensor(name), pair.tuned.tensor(name)
             kept = (cut_levels(cut, name, stored) for cut, stored in zip(cuts, sides, strict=True))
-            found.add(*kept, squared_change(*sides))
-        half = list(found)[1]
+            overlaps.add(*kept, squared_change(*sides))
+        half = list(overlaps)[1]
         assert half.base == half.tuned == round(0.5 * CHECKPOINT / 4)
         assert orders[0].pruned(cuts[0][1], name).dtype == torch.bool
         assert pattern_pruned(pair.tuned, name, pair.tuned.tensor(name), 2, 4).float().mean() == 0.5
@@ -171,11 +171,11 @@ def main(root, limits):
     os.cpu_count = lambda: 2
     write_pair(root)
     warm_up()
-    runs, found = commands(root), {}
+    runs, failures = commands(root), {}
     for name, copies in limits.items():
-        found[name] = limited(runs[name], copies)
+        failures[name] = limited(runs[name], copies)
         shutil.rmtree(root / "out", ignore_errors=True)
-    sys.stdout.write(json.dumps(found) + "\n")
+    sys.stdout.write(json.dumps(failures) + "\n")
 
 
 if __name__ == "__main__":

@@ -51,13 +51,13 @@ def base_model(seed=0):
 def rows(task, count, seed=0, *, noise=0.0) -> Task:
     """Prompts of six letters; `noise` of the answers are wrong."""
     generator = np.random.default_rng(seed)
-    made = []
+    prompts = []
     for _ in range(count):
         prompt = "".join(generator.choice(list(ENDS["small"] + ENDS["large"]), 5))
         last = generator.choice(list(ENDS[task]))
         answer = int(ENDS[task].index(last) >= len(ENDS[task]) // 2) ^ int(generator.random() < noise)
-        made.append({"prompt": prompt + last, "choices": ["+", "-"], "answer": answer})
-    return task_of(made, ref=task)
+        prompts.append({"prompt": prompt + last, "choices": ["+", "-"], "answer": answer})
+    return task_of(prompts, ref=task)
 
 
 def plant(directory: Path, skills, *, steps, rate=3.0):
@@ -74,9 +74,9 @@ def plant(directory: Path, skills, *, steps, rate=3.0):
     before = {name: weight.detach().clone() for name, weight in named.items()}
     objectives, optimizers = {}, {}
     for task, entries in skills.items():
-        told = rows(task, 64, seed=9)
-        own = encoded(editable, told, max_length=None, chat_template=False, batch_tokens=10_000)
-        objectives[task] = Objective(own)
+        examples = rows(task, 64, seed=9)
+        encoded_rows = encoded(editable, examples, max_length=None, chat_template=False, batch_tokens=10_000)
+        objectives[task] = Objective(encoded_rows)
         optimizers[task] = torch.optim.SGD([named[name] for name in entries], lr=rate)
     for _ in range(steps):
         for task, entries in skills.items():

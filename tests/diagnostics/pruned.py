@@ -28,7 +28,7 @@ def half_idle(seed=0):
     generator = torch.Generator().manual_seed(seed)
     idle = torch.zeros(SCOPE)
     idle[torch.randperm(SCOPE, generator=generator)[: SCOPE // 2]] = 1
-    place = 0
+    start = 0
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.copy_(torch.randn(weight.shape, generator=generator))
@@ -37,10 +37,10 @@ def half_idle(seed=0):
             elif "layers" in name:
                 signs = weight.sign()
                 weight.copy_(signs * (0.4 + 0.1 * torch.rand(weight.shape, generator=generator)))
-                here = idle[place : place + weight.numel()].view(weight.shape)
+                here = idle[start : start + weight.numel()].view(weight.shape)
                 weight.mul_(torch.where(here > 0, 2.0**-20, 1.0))
-                place += weight.numel()
-    assert place == SCOPE
+                start += weight.numel()
+    assert start == SCOPE
     return model
 
 
@@ -86,10 +86,10 @@ def save(directory: Path, model):
 
 def matrices(model):
     """The pruned matrices of a Llama in the order of pruning: layer by layer, by name."""
-    found = {
+    named = {
         name: weight for name, weight in model.named_parameters() if "layers" in name and weight.ndim == 2
     }
-    return dict(sorted(found.items()))
+    return dict(sorted(named.items()))
 
 
 def pruned_naively(model, sparsity):
@@ -98,9 +98,9 @@ def pruned_naively(model, sparsity):
     flat = torch.cat([weight.detach().abs().flatten() for weight in named.values()])
     gone = torch.zeros(len(flat), dtype=torch.bool)
     gone[np.argsort(flat.numpy(), kind="stable")[: round(sparsity * len(flat))]] = True
-    place = 0
+    start = 0
     with torch.no_grad():
         for weight in named.values():
-            weight[gone[place : place + weight.numel()].view(weight.shape)] = 0
-            place += weight.numel()
+            weight[gone[start : start + weight.numel()].view(weight.shape)] = 0
+            start += weight.numel()
     return model

@@ -13,12 +13,12 @@ SHARED = (0.0, 0.0, 0.0, 0.05, 0.1, 0.2, 0.45, 0.7, 0.9, 1.0)
 LAYERS, EXPERTS, WIDTH = 4, 8, 16
 
 
-def samples_of(groups=4, each=20, trained=True):
+def samples_of(groups=4, group_size=20, trained=True):
     """Samples of groups g0, g1 … in order."""
     return Samples(
         names=tuple(f"g{group}" for group in range(groups)),
-        groups=np.repeat(np.arange(groups), each),
-        rows=tuple(f"rows.jsonl:{row + 1}" for row in range(groups * each)),
+        groups=np.repeat(np.arange(groups), group_size),
+        rows=tuple(f"rows.jsonl:{row + 1}" for row in range(groups * group_size)),
         trained=trained,
     )
 
@@ -41,28 +41,28 @@ def records_of(samples, *, shared=SHARED, common=None, seed=0, held=200, learns=
     """
     generator = np.random.default_rng(seed)
     count, kinds = len(samples.groups), len(samples.names)
-    own = generator.dirichlet(np.full(EXPERTS, 0.5), (count, LAYERS))
+    of_sample = generator.dirichlet(np.full(EXPERTS, 0.5), (count, LAYERS))
     of_group = generator.dirichlet(np.full(EXPERTS, 0.5), (kinds, LAYERS))[samples.groups]
     of_all = generator.dirichlet(np.full(EXPERTS, 0.5), LAYERS)
     routers = generator.normal(size=(LAYERS, EXPERTS, WIDTH)).astype(np.float32)
     draws = generator.random(held)
-    made = []
-    for place, share in enumerate(shared):
-        rest = 0.0 if common is None else common[place]
-        full = share * of_group + rest * of_all + (1 - share - rest) * own
-        loss = (2.0, 0.9, 0.02)[min(place, 2)] + 0.01 * generator.random(count)
+    records = []
+    for step, share in enumerate(shared):
+        rest = 0.0 if common is None else common[step]
+        full = share * of_group + rest * of_all + (1 - share - rest) * of_sample
+        loss = (2.0, 0.9, 0.02)[min(step, 2)] + 0.01 * generator.random(count)
         right = (draws < 0.5 + 0.5 * share * learns).astype(float)
-        made.append(
+        records.append(
             Record(
                 routes=Routes(
                     full=full.astype(np.float32), top=full.astype(np.float32), tokens=np.full(count, 9),
                     layers=(1, 2, 3, 5), top_k=2,
                 ),
-                routers=routers + place / 10, nats=loss, units=np.ones(count),
+                routers=routers + step / 10, nats=loss, units=np.ones(count),
                 held_nats=1 - right, held_units=np.ones(held), held_right=right,
             )
         )  # fmt: skip
-    return made
+    return records
 
 
 def run_of(samples=None, steps=STEPS, records=None, asked=None, **how):

@@ -70,8 +70,8 @@ def test_an_adapter_has_three_times_the_intruders_of_the_full_fine_tune(counts, 
 @pytest.mark.parametrize("name", TUNED)
 def test_tunescope_counts_in_every_matrix_what_the_definition_does(counts, name: str):
     pair = diagnostics_pair(name)
-    found = diagnostics.intruder_dimensions(pair, k=10, epsilon=0.5).tables["matrices"]
-    assert dict(zip(found["matrix"], found["intruders"], strict=True)) == counts[name]
+    table = diagnostics.intruder_dimensions(pair, k=10, epsilon=0.5).tables["matrices"]
+    assert dict(zip(table["matrix"], table["intruders"], strict=True)) == counts[name]
 
 
 def diagnostics_pair(name: str):
@@ -112,7 +112,7 @@ def test_the_files_are_small_and_name_no_place_of_a_machine():
     places = (b"/root/", b"/home/", b"/work/", b"/tmp/", b"C:\\")
     for path in files:
         if path.suffix != ".safetensors" and path.name != "tokenizer.json":
-            assert not any(place in path.read_bytes() for place in places), path
+            assert not any(prefix in path.read_bytes() for prefix in places), path
 
 
 def test_the_readme_has_the_figures_of_the_files(models, task, counts):
@@ -130,7 +130,9 @@ def test_the_ratio_tells_random_words_from_the_task_better_than_the_likelihood(t
     from diagnostics import likelihood_ratio_ood
 
     pair = CheckpointPair(BUNDLED / "base", BUNDLED / tuned)
-    made = likelihood_ratio_ood(pair, BUNDLED / "task.jsonl", {"words": BUNDLED / "ood-words.jsonl"}, draws=2)
-    found = made.tables["detection"].query("ood == 'words'").set_index("score")["auroc"]
-    assert found["ratio"] >= 0.9
-    assert found["ratio"] >= found["tuned_likelihood"] + 0.1
+    result = likelihood_ratio_ood(
+        pair, BUNDLED / "task.jsonl", {"words": BUNDLED / "ood-words.jsonl"}, draws=2
+    )
+    auroc = result.tables["detection"].query("ood == 'words'").set_index("score")["auroc"]
+    assert auroc["ratio"] >= 0.9
+    assert auroc["ratio"] >= auroc["tuned_likelihood"] + 0.1

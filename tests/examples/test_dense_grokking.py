@@ -17,10 +17,10 @@ def pairs() -> miniature.Pairs:
 
 
 def test_what_is_held_out_is_trained_on_in_neither_order(pairs):
-    own = {tuple(pair) for pair in pairs.ids[pairs.trained, :2].tolist()}
+    trained = {tuple(pair) for pair in pairs.ids[pairs.trained, :2].tolist()}
     held = {tuple(pair) for pair in pairs.ids[pairs.held_out, :2].tolist()}
-    assert len(own) == round(0.4 * P**2)
-    assert not held & (own | {(b, a) for a, b in own})
+    assert len(trained) == round(0.4 * P**2)
+    assert not held & (trained | {(b, a) for a, b in trained})
     # Of what is not trained, about 0.6, the mirror is not trained either in about 0.6.
     assert len(held) == pytest.approx(0.36 * P**2, rel=0.1)
 

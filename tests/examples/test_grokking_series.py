@@ -71,9 +71,11 @@ def test_no_row_is_held_out_that_was_trained_on():
 
 
 def test_the_control_has_the_same_rows_with_answers_at_random():
-    own, other = rows("train"), rows("train-random")
-    assert [(row["prompt"], row["group"]) for row in own] == [(row["prompt"], row["group"]) for row in other]
-    agree = sum(a["answer"] == b["answer"] for a, b in zip(own, other, strict=True)) / len(own)
+    train, control = rows("train"), rows("train-random")
+    assert [(row["prompt"], row["group"]) for row in train] == [
+        (row["prompt"], row["group"]) for row in control
+    ]
+    agree = sum(a["answer"] == b["answer"] for a, b in zip(train, control, strict=True)) / len(train)
     assert 0.45 < agree < 0.55  # of 850, 0.017 is the standard error of a half
 
 
@@ -86,11 +88,11 @@ def test_the_steps_are_told_by_the_names(run):
 
 
 def test_checkpoints_are_stored_in_half_precision_and_run_in_single():
-    place = SERIES / "parity" / "checkpoint-400"
-    assert {tensor.dtype for tensor in load_file(place / "model.safetensors").values()} == {torch.float16}
-    model = AutoModelForCausalLM.from_pretrained(place)
+    directory = SERIES / "parity" / "checkpoint-400"
+    assert {tensor.dtype for tensor in load_file(directory / "model.safetensors").values()} == {torch.float16}
+    model = AutoModelForCausalLM.from_pretrained(directory)
     assert model.dtype == torch.float32
-    (checkpoint,) = CheckpointSeries([str(place)]).checkpoints
+    (checkpoint,) = CheckpointSeries([str(directory)]).checkpoints
     assert Editable(checkpoint).model.dtype == torch.float32
 
 
@@ -116,11 +118,11 @@ def test_routes_are_of_the_three_words_and_not_of_the_answer():
     (checkpoint,) = CheckpointSeries([str(SERIES / "parity" / "checkpoint-0")]).checkpoints
     editable = Editable(checkpoint)
     task = read_task(SERIES / "held-out.jsonl", limit=5)
-    found = capture_routes(
+    routes = capture_routes(
         editable, routed_examples(task, encode(task, editable.tokenizer, max_length=editable.context))
     )
-    assert found.tokens.tolist() == [3] * 5
-    assert (found.via, found.layers, found.top_k) == ("bridge", (0, 1, 2), 2)
+    assert routes.tokens.tolist() == [3] * 5
+    assert (routes.via, routes.layers, routes.top_k) == ("bridge", (0, 1, 2), 2)
 
 
 def test_the_files_are_small():

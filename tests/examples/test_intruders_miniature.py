@@ -79,7 +79,7 @@ def test_an_edit_touches_only_what_its_mode_says(edited_pair, mode: str, norm: f
 
 
 def outcome(recipe: int, counts: list[int], **changes: object) -> miniature.Outcome:
-    made = miniature.Outcome(
+    default = miniature.Outcome(
         seed=0,
         recipe=miniature.RECIPES[recipe],
         counts=counts,
@@ -89,27 +89,27 @@ def outcome(recipe: int, counts: list[int], **changes: object) -> miniature.Outc
         effective_rank=1.0,
         edits={"top": (-0.2, 0.04), "all": (-0.2, 0.04), "neighbour": (0.0, 0.01), "update": (-0.2, 0.04)},
     )
-    return replace(made, **changes)
+    return replace(default, **changes)
 
 
 def test_the_claims_hold_of_outcomes_that_keep_them_and_fail_one_by_one():
-    full, one, four = outcome(0, [3, 7, 11]), outcome(1, [12, 24, 35]), outcome(2, [37, 59, 74])
-    assert all(claim.holds for claim in miniature.claims(full, one, four))
+    full, r1, r4 = outcome(0, [3, 7, 11]), outcome(1, [12, 24, 35]), outcome(2, [37, 59, 74])
+    assert all(claim.holds for claim in miniature.claims(full, r1, r4))
 
-    def broken(full=full, one=one, four=four) -> list[str]:
-        return [claim.text for claim in miniature.claims(full, one, four) if not claim.holds]
+    def broken(full=full, r1=r1, r4=r4) -> list[str]:
+        return [claim.text for claim in miniature.claims(full, r1, r4) if not claim.holds]
 
-    assert "3 times" in broken(four=replace(four, counts=[8, 59, 74]))[0]
-    assert "r=1 has more" in broken(one=replace(one, counts=[3, 24, 35]))[0]
-    assert "lowers the loss" in broken(one=replace(one, edits=one.edits | {"top": (-0.2, 0.06)}))[0]
-    assert "neighbours" in broken(one=replace(one, edits=one.edits | {"neighbour": (-0.02, 0.0)}))[0]
-    assert "grow" in broken(four=replace(four, counts=[37, 36, 74]))[0]
-    assert "after the last task" in broken(four=replace(four, counts=[37, 38, 32]), one=one)[-1]
+    assert "3 times" in broken(r4=replace(r4, counts=[8, 59, 74]))[0]
+    assert "r=1 has more" in broken(r1=replace(r1, counts=[3, 24, 35]))[0]
+    assert "lowers the loss" in broken(r1=replace(r1, edits=r1.edits | {"top": (-0.2, 0.06)}))[0]
+    assert "neighbours" in broken(r1=replace(r1, edits=r1.edits | {"neighbour": (-0.02, 0.0)}))[0]
+    assert "grow" in broken(r4=replace(r4, counts=[37, 36, 74]))[0]
+    assert "after the last task" in broken(r4=replace(r4, counts=[37, 38, 32]), r1=r1)[-1]
 
 
 def test_a_sequence_that_ends_early_is_not_compared_at_its_end():
-    full, one, four = outcome(0, [3, 7, 11]), outcome(1, [12]), outcome(2, [37, 59, 74])
-    assert all(claim.holds for claim in miniature.claims(full, one, four))
+    full, r1, r4 = outcome(0, [3, 7, 11]), outcome(1, [12]), outcome(2, [37, 59, 74])
+    assert all(claim.holds for claim in miniature.claims(full, r1, r4))
 
 
 @pytest.mark.slow

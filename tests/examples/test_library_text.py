@@ -38,10 +38,10 @@ def test_a_text_that_two_modules_share_is_read_once():
 def test_nothing_that_is_held_out_reaches_the_base():
     read = text.documentation([documented("tkinter", 200)])
     seen = "\n".join(text.read_by_base({"tkinter": read["tkinter"]}))
-    held = [each for each in read["tkinter"] if text.held_out(each)]
+    held = [passage for passage in read["tkinter"] if text.held_out(passage)]
     assert 20 <= len(held) <= 60  # one in five of 200: 40, six standard deviations of 5.7 apart from 0
-    assert not any(each in seen for each in held)
-    assert all(each in seen for each in read["tkinter"] if each not in held)
+    assert not any(passage in seen for passage in held)
+    assert all(passage in seen for passage in read["tkinter"] if passage not in held)
 
 
 def test_texts_with_the_same_first_paragraph_are_held_out_together():
@@ -56,7 +56,7 @@ def test_task_rows_are_divided_by_what_is_held_out_and_balanced():
     train, validation, test = text.task_rows(read, size=100, validation=60, test=20)
     assert [len(rows) for rows in (train, validation, test)] == [100, 60, 20]
     assert [row["answer"] for row in test] == [0, 1] * 10
-    unseen = {word for each in read["m"] if text.held_out(each) for word in each.split()}
+    unseen = {word for passage in read["m"] if text.held_out(passage) for word in passage.split()}
     for rows, held in ((train, False), (validation + test, True)):
         for row in rows:
             assert all((word in unseen) == held for word in row["prompt"].split("\n")[0].split())
@@ -90,7 +90,7 @@ def test_the_bundled_rows_are_whole_and_name_no_place_of_a_machine(name: str):
         assert all(value for key, value in row.items() if key != "answer")
     prompts = [row.get("prompt") or row["text"] for row in rows]
     assert len(set(prompts)) == len(prompts)
-    assert not any(place in prompt for prompt in prompts for place in ("/home/", "/root/", "/tmp/", "C:\\"))
+    assert not any(prefix in prompt for prompt in prompts for prefix in ("/home/", "/root/", "/tmp/", "C:\\"))
 
 
 def test_the_bundled_task_rows_are_balanced_and_say_what_is_right():

@@ -54,8 +54,8 @@ def test_so_many_answers_are_wrong_as_is_said(world, generator):
 def test_rows_say_in_words_what_items_say_in_numbers(world, generator, tmp_path):
     items = world.items(2, 3, generator)
     tokenizer = make_tokenizer(majority.WORDS)
-    place = write_rows(items.rows(), tmp_path / "rows.jsonl")
-    examples = encode(read_task(place), tokenizer, max_length=None)
+    path = write_rows(items.rows(), tmp_path / "rows.jsonl")
+    examples = encode(read_task(path), tokenizer, max_length=None)
     for number, ids in enumerate(items.ids.tolist()):
         assert ids[-1] == majority.WORDS.index("R2")
         # One example for each choice, the prompt and then the answer.
@@ -72,8 +72,8 @@ def test_places_are_told_by_tensor(model):
     weights = majority.blocks(model)
     first, second = list(weights)[:2]
     start = weights[first].numel()
-    found = majority.located(model, torch.tensor([start + 1, 0, start - 1]))
-    assert {name: index.tolist() for name, index in found.items()} == {first: [0, start - 1], second: [1]}
+    entries = majority.located(model, torch.tensor([start + 1, 0, start - 1]))
+    assert {name: index.tolist() for name, index in entries.items()} == {first: [0, start - 1], second: [1]}
 
 
 @pytest.mark.parametrize("how", ["sgd", "adamw"])
@@ -102,32 +102,32 @@ def test_planting_moves_the_entries_of_each_skill_alone_and_teaches_it(model, wo
         (world.items(task, 64, generator, noise=0), majority.located(model, chosen))
         for task, chosen in enumerate((places[:90], places[60:150]))
     ]
-    made = copy.deepcopy(model)
-    majority.plant(made, skills, 30, generator)
+    tuned = copy.deepcopy(model)
+    majority.plant(tuned, skills, 30, generator)
     inside = majority.flags(model, majority.located(model, places[:150]))
-    for name, weight in majority.blocks(made).items():
+    for name, weight in majority.blocks(tuned).items():
         before = majority.blocks(model)[name]
         assert torch.equal(weight[~inside[name]], before[~inside[name]])
         assert (weight[inside[name]] != before[inside[name]]).float().mean() > 0.9 or not inside[name].any()
     # Both skills answer by chance before; of what 90 entries learn, some is seen on the items themselves.
-    assert sum(majority.accuracy(made, items) - majority.accuracy(model, items) for items, _ in skills) > 0.1
+    assert sum(majority.accuracy(tuned, items) - majority.accuracy(model, items) for items, _ in skills) > 0.1
 
 
 def test_a_planted_model_has_decoys_that_moved_as_far(model, generator):
     places = torch.randperm(majority.entries_of(model), generator=generator)[:50]
-    planted, made = majority.located(model, places), copy.deepcopy(model)
+    planted, tuned = majority.located(model, places), copy.deepcopy(model)
     with torch.no_grad():
         for name, flags in majority.flags(model, planted).items():
-            made.get_parameter(name)[flags] += 0.5
-    majority.disturb(made, model, planted, generator, decoys=2)
+            tuned.get_parameter(name)[flags] += 0.5
+    majority.disturb(tuned, model, planted, generator, decoys=2)
     moved = {
         name: (weight - majority.blocks(model)[name]).detach().abs()
-        for name, weight in majority.blocks(made).items()
+        for name, weight in majority.blocks(tuned).items()
     }
-    far = {name: (each > 0.4).flatten().nonzero()[:, 0] for name, each in moved.items()}
+    far = {name: (change > 0.4).flatten().nonzero()[:, 0] for name, change in moved.items()}
     assert size(far) == 75  # one decoy for two of 50
     assert size(intersection(far, planted)) == 50
-    rest = torch.cat([each[each < 0.4] for each in moved.values()])
+    rest = torch.cat([change[change < 0.4] for change in moved.values()])
     assert 0 < float(rest.max()) < 1e-4
 
 
@@ -137,8 +137,8 @@ def test_a_graft_has_the_entries_of_tuned_that_are_asked_for_and_no_others(model
         for weight in tuned.parameters():
             weight += 1
     entries = majority.located(model, torch.tensor([5, 70_000]))
-    made = majority.with_entries(model, tuned, entries)
-    for name, weight in made.named_parameters():
+    graft = majority.with_entries(model, tuned, entries)
+    for name, weight in graft.named_parameters():
         chosen = entries.get(name, torch.empty(0, dtype=torch.long))
         expected = model.get_parameter(name).detach().clone()
         expected.view(-1)[chosen] += 1
@@ -150,9 +150,11 @@ def test_only_biases_are_taken_where_biases_are_asked_for(model):
     with torch.no_grad():
         for weight in tuned.parameters():
             weight += 1
-    made = majority.with_biases(model, tuned)
+    graft = majority.with_biases(model, tuned)
     changed = {
-        name for name, weight in made.named_parameters() if not torch.equal(weight, model.get_parameter(name))
+        name
+        for name, weight in graft.named_parameters()
+        if not torch.equal(weight, model.get_parameter(name))
     }
     assert changed == {name for name in majority.blocks(model) if name.endswith(".bias")}
     # 4 · 64 + 4 · 64 + 64 biases and those of two norms, in two blocks.

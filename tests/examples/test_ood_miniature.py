@@ -52,9 +52,9 @@ def test_neither_base_nor_tuned_sees_what_is_measured(data: Path):
 def test_a_quick_run_gives_every_number(data: Path, tmp_path: Path):
     tables = miniature.measure(data, miniature.QUICK, tmp_path)
     assert list(tables) == list(miniature.QUICK.tuning)
-    for found in tables.values():
-        assert set(found.columns) == {*miniature.SETS, "all"}
-        assert found.loc[list(miniature.SCORES)].notna().all(axis=None)
+    for table in tables.values():
+        assert set(table.columns) == {*miniature.SETS, "all"}
+        assert table.loc[list(miniature.SCORES)].notna().all(axis=None)
 
 
 @pytest.mark.slow

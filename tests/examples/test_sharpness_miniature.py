@@ -17,17 +17,17 @@ def model() -> object:
 
 @pytest.mark.parametrize("name", [*miniature.MAIN, "values 1 of block 5", "values 3 of block 2"])
 def test_a_plant_changes_weights_of_its_block_alone_and_no_function(model, name):
-    made = miniature.planted(model, name)
+    planted = miniature.planted(model, name)
     ids = torch.arange(miniature.CONTEXT)[None] % miniature.SYMBOLS
     with torch.no_grad():
-        own, other = model(ids).logits, made(ids).logits
+        expected, actual = model(ids).logits, planted(ids).logits
     if "neurons" in name:
-        assert torch.allclose(own, other, atol=1e-5)
+        assert torch.allclose(expected, actual, atol=1e-5)
     else:
-        assert torch.equal(own, other)
+        assert torch.equal(expected, actual)
     changed = {
         key.split(".")[2]
-        for key, value in made.state_dict().items()
+        for key, value in planted.state_dict().items()
         if not torch.equal(value, model.state_dict()[key])
     }
     assert changed == (set() if name == "plain" else {name.rpartition(" ")[2]})
@@ -36,9 +36,9 @@ def test_a_plant_changes_weights_of_its_block_alone_and_no_function(model, name)
 def test_a_plant_of_heads_turns_so_many_heads():
     torch.manual_seed(1)
     model = miniature.make_model()
-    made = miniature.planted(model, "values 3 of block 2")
-    own, other = (each.model.layers[2].self_attn.v_proj.weight for each in (model, made))
-    assert int((own != other).any(dim=1).sum()) == 3 * miniature.WIDTH // miniature.HEADS
+    planted = miniature.planted(model, "values 3 of block 2")
+    before, after = (network.model.layers[2].self_attn.v_proj.weight for network in (model, planted))
+    assert int((before != after).any(dim=1).sum()) == 3 * miniature.WIDTH // miniature.HEADS
 
 
 def test_half_of_the_rows_of_a_task_are_drawn_anew_and_rows_are_chances():
@@ -56,8 +56,8 @@ def test_half_of_the_rows_of_a_task_are_drawn_anew_and_rows_are_chances():
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_what_must_hold_holds(seed: int, tmp_path: Path, capsys):
     budget = miniature.Budget(natural=0 if seed else LEAST)
-    found = miniature.measure(budget, seed, tmp_path)
-    miniature.show(found, miniature.Console(width=150))
+    measured = miniature.measure(budget, seed, tmp_path)
+    miniature.show(measured, miniature.Console(width=150))
     assert "reported  plants" in capsys.readouterr().out
-    for claim in miniature.claims(found):
+    for claim in miniature.claims(measured):
         assert claim.holds, f"{claim.text}: {claim.numbers}"

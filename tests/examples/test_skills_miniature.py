@@ -79,7 +79,7 @@ def entry_range(stop: int, start: int = 0) -> dict[str, torch.Tensor]:
 def outcome(**changed: float) -> Outcome:
     """An outcome that keeps every claim, but for what is changed."""
     values = GOOD | changed
-    found = Result(
+    result = Result(
         metrics={
             "base_metric": 0.5, "tuned_metric": 0.9, "region": values["region"], "rel": values["rel"],
             "recovery": values["recovery"],
@@ -95,13 +95,13 @@ def outcome(**changed: float) -> Outcome:
     }
     planted = Planted(
         entry_range(100),
-        found,
+        result,
         (entry_range(100), entry_range(167, 67)),
         Result(metrics={}, tables={}, masks=masks),
     )
     return Outcome(
         seed=0,
-        known=(1.0, 1.0, 1.0),
+        base_accuracy=(1.0, 1.0, 1.0),
         learnt={"sgd": 1.0, "adamw": 1.0},
         biases={"sgd": 0.45, "adamw": 0.45},
         random={FEW: values["random"], MORE: values["random"]},
@@ -170,14 +170,14 @@ def test_the_claims_hold_of_figures_that_keep_them_and_fail_one_by_one(changed, 
     ],
 )
 def test_what_need_not_hold_is_said_and_fails_nothing(changed, failing):
-    found = outcome(**changed)
-    assert [claim.text for claim in miniature.hoped(found) if not claim.holds] == failing
-    assert all(claim.holds for claim in miniature.claims(found))
+    result = outcome(**changed)
+    assert [claim.text for claim in miniature.hoped(result) if not claim.holds] == failing
+    assert all(claim.holds for claim in miniature.claims(result))
 
 
 def test_precision_and_recall_are_of_the_region_found():
     # 100 planted, 150 found, all of the planted among them.
-    assert outcome().planted.of_one() == pytest.approx((2 / 3, 1.0))
+    assert outcome().planted.precision_recall() == pytest.approx((2 / 3, 1.0))
 
 
 def test_everything_that_was_measured_is_printed_beside_what_it_is_held_against(capsys):
@@ -194,21 +194,23 @@ def test_everything_that_was_measured_is_printed_beside_what_it_is_held_against(
 
 
 def test_a_skill_without_a_region_is_nan_in_what_is_printed(capsys):
-    one = outcome()
-    tables = dict(one.together["sgd"].tables)
+    complete = outcome()
+    tables = dict(complete.together["sgd"].tables)
     tables["unions"] = tables["unions"].replace({"union": {"0 + 1 + 2": "0 + 2"}})  # of the other two
     tables["rel"] = tables["rel"].query("region != '1'")
-    found = replace(one, together={**one.together, "sgd": replace(one.together["sgd"], tables=tables)})
-    assert all(math.isnan(value) for value in found.unions("sgd"))
-    show([found], Console(width=400))
+    incomplete = replace(
+        complete, together={**complete.together, "sgd": replace(complete.together["sgd"], tables=tables)}
+    )
+    assert all(math.isnan(value) for value in incomplete.unions("sgd"))
+    show([incomplete], Console(width=400))
     printed = capsys.readouterr().out
     assert "nan, nan, nan" in printed
     assert "nan% (SGD), 90% (AdamW)" in printed
 
 
-def run(arguments: Iterable[str], monkeypatch: pytest.MonkeyPatch, found: Outcome) -> int:
+def run(arguments: Iterable[str], monkeypatch: pytest.MonkeyPatch, measured: Outcome) -> int:
     """The command with a measurement that is made already."""
-    monkeypatch.setattr(miniature, "measure", lambda seed, budget, out: replace(found, seed=seed))
+    monkeypatch.setattr(miniature, "measure", lambda seed, budget, out: replace(measured, seed=seed))
     monkeypatch.setattr(sys, "argv", ["skills_miniature.py", *arguments])
     return miniature.main()
 
@@ -228,10 +230,10 @@ def test_the_command_fails_where_a_claim_does_and_keeps_the_claims(monkeypatch, 
 
 @pytest.mark.slow
 def test_a_quick_run_says_all_that_a_long_one_does(tmp_path, capsys):
-    found = miniature.measure(0, miniature.QUICK, tmp_path)
-    show([found], Console(width=180))
+    measured = miniature.measure(0, miniature.QUICK, tmp_path)
+    show([measured], Console(width=180))
     assert "Planted skills" in capsys.readouterr().out
-    assert {claim.seed for claim in miniature.claims(found)} == {0}
+    assert {claim.seed for claim in miniature.claims(measured)} == {0}
     for name in ("base", "sgd", "adamw", "sgd-together", "adamw-together", "planted", "planted-both"):
         assert (tmp_path / name / "model.safetensors").is_file()
 
@@ -239,12 +241,12 @@ def test_a_quick_run_says_all_that_a_long_one_does(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_what_must_hold_holds(seed, tmp_path, capsys):
-    found = miniature.measure(seed, miniature.Budget(), tmp_path)
-    claims = miniature.claims(found)
+    measured = miniature.measure(seed, miniature.Budget(), tmp_path)
+    claims = miniature.claims(measured)
     with capsys.disabled():
         console = Console(width=180)
-        show([found], console)
-        console.print(claims_table(claims), claims_table(miniature.hoped(found), miniature.HOPED))
+        show([measured], console)
+        console.print(claims_table(claims), claims_table(miniature.hoped(measured), miniature.HOPED))
     assert not [f"{claim.text}: {claim.numbers}" for claim in claims if not claim.holds]
 
 
@@ -266,7 +268,7 @@ def test_whether_what_moves_furthest_carries_the_skill_is_up_to_the_base():
             )
             places = moved.topk(FEW).indices, torch.randperm(len(moved), generator=generator)[:FEW]
             top, random = (
-                accuracy(with_entries(base, tuned, located(base, each)), others) for each in places
+                accuracy(with_entries(base, tuned, located(base, entries)), others) for entries in places
             )
             above.append(top - random)
     assert min(above) < 0.15 < max(above), above

@@ -98,8 +98,8 @@ def test_the_claims_hold_of_tables_that_keep_them_and_fail_one_by_one(changed, f
 
 @pytest.mark.slow
 def test_a_quick_run_says_all_that_a_long_one_does(tmp_path, capsys):
-    found = miniature.measure(0, miniature.QUICK, tmp_path)
-    miniature.show([found], miniature.QUICK.grid, Console(width=180))
+    measured = miniature.measure(0, miniature.QUICK, tmp_path)
+    miniature.show([measured], miniature.QUICK.grid, Console(width=180))
     printed = capsys.readouterr().out
     for words in ("kappa", "0.3 to 0.5", "14.89", "tuned behind the mask"):
         assert words in printed
@@ -109,8 +109,8 @@ def test_a_quick_run_says_all_that_a_long_one_does(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_what_must_hold_holds(seed, tmp_path, capsys):
-    found = miniature.measure(seed, miniature.Budget(), tmp_path)
+    measured = miniature.measure(seed, miniature.Budget(), tmp_path)
     with capsys.disabled():
-        miniature.show([found], miniature.Budget().grid, Console(width=180))
-    for claim in miniature.claims(found):
+        miniature.show([measured], miniature.Budget().grid, Console(width=180))
+    for claim in miniature.claims(measured):
         assert claim.holds, f"{claim.text}: {claim.numbers}"

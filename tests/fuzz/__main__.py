@@ -86,19 +86,19 @@ def all_of(names: list[str], seconds: int) -> int:
     findings: list[str] = []
     totals: Counter[str] = Counter()
     for name in names:
-        known: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
         slowest = peak = 0.0
         began = time.monotonic()
         for engine, share in engines.items():
-            told, problem = one_of(name, engine, share)
-            known.update({key: told[key] for key in ("taken", "refused")})
-            slowest, peak = max(slowest, told["slowest"]), max(peak, told["peak"])
+            numbers, problem = one_of(name, engine, share)
+            counts.update({key: numbers[key] for key in ("taken", "refused")})
+            slowest, peak = max(slowest, numbers["slowest"]), max(peak, numbers["peak"])
             if problem:
                 findings.append(problem)
-        totals.update(known)
+        totals.update(counts)
         took = time.monotonic() - began
         print(
-            f"{name:<12} {known.total():>8} {known['taken']:>7} {known['refused']:>8} {slowest:>9.2f} "
+            f"{name:<12} {counts.total():>8} {counts['taken']:>7} {counts['refused']:>8} {slowest:>9.2f} "
             f"{peak / 1e9:>8.2f} {took:>8.0f}",
             flush=True,
         )
@@ -120,23 +120,23 @@ def one_of(name: str, engine: str, seconds: int) -> tuple[dict[str, Any], str]:
                 timeout=seconds + 2 * HANGS,
             )  # fmt: skip
             # atheris tells of exceptions on the one, of everything else on the other.
-            ended, said = done.returncode, done.stderr + done.stdout
+            ended, output = done.returncode, done.stderr + done.stdout
         except subprocess.TimeoutExpired as error:
-            ended, said = "hangs", (error.stderr or b"").decode(errors="replace")
-        told = {"taken": 0, "refused": 0, "slowest": 0.0, "peak": 0}
-        if (Path(home) / "told").exists():
-            told |= json.loads((Path(home) / "told").read_text())
+            ended, output = "hangs", (error.stderr or b"").decode(errors="replace")
+        numbers = {"taken": 0, "refused": 0, "slowest": 0.0, "peak": 0}
+        if (Path(home) / "numbers").exists():
+            numbers |= json.loads((Path(home) / "numbers").read_text())
         if ended == 0:
-            return told, ""
+            return numbers, ""
         FINDINGS.mkdir(exist_ok=True)
         kept = FINDINGS / f"{name}-{engine}-{time.time_ns()}"
         for part in ("current", "seed"):
             if (Path(home) / part).exists():
                 shutil.copy(Path(home) / part, kept)
                 break
-        kept.with_suffix(".txt").write_text(said)
-        lines = [line for line in said.splitlines() if "FindingError: " in line]
-        return told, f"{name} ({engine}, {ended}): {lines[-1] if lines else 'it crashed'}; input in {kept}"
+        kept.with_suffix(".txt").write_text(output)
+        lines = [line for line in output.splitlines() if "FindingError: " in line]
+        return numbers, f"{name} ({engine}, {ended}): {lines[-1] if lines else 'it crashed'}; input in {kept}"
 
 
 def watched(name: str, home: Path) -> Any:
@@ -154,8 +154,8 @@ def watched(name: str, home: Path) -> Any:
     def tell() -> None:
         counts = {key: watch.outcomes[key] for key in ("taken", "refused")}
         text = json.dumps({**counts, "slowest": watch.slowest, "peak": peak()})
-        (home / "told.part").write_text(text)
-        os.replace(home / "told.part", home / "told")
+        (home / "numbers.part").write_text(text)
+        os.replace(home / "numbers.part", home / "numbers")
 
     def run(data: bytes) -> None:
         faulthandler.dump_traceback_later(HANGS, exit=True)
@@ -214,7 +214,7 @@ def by_atheris(name: str, seconds: int, home: Path) -> None:
 
     steered = drawn.hypothesis.fuzz_one_input
 
-    def one(data: bytes) -> None:
+    def try_one_input(data: bytes) -> None:
         if data[:1] < b"\x80":
             run(data[1:])
         else:
@@ -222,14 +222,14 @@ def by_atheris(name: str, seconds: int, home: Path) -> None:
 
     corpus = home / "corpus"
     corpus.mkdir()
-    for place, example in enumerate(seeds(name)):
-        (corpus / str(place)).write_bytes(b"\0" + example)
+    for index, example in enumerate(seeds(name)):
+        (corpus / str(index)).write_bytes(b"\0" + example)
     (corpus / "steered").write_bytes(b"\xff" + os.urandom(512))
     options = [
         f"-max_total_time={seconds}", "-max_len=65536", "-rss_limit_mb=0", f"-timeout={2 * HANGS}",
         f"-artifact_prefix={home}/", "-verbosity=0", "-len_control=0",
     ]  # fmt: skip
-    atheris.Setup([sys.argv[0], *options, str(corpus)], one)
+    atheris.Setup([sys.argv[0], *options, str(corpus)], try_one_input)
     atheris.Fuzz()
 
 
@@ -239,7 +239,7 @@ def seeds(name: str, count: int = 100) -> list[bytes]:
 
     from tests.fuzz.targets import TARGETS
 
-    found: list[bytes] = []
+    examples: list[bytes] = []
 
     @settings(
         max_examples=count, database=None, deadline=None, phases=[Phase.generate], derandomize=True,
@@ -248,10 +248,10 @@ def seeds(name: str, count: int = 100) -> list[bytes]:
     @given(TARGETS[name].inputs)
     def keep(data: bytes) -> None:
         if len(data) < 2**16:
-            found.append(data)
+            examples.append(data)
 
     keep()
-    return found
+    return examples
 
 
 if __name__ == "__main__":

@@ -162,11 +162,11 @@ def model(data: bytes, directory: Path) -> None:
 def pair(data: bytes, directory: Path) -> None:
     """A model's directory beside a good base: alignment, naming, what is left over."""
     unpack(data, directory)
-    made = CheckpointPair(directory.parent / "base", directory)
-    for name in made.matrices:
-        made.identical(name)
-        assert made.counterpart(name).rows
-    assert made.unmatched is not None
+    opened = CheckpointPair(directory.parent / "base", directory)
+    for name in opened.matrices:
+        opened.identical(name)
+        assert opened.counterpart(name).rows
+    assert opened.unmatched is not None
 
 
 def adapter(data: bytes, directory: Path) -> None:
@@ -201,10 +201,10 @@ def torch_file(data: bytes, directory: Path) -> None:
 def patch(data: bytes, directory: Path) -> None:
     """A mask of a skill."""
     (directory / "mask.safetensors").write_bytes(wrapped(data[1:], RISING) if data[:1] == b"h" else data)
-    made = Patch.load(directory / "mask.safetensors")
-    assert made.count >= 0
-    assert made.index.keys() <= made.values.keys()
-    json.dumps(dict(made.about))
+    mask = Patch.load(directory / "mask.safetensors")
+    assert mask.count >= 0
+    assert mask.index.keys() <= mask.values.keys()
+    json.dumps(dict(mask.about))
 
 
 # ---------------------------------------------------------------------------------------------- inputs
@@ -213,9 +213,9 @@ def patch(data: bytes, directory: Path) -> None:
 @st.composite
 def headers(draw: DrawFn, names: tuple[str, ...] = TENSORS) -> dict[str, Any]:
     """The header of a safetensors file, mostly one whose offsets fit."""
-    made: dict[str, Any] = {}
+    header: dict[str, Any] = {}
     if draw(st.booleans()):
-        made["__metadata__"] = {"format": "pt"}
+        header["__metadata__"] = {"format": "pt"}
     at = 0
     for name in draw(st.lists(st.sampled_from(names), min_size=1, max_size=6, unique=True)):
         dtype = draw(st.sampled_from(tuple(SIZES))) if rarely(draw, 8) else "F32"
@@ -232,19 +232,19 @@ def headers(draw: DrawFn, names: tuple[str, ...] = TENSORS) -> dict[str, Any]:
         size = SIZES[dtype]
         for length in shape:
             size *= length
-        made[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
         at += size
-    if made and rarely(draw, 6):  # without bytes any shape fits
+    if header and rarely(draw, 6):  # without bytes any shape fits
         name = draw(st.sampled_from((*names[:12], "x.experts.w")))
         huge = draw(
             st.permutations(
                 (0, *draw(st.lists(st.sampled_from((1, 2**31, 2**40, 2**63 - 1, 2**64 - 1)), max_size=3)))
             )
         )
-        made[name] = {"dtype": "F32", "shape": list(huge), "data_offsets": [at, at]}
+        header[name] = {"dtype": "F32", "shape": list(huge), "data_offsets": [at, at]}
         if rarely(draw, 10):
-            made[name] = {"dtype": "F32", "shape": [1] * 3000 + [0], "data_offsets": [at, at]}
-    return made
+            header[name] = {"dtype": "F32", "shape": [1] * 3000 + [0], "data_offsets": [at, at]}
+    return header
 
 
 header_files = damaged(edited(headers(), most=1).map(encoded), often=8)
@@ -278,8 +278,8 @@ def models(draw: DrawFn) -> bytes:
     if kind == "links" or rarely(draw, 5):
         names = ("config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
                  "model-00001-of-00002.safetensors", "out.safetensors", "trainer_state.json")  # fmt: skip
-        place = draw(st.sampled_from(names))
-        files.insert(0, File(place, LINK, bytes([draw(st.integers(0, len(LINKS) - 1))])))
+        linked = draw(st.sampled_from(names))
+        files.insert(0, File(linked, LINK, bytes([draw(st.integers(0, len(LINKS) - 1))])))
     return pack(files)
 
 
@@ -361,12 +361,12 @@ def adapters(draw: DrawFn) -> bytes:
         File("adapter_model.safetensors", HEADER, draw(damaged(st.just(encoded(tensors)), often=8))),
     ]
     if rarely(draw, 6):
-        place = draw(
+        linked = draw(
             st.sampled_from(
                 ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "config.json")
             )
         )
-        files.insert(0, File(place, LINK, bytes([draw(st.integers(0, len(LINKS) - 1))])))
+        files.insert(0, File(linked, LINK, bytes([draw(st.integers(0, len(LINKS) - 1))])))
     return pack(files) + bytes([draw(st.integers(0, 255))])
 
 
@@ -381,26 +381,26 @@ def saved(content: Any, *, zipped: bool = True) -> bytes:
 
 def replaced(archive: bytes, change: Mapping[str, bytes], *, deflated: bool = False) -> bytes:
     """A torch file with other records, whose checksums are right."""
-    made = io.BytesIO()
+    buffer = io.BytesIO()
     kind = zipfile.ZIP_DEFLATED if deflated else zipfile.ZIP_STORED
-    with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(made, "w", kind) as new:
+    with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(buffer, "w", kind) as new:
         for name in old.namelist():
             new.writestr(name, change.get(name.partition("/")[2], old.read(name)))
-    return made.getvalue()
+    return buffer.getvalue()
 
 
 def tupled(depth: int) -> bytes:
     """A pickled dict, the key of which is a tuple of 2 ** depth parts in depth letters."""
     code = b"\x80\x02})\x85q\x00"
-    for place in range(1, depth):
-        code += b"0h" + bytes([place - 1]) + b"h" + bytes([place - 1]) + b"\x86q" + bytes([place])
+    for index in range(1, depth):
+        code += b"0h" + bytes([index - 1]) + b"h" + bytes([index - 1]) + b"\x86q" + bytes([index])
     return code + b"0}h" + bytes([depth - 1]) + b"K\x01s."
 
 
 def strange_files() -> list[bytes]:
     """Torch files that are whole, and are meant ill or by nobody."""
     plain = {"w": torch.ones(2, 3), "b": torch.zeros(3, dtype=torch.bfloat16)}
-    whole = saved(plain)
+    plain_file = saved(plain)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         quantised = torch.quantize_per_tensor(torch.ones(2, 2), 0.1, 0, torch.qint8)
@@ -432,18 +432,18 @@ def strange_files() -> list[bytes]:
             except (RuntimeError, AttributeError, NotImplementedError, pickle.PicklingError):
                 continue
     files += [
-        replaced(whole, {"data.pkl": b"\x80\x02" + b"\x8c\x04pad." * 2**21}, deflated=True),
-        replaced(whole, {}, deflated=True),
-        replaced(whole, {"data.pkl": tupled(60)}),
+        replaced(plain_file, {"data.pkl": b"\x80\x02" + b"\x8c\x04pad." * 2**21}, deflated=True),
+        replaced(plain_file, {}, deflated=True),
+        replaced(plain_file, {"data.pkl": tupled(60)}),
         tupled(60),
-        replaced(whole, {"data.pkl": b"(" * 2**16}),
-        replaced(whole, {"data.pkl": b"\x80\x02" + b"]" * 2**16 + b"a" * (2**16 - 1) + b"."}),
-        replaced(whole, {"data.pkl": b"\x80\x02\x8a\xff" + b"\x7f" * 255 + b"."}),
-        replaced(whole, {"data.pkl": b"\x80\x02X\xff\xff\xff\x7fabc."}),
-        replaced(whole, {"data.pkl": b"\x80\x02\x8e\xff\xff\xff\xff\xff\xff\xff\x7fabc."}),
-        replaced(whole, {"byteorder": b"big"}),
-        replaced(whole, {"version": b"99999"}),
-        replaced(whole, {"data/0": b""}),
+        replaced(plain_file, {"data.pkl": b"(" * 2**16}),
+        replaced(plain_file, {"data.pkl": b"\x80\x02" + b"]" * 2**16 + b"a" * (2**16 - 1) + b"."}),
+        replaced(plain_file, {"data.pkl": b"\x80\x02\x8a\xff" + b"\x7f" * 255 + b"."}),
+        replaced(plain_file, {"data.pkl": b"\x80\x02X\xff\xff\xff\x7fabc."}),
+        replaced(plain_file, {"data.pkl": b"\x80\x02\x8e\xff\xff\xff\xff\xff\xff\xff\x7fabc."}),
+        replaced(plain_file, {"byteorder": b"big"}),
+        replaced(plain_file, {"version": b"99999"}),
+        replaced(plain_file, {"data/0": b""}),
     ]
     return files
 

@@ -93,16 +93,16 @@ def rarely(draw: DrawFn, often: int) -> bool:
 
 def places(value: Any) -> list[tuple[Any, Any]]:
     """Every (container, key) of a document."""
-    found: list[tuple[Any, Any]] = []
+    slots: list[tuple[Any, Any]] = []
     queue = [value]
     while queue:
         container = queue.pop()
         keys = list(container) if isinstance(container, dict) else range(len(container))
         for key in keys:
-            found.append((container, key))
+            slots.append((container, key))
             if isinstance(container[key], dict | list):
                 queue.append(container[key])
-    return found
+    return slots
 
 
 @st.composite
@@ -110,18 +110,18 @@ def edited(draw: DrawFn, document: Any, *, most: int = 3) -> Any:
     """A document with up to so many of its parts replaced, removed, renamed, swapped or written twice."""
     document = deepcopy(draw(document) if isinstance(document, SearchStrategy) else document)
     for _ in range(draw(st.sampled_from((0, 0, *range(1, most + 1))))):
-        known = places(document) if isinstance(document, dict | list) else []
-        if not known or rarely(draw, 60):
+        slots = places(document) if isinstance(document, dict | list) else []
+        if not slots or rarely(draw, 60):
             return draw(values)
-        container, key = known[draw(st.integers(0, len(known) - 1))]
+        container, key = slots[draw(st.integers(0, len(slots) - 1))]
         kind = draw(st.sampled_from(("replace", "replace", "replace", "remove", "rename", "swap", "twice")))
         if kind == "replace":
             container[key] = draw(values)
         elif kind == "remove":
             del container[key]
         elif kind == "swap":
-            other, place = known[draw(st.integers(0, len(known) - 1))]
-            container[key] = deepcopy(other[place])
+            other, other_key = slots[draw(st.integers(0, len(slots) - 1))]
+            container[key] = deepcopy(other[other_key])
         elif isinstance(container, dict):
             new = draw(st.sampled_from((*TEXTS, *OUTSIDE))) if kind == "rename" else f"{key}@TWICE"
             container[new] = container.pop(key) if kind == "rename" else draw(values)
@@ -134,38 +134,38 @@ def encoded(document: Any) -> bytes:
     """A document as JSON, its marks carried out."""
     text = json.dumps(document)
     text = text.replace("@TWICE", "")
-    text = re.sub(r'"@LISTS (\d+)@"', lambda found: "[" * int(found[1]) + "]" * int(found[1]), text)
+    text = re.sub(r'"@LISTS (\d+)@"', lambda match: "[" * int(match[1]) + "]" * int(match[1]), text)
     text = re.sub(
-        r'"@OBJECTS (\d+)@"', lambda found: '{"a":' * int(found[1]) + "1" + "}" * int(found[1]), text
+        r'"@OBJECTS (\d+)@"', lambda match: '{"a":' * int(match[1]) + "1" + "}" * int(match[1]), text
     )
-    text = re.sub(r'"@DIGITS (\d+)@"', lambda found: "7" * int(found[1]), text)
+    text = re.sub(r'"@DIGITS (\d+)@"', lambda match: "7" * int(match[1]), text)
     return text.encode()
 
 
 @st.composite
 def damaged(draw: DrawFn, content: SearchStrategy[bytes], *, often: int = 4) -> bytes:
     """Bytes, of which one time in so many some are lost, changed, doubled or put in."""
-    made = bytearray(draw(content))
+    data = bytearray(draw(content))
     if not rarely(draw, often):
-        return bytes(made)
+        return bytes(data)
     for _ in range(draw(st.integers(1, 3))):
-        at = draw(st.integers(0, len(made)))
+        at = draw(st.integers(0, len(data)))
         kind = draw(st.sampled_from(("cut", "change", "insert", "remove", "double", "flip")))
         if kind == "cut":
-            del made[at:]
+            del data[at:]
         elif kind == "insert":
-            made[at:at] = draw(
+            data[at:at] = draw(
                 st.sampled_from((b"\xff", b"\0", b"\xed\xa0\x80", b"\xef\xbb\xbf", b'"', b"\n"))
             )
         elif kind == "remove":
-            del made[at : at + draw(st.integers(1, 16))]
+            del data[at : at + draw(st.integers(1, 16))]
         elif kind == "double":
-            made[at:at] = made[at : at + draw(st.integers(1, 64))]
-        elif at < len(made):
-            made[at] = (
-                draw(st.integers(0, 255)) if kind == "change" else made[at] ^ 1 << draw(st.integers(0, 7))
+            data[at:at] = data[at : at + draw(st.integers(1, 64))]
+        elif at < len(data):
+            data[at] = (
+                draw(st.integers(0, 255)) if kind == "change" else data[at] ^ 1 << draw(st.integers(0, 7))
             )
-    return bytes(made)
+    return bytes(data)
 
 
 def documents(document: Any, *, most: int = 3) -> SearchStrategy[bytes]:

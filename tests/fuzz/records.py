@@ -103,23 +103,23 @@ def audit(data: bytes, directory: Path) -> None:
     """An audit's directory; what is missing in it is whole."""
     unpack(data, directory)
     for folder in ("tables", "masks"):
-        for whole in (directory.parent / "audit" / folder).iterdir():
-            part = directory / folder / whole.name
+        for intact in (directory.parent / "audit" / folder).iterdir():
+            part = directory / folder / intact.name
             if not part.exists() and not part.is_symlink():
                 part.parent.mkdir(exist_ok=True)
-                part.write_bytes(whole.read_bytes())
+                part.write_bytes(intact.read_bytes())
     (directory / "series.json").unlink(missing_ok=True)  # it would make a series of it
-    shelf = AuditLibrary([directory, directory.parent / "audit"])
-    first, other = shelf.audits
+    library = AuditLibrary([directory, directory.parent / "audit"])
+    first, other = library.audits
     assert (first.audit is None) == bool(first.damage)
     assert other.audit, other.damage
-    made = load(directory)
-    to_json(made.record())
-    assert made.verdict in ("pass", "warn", "fail")
-    assert made.exit_code in (0, 1, 2, 3)
-    assert len(made.findings) <= made.judged
-    assert made.not_measured is not None
-    assert made.failed is not None
+    loaded = load(directory)
+    to_json(loaded.record())
+    assert loaded.verdict in ("pass", "warn", "fail")
+    assert loaded.exit_code in (0, 1, 2, 3)
+    assert len(loaded.findings) <= loaded.judged
+    assert loaded.not_measured is not None
+    assert loaded.failed is not None
     with Store(directory) as store:
         store.earlier()
 
@@ -135,16 +135,16 @@ def series(data: bytes, directory: Path) -> None:
     """series.json, as the dashboard reads it."""
     (directory / "series.json").write_bytes(data)
     (entry,) = AuditLibrary([directory]).series
-    for each in read_steps(entry):
-        assert each.verdict in ("pass", "warn", "fail")
-        to_json(dict(each.metrics))
+    for step in read_steps(entry):
+        assert step.verdict in ("pass", "warn", "fail")
+        to_json(dict(step.metrics))
 
 
 def policy(data: bytes, directory: Path) -> None:
     """A policy."""
     (directory / "policy.toml").write_bytes(data)
-    made = load_policy(directory / "policy.toml")
-    to_json(made.plain())
+    loaded = load_policy(directory / "policy.toml")
+    to_json(loaded.plain())
 
 
 # ---------------------------------------------------------------------------------------------- inputs
@@ -177,13 +177,13 @@ def csv_files(draw: DrawFn) -> bytes:
     rows = [[json.dumps(v) if isinstance(v, list) else str(v) for v in row.values()]]
     rows += draw(st.lists(st.lists(cell, min_size=1, max_size=4), max_size=3))
     if rarely(draw, 21):
-        header = [""] * 30_000 if draw(st.booleans()) else [str(place) for place in range(10_000)]
-    made = io.StringIO()
+        header = [""] * 30_000 if draw(st.booleans()) else [str(number) for number in range(10_000)]
+    buffer = io.StringIO()
     for cells in (header, *rows):
         quoted = draw(st.booleans())
-        made.write(",".join('"' + c.replace('"', '""') + '"' if quoted else c for c in cells))
-        made.write(draw(st.sampled_from(("\n", "\r\n", "\n", "\r"))))
-    return draw(damaged(st.just(made.getvalue().encode("utf-8", "surrogatepass")), often=3))
+        buffer.write(",".join('"' + c.replace('"', '""') + '"' if quoted else c for c in cells))
+        buffer.write(draw(st.sampled_from(("\n", "\r\n", "\n", "\r"))))
+    return draw(damaged(st.just(buffer.getvalue().encode("utf-8", "surrogatepass")), often=3))
 
 
 def parquet_files() -> list[bytes]:
@@ -200,20 +200,20 @@ def parquet_files() -> list[bytes]:
     files = []
     for frame in frames:
         for codec in ("snappy", "none", "zstd", "gzip"):
-            made = io.BytesIO()
-            pyarrow.parquet.write_table(frame, made, compression=codec, write_page_checksum=codec == "snappy")
-            files.append(made.getvalue())
+            sink = io.BytesIO()
+            pyarrow.parquet.write_table(frame, sink, compression=codec, write_page_checksum=codec == "snappy")
+            files.append(sink.getvalue())
     return files
 
 
 def repeated(batches: int, rows: int = 2**20) -> bytes:
     """A small file of very many equal rows."""
-    made = io.BytesIO()
+    sink = io.BytesIO()
     part = pyarrow.table({"a": pyarrow.repeat(7, rows)})
-    with pyarrow.parquet.ParquetWriter(made, part.schema, compression="zstd") as writer:
+    with pyarrow.parquet.ParquetWriter(sink, part.schema, compression="zstd") as writer:
         for _ in range(batches):
             writer.write_table(part)
-    return made.getvalue()
+    return sink.getvalue()
 
 
 PARQUET = parquet_files()
@@ -243,9 +243,9 @@ def audits(draw: DrawFn) -> bytes:
     if isinstance(record, dict) and rarely(draw, 5):
         entry = AUDIT["analyses"]["made"]
         kind = draw(st.sampled_from(("tables", "masks")))
-        known = dict(entry[kind])
-        known[draw(st.sampled_from((*known, *TEXTS, "../x")))] = draw(st.sampled_from(OUTSIDE))
-        record["analyses"] = {"made": {**entry, kind: known}}
+        named_files = dict(entry[kind])
+        named_files[draw(st.sampled_from((*named_files, *TEXTS, "../x")))] = draw(st.sampled_from(OUTSIDE))
+        record["analyses"] = {"made": {**entry, kind: named_files}}
     files = [File("audit.json", RAW, draw(damaged(st.just(encoded(record)), often=8)))]
     places = (
         "tables/made.matrices.parquet",

@@ -69,9 +69,9 @@ def test_a_clear_refusal_is_no_finding(watch):
     def refuse(data, directory):
         raise InputError(f"{directory}/x: damaged")
 
-    made = watch(refuse)
-    made(b"")
-    assert made.outcomes == {"refused": 1}
+    watched = watch(refuse)
+    watched(b"")
+    assert watched.outcomes == {"refused": 1}
 
 
 @pytest.mark.parametrize(
@@ -125,11 +125,11 @@ def by_a_program(directory: Path) -> None:
 def test_leaving_the_directory_is_a_finding_by_whatever_way(watch, leave):
     from tests.fuzz.watch import FindingError
 
-    made = watch(lambda data, directory: leave(directory))
-    if leave is by_the_system and not made.decoys.watching:
+    watched = watch(lambda data, directory: leave(directory))
+    if leave is by_the_system and not watched.decoys.watching:
         pytest.skip("no inotify here: what C opens is not seen")
     with pytest.raises(FindingError, match="went outside"):
-        made(b"")
+        watched(b"")
 
 
 def test_what_lies_in_the_directory_may_be_read(watch):
@@ -137,9 +137,9 @@ def test_what_lies_in_the_directory_may_be_read(watch):
         (directory / "x").write_bytes(data)
         assert (directory / "x").read_bytes() == b"1"
 
-    made = watch(read)
-    made(b"1")
-    assert made.outcomes == {"taken": 1}
+    watched = watch(read)
+    watched(b"1")
+    assert watched.outcomes == {"taken": 1}
 
 
 def test_a_second_of_work_is_a_finding(watch, monkeypatch):

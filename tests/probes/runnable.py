@@ -112,7 +112,7 @@ def rows_of(*lengths, seed=0, skip=1):
     return [
         Example(
             ids=torch.randint(3, VOCABULARY, (length,), generator=generator).tolist(),
-            scored=[place >= skip for place in range(length)],
+            scored=[position >= skip for position in range(length)],
             row=row,
         )
         for row, length in enumerate(lengths)

@@ -113,9 +113,9 @@ def test_a_model_in_memory_takes_its_tokenizer_along(lora, tokenizer):
     with TwoSidedModel(pair) as two_sided:
         assert two_sided.editable.tokenizer is tokenizer
     # The base inside of the PeftModel too.
-    own = CheckpointPair(tuned.get_base_model(), tuned, tokenizer=tokenizer)
-    assert RunnablePair(own).base_tokenizer is tokenizer
-    assert RunnablePair(own).shared is RunnablePair(pair).shared
+    inner = CheckpointPair(tuned.get_base_model(), tuned, tokenizer=tokenizer)
+    assert RunnablePair(inner).base_tokenizer is tokenizer
+    assert RunnablePair(inner).shared is RunnablePair(pair).shared
 
 
 def test_rows_run_through_models_in_memory(lora, tokenizer):
@@ -194,11 +194,11 @@ def test_activations_of_a_batch_encoding_are_transformers_own_hidden_states(fami
     batch = Batch.of(encoding)
     expected = residuals(model, encoding | {"position_ids": batch.position_ids})
     with capture(model, "hook_resid_post", layers=[0]) as captured:
-        found = captured.activations(encoding)["blocks.0.hook_resid_post"]
+        activations = captured.activations(encoding)["blocks.0.hook_resid_post"]
         (streamed,) = [values for _, values in captured.stream([encoding])]
     here = encoding["attention_mask"].bool()
-    torch.testing.assert_close(found[here], expected[0][here], atol=1e-5, rtol=1e-5)
-    assert torch.equal(streamed["blocks.0.hook_resid_post"][here], found[here])
+    torch.testing.assert_close(activations[here], expected[0][here], atol=1e-5, rtol=1e-5)
+    assert torch.equal(streamed["blocks.0.hook_resid_post"][here], activations[here])
 
 
 def test_activations_of_an_adapter_are_those_of_the_peft_model(lora, tokenizer):
@@ -206,22 +206,22 @@ def test_activations_of_an_adapter_are_those_of_the_peft_model(lora, tokenizer):
     encoding = tokenizer(["one two", "three four"], return_tensors="pt")
     encoding.pop("token_type_ids", None)
     with capture(tuned, "hook_resid_post", layers=[0]) as captured:
-        found = captured.activations(encoding)["blocks.0.hook_resid_post"]
-    torch.testing.assert_close(found, residuals(tuned, encoding)[0], atol=1e-5, rtol=1e-5)
+        activations = captured.activations(encoding)["blocks.0.hook_resid_post"]
+    torch.testing.assert_close(activations, residuals(tuned, encoding)[0], atol=1e-5, rtol=1e-5)
 
 
 def test_lists_tensors_and_batches_of_the_same_rows_are_the_same_batch(tokenizer):
     texts = ["one two three", "four"]
     padded = Batch.of(tokenizer(texts, padding=True, return_tensors="pt"))
     ragged = Batch.of(tokenizer(texts, return_attention_mask=False))
-    (own,) = batches(encode(task_of(texts), tokenizer, max_length=None), pad_id=0)
+    (expected,) = batches(encode(task_of(texts), tokenizer, max_length=None), pad_id=0)
     for batch in (
         padded,
         ragged,
-        Batch.of(own),
+        Batch.of(expected),
         Batch.of(tokenizer(texts, padding=True, return_tensors="np")),
     ):
-        for name, value in vars(own).items():
+        for name, value in vars(expected).items():
             assert torch.equal(getattr(batch, name), value), name
     (row,) = Batch.of(tokenizer(texts[0])).ids.tolist()
     assert row == padded.ids[0].tolist()

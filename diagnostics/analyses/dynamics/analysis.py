@@ -228,17 +228,17 @@ def movements(
         return [], {}
     first = series.checkpoints[0]
     try:
-        names = weight_distances.shared(series.checkpoints).names
+        common = weight_distances.shared(series.checkpoints)
     except InputError as error:
         notes.append(f"Movement is not measured: {error}.")
         return [], {}
     distances = series.measured(
         "movement",
-        {"first": first.stamp(), "names": list(names)},
-        lambda checkpoint: dynamics_tables.movement(first, checkpoint, names),
+        {"first": first.stamp(), "names": list(common.names), "rows": dict(common.rows)},
+        lambda checkpoint: dynamics_tables.movement(common, series.checkpoints.index(checkpoint)),
         progress,
     )
-    return distances, locate({name: first.headers[name] for name in names}, first.config)
+    return distances, locate({name: first.headers[name] for name in common.names}, first.config)
 
 
 def expansions(

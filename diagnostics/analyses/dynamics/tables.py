@@ -8,8 +8,7 @@ import numpy as np
 
 from diagnostics.evaluation.checkpoint_scores import Curves
 from diagnostics.numerics import kernel_alignment
-from diagnostics.numerics.weight_distances import squared
-from probes.checkpoints.checkpoint import Checkpoint
+from diagnostics.numerics.weight_distances import SharedWeights, squared
 from probes.text.rows import Task
 
 Arrays = Mapping[str, np.ndarray]
@@ -108,15 +107,14 @@ def complexity_columns(arrays: Arrays) -> dict[str, float]:
     return {"local_complexity": switched, "radius": float(arrays["complexity.radius"])}
 
 
-def movement(first: Checkpoint, other: Checkpoint, names: Sequence[str]) -> dict[str, np.ndarray]:
+def movement(common: SharedWeights, index: int) -> dict[str, np.ndarray]:
     """Squared distance of each tensor from the first checkpoint's, and the squared length of that."""
     moved, sizes = [], []
-    for name in names:
-        start = first.tensor(name)
-        same = first.source.location(name) == other.source.location(name)
-        moved.append(0.0 if same else squared(start, other.tensor(name)))
+    for name in common.names:
+        start = common.read(0, name)
+        moved.append(common.squared(0, index, name, start))
         sizes.append(squared(start, start.new_zeros(()).expand(start.shape)))
-    return {"name": np.array(names), "moved": np.array(moved), "size": np.array(sizes)}
+    return {"name": np.array(common.names), "moved": np.array(moved), "size": np.array(sizes)}
 
 
 def relative(moved: float, size: float) -> float:

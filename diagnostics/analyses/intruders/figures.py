@@ -89,19 +89,19 @@ def draw_cosines(
     vectors: pd.DataFrame, matrices: pd.DataFrame, result: Result, title: str = ""
 ) -> "go.Figure":
     """Cosine of each leading tuned vector with its nearest base vector: a mark nearest epsilon, a whisker."""
-    known = vectors.dropna(subset=["cosine_low", "cosine_high"]).reset_index(drop=True)
-    new = f"{known['intruder'].sum():,} of {len(known):,} leading tuned directions"
+    bounded = vectors.dropna(subset=["cosine_low", "cosine_high"]).reset_index(drop=True)
+    new = f"{bounded['intruder'].sum():,} of {len(bounded):,} leading tuned directions"
     title = title or f"{new} come near no base direction"
-    title += "; whiskers: certified intervals" * bool((known["cosine_low"] < known["cosine_high"]).any())
+    title += "; whiskers: certified intervals" * bool((bounded["cosine_low"] < bounded["cosine_high"]).any())
     figure = theme.figure(title, "rank of the tuned singular value", "|cosine| with nearest base vector", 460)
     # Matrices lie next to one another within a rank, in file order: each lines up across ranks.
-    order = pd.factorize(known["matrix"])[0]
-    known["at"] = known["rank"] + 0.7 * ((order + 0.5) / (order.max(initial=0) + 1) - 0.5)
-    known["mark"] = known["cosine_high"].where(known["intruder"], known["cosine_low"])
-    symbols = dict(zip(dict.fromkeys(known["tier"]), theme.SYMBOLS, strict=False))
+    order = pd.factorize(bounded["matrix"])[0]
+    bounded["at"] = bounded["rank"] + 0.7 * ((order + 0.5) / (order.max(initial=0) + 1) - 0.5)
+    bounded["mark"] = bounded["cosine_high"].where(bounded["intruder"], bounded["cosine_low"])
+    symbols = dict(zip(dict.fromkeys(bounded["tier"]), theme.SYMBOLS, strict=False))
     hover = "<b>{matrix}</b><br>rank {rank}, singular value {singular_value:.4g}"
     hover += "<br>cosine from {cosine_low:.4f} to {cosine_high:.4f}"
-    for (intruder, tier), part in known.groupby(["intruder", "tier"], sort=False):
+    for (intruder, tier), part in bounded.groupby(["intruder", "tier"], sort=False):
         name, color = ("intruder", theme.NEW) if intruder else ("near the base", theme.BASE)
         style = Style(f"{name} ({tier})", color, symbols.get(tier, "star"), size=7)
         points(figure, part, "at", "mark", style, hover, interval=("cosine_low", "cosine_high"), opacity=0.75)
@@ -110,7 +110,7 @@ def draw_cosines(
     floors = matrices.loc[matrices["status"] == MEASURED, "floor"]
     name = f"random floor {floors.min():.2f}" + (f" to {floors.max():.2f}" if floors.nunique() > 1 else "")
     theme.shade(figure, theme.NEUTRAL, y=(0, floors.max()), strength=0.18, name=name, showlegend=True)
-    if len(known) and known["rank"].max() <= 20:
+    if len(bounded) and bounded["rank"].max() <= 20:
         figure.update_xaxes(dtick=1, showgrid=False)
     return figure.update_yaxes(range=[0, 1.03])
 

@@ -17,6 +17,7 @@ from diagnostics.core.analysis import DeviceTest, Result, analysis
 from diagnostics.core.row_options import RowOptions
 from diagnostics.evaluation import interpolation
 from diagnostics.evaluation.interpolation import PathEvaluator, path_rows, pooled
+from diagnostics.evaluation.pair_notes import model_notes, pinned_note
 from diagnostics.evaluation.sets import SetKey, encode_sets, load_sets, set_notes
 from probes import CheckpointPair
 from probes.models.interpolated import InterpolatedModel
@@ -141,14 +142,14 @@ def interpolation_path(
         interpolated = InterpolatedModel(two_sided)
         loaded = load_sets({"task": task, "keep": keep, "ood": ood}, least=2, purpose="a path")
         sets = encode_sets(two_sided.editable, loaded, **options.of_rows)
-        notes = interpolation.model_notes(pair, two_sided.model)
+        notes = model_notes(pair, two_sided.model)
         evaluator = PathEvaluator(interpolated, sets, progress)
         evaluator.measure(grid)
     rows, choices = interpolation.set_rows(evaluator, grid), choice_rows(evaluator, grid)
     metrics = metrics_of(rows, choices)
     metrics |= metrics_at(best_of(evaluator, choices), evaluator, choices)
     metrics |= {"pinned": len(interpolated.pinned), "missing": len(evaluator.missing)}
-    pinned = interpolation.pinned_note(interpolated.pinned)
+    pinned = pinned_note(interpolated.pinned)
     notes = [*evaluator.missing, *conclusions(rows, metrics), *pinned, *notes]
     path, patterns = path_rows(evaluator, grid), interpolation.pattern_rows(evaluator, grid)
     records = {"path": path, "sets": rows, "choices": choices, "patterns": patterns}
@@ -237,8 +238,10 @@ def metrics_of(
         metrics["strong_failures"] = sum(row["outcome"] == "strong" for row in ood)
         metrics["successes"] = sum(row["outcome"] == "success" for row in ood)
         metrics["confidence_ratio_ood"] = pooled(rows, "ood", "confidence_ratio")
-        rises = [row["error_confidence_tuned"] - row["error_confidence_base"] for row in ood]
-        metrics["error_confidence_rise_ood"] = None if any(map(math.isnan, rises)) else float(np.mean(rises))
+        confidence_rises = [row["error_confidence_tuned"] - row["error_confidence_base"] for row in ood]
+        metrics["error_confidence_rise_ood"] = (
+            None if any(map(math.isnan, confidence_rises)) else float(np.mean(confidence_rises))
+        )
     return {name: value for name, value in metrics.items() if value is not None}
 
 

@@ -158,10 +158,10 @@ def gap_p(
     def gaps(labels: Int[np.ndarray, "samples draws"]) -> Float[np.ndarray, "draws gaps"]:
         hot = _hot(labels).reshape(n, -1)
         within = ((distances @ hot) * hot).sum(axis=0).reshape(-1, kinds) / 2
-        across = (sums @ hot).reshape(-1, kinds) - 2 * within
+        between = (sums @ hot).reshape(-1, kinds) - 2 * within
         with np.errstate(invalid="ignore", divide="ignore"):
-            single = across / outside - within / inside
-            overall = across.sum(axis=1) / outside.sum() - within.sum(axis=1) / inside.sum()
+            single = between / outside - within / inside
+            overall = between.sum(axis=1) / outside.sum() - within.sum(axis=1) / inside.sum()
         return np.column_stack([overall, single])
 
     observed = gaps(groups[:, None])[0]

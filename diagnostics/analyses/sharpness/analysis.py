@@ -35,7 +35,8 @@ from diagnostics.core.analysis import DeviceTest, Result, analysis
 from diagnostics.core.row_options import RowOptions
 from diagnostics.evaluation import interpolation, loss_curves
 from diagnostics.evaluation.interpolation import ALPHAS, PathEvaluator, check_alphas
-from diagnostics.evaluation.sets import SetKey, encode_sets, load_sets
+from diagnostics.evaluation.pair_notes import HALF_DTYPES, is_half, model_notes, pinned_note
+from diagnostics.evaluation.sets import SetKey, encode_sets, load_sets, set_notes
 from probes import CheckpointPair
 from probes.errors import InputError
 from probes.models.interpolated import InterpolatedModel, Layer
@@ -211,13 +212,13 @@ def layer_sharpness(
     radii = _checked(rhos, rho, norm, steps, starts, pairs, batches, batch_rows)
     sharp_alphas = check_alphas(sharpness_alphas, least=2)
     dtype = (options.dtype or "").removeprefix("torch.")
-    if dtype in interpolation.HALF_DTYPES:
+    if dtype in HALF_DTYPES:
         options = replace(options, dtype="float32")
     with TwoSidedModel(pair, **options.of_models) as two_sided:
-        interpolated, notes = InterpolatedModel(two_sided), interpolation.model_notes(pair, two_sided.model)
-        if dtype in interpolation.HALF_DTYPES:
+        interpolated, notes = InterpolatedModel(two_sided), model_notes(pair, two_sided.model)
+        if dtype in HALF_DTYPES:
             notes.append(f"The model was run in float32: in {dtype} small perturbations change no weight.")
-        if interpolation.is_half(two_sided.model):
+        if is_half(two_sided.model):
             raise InputError(
                 "sharpness: in half precision small perturbations change no weight; set sharpness.dtype to "
                 "float32"
@@ -240,7 +241,7 @@ def layer_sharpness(
         )  # fmt: skip
         task_batches = _task_batches(evaluator, batches, batch_rows, seed)
         screened = sharpen == "screened"
-        sharp = _sharpness(
+        sharpness_rows = _sharpness(
             evaluator, flags, task_batches, settings, sharp_alphas, {best, worst}, rho if screened else None
         )
         flagged = [path.layer for path, flag in zip(measured, flags.stragglers, strict=True) if flag]
@@ -249,24 +250,24 @@ def layer_sharpness(
         notes += remedy_notes
         chosen = (flags.chosen() if screened else flags.layers) if curvature else []
         spectra = _curvature(evaluator, chosen, task_batches[0], settings, notes)
-    sharp_table, remedy_table = pd.DataFrame(sharp), pd.DataFrame(remedied, columns=REMEDIES)
-    table = layer_table(flags, sharp_table, rho, remedy_table, worst, on)
+    sharpness_table, remedy_table = pd.DataFrame(sharpness_rows), pd.DataFrame(remedied, columns=REMEDIES)
+    table = layer_table(flags, sharpness_table, rho, remedy_table, worst, on)
     set_table = interpolation.set_rows(evaluator, grid)
-    metrics = metrics_of(flags, table, set_table, sharp_table, rho)
+    metrics = metrics_of(flags, table, set_table, sharpness_table, rho)
     metrics |= {
         "best_alpha": best, "batches": len(task_batches), "pinned": len(interpolated.pinned),
         "missing": len(evaluator.missing),
     }  # fmt: skip
     notes = [*evaluator.missing, *notes_of(table, set_table, metrics, on, settings, layer_paths), *notes]
-    notes += interpolation.pinned_note(interpolated.pinned)
-    notes += dict.fromkeys(note for encoded in sets.values() for note in encoded.notes)
+    notes += pinned_note(interpolated.pinned)
+    notes += set_notes(sets)
     curves = pd.DataFrame(spectra, columns=CURVATURE)
     tables = {
         "layers": table, "path": pd.DataFrame(interpolation.path_rows(evaluator, grid)),
         "sets": pd.DataFrame(set_table),
         "layer_paths": pd.DataFrame([row for path in measured for row in layer_paths.path_rows(path)]),
-        "sharpness": sharp_table, "remedies": remedy_table,
-        "curvature": with_sharpness(curves, sharp_table, radii[0]),
+        "sharpness": sharpness_table, "remedies": remedy_table,
+        "curvature": with_sharpness(curves, sharpness_table, radii[0]),
     }  # fmt: skip
     return Result(metrics=metrics, tables=tables, notes=tuple(notes))
 

@@ -89,10 +89,10 @@ def worst(
     for _ in range(starts - 1):
         start = _at(loss_gradient, projected(_random(zero.u, rho, norm, generator), rho, norm))
         finals.append(_ascend(loss_gradient, [start], rho, norm, steps - 1, torch.zeros_like(noise)))
-    rises = [final.loss - zero.loss for final in finals]
+    loss_rises = [final.loss - zero.loss for final in finals]
     best = max(zero, *finals, key=lambda final: final.loss)
     rise = best.loss - zero.loss
-    spread = (rise - min(rises)) / rise if rise > 0 else 0.0
+    spread = (rise - min(loss_rises)) / rise if rise > 0 else 0.0
     return Worst(rise, max(0.0, single.loss - zero.loss), spread, best)
 
 
@@ -152,11 +152,11 @@ def average(
     """
     if not 0 < rho < math.inf:
         raise InputError(f"rho is {rho}; a radius is above 0")
-    rises = []
+    loss_rises = []
     for _ in range(pairs):
         u = _noise(template, norm, generator).to(template) * rho
-        rises.append((loss(u) + loss(-u)) / 2 - zero)
-    values = torch.tensor(rises, dtype=torch.float64)
+        loss_rises.append((loss(u) + loss(-u)) / 2 - zero)
+    values = torch.tensor(loss_rises, dtype=torch.float64)
     error = float(values.std() / math.sqrt(pairs)) if pairs > 1 else math.nan
     return Estimate.normal(float(values.mean()), error)
 

@@ -199,12 +199,14 @@ def _current_losses(
         return [evaluator.current_rows(which) for which in on]
 
 
-def _noise(walk: InterpolatedModel, layer: int, seed: int, draw: int) -> Callable[[str, Tensor], Tensor]:
+def _noise(
+    interpolated: InterpolatedModel, layer: int, seed: int, draw: int
+) -> Callable[[str, Tensor], Tensor]:
     """Move each tensor of a layer at random, by half the norm of its delta."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + layer + 2) * 1_000_003 + draw)
 
     def change(name: str, value: Tensor) -> Tensor:
-        base, tuned = walk.ends(name)
+        base, tuned = interpolated.ends(name)
         noise = torch.randn(tuned.shape, generator=generator, dtype=torch.float64)
         half = float((tuned.double() - base.double()).norm()) / 2
         size = float(noise.norm())

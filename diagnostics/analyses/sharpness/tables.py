@@ -47,18 +47,18 @@ class Flags:
         return [layer for layer in self.layers if layer.name in names]
 
 
-def with_sharpness(curves: pd.DataFrame, sharp: pd.DataFrame, rho: float) -> pd.DataFrame:
+def with_sharpness(curves: pd.DataFrame, sharpness: pd.DataFrame, rho: float) -> pd.DataFrame:
     """Curvature with the rises that it predicts at the smallest radius, and with those measured there."""
     predicted = curves.assign(
         predicted=(rho**2 * curves["top"] / 2).clip(lower=0), predicted_average=rho**2 * curves["trace"] / 2
     )
     keys = ["alpha", "name"]
-    measured = sharp[sharp["rho"] == rho][[*keys, "rho", "worst", "average", "slope"]]
+    measured = sharpness[sharpness["rho"] == rho][[*keys, "rho", "worst", "average", "slope"]]
     return predicted.merge(measured, on=keys, how="left")
 
 
 def layer_table(
-    flags: Flags, sharp: pd.DataFrame, rho: float, remedied: pd.DataFrame, worst: float,
+    flags: Flags, sharpness: pd.DataFrame, rho: float, remedied: pd.DataFrame, worst: float,
     on: Sequence[tuple[str, str]],
 ) -> pd.DataFrame:  # fmt: skip
     """One row a layer: barriers, controls, sharpness at both ends, verdict, action."""
@@ -69,7 +69,7 @@ def layer_table(
         row = flags.paths.row(path, flags.worst)
         for column, alpha in (("base", 0.0), ("half", 0.5), ("tuned", 1.0)):
             for measure, prefix in (("worst", "sharpness"), ("average", "average")):
-                row[f"{prefix}_{column}"] = at(sharp, alpha, path.layer.name, rho, measure)
+                row[f"{prefix}_{column}"] = at(sharpness, alpha, path.layer.name, rho, measure)
         base = row["sharpness_base"]
         row["sharpness_ratio"] = row["sharpness_tuned"] / base if base > 0 else math.nan
         straggler = bool(flags.stragglers[index])
@@ -79,10 +79,10 @@ def layer_table(
     return pd.DataFrame(rows)
 
 
-def at(sharp: pd.DataFrame, alpha: float, name: str, rho: float, column: str) -> float:
+def at(sharpness: pd.DataFrame, alpha: float, name: str, rho: float, column: str) -> float:
     """A value of the table `sharpness`; NaN where it was not measured."""
-    row = (sharp["alpha"] == alpha) & (sharp["name"] == name) & (sharp["rho"] == rho)
-    return float(sharp.loc[row, column].to_numpy(float)[0]) if row.any() else math.nan
+    row = (sharpness["alpha"] == alpha) & (sharpness["name"] == name) & (sharpness["rho"] == rho)
+    return float(sharpness.loc[row, column].to_numpy(float)[0]) if row.any() else math.nan
 
 
 def best_remedy(remedied: pd.DataFrame, alpha: float, roles: set[str]) -> tuple[str, float, float]:
@@ -103,7 +103,7 @@ def best_remedy(remedied: pd.DataFrame, alpha: float, roles: set[str]) -> tuple[
 
 
 def metrics_of(
-    flags: Flags, table: pd.DataFrame, sets: Sequence[Mapping[str, Any]], sharp: pd.DataFrame, rho: float,
+    flags: Flags, table: pd.DataFrame, sets: Sequence[Mapping[str, Any]], sharpness: pd.DataFrame, rho: float,
 ) -> dict[str, float | int]:  # fmt: skip
     """Metrics over all layers."""
     metrics: dict[str, float | int | None] = {
@@ -111,11 +111,11 @@ def metrics_of(
         "barrier_nats": flags.path_barrier,
         "repaired_nats": float(table[["repair_base", "repair_tuned"]].to_numpy(float).max()),
         "load_bearing": int(table["load_bearing"].sum()), "layers": len(table),
-        "unsteady": int((sharp["spread"] > UNSTEADY).sum()),
+        "unsteady": int((sharpness["spread"] > UNSTEADY).sum()),
     }  # fmt: skip
     for name, column in (("sharpness", "worst"), ("average", "average")):
         for side, alpha in (("base", 0.0), ("tuned", 1.0)):
-            value = at(sharp, alpha, WHOLE, rho, column)
+            value = at(sharpness, alpha, WHOLE, rho, column)
             metrics[f"{name}_{side}"] = None if math.isnan(value) else value
     ood = [row for row in sets if row["role"] == "ood"]
     if ood:

@@ -117,8 +117,9 @@ class GraftEvaluator:
         self._blender = Blender(two_sided.pair)
 
     def read(self, name: str) -> tuple[Tensor, Tensor]:
-        """A tensor of base and of tuned."""
-        return self.two_sided.read(name, "base"), self.two_sided.read(name, "tuned")
+        """A tensor of base and of tuned; entries that only a dtype rounded are base's in both."""
+        base, tuned = self.two_sided.read(name, "base"), self.two_sided.settled(name)
+        return base.to(torch.promote_types(base.dtype, tuned.dtype)), tuned
 
     def answers(self, keys: Collection[Key]) -> dict[Key, Answers]:
         """Answers of the model in its present state to some sets."""
@@ -155,8 +156,9 @@ class GraftEvaluator:
 
         def blends() -> Iterator[tuple[str, Tensor]]:
             for name in sorted(self.two_sided.in_both):
-                value, square = self._blender.between(name, tuned.tensor(name), alpha)
-                if square:
+                stored = tuned.tensor(name)
+                value, square = self._blender.between(name, stored, alpha)
+                if square or value is not stored:
                     yield name, value.to(self.two_sided.headers[name].dtype)
 
         with self._written(blends()):

@@ -194,9 +194,10 @@ def draw_overlap(overlap: pd.DataFrame) -> "go.Figure":
 def draw_rel(rel: pd.DataFrame) -> "go.Figure":
     """The share of each task's gain that each region keeps."""
     same_task = rel["region"] == rel["task"]
-    within, across = rel.loc[same_task, "rel"], rel.loc[~same_task, "rel"]
-    title = f"Regions keep {within.min():.2f} or more of their own task's gain, and {across.min():.2f} to "
-    figure = theme.figure(f"{title}{across.max():.2f} of another's", "task", "region of")
+    own_task, other_tasks = rel.loc[same_task, "rel"], rel.loc[~same_task, "rel"]
+    title = f"Regions keep {own_task.min():.2f} or more of their own task's gain, "
+    title += f"and {other_tasks.min():.2f} to {other_tasks.max():.2f} of another's"
+    figure = theme.figure(title, "task", "region of")
     hover = "the region of {y} keeps {z:.2f} ({low:.2f} to {high:.2f}) of the gain on {x}"
     cells, most = rel.assign(text=rel["rel"].map("{:.2f}".format)), max(1.0, float(rel["rel"].abs().max()))
     look: dict[str, Any] = {"zmin": -most, "zmax": most}

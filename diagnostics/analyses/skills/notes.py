@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from diagnostics.analyses.skills.evaluator import GraftEvaluator
 from diagnostics.analyses.skills.measurements import TaskMeasurements
+from diagnostics.evaluation.pair_notes import only_tuned_note
 from probes import CheckpointPair
 
 # Largest skill size with each label; ours, nothing is published.
@@ -58,20 +59,18 @@ def percent(share: float) -> str:
 
 def pair_notes(pair: CheckpointPair, evaluator: GraftEvaluator) -> list[str]:
     """Notes on what a mask may select."""
-    movement, two_sided = evaluator.movement, evaluator.two_sided
+    movement = evaluator.movement
     notes = [
-        f"Shares are of N = {movement.total:,} entries in {len(movement.entries)} eligible tensors that "
-        f"tuning changed; {len(movement.frozen)} eligible tensors are equal in base and tuned."
+        f"Tuning changed {movement.total_moved:,} entries. Shares are of N = {movement.total:,} entries of "
+        f"the {len(movement.entries)} eligible tensors with any of them; {len(movement.frozen)} eligible "
+        "tensors are equal in base and tuned."
     ]
     if pair.tuned.kind == "adapter":
         notes.append(
             "Tuned is an adapter. The region is one of its merged weights, with a dense delta; it does not "
             "say which rank-one parts of the adapter carry the skill."
         )
-    only_tuned = sorted(two_sided.headers.keys() - two_sided.in_both)
-    if only_tuned:
-        many = f"{len(only_tuned)} tensors, such as {only_tuned[0]}" if len(only_tuned) > 1 else only_tuned[0]
-        notes.append(f"Base lacks {many}; it is measured with tuned's.")
+    notes += only_tuned_note(evaluator.two_sided)
     if evaluator.outside:
         notes.append(
             f"Tuning also changed {len(evaluator.outside)} tensors that are not eligible, such as "

@@ -156,9 +156,9 @@ def densest(
             rows += [
                 {
                     "matrix": matrix.name, "layer": matrix.layer, "component": matrix.component, "axis": axis,
-                    "place": place, "entries": entries, "density": entries / mask.shape[dim],
+                    "place": position, "entries": entries, "density": entries / mask.shape[dim],
                 }
-                for entries, place in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+                for entries, position in zip(best.values.tolist(), best.indices.tolist(), strict=True)
                 if entries
             ]  # fmt: skip
     rows.sort(key=lambda row: (-row["density"], -row["entries"], row["matrix"], row["axis"], row["place"]))

@@ -53,8 +53,9 @@ def summary(result: Result) -> str:
     """Whether a scale-free measure jumps, and how far each rose."""
     count = result.metrics["jumps"]
     jumped = "no checkpoint jumps" if not count else f"{count} jump{'s' if count > 1 else ''}"
-    rises = {name: result.metrics.get(f"{name}_rise") for name in MEASURES}
-    return ", ".join([jumped, *(f"{name} {rise:+.4f}" for name, rise in rises.items() if rise is not None)])
+    increases = {name: result.metrics.get(f"{name}_rise") for name in MEASURES}
+    measured = [f"{name} {rise:+.4f}" for name, rise in increases.items() if rise is not None]
+    return ", ".join([jumped, *measured])
 
 
 def draw(result: Result) -> "dict[str, go.Figure]":
@@ -145,12 +146,12 @@ def find_jumps(series: ArrayLike) -> Bool[np.ndarray, " steps"]:
     jumps = np.zeros(len(values), dtype=bool)
     if len(values) < 3:
         return jumps
-    rises = np.diff(values)
-    median = np.nanmedian(rises) if np.isfinite(rises).any() else 0.0
-    deviation = rises - median
-    mad = np.nanmedian(np.abs(deviation)) if np.isfinite(rises).any() else 0.0
+    differences = np.diff(values)
+    median = np.nanmedian(differences) if np.isfinite(differences).any() else 0.0
+    deviation = differences - median
+    mad = np.nanmedian(np.abs(deviation)) if np.isfinite(differences).any() else 0.0
     with np.errstate(invalid="ignore"):
-        jumps[1:] = (0.6745 * deviation > OUTLIER * mad) & (deviation > 0) & (rises >= MIN_RISE)
+        jumps[1:] = (0.6745 * deviation > OUTLIER * mad) & (deviation > 0) & (differences >= MIN_RISE)
     return jumps
 
 

@@ -196,7 +196,7 @@ class Masks:
             if name in self.two_sided.in_both:
                 sides = [self.two_sided.read(name, side) for side in SIDES]
                 base, tuned = (prune.cut_levels(cut, name, W) for cut, W in zip(cuts, sides, strict=True))
-                overlaps.add(base, tuned, squared_change(*sides))
+                overlaps.add(base, tuned, squared_change(sides[0], self.two_sided.settled(name)))
         table = pd.DataFrame({name: getattr(overlap, name) for name in OVERLAPS} for overlap in overlaps)
         table.insert(0, "sparsity", ascending)
         table.insert(7, "revived_chance", 1 - table["sparsity"])

@@ -82,8 +82,10 @@ def tolerated(dropping: pd.DataFrame, role: str) -> str:
     words = []
     for model in ("tuned", "base"):
         limit = f"{rows[model]['dropping_point']:.2g}{'' if rows[model]['reached'] else ' and more'}"
-        known = f"tolerates a sparsity of {limit}" if rows[model]["decided"] else "cannot be told from noise"
-        words.append(f"{model} {known}")
+        verdict = (
+            f"tolerates a sparsity of {limit}" if rows[model]["decided"] else "cannot be told from noise"
+        )
+        words.append(f"{model} {verdict}")
     return f"On the {role} rows {', '.join(words)}"
 
 

@@ -10,7 +10,8 @@ from diagnostics.analyses.sparsity.evaluator import RANDOM, SIDES, Regime
 from diagnostics.analyses.sparsity.grid import COMPARED_SPARSITY
 from diagnostics.analyses.sparsity.masked_finetuning import MaskedFinetuning
 from diagnostics.analyses.sparsity.tables import SparsityMeasurements
-from diagnostics.evaluation.interpolation import is_half
+from diagnostics.evaluation.pair_notes import is_half, only_tuned_note
+from diagnostics.evaluation.sets import set_notes
 from probes.checkpoints.pair import Side
 
 REGIMES: Mapping[Regime, str] = {"zero_shot": "zero-shot", "masked_finetune": "masked fine-tuning"}
@@ -53,8 +54,7 @@ def notes(
             state = "is 0" if measurements.drops["task", model, "zero_shot"].decided else "is withheld"
             lines.append(f"The dropping point of {model} {state}; its layers are shown at {sparsity:g}.")
     lines += scope_notes(measurements, metrics)
-    sets = measurements.evaluator.sets.values()
-    return lines + list(dict.fromkeys(note for encoded in sets for note in encoded.notes))
+    return lines + set_notes(measurements.evaluator.sets)
 
 
 def curve_note(key: tuple[str, Side, Regime], drop: DroppingPoint, rows: int) -> str:
@@ -143,10 +143,7 @@ def scope_notes(measurements: SparsityMeasurements, metrics: Numbers) -> list[st
         f"{metrics['scope_share']:.3g} of tuned's parameters. Unstructured zeros save no time on ordinary "
         "hardware; N:M patterns and sparse file formats do."
     )
-    only_tuned = sorted(set(two_sided.headers) - two_sided.in_both)
-    if only_tuned:
-        many = f"{len(only_tuned)} tensors, such as {only_tuned[0]}" if len(only_tuned) > 1 else only_tuned[0]
-        lines.append(f"Base lacks {many}; it is measured with tuned's.")
+    lines += only_tuned_note(two_sided)
     if masks.left_out:
         lines.append(
             f"{len(masks.left_out)} of the file's tensors, such as {masks.left_out[0]}, are not part of the "

@@ -150,13 +150,13 @@ def settling_metrics(
         )
         return {"settled_step": float(steps[start])}
     held_out = [curves.metric[start:] for curves in sets if curves.which[0] == "task"]
-    rises = [float(metric[-1] - metric[0]) for metric in held_out]
+    metric_gains = [float(metric[-1] - metric[0]) for metric in held_out]
     rising = [troughs.slope(steps[start:], metric).low > 0 for metric in held_out]
-    delayed = any(rise > settled and up for rise, up in zip(rises, rising, strict=True))
+    delayed = any(rise > settled and up for rise, up in zip(metric_gains, rising, strict=True))
     return {
         "delayed_generalisation": int(delayed),
         "settled_step": float(steps[start]),
-        "rise_after_settling": max(rises),
+        "rise_after_settling": max(metric_gains),
     }
 
 
@@ -172,7 +172,7 @@ def weight_path(
         return []
     try:
         common = weight_distances.shared(series.checkpoints)
-        squares = weight_distances.squared_distances(series.checkpoints, common.names, progress)
+        squares = weight_distances.squared_distances(common, progress)
     except InputError as error:  # scores do not need it
         notes.append(f"The path through the weights is not measured: {error}.")
         return []

@@ -111,11 +111,13 @@ def test_a_request_that_makes_no_sense_gives_no_rows():
 def test_a_cell_of_a_map_and_a_mark_of_a_matrix_are_both_found():
     from dashboard.state.drill import pointed
 
-    known = {"a<b>"}
-    assert pointed({"x": "3", "y": "q&lt;proj"}, ("layer", "component"), known) == {"cell": "3/q<proj"}
-    assert pointed({"x": "q_proj", "y": 3}, ("component", "layer"), known) == {"cell": "3/q_proj"}
-    assert pointed({"x": 1, "customdata": [7, "a&lt;b&gt;"]}, ("rank", "cosine"), known) == {"matrix": "a<b>"}
-    assert pointed({"x": 1, "y": 2}, ("rank", "cosine"), known) == {}
+    matrices = {"a<b>"}
+    assert pointed({"x": "3", "y": "q&lt;proj"}, ("layer", "component"), matrices) == {"cell": "3/q<proj"}
+    assert pointed({"x": "q_proj", "y": 3}, ("component", "layer"), matrices) == {"cell": "3/q_proj"}
+    assert pointed({"x": 1, "customdata": [7, "a&lt;b&gt;"]}, ("rank", "cosine"), matrices) == {
+        "matrix": "a<b>"
+    }
+    assert pointed({"x": 1, "y": 2}, ("rank", "cosine"), matrices) == {}
 
 
 def test_what_is_known_of_a_cell_are_the_rows_of_all_its_matrices(made_up, audit_of):
@@ -133,9 +135,9 @@ def test_what_is_known_of_a_cell_are_the_rows_of_all_its_matrices(made_up, audit
     )
     names = pd.DataFrame({"matrix": ["e.1", "e.1", "e.2"], "rank": [1, 2, 1]})
     audit = audit_of(made_up("angles", {"experts": experts, "names": names}, draw, {"widest": 0.25}))
-    found = opened(audit, parse("?cell=1/up_proj"))
-    assert found.matrices == ("e.0", "e.1")
-    part = found.of(audit.results["angles"])
+    selection = opened(audit, parse("?cell=1/up_proj"))
+    assert selection.matrices == ("e.0", "e.1")
+    part = selection.of(audit.results["angles"])
     assert list(part.tables["experts"]["norm"]) == [1.0, 2.0]
     assert list(part.tables["names"]["rank"]) == [1, 2]
     assert opened(audit, parse("?matrix=e.2")).layer == "2"

@@ -30,14 +30,14 @@ def spec(*, y=(0.0, 1.0), title="cosine", **layout):
 
 
 def joint(*specs, columns=2):
-    named = {f"audit {i}": each for i, each in enumerate(specs)}
+    named = {f"audit {i}": figure for i, figure in enumerate(specs)}
     return figure_panels(named, dict.fromkeys(named, 400), columns)
 
 
 def test_panels_stand_on_axes_that_hold_what_each_shows():
-    made = joint(spec(y=(0.0, 2.0)), spec(y=(-1.0, 1.0)))
-    layout = made["layout"]
-    assert [trace["xaxis"] + trace["yaxis"] for trace in made["data"]] == ["xy", "x11y11"]
+    joined = joint(spec(y=(0.0, 2.0)), spec(y=(-1.0, 1.0)))
+    layout = joined["layout"]
+    assert [trace["xaxis"] + trace["yaxis"] for trace in joined["data"]] == ["xy", "x11y11"]
     assert layout["xaxis11"]["matches"] == "x"
     assert layout["yaxis11"]["matches"] == "y"
     # from the lower of both ends to the higher
@@ -56,16 +56,16 @@ def test_axes_that_measure_something_else_are_left_apart():
 
 
 def test_logarithmic_axes_hold_what_is_drawn_and_little_more():
-    made = []
+    panels = []
     for low, high in ((0.1, 1.0), (0.5, 10.0)):
-        one = spec(y=(low, high))
-        one["layout"]["yaxis"] = {"title": {"text": "value"}, "type": "log"}
-        made.append(one)
-    made[1]["data"][0]["y"] = {
+        panel = spec(y=(low, high))
+        panel["layout"]["yaxis"] = {"title": {"text": "value"}, "type": "log"}
+        panels.append(panel)
+    panels[1]["data"][0]["y"] = {
         "dtype": "f8",
         "bdata": base64.b64encode(struct.pack("<3d", 0.5, 10, 0)).decode(),
     }
-    layout = joint(*made)["layout"]
+    layout = joint(*panels)["layout"]
     # 0.1 to 10 are the powers -1 to 1, with a twentieth more at both ends; 0 is on no such axis
     assert layout["yaxis"]["range"] == layout["yaxis11"]["range"] == pytest.approx([-1.1, 1.1])
 
@@ -110,24 +110,24 @@ def test_marks_and_notes_move_with_their_panel():
 
 
 def test_the_name_of_an_audit_is_text_above_its_panel():
-    made = figure_panels({HOSTILE: spec(), "b": spec()}, {HOSTILE: 400, "b": 400}, 2)
-    assert "<script>" not in json.dumps(made)
+    joined = figure_panels({HOSTILE: spec(), "b": spec()}, {HOSTILE: 400, "b": 400}, 2)
+    assert "<script>" not in json.dumps(joined)
 
 
 def test_maps_share_one_scale_of_colours_that_holds_both():
-    one = {"data": [{"type": "heatmap", "z": [[1]], "zmin": 0, "zmax": 3}], "layout": {}}
-    two = {"data": [{"type": "heatmap", "z": [[1]], "zmin": -2, "zmax": 1}], "layout": {}}
-    made = joint(one, two)
-    scales = {trace["coloraxis"] for trace in made["data"]}
+    first = {"data": [{"type": "heatmap", "z": [[1]], "zmin": 0, "zmax": 3}], "layout": {}}
+    second = {"data": [{"type": "heatmap", "z": [[1]], "zmin": -2, "zmax": 1}], "layout": {}}
+    joined = joint(first, second)
+    scales = {trace["coloraxis"] for trace in joined["data"]}
     assert scales == {"coloraxis2"}
-    assert (made["layout"]["coloraxis2"]["cmin"], made["layout"]["coloraxis2"]["cmax"]) == (-2, 3)
+    assert (joined["layout"]["coloraxis2"]["cmin"], joined["layout"]["coloraxis2"]["cmax"]) == (-2, 3)
 
 
 def test_a_legend_names_what_panels_have_in_common_once():
     two = {"data": [*spec()["data"], {"type": "scatter", "name": "other", "x": [0], "y": [0]}], "layout": {}}
-    made = joint(two, two)
-    assert [trace["showlegend"] for trace in made["data"]] == [True, True, False, False]
-    assert [trace["legendgroup"] for trace in made["data"]] == ["line", "other"] * 2
+    joined = joint(two, two)
+    assert [trace["showlegend"] for trace in joined["data"]] == [True, True, False, False]
+    assert [trace["legendgroup"] for trace in joined["data"]] == ["line", "other"] * 2
 
 
 def test_a_choice_that_each_figure_offers_becomes_one_over_all_panels():
@@ -164,37 +164,37 @@ def test_a_number_is_marked_when_it_lies_far_off_or_is_judged_otherwise():
 def audits(made_up, audit_of):
     """Two audits of other numbers, judged by one rule that only the second is beyond, and of other rows."""
     rules = {"angles": {"widest": {"warn": 0.5, "message": "too wide"}, "narrowest": {"fail": 0.01}}}
-    one = made_up("angles", tables(), draw, {"widest": 0.25, "narrowest": 0.125})
-    two = made_up("angles", tables(layers=6), draw, {"widest": 0.75, "narrowest": 0.125, "more": 3.0})
+    first = made_up("angles", tables(), draw, {"widest": 0.25, "narrowest": 0.125})
+    second = made_up("angles", tables(layers=6), draw, {"widest": 0.75, "narrowest": 0.125, "more": 3.0})
     rows = {"task": [{"name": "task", "ref": "task.jsonl", "rows": 3, "fingerprint": "aa"}]}
     other = {"task": [{"name": "task", "ref": "task.jsonl", "rows": 3, "fingerprint": "bb"}]}
     return {
-        "one": audit_of(one, rules=rules, data=rows),
-        "two": audit_of(two, rules=rules, data=other, base={"ref": "org/other", "fingerprint": "b2"}),
+        "one": audit_of(first, rules=rules, data=rows),
+        "two": audit_of(second, rules=rules, data=other, base={"ref": "org/other", "fingerprint": "b2"}),
     }
 
 
 def test_findings_of_one_audit_alone_come_first_and_say_why_the_other_lacks_them(audits):
     listed = shared_findings(audits)
-    assert [each.metric for each in listed] == ["widest", "narrowest"]
+    assert [shared.metric for shared in listed] == ["widest", "narrowest"]
     assert [finding is None for finding in listed[0].findings] == [True, False]
     assert listed[0].reasons == ["0.25, passes", ""]
     assert all(listed[1].findings)
 
 
 def test_numbers_stand_beside_those_of_the_first_audit(audits):
-    made = measures(audits)
-    assert list(made) == [("angles", "widest"), ("angles", "narrowest"), ("angles", "more")]
-    assert [value.text for value in made["angles", "widest"]] == ["0.25", "0.75"]
-    assert made["angles", "widest"][1].change == "+0.5"
-    assert made["angles", "widest"][1].marked == "verdict"
-    assert [value.text for value in made["angles", "more"]] == ["–", "3"]
+    numbers = measures(audits)
+    assert list(numbers) == [("angles", "widest"), ("angles", "narrowest"), ("angles", "more")]
+    assert [value.text for value in numbers["angles", "widest"]] == ["0.25", "0.75"]
+    assert numbers["angles", "widest"][1].change == "+0.5"
+    assert numbers["angles", "widest"][1].marked == "verdict"
+    assert [value.text for value in numbers["angles", "more"]] == ["–", "3"]
 
 
 def test_what_spoils_the_comparison_is_said(audits):
-    said = " ".join(cautions(audits))
-    assert "The bases differ" in said
-    assert "The task rows differ" in said
+    text = " ".join(cautions(audits))
+    assert "The bases differ" in text
+    assert "The task rows differ" in text
     assert cautions({"one": audits["one"], "again": audits["one"]}) == []
 
 
@@ -203,8 +203,8 @@ def test_other_settings_of_an_analysis_are_one_line(audits):
     outcome = audits["one"].analyses["angles"]
     other = replace(result, parameters={"k": 20, "epsilon": 0.25})
     again = replace(audits["one"], analyses={"angles": replace(outcome, result=other)})
-    said = cautions({"one": audits["one"], "again": again})
-    assert said == ["angles was run with different settings: k is 10 or 20, epsilon is – or 0.25."]
+    lines = cautions({"one": audits["one"], "again": again})
+    assert lines == ["angles was run with different settings: k is 10 or 20, epsilon is – or 0.25."]
 
 
 @pytest.mark.browser

@@ -30,16 +30,16 @@ def result(name="foreign", words=("print", " the\n", "", HOSTILE)):
         for i, ratio in enumerate(ratios)
     ]
     tokens = [
-        {"set": name, "row": row, "position": place, "token": word, "ratio": ratio}
+        {"set": name, "row": row, "position": position, "token": word, "ratio": ratio}
         for row in (1, 2)
-        for place, (word, ratio) in enumerate(zip(words, (-2.0, 0.5, 0.0, 1.0), strict=True))
+        for position, (word, ratio) in enumerate(zip(words, (-2.0, 0.5, 0.0, 1.0), strict=True))
     ]
     tables = {"rows": pd.DataFrame(rows), "tokens": pd.DataFrame(tokens)}
     return Result(metrics={}, tables=tables, analysis="ood", parameters={"examples": 1})
 
 
 @pytest.fixture
-def found():
+def ood_detector():
     return Detector("ood", result())
 
 
@@ -48,43 +48,43 @@ def strings(component):
     if isinstance(component, str):
         return [component]
     if isinstance(component, list | tuple):
-        return [each for child in component for each in strings(child)]
+        return [text for child in component for text in strings(child)]
     return strings(getattr(component, "children", None) or [])
 
 
-def test_the_most_foreign_ood_row_is_shown_unless_another_is_picked(found):
-    assert found.key(found.selected(Query())) == "2 foreign"
-    assert found.key(found.selected(parse("?row=3+own"))) == "3 own"
+def test_the_most_foreign_ood_row_is_shown_unless_another_is_picked(ood_detector):
+    assert ood_detector.key(ood_detector.selected(Query())) == "2 foreign"
+    assert ood_detector.key(ood_detector.selected(parse("?row=3+own"))) == "3 own"
     # Rows that are not there: of another audit, or not a row at all.
-    assert found.key(found.selected(parse("?row=9+own"))) == "2 foreign"
-    assert found.key(found.selected(parse("?row=own"))) == "2 foreign"
+    assert ood_detector.key(ood_detector.selected(parse("?row=9+own"))) == "2 foreign"
+    assert ood_detector.key(ood_detector.selected(parse("?row=own"))) == "2 foreign"
 
 
-def test_a_row_stands_above_its_share_of_every_set(found):
-    row = found.selected(parse("?row=1+foreign"))
+def test_a_row_stands_above_its_share_of_every_set(ood_detector):
+    row = ood_detector.selected(parse("?row=1+foreign"))
     # −2.5 is above −4 and −3 of the four task rows, and below the other OOD row
-    assert found.shares_below(row, "ratio") == {"own": ("task", 0.5), "foreign": ("ood", 0.0)}
-    said = "".join(strings(standing(found, row, "ratio")))
+    assert ood_detector.shares_below(row, "ratio") == {"own": ("task", 0.5), "foreign": ("ood", 0.0)}
+    text = "".join(strings(standing(ood_detector, row, "ratio")))
     assert (
-        said == "Its ratio of -2.5 is higher than that of 50% of the own rows (task), "
+        text == "Its ratio of -2.5 is higher than that of 50% of the own rows (task), "
         "0% of the other foreign rows."
     )
 
 
-def test_rows_with_tokens_are_offered_first(found):
-    assert [found.key(row) for _, row in found.offered.iterrows()] == [
+def test_rows_with_tokens_are_offered_first(ood_detector):
+    assert [ood_detector.key(row) for _, row in ood_detector.offered.iterrows()] == [
         "2 foreign", "1 foreign", "4 own", "3 own", "2 own", "1 own",
     ]  # fmt: skip
-    groups = options(found)
+    groups = options(ood_detector)
     assert [group["group"] for group in groups] == ["foreign (ood)", "own (task)"]
     assert groups[0]["items"][0]["label"] == "foreign 2, 5 nats: text 1 of ood"
     assert "no tokens recorded" in groups[1]["items"][0]["label"]
 
 
-def test_a_row_whose_tokens_were_not_kept_says_how_to_keep_them(found):
-    said = " ".join(strings(row_text(found, found.selected(parse("?row=1+own")), "ratio")))
-    assert "text 0 of task" in said
-    assert "--set ood.examples=N" in said
+def test_a_row_whose_tokens_were_not_kept_says_how_to_keep_them(ood_detector):
+    text = " ".join(strings(row_text(ood_detector, ood_detector.selected(parse("?row=1+own")), "ratio")))
+    assert "text 0 of task" in text
+    assert "--set ood.examples=N" in text
 
 
 def test_a_token_is_the_stronger_coloured_the_further_from_nought():
@@ -104,7 +104,7 @@ def test_blanks_of_a_text_can_be_seen_and_break_its_lines():
 
 def test_a_click_picks_the_row_that_a_mark_stands_for():
     click = {"points": [{"customdata": ["3 a&lt;b", "text"]}]}
-    assert parse(pointed(click, parse("?page=detector&score=ratio"))).one("row") == "3 a<b"
+    assert parse(pointed(click, parse("?page=detector&score=ratio"))).value("row") == "3 a<b"
     assert pointed({"points": [{}]}, Query()) == pointed(None, Query()) == ""
 
 
@@ -112,10 +112,12 @@ def test_the_picture_keeps_both_ends_of_many_rows(monkeypatch):
     many = pd.DataFrame(
         {"set": "own", "role": "task", "row": range(1, 101), "ratio": range(100), "text": "t"}
     ).astype({"ratio": float})
-    one = Detector("ood", Result(metrics={}, tables={"rows": many, "tokens": result().tables["tokens"]}))
+    ood_detector = Detector(
+        "ood", Result(metrics={}, tables={"rows": many, "tokens": result().tables["tokens"]})
+    )
     monkeypatch.setattr(score_figure, "POINTS", 5)
     # five of a hundred in even steps of 24.75: 0, 24.75, 49.5, 74.25, 99
-    assert score_figure.sample(one.rows, "ratio")["own"]["ratio"].tolist() == [0, 25, 50, 74, 99]
+    assert score_figure.sample(ood_detector.rows, "ratio")["own"]["ratio"].tolist() == [0, 25, 50, 74, 99]
 
 
 def test_only_results_with_scores_and_tokens_of_rows_make_a_detector(audit_of, made_up):

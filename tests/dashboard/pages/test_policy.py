@@ -25,13 +25,13 @@ def audit(made_up, audit_of):
     return audit_of(angles, rules=RULES)
 
 
-def said(tried):
+def severities(tried):
     return {f.metric: f.severity for f in tried.audit.findings}
 
 
 def test_without_thresholds_an_audit_is_judged_as_it_was(audit):
     tried = trial(audit, Query(), "one")
-    assert said(tried) == {"narrowest": "fail", "widest": "warn"}
+    assert severities(tried) == {"narrowest": "fail", "widest": "warn"}
     assert tried.changed == {}
     assert tried.audit.policy.origin == audit.policy.origin
 
@@ -39,7 +39,7 @@ def test_without_thresholds_an_audit_is_judged_as_it_was(audit):
 def test_a_threshold_in_the_address_changes_verdict_and_source(audit):
     tried = trial(audit, parse("?warn.angles.widest=1.5&fail.angles.narrowest=0.05"), "one")
     # widest 1.0 is not above 1.5; narrowest 1.0 is not below 0.05 × 10 = 0.5
-    assert said(tried) == {}
+    assert severities(tried) == {}
     assert tried.audit.verdict == "pass"
     assert audit.verdict == "fail"
     assert tried.audit.policy.rules["angles"]["widest"].source == "set by hand, tried on one"
@@ -50,7 +50,7 @@ def test_a_threshold_is_taken_away_and_one_is_made_for_a_number_without(audit):
     tried = trial(
         audit, parse("?fail.angles.narrowest=off&fail.angles.spread=4&side.angles.spread=below"), "x"
     )
-    assert said(tried) == {"widest": "warn", "spread": "fail"}
+    assert severities(tried) == {"widest": "warn", "spread": "fail"}
     assert tried.audit.findings[0].threshold == 4.0
 
 
@@ -75,7 +75,7 @@ def test_numbers_and_analyses_that_are_not_there_are_passed_over(audit):
 def test_a_rule_that_makes_no_sense_is_told_and_stays_as_it_was(audit, asked, why):
     tried = trial(audit, parse(f"?{asked}"), "x")
     assert why in tried.errors["angles", "widest"]
-    assert said(tried)["widest"] == "warn"
+    assert severities(tried)["widest"] == "warn"
 
 
 def test_what_changed_is_shown_as_toml(audit):

@@ -63,7 +63,7 @@ def test_only_what_the_server_was_started_with_is_run(runs):
 
 
 def test_an_audit_is_listed_only_when_it_is_whole(runs, monkeypatch):
-    told = []
+    events = []
     stand_in(
         monkeypatch,
         "import json, pathlib; out = pathlib.Path(OUT); out.mkdir(parents=True)\n"
@@ -72,19 +72,19 @@ def test_an_audit_is_listed_only_when_it_is_whole(runs, monkeypatch):
         "(out / 'audit.json').write_text('{}')\n"
         "print(json.dumps({'verdict': 'warn'}))",
     )
-    known = runs.run("r1", {}, lambda *about: told.append((*about, list(runs.finished()))))
+    name = runs.run("r1", {}, lambda *about: events.append((*about, list(runs.finished()))))
     # While it ran, nothing was finished.
-    assert all(finished == [] for *_, finished in told[:-1])
-    assert [path.name for path in runs.finished()] == [known]
-    assert (0.5, "angles: 1 of 2 a") in [each[:2] for each in told]
-    assert told[-1][0] == 1.0
-    assert "a library speaks" in told[-1][2]
+    assert all(finished == [] for *_, finished in events[:-1])
+    assert [path.name for path in runs.finished()] == [name]
+    assert (0.5, "angles: 1 of 2 a") in [event[:2] for event in events]
+    assert events[-1][0] == 1.0
+    assert "a library speaks" in events[-1][2]
     library = AuditLibrary()
     runs.add_finished(library)
     runs.add_finished(library)
-    assert list(library.entries) == [known]
-    assert runs.entry(library, known).id == known
-    assert runs.entry(library, "../" + known) is None
+    assert list(library.entries) == [name]
+    assert runs.entry(library, name).id == name
+    assert runs.entry(library, "../" + name) is None
     assert runs.entry(library, None) is None
 
 
@@ -111,15 +111,17 @@ def test_one_audit_runs_at_a_time_and_what_was_cancelled_is_swept_away(runs, mon
 
 
 def test_names_of_pairs_make_names_of_directories(runs):
-    made = Runs(runs.directory, {})
-    assert made.unused_name("../../up up").startswith("up-up-") or "/" not in made.unused_name("../../up up")
-    assert "/" not in made.unused_name(HOSTILE)
-    assert not made.unused_name("...").startswith(".")
+    unpaired = Runs(runs.directory, {})
+    assert unpaired.unused_name("../../up up").startswith("up-up-") or "/" not in unpaired.unused_name(
+        "../../up up"
+    )
+    assert "/" not in unpaired.unused_name(HOSTILE)
+    assert not unpaired.unused_name("...").startswith(".")
 
 
 def test_the_log_keeps_to_lines_that_are_progress():
-    told = []
-    log = Log(lambda *about: told.append(about))
+    events = []
+    log = Log(lambda *about: events.append(about))
     for line in ("[1, 2]\n", '{"other": 1}\n', "\n", "plain\n"):
         log.read(line)
     assert [line.split(" ", 1)[1] for line in log.lines] == ["[1, 2]", '{"other": 1}', "plain"]
@@ -129,11 +131,11 @@ def test_an_audit_in_a_process_of_its_own_tells_how_far_it_is(tmp_path):
     out = io.StringIO()
     request = {"base": BASE, "tuned": TUNED, "out": str(tmp_path / "a"), "only": ["intruders"]}
     assert job.main(json.dumps(request), out) == 0
-    said = [json.loads(line) for line in out.getvalue().splitlines()]
-    shares = [each["share"] for each in said if "share" in each]
+    messages = [json.loads(line) for line in out.getvalue().splitlines()]
+    shares = [message["share"] for message in messages if "share" in message]
     assert shares == sorted(shares)
-    assert {each["analysis"] for each in said if "analysis" in each} == {"intruders"}
-    assert set(said[-1]) == {"verdict"}
+    assert {message["analysis"] for message in messages if "analysis" in message} == {"intruders"}
+    assert set(messages[-1]) == {"verdict"}
     assert (tmp_path / "a" / "audit.json").exists()
     wrong = {"base": BASE, "tuned": str(tmp_path / "no"), "out": str(tmp_path / "b")}
     out = io.StringIO()
@@ -161,7 +163,7 @@ def test_without_leave_nothing_can_be_run(tmp_path):
     from dashboard.cli import dashboard
 
     app = create_app()
-    assert not any("run-start" in str(each["inputs"]) for each in app._callback_list)
+    assert not any("run-start" in str(callback["inputs"]) for callback in app._callback_list)
     with pytest.raises(ValueError, match="add --allow-run"):
         dashboard(pair=[f"x={BASE} {TUNED}"])
     with pytest.raises(ValueError, match="add --pair"):
@@ -217,12 +219,12 @@ def processes(directory: Path) -> list[int]:
     """The jobs that write below a directory."""
     import psutil
 
-    found = []
+    pids = []
     for process in psutil.process_iter():
         try:
             command = " ".join(process.cmdline())
         except psutil.Error:
             continue
         if "dashboard.server.job" in command and str(directory) in command:
-            found.append(process.pid)
-    return found
+            pids.append(process.pid)
+    return pids

@@ -57,15 +57,15 @@ def test_a_table_cut_short_damages_its_audit_alone_until_it_is_whole_again(save,
 
     library = AuditLibrary([save(tmp_path / "one"), save(tmp_path / "two")])
     file = tmp_path / "one" / "tables" / "angles.vectors.parquet"
-    whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2])
-    one, two = library.audits
-    assert one.audit is None
-    assert "angles.vectors.parquet" in one.damage
-    assert two.audit is not None
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    first, second = library.audits
+    assert first.audit is None
+    assert "angles.vectors.parquet" in first.damage
+    assert second.audit is not None
     save(tmp_path / "one", created="2026-02-12T00:00:00Z")
-    assert one.damage == ""
-    assert one.audit.created == "2026-02-12T00:00:00Z"
+    assert first.damage == ""
+    assert first.audit.created == "2026-02-12T00:00:00Z"
 
 
 def test_an_audit_that_has_only_begun_is_damaged_and_not_an_error(tmp_path):
@@ -96,26 +96,26 @@ def test_a_corrupted_audit_does_not_stop_the_others(save, tmp_path, content):
 
     library = AuditLibrary([save(tmp_path / "one"), save(tmp_path / "two")])
     (tmp_path / "one" / "audit.json").write_bytes(content)
-    one, two = library.audits
-    assert one.audit is None
-    assert "audit.json" in one.damage
-    assert one.damage.isprintable()
-    assert two.audit is not None
-    assert two.damage == ""
+    first, second = library.audits
+    assert first.audit is None
+    assert "audit.json" in first.damage
+    assert first.damage.isprintable()
+    assert second.audit is not None
+    assert second.damage == ""
 
 
-@pytest.mark.parametrize("place", ["../../x.parquet", "{root}/x.parquet"])
-def test_an_audit_that_names_a_table_outside_is_shown_as_damaged(save, tmp_path, place):
+@pytest.mark.parametrize("location", ["../../x.parquet", "{root}/x.parquet"])
+def test_an_audit_that_names_a_table_outside_is_shown_as_damaged(save, tmp_path, location):
     from dashboard.state.audit_library import AuditLibrary
 
     library = AuditLibrary([save(tmp_path / "one"), save(tmp_path / "two")])
     file = tmp_path / "one" / "audit.json"
-    file.write_text(file.read_text().replace("tables/angles.vectors.parquet", place.format(root=tmp_path)))
+    file.write_text(file.read_text().replace("tables/angles.vectors.parquet", location.format(root=tmp_path)))
     (tmp_path / "one" / "tables" / "angles.vectors.parquet").rename(tmp_path / "x.parquet")
-    one, two = library.audits
-    assert one.audit is None
-    assert "is said to be" in one.damage
-    assert two.audit is not None
+    first, second = library.audits
+    assert first.audit is None
+    assert "is said to be" in first.damage
+    assert second.audit is not None
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "[]", '{"checkpoints": 3}', "{"])

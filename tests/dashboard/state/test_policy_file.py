@@ -12,7 +12,7 @@ from tests.dashboard.invented import HOSTILE
 
 
 def test_the_file_is_what_the_policy_option_takes_and_judges_alike(tmp_path):
-    rules = {name: dict(own) for name, own in default_policy().rules.items()}
+    rules = {name: dict(metrics) for name, metrics in default_policy().rules.items()}
     rules["intruders"]["intruders_per_matrix"] = Rule(warn=0.5, per="k", message=HOSTILE, source="by hand")
     del rules["ood"]["gain_nats"]
     rules["gone"] = {"metric": Rule(fail=1.0, source="of a package that is not here")}
@@ -25,8 +25,8 @@ def test_the_file_is_what_the_policy_option_takes_and_judges_alike(tmp_path):
     # The default has a rule that the tried policy lacks: it is off in the file.
     assert taken.rules["ood"]["gain_nats"].off
     del rules["gone"]
-    judging = {(n, m): r for n, own in taken.rules.items() for m, r in own.items() if not r.off}
-    assert judging == {(n, m): r for n, own in rules.items() for m, r in own.items()}
+    judging = {(n, m): r for n, metrics in taken.rules.items() for m, r in metrics.items() if not r.off}
+    assert judging == {(n, m): r for n, metrics in rules.items() for m, r in metrics.items()}
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])), st.floats(allow_nan=False, allow_infinity=False))

@@ -16,6 +16,7 @@ from tests.reference import BUNDLED, results
 DOCUMENTED = (
     "drift",
     "dynamics",
+    "integrity",
     "intruders",
     "mitigation",
     "ood",

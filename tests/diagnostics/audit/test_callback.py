@@ -38,7 +38,7 @@ def trainer(tmp_path, *callbacks, model=None, **arguments):
     """Six steps on 16 rows of 8 random tokens."""
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(12, (8,), generator=generator) for _ in range(16)]
-    rows = [{"input_ids": each, "labels": each} for each in ids]
+    rows = [{"input_ids": tokens, "labels": tokens} for tokens in ids]
     settings = TrainingArguments(
         output_dir=str(tmp_path / "run"), max_steps=6, per_device_train_batch_size=2, learning_rate=1e-2,
         report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, seed=0, **arguments,
@@ -63,9 +63,9 @@ def norm(registry):
             checkpoint.module.eval()
             return {"norm": checkpoint.tensor("model.embed_tokens.weight").norm().item()}
 
-        found = series.measured("norm", {"dtype": dtype}, measure)
+        rows = series.measured("norm", {"dtype": dtype}, measure)
         series.at_least(2, "a line")
-        table = pd.DataFrame({"step": series.steps, "norm": [one["norm"].item() for one in found]})
+        table = pd.DataFrame({"step": series.steps, "norm": [row["norm"].item() for row in rows]})
         return Result(metrics={"last": table["norm"].iloc[-1]}, tables={"steps": table})
 
     from diagnostics.core.analysis import analysis
@@ -81,15 +81,15 @@ def test_a_run_is_measured_at_its_start_every_so_often_and_at_its_end(norm, tmp_
     model = tiny()
     first = model.model.embed_tokens.weight.norm().item()
     trainer(tmp_path, AuditCallback(out, every=4, only=["norm", "sparsification"]), model=model).train()
-    made = load(out)
-    table = made.results["norm"].tables["steps"]
+    saved = load(out)
+    table = saved.results["norm"].tables["steps"]
     assert table["step"].tolist() == [0, 4, 6]
     assert table["norm"].iloc[0] == pytest.approx(first)
     assert table["norm"].iloc[-1] == pytest.approx(model.model.embed_tokens.weight.norm().item())
-    assert made.results["sparsification"].tables["checkpoints"]["label"].tolist() == ["0", "4", "6"]
-    assert made.base["ref"] == "LlamaForCausalLM at step 0"
-    assert made.tuned["ref"] == "LlamaForCausalLM at step 6"
-    assert made.exit_code == 0
+    assert saved.results["sparsification"].tables["checkpoints"]["label"].tolist() == ["0", "4", "6"]
+    assert saved.base["ref"] == "LlamaForCausalLM at step 0"
+    assert saved.tuned["ref"] == "LlamaForCausalLM at step 6"
+    assert saved.exit_code == 0
     assert (out / "report.html").exists()
     assert (out / "tokenizer" / "tokenizer.json").exists()
 
@@ -106,8 +106,8 @@ def test_a_training_that_is_recorded_ends_in_the_same_weights(norm, tmp_path):
 
 def test_without_a_distance_it_is_measured_when_the_trainer_saves_or_evaluates(norm, tmp_path):
     callback = AuditCallback(tmp_path / "audit")
-    made = trainer(tmp_path, callback, eval_strategy="steps", eval_steps=2)
-    made.train()
+    training = trainer(tmp_path, callback, eval_strategy="steps", eval_steps=2)
+    training.train()
     assert callback.steps == [0, 2, 4, 6]
 
 
@@ -138,7 +138,7 @@ def test_what_goes_wrong_at_the_start_stops_the_training_and_later_only_warns(
 ):
     for error, raised in ((InputError, InputError), (ValueError, RuntimeError)):
 
-        def broken(one, parts, error=error):
+        def broken(checkpoint, parts, error=error):
             raise error("no matrix here")
 
         with monkeypatch.context() as patch:
@@ -146,7 +146,7 @@ def test_what_goes_wrong_at_the_start_stops_the_training_and_later_only_warns(
             with pytest.raises(raised, match=r"sparsification: .*no matrix here"):
                 trainer(tmp_path, AuditCallback(tmp_path / "a", every=2)).train()
     callback = AuditCallback(tmp_path / "b", every=2)
-    made = trainer(tmp_path, callback)
+    training = trainer(tmp_path, callback)
     record = callback.record
 
     def dies(step, *given):
@@ -155,7 +155,7 @@ def test_what_goes_wrong_at_the_start_stops_the_training_and_later_only_warns(
         return record(step, *given)
 
     monkeypatch.setattr(callback, "record", dies)
-    made.train()
+    training.train()
     assert callback.steps == [0, 2, 6]
 
 

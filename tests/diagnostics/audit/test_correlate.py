@@ -55,25 +55,25 @@ def audit(displacement, sharp, loss, *, name="model", **given):
 def many(count=MODELS, seed=0):
     """The loss is how far a model moved, plus what the sharpness of the second layer shows."""
     random = np.random.default_rng(seed)
-    made = []
-    for place in range(count):
-        moved, own = 1 + place, random.normal()
-        sharp = [moved + random.normal(), 10 + own]
-        made.append(audit(moved, sharp, moved + 2 * own, name=f"m{place}"))
-    return made
+    audits = []
+    for i in range(count):
+        moved, shared = 1 + i, random.normal()
+        sharp = [moved + random.normal(), 10 + shared]
+        audits.append(audit(moved, sharp, moved + 2 * shared, name=f"m{i}"))
+    return audits
 
 
 def test_what_only_follows_displacement_falls_away_once_displacement_is_given():
-    made = correlate(many(), permutations=1000)
-    table = made.table.set_index("predictor")
+    correlation = correlate(many(), permutations=1000)
+    table = correlation.table.set_index("predictor")
     assert list(table.index) == ["all blocks", "block 0", "block 1"]
     assert table.loc["block 0", "raw"] > 0.7
     assert abs(table.loc["block 0", "partial"]) < 0.6
     assert table.loc["block 1", "partial"] > 0.8
     assert table.loc["block 1", "partial_holm"] < 0.05
-    assert made.outcome == "OOD loss half-way"
+    assert correlation.outcome == "OOD loss half-way"
     # 0.6² + 0.8² = 1
-    assert made.models["displacement"].tolist() == pytest.approx(range(1, MODELS + 1))
+    assert correlation.models["displacement"].tolist() == pytest.approx(range(1, MODELS + 1))
 
 
 def test_the_outcome_is_of_ood_rows_at_the_place_that_is_asked_for():
@@ -89,56 +89,60 @@ def test_the_outcome_is_of_ood_rows_at_the_place_that_is_asked_for():
 
 
 def test_below_twelve_models_no_correlation_is_told_but_the_models_are_shown():
-    made = correlate(many(11))
-    assert made.table[["raw", "partial", "raw_p"]].isna().all().all()
-    assert made.notes[0] == "11 models: correlations are computed from 12 on."
-    assert set(made.figures()) == {"scatter"}
-    assert made.record()["correlations"][0]["raw"] is None
+    correlation = correlate(many(11))
+    assert correlation.table[["raw", "partial", "raw_p"]].isna().all().all()
+    assert correlation.notes[0] == "11 models: correlations are computed from 12 on."
+    assert set(correlation.figures()) == {"scatter"}
+    assert correlation.record()["correlations"][0]["raw"] is None
 
 
 def test_audits_that_do_not_compare_are_refused_by_name():
-    own, other = audit(1, [1, 1], 1, name="own"), audit(1, [1, 1], 1, name="other", base="c")
+    reference, other = audit(1, [1, 1], 1, name="own"), audit(1, [1, 1], 1, name="other", base="c")
     with pytest.raises(
         ValueError, match="other: has other bases than own; sharpness compares only at equal ones"
     ):
-        correlate([own, other])
+        correlate([reference, other])
     with pytest.raises(ValueError, match="other: has other task rows than own"):
-        correlate([own, audit(1, [1, 1], 1, name="other", task="u")])
+        correlate([reference, audit(1, [1, 1], 1, name="other", task="u")])
     with pytest.raises(ValueError, match="other: has other parameters of sharpness than own"):
-        correlate([own, audit(1, [1, 1], 1, name="other", parameters={"norm": "linf"})])
+        correlate([reference, audit(1, [1, 1], 1, name="other", parameters={"norm": "linf"})])
     with pytest.raises(ValueError, match="1 audit given; a correlation needs several"):
-        correlate([own])
+        correlate([reference])
     with pytest.raises(ValueError, match="own: has no result of sharpness; run `tunescope audit"):
-        correlate([replace(own, analyses={}), own])
-    path = own.results["sharpness"].tables["path"]
-    silent = replace(own.results["sharpness"], tables={**own.results["sharpness"].tables, "path": path[:6]})
+        correlate([replace(reference, analyses={}), reference])
+    path = reference.results["sharpness"].tables["path"]
+    silent = replace(
+        reference.results["sharpness"], tables={**reference.results["sharpness"].tables, "path": path[:6]}
+    )
     with pytest.raises(ValueError, match="measured without OOD rows; run it with --ood NAME=F"):
-        correlate([replace(own, analyses={"sharpness": Outcome(status="ok", result=silent)}), own])
+        correlate(
+            [replace(reference, analyses={"sharpness": Outcome(status="ok", result=silent)}), reference]
+        )
 
 
 def test_the_pictures_show_every_model_and_every_interval():
-    made = correlate(many(), permutations=100)
-    figures = made.figures()
+    correlation = correlate(many(), permutations=100)
+    figures = correlation.figures()
     points = figures["scatter"].data
     assert [len(trace.x) for trace in points] == [MODELS] * 3
     raw, partial = figures["correlations"].data
     assert list(partial.y) == ["block 1", "block 0", "all blocks"]
-    assert list(raw.x) == made.table["raw"].tolist()[::-1]
+    assert list(raw.x) == correlation.table["raw"].tolist()[::-1]
 
 
 def test_from_the_shell_saved_audits_are_compared_and_written(tmp_path):
     places = []
-    for each in many():
-        store = Store(tmp_path / each.tuned["ref"])
+    for audited in many():
+        store = Store(tmp_path / audited.tuned["ref"])
         with store:
-            store.write_result("sharpness", each.results["sharpness"])
-            store.write(replace(each, path=store.out))
+            store.write_result("sharpness", audited.results["sharpness"])
+            store.write(replace(audited, path=store.out))
         places.append(str(store.out))
     out = tmp_path / "out"
-    told = CliRunner().invoke(main, ["correlate", *places, "--out", str(out)])
-    assert told.exit_code == 0, told.output
-    assert "block 1" in told.output
-    assert "read the column given displacement" in " ".join(told.output.split())
+    result = CliRunner().invoke(main, ["correlate", *places, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert "block 1" in result.output
+    assert "read the column given displacement" in " ".join(result.output.split())
     assert len(pd.read_parquet(out / "models.parquet")) == MODELS
     page = (out / "correlations.html").read_text()
     assert page.startswith("<!doctype html>")

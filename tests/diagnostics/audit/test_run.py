@@ -38,41 +38,41 @@ def record(out):
 
 
 def test_an_audit_writes_its_numbers_tables_and_report(norms, checkpoints, out):
-    made = audit(*checkpoints, out=out)
+    audited = audit(*checkpoints, out=out)
     # Every entry grew by 0.5: a delta of 8 by 8 entries has the norm 0.5 * 8 = 4.
-    assert made.results["norms"].metrics == {"norm": pytest.approx(4.0), "matrices": 4}
-    assert made.exit_code == 0
-    told = record(out)
-    assert told["analyses"]["norms"]["status"] == "ok"
-    assert told["analyses"]["norms"]["metrics"] == {"norm": pytest.approx(4.0), "matrices": 4}
-    assert told["analyses"]["norms"]["parameters"] == {
+    assert audited.results["norms"].metrics == {"norm": pytest.approx(4.0), "matrices": 4}
+    assert audited.exit_code == 0
+    stored = record(out)
+    assert stored["analyses"]["norms"]["status"] == "ok"
+    assert stored["analyses"]["norms"]["metrics"] == {"norm": pytest.approx(4.0), "matrices": 4}
+    assert stored["analyses"]["norms"]["parameters"] == {
         "scale": 1.0, "parts": ["block"], "dtype": "float32", "seed": 0,
     }  # fmt: skip
-    assert told["analyses"]["norms"]["seconds"] >= 0
-    assert told["analyses"]["norms"]["peak_rss_mb"] > 10
+    assert stored["analyses"]["norms"]["seconds"] >= 0
+    assert stored["analyses"]["norms"]["peak_rss_mb"] > 10
     assert (out / "tables/norms.matrices.parquet").exists()
     assert "Norm of each delta" in (out / "report.html").read_text()
-    assert load(out).record() == told == made.record()
+    assert load(out).record() == stored == audited.record()
 
 
 def test_the_checkpoints_are_described_with_their_fingerprints(norms, checkpoints, out):
     from probes import open_checkpoint
 
-    told = audit(*checkpoints, out=out)
+    audited = audit(*checkpoints, out=out)
     for side, ref in zip(("base", "tuned"), checkpoints, strict=True):
         described = record(out)[side]
         assert described["ref"] == ref
         assert described["fingerprint"] == open_checkpoint(ref).fingerprint()
         assert described["parameters"] == 4 * 64
         assert described["kind"] == "full"
-    assert told.base["fingerprint"] != told.tuned["fingerprint"]
+    assert audited.base["fingerprint"] != audited.tuned["fingerprint"]
 
 
 def test_models_in_memory_are_audited_too(norms, out):
     base = {"model.layers.0.self_attn.q_proj.weight": torch.eye(4)}
     tuned = {name: 3 * value for name, value in base.items()}
-    made = audit(base, tuned, out=out)
-    assert made.results["norms"].metrics["norm"] == pytest.approx(4.0)  # |3 I - I| = 2 sqrt(4)
+    audited = audit(base, tuned, out=out)
+    assert audited.results["norms"].metrics["norm"] == pytest.approx(4.0)  # |3 I - I| = 2 sqrt(4)
 
 
 def test_settings_seed_and_dtype_reach_the_analyses_that_take_them(norms, register, checkpoints, out):
@@ -109,12 +109,12 @@ def broken_entry(monkeypatch, name="harmed"):
 
 def test_an_analysis_that_cannot_be_imported_is_left_out_and_named(norms, checkpoints, out, monkeypatch):
     broken_entry(monkeypatch)
-    made = audit(*checkpoints, out=out)
-    assert (len(norms), made.exit_code) == (1, 0)
-    assert made.analyses["harmed"].status == "skipped"
+    audited = audit(*checkpoints, out=out)
+    assert (len(norms), audited.exit_code) == (1, 0)
+    assert audited.analyses["harmed"].status == "skipped"
     why = "'harmed' of an unknown package cannot be loaded (ModuleNotFoundError: No module named"
-    assert why in made.analyses["harmed"].reason
-    assert [note for note in made.notes if why in note and note.startswith("Left out: ")]
+    assert why in audited.analyses["harmed"].reason
+    assert [note for note in audited.notes if why in note and note.startswith("Left out: ")]
 
 
 def test_asked_for_by_name_it_is_an_error_of_the_input(norms, checkpoints, out, monkeypatch):
@@ -130,15 +130,15 @@ def test_half_precision_of_the_models_is_not_the_arithmetic_of_weights(out):
         "rows": 16, "batches": 1, "batch_rows": 8, "steps": 2, "pairs": 0, "rhos": (0.5,), "alphas": (0.5,),
         "layer_alphas": (0.5,), "sharpness_alphas": (1.0,), "curvature": False,
     }  # fmt: skip
-    made = audit(
+    audited = audit(
         BUNDLED / "base", BUNDLED / "lora-r1", out=out, only=["intruders", "sharpness"], dtype="bfloat16",
         settings={"sharpness": few}, task=[BUNDLED / "task.jsonl"], limit=16,
     )  # fmt: skip
-    assert {name: outcome.status for name, outcome in made.analyses.items() if outcome.result} == {
+    assert {name: outcome.status for name, outcome in audited.analyses.items() if outcome.result} == {
         "intruders": "ok", "sharpness": "ok",
     }  # fmt: skip
-    assert made.results["intruders"].parameters["dtype"] == "float32"
-    assert any("run in float32" in note for note in made.results["sharpness"].notes)
+    assert audited.results["intruders"].parameters["dtype"] == "float32"
+    assert any("run in float32" in note for note in audited.results["sharpness"].notes)
 
 
 # --- judged ---
@@ -146,11 +146,11 @@ def test_half_precision_of_the_models_is_not_the_arithmetic_of_weights(out):
 
 def test_the_policy_decides_the_verdict_and_is_recorded(norms, checkpoints, out):
     rules = parse({"norms": {"norm": {"warn": 1, "fail": 3, "source": "made up"}}}, "a test")
-    made = audit(*checkpoints, out=out, policy=rules)
-    assert (made.verdict, made.exit_code) == ("fail", 1)
-    told = record(out)
-    assert told["verdict"] == "fail"
-    assert told["findings"] == [
+    audited = audit(*checkpoints, out=out, policy=rules)
+    assert (audited.verdict, audited.exit_code) == ("fail", 1)
+    stored = record(out)
+    assert stored["verdict"] == "fail"
+    assert stored["findings"] == [
         {
             "analysis": "norms",
             "severity": "fail",
@@ -161,7 +161,7 @@ def test_the_policy_decides_the_verdict_and_is_recorded(norms, checkpoints, out)
             "source": "made up",
         }
     ]
-    assert told["policy"]["origin"] == "a test"
+    assert stored["policy"]["origin"] == "a test"
 
 
 def test_another_policy_judges_anew_without_running_anything(norms, checkpoints, out, tmp_path):
@@ -179,11 +179,13 @@ def test_an_analysis_that_crashes_leaves_the_others(norms, register, checkpoints
         raise RuntimeError("boom\nand a second line")
 
     register("broken", broken)
-    made = audit(*checkpoints, out=out)
-    assert made.exit_code == 3
-    assert made.verdict == "fail"
-    assert made.analyses["broken"].reason == "RuntimeError: boom and a second line (traceback in audit.log)"
-    assert made.analyses["norms"].status == "ok"
+    audited = audit(*checkpoints, out=out)
+    assert audited.exit_code == 3
+    assert audited.verdict == "fail"
+    assert (
+        audited.analyses["broken"].reason == "RuntimeError: boom and a second line (traceback in audit.log)"
+    )
+    assert audited.analyses["norms"].status == "ok"
     assert 'raise RuntimeError("boom' in (out / "audit.log").read_text()
     assert "Traceback" not in (out / "audit.json").read_text()
     assert "Traceback" not in (out / "report.html").read_text()
@@ -195,10 +197,10 @@ def test_an_analysis_that_refuses_its_input_is_no_crash(norms, register, checkpo
         raise error("epsilon is 2; it is a cosine in (0, 1]")
 
     register("picky", picky)
-    made = audit(*checkpoints, out=out)
-    assert made.exit_code == 2
-    assert made.analyses["picky"].reason == "epsilon is 2; it is a cosine in (0, 1]"
-    assert made.analyses["norms"].status == "ok"
+    audited = audit(*checkpoints, out=out)
+    assert audited.exit_code == 2
+    assert audited.analyses["picky"].reason == "epsilon is 2; it is a cosine in (0, 1]"
+    assert audited.analyses["norms"].status == "ok"
     assert not (out / "audit.log").exists()
 
 
@@ -219,21 +221,21 @@ def test_an_error_of_a_library_inside_an_analysis_is_a_crash_with_its_traceback(
     norms, register, checkpoints, out, slip
 ):
     register("slips", lambda pair: slip())
-    made = audit(*checkpoints, out=out)
-    assert (made.exit_code, made.analyses["slips"].fault) == (3, "crash")
-    assert made.analyses["slips"].reason.endswith("(traceback in audit.log)")
+    audited = audit(*checkpoints, out=out)
+    assert (audited.exit_code, audited.analyses["slips"].fault) == (3, "crash")
+    assert audited.analyses["slips"].reason.endswith("(traceback in audit.log)")
     log = (out / "audit.log").read_text()
     assert "slips\nTraceback (most recent call last):" in log
     assert "test_run.py" in log
-    assert made.analyses["norms"].status == "ok"
+    assert audited.analyses["norms"].status == "ok"
 
 
 def test_a_table_that_cannot_be_stored_is_the_fault_of_its_analysis(norms, register, checkpoints, out):
     mixed = pd.DataFrame({"column": [1, "a", {}]})
     register("mixed", lambda pair: Result(metrics={}, tables={"t": mixed}))
-    made = audit(*checkpoints, out=out)
-    assert made.analyses["mixed"].status == "failed"
-    assert made.analyses["norms"].status == "ok"
+    audited = audit(*checkpoints, out=out)
+    assert audited.analyses["mixed"].status == "failed"
+    assert audited.analyses["norms"].status == "ok"
 
 
 def test_an_interrupt_keeps_what_was_finished_and_the_next_run_goes_on(norms, register, checkpoints, out):
@@ -247,18 +249,18 @@ def test_an_interrupt_keeps_what_was_finished_and_the_next_run_goes_on(norms, re
     register("slow", slow)  # after norms, in the order of names
     with pytest.raises(KeyboardInterrupt):
         audit(*checkpoints, out=out)
-    told = record(out)
-    assert told["analyses"]["norms"]["status"] == "ok"
-    assert told["analyses"]["slow"]["status"] == "failed"
-    assert told["analyses"]["slow"]["reason"] == "not finished; run the same command again to go on"
-    assert told["verdict"] == "fail"
+    stored = record(out)
+    assert stored["analyses"]["norms"]["status"] == "ok"
+    assert stored["analyses"]["slow"]["status"] == "failed"
+    assert stored["analyses"]["slow"]["reason"] == "not finished; run the same command again to go on"
+    assert stored["verdict"] == "fail"
     assert not (out / "report.html").exists()
     assert audit(*checkpoints, out=out).exit_code == 0
     assert len(norms) == 1
 
 
 def test_a_report_that_cannot_be_drawn_costs_nothing_but_itself(norms, checkpoints, out, monkeypatch):
-    def broken(made, path):
+    def broken(audited, path):
         raise RuntimeError("no such colour")
 
     monkeypatch.setattr("diagnostics.report.render.write_html", broken)
@@ -275,10 +277,10 @@ def test_a_fingerprint_that_cannot_be_taken_is_a_note(norms, checkpoints, out, m
         raise InputError("model.safetensors is gone")
 
     monkeypatch.setattr(Checkpoint, "describe", vanished)
-    made = audit(*checkpoints, out=out)
-    assert made.notes == ("the checkpoints could not be fingerprinted: model.safetensors is gone",)
-    assert made.tuned["fingerprint"] is None
-    assert made.results
+    audited = audit(*checkpoints, out=out)
+    assert audited.notes == ("the checkpoints could not be fingerprinted: model.safetensors is gone",)
+    assert audited.tuned["fingerprint"] is None
+    assert audited.results
 
 
 # --- what is done is not done again, and what changed is ---
@@ -315,17 +317,17 @@ CHANGES = {
 @pytest.mark.parametrize("options", CHANGES.values(), ids=CHANGES)
 def test_other_options_are_never_served_from_old_results(norms, checkpoints, out, options):
     audit(*checkpoints, out=out)
-    made = audit(*checkpoints, out=out, **options)
+    audited = audit(*checkpoints, out=out, **options)
     assert len(norms) == 2
-    assert not made.analyses["norms"].reused
+    assert not audited.analyses["norms"].reused
 
 
 def test_other_weights_are_never_served_from_old_results(norms, checkpoints, out):
     audit(*checkpoints, out=out)
     rewrite_tuned(checkpoints)
-    made = audit(*checkpoints, out=out)
+    audited = audit(*checkpoints, out=out)
     assert len(norms) == 2
-    assert made.results["norms"].metrics["norm"] == pytest.approx(12.0)  # 1.5 * 8
+    assert audited.results["norms"].metrics["norm"] == pytest.approx(12.0)  # 1.5 * 8
     audit(checkpoints[1], checkpoints[0], out=out, replace=True)  # the other way round
     assert len(norms) == 3
 
@@ -433,8 +435,8 @@ def test_an_analysis_whose_source_was_edited_is_run_again(registry, checkpoints,
     assert audit(*checkpoints, out=out).analyses["edited"].reused
     (tmp_path / "edited_analysis.py").write_text(SOURCE.replace("1", "22"))
     importlib.reload(module)
-    made = audit(*checkpoints, out=out)
-    assert made.results["edited"].metrics == {"number": 22}
+    audited = audit(*checkpoints, out=out)
+    assert audited.results["edited"].metrics == {"number": 22}
     monkeypatch.delitem(sys.modules, "edited_analysis")
 
 
@@ -460,9 +462,9 @@ def test_rows_that_an_analysis_does_not_read_change_nothing_for_it(norms, checkp
 def test_a_damaged_table_is_made_again(norms, checkpoints, out):
     audit(*checkpoints, out=out)
     (out / "tables/norms.matrices.parquet").write_bytes(b"PAR1")
-    made = audit(*checkpoints, out=out)
+    audited = audit(*checkpoints, out=out)
     assert len(norms) == 2
-    assert len(made.results["norms"].tables["matrices"]) == 4
+    assert len(audited.results["norms"].tables["matrices"]) == 4
     load(out)
 
 
@@ -518,13 +520,15 @@ def test_what_lacks_its_inputs_is_skipped_with_the_option_that_would_enable_it(
 ):
     register("needy", lambda pair, task, ood: nothing())
     register("alien", lambda pair, planet: nothing())
-    made = audit(*checkpoints, out=out)
-    reasons = {name: each.reason for name, each in made.analyses.items() if each.status == "skipped"}
+    audited = audit(*checkpoints, out=out)
+    reasons = {
+        name: outcome.reason for name, outcome in audited.analyses.items() if outcome.status == "skipped"
+    }
     assert reasons == {
         "needy": "needs --task F and --ood NAME=F",
         "alien": "needs 'planet', which this tunescope cannot supply",
     }
-    assert made.exit_code == 0
+    assert audited.exit_code == 0
 
 
 def test_of_two_checkpoints_a_series_is_made_and_one_that_is_too_short_is_left_out(
@@ -537,11 +541,13 @@ def test_of_two_checkpoints_a_series_is_made_and_one_that_is_too_short_is_left_o
         series.at_least(4, "a curve")
 
     register("curve", curve)
-    made = audit(*checkpoints, out=out)
+    audited = audit(*checkpoints, out=out)
     assert seen == [("base", "tuned")]
-    assert made.analyses["curve"].status == "skipped"
-    assert made.analyses["curve"].reason == "a series of 2 checkpoints: a curve needs at least 4; give more"
-    assert made.exit_code == 0
+    assert audited.analyses["curve"].status == "skipped"
+    assert (
+        audited.analyses["curve"].reason == "a series of 2 checkpoints: a curve needs at least 4; give more"
+    )
+    assert audited.exit_code == 0
     assert audit(*checkpoints, out=out, only=["curve"]).exit_code == 2  # asked for by name
 
 
@@ -552,7 +558,10 @@ def test_two_checkpoints_are_base_and_tuned_whatever_steps_their_names_tell(norm
         for name, state in (("checkpoint-9", base), ("checkpoint-3", tuned), ("other/checkpoint-9", tuned))
     )
     seen = []
-    register("order", lambda series: seen.append([each.ref for each in series.checkpoints]) or nothing())
+    register(
+        "order",
+        lambda series: seen.append([checkpoint.ref for checkpoint in series.checkpoints]) or nothing(),
+    )
     for other in (early, again):
         assert audit(late, other, out=out, replace=True).exit_code == 0
     assert seen == [[late, early], [late, again]]
@@ -563,9 +572,9 @@ def test_what_does_not_apply_to_a_model_is_left_out_unless_asked_for(norms, regi
         raise NotApplicableError("has no expert; `dynamics` runs instead")
 
     register("routes", routes)
-    made = audit(*checkpoints, out=out)
-    assert (made.analyses["routes"].status, made.exit_code) == ("skipped", 0)
-    assert made.analyses["routes"].reason == "has no expert; `dynamics` runs instead"
+    audited = audit(*checkpoints, out=out)
+    assert (audited.analyses["routes"].status, audited.exit_code) == ("skipped", 0)
+    assert audited.analyses["routes"].reason == "has no expert; `dynamics` runs instead"
     asked = audit(*checkpoints, out=out, only=["routes"])
     assert (asked.analyses["routes"].fault, asked.exit_code) == ("input", 2)
 
@@ -575,10 +584,10 @@ def test_files_that_nothing_reads_are_recorded_and_said_to_have_no_effect(
 ):
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
     register("reader", lambda pair, keep: nothing())
-    made = audit(
+    audited = audit(
         *checkpoints, out=out, task=[tmp_path / "rows.jsonl"], keep=[tmp_path / "rows.jsonl"], skip=["reader"]
     )
-    assert made.notes == (
+    assert audited.notes == (
         "no installed analysis reads --task; the file is recorded and has no other effect",
         "none of the analyses asked for reads --keep; reader would",
     )
@@ -599,12 +608,12 @@ def test_an_adapter_that_names_another_base_is_said_to(norms, out, tmp_path, nam
     save_file(factors, tmp_path / "tuned/adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": named}
     (tmp_path / "tuned/adapter_config.json").write_text(json.dumps(config))
-    made = audit(tmp_path / "base", tmp_path / "tuned", out=out)
+    audited = audit(tmp_path / "base", tmp_path / "tuned", out=out)
     # delta = alpha / r * B A = 2 everywhere: its norm is 2 * 8
-    assert made.results["norms"].metrics["norm"] == pytest.approx(16.0)
+    assert audited.results["norms"].metrics["norm"] == pytest.approx(16.0)
     assert record(out)["tuned"]["adapter"]["base"] == named
     expected = f"trained on 'org/other' and is applied to {tmp_path / 'base'}: is that the same model?"
-    assert [expected in note for note in made.notes] == ([True] if named == "org/other" else [])
+    assert [expected in note for note in audited.notes] == ([True] if named == "org/other" else [])
 
 
 def test_an_audit_with_nothing_to_run_is_refused(register, checkpoints, out):
@@ -666,6 +675,6 @@ def test_no_thread_is_left_behind(norms, checkpoints, out):
 def test_one_file_and_one_name_may_be_given_as_they_are(norms, register, checkpoints, out, tmp_path):
     register("reads", lambda pair, task: Result(metrics={"rows": len(task["rows"].rows)}, tables={}))
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
-    made = audit(*checkpoints, out=out, task=str(tmp_path / "rows.jsonl"), only="reads")
-    assert made.results["reads"].metrics == {"rows": 1}
-    assert list(made.results) == ["reads"]
+    audited = audit(*checkpoints, out=out, task=str(tmp_path / "rows.jsonl"), only="reads")
+    assert audited.results["reads"].metrics == {"rows": 1}
+    assert list(audited.results) == ["reads"]

@@ -22,21 +22,23 @@ def steps(*sizes):
 
 
 def test_each_checkpoint_is_compared_with_the_first_and_with_the_one_before_it(norms, tmp_path):
-    made = series(steps(1.0, 2.0, 4.0), out=tmp_path, labels=["0", "100", "200"])
+    followed = series(steps(1.0, 2.0, 4.0), out=tmp_path, labels=["0", "100", "200"])
     # |2 I - I| = 2, |4 I - I| = 6, |4 I - 2 I| = 4
-    for row, label, first, previous in zip(made.rows, ("100", "200"), (2.0, 6.0), (2.0, 4.0), strict=True):
+    for row, label, first, previous in zip(
+        followed.rows, ("100", "200"), (2.0, 6.0), (2.0, 4.0), strict=True
+    ):
         assert row.label == label
         assert row.first.results["norms"].metrics["norm"] == pytest.approx(first)
         assert row.previous.results["norms"].metrics["norm"] == pytest.approx(previous)
     assert len(norms) == 3  # the second checkpoint's first and previous are one audit
-    assert made.exit_code == 0
-    assert made.measures == ["norms.norm"]
+    assert followed.exit_code == 0
+    assert followed.measures == ["norms.norm"]
 
 
 def test_a_series_is_written_with_the_numbers_of_every_audit(norms, tmp_path):
     series(steps(1.0, 2.0, 4.0), out=tmp_path)
-    told = json.loads((tmp_path / "series.json").read_text())
-    last = told["checkpoints"][-1]
+    stored = json.loads((tmp_path / "series.json").read_text())
+    last = stored["checkpoints"][-1]
     assert last["against_first"]["metrics"]["norms"]["norm"] == pytest.approx(6.0)
     assert last["against_previous"]["metrics"]["norms"]["norm"] == pytest.approx(4.0)
     for comparison in (last["against_first"], last["against_previous"]):
@@ -53,27 +55,27 @@ def test_the_run_as_a_whole_is_an_audit_of_its_own(sparseness, tmp_path):
     checkpoints = steps(*[1.0] * 6)
     for checkpoint in checkpoints:  # dense: 16 entries of several sizes
         checkpoint[NAME] = torch.arange(1.0, 17).reshape(4, 4)
-    for place in (4, 5):  # half of them gone, from the fifth on
-        checkpoints[place] = {NAME: checkpoints[place][NAME] * (torch.arange(16).reshape(4, 4) % 2)}
-    made = series(checkpoints, out=tmp_path, labels=[str(step) for step in range(0, 600, 100)])
-    told = json.loads((tmp_path / "series.json").read_text())["run"]
-    assert told["metrics"]["sparsification"]["jump"] == 4
-    run = load(tmp_path / told["audit"])
+    for index in (4, 5):  # half of them gone, from the fifth on
+        checkpoints[index] = {NAME: checkpoints[index][NAME] * (torch.arange(16).reshape(4, 4) % 2)}
+    followed = series(checkpoints, out=tmp_path, labels=[str(step) for step in range(0, 600, 100)])
+    stored = json.loads((tmp_path / "series.json").read_text())["run"]
+    assert stored["metrics"]["sparsification"]["jump"] == 4
+    run = load(tmp_path / stored["audit"])
     table = run.results["sparsification"].tables["checkpoints"]
     assert table["step"].tolist() == [0, 100, 200, 300, 400, 500]
     assert table["zero"].tolist() == [0, 0, 0, 0, 0.5, 0.5]
     assert set(run.results) == {"sparsification"}
     assert run.analyses["norms"].reason == "compares two checkpoints: see the audits in the same directory"
-    assert "sparsification" not in made.rows[0].first.results
+    assert "sparsification" not in followed.rows[0].first.results
     assert (tmp_path / "run" / "report.html").exists()
 
 
 def test_what_a_run_cannot_show_is_left_out_and_the_audits_stand(sparseness, tmp_path):
     matrices = [{"some.weight": size * torch.eye(4)} for size in (1.0, 2.0)]  # in no block
-    made = series(matrices, out=tmp_path / "all")
-    assert made.exit_code == 0
-    assert made.run.analyses["sparsification"].status == "skipped"
-    assert "has no matrix in block" in made.run.analyses["sparsification"].reason
+    followed = series(matrices, out=tmp_path / "all")
+    assert followed.exit_code == 0
+    assert followed.run.analyses["sparsification"].status == "skipped"
+    assert "has no matrix in block" in followed.run.analyses["sparsification"].reason
     # Asked for by name it is wrong input.
     named = series(matrices, out=tmp_path / "named", only=["sparsification"])
     assert named.rows == ()
@@ -84,14 +86,16 @@ def test_a_run_that_goes_on_measures_only_the_new_checkpoint(sparseness, tmp_pat
     seen = []
     measure = sparsification.checkpoint_sparseness
     monkeypatch.setattr(
-        sparsification, "checkpoint_sparseness", lambda one, parts: seen.append(one) or measure(one, parts)
+        sparsification,
+        "checkpoint_sparseness",
+        lambda checkpoint, parts: seen.append(checkpoint) or measure(checkpoint, parts),
     )
     checkpoints = steps(1.0, 2.0, 4.0)
     series(checkpoints[:2], out=tmp_path, only=["sparsification"])
     assert len(seen) == 2
-    made = series(checkpoints, out=tmp_path, only=["sparsification"])
+    followed = series(checkpoints, out=tmp_path, only=["sparsification"])
     assert len(seen) == 3
-    assert len(made.run.results["sparsification"].tables["checkpoints"]) == 3
+    assert len(followed.run.results["sparsification"].tables["checkpoints"]) == 3
 
 
 def test_steps_that_do_not_rise_are_refused_before_anything_runs(norms, tmp_path):
@@ -141,9 +145,9 @@ def test_a_checkpoint_that_is_being_written_is_named_and_the_others_run(norms, t
 
 def test_the_worst_audit_decides_the_exit_code(norms, tmp_path):
     rules = parse({"norms": {"norm": {"fail": 5.0}}}, "a test")
-    made = series(steps(1.0, 4.0, 2.0), out=tmp_path, policy=rules)  # 6 from the first, then back
-    assert [row.verdict for row in made.rows] == ["fail", "pass"]
-    assert made.exit_code == 1
+    followed = series(steps(1.0, 4.0, 2.0), out=tmp_path, policy=rules)  # 6 from the first, then back
+    assert [row.verdict for row in followed.rows] == ["fail", "pass"]
+    assert followed.exit_code == 1
 
 
 def test_progress_says_which_checkpoints_are_compared(sparseness, tmp_path):

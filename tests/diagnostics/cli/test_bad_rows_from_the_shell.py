@@ -25,7 +25,7 @@ ROWS = {
 
 
 @pytest.fixture
-def said(monkeypatch, capsys):
+def run_command(monkeypatch, capsys):
     """Run the command; its exit code, the lines on standard output and, but for bars, on standard error."""
 
     def run(*arguments):
@@ -39,12 +39,12 @@ def said(monkeypatch, capsys):
 
 
 @pytest.fixture
-def audit(said, tmp_path):
+def audit(run_command, tmp_path):
     """Audit the bundled models with `--only ood` and these files in place of the bundled ones."""
 
     def run(*more, base=BASE, tuned=TUNED, **files):
         rows = {**ROWS, **files}
-        return said(
+        return run_command(
             "audit", base, tuned, "--task", rows["task"], "--keep", rows["keep"], "--ood",
             f"a={rows['code']}", "--ood", f"b={rows['words']}", "--limit", 12, "--set", "ood.draws=2",
             "--verbose",
@@ -55,20 +55,20 @@ def audit(said, tmp_path):
 
 
 @pytest.fixture
-def detect(said):
+def detect(run_command):
     """Score rows by the bundled models."""
 
     def run(rows=ROWS["code"], *more, base=BASE, tuned=TUNED, task=ROWS["keep"]):
-        return said(
+        return run_command(
             "detect", rows, "--base", base, "--tuned", tuned, "--task", task, "--device", "cpu", *more
         )  # fmt: skip
 
     return run
 
 
-def written(place, *rows):
-    place.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
-    return place
+def written(path, *rows):
+    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
+    return path
 
 
 def one_line(outcome, message):
@@ -181,23 +181,23 @@ def test_rows_longer_than_the_context_are_counted_shown_and_read_whole_when_aske
     file = written(tmp_path / "long.jsonl", long, *ROWS["code"].read_text().splitlines()[:5])
     code, out, err = audit(code=file)
     assert (code in (0, 1), err) == (True, []), err
-    told = (
+    messages = (
         r"long\.jsonl: 1 of 6 rows longer than the longest sequence and cut, the first at .*long\.jsonl:1",
         r"1 of 42 rows were cut; --set ood\.windows=true scores them to the end",
     )
     report = (tmp_path / "audit" / "report.html").read_text()
-    for message in told:
+    for message in messages:
         assert re.search(message, "\n".join(out))
         assert re.search(message, report)
-    made = load(tmp_path / "audit").results["ood"]
-    assert made.metrics["truncated"] == 1
-    assert made.tables["sets"].set_index("set")["truncated"]["a"] == pytest.approx(1 / 6)
+    truncated = load(tmp_path / "audit").results["ood"]
+    assert truncated.metrics["truncated"] == 1
+    assert truncated.tables["sets"].set_index("set")["truncated"]["a"] == pytest.approx(1 / 6)
 
     code, out, err = audit("--set", "ood.windows=true", code=file)
-    whole = load(tmp_path / "audit").results["ood"]
-    assert whole.metrics["truncated"] == 0
+    windowed = load(tmp_path / "audit").results["ood"]
+    assert windowed.metrics["truncated"] == 0
     assert re.search(r"long\.jsonl: 1 of 6 rows have more than 256 tokens and were read in windows", str(out))
-    tokens = [each.tables["rows"].query("set == 'a'")["tokens"].iloc[0] for each in (made, whole)]
+    tokens = [result.tables["rows"].query("set == 'a'")["tokens"].iloc[0] for result in (truncated, windowed)]
     assert tokens[0] == 255 < tokens[1]
 
     code, out, err = detect(file)
@@ -214,11 +214,11 @@ def changed(tmp_path):
     return Path(shutil.copytree(TUNED, tmp_path / "changed"))
 
 
-def edit(place, change):
+def edit(path, change):
     """Change a JSON file."""
-    record = json.loads(place.read_text())
+    record = json.loads(path.read_text())
     change(record)
-    place.write_text(json.dumps(record))
+    path.write_text(json.dumps(record))
 
 
 def test_tokenizers_that_differ_are_refused_by_the_first_token_that_does(audit, detect, changed):
@@ -227,8 +227,8 @@ def test_tokenizers_that_differ_are_refused_by_the_first_token_that_does(audit, 
 
     def swap(record):
         vocabulary = record["model"]["vocab"]
-        one, two = sorted(vocabulary, key=vocabulary.get)[300:302]
-        vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+        first, second = sorted(vocabulary, key=vocabulary.get)[300:302]
+        vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
 
     edit(changed / "tokenizer.json", swap)
     message = (
@@ -250,13 +250,13 @@ def test_a_bos_that_base_expects_and_texts_lack_is_said(audit, detect, changed):
     edit(changed / "tokenizer.json", lambda record: record.update(post_processor=None))
     code, out, err = audit(tuned=changed)
     assert (code in (0, 1), err) == (True, [])
-    told = (
+    note = (
         r"note: ood: texts do not begin with '<s>' as base expects, because the tokenizer of tuned does "
         r"not add it\. .*\. If tuned was trained with it, save the tokenizer of base with tuned$"
     )
-    assert sum(bool(re.search(told, line)) for line in out) == 1
+    assert sum(bool(re.search(note, line)) for line in out) == 1
     code, out, _ = audit("--only", "drift", tuned=changed)
-    assert any(re.search(told.replace("ood", "drift"), line) for line in out)
+    assert any(re.search(note.replace("ood", "drift"), line) for line in out)
 
 
 @pytest.fixture
@@ -282,9 +282,9 @@ def test_logits_that_are_not_finite_are_refused_by_row_and_layer(audit, detect, 
     one_line(detect(tuned=broken), message)
 
 
-def test_drift_and_mitigation_refuse_what_is_not_finite_too(said, broken, tmp_path):
+def test_drift_and_mitigation_refuse_what_is_not_finite_too(run_command, broken, tmp_path):
     rows = ("--task", ROWS["keep"], "--keep", ROWS["words"], "--limit", 8, "--device", "cpu")
-    code, _, err = said(
+    code, _, err = run_command(
         "audit", BASE, broken, *rows, "--only", "drift,mitigation", "--out", tmp_path / "audit"
     )  # fmt: skip
     assert code == 2, err
@@ -293,7 +293,7 @@ def test_drift_and_mitigation_refuse_what_is_not_finite_too(said, broken, tmp_pa
     assert re.search(r"mitigation: .*(NaN|finite)", mitigation)
 
 
-def test_labels_that_the_models_head_does_not_know_are_refused(said, tmp_path):
+def test_labels_that_the_models_head_does_not_know_are_refused(run_command, tmp_path):
     import transformers
 
     config = transformers.LlamaConfig(
@@ -309,7 +309,7 @@ def test_labels_that_the_models_head_does_not_know_are_refused(said, tmp_path):
         places.append(tmp_path / name)
     task = written(tmp_path / "task.jsonl", {"text": "ab", "label": "yes"}, {"text": "ba", "label": "maybe"})
     keep = written(tmp_path / "keep.jsonl", {"text": "ab", "label": 0}, {"text": "ba", "label": 1})
-    code, _, err = said(
+    code, _, err = run_command(
         "audit", *places, "--task", task, "--keep", keep, "--only", "mitigation", "--device", "cpu",
         "--out", tmp_path / "audit",
     )  # fmt: skip
@@ -334,14 +334,14 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("which", MALFORMED)
-def test_a_malformed_file_of_a_checkpoint_is_wrong_input_and_no_crash(which, said, changed, tmp_path):
+def test_a_malformed_file_of_a_checkpoint_is_wrong_input_and_no_crash(which, run_command, changed, tmp_path):
     name, content, message = MALFORMED[which]
     if isinstance(content, dict):
         edit(changed / name, lambda record: record.update(content))
     else:
         (changed / name).write_text(content)
     arguments = ("audit", BASE, changed, "--task", ROWS["task"], "--limit", 4, "--only", "drift")
-    code, _, err = said(*arguments, "--device", "cpu", "--out", tmp_path / "audit")
+    code, _, err = run_command(*arguments, "--device", "cpu", "--out", tmp_path / "audit")
     assert (code, len(err)) == (2, 1), err
     assert f"drift: {changed}: {message}" in err[0]
     assert not (tmp_path / "audit" / "audit.log").exists()

@@ -230,7 +230,7 @@ def test_names_may_be_given_with_commas_or_one_by_one(norms, register, checkpoin
         register(name, lambda pair: Result(metrics={}, tables={}))
     run("audit", *checkpoints, "--out", tmp_path / "out", "--only", "a,b", "--only", "c", "--skip", "b")
     analyses = json.loads((tmp_path / "out/audit.json").read_text())["analyses"]
-    assert [name for name, made in analyses.items() if made["status"] == "ok"] == ["a", "c"]
+    assert [name for name, outcome in analyses.items() if outcome["status"] == "ok"] == ["a", "c"]
 
 
 def test_what_was_skipped_is_said_with_the_option_that_would_enable_it(
@@ -315,7 +315,7 @@ def test_a_missing_checkpoint_is_one_line(norms, checkpoints, tmp_path):
 
 def test_a_missing_argument_and_an_unknown_command_are_one_line(norms):
     assert "Missing argument 'TUNED'. (see " in error_line(run("audit", "base"))
-    assert "No such command 'adit'; known: audit, series, mitigate," in error_line(run("adit"))
+    assert "No such command 'adit'; known: audit, check, series, mitigate," in error_line(run("adit"))
 
 
 def test_a_full_disk_is_one_line_and_what_was_finished_is_kept(
@@ -496,8 +496,10 @@ def test_a_series_is_a_table_of_both_comparisons(norms, checkpoints, tmp_path):
         ["10", "pass", "4", "4"],
         ["20", "pass", "0", "4"],
     ]
-    told = json.loads(run("series", base, tuned, base, "--out", tmp_path / "out", "--json").stdout)
-    assert [each["against_first"]["metrics"]["norms"]["norm"] for each in told["checkpoints"]] == [4.0, 0.0]
+    record = json.loads(run("series", base, tuned, base, "--out", tmp_path / "out", "--json").stdout)
+    assert [
+        checkpoint["against_first"]["metrics"]["norms"]["norm"] for checkpoint in record["checkpoints"]
+    ] == [4.0, 0.0]
 
 
 def test_a_mitigated_checkpoint_is_written_where_it_was_asked_for(checkpoints, tmp_path):
@@ -507,9 +509,11 @@ def test_a_mitigated_checkpoint_is_written_where_it_was_asked_for(checkpoints, t
     result = run(*arguments)
     assert result.exit_code == 0, result.output
     assert result.stdout.endswith(f"written  {tmp_path / 'out'}\n")
-    base, made = (load_file(f"{place}/model.safetensors") for place in (checkpoints[0], tmp_path / "out"))
+    base, written = (
+        load_file(f"{directory}/model.safetensors") for directory in (checkpoints[0], tmp_path / "out")
+    )
     for name, value in base.items():
-        torch.testing.assert_close(made[name], value + 0.25)  # half of the 0.5 that tuning added
+        torch.testing.assert_close(written[name], value + 0.25)  # half of the 0.5 that tuning added
     assert "is not empty" in error_line(run(*arguments))
     described = json.loads(run(*arguments[:4], tmp_path / "other", *arguments[5:], "--json").stdout)
     assert (described["mode"], described["scale"]) == ("update", 0.5)
@@ -537,7 +541,7 @@ def test_the_demonstration_explains_what_it_found_and_ends_well(bundled, tmp_pat
 def test_the_demonstration_is_of_the_models_tuned_from_the_base_alone():
     from diagnostics.audit.demo import tuned_models
 
-    assert [place.name for place in tuned_models()] == ["full", "lora-r1", "lora-r8"]
+    assert [path.name for path in tuned_models()] == ["full", "lora-r1", "lora-r8"]
 
 
 def test_a_demonstration_that_breaks_does_not_end_well(bundled, register, tmp_path):

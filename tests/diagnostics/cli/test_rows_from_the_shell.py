@@ -26,12 +26,12 @@ def merged(tmp_path_factory):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    place = tmp_path_factory.mktemp("merged") / "lora-r8-merged"
+    directory = tmp_path_factory.mktemp("merged") / "lora-r8-merged"
     base = AutoModelForCausalLM.from_pretrained(BUNDLED / "base", dtype="float32")
-    PeftModel.from_pretrained(base, BUNDLED / "lora-r8").merge_and_unload().save_pretrained(place)
+    PeftModel.from_pretrained(base, BUNDLED / "lora-r8").merge_and_unload().save_pretrained(directory)
     for file in BUNDLED.glob("base/tokenizer*"):
-        shutil.copy(file, place)
-    return place
+        shutil.copy(file, directory)
+    return directory
 
 
 @pytest.fixture(scope="module")
@@ -53,32 +53,32 @@ def test_both_analyses_of_rows_run_on_a_full_fine_tune_and_on_an_adapter(audits)
     root, codes = audits
     for name in ("full", "adapter", "merged"):
         record = json.loads((root / name / "audit.json").read_text())
-        assert {each: record["analyses"][each]["status"] for each in ANALYSES} == dict.fromkeys(
+        assert {analysis: record["analyses"][analysis]["status"] for analysis in ANALYSES} == dict.fromkeys(
             ANALYSES, "ok"
         )
         assert {role: [f["rows"] for f in files] for role, files in record["data"].items()} == {
             "task": [60], "keep": [60], "ood": [60, 60],
         }  # fmt: skip
         assert codes[name] == (1 if record["verdict"] == "fail" else 0)
-        made = load(root / name)
-        assert set(made.results["ood"].tables["sets"]["set"]) == {"task", "keep", "code", "words"}
-        assert set(made.results["drift"].tables["layers"]["set"]) == {"task", "keep"}
+        saved = load(root / name)
+        assert set(saved.results["ood"].tables["sets"]["set"]) == {"task", "keep", "code", "words"}
+        assert set(saved.results["drift"].tables["layers"]["set"]) == {"task", "keep"}
         report = (root / name / "report.html").read_text(encoding="utf-8")
-        for each in ANALYSES:
-            assert made.results[each].figures()
-            assert diagnostics.installed_analyses()[each].question in re.sub("&#39;|&#x27;", "'", report)
+        for analysis in ANALYSES:
+            assert saved.results[analysis].figures()
+            assert diagnostics.installed_analyses()[analysis].question in re.sub("&#39;|&#x27;", "'", report)
 
 
 @pytest.mark.parametrize("analysis", ANALYSES)
 def test_an_adapter_gives_what_it_gives_merged_beforehand(audits, analysis):
     root, _ = audits
-    one, two = (load(root / name).results[analysis] for name in ("adapter", "merged"))
-    assert one.metrics.keys() == two.metrics.keys()
-    for name, value in one.metrics.items():
-        assert value == pytest.approx(two.metrics[name], abs=1e-4), name
-    for name, table in one.tables.items():
+    unmerged, premerged = (load(root / name).results[analysis] for name in ("adapter", "merged"))
+    assert unmerged.metrics.keys() == premerged.metrics.keys()
+    for name, value in unmerged.metrics.items():
+        assert value == pytest.approx(premerged.metrics[name], abs=1e-4), name
+    for name, table in unmerged.tables.items():
         # Distances reach hundreds: float32's share of them besides.
-        pd.testing.assert_frame_equal(table, two.tables[name], rtol=1e-5, atol=1e-4)
+        pd.testing.assert_frame_equal(table, premerged.tables[name], rtol=1e-5, atol=1e-4)
 
 
 def test_scores_of_bundled_rows_are_those_of_transformers_row_by_row(audits):
@@ -118,10 +118,10 @@ def test_base_against_itself_gives_no_ratio_no_drift_and_chance(monkeypatch, tmp
         monkeypatch, "audit", BUNDLED / "base", BUNDLED / "base", *ROWS, "--only", ",".join(ANALYSES),
         "--limit", 20, "--set", "ood.draws=5", "--device", "cpu", "--out", tmp_path, "--quiet",
     )  # fmt: skip
-    made = load(tmp_path)
-    assert (made.results["ood"].tables["rows"]["ratio"] == 0).all()
-    assert made.results["ood"].metrics["auroc"] == 0.5
-    assert made.results["drift"].metrics["lowest_rsa_keep"] == pytest.approx(1, abs=1e-9)
+    saved = load(tmp_path)
+    assert (saved.results["ood"].tables["rows"]["ratio"] == 0).all()
+    assert saved.results["ood"].metrics["auroc"] == 0.5
+    assert saved.results["drift"].metrics["lowest_rsa_keep"] == pytest.approx(1, abs=1e-9)
     # Nothing was learnt: worth a warning, no failure.
-    assert "gain_nats" in {finding.metric for finding in made.findings}
+    assert "gain_nats" in {finding.metric for finding in saved.findings}
     assert code == 0

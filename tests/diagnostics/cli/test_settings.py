@@ -9,7 +9,7 @@ from diagnostics.cli.settings import convert_text, parse_settings
 
 
 @pytest.fixture
-def made(register):
+def registered(register):
     def measure(
         pair, *, k: int = 10, epsilon: float = 0.5, side: Literal["left", "right"] = "left",
         sweep: bool = False, parts: tuple[str, ...] = ("block",), ranks: Sequence[int] = (1,),
@@ -38,7 +38,7 @@ def made(register):
         ("untyped=2", 2.0),
     ],
 )
-def test_a_value_becomes_what_the_annotation_asks_for(made, text, value):
+def test_a_value_becomes_what_the_annotation_asks_for(registered, text, value):
     name = text.partition("=")[0]
     settings = parse_settings([f"made.{text}"])
     assert settings == {"made": {name: value}}
@@ -60,12 +60,12 @@ def test_a_value_becomes_what_the_annotation_asks_for(made, text, value):
         ("made.k", "write ANALYSIS.PARAM=VALUE"),
     ],
 )
-def test_a_value_of_the_wrong_kind_is_refused(made, text, message):
+def test_a_value_of_the_wrong_kind_is_refused(registered, text, message):
     with pytest.raises(ValueError, match=message):
         parse_settings([text])
 
 
-def test_unknown_names_are_refused_with_the_known_ones(made):
+def test_unknown_names_are_refused_with_the_known_ones(registered):
     with pytest.raises(LookupError, match="made has no parameter 'kk'; it has: k, epsilon, side"):
         parse_settings(["made.kk=1"])
     with pytest.raises(LookupError, match="has no parameter 'device'"):  # --device is the way to say that
@@ -74,7 +74,7 @@ def test_unknown_names_are_refused_with_the_known_ones(made):
         parse_settings(["mad.k=1"])
 
 
-def test_of_a_setting_given_twice_the_last_counts(made):
+def test_of_a_setting_given_twice_the_last_counts(registered):
     assert parse_settings(["made.k=1", "made.epsilon=.1", "made.k=2"]) == {"made": {"k": 2, "epsilon": 0.1}}
 
 

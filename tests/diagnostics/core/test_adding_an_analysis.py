@@ -68,12 +68,12 @@ def test_the_page_runs_is_judged_drawn_and_tested(folder):
         capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": path},
     )  # fmt: skip
     assert process.returncode == 0, process.stdout + process.stderr
-    told = json.loads(process.stdout.splitlines()[-1])
-    assert (told["code"], told["tests"]) == (0, 0), process.stdout
-    assert told["rules"]["largest"]["warn"] == 0.5
-    assert told["findings"] == (["largest"] if told["metrics"]["largest"] > 0.5 else [])
-    assert told["figures"] == {"growth": "Growth of every matrix"}
-    assert told["points"] == told["metrics"]["matrices"] > 0
+    report = json.loads(process.stdout.splitlines()[-1])
+    assert (report["code"], report["tests"]) == (0, 0), process.stdout
+    assert report["rules"]["largest"]["warn"] == 0.5
+    assert report["findings"] == (["largest"] if report["metrics"]["largest"] > 0.5 else [])
+    assert report["figures"] == {"growth": "Growth of every matrix"}
+    assert report["points"] == report["metrics"]["matrices"] > 0
 
 
 def test_the_places_that_the_page_names_exist():

@@ -28,9 +28,9 @@ def test_parameters_are_recorded_as_used_with_defaults_and_without_where_it_ran(
     def measure(pair, *, k: int = 10, parts: tuple = ("block",), device="cpu", progress=None, seed: int = 0):
         return Result(metrics={}, tables={})
 
-    made = register("made", measure)(PAIR, k=3, device="cuda")
-    assert made.analysis == "made"
-    assert made.parameters == {"k": 3, "parts": ["block"], "seed": 0}
+    result = register("made", measure)(PAIR, k=3, device="cuda")
+    assert result.analysis == "made"
+    assert result.parameters == {"k": 3, "parts": ["block"], "seed": 0}
 
 
 def test_an_unknown_parameter_is_refused_with_the_known_ones(register):
@@ -78,9 +78,9 @@ def test_row_options_are_parameters_like_others(register):
     assert list(inspect.signature(measured).parameters) == ["pair", "k", *FIELDS, "seed"]
     assert record.parameters["max_length"].annotation == int | None
     assert record.describe()["parameters"]["dtype"] == "float32"
-    made = measured(PAIR, max_length=64, device="cuda", k=5)
-    assert made.tables["a"] == (RowOptions(max_length=64, device="cuda", dtype="float32"), 5, 0)
-    assert made.parameters == {
+    result = measured(PAIR, max_length=64, device="cuda", k=5)
+    assert result.tables["a"] == (RowOptions(max_length=64, device="cuda", dtype="float32"), 5, 0)
+    assert result.parameters == {
         "k": 5, "max_length": 64, "chat_template": False, "batch_tokens": 16384,
         "trust_remote_code": False, "dtype": "float32", "seed": 0,
     }  # fmt: skip
@@ -158,8 +158,8 @@ def test_a_broken_package_is_named_and_the_others_are_there(registry, tmp_path, 
 
 def test_a_module_is_located_without_running_it_or_its_packages(tmp_path, monkeypatch):
     (tmp_path / "outer_package" / "inner").mkdir(parents=True)
-    for place in ("outer_package", "outer_package/inner"):
-        (tmp_path / place / "__init__.py").write_text("raise RuntimeError('ran')")
+    for package in ("outer_package", "outer_package/inner"):
+        (tmp_path / package / "__init__.py").write_text("raise RuntimeError('ran')")
     monkeypatch.syspath_prepend(tmp_path)
     assert find_source("outer_package.inner").origin == str(tmp_path / "outer_package/inner/__init__.py")
     assert find_source("outer_package.other") is None
@@ -181,9 +181,9 @@ def test_a_result_draws_and_tells_itself_through_the_registry(register):
         draw=lambda result: {"figure": result.tables["t"]},
         summary=lambda result: f"a is {result.metrics['a']}",
     )
-    made = find("made").function()
-    assert made.figures() == {"figure": table}
-    assert made.summary() == "a is 1"
+    drawable = find("made").function()
+    assert drawable.figures() == {"figure": table}
+    assert drawable.summary() == "a is 1"
 
 
 def test_without_a_summary_of_its_own_a_result_tells_its_first_metrics(register):
@@ -196,10 +196,12 @@ def test_the_description_of_an_analysis_is_plain(register):
         return nothing()
 
     register("made", measure, metrics={"m": "what it says"})
-    told = find("made").describe()
-    assert json.loads(json.dumps(told)) == told
-    assert told["parameters"] == {"parts": ["a", "b"]}  # neither device nor progress: they identify nothing
-    assert told["needs"] == ["pair"]
+    description = find("made").describe()
+    assert json.loads(json.dumps(description)) == description
+    assert description["parameters"] == {
+        "parts": ["a", "b"]
+    }  # neither device nor progress: they identify nothing
+    assert description["needs"] == ["pair"]
 
 
 values = st.recursive(

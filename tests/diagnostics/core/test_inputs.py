@@ -4,8 +4,10 @@ import pytest
 
 import diagnostics
 from diagnostics import AuditCallback, intruder_dimensions, training_dynamics
+from diagnostics.core.analysis import Result
 from diagnostics.core.inputs import check_input_types, open_roles, tasks
 from probes import CheckpointPair, CheckpointSeries
+from probes.checkpoints.series import series_of
 from probes.errors import InputError
 from probes.text.rows import read_task, task_of
 
@@ -77,9 +79,9 @@ def test_a_missing_file_is_refused_with_its_option():
 
 def test_a_role_called_from_python_may_be_a_task_a_file_texts_or_several_by_name(tmp_path):
     path = write(tmp_path, "rows.jsonl")
-    made = task_of(["a"], ref="made")
+    in_memory = task_of(["a"], ref="made")
     assert list(tasks(path, "task")) == ["rows"]
-    assert tasks(made, "task") == {"made": made}
+    assert tasks(in_memory, "task") == {"made": in_memory}
     assert [row.text for row in tasks(["a", "b"], "ood")["ood"].rows] == ["a", "b"]
     several = tasks({"file": path, "texts": [{"text": "c", "group": "g"}]}, "ood")
     assert [(name, task.rows[0].text) for name, task in several.items()] == [("file", "a"), ("texts", "c")]
@@ -115,10 +117,24 @@ def test_what_was_given_is_named_by_its_type(name, value, kind):
         check_input_types("angles", {name: value})
 
 
-def test_pairs_and_all_that_makes_a_series_are_taken(pair):
-    check_input_types("angles", {"pair": pair, "series": CheckpointSeries([pair.base, pair.tuned])})
-    for series in ([pair.base, pair.tuned], (BUNDLED / "base",), BUNDLED / "series", iter([pair.base])):
-        check_input_types("angles", {"series": series, "task": 3})
+def test_pairs_and_all_that_makes_a_series_are_taken(pair, register):
+    calls = []
+
+    def measure(pair, series, task):
+        calls.append((pair, [checkpoint.ref for checkpoint in series_of(series).checkpoints], task))
+        return Result(metrics={}, tables={})
+
+    angles = register("angles", measure)
+    base, tuned = pair.base.ref, pair.tuned.ref
+    for series, refs in (
+        (CheckpointSeries([pair.base, pair.tuned]), [base, tuned]),
+        ([pair.base, pair.tuned], [base, tuned]),
+        ((BUNDLED / "base",), [base]),
+        (BUNDLED / "base", [base]),
+        (iter([pair.base, pair.tuned]), [base, tuned]),  # the check reads nothing of it
+    ):
+        angles(pair, series, 3)  # whether 3 is a task is not asked here
+        assert calls.pop() == (pair, refs, 3)
 
 
 def test_a_callback_takes_one_file_as_it_is(tmp_path):

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from diagnostics.core import registry as registry_module
 from diagnostics.core.analysis import Result
-from diagnostics.core.policy import Rule, default_policy, judge, not_measured, parse, verdict
+from diagnostics.core.policy import Policy, Rule, default_policy, judge, not_measured, parse, verdict
 from diagnostics.core.policy_file import check_names, load_policy
-from diagnostics.core.registry import find_source, modules
+from diagnostics.core.registry import find, find_source, modules
 
 ORDER = [None, "warn", "fail"]
 
@@ -26,8 +26,8 @@ def policy(**rules):
 
 
 def severity(rule, value):
-    found = rule.beyond(value)
-    return found and found[0]
+    crossed = rule.beyond(value)
+    return crossed and crossed[0]
 
 
 @pytest.mark.parametrize(
@@ -55,9 +55,9 @@ def test_a_worse_value_is_never_judged_more_mildly(thresholds, values, below):
 
 def test_a_finding_carries_what_was_measured_the_threshold_and_the_source():
     rules = policy(m={"warn": 0.5, "fail": 2.0, "source": "Doe 2024", "message": "too many"})
-    (found,) = judge(result(m=3.0), rules)
-    assert (found.severity, found.value, found.threshold) == ("fail", 3.0, 2.0)
-    assert (found.analysis, found.metric, found.message, found.source) == (
+    (finding,) = judge(result(m=3.0), rules)
+    assert (finding.severity, finding.value, finding.threshold) == ("fail", 3.0, 2.0)
+    assert (finding.analysis, finding.metric, finding.message, finding.source) == (
         "made",
         "m",
         "too many",
@@ -66,24 +66,24 @@ def test_a_finding_carries_what_was_measured_the_threshold_and_the_source():
 
 
 def test_a_finding_without_a_message_says_the_comparison_and_without_a_source_names_the_policy():
-    (found,) = judge(result(m=0.25), policy(m={"warn": 0.5, "below": True}))
-    assert found.message == "m is 0.25, below 0.5"
-    assert found.source == "this test"
+    (finding,) = judge(result(m=0.25), policy(m={"warn": 0.5, "below": True}))
+    assert finding.message == "m is 0.25, below 0.5"
+    assert finding.source == "this test"
 
 
 def test_failures_come_before_warnings():
-    found = judge(result(a=1, b=1), policy(a={"warn": 0}, b={"fail": 0}))
-    assert [each.metric for each in found] == ["b", "a"]
-    assert verdict(found) == "fail"
-    assert verdict(found[1:]) == "warn"
+    findings = judge(result(a=1, b=1), policy(a={"warn": 0}, b={"fail": 0}))
+    assert [finding.metric for finding in findings] == ["b", "a"]
+    assert verdict(findings) == "fail"
+    assert verdict(findings[1:]) == "warn"
     assert verdict([]) == "pass"
 
 
 def test_thresholds_per_parameter_are_multiplied_by_it():
     rules = policy(m={"warn": 0.02, "fail": 0.1, "per": "k"})  # at k = 10: 0.2 and 1.0
     assert judge(result(m=0.2), rules) == []
-    (found,) = judge(result(m=0.21), rules)
-    assert found.threshold == pytest.approx(0.2)
+    (finding,) = judge(result(m=0.21), rules)
+    assert finding.threshold == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize(("facts", "applies"), [({}, False), ({"checked": 0}, False), ({"checked": 2}, True)])
@@ -116,8 +116,8 @@ def test_what_was_not_measured_never_passes_silently(metrics, reason, below):
 
 
 def test_infinity_is_beyond_every_threshold():
-    (found,) = judge(result(m=math.inf), policy(m={"fail": 1e300}))
-    assert found.severity == "fail"
+    (finding,) = judge(result(m=math.inf), policy(m={"fail": 1e300}))
+    assert finding.severity == "fail"
 
 
 def test_an_empty_rule_switches_a_metric_off():
@@ -173,8 +173,8 @@ def test_a_policy_file_replaces_rules_metric_by_metric(register, tmp_path, monke
 
 
 def test_a_policy_survives_being_written_as_plain_values():
-    made = policy(a={"warn": 0, "below": True, "per": "k", "message": "m", "source": "s"}, b={})
-    assert parse(made.plain(), origin=made.origin) == made
+    rules = policy(a={"warn": 0, "below": True, "per": "k", "message": "m", "source": "s"}, b={})
+    assert parse(rules.plain(), origin=rules.origin) == rules
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,18 @@ def test_every_default_names_its_source_or_says_that_none_is_published():
 
 
 def test_every_default_is_about_something_that_is_measured():
-    check_names(default_policy())
+    policy = default_policy()
+    check_names(policy)
+    assert policy.rules
+    for name, rules in policy.rules.items():
+        record = find(name)
+        assert set(rules) <= set(record.metrics), name
+        assert {rule.per for rule in rules.values()} <= {"", *record.parameters}, name
+        assert {rule.when for rule in rules.values()} <= {"", *record.parameters, *record.metrics}, name
+        for metric, rule in rules.items():
+            misspelt = Policy({name: {f"{metric}s": rule}}, origin="a typo")
+            with pytest.raises(LookupError, match=f"a typo: {name} has no metric '{metric}s'"):
+                check_names(misspelt)
 
 
 @pytest.mark.parametrize(

@@ -38,12 +38,12 @@ def test_the_command_writes_the_graft_or_its_complement(pair, tmp_path, monkeypa
     inside = torch.zeros(len(base), dtype=torch.bool)
     inside[[0, 5, 9]] = True
     assert torch.equal(values(tmp_path / "out"), torch.where(inside != without, tuned, base))
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     # 21 tensors of a Llama of width 16: 5,488 weights in all
     total = sum(header.entries for header in pair.tuned.headers.values())
-    host, guest = ("tuned", "base") if without else ("base", "tuned")
-    assert f"Wrote {host} with 3 of {total:,} weights" in said
-    assert f"from {guest}, in 1 tensors" in said
+    receiver, donor = ("tuned", "base") if without else ("base", "tuned")
+    assert f"Wrote {receiver} with 3 of {total:,} weights" in output
+    assert f"from {donor}, in 1 tensors" in output
     trail = json.loads((tmp_path / "out" / "tunescope_graft.json").read_text())
     assert trail["entries"] == 3
     assert trail["without"] is without
@@ -67,10 +67,10 @@ def test_what_cannot_be_grafted_is_one_line_and_writes_nothing(
     before = sorted(path.name for path in tmp_path.iterdir())
     arguments = [tmp_path / base, tmp_path / tuned, "--mask", tmp_path / mask, "--out", tmp_path / out]
     assert shell(monkeypatch, "graft", *arguments) == 2
-    said = capsys.readouterr()
-    assert message in said.err
-    assert "Traceback" not in said.err
-    assert said.out == ""
+    output = capsys.readouterr()
+    assert message in output.err
+    assert "Traceback" not in output.err
+    assert output.out == ""
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
@@ -79,8 +79,8 @@ def test_what_a_reader_must_know_is_said(tmp_path):
     make("llama_classes", 1).bfloat16().save_pretrained(tmp_path / "tuned")
     pair = CheckpointPair(tmp_path / "base", tmp_path / "tuned")
     Patch.of(pair, {NAME: torch.tensor([2])}).save(tmp_path / "m.safetensors")
-    made = graft(tmp_path / "base", tmp_path / "tuned", tmp_path / "m.safetensors", tmp_path / "out")
-    alone, lost, wider = made.notes
+    grafted = graft(tmp_path / "base", tmp_path / "tuned", tmp_path / "m.safetensors", tmp_path / "out")
+    alone, lost, wider = grafted.notes
     assert "1 tensors that base lacks come from tuned, such as score.weight" in alone
     assert "1 tensors that tuned lacks were left out, such as lm_head.weight" in lost
     assert "tensors are written in base's wider dtype" in wider

@@ -21,14 +21,14 @@ def models(tmp_path):
 def test_the_command_writes_the_blend_and_says_what_it_is(models, monkeypatch, capsys):
     arguments = [models / "base", models / "tuned", "--alpha", "0.25", "--out", models / "out"]
     assert shell(monkeypatch, "interpolate", *arguments) == 0
-    base, tuned, made = (open_checkpoint(models / name) for name in ("base", "tuned", "out"))
+    base, tuned, blended = (open_checkpoint(models / name) for name in ("base", "tuned", "out"))
     square = 0.0
-    for name in made.headers:
-        one, two = base.tensor(name).double(), tuned.tensor(name).double()
-        assert torch.equal(made.tensor(name), (one + 0.25 * (two - one)).float()), name
-        square += float((two - one).square().sum())
-    said = capsys.readouterr().out
-    assert "Wrote the model at alpha 0.25 (0 is base, 1 is tuned): 21 tensors differ" in said
+    for name in blended.headers:
+        start, end = base.tensor(name).double(), tuned.tensor(name).double()
+        assert torch.equal(blended.tensor(name), (start + 0.25 * (end - start)).float()), name
+        square += float((end - start).square().sum())
+    output = capsys.readouterr().out
+    assert "Wrote the model at alpha 0.25 (0 is base, 1 is tuned): 21 tensors differ" in output
     trail = json.loads((models / "out" / "tunescope_interpolate.json").read_text())
     assert trail["alpha"] == 0.25
     assert trail["displacement"] == pytest.approx(square**0.5)
@@ -36,11 +36,11 @@ def test_the_command_writes_the_blend_and_says_what_it_is(models, monkeypatch, c
 
 @pytest.mark.parametrize(("alpha", "end"), [(0.0, "base"), (1.0, "tuned")])
 def test_the_ends_are_copied_bit_for_bit(models, alpha, end):
-    made = interpolate(models / "base", models / "tuned", alpha, models / "out")
-    assert f"the model at alpha {alpha:g} (0 is base, 1 is tuned)" in made.summary()
-    written, own = open_checkpoint(models / "out"), open_checkpoint(models / end)
-    for name in own.headers:
-        assert torch.equal(written.tensor(name).view(torch.int32), own.tensor(name).view(torch.int32))
+    blend = interpolate(models / "base", models / "tuned", alpha, models / "out")
+    assert f"the model at alpha {alpha:g} (0 is base, 1 is tuned)" in blend.summary()
+    written, original = open_checkpoint(models / "out"), open_checkpoint(models / end)
+    for name in original.headers:
+        assert torch.equal(written.tensor(name).view(torch.int32), original.tensor(name).view(torch.int32))
 
 
 @pytest.mark.parametrize(
@@ -57,15 +57,15 @@ def test_what_cannot_be_written_is_one_line_and_writes_nothing(
 ):
     arguments = ["interpolate", models / "base", models / "tuned", f"--alpha={alpha}", "--out", models / out]
     assert shell(monkeypatch, *arguments) == 2
-    said = capsys.readouterr()
-    assert message in said.err
-    assert "Traceback" not in said.err
+    output = capsys.readouterr()
+    assert message in output.err
+    assert "Traceback" not in output.err
     assert sorted(path.name for path in models.iterdir()) == ["base", "tuned"]
 
 
 def test_what_a_reader_must_know_is_said(models):
     make("llama_classes", 1).bfloat16().save_pretrained(models / "classes")
-    made = interpolate(models / "base", models / "classes", 0.5, models / "out")
-    alone, wider = made.notes
+    blend = interpolate(models / "base", models / "classes", 0.5, models / "out")
+    alone, wider = blend.notes
     assert "1 tensors that base lacks come from tuned, such as score.weight" in alone
     assert "Base is float32, tuned bfloat16: the result is rounded once, to the dtype of tuned" in wider

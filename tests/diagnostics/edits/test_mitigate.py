@@ -53,13 +53,13 @@ def build(name: str, **settings: Any) -> Any:
     torch.manual_seed(0)
     kind, config = MODELS[name]
     model = getattr(transformers, kind)
-    made = model(model.config_class(vocab_size=64, pad_token_id=None, **config | settings)).eval()
+    instance = model(model.config_class(vocab_size=64, pad_token_id=None, **config | settings)).eval()
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in instance.parameters():
             if parameter.ndim == 2:
                 U, S, Vh = torch.linalg.svd(parameter, full_matrices=False)
                 parameter.copy_(U * 0.9 ** torch.arange(len(S)) @ Vh)
-    return made
+    return instance
 
 
 def spike(model: Any, *endings: str, size: float = 2.0) -> None:
@@ -121,9 +121,9 @@ def logits(directory: Path, base: Path | None = None) -> torch.Tensor:
 
 def same_files(ours: Path, theirs: Path, file: str = "model.safetensors") -> list[str]:
     """The tensors that differ between two files that hold the same names."""
-    one, other = load_file(ours / file), load_file(theirs / file)
-    assert one.keys() == other.keys()
-    return [name for name in one if not torch.equal(one[name], other[name])]
+    first, second = load_file(ours / file), load_file(theirs / file)
+    assert first.keys() == second.keys()
+    return [name for name in first if not torch.equal(first[name], second[name])]
 
 
 @given(
@@ -269,10 +269,18 @@ def test_update_at_zero_is_the_base_and_in_between_it_is_the_mean(saved, tmp_pat
     mitigate(base, tuned, tmp_path / "zero", scale=0.0, mode="update")
     assert not same_files(tmp_path / "zero", base)
     done = mitigate(base, tuned, tmp_path / "half", scale=0.5, mode="update")
-    one, two, half = (load_file(path / "model.safetensors") for path in (base, tuned, tmp_path / "half"))
-    for name in one:
-        torch.testing.assert_close(half[name], (one[name] + two[name]) / 2, rtol=0, atol=1e-6)
-    total = math.sqrt(sum(float((two[name] - one[name]).double().square().sum()) for name in one))
+    base_tensors, tuned_tensors, half_tensors = (
+        load_file(path / "model.safetensors") for path in (base, tuned, tmp_path / "half")
+    )
+    for name in base_tensors:
+        torch.testing.assert_close(
+            half_tensors[name], (base_tensors[name] + tuned_tensors[name]) / 2, rtol=0, atol=1e-6
+        )
+    total = math.sqrt(
+        sum(
+            float((tuned_tensors[name] - base_tensors[name]).double().square().sum()) for name in base_tensors
+        )
+    )
     assert done.norm == pytest.approx(total / 2)
     assert done.relative == pytest.approx(0.5)
 
@@ -371,12 +379,12 @@ def test_an_adapter_holds_the_share_of_the_edit_that_it_says(case, mode, adapted
         groups.setdefault(matrix.tensor.replace(".w3.", ".w1."), []).append(name)
     shares = {edit.matrix: edit.share for edit in done.edits}
     for names in groups.values():
-        told = [shares[name] for name in names if name in shares]
-        if told:
+        stated = [shares[name] for name in names if name in shares]
+        if stated:
             missed = sum(float((after.matrix(n) - wanted.matrix(n)).double().square().sum()) for n in names)
             edit = sum(float((before.matrix(n) - wanted.matrix(n)).double().square().sum()) for n in names)
-            assert told == pytest.approx([1 - missed / edit] * len(told), abs=1e-4)
-            assert 0 < min(told) <= 1 + 1e-9
+            assert stated == pytest.approx([1 - missed / edit] * len(stated), abs=1e-4)
+            assert 0 < min(stated) <= 1 + 1e-9
     assert logits(tmp_path / "out", base).isfinite().all()
 
 
@@ -443,10 +451,10 @@ def test_bfloat16_factors_keep_their_dtype_and_the_share_counts_their_rounding(a
 def test_neighbours_and_intruders_are_disjoint_and_in_the_same_matrices(adapted, tmp_path):
     base, adapter = adapted("llama", target_modules=["q_proj", "down_proj"])
     top = mitigate(base, adapter, tmp_path / "top", mode="top", **SEARCH)
-    beside = mitigate(base, adapter, tmp_path / "beside", mode="neighbour", **SEARCH)
-    assert {t.matrix for t in beside.triples} <= {t.matrix for t in top.triples}
-    assert beside.triples
-    assert all(triple.cosine_low >= EPSILON for triple in beside.triples)
+    neighbours = mitigate(base, adapter, tmp_path / "beside", mode="neighbour", **SEARCH)
+    assert {t.matrix for t in neighbours.triples} <= {t.matrix for t in top.triples}
+    assert neighbours.triples
+    assert all(triple.cosine_low >= EPSILON for triple in neighbours.triples)
     assert all(triple.cosine_high < EPSILON for triple in top.triples)
 
 
@@ -494,9 +502,9 @@ def test_fewer_intruders_are_left_when_they_are_removed(saved, tmp_path):
 
 def test_progress_tells_of_searching_and_of_writing(saved, tmp_path):
     base, tuned = saved("llama", lambda model: spike(model, "q_proj.weight"))
-    told: list[tuple[int, int, str]] = []
-    mitigate(base, tuned, tmp_path / "out", k=K, epsilon=EPSILON, progress=lambda *step: told.append(step))
-    ends = [step for step in told if step[0] == step[1]]
+    steps: list[tuple[int, int, str]] = []
+    mitigate(base, tuned, tmp_path / "out", k=K, epsilon=EPSILON, progress=lambda *step: steps.append(step))
+    ends = [step for step in steps if step[0] == step[1]]
     assert len(ends) == 2
 
 

@@ -73,10 +73,10 @@ def test_half_of_what_is_won_is_won_at_half_on_a_straight_line_and_later_on_a_la
 
 def test_the_error_of_a_difference_is_that_of_a_ratio_over_rows():
     nats, units = np.array([[2.0, 6, 3], [1.0, 4, 3]]), np.array([1.0, 2, 3])
-    found = estimates.combined(nats, units, [1.0, -1.0])
+    difference = estimates.combined(nats, units, [1.0, -1.0])
     # differences 1, 2, 0 over 6 units: 0.5; rests 0.5, 1, -1.5; sqrt(3/2 * 3.5) / 6
-    assert found.value == pytest.approx(0.5)
-    assert found.error == pytest.approx(math.sqrt(1.5 * 3.5) / 6)
+    assert difference.value == pytest.approx(0.5)
+    assert difference.error == pytest.approx(math.sqrt(1.5 * 3.5) / 6)
     assert estimates.combined(nats[:1], units, [0.0]) == (0, 0, 0, 0)
     assert math.isnan(estimates.combined(nats[:, :1], units[:1], [1.0, -1.0]).error)
 
@@ -122,29 +122,29 @@ def layer(barrier, *, error=0.001, repairs=(1.0, 1.0), rewind=0.0, moved=0.1):
     )
 
 
-def found(*layers, whole=0.0):
-    return stragglers.stragglers(layers, whole).tolist()
+def straggling(*layers, barrier=0.0):
+    return stragglers.stragglers(layers, barrier).tolist()
 
 
 def test_a_barrier_that_stands_out_and_that_pinning_repairs_is_a_straggler():
     quiet = layer(0.0)
-    assert found(quiet, layer(0.5), quiet, quiet) == [False, True, False, False]
+    assert straggling(quiet, layer(0.5), quiet, quiet) == [False, True, False, False]
     # below 0.05 nats, or within 2 standard errors, there is none to speak of
-    assert found(quiet, layer(0.049), quiet, quiet) == [False] * 4
-    assert found(quiet, layer(0.5, error=0.26), quiet, quiet) == [False] * 4
+    assert straggling(quiet, layer(0.049), quiet, quiet) == [False] * 4
+    assert straggling(quiet, layer(0.5, error=0.26), quiet, quiet) == [False] * 4
     # and without a repair it is not to blame
-    assert found(quiet, layer(0.5, repairs=(-1.0, 0.019)), quiet, quiet) == [False] * 4
-    assert found(quiet, layer(0.5, repairs=(-1.0, 0.02)), quiet, quiet) == [False, True, False, False]
+    assert straggling(quiet, layer(0.5, repairs=(-1.0, 0.019)), quiet, quiet) == [False] * 4
+    assert straggling(quiet, layer(0.5, repairs=(-1.0, 0.02)), quiet, quiet) == [False, True, False, False]
 
 
 def test_a_layer_that_carries_its_equal_share_of_the_barrier_is_no_straggler():
     # four layers of a barrier of 2 nats: 0.5 is an equal share, and 1.0 twice that
     shares = [layer(value) for value in (0.3, 0.5, 0.6, 0.7)]
     # the z-score of 0.7: 0.6745 * (0.7 - 0.55) / 0.1 = 1.01
-    assert found(*shares, whole=2.0) == [False] * 4
+    assert straggling(*shares, barrier=2.0) == [False] * 4
     spread = [layer(value) for value in (0.3, 0.5, 0.7, 1.0)]
     # median 0.6, deviations 0.3, 0.1, 0.1, 0.4, MAD 0.2: z = 1.35, but 1.0 is twice its share
-    assert found(*spread, whole=2.0) == [False, False, False, True]
+    assert straggling(*spread, barrier=2.0) == [False, False, False, True]
 
 
 def test_the_modified_z_score_has_a_floor_under_its_spread():

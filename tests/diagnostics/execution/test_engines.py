@@ -71,9 +71,9 @@ def alone(pair, tmp_path_factory):
 
 def tables(out):
     """Every table of an audit, as the bytes that were written."""
-    found = {path.name: path.read_bytes() for path in (out / "tables").iterdir()}
-    assert "intruders.vectors.parquet" in found
-    return found
+    contents = {path.name: path.read_bytes() for path in (out / "tables").iterdir()}
+    assert "intruders.vectors.parquet" in contents
+    return contents
 
 
 # Names and addresses
@@ -116,11 +116,11 @@ def test_a_scheduler_that_does_not_answer_is_one_line_and_exit_code_2(monkeypatc
         name = f"dask://127.0.0.1:{bound.getsockname()[1]}"
         code = shell(monkeypatch, "audit", *pair, "--engine", name, "--out", tmp_path / "out", "--quiet")
     assert code == 2
-    said = capsys.readouterr().err.strip()
+    message = capsys.readouterr().err.strip()
     assert re.search(
-        rf"--engine {name}: no scheduler answers there \(.*\); start one with `dask scheduler`", said
+        rf"--engine {name}: no scheduler answers there \(.*\); start one with `dask scheduler`", message
     )
-    assert "\n" not in said
+    assert "\n" not in message
     assert not (tmp_path / "out").exists()
 
 
@@ -149,8 +149,8 @@ def test_a_scheduler_without_workers_is_refused_with_how_to_start_one(monkeypatc
 
 def test_more_threads_than_cores_are_said_and_enough_cores_are_not():
     # 4 jobs of 2 threads on 4 cores are twice too many; 2 such jobs fit; one thread each is never too many.
-    said = engines.oversubscription_warning({"here": 2, "there": 4}, {"here": 4, "there": 4}, 2)
-    assert said.startswith("there: 4 jobs at once with 2 threads each, but 4 cores")
+    warning = engines.oversubscription_warning({"here": 2, "there": 4}, {"here": 4, "there": 4}, 2)
+    assert warning.startswith("there: 4 jobs at once with 2 threads each, but 4 cores")
     assert engines.oversubscription_warning({"here": 2}, {"here": 4}, 2) == ""
     assert engines.oversubscription_warning({"here": 9}, {"here": 2}, 1) == ""
 
@@ -177,14 +177,14 @@ def test_ray_is_asked_for_as_many_workers_as_it_has_room_for():
 
 
 @pytest.mark.parametrize(
-    ("error", "failures", "said", "asked"),
+    ("error", "failures", "message", "asked"),
     [
         (ConnectionAbortedError, 2, "the cluster has no CPU", 3),  # it let us in
         (ConnectionAbortedError, 9, "no Ray cluster answers there: it failed", 3),
         (ConnectionError, 1, "no Ray cluster answers there: it failed", 1),
     ],
 )
-def test_a_ray_server_that_is_not_ready_is_asked_again(monkeypatch, error, failures, said, asked):
+def test_a_ray_server_that_is_not_ready_is_asked_again(monkeypatch, error, failures, message, asked):
     tries = []
 
     def init(**options):
@@ -199,7 +199,7 @@ def test_a_ray_server_that_is_not_ready_is_asked_again(monkeypatch, error, failu
     monkeypatch.setattr(engines, "RETRY_SECONDS", 0.0)
     with socket.create_server(("127.0.0.1", 0)) as server:
         name = f"ray://127.0.0.1:{server.getsockname()[1]}"
-        with pytest.raises(ValueError, match=f"--engine {name}: {said}"), engines.engine(name):
+        with pytest.raises(ValueError, match=f"--engine {name}: {message}"), engines.engine(name):
             pass
     assert tries == [{"address": name, "log_to_driver": False}] * asked
 
@@ -273,10 +273,10 @@ def test_two_dask_workers_share_an_audit_and_give_the_same_bytes(cluster, pair, 
 
 def test_jobs_that_bring_many_rows_along_are_not_warned_of(cluster):
     name, _ = cluster
-    with warnings.catch_warnings(record=True) as said, engines.engine(name):
+    with warnings.catch_warnings(record=True) as caught, engines.engine(name):
         warnings.simplefilter("always")
         assert list(jobs.run_jobs([partial(len, bytes(12_000_000))] * 2)) == [12_000_000] * 2
-    assert not [each for each in said if "large graph" in str(each.message)]
+    assert not [warning for warning in caught if "large graph" in str(warning.message)]
 
 
 def executed(client):
@@ -289,10 +289,10 @@ def test_a_worker_killed_in_the_middle_loses_nothing(cluster, pair):
     from probes import CheckpointPair
 
     name, client = cluster
-    killed, told = [], []
+    killed, names = [], []
 
     def progress(done, total, what):
-        told.append(what)
+        names.append(what)
         if done == 4:
             killed.append(clusters.pids(client)[0])
             clusters.kill(killed[0])
@@ -301,18 +301,18 @@ def test_a_worker_killed_in_the_middle_loses_nothing(cluster, pair):
     with engines.engine(name):
         there = intruder_dimensions(opened, progress=progress)
     assert len(killed) == 1
-    assert told == list(opened.matrices)
+    assert names == list(opened.matrices)
     same(intruder_dimensions(opened), there)
 
 
 @pytest.mark.slow
 def test_mitigate_writes_the_same_weights_on_a_cluster(cluster, pair, tmp_path, monkeypatch):
     name, _ = cluster
-    for place, options in (("here", ()), ("there", ("--engine", name))):
-        assert shell(monkeypatch, "mitigate", *pair, "--out", tmp_path / place, "--quiet", *options) == 0
+    for directory, options in (("here", ()), ("there", ("--engine", name))):
+        assert shell(monkeypatch, "mitigate", *pair, "--out", tmp_path / directory, "--quiet", *options) == 0
     here, there = (
-        [path.read_bytes() for path in sorted((tmp_path / place).glob("*.safetensors"))]
-        for place in ("here", "there")
+        [path.read_bytes() for path in sorted((tmp_path / directory).glob("*.safetensors"))]
+        for directory in ("here", "there")
     )
     assert len(here) == 2
     assert here == there
@@ -395,7 +395,7 @@ def test_a_notebook_whose_loop_is_running_chooses_an_engine_too(cluster):
 
     async def cell():
         with engines.engine(name):
-            return list(jobs.run_jobs(partial(clusters.refusing, place) for place in ()))
+            return list(jobs.run_jobs(partial(clusters.refusing, index) for index in ()))
 
     # In a thread: browsers of other tests have a loop running in this one.
     with ThreadPoolExecutor(1) as thread:
@@ -405,7 +405,7 @@ def test_a_notebook_whose_loop_is_running_chooses_an_engine_too(cluster):
 def test_of_a_pair_of_files_only_paths_travel(pair):
     import pickle
 
-    from diagnostics.analyses.intruders.analysis import IntruderSettings, examine
+    from diagnostics.analyses.intruders.examine import IntruderSettings, examine
     from probes import CheckpointPair
 
     opened = CheckpointPair(*pair)
@@ -429,7 +429,7 @@ def test_a_checkpoint_that_the_workers_do_not_see_is_named_with_what_to_do(clust
         engines.engine(name),
         pytest.raises(ValueError, match=r"elsewhere: not there on .*same files at the same"),
     ):
-        list(jobs.run_jobs(partial(opened.read, each) for each in opened.matrices))
+        list(jobs.run_jobs(partial(opened.read, matrix) for matrix in opened.matrices))
 
 
 # Ray

@@ -79,9 +79,9 @@ def test_the_environment_names_versions_and_no_person_or_machine():
     import getpass
     import platform
 
-    told = environment.environment("cpu")
-    assert told["torch"] == torch.__version__
-    assert told["device"] == "cpu"
-    assert "numpy" in told["packages"]
-    assert platform.node() not in told.values()
-    assert getpass.getuser() not in told.values()
+    description = environment.environment("cpu")
+    assert description["torch"] == torch.__version__
+    assert description["device"] == "cpu"
+    assert "numpy" in description["packages"]
+    assert platform.node() not in description.values()
+    assert getpass.getuser() not in description.values()

@@ -37,10 +37,10 @@ def test_jobs_of_several_threads_take_turns_in_one_process():
     MOST.clear()
     try:
         running = [threading.Thread(target=there(crowd, threads=2)) for _ in range(4)]
-        for each in running:
-            each.start()
-        for each in running:
-            each.join()
+        for thread in running:
+            thread.start()
+        for thread in running:
+            thread.join()
     finally:
         torch.set_num_threads(before)
     assert MOST == [1, 1, 1, 1]
@@ -79,11 +79,14 @@ def test_every_process_takes_a_gpu_of_its_own_and_shares_when_there_are_no_more(
 
 def test_a_worker_that_was_shown_its_own_gpu_first_takes_that_one(tmp_path):
     # dask-cuda gives worker 0 the order a, b and worker 1 the order b, a.
-    (first, one), (second, two) = gpus.claim_gpu("ab", tmp_path, 1), gpus.claim_gpu("ba", tmp_path, 2)
+    (first, first_lock), (second, second_lock) = (
+        gpus.claim_gpu("ab", tmp_path, 1),
+        gpus.claim_gpu("ba", tmp_path, 2),
+    )
     assert "ab"[first] == "a"
     assert "ba"[second] == "b"
-    one.release()
-    two.release()
+    first_lock.release()
+    second_lock.release()
 
 
 def test_the_gpu_of_a_process_that_was_killed_is_free_again(tmp_path):
@@ -98,8 +101,8 @@ def test_the_gpu_of_a_process_that_was_killed_is_free_again(tmp_path):
     )  # fmt: skip
     with held:
         assert held.stdout.readline() == "0\n"
-        place, lock = gpus.claim_gpu(["a", "b"], tmp_path, process=2)
-        assert place == 1
+        index, lock = gpus.claim_gpu(["a", "b"], tmp_path, process=2)
+        assert index == 1
         held.kill()
     again, freed = gpus.claim_gpu(["a", "b"], tmp_path, process=3)
     assert again == 0

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from diagnostics.analyses.intruders import cosine_bounds
-from diagnostics.analyses.intruders.analysis import update_of
 from diagnostics.analyses.intruders.decide import decide_all
+from diagnostics.analyses.intruders.delta_shape import update_of
 from diagnostics.execution import lockstep
 from diagnostics.execution.lockstep import read_values
 from tests.diagnostics.spectra import orthonormal, values, with_values
@@ -18,48 +18,48 @@ LOOKS = (
 )  # fmt: skip
 
 
-class Away(torch.Tensor):
+class DeviceTensor(torch.Tensor):
     """As if on another device: what is made with it is so too, until it is copied from there."""
 
     looks: ClassVar[list[str]] = []
 
 
 def watched(name):
-    whole = getattr(torch.Tensor, name)
+    method = getattr(torch.Tensor, name)
 
     def looked(self, *given):
-        Away.looks.append(name)
-        return whole(self.as_subclass(torch.Tensor), *given)
+        DeviceTensor.looks.append(name)
+        return method(self.as_subclass(torch.Tensor), *given)
 
     return looked
 
 
 for name in LOOKS:
-    setattr(Away, name, watched(name))
+    setattr(DeviceTensor, name, watched(name))
 
 
 @pytest.fixture
 def looks(monkeypatch):
-    """How often a tensor that is away was looked at, by what."""
+    """How often a tensor on another device was looked at, by what."""
     # On a GPU a step does not ask whether its space is exhausted.
     monkeypatch.setattr(cosine_bounds, "_on_cpu", lambda tensor: False)
-    Away.looks.clear()
-    return Away.looks
+    DeviceTensor.looks.clear()
+    return DeviceTensor.looks
 
 
 def summing(*rounds):
     """A job that asks round by round, and returns all that it was told."""
-    told = []
+    answers = []
     for tensors in rounds:
         values = yield tensors
-        told.append([each.tolist() for each in values])
-    return told
+        answers.append([value.tolist() for value in values])
+    return answers
 
 
 def test_jobs_are_told_what_they_ask_for_whatever_others_ask():
-    one, two, three = torch.tensor([[1.0, 2.0]]), torch.tensor(True), torch.tensor(7)
+    matrix, flag, number = torch.tensor([[1.0, 2.0]]), torch.tensor(True), torch.tensor(7)
     empty = torch.empty(0, 3)
-    jobs = [summing([one], [two, one], [empty]), summing(), summing([three, empty, one])]
+    jobs = [summing([matrix], [flag, matrix], [empty]), summing(), summing([number, empty, matrix])]
     assert lockstep.run_in_lockstep(jobs) == [
         [[[[1.0, 2.0]]], [1.0, [[1.0, 2.0]]], [[]]],
         [],
@@ -100,7 +100,7 @@ def pairs(kind, rows, columns, spikes, count):
     base, _, _ = with_values(values(kind, min(rows, columns)), rows, columns, generator)
     left, right = orthonormal(rows, len(spikes), generator), orthonormal(columns, len(spikes), generator)
     tuned = base + left @ torch.diag(torch.tensor(spikes).double()) @ right.mT
-    return tuple(W.float().expand(count, -1, -1).as_subclass(Away) for W in (base, tuned))
+    return tuple(W.float().expand(count, -1, -1).as_subclass(DeviceTensor) for W in (base, tuned))
 
 
 @pytest.mark.parametrize(
@@ -122,11 +122,11 @@ def test_a_group_of_matrices_is_waited_for_as_often_as_one(looks, kind, rows, co
     assert waits[0] == waits[1]
     assert set(waits[0]) == {"cpu"}
     assert len(waits[0]) < 25
-    [one], three = decided
-    assert {tier for each in three for tier in each.tier} == set(one.tier) == tiers
-    for each in three:
-        assert ((each.high < 0.5) == (one.high < 0.5)).all()
-        assert each.singular_values == pytest.approx(one.singular_values, rel=1e-5)
+    [alone], grouped = decided
+    assert {tier for decision in grouped for tier in decision.tier} == set(alone.tier) == tiers
+    for decision in grouped:
+        assert ((decision.high < 0.5) == (alone.high < 0.5)).all()
+        assert decision.singular_values == pytest.approx(alone.singular_values, rel=1e-5)
 
 
 def test_the_updates_of_a_group_are_measured_with_one_look(looks):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diagnostics.analyses.intruders import analysis as intruders
-from diagnostics.analyses.intruders import decide
+from diagnostics.analyses.intruders import decide, examine
 from diagnostics.analyses.intruders.analysis import intruder_dimensions
 from diagnostics.execution.engines import runs_in_this_process
 from diagnostics.execution.prefetch import prefetch, run_halving_on_oom
@@ -74,10 +74,10 @@ def test_what_was_worked_on_is_let_go_of_before_a_third_is_read():
 
     def reading(key):
         gc.collect()
-        made = Big()
-        alive.add(made)
+        big = Big()
+        alive.add(big)
         most.append(len(alive))
-        return made
+        return big
 
     for value in prefetch(reading, range(6)):
         del value
@@ -140,20 +140,20 @@ def pair(count=6, size=24):
 
 
 def test_reading_ahead_changes_no_bit_of_the_result(monkeypatch):
-    one = pair()
-    with_it = intruder_dimensions(one, epsilon=0.9)
-    monkeypatch.setattr(intruders, "runs_in_this_process", lambda: False)
-    without = intruder_dimensions(one, epsilon=0.9)
+    opened = pair()
+    with_it = intruder_dimensions(opened, epsilon=0.9)
+    monkeypatch.setattr(examine, "runs_in_this_process", lambda: False)
+    without = intruder_dimensions(opened, epsilon=0.9)
     assert with_it.metrics == without.metrics
     assert all(table.equals(without.tables[name]) for name, table in with_it.tables.items())
     assert readers() == []
 
 
 def test_a_damaged_matrix_is_named_whoever_reads_it():
-    one = pair()
-    one.tuned.source.read("model.layers.4.self_attn.q_proj.weight")[0, 0] = torch.nan
+    opened = pair()
+    opened.tuned.source.read("model.layers.4.self_attn.q_proj.weight")[0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"model\.layers\.4\.self_attn\.q_proj\.weight holds 1 NaN"):
-        intruder_dimensions(one, epsilon=0.9)
+        intruder_dimensions(opened, epsilon=0.9)
     assert readers() == []
 
 
@@ -167,8 +167,8 @@ def test_an_interrupt_between_matrices_leaves_no_thread():
 
 
 def test_matrices_side_by_side_that_do_not_fit_are_halved_with_the_same_result(monkeypatch):
-    one, sizes = pair(), []
-    alone = intruder_dimensions(one, epsilon=0.9)
+    opened, sizes = pair(), []
+    alone = intruder_dimensions(opened, epsilon=0.9)
     decide_all = decide.decide_all
 
     def scarce(base, *given):
@@ -178,8 +178,8 @@ def test_matrices_side_by_side_that_do_not_fit_are_halved_with_the_same_result(m
         return decide_all(base, *given)
 
     monkeypatch.setattr(intruders, "groups_of", lambda pair, names, device: [names])
-    monkeypatch.setattr(intruders, "decide_all", scarce)
-    together = intruder_dimensions(one, epsilon=0.9)
+    monkeypatch.setattr(examine, "decide_all", scarce)
+    together = intruder_dimensions(opened, epsilon=0.9)
     # 5 of 6 changed: 5 do not fit, 3 of them neither; 2, 1 and the other 2 do.
     assert sizes == [5, 3, 2, 1, 2]
     assert together.metrics == alone.metrics

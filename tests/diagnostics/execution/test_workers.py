@@ -19,8 +19,8 @@ from tests.diagnostics import clusters
 from tests.diagnostics.chains import save_llama
 
 LETTERS = "abcdefghij "
-ROWS = [LETTERS[place % 7 :] * (1 + place % 5) for place in range(40)]
-OTHER = ["jihgfedcba" * (1 + place % 3) for place in range(12)]
+ROWS = [LETTERS[i % 7 :] * (1 + i % 5) for i in range(40)]
+OTHER = ["jihgfedcba" * (1 + i % 3) for i in range(12)]
 # Tokens of a batch: there are many, of several lengths.
 FEW = 120
 
@@ -32,17 +32,17 @@ def places(tmp_path_factory):
     from transformers import AutoModelForCausalLM
 
     root = tmp_path_factory.mktemp("models")
-    found = {
+    paths = {
         name: save_llama(root / name, seed=1, characters=LETTERS, shift=shift)
         for name, shift in (("base", 0.0), ("tuned", 0.2))
     }
     torch.manual_seed(0)
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(found["base"]),
+        AutoModelForCausalLM.from_pretrained(paths["base"]),
         LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
     )
     model.save_pretrained(root / "adapter")
-    return {**found, "adapter": root / "adapter"}
+    return {**paths, "adapter": root / "adapter"}
 
 
 def both(pair, rows=ROWS):
@@ -53,12 +53,12 @@ def both(pair, rows=ROWS):
     )
 
 
-def same(one, two):
+def same(local, remote):
     """Two results, bit for bit."""
-    assert one.notes == two.notes
-    assert one.tables.keys() == two.tables.keys()
-    for name, table in one.tables.items():
-        pd.testing.assert_frame_equal(table, two.tables[name], check_exact=True)
+    assert local.notes == remote.notes
+    assert local.tables.keys() == remote.tables.keys()
+    for name, table in local.tables.items():
+        pd.testing.assert_frame_equal(table, remote.tables[name], check_exact=True)
 
 
 @pytest.mark.parametrize("tuned", ["tuned", "adapter"])
@@ -68,20 +68,20 @@ def test_batches_on_workers_give_the_same_bits(places, simulated_workers, tuned,
     assert len(simulated_workers) > 4 * 20 * len(ROWS) / FEW  # four passes, rows of 20 tokens and more
     assert set(simulated_workers) == {"cpu"}
     monkeypatch.setattr(workers, "runs_in_this_process", lambda: True)
-    for one, two in zip(both(pair), there, strict=True):
-        same(one, two)
+    for local, remote in zip(both(pair), there, strict=True):
+        same(local, remote)
 
 
 def test_processes_of_this_machine_give_the_same_bits(places):
     pair = CheckpointPair(places["base"], places["tuned"])
-    told = []
+    steps = []
     with engine("local:2"):
         there = likelihood_ratio_ood(
-            pair, ROWS, OTHER, batch_tokens=FEW, draws=2, progress=lambda *step: told.append(step[:2])
+            pair, ROWS, OTHER, batch_tokens=FEW, draws=2, progress=lambda *step: steps.append(step[:2])
         )
     same(likelihood_ratio_ood(pair, ROWS, OTHER, batch_tokens=FEW, draws=2), there)
-    assert told == sorted(told)
-    assert told[-1][0] == told[-1][1]
+    assert steps == sorted(steps)
+    assert steps[-1][0] == steps[-1][1]
 
 
 @pytest.mark.slow
@@ -113,8 +113,8 @@ def test_ray_gives_the_same_bits_of_rows(places):
     pair = CheckpointPair(places["base"], places["tuned"])
     with clusters.ray_cluster() as name, engine(name):
         there = both(pair)
-    for one, two in zip(both(pair), there, strict=True):
-        same(one, two)
+    for local, remote in zip(both(pair), there, strict=True):
+        same(local, remote)
 
 
 def test_a_row_without_a_finite_likelihood_is_named_from_the_worker(places, simulated_workers, tmp_path):

@@ -70,7 +70,7 @@ def spoiled(tmp_path_factory):
 def routed(tmp_path_factory):
     """Two random mixtures of experts."""
     root = tmp_path_factory.mktemp("routed")
-    return [save_routed(root / f"step{place}", mixture(seed=place)) for place in range(2)]
+    return [save_routed(root / f"step{step}", mixture(seed=step)) for step in range(2)]
 
 
 def pruned(pair, **settings):
@@ -85,13 +85,13 @@ def followed(run):
     )
 
 
-def same(one, two):
+def same(local, remote):
     """Two results, bit for bit."""
-    assert one.notes == two.notes
-    assert dict(one.metrics) == dict(two.metrics)
-    assert one.tables.keys() == two.tables.keys()
-    for name, table in one.tables.items():
-        pd.testing.assert_frame_equal(table, two.tables[name], check_exact=True)
+    assert local.notes == remote.notes
+    assert dict(local.metrics) == dict(remote.metrics)
+    assert local.tables.keys() == remote.tables.keys()
+    for name, table in local.tables.items():
+        pd.testing.assert_frame_equal(table, remote.tables[name], check_exact=True)
 
 
 def test_layers_and_batches_on_workers_give_the_same_bits(deep, simulated_workers, monkeypatch):
@@ -119,31 +119,31 @@ def test_what_is_not_finite_on_a_worker_is_missed_here(deep, simulated_workers, 
         return unit_scores(encoded, model)
 
     monkeypatch.setattr(interpolation, "unit_scores", broken)
-    found = interpolation_path(pair, task, ood=ood, alphas=(0.25, 0.5))
-    assert found.metrics["missing"] == 1
-    assert "alpha 0.25 (row 1: its logits are NaN or infinite" in found.notes[0]
+    result = interpolation_path(pair, task, ood=ood, alphas=(0.25, 0.5))
+    assert result.metrics["missing"] == 1
+    assert "alpha 0.25 (row 1: its logits are NaN or infinite" in result.notes[0]
     assert len(simulated_workers) == 4
 
 
 @pytest.mark.parametrize("patterns", [None, ()])
 def test_masks_on_workers_give_the_same_bits(idle, simulated_workers, monkeypatch, patterns):
-    told = []
-    there = pruned(idle, patterns=patterns, progress=lambda *step: told.append(step))
+    steps = []
+    there = pruned(idle, patterns=patterns, progress=lambda *step: steps.append(step))
     # Both sides: 5 sparsities, 4 more at random, and the patterns; what refines the grid is run here.
     assert len(simulated_workers) == 2 * (5 + 4 + (3 if patterns is None else 0))
-    assert [done for done, _, _ in told] == list(range(1, len(told) + 1))
+    assert [done for done, _, _ in steps] == list(range(1, len(steps) + 1))
     monkeypatch.setattr(workers, "runs_in_this_process", lambda: True)
     here = []
     same(pruned(idle, patterns=patterns, progress=lambda *step: here.append(step)), there)
-    assert len(here) == len(told)
+    assert len(here) == len(steps)
 
 
 def test_checkpoints_on_workers_give_the_same_bits(run, simulated_workers, monkeypatch):
     there = followed(run)
     assert len(simulated_workers) == 2 * len(run)
     monkeypatch.setattr(workers, "runs_in_this_process", lambda: True)
-    for one, two in zip(followed(run), there, strict=True):
-        same(one, two)
+    for local, remote in zip(followed(run), there, strict=True):
+        same(local, remote)
 
 
 def test_strengths_on_workers_give_the_same_bits(spoiled, simulated_workers, monkeypatch):
@@ -175,8 +175,8 @@ def test_models_in_memory_stay_here(deep, run, simulated_workers):
     model = AutoModelForCausalLM.from_pretrained(pair.base.ref)
     loading = Loading(None, None, None, False)
     for tuned, travels in ((pair.tuned, True), (model, False)):
-        found = workers.pair_on_workers(CheckpointPair(pair.base, tuned), loading, workers._open_pair)
-        assert (found is not None) == travels
+        remote_pair = workers.pair_on_workers(CheckpointPair(pair.base, tuned), loading, workers._open_pair)
+        assert (remote_pair is not None) == travels
     assert workers.checkpoint_runner(CheckpointSeries([run[0], model]), "cpu") is one_by_one
     assert workers.checkpoint_runner(CheckpointSeries(run), "cpu") is not one_by_one
 
@@ -194,8 +194,8 @@ def every(deep, idle, run):
 def test_processes_of_this_machine_give_the_same_bits(deep, idle, run):
     with engine("local:2"):
         there = every(deep, idle, run)
-    for one, two in zip(every(deep, idle, run), there, strict=True):
-        same(one, two)
+    for local, remote in zip(every(deep, idle, run), there, strict=True):
+        same(local, remote)
 
 
 @pytest.mark.slow
@@ -222,5 +222,5 @@ def test_ray_gives_the_same_bits(deep, idle, run):
     pytest.importorskip("ray", reason="needs tunescope[ray]")
     with clusters.ray_cluster() as name, engine(name):
         there = every(deep, idle, run)
-    for one, two in zip(every(deep, idle, run), there, strict=True):
-        same(one, two)
+    for local, remote in zip(every(deep, idle, run), there, strict=True):
+        same(local, remote)

@@ -40,12 +40,12 @@ def test_bins_of_equal_mass_follow_the_rows():
 @given(stated())
 def test_bins_of_equal_width_are_scikit_learns(rows):
     confidence, correct = rows
-    found = reliability(confidence, correct)
+    bins = reliability(confidence, correct)
     accuracy, mean = calibration_curve(correct, confidence, n_bins=15, pos_label=True)
-    used = found.rows > 0
-    assert found.accuracy[used] == pytest.approx(accuracy, abs=1e-12)
-    assert found.confidence[used] == pytest.approx(mean, abs=1e-12)
-    expected = np.average(np.abs(accuracy - mean), weights=found.rows[used])
+    used = bins.rows > 0
+    assert bins.accuracy[used] == pytest.approx(accuracy, abs=1e-12)
+    assert bins.confidence[used] == pytest.approx(mean, abs=1e-12)
+    expected = np.average(np.abs(accuracy - mean), weights=bins.rows[used])
     assert ece(confidence, correct) == pytest.approx(expected, abs=1e-12)
 
 

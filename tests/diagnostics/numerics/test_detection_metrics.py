@@ -76,10 +76,10 @@ def test_auroc_counts_pairs_with_ties_as_half(inside, outside):
 
 @given(rows(), rows())
 def test_every_metric_equals_scikit_learns(inside, outside):
-    found, expected = detection(inside, outside), by_scikit_learn(inside, outside)
+    metrics, expected = detection(inside, outside), by_scikit_learn(inside, outside)
     for name, value in expected.items():
-        assert found[name] == pytest.approx(value, abs=1e-12), name
-    assert found["prevalence"] == len(outside) / (len(inside) + len(outside))
+        assert metrics[name] == pytest.approx(value, abs=1e-12), name
+    assert metrics["prevalence"] == len(outside) / (len(inside) + len(outside))
     assert set(expected) == set(METRICS)
 
 
@@ -95,34 +95,34 @@ def test_metrics_of_many_rows_equal_scikit_learns_with_and_without_ties(size):
         inside = np.round(generator.normal(size=3 * size), digits)
         outside = np.round(generator.normal(1, 2, size=size), digits)
         labels, scores = together(inside, outside)
-        found = detection(inside, outside)
-        assert found["auroc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
-        assert found["aupr_ood"] == pytest.approx(average_precision_score(labels, scores), abs=1e-12)
-        assert found["fpr95"] == pytest.approx(on_the_curve(labels, scores), abs=1e-12)
+        metrics = detection(inside, outside)
+        assert metrics["auroc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+        assert metrics["aupr_ood"] == pytest.approx(average_precision_score(labels, scores), abs=1e-12)
+        assert metrics["fpr95"] == pytest.approx(on_the_curve(labels, scores), abs=1e-12)
 
 
 @given(rows(), rows())
 def test_swapping_the_classes_or_the_sign_reflects(inside, outside):
     assert auroc(inside, outside) + auroc(outside, inside) == pytest.approx(1, abs=1e-12)
     assert auroc(inside, outside) + auroc(-inside, -outside) == pytest.approx(1, abs=1e-12)
-    found, reflected = detection(inside, outside), detection(-outside, -inside)
-    assert found["fpr95"] == reflected["ood_missed_at_95_id_kept"]
-    assert found["aupr_ood"] == reflected["aupr_id"]
+    metrics, reflected = detection(inside, outside), detection(-outside, -inside)
+    assert metrics["fpr95"] == reflected["ood_missed_at_95_id_kept"]
+    assert metrics["aupr_ood"] == reflected["aupr_id"]
 
 
 @given(rows(st.integers(-50, 50).map(float)), rows(st.integers(-50, 50).map(float)), st.randoms())
 def test_increasing_maps_and_the_order_of_rows_change_nothing(inside, outside, random):
-    shuffled = [random.sample(list(each), len(each)) for each in (inside, outside)]
-    found = detection(inside, outside)
-    assert detection(*shuffled) == found
-    assert detection(np.exp(inside / 7), np.exp(outside / 7)) == found
+    shuffled = [random.sample(list(scores), len(scores)) for scores in (inside, outside)]
+    metrics = detection(inside, outside)
+    assert detection(*shuffled) == metrics
+    assert detection(np.exp(inside / 7), np.exp(outside / 7)) == metrics
 
 
 @given(st.integers(1, 50), st.integers(1, 50))
 def test_a_constant_score_is_worth_chance(inside, outside):
-    found = detection(np.full(inside, 3.0), np.full(outside, 3.0))
+    metrics = detection(np.full(inside, 3.0), np.full(outside, 3.0))
     prevalence = outside / (inside + outside)
-    assert found == pytest.approx(
+    assert metrics == pytest.approx(
         {"auroc": 0.5, "aupr_ood": prevalence, "aupr_id": 1 - prevalence, "fpr95": 0.95,
          "ood_missed_at_95_id_kept": 0.95, "prevalence": prevalence}, abs=1e-12
     )  # fmt: skip
@@ -206,12 +206,12 @@ def delong_by_hand(inside, outside):
 def test_the_interval_has_delongs_variance(inside, outside):
     by_inside, by_outside = delong_by_hand(inside, outside)
     variance = by_inside.var(ddof=1) / len(inside) + by_outside.var(ddof=1) / len(outside)
-    found = auroc_interval(inside, outside)
+    interval = auroc_interval(inside, outside)
     assume(variance > 1e-20)
     half = 1.959963984540054 * variance**0.5
-    assert found.value == auroc(inside, outside)
-    assert found.low == pytest.approx(max(0, found.value - half), abs=1e-12)
-    assert found.high == pytest.approx(min(1, found.value + half), abs=1e-12)
+    assert interval.value == auroc(inside, outside)
+    assert interval.low == pytest.approx(max(0, interval.value - half), abs=1e-12)
+    assert interval.high == pytest.approx(min(1, interval.value + half), abs=1e-12)
 
 
 @given(st.data(), st.integers(2, 20), st.integers(2, 20))
@@ -221,18 +221,18 @@ def test_the_paired_interval_has_delongs_covariance(data, inside, outside):
         for _ in range(2)
     )
     # Var(A - B) = Var A + Var B - 2 Cov, for either kind of row.
-    both = [delong_by_hand(*each) for each in (first, second)]
+    both = [delong_by_hand(*scores) for scores in (first, second)]
     variance = sum(
         np.cov(both[0][kind], both[1][kind])[[0, 1, 0], [0, 1, 1]] @ [1, 1, -2] / size
         for kind, size in enumerate((inside, outside))
     )
-    found = auroc_difference(first, second)
-    assert found.value == pytest.approx(auroc(*first) - auroc(*second), abs=1e-12)
-    assert -1 <= found.low <= found.value <= found.high <= 1
+    difference = auroc_difference(first, second)
+    assert difference.value == pytest.approx(auroc(*first) - auroc(*second), abs=1e-12)
+    assert -1 <= difference.low <= difference.value <= difference.high <= 1
     assume(variance > 1e-12)
     half = 1.959963984540054 * variance**0.5
-    assert found.low == pytest.approx(max(-1, found.value - half), abs=1e-9)
-    assert found.high == pytest.approx(min(1, found.value + half), abs=1e-9)
+    assert difference.low == pytest.approx(max(-1, difference.value - half), abs=1e-9)
+    assert difference.high == pytest.approx(min(1, difference.value + half), abs=1e-9)
 
 
 def test_nineteen_of_twenty_intervals_hold_the_true_auroc():
@@ -241,8 +241,8 @@ def test_nineteen_of_twenty_intervals_hold_the_true_auroc():
     generator = np.random.default_rng(1)
     held = 0
     for _ in range(600):
-        found = auroc_interval(generator.normal(size=60), generator.normal(1, size=40))
-        held += found.low <= true <= found.high
+        interval = auroc_interval(generator.normal(size=60), generator.normal(1, size=40))
+        held += interval.low <= true <= interval.high
     assert 0.92 <= held / 600 <= 0.98
 
 
@@ -268,11 +268,11 @@ def test_pairing_makes_the_interval_of_a_difference_narrow():
 
 
 def test_a_few_rows_in_perfect_order_leave_much_open():
-    found = auroc_interval([0.0, 1.0, 2.0], [3.0, 4.0])
-    assert (found.value, found.high) == (1.0, 1.0)
+    interval = auroc_interval([0.0, 1.0, 2.0], [3.0, 4.0])
+    assert (interval.value, interval.high) == (1.0, 1.0)
     # The bound A solves (1 - A)² = z² A (1 - A) [1 + r (1 - A) / (2 - A) + r A / (1 + A)] / (3 · 2), where
     # r = (3 + 2) / 2 - 1 and z = 1.96.
-    A = found.low
+    A = interval.low
     variance = A * (1 - A) * (1 + 1.5 * (1 - A) / (2 - A) + 1.5 * A / (1 + A)) / 6
     assert (1 - A) / variance**0.5 == pytest.approx(1.959963984540054, rel=1e-9)
     assert 0.3 < A < 0.5
@@ -283,23 +283,23 @@ def test_a_few_rows_in_perfect_order_leave_much_open():
 
 def test_a_perfect_score_is_not_certain_to_beat_a_constant_one():
     perfect, constant = DetectionScores([0.0, 1.0], [2.0, 3.0]), DetectionScores([0.0, 0.0], [0.0, 0.0])
-    found = auroc_difference(perfect, constant)
-    assert found.value == 0.5
-    assert found.low == pytest.approx(0.5 - (1 - lowest(2, 2, 0.95)))
-    assert found.high == 0.5
+    difference = auroc_difference(perfect, constant)
+    assert difference.value == 0.5
+    assert difference.low == pytest.approx(0.5 - (1 - lowest(2, 2, 0.95)))
+    assert difference.high == 0.5
     # Nor is one that is right every time certain to beat one that is wrong every time: both are uncertain.
     backward = DetectionScores([2.0, 3.0], [0.0, 1.0])
-    found = auroc_difference(perfect, backward)
-    assert (found.value, found.high) == (1.0, 1.0)
-    assert found.low == pytest.approx(1 - 2**0.5 * (1 - lowest(2, 2, 0.95)))
+    difference = auroc_difference(perfect, backward)
+    assert (difference.value, difference.high) == (1.0, 1.0)
+    assert difference.low == pytest.approx(1 - 2**0.5 * (1 - lowest(2, 2, 0.95)))
 
 
 @given(st.data())
 def test_drawing_rows_again_counts_them_as_often(data):
     inside, outside = data.draw(rows(most=15)), data.draw(rows(most=15))
     copies = [
-        data.draw(arrays(np.int64, len(each), elements=st.integers(0, 3)).filter(np.any))
-        for each in (inside, outside)
+        data.draw(arrays(np.int64, len(values), elements=st.integers(0, 3)).filter(np.any))
+        for values in (inside, outside)
     ]
     repeated = detection(np.repeat(inside, copies[0]), np.repeat(outside, copies[1]))
     for name, (formula, way) in METRICS.items():
@@ -312,25 +312,27 @@ def test_drawing_rows_again_counts_them_as_often(data):
 def test_the_paired_bootstrap_has_the_quantiles_of_rows_drawn_again_by_hand(metric):
     generator = np.random.default_rng(0)
     inside, outside = generator.normal(size=(2, 40)), generator.normal(0.8, 1, size=(2, 30))
-    first, second = (DetectionScores(*(np.round(each[k], 1) for each in (inside, outside))) for k in (0, 1))
-    found = bootstrap(metric, first, second, draws=60, seed=7)
+    first, second = (
+        DetectionScores(*(np.round(scores[k], 1) for scores in (inside, outside))) for k in (0, 1)
+    )
+    interval = bootstrap(metric, first, second, draws=60, seed=7)
     generator = np.random.default_rng(7)
     kinds = (0, 1) if METRICS[metric][1] == 0 else (1, 0)  # the class that is to be found is drawn second
     differences = []
     for _ in range(60):
         chosen = {kind: generator.integers(len(first[kind]), size=len(first[kind])) for kind in kinds}
-        one, two = (
-            by_scikit_learn(*(each[kind][chosen[kind]] for kind in (0, 1))) for each in (first, second)
+        first_metrics, second_metrics = (
+            by_scikit_learn(*(scores[kind][chosen[kind]] for kind in (0, 1))) for scores in (first, second)
         )
-        differences.append(one[metric] - two[metric])
+        differences.append(first_metrics[metric] - second_metrics[metric])
     # The q-th quantile of n lies at place q (n - 1), between its neighbours.
     ordered = sorted(differences)
-    for q, bound in ((0.025, found.low), (0.975, found.high)):
+    for q, bound in ((0.025, interval.low), (0.975, interval.high)):
         below, part = divmod(q * 59, 1)
         expected = ordered[int(below)] + part * (ordered[int(below) + 1] - ordered[int(below)])
         assert bound == pytest.approx(expected, abs=1e-12)
-    assert found.value == pytest.approx(by_scikit_learn(*first)[metric] - by_scikit_learn(*second)[metric])
-    assert found.low < found.high
+    assert interval.value == pytest.approx(by_scikit_learn(*first)[metric] - by_scikit_learn(*second)[metric])
+    assert interval.low < interval.high
 
 
 def test_the_bootstrap_agrees_with_delong_and_with_its_seed():
@@ -395,9 +397,9 @@ def test_length_cannot_help_among_rows_of_one_length():
     lengths = DetectionScores(generator.integers(5, 15, size=500), generator.integers(8, 20, size=300))
     assert auroc(*lengths) > 0.75
     # With a bin for every length, as a score it ties all rows that it is compared among.
-    found = auroc_within(lengths, lengths, bins=200)
-    assert found.value == pytest.approx(0.5, abs=1e-12)
-    assert np.nanmax(found.aurocs) == np.nanmin(found.aurocs) == 0.5
+    stratified = auroc_within(lengths, lengths, bins=200)
+    assert stratified.value == pytest.approx(0.5, abs=1e-12)
+    assert np.nanmax(stratified.aurocs) == np.nanmin(stratified.aurocs) == 0.5
 
 
 def test_aurocs_of_like_length_are_pooled_by_their_pairs():
@@ -405,16 +407,16 @@ def test_aurocs_of_like_length_are_pooled_by_their_pairs():
     # Long: inside 0 against outside 1, 2: 2 of 2. Together 3 of 4 pairs, out of 3 · 3.
     scores = DetectionScores([1.0, 5.0, 0.0], [3.0, 1.0, 2.0])
     lengths = DetectionScores([1, 2, 3], [2, 4, 5])
-    found = auroc_within(scores, lengths, bins=2)
-    assert found.value == pytest.approx(3 / 4)
-    assert found.pairs == pytest.approx(4 / 9)
-    assert found.aurocs.tolist() == [0.5, 1.0]
-    assert (found.inside.tolist(), found.outside.tolist()) == ([2, 1], [1, 2])
+    stratified = auroc_within(scores, lengths, bins=2)
+    assert stratified.value == pytest.approx(3 / 4)
+    assert stratified.pairs == pytest.approx(4 / 9)
+    assert stratified.aurocs.tolist() == [0.5, 1.0]
+    assert (stratified.inside.tolist(), stratified.outside.tolist()) == ([2, 1], [1, 2])
 
 
 def test_no_rows_of_like_length_leave_nothing_to_compare():
-    found = auroc_within(DetectionScores([1, 2], [3, 4]), DetectionScores([1, 2], [100, 101]), bins=2)
-    assert math.isnan(found.value)
-    assert found.pairs == 0.0
+    stratified = auroc_within(DetectionScores([1, 2], [3, 4]), DetectionScores([1, 2], [100, 101]), bins=2)
+    assert math.isnan(stratified.value)
+    assert stratified.pairs == 0.0
     with pytest.raises(ValueError, match="compare the same rows"):
         auroc_within(DetectionScores([1, 2], [3, 4]), DetectionScores([1, 2], [100]))

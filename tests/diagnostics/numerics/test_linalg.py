@@ -22,9 +22,9 @@ def generator():
 @pytest.mark.parametrize("kind", ["power", "geometric", "flat", "small"])
 def test_left_vectors_are_those_of_the_svd(shape, kind, generator):
     W, U, _ = with_values(values(kind, min(shape)), *shape, generator)
-    found, S = linalg.left_singular(W)
+    vectors, S = linalg.left_singular(W)
     assert S.tolist() == pytest.approx(values(kind, min(shape)).tolist(), rel=1e-7)
-    assert ((found.mT @ U).abs() - torch.eye(min(shape))).abs().max() < 1e-6
+    assert ((vectors.mT @ U).abs() - torch.eye(min(shape))).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -60,8 +60,8 @@ def test_without_guards_to_apply_the_cosine_is_the_largest_entry(generator):
     W, U, _ = with_values(values("geometric", 40), 40, 64, generator)
     vectors = orthonormal(40, 6, generator)
     plain = (U.mT @ vectors).abs().amax(dim=0)
-    found = linalg.grouped_cosines(*linalg.left_singular(W), vectors, 64)
-    assert torch.allclose(found, plain, atol=1e-12)
+    cosines = linalg.grouped_cosines(*linalg.left_singular(W), vectors, 64)
+    assert torch.allclose(cosines, plain, atol=1e-12)
 
 
 def test_a_base_of_zeros_has_no_direction():
@@ -88,9 +88,9 @@ def test_ritz_vectors_lie_within_their_stated_error(seed, kind, shape):
     exact, S = linalg.left_singular(W)
     cosine = (exact.mT @ ritz.vectors[0]).abs()
     # A narrow start may find one of two equal values late: then nothing is claimed from there on.
-    found = (ritz.values[0, :10] - S.square()[:10]).abs() <= ritz.residuals[0]
+    settled = (ritz.values[0, :10] - S.square()[:10]).abs() <= ritz.residuals[0]
     for i, error in enumerate(ritz.errors()[0].tolist()):
-        if error < 1 and found[: i + 2].all():
+        if error < 1 and settled[: i + 2].all():
             assert math.sqrt(max(0, 1 - cosine[i, i].item() ** 2)) <= error + 1e-7
     distance = (ritz.values[0, :10].unsqueeze(1) - S.square()).abs().amin(dim=1)
     outside = torch.tensor(0.0) if shape[0] <= shape[1] else ritz.values[0, :10]

@@ -26,43 +26,43 @@ def table(n=40, seed=0):
     )
 
 
-def found(models, **settings):
+def by_predictor(models, **settings):
     given = {"outcome": "loss", "predictors": ["block", "own"], "permutations": 2000, **settings}
     return correlations(models, **given).set_index("predictor")
 
 
 def test_what_only_follows_displacement_correlates_raw_and_not_given_it():
-    made = found(table())
-    assert made.loc["block", "raw"] > 0.6
-    assert made.loc["block", "raw_holm"] < 0.01
-    assert abs(made.loc["block", "partial"]) < 0.4
-    assert made.loc["block", "partial_holm"] > 0.05
-    assert made.loc["own", "partial"] > 0.8
-    assert made.loc["own", "partial_holm"] < 0.01
+    result = by_predictor(table())
+    assert result.loc["block", "raw"] > 0.6
+    assert result.loc["block", "raw_holm"] < 0.01
+    assert abs(result.loc["block", "partial"]) < 0.4
+    assert result.loc["block", "partial_holm"] > 0.05
+    assert result.loc["own", "partial"] > 0.8
+    assert result.loc["own", "partial_holm"] < 0.01
 
 
 def test_correlations_are_those_of_scipy_and_of_the_textbook():
     from scipy.stats import spearmanr
 
     models = table(17)
-    made = found(models)
+    result = by_predictor(models)
     x, y, z = (models[name] for name in ("block", "loss", "displacement"))
     xy, xz, yz = (spearmanr(*pair).statistic for pair in ((x, y), (x, z), (y, z)))
-    assert made.loc["block", "raw"] == pytest.approx(xy)
+    assert result.loc["block", "raw"] == pytest.approx(xy)
     partial = (xy - xz * yz) / math.sqrt((1 - xz**2) * (1 - yz**2))
-    assert made.loc["block", "partial"] == pytest.approx(partial)
-    assert made.loc["block", "raw_low"] < xy < made.loc["block", "raw_high"]
+    assert result.loc["block", "partial"] == pytest.approx(partial)
+    assert result.loc["block", "raw_low"] < xy < result.loc["block", "raw_high"]
 
 
 def test_below_twelve_models_none_is_given():
-    made = found(table(11))
-    assert made["models"].tolist() == [11, 11]
-    assert made.drop(columns="models").isna().all(axis=None)
-    assert found(table(12))["raw"].notna().all()
+    result = by_predictor(table(11))
+    assert result["models"].tolist() == [11, 11]
+    assert result.drop(columns="models").isna().all(axis=None)
+    assert by_predictor(table(12))["raw"].notna().all()
     # A model with a gap is none.
     gap = table(12)
     gap.loc[3, "own"] = math.nan
-    assert found(gap)["raw"].isna().tolist() == [False, True]
+    assert by_predictor(gap)["raw"].isna().tolist() == [False, True]
 
 
 @given(st.integers(0, 50))
@@ -70,14 +70,14 @@ def test_the_correlation_does_not_know_in_which_order_models_come(seed):
     models = table(15, 3)
     shuffled = models.sample(frac=1, random_state=seed)
     for column in ("raw", "partial"):
-        a, b = (found(each, permutations=100)[column] for each in (models, shuffled))
+        a, b = (by_predictor(frame, permutations=100)[column] for frame in (models, shuffled))
         assert a.to_numpy() == pytest.approx(b.to_numpy())
 
 
 def test_a_constant_predictor_has_no_correlation():
     models = table()
     models["own"] = 1.0
-    assert math.isnan(found(models).loc["own", "raw"])
+    assert math.isnan(by_predictor(models).loc["own", "raw"])
 
 
 def test_the_permutation_test_of_few_points_counts_all_orders():
@@ -89,9 +89,9 @@ def test_the_permutation_test_of_few_points_counts_all_orders():
 
 def test_the_permutation_test_of_unrelated_values_is_even_and_never_0():
     generator = np.random.default_rng(0)
-    found = [permutation_p(*generator.normal(size=(2, 20)), 199, generator) for _ in range(200)]
+    p_values = [permutation_p(*generator.normal(size=(2, 20)), 199, generator) for _ in range(200)]
     # Uniform on 0.005 … 1: the mean is 0.5, give or take 0.289/√200 = 0.02.
-    assert np.mean(found) == pytest.approx(0.5, abs=0.07)
+    assert np.mean(p_values) == pytest.approx(0.5, abs=0.07)
     x = np.arange(20.0)
     assert permutation_p(x, x, 199, generator) == pytest.approx(1 / 200)
 
@@ -106,6 +106,6 @@ def test_holm_multiplies_the_smallest_by_all_and_never_falls():
 
 def test_a_column_that_is_not_there_is_named():
     with pytest.raises(LookupError, match=r"no column 'rate'; it has: displacement, loss, block, own"):
-        found(table(), given="rate")
+        by_predictor(table(), given="rate")
     with pytest.raises(ValueError, match="predictors is empty"):
-        found(table(), predictors=[])
+        by_predictor(table(), predictors=[])

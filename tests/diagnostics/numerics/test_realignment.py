@@ -48,8 +48,8 @@ def relabelled(model, matrices, layer=0, *, neurons=None, rows=None):
 
 def load(family, state):
     model = make(family)
-    own = open_checkpoint(model)
-    assert set(own.headers) == set(state)
+    checkpoint = open_checkpoint(model)
+    assert set(checkpoint.headers) == set(state)
     model.load_state_dict(state, strict=False)
     return model
 
@@ -70,12 +70,12 @@ def test_neurons_come_back_to_the_bit(family):
     state = relabelled(base, matrices, neurons=order)
     tuned = load(family, state)
     assert torch.allclose(logits(tuned), logits(base), atol=1e-5)
-    theirs, found = undone(base, tuned, rotary=True)
-    assert found.moved == int((order != torch.arange(28)).sum())
-    assert found.turned == 0
-    own = open_checkpoint(base)
-    for name, value in found.tensors.items():
-        assert torch.equal(value, own.tensor(name)), name
+    theirs, restored = undone(base, tuned, rotary=True)
+    assert restored.moved == int((order != torch.arange(28)).sum())
+    assert restored.turned == 0
+    original = open_checkpoint(base)
+    for name, value in restored.tensors.items():
+        assert torch.equal(value, original.tensor(name)), name
         assert value.shape == theirs.tensor(name).shape
 
 
@@ -98,10 +98,10 @@ def test_turned_signs_of_values_and_gated_neurons_come_back_to_the_bit(seed):
     }
     tuned = load("llama", relabelled(base, matrices, rows=rows))
     assert torch.equal(logits(tuned), logits(base))  # signs are exact
-    _, found = undone(base, tuned, rotary=True)
-    assert found.turned == int((values < 0).sum() + (neurons < 0).sum())
-    own = open_checkpoint(base)
-    assert all(torch.equal(value, own.tensor(name)) for name, value in found.tensors.items())
+    _, restored = undone(base, tuned, rotary=True)
+    assert restored.turned == int((values < 0).sum() + (neurons < 0).sum())
+    original = open_checkpoint(base)
+    assert all(torch.equal(value, original.tensor(name)) for name, value in restored.tensors.items())
 
 
 def test_heads_and_their_key_value_heads_come_back():
@@ -120,10 +120,10 @@ def test_heads_and_their_key_value_heads_come_back():
     }
     tuned = load("llama", relabelled(base, matrices, rows=rows))
     assert torch.allclose(logits(tuned), logits(base), atol=1e-5)
-    _, found = undone(base, tuned, rotary=True)
-    assert found.moved == 4
-    own = open_checkpoint(base)
-    assert all(torch.equal(value, own.tensor(name)) for name, value in found.tensors.items())
+    _, restored = undone(base, tuned, rotary=True)
+    assert restored.moved == 4
+    original = open_checkpoint(base)
+    assert all(torch.equal(value, original.tensor(name)) for name, value in restored.tensors.items())
 
 
 def test_without_rotary_positions_single_dimensions_of_queries_and_keys_may_turn():
@@ -136,10 +136,10 @@ def test_without_rotary_positions_single_dimensions_of_queries_and_keys_may_turn
     state["transformer.h.0.attn.c_attn.bias"][:32] *= torch.cat([signs, signs])
     tuned = load("gpt2", state)
     assert torch.equal(logits(tuned), logits(base))
-    _, found = undone(base, tuned, rotary=False)
-    assert found.turned == int((signs < 0).sum())
-    own = open_checkpoint(base)
-    assert all(torch.equal(value, own.tensor(name)) for name, value in found.tensors.items())
+    _, restored = undone(base, tuned, rotary=False)
+    assert restored.turned == int((signs < 0).sum())
+    original = open_checkpoint(base)
+    assert all(torch.equal(value, original.tensor(name)) for name, value in restored.tensors.items())
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "qwen2", "qwen3", "opt", "bloom", "gemma2"])
@@ -148,9 +148,9 @@ def test_whatever_is_undone_the_function_stays(family):
     for layer in (0, 1):
         # In Bloom each head has a position bias of its own.
         rotary, movable = family not in ("gpt2", "opt"), family != "bloom"
-        _, found = undone(base, tuned, rotary=rotary, layer=layer, movable=movable)
-        assert found.moved
-        after = {**{k: v.clone() for k, v in tuned.state_dict().items()}, **found.tensors}
+        _, restored = undone(base, tuned, rotary=rotary, layer=layer, movable=movable)
+        assert restored.moved
+        after = {**{k: v.clone() for k, v in tuned.state_dict().items()}, **restored.tensors}
         other = load_any(family, tuned, after)
         assert torch.allclose(logits(other), logits(tuned), atol=2e-4), layer
 
@@ -167,8 +167,8 @@ def test_what_was_not_relabelled_is_left_as_it_is():
     with torch.no_grad():
         for parameter in tuned.parameters():
             parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
-    _, found = undone(base, tuned, rotary=True)
-    assert (found.tensors, found.moved, found.turned) == ({}, 0, 0)
+    _, restored = undone(base, tuned, rotary=True)
+    assert (restored.tensors, restored.moved, restored.turned) == ({}, 0, 0)
 
 
 def test_a_matching_is_the_best_one_also_where_rows_want_the_same():

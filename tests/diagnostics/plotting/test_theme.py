@@ -40,9 +40,9 @@ def luminance(color):
     return float(linear(color) @ [0.2126, 0.7152, 0.0722])
 
 
-def contrast(one, other):
+def contrast(first, second):
     """The contrast ratio of WCAG, 1 to 21."""
-    darker, lighter = sorted((luminance(one), luminance(other)))
+    darker, lighter = sorted((luminance(first), luminance(second)))
     return (lighter + 0.05) / (darker + 0.05)
 
 

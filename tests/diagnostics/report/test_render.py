@@ -150,8 +150,8 @@ def test_what_was_compared_is_named_with_short_fingerprints_and_the_whole_ones_a
     for words in ("org/base", "runs/tuned", "1,234,567", "adapter r 8", "task.jsonl 1,200", "python 3.12.1"):
         assert words in page.text
     assert "a1a1a1a1a1a1…" in page.text
-    whole = [element[2] for element in page.all("code", **{"class": "whole"})]
-    assert whole == ["a1" * 32, "b2" * 32, "c3" * 32]
+    full = [element[2] for element in page.all("code", **{"class": "whole"})]
+    assert full == ["a1" * 32, "b2" * 32, "c3" * 32]
 
 
 def test_what_did_not_run_says_which_option_would_enable_it(reported):
@@ -459,3 +459,21 @@ def test_of_many_numbers_the_first_and_the_judged_are_shown_and_the_others_fold(
     assert [metric.name for metric in first] == [*(f"m{i}" for i in range(12)), "m20"]
     assert len(others) == 17
     assert leading_metrics(many[:16]) == (many[:16], [])
+
+
+def test_of_many_thresholds_those_that_are_passed_fold():
+    from diagnostics.report.content import Metric, leading_metrics
+
+    many = [
+        Metric(
+            name=f"m{i}",
+            value="1",
+            meaning="",
+            threshold="warn above 0",
+            verdict="warn" if i == 20 else "pass",
+        )
+        for i in range(30)
+    ]
+    first, others = leading_metrics(many)
+    assert [metric.name for metric in first] == [*(f"m{i}" for i in range(12)), "m20"]
+    assert len(others) == 17

@@ -108,7 +108,7 @@ def test_room_is_shared_so_that_the_small_keep_all_and_the_large_alike(sizes, li
     assert sum(room) == min(limit, sum(sizes))
     assert all(0 < kept <= size for kept, size in zip(room, sizes, strict=True))
     cut = [kept for kept, size in zip(room, sizes, strict=True) if kept < size]
-    whole = [kept for kept, size in zip(room, sizes, strict=True) if kept == size]
+    uncut = [kept for kept, size in zip(room, sizes, strict=True) if kept == size]
     if cut:
         assert max(cut) - min(cut) <= 1  # an indivisible rest
-        assert max(whole, default=0) <= max(cut)
+        assert max(uncut, default=0) <= max(cut)

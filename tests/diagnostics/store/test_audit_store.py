@@ -47,22 +47,22 @@ def audit(out=None, **metrics):
     )
 
 
-def save(out, made=None):
-    made = made or audit(out)
+def save(out, fresh=None):
+    fresh = fresh or audit(out)
     with Store(out) as store:
-        for name, result in made.results.items():
+        for name, result in fresh.results.items():
             store.write_result(name, result)
-        store.write(made)
-    return made
+        store.write(fresh)
+    return fresh
 
 
 def test_a_saved_audit_says_all_that_a_fresh_one_does(tmp_path):
-    made = save(tmp_path)
+    fresh = save(tmp_path)
     again = load(tmp_path)
-    assert again.record() == made.record()
+    assert again.record() == fresh.record()
     pd.testing.assert_frame_equal(again.results["made"].tables["matrices"], TABLE)
-    assert replace(again.results["made"], tables={}) == replace(made.results["made"], tables={})
-    assert again.findings == made.findings
+    assert replace(again.results["made"], tables={}) == replace(fresh.results["made"], tables={})
+    assert again.findings == fresh.findings
 
 
 def masked(out, **index):
@@ -73,17 +73,17 @@ def masked(out, **index):
         base="00",
         tuned="01",
     )
-    made = audit(out)
-    outcome = made.analyses["made"]
+    unmasked = audit(out)
+    outcome = unmasked.analyses["made"]
     return replace(
-        made, analyses={"made": replace(outcome, result=replace(outcome.result, masks={"task": patch}))}
+        unmasked, analyses={"made": replace(outcome, result=replace(outcome.result, masks={"task": patch}))}
     )
 
 
 def test_masks_are_kept_beside_the_tables_and_known_again(tmp_path):
-    made = save(tmp_path, masked(tmp_path, w=[1, 5]))
+    fresh = save(tmp_path, masked(tmp_path, w=[1, 5]))
     again = load(tmp_path)
-    assert again.record() == made.record()
+    assert again.record() == fresh.record()
     path = again.results["made"].masks["task"]
     assert path == tmp_path / "masks" / "made.task.safetensors"
     assert Patch.load(path).index["w"].tolist() == [1, 5]
@@ -108,12 +108,12 @@ def test_a_full_disk_is_said_when_a_mask_is_written(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
-    made = masked(tmp_path, w=[1])
+    fresh = masked(tmp_path, w=[1])
     with (
         Store(tmp_path) as store,
         pytest.raises(CannotWriteError, match=r"made\.task\.safetensors: No space"),
     ):
-        store.write_result("made", made.results["made"])
+        store.write_result("made", fresh.results["made"])
     assert list((tmp_path / "masks").iterdir()) == []
 
 
@@ -122,7 +122,7 @@ def test_a_saved_audit_is_judged_and_drawn_again(tmp_path, register):
     save(tmp_path, audit(norm=30.0))
     again = load(tmp_path / "audit.json")  # the file may be named as well as its directory
     assert again.results["made"].figures() == {"rows": 2}
-    assert [each.severity for each in again.findings] == ["fail"]  # 30 is above 2 times k = 10
+    assert [finding.severity for finding in again.findings] == ["fail"]  # 30 is above 2 times k = 10
     mild = parse({"made": {"norm": {"warn": 1000}}}, "another")
     assert replace(again, policy=mild).verdict == "pass"
     assert again.results["made"].findings(mild) == []
@@ -157,9 +157,9 @@ def test_the_schema_is_the_one_that_scripts_rely_on(tmp_path):
     assert record["schema"] == 1
     top = {"tunescope", "created", "base", "tuned", "data", "environment", "verdict", "findings", "analyses"}
     assert top <= set(record)
-    made = record["analyses"]["made"]
-    assert {"status", "reason", "seconds", "peak_rss_mb", "parameters", "metrics", "tables"} <= set(made)
-    assert made["tables"] == {"matrices": "tables/made.matrices.parquet"}
+    entry = record["analyses"]["made"]
+    assert {"status", "reason", "seconds", "peak_rss_mb", "parameters", "metrics", "tables"} <= set(entry)
+    assert entry["tables"] == {"matrices": "tables/made.matrices.parquet"}
     assert record["not_measured"] == {"made": {"absent": "the analysis left it out"}}
     assert set(record["findings"][0] if record["findings"] else FINDING) == FINDING
 
@@ -185,9 +185,9 @@ def outcome(fault):
     ],
 )
 def test_an_audit_with_a_failed_analysis_never_passes(faults, verdict, code):
-    analyses = {f"a{place}": outcome(fault) for place, fault in enumerate(faults)}
-    made = replace(audit(), analyses=analyses)
-    assert (made.verdict, made.exit_code) == (verdict, code)
+    analyses = {f"a{i}": outcome(fault) for i, fault in enumerate(faults)}
+    combined = replace(audit(), analyses=analyses)
+    assert (combined.verdict, combined.exit_code) == (verdict, code)
 
 
 def test_findings_decide_the_exit_code_of_a_finished_audit():
@@ -386,14 +386,14 @@ def test_names_that_would_leave_the_directory_are_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "place", ["../../x.parquet", "/x.parquet", "tables/../../x.parquet", "tables/made.other.parquet"]
+    "location", ["../../x.parquet", "/x.parquet", "tables/../../x.parquet", "tables/made.other.parquet"]
 )
-def test_a_table_said_to_lie_elsewhere_is_refused(tmp_path, place):
+def test_a_table_said_to_lie_elsewhere_is_refused(tmp_path, location):
     save(tmp_path / "audit")
     TABLE.to_parquet(tmp_path / "x.parquet")
     file = tmp_path / "audit" / "audit.json"
     record = json.loads(file.read_text())
-    record["analyses"]["made"]["tables"]["matrices"] = place
+    record["analyses"]["made"]["tables"]["matrices"] = location
     file.write_text(json.dumps(record))
     with pytest.raises(ValueError, match="table matrices of made is said to be"):
         load(tmp_path / "audit")

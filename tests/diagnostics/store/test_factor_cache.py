@@ -72,8 +72,8 @@ def same(first, second):
 @pytest.mark.parametrize("given", [{}, {"method": "exact"}, {"side": "right"}, {"dtype": "float64"}])
 def test_a_second_model_of_a_base_gets_the_same_bits_with_and_without_a_cache(triplets, tmp_path, given):
     base, *tuned = triplets
-    for seed, one in enumerate(tuned):
-        pair = CheckpointPair(state(base), state(one))
+    for seed, model in enumerate(tuned):
+        pair = CheckpointPair(state(base), state(model))
         plain, kept = (intruder_dimensions(pair, cache=where, **given) for where in (None, tmp_path))
         assert same(plain, kept), seed
     assert list(tmp_path.glob("*.safetensors"))
@@ -84,11 +84,11 @@ def test_what_was_made_of_a_base_is_not_made_again_for_another_model(triplets, t
     base, first, second = triplets
     intruder_dimensions(CheckpointPair(state(base), state(first)), cache=tmp_path)
     kept = set(tmp_path.glob("*.safetensors"))
-    made = []
+    added = []
     put = FactorCache.put
-    monkeypatch.setattr(FactorCache, "put", lambda *given: made.append(given[1]) or put(*given))
+    monkeypatch.setattr(FactorCache, "put", lambda *given: added.append(given[1]) or put(*given))
     intruder_dimensions(CheckpointPair(state(base), state(second)), cache=tmp_path)
-    assert made == []
+    assert added == []
     assert set(tmp_path.glob("*.safetensors")) == kept
     # Of 5 bases: a Krylov space each but the last; both tall ones a factor, and the exact ones their vectors.
     assert len(kept) >= 4 + 2 + 1
@@ -119,20 +119,20 @@ def test_another_base_another_start_and_another_question_are_told_apart(tmp_path
 
 def test_what_is_read_back_lies_in_memory_as_what_was_made(tmp_path):
     cache = FactorCache.at(tmp_path)
-    made = {"row": torch.randn(3, 5), "column": torch.randn(5, 3).mT, "empty": torch.empty(0, 0)}
-    cache.put("key", made)
-    found = cache.get("key")
-    for name, tensor in made.items():
-        assert torch.equal(found[name], tensor)
-        assert found[name].stride() == tensor.stride()
-        assert found[name].data_ptr() % 64 == 0
+    tensors = {"row": torch.randn(3, 5), "column": torch.randn(5, 3).mT, "empty": torch.empty(0, 0)}
+    cache.put("key", tensors)
+    cached = cache.get("key")
+    for name, tensor in tensors.items():
+        assert torch.equal(cached[name], tensor)
+        assert cached[name].stride() == tensor.stride()
+        assert cached[name].data_ptr() % 64 == 0
 
 
 @pytest.mark.parametrize("harm", ["cut", "flipped", "emptied", "another", "directory"])
 def test_a_damaged_entry_is_computed_again_and_replaced(tmp_path, caplog, harm):
     W, cache = torch.randn(30, 40, generator=seeded()), FactorCache.at(tmp_path)
-    made = {"U": torch.arange(12.0).reshape(3, 4)}
-    cache.of(W, W)("kind", (), lambda: made)
+    factors = {"U": torch.arange(12.0).reshape(3, 4)}
+    cache.of(W, W)("kind", (), lambda: factors)
     (path,) = tmp_path.glob("*.safetensors")
     content = path.read_bytes()
     if harm == "cut":
@@ -147,11 +147,11 @@ def test_a_damaged_entry_is_computed_again_and_replaced(tmp_path, caplog, harm):
         path.unlink()
         path.mkdir()
     with caplog.at_level(logging.WARNING):
-        found = cache.of(W, W)("kind", (), lambda: made)
-    assert torch.equal(found["U"], made["U"])
+        recomputed = cache.of(W, W)("kind", (), lambda: factors)
+    assert torch.equal(recomputed["U"], factors["U"])
     assert "damaged" in caplog.text
     if harm != "directory":
-        assert torch.equal(load_file(path)["U"], made["U"])
+        assert torch.equal(load_file(path)["U"], factors["U"])
 
 
 @pytest.mark.usefixtures("low_bar")
@@ -244,8 +244,8 @@ def test_a_full_disk_costs_the_entry_alone(tmp_path, monkeypatch, caplog):
 
     cache, W = FactorCache.at(tmp_path), torch.ones(2, 2)
     monkeypatch.setattr(factor_cache.os, "replace", full)
-    found = cache.of(W, W)("kind", (), lambda: {"U": W})
-    assert torch.equal(found["U"], W)
+    result = cache.of(W, W)("kind", (), lambda: {"U": W})
+    assert torch.equal(result["U"], W)
     assert "No space left" in caplog.text
     assert not [path for path in tmp_path.iterdir() if "safetensors" in path.name or "part" in path.name]
 
@@ -277,8 +277,8 @@ def test_a_krylov_space_goes_on_from_what_is_remembered_as_from_what_was_made():
     space = linalg.BlockKrylov(W, torch.randn(1, 80, 8, generator=seeded(3)))
     space.extend(3)
     resumed = linalg.BlockKrylov.resumed(W, 8, {name: t.clone() for name, t in space.state().items()})
-    for each in (space, resumed):
-        each.extend(2)
+    for krylov in (space, resumed):
+        krylov.extend(2)
     assert torch.equal(space.basis, resumed.basis)
     assert torch.equal(space.products, resumed.products)
 
@@ -305,7 +305,7 @@ def test_the_command_keeps_a_cache_where_it_or_the_environment_says_and_nowhere_
     checkpoints, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(
-        "diagnostics.analyses.intruders.analysis.LARGEST_FLOOR", 2
+        "diagnostics.analyses.intruders.examine.LARGEST_FLOOR", 2
     )  # else 8x8 is not applicable
     for name in ("TUNESCOPE_CACHE", "TUNESCOPE_CACHE_GB"):
         monkeypatch.delenv(name, raising=False)
@@ -320,16 +320,18 @@ def test_the_command_keeps_a_cache_where_it_or_the_environment_says_and_nowhere_
         "cpu",
         "--quiet",
     )
-    codes, told = [], []
+    codes, outcomes = [], []
     for number, more in enumerate([(), ("--cache", tmp_path / "a", "--cache-gb", "0.001"), ()]):
         if number == 2:
             monkeypatch.setenv("TUNESCOPE_CACHE", str(tmp_path / "b"))
         codes.append(shell(monkeypatch, *given, "--out", tmp_path / f"{number}", *more))
-        told.append(json.loads((tmp_path / f"{number}" / "audit.json").read_text())["analyses"]["intruders"])
+        outcomes.append(
+            json.loads((tmp_path / f"{number}" / "audit.json").read_text())["analyses"]["intruders"]
+        )
     # Four matrices, each decomposed.
     assert [len(list((tmp_path / name).glob("*.safetensors"))) for name in "ab"] == [4, 4]
     assert codes[0] == codes[1] == codes[2]
-    assert all(each["metrics"] == told[0]["metrics"] for each in told)
-    assert all(each["parameters"] == told[0]["parameters"] for each in told)
-    assert "cache" not in told[1]["parameters"]
-    assert told[0]["metrics"]["matrices"] == 4
+    assert all(outcome["metrics"] == outcomes[0]["metrics"] for outcome in outcomes)
+    assert all(outcome["parameters"] == outcomes[0]["parameters"] for outcome in outcomes)
+    assert "cache" not in outcomes[1]["parameters"]
+    assert outcomes[0]["metrics"]["matrices"] == 4

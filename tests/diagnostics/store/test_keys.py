@@ -156,15 +156,15 @@ import json
 from diagnostics.numerics import linalg
 from diagnostics.store import keys
 source = "def measure(): import probes.text.rows; return linalg, {}"
-made = []
+code_keys = []
 for value in (1, 1, 2):
     exec(source.format(value))
-    made.append(keys.source(measure))
+    code_keys.append(keys.source(measure))
 used = []
 keys.sources = lambda name: used.append(name) or {}
 keys.source(measure)
-print(json.dumps([made, used]))
+print(json.dumps([code_keys, used]))
 """
-    made, used = in_a_process(script)
-    assert made[0] == made[1] != made[2]
+    code_keys, used = in_a_process(script)
+    assert code_keys[0] == code_keys[1] != code_keys[2]
     assert {"diagnostics.numerics.linalg", "probes.text.rows"} <= set(used)

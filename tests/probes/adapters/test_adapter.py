@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from probes.adapters.config_fields import HARMLESS, READ, VARIANTS
 from probes.adapters.parts import LowRank
 from probes.checkpoints.checkpoint import Checkpoint
 from probes.checkpoints.opening import open_checkpoint
@@ -128,6 +129,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
     ),
     "a head of its own": ("tied", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "an embedding of its own": ("tied", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
+    "both of their own": (
+        "tied",
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    ),
+    "factors and a copy": ("tied", {"target_modules": ["lm_head"], "modules_to_save": ["embed_tokens"]}),
+    "tied head dora": ("tied", {"target_modules": ["lm_head", "embed_tokens"], "use_dora": True}),
+    "tied tokens": ("tied", {"target_modules": ["q_proj"], "trainable_token_indices": [7, 2]}),
+    "tokens of the head": (
+        "tied",
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [7, 2]}},
+    ),
+    "other tokens of the head": (
+        "tied",
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [7], "embed_tokens": [2]}},
+    ),
     "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
     "conv1d dora": ("gpt2", {"target_modules": ["c_attn", "attn.c_proj"], "use_dora": True}),
     "conv1d embedding": ("gpt2", {"target_modules": ["wte", "wpe"]}),
@@ -155,12 +172,31 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# PEFT merges into the one weight of both, which is not what ran in training.
+APART = {
+    "tied embedding", "tied head", "both tied", "a head of its own", "an embedding of its own",
+    "both of their own", "factors and a copy", "tied head dora", "tokens of the head",
+    "other tokens of the head", "conv1d embedding",
+}  # fmt: skip
+
+
+def untied(model: Any) -> Any:
+    """The model with a head of its own, which holds the values of its embedding."""
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
+    return model
+
+
 @pytest.fixture(scope="module", params=CASES)
 def merged(request, tmp_path_factory) -> tuple[Checkpoint, dict[str, torch.Tensor]]:
     """An adapter as it is opened, and the tensors that PEFT merges it into."""
     kind, config = CASES[request.param]
     directory = tmp_path_factory.mktemp("adapters")
     peft = save(directory, kind, **config)
+    if request.param in APART:
+        peft = adapted(untied(build(kind)), **config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         peft.merge_and_unload().save_pretrained(directory / "merged")
@@ -193,10 +229,13 @@ def test_base_plus_delta_is_tuned_and_what_is_not_touched_is_the_bases_own(merge
         )
         if delta is not None:
             assert touches
-            sum_ = tuned.base.matrix(name) + delta.dense()
+            before = tuned.base.matrices.get(name)
+            before = name if before else tuned.source.original(matrix.tensor)
+            sum_ = tuned.base.matrix(before) + delta.dense()
             torch.testing.assert_close(sum_, tuned.matrix(name), rtol=1e-5, atol=1e-6)
         elif not touches:
-            assert torch.equal(tuned.base.matrix(name), tuned.matrix(name))
+            before = name if name in tuned.base.matrices else tuned.source.original(matrix.tensor)
+            assert torch.equal(tuned.base.matrix(before), tuned.matrix(name))
         assert not (touches and same_place)
     assert touched
 
@@ -205,11 +244,11 @@ def test_the_parts_of_a_fused_tensor_share_one_factor(tmp_path):
     save(tmp_path, "gpt2", target_modules=["c_attn"])
     tuned = open_checkpoint(tmp_path / "adapter", base=tmp_path / "base")
     low = [tuned.delta(f"transformer.h.0.attn.c_attn.weight:{part}") for part in "qkv"]
-    assert {tuple(each.A.shape) for each in low} == {(3, 16)}
+    assert {tuple(delta.A.shape) for delta in low} == {(3, 16)}
     assert torch.equal(low[0].A, low[2].A)
     B = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     key = "base_model.model.transformer.h.0.attn.c_attn.lora_B.weight"
-    assert torch.equal(torch.cat([each.B for each in low]), B[key])
+    assert torch.equal(torch.cat([delta.B for delta in low]), B[key])
 
 
 def test_low_rank_is_scaling_times_the_product():
@@ -274,8 +313,8 @@ def renamed(tmp_path: Path) -> Callable[..., Checkpoint]:
         name = next(name for name in tuned.matrices if tuned.touched(name))
         wanted = next(
             tensor
-            for own, tensor in peft.state_dict().items()
-            if own.endswith(base("h.0.attn.c_attn.weight"))
+            for key, tensor in peft.state_dict().items()
+            if key.endswith(base("h.0.attn.c_attn.weight"))
         )
         torch.testing.assert_close(tuned.tensor(tuned.matrices[name].tensor), wanted, rtol=1e-5, atol=1e-6)
         return tuned
@@ -330,23 +369,23 @@ def test_experts_adapted_one_by_one_fit_a_base_that_stacks_them(tmp_path):
     assert "called otherwise in the base's file" in tuned.adapter["notes"][0]
 
 
-def test_a_file_with_both_copies_of_a_tied_weight_changes_in_both(tmp_path):
+def test_a_file_with_both_copies_of_a_tied_weight_changes_in_the_adapted_one(tmp_path):
     save(tmp_path, "tied", target_modules=["embed_tokens"])
     path = tmp_path / "base" / "model.safetensors"
     tensors = load_file(path)
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, path)
     tuned = open_checkpoint(tmp_path / "adapter", base=tmp_path / "base")
-    assert "lm_head.weight" not in tuned.matrices
-    assert torch.equal(tuned.tensor("lm_head.weight"), tuned.tensor("model.embed_tokens.weight"))
-    assert not torch.equal(tuned.tensor("lm_head.weight"), tuned.base.tensor("lm_head.weight"))
+    assert "lm_head.weight" in tuned.matrices
+    assert not torch.equal(tuned.tensor("lm_head.weight"), tuned.tensor("model.embed_tokens.weight"))
+    assert torch.equal(tuned.tensor("lm_head.weight"), tuned.base.tensor("lm_head.weight"))
 
 
 def test_a_resized_vocabulary_comes_with_the_adapter(tmp_path):
-    save(tmp_path, "llama", target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    save(tmp_path, "llama", target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(path)
-    key = "base_model.model.model.embed_tokens.weight"
-    tensors[key] = torch.cat([tensors[key], torch.ones(4, 16)])
+    for key in ("base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"):
+        tensors[key] = torch.cat([tensors[key], torch.ones(4, 16)])
     save_file(tensors, path)
     tuned = open_checkpoint(tmp_path / "adapter", base=tmp_path / "base")
     assert tuned.headers["model.embed_tokens.weight"].shape == (24, 16)
@@ -364,12 +403,14 @@ def test_a_resized_vocabulary_comes_with_its_tied_head(copies, tmp_path):
         peft.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
         expected = peft.merge_and_unload().state_dict()
     tuned = open_checkpoint(tmp_path / "adapter", base=tmp_path / "base")
+    if copies is None:
+        expected.pop("lm_head.weight")  # still the embedding
     assert set(tuned.headers) == set(expected)
     for name, tensor in expected.items():
         torch.testing.assert_close(tuned.tensor(name), tensor, rtol=1e-5, atol=1e-6, msg=name)
     # Unless a copy of the embedding was trained, the two are still one.
     assert ("lm_head.weight" in tuned.matrices) == (copies is not None)
-    assert not any("keeps the base's values" in note for note in tuned.adapter["notes"])
+    assert len(tuned.source.notes) == (copies is not None)
 
 
 def test_a_pickled_adapter_is_read_like_a_safe_one(tmp_path):
@@ -401,8 +442,15 @@ def edit(directory: Path, **settings: Any) -> None:
         ({"peft_type": None}, "adapter of type NONE"),
         ({"init_lora_weights": "pissa_niter_4"}, r"'pissa_niter_4' also changed the base's weights"),
         ({"init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),
-        ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication is set .it repeats layers of its base"),
-        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens is set"),
+        (
+            {"layer_replication": [[0, 2], [1, 2]]},
+            "layer_replication is set .it repeats layers of its base.; no weights compute the same",
+        ),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens is set.*; no weights compute the same"),
+        ({"peft_type": "XLORA"}, "adapter of type XLORA; what it adds depends on the input"),
+        ({"peft_type": "LILY"}, "adapter of type LILY; what it adds depends on the input"),
+        ({"enable_lora": [True, False, True]}, "enable_lora is set"),
+        ({"lora_nums": 3}, "has `lora_nums`, which this version does not know; merge it where.*or update"),
         ({"use_qalora": True}, "use_qalora is set"),
         ({"r": 8}, "factors of rank 3, but adapter_config.json says 8"),
         (
@@ -417,6 +465,29 @@ def test_what_is_no_delta_to_its_base_is_refused_by_name(settings, message, tmp_
     edit(tmp_path, **settings)
     with pytest.raises(ValueError, match=message):
         open_checkpoint(tmp_path / "adapter", base=tmp_path / "base")
+
+
+def test_fields_that_change_no_weight_are_accepted(tmp_path):
+    save(tmp_path, "llama", target_modules=["q_proj"])
+    expected = open_checkpoint(tmp_path / "adapter", base=tmp_path / "base").fingerprint()
+    edit(tmp_path, lora_dtype="fp32", merge_weights=True, velora_config={"scale": 2}, of_tomorrow=None)
+    assert open_checkpoint(tmp_path / "adapter", base=tmp_path / "base").fingerprint() == expected
+
+
+def test_every_field_that_peft_writes_is_read_harmless_or_refused():
+    known = READ | HARMLESS | VARIANTS.keys()
+    assert set(LoraConfig.__dataclass_fields__) <= known
+    assert not READ & HARMLESS
+    assert not (READ | HARMLESS) & VARIANTS.keys()
+
+
+def test_an_adapter_of_mlx_is_told_how_to_be_fused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(
+        '{"fine_tune_type": "lora", "lora_parameters": {"rank": 8}}'
+    )
+    save_file({"a": torch.ones(1)}, tmp_path / "adapters.safetensors")
+    with pytest.raises(ValueError, match=r"is an adapter of MLX.*mlx_lm.fuse --model BASE"):
+        open_checkpoint(tmp_path)
 
 
 def test_ia3_as_peft_saves_it_is_refused_by_name(tmp_path):
@@ -498,17 +569,11 @@ def test_a_head_stored_beside_the_embedding_does_not_follow_a_trained_copy_of_it
     assert not torch.equal(tuned.matrix("model.embed_tokens.weight"), embed)
 
 
-def test_factors_of_a_tied_head_beside_a_copy_of_its_embedding_are_refused(tmp_path):
-    save(tmp_path, "tied", target_modules=["lm_head"], modules_to_save=["embed_tokens"])
-    message = r"lm_head is tied to model.embed_tokens.weight, of which a copy was trained .*; merge it where"
-    with pytest.raises(ValueError, match=message):
-        open_checkpoint(tmp_path / "adapter", base=tmp_path / "base")
-
-
 def test_trained_tokens_beyond_the_vocabulary_are_refused(tmp_path):
     save(tmp_path, "llama", target_modules=["q_proj"], trainable_token_indices=[2, 3])
     edit(tmp_path, trainable_token_indices=[2, 20])
-    with pytest.raises(ValueError, match=r"embed_tokens: trained tokens 2 to 20 in 2x16, the base has 20x16"):
+    message = r"trained the token 20 of a vocabulary that had grown; .*base has 20 rows, .*Resize the base as"
+    with pytest.raises(ValueError, match=message):
         open_checkpoint(tmp_path / "adapter", base=tmp_path / "base")
 
 
@@ -518,7 +583,7 @@ def test_factors_that_fit_no_target_parameter_are_refused_with_the_shapes(tmp_pa
     tensors = load_file(path)
     # 3 experts of rank 3, and one column too many
     save_file({n: torch.cat([t, t[:, :1]], dim=1) if "lora_A" in n else t for n, t in tensors.items()}, path)
-    known = r"target_parameters \(down_proj 3x16x24, gate_up_proj 3x48x16\)"
-    message = rf"layers.0.mlp.experts: a delta of 48x17 fits none of {known}"
+    targets = r"target_parameters \(down_proj 3x16x24, gate_up_proj 3x48x16\)"
+    message = rf"layers.0.mlp.experts: a delta of 48x17 fits none of {targets}"
     with pytest.raises(ValueError, match=message):
         open_checkpoint(tmp_path / "adapter", base=tmp_path / "base")

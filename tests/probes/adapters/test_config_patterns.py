@@ -28,10 +28,10 @@ def test_a_pattern_fits_as_pefts_expression_does(pattern, key):
 
 @pytest.mark.parametrize("written", [str, re.escape], ids=["plain", "escaped"])
 def test_an_adapter_may_name_the_rank_of_every_module(written):
-    ranks = {written(name): place for place, name in enumerate(MODULES)}
+    ranks = {written(name): rank for rank, name in enumerate(MODULES)}
     patterns = Patterns("here")
-    for place, name in enumerate(MODULES):
-        assert patterns.value(ranks, f"base_model.model.{name}", None) == place
+    for rank, name in enumerate(MODULES):
+        assert patterns.value(ranks, f"base_model.model.{name}", None) == rank
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def test_every_form_of_one_model_is_the_same_checkpoint(directory, llama, tmp_pa
         torch.save({"model": state}, tmp_path / "w.pt")
     if form == "index":
         llama().save_pretrained(tmp_path / "s", max_shard_size="20KB")
-    found = open_checkpoint(
+    checkpoint = open_checkpoint(
         {
             "directory": directory,
             "str": str(directory),
@@ -98,10 +98,10 @@ def test_every_form_of_one_model_is_the_same_checkpoint(directory, llama, tmp_pa
             "opened": expected,
         }[form]
     )
-    assert found.fingerprint() == expected.fingerprint()
-    assert set(found.matrices) == set(expected.matrices)
-    assert torch.equal(found.matrix(Q), expected.matrix(Q))
-    assert found.config == ({} if form == "pt" else expected.config)
+    assert checkpoint.fingerprint() == expected.fingerprint()
+    assert set(checkpoint.matrices) == set(expected.matrices)
+    assert torch.equal(checkpoint.matrix(Q), expected.matrix(Q))
+    assert checkpoint.config == ({} if form == "pt" else expected.config)
 
 
 def test_a_file_without_a_configuration_beside_it_has_no_directory(directory, tmp_path):
@@ -172,9 +172,9 @@ def test_a_head_with_values_of_its_own_is_given_whatever_the_config_ties(tmp_pat
     for head, copies in ((embed.clone(), ("lm_head.weight",)), (embed + 1, ())):
         tensors = {"model.embed_tokens.weight": embed, "lm_head.weight": head}
         save_file(tensors, tmp_path / "model.safetensors")
-        found = open_checkpoint(tmp_path).matrices
-        assert set(found) == set(tensors) - set(copies)
-        assert found["model.embed_tokens.weight"].tied == copies
+        matrices = open_checkpoint(tmp_path).matrices
+        assert set(matrices) == set(tensors) - set(copies)
+        assert matrices["model.embed_tokens.weight"].tied == copies
 
 
 def test_an_unknown_tensor_or_matrix_is_answered_with_the_nearest(directory):
@@ -310,11 +310,11 @@ def test_only_configuration_tokenizer_and_weights_are_fetched():
         "pytorch_model.bin", "README.md", "modeling_x.py", "original/model.safetensors", "onnx/model.onnx",
         "consolidated.00.safetensors", "tf_model.h5", "model.gguf", "optimizer.pt", "training_args.bin",
     ]  # fmt: skip
-    found = filter_repo_objects([*files, *left], allow_patterns=WANTED, ignore_patterns=UNWANTED)
-    assert list(found) == files
+    kept = filter_repo_objects([*files, *left], allow_patterns=WANTED, ignore_patterns=UNWANTED)
+    assert list(kept) == files
     torch_files = ["pytorch_model-00001-of-00002.bin", "pytorch_model.bin", "adapter_model.bin"]
-    found = filter_repo_objects([*torch_files, *left], allow_patterns=WANTED_TORCH, ignore_patterns=UNWANTED)
-    assert sorted(found) == sorted([*torch_files, "pytorch_model.bin"])
+    kept = filter_repo_objects([*torch_files, *left], allow_patterns=WANTED_TORCH, ignore_patterns=UNWANTED)
+    assert sorted(kept) == sorted([*torch_files, "pytorch_model.bin"])
 
 
 # -------------------------------------------------------------------------------------------- bad input
@@ -470,11 +470,25 @@ def test_quantised_weights_are_refused_by_name_with_the_way_back(headers, config
 
 
 def test_plain_weights_and_buffers_are_not_taken_for_quantised_ones(directory, tmp_path):
-    buffers = header("position_ids", (1, 64), torch.int64) | header("attn.bias", (1, 1, 8, 8), torch.bool)
-    buffers |= header("num_batches_tracked", (), torch.int64) | header("blocks.0.transformer_blocks")
-    refuse_quantised("m", header("m.weight") | buffers, {"quantization_config": None})
-    for path in (directory, bert(tmp_path / "bert")):
-        open_checkpoint(path)
+    stored = {
+        "m.weight": torch.randn(8, 8).half(),
+        "blocks.0.transformer_blocks": torch.randn(8, 8).half(),  # ends as MXFP4's codes do, which are bytes
+        "position_ids": torch.arange(64)[None],
+        "attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool),
+        "attn.mask_blocks": torch.ones(8, 8, dtype=torch.bool),
+        "num_batches_tracked": torch.tensor(3),
+    }
+    (tmp_path / "plain").mkdir()
+    save_file(stored, tmp_path / "plain" / "model.safetensors")
+    (tmp_path / "plain" / "config.json").write_text('{"quantization_config": null}')
+    for path in (tmp_path / "plain", directory, bert(tmp_path / "bert")):
+        checkpoint = open_checkpoint(path)
+        tensors = load_file(path / "model.safetensors")
+        assert set(checkpoint.headers) == set(tensors)
+        for name, tensor in tensors.items():
+            assert torch.equal(checkpoint.tensor(name), tensor), name
+    weights = ["blocks.0.transformer_blocks", "m.weight"]
+    assert sorted(open_checkpoint(tmp_path / "plain").matrices) == weights
 
 
 def test_a_quantised_directory_is_refused_when_opened(directory):

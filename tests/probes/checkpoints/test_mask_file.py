@@ -34,8 +34,8 @@ def contents(checkpoint):
     return {name: checkpoint.tensor(name) for name in checkpoint.headers}
 
 
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_with_every_entry_it_is_tuned_and_with_none_it_is_base(pair, tmp_path):
@@ -55,10 +55,10 @@ def test_only_its_entries_are_tuneds_and_the_complement_is_the_rest(pair, tmp_pa
     assert graft.weights == sum(header.entries for header in pair.tuned.headers.values())
     write_graft(pair, patch, tmp_path / "rest", without=True)
     base, tuned = pair.base.tensor(NAME).flatten(), pair.tuned.tensor(NAME).flatten()
-    made, rest = (open_checkpoint(tmp_path / name).tensor(NAME).flatten() for name in ("graft", "rest"))
+    grafted, rest = (open_checkpoint(tmp_path / name).tensor(NAME).flatten() for name in ("graft", "rest"))
     inside = torch.zeros(len(base), dtype=torch.bool)
     inside[[0, 5, 9]] = True
-    assert torch.equal(made, torch.where(inside, tuned, base))
+    assert torch.equal(grafted, torch.where(inside, tuned, base))
     assert torch.equal(rest, torch.where(inside, base, tuned))
 
 
@@ -138,13 +138,13 @@ def test_of_an_adapter_the_merged_weights_are_grafted(tmp_path):
     wrapped.save_pretrained(tmp_path / "tuned")
     pair = CheckpointPair(tmp_path / "base", tmp_path / "tuned")
     write_graft(pair, Patch.of(pair, {NAME: torch.arange(448)}), tmp_path / "graft")
-    made = open_checkpoint(tmp_path / "graft")
+    grafted = open_checkpoint(tmp_path / "graft")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         merged = wrapped.merge_and_unload().state_dict()
-    torch.testing.assert_close(made.tensor(NAME), merged[NAME])
+    torch.testing.assert_close(grafted.tensor(NAME), merged[NAME])
     other = NAME.replace("layers.0", "layers.1")
-    assert torch.equal(made.tensor(other), pair.base.tensor(other))
+    assert torch.equal(grafted.tensor(other), pair.base.tensor(other))
 
 
 def test_a_base_that_is_wider_than_tuned_is_kept_exactly(tmp_path):
@@ -163,9 +163,9 @@ def test_a_head_that_base_lacks_is_tuneds(tmp_path):
     graft = write_graft(pair, Patch.of(pair, {}), tmp_path / "none")
     assert graft.alone == ("score.weight",)
     assert "lm_head.weight" in graft.lost
-    made = open_checkpoint(tmp_path / "none")
-    assert torch.equal(made.tensor("score.weight"), pair.tuned.tensor("score.weight"))
-    assert torch.equal(made.tensor(NAME), pair.base.tensor(NAME))
+    grafted = open_checkpoint(tmp_path / "none")
+    assert torch.equal(grafted.tensor("score.weight"), pair.tuned.tensor("score.weight"))
+    assert torch.equal(grafted.tensor(NAME), pair.base.tensor(NAME))
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,10 @@ def adapter(directory, tmp_path):
 
 
 def shapes(pair):
-    return {found.tensor: (found.reason, found.base_shape, found.tuned_shape) for found in pair.unmatched}
+    return {
+        unmatched.tensor: (unmatched.reason, unmatched.base_shape, unmatched.tuned_shape)
+        for unmatched in pair.unmatched
+    }
 
 
 def refuse(match, base, tuned):
@@ -146,7 +149,7 @@ def test_constant_tensors_are_not_taken_for_renamed_ones(directory, edited):
                 del tensors[f"model.layers.{layer}.{norm}.weight"]
             tensors[f"model.layers.{layer}.norm.weight"] = torch.ones(32)
 
-    reasons = [found.reason for found in CheckpointPair(directory, edited(directory, edit)).unmatched]
+    reasons = [unmatched.reason for unmatched in CheckpointPair(directory, edited(directory, edit)).unmatched]
     assert sorted(reasons) == ["extra in tuned"] * 2 + ["missing from tuned"] * 4
 
 
@@ -154,8 +157,8 @@ def test_more_layers_in_tuned_are_listed_as_extra(llama, directory, tmp_path):
     llama(num_hidden_layers=3).save_pretrained(tmp_path / "deep")
     pair = CheckpointPair(directory, tmp_path / "deep")
     assert len(pair.matrices) == len(pair.base.matrices)
-    assert {found.reason for found in pair.unmatched} == {"extra in tuned"}
-    assert all(found.tensor.startswith("model.layers.2.") for found in pair.unmatched)
+    assert {unmatched.reason for unmatched in pair.unmatched} == {"extra in tuned"}
+    assert all(unmatched.tensor.startswith("model.layers.2.") for unmatched in pair.unmatched)
     assert len(pair.unmatched) == 9  # 7 matrices and 2 norms in a Llama block
 
 
@@ -235,12 +238,12 @@ def test_alignment_is_one_to_one_complete_and_symmetric(stems, wraps, extra):
         return {wrap + name: Header(wrap + name, (4, 4), torch.float32) for name in plain}
 
     base, tuned = side(stems[0], wraps[0], ()), side(stems[1], wraps[1], extra)
-    found, _ = align(base, tuned)
-    assert set(found) == set(base)
-    assert len(set(found.values())) == len(found)
-    for name, other in found.items():
+    counterparts, _ = align(base, tuned)
+    assert set(counterparts) == set(base)
+    assert len(set(counterparts.values())) == len(counterparts)
+    for name, other in counterparts.items():
         assert without_wrappers(name).removeprefix(stems[0]) == without_wrappers(other).removeprefix(stems[1])
-    assert align(tuned, base)[0] == {other: name for name, other in found.items()}
+    assert align(tuned, base)[0] == {other: name for name, other in counterparts.items()}
 
 
 def test_a_file_without_configuration_is_read_by_the_other_sides(llama, tmp_path):
@@ -300,7 +303,9 @@ def test_a_tied_head_that_one_side_stores_is_the_embedding_again(llama, tmp_path
 def test_a_head_that_differs_from_the_embedding_is_not_tied(llama, directory, tmp_path):
     llama(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
     pair = CheckpointPair(tmp_path / "tied", directory)
-    assert shapes(pair) == {"lm_head.weight": ("extra in tuned", None, (50, 32))}
+    reason = f"tied to {EMBED} in base alone; not compared"
+    assert shapes(pair) == {"lm_head.weight": (reason, (50, 32), (50, 32))}
+    assert pair.tensors["lm_head.weight"] == EMBED
 
 
 @pytest.mark.parametrize("role", ["base", "tuned"])
@@ -594,3 +599,20 @@ def test_stacked_experts_align_with_separate_ones_and_fused_projections_with_the
     assert len(pair.matrices) == 11
     assert pair.unmatched == []
     assert all(pair.identical(name) for name in pair.matrices)
+
+
+def test_a_pair_of_the_same_tensors_is_compared_completely(checkpoints):
+    assert CheckpointPair(*checkpoints).compared == 1.0
+
+
+def test_what_base_lacks_is_not_compared():
+    base = {f"model.layers.{layer}.mlp.up_proj.weight": torch.randn(8, 8) for layer in range(3)}
+    tuned = base | {"model.layers.0.mlp.down_proj.weight": torch.randn(8, 8)}
+    assert CheckpointPair(base, tuned).compared == 0.75
+
+
+def test_of_a_longer_vocabulary_the_common_rows_are_compared():
+    def model(rows):
+        return {EMBED: torch.ones(rows, 4), Q: torch.ones(4, 4)}
+
+    assert CheckpointPair(model(12), model(16)).compared == 1 - 16 / 80

@@ -48,7 +48,7 @@ def some_tensors(draw):
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
     kind = draw(st.sampled_from(["gaussian", "tiny", "few", "equal", "zeros"]))
     tensors = {}
-    for place, rows in enumerate(draw(st.lists(st.integers(1, 9), min_size=1, max_size=4))):
+    for index, rows in enumerate(draw(st.lists(st.integers(1, 9), min_size=1, max_size=4))):
         values = torch.randn(rows, 2, generator=generator, dtype=torch.float64)
         if kind == "tiny":  # denormal in the dtype
             values = values * torch.finfo(dtype).tiny / 4
@@ -58,7 +58,7 @@ def some_tensors(draw):
             values = values.sign() * 3
         elif kind == "zeros":
             values = values.sign() * 0.0
-        tensors[f"t{place}"] = values.to(dtype)
+        tensors[f"t{index}"] = values.to(dtype)
     return tensors
 
 
@@ -105,15 +105,15 @@ def test_levels_of_many_entries_and_cuts_and_of_several_dtypes_agree_with_their_
         "double": torch.randn(40, 50, generator=generator, dtype=torch.float64),
         "single": torch.randn(600, 500, generator=generator),
     }
-    cuts = order_of(tensors).cuts([place / 300 for place in range(300)])
+    cuts = order_of(tensors).cuts([level / 300 for level in range(300)])
     flat = torch.cat([tensor.double().flatten() for tensor in tensors.values()])
     for cut in cuts[1::40]:  # a threshold that half precision lacks is not rounded to one that it has
         masks = torch.cat([cut.pruned(name, tensor).flatten() for name, tensor in tensors.items()])
         assert torch.equal(masks, sorted_reference(flat, cut.sparsity))
     for name, tensor in tensors.items():
-        found = torch.from_numpy(cut_levels(cuts, name, tensor)).view(tensor.shape)
-        for place in (0, 1, 120, 250, 299):
-            assert torch.equal(found <= place, cuts[place].pruned(name, tensor))
+        levels = torch.from_numpy(cut_levels(cuts, name, tensor)).view(tensor.shape)
+        for level in (0, 1, 120, 250, 299):
+            assert torch.equal(levels <= level, cuts[level].pruned(name, tensor))
 
 
 def test_thresholds_are_found_across_tensors_of_several_dtypes():
@@ -270,13 +270,13 @@ def test_in_the_scope_of_blocks_every_layer_has_the_same_sparsity():
 
 def test_a_random_order_is_its_seeds_and_nests():
     checkpoint = open_checkpoint(make("llama"))
-    one, again, other = (random_order(checkpoint, seed=seed) for seed in (0, 0, 1))
-    low, high = one.cuts([0.3, 0.6])
-    name = next(iter(one.shapes))
-    assert torch.equal(one.pruned(low, name), again.pruned(again.cuts([0.3])[0], name))
-    assert not torch.equal(one.pruned(low, name), other.pruned(other.cuts([0.3])[0], name))
-    assert not (one.pruned(low, name) & ~one.pruned(high, name)).any()
-    total = sum(one.entries.values())
+    order, again, other = (random_order(checkpoint, seed=seed) for seed in (0, 0, 1))
+    low, high = order.cuts([0.3, 0.6])
+    name = next(iter(order.shapes))
+    assert torch.equal(order.pruned(low, name), again.pruned(again.cuts([0.3])[0], name))
+    assert not torch.equal(order.pruned(low, name), other.pruned(other.cuts([0.3])[0], name))
+    assert not (order.pruned(low, name) & ~order.pruned(high, name)).any()
+    total = sum(order.entries.values())
     assert sum(low.pruned_entries.values()) == round(0.3 * total)
 
 
@@ -323,7 +323,7 @@ def test_the_freer_the_choice_the_more_mass_is_kept(seed):
         (cut,) = order.cuts([0.5])
         scopes.append(mass({name: ~order.pruned(cut, name) for name in tensors}))
     values = [*patterns, *scopes]
-    assert all(one <= other + 1e-5 for one, other in pairwise(values))
+    assert all(before <= after + 1e-5 for before, after in pairwise(values))
 
 
 def test_patterns_run_along_the_inputs_however_a_matrix_is_stored(tmp_path):

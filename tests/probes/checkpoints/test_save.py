@@ -135,9 +135,9 @@ def test_what_lies_beside_the_weights_is_carried_over_and_training_state_is_not(
     (directory / "checkpoint-5").mkdir()
     (directory / "checkpoint-5" / "model.safetensors").write_text("x")
     write_checkpoint(open_checkpoint(directory), tmp_path / "out")
-    found = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    written = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
     model = {"config.json", "generation_config.json", "model.safetensors"}
-    assert found == model | set(carried) | {"additional_chat_templates/tool.jinja"}
+    assert written == model | set(carried) | {"additional_chat_templates/tool.jinja"}
     assert all((tmp_path / "out" / name).read_text() == name for name in carried)
 
 

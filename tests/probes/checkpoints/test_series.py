@@ -69,12 +69,12 @@ def test_a_pattern_without_a_match_is_named(tmp_path):
 def test_revisions_of_a_hub_repository_are_taken_in_step_order(monkeypatch):
     asked = []
 
-    def told(self, name):
+    def list_repo_refs(self, name):
         asked.append(name)
         branches = [SimpleNamespace(name=name) for name in ("main", "step10000", "step500")]
         return SimpleNamespace(branches=branches, tags=[SimpleNamespace(name="step2000-tokens8B")])
 
-    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_refs", told)
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_refs", list_repo_refs)
     assert expand(["org/name@step*"]) == [
         "org/name@step500",
         "org/name@step2000-tokens8B",
@@ -135,7 +135,7 @@ def test_checkpoints_whose_steps_are_known_are_put_in_order(tmp_path):
     refs = [saved(tmp_path / name) for name in names]
     series = CheckpointSeries(refs)
     assert series.steps == (0, 50, 1000)
-    assert [each.ref for each in series.checkpoints] == [refs[0], refs[2], refs[1]]
+    assert [checkpoint.ref for checkpoint in series.checkpoints] == [refs[0], refs[2], refs[1]]
 
 
 @pytest.mark.parametrize("trained", [None, 7000])
@@ -267,17 +267,17 @@ def test_steps_in_order_rise_strictly_or_are_refused(steps):
 
 def test_every_checkpoint_is_measured_once_and_the_same_series_remembers(tmp_path):
     series = series_of([{NAME: size * torch.eye(2)} for size in (1.0, 2.0)])
-    seen, told = [], []
+    seen, steps = [], []
 
     def measure(checkpoint):
         seen.append(checkpoint)
         return trace(checkpoint)
 
     for _ in range(2):
-        found = series.measured("trace", {"x": 1}, measure, progress=lambda *step: told.append(step))
-        assert [one["trace"].item() for one in found] == [2, 4]
+        measurements = series.measured("trace", {"x": 1}, measure, progress=lambda *step: steps.append(step))
+        assert [entry["trace"].item() for entry in measurements] == [2, 4]
     assert len(seen) == 2
-    assert told[:2] == [(0, 2, "state dict"), (1, 2, "state dict")]
+    assert steps[:2] == [(0, 2, "state dict"), (1, 2, "state dict")]
     series.measured("trace", {"x": 2}, measure)  # other parameters, another measurement
     assert len(seen) == 4
 
@@ -303,9 +303,9 @@ def test_a_killed_run_finds_what_it_had_measured_and_a_changed_checkpoint_is_mea
         seen.append(checkpoint.ref)
         return trace(checkpoint)
 
-    found = CheckpointSeries(refs, cache=cache).measured("trace", {}, counted)
+    measurements = CheckpointSeries(refs, cache=cache).measured("trace", {}, counted)
     assert seen == refs[2:]
-    assert [one["trace"].item() for one in found] == [2, 4, 6]
+    assert [entry["trace"].item() for entry in measurements] == [2, 4, 6]
     # Nothing half written is left, and a damaged file counts as none.
     assert {path.suffix for path in cache.iterdir()} == {".npz"}
     for path in cache.iterdir():
@@ -313,25 +313,25 @@ def test_a_killed_run_finds_what_it_had_measured_and_a_changed_checkpoint_is_mea
     CheckpointSeries(refs, cache=cache).measured("trace", {}, counted)
     assert len(seen) == 4
     save_file({NAME: 5 * torch.eye(2)}, tmp_path / "base" / "model.safetensors")
-    found = CheckpointSeries(refs, cache=cache).measured("trace", {}, counted)
+    measurements = CheckpointSeries(refs, cache=cache).measured("trace", {}, counted)
     assert seen[4:] == refs[:1]
-    assert found[0]["trace"].item() == 10
+    assert measurements[0]["trace"].item() == 10
 
 
 def test_another_context_is_another_measurement(tmp_path):
     series = series_of([{NAME: torch.eye(2)}])
-    one, other = series.within("rows a", tmp_path), series.within("rows b", tmp_path)
-    for each in (one, other, one.within("rows a", tmp_path)):
-        each.measured("trace", {}, trace)
+    first, second = series.within("rows a", tmp_path), series.within("rows b", tmp_path)
+    for context in (first, second, first.within("rows a", tmp_path)):
+        context.measured("trace", {}, trace)
     assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_measurements_are_kept_exactly(tmp_path):
-    made = {"a": np.array([[1.5, np.nan]]), "names": np.array(["x", "long one"]), "n": np.asarray(3)}
-    write_measurement(tmp_path / "new" / "m.npz", made)
+    arrays = {"a": np.array([[1.5, np.nan]]), "names": np.array(["x", "long one"]), "n": np.asarray(3)}
+    write_measurement(tmp_path / "new" / "m.npz", arrays)
     again = read_measurement(tmp_path / "new" / "m.npz")
-    assert again.keys() == made.keys()
-    for name, value in made.items():
+    assert again.keys() == arrays.keys()
+    for name, value in arrays.items():
         assert again[name].dtype == value.dtype
         np.testing.assert_array_equal(again[name], value)
 
@@ -408,8 +408,8 @@ def test_a_recording_measures_however_short_it_is_and_says_so_afterwards(tmp_pat
         series = RecordedSeries(range(0, step + 1, 10), tmp_path, {NAME: (1.0 + step) * torch.eye(2)})
         with pytest.raises(TooShortError, match="a line needs at least 3"):
             series.measured("trace", {}, trace, least=(3, "a line"))
-    found = RecordedSeries([0, 10], tmp_path).measured("trace", {}, trace)
-    assert [one["trace"].item() for one in found] == [2, 22]
+    measurements = RecordedSeries([0, 10], tmp_path).measured("trace", {}, trace)
+    assert [entry["trace"].item() for entry in measurements] == [2, 22]
 
 
 def test_a_recording_measures_the_model_as_it_is_and_remembers_how_it_was(tmp_path):
@@ -417,9 +417,9 @@ def test_a_recording_measures_the_model_as_it_is_and_remembers_how_it_was(tmp_pa
     for step in (0, 10, 20):
         weights[NAME] = (1.0 + step) * torch.eye(2)
         series = RecordedSeries(range(0, step + 1, 10), tmp_path, weights)
-        found = series.measured("trace", {}, trace)
-        assert [one["trace"].item() for one in found] == [2 * (1 + each) for each in series.steps]
+        measurements = series.measured("trace", {}, trace)
+        assert [entry["trace"].item() for entry in measurements] == [2 * (1 + step) for step in series.steps]
     done = RecordedSeries([0, 10, 20], tmp_path)
-    assert [one["trace"].item() for one in done.measured("trace", {}, trace)] == [2, 22, 42]
+    assert [entry["trace"].item() for entry in done.measured("trace", {}, trace)] == [2, 22, 42]
     with pytest.raises(ValueError, match="holds no other of step 0 with these parameters"):
         done.measured("other", {}, trace)

@@ -37,13 +37,13 @@ LENGTHS = (7, 4, 1, 6)
 
 def routers_of(model):
     """The routers of a model by their blocks, found by what the families call them."""
-    found = {}
+    routers = {}
     for layer, block in enumerate(model.model.layers):
         mlp = getattr(block, "block_sparse_moe", None) or block.mlp
         router = getattr(mlp, "router", None) or getattr(mlp, "gate", None)
         if router is not None:
-            found[layer] = router
-    return found
+            routers[layer] = router
+    return routers
 
 
 def softmax(values):
@@ -108,8 +108,8 @@ def expected(family, model, examples, drop_first=False):
             for router, hidden in zip(layers.values(), given, strict=True)
         ]
         kept = slice(1 if drop_first else 0, None)
-        full.append([np.mean([each for each, _ in row[kept]], axis=0) for row in rows])
-        top.append([np.mean([each for _, each in row[kept]], axis=0) for row in rows])
+        full.append([np.mean([weights for weights, _ in row[kept]], axis=0) for row in rows])
+        top.append([np.mean([weights for _, weights in row[kept]], axis=0) for row in rows])
     return np.array(full), np.array(top)
 
 
@@ -123,8 +123,8 @@ def mixture(family):
     return model
 
 
-def close(found, wanted):
-    np.testing.assert_allclose(found, wanted, atol=2e-6, rtol=1e-5)
+def close(actual, wanted):
+    np.testing.assert_allclose(actual, wanted, atol=2e-6, rtol=1e-5)
 
 
 # What is captured
@@ -134,23 +134,23 @@ def close(found, wanted):
 @pytest.mark.parametrize("family", VIA)
 def test_routes_are_the_means_of_what_the_paper_of_the_architecture_has(family, side):
     model, examples = mixture(family), rows_of(*LENGTHS)
-    found = capture_routes(model, examples, side=side)
+    routes = capture_routes(model, examples, side=side)
     full, top = expected(family, model, examples)
-    close(found.full, full)
-    close(found.top, top)
-    assert found.via == VIA[family]
-    assert found.layers == tuple(routers_of(model))
-    assert found.top_k == 2
-    assert found.tokens.tolist() == list(LENGTHS)
+    close(routes.full, full)
+    close(routes.top, top)
+    assert routes.via == VIA[family]
+    assert routes.layers == tuple(routers_of(model))
+    assert routes.top_k == 2
+    assert routes.tokens.tolist() == list(LENGTHS)
 
 
 @pytest.mark.parametrize("family", [family for family, via in VIA.items() if via == "bridge"])
 def test_the_bridge_and_the_models_own_routers_give_the_same(family):
     model, examples = mixture(family), rows_of(*LENGTHS)
-    bridged, own = capture_routes(model, examples), capture_routes(model, examples, bridge=False)
-    assert (bridged.via, own.via) == ("bridge", "modules")
-    close(bridged.top, own.top)
-    close(bridged.full, own.full)
+    bridged, by_modules = capture_routes(model, examples), capture_routes(model, examples, bridge=False)
+    assert (bridged.via, by_modules.via) == ("bridge", "modules")
+    close(bridged.top, by_modules.top)
+    close(bridged.full, by_modules.full)
 
 
 def test_experts_that_are_all_chosen_are_told_apart_where_the_bridge_would_not():
@@ -159,17 +159,17 @@ def test_experts_that_are_all_chosen_are_told_apart_where_the_bridge_would_not()
         make("mixtral", num_experts=3, num_local_experts=3, num_experts_per_tok=3),
         rows_of(*LENGTHS),
     )
-    found = capture_routes(model, examples)
-    assert found.via == "modules"
-    close(found.top, expected("mixtral", model, examples)[1])
-    close(found.top, found.full)  # normalised, the chosen are all of the distribution
+    routes = capture_routes(model, examples)
+    assert routes.via == "modules"
+    close(routes.top, expected("mixtral", model, examples)[1])
+    close(routes.top, routes.full)  # normalised, the chosen are all of the distribution
 
 
 def test_layers_without_experts_are_left_out():
     model = make("qwen3_moe", num_hidden_layers=4, mlp_only_layers=[0, 2])
-    found = capture_routes(model, rows_of(5))
-    assert found.layers == (1, 3)
-    close(found.full, expected("qwen3_moe", model, rows_of(5))[0])
+    routes = capture_routes(model, rows_of(5))
+    assert routes.layers == (1, 3)
+    close(routes.full, expected("qwen3_moe", model, rows_of(5))[0])
 
 
 @pytest.mark.parametrize("normalised", [True, False])
@@ -177,31 +177,31 @@ def test_layers_without_experts_are_left_out():
 def test_a_scaling_factor_common_to_all_experts_does_not_enter(scale, normalised):
     plain = make("deepseek_v3", routed_scaling_factor=1.0, norm_topk_prob=normalised)
     scaled = make("deepseek_v3", routed_scaling_factor=scale, norm_topk_prob=normalised, num_hidden_layers=2)
-    found, wanted = (capture_routes(model, rows_of(*LENGTHS), bridge=False) for model in (scaled, plain))
+    routes, wanted = (capture_routes(model, rows_of(*LENGTHS), bridge=False) for model in (scaled, plain))
     # The first mixture's own input is before any expert's output, and so before the factor.
-    close(found.top[:, 0], wanted.top[:, 0])
-    sums = found.top.sum(axis=2)
+    close(routes.top[:, 0], wanted.top[:, 0])
+    sums = routes.top.sum(axis=2)
     assert np.allclose(sums, 1, atol=1e-5) == normalised
 
 
 @pytest.mark.parametrize("family", ["olmoe", "deepseek_v3"])
 def test_the_first_token_can_be_left_out(family):
     model, examples = mixture(family), rows_of(7, 4)
-    found = capture_routes(model, [*examples, *rows_of(1)], drop_first=True)
+    routes = capture_routes(model, [*examples, *rows_of(1)], drop_first=True)
     full, top = expected(family, model, examples, drop_first=True)
-    close(found.full[:2], full)
-    close(found.top[:2], top)
-    assert found.tokens.tolist() == [6, 3, 0]
-    assert np.isnan(found.top[2]).all()
-    assert np.isnan(found.full[2]).all()
+    close(routes.full[:2], full)
+    close(routes.top[:2], top)
+    assert routes.tokens.tolist() == [6, 3, 0]
+    assert np.isnan(routes.top[2]).all()
+    assert np.isnan(routes.full[2]).all()
 
 
 def test_a_row_without_tokens_is_missing_and_the_others_are_not():
     rows = rows_of(7, 0, 4)
-    found = capture_routes(mixture("olmoe"), rows)
-    assert np.isnan(found.top).any(axis=(1, 2)).tolist() == [False, True, False]
-    close(found.top[[0, 2]], expected("olmoe", mixture("olmoe"), [rows[0], rows[2]])[1])
-    assert found.select("full") is found.full  # a row without tokens is not one without a distribution
+    routes = capture_routes(mixture("olmoe"), rows)
+    assert np.isnan(routes.top).any(axis=(1, 2)).tolist() == [False, True, False]
+    close(routes.top[[0, 2]], expected("olmoe", mixture("olmoe"), [rows[0], rows[2]])[1])
+    assert routes.select("full") is routes.full  # a row without tokens is not one without a distribution
 
 
 # Properties
@@ -217,10 +217,10 @@ def test_a_row_without_tokens_is_missing_and_the_others_are_not():
 )
 def test_batches_and_padding_change_nothing(lengths, tokens, side, pad_id, family):
     model, examples = mixture(family), rows_of(*lengths)
-    found = capture_routes(model, examples, tokens=tokens, side=side, pad_id=pad_id, bridge=False)
+    routes = capture_routes(model, examples, tokens=tokens, side=side, pad_id=pad_id, bridge=False)
     alone = [capture_routes(model, [example], bridge=False) for example in examples]
-    np.testing.assert_allclose(found.top, np.concatenate([each.top for each in alone]), atol=1e-6)
-    np.testing.assert_allclose(found.full, np.concatenate([each.full for each in alone]), atol=1e-6)
+    np.testing.assert_allclose(routes.top, np.concatenate([single.top for single in alone]), atol=1e-6)
+    np.testing.assert_allclose(routes.full, np.concatenate([single.full for single in alone]), atol=1e-6)
 
 
 class Blocks(nn.Module):
@@ -266,12 +266,12 @@ NAMES = [f"blocks.{layer}.router" for layer in range(3)]
 def test_repeating_or_reordering_a_samples_tokens_leaves_its_routes(ids, times, seed):
     model = Blocks(linear)
     shuffled = np.random.default_rng(seed).permutation(ids * times).tolist()
-    one, other = (
-        capture_routes(model, [Example(ids=each, scored=[True] * len(each), row=0)], routers=NAMES, top_k=2)
-        for each in (ids, shuffled)
+    first, second = (
+        capture_routes(model, [Example(ids=order, scored=[True] * len(order), row=0)], routers=NAMES, top_k=2)
+        for order in (ids, shuffled)
     )
-    np.testing.assert_allclose(one.full, other.full, atol=1e-6)
-    np.testing.assert_allclose(one.top, other.top, atol=1e-6)
+    np.testing.assert_allclose(first.full, second.full, atol=1e-6)
+    np.testing.assert_allclose(first.top, second.top, atol=1e-6)
 
 
 # Models of any kind
@@ -279,7 +279,7 @@ def test_repeating_or_reordering_a_samples_tokens_leaves_its_routes(ids, times, 
 
 def test_named_routers_that_give_logits_are_a_softmax_of_which_the_largest_sum_to_one():
     model, examples = Blocks(linear), rows_of(7, 4)
-    found = capture_routes(model, examples, routers=NAMES, top_k=2)
+    routes = capture_routes(model, examples, routers=NAMES, top_k=2)
     for row, example in enumerate(examples):
         hidden = model.embed.weight[example.ids].detach().double().numpy()
         for layer in range(3):
@@ -287,18 +287,18 @@ def test_named_routers_that_give_logits_are_a_softmax_of_which_the_largest_sum_t
             shares = np.array([softmax(weight @ token) for token in hidden])
             second = np.sort(shares, axis=1)[:, [-2]]
             top = np.where(shares >= second, shares, 0)
-            close(found.full[row, layer], shares.mean(axis=0))
-            close(found.top[row, layer], (top / top.sum(axis=1, keepdims=True)).mean(axis=0))
+            close(routes.full[row, layer], shares.mean(axis=0))
+            close(routes.top[row, layer], (top / top.sum(axis=1, keepdims=True)).mean(axis=0))
             hidden = np.tanh(np.roll(hidden, 1, axis=1))
-    assert (found.layers, found.via, found.top_k) == ((0, 1, 2), "modules", 2)
+    assert (routes.layers, routes.via, routes.top_k) == ((0, 1, 2), "modules", 2)
 
 
 def test_a_router_that_tells_only_of_the_experts_it_chose_has_no_full_distribution():
-    found = capture_routes(Blocks(Choosing), rows_of(7, 4), routers=NAMES)
-    close(found.top.sum(axis=2), np.ones((2, 3)))
-    assert found.top.shape == (2, 3, 5)
+    routes = capture_routes(Blocks(Choosing), rows_of(7, 4), routers=NAMES)
+    close(routes.top.sum(axis=2), np.ones((2, 3)))
+    assert routes.top.shape == (2, 3, 5)
     with pytest.raises(ValueError, match="chosen experts alone, no full distribution; give top"):
-        found.select("full")
+        routes.select("full")
 
 
 class Pooled(Blocks):
@@ -310,12 +310,12 @@ class Pooled(Blocks):
 
 def test_a_sample_may_be_one_token_to_its_routers():
     model, examples = Pooled(linear, count=1), rows_of(4, 4)
-    found = capture_routes(model, examples, routers=NAMES[:1], top_k=2)
+    routes = capture_routes(model, examples, routers=NAMES[:1], top_k=2)
     weight = model.blocks[0]["router"].weight.detach().double().numpy()
     for row, example in enumerate(examples):
         pooled = model.embed.weight[example.ids].detach().double().numpy().mean(axis=0)
-        close(found.full[row, 0], softmax(weight @ pooled))
-    assert found.tokens.tolist() == [1, 1]
+        close(routes.full[row, 0], softmax(weight @ pooled))
+    assert routes.tokens.tolist() == [1, 1]
 
 
 def test_a_router_that_runs_twice_in_a_pass_is_refused():
@@ -330,9 +330,9 @@ def test_a_router_that_runs_twice_in_a_pass_is_refused():
 
 def test_routers_of_a_transformers_model_can_be_named():
     model = mixture("olmoe")
-    found = capture_routes(model, rows_of(7), routers=["model.layers.1.mlp.gate"])
-    assert found.layers == (1,)
-    close(found.top[:, 0], capture_routes(model, rows_of(7)).top[:, 1])
+    routes = capture_routes(model, rows_of(7), routers=["model.layers.1.mlp.gate"])
+    assert routes.layers == (1,)
+    close(routes.top[:, 0], capture_routes(model, rows_of(7)).top[:, 1])
 
 
 # What is left behind
@@ -363,9 +363,9 @@ def test_the_model_is_as_it_was_after_an_exception():
 def test_dropout_is_off_and_the_mode_is_kept():
     model = make("mixtral", attention_dropout=0.9, router_jitter_noise=0.5)
     wanted = capture_routes(model, rows_of(7, 4))
-    found = capture_routes(model.train(), rows_of(7, 4))
+    routes = capture_routes(model.train(), rows_of(7, 4))
     assert model.training
-    assert np.array_equal(found.top, wanted.top)
+    assert np.array_equal(routes.top, wanted.top)
 
 
 # Other forms of a model
@@ -375,12 +375,12 @@ def test_half_precision_gives_nearly_the_same_routes():
     # Not 28: transformers' product of grouped matrices needs rows of 16 bytes.
     model = make("olmoe", intermediate_size=32)
     wanted = capture_routes(model, rows_of(*LENGTHS))
-    found = capture_routes(model.bfloat16(), rows_of(*LENGTHS))
+    routes = capture_routes(model.bfloat16(), rows_of(*LENGTHS))
     # One token more or less of at most seven for an expert, where bfloat16 breaks a near tie otherwise.
-    assert np.abs(found.full - wanted.full).max() < 0.05
-    assert np.abs(found.top - wanted.top).mean() < 0.05
-    close(found.full.sum(axis=2), np.ones((4, 2)))
-    assert found.top.dtype == found.full.dtype == np.float32
+    assert np.abs(routes.full - wanted.full).max() < 0.05
+    assert np.abs(routes.top - wanted.top).mean() < 0.05
+    close(routes.full.sum(axis=2), np.ones((4, 2)))
+    assert routes.top.dtype == routes.full.dtype == np.float32
 
 
 def test_an_adapter_routes_as_its_merged_weights_do():
@@ -390,14 +390,14 @@ def test_an_adapter_routes_as_its_merged_weights_do():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_()
-    found = capture_routes(model, rows_of(*LENGTHS))
-    close(found.top, capture_routes(model.merge_and_unload(), rows_of(*LENGTHS)).top)
+    routes = capture_routes(model, rows_of(*LENGTHS))
+    close(routes.top, capture_routes(model.merge_and_unload(), rows_of(*LENGTHS)).top)
 
 
 def test_an_editable_is_taken_as_its_model():
     model = make("olmoe")
-    found = capture_routes(Editable(open_checkpoint(model)), rows_of(7))
-    assert np.array_equal(found.top, capture_routes(model, rows_of(7)).top)
+    routes = capture_routes(Editable(open_checkpoint(model)), rows_of(7))
+    assert np.array_equal(routes.top, capture_routes(model, rows_of(7)).top)
 
 
 # Samples
@@ -411,7 +411,8 @@ def test_a_row_with_choices_is_its_prompt_and_other_rows_are_whole():
         for choice in (8, 9)
     ]
     task = task_of([{"prompt": "a", "choices": ["b", "c"], "answer": 0}] * 2)
-    assert [(each.ids, each.row) for each in routed_examples(task, examples)] == [(prompt, 0), (prompt, 1)]
+    routed = routed_examples(task, examples)
+    assert [(example.ids, example.row) for example in routed] == [(prompt, 0), (prompt, 1)]
     text = rows_of(4, 3)
     assert routed_examples(task_of(["a", "b"]), text) == text
 
@@ -420,11 +421,11 @@ def test_a_row_with_choices_is_its_prompt_and_other_rows_are_whole():
 
 
 def test_a_record_gives_the_same_routes_again():
-    found = capture_routes(mixture("gpt_oss"), rows_of(7, 4))
-    again = Routes.of(found.record() | {"loss": np.zeros(2)})
-    assert (again.layers, again.top_k, again.via) == (found.layers, found.top_k, found.via)
+    routes = capture_routes(mixture("gpt_oss"), rows_of(7, 4))
+    again = Routes.of(routes.record() | {"loss": np.zeros(2)})
+    assert (again.layers, again.top_k, again.via) == (routes.layers, routes.top_k, routes.via)
     for name in ("full", "top", "tokens"):
-        assert np.array_equal(getattr(again, name), getattr(found, name), equal_nan=True)
+        assert np.array_equal(getattr(again, name), getattr(routes, name), equal_nan=True)
 
 
 def test_weights_of_an_unknown_kind_are_refused():
@@ -438,15 +439,15 @@ def test_weights_of_an_unknown_kind_are_refused():
 @pytest.mark.parametrize("family", VIA)
 def test_router_matrices_are_what_the_running_routers_multiply_by(family, tmp_path):
     model = mixture(family)
-    own = [getattr(router, "weight", None) for router in routers_of(model).values()]
+    weights = [getattr(router, "weight", None) for router in routers_of(model).values()]
     layers = [
         router.layer.weight if weight is None else weight
-        for router, weight in zip(routers_of(model).values(), own, strict=True)
+        for router, weight in zip(routers_of(model).values(), weights, strict=True)
     ]
     wanted = torch.stack(layers).detach().numpy()
     model.save_pretrained(tmp_path)
-    for place in (tmp_path, model):
-        assert np.array_equal(router_matrices(open_checkpoint(place)), wanted)
+    for ref in (tmp_path, model):
+        assert np.array_equal(router_matrices(open_checkpoint(ref)), wanted)
 
 
 @pytest.mark.parametrize("family", [family for family in VIA if family != "gpt_oss"])
@@ -472,8 +473,8 @@ def test_with_the_gain_folded_in_a_router_reads_the_normalised_stream(family):
 
 def test_router_matrices_of_named_routers_are_read_from_memory():
     model = Blocks(linear)
-    found = router_matrices(open_checkpoint(model), routers=NAMES)
-    assert np.array_equal(found, torch.stack([b["router"].weight for b in model.blocks]).detach().numpy())
+    matrices = router_matrices(open_checkpoint(model), routers=NAMES)
+    assert np.array_equal(matrices, torch.stack([b["router"].weight for b in model.blocks]).detach().numpy())
 
 
 # Bad input

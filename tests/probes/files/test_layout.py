@@ -26,18 +26,18 @@ def cases(draw):
     if expert is not None:
         shape = (experts, *shape) if own_axis else (experts * shape[0], *shape[1:])
     start, stop = sorted(draw(st.lists(st.integers(0, rows // heads), min_size=2, max_size=2, unique=True)))
-    whole = draw(st.booleans())
+    undivided = draw(st.booleans())
     dtype = draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16)))
     fields = {
-        "rows": rows if whole else heads * (stop - start),
+        "rows": rows if undivided else heads * (stop - start),
         "columns": columns if transposed else columns * torch.Size(more).numel(),
         "dtype": dtype,
         "expert": expert,
         "experts": experts if expert is not None and not own_axis else None,
         "transposed": transposed,
-        "start": 0 if whole else start,
-        "stop": None if whole else stop,
-        "heads": 1 if whole else heads,
+        "start": 0 if undivided else start,
+        "stop": None if undivided else stop,
+        "heads": 1 if undivided else heads,
     }
     stored = torch.arange(torch.Size(shape).numel()).reshape(shape).to(dtype)
     if draw(st.booleans()):  # strided, as a view of another tensor may be

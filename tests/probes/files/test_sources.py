@@ -155,14 +155,14 @@ def _sum(source, name):
 
 def test_the_fingerprint_depends_on_content_and_not_on_files_or_order(tmp_path, file):
     names = list(tensors())
-    one = open_files(file)
-    two = open_files(sharded(tmp_path / "two", {"x.safetensors": names[:2], "y.safetensors": names[2:]}))
+    single = open_files(file)
+    split = open_files(sharded(tmp_path / "two", {"x.safetensors": names[:2], "y.safetensors": names[2:]}))
     swapped = open_files(
         sharded(tmp_path / "three", {"y.safetensors": names[:2], "x.safetensors": names[2:]})
     )
     torch.save(dict(reversed(tensors().items())), tmp_path / "w.bin")
     pickled = open_files(tmp_path / "w.bin")
-    sources = one, two, swapped, pickled
+    sources = single, split, swapped, pickled
     assert len({source.fingerprint() for source in sources}) == 1
     assert len({source.stamp() for source in sources}) == 4
 
@@ -535,8 +535,8 @@ def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path):
 def test_a_key_that_takes_for_ever_to_hash_is_refused(tmp_path, zipped):
     # t0 = (empty dict,), t1 = (t0, t0), t2 = (t1, t1) …: 40 of them are a tuple of 2 ** 40 parts.
     code = b"\x80\x02})\x85q\x00"
-    for place in range(1, 40):
-        code += b"0h" + bytes([place - 1]) + b"h" + bytes([place - 1]) + b"\x86q" + bytes([place])
+    for index in range(1, 40):
+        code += b"0h" + bytes([index - 1]) + b"h" + bytes([index - 1]) + b"\x86q" + bytes([index])
     code += b"0}h" + bytes([39]) + b"K\x01s."
     path = tmp_path / "x.pt"
     path.write_bytes(code) if not zipped else rewritten(path, code, zipfile.ZIP_STORED)

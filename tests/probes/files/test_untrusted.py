@@ -20,15 +20,15 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 
 @given(st.text())
 def test_whatever_is_quoted_is_one_printable_line(text):
-    made = plain(text * 50)
-    assert made.isprintable()
-    assert len(made) <= MESSAGE + len(" … ")
+    line = plain(text * 50)
+    assert line.isprintable()
+    assert len(line) <= MESSAGE + len(" … ")
 
 
 def test_a_long_message_keeps_what_is_wrong_and_how_to_mend_it():
-    made = plain("file.json: " + "x" * 5000 + "; copy it again")
-    assert made.startswith("file.json: ")
-    assert made.endswith("; copy it again")
+    line = plain("file.json: " + "x" * 5000 + "; copy it again")
+    assert line.startswith("file.json: ")
+    assert line.endswith("; copy it again")
 
 
 @pytest.mark.parametrize("kind", [ValueError, LookupError])

@@ -18,8 +18,8 @@ def tensors_of(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.fixture(params=["llama", "gpt2", "gpt_neox", "olmoe", "mixtral", "gpt_oss"])

@@ -15,12 +15,12 @@ def state(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def same(one, two):
-    return all(torch.equal(one[name], two[name]) for name in one)
+def same(first, second):
+    return all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.fixture
-def walk():
+def interpolated():
     base, tuned = make("llama", 0), make("llama", 1)
     with TwoSidedModel(CheckpointPair(base, tuned)) as two_sided:
         yield InterpolatedModel(two_sided), base, tuned
@@ -33,15 +33,15 @@ def test_every_weight_lies_in_exactly_one_layer(family):
     assert [layer.index for layer in layers] == list(range(-1, LAYERS + 1))
     held = [id(parameter) for layer in layers for parameter in layer.parameters]
     assert sorted(held) == sorted(id(parameter) for parameter in model.parameters())
-    embeddings = {id(each) for each in model.get_input_embeddings().parameters()}
-    assert embeddings <= {id(each) for each in layers[0].parameters}
+    embeddings = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
+    assert embeddings <= {id(parameter) for parameter in layers[0].parameters}
 
 
 def test_norms_behind_the_blocks_and_a_head_of_its_own_are_the_heads():
     def inside(family):
         model = model_of(family)
-        head = {id(each) for each in layers_of(model)[-1].parameters}
-        return {name for name, each in model.named_parameters() if id(each) in head}
+        head = {id(parameter) for parameter in layers_of(model)[-1].parameters}
+        return {name for name, parameter in model.named_parameters() if id(parameter) in head}
 
     assert inside("llama") == {"model.norm.weight", "lm_head.weight"}
     assert inside("gpt2") == {"transformer.ln_f.weight", "transformer.ln_f.bias"}  # its head is tied
@@ -64,72 +64,74 @@ def test_the_ends_are_the_checkpoints_bit_for_bit_with_negative_zeros_and_all():
         base.model.norm.weight[:3] = torch.tensor([-0.0, 1e-42, 3e38])
         tuned.model.norm.weight[:3] = torch.tensor([5.0, -0.0, 1.0])
     with TwoSidedModel(CheckpointPair(base, tuned)) as two_sided:
-        walk = InterpolatedModel(two_sided)
+        interpolated = InterpolatedModel(two_sided)
         for alpha in (0.3, 0.0, 0.7, 1.0, 0.0):
-            walk.set_alpha(alpha)
+            interpolated.set_alpha(alpha)
             if alpha in (0.0, 1.0):
                 end = (base, tuned)[int(alpha)].state_dict()
                 for name, value in two_sided.model.state_dict().items():
                     assert torch.equal(value.view(torch.int32), end[name].view(torch.int32)), name
 
 
-def test_between_the_ends_it_is_the_blend_in_float64_rounded_once(walk):
-    walk, base, tuned = walk
-    walk.set_alpha(0.3)
-    for name, value in walk.model.state_dict().items():
-        one, two = (side.state_dict()[name].double() for side in (base, tuned))
-        assert torch.equal(value, (one + 0.3 * (two - one)).float()), name
+def test_between_the_ends_it_is_the_blend_in_float64_rounded_once(interpolated):
+    interpolated, base, tuned = interpolated
+    interpolated.set_alpha(0.3)
+    for name, value in interpolated.model.state_dict().items():
+        base_value, tuned_value = (side.state_dict()[name].double() for side in (base, tuned))
+        assert torch.equal(value, (base_value + 0.3 * (tuned_value - base_value)).float()), name
 
 
-def test_a_layer_stands_where_it_is_told_and_the_others_where_they_are(walk):
-    walk, base, tuned = walk
-    walk.set_alpha(1.0, {0: 0.0})
-    for name, value in walk.model.state_dict().items():
+def test_a_layer_stands_where_it_is_told_and_the_others_where_they_are(interpolated):
+    interpolated, base, tuned = interpolated
+    interpolated.set_alpha(1.0, {0: 0.0})
+    for name, value in interpolated.model.state_dict().items():
         side = base if ".layers.0." in name else tuned
         assert torch.equal(value, side.state_dict()[name]), name
-    walk.set_alpha(0.0, {-1: 1.0, 2: 1.0})
-    for name, value in walk.model.state_dict().items():
+    interpolated.set_alpha(0.0, {-1: 1.0, 2: 1.0})
+    for name, value in interpolated.model.state_dict().items():
         side = base if ".layers." in name else tuned
         assert torch.equal(value, side.state_dict()[name]), name
-    walk.set_alpha(1.0)
-    assert same(tuned.state_dict(), walk.model.state_dict())
+    interpolated.set_alpha(1.0)
+    assert same(tuned.state_dict(), interpolated.model.state_dict())
 
 
-def test_displacement_is_the_norm_of_the_delta_and_of_base(walk):
-    walk, base, tuned = walk
-    moved, size = walk.displacement(walk.layers[1])
+def test_displacement_is_the_norm_of_the_delta_and_of_base(interpolated):
+    interpolated, base, tuned = interpolated
+    moved, size = interpolated.displacement(interpolated.layers[1])
     names = [name for name in base.state_dict() if ".layers.0." in name]
-    one, two = (torch.cat([side.state_dict()[n].double().flatten() for n in names]) for side in (base, tuned))
-    assert moved == pytest.approx(float((two - one).norm()), rel=1e-12)
-    assert size == pytest.approx(float(one.norm()), rel=1e-12)
+    base_value, tuned_value = (
+        torch.cat([side.state_dict()[n].double().flatten() for n in names]) for side in (base, tuned)
+    )
+    assert moved == pytest.approx(float((tuned_value - base_value).norm()), rel=1e-12)
+    assert size == pytest.approx(float(base_value.norm()), rel=1e-12)
 
 
-def test_what_is_changed_or_redirected_comes_back_also_after_an_error(walk):
-    walk, base, tuned = walk
-    walk.set_alpha(0.5)
-    before = state(walk.model)
-    layer = walk.layers[1]
+def test_what_is_changed_or_redirected_comes_back_also_after_an_error(interpolated):
+    interpolated, base, tuned = interpolated
+    interpolated.set_alpha(0.5)
+    before = state(interpolated.model)
+    layer = interpolated.layers[1]
     name = layer.tensors[0]
-    with walk.changed(layer, lambda _, value: value + 1) as model:
+    with interpolated.changed(layer, lambda _, value: value + 1) as model:
         assert torch.equal(model.state_dict()[name], before[name] + 1)
-    assert same(before, walk.model.state_dict())
-    with pytest.raises(RuntimeError, match="stop"), walk.changed(layer, lambda _, value: value * 0):
+    assert same(before, interpolated.model.state_dict())
+    with pytest.raises(RuntimeError, match="stop"), interpolated.changed(layer, lambda _, value: value * 0):
         raise RuntimeError("stop")
-    assert same(before, walk.model.state_dict())
-    with walk.other_end({name: base.state_dict()[name]}):  # both ends are base's: so is what is between
-        assert torch.equal(walk.model.state_dict()[name], base.state_dict()[name])
-        walk.set_alpha(1.0)
-    walk.set_alpha(0.5)
-    assert same(before, walk.model.state_dict())
-    walk.two_sided.restore()
-    assert same(tuned.state_dict(), walk.model.state_dict())
+    assert same(before, interpolated.model.state_dict())
+    with interpolated.other_end({name: base.state_dict()[name]}):  # both ends are base's: so is all between
+        assert torch.equal(interpolated.model.state_dict()[name], base.state_dict()[name])
+        interpolated.set_alpha(1.0)
+    interpolated.set_alpha(0.5)
+    assert same(before, interpolated.model.state_dict())
+    interpolated.two_sided.restore()
+    assert same(tuned.state_dict(), interpolated.model.state_dict())
 
 
 def test_what_base_lacks_is_pinned_to_tuned():
     base, tuned = make("llama", 0), make("llama_classes", 1)
     with TwoSidedModel(CheckpointPair(base, tuned)) as two_sided:
-        walk = InterpolatedModel(two_sided)
-        walk.set_alpha(0.0)
-        assert walk.pinned == ("score.weight",)
-        assert torch.equal(walk.model.score.weight, tuned.score.weight)
-        assert torch.equal(walk.model.model.norm.weight, base.model.norm.weight)
+        interpolated = InterpolatedModel(two_sided)
+        interpolated.set_alpha(0.0)
+        assert interpolated.pinned == ("score.weight",)
+        assert torch.equal(interpolated.model.score.weight, tuned.score.weight)
+        assert torch.equal(interpolated.model.model.norm.weight, base.model.norm.weight)

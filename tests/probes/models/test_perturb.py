@@ -51,14 +51,14 @@ def test_weights_are_moved_by_c_times_u_and_come_back_with_everything_else():
     layer.parameters[0].requires_grad_(True)
     layer.parameters[0].grad = torch.ones_like(layer.parameters[0])
     before = state_of(model)
-    own = [parameter.detach().clone() for parameter in layer.parameters]
+    original = [parameter.detach().clone() for parameter in layer.parameters]
     with stopping(), PerturbedWeights(layer.parameters) as moved:
         u = torch.randn(moved.size, generator=torch.Generator().manual_seed(0))
         moved.put(u)
-        flat = torch.cat([weight.flatten() for weight in own])
-        found = torch.cat([parameter.detach().flatten() for parameter in layer.parameters])
-        assert torch.allclose(found, flat + flat.abs() * u)
-        assert torch.equal(torch.cat([each.flatten() for each in moved.divided(u)]), flat.abs() * u)
+        flat = torch.cat([weight.flatten() for weight in original])
+        perturbed = torch.cat([parameter.detach().flatten() for parameter in layer.parameters])
+        assert torch.allclose(perturbed, flat + flat.abs() * u)
+        assert torch.equal(torch.cat([part.flatten() for part in moved.divided(u)]), flat.abs() * u)
         with moved.sloping():
             objective_of(5, 7).backward(model)
             assert moved.slope().abs().max() > 0
@@ -107,14 +107,14 @@ def test_losses_and_slopes_behind_a_prefix_are_those_of_full_passes_bit_for_bit(
         generator = torch.Generator().manual_seed(layer.index + 1)
         with PerturbedWeights(layer.parameters) as moved:
             u = 0.1 * torch.randn(moved.size, generator=generator)
-            found = []
+            results = []
             for entered in (-1, layer.index, layer.index):
                 moved.put(u)
                 with prefix.entering(entered), moved.sloping():
-                    found.append((objective.backward(model), moved.slope()))
-            for loss, slope in found[1:]:
-                assert loss == found[0][0]
-                assert torch.equal(slope, found[0][1])
+                    results.append((objective.backward(model), moved.slope()))
+            for loss, slope in results[1:]:
+                assert loss == results[0][0]
+                assert torch.equal(slope, results[0][1])
     assert_same(before, state_of(model))
 
 
@@ -122,15 +122,15 @@ def test_blocks_before_the_layer_run_once_a_batch_and_never_again():
     model = make("llama").requires_grad_(False)
     counts = [0] * LAYERS
 
-    def count(place):
+    def count(index):
         def forward(module, args, output):
-            counts[place] += 1
+            counts[index] += 1
 
         return forward
 
     objective = objective_of(5, 5)
     prefix = Prefix(model)
-    own = [block.mlp.register_forward_hook(count(place)) for place, block in enumerate(blocks(model))]
+    handles = [block.mlp.register_forward_hook(count(index)) for index, block in enumerate(blocks(model))]
     with prefix.entering(1):
         for _ in range(4):
             objective.backward(model)
@@ -143,7 +143,7 @@ def test_blocks_before_the_layer_run_once_a_batch_and_never_again():
     with prefix.entering(2):
         objective.backward(model)
     assert counts == [2, 6]
-    for handle in own:
+    for handle in handles:
         handle.remove()
 
 
@@ -151,12 +151,12 @@ def test_blocks_before_the_layer_run_once_a_batch_and_never_again():
 def test_batches_beyond_the_room_are_run_whole_and_give_the_same(room):
     model = make("llama").requires_grad_(False)
     objective = objective_of(5, 3, tokens=5)
-    whole = objective.backward(model)
+    expected = objective.backward(model)
     runs = []
     handle = blocks(model)[0].mlp.register_forward_hook(lambda *given: runs.append(1))
     prefix = Prefix(model, room=room)
     with prefix.entering(1):
-        assert [objective.backward(model) for _ in range(3)] == [whole] * 3
+        assert [objective.backward(model) for _ in range(3)] == [expected] * 3
     handle.remove()
     assert len(runs) == (6 if room == 0 else 4)
 

@@ -129,8 +129,8 @@ def test_dtype_and_device_are_what_is_asked_for_or_as_stored(tmp_path):
 
 
 def test_a_device_map_takes_the_place_of_a_device(base):
-    found = logits(open_model(base, device_map={"": "cpu"}, dtype="float32").model)
-    assert torch.equal(found, logits(model_of("llama")))
+    mapped_logits = logits(open_model(base, device_map={"": "cpu"}, dtype="float32").model)
+    assert torch.equal(mapped_logits, logits(model_of("llama")))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
@@ -314,31 +314,31 @@ def test_one_resident_copy_serves_as_base_and_tuned_to_the_bit(base, adapter, co
     assert pair.context == 32
     resident = []
     for _ in range(2):
-        with pair.base() as each:
-            assert torch.equal(logits(each), logits(model_of("llama")))
-            resident.append(each)
-        with pair.tuned() as each:
-            assert torch.equal(logits(each), logits(model))
-            resident.append(each)
+        with pair.base() as side:
+            assert torch.equal(logits(side), logits(model_of("llama")))
+            resident.append(side)
+        with pair.tuned() as side:
+            assert torch.equal(logits(side), logits(model))
+            resident.append(side)
     assert len(set(map(id, resident))) == 1
     # Of the base's weights there is one copy, but for those that modules_to_save puts another beside.
     entries = sum(parameter.numel() for parameter in resident[0].parameters())
-    own = sum(parameter.numel() for parameter in model_of("llama").parameters())
+    base_entries = sum(parameter.numel() for parameter in model_of("llama").parameters())
     added = sum(tensor.numel() for tensor in load_file(f"{ref}/adapter_model.safetensors").values())
-    assert entries <= own + added
+    assert entries <= base_entries + added
 
 
 def test_merged_beforehand_or_not_gives_the_same_scores(base, adapter, tmp_path):
     ref, model = adapter(base)
     merged = saved(model.merge_and_unload(), tmp_path / "merged")
-    examples, found = rows_of(9, 4, 6), []
+    examples, ratios = rows_of(9, 4, 6), []
     for tuned in (ref, merged):
         pair = RunnablePair(CheckpointPair(base, tuned))
-        with pair.base() as each:
-            before = forward.score_examples(each, examples).log_likelihoods
-        with pair.tuned() as each:
-            found.append(before - forward.score_examples(each, examples).log_likelihoods)
-    torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=0)
+        with pair.base() as side:
+            before = forward.score_examples(side, examples).log_likelihoods
+        with pair.tuned() as side:
+            ratios.append(before - forward.score_examples(side, examples).log_likelihoods)
+    torch.testing.assert_close(ratios[0], ratios[1], atol=1e-4, rtol=0)
 
 
 def test_an_adapter_that_peft_cannot_switch_off_takes_turns_with_its_base(base, adapter):
@@ -355,11 +355,11 @@ def test_an_adapter_that_peft_cannot_switch_off_takes_turns_with_its_base(base, 
     ref, model = adapter(base, of="Qwen2ForCausalLM", bias="all", edit=edit)
     pair = RunnablePair(CheckpointPair(base, ref))
     assert not pair.shared
-    with pair.tuned() as each:
-        assert torch.equal(logits(each), logits(model))
-    with pair.base() as each:
-        assert torch.equal(logits(each), logits(biased))
-        assert isinstance(each, transformers.Qwen2ForCausalLM)
+    with pair.tuned() as side:
+        assert torch.equal(logits(side), logits(model))
+    with pair.base() as side:
+        assert torch.equal(logits(side), logits(biased))
+        assert isinstance(side, transformers.Qwen2ForCausalLM)
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`", "ignore:Model has `tie_word")
@@ -369,8 +369,8 @@ def test_an_adapter_that_peft_cannot_switch_off_takes_turns_with_its_base(base, 
 def test_an_adapter_with_a_larger_vocabulary_takes_turns_with_its_base(tied, copies, base, peft, tmp_path):
     import transformers
 
-    own = make("llama", tie_word_embeddings=tied)
-    own.save_pretrained(base)
+    base_model = make("llama", tie_word_embeddings=tied)
+    base_model.save_pretrained(base)
     model = transformers.LlamaForCausalLM.from_pretrained(base)
     model.resize_token_embeddings(VOCABULARY + 2, mean_resizing=False)
     config = peft.LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM", modules_to_save=copies)
@@ -378,23 +378,23 @@ def test_an_adapter_with_a_larger_vocabulary_takes_turns_with_its_base(tied, cop
     model.save_pretrained(tmp_path / "larger")
     pair = RunnablePair(CheckpointPair(base, str(tmp_path / "larger")))
     assert not pair.shared
-    with pair.base() as each:
-        assert torch.equal(logits(each), logits(own))
-    with pair.tuned() as each:
-        assert torch.equal(logits(each), logits(model))
-        assert logits(each).shape[-1] == VOCABULARY + 2
+    with pair.base() as side:
+        assert torch.equal(logits(side), logits(base_model))
+    with pair.tuned() as side:
+        assert torch.equal(logits(side), logits(model))
+        assert logits(side).shape[-1] == VOCABULARY + 2
 
 
 def test_two_adapters_on_one_base_share_it(base, adapter):
-    first, one = adapter(base, name="first")
-    second, two = adapter(base, name="second", seed=1, target_modules=["v_proj"])
+    first, first_model = adapter(base, name="first")
+    second, second_model = adapter(base, name="second", seed=1, target_modules=["v_proj"])
     pair = RunnablePair(CheckpointPair(first, second))
     assert pair.shared
     for _ in range(2):
-        with pair.base() as each:
-            assert torch.equal(logits(each), logits(one))
-        with pair.tuned() as each:
-            assert torch.equal(logits(each), logits(two))
+        with pair.base() as side:
+            assert torch.equal(logits(side), logits(first_model))
+        with pair.tuned() as side:
+            assert torch.equal(logits(side), logits(second_model))
 
 
 def test_a_classifier_brings_its_head_to_a_base_without_one(base, adapter):
@@ -408,12 +408,12 @@ def test_a_classifier_brings_its_head_to_a_base_without_one(base, adapter):
     assert (pair.kind, pair.base_kind, pair.labels) == ("classifier", "classifier", runnable.labels)
     # What is random is the same each time, and the global generator is left alone.
     state = torch.random.get_rng_state()
-    found = []
+    outputs = []
     for _ in range(2):
         pair.close()
-        with pair.base() as each:
-            found.append(logits(each))
-    assert torch.equal(*found)
+        with pair.base() as side:
+            outputs.append(logits(side))
+    assert torch.equal(*outputs)
     assert torch.equal(state, torch.random.get_rng_state())
 
 
@@ -434,17 +434,17 @@ def test_full_fine_tunes_take_turns_and_only_one_is_resident(base, tmp_path):
     tuned = saved(make("llama", seed=1), tmp_path / "tuned")
     with RunnablePair(CheckpointPair(base, tuned)) as pair:
         assert not pair.shared
-        with pair.base() as each:
-            assert torch.equal(logits(each), logits(model_of("llama")))
-            first = weakref.ref(each)
-        del each
-        with pair.tuned() as each:
+        with pair.base() as side:
+            assert torch.equal(logits(side), logits(model_of("llama")))
+            first = weakref.ref(side)
+        del side
+        with pair.tuned() as side:
             gc.collect()
             assert first() is None
-            assert torch.equal(logits(each), logits(make("llama", seed=1)))
-            kept = each
-        with pair.tuned() as each:
-            assert each is kept  # not loaded again
+            assert torch.equal(logits(side), logits(make("llama", seed=1)))
+            kept = side
+        with pair.tuned() as side:
+            assert side is kept  # not loaded again
     assert pair._resident is None
 
 
@@ -458,19 +458,19 @@ def test_base_and_tuned_are_not_to_be_had_at_once(base, adapter):
         pass
     with pytest.raises(KeyError, match="stop"), pair.tuned():
         raise KeyError("stop")
-    with pair.base() as each:  # after an error too
-        assert torch.equal(logits(each), logits(model_of("llama")))
+    with pair.base() as side:  # after an error too
+        assert torch.equal(logits(side), logits(model_of("llama")))
 
 
 def test_a_side_is_left_in_evaluation_mode_and_as_trainable_as_it_was(base, adapter):
     pair = RunnablePair(CheckpointPair(base, adapter(base)[0]))
-    with pair.tuned() as each:
-        trainable = {name: parameter.requires_grad for name, parameter in each.named_parameters()}
-        each.train()
-    with pair.base() as each:
-        assert not any(module.training for module in each.modules())
-    with pair.tuned() as each:
-        assert {name: parameter.requires_grad for name, parameter in each.named_parameters()} == trainable
+    with pair.tuned() as side:
+        trainable = {name: parameter.requires_grad for name, parameter in side.named_parameters()}
+        side.train()
+    with pair.base() as side:
+        assert not any(module.training for module in side.modules())
+    with pair.tuned() as side:
+        assert {name: parameter.requires_grad for name, parameter in side.named_parameters()} == trainable
 
 
 def test_models_in_memory_pair_up_and_stay_as_they_are(base, adapter):
@@ -486,11 +486,11 @@ def test_models_in_memory_pair_up_and_stay_as_they_are(base, adapter):
     ]:
         runnable = RunnablePair(pair)
         assert runnable.shared == shared
-        with runnable.base() as each:
-            assert torch.equal(logits(each), expected)
-        with runnable.tuned() as each:
+        with runnable.base() as side:
+            assert torch.equal(logits(side), expected)
+        with runnable.tuned() as side:
             other = model if pair.tuned.base is not None else make("llama", seed=1)
-            assert torch.equal(logits(each), logits(other))
+            assert torch.equal(logits(side), logits(other))
     after = state_of(plain), state_of(model)
     assert_same(before[0], after[0])
     assert_same(before[1], after[1])
@@ -542,13 +542,13 @@ def test_sides_of_no_kind_that_runs_are_refused(base, tmp_path):
 
 
 def test_an_adapter_on_an_adapter_takes_turns_with_what_it_was_trained_on(base, adapter, tmp_path):
-    first, one = adapter(base, name="first")
-    merged = saved(one.merge_and_unload(), tmp_path / "merged")
-    second, two = adapter(merged, name="second", seed=1)
+    first, first_model = adapter(base, name="first")
+    merged = saved(first_model.merge_and_unload(), tmp_path / "merged")
+    second, second_model = adapter(merged, name="second", seed=1)
     lower = open_checkpoint(first)
     pair = RunnablePair(CheckpointPair(lower, open_checkpoint(second, base=lower)))
     assert not pair.shared
-    with pair.base() as each:
-        torch.testing.assert_close(logits(each), logits(open_model(merged).model), atol=1e-4, rtol=1e-4)
-    with pair.tuned() as each:
-        torch.testing.assert_close(logits(each), logits(two), atol=1e-4, rtol=1e-4)
+    with pair.base() as side:
+        torch.testing.assert_close(logits(side), logits(open_model(merged).model), atol=1e-4, rtol=1e-4)
+    with pair.tuned() as side:
+        torch.testing.assert_close(logits(side), logits(second_model), atol=1e-4, rtol=1e-4)

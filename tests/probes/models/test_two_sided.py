@@ -25,12 +25,12 @@ def tensors_of(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def same(one, other):
+def same(first, second):
     """Bit for bit: -0 is not 0."""
-    return one.keys() == other.keys() and all(
-        torch.equal(one[name].view(torch.uint8), other[name].view(torch.uint8))
-        for name in one
-        if one[name].ndim
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name].view(torch.uint8), second[name].view(torch.uint8))
+        for name in first
+        if first[name].ndim
     )
 
 
@@ -82,10 +82,10 @@ def test_a_selection_and_its_complement_with_the_sides_swapped_are_one_model(pai
             chosen[name], rest[name] = order[:5].sort().values, order[5:].sort().values
         two_sided.become("base")
         with two_sided.selecting(chosen, "tuned") as model:
-            one = tensors_of(model)
+            selected = tensors_of(model)
         two_sided.become("tuned")
         with two_sided.selecting(rest, "base") as model:
-            assert same(one, tensors_of(model))
+            assert same(selected, tensors_of(model))
 
 
 def test_only_the_selected_entries_differ(pair):

@@ -31,16 +31,16 @@ INTERFACED = (
 )  # fmt: skip
 
 
-def fused_in(family, *letters, beside=""):
+def fused_in(family, *letters, within=""):
     """The first module that holds these parts, its parent, and the parts by letter: functions of an input."""
-    state, found = found_in(family)
-    names = (m.tensor for m in found.values() if m.name.endswith(f":{letters[0]}") and beside in m.name)
+    state, named = found_in(family)
+    names = (m.tensor for m in named.values() if m.name.endswith(f":{letters[0]}") and within in m.name)
     tensor = next(names)
     name = tensor.removesuffix(".weight")
     bias = state.get(f"{name}.bias")
 
     def part(letter):
-        matrix = found[f"{tensor}:{letter}"]
+        matrix = named[f"{tensor}:{letter}"]
         weight = matrix.take(state[tensor])
         if bias is None:
             return lambda x: x @ weight.T
@@ -138,7 +138,7 @@ def test_keys_and_values_of_cross_attention_in_gpt2_are_those_it_attends_with(si
         return sdpa(module, query, key, value, *args, **kwargs)
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", spied)
-    _, _, parts = fused_in("gpt2_cross", side, beside="crossattention")
+    _, _, parts = fused_in("gpt2_cross", side, within="crossattention")
     encoded = torch.randn(1, 1, 16, generator=torch.Generator().manual_seed(1))
     model_of("gpt2_cross")(input_ids=torch.tensor([[5]]), encoder_hidden_states=encoded)
     torch.testing.assert_close(parts[side](encoded).flatten(), attended[1][side].flatten())
@@ -186,12 +186,12 @@ STACKS = {
 @torch.no_grad()
 @pytest.mark.parametrize("family", STACKS)
 def test_an_expert_of_a_stack_computes_what_the_model_computes_with_it(family):
-    state, found = found_in(family)
-    down = next(m for m in found.values() if m.component == "down_proj" and m.expert == 1)
+    state, named = found_in(family)
+    down = next(m for m in named.values() if m.component == "down_proj" and m.expert == 1)
     experts = deepcopy(model_of(family).get_submodule(down.tensor.partition(".experts.")[0] + ".experts"))
     weights = {
         m.component: m.take(state[m.tensor])
-        for m in found.values()
+        for m in named.values()
         if m.expert == 1 and m.layer == down.layer and m.part == "block"
     }
     x = torch.randn(3, 16, generator=torch.Generator().manual_seed(1)) / 8

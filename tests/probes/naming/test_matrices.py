@@ -21,19 +21,19 @@ def shapes_to_headers(shapes):
     return {name: Header(name, shape, torch.bfloat16) for name, shape in shapes.items()}
 
 
-def assert_partition(state, found):
+def assert_partition(state, named):
     """Every entry of every weight is in exactly one matrix; what is no weight is in none."""
-    tied = {name for matrix in found.values() for name in matrix.tied}
+    tied = {name for matrix in named.values() for name in matrix.tied}
     for name, header in headers_of(state).items():
         numbers = torch.arange(header.entries).reshape(header.shape)
-        taken = [matrix.take(numbers) for matrix in found.values() if matrix.tensor == name]
+        taken = [matrix.take(numbers) for matrix in named.values() if matrix.tensor == name]
         if not is_weight(header) or name in tied:
             assert not taken, name
             continue
         assert torch.equal(torch.cat([part.flatten() for part in taken]).sort().values, numbers.flatten()), (
             name
         )
-    for key, matrix in found.items():
+    for key, matrix in named.items():
         assert key == matrix.name
         assert matrix.take(state[matrix.tensor]).shape == (matrix.rows, matrix.columns), key
 
@@ -50,8 +50,8 @@ def test_a_saved_checkpoint_holds_the_matrices_of_the_model_in_memory(family, tm
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     config = transformers.AutoConfig.from_pretrained(tmp_path).to_dict()
-    found = matrices(headers_of(stored), config)
-    assert_partition(stored, found)
+    named = matrices(headers_of(stored), config)
+    assert_partition(stored, named)
 
     state, in_memory = found_in(family)
 
@@ -62,15 +62,15 @@ def test_a_saved_checkpoint_holds_the_matrices_of_the_model_in_memory(family, tm
             for matrix in matrices.values()
         )  # fmt: skip
 
-    assert content(found, stored) == content(in_memory, state)
+    assert content(named, stored) == content(in_memory, state)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_module_that_multiplies_is_a_matrix_and_no_norm_is(family):
-    state, found = found_in(family)
-    tied = {name for matrix in found.values() for name in matrix.tied}
+    state, named = found_in(family)
+    tied = {name for matrix in named.values() for name in matrix.tied}
     for name, module in model_of(family).named_modules():
-        parts = [matrix for matrix in found.values() if matrix.tensor == f"{name}.weight"]
+        parts = [matrix for matrix in named.values() if matrix.tensor == f"{name}.weight"]
         if isinstance(module, nn.Linear | Conv1D | nn.Embedding) and f"{name}.weight" not in tied:
             weight = module.weight.T if isinstance(module, Conv1D) else module.weight
             assert sum(part.rows for part in parts) == weight.shape[0], name
@@ -83,20 +83,20 @@ def test_every_module_that_multiplies_is_a_matrix_and_no_norm_is(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_blocks_have_their_components_and_layers(family):
-    _, found = found_in(family)
-    blocks = [matrix for matrix in found.values() if matrix.part == "block"]
+    _, named = found_in(family)
+    blocks = [matrix for matrix in named.values() if matrix.part == "block"]
     assert {matrix.component for matrix in blocks} == FAMILIES[family][3]
     # ALBERT shares one block between its layers; two stages of Swin count through, 2 blocks and 1.
     layers = {"albert": {0}, "swin": {0, 1, 2}}.get(family, {0, 1})
     assert {matrix.layer for matrix in blocks} == layers
-    assert not any(matrix.missing for matrix in found.values())
+    assert not any(matrix.missing for matrix in named.values())
 
 
 # Names and shapes alone: families whose code is not in transformers, and files without a config.
 
 
 def test_qwen_1_activates_w2_and_keeps_its_linear_layers_as_they_are():
-    found = matrices(
+    named = matrices(
         shapes_to_headers(
             {
                 "transformer.h.1.attn.c_attn.weight": (48, 16),
@@ -108,7 +108,7 @@ def test_qwen_1_activates_w2_and_keeps_its_linear_layers_as_they_are():
         ),
         {"model_type": "qwen", "num_attention_heads": 4},
     )
-    assert {m.component: (m.layer, m.rows, m.columns, m.start) for m in found.values()} == {
+    assert {m.component: (m.layer, m.rows, m.columns, m.start) for m in named.values()} == {
         "q_proj": (1, 16, 16, 0),
         "k_proj": (1, 16, 16, 16),
         "v_proj": (1, 16, 16, 32),
@@ -117,18 +117,18 @@ def test_qwen_1_activates_w2_and_keeps_its_linear_layers_as_they_are():
         "gate_proj": (1, 24, 16, 0),
         "down_proj": (1, 16, 24, 0),
     }
-    assert found["transformer.h.1.mlp.w2.weight"].component == "gate_proj"
-    assert not any(m.transposed for m in found.values())
+    assert named["transformer.h.1.mlp.w2.weight"].component == "gate_proj"
+    assert not any(m.transposed for m in named.values())
 
 
-def rows_of(found, tensor):
+def rows_of(named, tensor):
     """For each part of a tensor, the stored rows that it has."""
     numbers = torch.arange(1000)
     return {
-        m.component: m.take(numbers[: sum(p.rows for p in found.values() if p.tensor == tensor), None])
+        m.component: m.take(numbers[: sum(p.rows for p in named.values() if p.tensor == tensor), None])
         .flatten()
         .tolist()
-        for m in found.values()
+        for m in named.values()
         if m.tensor == tensor
     }
 
@@ -170,9 +170,9 @@ def rows_of(found, tensor):
 def test_fused_attention_of_models_with_code_of_their_own(tensor, config, queries, keys, values):
     rows = len(queries + keys + values)
     output = tensor.replace("query_key_value", "dense").replace("wqkv", "wo").replace("W_pack", "o_proj")
-    found = matrices(shapes_to_headers({tensor: (rows, 8), output: (8, len(queries))}), config)
-    assert rows_of(found, tensor) == {"q_proj": queries, "k_proj": keys, "v_proj": values}
-    assert found[output].component == "o_proj"
+    named = matrices(shapes_to_headers({tensor: (rows, 8), output: (8, len(queries))}), config)
+    assert rows_of(named, tensor) == {"q_proj": queries, "k_proj": keys, "v_proj": values}
+    assert named[output].component == "o_proj"
 
 
 @pytest.mark.parametrize(
@@ -191,22 +191,22 @@ def test_fused_attention_of_models_with_code_of_their_own(tensor, config, querie
 def test_gated_feed_forwards_of_models_with_code_of_their_own(tensor, down, config, order):
     down = f"{tensor.rpartition('.')[0]}.{down}.weight"
     tensor = f"{tensor}.weight"
-    found = matrices(shapes_to_headers({tensor: (12, 4), down: (4, 6)}), config)
-    assert list(rows_of(found, tensor)) == order
+    named = matrices(shapes_to_headers({tensor: (12, 4), down: (4, 6)}), config)
+    assert list(rows_of(named, tensor)) == order
     # The same name where nothing is doubled: a plain feed-forward.
-    found = matrices(shapes_to_headers({tensor: (12, 4), down: (4, 12)}), config)
-    assert [m.rows for m in found.values()] == [12, 4]
+    named = matrices(shapes_to_headers({tensor: (12, 4), down: (4, 12)}), config)
+    assert [m.rows for m in named.values()] == [12, 4]
 
 
 @pytest.mark.parametrize(
     "family", ["gpt2", "gpt2_cross", "openai-gpt", "phi3", "modernbert", "mixtral", "llama4", "t5"]
 )
 def test_names_and_shapes_suffice_where_they_decide(family):
-    state, found = found_in(family)
+    state, named = found_in(family)
     bare = matrices(headers_of(state), {})
     # Without the config nothing is known to be tied; all else is the same.
     assert {name: m for name, m in bare.items() if m.component not in ("embed", "lm_head")} == {
-        name: m for name, m in found.items() if m.component not in ("embed", "lm_head")
+        name: m for name, m in named.items() if m.component not in ("embed", "lm_head")
     }
 
 
@@ -222,19 +222,19 @@ def test_names_and_shapes_suffice_where_they_decide(family):
 )
 def test_what_only_the_config_could_divide_stays_whole_and_says_what_is_missing(family, component, missing):
     state, _ = found_in(family)
-    found = matrices(headers_of(state), {})
-    assert_partition(state, found)
-    whole = [m for m in found.values() if m.component == component]
-    assert whole
-    assert {m.missing for m in whole} == {(missing,)}
-    assert not any(m.missing for m in found.values() if m.component != component)
+    named = matrices(headers_of(state), {})
+    assert_partition(state, named)
+    undivided = [m for m in named.values() if m.component == component]
+    assert undivided
+    assert {m.missing for m in undivided} == {(missing,)}
+    assert not any(m.missing for m in named.values() if m.component != component)
 
 
 @pytest.mark.parametrize("heads", [{}, {"num_kv_heads": 2}])
 def test_a_config_without_heads_leaves_fused_attention_whole(heads):
     headers = shapes_to_headers({"transformer.h.0.self_attention.query_key_value.weight": (32, 16)})
-    (whole,) = matrices(headers, {"model_type": "falcon", "new_decoder_architecture": True} | heads).values()
-    assert (whole.component, whole.rows, whole.missing) == ("qkv_proj", 32, ("num_attention_heads",))
+    (matrix,) = matrices(headers, {"model_type": "falcon", "new_decoder_architecture": True} | heads).values()
+    assert (matrix.component, matrix.rows, matrix.missing) == ("qkv_proj", 32, ("num_attention_heads",))
 
 
 def test_heads_that_do_not_divide_a_fused_tensor_are_refused():
@@ -257,8 +257,8 @@ def test_gpt2_as_the_hub_has_it_is_recognised_without_prefix_and_config():
         "h.1.mlp.c_fc.weight": (16, 64),
         "h.1.mlp.c_proj.weight": (64, 16),
     }
-    found = matrices(shapes_to_headers(shapes), {})
-    assert [(m.name, m.component, m.layer, m.rows, m.columns, m.transposed) for m in found.values()] == [
+    named = matrices(shapes_to_headers(shapes), {})
+    assert [(m.name, m.component, m.layer, m.rows, m.columns, m.transposed) for m in named.values()] == [
         ("wte.weight", "embed", None, 37, 16, False),
         ("h.1.attn.c_attn.weight:q", "q_proj", 1, 16, 16, True),
         ("h.1.attn.c_attn.weight:k", "k_proj", 1, 16, 16, True),
@@ -271,8 +271,8 @@ def test_gpt2_as_the_hub_has_it_is_recognised_without_prefix_and_config():
 
 def test_an_unknown_weight_of_a_block_goes_by_its_own_name():
     shapes = {"model.layers.3.mixer.novel_proj.weight": (4, 6), "model.layers.3.adapter.net.2.weight": (6, 4)}
-    found = matrices(shapes_to_headers(shapes), {})
-    assert [(m.layer, m.component, m.part) for m in found.values()] == [
+    named = matrices(shapes_to_headers(shapes), {})
+    assert [(m.layer, m.component, m.part) for m in named.values()] == [
         (3, "novel_proj", "block"),
         (3, "net.2", "block"),
     ]
@@ -286,13 +286,13 @@ def test_fused_attention_whose_heads_differ_by_layer_divides_by_its_output_proje
         "layers.1.attn.qkv_proj.weight": (20, 12),
         "layers.1.attn.out_proj.weight": (12, 12),
     }
-    found = matrices(shapes_to_headers(shapes), {"model_type": "openelm", "num_kv_heads": [1, 1]})
-    assert [m.rows for m in found.values() if ":" in m.name] == [8, 4, 4, 12, 4, 4]
+    named = matrices(shapes_to_headers(shapes), {"model_type": "openelm", "num_kv_heads": [1, 1]})
+    assert [m.rows for m in named.values() if ":" in m.name] == [8, 4, 4, 12, 4, 4]
 
 
 def test_parts_of_stacked_and_fused_tensors_are_named_by_expert_and_part():
-    _, found = found_in("mixtral")
-    stacked = [name for name in found if "layers.0.mlp.experts" in name]
+    _, named = found_in("mixtral")
+    stacked = [name for name in named if "layers.0.mlp.experts" in name]
     assert stacked == [
         f"model.layers.0.mlp.experts.{tensor}"
         for tensor in (
@@ -335,8 +335,8 @@ def test_parts_of_stacked_and_fused_tensors_are_named_by_expert_and_part():
     ],
 )  # fmt: skip
 def test_a_tensor_has_the_layer_component_and_part_of_its_place(family, name, layer, component, part):
-    _, found = found_in(family)
-    matrix = found[name]
+    _, named = found_in(family)
+    matrix = named[name]
     assert (matrix.layer, matrix.component, matrix.part) == (layer, component, part)
 
 
@@ -352,9 +352,9 @@ def test_a_tensor_has_the_layer_component_and_part_of_its_place(family, name, la
     ],
 )  # fmt: skip
 def test_a_tied_embedding_is_given_once_and_names_its_copies(family, embedding, tied):
-    state, found = found_in(family)
-    assert found[embedding].tied == tied
-    assert not set(tied) & set(found)
+    state, named = found_in(family)
+    assert named[embedding].tied == tied
+    assert not set(tied) & set(named)
     # Where the config does not tie them, each may have gone its own way; the outer of two configs is heard.
     config = {"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True}}
     loose = matrices(headers_of(state), config)
@@ -383,20 +383,20 @@ def test_convolutions_keep_their_outputs_as_rows():
         "backbone.layers.0.mixer.conv1d.weight": (8, 1, 4),
         "vit.embeddings.patch_embeddings.projection.weight": (16, 3, 4, 4),
     }
-    found = matrices(shapes_to_headers(shapes), {})
-    assert [(m.rows, m.columns) for m in found.values()] == [(6, 12), (8, 4), (16, 48)]
+    named = matrices(shapes_to_headers(shapes), {})
+    assert [(m.rows, m.columns) for m in named.values()] == [(6, 12), (8, 4), (16, 48)]
 
 
 @torch.no_grad()
 def test_projections_of_xlnet_are_turned_from_the_axes_it_multiplies_over():
-    state, found = found_in("xlnet")
+    state, named = found_in("xlnet")
     x = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
     stored = state["transformer.layer.0.rel_attn.q"]
     queries = torch.einsum("ih,hnd->ind", x, stored)  # as its modelling code has it
-    torch.testing.assert_close(x @ found["transformer.layer.0.rel_attn.q"].take(stored).T, queries.flatten(1))
+    torch.testing.assert_close(x @ named["transformer.layer.0.rel_attn.q"].take(stored).T, queries.flatten(1))
     stored = state["transformer.layer.0.rel_attn.o"]
     outputs = torch.einsum("ind,hnd->ih", queries, stored)
-    projection = found["transformer.layer.0.rel_attn.o"].take(stored)
+    projection = named["transformer.layer.0.rel_attn.o"].take(stored)
     torch.testing.assert_close(queries.flatten(1) @ projection.T, outputs)
 
 
@@ -426,8 +426,8 @@ def test_heads_that_do_not_share_keys_evenly_are_refused():
 def test_no_heads_and_fewer_are_an_absent_number(heads):
     headers = shapes_to_headers({"transformer.h.0.self_attention.query_key_value.weight": (12, 4)})
     config = {"model_type": "bloom", "num_attention_heads": heads}
-    (found,) = matrices(headers, config).values()
-    assert found.missing == ("num_attention_heads",)
+    (matrix,) = matrices(headers, config).values()
+    assert matrix.missing == ("num_attention_heads",)
 
 
 @pytest.mark.parametrize("router", [(0, 4), (4, 4), ()])
@@ -443,5 +443,5 @@ def test_a_router_that_does_not_divide_its_experts_is_refused(router):
 
 def test_a_block_beyond_all_counting_is_no_block():
     headers = shapes_to_headers({"layers." + "9" * 5000 + ".q_proj.weight": (4, 4)})
-    (found,) = matrices(headers, {}).values()
-    assert found.layer is None
+    (matrix,) = matrices(headers, {}).values()
+    assert matrix.layer is None

@@ -32,8 +32,8 @@ def tokens(value, batch):
     return value[batch.attention_mask.bool()]
 
 
-def close(found, expected):
-    torch.testing.assert_close(found, expected, atol=4e-6, rtol=1e-5)
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=4e-6, rtol=1e-5)
 
 
 # Through the bridge
@@ -45,9 +45,9 @@ def test_logits_under_capture_are_those_of_transformers(family, names):
     model, batch = model_of(family), batch_of(7, 4)
     expected = by_transformers(model, batch).logits
     with capture(model, names) as captured:
-        found = by_transformers(captured.model, batch).logits
+        logits = by_transformers(captured.model, batch).logits
     assert (captured.route, captured.reason) == ("bridge", None)
-    close(tokens(found, batch), tokens(expected, batch))
+    close(tokens(logits, batch), tokens(expected, batch))
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -55,8 +55,8 @@ def test_logits_under_capture_are_those_of_transformers(family, names):
 def test_residuals_are_what_goes_into_and_out_of_each_block(family, side):
     model, batch = model_of(family), batch_of(7, 4, side=side)
     seen = {}
-    found = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    (layers,) = [each for each in found if len(each) == LAYERS]
+    module_lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    (layers,) = [modules for modules in module_lists if len(modules) == LAYERS]
 
     def keep(layer):
         def hook(module, args, kwargs, output):
@@ -89,10 +89,10 @@ def test_attention_patterns_are_those_of_transformers_eager_attention(family):
     model.set_attn_implementation("eager")
     expected = by_transformers(model, batch, output_attentions=True).attentions
     for layer in range(LAYERS):
-        found = activations[f"blocks.{layer}.attn.hook_pattern"]
-        assert found.shape == (2, 4, 7, 7)
+        pattern = activations[f"blocks.{layer}.attn.hook_pattern"]
+        assert pattern.shape == (2, 4, 7, 7)
         for row, length in enumerate([7, 4]):
-            mine, theirs = (each[row, :, :length] for each in (found, expected[layer]))
+            mine, theirs = (attention[row, :, :length] for attention in (pattern, expected[layer]))
             close(mine, theirs)
             close(mine.sum(dim=-1), torch.ones(4, length))
 
@@ -129,11 +129,11 @@ def test_expert_routes_are_those_computed_from_the_routers_input(family, side):
     mask = batch.attention_mask.bool()
     for layer, (router, hidden) in enumerate(zip(routers, inputs, strict=True)):
         indices, weights = route(family, router, hidden.view(2, 7, -1))
-        found = activations[f"blocks.{layer}.mlp.hook_expert_indices"]
+        chosen = activations[f"blocks.{layer}.mlp.hook_expert_indices"]
         shares = activations[f"blocks.{layer}.mlp.hook_expert_weights"]
-        assert torch.equal(found[mask], indices[mask])
+        assert torch.equal(chosen[mask], indices[mask])
         close(shares[mask], torch.zeros(shares.shape).scatter(2, indices, weights)[mask])
-        assert (found[~mask] == -1).all()
+        assert (chosen[~mask] == -1).all()
         assert (shares[~mask] == 0).all()
 
 
@@ -150,9 +150,9 @@ def test_router_logits_have_rows_and_tokens_apart():
 @pytest.mark.parametrize("family", EXPERTS)
 def test_attention_runs_as_it_did_where_only_routers_are_hooked(family):
     model, batch = make(family), batch_of(7, 4)
-    own = model.config._attn_implementation
+    implementation = model.config._attn_implementation
     with capture(model, "mlp.hook_expert_weights") as captured:
-        assert captured.model.config._attn_implementation == own
+        assert captured.model.config._attn_implementation == implementation
         assert torch.equal(
             by_transformers(captured.model, batch).logits, by_transformers(model, batch).logits
         )
@@ -243,19 +243,19 @@ def test_activations_stream_and_pool_to_the_same_whatever_the_batches():
             hidden = model(input_ids=torch.tensor([example.ids]), output_hidden_states=True).hidden_states
         expected[index] = hidden[1][0].mean(dim=0)
     for how in ({"tokens": 1}, {"tokens": 1000}, {"tokens": 12, "side": "left"}):
-        found = {}
+        means = {}
         with capture(model, "hook_resid_post", layers=[0], keep=pooled) as captured:
             for batch, activations in captured.stream(batches(examples, pad_id=0, **how)):
-                found |= zip(batch.indices.tolist(), activations[RESIDUALS[0]], strict=True)
+                means |= zip(batch.indices.tolist(), activations[RESIDUALS[0]], strict=True)
         for index, value in expected.items():
-            close(found[index], value)
+            close(means[index], value)
 
 
 def live():
     """Bytes of all tensors that something still holds."""
     gc.collect()
-    tensors = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
-    return sum(each.untyped_storage().nbytes() for each in tensors)
+    tensors = [tensor for tensor in gc.get_objects() if issubclass(type(tensor), torch.Tensor)]
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
 @pytest.mark.parametrize("family", ["llama", "persimmon"])
@@ -290,13 +290,13 @@ def test_keep_is_given_each_activation_once_and_only_its_result_is_held():
 def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
     model, examples = model_of("llama"), rows_of(5, 5, 5)
     with capture(model, "hook_resid_post") as captured:
-        whole, forward = captured.measured, []
+        measured, forward = captured.measured, []
 
         def cramped(batch, measure):
             forward.append(len(batch.indices))
             if len(batch.indices) > 1:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return whole(batch, measure)
+            return measured(batch, measure)
 
         monkeypatch.setattr(captured, "measured", cramped)
         seen = [batch.indices.tolist() for batch, _ in captured.stream(batches(examples, pad_id=0))]
@@ -392,27 +392,27 @@ def adapted(family, targets, seed=0, **settings):
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
 def test_residuals_of_an_adapted_model_are_those_with_the_adapter(family, targets):
     model, batch = adapted(family, targets), batch_of(7, 4)
-    found = {}
+    residuals = {}
     for side, switched in (("tuned", nullcontext), ("base", model.disable_adapter)):
         with switched():
             before = state_of(model)
             with capture(model, "hook_resid_post") as captured:
-                found[side] = captured.activations(batch)[RESIDUALS[0]]
+                residuals[side] = captured.activations(batch)[RESIDUALS[0]]
             assert_same(before, state_of(model))
             expected = by_transformers(model, batch, output_hidden_states=True).hidden_states[1]
-        close(tokens(found[side], batch), tokens(expected, batch))
+        close(tokens(residuals[side], batch), tokens(expected, batch))
         assert captured.route == ("modules" if family == "persimmon" else "bridge")
-    assert (found["base"] - found["tuned"]).abs().max() > 0.01
+    assert (residuals["base"] - residuals["tuned"]).abs().max() > 0.01
 
 
 def test_routes_of_an_adapted_model_are_those_with_the_adapter():
     model, batch = adapted("mixtral", ["q_proj", "v_proj"]), batch_of(7, 4)
     with capture(model, "mlp.hook_expert_indices") as captured:
-        found = captured.activations(batch)
+        routes = captured.activations(batch)
     with capture(model.merge_and_unload(), "mlp.hook_expert_indices") as captured:
         merged = captured.activations(batch)
     for name, value in merged.items():
-        assert torch.equal(found[name], value)
+        assert torch.equal(routes[name], value)
 
 
 def test_patterns_of_an_adapted_model_are_refused_because_the_bridge_would_pass_over_it():
@@ -473,10 +473,10 @@ def test_a_model_whose_logits_are_not_finite_is_captured_all_the_same(value):
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0] = value
     with capture(model, "hook_resid_post") as captured:
-        found = captured.activations(batch_of(5))
+        activations = captured.activations(batch_of(5))
     assert captured.route == "bridge"
-    assert found[RESIDUALS[0]].isfinite().all()
-    assert not found[RESIDUALS[1]].isfinite().all()
+    assert activations[RESIDUALS[0]].isfinite().all()
+    assert not activations[RESIDUALS[1]].isfinite().all()
 
 
 def test_a_model_in_half_precision_is_captured_too():
@@ -489,6 +489,6 @@ def test_a_model_in_half_precision_is_captured_too():
 def test_scores_under_capture_equal_those_without():
     model, examples = model_of("gemma2"), rows_of(8, 5, 3)
     with capture(model, "hook_resid_post") as captured:
-        found = score_examples(captured.model, examples)
+        scores = score_examples(captured.model, examples)
     expected = score_examples(model, examples)
-    close(found.log_likelihoods, expected.log_likelihoods)
+    close(scores.log_likelihoods, expected.log_likelihoods)

@@ -20,7 +20,7 @@ class Given:
 TEXTS = task_of(["a", "b", "c"])
 
 
-def found(model, encoded, **how):
+def sorted_labels(model, encoded, **how):
     """All labels of every row, in order: their logits and targets."""
     parts = list(label_logits(model, encoded, **how))
     rows, logits, targets = (
@@ -39,11 +39,11 @@ def forward(model, ids):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "olmoe"])
 def test_of_texts_they_are_those_before_each_scored_token(family, tokens):
     model, examples = model_of(family), rows_of(5, 7, 4)
-    rows, logits, targets = found(model, Given(TEXTS, examples), tokens=tokens)
+    rows, logits, targets = sorted_labels(model, Given(TEXTS, examples), tokens=tokens)
     assert rows == [0] * 4 + [1] * 6 + [2] * 3
     assert targets == [token for example in examples for token in example.ids[1:]]
-    whole = torch.cat([forward(model, example.ids)[:-1] for example in examples])
-    torch.testing.assert_close(logits, whole, atol=1e-5, rtol=1e-5)
+    expected = torch.cat([forward(model, example.ids)[:-1] for example in examples])
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_of_choices_they_are_those_of_the_right_one():
@@ -55,25 +55,25 @@ def test_of_choices_they_are_those_of_the_right_one():
     )
     model, plain = model_of("llama"), rows_of(5, 6, 4, 7, skip=3)
     examples = [
-        Example(ids=each.ids, scored=each.scored, row=place // 2, choice=place % 2)
-        for place, each in enumerate(plain)
+        Example(ids=example.ids, scored=example.scored, row=index // 2, choice=index % 2)
+        for index, example in enumerate(plain)
     ]
-    rows, logits, targets = found(model, Given(task, examples))
+    rows, logits, targets = sorted_labels(model, Given(task, examples))
     # The second sequence has 3 scored tokens, the third 1.
     assert rows == [0, 0, 0, 1]
     assert targets == plain[1].ids[3:] + plain[2].ids[3:]
-    whole = torch.cat([forward(model, plain[1].ids)[2:-1], forward(model, plain[2].ids)[2:-1]])
-    torch.testing.assert_close(logits, whole, atol=1e-5, rtol=1e-5)
+    expected = torch.cat([forward(model, plain[1].ids)[2:-1], forward(model, plain[2].ids)[2:-1]])
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_of_a_masked_model_each_place_is_asked_for_by_itself():
     model, examples = model_of("bert"), rows_of(4, 5)
-    _, logits, targets = found(model, Given(task_of(["a", "b"]), examples, mask_id=3))
+    _, logits, targets = sorted_labels(model, Given(task_of(["a", "b"]), examples, mask_id=3))
     meant = []
     for example in examples:
-        for place in range(1, len(example.ids)):
-            hidden = [3 if at == place else token for at, token in enumerate(example.ids)]
-            meant.append(forward(model, hidden)[place])
+        for position in range(1, len(example.ids)):
+            hidden = [3 if at == position else token for at, token in enumerate(example.ids)]
+            meant.append(forward(model, hidden)[position])
     assert targets == [token for example in examples for token in example.ids[1:]]
     torch.testing.assert_close(logits, torch.stack(meant), atol=1e-5, rtol=1e-5)
 
@@ -82,9 +82,12 @@ def test_of_a_masked_model_each_place_is_asked_for_by_itself():
 def test_of_a_classifier_they_are_those_of_the_classes(family):
     task = task_of([{"text": name, "label": label} for name, label in (("a", 2), ("b", 0), ("c", 1))])
     examples = rows_of(5, 7, 4)
-    rows, logits, targets = found(make(family), Given(task, examples, classes=(2, 0, 1)))
+    rows, logits, targets = sorted_labels(make(family), Given(task, examples, classes=(2, 0, 1)))
     assert (rows, targets) == ([0, 1, 2], [2, 0, 1])
-    alone = [found(make(family), Given(task, examples, classes=(2, 0, 1)), rows=[row])[1] for row in range(3)]
+    alone = [
+        sorted_labels(make(family), Given(task, examples, classes=(2, 0, 1)), rows=[row])[1]
+        for row in range(3)
+    ]
     torch.testing.assert_close(logits, torch.cat(alone), atol=1e-5, rtol=1e-5)
 
 
@@ -98,7 +101,7 @@ def test_a_rows_output_is_the_mean_of_its_projected_logits():
 
 def test_rows_that_have_nothing_to_score_have_no_label():
     examples = [*rows_of(5), Example(ids=[1, 2], scored=[False, False], row=1)]
-    assert [whole.row for whole in label_units(Given(task_of(["a", "b"]), examples))] == [0]
+    assert [unit.row for unit in label_units(Given(task_of(["a", "b"]), examples))] == [0]
 
 
 def test_logits_that_are_not_finite_name_the_row():

@@ -22,7 +22,7 @@ def naive(model, examples, radius, vertices, module_of):
         inputs = embeddings(torch.tensor([example.ids])).detach()
         signs = [signs_at(model, inputs + move, module_of) for move in moves[:, 0]]
         for layer in range(2):
-            stack = torch.stack([each[layer] for each in signs])
+            stack = torch.stack([sign[layer] for sign in signs])
             crossed[layer] = crossed.get(layer, 0) + int((stack != stack[:1]).any(dim=0).sum())
             total[layer] = total.get(layer, 0) + stack[0].numel()
     return {layer: crossed[layer] / total[layer] for layer in crossed}
@@ -30,10 +30,10 @@ def naive(model, examples, radius, vertices, module_of):
 
 def signs_at(model, inputs, module_of):
     """Signs of every unit at every token, by layer."""
-    found = {}
+    signs = {}
     handles = [
         module_of(model, layer).register_forward_hook(
-            lambda module, args, output, layer=layer: found.update(
+            lambda module, args, output, layer=layer: signs.update(
                 {layer: output.reshape(inputs.shape[1], -1) > 0}
             )
         )
@@ -43,7 +43,7 @@ def signs_at(model, inputs, module_of):
         model(inputs_embeds=inputs)
     for handle in handles:
         handle.remove()
-    return found
+    return signs
 
 
 @pytest.mark.parametrize(
@@ -62,10 +62,10 @@ def test_crossings_are_those_of_each_vertex_by_itself(family, module_of):
     width = model.get_input_embeddings().weight.shape[1]
     vertices = min(8, 2 * width)
     for tokens in (1, 16384):  # in batches of one row and of all
-        made = local_complexity(model, examples, radius=0.3, vertices=vertices, tokens=tokens)
-        assert made.share == pytest.approx(naive(model, examples, 0.3, vertices, module_of))
-        assert made.tokens == 16
-        assert 0 < made.share[0] < 1
+        complexity = local_complexity(model, examples, radius=0.3, vertices=vertices, tokens=tokens)
+        assert complexity.share == pytest.approx(naive(model, examples, 0.3, vertices, module_of))
+        assert complexity.tokens == 16
+        assert 0 < complexity.share[0] < 1
 
 
 def test_no_radius_crosses_nothing_and_a_huge_one_nearly_all():
@@ -105,9 +105,9 @@ def test_relu_units_scaled_up_before_and_down_after_cross_alike():
 
 
 def test_directions_stand_at_right_angles_at_every_token_and_are_of_length_1():
-    found = orthonormal(3, 8, 5, torch.Generator().manual_seed(0))
+    basis = orthonormal(3, 8, 5, torch.Generator().manual_seed(0))
     for token in range(3):
-        torch.testing.assert_close(found[:, token] @ found[:, token].T, torch.eye(5, dtype=torch.float64))
+        torch.testing.assert_close(basis[:, token] @ basis[:, token].T, torch.eye(5, dtype=torch.float64))
 
 
 def test_the_radius_is_a_share_of_the_mean_length_of_the_embeddings():
@@ -126,7 +126,7 @@ def test_more_directions_than_embeddings_have_are_cut_to_these():
 def test_routed_experts_are_told_from_dense_units():
     assert switches(model_of("olmoe")) == ([], [0, 1])
     places, routed = switches(model_of("qwen2_moe"))
-    assert [place.layer for place in places] == routed == [0, 1]
+    assert [switch.layer for switch in places] == routed == [0, 1]
     with pytest.raises(ValueError, match="OlmoeForCausalLM: has no dense MLP with units to watch"):
         local_complexity(model_of("olmoe"), rows_of(5), radius=0.1)
 

@@ -101,13 +101,13 @@ def test_the_order_of_rows_is_the_seeds_alone_and_every_row_is_used_before_one_i
 
 
 def test_one_seed_gives_the_same_weights_twice_whatever_was_drawn_before():
-    found = []
+    weights = []
     for draws in (0, 5):
         torch.rand(draws)
         model = make("gpt2")
         masked_finetune(model, objective_of(), half_of(model), steps=3, lr=1e-3, seed=7)
-        found.append(weights_of(model))
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+        weights.append(weights_of(model))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_no_step_leaves_the_weights_but_for_what_is_held():
@@ -122,10 +122,10 @@ def test_no_step_leaves_the_weights_but_for_what_is_held():
 def test_modes_switches_and_gradients_are_as_they_were_also_after_an_exception(fails):
     model = make("gpt2").train()
     model.lm_head.eval()
-    for place, weight in enumerate(model.parameters()):
-        weight.requires_grad_(place % 2 == 0)
-    own = next(model.parameters())
-    own.grad = torch.ones_like(own)
+    for index, weight in enumerate(model.parameters()):
+        weight.requires_grad_(index % 2 == 0)
+    first = next(model.parameters())
+    first.grad = torch.ones_like(first)
 
     def progress(done, of, what):
         if fails:
@@ -137,7 +137,7 @@ def test_modes_switches_and_gradients_are_as_they_were_also_after_an_exception(f
     except KeyError:
         assert fails
     assert_same(before, state_of(model))
-    assert torch.equal(own.grad, torch.ones_like(own))
+    assert torch.equal(first.grad, torch.ones_like(first))
     assert all(weight.grad is None for weight in list(model.parameters())[1:])
 
 

@@ -38,7 +38,7 @@ def encoded_of(shape, *, masked=False):
             prompt = drawn(3, generator)
             for choice, length in enumerate(lengths[row]):
                 ids = prompt + drawn(length - 3, generator)
-                scored = [place >= 3 and (row, choice) != (1, 1) for place in range(length)]
+                scored = [position >= 3 and (row, choice) != (1, 1) for position in range(length)]
                 examples.append(Example(ids=ids, scored=scored, row=row, choice=choice))
     elif shape == "label":
         rows = [{"text": "a", "label": row % 3} for row in range(5)]
@@ -51,7 +51,7 @@ def encoded_of(shape, *, masked=False):
         ]
         first = 1 if shape == "texts" else 3
         for row, length in enumerate(LENGTHS[shape]):
-            scored = [place >= first for place in range(length)]
+            scored = [position >= first for position in range(length)]
             if row == 3:  # nothing to score
                 scored = [False] * length
             examples.append(Example(ids=drawn(length, generator), scored=scored, row=row))
@@ -70,12 +70,12 @@ def token_nats(model, example, masked):
     ids, places = torch.tensor(example.ids), [i for i, scored in enumerate(example.scored) if scored]
     if not masked:
         logits = model(input_ids=ids[None]).logits[0]
-        return cross_entropy(logits[[place - 1 for place in places]], ids[places], reduction="none")
+        return cross_entropy(logits[[position - 1 for position in places]], ids[places], reduction="none")
     nats = []
-    for place in places:
+    for position in places:
         hidden = ids.clone()
-        hidden[place] = MASK
-        nats.append(cross_entropy(model(input_ids=hidden[None]).logits[0, place], ids[place]))
+        hidden[position] = MASK
+        nats.append(cross_entropy(model(input_ids=hidden[None]).logits[0, position], ids[position]))
     return torch.stack(nats)
 
 
@@ -138,11 +138,11 @@ def descended(model, objective, *args, **how):
     return loss, gradients_of(model)
 
 
-def assert_close(one, other, atol=1e-10):
-    assert one[0] == pytest.approx(float(other[0]), abs=atol)
-    assert one[1].keys() == other[1].keys()
-    for name, gradient in one[1].items():
-        torch.testing.assert_close(gradient, other[1][name], atol=atol, rtol=0, msg=name)
+def assert_close(actual, expected, atol=1e-10):
+    assert actual[0] == pytest.approx(float(expected[0]), abs=atol)
+    assert actual[1].keys() == expected[1].keys()
+    for name, gradient in actual[1].items():
+        torch.testing.assert_close(gradient, expected[1][name], atol=atol, rtol=0, msg=name)
 
 
 def test_loss_and_gradients_are_those_of_transformers_logits(case):
@@ -169,11 +169,11 @@ def test_the_loss_is_the_mean_of_what_rows_are_measured_by(case):
 
 def test_neither_micro_batches_nor_chunks_of_the_head_matter(case, monkeypatch):
     model, encoded, _ = case
-    whole = descended(model, Objective(encoded))
-    assert_close(descended(model, Objective(encoded, tokens=1)), whole)
-    assert_close(descended(model, Objective(encoded, tokens=20)), whole)
+    expected = descended(model, Objective(encoded))
+    assert_close(descended(model, Objective(encoded, tokens=1)), expected)
+    assert_close(descended(model, Objective(encoded, tokens=20)), expected)
     monkeypatch.setattr(backward, "at_once", lambda model: 2)
-    assert_close(descended(model, Objective(encoded)), whole)
+    assert_close(descended(model, Objective(encoded)), expected)
 
 
 def test_gradients_accumulate_and_are_scaled_and_a_row_counts_as_often_as_it_is_given(case):
@@ -192,16 +192,16 @@ def test_a_weight_that_requires_no_gradient_gets_none_and_the_others_the_same(ca
     weights = dict(model.named_parameters())
     # The first block's, those behind it, or the head's alone.
     for kept in (
-        lambda place: place % 3 == 0,
-        lambda place: place < len(weights) // 2,
-        lambda place: place >= len(weights) - 2,
+        lambda index: index % 3 == 0,
+        lambda index: index < len(weights) // 2,
+        lambda index: index >= len(weights) - 2,
     ):
-        for place, weight in enumerate(weights.values()):
-            weight.requires_grad_(kept(place))
+        for index, weight in enumerate(weights.values()):
+            weight.requires_grad_(kept(index))
         model.zero_grad()
         objective.backward(model)
-        for place, (name, weight) in enumerate(weights.items()):
-            if kept(place):
+        for index, (name, weight) in enumerate(weights.items()):
+            if kept(index):
                 torch.testing.assert_close(weight.grad, full[name], atol=1e-10, rtol=0)
             else:
                 assert weight.grad is None
@@ -236,12 +236,12 @@ def test_the_model_is_as_it_was_and_dropout_is_off(case):
 @pytest.mark.parametrize("going", ["forward", "backward"])
 def test_a_micro_batch_is_halved_when_memory_runs_out_and_no_gradient_is_added_twice(case, going, error):
     model, encoded, _ = case
-    whole = descended(model, Objective(encoded))
+    expected = descended(model, Objective(encoded))
     block = getattr(model, model.base_model_prefix)
     block = (getattr(block, "h", None) or getattr(block, "layers", None) or block.encoder.layer)[1]
     failed = []
     # What is not divided fits.
-    most = max(2, *(len(whole.sequences) for whole in scoring_units(encoded)))
+    most = max(2, *(len(unit.sequences) for unit in scoring_units(encoded)))
 
     def look(module, *tensors):
         hidden = tensors[-1][0]
@@ -254,10 +254,10 @@ def test_a_micro_batch_is_halved_when_memory_runs_out_and_no_gradient_is_added_t
     handle = register(look)
     try:
         objective = Objective(encoded)
-        assert_close(descended(model, objective), whole)
+        assert_close(descended(model, objective), expected)
         assert failed
         tries = len(failed)
-        assert_close(descended(model, objective), whole)
+        assert_close(descended(model, objective), expected)
         assert len(failed) == tries  # what did not fit is not tried again
         assert all(weight.requires_grad for weight in model.parameters())
     finally:
@@ -266,7 +266,7 @@ def test_a_micro_batch_is_halved_when_memory_runs_out_and_no_gradient_is_added_t
 
 def test_a_hook_sees_every_gradient_once_a_micro_batch_and_may_take_it_also_when_memory_runs_out(case):
     model, encoded, _ = case
-    _, whole = descended(model, Objective(encoded))
+    _, expected = descended(model, Objective(encoded))
     model.zero_grad()
     sums = {name: torch.zeros_like(weight) for name, weight in model.named_parameters()}
     seen, state = [], {"fails": 1}
@@ -289,7 +289,7 @@ def test_a_hook_sees_every_gradient_once_a_micro_batch_and_may_take_it_also_when
     for handle in handles:
         handle.remove()
     for name, total in sums.items():
-        torch.testing.assert_close(total, whole[name], atol=1e-10, rtol=0)
+        torch.testing.assert_close(total, expected[name], atol=1e-10, rtol=0)
     if model.base_model_prefix == "transformer":
         assert not state["fails"]
         assert len(seen) > len({*seen})
@@ -383,11 +383,11 @@ def test_every_row_is_in_one_micro_batch_that_is_no_larger_than_it_may_be(length
         for row, several in enumerate(lengths)
         for choice, length in enumerate(several)
     ]
-    made = EncodedTask(
+    encoded = EncodedTask(
         task=task_of(rows), examples=examples, classes=(), mask_id=None, batch_tokens=1, notes=()
     )
-    parts = list(micro_batches(scoring_units(made), tokens))
-    assert sorted(whole.row for part in parts for whole in part) == list(range(len(lengths)))
+    parts = list(micro_batches(scoring_units(encoded), tokens))
+    assert sorted(unit.row for part in parts for unit in part) == list(range(len(lengths)))
     assert all(len(part) == 1 or tokens_of(part) <= tokens for part in parts)
-    longest = [max(whole.length for whole in part) for part in parts]
+    longest = [max(unit.length for unit in part) for part in parts]
     assert longest == sorted(longest, reverse=True)

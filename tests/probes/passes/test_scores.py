@@ -43,12 +43,12 @@ def alone(model, example):
 def test_token_log_likelihoods_are_those_of_cross_entropy_on_full_logits(family):
     model, examples = model_of(family), rows_of(9, 5, 7)
     (batch,) = batches(examples, pad_id=0)
-    found = token_logs(model, batch, chunk=4)
+    logs = token_logs(model, batch, chunk=4)
     for row, index in enumerate(batch.indices.tolist()):
         ids = torch.tensor(examples[index].ids)
         expected = -cross_entropy(alone(model, examples[index])[:-1], ids[1:], reduction="none")
-        torch.testing.assert_close(found[row, 1 : len(ids)], expected, atol=2e-6, rtol=0)
-    assert torch.equal(found.isnan(), ~batch.scored)
+        torch.testing.assert_close(logs[row, 1 : len(ids)], expected, atol=2e-6, rtol=0)
+    assert torch.equal(logs.isnan(), ~batch.scored)
 
 
 @pytest.mark.parametrize(
@@ -69,10 +69,10 @@ def test_neither_batching_nor_order_nor_side_nor_padding_nor_chunks_matter(famil
     one_by_one = score_examples(model, examples, tokens=1, by_token=True)
     reference = torch.stack(
         [
-            torch.log_softmax(alone(model, each).double(), dim=1)[:-1]
-            .gather(1, torch.tensor(each.ids[1:])[:, None])
+            torch.log_softmax(alone(model, example).double(), dim=1)[:-1]
+            .gather(1, torch.tensor(example.ids[1:])[:, None])
             .sum()
-            for each in examples
+            for example in examples
         ]
     )
     torch.testing.assert_close(one_by_one.log_likelihoods, reference, atol=2e-5, rtol=0)
@@ -82,11 +82,11 @@ def test_neither_batching_nor_order_nor_side_nor_padding_nor_chunks_matter(famil
         {"pad_id": 17},
         {"tokens": 20, "side": "left", "pad_id": 5},
     ):
-        found = score_examples(model, examples, by_token=True, **how)
-        torch.testing.assert_close(found.log_likelihoods, reference, atol=2e-5, rtol=0)
-        torch.testing.assert_close(found.top, one_by_one.top, atol=2e-6, rtol=0)
-        torch.testing.assert_close(found.energy, one_by_one.energy, atol=2e-6, rtol=0)
-        for mine, theirs in zip(found.by_token, one_by_one.by_token, strict=True):
+        scores = score_examples(model, examples, by_token=True, **how)
+        torch.testing.assert_close(scores.log_likelihoods, reference, atol=2e-5, rtol=0)
+        torch.testing.assert_close(scores.top, one_by_one.top, atol=2e-6, rtol=0)
+        torch.testing.assert_close(scores.energy, one_by_one.energy, atol=2e-6, rtol=0)
+        for mine, theirs in zip(scores.by_token, one_by_one.by_token, strict=True):
             torch.testing.assert_close(mine, theirs, atol=2e-6, rtol=0, equal_nan=True)
     backwards = score_examples(model, examples[::-1])
     torch.testing.assert_close(backwards.log_likelihoods.flip(0), reference, atol=2e-5, rtol=0)
@@ -110,32 +110,32 @@ def test_a_token_changes_nothing_before_it():
 def test_sums_means_and_losses_count_only_what_is_scored():
     model, examples = model_of("llama"), rows_of(8, 5, skip=3)  # 5 and 2 scored tokens
     examples += rows_of(1)  # nothing before its only token
-    found = score_examples(model, examples, by_token=True)
-    assert found.tokens.tolist() == [5, 2, 0]
-    sums = [float(row[3:].double().sum()) for row in found.by_token[:2]]
-    assert found.log_likelihoods[:2].tolist() == pytest.approx(sums, abs=1e-9)
-    assert math.isnan(found.log_likelihoods[2])
-    assert math.isnan(found.top[2])
+    scores = score_examples(model, examples, by_token=True)
+    assert scores.tokens.tolist() == [5, 2, 0]
+    sums = [float(row[3:].double().sum()) for row in scores.by_token[:2]]
+    assert scores.log_likelihoods[:2].tolist() == pytest.approx(sums, abs=1e-9)
+    assert math.isnan(scores.log_likelihoods[2])
+    assert math.isnan(scores.top[2])
     # Every scored token counts once: 7 of them.
-    assert found.mean_loss == pytest.approx(-sum(sums) / 7, abs=1e-9)
-    assert found.log_likelihoods.dtype == torch.float64
+    assert scores.mean_loss == pytest.approx(-sum(sums) / 7, abs=1e-9)
+    assert scores.log_likelihoods.dtype == torch.float64
 
 
 def test_confidence_and_energy_are_those_of_the_full_logits():
     model, (example,) = model_of("gemma2"), rows_of(6)
     logits = alone(model, example)[:-1].double()
-    found = score_examples(model, [example])
-    assert found.top.item() == pytest.approx(logits.softmax(1).amax(1).mean().item(), abs=1e-6)
-    assert found.energy.item() == pytest.approx(-logits.logsumexp(1).mean().item(), abs=1e-5)
+    scores = score_examples(model, [example])
+    assert scores.top.item() == pytest.approx(logits.softmax(1).amax(1).mean().item(), abs=1e-6)
+    assert scores.energy.item() == pytest.approx(-logits.logsumexp(1).mean().item(), abs=1e-5)
 
 
 def test_a_hit_is_a_token_that_no_other_is_likelier_than():
     model, examples = model_of("gemma2"), rows_of(9, 6)
-    found = score_examples(model, examples)
-    for place, example in enumerate(examples):
+    scores = score_examples(model, examples)
+    for index, example in enumerate(examples):
         likeliest = alone(model, example)[:-1].argmax(1)
         right = (likeliest == torch.tensor(example.ids[1:])).double().mean().item()
-        assert found.hit[place].item() == pytest.approx(right, abs=1e-12)
+        assert scores.hit[index].item() == pytest.approx(right, abs=1e-12)
     # what the model says after each prefix is right by construction
     greedy = [3, 4]
     for _ in range(4):
@@ -146,8 +146,8 @@ def test_a_hit_is_a_token_that_no_other_is_likelier_than():
 
 def test_hidden_states_are_pooled_over_tokens_and_not_over_padding():
     model, examples = model_of("llama"), rows_of(8, 3)
-    found = score_examples(model, examples, pooled=True)
-    for example, vector in zip(examples, found.pooled, strict=True):
+    scores = score_examples(model, examples, pooled=True)
+    for example, vector in zip(examples, scores.pooled, strict=True):
         with torch.no_grad():
             expected = model.model(input_ids=torch.tensor([example.ids])).last_hidden_state[0].mean(0)
         torch.testing.assert_close(vector, expected, atol=2e-6, rtol=0)
@@ -156,10 +156,10 @@ def test_hidden_states_are_pooled_over_tokens_and_not_over_padding():
 def test_no_examples_and_empty_ones_give_nothing():
     model = model_of("llama")
     for count in (0, 2):
-        found = score_examples(model, rows_of(*[0] * count), by_token=True)
-        assert found.log_likelihoods.isnan().all()
-        assert found.tokens.tolist() == [0] * count
-        assert [len(row) for row in found.by_token] == [0] * count
+        scores = score_examples(model, rows_of(*[0] * count), by_token=True)
+        assert scores.log_likelihoods.isnan().all()
+        assert scores.tokens.tolist() == [0] * count
+        assert [len(row) for row in scores.by_token] == [0] * count
 
 
 def test_only_the_first_tokens_of_a_larger_vocabulary_exist():
@@ -172,8 +172,8 @@ def test_only_the_first_tokens_of_a_larger_vocabulary_exist():
     with torch.no_grad():
         logits = model(input_ids=batch.ids).logits[0, :-1, :30]
     expected = -cross_entropy(logits, batch.ids[0, 1:], reduction="none")
-    found = token_logs(model, batch, vocabulary=30)[0, 1:]
-    torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
+    logs = token_logs(model, batch, vocabulary=30)[0, 1:]
+    torch.testing.assert_close(logs, expected, atol=2e-6, rtol=0)
     with pytest.raises(ValueError, match=r"token \d+ is scored, but the vocabulary is limited to 3"):
         token_logs(model, batch, vocabulary=3)
 
@@ -188,9 +188,9 @@ def test_large_logits_stay_finite_and_exact():
         hidden = model.model(input_ids=batch.ids).last_hidden_state.double()
     logits = (hidden @ model.lm_head.weight.double().T)[0, :-1]
     expected = torch.log_softmax(logits, dim=1).gather(1, batch.ids[0, 1:, None])[:, 0]
-    found = token_logs(model, batch)[0, 1:].double()
-    assert found.isfinite().all()
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-4)
+    logs = token_logs(model, batch)[0, 1:].double()
+    assert logs.isfinite().all()
+    torch.testing.assert_close(logs, expected, rtol=1e-6, atol=1e-4)
 
 
 def test_a_constant_added_to_all_logits_of_a_position_changes_nothing():
@@ -236,8 +236,8 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
         return run(model, batch)
 
     monkeypatch.setattr(forward, "run", cramped)
-    found = score_examples(model, examples)
-    assert torch.allclose(found.log_likelihoods, expected.log_likelihoods, atol=2e-5)
+    scores = score_examples(model, examples)
+    assert torch.allclose(scores.log_likelihoods, expected.log_likelihoods, atol=2e-5)
     assert sizes[0] == 5
     assert max(sizes[-2:]) <= 2
 
@@ -247,7 +247,7 @@ def test_logits_that_are_not_finite_are_named_by_row_and_layer(layer, parameter)
     model, examples = make("llama"), rows_of(6, 4, 7)
     token = examples[1].ids[2]
     for example in (examples[0], examples[2]):
-        example.ids[:] = [each if each != token else (3 if token != 3 else 4) for each in example.ids]
+        example.ids[:] = [value if value != token else (3 if token != 3 else 4) for value in example.ids]
     module = model.model.layers[layer].get_submodule(parameter)
 
     def overflow(module, args, output):
@@ -310,15 +310,15 @@ def test_pseudo_likelihoods_are_those_of_each_token_masked_by_itself(family):
     model, examples = model_of(family), rows_of(6, 4)
     mask_id = 2
     for how in ({}, {"tokens": 7}, {"side": "left"}):
-        found = score_examples(model, examples, mask_id=mask_id, by_token=True, **how)
-        for example, values in zip(examples, found.by_token, strict=True):
-            for place in range(1, len(example.ids)):
+        scores = score_examples(model, examples, mask_id=mask_id, by_token=True, **how)
+        for example, values in zip(examples, scores.by_token, strict=True):
+            for position in range(1, len(example.ids)):
                 ids = torch.tensor([example.ids])
-                ids[0, place] = mask_id
+                ids[0, position] = mask_id
                 with torch.no_grad():
-                    logits = model(input_ids=ids).logits[0, place]
-                expected = torch.log_softmax(logits, 0)[example.ids[place]]
-                torch.testing.assert_close(values[place], expected, atol=2e-6, rtol=0)
+                    logits = model(input_ids=ids).logits[0, position]
+                expected = torch.log_softmax(logits, 0)[example.ids[position]]
+                torch.testing.assert_close(values[position], expected, atol=2e-6, rtol=0)
     batch = batch_of(6, 4)
     once = masked_token_scores(model, batch, mask_id)
     bit_by_bit = masked_token_scores(model, batch, mask_id, tokens=13)
@@ -341,14 +341,14 @@ def test_choices_are_scored_as_sums_by_token_and_by_byte():
         for choice, example in enumerate(rows_of(*several, seed=row, skip=2)):
             examples.append(Example(ids=example.ids, scored=example.scored, row=row, choice=choice))
     scores = score_examples(model_of("llama"), examples)
-    found = choice_scores(scores, examples, rows)
+    choices = choice_scores(scores, examples, rows)
     sums = scores.log_likelihoods
-    assert [each.row for each in found] == [0, 1]
-    assert found[0].sum.tolist() == sums[:2].tolist()
-    assert found[0].mean.tolist() == pytest.approx([float(sums[0]) / 2, float(sums[1]) / 4])
-    assert found[0].per_byte.tolist() == pytest.approx([float(sums[0]) / 2, float(sums[1]) / 6])
-    assert found[1].best() == int(sums[2:].argmax())
-    assert found[0].best("per_byte") == int(found[0].per_byte.argmax())
+    assert [scored.row for scored in choices] == [0, 1]
+    assert choices[0].sum.tolist() == sums[:2].tolist()
+    assert choices[0].mean.tolist() == pytest.approx([float(sums[0]) / 2, float(sums[1]) / 4])
+    assert choices[0].per_byte.tolist() == pytest.approx([float(sums[0]) / 2, float(sums[1]) / 6])
+    assert choices[1].best() == int(sums[2:].argmax())
+    assert choices[0].best("per_byte") == int(choices[0].per_byte.argmax())
     # Whatever order the choices are scored in.
     shuffled = [3, 0, 4, 1, 2]
     again = choice_scores(
@@ -356,7 +356,7 @@ def test_choices_are_scored_as_sums_by_token_and_by_byte():
         [examples[i] for i in shuffled],
         rows,
     )
-    for mine, theirs in zip(again, found, strict=True):
+    for mine, theirs in zip(again, choices, strict=True):
         torch.testing.assert_close(mine.sum, theirs.sum, atol=2e-5, rtol=0)
 
 
@@ -367,11 +367,11 @@ def test_choices_are_scored_as_sums_by_token_and_by_byte():
 def test_class_logits_are_those_of_each_row_alone(family):
     model, examples = model_of(family), rows_of(7, 3, 5)
     with torch.no_grad():
-        expected = torch.cat([model(input_ids=torch.tensor([each.ids])).logits for each in examples])
+        expected = torch.cat([model(input_ids=torch.tensor([example.ids])).logits for example in examples])
     # Also with a padding id that is not the model's own, and that real tokens have.
     for how in ({}, {"side": "left"}, {"pad_id": examples[0].ids[-1]}, {"tokens": 1}):
-        found = classify_examples(model, examples, **how)
-        torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
+        logits = classify_examples(model, examples, **how)
+        torch.testing.assert_close(logits, expected, atol=2e-6, rtol=0)
 
 
 def test_what_is_no_classifier_is_refused():

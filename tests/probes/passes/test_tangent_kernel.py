@@ -34,9 +34,9 @@ def jacobian(model, encoded, directions):
     with trainable(model) as weights, torch.enable_grad():
         for row in range(3):
             for output in row_outputs(model, encoded, row, directions, differentiable=True):
-                found = torch.autograd.grad(output, weights, allow_unused=True, retain_graph=True)
+                gradients = torch.autograd.grad(output, weights, allow_unused=True, retain_graph=True)
                 rows.append(
-                    [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)]
+                    [torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradients, strict=True)]
                 )
     return [name for name, _ in model.named_parameters()], rows
 
@@ -63,23 +63,23 @@ def test_first_order_change_is_the_gradients_times_the_change_of_weights(family)
     directions = projection(4, classes, seed=1)
     generator = torch.Generator().manual_seed(0)
     names, rows = jacobian(model, encoded, directions)
-    own = dict(model.named_parameters())
-    delta = {name: torch.randn(own[name].shape, generator=generator) for name in names}
+    weights = dict(model.named_parameters())
+    delta = {name: torch.randn(weights[name].shape, generator=generator) for name in names}
     meant = [
         sum(float((g.double() * delta[name].double()).sum()) for name, g in zip(names, row, strict=True))
         for row in rows
     ]
-    found = first_order(model, encoded, range(3), directions, delta)
+    change = first_order(model, encoded, range(3), directions, delta)
     torch.testing.assert_close(
-        found.flatten(), torch.tensor(meant, dtype=torch.float64), rtol=2e-4, atol=1e-4
+        change.flatten(), torch.tensor(meant, dtype=torch.float64), rtol=2e-4, atol=1e-4
     )
 
 
 def test_what_does_not_move_changes_nothing():
     model = model_of("llama")
     encoded, classes = given("llama")
-    found = first_order(model, encoded, range(3), projection(2, classes, 0), {})
-    assert not found.any()
+    change = first_order(model, encoded, range(3), projection(2, classes, 0), {})
+    assert not change.any()
 
 
 def test_weights_of_which_outputs_are_linear_change_them_exactly_so():
@@ -103,9 +103,8 @@ def test_a_model_is_left_bit_for_bit_as_it_was(family):
     before = state_of(model)
     directions = projection(2, classes, 0)
     tangent_kernel(model, encoded, range(2), directions[0])
-    first_order(
-        model, encoded, range(2), directions, {name: each.detach() for name, each in model.named_parameters()}
-    )
+    delta = {name: weight.detach() for name, weight in model.named_parameters()}
+    first_order(model, encoded, range(2), directions, delta)
     assert_same(before, state_of(model))
     assert model.get_input_embeddings().weight.grad.all()
     assert [name for name, _ in model.named_parameters()] == list(before[0])[: len(list(model.parameters()))]
@@ -124,7 +123,7 @@ def test_a_model_is_left_as_it_was_after_an_exception_too():
 
 def test_a_model_with_functions_that_have_no_forward_derivative_is_named():
     model, (encoded, classes) = model_of("bloom"), given("bloom")
-    delta = {name: each.detach() for name, each in model.named_parameters()}
+    delta = {name: weight.detach() for name, weight in model.named_parameters()}
     with pytest.raises(ValueError, match=r"BloomForCausalLM cannot be differentiated forward \("):
         first_order(model, encoded, [0], projection(1, classes, 0), delta)
 
@@ -132,4 +131,5 @@ def test_a_model_with_functions_that_have_no_forward_derivative_is_named():
 def test_groups_hold_each_weight_once_and_no_more_than_fits():
     weights = [torch.nn.Parameter(torch.zeros(size)) for size in (3, 4, 10, 1, 1)]
     # 3 + 4 fill 8, 10 stands alone, 1 + 1 follow.
-    assert [[each.numel() for each in group] for group in weight_groups(weights, 8)] == [[3, 4], [10], [1, 1]]
+    sizes = [[weight.numel() for weight in group] for group in weight_groups(weights, 8)]
+    assert sizes == [[3, 4], [10], [1, 1]]

@@ -26,34 +26,34 @@ def unpadded(batch):
     """Index, ids, scored and positions of each row without its padding."""
     for row, index in enumerate(batch.indices.tolist()):
         here = batch.attention_mask[row].bool()
-        yield index, *(each[row][here].tolist() for each in (batch.ids, batch.scored, batch.position_ids))
+        yield index, *(values[row][here].tolist() for values in (batch.ids, batch.scored, batch.position_ids))
 
 
 @SIDES
 @given(ids=IDS, tokens=st.integers(1, 60))
 def test_every_example_is_in_one_batch_as_it_was(side, ids, tokens):
-    examples = [example(each) for each in ids]
-    found = {}
+    examples = [example(sequence) for sequence in ids]
+    rows_by_index = {}
     for batch in batches(examples, tokens=tokens, pad_id=PAD, side=side):
         for index, kept, scored, positions in unpadded(batch):
-            assert index not in found
-            found[index] = (kept, scored)
+            assert index not in rows_by_index
+            rows_by_index[index] = (kept, scored)
             assert positions == list(range(len(kept)))
         padding = batch.attention_mask == 0
         assert (batch.ids[padding] == PAD).all()
         assert not batch.scored[padding].any()
         assert not batch.position_ids[padding].any()
-    assert found == {index: (each.ids, each.scored) for index, each in enumerate(examples)}
+    assert rows_by_index == {index: (row.ids, row.scored) for index, row in enumerate(examples)}
 
 
 @given(IDS, st.integers(1, 60))
 def test_batches_hold_no_more_tokens_than_asked_for_and_the_longest_come_first(ids, tokens):
-    made = list(batches([example(each) for each in ids], tokens=tokens, pad_id=PAD))
-    assert all(batch.ids.numel() <= tokens or len(batch.indices) == 1 for batch in made)
-    lengths = [length for batch in made for length in batch.attention_mask.sum(dim=1).tolist()]
+    packed = list(batches([example(sequence) for sequence in ids], tokens=tokens, pad_id=PAD))
+    assert all(batch.ids.numel() <= tokens or len(batch.indices) == 1 for batch in packed)
+    lengths = [length for batch in packed for length in batch.attention_mask.sum(dim=1).tolist()]
     assert lengths == sorted(lengths, reverse=True)
     # No padding beyond the longest row of the batch.
-    assert all(batch.attention_mask.any(dim=0).all() for batch in made)
+    assert all(batch.attention_mask.any(dim=0).all() for batch in packed)
 
 
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=60))
@@ -82,9 +82,9 @@ def test_examples_without_tokens_are_in_no_batch():
 @given(ids=IDS.filter(lambda ids: len(ids) > 1))
 def test_halves_hold_what_the_whole_did_without_more_padding_than_they_need(side, ids):
     ids.sort(key=len, reverse=True)
-    whole = pad([example(each) for each in ids], range(len(ids)), len(ids[0]), PAD, side)
-    halves = whole.split()
-    assert [row for half in halves for row in unpadded(half)] == list(unpadded(whole))
+    batch = pad([example(sequence) for sequence in ids], range(len(ids)), len(ids[0]), PAD, side)
+    halves = batch.split()
+    assert [row for half in halves for row in unpadded(half)] == list(unpadded(batch))
     assert abs(len(halves[0].indices) - len(halves[1].indices)) <= 1
     assert all(half.attention_mask.any(dim=0).all() for half in halves)
 
@@ -105,7 +105,7 @@ def test_a_batch_moves_as_a_whole():
 
 def log_likelihoods(model, examples, **settings):
     """Of each example the log-likelihoods of its scored tokens."""
-    found = [torch.empty(0)] * len(examples)
+    logs = [torch.empty(0)] * len(examples)
     for batch in batches(examples, **{"pad_id": PAD, **settings}):
         with torch.no_grad():
             logits = model(
@@ -113,8 +113,8 @@ def log_likelihoods(model, examples, **settings):
             ).logits
         here = logits[:, :-1].log_softmax(-1).gather(2, batch.ids[:, 1:, None])[..., 0]
         for row, index in enumerate(batch.indices.tolist()):
-            found[index] = here[row][batch.scored[row, 1:]]
-    return found
+            logs[index] = here[row][batch.scored[row, 1:]]
+    return logs
 
 
 def test_what_a_model_says_of_an_example_depends_on_nothing_but_the_example(llama):
@@ -126,11 +126,11 @@ def test_what_a_model_says_of_an_example_depends_on_nothing_but_the_example(llam
         scored = (torch.rand(length, generator=generator) < 0.7).tolist()
         examples.append(example(ids, [False, *scored[1:]]))
     alone = []
-    for each in examples:
+    for sample in examples:
         with torch.no_grad():
-            steps = model(input_ids=torch.tensor([each.ids])).logits[0].log_softmax(-1)
+            steps = model(input_ids=torch.tensor([sample.ids])).logits[0].log_softmax(-1)
         alone.append(
-            torch.tensor([steps[t - 1, each.ids[t]] for t in range(len(each.ids)) if each.scored[t]])
+            torch.tensor([steps[t - 1, sample.ids[t]] for t in range(len(sample.ids)) if sample.scored[t]])
         )
     order = torch.randperm(len(examples), generator=generator).tolist()
     for settings in (
@@ -162,12 +162,12 @@ def short_of_memory(limit, tried, error=None):
 
 @given(IDS, st.integers(1, 200), st.integers(13, 300))
 def test_a_batch_too_large_for_memory_is_halved_until_it_fits(ids, tokens, limit):
-    examples, tried = [example(each) for each in ids], []
-    found = torch.full((len(examples),), -1)
+    examples, tried = [example(sequence) for sequence in ids], []
+    totals = torch.full((len(examples),), -1)
     for batch, sums in halving(short_of_memory(limit, tried), batches(examples, tokens=tokens, pad_id=PAD)):
         assert batch.ids.numel() < limit
-        found[batch.indices] = sums
-    assert found.tolist() == [sum(each.ids) for each in examples]
+        totals[batch.indices] = sums
+    assert totals.tolist() == [sum(sequence.ids) for sequence in examples]
 
 
 def test_what_did_not_fit_once_is_not_tried_again():
@@ -199,7 +199,7 @@ def test_memory_that_really_cannot_be_had_is_recognised():
         # As many bytes as no machine has, but for a single row.
         return torch.empty(batch.ids.numel() if len(batch.indices) == 1 else 2**60, dtype=torch.int8)
 
-    assert [len(made) for _, made in halving(run, batches([example([1, 2])] * 3, pad_id=PAD))] == [2, 2, 2]
+    assert [len(value) for _, value in halving(run, batches([example([1, 2])] * 3, pad_id=PAD))] == [2, 2, 2]
 
 
 def test_one_row_that_does_not_fit_is_said_to_be_too_long():
@@ -222,18 +222,18 @@ def test_a_result_is_let_go_before_the_next_batch_runs():
     class Held:
         """What a weak reference can be had to."""
 
-    made = []
+    references = []
 
     def run(batch: Batch):
-        assert all(reference() is None for reference in made)
+        assert all(reference() is None for reference in references)
         held = Held()
-        made.append(weakref.ref(held))
+        references.append(weakref.ref(held))
         return held
 
     for _, held in halving(run, batches([example([1, 2])] * 3, tokens=2, pad_id=PAD)):
         assert isinstance(held, Held)
         del held, _
-    assert len(made) == 3
+    assert len(references) == 3
 
 
 # --- windows ---

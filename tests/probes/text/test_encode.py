@@ -32,34 +32,34 @@ HOLDS = "{{ messages[0].content }}"
 
 def bos_first(tokenizer):
     """Puts <s> before every text."""
-    place = tokenizer.token_to_id("<s>")
-    return processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", place)])
+    bos_id = tokenizer.token_to_id("<s>")
+    return processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos_id)])
 
 
 def byte_pairs(*, bos=False, trim=True):
     """GPT-2's kind: merges over bytes, learnt from a few lines; words and pieces of them are tokens."""
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=340, special_tokens=list(SPECIAL.values()), show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
-    made.train_from_iterator(CORPUS, trainer)
+    backend.train_from_iterator(CORPUS, trainer)
     inner = processors.ByteLevel(trim_offsets=trim)
-    made.post_processor = processors.Sequence([inner, bos_first(made)]) if bos else inner
-    return PreTrainedTokenizerFast(tokenizer_object=made, **SPECIAL)
+    backend.post_processor = processors.Sequence([inner, bos_first(backend)]) if bos else inner
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL)
 
 
 def characters(*, bos=False, **settings):
     """Every ASCII character a token, and "ab" one too, so that a boundary can lie within a token."""
     vocabulary = {
-        token: place for place, token in enumerate([*SPECIAL.values(), "ab", *map(chr, range(32, 127))])
+        token: index for index, token in enumerate([*SPECIAL.values(), "ab", *map(chr, range(32, 127))])
     }
-    made = Tokenizer(models.BPE(vocabulary, [("a", "b")], unk_token="<unk>"))
+    backend = Tokenizer(models.BPE(vocabulary, [("a", "b")], unk_token="<unk>"))
     if bos:
-        made.post_processor = bos_first(made)
-    return PreTrainedTokenizerFast(tokenizer_object=made, **(SPECIAL | settings))
+        backend.post_processor = bos_first(backend)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **(SPECIAL | settings))
 
 
 class PythonCharacters(PythonBackend):
@@ -67,7 +67,7 @@ class PythonCharacters(PythonBackend):
 
     def __init__(self):
         self.vocabulary = characters().get_vocab()
-        self.names = {place: token for token, place in self.vocabulary.items()}
+        self.names = {index: token for token, index in self.vocabulary.items()}
         super().__init__(**SPECIAL, special_tokens_pattern="none")
 
     @property
@@ -90,13 +90,15 @@ class PythonCharacters(PythonBackend):
 def word_pieces():
     """BERT's kind: special tokens on either side, and no BOS among them."""
     words = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", "one", "two", "three", "four", "five", "six"]
-    made = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="[UNK]"))
-    made.normalizer, made.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
-    made.post_processor = processors.TemplateProcessing(
+    backend = Tokenizer(
+        models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]")
+    )
+    backend.normalizer, backend.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]",
+        tokenizer_object=backend, unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]",
         mask_token="[MASK]",
     )  # fmt: skip
 
@@ -112,7 +114,7 @@ def tokens(example, tokenizer):
     return tokenizer.convert_ids_to_tokens(example.ids)
 
 
-def one(row, tokenizer, **settings):
+def encoded(row, tokenizer, **settings):
     """The only example of a row."""
     (example,) = encode(task_of([row]), tokenizer, **{"max_length": None, **settings})
     assert len(example.ids) == len(example.scored)
@@ -125,23 +127,23 @@ def one(row, tokenizer, **settings):
 
 def test_of_a_text_all_is_scored_that_has_something_before_it():
     without, with_ = characters(), characters(bos=True)
-    assert scored(one("cat", without), without) == ["a", "t"]
-    assert tokens(one("cat", with_), with_) == ["<s>", "c", "a", "t"]
-    assert scored(one("cat", with_), with_) == ["c", "a", "t"]
+    assert scored(encoded("cat", without), without) == ["a", "t"]
+    assert tokens(encoded("cat", with_), with_) == ["<s>", "c", "a", "t"]
+    assert scored(encoded("cat", with_), with_) == ["c", "a", "t"]
 
 
 def test_a_prompt_is_not_scored():
     tokenizer = characters()
-    example = one({"prompt": "1+1=", "completion": "2!"}, tokenizer)
+    example = encoded({"prompt": "1+1=", "completion": "2!"}, tokenizer)
     assert tokens(example, tokenizer) == ["1", "+", "1", "=", "2", "!"]
     assert scored(example, tokenizer) == ["2", "!"]
 
 
 def test_each_choice_is_an_example_with_the_same_prompt():
     tokenizer = characters()
-    asked = {"prompt": "?", "choices": ["yes", "n"], "answer": 1}
-    told = {"prompt": "!", "choices": ["c", "d"], "answer": 0}
-    task = task_of([asked, told])
+    first = {"prompt": "?", "choices": ["yes", "n"], "answer": 1}
+    second = {"prompt": "!", "choices": ["c", "d"], "answer": 0}
+    task = task_of([first, second])
     examples = encode(task, tokenizer, max_length=None)
     assert [(example.row, example.choice) for example in examples] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert [scored(example, tokenizer) for example in examples] == [["y", "e", "s"], ["n"], ["c"], ["d"]]
@@ -151,7 +153,7 @@ def test_each_choice_is_an_example_with_the_same_prompt():
 def test_a_token_across_the_end_of_the_prompt_is_scored():
     # "ca" + "b" is c, ab: the prompt's own tokens, c and a, do not begin these.
     tokenizer = characters()
-    example = one({"prompt": "ca", "completion": "bd"}, tokenizer)
+    example = encoded({"prompt": "ca", "completion": "bd"}, tokenizer)
     assert tokens(example, tokenizer) == ["c", "ab", "d"]
     assert scored(example, tokenizer) == ["ab", "d"]
 
@@ -161,7 +163,7 @@ def test_tokens_with_any_byte_of_the_completion_are_scored_and_no_others(data, b
     tokenizer = BYTE_PAIRS[bos, trim]
     prompt, completion = data.draw(TEXT), data.draw(TEXT)
     assume(not any(name in prompt + completion for name in SPECIAL.values()))
-    example = one({"prompt": prompt, "completion": completion}, tokenizer)
+    example = encoded({"prompt": prompt, "completion": completion}, tokenizer)
     ids = example.ids[bos:]
     assert example.ids == tokenizer(prompt + completion)["input_ids"]
     # Each character of a token stands for one byte, so that bytes can be counted from the front.
@@ -181,28 +183,28 @@ BYTE_PAIRS = {(bos, trim): byte_pairs(bos=bos, trim=trim) for bos in (False, Tru
 def test_the_trained_tokenizer_has_tokens_across_boundaries():
     # Or the test above would show nothing.
     tokenizer = BYTE_PAIRS[False, True]
-    example = one({"prompt": "the answ", "completion": "er is"}, tokenizer)
+    example = encoded({"prompt": "the answ", "completion": "er is"}, tokenizer)
     assert scored(example, tokenizer) == ["Ġanswer", "Ġis"]
 
 
 def test_a_space_that_ends_the_prompt_is_scored_with_the_word_that_it_belongs_to():
     # SentencePiece's kind: a word and the space before it are one token, and a text begins with such a space.
     words = ["?", "▁", "▁is", "▁yes", *"isye"]
-    made = Tokenizer(models.Unigram([(word, float(len(word) - 9)) for word in words], unk_id=0))
-    made.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="?")
+    backend = Tokenizer(models.Unigram([(word, float(len(word) - 9)) for word in words], unk_id=0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?")
     for prompt, completion in (("is ", "yes"), ("is", " yes")):
-        example = one({"prompt": prompt, "completion": completion}, tokenizer)
+        example = encoded({"prompt": prompt, "completion": completion}, tokenizer)
         assert tokens(example, tokenizer) == ["▁is", "▁yes"]
         assert scored(example, tokenizer) == ["▁yes"]
     # Of a text every token but the first, though a space was put before it.
-    assert scored(one("sis", tokenizer), tokenizer) == list("sis")
+    assert scored(encoded("sis", tokenizer), tokenizer) == list("sis")
 
 
 @given(st.text("abc", max_size=8), st.text("abc", min_size=1, max_size=8))
 def test_a_tokenizer_in_python_scores_the_same_tokens(prompt, completion):
     row = {"prompt": prompt, "completion": completion}
-    assert one(row, PYTHON) == one(row, characters())
+    assert encoded(row, PYTHON) == encoded(row, characters())
 
 
 PYTHON = PythonCharacters()
@@ -210,22 +212,22 @@ PYTHON = PythonCharacters()
 
 def test_everything_is_scored_when_asked_for():
     tokenizer = characters(bos=True)
-    example = one({"prompt": "1+", "completion": "2"}, tokenizer, score_span="all")
+    example = encoded({"prompt": "1+", "completion": "2"}, tokenizer, score_span="all")
     assert scored(example, tokenizer) == ["1", "+", "2"]
 
 
 def test_a_sequence_begins_and_ends_with_its_models_special_tokens_which_are_not_scored():
     tokenizer = word_pieces()
-    example = one("One two THREE", tokenizer)
+    example = encoded("One two THREE", tokenizer)
     assert tokens(example, tokenizer) == ["[CLS]", "one", "two", "three", "[SEP]"]
     assert scored(example, tokenizer) == ["one", "two", "three"]
-    assert scored(one("one two", tokenizer, score_span="all"), tokenizer) == ["one", "two"]
+    assert scored(encoded("one two", tokenizer, score_span="all"), tokenizer) == ["one", "two"]
 
 
 def test_a_text_without_tokens_has_nothing_scored():
-    assert one("", characters()).ids == []
+    assert encoded("", characters()).ids == []
     tokenizer = characters(bos=True)
-    example = one("", tokenizer)
+    example = encoded("", tokenizer)
     assert (tokens(example, tokenizer), scored(example, tokenizer)) == (["<s>"], [])
 
 
@@ -233,25 +235,25 @@ def test_a_tokenizer_that_was_saved_to_cut_and_pad_does_neither():
     tokenizer = characters()
     tokenizer.backend_tokenizer.enable_truncation(2)
     tokenizer.backend_tokenizer.enable_padding(length=9)
-    assert tokens(one("cat", tokenizer), tokenizer) == ["c", "a", "t"]
+    assert tokens(encoded("cat", tokenizer), tokenizer) == ["c", "a", "t"]
 
 
 def test_a_tokenizer_in_which_no_text_has_tokens_but_the_tasks_is_understood():
     # Not even "a" is in its vocabulary, and it has no token for what is not.
-    made = Tokenizer(models.BPE({"<s>": 0, "0": 1, "1": 2}, []))
-    made.post_processor = bos_first(made)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>")
-    assert one("0110", tokenizer).ids == [0, 1, 2, 2, 1]
+    backend = Tokenizer(models.BPE({"<s>": 0, "0": 1, "1": 2}, []))
+    backend.post_processor = bos_first(backend)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
+    assert encoded("0110", tokenizer).ids == [0, 1, 2, 2, 1]
 
 
 def test_many_rows_are_encoded_as_each_alone(monkeypatch):
     tokenizer = characters(bos=True)
     rows = [{"prompt": "p" * (i % 5), "choices": ["ab" * (1 + i % 3), "c"], "answer": 0} for i in range(23)]
-    whole = encode(task_of(rows), tokenizer, max_length=7)
+    batch = encode(task_of(rows), tokenizer, max_length=7)
     monkeypatch.setattr(tasks, "CHUNK", 3)  # a row's choices fall into two chunks
-    assert encode(task_of(rows), tokenizer, max_length=7) == whole
+    assert encode(task_of(rows), tokenizer, max_length=7) == batch
     alone = [example for row in rows for example in encode(task_of([row]), tokenizer, max_length=7)]
-    assert [(e.ids, e.scored, e.truncated) for e in whole] == [(e.ids, e.scored, e.truncated) for e in alone]
+    assert [(e.ids, e.scored, e.truncated) for e in batch] == [(e.ids, e.scored, e.truncated) for e in alone]
 
 
 # --- length ------------------------------------------------------------------------------------------------
@@ -271,7 +273,7 @@ def test_a_text_that_is_too_long_loses_its_end():
 
 def test_special_tokens_stay_when_a_text_is_cut():
     tokenizer = word_pieces()
-    example = one("one two three four five six", tokenizer, max_length=5)
+    example = encoded("one two three four five six", tokenizer, max_length=5)
     assert tokens(example, tokenizer) == ["[CLS]", "one", "two", "three", "[SEP]"]
 
 
@@ -279,11 +281,11 @@ def test_special_tokens_stay_when_a_text_is_cut():
 def test_the_answer_is_never_cut_before_the_question(asked, answered, longest, bos):
     tokenizer = characters(bos=bos)
     prompt, completion = "qrstuvwxy"[:asked], "123456789"[:answered]
-    example = one({"prompt": prompt, "completion": completion}, tokenizer, max_length=longest)
-    found = tokens(example, tokenizer)
-    assert len(found) == min(longest, bos + asked + answered)
+    example = encoded({"prompt": prompt, "completion": completion}, tokenizer, max_length=longest)
+    pieces = tokens(example, tokenizer)
+    assert len(pieces) == min(longest, bos + asked + answered)
     assert example.truncated == (bos + asked + answered > longest)
-    body = "".join(found[bos:])
+    body = "".join(pieces[bos:])
     question = body.rstrip("123456789")
     answer = body.removeprefix(question)
     # The end of the prompt, then the beginning of the completion, with as much of this as can be scored.
@@ -310,12 +312,12 @@ def test_all_choices_of_a_row_lose_the_same_part_of_the_prompt():
 @pytest.mark.parametrize("longest", [1, 0, -5])
 def test_a_length_without_room_for_a_scored_token_is_refused(longest):
     with pytest.raises(ValueError, match=f"max_length is {longest}; a token and one before it need 2"):
-        one("cat", characters(), max_length=longest)
+        encoded("cat", characters(), max_length=longest)
 
 
 def test_a_length_that_special_tokens_fill_is_refused():
     with pytest.raises(ValueError, match="max_length is 2; special tokens alone fill that"):
-        one("one two", word_pieces(), max_length=2)
+        encoded("one two", word_pieces(), max_length=2)
 
 
 # --- BOS and EOS -------------------------------------------------------------------------------------------
@@ -331,7 +333,7 @@ def test_a_length_that_special_tokens_fill_is_refused():
 @pytest.mark.parametrize("text", ["cd", "<s>cd", "<s><s>cd"])
 def test_there_is_one_bos_or_none(brings, add_bos, expected, text):
     tokenizer = characters(bos=brings)
-    example = one(text, tokenizer, add_bos=add_bos)
+    example = encoded(text, tokenizer, add_bos=add_bos)
     # A text that begins with BOS has said what it wants, unless it is told otherwise.
     if add_bos is None and text.startswith("<s>"):
         expected = ["<s>", "c", "d"]
@@ -342,9 +344,9 @@ def test_there_is_one_bos_or_none(brings, add_bos, expected, text):
 
 def test_a_bos_that_begins_the_prompt_is_kept_when_the_prompt_is_cut():
     tokenizer = characters(bos=True)
-    example = one({"prompt": "<s>qr", "completion": "123"}, tokenizer, max_length=3)
+    example = encoded({"prompt": "<s>qr", "completion": "123"}, tokenizer, max_length=3)
     assert tokens(example, tokenizer) == ["<s>", "1", "2"]
-    example = one({"prompt": "<s>qrst", "completion": "12"}, tokenizer, max_length=4)
+    example = encoded({"prompt": "<s>qrst", "completion": "12"}, tokenizer, max_length=4)
     assert tokens(example, tokenizer) == ["<s>", "t", "1", "2"]
     assert scored(example, tokenizer) == ["1", "2"]
 
@@ -352,13 +354,13 @@ def test_a_bos_that_begins_the_prompt_is_kept_when_the_prompt_is_cut():
 def test_an_eos_that_is_asked_for_is_scored_and_is_the_first_to_go():
     tokenizer = characters()
     row = {"prompt": "q", "completion": "12"}
-    assert scored(one(row, tokenizer, add_eos=True), tokenizer) == ["1", "2", "</s>"]
-    assert scored(one(row, tokenizer, add_eos=True, max_length=4), tokenizer) == ["1", "2", "</s>"]
-    cut = one(row, tokenizer, add_eos=True, max_length=3)
+    assert scored(encoded(row, tokenizer, add_eos=True), tokenizer) == ["1", "2", "</s>"]
+    assert scored(encoded(row, tokenizer, add_eos=True, max_length=4), tokenizer) == ["1", "2", "</s>"]
+    cut = encoded(row, tokenizer, add_eos=True, max_length=3)
     assert (scored(cut, tokenizer), cut.truncated) == (["1", "2"], True)
     # The prompt goes before it.
     row = {"prompt": "qr", "completion": "12"}
-    assert tokens(one(row, tokenizer, add_eos=True, max_length=4), tokenizer) == ["r", "1", "2", "</s>"]
+    assert tokens(encoded(row, tokenizer, add_eos=True, max_length=4), tokenizer) == ["r", "1", "2", "</s>"]
 
 
 def test_an_eos_that_the_tokenizer_adds_is_there_once_and_scored_only_when_asked_for():
@@ -367,7 +369,7 @@ def test_an_eos_that_the_tokenizer_adds_is_there_once_and_scored_only_when_asked
         single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)]
     )
     for add, expected in ((False, ["d"]), (True, ["d", "</s>"])):
-        example = one("cd", tokenizer, add_eos=add)
+        example = encoded("cd", tokenizer, add_eos=add)
         assert tokens(example, tokenizer) == ["c", "d", "</s>"]
         assert scored(example, tokenizer) == expected
 
@@ -375,9 +377,9 @@ def test_an_eos_that_the_tokenizer_adds_is_there_once_and_scored_only_when_asked
 def test_special_tokens_that_the_tokenizer_lacks_cannot_be_added():
     tokenizer = word_pieces()
     with pytest.raises(ValueError, match="the tokenizer has no BOS token; leave add_bos out"):
-        one("one", tokenizer, add_bos=True)
+        encoded("one", tokenizer, add_bos=True)
     with pytest.raises(ValueError, match="the tokenizer has no EOS token; leave add_eos out"):
-        one("one", tokenizer, add_eos=True)
+        encoded("one", tokenizer, add_eos=True)
 
 
 # --- chat templates ----------------------------------------------------------------------------------------
@@ -391,8 +393,8 @@ def chatting(template=CHAT, **settings):
 def test_a_template_is_used_on_request_only():
     tokenizer = chatting(bos=True)
     row = {"prompt": "q?", "completion": "12"}
-    assert "".join(tokens(one(row, tokenizer), tokenizer)) == "<s>q?12"
-    example = one(row, tokenizer, chat_template=True)
+    assert "".join(tokens(encoded(row, tokenizer), tokenizer)) == "<s>q?12"
+    example = encoded(row, tokenizer, chat_template=True)
     assert "".join(tokens(example, tokenizer)) == "<s><|user|>q?<|end|><|assistant|>12"
     assert tokens(example, tokenizer)[0] == "<s>"
     assert scored(example, tokenizer) == ["1", "2"]
@@ -403,16 +405,16 @@ def test_a_template_is_used_on_request_only():
 def test_of_a_text_in_a_template_the_text_is_scored(text):
     tokenizer = byte_pairs(bos=True)
     tokenizer.chat_template = CHAT
-    example = one(text, tokenizer, chat_template=True)
-    whole = tokenizer.decode(example.ids, clean_up_tokenization_spaces=False)
-    assert whole == f"<s><|user|>{text.strip()}<|end|>"
+    example = encoded(text, tokenizer, chat_template=True)
+    rendered = tokenizer.decode(example.ids, clean_up_tokenization_spaces=False)
+    assert rendered == f"<s><|user|>{text.strip()}<|end|>"
     ids = [token for token, counts in zip(example.ids, example.scored, strict=True) if counts]
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text.strip()
 
 
 def test_the_template_is_scored_too_when_everything_is():
     tokenizer = chatting()
-    example = one("cd", tokenizer, chat_template=True, score_span="all")
+    example = encoded("cd", tokenizer, chat_template=True, score_span="all")
     assert "".join(scored(example, tokenizer)) == "<|user|>cd<|end|>"
 
 
@@ -420,7 +422,7 @@ def test_a_tokenizer_in_python_scores_the_same_of_a_template():
     slow, template = PythonCharacters(), CHAT.replace("{{ bos_token }}", "")
     slow.chat_template = template
     for row in ("bab", {"prompt": "ba", "completion": "bab"}):
-        assert one(row, slow, chat_template=True) == one(row, chatting(template), chat_template=True)
+        assert encoded(row, slow, chat_template=True) == encoded(row, chatting(template), chat_template=True)
 
 
 @pytest.mark.parametrize(
@@ -433,7 +435,7 @@ def test_a_tokenizer_in_python_scores_the_same_of_a_template():
 )  # fmt: skip
 def test_the_template_says_whether_there_is_a_bos_unless_told(add_bos, template, expected):
     tokenizer = chatting(template, bos=True)
-    example = one("cd", tokenizer, chat_template=True, add_bos=add_bos)
+    example = encoded("cd", tokenizer, chat_template=True, add_bos=add_bos)
     assert "".join(tokens(example, tokenizer)) == expected + "cd<|end|>"
     assert example.doubled_bos == (template.count("bos_token") == 2)
     assert scored(example, tokenizer) == ["c", "d"]
@@ -441,7 +443,7 @@ def test_the_template_says_whether_there_is_a_bos_unless_told(add_bos, template,
 
 def test_when_a_chat_is_too_long_the_prompt_is_cut_and_its_bos_stays():
     tokenizer = chatting()
-    example = one({"prompt": "q?", "completion": "12"}, tokenizer, chat_template=True, max_length=6)
+    example = encoded({"prompt": "q?", "completion": "12"}, tokenizer, chat_template=True, max_length=6)
     assert "".join(tokens(example, tokenizer)) == "<s>t|>12"
 
 
@@ -485,8 +487,8 @@ def test_a_bos_that_is_missing_is_said_where_the_tokenizer_would_put_one():
     task = task_of(["cat", "<s>dog"], ref="task.jsonl")
     for brings, expected in ((True, 1), (False, 0)):
         tokenizer = characters(bos=brings)
-        found = encoding_notes(task, encode(task, tokenizer, max_length=None, add_bos=False), tokenizer)
-        missing = [note for note in found if "2 of 2 rows without the BOS that the tokenizer puts" in note]
+        notes = encoding_notes(task, encode(task, tokenizer, max_length=None, add_bos=False), tokenizer)
+        missing = [note for note in notes if "2 of 2 rows without the BOS that the tokenizer puts" in note]
         assert len(missing) == expected
 
 

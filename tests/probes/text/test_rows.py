@@ -277,7 +277,7 @@ def test_a_limit_of_no_rows_is_refused(limit):
 
 
 def test_the_fingerprint_is_of_the_rows_that_are_used():
-    whole = task_of(["a", "b", "c"])
+    full = task_of(["a", "b", "c"])
     assert task_of(["a", "b", "z"], limit=2).fingerprint == task_of(["a", "b"]).fingerprint
     others = [
         task_of(["a", "b"]),
@@ -289,7 +289,7 @@ def test_the_fingerprint_is_of_the_rows_that_are_used():
         task_of([{"text": text, "label": "1"} for text in "abc"]),
         task_of([{"prompt": text, "completion": "x"} for text in "abc"]),
     ]
-    assert len({whole.fingerprint, *(task.fingerprint for task in others)}) == 9
+    assert len({full.fingerprint, *(task.fingerprint for task in others)}) == 9
 
 
 def test_rows_in_memory_are_texts_or_mappings_and_named_by_their_place():

@@ -107,7 +107,7 @@ def test_the_diagonal_of_ones_which_is_left_out_would_make_independent_rows_simi
     n, width = 200, 77
     X, Y = (np.random.default_rng(seed).normal(size=(n, width)) for seed in (0, 1))
     upper = np.triu_indices(n)
-    cosines = [(unit(each) @ unit(each).T)[upper] for each in (X, Y)]
+    cosines = [(unit(rows) @ unit(rows).T)[upper] for rows in (X, Y)]
     assert np.corrcoef(*cosines)[0, 1] == pytest.approx(2 / 201 / (2 / 201 + 1 / 77), abs=0.02)
     # The n(n − 1)/2 pairs left are nearly independent: a standard error of 0.007.
     assert rsa(X, Y) == pytest.approx(0, abs=0.03)
@@ -123,26 +123,32 @@ def places(tmp_path_factory):
 
 
 def test_base_compared_with_itself_does_not_drift(places):
-    made = representation_drift(CheckpointPair(places[0], places[0]), TASK, KEEP)
-    layers = made.tables["layers"]
+    result = representation_drift(CheckpointPair(places[0], places[0]), TASK, KEEP)
+    layers = result.tables["layers"]
     assert layers["layer"].unique().tolist() == [-1, 0, 1]
     assert (layers[["rsa", "cka"]] - 1).abs().to_numpy().max() < 1e-9
     assert layers[["procrustes", "displacement"]].abs().to_numpy().max() < 1e-9
-    assert (made.metrics["rows_task"], made.metrics["layers"], made.metrics["keep_below_task"]) == (8, 3, 0)
-    assert not {"onset_keep", "onset_task"} & made.metrics.keys()  # nowhere
-    assert "nowhere below 0.95" in made.summary()
-    assert not made.findings()
+    assert (result.metrics["rows_task"], result.metrics["layers"], result.metrics["keep_below_task"]) == (
+        8,
+        3,
+        0,
+    )
+    assert not {"onset_keep", "onset_task"} & result.metrics.keys()  # nowhere
+    assert "nowhere below 0.95" in result.summary()
+    assert not result.findings()
 
 
 @pytest.mark.parametrize("skip", [0, 1])
 def test_it_compares_the_hidden_states_that_transformers_gives(places, skip):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    made = representation_drift(CheckpointPair(*places), {"t": TASK}, {"k": KEEP}, skip=skip, batch_tokens=20)
+    result = representation_drift(
+        CheckpointPair(*places), {"t": TASK}, {"k": KEEP}, skip=skip, batch_tokens=20
+    )
     pooled = {}
-    for side, place in zip(("base", "tuned"), places, strict=True):
-        model = AutoModelForCausalLM.from_pretrained(place).eval()
-        tokenizer = AutoTokenizer.from_pretrained(place)
+    for side, directory in zip(("base", "tuned"), places, strict=True):
+        model = AutoModelForCausalLM.from_pretrained(directory).eval()
+        tokenizer = AutoTokenizer.from_pretrained(directory)
         seen = []
         # transformers gives the last block's output only behind the last norm.
         model.model.layers[-1].register_forward_hook(
@@ -157,24 +163,24 @@ def test_it_compares_the_hidden_states_that_transformers_gives(places, skip):
                 ).hidden_states
             stream = [*states[:-1], seen[-1].reshape(states[0].shape)]
             pooled.setdefault(side, []).append(
-                torch.stack([each[0, skip:].double().mean(dim=0) for each in stream])
+                torch.stack([state[0, skip:].double().mean(dim=0) for state in stream])
             )
     X, Y = (torch.stack(pooled[side]).numpy() for side in ("base", "tuned"))
-    layers = made.tables["layers"].query("set == 't'")
-    for place, row in enumerate(layers.to_dict("records")):
+    layers = result.tables["layers"].query("set == 't'")
+    for depth, row in enumerate(layers.to_dict("records")):
         for name, measure in (
             ("rsa", rsa), ("cka", cka), ("procrustes", procrustes), ("displacement", displacement),
         ):  # fmt: skip
-            assert row[name] == pytest.approx(measure(X[:, place], Y[:, place]), abs=1e-4)
+            assert row[name] == pytest.approx(measure(X[:, depth], Y[:, depth]), abs=1e-4)
     assert layers["rsa"].min() < 0.999
-    assert made.metrics["lowest_rsa_task"] == layers["rsa"].min()
-    assert any("captured through bridge" in note for note in made.notes)
+    assert result.metrics["lowest_rsa_task"] == layers["rsa"].min()
+    assert any("captured through bridge" in note for note in result.notes)
 
 
 def test_rows_are_drawn_once_for_both_models(places):
-    made = representation_drift(CheckpointPair(places[0], places[0]), TASK, rows=5, seed=3)
-    assert made.metrics["rows_task"] == 5
-    assert made.metrics["lowest_rsa_task"] == pytest.approx(1)
+    result = representation_drift(CheckpointPair(places[0], places[0]), TASK, rows=5, seed=3)
+    assert result.metrics["rows_task"] == 5
+    assert result.metrics["lowest_rsa_task"] == pytest.approx(1)
 
 
 def test_too_few_rows_and_other_tokenizers_are_refused(places, tmp_path):
@@ -191,8 +197,8 @@ def test_too_few_rows_and_other_tokenizers_are_refused(places, tmp_path):
 
 
 def test_metrics_are_the_worst_of_each_role_and_of_the_lower_half():
-    def layer(role, name, place, rsa):
-        return {"set": name, "role": role, "layer": place, "rsa": rsa, "cka": rsa - 0.1, "rows": 7}
+    def layer(role, name, index, rsa):
+        return {"set": name, "role": role, "layer": index, "rsa": rsa, "cka": rsa - 0.1, "rows": 7}
 
     values = {
         ("task", "a"): [1.0, 0.99, 0.96, 0.90, 0.6],
@@ -200,7 +206,9 @@ def test_metrics_are_the_worst_of_each_role_and_of_the_lower_half():
         ("keep", "c"): [1.0, 0.98, 0.94, 0.70, 0.9],
     }
     rows = [
-        layer(*of, place, value) for of, each in values.items() for place, value in enumerate(each, start=-1)
+        layer(*of, index, value)
+        for of, similarities in values.items()
+        for index, value in enumerate(similarities, start=-1)
     ]
     # Four blocks: the lower half ends behind block 1, which is at 0.80 there, not at 0.70 behind it.
     assert metrics_of(pd.DataFrame(rows)) == {
@@ -235,15 +243,17 @@ def test_an_adapter_drifts_as_it_does_merged_and_both_go_through_the_bridge(plac
     model.save_pretrained(tmp_path / "adapter")
     merged = save_llama(tmp_path / "merged", seed=1, characters=LETTERS)
     model.merge_and_unload().save_pretrained(merged)
-    one, two = (
+    adapted, merged_result = (
         representation_drift(CheckpointPair(places[0], tuned), TASK, KEEP)
         for tuned in (tmp_path / "adapter", merged)
     )
     measured = ["rsa", "cka", "procrustes", "displacement"]
-    assert np.allclose(one.tables["layers"][measured], two.tables["layers"][measured], atol=1e-4)
-    assert one.tables["layers"]["rsa"].min() < 0.999
-    assert one.notes == two.notes
-    assert "tuned: residuals captured through bridge" in one.notes
+    assert np.allclose(
+        adapted.tables["layers"][measured], merged_result.tables["layers"][measured], atol=1e-4
+    )
+    assert adapted.tables["layers"]["rsa"].min() < 0.999
+    assert adapted.notes == merged_result.notes
+    assert "tuned: residuals captured through bridge" in adapted.notes
 
 
 def test_an_encoder_with_labels_drifts_too_and_its_classes_move(tmp_path):
@@ -254,12 +264,12 @@ def test_an_encoder_with_labels_drifts_too_and_its_classes_move(tmp_path):
         make("bert_classes", seed=seed).save_pretrained(tmp_path / name)
         save_tokenizer(tmp_path / name, LETTERS)
         places.append(tmp_path / name)
-    rows = [{"text": text, "label": place % 3} for place, text in enumerate(TASK)]
-    made = representation_drift(CheckpointPair(*places), rows)
-    assert made.tables["layers"]["class_shift"].gt(0).all()
-    assert "class_shift" in made.figures()
+    rows = [{"text": text, "label": index % 3} for index, text in enumerate(TASK)]
+    result = representation_drift(CheckpointPair(*places), rows)
+    assert result.tables["layers"]["class_shift"].gt(0).all()
+    assert "class_shift" in result.figures()
     # Two unrelated random models.
-    assert made.metrics["onset_task"] < 2
+    assert result.metrics["onset_task"] < 2
 
 
 def test_an_audit_runs_it_on_task_and_keep_rows_and_the_saved_result_redraws(places, tmp_path):
@@ -267,8 +277,10 @@ def test_an_audit_runs_it_on_task_and_keep_rows_and_the_saved_result_redraws(pla
     for name, rows in (("task", TASK), ("keep", KEEP)):
         files.append(tmp_path / f"{name}.csv")
         files[-1].write_text("text\n" + "".join(f"{row}\n" for row in rows))
-    made = audit(*places, out=tmp_path / "out", only=["drift"], task=files[:1], keep=files[1:], device="cpu")
-    assert made.analyses["drift"].status == "ok", made.analyses["drift"].reason
+    audited = audit(
+        *places, out=tmp_path / "out", only=["drift"], task=files[:1], keep=files[1:], device="cpu"
+    )
+    assert audited.analyses["drift"].status == "ok", audited.analyses["drift"].reason
     result = load(tmp_path / "out").results["drift"]
     figures = result.figures()
     assert set(figures) == {"rsa", "cka", "procrustes", "displacement"}
@@ -276,4 +288,4 @@ def test_an_audit_runs_it_on_task_and_keep_rows_and_the_saved_result_redraws(pla
     assert {trace.name for trace in figures["rsa"].data} == {"task", "keep"}
     assert "keep rows: RSA at least" in result.summary()
     low = result.metrics["lower_half_rsa_keep"] < 0.8
-    assert low == ("lower_half_rsa_keep" in {finding.metric for finding in made.findings})
+    assert low == ("lower_half_rsa_keep" in {finding.metric for finding in audited.findings})

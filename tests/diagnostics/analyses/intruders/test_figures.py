@@ -122,14 +122,14 @@ def test_of_matrices_with_equally_many_intruders_none_is_called_the_worst(intrud
     tables = intruder_tables()
     matrices = tables["matrices"]
     tables["matrices"] = matrices.assign(intruders=matrices["intruders"].clip(upper=2))
-    made = result(tables, intruders=5, matrices=6, changed=6, descendant=1)
+    measured = result(tables, intruders=5, matrices=6, changed=6, descendant=1)
     # 1, 2 and 2 of the 10 directions of each of the 6 measured matrices
-    assert draw(made)["where"].layout.title.text == "5 intruders in 3 of 6 matrices; at most 2 in one"
-    assert summary(made).startswith(
+    assert draw(measured)["where"].layout.title.text == "5 intruders in 3 of 6 matrices; at most 2 in one"
+    assert summary(measured).startswith(
         "5 of 60 leading directions are new, in 3 of 6 matrices, at most 2 in one ("
     )
-    made = result(intruder_tables(), intruders=6, matrices=6, changed=6, descendant=1)
-    assert ", most in model.layers.3.self_attn.o_proj.weight (" in summary(made)
+    measured = result(intruder_tables(), intruders=6, matrices=6, changed=6, descendant=1)
+    assert ", most in model.layers.3.self_attn.o_proj.weight (" in summary(measured)
 
 
 @pytest.mark.parametrize(

@@ -83,12 +83,12 @@ def test_an_orthogonal_spike_is_the_one_intruder_where_it_enters(size, rank):
     S = torch.tensor([5.0, 4, 3, 2, 1], dtype=torch.float64)
     base = (U[:, :5] * S) @ V[:, :5].mT
     tuned = base + size * U[:, 5:] @ V[:, 5:].mT
-    found = decide_exactly(base, tuned, 4)
+    decision = decide_exactly(base, tuned, 4)
     expected = [1.0] * 4
     if rank is not None:
         expected[rank - 1] = 0.0
-        assert found.singular_values[rank - 1] == pytest.approx(size)
-    assert found.low == pytest.approx(expected, abs=1e-10)
+        assert decision.singular_values[rank - 1] == pytest.approx(size)
+    assert decision.low == pytest.approx(expected, abs=1e-10)
 
 
 @given(seed=st.integers(0, 2**31), gaussian=st.booleans())
@@ -201,7 +201,7 @@ def test_a_run_of_ten_matrices_decides_one_again_and_says_so(monkeypatch):
 
 def test_a_wrong_decision_is_found_out_and_replaced(monkeypatch):
     """Break the certified path on purpose: the check must notice, and keep the exact answer."""
-    from diagnostics.analyses.intruders import analysis as intruders
+    from diagnostics.analyses.intruders import examine as intruders
 
     generator = seeded(11)
     base = [with_values(values("power", 128), 128, 160, generator)[0].float() for _ in range(10)]
@@ -211,9 +211,12 @@ def test_a_wrong_decision_is_found_out_and_replaced(monkeypatch):
         right = [decide_exactly(*pair, k) for pair in zip(base, tuned, strict=True)]
         return [
             tiers.Decision(
-                **(vars(each) | {"low": 0 * each.low, "high": 0 * each.low, "tier": ["direct"] * k})
+                **(
+                    vars(decision)
+                    | {"low": 0 * decision.low, "high": 0 * decision.low, "tier": ["direct"] * k}
+                )
             )
-            for each in right
+            for decision in right
         ]
 
     monkeypatch.setattr(intruders, "decide_all", wrong)
@@ -303,7 +306,7 @@ def test_update_norm_effective_rank_and_critical_strength_are_those_of_the_delta
     base, _, _ = with_values(values("power", 200), 200, 260, generator)
     spread = 0.01 * torch.randn(200, 260, generator=generator, dtype=torch.float64)
     S = torch.linalg.svdvals(spread.float().double())
-    monkeypatch.setattr("diagnostics.analyses.intruders.analysis.SMALL", 0)  # take the estimate
+    monkeypatch.setattr("diagnostics.analyses.intruders.delta_shape.SMALL", 0)  # take the estimate
     row = intruder_dimensions(CheckpointPair(state([base.float()]), state([(base + spread).float()])))
     row = row.tables["matrices"].iloc[0]
     assert row["update_norm"] == pytest.approx(spread.norm().item(), rel=1e-4)
@@ -320,7 +323,7 @@ def test_the_effective_rank_of_a_low_rank_update_is_at_most_its_rank(rank, monke
     base = torch.randn(200, 260, generator=generator)
     B, A = torch.randn(200, rank, generator=generator), torch.randn(rank, 260, generator=generator)
     for small in (0, 640):
-        monkeypatch.setattr("diagnostics.analyses.intruders.analysis.SMALL", small)
+        monkeypatch.setattr("diagnostics.analyses.intruders.delta_shape.SMALL", small)
         result = intruder_dimensions(CheckpointPair(state([base]), state([base + B @ A])))
         assert (
             result.tables["matrices"]["effective_rank"][0] <= 1.05 * rank
@@ -459,7 +462,7 @@ def test_a_transposed_fused_checkpoint_gives_the_same_report_as_its_plain_twin()
     generator = seeded(18)
     q, k, v = (with_values(values("power", 96), 96, 96, generator)[0].float() for _ in range(3))
     tuned = [spiked(W, sizes, generator) for W, sizes in ((q, [1.2]), (k, []), (v, [1.4, 1.1]))]
-    fused = [{"h.0.attn.c_attn.weight": torch.cat(each).mT.contiguous()} for each in ((q, k, v), tuned)]
+    fused = [{"h.0.attn.c_attn.weight": torch.cat(parts).mT.contiguous()} for parts in ((q, k, v), tuned)]
     table = intruder_dimensions(CheckpointPair(*fused)).tables["matrices"].set_index("matrix")
     name = "h.0.attn.c_attn.weight"
     assert table["intruders"].to_dict() == {

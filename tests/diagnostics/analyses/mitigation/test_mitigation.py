@@ -108,9 +108,9 @@ def harmful(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def intruder_only(tmp_path_factory):
     """The update is the intruder: it moves every letter towards a, behind which the task's chances hold."""
-    root = tmp_path_factory.mktemp("whole")
+    root = tmp_path_factory.mktemp("intruder_only")
     base, tuned = (letters(EVEN, first=TASK_CHANCES) for _ in range(2))
     spike(tuned, 60.0, 1)
     return CheckpointPair(save(root / "base", base), save(root / "tuned", tuned))
@@ -147,9 +147,9 @@ def test_a_mode_that_beats_the_control_is_recommended(harmful):
     assert abs(removed["task_cost_nats"]) < 1e-3
     assert removed["retention"] == pytest.approx(1, abs=0.01)
     assert removed["over_control_low_nats"] > 0.1
-    said = [note for note in result.notes if "is recommended" in note]
-    assert len(said) == 2
-    assert f"--mode top --scale {result.tables['modes']['scale'][0]:g}`" in said[0]
+    recommendations = [note for note in result.notes if "is recommended" in note]
+    assert len(recommendations) == 2
+    assert f"--mode top --scale {result.tables['modes']['scale'][0]:g}`" in recommendations[0]
     assert "recommended" in {finding.metric for finding in result.findings()}
     assert "keeps more than scaling the whole update" in result.summary()
     # Neighbours are no repair: never recommended, whatever they keep.
@@ -157,8 +157,8 @@ def test_a_mode_that_beats_the_control_is_recommended(harmful):
     assert not curve.loc[curve["mode"].isin(["neighbour", "update"]), "recommended"].any()
 
 
-def test_a_mode_that_the_control_matches_is_not_recommended(whole):
-    result = judge(whole)
+def test_a_mode_that_the_control_matches_is_not_recommended(intruder_only):
+    result = judge(intruder_only)
     assert result.metrics["edited"] == 1
     assert result.metrics["forgotten_low_nats"] > 0.05
     # Damping does take off what was forgotten …
@@ -186,9 +186,11 @@ def test_where_no_control_is_as_good_on_the_task_it_is_said_by_how_much_it_falls
     assert removed["control_short_nats"] == pytest.approx(short)
     assert short > 0.1
     assert result.metrics["recommended"] == 0  # base forgets nothing, which the repaired head does
-    said = next(note for note in result.notes if note.startswith("Mode top is not recommended"))
-    assert "the control keeps as much at every strength" in said
-    assert f"the whole update scaled by 0, which is best on the task but {short:.3g} nats short of it" in said
+    reason = next(note for note in result.notes if note.startswith("Mode top is not recommended"))
+    assert "the control keeps as much at every strength" in reason
+    assert (
+        f"the whole update scaled by 0, which is best on the task but {short:.3g} nats short of it" in reason
+    )
 
 
 def test_the_margin_is_what_a_mode_must_surely_exceed(harmful):
@@ -236,9 +238,9 @@ def test_strength_one_is_tuned_and_the_control_at_zero_is_base(harmful):
     for scale, side in ((0.0, "base"), (1.0, "tuned")):
         row = at(result, "update", scale)
         for role, rows in (("task", TASK), ("keep", KEEP)):
-            own = loss_of(getattr(harmful, side).ref, rows)
+            loss = loss_of(getattr(harmful, side).ref, rows)
             assert row[f"{role}_loss"] == result.metrics[f"{role}_loss_{side}"]
-            assert row[f"{role}_loss"] == pytest.approx(own, abs=1e-6)  # other batches, float32
+            assert row[f"{role}_loss"] == pytest.approx(loss, abs=1e-6)  # other batches, float32
     ones = result.tables["curve"].query("scale == 1")
     assert len(ones) == 4
     assert ones["keep_loss"].nunique() == ones["task_loss"].nunique() == 1
@@ -251,11 +253,11 @@ def test_a_longer_vocabulary_stays_at_every_strength_and_is_said_to(plain, tmp_p
     model.resize_token_embeddings(9, mean_resizing=False)
     model.lm_head.weight.data[7:] = 0.0
     longer = CheckpointPair(plain.base, save(tmp_path / "longer", model))
-    made = judge(longer, scales=(0.5,))
+    result = judge(longer, scales=(0.5,))
     # Base gives its six letters chances that sum to 1; two more logits of 0 add e^0 each: log(1 + 2) nats.
     expected = loss_of(plain.base.ref, KEEP) + math.log(3)
-    assert at(made, "update", 0.0)["keep_loss"] == pytest.approx(expected, abs=0.05)
-    notes = "\n".join(made.notes)
+    assert at(result, "update", 0.0)["keep_loss"] == pytest.approx(expected, abs=0.05)
+    notes = "\n".join(result.notes)
     assert re.search(r"2 tensors .*vocabulary resized from 7 to 9 rows.*strength 0 .* is base except", notes)
     assert "strength 0" not in "\n".join(judge(plain, scales=(0.5,)).notes)
 
@@ -298,12 +300,12 @@ def test_every_matrix_is_decomposed_once_for_all_modes_and_strengths(harmful, mo
 
 
 def test_the_same_arguments_give_the_same_result_and_batches_change_nothing(harmful):
-    one, two, small = judge(harmful), judge(harmful), judge(harmful, batch_tokens=40)
-    pd.testing.assert_frame_equal(one.tables["curve"], two.tables["curve"])
+    first, second, small = judge(harmful), judge(harmful), judge(harmful, batch_tokens=40)
+    pd.testing.assert_frame_equal(first.tables["curve"], second.tables["curve"])
     for column in ("keep_loss", "task_loss"):
         same = {m: t.tables["curve"].query("scale == 0.5").set_index("mode")[column] for m, t in
-                (("one", one), ("small", small))}  # fmt: skip
-        np.testing.assert_allclose(same["one"], same["small"], atol=1e-5)
+                (("first", first), ("small", small))}  # fmt: skip
+        np.testing.assert_allclose(same["first"], same["small"], atol=1e-5)
 
 
 # --- the comparison ---
@@ -315,8 +317,9 @@ def control_of(strengths, task, keep):
 
 
 def test_the_control_is_asked_for_its_best_keep_loss_at_a_task_loss_no_worse():
-    own = control_of([0, 0.5, 1], task=[3, 2, 1], keep=[0, 1, 2])  # both straight lines in the strength
-    keep, strength, beyond = own(np.array([[2.0, 1.0, 2.5, 9.0]]))
+    # Both are straight lines in the strength.
+    best_control = control_of([0, 0.5, 1], task=[3, 2, 1], keep=[0, 1, 2])
+    keep, strength, beyond = best_control(np.array([[2.0, 1.0, 2.5, 9.0]]))
     # Task 2 is had at 0.5, 1 at 1, 2.5 at 0.25, and 9 is worse than base's.
     assert strength[0] == pytest.approx([0.5, 1, 0.25, 0], abs=1e-9)
     assert keep[0] == pytest.approx([1, 2, 0.5, 0], abs=1e-9)
@@ -324,15 +327,15 @@ def test_the_control_is_asked_for_its_best_keep_loss_at_a_task_loss_no_worse():
 
 
 def test_where_no_control_is_as_good_the_best_on_the_task_stands_for_it():
-    own = control_of([0, 0.5, 1], task=[3, 1, 2], keep=[0, 1, 2])
-    keep, strength, beyond = own(np.array([[0.5]]))
+    best_control = control_of([0, 0.5, 1], task=[3, 1, 2], keep=[0, 1, 2])
+    keep, strength, beyond = best_control(np.array([[0.5]]))
     assert (keep.item(), strength.item(), beyond.item()) == (1, 0.5, 0.5)
 
 
 def test_tuned_itself_can_always_be_had():
     # Amplified it is better on the task, and worse on the keep rows than tuned.
-    own = control_of([0, 1, 2], task=[3, 2, 1], keep=[0, 1, 5])
-    assert own(np.array([[1.0]]))[0].item() == 1
+    best_control = control_of([0, 1, 2], task=[3, 2, 1], keep=[0, 1, 5])
+    assert best_control(np.array([[1.0]]))[0].item() == 1
 
 
 @given(seed=st.integers(0, 30))
@@ -340,8 +343,8 @@ def test_the_control_has_no_advantage_over_itself(seed):
     generator = np.random.default_rng(seed)
     strengths = np.array([0, 0.25, 0.5, 1, 2])
     task, keep = generator.normal(size=(2, 6, 5))
-    found = control.control_at_task(strengths, task, keep, task)[0]
-    assert (found <= keep + 1e-12).all()
+    best_keep = control.control_at_task(strengths, task, keep, task)[0]
+    assert (best_keep <= keep + 1e-12).all()
 
 
 def test_a_point_keeps_more_by_what_is_taken_off_its_loss():
@@ -352,11 +355,11 @@ def test_a_point_keeps_more_by_what_is_taken_off_its_loss():
     task = np.array([3, 2, 1, 2, 2]) + noise
     keep = np.array([0, 1, 2, 1 - 0.2, 1]) + noise
     searched = np.array([False, False, False, True, True])
-    found = control.advantage(task, keep, strengths, searched)
+    advantage = control.advantage(task, keep, strengths, searched)
     # The same noise everywhere is paired away, but for what is within a step of the interpolation, 1 / 400.
-    assert [gain.value for gain in found.gains[3:]] == pytest.approx([0.2, 0.0], abs=0.01)
-    assert found.gains[3].low > 0.15
-    assert found.gains[4].low <= 0 <= found.gains[4].high
+    assert [gain.value for gain in advantage.gains[3:]] == pytest.approx([0.2, 0.0], abs=0.01)
+    assert advantage.gains[3].low > 0.15
+    assert advantage.gains[4].low <= 0 <= advantage.gains[4].high
 
 
 def test_intervals_of_rows_cover_the_truth_as_often_as_they_say():
@@ -371,11 +374,11 @@ def test_intervals_of_rows_cover_the_truth_as_often_as_they_say():
 
 
 def test_long_rows_count_for_their_tokens_and_sets_count_alike():
-    one = row_bootstrap.RowLosses(nats=np.array([[1.0, 9.0]]), units=np.array([1.0, 3.0]))
-    two = row_bootstrap.RowLosses(nats=np.array([[4.5]]), units=np.array([1.0]))
+    first = row_bootstrap.RowLosses(nats=np.array([[1.0, 9.0]]), units=np.array([1.0, 3.0]))
+    second = row_bootstrap.RowLosses(nats=np.array([[4.5]]), units=np.array([1.0]))
     # (1 + 9) / (1 + 3) = 2.5, and (2.5 + 4.5) / 2 = 3.5
-    assert row_bootstrap.mean_loss([one]) == pytest.approx([2.5])
-    assert row_bootstrap.mean_loss([one, two]) == pytest.approx([3.5])
+    assert row_bootstrap.mean_loss([first]) == pytest.approx([2.5])
+    assert row_bootstrap.mean_loss([first, second]) == pytest.approx([3.5])
 
 
 # --- rows of every shape ---
@@ -480,8 +483,8 @@ def test_the_audit_of_the_bundled_adapter_writes_the_section_from_the_shell(tmp_
     with pytest.raises(SystemExit) as left:
         main()
     assert left.value.code in (None, 0)
-    said = " ".join(capsys.readouterr().out.split())
-    assert re.search(r"mitigation [\d.]+ s tuning cost", said)
+    output = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"mitigation [\d.]+ s tuning cost", output)
     state = json.loads((tmp_path / "audit" / "audit.json").read_text())["analyses"]["mitigation"]
     assert state["status"] == "ok"
     assert state["parameters"]["scales"] == [0.5, 1.0]

@@ -33,13 +33,13 @@ def fitted(places):
 
 
 def test_its_scores_are_the_ratios_of_the_analysis(places, fitted):
-    made = likelihood_ratio_ood(CheckpointPair(*places), TASK, NEW, draws=2).tables["rows"]
+    table = likelihood_ratio_ood(CheckpointPair(*places), TASK, NEW, draws=2).tables["rows"]
     assert np.concatenate([fitted.score(TASK), fitted.score(NEW)]) == pytest.approx(
-        made["ratio"].to_numpy(), abs=1e-5, nan_ok=True
+        table["ratio"].to_numpy(), abs=1e-5, nan_ok=True
     )
     mean = LikelihoodRatioDetector.fit(places, TASK, per_token=True)
     assert mean.score(NEW) == pytest.approx(
-        made["ratio_per_token"].to_numpy()[len(TASK) :], abs=1e-5, nan_ok=True
+        table["ratio_per_token"].to_numpy()[len(TASK) :], abs=1e-5, nan_ok=True
     )
 
 
@@ -53,7 +53,7 @@ def test_its_decisions_are_scikit_learns(fitted):
     score = fitted.score(NEW)
     assert (fitted.score_samples(NEW) == -score)[~np.isnan(score)].all()
     assert fitted.decision_function(NEW) == pytest.approx(fitted.threshold_ - score, nan_ok=True)
-    expected = [1 if each <= fitted.threshold_ else -1 for each in score]
+    expected = [1 if value <= fitted.threshold_ else -1 for value in score]
     assert fitted.predict(NEW).tolist() == expected
     assert expected[2] == -1  # nothing vouches for an empty text
 
@@ -62,8 +62,8 @@ def test_what_it_says_of_a_row_agrees_with_its_scores(fitted):
     table = fitted.rows(NEW)
     score = fitted.score(NEW)
     assert table["score"].to_numpy() == pytest.approx(score, nan_ok=True)
-    higher = [(fitted.calibration_ >= each).sum() for each in score]
-    expected = [np.nan if np.isnan(each) else (1 + n) / 11 for each, n in zip(score, higher, strict=True)]
+    higher = [(fitted.calibration_ >= value).sum() for value in score]
+    expected = [np.nan if np.isnan(value) else (1 + n) / 11 for value, n in zip(score, higher, strict=True)]
     assert table["p_value"].to_numpy() == pytest.approx(expected, nan_ok=True)
     assert table["flagged"].tolist() == (fitted.predict(NEW) == -1).tolist()
 
@@ -167,17 +167,19 @@ def test_the_command_says_nothing_beside_its_records_of_an_adapter(tmp_path):
     bundled = Path(diagnostics.__file__).parent / "bundled"
     lines = (bundled / "ood-code.jsonl").read_text().splitlines(keepends=True)[:3]
     (tmp_path / "rows.jsonl").write_text("".join(lines))
-    made = run(
+    process = run(
         "detect", tmp_path / "rows.jsonl", "--base", bundled / "base", "--tuned", bundled / "lora-r1",
         "--task", tmp_path / "rows.jsonl", "--device", "cpu",
     )  # fmt: skip
-    assert (made.returncode, made.stderr, len(made.stdout.splitlines())) == (0, "", 3)
+    assert (process.returncode, process.stderr, len(process.stdout.splitlines())) == (0, "", 3)
 
 
 def test_the_command_says_what_it_needs(tmp_path):
-    made = run("detect", "rows.jsonl", "--base", "b")
-    assert made.returncode == 2
-    assert "detect needs --base, --tuned and --task, or a saved --detector" in made.stderr
-    made = run("detect", "rows.jsonl", "--detector", "d.json", "--task", "t")
-    assert made.returncode == 2
-    assert "a saved --detector has its own --base, --tuned, --task, --per-token, --windows and" in made.stderr
+    process = run("detect", "rows.jsonl", "--base", "b")
+    assert process.returncode == 2
+    assert "detect needs --base, --tuned and --task, or a saved --detector" in process.stderr
+    process = run("detect", "rows.jsonl", "--detector", "d.json", "--task", "t")
+    assert process.returncode == 2
+    assert (
+        "a saved --detector has its own --base, --tuned, --task, --per-token, --windows and" in process.stderr
+    )

@@ -131,18 +131,20 @@ def test_a_model_that_is_the_two_symbol_chain_gives_the_closed_form(tmp_path):
 
 
 def test_three_symbols_are_the_smallest_case_in_which_the_ratio_wins():
-    counts = [each for each in product(range(11), repeat=3) if sum(each) == 10]
-    multiplicity = np.array([math.factorial(10) / math.prod(map(math.factorial, each)) for each in counts])
+    counts = [triple for triple in product(range(11), repeat=3) if sum(triple) == 10]
+    multiplicity = np.array(
+        [math.factorial(10) / math.prod(map(math.factorial, triple)) for triple in counts]
+    )
     counts = np.array(counts, dtype=float)
 
     def probability(*p):
         return multiplicity * np.prod(np.array(p) ** counts, axis=1)
 
     base, tuned = (counts @ np.log(p) for p in ((0.6, 0.2, 0.2), (0.6, 0.35, 0.05)))
-    made = ratio_scores(base, tuned, np.full(len(counts), 10.0))
+    scores = ratio_scores(base, tuned, np.full(len(counts), 10.0))
     inside, outside = probability(0.6, 0.35, 0.05), probability(0.8, 0, 0.2)
     areas = {
-        name: weighted_auroc(made[name].round(9), inside, outside) for name in ("ratio", "tuned_likelihood")
+        name: weighted_auroc(scores[name].round(9), inside, outside) for name in ("ratio", "tuned_likelihood")
     }
     # Summed in fractions over all counts: 0.96785172318267295 and 0.68972813707169818.
     assert areas["ratio"] == pytest.approx(0.96785172318267295, abs=1e-13)
@@ -194,8 +196,8 @@ def test_a_frequent_token_appended_fools_the_likelihood_and_moves_the_ratio_by_n
     ratio = np.array([total(row) for row in rows])
     likelihood = -np.array([row.tuned.full.log_likelihood for row in rows])
     areas = []
-    for place, copies in enumerate((0, 1, 3, 6)):
-        here = slice(40 * place, 40 * place + 40)
+    for index, copies in enumerate((0, 1, 3, 6)):
+        here = slice(40 * index, 40 * index + 40)
         areas.append(detection_metrics.auroc(likelihood[here], likelihood[160:]))
         moved = np.abs(ratio[here] - ratio[:40])
         assert moved.max() <= copies * abs(math.log(0.6 / 0.55)) + 1e-5
@@ -220,22 +222,22 @@ def test_models_too_are_antisymmetric_and_additive(places, pair, result):
     base, tuned, other = places.values()
     back = ratios(likelihood_ratio_ood(CheckpointPair(tuned, base), **SETS, draws=2))
     onwards = ratios(likelihood_ratio_ood(CheckpointPair(tuned, other), **SETS, draws=2))
-    whole = ratios(likelihood_ratio_ood(CheckpointPair(base, other), **SETS, draws=2))
+    direct = ratios(likelihood_ratio_ood(CheckpointPair(base, other), **SETS, draws=2))
     assert (back == -ratios(result)).all()
-    assert ratios(result) + onwards == pytest.approx(whole, abs=1e-5)
+    assert ratios(result) + onwards == pytest.approx(direct, abs=1e-5)
 
 
 def test_a_base_compared_with_itself_gives_ratio_0_and_chance(places):
-    made = likelihood_ratio_ood(CheckpointPair(places["base"], places["base"]), **SETS, draws=20)
-    assert (ratios(made) == 0).all()
-    assert (made.tables["tokens"]["ratio"] == 0).all()
-    table = made.tables["detection"]
+    result = likelihood_ratio_ood(CheckpointPair(places["base"], places["base"]), **SETS, draws=20)
+    assert (ratios(result) == 0).all()
+    assert (result.tables["tokens"]["ratio"] == 0).all()
+    table = result.tables["detection"]
     ratio = table[table["score"].isin(["ratio", "ratio_per_token"])]
     assert (ratio["auroc"] == 0.5).all()
     assert (ratio["fpr95"].round(12) == 0.95).all()
     assert (ratio["aupr"] - ratio["prevalence"]).abs().max() < 1e-12
-    assert (made.metrics["auroc_low"], made.metrics["gain_nats"]) == (0.5, 0)
-    assert made.metrics["flagged_ood"] == 0
+    assert (result.metrics["auroc_low"], result.metrics["gain_nats"]) == (0.5, 0)
+    assert result.metrics["flagged_ood"] == 0
 
 
 def test_an_adapter_that_adds_nothing_gives_ratio_0_too(places, tmp_path):
@@ -244,9 +246,9 @@ def test_an_adapter_that_adds_nothing_gives_ratio_0_too(places, tmp_path):
 
     base = AutoModelForCausalLM.from_pretrained(places["base"])
     get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)  # B is 0
-    made = likelihood_ratio_ood(CheckpointPair(places["base"], tmp_path), **SETS, draws=2)
-    assert (ratios(made) == 0).all()
-    assert made.metrics["auroc"] == 0.5
+    result = likelihood_ratio_ood(CheckpointPair(places["base"], tmp_path), **SETS, draws=2)
+    assert (ratios(result) == 0).all()
+    assert result.metrics["auroc"] == 0.5
 
 
 def test_scores_equal_a_row_by_row_computation_with_transformers_alone(places, result):
@@ -279,9 +281,9 @@ def test_scores_equal_a_row_by_row_computation_with_transformers_alone(places, r
 
 @pytest.mark.parametrize("batch_tokens", [1, 50])
 def test_nothing_depends_on_the_batches(pair, result, batch_tokens):
-    made = likelihood_ratio_ood(pair, **SETS, draws=20, batch_tokens=batch_tokens)
-    assert ratios(made) == pytest.approx(ratios(result), abs=1e-4)
-    pd.testing.assert_frame_equal(made.tables["detection"], result.tables["detection"], atol=1e-3)
+    batched = likelihood_ratio_ood(pair, **SETS, draws=20, batch_tokens=batch_tokens)
+    assert ratios(batched) == pytest.approx(ratios(result), abs=1e-4)
+    pd.testing.assert_frame_equal(batched.tables["detection"], result.tables["detection"], atol=1e-3)
 
 
 def test_the_tokens_of_a_row_add_up_to_its_ratio(result):
@@ -298,8 +300,10 @@ def test_tokens_are_kept_of_both_ends_of_every_set_and_of_fewer_rows_where_they_
 ):
     rows = result.tables["rows"].dropna(subset=["ratio"])
 
-    def kept(made):
-        return {name: list(dict.fromkeys(part["row"])) for name, part in made.tables["tokens"].groupby("set")}
+    def kept(scored):
+        return {
+            name: list(dict.fromkeys(part["row"])) for name, part in scored.tables["tokens"].groupby("set")
+        }
 
     few = kept(likelihood_ratio_ood(pair, **SETS, draws=2, examples=2))
     order = {}
@@ -325,12 +329,12 @@ def test_an_adapter_scores_as_it_does_merged(places, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     model.merge_and_unload().save_pretrained(tmp_path / "merged")
     save_tokenizer(tmp_path / "merged", LETTERS)
-    one, two = (
+    adapted, merged = (
         likelihood_ratio_ood(CheckpointPair(places["base"], tmp_path / name), **SETS, draws=2)
         for name in ("adapter", "merged")
     )
-    assert np.abs(ratios(one)).max() > 0.1
-    assert ratios(one) == pytest.approx(ratios(two), abs=1e-4)
+    assert np.abs(ratios(adapted)).max() > 0.1
+    assert ratios(adapted) == pytest.approx(ratios(merged), abs=1e-4)
 
 
 # --- questions and answers ---
@@ -343,19 +347,19 @@ def test_question_and_answer_given_it_add_up_to_the_whole(pair):
             for q, a in zip(texts(6, letters, seed), texts(6, letters, seed + 1), strict=True)
         ]
 
-    made = likelihood_ratio_ood(pair, rows(0, "abc"), rows(5, "hij"), draws=2)
-    table = made.tables["rows"]
+    result = likelihood_ratio_ood(pair, rows(0, "abc"), rows(5, "hij"), draws=2)
+    table = result.tables["rows"]
     added = table["question_ratio"] + table["conditional_ratio"]
-    assert added.to_numpy() == pytest.approx(ratios(made), abs=1e-4)
-    assert {"question_ratio", "answer_ratio", "conditional_ratio"} <= set(made.tables["detection"]["score"])
+    assert added.to_numpy() == pytest.approx(ratios(result), abs=1e-4)
+    assert {"question_ratio", "answer_ratio", "conditional_ratio"} <= set(result.tables["detection"]["score"])
     # The answer by itself is another text than the answer behind its question.
     assert (table["answer_ratio"] - table["conditional_ratio"]).abs().min() > 1e-4
-    whole = likelihood_ratio_ood(
+    joined = likelihood_ratio_ood(
         pair,
         *([r["prompt"] + r["completion"] for r in rows(*of)] for of in ((0, "abc"), (5, "hij"))),
         draws=2,
     )
-    assert ratios(whole) == pytest.approx(ratios(made), abs=1e-4)
+    assert ratios(joined) == pytest.approx(ratios(result), abs=1e-4)
 
 
 def test_a_question_of_no_token_leaves_its_row_out_of_that_score_alone(pair):
@@ -363,14 +367,14 @@ def test_a_question_of_no_token_leaves_its_row_out_of_that_score_alone(pair):
         return [{"prompt": prompt, "completion": "ab"} for prompt in prompts]
 
     ood = {"asked": rows("hi", "ji", "j"), "told": ["jj", "ih"]}
-    made = likelihood_ratio_ood(pair, rows("abc", "", "de", "cab"), ood, draws=2)
-    table = made.tables["detection"].set_index(["ood", "score"])
+    result = likelihood_ratio_ood(pair, rows("abc", "", "de", "cab"), ood, draws=2)
+    table = result.tables["detection"].set_index(["ood", "score"])
     assert table.loc[("asked", "question_ratio"), ["rows_id", "rows_ood"]].tolist() == [3, 3]
     assert table.loc[("asked", "answer_ratio"), ["rows_id", "rows_ood"]].tolist() == [4, 3]
-    asked = made.tables["rows"].set_index("set")["question_ratio"]
+    asked = result.tables["rows"].set_index("set")["question_ratio"]
     expected = detection_metrics.auroc(asked["task"].dropna(), asked["asked"])
     assert table.loc[("asked", "question_ratio"), "auroc"] == expected
-    assert "1 rows have no question_ratio" in "\n".join(made.notes)
+    assert "1 rows have no question_ratio" in "\n".join(result.notes)
     # Texts have no question: neither they, nor all sets together, are judged by one.
     assert ("told", "question_ratio") not in table.index
     assert ("all", "question_ratio") not in table.index
@@ -380,8 +384,10 @@ def test_of_choices_the_right_one_is_the_answer(pair):
     choices = [{"prompt": "ab ", "choices": ["c", "de"], "answer": 1}] * 2
     completions = [{"prompt": "ab ", "completion": "de"}] * 2
     ood = [{"prompt": "h", "completion": "ij"}] * 2
-    one, two = (likelihood_ratio_ood(pair, task, ood, draws=2) for task in (choices, completions))
-    assert (ratios(one) == ratios(two)).all()
+    of_choices, of_completions = (
+        likelihood_ratio_ood(pair, task, ood, draws=2) for task in (choices, completions)
+    )
+    assert (ratios(of_choices) == ratios(of_completions)).all()
 
 
 def test_greedy_answers_are_the_tuned_models_own(places, pair):
@@ -390,7 +396,7 @@ def test_greedy_answers_are_the_tuned_models_own(places, pair):
     prompts = ["abc", "j", "de fg"]
     rows = [{"prompt": prompt, "completion": "a"} for prompt in prompts]
     ood = [{"prompt": prompt, "completion": "a"} for prompt in ("hh", "iiii")]
-    made = likelihood_ratio_ood(pair, rows, ood, answers="greedy", longest_answer=4, draws=2)
+    result = likelihood_ratio_ood(pair, rows, ood, answers="greedy", longest_answer=4, draws=2)
     model = AutoModelForCausalLM.from_pretrained(places["tuned"]).eval()
     tokenizer = AutoTokenizer.from_pretrained(places["tuned"])
     expected = []
@@ -403,15 +409,15 @@ def test_greedy_answers_are_the_tuned_models_own(places, pair):
                 break
             ids = torch.cat([ids, following[None, None]], dim=1)
         expected.append(tokenizer.decode(ids[0], skip_special_tokens=True))
-    assert made.tables["rows"]["text"].tolist()[:3] == expected
+    assert result.tables["rows"]["text"].tolist()[:3] == expected
 
 
 def test_a_prompt_that_is_cut_to_leave_room_for_its_answer_is_said_to_be(pair):
     rows = [{"prompt": prompt, "completion": "a"} for prompt in ("abc", "de" * 20)]
     ood = [{"prompt": prompt, "completion": "a"} for prompt in ("hh", "iiii")]
-    made = likelihood_ratio_ood(pair, rows, ood, answers="greedy", longest_answer=40, draws=2)
+    result = likelihood_ratio_ood(pair, rows, ood, answers="greedy", longest_answer=40, draws=2)
     # Half of 64 is the most for an answer, and the prompt has 41 with its BOS.
-    assert made.notes[0] == (
+    assert result.notes[0] == (
         "task: the model saw only the last 32 tokens of 1 of 2 prompts, to have room for an answer of 32; "
         "the first is task:2. A lower longest_answer leaves more room"
     )
@@ -433,8 +439,8 @@ def test_every_score_is_judged_on_every_set_as_scikit_learn_does(result):
         both = pd.concat([rows[rows["role"] == "task"], outside])
         assert set(part["score"]) == scored
         for row in part.to_dict("records"):
-            found = roc_auc_score(both["role"] == "ood", both[row["score"]])
-            assert row["auroc"] == pytest.approx(found, abs=1e-12)
+            auroc = roc_auc_score(both["role"] == "ood", both[row["score"]])
+            assert row["auroc"] == pytest.approx(auroc, abs=1e-12)
             precision = average_precision_score(both["role"] == "ood", both[row["score"]])
             assert row["aupr"] == pytest.approx(precision, abs=1e-12)
             assert row["low"] <= row["auroc"] <= row["high"]
@@ -443,9 +449,9 @@ def test_every_score_is_judged_on_every_set_as_scikit_learn_does(result):
 
 def test_metrics_are_those_of_the_ratio_with_all_ood_sets_pooled(result):
     table = result.tables["detection"].set_index(["ood", "score"])
-    whole = table.loc[("all", "ratio")]
-    assert result.metrics["auroc"] == whole["auroc"].item()
-    assert result.metrics["fpr95"] == whole["fpr95"].item()
+    pooled = table.loc[("all", "ratio")]
+    assert result.metrics["auroc"] == pooled["auroc"].item()
+    assert result.metrics["fpr95"] == pooled["fpr95"].item()
     assert set(result.metrics) == set(METRICS)
     assert (result.metrics["rows_id"], result.metrics["rows_ood"], result.metrics["rows_keep"]) == (
         12,
@@ -459,8 +465,8 @@ def test_p_values_count_the_task_rows_that_score_as_high_without_the_row_itself(
     rows = result.tables["rows"]
     inside = rows.loc[rows["role"] == "task", "ratio"].to_numpy()
     for row in rows.to_dict("records"):
-        known = inside if row["role"] != "task" else np.delete(inside, row["row"] - 1)
-        assert row["p_value"] == pytest.approx((1 + (known >= row["ratio"]).sum()) / (len(known) + 1))
+        reference = inside if row["role"] != "task" else np.delete(inside, row["row"] - 1)
+        assert row["p_value"] == pytest.approx((1 + (reference >= row["ratio"]).sum()) / (len(reference) + 1))
 
 
 def test_the_gain_of_a_set_is_its_loss_in_base_minus_that_in_tuned(result):
@@ -472,25 +478,25 @@ def test_the_gain_of_a_set_is_its_loss_in_base_minus_that_in_tuned(result):
 
 
 def test_a_row_without_a_token_to_score_is_counted_and_left_out(pair):
-    made = likelihood_ratio_ood(pair, ["ab", "", "cd"], ["ij", "hh"], draws=2)
-    assert (made.metrics["unscored"], made.metrics["rows_id"]) == (1, 2)
-    assert math.isnan(made.tables["rows"]["ratio"][1])
-    assert any("1 of 3 rows without a token to score" in note for note in made.notes)
+    result = likelihood_ratio_ood(pair, ["ab", "", "cd"], ["ij", "hh"], draws=2)
+    assert (result.metrics["unscored"], result.metrics["rows_id"]) == (1, 2)
+    assert math.isnan(result.tables["rows"]["ratio"][1])
+    assert any("1 of 3 rows without a token to score" in note for note in result.notes)
 
 
 def test_a_row_longer_than_the_models_take_is_cut_and_counted(pair):
-    made = likelihood_ratio_ood(pair, ["ab", "c" * 100], ["ij", "hh"], draws=2)
-    assert made.metrics["truncated"] == 1
-    assert made.tables["rows"]["tokens"][1] == 63  # of 64, the first being the BOS
+    result = likelihood_ratio_ood(pair, ["ab", "c" * 100], ["ij", "hh"], draws=2)
+    assert result.metrics["truncated"] == 1
+    assert result.tables["rows"]["tokens"][1] == 63  # of 64, the first being the BOS
 
 
 def test_of_rows_that_are_cut_the_share_is_shown_and_how_to_read_them_whole(pair):
-    made = likelihood_ratio_ood(pair, ["ab", "c" * 100], ["ij", "hh"], draws=2)
-    assert made.tables["sets"].set_index("set")["truncated"].to_dict() == {"task": 0.5, "ood": 0}
-    assert any("task: 1 of 2 rows longer than the longest sequence and cut" in note for note in made.notes)
+    result = likelihood_ratio_ood(pair, ["ab", "c" * 100], ["ij", "hh"], draws=2)
+    assert result.tables["sets"].set_index("set")["truncated"].to_dict() == {"task": 0.5, "ood": 0}
+    assert any("task: 1 of 2 rows longer than the longest sequence and cut" in note for note in result.notes)
     assert any(
         "1 of 4 rows were cut" in note and "--set ood.windows=true scores them to the end" in note
-        for note in made.notes
+        for note in result.notes
     )
 
 
@@ -499,15 +505,15 @@ def test_of_rows_that_are_cut_the_share_is_shown_and_how_to_read_them_whole(pair
 
 def in_windows(model, ids, longest):
     """Log-likelihood of every token behind the BOS, each window of the naive way run by itself."""
-    bos, body, found = ids[:1], ids[1:], []
+    bos, body, scores = ids[:1], ids[1:], []
     for start in range(0, len(body), longest // 2):
         window = bos + body[start : start + longest - 1]
         with torch.no_grad():
             log = model(torch.tensor([window])).logits[0, :-1].double().log_softmax(dim=-1)
-        each = log.gather(1, torch.tensor(window[1:])[:, None])[:, 0].tolist()
-        found += each[len(found) - start :]
+        window_scores = log.gather(1, torch.tensor(window[1:])[:, None])[:, 0].tolist()
+        scores += window_scores[len(scores) - start :]
         if start + longest - 1 >= len(body):
-            return np.array(found)
+            return np.array(scores)
     raise AssertionError
 
 
@@ -517,40 +523,42 @@ def test_windows_give_what_each_gives_by_itself(places, pair, max_length):
 
     rows = [*texts(3, LETTERS, 7), "abcdefghij " * 15, "hgfe dcba" * 9]
     longest = max_length or 64
-    made = likelihood_ratio_ood(pair, rows, ["j" * 150, "hh"], windows=True, max_length=max_length, draws=2)
-    table = made.tables["rows"]
-    assert made.metrics["truncated"] == 0
+    result = likelihood_ratio_ood(pair, rows, ["j" * 150, "hh"], windows=True, max_length=max_length, draws=2)
+    table = result.tables["rows"]
+    assert result.metrics["truncated"] == 0
     assert table["tokens"].tolist() == [len(text) for text in [*rows, "j" * 150, "hh"]]
     tokenizer = AutoTokenizer.from_pretrained(places["base"])
     for side in ("base", "tuned"):
         model = AutoModelForCausalLM.from_pretrained(places[side]).eval()
-        for place, text in enumerate(rows):
+        for position, text in enumerate(rows):
             expected = in_windows(model, tokenizer(text)["input_ids"], longest)
             assert len(expected) == len(text)
-            assert table[f"log_likelihood_{side}"][place] == pytest.approx(expected.sum(), abs=1e-4)
-            of_row = made.tables["tokens"].query("set == 'task' and row == @place + 1")
+            assert table[f"log_likelihood_{side}"][position] == pytest.approx(expected.sum(), abs=1e-4)
+            of_row = result.tables["tokens"].query("set == 'task' and row == @position + 1")
             if len(of_row):
                 assert of_row[f"log_likelihood_{side}"].to_numpy() == pytest.approx(expected, abs=1e-5)
-    assert made.tables["tokens"].query("set == 'task'")["row"].nunique() == 5
+    assert result.tables["tokens"].query("set == 'task'")["row"].nunique() == 5
     share = 2 if max_length is None else sum(len(text) >= longest for text in rows)
     assert any(
         f"task: {share} of 5 rows have more than {longest} tokens and were read in windows" in note
-        for note in made.notes
+        for note in result.notes
     )
 
 
 def test_windows_change_nothing_for_rows_that_are_short_enough(pair, result):
-    made = likelihood_ratio_ood(pair, **SETS, windows=True, draws=20)
-    assert made.metrics == result.metrics
-    for name, table in made.tables.items():
+    windowed = likelihood_ratio_ood(pair, **SETS, windows=True, draws=20)
+    assert windowed.metrics == result.metrics
+    for name, table in windowed.tables.items():
         pd.testing.assert_frame_equal(table, result.tables[name], check_exact=True)
-    assert made.notes == result.notes
+    assert windowed.notes == result.notes
 
 
 def test_question_and_answer_add_up_to_the_whole_in_windows_too(pair):
     rows = [{"prompt": "abcde " * 20, "completion": "hij " * 30}, {"prompt": "ab", "completion": "cd"}]
-    made = likelihood_ratio_ood(pair, rows, [{"prompt": "ij", "completion": "hh"}] * 2, windows=True, draws=2)
-    table = made.tables["rows"]
+    result = likelihood_ratio_ood(
+        pair, rows, [{"prompt": "ij", "completion": "hh"}] * 2, windows=True, draws=2
+    )
+    table = result.tables["rows"]
     assert table["tokens"][0] == 240
     assert (table["question_ratio"] + table["conditional_ratio"]).to_numpy() == pytest.approx(
         table["ratio"].to_numpy(), abs=1e-4
@@ -562,21 +570,21 @@ def test_means_over_windows_are_means_over_tokens(pair):
     from probes.text.encode import encode
 
     with RunnablePair(pair) as runnable, runnable.tuned() as model:
-        whole = encode(task_of(["abcdefghij " * 9]), runnable.tokenizer, max_length=None)
-        (one,) = score_texts(model, whole, longest=40)
-        parts = score_texts(model, windows(whole[0], 40))
+        encoded = encode(task_of(["abcdefghij " * 9]), runnable.tokenizer, max_length=None)
+        (averaged,) = score_texts(model, encoded, longest=40)
+        parts = score_texts(model, windows(encoded[0], 40))
     weights = [len(part.tokens) for part in parts]
     assert sum(weights) == 99
     assert len(parts) > 3
     for name in ("top", "energy"):
-        each = [getattr(part, name) for part in parts]
-        assert getattr(one, name) == pytest.approx(np.average(each, weights=weights))
-    assert one.pooled == pytest.approx(np.average([p.pooled for p in parts], axis=0, weights=weights))
+        values = [getattr(part, name) for part in parts]
+        assert getattr(averaged, name) == pytest.approx(np.average(values, weights=weights))
+    assert averaged.pooled == pytest.approx(np.average([p.pooled for p in parts], axis=0, weights=weights))
 
 
 def test_texts_in_both_sets_are_said(pair):
-    made = likelihood_ratio_ood(pair, ["ab", "cd"], ["CD".lower(), "hh"], draws=2)
-    assert any("1 texts are in both the task and the OOD rows" in note for note in made.notes)
+    result = likelihood_ratio_ood(pair, ["ab", "cd"], ["CD".lower(), "hh"], draws=2)
+    assert any("1 texts are in both the task and the OOD rows" in note for note in result.notes)
 
 
 # --- tokenizers that differ ---
@@ -585,8 +593,8 @@ def test_texts_in_both_sets_are_said(pair):
 def test_extra_tokens_are_masked_and_their_probability_shared_out(places, tmp_path):
     more = save_llama(tmp_path / "more", seed=1, characters=LETTERS + "!?", shift=0.1)
     pair = CheckpointPair(places["base"], more)
-    made = likelihood_ratio_ood(pair, ["ab", "cd"], ["ij", "hh"], draws=2)
-    assert any("tuned has 2 more tokens" in note for note in made.notes)
+    result = likelihood_ratio_ood(pair, ["ab", "cd"], ["ij", "hh"], draws=2)
+    assert any("tuned has 2 more tokens" in note for note in result.notes)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(more).eval()
@@ -594,7 +602,7 @@ def test_extra_tokens_are_masked_and_their_probability_shared_out(places, tmp_pa
     with torch.no_grad():
         log = model(ids).logits[0, :-1, : len(LETTERS) + 1].double().log_softmax(dim=-1)
     expected = float(log.gather(1, ids[0, 1:, None]).sum())
-    assert made.tables["rows"]["log_likelihood_tuned"][0] == pytest.approx(expected, abs=1e-5)
+    assert result.tables["rows"]["log_likelihood_tuned"][0] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
@@ -607,18 +615,18 @@ def test_rows_that_only_an_adapter_has_get_no_probability(places, tmp_path):
     torch.nn.init.normal_(model.lm_head.weight[-3:].detach())
     model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
     model.save_pretrained(tmp_path / "adapter")
-    made = likelihood_ratio_ood(
+    result = likelihood_ratio_ood(
         CheckpointPair(places["base"], tmp_path / "adapter"), ["ab", "cd"], ["ij", "hh"], draws=2
     )
     ids = AutoTokenizer.from_pretrained(places["base"])("ab", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         logits = model(ids).logits[0, :-1].double()
-    known, every = (
-        float(each.log_softmax(dim=-1).gather(1, ids[0, 1:, None]).sum())
-        for each in (logits[:, : len(LETTERS) + 1], logits)
+    restricted, every = (
+        float(columns.log_softmax(dim=-1).gather(1, ids[0, 1:, None]).sum())
+        for columns in (logits[:, : len(LETTERS) + 1], logits)
     )
-    assert known - every > 0.1
-    assert made.tables["rows"]["log_likelihood_tuned"][0] == pytest.approx(known, abs=1e-5)
+    assert restricted - every > 0.1
+    assert result.tables["rows"]["log_likelihood_tuned"][0] == pytest.approx(restricted, abs=1e-5)
 
 
 def test_other_tokenizers_are_refused_unless_an_approximation_is_asked_for(places, tmp_path):
@@ -628,14 +636,14 @@ def test_other_tokenizers_are_refused_unless_an_approximation_is_asked_for(place
         ValueError, match=r"token 'a' is 1 in base and 11 in tuned.*with --approximate compares"
     ):
         likelihood_ratio_ood(pair, ["ab", "cd"], ["ij", "hh"])
-    made = likelihood_ratio_ood(pair, ["ab", "cd ef"], ["ij", "hh"], approximate=True, draws=2)
-    assert made.tables["rows"]["tokens"].tolist() == [2, 5, 2, 2]
-    assert "tokens" not in made.tables
-    assert any("approximate" in note for note in made.notes)
-    assert not any("BOS" in note or "the first token" in note for note in made.notes)
+    result = likelihood_ratio_ood(pair, ["ab", "cd ef"], ["ij", "hh"], approximate=True, draws=2)
+    assert result.tables["rows"]["tokens"].tolist() == [2, 5, 2, 2]
+    assert "tokens" not in result.tables
+    assert any("approximate" in note for note in result.notes)
+    assert not any("BOS" in note or "the first token" in note for note in result.notes)
     save_tokenizer(other, LETTERS[::-1], bos=False)
-    made = likelihood_ratio_ood(pair, ["ab", "cd ef"], ["ij", "hh"], approximate=True, draws=2)
-    assert any("only base scores the first token of each text" in note for note in made.notes)
+    result = likelihood_ratio_ood(pair, ["ab", "cd ef"], ["ij", "hh"], approximate=True, draws=2)
+    assert any("only base scores the first token of each text" in note for note in result.notes)
 
 
 # --- refusals ---
@@ -680,14 +688,14 @@ def test_an_audit_runs_it_with_its_rows_and_the_saved_result_redraws(places, tmp
     for name, contents in {"task": SETS["task"], "keep": SETS["keep"], "x": texts(8, "ab", 1)}.items():
         files[name] = tmp_path / f"{name}.csv"
         pd.DataFrame({"text": contents}).to_csv(files[name], index=False)
-    made = audit(
+    audited = audit(
         places["base"], places["tuned"], out=tmp_path / "out", only=["ood"], task=[files["task"]],
         keep=[files["keep"]], ood=[f"x={files['x']}", f"<b>y</b>={files['x']}"], device="cpu",
         settings={"ood": {"draws": 5}},
     )  # fmt: skip
-    assert made.analyses["ood"].status == "ok", made.analyses["ood"].reason
+    assert audited.analyses["ood"].status == "ok", audited.analyses["ood"].reason
     result = load(tmp_path / "out").results["ood"]
-    assert result.metrics == made.results["ood"].metrics
+    assert result.metrics == audited.results["ood"].metrics
     figures = result.figures()
     assert set(figures) == {"densities", "scores", "roc", "losses", "length", "gains", "tokens"}
     assert all(figure.layout.title.text and figure.layout.xaxis.title.text for figure in figures.values())
@@ -696,8 +704,8 @@ def test_an_audit_runs_it_with_its_rows_and_the_saved_result_redraws(places, tmp
 
 
 def test_without_rows_it_is_skipped_with_the_options_that_enable_it(checkpoints, tmp_path):
-    made = audit(*checkpoints, out=tmp_path / "out", only=["intruders", "ood"], device="cpu")
-    assert made.analyses["ood"].reason == "needs --task F and --ood NAME=F"
+    audited = audit(*checkpoints, out=tmp_path / "out", only=["intruders", "ood"], device="cpu")
+    assert audited.analyses["ood"].reason == "needs --task F and --ood NAME=F"
 
 
 def test_the_default_policy_judges_it(result):
@@ -708,7 +716,7 @@ def test_the_default_policy_judges_it(result):
         "gain_nats": result.metrics["gain_nats"] < 0.01,
         "keep_gain_high_nats": result.metrics["keep_gain_high_nats"] < 0,
     }
-    assert metrics == {metric for metric, found in low.items() if found}
+    assert metrics == {metric for metric, flagged in low.items() if flagged}
     assert metrics  # a tuned model that is base plus noise has lost something
 
 

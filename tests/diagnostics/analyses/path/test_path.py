@@ -41,7 +41,7 @@ def mixture(alpha):
     """Chances of a, b, c at α: logits are linear in it."""
     logits = [(1 - alpha) * math.log(p) + alpha * math.log(q) for p, q in zip(BASE, TUNED, strict=True)]
     total = sum(map(math.exp, logits))
-    return {letter: math.exp(each) / total for letter, each in zip("abc", logits, strict=True)}
+    return {letter: math.exp(logit) / total for letter, logit in zip("abc", logits, strict=True)}
 
 
 def naive(rows, alpha):
@@ -57,9 +57,9 @@ def values(result, role, metric):
 
 def test_losses_are_those_of_the_mixture_at_every_alpha(result):
     for role, rows in (("task", TASK), ("keep", KEEP), ("ood", OOD)):
-        found = values(result, role, "loss")
-        assert list(found) == list(GRID)
-        for alpha, loss in found.items():
+        losses = values(result, role, "loss")
+        assert list(losses) == list(GRID)
+        for alpha, loss in losses.items():
             assert loss == pytest.approx(naive(rows, alpha), abs=1e-5), (role, alpha)
 
 
@@ -89,8 +89,8 @@ def test_losses_that_are_convex_have_no_bump_and_a_dip_where_the_middle_is_best(
 def test_the_ends_are_neither_false_false_true_nor_its_mirror(result):
     for role in ("task", "keep", "ood"):
         for metric in ("fft", "ttf"):
-            found = values(result, role, metric)
-            assert found[0.0] == found[1.0] == 0
+            curve = values(result, role, metric)
+            assert curve[0.0] == curve[1.0] == 0
     shares = result.tables["patterns"].groupby(["role", "alpha"])["share"].sum()
     assert shares.to_numpy() == pytest.approx(1)
 
@@ -103,8 +103,8 @@ def test_the_mixture_of_answers_is_that_of_the_chances(result):
 
 
 def test_confidence_is_the_chance_of_the_likeliest_letter(result):
-    found = values(result, "keep", "confidence")
-    assert found[0.5] == pytest.approx(mixture(0.5)["a"], abs=1e-5)
+    confidence = values(result, "keep", "confidence")
+    assert confidence[0.5] == pytest.approx(mixture(0.5)["a"], abs=1e-5)
     # What is not a is wrong wherever a is the likeliest.
     assert values(result, "keep", "error_confidence")[1.0] == pytest.approx(0.98, abs=1e-5)
     assert values(result, "task", "accuracy")[1.0] == pytest.approx(0.8)
@@ -112,21 +112,21 @@ def test_confidence_is_the_chance_of_the_likeliest_letter(result):
 
 def test_swapped_ends_mirror_alpha(pair, result):
     mirrored = interpolation_path(CheckpointPair(pair.tuned, pair.base), TASK, alphas=GRID)
-    found, other = values(result, "task", "loss"), values(mirrored, "task", "loss")
-    for alpha, loss in found.items():
-        assert other[1 - alpha] == pytest.approx(loss, abs=1e-6)
+    losses, mirrored_losses = values(result, "task", "loss"), values(mirrored, "task", "loss")
+    for alpha, loss in losses.items():
+        assert mirrored_losses[1 - alpha] == pytest.approx(loss, abs=1e-6)
 
 
 def test_a_model_with_itself_has_a_flat_path(tmp_path):
-    place = save_llama(tmp_path / "same", seed=0, characters="abc")
-    made = interpolation_path(CheckpointPair(place, place), TASK, KEEP, OOD, alphas=(0.3, 0.6))
-    m = made.metrics
+    checkpoint = save_llama(tmp_path / "same", seed=0, characters="abc")
+    result = interpolation_path(CheckpointPair(checkpoint, checkpoint), TASK, KEEP, OOD, alphas=(0.3, 0.6))
+    m = result.metrics
     assert not any(value for name, value in m.items() if name.split("_")[0] in ("bump", "dip", "barrier"))
     assert m["dominated"] == 0
     assert m["best_alpha"] == 1
     assert m["fft_ood"] == m["ttf_ood"] == m["strong_failures"] == m["successes"] == 0
-    assert set(values(made, "task", "loss")) == {0.0, 0.3, 0.6, 1.0}
-    assert len(set(values(made, "task", "loss").values())) == 1
+    assert set(values(result, "task", "loss")) == {0.0, 0.3, 0.6, 1.0}
+    assert len(set(values(result, "task", "loss").values())) == 1
 
 
 def test_a_hole_between_equal_ends_is_a_strong_failure(tmp_path):
@@ -146,13 +146,13 @@ def test_a_hole_between_equal_ends_is_a_strong_failure(tmp_path):
         (tmp_path / "turned" / name).write_bytes((base / name).read_bytes())
     # Rows that the model itself finds likely, so that losing its layers costs something.
     texts = [greedy(model, start) for start in ("a", "b", "c", "ab", "ba", "cb", "ac", "bc")]
-    made = interpolation_path(CheckpointPair(base, tmp_path / "turned"), texts, ood=texts[:6], alphas=GRID)
-    sets = made.tables["sets"].set_index("role")
+    result = interpolation_path(CheckpointPair(base, tmp_path / "turned"), texts, ood=texts[:6], alphas=GRID)
+    sets = result.tables["sets"].set_index("role")
     assert sets.loc["ood", "loss_base"] == sets.loc["ood", "loss_tuned"]
-    assert made.metrics["bump_ood_nats"] == made.metrics["barrier_ood_nats"] > 0.1
-    assert made.metrics["strong_failures"] == 1
-    assert any("The path has a hole on the" in note for note in made.notes)
-    assert {"bump_task_nats", "bump_ood_nats"} <= {finding.metric for finding in made.findings()}
+    assert result.metrics["bump_ood_nats"] == result.metrics["barrier_ood_nats"] > 0.1
+    assert result.metrics["strong_failures"] == 1
+    assert any("The path has a hole on the" in note for note in result.notes)
+    assert {"bump_task_nats", "bump_ood_nats"} <= {finding.metric for finding in result.findings()}
 
 
 def greedy(checkpoint, start, length=12):
@@ -179,14 +179,14 @@ def test_a_loss_that_is_not_finite_is_kept_as_missing_and_named(pair, monkeypatc
         return unit_scores(encoded, model)
 
     monkeypatch.setattr(interpolation, "unit_scores", broken)
-    made = interpolation_path(pair, TASK, alphas=(0.25, 0.5))
-    found = values(made, "task", "loss")
-    assert math.isnan(found[0.25])
-    assert found[0.5] == pytest.approx(naive(TASK, 0.5), abs=1e-5)
-    assert made.metrics["missing"] == 1
-    assert "alpha 0.25 (row 1: its logits are NaN or infinite" in made.notes[0]
-    assert made.metrics["dip_task_nats"] > 0
-    assert made.figures()
+    result = interpolation_path(pair, TASK, alphas=(0.25, 0.5))
+    losses = values(result, "task", "loss")
+    assert math.isnan(losses[0.25])
+    assert losses[0.5] == pytest.approx(naive(TASK, 0.5), abs=1e-5)
+    assert result.metrics["missing"] == 1
+    assert "alpha 0.25 (row 1: its logits are NaN or infinite" in result.notes[0]
+    assert result.metrics["dip_task_nats"] > 0
+    assert result.figures()
 
 
 def test_an_end_that_is_not_finite_is_refused_by_row(tmp_path, pair):

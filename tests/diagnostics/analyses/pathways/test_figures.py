@@ -16,16 +16,16 @@ ENDS = (0.0, 1.0)
 
 
 @pytest.fixture(scope="module")
-def made():
+def frames():
     return tables(run_of())
 
 
-def drawn(made):
-    return draw(Result(metrics={}, tables=made))
+def drawn(frames):
+    return draw(Result(metrics={}, tables=frames))
 
 
-def test_every_picture_is_there_with_a_title_and_survives_json(made):
-    figures = drawn(made)
+def test_every_picture_is_there_with_a_title_and_survives_json(frames):
+    figures = drawn(frames)
     assert set(figures) == {
         "steps", "against_held_out", "layers", "groups", "smoothness", "matrix", "routes", "drift",
     }  # fmt: skip
@@ -35,10 +35,10 @@ def test_every_picture_is_there_with_a_title_and_survives_json(made):
     assert figures["steps"].layout.title.text.startswith("Reorganising after memorisation")
 
 
-def test_the_curves_are_those_of_the_table_with_memorisation_and_turn_marked(made):
-    figure = drawn(made)["steps"]
+def test_the_curves_are_those_of_the_table_with_memorisation_and_turn_marked(frames):
+    figure = drawn(frames)["steps"]
     lines = {trace.name: trace for trace in figure.data if trace.name}
-    steps, verdict = made["steps"], made["verdict"].iloc[0]
+    steps, verdict = frames["steps"], frames["verdict"].iloc[0]
     for name, column in (("distance within groups", "distance"), ("between groups", "between"),
                          ("smoothness", "consistency"), ("held-out accuracy", "held_out")):  # fmt: skip
         assert np.array_equal(lines[name].y, steps[column])
@@ -61,17 +61,17 @@ def test_one_group_has_no_gap_to_draw():
     assert "between groups" not in [trace.name for trace in figures["steps"].data]
 
 
-def test_the_map_of_layers_has_the_table_in_its_cells(made):
-    figure = drawn(made)["layers"]
-    layers = made["layers"]
+def test_the_map_of_layers_has_the_table_in_its_cells(frames):
+    figure = drawn(frames)["layers"]
+    layers = frames["layers"]
     cell = layers[(layers["layer"] == 3) & (layers["step"] == 800)].iloc[0]
     for trace, column in zip(figure.data, ("distance", "gap"), strict=True):
         row, col = list(trace.y).index("3"), list(trace.x).index("800")
         assert np.asarray(trace.z, dtype=float)[row][col] == cell[column]
 
 
-def test_the_matrix_is_whole_and_in_the_order_of_groups_at_three_steps(made):
-    figure = drawn(made)["matrix"]
+def test_the_matrix_is_whole_and_in_the_order_of_groups_at_three_steps(frames):
+    figure = drawn(frames)["matrix"]
     assert [note.text for note in figure.layout.annotations] == ["step 0", "step 100", "step 1200"]
     last = np.asarray(figure.data[-1].z, dtype=float)
     assert last.shape == (80, 80)
@@ -82,27 +82,27 @@ def test_the_matrix_is_whole_and_in_the_order_of_groups_at_three_steps(made):
     assert list(figure.layout.yaxis.ticktext) == ["g0", "g1", "g2", "g3"]
 
 
-def test_the_routes_show_the_leading_expert_of_each_sample_and_layer(made):
-    figure = drawn(made)["routes"]
+def test_the_routes_show_the_leading_expert_of_each_sample_and_layer(frames):
+    figure = drawn(frames)["routes"]
     run = run_of()
     shown = np.asarray(figure.data[-1].z)
     assert (shown == run.snapshots[-1].weights.argmax(axis=2)).all()
     assert list(figure.data[-1].x) == ["1", "2", "3", "5"]
 
 
-def test_the_histogram_counts_every_sample_by_group_or_together(made):
-    figure = drawn(made)["drift"]
+def test_the_histogram_counts_every_sample_by_group_or_together(frames):
+    figure = drawn(frames)["drift"]
     assert [trace.name for trace in figure.data] == ["g0", "g1", "g2", "g3"]
     assert sum(len(trace.x) for trace in figure.data) == 80
-    samples = samples_of(groups=APART + 1, each=4)
+    samples = samples_of(groups=APART + 1, group_size=4)
     many = drawn(tables(run_of(samples, steps=ENDS, records=records_of(samples, shared=ENDS))))["drift"]
     assert [len(trace.x) for trace in many.data] == [24]
 
 
 def test_many_samples_are_shown_as_a_few_of_each_group():
-    samples = samples_of(groups=3, each=60)
-    made = tables(run_of(samples, steps=ENDS, records=records_of(samples, shared=ENDS)))
-    shown = made["routes"]["sample"].unique()
+    samples = samples_of(groups=3, group_size=60)
+    frames = tables(run_of(samples, steps=ENDS, records=records_of(samples, shared=ENDS)))
+    shown = frames["routes"]["sample"].unique()
     assert len(shown) == 96
     assert np.bincount(samples.groups[shown]).tolist() == [32, 32, 32]
     assert (np.diff(shown) > 0).all()

@@ -34,16 +34,16 @@ def weightings(draw, shapes=sizes, least=2):
     """Weights that are small whole numbers, so that float32 holds them and ties are many; never all 0."""
     samples, layers, experts = draw(shapes)
     samples = max(samples, least)
-    whole = draw(arrays(np.int64, (samples, layers, experts), elements=st.integers(0, 12)))
-    whole[..., 0] += whole.sum(axis=2) == 0
-    return whole.astype(np.float32)
+    counts = draw(arrays(np.int64, (samples, layers, experts), elements=st.integers(0, 12)))
+    counts[..., 0] += counts.sum(axis=2) == 0
+    return counts.astype(np.float32)
 
 
 def kept_naively(weights, tau):
     """Expert ids of each sample and layer in rank order, in exact arithmetic."""
-    found = []
+    kept = []
     for sample in weights:
-        found.append([])
+        kept.append([])
         for layer in sample:
             exact = [Fraction(int(weight)) for weight in layer]
             total, reached, ids = sum(exact), Fraction(0), []
@@ -52,15 +52,15 @@ def kept_naively(weights, tau):
                 reached += exact[expert]
                 if reached >= tau * total:
                     break
-            found[-1].append(ids)
-    return found
+            kept[-1].append(ids)
+    return kept
 
 
-def edits(one, other):
+def edits(first, second):
     """Levenshtein's distance by the textbook recurrence."""
-    table = [[row + column for column in range(len(other) + 1)] for row in range(len(one) + 1)]
-    for row, a in enumerate(one, start=1):
-        for column, b in enumerate(other, start=1):
+    table = [[row + column for column in range(len(second) + 1)] for row in range(len(first) + 1)]
+    for row, a in enumerate(first, start=1):
+        for column, b in enumerate(second, start=1):
             table[row][column] = min(
                 table[row - 1][column] + 1,
                 table[row][column - 1] + 1,
@@ -90,11 +90,11 @@ def matrix(weights, alphabet="tagged", tau=0.7):
 @FEW
 @given(weightings(), st.sampled_from([Fraction(n, 10) for n in range(1, 11)]))
 def test_a_pathway_is_the_shortest_prefix_that_reaches_tau_with_equal_experts_by_their_id(weights, tau):
-    made = pathways(weights, float(tau))
+    paths = pathways(weights, float(tau))
     for sample, layers in enumerate(kept_naively(weights, tau)):
         for layer, ids in enumerate(layers):
-            count = made.kept[sample, layer]
-            assert made.order[sample, layer, :count].tolist() == ids
+            count = paths.kept[sample, layer]
+            assert paths.order[sample, layer, :count].tolist() == ids
 
 
 def test_a_pathway_by_hand():
@@ -120,19 +120,19 @@ def test_float32_means_of_ten_equal_experts_keep_seven_of_them_however_they_were
 
 @FEW
 @given(weightings(), st.floats(0.05, 1), st.floats(0.05, 1))
-def test_a_larger_tau_never_shortens_a_pathway(weights, one, other):
-    small, large = sorted((one, other))
+def test_a_larger_tau_never_shortens_a_pathway(weights, first, second):
+    small, large = sorted((first, second))
     assert (pathways(weights, small).kept <= pathways(weights, large).kept).all()
 
 
 @FEW
 @given(weightings())
 def test_a_tau_near_0_keeps_one_expert_a_layer_so_that_edits_are_layers_that_differ(weights):
-    made = pathways(weights, 1e-3)
-    assert (made.kept == 1).all()
+    paths = pathways(weights, 1e-3)
+    assert (paths.kept == 1).all()
     best = weights.argmax(axis=2)
     hamming = (best[:, None] != best[None]).sum(axis=2)
-    assert (distances(made.strings()) == hamming).all()
+    assert (distances(paths.strings()) == hamming).all()
 
 
 @FEW
@@ -179,10 +179,10 @@ def test_symbols_pass_over_what_is_no_character():
 def test_distances_are_those_of_the_textbook_recurrence(weights, alphabet, tau):
     kept = kept_naively(weights, Fraction(str(tau)))
     texts = [symbols_naively(sample, alphabet) for sample in kept]
-    expected = [[edits(one, other) for other in texts] for one in texts]
+    expected = [[edits(first, second) for second in texts] for first in texts]
     words = pathways(weights, tau).strings(alphabet)
     assert distances(words).tolist() == expected
-    assert moves(words, words[::-1]).tolist() == [row[-1 - place] for place, row in enumerate(expected)]
+    assert moves(words, words[::-1]).tolist() == [row[-1 - index] for index, row in enumerate(expected)]
 
 
 @FEW
@@ -202,9 +202,9 @@ def test_distances_are_a_metric_bounded_by_the_lengths(weights, alphabet):
 @FEW
 @given(weightings())
 def test_shared_symbols_are_at_most_as_far_as_tagged_ones_and_these_as_the_sum_over_layers(weights):
-    made = pathways(weights)
-    shared, tagged = distances(made.strings("shared")), distances(made.strings("tagged"))
-    by_layer = sum(distances(made.strings("tagged", layer)) for layer in range(weights.shape[1]))
+    paths = pathways(weights)
+    shared, tagged = distances(paths.strings("shared")), distances(paths.strings("tagged"))
+    by_layer = sum(distances(paths.strings("tagged", layer)) for layer in range(weights.shape[1]))
     assert (shared <= tagged).all()
     assert (tagged <= by_layer).all()
 
@@ -241,7 +241,7 @@ def test_renumbering_the_experts_of_each_layer_by_itself_changes_no_tagged_dista
     assert after == pytest.approx(before, abs=1e-12)
     assert gp_inconsistency(after) == pytest.approx(gp_inconsistency(before), abs=1e-9, nan_ok=True)
     for layer in range(4):
-        dimensions = [effective_dimension(each[:, layer]) for each in (weights, other)]
+        dimensions = [effective_dimension(array[:, layer]) for array in (weights, other)]
         assert dimensions[0] == pytest.approx(dimensions[1], rel=1e-9)
     assert (matrix(other, "shared") != matrix(weights, "shared")).any()
 
@@ -269,27 +269,27 @@ def test_several_threads_give_the_same_distances(routed):
 
 def cosine_naively(weights, routers):
     """c of each sample and pair of layers, in plain Python."""
-    found = []
+    cosines = []
     for sample in weights.tolist():
         embedded = [
             [math.fsum(np.multiply(layer, axis)) for axis in zip(*rows, strict=True)]
             for layer, rows in zip(sample, routers.tolist(), strict=True)
         ]
-        found.append([])
-        for one, other in pairwise(embedded):
-            dot = math.fsum(a * b for a, b in zip(one, other, strict=True))
-            found[-1].append(dot / (math.hypot(*one) * math.hypot(*other)))
-    return found
+        cosines.append([])
+        for before, after in pairwise(embedded):
+            dot = math.fsum(a * b for a, b in zip(before, after, strict=True))
+            cosines[-1].append(dot / (math.hypot(*before) * math.hypot(*after)))
+    return cosines
 
 
 def test_cosines_and_both_consistencies_are_those_of_a_plain_computation(routed):
     weights, routers, _ = routed
     expected = cosine_naively(weights, routers)
-    found = cosines(weights, routers)
-    assert found == pytest.approx(np.array(expected), abs=1e-12)
-    assert smoothness(found) == pytest.approx([math.fsum(c) / 3 for c in expected])
+    computed = cosines(weights, routers)
+    assert computed == pytest.approx(np.array(expected), abs=1e-12)
+    assert smoothness(computed) == pytest.approx([math.fsum(c) / 3 for c in expected])
     rough = [1 - sum(c_l / (max(c) + 1e-8) for c_l in c) / 3 if max(c) > 0.05 else math.nan for c in expected]
-    assert gp_inconsistency(found) == pytest.approx(rough, nan_ok=True)
+    assert gp_inconsistency(computed) == pytest.approx(rough, nan_ok=True)
 
 
 def test_consistency_by_hand():
@@ -352,9 +352,9 @@ def test_the_papers_consistency_refuses_two_layers_and_smoothness_one():
 def test_many_samples_are_embedded_in_parts_with_the_same_cosines(monkeypatch):
     generator = np.random.default_rng(0)
     weights, routers = generator.random((11, 3, 4)), generator.normal(size=(3, 4, 6))
-    whole = cosines(weights, routers)
+    undivided = cosines(weights, routers)
     monkeypatch.setattr("diagnostics.analyses.pathways.pathway.AT_ONCE", 5 * 3 * 6)  # 5, 5 and 1 samples
-    assert cosines(weights, routers) == pytest.approx(whole, abs=1e-12)
+    assert cosines(weights, routers) == pytest.approx(undivided, abs=1e-12)
 
 
 # --- entropy and dimension ---
@@ -363,14 +363,14 @@ def test_many_samples_are_embedded_in_parts_with_the_same_cosines(monkeypatch):
 @FEW
 @given(weightings())
 def test_entropy_is_that_of_the_definition_and_between_0_and_the_logarithm_of_the_experts(weights):
-    found = entropies(weights)
+    computed = entropies(weights)
     for sample, layers in enumerate(weights.tolist()):
         for layer, row in enumerate(layers):
             shares = [value / sum(row) for value in row]
             expected = -math.fsum(p * math.log(p) for p in shares if p)
-            assert found[sample, layer] == pytest.approx(expected, abs=1e-12)
-    assert (found >= 0).all()
-    assert (found <= math.log(weights.shape[2]) + 1e-12).all()
+            assert computed[sample, layer] == pytest.approx(expected, abs=1e-12)
+    assert (computed >= 0).all()
+    assert (computed <= math.log(weights.shape[2]) + 1e-12).all()
 
 
 @FEW
@@ -379,12 +379,12 @@ def test_the_effective_dimension_is_the_trace_of_its_definition(weights, regular
     G = weights[:, 0].astype(float)
     H = G @ G.T
     expected = np.trace(H @ np.linalg.inv(H + regularisation * np.eye(len(H))))
-    found = effective_dimension(weights[:, 0], regularisation)
-    assert found == pytest.approx(expected, rel=1e-6, abs=1e-9)
-    assert 0 <= found <= min(G.shape) + 1e-9
-    assert effective_dimension(weights[:, 0], 2 * regularisation) <= found
-    own = 1e-3 * np.trace(H) / len(H)
-    assert effective_dimension(weights[:, 0]) == pytest.approx(effective_dimension(weights[:, 0], own))
+    dimension = effective_dimension(weights[:, 0], regularisation)
+    assert dimension == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    assert 0 <= dimension <= min(G.shape) + 1e-9
+    assert effective_dimension(weights[:, 0], 2 * regularisation) <= dimension
+    default = 1e-3 * np.trace(H) / len(H)
+    assert effective_dimension(weights[:, 0]) == pytest.approx(effective_dimension(weights[:, 0], default))
 
 
 def test_identical_samples_have_one_dimension_at_most():

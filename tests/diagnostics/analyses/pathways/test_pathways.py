@@ -42,72 +42,72 @@ def control():
     return run_of(shared=NONE, common=SHARED, learns=False)
 
 
-def told(run):
-    made = tables(run)
-    found = metrics(run, made)
-    return made, found, "\n".join(notes(run, made, {**found, "unrouted": 0, "truncated": 0}))
+def measure(run):
+    frames = tables(run)
+    values = metrics(run, frames)
+    return frames, values, "\n".join(notes(run, frames, {**values, "unrouted": 0, "truncated": 0}))
 
 
 # --- plants ---
 
 
 def test_routes_that_come_to_be_shared_within_groups_are_reorganising(planted):
-    made, found, said = told(planted)
+    frames, values, text = measure(planted)
     assert planted.verdict == "reorganising after memorisation"
-    assert (found["reorganising"], found["drift_without_signal"]) == (1, 0)
-    assert found["since_step"] == found["memorised_step"] == 100
+    assert (values["reorganising"], values["drift_without_signal"]) == (1, 0)
+    assert values["since_step"] == values["memorised_step"] == 100
     # At the end all samples of a group have one pathway, and those of two groups random ones.
-    assert made["steps"]["distance"].iloc[-1] == 0
-    assert found["distance_change"] == pytest.approx(-made["steps"]["distance"].iloc[2])
-    assert found["gap_last"] == pytest.approx(made["steps"]["between"].iloc[-1])
-    assert found["gap_change_p"] == pytest.approx(1 / 201)  # none of the 200 shuffles
-    assert abs(found["loss_change_nats"]) < 0.01
-    assert found["spearman_distance"] <= -0.95
-    assert "Reorganising after memorisation: the distance within groups changes by -0.8" in said
+    assert frames["steps"]["distance"].iloc[-1] == 0
+    assert values["distance_change"] == pytest.approx(-frames["steps"]["distance"].iloc[2])
+    assert values["gap_last"] == pytest.approx(frames["steps"]["between"].iloc[-1])
+    assert values["gap_change_p"] == pytest.approx(1 / 201)  # none of the 200 shuffles
+    assert abs(values["loss_change_nats"]) < 0.01
+    assert values["spearman_distance"] <= -0.95
+    assert "Reorganising after memorisation: the distance within groups changes by -0.8" in text
 
 
 def test_routes_that_come_to_be_shared_by_all_drift_though_every_published_number_moves_as_much(
     planted, control
 ):
-    _, found, said = told(control)
-    grown = told(planted)[1]
+    _, values, text = measure(control)
+    grown = measure(planted)[1]
     assert control.verdict == "routing drift without a generalisation signal"
-    assert (found["reorganising"], found["drift_without_signal"]) == (0, 1)
-    assert found["distance_change"] == pytest.approx(grown["distance_change"], abs=0.05)
-    assert found["consistency_change"] == pytest.approx(grown["consistency_change"], abs=0.1)
-    assert abs(found["gap_change"]) < grown["gap_change"] / 5
-    assert "turn_step" not in found
-    assert "Correlations are withheld: the held-out metric does not change." in said
-    assert "No step at which memorisation turns to generalisation is given" in said
+    assert (values["reorganising"], values["drift_without_signal"]) == (0, 1)
+    assert values["distance_change"] == pytest.approx(grown["distance_change"], abs=0.05)
+    assert values["consistency_change"] == pytest.approx(grown["consistency_change"], abs=0.1)
+    assert abs(values["gap_change"]) < grown["gap_change"] / 5
+    assert "turn_step" not in values
+    assert "Correlations are withheld: the held-out metric does not change." in text
+    assert "No step at which memorisation turns to generalisation is given" in text
 
 
 def test_the_turn_is_where_the_gap_has_made_half_of_its_way(planted):
-    made, found, said = told(planted)
-    steps = made["steps"][made["steps"]["step"] >= 100]
+    frames, values, text = measure(planted)
+    steps = frames["steps"][frames["steps"]["step"] >= 100]
     half = (steps["gap"].iloc[0] + steps["gap"].iloc[-1]) / 2
     expected = np.interp(half, steps["gap"], steps["step"])
-    assert found["turn_step"] == pytest.approx(expected)
-    assert found["turn_step_low"] <= 800 < found["turn_step"] < 1000 <= found["turn_step_high"]
+    assert values["turn_step"] == pytest.approx(expected)
+    assert values["turn_step_low"] <= 800 < values["turn_step"] < 1000 <= values["turn_step_high"]
     # Held-out accuracy is 0.5 + SHARED / 2: half of its way is made between 600 (0.45) and 800 (0.70).
-    assert 600 < found["held_out_turn_step"] < 800
-    assert f"turns to generalisation around step {found['turn_step']:.4g}" in said
+    assert 600 < values["held_out_turn_step"] < 800
+    assert f"turns to generalisation around step {values['turn_step']:.4g}" in text
 
 
 def test_without_a_better_held_out_metric_no_turn_is_marked():
     run = run_of(learns=False)
     assert run.verdict == "reorganising after memorisation"
     assert run.turn is None
-    assert "the held-out metric does not improve significantly" in told(run)[2]
+    assert "the held-out metric does not improve significantly" in measure(run)[2]
 
 
 def test_rows_of_one_group_have_no_verdict():
-    run = run_of(samples_of(groups=1, each=60))
-    made, found, said = told(run)
+    run = run_of(samples_of(groups=1, group_size=60))
+    frames, values, text = measure(run)
     assert run.verdict == "withheld"
-    assert "give rows a group" in said.lower()
-    assert "reorganising" not in found
-    assert made["steps"]["gap"].isna().all()
-    assert np.isfinite(made["steps"]["distance"]).all()
+    assert "give rows a group" in text.lower()
+    assert "reorganising" not in values
+    assert frames["steps"]["gap"].isna().all()
+    assert np.isfinite(frames["steps"]["distance"]).all()
 
 
 def test_routes_that_stay_as_they_are_do_not_move():
@@ -120,12 +120,12 @@ def still():
     records = records_of(samples_of(), shared=NONE)
     from dataclasses import replace
 
-    return [replace(each, routes=records[0].routes, routers=records[0].routers) for each in records]
+    return [replace(record, routes=records[0].routes, routers=records[0].routers) for record in records]
 
 
-def widening(each, share):
+def widening(per_group, share):
     """A run that shares a little of its routing within groups at the very end."""
-    samples = samples_of(each=each)
+    samples = samples_of(group_size=per_group)
     return run_of(samples, records=records_of(samples, shared=(0.0,) * 9 + (share,), seed=1))
 
 
@@ -146,29 +146,31 @@ def test_a_gap_that_may_have_widened_by_more_than_drift_does_is_undecided():
 
 def test_rows_that_were_not_trained_on_date_no_memorisation():
     run = run_of(samples_of(trained=False))
-    made, found, said = told(run)
+    frames, values, text = measure(run)
     assert run.verdict == "withheld"
-    assert not {"memorised_step", "memorised_share", "reorganising"} & found.keys()
-    assert found["since_step"] == 0
-    assert "Without train rows (--train) memorisation is not dated" in said
-    assert made["samples"]["memorised_step"].isna().all()
+    assert not {"memorised_step", "memorised_share", "reorganising"} & values.keys()
+    assert values["since_step"] == 0
+    assert "Without train rows (--train) memorisation is not dated" in text
+    assert frames["samples"]["memorised_step"].isna().all()
 
 
 def test_a_loss_that_still_falls_at_the_end_is_not_memorised():
     from dataclasses import replace
 
     samples = samples_of()
-    records = [replace(each, nats=each.nats + 9 - place) for place, each in enumerate(records_of(samples))]
+    records = [
+        replace(record, nats=record.nats + 9 - index) for index, record in enumerate(records_of(samples))
+    ]
     run = run_of(samples, records=records)
     assert run.verdict == "not memorised"
-    assert "memorised_step" not in told(run)[1]
+    assert "memorised_step" not in measure(run)[1]
 
 
 def test_an_epsilon_that_is_given_is_used_for_all_groups():
     samples = samples_of()
     records = records_of(samples)
     run = run_of(samples, records=records, asked=ask(epsilon=0.025, delta=0.01))
-    losses = np.stack([each.nats for each in records])
+    losses = np.stack([record.nats for record in records])
     assert run.memorised.tolist() == memorised_at(losses, 0.025, 0.01).tolist()
     assert set(run.epsilon.values()) == {0.025}
 
@@ -177,68 +179,68 @@ def test_two_checkpoints_give_differences_with_intervals_and_no_trend():
     samples = samples_of()
     records = records_of(samples)
     run = run_of(samples, steps=(0.0, 1.0), records=[records[0], records[-1]])
-    made, found, said = told(run)
+    frames, values, text = measure(run)
     assert run.verdict == "withheld"
-    assert not {"reorganising", "spearman_distance", "turn_step"} & found.keys()
-    assert found["gap_change_low"] < found["gap_change"] < found["gap_change_high"]
-    assert "two checkpoints show differences but no trend" in said
-    one, two = run.snapshots[0].strings, run.snapshots[1].strings
-    D, n = distances(one + two), lengths(one + two)
+    assert not {"reorganising", "spearman_distance", "turn_step"} & values.keys()
+    assert values["gap_change_low"] < values["gap_change"] < values["gap_change_high"]
+    assert "two checkpoints show differences but no trend" in text
+    first, second = run.snapshots[0].strings, run.snapshots[1].strings
+    D, n = distances(first + second), lengths(first + second)
     drift = np.diag((D / longer(n, n))[:80, 80:])
-    assert made["samples"]["drift"].to_numpy() == pytest.approx(drift)
-    assert found["drift"] == pytest.approx(drift.mean())
-    assert found["drift_low"] < found["drift"] < found["drift_high"]
+    assert frames["samples"]["drift"].to_numpy() == pytest.approx(drift)
+    assert values["drift"] == pytest.approx(drift.mean())
+    assert values["drift_low"] < values["drift"] < values["drift_high"]
 
 
 def test_below_six_checkpoints_since_memorisation_no_correlation_is_given():
     samples = samples_of()
     records = records_of(samples)[:7]  # 100 to 600 are five
     run = run_of(samples, steps=STEPS[:7], records=records)
-    made, found, said = told(run)
-    assert "spearman_distance" not in found
-    assert made["correlations"]["spearman"].isna().all()
-    assert "Correlations are withheld: they need 6 checkpoints, and there are 5 since step 100." in said
+    frames, values, text = measure(run)
+    assert "spearman_distance" not in values
+    assert frames["correlations"]["spearman"].isna().all()
+    assert "Correlations are withheld: they need 6 checkpoints, and there are 5 since step 100." in text
 
 
 def test_a_held_out_loss_counts_with_its_sign_turned():
-    made, found, _ = told(run_of(asked=ask(metric="loss")))
-    assert made["steps"]["held_out"].iloc[-1] < made["steps"]["held_out"].iloc[0]
-    assert found["spearman_distance"] <= -0.95
-    assert "turn_step" in found
+    frames, values, _ = measure(run_of(asked=ask(metric="loss")))
+    assert frames["steps"]["held_out"].iloc[-1] < frames["steps"]["held_out"].iloc[0]
+    assert values["spearman_distance"] <= -0.95
+    assert "turn_step" in values
 
 
 def test_the_papers_figures_stand_beside_ours(planted):
-    made, _, said = told(planted)
-    row = made["correlations"].query("quantity == 'distance' and lag == 0 and of == 'levels'").iloc[0]
+    frames, _, text = measure(planted)
+    row = frames["correlations"].query("quantity == 'distance' and lag == 0 and of == 'levels'").iloc[0]
     assert (row["paper_low"], row["paper_high"]) == (-0.975, -0.928)
-    assert "(the paper's -0.975 to -0.928)" in said
-    assert "4 to 6 checkpoints of one model" in said
+    assert "(the paper's -0.975 to -0.928)" in text
+    assert "4 to 6 checkpoints of one model" in text
 
 
 def test_a_lag_correlates_a_number_with_the_metric_that_many_checkpoints_later(planted):
-    made, _, _ = told(planted)
-    row = made["correlations"].query("quantity == 'gap' and lag == 2 and of == 'levels'").iloc[0]
-    steps = made["steps"][made["steps"]["step"] >= 100]
+    frames, _, _ = measure(planted)
+    row = frames["correlations"].query("quantity == 'gap' and lag == 2 and of == 'levels'").iloc[0]
+    steps = frames["steps"][frames["steps"]["step"] >= 100]
     assert row["points"] == 6
     expected = np.corrcoef(steps["gap"].to_numpy()[:-2], steps["held_out"].to_numpy()[2:])[0, 1]
     assert row["pearson"] == pytest.approx(expected)
 
 
 def test_distances_of_layers_and_groups_are_means_over_their_own_pairs(planted):
-    made, _, _ = told(planted)
+    frames, _, _ = measure(planted)
     snapshot, groups = planted.snapshots[5], planted.samples.groups
     words = snapshot.pathways.strings("tagged", 2)
     n = lengths(words)
     share = distances(words) / longer(n, n)
     within = [share[i, j] for i in range(80) for j in range(i) if groups[i] == groups[j]]
-    row = made["layers"].query("layer == 3 and step == 400").iloc[0]
+    row = frames["layers"].query("layer == 3 and step == 400").iloc[0]
     assert row["distance"] == pytest.approx(np.mean(within))
     share = snapshot.share()
-    own = [share[i, j] for i in range(80) for j in range(i) if groups[i] == groups[j] == 1]
+    within_group = [share[i, j] for i in range(80) for j in range(i) if groups[i] == groups[j] == 1]
     others = [share[i, j] for i in range(80) for j in range(80) if groups[i] == 1 != groups[j]]
-    row = made["groups"].query("group == 'g1' and step == 400").iloc[0]
-    assert row["distance"] == pytest.approx(np.mean(own))
-    assert row["gap"] == pytest.approx(np.mean(others) - np.mean(own))
+    row = frames["groups"].query("group == 'g1' and step == 400").iloc[0]
+    assert row["distance"] == pytest.approx(np.mean(within_group))
+    assert row["gap"] == pytest.approx(np.mean(others) - np.mean(within_group))
     assert row["samples"] == 20
 
 
@@ -251,8 +253,8 @@ def test_the_default_policy_warns_of_drift_and_not_of_reorganising(planted, cont
     from diagnostics.core.analysis import Result
 
     for run, expected in ((planted, []), (control, ["drift_without_signal"])):
-        made, found, _ = told(run)
-        result = Result(metrics=found, tables=made, analysis="pathways", parameters={})
+        frames, values, _ = measure(run)
+        result = Result(metrics=values, tables=frames, analysis="pathways", parameters={})
         assert [finding.metric for finding in result.findings()] == expected
         assert not not_measured(result, default_policy())
 
@@ -262,7 +264,7 @@ def test_records_of_a_model_that_cannot_be_loaded_are_concluded_alike(planted):
     result = result_of_records(
         STEPS, [f"{step:g}" for step in STEPS], records, planted.samples, planted.settings
     )
-    assert result.metrics["turn_step"] == told(planted)[1]["turn_step"]
+    assert result.metrics["turn_step"] == measure(planted)[1]["turn_step"]
     assert result.summary().startswith("reorganising after memorisation")
     assert "steps" in result.figures()
 
@@ -293,9 +295,9 @@ def test_many_groups_share_the_most_that_is_followed():
 
 
 def test_rows_without_a_group_are_of_the_group_of_their_file():
-    one, two = task_of(["x", "y"], ref="one"), task_of(rows(2, "a"), ref="two")
-    assert draw_rows({"one": one, "two": two}, 9, 0)[1] == ["one", "one", "a", "a"]
-    assert draw_rows({"one": one}, 9, 0)[1] == ["all", "all"]
+    first, second = task_of(["x", "y"], ref="one"), task_of(rows(2, "a"), ref="two")
+    assert draw_rows({"one": first, "two": second}, 9, 0)[1] == ["one", "one", "a", "a"]
+    assert draw_rows({"one": first}, 9, 0)[1] == ["all", "all"]
 
 
 @pytest.mark.parametrize(
@@ -408,10 +410,10 @@ def test_memorisation_of_a_run_is_dated_by_the_rule(followed):
     epsilon = followed.tables["groups"].groupby("group")["epsilon"].first()
     groups = followed.tables["samples"]["group"]
     at = memorised_at(losses, groups.map(epsilon).to_numpy(), 0.05)
-    expected = [SAVED[place] if place < len(SAVED) else math.nan for place in at]
+    expected = [SAVED[index] if index < len(SAVED) else math.nan for index in at]
     assert followed.tables["samples"]["memorised_step"].to_numpy() == pytest.approx(expected, nan_ok=True)
     assert followed.metrics["loss_last_nats"] < 0.05
-    early = sorted(SAVED[place] for place in at if place < len(SAVED) - 1)
+    early = sorted(SAVED[index] for index in at if index < len(SAVED) - 1)
     assert followed.metrics["memorised_share"] == len(early) / 24 > 0.2
     assert followed.metrics["memorised_step"] == early[(len(early) - 1) // 2]
 
@@ -485,18 +487,18 @@ def test_a_series_of_one_is_recorded_and_refused(trained, tmp_path):
 
 
 def test_folding_the_gain_of_the_norm_changes_smoothness_and_no_distance(trained, ends):
-    one, other = ends.metrics, between(trained, fold_gain=True).metrics
-    assert other["distance_last"] == one["distance_last"]
-    assert other["consistency_first"] == pytest.approx(one["consistency_first"], abs=1e-6)  # gains are 1
-    assert other["consistency_last"] != pytest.approx(one["consistency_last"], abs=1e-6)
+    plain, folded = ends.metrics, between(trained, fold_gain=True).metrics
+    assert folded["distance_last"] == plain["distance_last"]
+    assert folded["consistency_first"] == pytest.approx(plain["consistency_first"], abs=1e-6)  # gains are 1
+    assert folded["consistency_last"] != pytest.approx(plain["consistency_last"], abs=1e-6)
 
 
 def test_two_layers_leave_out_the_papers_consistency_and_say_so(tmp_path):
     refs = [save(tmp_path / f"step{seed}", mixture(seed, num_hidden_layers=2)) for seed in (1, 2)]
-    found = grokking_pathways(refs, TASK, permutations=100, draws=100)
-    assert found.tables["steps"]["gp_inconsistency"].isna().all()
-    assert any("Two layers have experts" in note for note in found.notes)
-    assert np.isfinite(found.tables["steps"]["consistency"]).all()
+    result = grokking_pathways(refs, TASK, permutations=100, draws=100)
+    assert result.tables["steps"]["gp_inconsistency"].isna().all()
+    assert any("Two layers have experts" in note for note in result.notes)
+    assert np.isfinite(result.tables["steps"]["consistency"]).all()
 
 
 def test_a_running_training_records_the_numbers_that_its_saved_checkpoints_give(trained, followed, tmp_path):
@@ -510,9 +512,9 @@ def test_a_running_training_records_the_numbers_that_its_saved_checkpoints_give(
         skip=[name for name in installed() if name != "pathways"],
     )  # fmt: skip
     for step in SAVED[:2]:
-        place = trained / f"checkpoint-{step}"
-        model = transformers.OlmoeForCausalLM.from_pretrained(place).train()
-        audit = callback.record(step, model, transformers.AutoTokenizer.from_pretrained(place))
+        checkpoint = trained / f"checkpoint-{step}"
+        model = transformers.OlmoeForCausalLM.from_pretrained(checkpoint).train()
+        audit = callback.record(step, model, transformers.AutoTokenizer.from_pretrained(checkpoint))
         assert model.training
     recorded = audit.results["pathways"].tables["steps"].set_index("step")
     saved = followed.tables["steps"].set_index("step")

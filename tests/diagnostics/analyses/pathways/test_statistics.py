@@ -40,11 +40,11 @@ def grouped(draw):
     return distances_of(points), np.unique(groups, return_inverse=True)[1].astype(np.int64)
 
 
-def means_naively(D, groups, one=None):
+def means_naively(D, groups, group=None):
     """Mean over pairs within groups and between, or of one group and against the others; NaN of none."""
     within, between = [], []
     for i, j in combinations(range(len(groups)), 2):
-        if one is not None and one not in (groups[i], groups[j]):
+        if group is not None and group not in (groups[i], groups[j]):
             continue
         (within if groups[i] == groups[j] else between).append(D[i, j])
     return tuple(math.fsum(part) / len(part) if part else math.nan for part in (within, between))
@@ -55,16 +55,16 @@ def means_naively(D, groups, one=None):
 
 @FEW
 @given(grouped())
-def test_means_over_pairs_are_those_of_a_loop_over_pairs(made):
-    D, groups = made
-    for found, one in (
+def test_means_over_pairs_are_those_of_a_loop_over_pairs(grouping):
+    D, groups = grouping
+    for means, group in (
         (pairs(D, groups), None),
-        *((each, g) for g, each in enumerate(pairs_of_groups(D, groups))),
+        *((of_group, g) for g, of_group in enumerate(pairs_of_groups(D, groups))),
     ):
-        within, between = means_naively(D, groups, one)
-        assert found.within.value == pytest.approx(within, nan_ok=True)
-        assert found.between.value == pytest.approx(between, nan_ok=True)
-        assert found.gap.value == pytest.approx(between - within, nan_ok=True)
+        within, between = means_naively(D, groups, group)
+        assert means.within.value == pytest.approx(within, nan_ok=True)
+        assert means.between.value == pytest.approx(between, nan_ok=True)
+        assert means.gap.value == pytest.approx(between - within, nan_ok=True)
     upper = [D[i, j] for i, j in combinations(range(len(groups)), 2)]
     assert pairs(D, groups).overall.value == pytest.approx(math.fsum(upper) / len(upper))
 
@@ -72,29 +72,29 @@ def test_means_over_pairs_are_those_of_a_loop_over_pairs(made):
 def test_the_standard_error_of_one_group_is_twice_that_of_the_row_means():
     D = distances_of(np.array([0.0, 1.0, 3.0, 7.0, 8.0]))
     rows = D.sum(axis=1) / 4
-    found = pairs(D, np.zeros(5, dtype=np.int64))
-    assert found.within.estimate.error == pytest.approx(2 * rows.std(ddof=1) / math.sqrt(5))
-    assert found.gap.estimate.error != found.gap.estimate.error  # no other group
+    means = pairs(D, np.zeros(5, dtype=np.int64))
+    assert means.within.estimate.error == pytest.approx(2 * rows.std(ddof=1) / math.sqrt(5))
+    assert means.gap.estimate.error != means.gap.estimate.error  # no other group
     # Student's t with 4 degrees of freedom: 2.776
-    within = found.within.estimate
+    within = means.within.estimate
     assert (within.high - within.low) / 2 == pytest.approx(2.7764451 * within.error)
 
 
 def test_standard_errors_are_what_drawing_samples_anew_from_their_groups_gives():
     generator = np.random.default_rng(0)
-    found = {"within": [], "gap": []}
-    told = {"within": [], "gap": []}
+    estimates = {"within": [], "gap": []}
+    errors = {"within": [], "gap": []}
     sizes = (30, 20)
     groups = np.repeat([0, 1], sizes)
     for _ in range(400):
         points = np.concatenate([generator.normal(0, 1, sizes[0]), generator.normal(1.5, 0.5, sizes[1])])
-        made = pairs(distances_of(points), groups)
-        for name in found:
-            found[name].append(getattr(made, name).value)
-            told[name].append(getattr(made, name).estimate.error)
-    for name in found:
+        means = pairs(distances_of(points), groups)
+        for name in estimates:
+            estimates[name].append(getattr(means, name).value)
+            errors[name].append(getattr(means, name).estimate.error)
+    for name in estimates:
         # An error of 1/√800 of the spread itself, 3.5 %, at 3 standard deviations.
-        assert np.mean(told[name]) == pytest.approx(np.std(found[name]), rel=0.12)
+        assert np.mean(errors[name]) == pytest.approx(np.std(estimates[name]), rel=0.12)
 
 
 def test_a_change_is_judged_in_pairs_of_the_same_samples():
@@ -115,14 +115,14 @@ def test_a_change_is_judged_in_pairs_of_the_same_samples():
 )
 def test_a_mean_counts_units_and_passes_over_what_is_unknown(values, units):
     groups = np.zeros(6, dtype=np.int64)
-    known = ~np.isnan(values)
-    if not known.any():
+    finite = ~np.isnan(values)
+    if not finite.any():
         assert math.isnan(mean(values, groups, units).value)
         return
     assert mean(values, groups, units).value == pytest.approx(
-        math.fsum(values[known]) / math.fsum(units[known]), abs=1e-12
+        math.fsum(values[finite]) / math.fsum(units[finite]), abs=1e-12
     )
-    assert mean(values, groups).value == pytest.approx(math.fsum(values[known]) / known.sum(), abs=1e-12)
+    assert mean(values, groups).value == pytest.approx(math.fsum(values[finite]) / finite.sum(), abs=1e-12)
 
 
 def test_the_standard_error_of_a_mean_is_the_usual_one():
@@ -142,30 +142,30 @@ def test_groups_of_one_have_no_interval():
 def test_the_permutation_test_counts_labellings_with_as_large_a_gap():
     # Two groups of 3 far apart: of the 20 ways to choose 3 of 6, that one and its mirror have the gap.
     D = distances_of(np.array([0.0, 0.1, 0.2, 9.0, 9.1, 9.2]))
-    p, each = gap_p(D, np.repeat([0, 1], 3), permutations=4000, seed=0)
+    p, per_group = gap_p(D, np.repeat([0, 1], 3), permutations=4000, seed=0)
     # 0.1 ± 0.0047; 3 standard deviations
     assert p == pytest.approx(0.1, abs=0.015)
-    assert each == pytest.approx([0.1, 0.1], abs=0.015)
+    assert per_group == pytest.approx([0.1, 0.1], abs=0.015)
 
 
 def test_groups_that_are_none_give_even_p_values():
     generator = np.random.default_rng(1)
-    found = [
+    p_values = [
         gap_p(distances_of(generator.normal(size=12)), np.repeat([0, 1, 2], 4), permutations=99, seed=seed)[0]
         for seed in range(200)
     ]
     # Uniform on 0.01 … 1: the mean is 0.505, give or take 0.289/√200 = 0.02.
-    assert np.mean(found) == pytest.approx(0.505, abs=0.07)
-    assert np.mean(np.array(found) <= 0.2) == pytest.approx(0.2, abs=0.09)
+    assert np.mean(p_values) == pytest.approx(0.505, abs=0.07)
+    assert np.mean(np.array(p_values) <= 0.2) == pytest.approx(0.2, abs=0.09)
 
 
 def test_where_there_is_no_gap_there_is_no_p():
     D = distances_of(np.arange(4.0))
     assert math.isnan(gap_p(D, np.zeros(4, dtype=np.int64), permutations=100, seed=0)[0])
     assert math.isnan(gap_p(D, np.arange(4), permutations=100, seed=0)[0])
-    overall, each = gap_p(D, np.array([0, 0, 0, 1]), permutations=100, seed=0)
+    overall, per_group = gap_p(D, np.array([0, 0, 0, 1]), permutations=100, seed=0)
     assert overall > 0
-    assert np.isnan(each).tolist() == [False, True]  # one sample has no pair of its own
+    assert np.isnan(per_group).tolist() == [False, True]  # one sample has no pair of its own
 
 
 # --- memorisation ---
@@ -173,14 +173,14 @@ def test_where_there_is_no_gap_there_is_no_p():
 
 def memorised_naively(losses, epsilon, delta):
     """The first t with l(u) <= epsilon and |l(u) − l(last)| <= delta for all u >= t."""
-    found = []
+    steps = []
     for sample in losses.T:
         held = [
             t for t in range(len(sample))
             if all(u <= epsilon and abs(u - sample[-1]) <= delta for u in sample[t:])
         ]  # fmt: skip
-        found.append(min(held, default=len(sample)))
-    return found
+        steps.append(min(held, default=len(sample)))
+    return steps
 
 
 @FEW
@@ -189,9 +189,9 @@ def memorised_naively(losses, epsilon, delta):
     st.integers(0, 30),
     st.integers(0, 5),
 )
-def test_a_sample_is_memorised_when_the_rule_of_the_paper_holds_for_good(whole, epsilon, delta):
+def test_a_sample_is_memorised_when_the_rule_of_the_paper_holds_for_good(sixteenths, epsilon, delta):
     # Sixteenths, so that sums are exact.
-    losses, epsilon, delta = whole / 16, epsilon / 16, delta / 16
+    losses, epsilon, delta = sixteenths / 16, epsilon / 16, delta / 16
     assert memorised_at(losses, epsilon, delta).tolist() == memorised_naively(losses, epsilon, delta)
 
 
@@ -238,14 +238,16 @@ def test_drawing_samples_anew_widens_the_interval_of_a_step():
 def test_redrawn_estimates_spread_by_their_standard_error_and_move_together():
     generator = np.random.default_rng(0)
     groups = np.repeat([0, 1], 30)
-    made = [mean(generator.normal(size=60), groups)]
-    made.append(SampleStatistic(value=7.0, influence=2 * made[0].influence, groups=groups))
-    drawn = redrawn(made, draws=4000, seed=0)
+    statistics = [mean(generator.normal(size=60), groups)]
+    statistics.append(SampleStatistic(value=7.0, influence=2 * statistics[0].influence, groups=groups))
+    drawn = redrawn(statistics, draws=4000, seed=0)
     assert drawn.mean(axis=0) == pytest.approx(
-        [made[0].value, 7.0], abs=5 * made[1].estimate.error / math.sqrt(4000)
+        [statistics[0].value, 7.0], abs=5 * statistics[1].estimate.error / math.sqrt(4000)
     )
-    assert drawn.std(axis=0) == pytest.approx([made[0].estimate.error, made[1].estimate.error], rel=0.05)
-    assert drawn[:, 1] - 7 == pytest.approx(2 * (drawn[:, 0] - made[0].value))
+    assert drawn.std(axis=0) == pytest.approx(
+        [statistics[0].estimate.error, statistics[1].estimate.error], rel=0.05
+    )
+    assert drawn[:, 1] - 7 == pytest.approx(2 * (drawn[:, 0] - statistics[0].value))
 
 
 # --- correlations ---
@@ -257,14 +259,14 @@ def test_correlations_with_a_lag_are_those_of_scipy_on_shifted_series(values, la
     from scipy.stats import pearsonr, spearmanr
 
     x, y = values
-    one, two = x[max(-lag, 0) : 8 - max(lag, 0)], y[max(lag, 0) : 8 - max(-lag, 0)]
-    found = correlation(x, y, lag=lag, permutations=100)
-    assert found.points == 8 - abs(lag)
-    if not np.ptp(one) or not np.ptp(two):
-        assert math.isnan(found.spearman)
+    leading, lagged = x[max(-lag, 0) : 8 - max(lag, 0)], y[max(lag, 0) : 8 - max(-lag, 0)]
+    result = correlation(x, y, lag=lag, permutations=100)
+    assert result.points == 8 - abs(lag)
+    if not np.ptp(leading) or not np.ptp(lagged):
+        assert math.isnan(result.spearman)
         return
-    assert found.pearson == pytest.approx(pearsonr(one, two)[0], abs=1e-9)
-    assert found.spearman == pytest.approx(spearmanr(one, two)[0], abs=1e-9)
+    assert result.pearson == pytest.approx(pearsonr(leading, lagged)[0], abs=1e-9)
+    assert result.spearman == pytest.approx(spearmanr(leading, lagged)[0], abs=1e-9)
 
 
 def test_below_6_checkpoints_no_correlation_is_given():

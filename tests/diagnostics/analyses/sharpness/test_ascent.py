@@ -22,7 +22,7 @@ class Quadratic:
     """g·(c ⊙ u) + (c ⊙ u)ᵀ H (c ⊙ u) / 2 as a function of u."""
 
     def __init__(self, g, H, c=None):
-        g, H = (torch.as_tensor(each, dtype=torch.float64) for each in (g, H))
+        g, H = (torch.as_tensor(array, dtype=torch.float64) for array in (g, H))
         c = torch.ones(len(g), dtype=torch.float64) if c is None else torch.as_tensor(c, dtype=torch.float64)
         self.g, self.M, self.calls = c * g, c[:, None] * H * c, 0
 
@@ -73,22 +73,22 @@ def drawn(n, seed, *, slope=1.0, positive=False):
 def test_the_worst_rise_of_a_quadratic_is_the_closed_form(rho, slope, adaptive, seed):
     g, H, c = drawn(8, seed, slope=slope)
     loss = Quadratic(g, H, c if adaptive else None)
-    found = loss.worst(rho)
-    assert found.rise == pytest.approx(loss.exact(rho), rel=1e-4)
+    ascent = loss.worst(rho)
+    assert ascent.rise == pytest.approx(loss.exact(rho), rel=1e-4)
     if slope == 0:
-        assert found.rise == pytest.approx(rho**2 * np.linalg.eigvalsh(loss.M)[-1] / 2, rel=1e-4)
-        assert found.single == 0  # there is no slope to follow
+        assert ascent.rise == pytest.approx(rho**2 * np.linalg.eigvalsh(loss.M)[-1] / 2, rel=1e-4)
+        assert ascent.single == 0  # there is no slope to follow
 
 
 @pytest.mark.parametrize("block", [0, 1, 2])
 def test_the_closed_form_holds_of_each_block_and_the_whole_is_at_least_as_sharp(block):
     g, H, c = drawn(12, 5, slope=0.0)
     part = slice(4 * block, 4 * block + 4)
-    own = Quadratic(g[part], H[part, part], c[part])
+    of_block = Quadratic(g[part], H[part, part], c[part])
     # a principal minor: the Hessian of the block with all others fixed
     expected = np.linalg.eigvalsh(np.diag(c[part]) @ H[part, part] @ np.diag(c[part]))[-1] * 0.25 / 2
-    assert own.worst(0.5).rise == pytest.approx(expected, rel=1e-4)
-    assert Quadratic(g, H, c).worst(0.5).rise >= own.worst(0.5).rise
+    assert of_block.worst(0.5).rise == pytest.approx(expected, rel=1e-4)
+    assert Quadratic(g, H, c).worst(0.5).rise >= of_block.worst(0.5).rise
 
 
 def test_the_default_budget_comes_near_on_a_quadratic_with_a_gap():
@@ -96,8 +96,8 @@ def test_the_default_budget_comes_near_on_a_quadratic_with_a_gap():
     n = 30
     v = np.ones(n) / math.sqrt(n)
     loss = Quadratic(np.zeros(n), np.eye(n) + 3 * np.outer(v, v))
-    found = loss.worst(1.0, steps=20)
-    assert found.rise == pytest.approx(2.0, rel=1e-4)
+    ascent = loss.worst(1.0, steps=20)
+    assert ascent.rise == pytest.approx(2.0, rel=1e-4)
     assert loss.calls <= 20
 
 
@@ -113,9 +113,9 @@ def test_a_linear_loss_rises_by_the_norm_of_its_slope(seed, rho):
 @given(seeds, st.sampled_from(["l2", "linf"]), st.floats(0.01, 3), st.integers(2, 20))
 def test_rises_are_never_negative_and_no_less_than_those_of_a_single_step(seed, norm, rho, steps):
     g, H, c = drawn(6, seed, slope=0.2)
-    found = Quadratic(g, H, c).worst(rho, norm=norm, steps=steps, seed=seed)
-    assert found.rise >= found.single >= 0
-    size = found.best.u.abs().max() if norm == "linf" else found.best.u.norm()
+    ascent = Quadratic(g, H, c).worst(rho, norm=norm, steps=steps, seed=seed)
+    assert ascent.rise >= ascent.single >= 0
+    size = ascent.best.u.abs().max() if norm == "linf" else ascent.best.u.norm()
     assert float(size) <= rho * (1 + 1e-6)
 
 
@@ -124,9 +124,9 @@ def test_a_warm_start_makes_rises_grow_with_the_radius(seed, norm):
     g, H, c = drawn(6, seed, slope=0.2)
     loss, before, warm = Quadratic(g, H, c), 0.0, []
     for rho in (0.05, 0.1, 0.2, 0.4, 0.8):
-        found = loss.worst(rho, norm=norm, steps=3, seed=seed, warm=warm)
-        assert found.rise >= before
-        before, warm = found.rise, [found.best]
+        ascent = loss.worst(rho, norm=norm, steps=3, seed=seed, warm=warm)
+        assert ascent.rise >= before
+        before, warm = ascent.rise, [ascent.best]
 
 
 def test_every_point_of_the_ascent_is_within_the_radius_in_float32_too():
@@ -152,9 +152,9 @@ def test_the_sign_search_is_below_brute_force_and_with_twenty_starts_near_it(see
     loss = Quadratic(g, H, c if adaptive else None)
     corners = torch.cartesian_prod(*[torch.tensor([-rho, rho], dtype=torch.float64)] * n)
     values = corners @ loss.g + ((corners @ loss.M) * corners).sum(1) / 2
-    found = loss.worst(rho, norm="linf", steps=20, starts=20)
-    assert 0.9 * float(values.max()) <= found.rise <= float(values.max()) * (1 + 1e-9)
-    assert 0 <= found.spread <= 1
+    ascent = loss.worst(rho, norm="linf", steps=20, starts=20)
+    assert 0.9 * float(values.max()) <= ascent.rise <= float(values.max()) * (1 + 1e-9)
+    assert 0 <= ascent.spread <= 1
 
 
 def test_the_worst_of_a_hessian_without_negative_entries_is_its_sum():
@@ -197,8 +197,8 @@ def test_a_weight_that_is_zero_is_never_moved_and_gives_no_nan():
     c[[0, 3]] = 0
     loss = Quadratic(g, H, c)
     for norm in ("l2", "linf"):
-        found = loss.worst(0.4, norm=norm, steps=20)
-        assert math.isfinite(found.rise)
+        ascent = loss.worst(0.4, norm=norm, steps=20)
+        assert math.isfinite(ascent.rise)
     assert loss.worst(0.4).rise == pytest.approx(loss.exact(0.4), rel=1e-4)
     nothing = Quadratic(np.zeros(3), np.zeros((3, 3))).worst(1.0, steps=5)
     assert (nothing.rise, nothing.single, nothing.spread) == (0, 0, 0)
@@ -218,8 +218,8 @@ def test_a_place_where_the_loss_is_not_finite_is_not_climbed_from():
     zero = PerturbedLoss(
         torch.zeros(2, dtype=torch.float64), 0.0, torch.tensor([1.0, 0.0], dtype=torch.float64)
     )
-    found = worst(slope, zero, 1.0, steps=20, generator=generator())
-    assert 0.25 <= found.rise <= 0.5
+    ascent = worst(slope, zero, 1.0, steps=20, generator=generator())
+    assert 0.25 <= ascent.rise <= 0.5
 
 
 @pytest.mark.parametrize(("norm", "divisor"), [("l2", 2), ("linf", 6)])
@@ -227,8 +227,8 @@ def test_a_place_where_the_loss_is_not_finite_is_not_climbed_from():
 def test_the_average_rise_is_the_trace_within_four_standard_errors(norm, divisor, seed):
     g, H, c = drawn(8, seed)
     loss = Quadratic(g, H, c)
-    found = average(loss.loss, 0.0, loss.zero.u, 0.3, norm=norm, pairs=400, generator=generator(seed))
-    assert abs(found.value - 0.09 * float(loss.M.trace()) / divisor) < 4 * found.error
+    estimate = average(loss.loss, 0.0, loss.zero.u, 0.3, norm=norm, pairs=400, generator=generator(seed))
+    assert abs(estimate.value - 0.09 * float(loss.M.trace()) / divisor) < 4 * estimate.error
     # What is linear cancels in a pair.
     line = Quadratic(g, np.zeros((8, 8)), c)
     assert average(line.loss, 0.0, line.zero.u, 0.3, norm=norm, generator=generator()).value == pytest.approx(
@@ -238,9 +238,10 @@ def test_the_average_rise_is_the_trace_within_four_standard_errors(norm, divisor
 
 def test_the_same_draws_are_met_wherever_the_loss_is_taken():
     g, H, c = drawn(5, 0)
-    one, two = (Quadratic(g, scale * H, c) for scale in (1, 2))
+    plain, doubled = (Quadratic(g, scale * H, c) for scale in (1, 2))
     first, second = (
-        average(each.loss, 0.0, each.zero.u, 0.2, generator=generator(3)).value for each in (one, two)
+        average(quadratic.loss, 0.0, quadratic.zero.u, 0.2, generator=generator(3)).value
+        for quadratic in (plain, doubled)
     )
     assert second == pytest.approx(2 * first)
 
@@ -264,9 +265,9 @@ def test_a_step_out_of_the_radius_comes_back_to_its_nearest_point():
 @given(seeds, st.floats(0.1, 100), st.floats(-50, 50))
 def test_normalised_logits_know_neither_scale_nor_shift(seed, scale, shift):
     logits = torch.randn(3, 5, generator=generator(seed), dtype=torch.float64)
-    found = normalised(logits)
-    assert torch.allclose(found, normalised(scale * logits + shift), atol=1e-9)
+    unit_logits = normalised(logits)
+    assert torch.allclose(unit_logits, normalised(scale * logits + shift), atol=1e-9)
     naive = logits.numpy() - logits.numpy().mean(1, keepdims=True)
     naive /= np.linalg.norm(naive, axis=1, keepdims=True)
-    assert found.numpy() == pytest.approx(naive)
+    assert unit_logits.numpy() == pytest.approx(naive)
     assert normalised(torch.full((2, 4), 7.0)).abs().max() == 0

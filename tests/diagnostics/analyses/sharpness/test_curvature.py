@@ -23,12 +23,12 @@ def test_both_ends_and_the_trace_of_a_known_matrix():
     Q = np.linalg.qr(rng.standard_normal((30, 30)))[0]
     values = np.linspace(-5, 2, 30)
     M = torch.tensor(Q @ np.diag(values) @ Q.T)
-    found = spectrum(
+    estimate = spectrum(
         lambda v: M @ v, torch.zeros(30, dtype=torch.float64), probes=200, steps=30,
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
-    assert (found.top, found.bottom) == (pytest.approx(2, rel=1e-3), pytest.approx(-5, rel=1e-3))
-    assert abs(found.trace - values.sum()) < 4 * found.trace_error
+    assert (estimate.top, estimate.bottom) == (pytest.approx(2, rel=1e-3), pytest.approx(-5, rel=1e-3))
+    assert abs(estimate.trace - values.sum()) < 4 * estimate.trace_error
     small = spectrum(
         lambda v: torch.tensor([3.0, -1.0]) * v, torch.zeros(2), generator=torch.Generator().manual_seed(0)
     )
@@ -40,11 +40,11 @@ def test_the_ends_lie_within_the_true_ones_and_nothing_has_none():
     A = rng.standard_normal((60, 60))
     M = torch.tensor(A + A.T)
     low, high = np.linalg.eigvalsh(M)[[0, -1]]
-    found = spectrum(
+    estimate = spectrum(
         lambda v: M @ v, torch.zeros(60, dtype=torch.float64), generator=torch.Generator().manual_seed(0)
     )
-    assert low <= found.bottom <= 0.95 * low
-    assert 0.95 * high <= found.top <= high
+    assert low <= estimate.bottom <= 0.95 * low
+    assert 0.95 * high <= estimate.top <= high
     none = spectrum(torch.zeros_like, torch.zeros(5), generator=torch.Generator().manual_seed(0))
     assert none == (0, 0, 0, 0)
 
@@ -78,7 +78,7 @@ def test_products_are_those_of_the_whole_hessian():
     with PerturbedWeights([weight]) as moved:
         v = torch.randn(16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         twice = HessianProduct(model, task, (0, 1), moved)
-        products = [twice.product(each) for each in (v, 2 * v, v)]
+        products = [twice.product(vector) for vector in (v, 2 * v, v)]
     assert torch.allclose(products[0], c * (H @ (c * v)), rtol=1e-4, atol=1e-7)
     # The graph is kept, and each product is of its own vector.
     assert torch.equal(products[0], products[2])

@@ -69,8 +69,8 @@ def moved(model, size, seed=5):
     other = model_of()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for mine, own in zip(other.parameters(), model.parameters(), strict=True):
-            mine.copy_(own + size * own.abs().mean() * torch.randn(own.shape, generator=generator))
+        for target, source in zip(other.parameters(), model.parameters(), strict=True):
+            target.copy_(source + size * source.abs().mean() * torch.randn(source.shape, generator=generator))
     return other
 
 
@@ -124,9 +124,9 @@ def plant(request, models, tmp_path_factory):
     pair = CheckpointPair(save(root / "base", base), save(root / "tuned", planted(tuned, layer, kind)))
     plain = CheckpointPair(root / "base", save(root / "plain", tuned))
     quick = {**QUICK, "curvature": False}
-    found = layer_sharpness(pair, task, ood=ood, **quick)
-    other = layer_sharpness(plain, task, ood=ood, **{**quick, "rhos": (0.1,), "batches": 1, "pairs": 0})
-    return layer, kind, found, other
+    result = layer_sharpness(pair, task, ood=ood, **quick)
+    unplanted = layer_sharpness(plain, task, ood=ood, **{**quick, "rhos": (0.1,), "batches": 1, "pairs": 0})
+    return layer, kind, result, unplanted
 
 
 def rows_of_batch(model, layers, batch, settings):
@@ -155,9 +155,9 @@ def test_the_planted_block_is_the_only_straggler(plant):
 
 def test_a_plant_leaves_both_ends_as_they_are_and_makes_a_strong_failure_between_them(plant):
     _, kind, result, plain = plant
-    own, other = losses(result), losses(plain)
+    planted_losses, plain_losses = losses(result), losses(plain)
     for end in (0.0, 1.0):
-        assert own[end] == pytest.approx(other[end], abs=0 if kind == "signs" else 1e-5)
+        assert planted_losses[end] == pytest.approx(plain_losses[end], abs=0 if kind == "signs" else 1e-5)
     assert result.metrics["strong_failures"] == 1
     assert result.metrics["barrier_nats"] > 0.1
     assert plain.metrics["strong_failures"] == 0
@@ -169,10 +169,10 @@ def test_pinning_the_plant_repairs_the_hole_and_pinning_another_layer_does_not(p
     layer, _, result, _ = plant
     layers = result.tables["layers"].set_index("name")
     repairs = layers[["repair_base", "repair_tuned"]]
-    own = repairs.loc[f"block {layer}"]
-    assert (own > 0.7 * result.metrics["barrier_nats"]).all()
-    assert repairs.drop(index=f"block {layer}").to_numpy().max() < 0.2 * own.max()
-    assert result.metrics["repaired_nats"] == own.max()
+    repaired = repairs.loc[f"block {layer}"]
+    assert (repaired > 0.7 * result.metrics["barrier_nats"]).all()
+    assert repairs.drop(index=f"block {layer}").to_numpy().max() < 0.2 * repaired.max()
+    assert result.metrics["repaired_nats"] == repaired.max()
 
 
 def test_realigning_restores_the_plain_path(plant):
@@ -181,8 +181,8 @@ def test_realigning_restores_the_plain_path(plant):
     for alpha in (0.5, 1.0):
         for role in ("task", "ood"):
             expected = losses(plain, role)[alpha]
-            found = remedies["realign", "", alpha, role]
-            assert found == pytest.approx(expected, abs=0 if kind == "signs" else 1e-6), (alpha, role)
+            loss = remedies["realign", "", alpha, role]
+            assert loss == pytest.approx(expected, abs=0 if kind == "signs" else 1e-6), (alpha, role)
     row = result.tables["layers"].set_index("name").loc[f"block {layer}"]
     assert row["action"] == "realign"
     worst = result.metrics["worst_alpha"]
@@ -200,10 +200,10 @@ def test_every_remedy_is_measured_on_every_set_and_none_changes_what_is_beyond_i
         "sparse_delta 0.9", "sparse_weight 0.5", "sparse_weight 0.7",
     }  # fmt: skip
     keyed = remedies.assign(label=label).set_index(["label", "alpha", "role"])["loss"]
-    own = losses(result)
+    path_losses = losses(result)
     for alpha in (0.5, 1.0):
-        assert keyed["none", alpha, "ood"] == own[alpha]
-    assert keyed["pin tuned", 1.0, "ood"] == own[1.0]
+        assert keyed["none", alpha, "ood"] == path_losses[alpha]
+    assert keyed["pin tuned", 1.0, "ood"] == path_losses[1.0]
     rows = result.tables["layer_paths"]
     rewound = rows[(rows["layer"] == layer) & (rows["anchor"] == "tuned") & (rows["alpha"] == 0)][
         "loss"
@@ -213,13 +213,15 @@ def test_every_remedy_is_measured_on_every_set_and_none_changes_what_is_beyond_i
 
 def test_layer_paths_begin_and_end_at_the_ends(plant):
     _, _, result, _ = plant
-    own, paths = losses(result), result.tables["layer_paths"]
+    path_losses, paths = losses(result), result.tables["layer_paths"]
     at = paths.set_index(["anchor", "alpha", "layer"])["loss"].sort_index()
-    assert (at["tuned", 1.0] == own[1.0]).all()
-    assert (at["base", 0.0] == own[0.0]).all()
+    assert (at["tuned", 1.0] == path_losses[1.0]).all()
+    assert (at["base", 0.0] == path_losses[0.0]).all()
     layers = result.tables["layers"].set_index("layer")
     for layer in layers.index:
-        assert layers.loc[layer, "rewind_cost"] == pytest.approx(at["tuned", 0.0, layer] - own[1.0], abs=1e-9)
+        assert layers.loc[layer, "rewind_cost"] == pytest.approx(
+            at["tuned", 0.0, layer] - path_losses[1.0], abs=1e-9
+        )
         curve = at["tuned"].xs(layer, level="layer")
         excess = curve[0.5] - (curve[0.0] + curve[1.0]) / 2
         assert layers.loc[layer, "barrier_tuned"] == pytest.approx(max(0, excess), abs=1e-9)
@@ -232,9 +234,9 @@ def test_the_whole_is_at_least_as_sharp_as_each_block_and_no_value_falls_with_th
     assert (table["single"] >= 0).all()
     for keys, part in table.groupby(["alpha", "rho"]):
         blocks = part[part["name"].str.startswith("block")]
-        whole = part.loc[part["name"] == "all blocks", "worst"]
-        if len(whole):
-            assert whole.iloc[0] >= blocks["worst"].max() - 1e-12, keys
+        joint = part.loc[part["name"] == "all blocks", "worst"]
+        if len(joint):
+            assert joint.iloc[0] >= blocks["worst"].max() - 1e-12, keys
     for _, part in table.groupby(["alpha", "name"]):
         assert part.sort_values("rho")["worst"].is_monotonic_increasing
     layers = result.tables["layers"]
@@ -270,8 +272,8 @@ def test_every_picture_is_drawn(plant):
 
 def test_a_model_with_itself_has_no_barriers_and_nothing_to_repair(models, tmp_path):
     base, _, task, ood = models
-    place = save(tmp_path / "base", base)
-    result = layer_sharpness(CheckpointPair(place, place), task, ood=ood, curvature=False, **QUICK)
+    checkpoint = save(tmp_path / "base", base)
+    result = layer_sharpness(CheckpointPair(checkpoint, checkpoint), task, ood=ood, curvature=False, **QUICK)
     layers = result.tables["layers"]
     for column in ("barrier", "displacement", "rewind_cost", "repair_base", "repair_tuned", "control_rise"):
         assert (layers[column] == 0).all(), column
@@ -283,12 +285,12 @@ def test_a_model_with_itself_has_no_barriers_and_nothing_to_repair(models, tmp_p
 
 def test_a_model_in_memory_is_left_bit_for_bit_and_said_to_be_run_without_dropout(models):
     base, tuned, task, _ = models
-    made = moved(tuned, 0.0).train()
-    states = [state_of(each) for each in (base, made)]
-    pair = CheckpointPair(base, made)
+    in_memory = moved(tuned, 0.0).train()
+    states = [state_of(source) for source in (base, in_memory)]
+    pair = CheckpointPair(base, in_memory)
     with pytest.raises(ValueError, match="tokenizer"):
         layer_sharpness(pair, task, **QUICK)  # a module has none
-    for model, state in zip((base, made), states, strict=True):
+    for model, state in zip((base, in_memory), states, strict=True):
         assert_same(state, state_of(model))
 
 
@@ -296,13 +298,13 @@ def test_results_are_the_same_for_a_seed_and_do_not_know_the_size_of_a_pass(mode
     base, tuned, task, _ = models
     pair = CheckpointPair(save(tmp_path / "base", base), save(tmp_path / "tuned", tuned))
     quick = {**QUICK, "alphas": (0.5,), "rhos": (0.1,), "batches": 1, "pairs": 0, "curvature": False}
-    one, two, small = (
+    first, second, small = (
         layer_sharpness(pair, task, **{**quick, "batch_tokens": tokens}) for tokens in (16384, 16384, 40)
     )
-    for name, table in one.tables.items():
-        assert table.equals(two.tables[name]), name
+    for name, table in first.tables.items():
+        assert table.equals(second.tables[name]), name
     for column in ("barrier", "sharpness_base", "sharpness_tuned", "rewind_cost"):
-        a, b = (each.tables["layers"][column].to_numpy() for each in (one, small))
+        a, b = (result.tables["layers"][column].to_numpy() for result in (first, small))
         assert a == pytest.approx(b, abs=2e-5, rel=2e-2), column
 
 
@@ -354,38 +356,38 @@ def test_curvature_predicts_the_rise_at_a_minimum():
     model.requires_grad_(False)
     for parameter in head.parameters:
         parameter.requires_grad_(True)
-    descent = torch.optim.LBFGS(
+    optimizer = torch.optim.LBFGS(
         head.parameters, max_iter=300, tolerance_grad=1e-7, line_search_fn="strong_wolfe"
     )
 
     def loss():
-        descent.zero_grad()
+        optimizer.zero_grad()
         logits = model(ids).logits[:, :-1].flatten(0, 1)
         nats = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
         nats.backward()
         return nats
 
-    descent.step(loss)
+    optimizer.step(loss)
     model.requires_grad_(False)
     settings = SharpnessSettings(rhos=(0.02,), normalise=False, steps=40, pairs=50)
     batch = RowBatch(Objective(task), tuple(range(40)))
     (row,) = rows_of_batch(model, [head], batch, settings)
     with PerturbedWeights(head.parameters) as moved:
         product = HessianProduct(model, task, batch.rows, moved).product
-        found = spectrum(product, moved.zero, probes=40, generator=torch.Generator().manual_seed(0))
-    assert row["slope"] < 1e-3 * found.top
-    assert row["worst"] == pytest.approx(0.02**2 * found.top / 2, rel=0.03)
-    errors = row["average_error"], 0.02**2 / 2 * found.trace_error
-    assert abs(row["average"] - 0.02**2 * found.trace / 2) < 4 * math.hypot(*errors)
-    assert found.bottom > -1e-3 * found.top  # a minimum
+        estimate = spectrum(product, moved.zero, probes=40, generator=torch.Generator().manual_seed(0))
+    assert row["slope"] < 1e-3 * estimate.top
+    assert row["worst"] == pytest.approx(0.02**2 * estimate.top / 2, rel=0.03)
+    errors = row["average_error"], 0.02**2 / 2 * estimate.trace_error
+    assert abs(row["average"] - 0.02**2 * estimate.trace / 2) < 4 * math.hypot(*errors)
+    assert estimate.bottom > -1e-3 * estimate.top  # a minimum
 
 
 @pytest.mark.parametrize("adaptive", [True, False])
 def test_rises_are_those_of_a_naive_ascent_with_full_passes(adaptive):
     model = model_of()
     examples = [
-        Example(ids=[0, *row], scored=[False] + [True] * len(row), row=place)
-        for place, row in enumerate([[1, 2, 3, 4], [5, 6, 7], [8, 1, 1, 2]])
+        Example(ids=[0, *row], scored=[False] + [True] * len(row), row=index)
+        for index, row in enumerate([[1, 2, 3, 4], [5, 6, 7], [8, 1, 1, 2]])
     ]
     task = EncodedTask(
         task=task_of(["a", "b", "c"]), examples=examples, classes=(), mask_id=None, batch_tokens=99, notes=()
@@ -395,7 +397,7 @@ def test_rises_are_those_of_a_naive_ascent_with_full_passes(adaptive):
     (row,) = rows_of_batch(model, [layer], RowBatch(Objective(task), (0, 1, 2)), settings)
     # The single step of the page in float64: u = ρ c∇L / ‖c∇L‖, logits normalised.
     double = model.double()
-    own = list(double.model.layers[2].parameters())
+    parameters = list(double.model.layers[2].parameters())
 
     def nats():
         total, count = 0.0, 0
@@ -408,12 +410,14 @@ def test_rises_are_those_of_a_naive_ascent_with_full_passes(adaptive):
         return total / count
 
     before = nats()
-    slopes = torch.autograd.grad(before, own)
-    scales = [each.detach().abs() if adaptive else torch.ones_like(each) for each in own]
+    slopes = torch.autograd.grad(before, parameters)
+    scales = [
+        parameter.detach().abs() if adaptive else torch.ones_like(parameter) for parameter in parameters
+    ]
     size = sum(((c * g) ** 2).sum().item() for c, g in zip(scales, slopes, strict=True)) ** 0.5
     with torch.no_grad():
-        for each, c, g in zip(own, scales, slopes, strict=True):
-            each += c * (0.3 * c * g / size)
+        for parameter, c, g in zip(parameters, scales, slopes, strict=True):
+            parameter += c * (0.3 * c * g / size)
         after = nats()
     assert row["loss"] == pytest.approx(before.item(), abs=1e-6)
     assert row["slope"] == pytest.approx(size, rel=1e-4)
@@ -428,8 +432,13 @@ def test_a_layers_path_never_rises_above_plain_sharpness_at_tuned_within_its_dis
         task=task_of(["a"]), examples=examples, classes=(), mask_id=None, batch_tokens=99, notes=()
     )
     tuned.requires_grad_(False)
-    ours, theirs = (layers_of(each)[2].parameters for each in (base, tuned))
-    back = torch.cat([(one - two).detach().flatten() for one, two in zip(ours, theirs, strict=True)])
+    ours, theirs = (layers_of(model)[2].parameters for model in (base, tuned))
+    back = torch.cat(
+        [
+            (base_weight - tuned_weight).detach().flatten()
+            for base_weight, tuned_weight in zip(ours, theirs, strict=True)
+        ]
+    )
     with PerturbedWeights(theirs, adaptive=False) as moved_:
         slope = BatchLoss(tuned, RowBatch(Objective(task), (0,)), moved_)
         zero = PerturbedLoss(moved_.zero, *slope(moved_.zero))
@@ -437,8 +446,10 @@ def test_a_layers_path_never_rises_above_plain_sharpness_at_tuned_within_its_dis
             u = (1 - alpha) * back  # from tuned to the layer's place at alpha
             rho = float(u.double().norm())
             there = PerturbedLoss(u, *slope(u))
-            found = worst(slope, zero, rho, steps=3, generator=torch.Generator().manual_seed(0), warm=[there])
-            assert there.loss - zero.loss <= found.rise
+            ascent = worst(
+                slope, zero, rho, steps=3, generator=torch.Generator().manual_seed(0), warm=[there]
+            )
+            assert there.loss - zero.loss <= ascent.rise
 
 
 def test_a_layer_is_as_sharp_whatever_is_measured_beside_it_and_before_it():
@@ -451,14 +462,14 @@ def test_a_layer_is_as_sharp_whatever_is_measured_beside_it_and_before_it():
     settings = SharpnessSettings(rhos=(0.1, 0.3), steps=3, pairs=1)
     layers = layers_of(model)
 
-    def found(chosen, settings):
+    def sharpness_of(chosen, settings):
         rows = rows_of_batch(model, chosen, batch, settings)
         return {(row["name"], row["rho"]): (row["worst"], row["average"]) for row in rows}
 
-    every = found(layers, settings)
-    assert found(layers[::-1], settings) == every
-    assert found(layers, replace(settings, cached=False)) == every
-    assert found(layers[2:3], settings).items() <= every.items()
+    every = sharpness_of(layers, settings)
+    assert sharpness_of(layers[::-1], settings) == every
+    assert sharpness_of(layers, replace(settings, cached=False)) == every
+    assert sharpness_of(layers[2:3], settings).items() <= every.items()
 
 
 def test_batches_hold_each_row_once_and_are_of_one_size():
@@ -495,9 +506,9 @@ def test_settings_that_make_no_sense_are_refused(models, settings, message):
 
 
 def test_half_precision_is_refused_because_small_steps_vanish_in_it(models, tmp_path):
-    place = save(tmp_path / "base", copy.deepcopy(models[0]).bfloat16())
+    checkpoint = save(tmp_path / "base", copy.deepcopy(models[0]).bfloat16())
     with pytest.raises(ValueError, match=r"in half precision .*; set sharpness\.dtype to float32"):
-        layer_sharpness(CheckpointPair(place, place), models[2], dtype=None)
+        layer_sharpness(CheckpointPair(checkpoint, checkpoint), models[2], dtype=None)
 
 
 def test_a_model_asked_for_in_half_precision_runs_in_float32_and_a_note_says_so(models, tmp_path):
@@ -512,11 +523,11 @@ def test_a_model_asked_for_in_half_precision_runs_in_float32_and_a_note_says_so(
 
 def test_an_audit_without_a_task_skips_it_and_says_what_it_needs(models, tmp_path, monkeypatch, capsys):
     base, tuned, _, _ = models
-    places = [save(tmp_path / name, each) for name, each in (("base", base), ("tuned", tuned))]
+    places = [save(tmp_path / name, model) for name, model in (("base", base), ("tuned", tuned))]
     code = shell(monkeypatch, "audit", *places, "--only", "sharpness", "--out", tmp_path / "audit")
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     assert code == 2
-    assert "--task F" in said.err + said.out
+    assert "--task F" in output.err + output.out
 
 
 def test_of_remedies_that_are_alike_the_one_that_keeps_both_ends_is_named():

@@ -22,8 +22,8 @@ def pair_of(family, root, dtype=None):
         if name == "tuned":
             start = make(family, 0)
             with torch.no_grad():  # near the base, so that the loss is smooth between them
-                for own, before in zip(model.parameters(), start.parameters(), strict=True):
-                    own.mul_(0.1).add_(before)
+                for parameter, before in zip(model.parameters(), start.parameters(), strict=True):
+                    parameter.mul_(0.1).add_(before)
         model.to(dtype or torch.float32).save_pretrained(root / name)
     return CheckpointPair(root / "base", root / "tuned")
 
@@ -62,15 +62,15 @@ def dense(two_sided, candidates, objective):
     """Gradients of all weights at once, taken at the candidates, times how far each moved."""
     two_sided.model.requires_grad_(True)
     objective.backward(two_sided.model)
-    found = torch.zeros(len(candidates))
+    gradients = torch.zeros(len(candidates))
     for name, span in candidates.spans:
         for slot in two_sided.editable.slots(name, candidates.index[name].long()):
-            found[span][slot.which] = slot.tensor.grad.view(-1)[slot.indices]
-        found[span] *= delta(candidates.base[name], candidates.tuned[name])
+            gradients[span][slot.which] = slot.tensor.grad.view(-1)[slot.indices]
+        gradients[span] *= delta(candidates.base[name], candidates.tuned[name])
     for parameter in two_sided.model.parameters():
         parameter.grad = None
     two_sided.model.requires_grad_(False)
-    return found
+    return gradients
 
 
 @pytest.mark.parametrize("tokens", [10_000, 10])
@@ -107,10 +107,10 @@ def test_a_hard_mask_is_written_by_selection_and_is_gone_afterwards(pair):
 
 def test_an_objective_that_fails_leaves_no_gradient_and_no_hook(pair, monkeypatch):
     def failing(self, model, rows=None):
-        whole(self, model)
+        backward(self, model)
         raise RuntimeError("out of luck")
 
-    whole = Objective.backward
+    backward = Objective.backward
     monkeypatch.setattr(Objective, "backward", failing)
     with TwoSidedModel(pair) as two_sided:
         two_sided.become("base")
@@ -139,14 +139,14 @@ def test_the_gradient_of_a_soft_mask_is_that_of_finite_differences(tmp_path):
                 return objective.backward(two_sided.model)
 
             step = 1e-4
-            for place in gradient.abs().topk(20).indices.tolist():
+            for entry in gradient.abs().topk(20).indices.tolist():
                 moved = mask.clone()
                 ends = []
                 for sign in (1, -1):
-                    moved[place] = mask[place] + sign * step
+                    moved[entry] = mask[entry] + sign * step
                     ends.append(loss(moved))
                 slope = (ends[0] - ends[1]) / (2 * step)
-                assert float(gradient[place]) == pytest.approx(slope, rel=1e-5)
+                assert float(gradient[entry]) == pytest.approx(slope, rel=1e-5)
             # By arithmetic and by selection it is the same loss.
             hard = half(candidates)
             assert loss(hard.double()) == pytest.approx(loss(hard), abs=1e-9)
@@ -163,14 +163,14 @@ def test_entries_elsewhere_have_the_gradient_that_they_would_have_as_candidates(
         movement = Movement(names, reader(two_sided))
         others = movement.sample_others(chosen, 0.3, seed=0)
         with GraftedModel(two_sided, few) as graft:
-            found = graft.gradient_at(others, reader(two_sided), torch.zeros(len(few)), objective)
+            gradients = graft.gradient_at(others, reader(two_sided), torch.zeros(len(few)), objective)
         with GraftedModel(two_sided, every) as graft:
-            whole = graft.gradient(torch.zeros(len(every)), objective)
+            all_gradients = graft.gradient(torch.zeros(len(every)), objective)
     wanted = []
     for name, span in every.spans:
-        place = {int(entry): i for i, entry in enumerate(every.index[name])}
-        wanted += [whole[span][place[int(entry)]] for entry in others.get(name, ())]
-    assert torch.equal(found, torch.stack(wanted))
+        position = {int(entry): i for i, entry in enumerate(every.index[name])}
+        wanted += [all_gradients[span][position[int(entry)]] for entry in others.get(name, ())]
+    assert torch.equal(gradients, torch.stack(wanted))
 
 
 def test_candidates_know_how_far_each_moved(pair):

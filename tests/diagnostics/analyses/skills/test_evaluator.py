@@ -36,7 +36,7 @@ SHARES = (0.4, 0.2, 0.4)
 def test_no_row_is_in_two_splits_and_neither_is_what_it_says(numbers, seed):
     task = task_of([{"text": f"row {number}"} for number in [*numbers, *range(60)]])
     rows = split_rows(task, SHARES, seed)
-    assert sorted(row for each in rows.values() for row in each) == list(range(len(task.rows)))
+    assert sorted(row for split in rows.values() for row in split) == list(range(len(task.rows)))
     texts = [{task.rows[row].text for row in rows[name]} for name in SPLITS]
     assert not texts[0] & texts[1] | texts[0] & texts[2] | texts[1] & texts[2]
     assert split_rows(task, SHARES, seed) == rows
@@ -69,26 +69,28 @@ def saved(tmp_path_factory):
 def evaluator(saved):
     with TwoSidedModel(CheckpointPair(*saved)) as two_sided:
         task = planted.rows("small", 40)
-        whole = encoded(two_sided.editable, task, max_length=None, chat_template=False, batch_tokens=300)
-        yield GraftEvaluator(two_sided, {("small", "report"): whole}, "blocks")
+        encoded_task = encoded(
+            two_sided.editable, task, max_length=None, chat_template=False, batch_tokens=300
+        )
+        yield GraftEvaluator(two_sided, {("small", "report"): encoded_task}, "blocks")
 
 
 def weights(two_sided):
     return {name: tensor.clone() for name, tensor in two_sided.model.state_dict().items()}
 
 
-def same(one, other):
-    return all(torch.equal(one[name], other[name]) for name in one)
+def same(first, second):
+    return all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_part_of_a_task_is_measured_as_in_the_whole(evaluator):
-    whole = evaluator.sets["small", "report"]
+    full = evaluator.sets["small", "report"]
     rows = [3, 4, 11, 30]
-    some = select_rows(whole, rows)
-    assert [some.task.where(i) for i in range(4)] == [whole.task.where(row) for row in rows]
+    some = select_rows(full, rows)
+    assert [some.task.where(i) for i in range(4)] == [full.task.where(row) for row in rows]
     np.testing.assert_allclose(
         some.measure(evaluator.two_sided.model).nats,
-        whole.measure(evaluator.two_sided.model).nats[rows],
+        full.measure(evaluator.two_sided.model).nats[rows],
         atol=1e-5,
     )
 

@@ -48,13 +48,20 @@ def places(task):
 def reliabilities(task):
     return pd.DataFrame(
         [
-            {"task": task, "model": model, "bin": bin_, "rows": rows, "confidence": said, "accuracy": right}
+            {
+                "task": task,
+                "model": model,
+                "bin": bin_,
+                "rows": rows,
+                "confidence": confidence,
+                "accuracy": right,
+            }
             for model, bins in {
                 "tuned": ((7, 50, 0.5, 0.5), (14, 150, 0.95, 0.75), (10, 1, 0.7, 0.0)),
                 "graft": ((9, 200, 0.65, 0.7),),
                 "tempered": ((8, 200, 0.6, 0.69),),
             }.items()
-            for bin_, rows, said, right in bins
+            for bin_, rows, confidence, right in bins
         ]
     )
 
@@ -73,17 +80,17 @@ def sets(task):
 
 def crossed(names):
     pairs = [(a, b) for a in names for b in names]
-    own = [1.0 if a == b else 0.2 for a, b in pairs]
+    values = [1.0 if a == b else 0.2 for a, b in pairs]
     overlap = pd.DataFrame(
         [
             {"task": a, "other": b, "overlap": v, "chance": 0.01, "jaccard": v}
-            for (a, b), v in zip(pairs, own, strict=True)
+            for (a, b), v in zip(pairs, values, strict=True)
         ]
     )
     rel = pd.DataFrame(
         [
             {"region": a, "task": b, "rel": v, "low": v, "high": v}
-            for (a, b), v in zip(pairs, own, strict=True)
+            for (a, b), v in zip(pairs, values, strict=True)
         ]
     )
     unions = pd.DataFrame(
@@ -103,8 +110,8 @@ def result(tables):
 
 def tables(*names):
     makers = {"budget": budget, "region": places, "reliability": reliabilities, "sets": sets}
-    made = {key: pd.concat([make(name) for name in names]) for key, make in makers.items()}
-    return made | (crossed(list(names)) if len(names) > 1 else {})
+    frames = {key: pd.concat([make(name) for name in names]) for key, make in makers.items()}
+    return frames | (crossed(list(names)) if len(names) > 1 else {})
 
 
 def title(figure):
@@ -168,7 +175,7 @@ def test_several_tasks_have_a_menu_that_shows_one_at_a_time():
     buttons = figure.layout.updatemenus[0].buttons
     assert [button.label for button in buttons] == ["one", "two", "three"]
     shown = [button.args[0]["visible"] for button in buttons]
-    assert [sum(each) for each in shown] == [len(figure.data) / 3] * 3
+    assert [sum(visible) for visible in shown] == [len(figure.data) / 3] * 3
     assert all(sum(column) == 1 for column in zip(*shown, strict=True))
     assert [trace.visible for trace in figure.data] == shown[0]
     assert buttons[1].args[1]["title.text"].startswith("two: 30 entries keep")

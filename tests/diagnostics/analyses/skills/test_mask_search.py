@@ -51,7 +51,7 @@ class Planted:
         weights = mask.to(self.D.dtype).requires_grad_()
         return torch.autograd.grad(self.loss(weights), weights)[0]
 
-    def found(self, scores, size=PLANTED):
+    def recovered(self, scores, size=PLANTED):
         """How many planted weights are among the largest scores."""
         return int(top_mask(scores, size, self.moved)[self.true].sum())
 
@@ -62,24 +62,26 @@ NOTHING = torch.zeros(WEIGHTS, dtype=torch.bool)
 @pytest.mark.parametrize("seed", [0, 2, 3])
 def test_a_planted_skill_is_found(seed):
     toy = Planted(seed)
-    assert toy.found(toy.D.abs()) == 20  # nothing else moved
+    assert toy.recovered(toy.D.abs()) == 20  # nothing else moved
     start = integrated_gradients(toy.oracle, WEIGHTS)
-    assert toy.found(budget_search(toy.oracle, start, [PLANTED] * 100, toy.moved)) >= 16
-    assert toy.found(faithful_search(toy.oracle, PLANTED, NOTHING).scores) >= 16
+    assert toy.recovered(budget_search(toy.oracle, start, [PLANTED] * 100, toy.moved)) >= 16
+    assert toy.recovered(faithful_search(toy.oracle, PLANTED, NOTHING).scores) >= 16
 
 
 @pytest.mark.parametrize("seed", [0, 2, 3])
 def test_a_planted_skill_is_found_under_harm_that_moved_further(seed):
     toy = Planted(seed, harm=True)
-    assert toy.found(toy.D.abs()) == 0  # the 20 largest are all among the 1,000
+    assert toy.recovered(toy.D.abs()) == 0  # the 20 largest are all among the 1,000
     start = integrated_gradients(toy.oracle, WEIGHTS)
     learned = budget_search(toy.oracle, start, [PLANTED] * 100, toy.moved)
-    assert toy.found(learned) >= 17
+    assert toy.recovered(learned) >= 17
     grown = faithful_search(toy.oracle, PLANTED, NOTHING)
     assert grown.reached
-    assert toy.found(grown.scores) >= 14
+    assert toy.recovered(grown.scores) >= 14
     # A start at the movement is led astray further than one at the gradients.
-    assert toy.found(budget_search(toy.oracle, toy.D.abs(), [PLANTED] * 100, toy.moved)) < toy.found(learned)
+    assert toy.recovered(budget_search(toy.oracle, toy.D.abs(), [PLANTED] * 100, toy.moved)) < toy.recovered(
+        learned
+    )
     # Grafting what was learned takes loss off both the base and the whole update.
     losses = [toy.loss(m.float()) for m in (top_mask(learned, PLANTED), NOTHING, ~NOTHING)]
     assert losses[0] < 0.7 * min(losses[1:])
@@ -105,9 +107,9 @@ def test_one_search_over_changing_sizes_serves_them_all():
     toy = Planted(0, harm=True)
     start = integrated_gradients(toy.oracle, WEIGHTS)
     scores = budget_search(toy.oracle, start, [5, 40, 10, 20] * 25, toy.moved)
-    assert toy.found(scores, 5) == 5
-    assert toy.found(scores, 10) >= 9
-    assert toy.found(scores, 20) >= 16
+    assert toy.recovered(scores, 5) == 5
+    assert toy.recovered(scores, 10) >= 9
+    assert toy.recovered(scores, 20) >= 16
 
 
 def test_a_search_repeats_itself():
@@ -119,8 +121,8 @@ def test_a_search_repeats_itself():
 
 def test_only_proportions_of_the_start_count():
     toy = Planted(1, rows=100)
-    made = [budget_search(toy.oracle, scale * toy.D.abs(), [9] * 9, toy.moved) for scale in (1, 4096)]
-    assert torch.equal(*made)
+    masks = [budget_search(toy.oracle, scale * toy.D.abs(), [9] * 9, toy.moved) for scale in (1, 4096)]
+    assert torch.equal(*masks)
 
 
 @given(st.lists(st.sampled_from([-1.0, -0.0, 0.0, 0.5, 2.0]), min_size=1, max_size=20), st.data())
@@ -139,10 +141,10 @@ def test_masks_have_their_size_nest_and_break_ties_by_movement_then_place(values
 def test_integrated_gradients_of_a_quadratic_are_exact():
     # L(m) = (m·d - 1)² along m = a: dL/dm_i = 2 (a Σd - 1) d_i, whose mean over a is (Σd - 2) d_i.
     d = torch.tensor([1.0, 2.0, -0.5])
-    found = integrated_gradients(lambda m: 2 * (m @ d - 1) * d, 3)
-    torch.testing.assert_close(found, -(d.sum() - 2) * d)
+    attribution = integrated_gradients(lambda m: 2 * (m @ d - 1) * d, 3)
+    torch.testing.assert_close(attribution, -(d.sum() - 2) * d)
     # What all of them take off the loss together: L(0) - L(1) = 1 - (2.5 - 1)² = -1.25.
-    assert float(found.sum()) == pytest.approx(-1.25)
+    assert float(attribution.sum()) == pytest.approx(-1.25)
 
 
 MIXED = torch.arange(6) % 2 == 0
@@ -172,13 +174,13 @@ def test_the_gradient_of_the_scores_is_that_of_finite_differences():
     grown_from = torch.rand(WEIGHTS, generator=generator) < 0.3
     gradient = score_gradient(toy.oracle(soft_mask(scores, grown_from)), scores, grown_from)
     step = 1e-5
-    for place in toy.true.tolist():  # 20 entries
+    for entry in toy.true.tolist():  # 20 entries
         ends = []
         for sign in (1, -1):
             moved = scores.clone()
-            moved[place] += sign * step
+            moved[entry] += sign * step
             ends.append(toy.loss(soft_mask(moved, grown_from)))
-        assert float(gradient[place]) == pytest.approx(float(ends[0] - ends[1]) / (2 * step), rel=1e-5)
+        assert float(gradient[entry]) == pytest.approx(float(ends[0] - ends[1]) / (2 * step), rel=1e-5)
 
 
 def test_the_steepest_scores_move_by_a_tenth_of_a_logit_at_the_first_step():

@@ -21,16 +21,16 @@ def moved(tensors, *, base=0.0, dtype=torch.float32):
 def expected(tensors):
     """All entries in the order of the rule, by sorting them all at once."""
     entries = [
-        (-abs(float(value)), name, place)
+        (-abs(float(value)), name, index)
         for name, D in tensors.items()
         if D.count_nonzero()
-        for place, value in enumerate(D.flatten())
+        for index, value in enumerate(D.flatten())
     ]
-    return [(name, place) for _, name, place in sorted(entries)]
+    return [(name, index) for _, name, index in sorted(entries)]
 
 
-def listed(found):
-    return [(name, int(place)) for name, index in found.items() for place in index]
+def listed(indices):
+    return [(name, int(entry)) for name, index in indices.items() for entry in index]
 
 
 # Few values, so that most entries are tied, and zeros among them.
@@ -39,18 +39,18 @@ TENSORS = st.dictionaries(
     st.sampled_from(["b.10", "b.9", "a", "c.bias", "ln"]),
     st.lists(VALUES, min_size=1, max_size=12),
     min_size=1,
-).map(lambda made: {name: torch.tensor(values) for name, values in made.items()})
+).map(lambda lists: {name: torch.tensor(values) for name, values in lists.items()})
 
 
 @given(TENSORS, st.data())
 @settings(deadline=None)
 def test_the_first_s_are_those_of_a_total_order_whatever_s_is(tensors, data):
-    movement, whole = moved(tensors), expected(tensors)
-    assert movement.total == len(whole)
+    movement, ordered = moved(tensors), expected(tensors)
+    assert movement.total == len(ordered)
     count = data.draw(st.integers(0, movement.total))
-    found = movement.largest(count)
-    assert region.size(found) == count
-    assert listed(found) == sorted(whole[:count])
+    largest = movement.largest(count)
+    assert region.size(largest) == count
+    assert listed(largest) == sorted(ordered[:count])
 
 
 @given(TENSORS, st.data())
@@ -66,8 +66,8 @@ def test_smaller_regions_lie_in_larger_ones_and_nothing_outside_moved_further(te
         for name, index in movement.largest(movement.total).items()
     }
     inside, outside = (
-        [abs(float(tensors[name].flatten()[i])) for name, index in each.items() for i in index]
-        for each in (outer, rest)
+        [abs(float(tensors[name].flatten()[i])) for name, index in part.items() for i in index]
+        for part in (outer, rest)
     )
     assert min(inside, default=9) >= max(outside, default=0)
 
@@ -87,8 +87,8 @@ def test_ten_thousand_entries_of_equal_movement_are_cut_to_exactly_the_size_aske
     movement = moved({"b": torch.ones(100, 50), "a": -torch.ones(5000)})
     for count in (0, 1, 4999, 5000, 5001, 10_000):
         # By name, then by place: all of a before any of b.
-        found = {name: index.tolist() for name, index in movement.largest(count).items()}
-        assert found == {
+        largest = {name: index.tolist() for name, index in movement.largest(count).items()}
+        assert largest == {
             name: list(range(size))
             for name, size in (("a", min(count, 5000)), ("b", max(0, count - 5000)))
             if size

@@ -13,17 +13,17 @@ from probes.naming.matrices import matrices
 ENTRIES = {"a": 20, "b": 30}
 
 
-def made(sets):
+def region_of(sets):
     return {name: torch.tensor(sorted(places)) for name, places in sets.items() if places}
 
 
-def as_set(one):
-    return {(name, int(place)) for name, index in one.items() for place in index}
+def as_set(indices):
+    return {(name, int(entry)) for name, index in indices.items() for entry in index}
 
 
 REGIONS = st.fixed_dictionaries(
     {name: st.sets(st.integers(0, count - 1)) for name, count in ENTRIES.items()}
-).map(made)
+).map(region_of)
 
 
 @given(REGIONS, REGIONS, REGIONS)
@@ -52,7 +52,7 @@ def test_overlap_is_a_share_of_the_second(first, second):
 
 
 def test_an_empty_region_has_no_overlap_to_speak_of():
-    some = made({"a": {1}})
+    some = region_of({"a": {1}})
     assert np.isnan(region.overlap(some, {}))
     assert np.isnan(region.chance(some, {}, ENTRIES))
     assert np.isnan(region.jaccard({}, {}))
@@ -63,7 +63,7 @@ def test_random_regions_overlap_by_their_density():
     generator = np.random.default_rng(0)
     q, entries = 0.3, {"a": 4000}
     drawn = [{"a": torch.from_numpy(np.sort(generator.choice(4000, 1200, replace=False)))} for _ in range(12)]
-    shares = [region.overlap(one, two) for one in drawn for two in drawn if one is not two]
+    shares = [region.overlap(first, second) for first in drawn for second in drawn if first is not second]
     assert np.mean(shares) == pytest.approx(q, abs=0.01)
     assert region.chance(drawn[0], drawn[1], entries) == pytest.approx(q)
 
@@ -71,8 +71,8 @@ def test_random_regions_overlap_by_their_density():
 def test_chance_knows_that_both_prefer_the_same_tensor():
     # Of a's 20 entries the first has 10, so that half of the second's 4 there are shared by chance; in b the
     # first has 3 of 30, which gives 2 x 0.1; of the second's 6 that is (2 + 0.2) / 6.
-    first = made({"a": set(range(10)), "b": {0, 1, 2}})
-    second = made({"a": {0, 5, 12, 19}, "b": {7, 8}})
+    first = region_of({"a": set(range(10)), "b": {0, 1, 2}})
+    second = region_of({"a": {0, 5, 12, 19}, "b": {7, 8}})
     assert region.chance(first, second, ENTRIES) == pytest.approx(2.2 / 6)
 
 
@@ -96,14 +96,14 @@ BLOCK = headers(
 
 
 def test_a_region_in_a_fused_transposed_tensor_is_told_apart_into_its_components():
-    found = matrices(BLOCK, {"model_type": "gpt2", "n_head": 2})
+    components = matrices(BLOCK, {"model_type": "gpt2", "n_head": 2})
     # The file keeps (in 4, out 12): columns 0-3 are q, 4-7 k, 8-11 v. Flat place 12 * row + column.
     marks = {
         "h.0.attn.c_attn.weight": torch.tensor([4, 5, 12 + 4, 36 + 11]),
         "h.0.ln_1.bias": torch.tensor([2]),
     }
     shapes = {name: header.shape for name, header in BLOCK.items()}
-    rows = {row["component"]: row for row in region.by_component(marks, shapes, found, lambda name: 0)}
+    rows = {row["component"]: row for row in region.by_component(marks, shapes, components, lambda name: 0)}
     assert {name: row["entries"] for name, row in rows.items()} == {
         "q_proj": 0, "k_proj": 3, "v_proj": 1, "o_proj": 0, "up_proj": 0, "down_proj": 0, "bias": 1,
         "norm": 0,
@@ -116,16 +116,16 @@ def test_a_region_in_a_fused_transposed_tensor_is_told_apart_into_its_components
     assert {row["layer"] for row in rows.values()} == {0}
     # An evenly spread region has density 1 everywhere.
     every = {name: torch.arange(header.entries) for name, header in BLOCK.items()}
-    even = region.by_component(every, shapes, found, lambda name: 0)
+    even = region.by_component(every, shapes, components, lambda name: 0)
     assert [row["density"] for row in even] == pytest.approx([1] * 8)
 
 
 def test_the_densest_rows_and_columns_are_named():
-    found = matrices(BLOCK, {"model_type": "gpt2", "n_head": 2})
+    components = matrices(BLOCK, {"model_type": "gpt2", "n_head": 2})
     # k has rows of outputs and columns of inputs: both marks in file row 0 are input 0, outputs 0 and 1.
     marks = {"h.0.attn.c_attn.weight": torch.tensor([4, 5, 12 + 4])}
     shapes = {name: header.shape for name, header in BLOCK.items()}
-    rows = region.densest(marks, shapes, found, count=3)
+    rows = region.densest(marks, shapes, components, count=3)
     assert [
         (row["component"], row["axis"], row["place"], row["entries"], row["density"]) for row in rows
     ] == [

@@ -35,47 +35,47 @@ def rows(task="small", count=120, **how):
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory):
+def one_skill(tmp_path_factory):
     """A pair with one planted skill of 32 entries."""
-    root = tmp_path_factory.mktemp("one")
+    root = tmp_path_factory.mktemp("one_skill")
     entries = planted.draw(0, "small", SIZE, 1)
     return CheckpointPair(*planted.save_pair(root, {"small": entries})), entries
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def two_skills(tmp_path_factory):
     """A pair with two planted skills that share no entry."""
-    root = tmp_path_factory.mktemp("two")
+    root = tmp_path_factory.mktemp("two_skills")
     skills = {task: planted.draw(0, task, SIZE, 1) for task in ("small", "large")}
     return CheckpointPair(*planted.save_pair(root, skills)), skills
 
 
 @pytest.fixture(scope="module")
-def found(one):
+def localisation(one_skill):
     """What is found of the one skill at the planted size."""
     ood = {"noisy": rows(noise=0.2, count=60)}
-    return skill_localization(one[0], rows(), rows("large", 50), ood, budgets=(SIZE,), **QUICK)
+    return skill_localization(one_skill[0], rows(), rows("large", 50), ood, budgets=(SIZE,), **QUICK)
 
 
 @pytest.fixture(scope="module")
-def both(two):
+def both(two_skills):
     """What is found of the two."""
-    tasks = {name: rows(name, 120) for name in two[1]}
-    return skill_localization(two[0], tasks, budgets=(4, 8, 16), steps=20, seeds=1, draws=200)
+    tasks = {name: rows(name, 120) for name in two_skills[1]}
+    return skill_localization(two_skills[0], tasks, budgets=(4, 8, 16), steps=20, seeds=1, draws=200)
 
 
 # --- what is planted is found ---
 
 
-def test_a_planted_skill_is_recovered_at_its_size(one, found):
-    entries = one[1]
-    m = found.metrics
+def test_a_planted_skill_is_recovered_at_its_size(one_skill, localisation):
+    entries = one_skill[1]
+    m = localisation.metrics
     assert m["base_metric"] < 0.75
     assert m["tuned_metric"] > 0.95
     assert m["region"] == SIZE
     assert m["share"] == m["skill_size"] == SIZE / m["entries"]
     assert m["rel"] >= 0.95
-    index = found.masks["small"].index
+    index = localisation.masks["small"].index
     precision, recall = region.overlap(entries, index), region.overlap(index, entries)
     assert precision == recall >= 0.8  # of one size
     # Everything else moved by 1e-5: random entries of the same tensors carry next to nothing.
@@ -86,8 +86,8 @@ def test_a_planted_skill_is_recovered_at_its_size(one, found):
     assert m["localised"] == 1
 
 
-def test_a_skill_is_no_larger_than_half_as_large_again_as_planted(one):
-    result = skill_localization(one[0], rows(), budgets=(4, 8, 16, 32, 48), **QUICK)
+def test_a_skill_is_no_larger_than_half_as_large_again_as_planted(one_skill):
+    result = skill_localization(one_skill[0], rows(), budgets=(4, 8, 16, 32, 48), **QUICK)
     m = result.metrics
     assert m["skill_size"] * m["entries"] <= 1.5 * SIZE
     assert m["rel"] >= 0.9
@@ -99,8 +99,8 @@ def test_a_skill_is_no_larger_than_half_as_large_again_as_planted(one):
 
 
 @pytest.mark.parametrize("search", ["faithful", "movement"])
-def test_the_other_searches_find_it_too(one, search):
-    pair, entries = one
+def test_the_other_searches_find_it_too(one_skill, search):
+    pair, entries = one_skill
     result = skill_localization(pair, rows(count=100), budgets=(SIZE,), search=search, steps=60, seeds=1,
                                 draws=100)  # fmt: skip
     assert result.metrics["rel"] >= 0.9
@@ -113,7 +113,7 @@ def test_the_other_searches_find_it_too(one, search):
     assert result.figures()
 
 
-def test_two_planted_skills_have_regions_of_their_own(two, both):
+def test_two_planted_skills_have_regions_of_their_own(two_skills, both):
     assert both.metrics["localised"] == 2
     rel = both.tables["rel"].pivot(index="region", columns="task", values="rel")
     for name in ("small", "large"):
@@ -122,8 +122,8 @@ def test_two_planted_skills_have_regions_of_their_own(two, both):
         assert abs(rel.loc[name, other]) < 0.2
         # What is found was planted for this task, and not for the other.
         index = both.masks[name].index
-        assert region.overlap(two[1][name], index) > 0.9
-        assert region.overlap(two[1][other], index) < 0.1
+        assert region.overlap(two_skills[1][name], index) > 0.9
+        assert region.overlap(two_skills[1][other], index) < 0.1
     # The plants share nothing, and neither do the regions.
     overlap = both.tables["overlap"].set_index(["task", "other"])["overlap"]
     assert overlap[("small", "small")] == 1
@@ -141,8 +141,8 @@ def test_two_planted_skills_have_regions_of_their_own(two, both):
 # --- controls, calibration, other sets ---
 
 
-def test_every_claim_stands_beside_its_controls(found):
-    budget = found.tables["budget"]
+def test_every_claim_stands_beside_its_controls(localisation):
+    budget = localisation.tables["budget"]
     assert set(budget["method"]) == {
         "base", "tuned", "ones", "interpolation", "learned", "movement", "random", "complement",
     }  # fmt: skip
@@ -150,27 +150,27 @@ def test_every_claim_stands_beside_its_controls(found):
     # The random region was drawn three times, as large as the learned one.
     drawn = budget[budget["method"] == "random"]
     assert drawn["entries"].tolist() == [SIZE] * 3
-    assert found.metrics["random_rel"] == pytest.approx(drawn["rel"].mean())
+    assert localisation.metrics["random_rel"] == pytest.approx(drawn["rel"].mean())
     by_method = budget.set_index("method")
     assert by_method.loc["base", "rel"] == 0
     assert by_method.loc["tuned", "rel"] == by_method.loc["ones", "rel"] == 1
     assert by_method.loc["tuned", "agreement"] == 1
-    said = found.summary()
+    summary = localisation.summary()
     for word in (
         "a sufficient region of 32 of 10,464 entries (0.31 %)",
         "top movement",
         "random",
         "half of the update",
     ):
-        assert word in said
-    assert "the region" not in said
-    tempered = found.tables["calibration"].set_index("model").loc["tempered"]
-    assert tempered["temperature"] == found.metrics["temperature"]
-    assert tempered["accuracy"] == found.metrics["tuned_metric"]
+        assert word in summary
+    assert "the region" not in summary
+    tempered = localisation.tables["calibration"].set_index("model").loc["tempered"]
+    assert tempered["temperature"] == localisation.metrics["temperature"]
+    assert tempered["accuracy"] == localisation.metrics["tuned_metric"]
 
 
-def test_other_sets_are_answered_by_the_graft_and_held_against_tuned(found):
-    sets = found.tables["sets"].set_index(["role", "set", "model"])
+def test_other_sets_are_answered_by_the_graft_and_held_against_tuned(localisation):
+    sets = localisation.tables["sets"].set_index(["role", "set", "model"])
     assert {role for role, *_ in sets.index} == {"task", "keep", "ood"}
     graft = sets.loc[("ood", "noisy", "graft")]
     tuned = sets.loc[("ood", "noisy", "tuned")]
@@ -178,37 +178,37 @@ def test_other_sets_are_answered_by_the_graft_and_held_against_tuned(found):
     assert graft["over_tuned_low"] <= graft["over_tuned"] <= graft["over_tuned_high"]
     # A fifth of the answers are wrong there: nobody is right about more.
     assert tuned["metric"] == pytest.approx(0.8, abs=0.12)
-    assert {"curve", "region", "reliability", "sets"} <= set(found.figures())
+    assert {"curve", "region", "reliability", "sets"} <= set(localisation.figures())
 
 
-def test_where_the_region_lies_adds_up(found):
-    where = found.tables["region"]
+def test_where_the_region_lies_adds_up(localisation):
+    where = localisation.tables["region"]
     assert where["entries"].sum() == SIZE
     assert where["share"].sum() == pytest.approx(1)
-    assert where["size"].sum() == found.metrics["entries"]
+    assert where["size"].sum() == localisation.metrics["entries"]
     # An even spread has density 1: weighted by size it averages to 1.
     assert (where["density"] * where["size"]).sum() / where["size"].sum() == pytest.approx(1)
     top = where.nlargest(1, "density").iloc[0]
     assert (top["layer"], top["component"]) == (0, "down_proj")
-    densest = found.tables["densest"]
+    densest = localisation.tables["densest"]
     assert (densest["density"].diff().dropna() <= 0).all()
     assert densest["component"].iloc[0] == "down_proj"
 
 
-def test_searches_with_other_seeds_tell_how_stable_the_region_is(found):
-    stability = found.tables["stability"]
+def test_searches_with_other_seeds_tell_how_stable_the_region_is(localisation):
+    stability = localisation.tables["stability"]
     assert stability[["seed", "other"]].to_numpy().tolist() == [[0, 1]]
-    assert found.metrics["stability"] == stability["jaccard"].iloc[0] > 0.5
+    assert localisation.metrics["stability"] == stability["jaccard"].iloc[0] > 0.5
 
 
 # --- the mask as a file ---
 
 
-def test_the_mask_grafts_what_was_measured(one, found, tmp_path):
+def test_the_mask_grafts_what_was_measured(one_skill, localisation, tmp_path):
     from diagnostics.evaluation.row_losses import encoded
 
-    pair, _ = one
-    found.masks["small"].save(tmp_path / "mask.safetensors")
+    pair, _ = one_skill
+    localisation.masks["small"].save(tmp_path / "mask.safetensors")
     patch = Patch.load(tmp_path / "mask.safetensors")
     patch.check(pair)
     assert patch.count == SIZE
@@ -220,10 +220,10 @@ def test_the_mask_grafts_what_was_measured(one, found, tmp_path):
         task = encoded(graft, rows(), max_length=None, chat_template=False, batch_tokens=500)
         right = task.measure(graft.model).right
         # Of all 120 rows, of which 48 were reported on.
-        assert right.mean() == pytest.approx(found.metrics[side], abs=0.12), side
+        assert right.mean() == pytest.approx(localisation.metrics[side], abs=0.12), side
 
 
-def test_an_audit_keeps_the_mask_and_redraws(one, tmp_path, monkeypatch):
+def test_an_audit_keeps_the_mask_and_redraws(one_skill, tmp_path, monkeypatch):
     from diagnostics.audit.run import audit
     from diagnostics.core import registry
     from diagnostics.store.audit_store import load
@@ -237,7 +237,7 @@ def test_an_audit_keeps_the_mask_and_redraws(one, tmp_path, monkeypatch):
             for row in rows(count=60).rows
         )
     )
-    places = [one[0].base.ref, one[0].tuned.ref]
+    places = [one_skill[0].base.ref, one_skill[0].tuned.ref]
     how = {"budgets": (SIZE,), "steps": 5, "seeds": 1, "draws": 100}
     audit(*places, out=tmp_path / "audit", only=("skills",), task=[str(file)], settings={"skills": how})
     saved = load(tmp_path / "audit").results["skills"]
@@ -255,33 +255,33 @@ def test_names_of_masks_are_names_of_files():
 # --- the contract ---
 
 
-def test_it_keeps_the_contract(found):
-    assert list(found.metrics) == [name for name in METRICS if name in found.metrics]
-    assert all(math.isfinite(value) for value in found.metrics.values())
-    assert {"base_metric", "tuned_metric", "graft_metric", "share"} <= set(found.metrics)
-    assert {"share", "metric"} <= set(found.tables["budget"])
-    assert {"layer", "component", "entries", "share"} <= set(found.tables["region"])
-    json.dumps(plain(found.parameters))
+def test_it_keeps_the_contract(localisation):
+    assert list(localisation.metrics) == [name for name in METRICS if name in localisation.metrics]
+    assert all(math.isfinite(value) for value in localisation.metrics.values())
+    assert {"base_metric", "tuned_metric", "graft_metric", "share"} <= set(localisation.metrics)
+    assert {"share", "metric"} <= set(localisation.tables["budget"])
+    assert {"layer", "component", "entries", "share"} <= set(localisation.tables["region"])
+    json.dumps(plain(localisation.parameters))
     record = find("skills")
     assert (record.inputs, record.optional) == (("pair", "task"), ("keep", "ood"))
-    for name, figure in found.figures().items():
+    for name, figure in localisation.figures().items():
         assert figure.layout.title.text, name
 
 
-def test_the_same_arguments_give_the_same_result_and_batches_change_nothing(one):
+def test_the_same_arguments_give_the_same_result_and_batches_change_nothing(one_skill):
     how = {"budgets": (SIZE,), "steps": 4, "seeds": 1, "draws": 100}
-    first, again = (skill_localization(one[0], rows(count=60), **how) for _ in range(2))
+    first, again = (skill_localization(one_skill[0], rows(count=60), **how) for _ in range(2))
     for name, table in first.tables.items():
         pd.testing.assert_frame_equal(table, again.tables[name])
-    small = skill_localization(one[0], rows(count=60), batch_tokens=40, **how)
-    one_metric, other = (each.tables["budget"]["metric"].to_numpy() for each in (first, small))
-    np.testing.assert_allclose(one_metric[:6], other[:6])  # what no search decides
+    small = skill_localization(one_skill[0], rows(count=60), batch_tokens=40, **how)
+    first_metric, small_metric = (result.tables["budget"]["metric"].to_numpy() for result in (first, small))
+    np.testing.assert_allclose(first_metric[:6], small_metric[:6])  # what no search decides
 
 
-def test_progress_is_told(one):
+def test_progress_is_told(one_skill):
     seen = []
-    skill_localization(one[0], rows(count=60), budgets=(SIZE,), steps=3, seeds=1, draws=100,
-                       progress=lambda *told: seen.append(told))  # fmt: skip
+    skill_localization(one_skill[0], rows(count=60), budgets=(SIZE,), steps=3, seeds=1, draws=100,
+                       progress=lambda *step: seen.append(step))  # fmt: skip
     assert seen
     assert all(done <= total for done, total, _ in seen)
     assert {what for *_, what in seen} == {"small: integrated gradients", "small: budget search"}
@@ -290,8 +290,8 @@ def test_progress_is_told(one):
 # --- nothing to localise ---
 
 
-def test_tuned_that_equals_base_has_nothing_to_localise(one):
-    pair = CheckpointPair(one[0].base.ref, one[0].base.ref)
+def test_tuned_that_equals_base_has_nothing_to_localise(one_skill):
+    pair = CheckpointPair(one_skill[0].base.ref, one_skill[0].base.ref)
     result = skill_localization(pair, rows(count=60), **QUICK)
     assert result.metrics["base_metric"] == result.metrics["tuned_metric"]
     assert result.metrics["entries"] == result.metrics["gradients"] == 0
@@ -302,8 +302,8 @@ def test_tuned_that_equals_base_has_nothing_to_localise(one):
     result.figures()
 
 
-def test_a_task_that_tuned_is_no_better_at_is_said_so_with_its_figures(one):
-    result = skill_localization(one[0], {"large": rows("large", 60)}, **QUICK)
+def test_a_task_that_tuned_is_no_better_at_is_said_so_with_its_figures(one_skill):
+    result = skill_localization(one_skill[0], {"large": rows("large", 60)}, **QUICK)
     m = result.metrics
     assert m["without_gain"] == 1
     assert m["gain"] <= 2 * m["gain_error"]
@@ -315,9 +315,9 @@ def test_a_task_that_tuned_is_no_better_at_is_said_so_with_its_figures(one):
     assert set(result.figures()) == {"reliability", "sets"}
 
 
-def test_one_task_without_a_gain_does_not_hide_the_other(one):
+def test_one_task_without_a_gain_does_not_hide_the_other(one_skill):
     tasks = {"large": rows("large", 60), "small": rows(count=60)}
-    result = skill_localization(one[0], tasks, budgets=(SIZE,), steps=10, seeds=1, draws=100)
+    result = skill_localization(one_skill[0], tasks, budgets=(SIZE,), steps=10, seeds=1, draws=100)
     assert (result.metrics["without_gain"], result.metrics["localised"]) == (1, 1)
     assert set(result.masks) == {"small"}
     assert "overlap" not in result.tables
@@ -326,15 +326,15 @@ def test_one_task_without_a_gain_does_not_hide_the_other(one):
 # --- kinds of rows and models ---
 
 
-def test_of_texts_it_is_the_loss_that_is_localised(one):
-    told = task_of(
+def test_of_texts_it_is_the_loss_that_is_localised(one_skill):
+    texts = task_of(
         [
             {"prompt": row.prompt, "completion": row.choices[row.answer]}
             for row in rows(count=80).rows
         ],
-        ref="told",
+        ref="texts",
     )  # fmt: skip
-    result = skill_localization(one[0], told, budgets=(SIZE,), steps=10, seeds=1, draws=100)
+    result = skill_localization(one_skill[0], texts, budgets=(SIZE,), steps=10, seeds=1, draws=100)
     m = result.metrics
     # Two answers of which one is nearly sure, out of ten letters: the loss falls.
     assert m["tuned_metric"] < m["base_metric"]
@@ -353,8 +353,8 @@ def classifier(seed, head):
         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=16, bos_token_id=0,
         eos_token_id=0, pad_token_id=0, initializer_range=0.3, num_labels=2,
     )  # fmt: skip
-    made = transformers.LlamaForSequenceClassification if head else transformers.LlamaForCausalLM
-    return made(config).eval()
+    model_class = transformers.LlamaForSequenceClassification if head else transformers.LlamaForCausalLM
+    return model_class(config).eval()
 
 
 def test_a_head_that_base_lacks_stays_tuneds_on_both_sides(tmp_path):
@@ -407,17 +407,17 @@ def test_a_head_that_base_lacks_stays_tuneds_on_both_sides(tmp_path):
         ({"draws": 10}, "draws is 10; at least 100"),
     ],
 )
-def test_parameters_that_make_no_sense_are_refused(one, how, message):
+def test_parameters_that_make_no_sense_are_refused(one_skill, how, message):
     with pytest.raises(ValueError, match=message):
-        skill_localization(one[0], rows(count=60), **how)
+        skill_localization(one_skill[0], rows(count=60), **how)
 
 
-def test_rows_that_cannot_be_split_or_scored_are_refused(one):
+def test_rows_that_cannot_be_split_or_scored_are_refused(one_skill):
     with pytest.raises(ValueError, match=r"small: has 20 rows; at least 40 are needed"):
-        skill_localization(one[0], rows(count=20))
+        skill_localization(one_skill[0], rows(count=20))
     labels = task_of([{"text": str(i), "label": "a"} for i in range(60)], ref="labels")
     with pytest.raises(ValueError, match="labels: holds rows of label, and a causal model scores"):
-        skill_localization(one[0], labels)
+        skill_localization(one_skill[0], labels)
 
 
 # --- words ---
@@ -431,19 +431,24 @@ def test_words_for_sizes():
     assert percent(8505 / 85_054_464) == "0.01 %"
 
 
-def test_a_saved_result_redraws(found, tmp_path):
+def test_a_saved_result_redraws(localisation, tmp_path):
     from diagnostics.store.files import read_table, write_table
 
     tables = {}
-    for name, table in found.tables.items():
+    for name, table in localisation.tables.items():
         write_table(tmp_path / f"{name}.parquet", table)
         tables[name] = read_table(tmp_path / f"{name}.parquet")
-    saved = Result(metrics=found.metrics, tables=tables, analysis="skills", parameters=dict(found.parameters))
+    saved = Result(
+        metrics=localisation.metrics,
+        tables=tables,
+        analysis="skills",
+        parameters=dict(localisation.parameters),
+    )
     assert {n: f.to_json() for n, f in saved.figures().items()} == {
-        n: f.to_json() for n, f in found.figures().items()
+        n: f.to_json() for n, f in localisation.figures().items()
     }
-    assert saved.summary() == found.summary()
+    assert saved.summary() == localisation.summary()
 
 
-def test_nothing_of_this_machine_is_in_a_result(found):
-    assert str(Path.home()) not in "".join(map(str, found.notes))
+def test_nothing_of_this_machine_is_in_a_result(localisation):
+    assert str(Path.home()) not in "".join(map(str, localisation.notes))

@@ -37,7 +37,7 @@ def saved(directory, weights, name=NAME):
 
 
 def run(tmp_path, series, labels=(), **settings):
-    refs = [saved(tmp_path / f"step-{place}", weights) for place, weights in enumerate(series)]
+    refs = [saved(tmp_path / f"step-{index}", weights) for index, weights in enumerate(series)]
     return abrupt_sparsification(CheckpointSeries(refs, steps=labels), **settings)
 
 
@@ -53,26 +53,26 @@ def thinned(weights, share):
 def test_every_measure_by_hand():
     # rms = √(100 / 10) = √10, a tenth of it 0.316; l1 / l2 = 10.3 / √100 to three digits.
     weights = torch.tensor([0.0, 0.0, 5e-4, -0.2, 0.3, 0.0, 0.0, 0.0, 0.0, (100 - 0.13 - 2.5e-7) ** 0.5])
-    found = measure_sparseness(weights)
-    assert (found.entries, found.zero, found.near_zero, found.small) == (10, 6, 7, 9)
-    assert found.rms == pytest.approx(math.sqrt(10))
+    sparseness = measure_sparseness(weights)
+    assert (sparseness.entries, sparseness.zero, sparseness.near_zero, sparseness.small) == (10, 6, 7, 9)
+    assert sparseness.rms == pytest.approx(math.sqrt(10))
     l1 = 0.5005 + math.sqrt(100 - 0.13 - 2.5e-7)
-    assert found.hoyer == pytest.approx((math.sqrt(10) - l1 / 10) / (math.sqrt(10) - 1))
+    assert sparseness.hoyer == pytest.approx((math.sqrt(10) - l1 / 10) / (math.sqrt(10) - 1))
 
 
 def test_normal_weights_have_the_values_of_the_normal_distribution():
     # P(|z| < 0.1) = 0.0797; l1 / l2 = √n √(2 / π), so that Hoyer is about 1 - 0.798 = 0.202.
-    found = measure_sparseness(normal(1000, 1000))
-    assert found.small / found.entries == pytest.approx(0.0797, abs=0.001)
-    assert found.hoyer == pytest.approx(0.202, abs=0.002)
+    sparseness = measure_sparseness(normal(1000, 1000))
+    assert sparseness.small / sparseness.entries == pytest.approx(0.0797, abs=0.001)
+    assert sparseness.hoyer == pytest.approx(0.202, abs=0.002)
 
 
 @given(st.integers(0, 2**31), st.integers(-8, 8))
 def test_a_common_scale_changes_the_absolute_measures_alone(seed, power):
     weights = normal(20, 20, seed=seed)
-    one, two = measure_sparseness(weights), measure_sparseness(weights * 2.0**power)
-    assert (one.zero, one.small) == (two.zero, two.small)
-    assert one.hoyer == pytest.approx(two.hoyer)
+    first, second = measure_sparseness(weights), measure_sparseness(weights * 2.0**power)
+    assert (first.zero, first.small) == (second.zero, second.small)
+    assert first.hoyer == pytest.approx(second.hoyer)
 
 
 def test_the_ends_of_the_hoyer_index():
@@ -85,11 +85,11 @@ def test_the_ends_of_the_hoyer_index():
 
 def test_parts_of_a_matrix_add_up(monkeypatch):
     weights = normal(50, 21)
-    whole = measure_sparseness(weights)
+    total = measure_sparseness(weights)
     monkeypatch.setattr(module, "CHUNK", 64)
     parts = measure_sparseness(weights)
-    assert (parts.zero, parts.near_zero, parts.small) == (whole.zero, whole.near_zero, whole.small)
-    assert (parts.rms, parts.hoyer) == (pytest.approx(whole.rms), pytest.approx(whole.hoyer))
+    assert (parts.zero, parts.near_zero, parts.small) == (total.zero, total.near_zero, total.small)
+    assert (parts.rms, parts.hoyer) == (pytest.approx(total.rms), pytest.approx(total.hoyer))
 
 
 # --- the jump ---
@@ -133,32 +133,32 @@ def test_what_is_not_known_is_no_jump():
 def test_a_jump_is_marked_at_its_checkpoint(tmp_path):
     weights = normal(40, 40)
     series = [thinned(weights, share) for share in (0.0, 0.01, 0.02, 0.031, 0.3, 0.305)]
-    found = run(tmp_path, series, labels=[0, 1000, 2000, 3000, 4000, 5000])
-    table = found.tables["checkpoints"]
+    result = run(tmp_path, series, labels=[0, 1000, 2000, 3000, 4000, 5000])
+    table = result.tables["checkpoints"]
     assert table["label"].tolist() == ["0", "1000", "2000", "3000", "4000", "5000"]
     np.testing.assert_allclose(table["zero"], [0, 0.01, 0.02, 0.031, 0.3, 0.305], atol=1e-3)
     assert table["small_jump"].tolist() == [False] * 4 + [True, False]
-    assert (found.metrics["jumps"], found.metrics["jump"]) == (1, 4)
-    assert found.metrics["zero_rise"] == pytest.approx(0.305, abs=1e-3)
-    assert any("Sparsification at 4000" in note for note in found.notes)
+    assert (result.metrics["jumps"], result.metrics["jump"]) == (1, 4)
+    assert result.metrics["zero_rise"] == pytest.approx(0.305, abs=1e-3)
+    assert any("Sparsification at 4000" in note for note in result.notes)
 
 
 def test_weights_that_only_shrink_are_told_from_sparsification(tmp_path):
     weights = normal(40, 40, scale=0.01)
-    found = run(tmp_path, [weights * scale for scale in (1, 0.99, 0.98, 0.97, 0.3, 0.29)])
-    table = found.tables["checkpoints"]
+    result = run(tmp_path, [weights * scale for scale in (1, 0.99, 0.98, 0.97, 0.3, 0.29)])
+    table = result.tables["checkpoints"]
     assert table["near_zero_jump"].tolist() == [False] * 4 + [True, False]
     assert not table[["small_jump", "hoyer_jump", "zero_jump"]].any().any()
-    assert found.metrics["jumps"] == 0
-    assert "jump" not in found.metrics
-    assert any("may be weight decay" in note for note in found.notes)
+    assert result.metrics["jumps"] == 0
+    assert "jump" not in result.metrics
+    assert any("may be weight decay" in note for note in result.notes)
 
 
 def test_only_the_matrices_of_the_chosen_parts_count(tmp_path):
     # The embedding is all zeros.
     weights = normal(20, 20)
     assert run(tmp_path, [weights] * 3).tables["checkpoints"]["zero"].tolist() == [0] * 3
-    refs = [str(tmp_path / f"step-{place}") for place in range(3)]
+    refs = [str(tmp_path / f"step-{index}") for index in range(3)]
     both = abrupt_sparsification(refs, parts=("block", "embedding")).tables["checkpoints"]
     assert both["zero"].tolist() == pytest.approx([36 / 436] * 3)
     assert both["hoyer"].tolist() == pytest.approx(
@@ -167,9 +167,9 @@ def test_only_the_matrices_of_the_chosen_parts_count(tmp_path):
 
 
 def test_progress_runs_through_all_checkpoints(tmp_path):
-    told = []
-    run(tmp_path, [normal(4, 4)] * 3, progress=lambda *step: told.append(step))
-    assert [(done, total) for done, total, _ in told] == [(0, 3), (1, 3), (2, 3)]
+    reports = []
+    run(tmp_path, [normal(4, 4)] * 3, progress=lambda *step: reports.append(step))
+    assert [(done, total) for done, total, _ in reports] == [(0, 3), (1, 3), (2, 3)]
 
 
 def test_the_picture_has_a_line_a_measure_and_a_star_at_a_jump(tmp_path):
@@ -193,7 +193,7 @@ def test_labels_belong_to_checkpoints_one_by_one_in_step_order(tmp_path):
     series = [normal(4, 4)] * 3
     with pytest.raises(ValueError, match="--steps: 2 steps for 3 checkpoints, the first included"):
         run(tmp_path, series, labels=["a", "b"])
-    refs = [str(tmp_path / f"step-{place}") for place in range(3)]
+    refs = [str(tmp_path / f"step-{index}") for index in range(3)]
     with pytest.raises(
         ValueError, match="step 500 comes after step 1000: give the checkpoints in step order"
     ):

@@ -71,8 +71,8 @@ def test_a_dip_by_noise_is_no_crossing():
     # for it, and then again at the true edge.
     curve = np.array([1.0, 0.97, 1.0, 0.99, 0.5, 0.4])
     assert estimate(curve, tolerance=0.02).at == 0.3
-    found = paper_dropping_point(GRID[:6], curve, 0.02)
-    assert (found.at, found.until, found.crossings) == (0.0, 0.1, 2)
+    point = paper_dropping_point(GRID[:6], curve, 0.02)
+    assert (point.at, point.until, point.crossings) == (0.0, 0.1, 2)
 
 
 @given(curves, st.integers(1, 64), st.integers(0, 64))
@@ -91,9 +91,9 @@ def test_the_point_rises_with_the_tolerance_and_lies_in_its_bracket(curve, small
 def test_a_constant_added_to_the_curve_changes_nothing(curve, allowed, constant):
     points = np.arange(len(curve)) / 16
     given_ = np.array([allowed / 16])
-    one, two = (crossing(points, each[None], given_) for each in (curve, curve + constant / 16))
-    assert one[0] == two[0]
-    assert one[1] == pytest.approx(two[1], abs=1e-9)
+    plain, shifted = (crossing(points, values[None], given_) for values in (curve, curve + constant / 16))
+    assert plain[0] == shifted[0]
+    assert plain[1] == pytest.approx(shifted[1], abs=1e-9)
     assert paper_dropping_point(points, curve, allowed / 16) == paper_dropping_point(
         points, curve + constant / 16, allowed / 16
     )
@@ -111,18 +111,18 @@ def test_a_drop_of_exactly_the_tolerance_is_tolerated_whatever_rounding_makes_of
 
 def test_the_papers_point_is_the_last_before_the_fall_with_its_share_of_the_remaining_weights():
     # Within 1 point up to 0.2 (0.4853 >= 0.4804), not at 0.3. From 0.2 to 0.3, 0.1 / 0.8 of the rest goes.
-    found = paper_dropping_point(GRID, ZERO_SHOT, 0.01)
-    assert (found.at, found.until, found.crossings) == (0.2, 0.3, 1)
-    assert found.rho == pytest.approx(0.125)
+    point = paper_dropping_point(GRID, ZERO_SHOT, 0.01)
+    assert (point.at, point.until, point.crossings) == (0.2, 0.3, 1)
+    assert point.rho == pytest.approx(0.125)
     assert paper_dropping_point(GRID, MASKED, 0.01).at == 0.5
 
 
 def test_a_curve_that_stays_within_the_tolerance_is_not_reached():
-    found = estimate(np.full(10, 0.3))
-    assert not found.reached
-    assert (found.paper.at, found.at, found.point, found.verdict) == (0.9, 0.9, 0.9, "not reached")
-    assert math.isnan(found.until)
-    assert math.isnan(found.paper.until)
+    result = estimate(np.full(10, 0.3))
+    assert not result.reached
+    assert (result.paper.at, result.at, result.point, result.verdict) == (0.9, 0.9, 0.9, "not reached")
+    assert math.isnan(result.until)
+    assert math.isnan(result.paper.until)
 
 
 # --- the hinge ---
@@ -144,8 +144,8 @@ def naive(points, curve):
 
 @pytest.mark.parametrize("curve", [ZERO_SHOT, MASKED, RANDOM])
 def test_the_hinge_is_the_best_of_all_breakpoints(curve):
-    found = fit_hinge(GRID, curve)
-    np.testing.assert_allclose((found.at, found.before, found.after, found.dbic), naive(GRID, curve))
+    hinge = fit_hinge(GRID, curve)
+    np.testing.assert_allclose((hinge.at, hinge.before, hinge.after, hinge.dbic), naive(GRID, curve))
 
 
 def test_a_line_prefers_two_parameters_to_four():
@@ -159,14 +159,14 @@ def test_too_few_points_for_four_parameters_are_refused():
         fit_hinge(GRID[:3], np.ones(3))
 
 
-@pytest.mark.parametrize("place", range(2, 8))
-def test_a_planted_bend_is_found_within_one_step(place):
+@pytest.mark.parametrize("bend", range(2, 8))
+def test_a_planted_bend_is_found_within_one_step(bend):
     # The curve falls by 0.1 a step behind the bend; noise has 0.2 of that as its standard deviation.
-    clean = 1 - np.maximum(np.arange(10) - place, 0) * 0.1
-    found = [
+    clean = 1 - np.maximum(np.arange(10) - bend, 0) * 0.1
+    bends = [
         fit_hinge(GRID, clean + 0.02 * np.random.default_rng(seed).normal(size=10)).at for seed in range(200)
     ]
-    assert np.mean(np.abs(np.array(found) - GRID[place]) <= 0.1 + 1e-9) >= 0.99
+    assert np.mean(np.abs(np.array(bends) - GRID[bend]) <= 0.1 + 1e-9) >= 0.99
 
 
 @pytest.mark.parametrize("center", [0.3, 0.4, 0.5, 0.6])
@@ -174,11 +174,11 @@ def test_a_cliff_onto_a_floor_is_sharp_wherever_it_stands(center):
     # Fitted whole, such a cliff has two bends of which a hinge follows neither, or the wrong one.
     cliff = 0.1 + 0.5 / (1 + np.exp((GRID - center) / 0.02))
     assert fit_hinge(GRID, 0.1 + 0.5 / (1 + np.exp((GRID - 0.4) / 0.02))).dbic < 2
-    found = estimate(cliff)
-    assert found.verdict == "sharp"
+    result = estimate(cliff)
+    assert result.verdict == "sharp"
     # Within 1 point up to one step before the center: 0.5 / (1 + e^5) = 0.003 lower.
-    assert found.at == pytest.approx(center - 0.1)
-    assert found.hinge.until == pytest.approx(center + 0.1)  # 0.997 of the fall is done there
+    assert result.at == pytest.approx(center - 0.1)
+    assert result.hinge.until == pytest.approx(center + 0.1)  # 0.997 of the fall is done there
 
 
 def test_without_a_plateau_or_a_floor_the_whole_curve_is_fitted():
@@ -190,10 +190,10 @@ def test_without_a_plateau_or_a_floor_the_whole_curve_is_fitted():
 
 
 def test_the_verdicts_on_known_shapes():
-    found = estimate(ZERO_SHOT)
-    assert found.verdict == "sharp"
-    assert found.hinge.dbic > 10
-    assert found.hinge.after < 3 * found.hinge.before < 0
+    result = estimate(ZERO_SHOT)
+    assert result.verdict == "sharp"
+    assert result.hinge.dbic > 10
+    assert result.hinge.after < 3 * result.hinge.before < 0
     assert estimate(MASKED).verdict == "sharp"
     # 1 point is gone at 0.01 / 0.5 = 0.02, before the first step of the grid.
     line = estimate(1 - 0.5 * GRID)
@@ -239,20 +239,20 @@ def sampled(curve, rows, draws=400, seed=0):
 
 def test_the_interval_is_of_the_crossing_of_every_draw_by_itself():
     curve, drawn = sampled(ZERO_SHOT, 4000)
-    found = estimate(curve, drawn, rows=4000, least=1.96 / 4000)
-    alone = [crossing(GRID, each[None], np.array([0.01]))[1][0] for each in drawn]
-    np.testing.assert_allclose(found.points, alone)
-    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(alone, [0.025, 0.975])))
-    assert found.low <= found.point <= found.high
-    assert found.decided
+    result = estimate(curve, drawn, rows=4000, least=1.96 / 4000)
+    alone = [crossing(GRID, sample[None], np.array([0.01]))[1][0] for sample in drawn]
+    np.testing.assert_allclose(result.points, alone)
+    assert (result.low, result.high) == pytest.approx(tuple(np.quantile(alone, [0.025, 0.975])))
+    assert result.low <= result.point <= result.high
+    assert result.decided
 
 
 def test_what_few_rows_cannot_tell_is_not_decided_and_says_how_many_would():
     curve, drawn = sampled(ZERO_SHOT, 60, seed=1)
-    found = estimate(curve, drawn, rows=60, least=1.96 / 60)
-    assert not found.decided
-    assert found.verdict == "unclear"
-    assert found.rows_needed > 60
+    result = estimate(curve, drawn, rows=60, least=1.96 / 60)
+    assert not result.decided
+    assert result.verdict == "unclear"
+    assert result.rows_needed > 60
     enough = estimate(curve, drawn, rows=60, least=1.96 / 60, tolerance=0.3)
     assert enough.decided
 
@@ -265,11 +265,11 @@ def test_a_fall_far_beyond_the_noise_is_decided_though_it_is_noisy_itself():
     assert estimate(curve, drawn, rows=10_000).decided
     # Give or take 2 points at 0.2, a drop of 1 cannot be told.
     drawn[:, 2] += np.linspace(-0.02, 0.02, 200)
-    found = estimate(curve, drawn, rows=10_000)
-    assert not found.decided
+    result = estimate(curve, drawn, rows=10_000)
+    assert not result.decided
     # The middle 95 % of 4 points have a half-width of 1.9: 10 000 x (1.9 / 1)² rows.
-    assert found.half_width == pytest.approx(0.019, rel=1e-3)
-    assert found.rows_needed == pytest.approx(36_100, rel=1e-3)
+    assert result.half_width == pytest.approx(0.019, rel=1e-3)
+    assert result.rows_needed == pytest.approx(36_100, rel=1e-3)
 
 
 def test_that_no_row_disagrees_is_no_proof_from_few_rows():
@@ -280,8 +280,8 @@ def test_that_no_row_disagrees_is_no_proof_from_few_rows():
 
 
 def test_a_first_step_that_fails_surely_is_decided():
-    found = estimate([0.9, 0.5, 0.3, 0.2], rows=50, least=1.96 / 50)
-    assert (found.at, found.decided, found.verdict) == (0.0, True, "no plateau")
+    result = estimate([0.9, 0.5, 0.3, 0.2], rows=50, least=1.96 / 50)
+    assert (result.at, result.decided, result.verdict) == (0.0, True, "no plateau")
 
 
 def test_the_rows_needed_are_those_of_paired_predictions():
@@ -295,12 +295,12 @@ def test_a_relative_tolerance_is_a_share_of_the_first_value_in_every_draw():
     # Losses of 2.0: 1 % is 0.02, so that the drop of 0.015 at 0.2 is tolerated and that of 0.03 is not. With
     # all losses doubled, as in every draw, the crossing is the same.
     curve = -np.array([2.0, 2.0, 2.015, 2.03, 2.5])
-    found = estimate(curve, 2 * still(curve), relative=True)
-    assert found.allowed == pytest.approx(0.02)
-    assert found.at == pytest.approx(0.2)
-    np.testing.assert_allclose(found.points, found.point)
+    result = estimate(curve, 2 * still(curve), relative=True)
+    assert result.allowed == pytest.approx(0.02)
+    assert result.at == pytest.approx(0.2)
+    np.testing.assert_allclose(result.points, result.point)
     # 0.005 of the 0.015 between 0.2 and 0.3
-    assert found.point == pytest.approx(0.2 + 0.1 / 3)
+    assert result.point == pytest.approx(0.2 + 0.1 / 3)
 
 
 # --- where to measure next ---
@@ -311,11 +311,11 @@ def measured(curve_at, *, allowed, step, most):
     points = list(GRID)
     asked = []
     for _ in range(most):
-        found = next_sparsity(points, [curve_at(s) for s in points], allowed=allowed, step=step)
-        if found is None:
+        sparsity = next_sparsity(points, [curve_at(s) for s in points], allowed=allowed, step=step)
+        if sparsity is None:
             break
-        asked.append(found)
-        points = sorted([*points, found])
+        asked.append(sparsity)
+        points = sorted([*points, sparsity])
     return asked, points
 
 

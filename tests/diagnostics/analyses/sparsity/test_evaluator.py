@@ -14,7 +14,7 @@ from tests.probes.runnable import make
 FAMILIES = ["llama", "gpt2", "gpt_neox", "mixtral", "gpt_oss"]
 
 
-def bench_of(pair, **settings):
+def evaluator_of(pair, **settings):
     two_sided = TwoSidedModel(pair)
     about = {"scope": "global", "parts": ("block",), "random": True, "seed": 0, **settings}
     return MaskEvaluator(Masks(two_sided, [0.0, 0.3, 0.6], **about), {}, total=0)
@@ -25,7 +25,7 @@ def evaluator(request, tmp_path_factory):
     root = tmp_path_factory.mktemp(request.param)
     for seed, name in enumerate(("base", "tuned")):
         make(request.param, seed).save_pretrained(root / name)
-    return bench_of(CheckpointPair(root / "base", root / "tuned"))
+    return evaluator_of(CheckpointPair(root / "base", root / "tuned"))
 
 
 @pytest.mark.parametrize("pattern", ["magnitude", "random", "1:2"])
@@ -88,11 +88,11 @@ def test_layers_add_up_to_the_whole_cut(evaluator):
 
 @given(st.sampled_from([0.1, 0.3, 0.6]))
 def test_a_scale_common_to_all_weights_changes_no_mask(sparsity):
-    one, two = make("llama", 0), make("llama", 0)
+    model, scaled = make("llama", 0), make("llama", 0)
     with torch.no_grad():
-        for weight in two.parameters():
+        for weight in scaled.parameters():
             weight.mul_(-4.0)
-    masks = bench_of(CheckpointPair(one, two), random=False).masks
+    masks = evaluator_of(CheckpointPair(model, scaled), random=False).masks
     for name in masks.names:
         base, tuned = (masks.pruned(side, "magnitude", sparsity, name) for side in ("base", "tuned"))
         assert torch.equal(base, tuned)

@@ -17,14 +17,14 @@ def rows_of_curve(model, edge, *, regime="zero_shot", role="task", metric="accur
     rows = []
     for pattern, steep, at in (("magnitude", 1.0, edge), ("random", 1.5, 0.0)):
         drop = steep * np.maximum(GRID - at, 0)
-        for s, each in zip(GRID, drop, strict=True):
-            value = 0.8 - each if metric == "accuracy" else 2.0 + each
+        for s, fall in zip(GRID, drop, strict=True):
+            value = 0.8 - fall if metric == "accuracy" else 2.0 + fall
             rows.append(
                 {
                     "model": model, "pattern": pattern, "sparsity": s, "role": role, "metric": metric,
                     "value": value, "low": value - 0.02, "high": value + 0.02, "regime": regime,
-                    "realised": s, "drop": each, "drop_low": each - 0.01 * (s > 0),
-                    "drop_high": each + 0.01 * (s > 0),
+                    "realised": s, "drop": fall, "drop_low": fall - 0.01 * (s > 0),
+                    "drop_high": fall + 0.01 * (s > 0),
                 }
             )  # fmt: skip
     return rows
@@ -32,12 +32,12 @@ def rows_of_curve(model, edge, *, regime="zero_shot", role="task", metric="accur
 
 def point_of(model, edge, *, regime="zero_shot", role="task", metric="accuracy", decided=True, reached=True):
     value = 0.8 if metric == "accuracy" else 2.0
-    known = (edge, edge + 0.1, edge + 0.01, edge, edge + 0.02) if decided else (math.nan,) * 5
+    estimates = (edge, edge + 0.1, edge + 0.01, edge, edge + 0.02) if decided else (math.nan,) * 5
     names = ("dropping_point", "until", "robust_point", "low", "high")
     return {
         "role": role, "model": model, "regime": regime, "metric": metric, "value": value,
         "allowed": 0.01 * (value if metric == "loss" else 1), "reached": reached, "decided": decided,
-        "verdict": "sharp" if decided else "unclear", **dict(zip(names, known, strict=True)),
+        "verdict": "sharp" if decided else "unclear", **dict(zip(names, estimates, strict=True)),
     }  # fmt: skip
 
 
@@ -82,27 +82,29 @@ def drawn(tables):
 
 
 def trace(figure, name):
-    return next(each for each in figure.data if each.name == name)
+    return next(candidate for candidate in figure.data if candidate.name == name)
 
 
 def test_every_table_has_its_pictures_and_a_missing_one_none(tables):
-    whole = ["task_close", "task_curve", "patterns", "layers", "overlap", "change"]
-    assert list(drawn(tables)) == whole
-    gone = {"curve": whole[:2], "patterns": ["patterns"], "layers": ["layers"], "overlap": whole[-2:]}
+    pictures = ["task_close", "task_curve", "patterns", "layers", "overlap", "change"]
+    assert list(drawn(tables)) == pictures
+    gone = {"curve": pictures[:2], "patterns": ["patterns"], "layers": ["layers"], "overlap": pictures[-2:]}
     for name, missing in gone.items():
-        assert list(drawn({**tables, name: tables[name].head(0)})) == [w for w in whole if w not in missing]
+        assert list(drawn({**tables, name: tables[name].head(0)})) == [
+            w for w in pictures if w not in missing
+        ]
 
 
 def test_a_curve_is_drawn_with_its_control_its_ribbon_and_its_regime(tables):
     figure = drawn(tables)["task_curve"]
-    assert [each.name for each in figure.data if each.name] == [
+    assert [line.name for line in figure.data if line.name] == [
         "base, zero-shot", "base, zero-shot, random", "tuned, zero-shot", "tuned, zero-shot, random",
     ]  # fmt: skip
     shown = trace(figure, "tuned, zero-shot")
-    own = tables["curve"].query("model == 'tuned' and pattern == 'magnitude'")
-    np.testing.assert_allclose(shown.y, own["value"])
+    expected = tables["curve"].query("model == 'tuned' and pattern == 'magnitude'")
+    np.testing.assert_allclose(shown.y, expected["value"])
     ribbon = figure.data[list(figure.data).index(shown) - 1]
-    np.testing.assert_allclose(ribbon.y, [*own["high"], *own["low"][::-1]])
+    np.testing.assert_allclose(ribbon.y, [*expected["high"], *expected["low"][::-1]])
     assert figure.layout.yaxis.title.text == "accuracy"
 
 
@@ -113,10 +115,10 @@ def test_the_close_look_marks_the_bracket_the_point_and_the_tolerance(tables):
     )
     brackets = sorted((shape.x0, shape.x1) for shape in figure.layout.shapes if shape.yref == "y domain")
     assert brackets == [pytest.approx((0.2, 0.3)), pytest.approx((0.4, 0.5))]
-    marks = [each for each in figure.data if each.error_x.array is not None]
+    marks = [mark for mark in figure.data if mark.error_x.array is not None]
     # The robust point lies on the line of the tolerance, 0.01 behind the edge and surely within 0.02.
-    assert [(*each.x, *each.y) for each in marks] == [pytest.approx((x, 0.01)) for x in (0.41, 0.21)]
-    assert [each.error_x.array[0] for each in marks] == pytest.approx([0.01, 0.01])
+    assert [(*mark.x, *mark.y) for mark in marks] == [pytest.approx((x, 0.01)) for x in (0.41, 0.21)]
+    assert [mark.error_x.array[0] for mark in marks] == pytest.approx([0.01, 0.01])
     assert figure.layout.annotations[0].text == "tolerance 0.01"
     low, high = figure.layout.yaxis.range
     assert low < 0 < 0.01 < high < 0.2  # random pruning is not to press it flat
@@ -137,7 +139,7 @@ def test_losses_are_shown_as_shares_of_the_loss_without_a_mask(tables):
 
 
 def test_what_rows_cannot_tell_has_no_bracket_and_shows_its_noise(tables):
-    tables["points"] = pd.DataFrame([point_of(each, 0.4, decided=False) for each in ("base", "tuned")])
+    tables["points"] = pd.DataFrame([point_of(model, 0.4, decided=False) for model in ("base", "tuned")])
     noisy = tables["curve"]
     noisy.loc[noisy["sparsity"] > 0, "drop_high"] += 0.3
     figure = drawn(tables)["task_close"]
@@ -186,18 +188,18 @@ def test_the_map_of_layers_is_in_the_order_of_the_model_and_can_be_turned(tables
     first = figure.data[0]
     assert list(first.x) == ["0", "1", "10"]
     assert list(first.y) == ["q_proj", "down_proj"]
-    assert [each.visible for each in figure.data] == [True, False, False, False]
+    assert [line.visible for line in figure.data] == [True, False, False, False]
     buttons = figure.layout.updatemenus[0].buttons
     assert [button.label for button in buttons] == [
         "tuned at 0.5: sparsity", "tuned at 0.5: beyond scale", "base at 0.5: sparsity",
         "base at 0.5: beyond scale",
     ]  # fmt: skip
-    for place, button in enumerate(buttons):
+    for index, button in enumerate(buttons):
         assert (
             list(button.args[0]["visible"] if isinstance(button.args[0], dict) else button.args[1]).index(
                 True
             )
-            == place
+            == index
         )
     assert figure.layout.title.text == (
         "At 0.5 overall, layer 1 down_proj of tuned is 0.90 sparse, the most of any matrix"

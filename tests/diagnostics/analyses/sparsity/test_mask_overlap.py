@@ -30,11 +30,11 @@ def kept_by(weights, n_keep, m):
 
 def counted(*pairs):
     """The overlaps of tensors, given as (base, tuned, the masks of each side, from sparse to dense)."""
-    found = Overlaps(len(pairs[0][2]))
+    overlaps = Overlaps(len(pairs[0][2]))
     for base, tuned, low, lower in pairs:
         kept = ((~torch.stack(masks)).sum(0).flatten().numpy() for masks in (low, lower))
-        found.add(*kept, squared_change(base, tuned))
-    return list(found)
+        overlaps.add(*kept, squared_change(base, tuned))
+    return list(overlaps)
 
 
 def overlap(base, tuned):
@@ -46,23 +46,23 @@ def overlap(base, tuned):
 def test_every_measure_by_hand():
     # Ten entries; base prunes 0 to 3, tuned 2 to 5: both prune 2 and 3, both keep 6 to 9.
     places = torch.arange(10)
-    found = overlap(places < 4, (places >= 2) & (places < 6))
-    assert (found.entries, found.base, found.tuned, found.both) == (10, 4, 4, 2)
-    assert found.cosine == pytest.approx(4 / 6)  # 4 kept by both, 6 by each
-    assert found.cosine_chance == pytest.approx(0.6)  # 1 - s
-    assert found.kappa == pytest.approx((4 / 6 - 0.6) / 0.4)
-    assert found.iou == pytest.approx(2 / 6)
-    assert found.iou_chance == pytest.approx(0.4 / 1.6)  # s / (2 - s)
-    assert found.revived == pytest.approx(2 / 4)
+    result = overlap(places < 4, (places >= 2) & (places < 6))
+    assert (result.entries, result.base, result.tuned, result.both) == (10, 4, 4, 2)
+    assert result.cosine == pytest.approx(4 / 6)  # 4 kept by both, 6 by each
+    assert result.cosine_chance == pytest.approx(0.6)  # 1 - s
+    assert result.kappa == pytest.approx((4 / 6 - 0.6) / 0.4)
+    assert result.iou == pytest.approx(2 / 6)
+    assert result.iou_chance == pytest.approx(0.4 / 1.6)  # s / (2 - s)
+    assert result.revived == pytest.approx(2 / 4)
 
 
 @given(seeds, st.floats(0.1, 0.9))
 def test_a_mask_is_wholly_like_itself_and_likeness_is_symmetric(seed, share):
     generator = torch.Generator().manual_seed(seed)
-    one, two = (lowest(torch.randn(12, 10, generator=generator), share) for _ in range(2))
-    same = overlap(one, one)
+    first, second = (lowest(torch.randn(12, 10, generator=generator), share) for _ in range(2))
+    same = overlap(first, first)
     assert (same.kappa, same.iou, same.revived) == (pytest.approx(1), 1, 0)
-    there, back = overlap(one, two), overlap(two, one)
+    there, back = overlap(first, second), overlap(second, first)
     assert (there.cosine, there.kappa, there.iou) == (back.cosine, back.kappa, back.iou)
 
 
@@ -70,12 +70,12 @@ def test_a_mask_is_wholly_like_itself_and_likeness_is_symmetric(seed, share):
 def test_independent_masks_are_alike_by_chance_alone(seed, share):
     # kappa of independent masks has a standard deviation of 1 / √N.
     generator = torch.Generator().manual_seed(seed)
-    one, two = (lowest(torch.rand(100, 100, generator=generator), share) for _ in range(2))
-    found = overlap(one, two)
-    assert abs(found.kappa) < 5 / math.sqrt(10_000)
-    assert found.cosine == pytest.approx(1 - share, abs=0.05)
-    assert found.iou == pytest.approx(share / (2 - share), abs=0.05)
-    assert found.revived == pytest.approx(1 - share, abs=0.1)
+    first, second = (lowest(torch.rand(100, 100, generator=generator), share) for _ in range(2))
+    result = overlap(first, second)
+    assert abs(result.kappa) < 5 / math.sqrt(10_000)
+    assert result.cosine == pytest.approx(1 - share, abs=0.05)
+    assert result.iou == pytest.approx(share / (2 - share), abs=0.05)
+    assert result.revived == pytest.approx(1 - share, abs=0.1)
 
 
 def test_cosine_and_kappa_may_move_in_opposite_directions():
@@ -93,21 +93,21 @@ def test_overlaps_at_several_sparsities_are_those_of_each_ones_masks(seed):
     for rows in (6, 3):
         sides = [torch.randn(rows, 5, generator=generator) for _ in range(2)]
         tensors.append((*sides, *([lowest(side, share) for share in shares] for side in sides)))
-    for place, found in enumerate(counted(*tensors)):
-        base, tuned = (torch.cat([each[side][place].flatten() for each in tensors]) for side in (2, 3))
+    for index, result in enumerate(counted(*tensors)):
+        base, tuned = (torch.cat([entry[side][index].flatten() for entry in tensors]) for side in (2, 3))
         squares = torch.cat([(tuned - base).flatten() for base, tuned, *_ in tensors]).square()
-        assert (found.entries, found.base, found.tuned) == (45, base.sum(), tuned.sum())
-        assert found.both == (base & tuned).sum()
-        assert found.moved == pytest.approx(float(squares.sum()))
-        assert found.moved_low == pytest.approx(float(squares[base].sum()))
+        assert (result.entries, result.base, result.tuned) == (45, base.sum(), tuned.sum())
+        assert result.both == (base & tuned).sum()
+        assert result.moved == pytest.approx(float(squares.sum()))
+        assert result.moved_low == pytest.approx(float(squares[base].sum()))
 
 
 def test_where_nothing_is_pruned_or_changed_there_is_nothing_to_say():
     nothing = torch.zeros(4, 4, dtype=torch.bool)
-    found = overlap(nothing, nothing)
-    assert found.cosine == 1
-    assert all(math.isnan(v) for v in (found.kappa, found.iou, found.iou_chance, found.revived))
-    assert math.isnan(found.delta_low)
+    result = overlap(nothing, nothing)
+    assert result.cosine == 1
+    assert all(math.isnan(v) for v in (result.kappa, result.iou, result.iou_chance, result.revived))
+    assert math.isnan(result.delta_low)
     assert math.isnan(overlap(~nothing, ~nothing).cosine)
 
 
@@ -153,8 +153,11 @@ def test_the_freer_the_pattern_the_more_magnitude_it_keeps(seed):
     everything = torch.cat(tensors)
     by_pattern = [
         kept_mass(everything, lowest(everything, 0.5)),
-        sum((kept_mass(each, lowest(each, 0.5)) for each in tensors), Mass()),
-        *(sum((kept_mass(each, kept_by(each, m // 2, m)) for each in tensors), Mass()) for m in (8, 4, 2)),
+        sum((kept_mass(tensor, lowest(tensor, 0.5)) for tensor in tensors), Mass()),
+        *(
+            sum((kept_mass(tensor, kept_by(tensor, m // 2, m)) for tensor in tensors), Mass())
+            for m in (8, 4, 2)
+        ),
     ]
     for freer, stricter in itertools.pairwise(by_pattern):
         assert freer.kept_l1 >= stricter.kept_l1 - 1e-9
@@ -163,7 +166,7 @@ def test_the_freer_the_pattern_the_more_magnitude_it_keeps(seed):
 
 def test_shares_of_magnitude_by_hand():
     weights = torch.tensor([[3.0, -1.0], [0.0, -4.0]])
-    found = kept_mass(weights, torch.tensor([[False, True], [True, False]]))
-    assert found.kept_l1 == pytest.approx(7 / 8)
-    assert found.kept_l2 == pytest.approx(25 / 26)
+    mass = kept_mass(weights, torch.tensor([[False, True], [True, False]]))
+    assert mass.kept_l1 == pytest.approx(7 / 8)
+    assert mass.kept_l2 == pytest.approx(25 / 26)
     assert math.isnan(kept_mass(torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.bool)).kept_l1)

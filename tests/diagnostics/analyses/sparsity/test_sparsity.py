@@ -54,8 +54,8 @@ def quick(pair, task=ROWS[:20], keep=None, **settings):
 
 def curve(result, model, *, pattern="magnitude", role="task", regime="zero_shot"):
     table = result.tables["curve"]
-    own = table[(table["model"] == model) & (table["pattern"] == pattern) & (table["role"] == role)]
-    return own[own["regime"] == regime].set_index("sparsity")["value"]
+    rows = table[(table["model"] == model) & (table["pattern"] == pattern) & (table["role"] == role)]
+    return rows[rows["regime"] == regime].set_index("sparsity")["value"]
 
 
 def loss_of(directory, model, rows=ROWS):
@@ -125,10 +125,10 @@ def test_a_planted_point_is_found_on_either_side_with_how_far_it_moved(result):
 
 
 def test_what_is_wrong_is_found_by_the_default_policy(result):
-    found = {finding.metric for finding in result.findings()}
+    flagged = {finding.metric for finding in result.findings()}
     # tuned tolerates less than 0.1, and 0.48 less than base; likeness and change are as in the tests below.
-    assert {"dropping_point_tuned", "shift"} <= found
-    assert found <= {"dropping_point_tuned", "shift", "delta_low_at_0_3", "kappa_at_0_3"}
+    assert {"dropping_point_tuned", "shift"} <= flagged
+    assert flagged <= {"dropping_point_tuned", "shift", "delta_low_at_0_3", "kappa_at_0_3"}
 
 
 def test_the_summary_and_the_notes_say_it_with_its_regime(result):
@@ -196,16 +196,16 @@ def test_scopes_share_sparsity_in_their_own_ways(pair):
 def test_a_model_in_memory_is_left_as_it_was(pair):
     base = half_idle()
     before = state_of(base)
-    found = quick(CheckpointPair(base, pair.tuned.ref))
+    result = quick(CheckpointPair(base, pair.tuned.ref))
     assert_same(before, state_of(base))
-    np.testing.assert_allclose(curve(found, "base"), curve(quick(pair), "base"), atol=1e-6)
+    np.testing.assert_allclose(curve(result, "base"), curve(quick(pair), "base"), atol=1e-6)
 
 
 def test_a_run_that_fails_leaves_the_model_as_tuned(pair, monkeypatch):
-    hosts = []
+    entered = []
     enter = TwoSidedModel.__enter__
     monkeypatch.setattr(
-        TwoSidedModel, "__enter__", lambda two_sided: hosts.append(two_sided) or enter(two_sided)
+        TwoSidedModel, "__enter__", lambda two_sided: entered.append(two_sided) or enter(two_sided)
     )
     measure, calls = EncodedTask.measure, []
 
@@ -218,30 +218,32 @@ def test_a_run_that_fails_leaves_the_model_as_tuned(pair, monkeypatch):
     monkeypatch.setattr(EncodedTask, "measure", fails)
     with pytest.raises(RuntimeError, match="in the middle"):
         quick(pair)
-    own = Editable(pair.tuned).model.state_dict()
-    assert all(torch.equal(tensor, own[name]) for name, tensor in hosts[0].model.state_dict().items())
+    tuned_state = Editable(pair.tuned).model.state_dict()
+    assert all(
+        torch.equal(tensor, tuned_state[name]) for name, tensor in entered[0].model.state_dict().items()
+    )
 
 
 def test_the_same_arguments_give_the_same_result_and_batches_change_nothing(pair):
-    one, two = (quick(pair, random=True, patterns=("2:4",)) for _ in range(2))
-    for name in one.tables:
-        pd.testing.assert_frame_equal(one.tables[name], two.tables[name])
+    first, second = (quick(pair, random=True, patterns=("2:4",)) for _ in range(2))
+    for name in first.tables:
+        pd.testing.assert_frame_equal(first.tables[name], second.tables[name])
     small = quick(pair, random=True, patterns=("2:4",), batch_tokens=40)
-    np.testing.assert_allclose(one.tables["curve"]["value"], small.tables["curve"]["value"], atol=1e-5)
+    np.testing.assert_allclose(first.tables["curve"]["value"], small.tables["curve"]["value"], atol=1e-5)
     other = quick(pair, random=True, patterns=("2:4",), seed=1)
-    assert not np.allclose(curve(one, "base", pattern="random"), curve(other, "base", pattern="random"))
-    np.testing.assert_array_equal(curve(one, "base"), curve(other, "base"))
+    assert not np.allclose(curve(first, "base", pattern="random"), curve(other, "base", pattern="random"))
+    np.testing.assert_array_equal(curve(first, "base"), curve(other, "base"))
 
 
 def test_a_checkpoint_against_itself_has_not_moved(pair):
-    found = quick(CheckpointPair(pair.base.ref, pair.base.ref))
-    m = found.metrics
+    result = quick(CheckpointPair(pair.base.ref, pair.base.ref))
+    m = result.metrics
     assert m["dropping_point_base"] == m["dropping_point_tuned"]
     assert (m["shift"], m["shift_low"], m["shift_high"]) == (0, 0, 0)
     assert m["kappa_at_0_3"] == pytest.approx(1)
     assert m["revived_at_0_3"] == 0
     assert "delta_low_at_0_3" not in m
-    assert "change" not in found.figures()
+    assert "change" not in result.figures()
 
 
 # --- the grid ---
@@ -260,10 +262,10 @@ def test_at_most_four_further_evaluations_refine_a_curve(pair):
 
 
 def test_zero_is_always_measured_and_random_pruning_shares_it(pair):
-    found = quick(pair, grid=(0.3, 0.6, 0.9), random=True)
-    assert list(curve(found, "base").index) == [0, 0.3, 0.6, 0.9]
-    assert curve(found, "base", pattern="random")[0.0] == curve(found, "base")[0.0]
-    assert found.metrics["evaluations"] == 2 * (4 + 3)
+    result = quick(pair, grid=(0.3, 0.6, 0.9), random=True)
+    assert list(curve(result, "base").index) == [0, 0.3, 0.6, 0.9]
+    assert curve(result, "base", pattern="random")[0.0] == curve(result, "base")[0.0]
+    assert result.metrics["evaluations"] == 2 * (4 + 3)
 
 
 def test_random_pruning_hurts_where_that_of_small_weights_does_not(result):
@@ -277,59 +279,59 @@ def test_random_pruning_hurts_where_that_of_small_weights_does_not(result):
 def test_where_random_pruning_costs_nothing_either_it_is_said(pair):
     # Any letter is as good as any other where all seven are completions of one row each.
     rows = [{"text": letter} for letter in LETTERS]
-    found = quick(pair, rows, grid=(0.0, 0.02, 0.04, 0.06), random=True, tolerance=0.9)
-    assert any("random pruning of 0.02 stays within the tolerance too" in note for note in found.notes)
+    result = quick(pair, rows, grid=(0.0, 0.02, 0.04, 0.06), random=True, tolerance=0.9)
+    assert any("random pruning of 0.02 stays within the tolerance too" in note for note in result.notes)
 
 
 # --- what rows can tell ---
 
 
 def test_too_few_rows_withhold_the_point_and_say_how_many_would_do(pair):
-    found = quick(CheckpointPair(pair.base.ref, pair.base.ref), guessed(half_idle(), 20))
-    points = found.tables["points"]
+    result = quick(CheckpointPair(pair.base.ref, pair.base.ref), guessed(half_idle(), 20))
+    points = result.tables["points"]
     # One row of 20 is 5 points: 1 point needs (1.96 / 20 / 0.01)² x 20 = 1921 rows at the least.
     assert not points["decided"].any()
     assert points["dropping_point"].isna().all()
-    assert found.metrics["rows_needed"] >= 1921
+    assert result.metrics["rows_needed"] >= 1921
     assert not {"dropping_point_base", "dropping_point_tuned", "robust_point_base", "shift"} & set(
-        found.metrics
+        result.metrics
     )
-    assert "dropping_point_tuned" in not_measured(found, default_policy())
-    notes = "\n".join(found.notes)
+    assert "dropping_point_tuned" in not_measured(result, default_policy())
+    notes = "\n".join(result.notes)
     assert re.search(
         r"tuned, task rows, zero-shot: withheld\. 20 rows measure the drop to within .* tolerance is 0\.01",
         notes,
     )
     assert "The dropping point of base is withheld; its layers are shown at 0.5" in notes
     assert "No shift between base and tuned is given" in notes
-    assert "are needed" in found.summary()
+    assert "are needed" in result.summary()
 
 
 def test_accuracy_is_absolute_and_the_default_of_choices(pair):
     rows = guessed(half_idle(), 60)
-    found = quick(pair, rows, tolerance=0.2)
-    assert found.metrics["value_base"] == found.metrics["value_tuned"] == 1  # the model's own answers
-    points = found.tables["points"].set_index("model")
+    result = quick(pair, rows, tolerance=0.2)
+    assert result.metrics["value_base"] == result.metrics["value_tuned"] == 1  # the model's own answers
+    points = result.tables["points"].set_index("model")
     assert set(points["metric"]) == {"accuracy"}
     assert (points["rule"] == "0.2 absolute").all()
     assert (points["allowed"] == 0.2).all()
-    assert found.metrics["dropping_point_base"] == 0.4
+    assert result.metrics["dropping_point_base"] == 0.4
     assert "perplexity_ratio_2_4_base" not in quick(pair, rows, tolerance=0.2, patterns=("2:4",)).metrics
 
 
 def test_accuracy_of_texts_is_the_share_of_tokens_that_are_the_likeliest(pair):
     model, right, count = half_idle(), 0, 0
     texts = [
-        text[: 4 + place % 9] for place, text in enumerate(ROWS)
+        text[: 4 + index % 9] for index, text in enumerate(ROWS)
     ]  # a long text counts more than a short one
     for text in texts:
         ids = torch.tensor([[0, *(1 + LETTERS.index(letter) for letter in text)]])
         with torch.no_grad():
             right += int((model(input_ids=ids).logits[0, :-1].argmax(-1) == ids[0, 1:]).sum())
         count += len(text)
-    found = quick(pair, texts, metric="accuracy", tolerance=0.1)
-    assert found.metrics["value_base"] == pytest.approx(right / count)
-    assert set(found.tables["points"]["metric"]) == {"accuracy"}
+    result = quick(pair, texts, metric="accuracy", tolerance=0.1)
+    assert result.metrics["value_base"] == pytest.approx(right / count)
+    assert set(result.tables["points"]["metric"]) == {"accuracy"}
     # Perplexity is of the loss, whatever the metric.
     assert "perplexity_ratio_2_4_base" in quick(pair, texts, metric="accuracy", patterns=("2:4",)).metrics
 
@@ -341,10 +343,10 @@ def test_a_loss_is_tolerated_as_a_share_of_itself(result):
 
 def test_the_estimates_are_those_of_the_curve_in_the_table(result):
     for row in result.tables["points"].to_dict("records"):
-        own = curve(result, row["model"])
-        values = -own.to_numpy()
+        series = curve(result, row["model"])
+        values = -series.to_numpy()
         alone = estimate_dropping_point(
-            own.index.to_numpy(dtype=float), values, np.repeat(values[None], 100, 0), tolerance=0.01,
+            series.index.to_numpy(dtype=float), values, np.repeat(values[None], 100, 0), tolerance=0.01,
             relative=True, step=0.1, rows=len(ROWS),
         )  # fmt: skip
         assert (row["dropping_point"], row["until"]) == (alone.paper.at, alone.paper.until)
@@ -353,54 +355,54 @@ def test_the_estimates_are_those_of_the_curve_in_the_table(result):
 
 
 def test_a_curve_that_does_not_fall_within_the_grid_gives_a_lower_bound(pair):
-    found = quick(pair, grid=(0.0, 0.01, 0.015, 0.02))
-    m = found.metrics
+    result = quick(pair, grid=(0.0, 0.01, 0.015, 0.02))
+    m = result.metrics
     assert (m["dropping_point_tuned"], m["reached_tuned"], m["reached_base"]) == (0.02, 0, 0)
     assert "shift" not in m
-    assert "No shift is given: neither side falls within the grid." in found.notes
-    assert "tolerates 0.02 and more" in found.summary()
-    one = quick(pair, grid=(0.0, 0.1, 0.2, 0.3))
-    assert (one.metrics["reached_tuned"], one.metrics["reached_base"]) == (1, 0)
-    assert any("The shift is an upper bound" in note for note in one.notes)
+    assert "No shift is given: neither side falls within the grid." in result.notes
+    assert "tolerates 0.02 and more" in result.summary()
+    wider = quick(pair, grid=(0.0, 0.1, 0.2, 0.3))
+    assert (wider.metrics["reached_tuned"], wider.metrics["reached_base"]) == (1, 0)
+    assert any("The shift is an upper bound" in note for note in wider.notes)
 
 
 def test_keep_rows_have_a_point_of_their_own(pair):
-    found = quick(
+    result = quick(
         pair, keep={"mine": sampled(half_idle(), 30, seed=5), "other": sampled(half_idle(), 30, seed=6)}
     )
-    assert found.metrics["rows_keep"] == 60
-    assert found.metrics["dropping_point_keep_base"] == 0.4
+    assert result.metrics["rows_keep"] == 60
+    assert result.metrics["dropping_point_keep_base"] == 0.4
     alone = [quick(pair, sampled(half_idle(), 30, seed=seed)) for seed in (5, 6)]
-    both = np.mean([curve(one, "base") for one in alone], axis=0)
-    np.testing.assert_allclose(curve(found, "base", role="keep"), both, atol=1e-6)  # each file counts alike
+    both = np.mean([curve(file_result, "base") for file_result in alone], axis=0)
+    np.testing.assert_allclose(curve(result, "base", role="keep"), both, atol=1e-6)  # each file counts alike
 
 
 # --- masks and layers ---
 
 
 def test_the_masks_of_both_sides_are_compared_over_the_grid(pair):
-    found = quick(pair).tables["overlap"].set_index("sparsity")
-    assert list(found.index) == [0.2, 0.3, 0.4, 0.6, 0.8]
+    overlap = quick(pair).tables["overlap"].set_index("sparsity")
+    assert list(overlap.index) == [0.2, 0.3, 0.4, 0.6, 0.8]
     masks = {}
     for side, model in (("base", half_idle()), ("tuned", leaning())):
         flat = torch.cat([weight.detach().abs().flatten() for weight in matrices(model).values()]).numpy()
         masks[side] = np.argsort(np.argsort(flat, kind="stable")) >= round(0.4 * SCOPE)
     cosine = (masks["base"] & masks["tuned"]).sum() / masks["base"].sum()
-    assert found.loc[0.4, "cosine"] == pytest.approx(cosine)
-    assert found.loc[0.4, "cosine_chance"] == pytest.approx(0.6, abs=1e-3)
+    assert overlap.loc[0.4, "cosine"] == pytest.approx(cosine)
+    assert overlap.loc[0.4, "cosine_chance"] == pytest.approx(0.6, abs=1e-3)
     revived = (~masks["base"] & masks["tuned"]).sum() / (~masks["base"]).sum()
-    assert found.loc[0.4, "revived"] == pytest.approx(revived)
+    assert overlap.loc[0.4, "revived"] == pytest.approx(revived)
 
 
 def test_scale_alone_predicts_the_sparsity_of_normal_matrices(tmp_path):
     model = half_idle()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for place, weight in enumerate(matrices(model).values()):
-            weight.copy_((0.5 + place / 10) * torch.randn(weight.shape, generator=generator))
+        for index, weight in enumerate(matrices(model).values()):
+            weight.copy_((0.5 + index / 10) * torch.randn(weight.shape, generator=generator))
     save(tmp_path / "model", model)
-    found = quick(CheckpointPair(tmp_path / "model", tmp_path / "model"), sampled(model, 20), tolerance=0.5)
-    layers = found.tables["layers"]
+    result = quick(CheckpointPair(tmp_path / "model", tmp_path / "model"), sampled(model, 20), tolerance=0.5)
+    layers = result.tables["layers"]
     assert np.ptp(layers["sparsity"]) > 0.1
     # Of 512 weights a share has a standard deviation of at most 0.022, of 128 of 0.044.
     assert (layers["excess"].abs() < 4 * 0.5 / np.sqrt(layers["entries"])).all()
@@ -422,10 +424,10 @@ def test_zeros_that_are_there_already_are_reported(tmp_path):
         for weight in matrices(tuned).values():
             weight[weight.abs() < 1e-3] = 0
     pair = CheckpointPair(save(tmp_path / "base", base), save(tmp_path / "tuned", tuned))
-    found = quick(pair)
-    assert (found.metrics["zeros_base"], found.metrics["zeros_tuned"]) == (0, 0.5)
-    assert any(note.startswith("0.5 of tuned's scope is zero before pruning") for note in found.notes)
-    assert curve(found, "tuned")[0.4] == curve(found, "tuned")[0.0]
+    result = quick(pair)
+    assert (result.metrics["zeros_base"], result.metrics["zeros_tuned"]) == (0, 0.5)
+    assert any(note.startswith("0.5 of tuned's scope is zero before pruning") for note in result.notes)
+    assert curve(result, "tuned")[0.4] == curve(result, "tuned")[0.0]
 
 
 # --- other models ---
@@ -434,21 +436,21 @@ def test_zeros_that_are_there_already_are_reported(tmp_path):
 def test_experts_that_are_never_routed_to_are_warned_of(tmp_path):
     for seed, name in enumerate(("base", "tuned")):
         save(tmp_path / name, make("mixtral", seed))
-    found = quick(CheckpointPair(tmp_path / "base", tmp_path / "tuned"), ["abcdef", "fedcba", "aabbcc"])
-    assert any("never routed to" in note for note in found.notes)
+    result = quick(CheckpointPair(tmp_path / "base", tmp_path / "tuned"), ["abcdef", "fedcba", "aabbcc"])
+    assert any("never routed to" in note for note in result.notes)
     # 5 experts in each of 2 layers, of each three matrices; beside q, k, v and o
-    assert len(found.tables["layers"].query("model == 'tuned'")) == 2 * (5 * 3 + 4)
+    assert len(result.tables["layers"].query("model == 'tuned'")) == 2 * (5 * 3 + 4)
 
 
 def test_the_head_that_base_lacks_is_tuneds_and_said_to_be(tmp_path):
     base, tuned = make("bert_classes", 0), make("bert_classes", 1)
     for name, model in (("base", base.bert), ("tuned", tuned)):
         save(tmp_path / name, model)
-    rows = [{"text": text, "label": place % 3} for place, text in enumerate(["abc", "bca", "cab", "aab"])]
+    rows = [{"text": text, "label": index % 3} for index, text in enumerate(["abc", "bca", "cab", "aab"])]
     pair = CheckpointPair(tmp_path / "base", tmp_path / "tuned")
-    found = quick(pair, rows, metric="loss")
-    assert any(re.search(r"Base lacks \d+ tensors, such as classifier", note) for note in found.notes)
-    assert set(found.tables["layers"]["component"]) == {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj",
+    result = quick(pair, rows, metric="loss")
+    assert any(re.search(r"Base lacks \d+ tensors, such as classifier", note) for note in result.notes)
+    assert set(result.tables["layers"]["component"]) == {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj",
                                                         "down_proj"}  # fmt: skip
 
 
@@ -456,7 +458,7 @@ def test_the_head_that_base_lacks_is_tuneds_and_said_to_be(tmp_path):
 
 
 def test_what_is_left_is_tuned_behind_every_mask_alike(pair, tmp_path):
-    found = quick(
+    result = quick(
         pair,
         sampled(half_idle(), 80),
         finetune_steps=30,
@@ -464,29 +466,29 @@ def test_what_is_left_is_tuned_behind_every_mask_alike(pair, tmp_path):
         grid=(0.0, 0.3, 0.6, 0.8),
         random=True,
     )
-    zero_shot, tuned = (curve(found, "base", regime=each) for each in ("zero_shot", "masked_finetune"))
+    zero_shot, tuned = (curve(result, "base", regime=regime) for regime in ("zero_shot", "masked_finetune"))
     assert tuned[0.6] < zero_shot[0.6] - 0.5  # nats that tuning wins back
     assert list(tuned.index) == [0, 0.3, 0.6, 0.8]
-    control = curve(found, "base", pattern="random", regime="masked_finetune")
+    control = curve(result, "base", pattern="random", regime="masked_finetune")
     assert control[0.0] == tuned[0.0]
     assert control[0.3] != tuned[0.3]
-    assert found.metrics["rows_task"] == 40  # the others were split off
-    assert any("tuned for 30 steps of 32 rows, alike at every sparsity" in note for note in found.notes)
-    regimes = found.tables["points"].set_index(["model", "regime"])
+    assert result.metrics["rows_task"] == 40  # the others were split off
+    assert any("tuned for 30 steps of 32 rows, alike at every sparsity" in note for note in result.notes)
+    regimes = result.tables["points"].set_index(["model", "regime"])
     assert ("base", "masked_finetune") in regimes.index
-    names = [trace.name for trace in found.figures()["task_curve"].data]
+    names = [trace.name for trace in result.figures()["task_curve"].data]
     assert {"base, zero-shot", "tuned, zero-shot", "base, masked fine-tuning"} <= set(names)
 
 
 def test_tuning_behind_a_mask_starts_from_base_every_time(pair):
     # 0.3 is measured behind 0.0 in one run and alone in the other.
     settings = {"finetune_steps": 5, "finetune_lr": 1e-2, "grid": (0.0, 0.3, 0.6, 0.8)}
-    one = quick(pair, **settings)
-    other = quick(pair, **{**settings, "grid": (0.0, 0.3, 0.7, 0.8)})
-    tuned = [curve(each, "base", regime="masked_finetune") for each in (one, other)]
+    first = quick(pair, **settings)
+    second = quick(pair, **{**settings, "grid": (0.0, 0.3, 0.7, 0.8)})
+    tuned = [curve(result, "base", regime="masked_finetune") for result in (first, second)]
     assert tuned[0][0.3] == tuned[1][0.3]
     assert tuned[0][0.8] == tuned[1][0.8]
-    assert curve(one, "tuned")[0.3] == curve(other, "tuned")[0.3]
+    assert curve(first, "tuned")[0.3] == curve(second, "tuned")[0.3]
 
 
 def test_tuning_needs_one_task_and_rows_on_either_side(pair):
@@ -530,11 +532,13 @@ def test_what_cannot_be_asked_is_refused_in_a_line(pair, settings, message):
 def test_usual_patterns_that_do_not_fit_are_left_out_and_said_to_be(tmp_path):
     for seed, name in enumerate(("base", "tuned")):
         save(tmp_path / name, make("llama", seed))  # 28 inputs of the last matrix: 4 divides them, 8 does not
-    found = quick(CheckpointPair(tmp_path / "base", tmp_path / "tuned"), ["abc", "cab", "bba"], patterns=None)
-    assert set(found.tables["patterns"]["pattern"]) == {"1:2", "2:4"}
+    result = quick(
+        CheckpointPair(tmp_path / "base", tmp_path / "tuned"), ["abc", "cab", "bba"], patterns=None
+    )
+    assert set(result.tables["patterns"]["pattern"]) == {"1:2", "2:4"}
     assert any(
         note.startswith("4:8 is not measured: model.layers.0.mlp.down_proj.weight: its 28 inputs are not")
-        for note in found.notes
+        for note in result.notes
     )
 
 
@@ -589,16 +593,16 @@ def test_every_rule_of_the_policy_names_a_metric_and_its_source():
 def test_what_2_4_costs_is_judged_only_where_it_is_to_be_shipped(pair):
     # Half of each four are not the idle half: perplexity grows by far more than 1.5 times.
     for deploy in (False, True):
-        found = quick(pair, patterns=("2:4",), deploy_2_4=deploy)
-        assert found.metrics["perplexity_ratio_2_4_tuned"] > 2
-        severities = {f.metric: f.severity for f in found.findings()}
+        result = quick(pair, patterns=("2:4",), deploy_2_4=deploy)
+        assert result.metrics["perplexity_ratio_2_4_tuned"] > 2
+        severities = {f.metric: f.severity for f in result.findings()}
         assert (severities.get("perplexity_ratio_2_4_tuned") == "fail") == deploy
 
 
 def test_progress_ends_at_its_total(pair):
-    told = []
-    quick(pair, random=True, patterns=("2:4",), progress=lambda *step: told.append(step))
-    done, total, what = told[-1]
+    reports = []
+    quick(pair, random=True, patterns=("2:4",), progress=lambda *step: reports.append(step))
+    done, total, what = reports[-1]
     assert done == total
     assert what == "tuned, random at 0.8"
 

@@ -15,7 +15,7 @@ from tests.diagnostics.chains import constant, save_chain
 
 # Chance of the letter a at each checkpoint; b and c share the rest. Keep rows hold no a.
 CHANCES = (0.3, 0.5, 0.9, 0.88, 0.86, 0.84, 0.82, 0.8, 0.78, 0.76, 0.74, 0.7)
-STEPS = tuple(10 * place for place in range(len(CHANCES)))
+STEPS = tuple(10 * index for index in range(len(CHANCES)))
 TASK = ["aaab", "aaaac", "abaaaa", "aaa"]
 KEEP = ["bcbc", "bbcb", "cc", "bcccb"]
 
@@ -107,13 +107,13 @@ def test_decoupling_is_the_rank_correlation_overall_and_by_thirds(result):
 
 def test_the_way_is_as_long_as_the_weights_say(result, places):
     # Only the head moves: its rows are log-probabilities over √4.
-    heads = [open_checkpoint(place).tensor("lm_head.weight").double().numpy() for place in places]
+    heads = [open_checkpoint(checkpoint).tensor("lm_head.weight").double().numpy() for checkpoint in places]
     lengths = [np.linalg.norm(b - a) for a, b in pairwise(heads)]
-    whole = np.linalg.norm(heads[-1] - heads[0])
-    assert result.metrics["inefficiency"] == pytest.approx(sum(lengths) / whole)
+    distance = np.linalg.norm(heads[-1] - heads[0])
+    assert result.metrics["inefficiency"] == pytest.approx(sum(lengths) / distance)
     path = result.tables["path"]
     assert path["length"].to_numpy()[1:] == pytest.approx(lengths)
-    assert result.metrics["distance"] == pytest.approx(whole)
+    assert result.metrics["distance"] == pytest.approx(distance)
     # The way out and the way back.
     assert path["angle"].iloc[1] < 90 < path["angle"].iloc[3]
 
@@ -124,48 +124,48 @@ def test_relabelled_steps_rescale_times_and_slopes_alone(result, places):
     for name, value in result.metrics.items():
         assert other.metrics[name] == pytest.approx(3 * value if name in times else value), name
     for table in ("troughs", "path"):
-        one, two = result.tables[table], other.tables[table]
+        first, second = result.tables[table], other.tables[table]
         same = [
-            name for name in one.columns if "step" not in name and not name.startswith(("slope", "label"))
+            name for name in first.columns if "step" not in name and not name.startswith(("slope", "label"))
         ]
-        assert one[same].equals(two[same])
+        assert first[same].equals(second[same])
     assert other.tables["troughs"]["slope"].to_numpy() * 3 == pytest.approx(
         result.tables["troughs"]["slope"].to_numpy()
     )
 
 
 def test_a_constant_series_has_depth_0_and_says_that_there_is_no_recovery_and_no_way(places):
-    made = training_trajectory(CheckpointSeries([places[0]] * 4, steps=range(4)), TASK, KEEP)
-    m = made.metrics
+    result = training_trajectory(CheckpointSeries([places[0]] * 4, steps=range(4)), TASK, KEEP)
+    m = result.metrics
     assert (
         m["depth_keep"] == m["depth_keep_nats"] == m["shipped_low"] == m["unrecovered"] == m["distance"] == 0
     )
     assert not {"recovery_keep", "recovery_keep_nats", "inefficiency", "decoupling"} & set(m)
-    assert any("inefficiency is undefined" in note for note in made.notes)
-    assert any("needs 6 checkpoints, and there are 4" in note for note in made.notes)
-    assert any("slopes have no interval" in note for note in made.notes)
-    assert made.summary() == "no keep score ever fell"
-    assert "angles" not in made.figures()
+    assert any("inefficiency is undefined" in note for note in result.notes)
+    assert any("needs 6 checkpoints, and there are 4" in note for note in result.notes)
+    assert any("slopes have no interval" in note for note in result.notes)
+    assert result.summary() == "no keep score ever fell"
+    assert "angles" not in result.figures()
 
 
 def test_what_fell_and_did_not_come_back_fails(places):
-    made = training_trajectory(
+    result = training_trajectory(
         CheckpointSeries([places[0], places[1], places[2], places[2]], steps=range(4)), TASK, KEEP
     )
-    assert made.metrics["recovery_keep_nats"] == pytest.approx(0, abs=1e-6)
-    assert made.metrics["unrecovered"] == 1
-    assert [finding.severity for finding in made.findings()] == ["fail"]
-    assert "did not recover" in made.summary()
+    assert result.metrics["recovery_keep_nats"] == pytest.approx(0, abs=1e-6)
+    assert result.metrics["unrecovered"] == 1
+    assert [finding.severity for finding in result.findings()] == ["fail"]
+    assert "did not recover" in result.summary()
 
 
 def test_rows_with_answers_are_judged_by_whether_they_are_right(places):
-    rows = [{"prompt": "a", "choices": ["b", "a"], "answer": place % 2} for place in range(10)]
-    made = training_trajectory(places[:2] + places[-2:], rows, rows[::2] * 3)
-    lows = made.tables["troughs"].set_index(["role", "measure"])
+    rows = [{"prompt": "a", "choices": ["b", "a"], "answer": index % 2} for index in range(10)]
+    result = training_trajectory(places[:2] + places[-2:], rows, rows[::2] * 3)
+    lows = result.tables["troughs"].set_index(["role", "measure"])
     assert list(lows.loc["keep"]["judged"]) == [True, False]
     # b is the likelier of both at a chance of a of 0.3 (0.35 each), and never again: from all right to none.
-    assert made.metrics["depth_keep"] == 1
-    assert made.metrics["unrecovered"] == 1
+    assert result.metrics["depth_keep"] == 1
+    assert result.metrics["unrecovered"] == 1
 
 
 def test_a_trough_within_its_noise_is_called_that(places, tmp_path):
@@ -173,10 +173,10 @@ def test_a_trough_within_its_noise_is_called_that(places, tmp_path):
     ends = [
         save_chain(tmp_path / str(i), constant(0.4, p, 0.6 - p)) for i, p in enumerate((0.3, 0.35, 0.3, 0.3))
     ]
-    made = training_trajectory(ends, ["a" * 4] * 3, ["b", "c", "b", "c", "cc", "bb", "bc"])
-    assert made.metrics["depth_keep_nats"] > 0
-    assert made.metrics["unrecovered"] == 0
-    assert any("is within noise" in note for note in made.notes)
+    result = training_trajectory(ends, ["a" * 4] * 3, ["b", "c", "b", "c", "cc", "bb", "bc"])
+    assert result.metrics["depth_keep_nats"] > 0
+    assert result.metrics["unrecovered"] == 0
+    assert any("is within noise" in note for note in result.notes)
 
 
 def test_held_out_rows_learnt_after_the_train_rows_are_delayed_generalisation(tmp_path):
@@ -185,17 +185,17 @@ def test_held_out_rows_learnt_after_the_train_rows_are_delayed_generalisation(tm
     learnt, vague = [0.05, 0.9, 0.05], [0.4, 0.3, 0.3]
     run = [[vague] * 4, [vague, learnt, vague, vague]]
     run += [[vague, learnt, learnt, vague], [vague, learnt, learnt, learnt], [learnt] * 4]
-    places = [save_chain(tmp_path / f"step{2 * place}", chain) for place, chain in enumerate(run)]
+    places = [save_chain(tmp_path / f"step{2 * index}", chain) for index, chain in enumerate(run)]
     train = [{"prompt": "a", "completion": "b"}] * 3
     held = [{"prompt": prompt, "completion": "b"} for prompt in ("b", "c", "c", "", "", "")]
-    made = training_trajectory(places, held, train=train)
-    task = made.tables["steps"].query("role == 'task'")["metric"]
+    result = training_trajectory(places, held, train=train)
+    task = result.tables["steps"].query("role == 'task'")["metric"]
     assert task.to_numpy() == pytest.approx([0, 0, 1 / 6, 3 / 6, 1])
-    assert made.metrics["settled_step"] == 2
-    assert made.metrics["rise_after_settling"] == 1
+    assert result.metrics["settled_step"] == 2
+    assert result.metrics["rise_after_settling"] == 1
     # All pairs of the four late points rise.
-    assert made.metrics["delayed_generalisation"] == 1
-    assert "still rises after step 2" in made.summary()
+    assert result.metrics["delayed_generalisation"] == 1
+    assert "still rises after step 2" in result.summary()
     # Learnt with the train rows, nothing is delayed.
     together = training_trajectory([places[0], *places[2:]], held[:1], train=train)
     assert "delayed_generalisation" not in together.metrics
@@ -212,24 +212,24 @@ def test_three_checkpoints_are_too_few_and_it_is_said_after_measuring(places, tm
 def test_while_a_run_goes_on_scores_are_recorded_and_the_way_is_left_out(places, result, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    for place in range(4):
-        model = AutoModelForCausalLM.from_pretrained(places[place])
+    for index in range(4):
+        model = AutoModelForCausalLM.from_pretrained(places[index])
         model.train()
         now = open_checkpoint(model)
-        now.directory = places[place]  # where its tokenizer lies
-        live = RecordedSeries(STEPS[: place + 1], tmp_path / "cache", now)
-        if place < 3:
+        now.directory = places[index]  # where its tokenizer lies
+        live = RecordedSeries(STEPS[: index + 1], tmp_path / "cache", now)
+        if index < 3:
             with pytest.raises(TooShortError):
                 training_trajectory(live, TASK, KEEP)
         assert model.training
-    made = training_trajectory(live, TASK, KEEP)
-    steps = made.tables["steps"]
+    recorded = training_trajectory(live, TASK, KEEP)
+    steps = recorded.tables["steps"]
     meant = result.tables["steps"]
     for role in ("task", "keep"):
-        losses, all_losses = (one[one["role"] == role]["loss"].tolist() for one in (steps, meant))
+        losses, all_losses = (table[table["role"] == role]["loss"].tolist() for table in (steps, meant))
         assert losses == all_losses[:4]
-    assert "path" not in made.tables
-    assert any("does not keep the weights of earlier steps" in note for note in made.notes)
+    assert "path" not in recorded.tables
+    assert any("does not keep the weights of earlier steps" in note for note in recorded.notes)
 
 
 def test_a_checkpoint_without_a_finite_loss_is_passed_over_and_named(places, tmp_path):
@@ -242,20 +242,20 @@ def test_a_checkpoint_without_a_finite_loss_is_passed_over_and_named(places, tmp
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "broken" / name).write_bytes((places[2] / name).read_bytes())
     series = CheckpointSeries([*places[:2], tmp_path / "broken", *places[3:6]], steps=range(6))
-    made = training_trajectory(series, TASK, KEEP)
-    assert made.tables["steps"].query("step == 2")["loss"].isna().all()
+    result = training_trajectory(series, TASK, KEEP)
+    assert result.tables["steps"].query("step == 2")["loss"].isna().all()
     # The lowest of those that are left: a at 0.88.
-    assert made.metrics["depth_keep_nats"] == pytest.approx(keep_loss(0.88) - keep_loss(0.3), abs=1e-5)
-    assert any("keep rows have no finite loss at 2" in note for note in made.notes)
-    assert any("lm_head.weight holds 16 NaN or infinite values" in note for note in made.notes)
-    assert "path" not in made.tables
+    assert result.metrics["depth_keep_nats"] == pytest.approx(keep_loss(0.88) - keep_loss(0.3), abs=1e-5)
+    assert any("keep rows have no finite loss at 2" in note for note in result.notes)
+    assert any("lm_head.weight holds 16 NaN or infinite values" in note for note in result.notes)
+    assert "path" not in result.tables
 
 
 def test_of_many_rows_as_many_are_scored_as_asked_for_and_other_rows_anew(places, tmp_path):
     for count in (7, 6):
         series = CheckpointSeries(places[:4], cache=tmp_path / "cache")
-        made = training_trajectory(series, TASK * 5, rows=count)
-        assert set(made.tables["steps"]["rows"]) == {count}
+        result = training_trajectory(series, TASK * 5, rows=count)
+        assert set(result.tables["steps"]["rows"]) == {count}
     assert len(list((tmp_path / "cache").glob("scores.*.npz"))) == 8
 
 

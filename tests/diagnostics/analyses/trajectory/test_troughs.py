@@ -47,11 +47,11 @@ def test_scores_that_only_rise_have_no_trough():
 @given(curve, st.floats(0.1, 100), st.floats(-50, 50))
 def test_relabelling_the_steps_rescales_times_and_nothing_else(scores, scale, shift):
     steps = np.arange(len(scores), dtype=float)
-    one, other = trough(steps, scores), trough(scale * steps + shift, scores)
-    assert (one.index, one.depth) == (other.index, other.depth)
-    assert one.recovery == pytest.approx(other.recovery, nan_ok=True)
-    assert other.steps_down == pytest.approx(scale * one.steps_down, abs=1e-9)
-    assert other.steps_up == pytest.approx(scale * one.steps_up, abs=1e-9, nan_ok=True)
+    plain, relabelled = trough(steps, scores), trough(scale * steps + shift, scores)
+    assert (plain.index, plain.depth) == (relabelled.index, relabelled.depth)
+    assert plain.recovery == pytest.approx(relabelled.recovery, nan_ok=True)
+    assert relabelled.steps_down == pytest.approx(scale * plain.steps_down, abs=1e-9)
+    assert relabelled.steps_up == pytest.approx(scale * plain.steps_up, abs=1e-9, nan_ok=True)
     first, second = slope(steps, scores), slope(scale * steps + shift, scores)
     assert second.value * scale == pytest.approx(first.value, abs=1e-6)
     assert second.low * scale == pytest.approx(first.low, abs=1e-6)
@@ -82,8 +82,8 @@ def test_the_slope_is_the_median_over_pairs_of_points(scores):
 
 def test_the_interval_of_four_points_is_all_that_their_pairs_say_and_of_three_there_is_none():
     # Slopes between pairs: 2, 1, 1, 0, 0.5, 1; by chance 4 points are in order once in 24 arrangements.
-    found = slope(np.arange(4.0), np.array([0.0, 2, 2, 3]))
-    assert (found.low, found.high) == (0.0, 2.0)
+    estimate = slope(np.arange(4.0), np.array([0.0, 2, 2, 3]))
+    assert (estimate.low, estimate.high) == (0.0, 2.0)
     rising = slope(np.arange(4.0), np.array([0.0, 1, 2, 4]))
     assert rising.low > 0
     assert math.isnan(slope(np.arange(3.0), np.array([0.0, 1, 2])).low)
@@ -97,7 +97,7 @@ def test_a_falling_point_among_five_leaves_the_rise_sure_and_two_do_not():
 
 def test_thirds_hold_every_checkpoint_once_and_the_last_third_at_least_two():
     for count in range(4, 20):
-        places = [place for part in thirds(count).values() for place in range(count)[part]]
+        places = [index for part in thirds(count).values() for index in range(count)[part]]
         assert places == list(range(count))
     assert [len(range(count)[last_third(count)]) for count in (4, 6, 9, 10, 12, 13)] == [2, 2, 3, 4, 4, 5]
 
@@ -109,11 +109,11 @@ def test_rank_correlation_is_that_of_the_ranks(scores):
     def ranks(values):
         return np.array([(values < v).sum() + ((values == v).sum() - 1) / 2 for v in values])
 
-    found = rank_correlation(scores, other)
+    correlation = rank_correlation(scores, other)
     if np.ptp(scores) == 0:
-        assert math.isnan(found)
+        assert math.isnan(correlation)
     else:
-        assert found == pytest.approx(np.corrcoef(ranks(scores), ranks(other))[0, 1], abs=1e-9)
+        assert correlation == pytest.approx(np.corrcoef(ranks(scores), ranks(other))[0, 1], abs=1e-9)
 
 
 def test_three_points_correlate_with_nothing():

@@ -1,0 +1,73 @@
+"""The filed cases of pairs that are not what they seem: no update, rounding alone, unusable weights.
+
+The makers lie in `shared/cases` beside the repository, with what is right.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from diagnostics import checkpoint_integrity
+from probes import CheckpointPair
+
+CASES = Path(__file__).parents[3] / "shared" / "cases"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Makes a case: `made("no_update")` gives its directory."""
+    if not CASES.is_dir():
+        pytest.skip(f"NO CASES IN {CASES}, so none of the filed pairs was tried")
+    folder = tmp_path_factory.mktemp("cases")
+
+    def make(name):
+        out = folder / name
+        if not out.exists():
+            out.mkdir()
+            subprocess.run(
+                [sys.executable, CASES / f"{name}.py", out], check=True, capture_output=True, cwd=folder
+            )
+        return out
+
+    return make
+
+
+def findings(pair):
+    result = checkpoint_integrity(pair)
+    return {finding.metric: finding.severity for finding in result.findings()}
+
+
+@pytest.mark.parametrize("tuned", ["same", "zeros"])
+def test_a_model_without_an_update_was_not_tuned(made, tuned):
+    case = made("no_update")
+    assert findings(CheckpointPair(case / "base", case / tuned)) == {"nothing_tuned": "fail"}
+
+
+def test_rounding_alone_is_no_update(made):
+    case = made("rounded")
+    assert findings(CheckpointPair(case / "base", case / "cast")) == {"nothing_tuned": "fail"}
+
+
+def test_entries_that_moved_are_counted_without_those_that_were_rounded(made):
+    case = made("rounded")
+    result = checkpoint_integrity(CheckpointPair(case / "base", case / "tuned"))
+    table = result.tables["compared"]
+    assert 2300 < table["changed"].sum() < 2460  # a step below a half unit of bfloat16 cannot be seen
+    assert table[~table["tensor"].str.contains("mlp")]["changed"].sum() == 0
+    assert result.findings() == []
+
+
+@pytest.mark.parametrize(
+    ("tuned", "metric"),
+    [("nan-head", "nonfinite_tuned"), ("embed-empty", "unusable_tuned"), ("mlp-empty", "unusable_tuned")],
+)
+def test_an_unusable_model_never_passes(made, tuned, metric):
+    case = made("unusable")
+    assert findings(CheckpointPair(case / "base", case / tuned)).get(metric) == "fail"
+
+
+def test_a_changed_function_is_a_warning(made):
+    case = made("config_rope")
+    assert findings(CheckpointPair(case / "base", case / "tuned")) == {"function_changes": "warn"}
