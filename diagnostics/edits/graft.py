@@ -11,6 +11,7 @@ from typing import Any
 
 from diagnostics.edits.merge_check import check_graft
 from diagnostics.edits.trail import write_trail
+from diagnostics.evaluation.one_function import refuse_two_functions
 from probes import CheckpointPair
 from probes.checkpoints.lineage import adapter_notes
 from probes.checkpoints.mask_file import Patch, write_graft
@@ -69,12 +70,14 @@ def graft(
         progress: called with (done, total, name).
 
     Raises:
+        NotApplicableError: base and tuned have configurations that give two functions.
         InputError: the mask is missing, damaged or of another pair; `out` is occupied or cannot be written.
     """
     out, mask = Path(out).expanduser(), Path(mask).expanduser()
     refuse_occupied(out)
     patch = Patch.load(mask)
     pair = CheckpointPair(base, tuned)
+    refuse_two_functions(pair, instead="a graft of the two would be neither, and nothing was written")
     patch.check(pair, str(mask))
     written = write_graft(pair, patch, out, without=without, progress=progress)
     notes, alone, lost = [], written.alone, written.lost
@@ -84,8 +87,7 @@ def graft(
         notes.append(f"{len(lost)} tensors that tuned lacks were left out, such as {lost[0]}.")
     if written.widened:
         notes.append(
-            f"{len(written.widened)} tensors are written in base's wider dtype, which keeps them exact; load "
-            "them with that dtype."
+            f"{len(written.widened)} tensors are written in base's wider dtype, which keeps them exact."
         )
     if pair.tuned.kind == "adapter":
         notes.append("The adapter was merged: the mask selects merged weights, and full weights are written.")

@@ -11,6 +11,7 @@ from typing import Any
 
 from diagnostics.edits.merge_check import check_merge
 from diagnostics.edits.trail import write_trail
+from diagnostics.evaluation.one_function import refuse_two_functions
 from probes import CheckpointPair
 from probes.checkpoints.blend import write_blend
 from probes.checkpoints.lineage import adapter_notes
@@ -29,6 +30,7 @@ class InterpolatedCheckpoint:
     tensors: int  # number of tensors that differ
     displacement: float  # Frobenius norm of tuned − base over these
     notes: tuple[str, ...]
+    base_at_0: bool = True  # whether the model at alpha 0 is base, in every tensor and its dtype
 
     def describe(self) -> dict[str, Any]:
         """The attributes as plain values, as in the JSON file next to the weights."""
@@ -36,9 +38,10 @@ class InterpolatedCheckpoint:
 
     def summary(self) -> str:
         """One sentence for the terminal."""
+        base = "base" if self.base_at_0 else "base but for what the notes name"
         return (
-            f"Wrote the model at alpha {self.alpha:g} (0 is base, 1 is tuned): {self.tensors} tensors differ "
-            f"between the two, by a norm of {self.displacement:.4g}."
+            f"Wrote the model at alpha {self.alpha:g} (0 is {base}, 1 is tuned): {self.tensors} tensors "
+            f"differ between the two, by a norm of {self.displacement:.4g}."
         )
 
 
@@ -61,8 +64,8 @@ def interpolate(
     >>> interpolate(BUNDLED / "base", BUNDLED / "full", 0.5, "halfway").tensors
     28
 
-    Computed in float64 and rounded once, to the dtype of tuned. 0 and 1 copy base and tuned, bit for bit
-    when their dtypes are equal. A tensor that base lacks, such as a new head, is tuned's at every α.
+    Computed in float64 and rounded once, to the dtype that holds both sides. 0 and 1 copy base and tuned, the
+    latter in its own dtype. A tensor that base lacks, such as a new head, is tuned's at every α.
 
     Args:
         base, tuned: the pair, as `CheckpointPair` takes it.
@@ -71,6 +74,7 @@ def interpolate(
         progress: called with (done, total, name).
 
     Raises:
+        NotApplicableError: base and tuned have configurations that give two functions.
         InputError: an alpha outside [0, 1], weights that are not finite, an `out` that is occupied or cannot
             be written.
     """
@@ -79,23 +83,28 @@ def interpolate(
     out = Path(out).expanduser()
     refuse_occupied(out)
     pair = CheckpointPair(base, tuned)
+    refuse_two_functions(pair, instead="copy base or tuned as it is; nothing was written")
     blend = write_blend(pair, out, alpha, progress=progress)
     notes = []
     if blend.alone:
         notes.append(f"{len(blend.alone)} tensors that base lacks come from tuned, such as {blend.alone[0]}.")
     for ours, theirs in dict.fromkeys(pair.resized.values()):
         notes.append(f"The vocabulary went from {ours} to {theirs} rows: " + _resized(ours, theirs))
+    lost = [tensor.tensor for tensor in pair.unmatched if tensor.tuned_shape is None]
+    if lost:
+        notes.append(f"{len(lost)} tensors that tuned lacks were left out, such as {lost[0]}.")
+    base_at_0 = not notes
     if pair.base.dtype != pair.tuned.dtype:
         notes.append(
-            f"Base is {pair.base.dtype}, tuned {pair.tuned.dtype}: the result is rounded once, to "
-            "the dtype of tuned."
+            f"Base is {pair.base.dtype}, tuned {pair.tuned.dtype}: below alpha 1 weights are written in a "
+            "dtype that holds both exactly."
         )
     if pair.tuned.kind == "adapter":
         notes.append("The adapter was merged: its factors are not linear in alpha; full weights are written.")
     notes += adapter_notes(pair.base, pair.tuned)
     interpolated = InterpolatedCheckpoint(
         out=out, alpha=float(alpha), tensors=len(blend.squares),
-        displacement=math.sqrt(sum(blend.squares.values())), notes=tuple(notes),
+        displacement=math.sqrt(sum(blend.squares.values())), notes=tuple(notes), base_at_0=base_at_0,
     )  # fmt: skip
     write_trail(out / TRAIL, pair, interpolated.describe(), merge=check_merge(pair, out, alpha))
     return interpolated

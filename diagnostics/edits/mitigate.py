@@ -18,6 +18,7 @@ from torch import Tensor
 from diagnostics.analyses.intruders.damping import Mode, applied, by_tensor, choose, damp
 from diagnostics.edits.merge_check import check_merge
 from diagnostics.edits.trail import write_trail
+from diagnostics.evaluation.one_function import refuse_two_functions
 from diagnostics.execution import jobs
 from probes import CheckpointPair
 from probes.adapters.adapter import Adapter
@@ -169,6 +170,7 @@ def mitigate(
         progress: called with (done, total, name), for the search and then for the writing.
 
     Raises:
+        NotApplicableError: mode `update`, and configurations that give two functions.
         InputError: a parameter out of range; checkpoints that cannot be opened or are not related; an adapter
             that cannot hold the edit; `out` is occupied or cannot be written.
     """
@@ -180,6 +182,7 @@ def mitigate(
         raise InputError(f"{pair.tuned.ref}: holds full weights, which cannot be written as an adapter")
     full = pair.tuned.kind == "full" or bool(full)
     if mode == "update":
+        refuse_two_functions(pair, instead="modes top and all edit tuned alone, under its own config.json")
         triples, edits, notes = _scale_update(pair, out, scale, full, progress)
     else:
         triples, edits, notes = _scale_triples(
@@ -239,7 +242,9 @@ def _scale_triples(
         write_adapter(pair.tuned, out, refitted.tensors)
     cosines = intruders.tables["vectors"].set_index(["matrix", "rank"])[["cosine_low", "cosine_high"]]
     nearest: dict[Any, Any] = cosines.to_dict("index")
-    norms = intruders.tables["matrices"].set_index("matrix")["update_norm"]
+    # Where no matrix of these parts was changed, none was measured.
+    measured = intruders.tables["matrices"].set_index("matrix")
+    norms: Any = measured["update_norm"] if damped else {}
     triples, edited = [], []
     for name, (edit, values) in damped.items():
         matrix = pair.matrices[name]

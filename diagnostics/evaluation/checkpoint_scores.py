@@ -6,7 +6,7 @@ the n-th set, one number a row, and `score.{n}.missing`, the reason if there are
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +20,7 @@ from diagnostics.numerics.estimates import Estimate, combined
 from probes.checkpoints.checkpoint import Checkpoint
 from probes.errors import InputError
 from probes.models.editable import Editable
-from probes.models.loading import memory_of
+from probes.models.loading import Loading, context_of, memory_of
 from probes.passes.batched import NonFiniteError
 from probes.text.rows import Task
 
@@ -35,6 +35,15 @@ class ScoringOptions(RowOptions):
         """A checkpoint as a model; one in memory keeps its dtype and device."""
         in_memory = {"device": None, "dtype": None} if memory_of(checkpoint) is not None else {}
         return Editable(checkpoint, **(self.of_models | in_memory))
+
+    def cut_alike(self, checkpoints: Sequence[Checkpoint]) -> "ScoringOptions":
+        """These options, with rows as long as every checkpoint takes: all score the same tokens."""
+        first, *others = (checkpoint.config for checkpoint in checkpoints)
+        if all(config == first for config in others):
+            return self
+        loading = Loading(None, None, None, self.trust_remote_code)
+        lengths = [self.max_length, *(context_of(loading.config(checkpoint)) for checkpoint in checkpoints)]
+        return replace(self, max_length=min((n for n in lengths if n is not None), default=None))
 
     def encode(self, editable: Editable, task: Task) -> EncodedTask:
         """A task as token ids of a model."""

@@ -50,7 +50,7 @@ def pinned_note(pinned: Sequence[str]) -> list[str]:
     if not pinned:
         return []
     first = f"{len(pinned)} tensors that base lacks, such as {pinned[0]}"
-    return [f"{first}, are tuned's at every alpha, alpha 0 included."]
+    return [f"{first}, are tuned's at every alpha: alpha 0 is base but for these."]
 
 
 def only_tuned_note(two_sided: TwoSidedModel) -> list[str]:

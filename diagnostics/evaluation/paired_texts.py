@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from diagnostics.evaluation.likelihoods import NOTHING, ExampleScores, greedy, score_texts
+from diagnostics.evaluation.one_function import apart_notes
 from diagnostics.evaluation.tokenizers import bos_notes, common_tokenizer
 from diagnostics.execution.workers import open_side
 from probes.checkpoints.pair import Side as PairSide
@@ -109,6 +110,7 @@ def read_sets(
     options = replace(options, max_length=length)
     tokenizers = {"base": runnable.base_tokenizer, "tuned": runnable.tokenizer}
     shared, vocabulary, remarks = common_tokenizer(*tokenizers.values(), approximate=options.approximate)
+    remarks += apart_notes(runnable.pair)
     lacking_bos: list[str] = []
     if shared is not None:
         tokenizers = {"base": shared, "tuned": shared}

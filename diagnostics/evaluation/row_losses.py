@@ -5,7 +5,7 @@ log-probability of the right choice or class; one unit a row.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,7 @@ class EncodedTask:
     mask_id: int | None
     batch_tokens: int
     notes: tuple[str, ...]  # on rows that were cut, and on rows with nothing to score
+    labels: tuple[str, ...] = ()  # names of a classifier's classes, in the order that `classes` counts
 
     @property
     def unit(self) -> str:
@@ -55,6 +56,14 @@ class EncodedTask:
     def truncated(self) -> int:
         """Number of rows that were cut."""
         return len({example.row for example in self.examples if example.truncated})
+
+    def under(self, editable: Editable) -> "EncodedTask":
+        """The same rows for another model, which may number the same classes in another order."""
+        order = {str(name).casefold(): index for index, name in enumerate(editable.labels)}
+        names = [str(name).casefold() for name in self.labels]
+        if editable.labels == self.labels or order.keys() != set(names):
+            return self
+        return replace(self, classes=tuple(order[names[index]] for index in self.classes))
 
     def measure(self, model: Any) -> Losses:
         """The losses under a model; a `NonFiniteError` names the row of logits that are not finite."""
@@ -125,6 +134,7 @@ def encoded(
     return EncodedTask(
         task=task, examples=examples, batch_tokens=batch_tokens,
         classes=tuple(class_ids(task, editable.labels)) if classifier else (),
+        labels=tuple(editable.labels),
         mask_id=tokenizer.mask_token_id if editable.kind == "masked" else None,
         notes=encoding_notes(task, examples, tokenizer),
     )  # fmt: skip

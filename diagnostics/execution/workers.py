@@ -70,7 +70,8 @@ def two_sided_on_workers(
     two_sided: TwoSidedModel, build: Callable[[TwoSidedModel], Object]
 ) -> WorkerObject[Object] | None:
     """As `pair_on_workers`, built from a two-sided model with this one's pair and loading."""
-    return pair_on_workers(two_sided.pair, two_sided.editable.loading, partial(_open_host, build=build))
+    open_host = partial(_open_host, build=build, apart=bool(two_sided.changes))
+    return pair_on_workers(two_sided.pair, two_sided.editable.loading, open_host)
 
 
 def run_calls(
@@ -138,9 +139,11 @@ def _open_pair(pair: CheckpointPair, loading: Loading) -> RunnablePair:
     return RunnablePair(pair, **vars(loading))
 
 
-def _open_host(pair: CheckpointPair, loading: Loading, *, build: Callable[[TwoSidedModel], Object]) -> Object:
-    trust = loading.trust_remote_code
-    return build(TwoSidedModel(pair, device=loading.device, dtype=loading.dtype, trust_remote_code=trust))
+def _open_host(
+    pair: CheckpointPair, loading: Loading, *, build: Callable[[TwoSidedModel], Object], apart: bool
+) -> Object:
+    options = {name: getattr(loading, name) for name in ("device", "dtype", "trust_remote_code")}
+    return build(TwoSidedModel(pair, **options, apart=apart))
 
 
 def _measure_batch(

@@ -19,8 +19,8 @@ from probes.errors import InputError
 from probes.files.layout import Header, Matrix
 from probes.files.sources import Source
 from probes.naming.align import without_wrappers
+from probes.naming.architecture import architecture_of
 from probes.naming.lookup import Lookup, probe
-from probes.naming.tied import transposed_experts
 
 GROW = (
     "Resize the base as in training (`base.resize_token_embeddings(N)`), save it and give that as base, or "
@@ -297,7 +297,8 @@ class TargetSearch:
         if not stacked:
             return False
         transposed = self.targets.transposed_stacks
-        module_says = transposed_experts(self.base_config)
+        architecture = architecture_of(self.base_config)
+        module_says = None if architecture is None else architecture.transposed_experts
         version = self.config.get("peft_version")
         first = first_in_a(version, transposed if module_says is None else module_says)
         if first is None:

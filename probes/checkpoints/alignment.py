@@ -119,11 +119,21 @@ def used_tensors(checkpoint: Checkpoint) -> list[str]:
     ]
 
 
-def is_head(name: str) -> bool:
-    """Whether a tensor belongs to what predicts the labels of a task, or the next token."""
+def is_head(name: str, checkpoint: Checkpoint | None = None) -> bool:
+    """Whether a tensor belongs to what predicts the labels of a task, or the next token.
+
+    By its name, or, with a checkpoint, because transformers keeps it outside the body of the model.
+    """
     module = name.rpartition(".")[0] or name
-    outside = not re.search(families.BLOCK, name)
-    return outside and any(re.search(pattern, module) for pattern in (families.HEAD, families.UNEMBEDDING))
+    if re.search(families.BLOCK, name):
+        return False
+    if any(re.search(pattern, module) for pattern in (families.HEAD, families.UNEMBEDDING)):
+        return True
+    structure = None if checkpoint is None else checkpoint.structure
+    if structure is None or checkpoint is None or not structure.body:
+        return False
+    parameter = parameters_of(checkpoint)[name]
+    return parameter in structure.parameters and not parameter.startswith(structure.body)
 
 
 def is_tied(checkpoint: Checkpoint, other: Checkpoint, name: str) -> bool:

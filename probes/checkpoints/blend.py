@@ -37,9 +37,10 @@ class Blend:
 def write_blend(
     pair: CheckpointPair, out: str | Path, alpha: float, *, progress: Progress | None = None
 ) -> Blend:
-    """Write base + α (tuned − base) of every tensor as full weights, under the names and dtypes of tuned.
+    """Write base + α (tuned − base) of every tensor as full weights, under the names of tuned.
 
-    0 gives the base's values, 1 the tuned ones, both bit for bit where the dtypes agree.
+    0 gives the base's values, 1 the tuned ones, both exactly: at 1 the dtypes are tuned's, elsewhere those
+    that hold both sides.
 
     Raises:
         InputError: `out` is occupied or cannot be written, or weights are not finite.
@@ -47,8 +48,13 @@ def write_blend(
     """
     done = Blend()
     blender = Blender(pair)
+    headers = pair.tuned.headers
+    wider = {name: dtype for name, dtype in blender.dtypes.items() if dtype != headers[name].dtype}
+    dtypes = wider if alpha != 1 else {}
 
     def change(name: str, stored: Tensor) -> Tensor:
+        if name in dtypes:
+            stored = stored.to(torch.promote_types(stored.dtype, dtypes[name]))
         value, square = blender.between(name, stored, alpha)
         if square is None:
             done.alone.append(name)
@@ -56,7 +62,7 @@ def write_blend(
             done.squares[name] = square
         return value
 
-    write_checkpoint(pair.tuned, out, change, progress=progress)
+    write_checkpoint(pair.tuned, out, change, dtypes=dtypes, progress=progress)
     return done
 
 

@@ -1,6 +1,7 @@
 """A checkpoint: headers are read when it is opened, a tensor when it is asked for."""
 
 import hashlib
+import json
 import pickle
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
@@ -200,10 +201,10 @@ class Checkpoint:
         return isinstance(self.source, Adapter) and self.source.touched(self._find(name))
 
     def stamp(self) -> str:
-        """Changes when the files or a given tokenizer do; reads no tensor of a file."""
-        if self.tokenizer is None:
-            return self.source.stamp()
-        text = f"{self.source.stamp()} {_tokenizer_text(self.tokenizer)}"
+        """Changes when weights, config.json or a given tokenizer do; reads no tensor of a file."""
+        text = f"{self.source.stamp()} {json.dumps(dict(self.config), sort_keys=True, default=str)}"
+        if self.tokenizer is not None:
+            text += f" {_tokenizer_text(self.tokenizer)}"
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     @cached_property

@@ -20,7 +20,7 @@ from probes.errors import InputError
 from probes.files.layout import Header
 from probes.files.reparametrised import resolve
 from probes.files.sources import Source, fingerprint
-from probes.naming.architecture import stored_names
+from probes.naming.architecture import names_of_model
 
 KNOWN = "an nn.Module, a PeftModel, a TransformerLens model or a state dict"
 
@@ -121,7 +121,7 @@ def _module(model: nn.Module, ref: str, tensors: Mapping[str, Tensor]) -> Checkp
         if name in kept and original in kept and _location(kept[name]) == _location(kept[original]):
             del kept[name]  # the copy that transformers leaves out when it saves
     config = _config(model)
-    state = resolve(StateSource(kept, where=ref), ref, partial(stored_names, config))
+    state = resolve(StateSource(kept, where=ref), ref, partial(names_of_model, config))
     saved = hasattr(model, "save_pretrained") and "transformers" in _libraries(model)
     return Checkpoint(ref, _as_saved(model, state) if saved else state, config)
 

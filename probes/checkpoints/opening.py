@@ -15,7 +15,7 @@ from probes.files.quantised import refuse_quantised
 from probes.files.reparametrised import resolve
 from probes.files.sources import Source
 from probes.files.untrusted import confined, one_line, read_json
-from probes.naming.architecture import stored_names
+from probes.naming.architecture import names_of_model
 
 
 def open_checkpoint(
@@ -62,7 +62,7 @@ def _open(ref: str, path: Path, base: "Checkpoint | str | Path | None") -> Check
         settings = directory / "config.json"
         config = read_json(confined(settings, directory)) if settings.is_file() else {}
         lone_file = path.is_file() and not config
-        weights = resolve(open_files(path), ref, partial(stored_names, config))
+        weights = resolve(open_files(path), ref, partial(names_of_model, config))
         checkpoint = Checkpoint(ref, weights, config, directory=None if lone_file else directory)
         refuse_empty(checkpoint)
     checkpoint.opened, checkpoint.reopen = (path.absolute(), weights.stamp()), _reopened

@@ -239,7 +239,7 @@ class CheckpointPair:
                 continue
             if ours is not None:
                 shapes[name] = f"{name} ({_size(ours)} in base, {_size(header)} in tuned)"
-            elif name in self._in_another_form or (name in self._extra and not is_head(name)):
+            elif name in self._in_another_form or (name in self._extra and not is_head(name, self.tuned)):
                 lacking.append(name)
         if shapes or lacking:
             used = used_tensors(self.tuned)
@@ -292,7 +292,11 @@ class CheckpointPair:
         missing = [
             name
             for name in self._missing
-            if (is_tied(self.tuned, self.base, name) if is_head(name) else self._has_neighbours(name))
+            if (
+                is_tied(self.tuned, self.base, name)
+                if is_head(name, self.base)
+                else self._has_neighbours(name)
+            )
         ]
         return [name for name in (*tied, *missing) if name in used]
 

@@ -10,6 +10,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -54,19 +55,21 @@ def write_checkpoint(
         out: a directory that does not exist yet, or is empty.
         change: from a tensor's name and value to its new value, of the same shape; called in any order. A
             tensor that it returns unchanged is copied byte for byte.
-        dtypes: of tensors that are written in another dtype than the source's.
+        dtypes: of tensors that are written in another dtype than the source's; config.json then names the
+            widest, or `from_pretrained` would round them.
 
     Raises:
         InputError: `out` is a file, is not empty or cannot be written; the disk is full; a change gives
             another shape, or NaN or infinite values.
     """
-    other = dtypes or {}
+    tied = {name: matrix.tensor for matrix in source.matrices.values() for name in matrix.tied}
+    other = dict(dtypes or {})
+    other |= {name: other[kept] for name, kept in tied.items() if kept in other}
     shards = {
         file: [replace(header, dtype=other.get(header.name, header.dtype)) for header in headers]
         for file, headers in _plan(source).items()
     }
     total, done = sum(map(len, shards.values())), 0
-    tied = {name: matrix.tensor for matrix in source.matrices.values() for name in matrix.tied}
 
     def value(name: str) -> Tensor:
         nonlocal done
@@ -91,7 +94,8 @@ def write_checkpoint(
             _write(directory / file, headers, value)
         if len(shards) > 1:
             _write_json(directory / _INDEX, _index(source, shards))
-        _carry(source, directory)
+        changed_dtypes = [dtype for name, dtype in other.items() if dtype != source.headers[name].dtype]
+        _carry(source, directory, reduce(torch.promote_types, changed_dtypes) if changed_dtypes else None)
     return Path(out)
 
 
@@ -156,8 +160,12 @@ def _index(source: Checkpoint, shards: Mapping[str, list[Header]]) -> dict[str, 
     }
 
 
-def _carry(source: Checkpoint, out: Path) -> None:
-    """Copy the other files of the directory; an adapter's own tokenizer replaces its base's."""
+def _carry(source: Checkpoint, out: Path, dtype: torch.dtype | None = None) -> None:
+    """Copy the other files of the directory; an adapter's own tokenizer replaces its base's.
+
+    Args:
+        dtype: that config.json must name, in place of its own.
+    """
     model = source
     while model.base is not None:
         model = model.base
@@ -175,8 +183,21 @@ def _carry(source: Checkpoint, out: Path) -> None:
     )
     if before != after and config.get("vocab_size") == before:
         config["vocab_size"] = after
+    if dtype is not None and config:
+        config = _named_dtype(config, str(dtype).removeprefix("torch."))
     if config and (config != model.config or not (out / "config.json").exists()):
         _write_json(out / "config.json", config)
+
+
+def _named_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """A config.json that names a dtype, as do the parts that named one."""
+    parts = {
+        name: _named_dtype(part, dtype)
+        for name, part in config.items()
+        if isinstance(part, Mapping) and not {"dtype", "torch_dtype"}.isdisjoint(part)
+    }
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+    return {**config, **parts, **dict.fromkeys(keys, dtype)}
 
 
 def companion_files(directory: Path) -> Iterator[str]:

@@ -72,13 +72,15 @@ def spectral_normed(original: Tensor, u: Tensor, v: Tensor) -> Tensor:
     return original / max(sigmas, key=lambda sigma: abs(float(sigma)))
 
 
-def resolve(source: Source, where: str, own: Callable[[], Collection[str]] = tuple) -> Source:
+def resolve(
+    source: Source, where: str, own: Callable[[Collection[str]], Collection[str]] = lambda names: ()
+) -> Source:
     """A source whose reparametrised weights are those that the model uses; itself, if it has none.
 
     Args:
         where: names the checkpoint in messages.
-        own: the names that the model's architecture has by itself, asked for only if needed: those of
-            wav2vec 2.0 hold a weight norm that is part of it.
+        own: which of a file's names the model's architecture has by itself, asked only if there is need:
+            wav2vec 2.0 has a weight norm that is part of it.
 
     Raises:
         InputError: a parametrization that the file does not suffice to compute.
@@ -86,7 +88,7 @@ def resolve(source: Source, where: str, own: Callable[[], Collection[str]] = tup
     groups = _groups(source.headers)
     if not groups:
         return source
-    architecture = set(own())
+    architecture = set(own([part for parts in groups.values() for part in parts.values()]))
     groups = {name: parts for name, parts in groups.items() if architecture.isdisjoint(parts.values())}
     recipes = [_recipe(name, parts, source.headers, where) for name, parts in groups.items()]
     return Resolved(source, recipes) if recipes else source

@@ -26,7 +26,8 @@ from probes.models.loading import Loading
 HARMLESS = frozenset({
     # names, versions and where code is found
     "_name_or_path", "name_or_path", "transformers_version", "_commit_hash", "architectures", "auto_map",
-    "tokenizer_class", "finetuning_task", "task_specific_params", "unsloth_version", "unsloth_fixed",
+    "tokenizer_class", "finetuning_task", "task_specific_params", "prefix", "unsloth_version",
+    "unsloth_fixed",
     # precision, caching, and how the same is computed
     "dtype", "torch_dtype", "use_bfloat16", "use_cache", "cache_implementation", "num_logits_to_keep",
     "gradient_checkpointing", "chunk_size_feed_forward", "pretraining_tp", "deterministic_flash_attn",
@@ -62,8 +63,12 @@ LENGTHS = frozenset({"max_position_embeddings", "original_max_position_embedding
 STEPS = frozenset({
     "time_step_min", "time_step_max", "time_step_floor", "time_step_scale", "time_step_init_scheme",
 })  # fmt: skip
-# Positions start behind the padding, whose id tells where that ends.
-POSITIONS_FROM_PADDING = re.compile(r"create_position_ids_from_input_ids|padding_idx ?\+")
+# Every configuration had them once, and was written with them; off, they are as good as not there.
+OLDER_DEFAULTS = ("is_decoder", "add_cross_attention", "tie_encoder_decoder", "cross_attention_hidden_size")
+# Fields that a message lists.
+SHOWN = 4
+# The id of the padding decides which position a token has: in RoBERTa, or in a table with a row of zeros.
+POSITIONS_FROM_PADDING = re.compile(r"create_position_ids_from_input_ids|padding_idx ?\+|emb\[padding_idx")
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,17 @@ def function_changes(base: Checkpoint, tuned: Checkpoint) -> tuple[ConfigChange,
     return tuple(change for change in config_changes(base, tuned) if change.changes_function)
 
 
+def differing(changes: Sequence[ConfigChange]) -> str:
+    """The first of some changes as the beginning of a message; the others as a number.
+
+    >>> print(differing([ConfigChange("rms_norm_eps", 1e-6, 1e-5, True)]))
+    base and tuned differ in rms_norm_eps (1e-06 and 1e-05)
+    """
+    shown, more = changes[:SHOWN], len(changes) - SHOWN
+    listed = ", ".join(map(str, shown)) + (f" and {more} more" if more > 0 else "")
+    return f"base and tuned differ in {listed}"
+
+
 def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
@@ -162,6 +178,9 @@ def _completed(config: dict[str, Any]) -> dict[str, Any]:
         config["n_inner"] = 4 * config["n_embd"]
     if "rope_type" in config:
         config.pop("type", None)  # its older name
+    for name in OLDER_DEFAULTS:
+        if not config.get(name):
+            config.pop(name, None)
     return config
 
 
@@ -174,7 +193,7 @@ def _compared(
         ours, theirs = base.get(name), tuned.get(name)
         if ours == theirs:
             continue
-        if name != "id2label" and any(isinstance(value, dict) for value in (ours, theirs)):
+        if name not in HARMLESS | {"id2label"} and any(isinstance(value, dict) for value in (ours, theirs)):
             parts = [value if isinstance(value, dict) else {} for value in (ours, theirs)]
             around = (*inside, (base, tuned))
             yield from _compared(*parts, sides=sides, inside=around, prefix=f"{prefix}{name}.")

@@ -69,6 +69,7 @@ class Editable:
             raise InputError(
                 f"{checkpoint.ref}: has reparametrised weights, which cannot be edited; {REMEDY}"
             )
+        self._headers = checkpoint.headers
         self._names = shared_tensors(self._view, checkpoint, align_checkpoints(self._view, checkpoint))
         self._refuse_unreached()
         # PEFT would round at every step: as its file would be, an adapter is rounded once.
@@ -118,8 +119,22 @@ class Editable:
     @cached_property
     def held(self) -> frozenset[str]:
         """The floating tensors of the checkpoint that the model uses."""
-        headers = self.checkpoint.headers
-        return frozenset(name for name in self._names if headers[name].dtype.is_floating_point)
+        return frozenset(name for name in self._names if self._headers[name].dtype.is_floating_point)
+
+    def named_as(self, other: Checkpoint) -> "Editable":
+        """The same running model, its tensors under the names of another checkpoint of the architecture.
+
+        Only `held`, `write` and `slots` are; tensors of another shape have no name.
+        """
+        named = copy.copy(self)
+        named.__dict__.pop("held", None)
+        running, headers = self._view.headers, other.headers
+        names = shared_tensors(self._view, other, align_checkpoints(self._view, other))
+        named._headers = headers
+        named._names = {
+            name: held for name, held in names.items() if headers[name].shape == running[held].shape
+        }
+        return named
 
     def write(self, name: str, value: Tensor) -> None:
         """Write a tensor of the checkpoint into the model, in the model's dtype; skip one that it lacks."""

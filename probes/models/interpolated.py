@@ -144,6 +144,8 @@ class InterpolatedModel:
             name for name in wanted if self._alphas.get(name, 1.0) == wanted[name]
         }
         self._rewrite({name: value for name, value in wanted.items() if name in moving})
+        in_both = self.two_sided.in_both
+        self.two_sided.vocabulary.cut = all(wanted[name] == 0 for name in in_both) and bool(in_both)
 
     def between(self, name: str, alpha: float) -> Shaped[Tensor, "..."]:
         """A tensor at α; an exact copy at both ends."""
@@ -187,7 +189,10 @@ class InterpolatedModel:
         self._write(name, _between(base, tuned, alpha))
 
     def _write(self, name: str, value: Tensor) -> None:
+        vocabulary = self.two_sided.vocabulary
+        cut = vocabulary.cut  # a perturbed base is one still
         self.two_sided.changed([name])
+        vocabulary.cut = cut
         self.two_sided.editable.write(name, value)
 
 

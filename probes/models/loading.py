@@ -32,10 +32,11 @@ from probes.text.batches import out_of_memory
 
 Kind = Literal["causal", "classifier", "masked"]
 
-AUTO: dict[Kind, str] = {
-    "causal": "AutoModelForCausalLM",
-    "classifier": "AutoModelForSequenceClassification",
-    "masked": "AutoModelForMaskedLM",
+# A vision-language model is run on text alone, as its language model.
+AUTO: dict[Kind, tuple[str, ...]] = {
+    "causal": ("AutoModelForCausalLM", "AutoModelForImageTextToText"),
+    "classifier": ("AutoModelForSequenceClassification",),
+    "masked": ("AutoModelForMaskedLM",),
 }
 # Endings of transformers' class names, and PEFT's names for tasks.
 ENDINGS: dict[Kind, tuple[str, ...]] = {
@@ -178,8 +179,12 @@ class Loading:
         ref = checkpoint.ref
         config = self.config(checkpoint, brought=brought)
         if config.is_encoder_decoder:
-            raise InputError(f"{ref}: has an encoder and a decoder; only {HEADS} is run")
-        auto = getattr(transformers, AUTO[kind])
+            raise InputError(
+                f"{ref}: has an encoder and a decoder; only {HEADS} is run (weights alone are compared and "
+                "edited all the same)"
+            )
+        autos = [getattr(transformers, name) for name in AUTO[kind]]
+        auto = next((auto for auto in autos if type(config) in auto._model_mapping), autos[0])
         stored = checkpoint.config
         own_code = type(config) not in auto._model_mapping
         if own_code and not self.trust_remote_code:
@@ -199,6 +204,8 @@ class Loading:
                 classes = auto._model_mapping[type(config)]
                 model_class = classes[0] if isinstance(classes, tuple) else classes
                 model, info = model_class.from_pretrained(None, state_dict=tensors, dtype=dtype, **options)
+        if model.main_input_name != "input_ids":
+            raise InputError(f"{ref}: is {checkpoint.architecture}, which runs on no text without an image")
         missing = sorted(set(info["missing_keys"]) - set(brought))
         if missing:
             more = f" and {len(missing) - 1} more" if missing[1:] else ""

@@ -17,6 +17,7 @@ from probes.checkpoints.checkpoint import Checkpoint
 from probes.checkpoints.opening import open_checkpoint
 from probes.checkpoints.pair import CheckpointPair, Side
 from probes.models import loading as load
+from probes.models.config_changes import function_changes
 from probes.models.loading import Kind, Loading, Runnable, device_of, dtype_of, kind_of, tokenizer_of
 
 
@@ -123,9 +124,7 @@ class RunnablePair:
     @cached_property
     def context(self) -> int | None:
         """Most tokens of a sequence on both sides; None if neither has a limit."""
-        sides = (self.pair.base, self.pair.tuned)
-        lengths = [load.context_of(self.loading.config(side)) for side in sides]
-        return min((length for length in lengths if length is not None), default=None)
+        return common_context(self.pair, self.loading)
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
@@ -166,8 +165,17 @@ class RunnablePair:
         return runnable
 
 
+def common_context(pair: CheckpointPair, loading: Loading) -> int | None:
+    """Most tokens of a sequence on both sides of a pair; None if neither has a limit."""
+    sides = (pair.tuned,) if pair.base.config == pair.tuned.config else (pair.base, pair.tuned)
+    lengths = [load.context_of(loading.config(side)) for side in sides]
+    return min((length for length in lengths if length is not None), default=None)
+
+
 def _switchable(pair: CheckpointPair) -> bool:
     """Whether switching adapters off and on gives both sides bit for bit."""
+    if function_changes(pair.base, pair.tuned):
+        return False
     if pair._child:
         return pair.base.base is None and _undone(pair.tuned)
     adapters = [side for side in (pair.base, pair.tuned) if side.base is not None]

@@ -4,7 +4,6 @@ The model is built on the meta device, without weights. transformers is imported
 """
 
 import json
-import re
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -21,12 +20,19 @@ class Architecture:
     Attributes:
         parameters, buffers: by the names in its state dict; of the buffers those that are saved.
         tied: parameters that are another one, by name.
+        body: prefix of what is in the model before its head; "" where it is not told apart.
     """
 
     parameters: Mapping[str, Header]
     buffers: Mapping[str, Header]
     tied: Mapping[str, str]
+    body: str
     _model: Any = field(repr=False, compare=False)
+
+    @property
+    def transposed_experts(self) -> bool:
+        """Whether a module of stacked experts says `is_transposed`: it holds (experts, in, out)."""
+        return any(getattr(module, "is_transposed", False) for module in self._model.modules())
 
     def loaded(self, stored: Collection[str]) -> dict[str, tuple[str, str]]:
         """What transformers calls the tensors of a file when it loads them.
@@ -56,8 +62,12 @@ class Architecture:
             if parameter not in state and name in state:
                 parameter, pattern = rename_source_key(name, [], [], prefix, state)
             renamed = parameter if pattern is None else apply_renamings(name, renamings)
-            if pattern is not None and parameter.startswith(f"{prefix}."):
-                renamed = f"{prefix}.{renamed.removeprefix(f'{prefix}.')}"
+            if pattern is not None:  # part of a parameter: with the prefix that the parameter got or lost
+                bare, _ = rename_source_key(name, renamings, converters)
+                if parameter == f"{prefix}.{bare}":
+                    renamed = parameter.removesuffix(bare) + renamed
+                elif bare == f"{prefix}.{parameter}":
+                    renamed = renamed.removeprefix(f"{prefix}.")
             names[name] = (renamed, parameter) if parameter in state else (name, name)
         return names
 
@@ -81,30 +91,34 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture | None:
     return _built(text)
 
 
-def stored_names(config: Mapping[str, Any]) -> set[str]:
-    """The names that a model's own tensors have in files, with the old spelling of weight norms.
+def names_of_model(config: Mapping[str, Any], stored: Collection[str]) -> list[str]:
+    """Those of a file's names under which the model of a config.json has a tensor, by today's spelling.
 
-    >>> stored_names({})
-    set()
+    >>> names_of_model({"model_type": "gpt2", "n_layer": 1}, ["wte.weight", "h.0.attn.c_attn.weight_mask"])
+    ['wte.weight']
     """
     structure = architecture_of(config)
-    names = {*structure.parameters, *structure.buffers} if structure else set()
-    spelling = re.compile(r"\.parametrizations\.weight\.original([01])$")
-    old = {spelling.sub(lambda match: f".weight_{'gv'[int(match[1])]}", name) for name in names}
-    return names | old
+    if structure is None:
+        return []
+    tensors = {*structure.parameters, *structure.buffers}
+    return [name for name, (_, parameter) in structure.loaded(stored).items() if parameter in tensors]
 
 
 @lru_cache(maxsize=8)
 def _built(text: str) -> Architecture | None:
     import torch
+    from transformers.utils import logging
 
-    config = json.loads(text, object_hook=_number)
-    with warnings.catch_warnings(), torch.device("meta"):
-        warnings.simplefilter("ignore")
-        try:
+    config, level = json.loads(text, object_hook=_number), logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=()), torch.device("meta"):
+            warnings.simplefilter("ignore")
             model = _model(config)
-        except Exception:  # a config that transformers cannot build anything from says nothing of names
-            return None
+    except Exception:  # a config that transformers cannot build anything from says nothing of names
+        return None
+    finally:
+        logging.set_verbosity(level)
     return None if model is None else _read(model)
 
 
@@ -130,6 +144,7 @@ def _read(model: Any) -> Architecture:
         parameters={name: header for name, header in headers.items() if name in inside},
         buffers={name: header for name, header in headers.items() if name not in inside},
         tied=dict(model.all_tied_weights_keys),
+        body=f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix or "-") else "",
         _model=model,
     )
 

@@ -23,17 +23,21 @@ from diagnostics.analyses.mitigation import control
 from diagnostics.analyses.mitigation.figures import draw
 from diagnostics.core.analysis import DeviceTest, Result, analysis
 from diagnostics.core.row_options import RowOptions
+from diagnostics.evaluation.one_function import apart_notes
 from diagnostics.evaluation.row_losses import EncodedTask, Losses
 from diagnostics.evaluation.sets import SetKey, encode_sets, load_sets, set_notes
 from diagnostics.execution import jobs, workers
 from diagnostics.numerics import row_bootstrap
+from diagnostics.numerics.estimates import UNDEFINED
 from probes import CheckpointPair
 from probes.checkpoints.adapter_refit import Edit
 from probes.checkpoints.blend import Blender
 from probes.errors import InputError
 from probes.files.layout import Part
+from probes.models.config_changes import ConfigChange, differing, function_changes
 from probes.models.editable import Editable
-from probes.models.loading import Loading
+from probes.models.loading import Loading, kind_of
+from probes.models.runnable import common_context
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,6 +86,8 @@ def summary(result: Result) -> str:
     text += f"{m['task_gain_nats']:+.3g} on the task; "
     if not m["edited"]:
         return f"{text}no intruder to damp"
+    if result.tables["modes"].empty:
+        return f"{text}no control lies between two functions"
     row = best(result.tables["modes"])
     gain = f"({row['over_control_nats']:+.3g}, {row['over_control_low_nats']:.3g} to "
     gain += f"{row['over_control_high_nats']:.3g})"
@@ -121,8 +127,10 @@ def judged_mitigation(
 ) -> Result:  # fmt: skip
     """Measure retention and task loss for every mode of `mitigate` and for two controls.
 
-    Weights are those that `mitigate` writes, computed in float64 and rounded once; an adapter is merged.
-    Every file of a role has the same weight. Only strengths below 1 are candidates.
+    Weights are those that `mitigate` writes, computed in float64 and rounded once; an adapter is merged. Base
+    is base's own model. Every file of a role has the same weight. Only strengths below 1 are candidates.
+    Where the configurations of base and tuned give two functions, no scaled update lies between them: the
+    modes are measured without that control, and none is recommended.
 
     Args:
         pair: base and tuned.
@@ -169,21 +177,24 @@ def judged_mitigation(
     _check(scales, margin, draws)
     loaded = load_sets({"task": task, "keep": keep}, least=2, purpose="judging a mitigation")
     editable = Editable(pair.tuned, **options.of_models)
+    editable.context = common_context(pair, editable.loading)
     sets = encode_sets(editable, loaded, **options.of_rows)
     # The search for intruders may take long: rows are checked first.
     plan = DampingPlan.of(pair, k=k, epsilon=epsilon, parts=parts, device=options.device, progress=progress)
     evaluator = DampingEvaluator(plan, editable, sets, progress)
-    evaluator.measure([("update", scale) for scale in sorted({0.0, 1.0, *scales})])
+    between = () if plan.config_changes else scales
+    evaluator.measure([("update", scale) for scale in sorted({0.0, 1.0, *between})])
     for mode in plan.ranks:
         evaluator.measure([(mode, scale) for scale in sorted(set(scales))])
     comparison = evaluator.compare(draws=draws, seed=seed)
-    matching = comparison.matching()
+    matching = [] if plan.config_changes else comparison.matching()
     if matching:  # the deciding points of the control are measured, not interpolated
         evaluator.measure([("update", scale) for scale in matching])
         comparison = evaluator.compare(draws=draws, seed=seed)
     curve = comparison.curve(plan, margin)
+    compared = () if plan.config_changes else plan.ranks
     modes = pd.DataFrame(
-        [candidates(curve, mode).nlargest(1, "over_control_low_nats").iloc[0] for mode in plan.ranks],
+        [candidates(curve, mode).nlargest(1, "over_control_low_nats").iloc[0] for mode in compared],
         columns=curve.columns,
     ).reset_index(drop=True)
     metrics = comparison.metrics() | {
@@ -224,6 +235,7 @@ class DampingPlan:
     factors: Mapping[str, Mapping[int, tuple[Tensor, ...]]]  # (u, s vᵀ) by matrix and rank
     intruders: int
     notes: tuple[str, ...]
+    config_changes: tuple[ConfigChange, ...] = ()  # of the configurations, that give two functions
 
     @classmethod
     def of(
@@ -250,7 +262,11 @@ class DampingPlan:
             )
         if ranks and ranks["top"] == ranks["all"]:
             notes.append("No matrix has more than one intruder: modes top and all are the same.")
-        if pair.unmatched:
+        changes = function_changes(pair.base, pair.tuned)
+        if changes:
+            notes += apart_notes(pair)
+            notes.append("No scaled update lies between two functions: the modes are without a control.")
+        elif pair.unmatched:
             first = pair.unmatched[0]
             notes.append(
                 f"{len(pair.unmatched)} tensors differ in more than their values, such as {first.tensor} "
@@ -262,7 +278,13 @@ class DampingPlan:
         calls = (partial(_factors, pair, name, sorted(needed[name]), device) for name in needed)
         factors = dict(zip(needed, jobs.run_jobs(calls, device=device), strict=True))
         intruders = int(search_result.metrics.get("intruders", 0))
-        return cls(pair, Blender(pair), ranks, factors, intruders, tuple(notes))
+        return cls(pair, Blender(pair), ranks, factors, intruders, tuple(notes), changes)
+
+    @property
+    def own_base(self) -> bool:
+        """Whether strength 0 of the whole update, in a model of tuned's, is not base."""
+        rounded = self.pair.base.dtype != self.pair.tuned.dtype and not self.pair.unmatched
+        return bool(self.config_changes) or (rounded and kind_of(self.pair.base) == kind_of(self.pair.tuned))
 
     def edits(self, mode: Mode, scale: float) -> list[Edit]:
         """The edits of a mode other than `update`."""
@@ -317,8 +339,22 @@ class DampingEvaluator:
 
     def at(self, point: tuple[Mode, float]) -> dict[SetKey, Losses]:
         """The losses of every set at one point."""
+        if point == ("update", 0.0) and self.plan.own_base:
+            return self._at_base()
         with self.editable.holding(*self.plan.changes(*point)) as model:
             return {key: encoded.measure(model) for key, encoded in self.sets.items()}
+
+    def _at_base(self) -> dict[SetKey, Losses]:
+        """The losses of base's own model."""
+        loading = {name: getattr(self.editable.loading, name) for name in MODEL_OPTIONS}
+        base = Editable(self.plan.pair.base, **loading)
+        if base.kind != self.editable.kind:
+            differ = differing(self.plan.config_changes)
+            raise InputError(
+                f"{self.plan.pair.base.ref}: is a {base.kind} model, tuned is {self.editable.kind}, and "
+                f"{differ}: base cannot run as what tuned is"
+            )
+        return {key: encoded.under(base).measure(base.model) for key, encoded in self.sets.items()}
 
     def _key(self, mode: Mode, scale: float) -> Any:
         ranks = self.plan.ranks.get(mode, {})
@@ -352,7 +388,10 @@ class DampingEvaluator:
             np.mean([self._accuracy(key, losses) for key in self.sets if key[0] == "task"])
             for losses in self.losses
         ]
-        return ModeComparison(points=tuple(self.points), accuracy=np.array(accuracy), counts=counts, **roles)
+        return ModeComparison(
+            points=tuple(self.points), accuracy=np.array(accuracy), counts=counts,
+            controlled=not self.plan.config_changes, **roles,
+        )  # fmt: skip
 
     def _accuracy(self, key: SetKey, losses: Mapping[SetKey, Losses]) -> float:
         right = losses[key].right
@@ -375,10 +414,13 @@ class DampingEvaluator:
         ).sort_values(["role", "set", "mode", "scale"], kind="stable", ignore_index=True)  # fmt: skip
 
 
+MODEL_OPTIONS = ("device", "dtype", "trust_remote_code")
+
+
 def _on_worker(
     pair: CheckpointPair, loading: Loading, *, plan: DampingPlan, sets: Mapping[SetKey, EncodedTask]
 ) -> DampingEvaluator:
-    options = {name: getattr(loading, name) for name in ("device", "dtype", "trust_remote_code")}
+    options = {name: getattr(loading, name) for name in MODEL_OPTIONS}
     return DampingEvaluator(plan, Editable(pair.tuned, **options), sets, None)
 
 
@@ -395,6 +437,7 @@ class ModeComparison:
     keep: Float[np.ndarray, "draws points"]
     accuracy: Float[np.ndarray, " points"]
     counts: Mapping[str, int]
+    controlled: bool = True  # whether the points hold the scaled update between base and tuned
 
     @property
     def base(self) -> int:
@@ -413,6 +456,11 @@ class ModeComparison:
     def advantage(self) -> control.ControlComparison:
         """Keep loss of the control minus that of each point."""
         strengths = np.array([scale if mode == "update" else math.nan for mode, scale in self.points])
+        if not self.controlled:
+            nothing = np.full(len(strengths), math.nan)
+            return control.ControlComparison(
+                gains=(UNDEFINED,) * len(strengths), strength=nothing, short=nothing
+            )
         return control.advantage(self.task, self.keep, strengths, self.searched())
 
     def matching(self) -> list[float]:

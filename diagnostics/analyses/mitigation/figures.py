@@ -34,6 +34,8 @@ def draw_retention(curve: pd.DataFrame, result: Result, sets: pd.DataFrame = NO_
     if (curve["mode"] != "update").any():
         mode = "A mode keeps" if result.metrics.get("recommended", 0) else "No mode surely keeps"
         title = f"{mode} more than scaling the whole update, at the same task loss"
+    if uncontrolled(curve):
+        title = "Damping intruders: what it keeps, and what it costs on the task"
     task, keep = (unit_of(sets, role) for role in ("task", "keep"))
     figure = theme.figure(title, f"task loss below base's, {task}", f"keep loss below tuned's, {keep}", 520)
     ends = curve[(curve["mode"] == "update") & curve["scale"].isin([0.0, 1.0])].set_index("scale")
@@ -43,7 +45,7 @@ def draw_retention(curve: pd.DataFrame, result: Result, sets: pd.DataFrame = NO_
     for mode, style in STYLES.items():
         part = curve[curve["mode"] == mode]
         sizes = np.where(part["recommended"], 2 * style.size, style.size)
-        if len(part):
+        if len(part) and not (mode == "update" and uncontrolled(curve)):
             line(figure, part, "gained", "retained_nats", style, hover, marker_size=sizes)
     arrow = {"showarrow": True, "arrowhead": 0, "ax": 24, "ay": -24}
     for scale, row in ends.iterrows():
@@ -51,6 +53,12 @@ def draw_retention(curve: pd.DataFrame, result: Result, sets: pd.DataFrame = NO_
         figure.add_annotation(text="tuned" if scale else "base", **at, **arrow)
     # Amplified far enough, any direction ruins a model: that must not press the rest into a corner.
     return figure.update_xaxes(range=reach(curve, "gained")).update_yaxes(range=reach(curve, "retained_nats"))
+
+
+def uncontrolled(curve: pd.DataFrame) -> bool:
+    """Whether no scaled update was measured, because base and tuned are two functions."""
+    modes = curve[curve["mode"] != "update"]
+    return bool(len(modes)) and bool(modes["over_control_nats"].isna().all())
 
 
 def reach(curve: pd.DataFrame, column: str) -> list[float]:
@@ -67,7 +75,7 @@ def draw_over_control(
     curve: pd.DataFrame, result: Result, sets: pd.DataFrame = NO_SETS
 ) -> "go.Figure | None":
     """What each mode keeps beyond the control at the same task loss, by strength, with intervals."""
-    if (curve["mode"] == "update").all():
+    if (curve["mode"] == "update").all() or uncontrolled(curve):
         return None
     margin = float(result.parameters["margin"])
     damped = curve[(curve["scale"] < 1) & (curve["mode"] != "update")]

@@ -11,12 +11,14 @@ import numpy as np
 from jaxtyping import Float
 
 from diagnostics.analyses.ood.tables import token_ratios
+from diagnostics.core.analysis import plain
 from diagnostics.core.inputs import task_from
 from diagnostics.evaluation.paired_texts import PairedText, TextOptions, read_sets
 from diagnostics.numerics import detection_metrics
 from diagnostics.store.files import replacing, to_json
 from probes import CheckpointPair
 from probes.errors import InputError
+from probes.models.config_changes import function_changes
 from probes.models.runnable import RunnablePair
 from probes.text.rows import Task
 
@@ -156,8 +158,10 @@ class LikelihoodRatioDetector:
         text_options = {name: getattr(self.text_options, name) for name in TEXT_PARAMETERS}
         record = {
             "schema": SCHEMA,
-            "base": {"ref": base.ref, "fingerprint": base.fingerprint()},
-            "tuned": {"ref": tuned.ref, "fingerprint": tuned.fingerprint()},
+            **{
+                side: {"ref": model.ref, "fingerprint": model.fingerprint(), "config": plain(model.config)}
+                for side, model in (("base", base), ("tuned", tuned))
+            },
             # Never `trust_remote_code`: a file must not decide to run code.
             "parameters": {
                 "alpha": self.alpha, "per_token": self.per_token, **text_options,
@@ -185,6 +189,8 @@ class LikelihoodRatioDetector:
             saved = dict(record["parameters"])
             saved.pop("trust_remote_code", None)  # a file must not decide to run code
             fingerprints = {side: record[side]["fingerprint"] for side in refs}
+            # Detectors saved by older versions hold no configuration.
+            configs = {side: dict(record[side].get("config") or {}) for side in refs}
             calibration = np.array(record["calibration"], dtype=np.float64)
             detector = cls(pair or tuple(refs.values()), **{**saved, **parameters})
         except InputError:
@@ -198,6 +204,13 @@ class LikelihoodRatioDetector:
                 raise InputError(
                     f"{path}: {side} {checkpoint.ref} has other weights than when the detector was fitted; "
                     "fit it again"
+                )
+            then = checkpoint.described_by(configs[side] or checkpoint.config)
+            changes = function_changes(then, checkpoint)
+            if changes:
+                raise InputError(
+                    f"{path}: {side} {checkpoint.ref} has another config.json than when the detector was "
+                    f"fitted, which changes {', '.join(map(str, changes))}; fit it again"
                 )
         detector._calibrate(calibration)
         return detector

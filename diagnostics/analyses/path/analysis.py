@@ -17,6 +17,7 @@ from diagnostics.core.analysis import DeviceTest, Result, analysis
 from diagnostics.core.row_options import RowOptions
 from diagnostics.evaluation import interpolation
 from diagnostics.evaluation.interpolation import PathEvaluator, path_rows, pooled
+from diagnostics.evaluation.one_function import refuse_two_functions
 from diagnostics.evaluation.pair_notes import model_notes, pinned_note
 from diagnostics.evaluation.sets import SetKey, encode_sets, load_sets, set_notes
 from probes import CheckpointPair
@@ -126,6 +127,7 @@ def interpolation_path(
             base, tuned, interpolated), share (of units).
 
     Raises:
+        NotApplicableError: base and tuned have configurations that give two functions.
         InputError: an alpha outside [0, 1], rows or a model that cannot be scored, ends that are not finite.
 
     Example:
@@ -138,6 +140,7 @@ def interpolation_path(
     import pandas as pd
 
     grid = interpolation.check_alphas(alphas)
+    refuse_two_functions(pair)
     with TwoSidedModel(pair, **options.of_models) as two_sided:
         interpolated = InterpolatedModel(two_sided)
         loaded = load_sets({"task": task, "keep": keep, "ood": ood}, least=2, purpose="a path")

@@ -35,6 +35,7 @@ from diagnostics.core.analysis import DeviceTest, Result, analysis
 from diagnostics.core.row_options import RowOptions
 from diagnostics.evaluation import interpolation, loss_curves
 from diagnostics.evaluation.interpolation import ALPHAS, PathEvaluator, check_alphas
+from diagnostics.evaluation.one_function import refuse_two_functions
 from diagnostics.evaluation.pair_notes import HALF_DTYPES, is_half, model_notes, pinned_note
 from diagnostics.evaluation.sets import SetKey, encode_sets, load_sets, set_notes
 from probes import CheckpointPair
@@ -195,6 +196,7 @@ def layer_sharpness(
             average, slope (as measured).
 
     Raises:
+        NotApplicableError: base and tuned have configurations that give two functions.
         InputError: a parameter out of range, rows or a model that cannot be scored, ends that are not finite,
             a model without a list of blocks.
 
@@ -214,6 +216,7 @@ def layer_sharpness(
     dtype = (options.dtype or "").removeprefix("torch.")
     if dtype in HALF_DTYPES:
         options = replace(options, dtype="float32")
+    refuse_two_functions(pair)
     with TwoSidedModel(pair, **options.of_models) as two_sided:
         interpolated, notes = InterpolatedModel(two_sided), model_notes(pair, two_sided.model)
         if dtype in HALF_DTYPES:

@@ -23,6 +23,7 @@ from diagnostics.analyses.skills.tables import tables_and_metrics
 from diagnostics.core.analysis import DeviceTest, Result, analysis
 from diagnostics.core.inputs import tasks
 from diagnostics.core.row_options import RowOptions
+from diagnostics.evaluation.one_function import refuse_two_functions
 from diagnostics.evaluation.row_losses import EncodedTask, encoded
 from probes import CheckpointPair
 from probes.checkpoints.mask_file import Patch
@@ -189,6 +190,7 @@ def skill_localization(
     Masks: the region of each task, for `tunescope graft`.
 
     Raises:
+        NotApplicableError: base and tuned have configurations that give two functions.
         InputError: a parameter out of range, too few rows, rows or a model that cannot be scored.
 
     Example:
@@ -203,6 +205,7 @@ def skill_localization(
         >>> sorted(result.masks)
         ['task']
     """
+    refuse_two_functions(pair)
     check_parameters(budgets, candidates, steps, rate, batch_rows, kept, splits, seeds, draws)
     by_task = tasks(task, "task")
     rows = {name: split_rows(task_rows, splits, seed) for name, task_rows in by_task.items()}

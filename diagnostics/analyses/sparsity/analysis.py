@@ -236,7 +236,7 @@ def essential_sparsity(
     }
     roles = {role: settings.metric_of(role, sets) for role in dict.fromkeys(role for role, _ in sets)}
     training, sets = split_training(sets, finetune_share, seed) if finetune_steps else (None, sets)
-    with TwoSidedModel(pair, **options.of_models) as two_sided:
+    with TwoSidedModel(pair, **options.of_models, apart=True) as two_sided:
         encoded_sets = {
             key: encoded(two_sided.editable, rows, **options.of_rows) for key, rows in sets.items()
         }
@@ -277,6 +277,8 @@ def essential_sparsity(
 def dropping_masks(measurements: SparsityMeasurements) -> tuple[dict[str, Patch], list[str]]:
     """The mask of each side at its dropping point, and a note for each side without one."""
     patches: dict[str, Patch] = {}
+    if measurements.evaluator.two_sided.changes:
+        return patches, ["No masks are given: a graft of two functions would be neither."]
     lines = []
     for side in SIDES:
         sparsity, at_dropping_point = measurements.layer_sparsity(side)

@@ -319,7 +319,8 @@ class MaskEvaluator:
 
     def losses(self) -> dict[SetKey, Losses]:
         """Losses of every row with the model in its present state."""
-        return {key: encoded.measure(self.two_sided.model) for key, encoded in self.sets.items()}
+        editable = self.two_sided.editable
+        return {key: encoded.under(editable).measure(editable.model) for key, encoded in self.sets.items()}
 
     @property
     def curves(self) -> list[tuple[Side, Regime]]:

@@ -10,6 +10,7 @@ from diagnostics.analyses.sparsity.evaluator import RANDOM, SIDES, Regime
 from diagnostics.analyses.sparsity.grid import COMPARED_SPARSITY
 from diagnostics.analyses.sparsity.masked_finetuning import MaskedFinetuning
 from diagnostics.analyses.sparsity.tables import SparsityMeasurements
+from diagnostics.evaluation.one_function import apart_notes
 from diagnostics.evaluation.pair_notes import is_half, only_tuned_note
 from diagnostics.evaluation.sets import set_notes
 from probes.checkpoints.pair import Side
@@ -53,7 +54,7 @@ def notes(
         if not at_dropping_point:
             state = "is 0" if measurements.drops["task", model, "zero_shot"].decided else "is withheld"
             lines.append(f"The dropping point of {model} {state}; its layers are shown at {sparsity:g}.")
-    lines += scope_notes(measurements, metrics)
+    lines += [*apart_notes(measurements.evaluator.two_sided.pair), *scope_notes(measurements, metrics)]
     return lines + set_notes(measurements.evaluator.sets)
 
 

@@ -157,6 +157,7 @@ def training_trajectory(
         raise InputError(f"rows is {rows}; it is at least 1")
     series = series_of(series)
     sets = load_sets({"task": task, "keep": keep, "train": train}, rows=rows, seed=seed)
+    options = options.cut_alike(series.checkpoints)
     measure = partial(_measured, sets=sets, reading=options)
     measurements = series.measured(
         "scores", options.key(sets), measure, progress, least=(4, "a trajectory"),

@@ -66,6 +66,8 @@ def test_what_cannot_be_written_is_one_line_and_writes_nothing(
 def test_what_a_reader_must_know_is_said(models):
     make("llama_classes", 1).bfloat16().save_pretrained(models / "classes")
     blend = interpolate(models / "base", models / "classes", 0.5, models / "out")
-    alone, wider = blend.notes
+    alone, lost, wider = blend.notes
+    assert "1 tensors that tuned lacks were left out, such as lm_head.weight" in lost
+    assert "(0 is base but for what the notes name, 1 is tuned)" in blend.summary()
     assert "1 tensors that base lacks come from tuned, such as score.weight" in alone
-    assert "Base is float32, tuned bfloat16: the result is rounded once, to the dtype of tuned" in wider
+    assert "Base is float32, tuned bfloat16: below alpha 1 weights are written in a dtype that holds" in wider

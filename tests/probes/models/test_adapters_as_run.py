@@ -17,6 +17,7 @@ from diagnostics.edits.mitigate import mitigate
 from probes import CheckpointPair
 from probes.checkpoints.opening import open_checkpoint
 from probes.checkpoints.save import write_checkpoint
+from probes.models.interpolated import InterpolatedModel
 from probes.models.runnable import RunnablePair
 from probes.models.two_sided import TwoSidedModel
 
@@ -132,6 +133,14 @@ def assert_as_run(directory: Path, kind: str, expected: Tensor, tuned: Any = Non
             assert torch.equal(logits(model), base)
     with TwoSidedModel(pair) as model:
         assert_alike(logits(model.model), expected)
+        model.become("base")
+        assert_alike(logits(model.model), base)
+        model.become("tuned")
+        interpolated = InterpolatedModel(model)
+        for alpha, ends in ((0.0, base), (0.5, None), (1.0, expected)):
+            interpolated.set_alpha(alpha)
+            if ends is not None:
+                assert_alike(logits(model.model), ends)
     write_checkpoint(pair.tuned, directory / "merged")
     assert_alike(loaded(directory / "merged", kind), expected)
 
@@ -202,6 +211,8 @@ def test_full_weights_that_an_edit_writes_are_what_the_adapters_user_runs(way, t
     mitigate(*paths, tmp_path / "scaled", scale=1.0, mode="update", full=True)
     for directory in ("interpolated", "mitigated", "scaled"):
         assert_alike(loaded(tmp_path / directory, "tied llama"), expected)
+    interpolate(*paths, 0.0, tmp_path / "start")
+    assert_alike(loaded(tmp_path / "start", "tied llama"), loaded(tmp_path / "base", "tied llama"))
 
 
 def test_an_adapter_scaled_in_its_factors_keeps_tied_copies_equal(tmp_path):

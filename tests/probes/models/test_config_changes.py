@@ -18,14 +18,16 @@ SMALL: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 64, "head_dim": 8, "n_embd": 32,
     "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 48, "num_experts": 4, "num_local_experts": 4,
-    "num_experts_per_tok": 2, "state_size": 8, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3,
+    "num_experts_per_tok": 2, "state_size": 8, "d_model": 32, "ffn_dim": 48, "num_layers": 2,
+    "attention_heads": 4, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3,
 }  # fmt: skip
 MODELS = {
     "llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel", "gpt_neox": "GPTNeoXForCausalLM",
     "qwen2": "Qwen2ForCausalLM", "gemma2": "Gemma2ForCausalLM", "phi3": "Phi3ForCausalLM",
     "olmoe": "OlmoeForCausalLM", "mixtral": "MixtralForCausalLM", "mamba": "MambaForCausalLM",
     "bert": "BertForMaskedLM", "roberta": "RobertaForMaskedLM", "granite": "GraniteForCausalLM",
-    "cohere": "CohereForCausalLM", "esm": "EsmForMaskedLM", "phimoe": "PhimoeForCausalLM",
+    "cohere": "CohereForCausalLM", "esm": "EsmForMaskedLM", "xglm": "XGLMForCausalLM",
+    "opt": "OPTForCausalLM", "phimoe": "PhimoeForCausalLM",
     "qwen2 classifier": "Qwen2ForSequenceClassification", "bert classifier": "BertForSequenceClassification",
 }  # fmt: skip
 WINDOW = {"use_sliding_window": True}
@@ -125,6 +127,7 @@ def test_no_field_that_is_called_harmless_moves_a_logit(model):
         ("granite", {"residual_multiplier": 0.3}),
         ("cohere", {"logit_scale": 0.5}),
         ("roberta", {"pad_token_id": 2}),
+        ("xglm", {"pad_token_id": 2}),
         ("esm", {"token_dropout": True, "mask_token_id": 9}),
         ("bert", {"layer_norm_eps": 0.1}),
         ("bert", {"is_decoder": True}),
@@ -161,6 +164,11 @@ def test_a_field_that_moves_logits_is_reported_with_both_values(model, fields):
         # A window that is switched off.
         ("qwen2", {"use_sliding_window": False, "sliding_window": 9}, {"max_window_layers": 21}),
         # Fields that no model reads.
+        ("llama", {}, {"is_decoder": False, "add_cross_attention": False, "tf_legacy_loss": False}),
+        ("gpt2", {}, {"n_ctx": 64, "task_specific_params": {"text-generation": {"do_sample": True}}}),
+        ("bert", {}, {"position_embedding_type": "absolute", "gradient_checkpointing": False}),
+        ("mamba", {}, {"d_inner": 64, "rms_norm": True, "fused_add_norm": True, "time_step_min": 0.002}),
+        ("opt", {}, {"prefix": "</s>", "layerdrop": 0.1}),
         ("llama", {}, {"use_mrope": False, "my_run": 7, "unsloth_version": "2026.1"}),
         # Longer sequences under plain rotary positions.
         ("llama", {}, {"max_position_embeddings": 4096}),

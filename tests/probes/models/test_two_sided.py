@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 from probes.checkpoints.opening import open_checkpoint
 from probes.checkpoints.pair import CheckpointPair
 from probes.checkpoints.prune import magnitude_order, random_order
+from probes.errors import InputError
 from probes.models.editable import Editable
 from probes.models.two_sided import TwoSidedModel
 from tests.probes.runnable import batch_of, make, state_of
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
+    import transformers
     from peft import LoraConfig, get_peft_model
 
 FAMILIES = ["llama", "gpt2", "gpt_neox", "olmoe", "mixtral", "gpt_oss"]
@@ -317,3 +319,41 @@ def test_whatever_is_done_to_it_it_leaves_as_tuned(steps, seed):
 
 
 SHARED = {"base": make("llama", 0), "tuned": make("llama", 1)}
+
+
+def under_another_epsilon(tmp_path):
+    """A pair in directories whose two configurations give two functions."""
+    for name, seed, eps in (("base", 0, 1e-6), ("tuned", 1, 1.0)):
+        model = make("llama", seed)
+        model.config.rms_norm_eps = eps
+        model.save_pretrained(tmp_path / name)
+    return CheckpointPair(tmp_path / "base", tmp_path / "tuned")
+
+
+def test_sides_of_two_functions_are_models_of_their_own_and_come_back_bit_for_bit(tmp_path):
+    pair, batch = under_another_epsilon(tmp_path), batch_of(6)
+    expected = {
+        side: transformers.AutoModelForCausalLM.from_pretrained(tmp_path / side).eval()(batch.ids).logits
+        for side in ("base", "tuned")
+    }
+    with TwoSidedModel(pair, apart=True) as two_sided:
+        for side in ("tuned", "base", "tuned"):
+            two_sided.become(side)
+            assert torch.equal(two_sided.model(batch.ids).logits, expected[side])
+            name = "model.layers.0.mlp.up_proj.weight"
+            assert torch.equal(two_sided.read(name, side), getattr(pair, side).tensor(name))
+            two_sided.zero(name, torch.ones_like(two_sided.read(name), dtype=torch.bool))
+            assert not torch.equal(two_sided.model(batch.ids).logits, expected[side])
+            two_sided.restore()
+            assert torch.equal(two_sided.model(batch.ids).logits, expected[side])
+            # Training changes every parameter, also those that have no counterpart.
+            two_sided.changed()
+            for parameter in two_sided.model.parameters():
+                parameter.data.zero_()
+            two_sided.restore()
+            assert torch.equal(two_sided.model(batch.ids).logits, expected[side])
+
+
+def test_one_model_is_never_both_sides_of_two_functions(tmp_path):
+    with pytest.raises(InputError, match=r"differ in rms_norm_eps \(1e-06 and 1\), so base does not run in"):
+        TwoSidedModel(under_another_epsilon(tmp_path))
