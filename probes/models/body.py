@@ -176,6 +176,9 @@ def shadow(model: nn.Module) -> Any:
         offloaded = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         if offloaded is not None:
             shared[id(offloaded)] = offloaded
+        # Hooks such as those of pruning leave a computed weight there, which cannot be copied.
+        computed = [value for value in vars(module).values() if isinstance(value, Tensor)]
+        shared |= {id(value): value.detach() for value in computed}
         # PEFT keeps views of an embedding's factors beside the head that is tied to it; they are not copied.
         kept = getattr(module, "kwargs", None)
         views = kept.get("tied_adapter") if isinstance(kept, dict) else None

@@ -232,6 +232,7 @@ def movements(
     except InputError as error:
         notes.append(f"Movement is not measured: {error}.")
         return [], {}
+    notes += common.notes("Movement")
     distances = series.measured(
         "movement",
         {"first": first.stamp(), "names": list(common.names), "rows": dict(common.rows)},
