@@ -59,13 +59,9 @@ def test_entries_that_moved_are_counted_without_those_that_were_rounded(made):
     assert result.findings() == []
 
 
-@pytest.mark.parametrize(
-    ("tuned", "metric"),
-    [("nan-head", "nonfinite_tuned"), ("embed-empty", "unusable_tuned"), ("mlp-empty", "unusable_tuned")],
-)
-def test_an_unusable_model_never_passes(made, tuned, metric):
+def test_a_model_that_is_not_finite_never_passes(made):
     case = made("unusable")
-    assert findings(CheckpointPair(case / "base", case / tuned)).get(metric) == "fail"
+    assert findings(CheckpointPair(case / "base", case / "nan-head")).get("nonfinite_tuned") == "fail"
 
 
 def test_a_changed_function_is_a_warning(made):
