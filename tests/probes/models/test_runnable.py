@@ -571,3 +571,13 @@ def test_an_adapter_on_an_adapter_takes_turns_with_what_it_was_trained_on(base, 
         torch.testing.assert_close(logits(side), logits(open_model(merged).model), atol=1e-4, rtol=1e-4)
     with pair.tuned() as side:
         torch.testing.assert_close(logits(side), logits(second_model), atol=1e-4, rtol=1e-4)
+
+
+def test_classes_that_only_label2id_names_are_called_so(tmp_path):
+    make("bert_classes").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["label2id"] = {"neutral": 1, "entailment": 0, "contradiction": 2}
+    del config["id2label"]
+    for more in ({}, {"id2label": None}):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **more}))
+        assert open_model(tmp_path).labels == ("entailment", "neutral", "contradiction")
