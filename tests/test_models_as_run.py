@@ -3,14 +3,16 @@
 The table is kept in `models_as_run.md`; `-s` prints the differences of each cell.
 """
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from diagnostics.edits.graft import graft
 from diagnostics.edits.interpolate import interpolate
@@ -52,6 +54,29 @@ def test_no_cell_of_the_table_is_off():
     assert not [cell for cell in cells.items() if " off" in cell[1] or not cell[1]]
     # What is not run is refused in one line, and its weights are still edited right.
     assert {cell.partition(":")[0] for cell in cells.values()} <= {"=", "= · no path 0, path 1"}
+
+
+def test_a_tied_weight_that_a_half_precision_file_holds_twice_is_widened_twice(cases, tmp_path):
+    base, half = (cases("Llama").tuned(tied=True, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    tensors = weights(half)
+    shutil.copytree(half, tmp_path / "twice")
+    copy = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    save_file(tensors | copy, tmp_path / "twice" / "model.safetensors", {"format": "pt"})
+    interpolate(base, tmp_path / "twice", 0.0, tmp_path / "out")
+    written = weights(tmp_path / "out")
+    assert torch.equal(written["lm_head.weight"], weights(base)["model.embed_tokens.weight"])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_an_adapter_merged_into_half_precision_says_what_is_rounded_off(cases, tmp_path):
+    llama = cases("Llama")
+    case = llama.adapter("for-half", tied=True)
+    llama.load(case.base).to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    whole = interpolate(case.base, case.tuned, 1.0, tmp_path / "whole")
+    rounded = interpolate(tmp_path / "half", case.tuned, 1.0, tmp_path / "rounded")
+    assert not any("rounded" in note for note in whole.notes)
+    (note,) = (note for note in rounded.notes if "rounded" in note)
+    assert re.match(r"Merged weights are rounded to bfloat16, by a norm of 0\.\d+; PEFT, which runs", note)
 
 
 def draw_adapter(architecture: tables.Architecture) -> st.SearchStrategy[dict[str, object]]:

@@ -75,7 +75,7 @@ def audit(
         adapter: the adapter that was merged into tuned, if any: the merge is checked.
         limit: read only the first rows of each file.
         chat_template, approximate, trust_remote_code: for the analyses that take them: wrap each row as a
-            user message, allow different tokenizers, run code from the checkpoint's repository.
+            user message, nats per byte even where tokenizers agree, run code from the repository.
         series: the run with these two ends, for the analyses of a series; by default just the two.
         left_out: analyses that do not run, with the reason.
 

@@ -61,7 +61,7 @@ def run_options(
     ] = None,
     chat_template: Chat = False,
     approximate: Annotated[
-        bool, option(ROWS, "Allow different tokenizers: nats per byte.", "--approximate")
+        bool, option(ROWS, "Nats per byte even where tokenizers agree.", "--approximate")
     ] = False,
     only: Annotated[Texts, option(RUN, "Run only these analyses, as a,b,c.", metavar="NAMES")] = None,
     skip: Annotated[Texts, option(RUN, "Leave these analyses out.", metavar="NAMES")] = None,

@@ -4,16 +4,16 @@ The positional arguments of an analysis name its inputs; `OPTIONS` says what sup
 a role as checked tasks by name; a call from Python may give any `Source`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from probes.errors import InputError
-from probes.text.rows import Task, read_task, task_of
+from probes.text.rows import SUFFIXES, TABLES, Task, local, read_task, task_of
 
-# Rows of a role: a task, a file or `hub-dataset:split`, or texts. Several are given by name.
-Source: TypeAlias = "Task | str | Path | Iterable[str | Mapping[str, Any]]"
+# Rows of a role: a task, a file or `hub-dataset:split`, or texts. Several are given by name, files in a list.
+Source: TypeAlias = "Task | str | Path | Iterable[str | Path | Mapping[str, Any]]"
 
 Files: TypeAlias = str | Path | Iterable[str | Path]  # of rows, as an audit takes them
 
@@ -23,6 +23,8 @@ OPTIONS = {
     "train": "--train F", "series": "CKPT CKPT…", "adapter": "--adapter A",
 }  # fmt: skip
 ROLES = ("task", "keep", "guard", "ood", "train")
+# Characters of a path; a longer string is a text.
+LONGEST_PATH = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +88,28 @@ def open_rows(role: str, ref: str, *, limit: int | None = None) -> NamedTask:
 
 
 def tasks(sources: "Source | Mapping[str, Source]", role: str) -> dict[str, Task]:
-    """The tasks of a role by name, from one source or several."""
+    """The tasks of a role by name, from one source or several; files in a list are called by their names.
+
+    >>> from diagnostics.audit.demo import BUNDLED
+    >>> list(tasks([BUNDLED / "task.jsonl", BUNDLED / "keep.jsonl"], "task"))
+    ['task', 'keep']
+    """
     if isinstance(sources, Mapping):
         by_name = {str(name): task_from(source, str(name)) for name, source in sources.items()}
     else:
-        task = task_from(sources, role)
-        by_name = {Path(task.ref).stem if Path(task.ref).is_file() else task.ref: task}
+        items = listed(sources)
+        files = files_among(items, role) if items is not None else None
+        source = sources if items is None else items
+        read = [task_from(source, role)] if files is None else map(read_task, files)
+        by_name = {}
+        for task in read:
+            name = Path(task.ref).stem if Path(task.ref).is_file() else task.ref
+            if name in by_name:
+                raise InputError(
+                    f"{role}: two files are called {name!r}, {by_name[name].ref} and {task.ref}; give each a "
+                    'name, {"first": …, "second": …}'
+                )
+            by_name[name] = task
     if not by_name:
         raise InputError(f"{role} is empty; give a task, or several by name")
     return by_name
@@ -101,7 +119,52 @@ def task_from(source: Source, name: str) -> Task:
     """The task that a source names; texts in memory are called `name`."""
     if isinstance(source, Task):
         return source
-    return read_task(source) if isinstance(source, str | Path) else task_of(source, ref=name)
+    if isinstance(source, str | Path):
+        return read_task(source)
+    items = listed(source)
+    assert items is not None
+    files = files_among(items, name)
+    if files is None:
+        return task_of(items, ref=name)
+    if len(files) > 1:
+        raise InputError(f"{name}: is a list of {len(files)} files; give each a name of its own, or one file")
+    return read_task(files[0])
+
+
+def listed(source: Any) -> list[Any] | None:
+    """The items of a source that is neither a task nor one reference; None for these."""
+    if isinstance(source, str | Path | Task):
+        return None
+    if isinstance(source, bytes) or not isinstance(source, Iterable):
+        raise InputError(f"rows are a {type(source).__name__}; give a file, a list of texts or a task")
+    return list(source)
+
+
+def files_among(items: Sequence[Any], name: str) -> list[str | Path] | None:
+    """The items if they are all files, None if none is; a mixture is refused."""
+    files = [item for item in items if names_file(item)]
+    if not files:
+        return None
+    if len(files) < len(items):
+        other = next(item for item in items if not names_file(item))
+        raise InputError(
+            f"{name}: {str(files[0])!r} is a file and {str(other)!r:.60} is none; give a list of files, or "
+            'one of rows, with a text as {"text": …}'
+        )
+    return files
+
+
+def names_file(item: Any) -> bool:
+    """Whether an item of a list is a path, not a text: a `Path`, a file that exists, or `name.jsonl`."""
+    if isinstance(item, Path):
+        return True
+    if not isinstance(item, str) or not item or "\n" in item or len(item) > LONGEST_PATH:
+        return False
+    try:
+        exists = local(item).is_file()
+    except (InputError, ValueError, OSError):  # no name that a file could have
+        return False
+    return exists or (not any(map(str.isspace, item)) and item.lower().endswith((*SUFFIXES, *TABLES)))
 
 
 def check_input_types(analysis: str, inputs: Mapping[str, Any]) -> None:

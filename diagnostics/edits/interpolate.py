@@ -101,6 +101,11 @@ def interpolate(
         )
     if pair.tuned.kind == "adapter":
         notes.append("The adapter was merged: its factors are not linear in alpha; full weights are written.")
+        if rounded_off := math.sqrt(sum(blend.rounded.values())):
+            notes.append(
+                f"Merged weights are rounded to {pair.tuned.dtype}, by a norm of {rounded_off:.3g}; PEFT, "
+                "which runs the adapter beside its base, rounds none."
+            )
     notes += adapter_notes(pair.base, pair.tuned)
     interpolated = InterpolatedCheckpoint(
         out=out, alpha=float(alpha), tensors=len(blend.squares),

@@ -1,7 +1,9 @@
 """Row scores at every checkpoint of a run, and their curves over the run.
 
 The scores of a checkpoint are flat arrays by name, to be stored: `score.{n}.nats`, `.units` and `.right` of
-the n-th set, one number a row, and `score.{n}.missing`, the reason if there are none.
+the n-th set, one number a row, and `score.{n}.missing`, the reason if there are none. How the
+checkpoint reads them is told by `.ids`, a fingerprint of the tokens, `.bytes` of each row and `.labels`, its
+classes.
 """
 
 import hashlib
@@ -14,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from diagnostics.core.row_options import RowOptions
-from diagnostics.evaluation.row_losses import EncodedTask, Losses, encoded
+from diagnostics.evaluation.row_losses import EncodedTask, Losses, encoded, refuse_numbers
 from diagnostics.evaluation.sets import SetKey
 from diagnostics.numerics.estimates import Estimate, combined
 from probes.checkpoints.checkpoint import Checkpoint
@@ -25,6 +27,12 @@ from probes.passes.batched import NonFiniteError
 from probes.text.rows import Task
 
 ByRow = Float[np.ndarray, "checkpoints rows"]
+# Of the arrays of `scores`; measurements in an earlier one are not read.
+FORMAT = 2
+PER_BYTE = (
+    "The checkpoints split rows differently: each reads with its own tokenizer, and losses of texts are in "
+    "nats per byte."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +60,7 @@ class ScoringOptions(RowOptions):
     def key(self, sets: Mapping[SetKey, Task]) -> dict[str, Any]:
         """Everything that a measurement on these sets depends on, as JSON keeps it."""
         options = {name: getattr(self, name) for name in ("max_length", "chat_template", "dtype")}
-        return {"sets": [[*key, identity(task)] for key, task in sets.items()], **options}
+        return {"sets": [[*key, identity(task)] for key, task in sets.items()], "format": FORMAT, **options}
 
 
 def identity(task: Task) -> str:
@@ -71,7 +79,12 @@ def scores(editable: Editable, sets: Mapping[SetKey, Task], options: ScoringOpti
         except NonFiniteError as error:
             nothing = np.full(len(task.rows), np.nan)
             losses, missing = Losses(nats=nothing, units=nothing, right=nothing), str(error)
-        values = vars(losses) | {"missing": np.array(missing), "notes": np.array(rows.notes, dtype=str)}
+        ids = repr([(example.ids, example.scored) for example in rows.examples])
+        values = vars(losses) | {
+            "missing": np.array(missing), "notes": np.array(rows.notes, dtype=str), "bytes": rows.bytes,
+            "ids": np.array(hashlib.blake2b(ids.encode(), digest_size=16).hexdigest()),
+            "labels": np.array(rows.labels, dtype=str),
+        }  # fmt: skip
         arrays |= {f"score.{index}.{name}": array for name, array in values.items()}
     return arrays
 
@@ -85,11 +98,14 @@ class Curves:
     nats: ByRow
     units: ByRow
     right: ByRow
+    per_byte: bool = False  # the checkpoints split the texts differently
 
     @property
     def unit(self) -> str:
         """The unit of the loss."""
-        return "row" if self.task.shape in ("choices", "label") else "token"
+        if self.task.shape in ("choices", "label"):
+            return "row"
+        return "byte" if self.per_byte else "token"
 
     @property
     def judged(self) -> str:
@@ -117,18 +133,36 @@ class Curves:
 
 
 def curves(measurements: Sequence[Mapping[str, np.ndarray]], sets: Mapping[SetKey, Task]) -> list[Curves]:
-    """The curves of every set, from the arrays of `scores` of every checkpoint."""
+    """The curves of every set, from the arrays of `scores` of every checkpoint.
+
+    Where checkpoints split texts differently, the unit is a byte, and rows that one of them cut are left out.
+
+    Raises:
+        InputError: no row can be scored, or labels are numbers and classes are in another order.
+    """
     by_set = []
     for index, (key, task) in enumerate(sets.items()):
-        nats, units, right = (
+        nats, units, right, size = (
             np.stack([arrays[f"score.{index}.{name}"] for arrays in measurements])
-            for name in ("nats", "units", "right")
+            for name in ("nats", "units", "right", "bytes")
         )
+        first, *later = (list(map(str, arrays[f"score.{index}.labels"])) for arrays in measurements)
+        for labels in later:
+            refuse_numbers(task, first, labels)
+        per_byte = split_differently(measurements, index) and task.shape in ("text", "completion")
+        if per_byte:
+            whole = ((np.isnan(units) | (units > 0)) & (size > 0)).all(axis=0)
+            units = np.where(np.isnan(units), np.nan, size * whole)
         scored = np.nan_to_num(units).max(axis=0) > 0
         if not scored.any():
             raise InputError(f"{task.ref}: none of its rows can be scored at any checkpoint")
-        by_set.append(Curves(key, task, nats[:, scored], units[:, scored], right[:, scored]))
+        by_set.append(Curves(key, task, nats[:, scored], units[:, scored], right[:, scored], per_byte))
     return by_set
+
+
+def split_differently(measurements: Sequence[Mapping[str, np.ndarray]], index: int) -> bool:
+    """Whether checkpoints read a set as different tokens."""
+    return len({str(arrays[f"score.{index}.ids"]) for arrays in measurements}) > 1
 
 
 def reading_notes(
@@ -138,6 +172,8 @@ def reading_notes(
     notes: dict[str, None] = {}
     for index, (role, name) in enumerate(sets):
         notes |= {str(note): None for arrays in measurements for note in arrays[f"score.{index}.notes"]}
+        if split_differently(measurements, index):
+            notes[PER_BYTE] = None
         reasons = [str(arrays[f"score.{index}.missing"]) for arrays in measurements]
         missing = dict(pair for pair in zip(labels, reasons, strict=True) if pair[1])
         if missing:

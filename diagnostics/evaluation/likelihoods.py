@@ -40,7 +40,7 @@ NOTHING = ExampleScores(tokens=np.empty(0, np.float32))
 
 def score_texts(
     model: nn.Module | RemoteModel, examples: Sequence[Example], *, tokens: int = 16384,
-    vocabulary: int | None = None, longest: int | None = None,
+    longest: int | None = None,
     where: Callable[[int], str] = "example {}".format,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> list[ExampleScores]:  # fmt: skip
@@ -48,7 +48,6 @@ def score_texts(
 
     Args:
         model: in this process, or on workers.
-        vocabulary: number of tokens that exist, from the first; None: all of the model's.
         longest: split longer examples into windows of this many tokens; None: never.
         where: names an example in an error, given its index.
     """
@@ -60,7 +59,7 @@ def score_texts(
                 pieces.append(piece)
     if not pieces:
         return [NOTHING] * len(examples)
-    measure = partial(_score_pieces, tokens=tokens, vocabulary=vocabulary)
+    measure = partial(_score_pieces, tokens=tokens)
     try:
         if isinstance(model, RemoteModel):
             tell = None if progress is None else lambda done: progress(done, len(pieces), "scored")
@@ -79,13 +78,11 @@ def score_texts(
 
 
 def _score_pieces(
-    model: nn.Module, examples: Sequence[Example], *, tokens: int, vocabulary: int | None,
+    model: nn.Module, examples: Sequence[Example], *, tokens: int,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> list[ExampleScores]:  # fmt: skip
     """Scores of examples that all have a scored token."""
-    scores = score_examples(
-        model, examples, tokens=tokens, vocabulary=vocabulary, pooled=True, by_token=True, progress=progress
-    )
+    scores = score_examples(model, examples, tokens=tokens, pooled=True, by_token=True, progress=progress)
     assert scores.by_token is not None
     assert scores.pooled is not None
     return [

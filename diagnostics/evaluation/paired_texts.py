@@ -14,7 +14,7 @@ import numpy as np
 
 from diagnostics.evaluation.likelihoods import NOTHING, ExampleScores, greedy, score_texts
 from diagnostics.evaluation.one_function import apart_notes
-from diagnostics.evaluation.tokenizers import bos_notes, common_tokenizer
+from diagnostics.evaluation.tokenizers import per_byte_notes, same_rules, split_rows, template_of
 from diagnostics.execution.workers import open_side
 from probes.checkpoints.pair import Side as PairSide
 from probes.errors import InputError
@@ -34,7 +34,7 @@ class TextOptions:
     max_length: int | None = None  # most tokens of a text, or of a window; None: what both models take
     windows: bool = False  # read longer texts to the end in windows; else they are cut
     chat_template: bool = False  # texts and prompts are a user's messages
-    approximate: bool = False  # allow different tokenizers
+    in_bytes: bool = False  # lengths are bytes even where both tokenizers split every row alike
     answers: str = "file"  # source of the answers to prompts, `file` or `greedy`
     longest_answer: int = 768  # most tokens of a greedy answer; at most half of `max_length`
     batch_tokens: int = 16384  # most tokens in a batch, padding included
@@ -84,7 +84,7 @@ class PairedText:
     content: str  # the full text
     base: RowScores
     tuned: RowScores
-    length: int  # scored tokens; bytes if the tokenizers differ
+    length: int  # scored tokens; bytes of the text if lengths are
     ids: tuple[int, ...]  # the scored tokens, of the tuned tokenizer
     truncated: bool
 
@@ -96,40 +96,43 @@ class PairedTexts:
     sets: Mapping[str, Sequence[PairedText]]
     notes: tuple[str, ...]
     noise: float  # largest change of a log-likelihood in nats when a row is scored alone, not in a batch
+    in_bytes: bool  # the tokenizers split rows differently, so that lengths are bytes
 
 
 def read_sets(
     runnable: RunnablePair, sets: Mapping[str, Task], options: TextOptions, progress: Progress | None = None
 ) -> PairedTexts:
-    """Score the rows of every set with both models, one model after the other."""
+    """Score the rows of every set with both models, one model after the other.
+
+    Each model reads with its own tokenizer. Lengths are bytes if these split any row differently.
+    """
     kinds = list(dict.fromkeys((runnable.base_kind, runnable.kind)))
     if kinds != ["causal"]:
         raise InputError(f"{' and '.join(kinds)}: likelihood ratios need two causal language models")
     # Before the tokenizers, which would be blamed for a malformed config.json.
     length = min((n for n in (options.max_length, runnable.context) if n is not None), default=None)
     options = replace(options, max_length=length)
-    tokenizers = {"base": runnable.base_tokenizer, "tuned": runnable.tokenizer}
-    shared, vocabulary, remarks = common_tokenizer(*tokenizers.values(), approximate=options.approximate)
-    remarks += apart_notes(runnable.pair)
-    lacking_bos: list[str] = []
-    if shared is not None:
-        tokenizers = {"base": shared, "tuned": shared}
-        # With a chat template it is the template that decides, and the rows that lack a BOS get their note.
-        lacking_bos = [] if options.chat_template else bos_notes(runnable.base_tokenizer, shared)
-        remarks += lacking_bos
-    if shared is not None and runnable.pair.resized:
-        rows = min(map(min, runnable.pair.resized.values()))
-        vocabulary = min(rows, vocabulary or rows)
+    base, tuned = runnable.base_tokenizer, runnable.tokenizer
+    remarks = apart_notes(runnable.pair)
     tasks = {name: with_answers(task) for name, task in sets.items()}
     if options.answers == "greedy":
         with runnable.tuned() as model:
             for name, task in tasks.items():
-                tasks[name], cut = with_greedy_answers(model, runnable.tokenizer, task, options)
+                tasks[name], cut = with_greedy_answers(model, tuned, task, options)
                 remarks += cut
-    encoded = {
-        side: {name: encode_forms(task, tokenizer, options) for name, task in tasks.items()}
-        for side, tokenizer in tokenizers.items()
-    }
+    encoded = {"tuned": {name: encode_forms(task, tuned, options) for name, task in tasks.items()}}
+    encoded["base"] = encoded["tuned"]
+    if not same_rules(base, tuned):
+        template = template_of(base, tuned)
+        encoded["base"] = {name: encode_forms(task, base, options, template) for name, task in tasks.items()}
+    readings = [
+        (task, encoded["base"][name].examples, encoded["tuned"][name].examples)
+        for name, task in tasks.items()
+    ]
+    differing = split_rows(readings, base, tuned)
+    in_bytes = options.in_bytes or differing is not None
+    if differing is not None:
+        remarks += per_byte_notes(differing, base, tuned)
     scores, noise = {}, 0.0
     for turn, side in enumerate(SIDES):
 
@@ -138,29 +141,26 @@ def read_sets(
                 progress(turn * total + done, 2 * total, f"texts under {side}")
 
         with open_side(runnable, side) as model:
-            scores[side], change = score_side(model, tasks, encoded[side], options, vocabulary, side, tell)
+            scores[side], change = score_side(model, tasks, encoded[side], options, side, tell)
         noise = max(noise, change)
     texts = {}
     for name, task in tasks.items():
         examples = {side: encoded[side][name].full for side in SIDES}
         columns = zip(scores["base"][name], scores["tuned"][name], *examples.values(), strict=True)
         texts[name] = [
-            paired_text(row, *values, in_bytes=shared is None)
+            paired_text(row, *values, in_bytes=in_bytes)
             for row, values in zip(task.rows, columns, strict=True)
         ]
-        # One note on a missing BOS is enough for all sets.
-        expecting = None if lacking_bos else runnable.base_tokenizer
-        readers = tokenizers if shared is None else dict.fromkeys(SIDES, expecting)
-        remarks += dict.fromkeys(
-            note for side in SIDES for note in encoding_notes(task, examples[side], readers[side])
-        )
+        remarks += dict.fromkeys((
+            *encoding_notes(task, examples["base"], base), *encoding_notes(task, examples["tuned"], tuned),
+        ))  # fmt: skip
         remarks += window_notes(task, examples["tuned"], options.window)
         if moved := encoded["tuned"][name].moved:
             remarks.append(
                 f"{task.ref}: in {moved} of {len(task.rows)} rows the question has other tokens in front of "
                 "its answer than alone, so question and answer given question do not add up to the full text"
             )
-    return PairedTexts(sets=texts, notes=tuple(remarks), noise=noise)
+    return PairedTexts(sets=texts, notes=tuple(remarks), noise=noise, in_bytes=in_bytes)
 
 
 def with_answers(task: Task) -> Task:
@@ -220,14 +220,14 @@ def without_ending(prompt: Example) -> Example:
     return replace(prompt, ids=prompt.ids[:size], scored=prompt.scored[:size])
 
 
-def encode_forms(task: Task, tokenizer: Any, options: TextOptions) -> TokenForms:
-    """The rows as token ids."""
+def encode_forms(task: Task, tokenizer: Any, options: TextOptions, template: Any = None) -> TokenForms:
+    """The rows as token ids, in the chat template of another tokenizer if one is given."""
 
     def encoded(
         form: Task, *, chat: bool = options.chat_template, span: Literal["all", "content"] = "content"
     ) -> list[Example]:
         cut = None if options.windows else options.max_length
-        return encode(form, tokenizer, max_length=cut, chat_template=chat, score_span=span)
+        return encode(form, tokenizer, max_length=cut, chat_template=chat, score_span=span, template=template)
 
     if task.shape != "completion":
         return TokenForms(full=encoded(task), question=[], answer=[], in_answer=[])
@@ -267,7 +267,7 @@ def with_question(conditional: Example, question: Example) -> Example:
 
 def score_side(
     model: Any, tasks: Mapping[str, Task], encoded: Mapping[str, TokenForms], options: TextOptions,
-    vocabulary: int | None, side: str, progress: Progress | None,
+    side: str, progress: Progress | None,
 ) -> tuple[dict[str, list[RowScores]], float]:  # fmt: skip
     """One model's scores of every row, and their largest change when a few rows are scored alone."""
     names = [name for name, forms in encoded.items() for _ in forms.examples]
@@ -276,7 +276,7 @@ def score_side(
     def where(index: int) -> str:
         return f"{tasks[names[index]].where(examples[index].row)} ({side})"
 
-    score = partial(score_texts, model, vocabulary=vocabulary, longest=options.window, where=where)
+    score = partial(score_texts, model, longest=options.window, where=where)
     scores = score(examples, tokens=options.batch_tokens, progress=progress)
     by_length = sorted(range(len(examples)), key=lambda index: len(examples[index].ids))
     few = by_length[len(by_length) // 2 :][:4]

@@ -22,7 +22,7 @@ from probes.passes.scores import (
 )
 from probes.text.batches import Example
 from probes.text.encode import encode, encoding_notes
-from probes.text.rows import Task, class_ids
+from probes.text.rows import Task, by_number, class_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,17 +53,29 @@ class EncodedTask:
         return "row" if self.task.shape in ("choices", "label") else "token"
 
     @property
+    def bytes(self) -> Float[np.ndarray, " rows"]:
+        """Bytes of the scored text of each row; 0 where it was cut."""
+        cut = {example.row for example in self.examples if example.truncated}
+        texts = (row.text if row.completion is None else row.completion for row in self.task.rows)
+        counts = [0 if i in cut else len((text or "").encode()) for i, text in enumerate(texts)]
+        return np.array(counts, dtype=float)
+
+    @property
     def truncated(self) -> int:
         """Number of rows that were cut."""
         return len({example.row for example in self.examples if example.truncated})
 
     def under(self, editable: Editable) -> "EncodedTask":
-        """The same rows for another model, which may number the same classes in another order."""
-        order = {str(name).casefold(): index for index, name in enumerate(editable.labels)}
-        names = [str(name).casefold() for name in self.labels]
-        if editable.labels == self.labels or order.keys() != set(names):
+        """The same rows for another model, which may have the same classes in another order, or other ones.
+
+        As many classes with other names are the same classes in the same order.
+        """
+        labels = tuple(editable.labels)
+        if reordered(self.labels, labels):
+            refuse_numbers(self.task, self.labels, labels)
+        elif len(labels) == len(self.labels):
             return self
-        return replace(self, classes=tuple(order[names[index]] for index in self.classes))
+        return replace(self, classes=tuple(class_ids(self.task, labels)), labels=labels)
 
     def measure(self, model: Any) -> Losses:
         """The losses under a model; a `NonFiniteError` names the row of logits that are not finite."""
@@ -105,6 +117,21 @@ class EncodedTask:
     def _scored(self, model: Any) -> SequenceScores:
         return score_examples(
             model, self.examples, tokens=self.batch_tokens, mask_id=self.mask_id, where=self.task.where
+        )
+
+
+def reordered(labels: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether two models have the same classes in different orders; case aside."""
+    ours, theirs = ([name.strip().casefold() for name in names] for names in (labels, other))
+    return ours != theirs and sorted(ours) == sorted(theirs)
+
+
+def refuse_numbers(task: Task, labels: Sequence[str], other: Sequence[str]) -> None:
+    """Refuse labels that are numbers where two models have the same classes in different orders."""
+    if reordered(labels, other) and by_number(task, other):
+        raise InputError(
+            f"{task.ref}: its labels are numbers, and the models number their classes differently "
+            f"({', '.join(labels)} and {', '.join(other)}); give the names of the classes"
         )
 
 

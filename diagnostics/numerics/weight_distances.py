@@ -42,6 +42,20 @@ class SharedWeights:
     stored: tuple[Mapping[str, str], ...]
     rows: Mapping[str, int]
 
+    def notes(self, what: str) -> list[str]:
+        """What a reader must know of the weights that `what` does not compare."""
+        notes = []
+        if self.left_out:
+            more = " …" if len(self.left_out) > 5 else ""
+            notes.append(
+                f"{what} leaves out {len(self.left_out)} tensors that some checkpoint lacks in that shape: "
+                f"{', '.join(self.left_out[:5])}{more}."
+            )
+        if self.rows:
+            rows = ", ".join(map(str, dict.fromkeys(self.rows.values())))
+            notes.append(f"{what} compares the first {rows} rows of a vocabulary that was resized.")
+        return notes
+
     def read(self, index: int, name: str) -> Tensor:
         """A tensor of a checkpoint, as far as all have it."""
         tensor = self.checkpoints[index].tensor(self.stored[index][name])

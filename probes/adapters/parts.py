@@ -67,6 +67,7 @@ class Targets:
     updates: dict[str, list[AdapterUpdate]] = field(default_factory=dict)
     replaced: dict[str, str] = field(default_factory=dict)  # by `modules_to_save`, biases
     tokens: dict[str, tuple[str, list[int]]] = field(default_factory=dict)  # trained rows and their indices
+    tied_tokens: list[str] = field(default_factory=list)  # weights tied to one with trained rows
     shifts: dict[str, tuple[str, float]] = field(default_factory=dict)  # `lora_bias`, and its scaling
     untied: dict[str, str] = field(default_factory=dict)  # weights of their own that the base ties to another
     in_place: dict[str, str] = field(default_factory=dict)  # PEFT loads them over the base's tied weights

@@ -20,7 +20,7 @@ from probes.files.layout import Header, Matrix
 from probes.files.sources import Source
 from probes.naming.align import without_wrappers
 from probes.naming.architecture import architecture_of
-from probes.naming.lookup import Lookup, probe
+from probes.naming.lookup import Lookup, is_head, probe
 
 GROW = (
     "Resize the base as in training (`base.resize_token_embeddings(N)`), save it and give that as base, or "
@@ -111,6 +111,10 @@ class TargetSearch:
             self._factors(update, parameters[module], factors[module].get("lora_B.bias"))
         self.ties.settle(self.targets)
         self._refuse_unsaved_rows()
+        for name in (*self.targets.tokens, *self.targets.tied_tokens):
+            if is_head(name) and self.ties.with_bias(name):
+                problem = "PEFT runs a head with trained tokens without its bias, and no full weights do"
+                raise self._error(name, f"{problem}; {MERGE}")
         if self.moved:
             self.targets.notes.append(
                 f"{len(self.moved)} modules are called otherwise in the base's file and are taken by "

@@ -127,8 +127,16 @@ class Ties:
                 if apart:  # one flag ties all of them
                     targets.untied[name] = group.stored
                 else:
+                    if name in targets.tokens:
+                        targets.tied_tokens.append(name)
                     for role in (targets.replaced, targets.tokens, targets.updates):
                         role.pop(name, None)
+
+    def with_bias(self, name: str) -> bool:
+        """Whether the module of a weight has a bias, in the file or tied to one in it."""
+        bias = f"{name.removesuffix('.weight')}.bias"
+        members = (own for group in self._groups for pair in group.members.items() for own in pair)
+        return self.names.find(bias) is not None or bias in members
 
     def _follow(self, group: Group, targets: Targets) -> None:
         """Let the members follow the source where PEFT ties what it adds."""

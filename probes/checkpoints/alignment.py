@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from probes.checkpoints.checkpoint import Checkpoint
 from probes.files.layout import Header
+from probes.files.sources import same_bytes
 from probes.naming import families
 from probes.naming.align import align, without_wrappers
 from probes.naming.architecture import legacy_name
@@ -140,6 +141,21 @@ def is_tied(checkpoint: Checkpoint, other: Checkpoint, name: str) -> bool:
     """Whether a checkpoint ties what another stores under a name to a tensor that both have."""
     structure = checkpoint.structure
     return structure is not None and parameters_of(other)[name] in structure.tied
+
+
+def tied_copies(checkpoint: Checkpoint, names: Collection[str]) -> set[str]:
+    """Those of some tensors that hold again what transformers ties them to."""
+    structure = checkpoint.structure if names else None
+    if structure is None:
+        return set()
+    loaded = _loaded_names(checkpoint)
+    stored = {new: old for old, new in loaded.items()}
+    originals = {name: stored.get(structure.tied.get(loaded[name], "")) for name in names}
+    return {
+        name
+        for name, original in originals.items()
+        if original and same_bytes(checkpoint.tensor(name), checkpoint.tensor(original))
+    }
 
 
 def _loaded_names(checkpoint: Checkpoint) -> dict[str, str]:

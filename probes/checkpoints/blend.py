@@ -28,10 +28,15 @@ CHUNK = 2**18
 
 @dataclass(frozen=True)
 class Blend:
-    """Squared Frobenius norms of tuned − base where they differ; tensors that base lacks, left unchanged."""
+    """Squared Frobenius norms of tuned − base where they differ; tensors that base lacks, left unchanged.
+
+    Attributes:
+        rounded: squared norms of what the dtype of the file rounds off an adapter's merged weights.
+    """
 
     squares: dict[str, float] = field(default_factory=dict)
     alone: list[str] = field(default_factory=list)
+    rounded: dict[str, float] = field(default_factory=dict)
 
 
 def write_blend(
@@ -60,6 +65,9 @@ def write_blend(
             done.alone.append(name)
         elif square:
             done.squares[name] = square
+            dtype = dtypes.get(name, headers[name].dtype)
+            if pair.tuned.kind == "adapter" and dtype.itemsize < value.dtype.itemsize:
+                done.rounded[name] = float((value - value.to(dtype)).double().square().sum())
         return value
 
     write_checkpoint(pair.tuned, out, change, dtypes=dtypes, progress=progress)

@@ -16,6 +16,7 @@ from probes.checkpoints.alignment import (
     is_tied,
     parameters_of,
     shared_tensors,
+    tied_copies,
     used_tensors,
 )
 from probes.checkpoints.checkpoint import Checkpoint, nearest, summary_table
@@ -185,7 +186,8 @@ class CheckpointPair:
                 reason = f"tied to {to} in {role} alone"
                 reason += "; not compared"
                 unmatched.append(Unmatched(name, reason, base[name].shape, tuned[other].shape))
-        for name in self.tensors.keys() - set(self._tensors.values()) - tied[1].keys():
+        by_tie = self.tensors.keys() - set(self._tensors.values()) - tied[1].keys()
+        for name in by_tie - tied_copies(self.tuned, by_tie):
             to = self.tensors[name]
             reason = f"tied to {to} in base alone; not compared"
             unmatched.append(Unmatched(name, reason, base[to].shape, tuned[name].shape))
@@ -202,7 +204,9 @@ class CheckpointPair:
     @cached_property
     def _missing(self) -> dict[str, Header]:
         """Tensors of base without a counterpart in tuned."""
-        return _alone(self.base, set(self._tensors).union(self.tensors.values()), set(self._names))
+        missing = _alone(self.base, set(self._tensors).union(self.tensors.values()), set(self._names))
+        copies = tied_copies(self.base, missing)
+        return {name: header for name, header in missing.items() if name not in copies}
 
     @cached_property
     def _extra(self) -> dict[str, Header]:
@@ -258,8 +262,9 @@ class CheckpointPair:
         if not parts:
             return None
         return (
-            f"{self.base.ref} and {self.tuned.ref}: no model lies between the two, because not only values "
-            f"differ ({'; '.join(map(plain, parts))}); give the base that tuned was made from"
+            f"{self.base.ref} and {self.tuned.ref}: no model lies between the two, which differ in more than "
+            f"values ({'; '.join(map(plain, parts))}); give the base that tuned was made from, or measure "
+            "what runs each by itself, such as ood or drift"
         )
 
     def between_problem(self) -> str | None:
@@ -274,7 +279,7 @@ class CheckpointPair:
         >>> CheckpointPair(experts(2), experts(2)).between_problem() is None
         True
         >>> print(CheckpointPair(experts(3), experts(2)).between_problem())
-        state dict and state dict: no model lies between the two, because not only values differ (1 ...
+        state dict and state dict: no model lies between the two, which differ in more than values (1...
         """
         return self._between
 

@@ -144,7 +144,8 @@ def run(model: nn.Module, batch: Batch, *, differentiable: bool = False) -> Pass
     with torch.set_grad_enabled(differentiable):
         if part is not inner:
             with replaced_forward(part, record):
-                inner(**arguments)
+                # A classifier finds the last token by a padding id.
+                inner(**arguments) if headed else full_pass(model, batch)
         if not outputs:
             logits = inner(**arguments).logits.flatten(0, 1)
             return Pass(None, lambda positions: logits[positions.to(logits.device)], None)
@@ -176,6 +177,9 @@ def shadow(model: nn.Module) -> Any:
         offloaded = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         if offloaded is not None:
             shared[id(offloaded)] = offloaded
+        # Hooks such as those of pruning leave a computed weight there, which cannot be copied.
+        computed = [value for value in vars(module).values() if isinstance(value, Tensor)]
+        shared |= {id(value): value.detach() for value in computed}
         # PEFT keeps views of an embedding's factors beside the head that is tied to it; they are not copied.
         kept = getattr(module, "kwargs", None)
         views = kept.get("tied_adapter") if isinstance(kept, dict) else None

@@ -32,6 +32,11 @@ from probes.text.batches import out_of_memory
 
 Kind = Literal["causal", "classifier", "masked"]
 
+# Any of them makes a directory one with a tokenizer.
+TOKENIZER_FILES = (
+    "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json",
+)  # fmt: skip
+
 # A vision-language model is run on text alone, as its language model.
 AUTO: dict[Kind, tuple[str, ...]] = {
     "causal": ("AutoModelForCausalLM", "AutoModelForImageTextToText"),
@@ -147,6 +152,10 @@ class Loading:
 
         # An infinity is written as an object, because JSON has no such number.
         stored = json.loads(json.dumps(dict(checkpoint.config)), object_hook=_number)
+        numbers = stored.get("label2id")
+        if not stored.get("id2label") and isinstance(numbers, dict) and numbers:
+            # transformers would call the classes LABEL_0, LABEL_1 …
+            stored["id2label"] = {number: name for name, number in numbers.items()}
         if (memory := memory_of(checkpoint)) is not None:
             return unwrapped(memory).config
         brought = brought_by(checkpoint) if brought is None else brought
@@ -313,18 +322,33 @@ def tokenizer_of(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> 
     in_memory = [side.tokenizer for side in sides if side.tokenizer is not None]
     if in_memory:
         return in_memory[0]
-    files = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
-    directories = [side.directory for side in sides if side.directory is not None]
-    directory = next((path for path in directories if any((path / name).is_file() for name in files)), None)
+    directory = _tokenizer_directory(checkpoint)
     if directory is None:
         reason = "has no directory that could hold a tokenizer; give it as tokenizer="
-        if directories:
-            reason = f"no tokenizer lies beside its weights ({', '.join(files)}); save it there, or in "
-            reason += "Python give it as tokenizer="
+        if any(side.directory is not None for side in sides):
+            reason = f"no tokenizer lies beside its weights ({', '.join(TOKENIZER_FILES)}); save it there, "
+            reason += "or in Python give it as tokenizer="
         raise InputError(f"{checkpoint.ref}: {reason}")
     problem = partial(_refuse_own_code, directory, trust_remote_code)
     with _blaming(f"{directory}: its tokenizer cannot be read", TOKENIZER, problem=problem):
         return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+
+
+def has_tokenizer(checkpoint: Checkpoint) -> bool:
+    """Whether a tokenizer was given with a checkpoint or its base, or lies in the directory of either."""
+    sides = [side for side in (checkpoint, checkpoint.base) if side is not None]
+    if any(side.tokenizer is not None or side.tokenizer_lost for side in sides):
+        return True
+    return _tokenizer_directory(checkpoint) is not None
+
+
+def _tokenizer_directory(checkpoint: Checkpoint) -> Path | None:
+    """The directory of a checkpoint, or else of its base, that holds a tokenizer."""
+    sides = [side for side in (checkpoint, checkpoint.base) if side is not None]
+    directories = [side.directory for side in sides if side.directory is not None]
+    return next(
+        (path for path in directories if any((path / name).is_file() for name in TOKENIZER_FILES)), None
+    )
 
 
 def _refuse_own_code(directory: Path, trusted: bool) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from probes.checkpoints.checkpoint import nearest
 from probes.errors import InputError, UnknownNameError
-from probes.models.body import blocks, evaluating, inputs, run, shadow, unwrapped
+from probes.models.body import blocks, evaluating, full_pass, inputs, run, shadow, unwrapped
 from probes.passes.scores import mean_over_tokens
 from probes.text.batches import Batch, halving
 
@@ -290,6 +290,8 @@ def _all_logits(model: nn.Module, batch: Batch) -> Any:
     """A full forward pass with all logits."""
     inner = unwrapped(model)
     with torch.no_grad():
+        if inner.get_output_embeddings() is None:
+            return full_pass(inner, batch)  # a classifier finds the last token by a padding id
         return inner(**inputs(inner, batch))
 
 

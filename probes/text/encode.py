@@ -69,6 +69,7 @@ def encode(
     add_bos: bool | None = None,
     add_eos: bool = False,
     score_span: Literal["content", "all"] = "content",
+    template: Any = None,
 ) -> list[Example]:
     """Tokenise a task: one example a row, or one a choice, in the order of the rows.
 
@@ -81,6 +82,7 @@ def encode(
         add_bos: whether sequences begin with one BOS; None: as the tokenizer or template does.
         add_eos: end each sequence with an EOS, which is scored, and which a cut removes first.
         score_span: `all` scores prompts and templates too.
+        template: a tokenizer whose chat template is used; None: the tokenizer's own.
 
     Raises:
         InputError: the tokenizer lacks a token or template, its template changes a row's text, or
@@ -96,7 +98,7 @@ def encode(
     """
     if max_length is not None and max_length < 2:
         raise InputError(f"max_length is {max_length}; a token and one before it need 2")
-    pieces = list(chat_pieces(task, tokenizer) if chat_template else plain_pieces(task))
+    pieces = list(chat_pieces(task, template or tokenizer) if chat_template else plain_pieces(task))
     texts = [piece.text for piece in pieces[:CHUNK]]
     outer = ([], []) if chat_template else special_tokens(tokenizer, texts)
     special = SpecialTokens(tokenizer, *outer, add_bos, add_eos, everything=score_span == "all")

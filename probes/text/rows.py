@@ -159,19 +159,80 @@ def task_of(rows: Iterable[str | Mapping[str, Any]], *, ref: str = "rows", limit
 
 
 def class_ids(task: Task, labels: Sequence[str]) -> list[int]:
-    """The class of each row: its label as one of the model's names or an index into them, else InputError."""
-    by_name = {name: index for index, name in enumerate(labels)}
-    classes = []
-    for index, row in enumerate(task.rows):
-        class_id = by_name.get(str(row.label), row.label)
-        if not isinstance(class_id, int) or not 0 <= class_id < len(labels):
-            listed = ", ".join(map(repr, labels[:8])) + (", …" if len(labels) > 8 else "")
-            raise InputError(
-                f'{task.where(index)}: "label" is {row.label!r:.80}, which the model does not know; its '
-                f"{len(labels)} labels are {listed}; give one of them, or its number from 0"
-            )
-        classes.append(class_id)
-    return classes
+    """The class of each row: all labels of a task are names of the model's classes, or all are their numbers.
+
+    A string is a name; it may differ from the model's in case and in spaces around it. A whole number counts
+    from 0; if some of the task's exceed the classes, all are names.
+
+    Args:
+        labels: the names of the model's classes, in order.
+
+    Raises:
+        InputError: a label that the model does not know, or labels that can be read both ways.
+
+    >>> rows = [{"text": "ab", "label": "Yes"}, {"text": "cd", "label": "no"}]
+    >>> class_ids(task_of(rows), ["no", "yes"])
+    [1, 0]
+    """
+    names, numbers = _by_name(task, labels), _by_number(task, labels)
+    if None in names and None in numbers:
+        raise _unreadable(task, labels, names, numbers)
+    if None in numbers:
+        return [class_id for class_id in names if class_id is not None]
+    # They begin as the names do: without a 0 they may count from 1, and a class may be called 0.
+    if {0, 1} & set(numbers) and None not in names and names != numbers:
+        first = next(i for i, name in enumerate(names) if name != numbers[i])
+        label = task.rows[first].label
+        called = [repr(labels[ids[first] or 0]) for ids in (names, numbers)]
+        raise InputError(
+            f'{task.where(first)}: "label" is {label}: the class called {called[0]}, or class number '
+            f"{label}, called {called[1]}? Every label of the file can be read both ways; write the "
+            f'names as strings in a .jsonl file, "label": "{label}"'
+        )
+    return [class_id for class_id in numbers if class_id is not None]
+
+
+def _unreadable(
+    task: Task, labels: Sequence[str], names: Sequence[int | None], numbers: Sequence[int | None]
+) -> InputError:
+    """The error for labels that are neither all names nor all numbers."""
+    kinds = list(zip(names, numbers, strict=True))
+    if (None, None) in kinds:
+        first = kinds.index((None, None))
+        listed = ", ".join(map(repr, labels[:8])) + (", …" if len(labels) > 8 else "")
+        return InputError(
+            f'{task.where(first)}: "label" is {task.rows[first].label!r:.80}, which the model does not know; '
+            f"its {len(labels)} labels are {listed}; give one of them, or its number from 0"
+        )
+    first = names.index(None) if names[0] is not None else numbers.index(None)
+    kind, others = ("number", "names") if names[0] is not None else ("name", "numbers")
+    return InputError(
+        f'{task.where(first)}: "label" is {task.rows[first].label!r:.80}, the {kind} of a class, and the '
+        f"rows before it have {others}; give all by name, or all by number"
+    )
+
+
+def by_number(task: Task, labels: Sequence[str]) -> bool:
+    """Whether the labels of a task are the numbers of classes, and no names."""
+    return None not in _by_number(task, labels)
+
+
+def _by_name(task: Task, labels: Sequence[str]) -> list[int | None]:
+    """The class of each row if labels are names; None where there is none of that name."""
+    exact = {name: index for index, name in enumerate(labels)}
+    texts = [str(row.label) for row in task.rows]
+    folded = {name.strip().casefold(): index for name, index in exact.items()}
+    if len(folded) == len(exact) and not all(text in exact for text in texts):
+        return [folded.get(text.strip().casefold()) for text in texts]
+    return [exact.get(text) for text in texts]
+
+
+def _by_number(task: Task, labels: Sequence[str]) -> list[int | None]:
+    """The class of each row if labels are numbers from 0; None where there is none of that number."""
+    return [
+        row.label if isinstance(row.label, int) and 0 <= row.label < len(labels) else None
+        for row in task.rows
+    ]
 
 
 def checked(ref: str, numbered: NumberedRows, limit: int | None) -> Task:

@@ -10,14 +10,20 @@ import torch
 ALPHABET = "abc"
 
 
-def save_tokenizer(directory: Path, characters: str, *, bos: bool = True) -> None:
-    """A tokenizer of single characters: id 0 begins every text, the characters follow from 1."""
+def save_tokenizer(
+    directory: Path, characters: str, *, bos: bool = True, words: Sequence[str] = (), merged: bool = True
+) -> None:
+    """A tokenizer of single characters: id 0 begins every text, the characters follow from 1.
+
+    Pairs of characters, `words`, follow these; only where `merged` are they ever split off.
+    """
     from tokenizers import Tokenizer, decoders, models
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {token: index for index, token in enumerate(["<s>", *characters])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    vocabulary = {token: index for index, token in enumerate(["<s>", *characters, *words])}
+    merges = [(word[0], word[1]) for word in words if merged]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     tokenizer.decoder = decoders.Fuse()
     if bos:
         tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])

@@ -17,11 +17,11 @@ import numpy as np
 from diagnostics.analyses.drift import similarity
 from diagnostics.analyses.drift.figures import draw
 from diagnostics.analyses.drift.similarity import ONSET, Points
-from diagnostics.core.analysis import DeviceTest, Result, analysis
+from diagnostics.core.analysis import DeviceTest, NotApplicableError, Result, analysis
 from diagnostics.core.row_options import RowOptions
 from diagnostics.evaluation.paired_texts import SIDES
 from diagnostics.evaluation.sets import draw_items, load_named_sets
-from diagnostics.evaluation.tokenizers import bos_notes, first_difference, shared_tokenizer
+from diagnostics.evaluation.tokenizers import same_rules, split_rows, template_of
 from diagnostics.execution.workers import RemoteModel, open_side
 from probes import CheckpointPair
 from probes.errors import InputError
@@ -92,7 +92,7 @@ def representation_drift(
 ) -> Result:  # fmt: skip
     """Compare the residual stream of base and tuned on the same tokens.
 
-    Both models read a row, prompt and continuation, with the same tokenizer.
+    Both models read a row, prompt and continuation, as the same tokens.
 
     Args:
         pair: base and tuned; language models or classifiers.
@@ -115,8 +115,9 @@ def representation_drift(
             deviations within classes; NaN without labels), rows (count).
 
     Raises:
-        InputError: tokenizers that differ, models of different depths or widths, fewer than 4 rows in a set,
-            or residuals that are not finite.
+        NotApplicableError: the tokenizers of base and tuned split a row differently.
+        InputError: models of different depths or widths, fewer than 4 rows in a set, or residuals that are
+            not finite.
 
     Example:
         >>> from diagnostics.audit.demo import BUNDLED
@@ -133,15 +134,16 @@ def representation_drift(
     with RunnablePair(pair, **options.of_models) as runnable:
         # Before the tokenizers, which would be blamed for a malformed config.json.
         length = min((n for n in (options.max_length, runnable.context) if n is not None), default=None)
-        shared = shared_tokenizer(runnable.base_tokenizer, runnable.tokenizer)
-        if shared is None:
-            reason = first_difference(runnable.base_tokenizer, runnable.tokenizer)
-            raise InputError(f"{reason}, so representations are not of the same tokens")
-        tokenizer, _, remarks = shared
-        remarks += [] if options.chat_template else bos_notes(runnable.base_tokenizer, tokenizer)
-        chosen = {}
+        base, tuned = runnable.base_tokenizer, runnable.tokenizer
+        encoded = partial(encode, max_length=length, chat_template=options.chat_template)
+        chosen: dict[str, list[Example]] = {}
+        remarks: list[str] = []
         for name, named_task in sets.items():
-            examples = encode(named_task, tokenizer, max_length=length, chat_template=options.chat_template)
+            examples = encoded(named_task, tuned)
+            if not same_rules(base, tuned):
+                of_base = encoded(named_task, base, template=template_of(base, tuned))
+                if differing := split_rows([(named_task, of_base, examples)], base, tuned):
+                    raise NotApplicableError(f"{differing}, so representations are not of the same tokens")
             chosen[name], set_notes = compared(named_task, examples, rows=rows, skip=skip, seed=seed)
             remarks += set_notes
         flat = [example for examples in chosen.values() for example in examples]

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from diagnostics.analyses.dynamics import tables as dynamics_tables
@@ -179,6 +180,7 @@ def training_dynamics(
         "dynamics", probe.key(), probe.measure, progress, least=(2, "a trend"),
         run_calls=checkpoint_runner(series, options.device),
     )  # fmt: skip
+    measurements = [comparable(arrays, measurements[0], len(sets)) for arrays in measurements]
     notes: list[str] = []
     moves, positions = movements(series, notes, progress)
     gaps = expansions(series, probe, progress) if linearity else []
@@ -210,6 +212,16 @@ def training_dynamics(
     return Result(metrics=metrics_of(table, bool(trained)), tables=tables, notes=tuple(notes))
 
 
+def comparable(arrays: Arrays, first: Arrays, sets: int) -> Arrays:
+    """A measurement without what is compared with the first checkpoint's, if that read other tokens."""
+    if all(str(arrays[f"score.{i}.ids"]) == str(first[f"score.{i}.ids"]) for i in range(sets)):
+        return arrays
+    reason = np.array("it splits rows into other tokens than the first checkpoint")
+    compared = ("outputs", "kernel")
+    rest = {name: value for name, value in arrays.items() if name.partition(".")[0] not in compared}
+    return rest | {f"{name}.missing": reason for name in compared if f"{name}.values" in arrays}
+
+
 def check(*, radius: float, **counts: int) -> None:
     """Refuse parameters out of range."""
     if not 0 <= radius < math.inf:
@@ -232,6 +244,7 @@ def movements(
     except InputError as error:
         notes.append(f"Movement is not measured: {error}.")
         return [], {}
+    notes += common.notes("Movement")
     distances = series.measured(
         "movement",
         {"first": first.stamp(), "names": list(common.names), "rows": dict(common.rows)},

@@ -26,6 +26,7 @@ from diagnostics.core.row_options import RowOptions
 from diagnostics.evaluation.one_function import apart_notes
 from diagnostics.evaluation.row_losses import EncodedTask, Losses
 from diagnostics.evaluation.sets import SetKey, encode_sets, load_sets, set_notes
+from diagnostics.evaluation.tokenizers import refuse_other_splits
 from diagnostics.execution import jobs, workers
 from diagnostics.numerics import row_bootstrap
 from diagnostics.numerics.estimates import UNDEFINED
@@ -176,6 +177,7 @@ def judged_mitigation(
 
     _check(scales, margin, draws)
     loaded = load_sets({"task": task, "keep": keep}, least=2, purpose="judging a mitigation")
+    refuse_other_splits(pair, loaded.values(), options)
     editable = Editable(pair.tuned, **options.of_models)
     editable.context = common_context(pair, editable.loading)
     sets = encode_sets(editable, loaded, **options.of_rows)

@@ -11,7 +11,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
 from diagnostics.analyses.ood.figures import draw
-from diagnostics.analyses.ood.tables import ALL, detection_of, gains_of, rows_of, tokens_of
+from diagnostics.analyses.ood.tables import ALL, detection_of, gains_of, over_length, rows_of, tokens_of
 from diagnostics.core.analysis import DeviceTest, Result, analysis
 from diagnostics.core.row_options import RowOptions
 from diagnostics.evaluation.paired_texts import TextOptions, read_sets
@@ -42,12 +42,15 @@ METRICS = {
     "prevalence": "share of OOD among the rows",
     "auroc_per_token": "AUROC of the ratio per token",
     "auroc_tuned_likelihood": "AUROC of the tuned likelihood alone",
-    "auroc_length": "AUROC of the length alone",
+    "auroc_length": "AUROC of the length alone, shorter or longer, of the OOD set that it separates best",
     "auroc_like_length": "AUROC of the ratio among rows of similar length",
     "over_likelihood": "AUROC of the ratio minus that of the tuned likelihood",
     "over_likelihood_low": "lower end of the paired 95 % interval of over_likelihood",
-    "over_length": "AUROC of the ratio minus that of the length",
+    "over_length": "AUROC of the ratio minus that of the length, of the OOD set with the least lead",
     "over_length_low": "lower end of the paired 95 % interval; below 0 the ratio may be no more than length",
+    "per_token_gain": "AUROC of the ratio per token minus that of the ratio",
+    "per_token_gain_low": "lower end of its paired 95 % interval; above 0: gate with the ratio per token",
+    "per_token_gain_high": "upper end of its paired 95 % interval; below 0: gate with the summed ratio",
     "threshold_95_id_kept_nats": "ratio that 5 % of the in-distribution rows exceed",
     "threshold_95_ood_caught_nats": "ratio that 95 % of the OOD rows reach",
     "flagged_ood": "share of OOD rows with a conformal p-value below alpha",
@@ -71,6 +74,7 @@ def summary(result: Result) -> str:
         f"the ratio separates {m['rows_ood']} OOD from {m['rows_id']} task rows with AUROC {m['auroc']:.3f} "
         f"({m['auroc_low']:.3f} to {m['auroc_high']:.3f}), FPR95 {m['fpr95']:.3f}; it {adds} to tuned "
         f"likelihood ({m['over_likelihood']:+.3f}); length alone {m['auroc_length']:.3f}"
+        + ("; the ratio per token separates better" if m.get("per_token_gain_low", 0) > 0 else "")
     )
 
 
@@ -79,10 +83,10 @@ def summary(result: Result) -> str:
     question="Can base and tuned together tell which texts the tuned model was not made for?",
     reading=(
         "AUROC is the probability that an OOD row scores above a task row: 0.5 is chance, 1 is perfect. "
-        "Compare it with the AUROC of the length, which needs no model, and of the tuned likelihood, which "
-        "needs no base: if the interval of the difference includes 0, the ratio may add nothing. Thresholds "
-        "hold for task rows that tuning never saw; training rows make them too strict. A gain below 0 on the "
-        "keep rows is forgetting."
+        "Compare it with the AUROC of the length, which needs no model and counts in either direction, and "
+        "with that of the tuned likelihood, which needs no base: if the interval of the difference includes "
+        "0, the ratio may add nothing. Thresholds hold for task rows that tuning never saw; training rows "
+        "make them too strict. A gain below 0 on the keep rows is forgetting."
     ),
     paper="arXiv:2404.08679",
     cost="two forward passes over all rows, one copy of the model in memory; bootstrap in seconds",
@@ -102,8 +106,8 @@ def likelihood_ratio_ood(
 ) -> Result:  # fmt: skip
     """Score every row with both models, and measure how well each score detects the OOD rows.
 
-    The first token of a text is scored only behind a BOS. Distances of task rows are to the other task rows,
-    in five folds.
+    Each model reads with its own tokenizer. The first token of a text is scored only behind a BOS. Distances
+    of task rows are to the other task rows, in five folds.
 
     Args:
         pair: base and tuned, two causal language models.
@@ -115,7 +119,7 @@ def likelihood_ratio_ood(
         max_length: most tokens of a row, or of a window; None: what both models take.
         windows: read longer rows to the end in windows that overlap by half; else they are cut. Each token is
             scored once, and both models read the same windows.
-        approximate: allow different tokenizers; ratios are then per byte, and of one segmentation of a text.
+        approximate: lengths in bytes, means per byte; always so if base and tuned split a row differently.
         answers: of the `file` (ours), or tuned's own `greedy` answers to the prompts (paper).
         longest_answer: most tokens of a greedy answer (paper: 768), at most half of what the models take.
         alpha: conformal p-value below which a row is flagged (ours).
@@ -137,7 +141,8 @@ def likelihood_ratio_ood(
             threshold_95_ood_caught (in the score's unit), rows_id, rows_ood (counts).
         `sets`: one row a set and group: set, role, group, rows, tokens (counts), median_tokens, loss_base,
             loss_tuned, gain, gain_low, gain_high (nats per token), flagged, truncated (shares).
-        `rows`: one row a text: set, role, row (number in the file), group, tokens (count),
+        `rows`: one row a text: set, role, row (number in the file), group, tokens (count; here and
+            everywhere else of bytes if lengths are),
             log_likelihood_base, log_likelihood_tuned (nats, summed), truncated, text (its beginning), p_value
             (conformal), flagged, and the scores (see `SCORES`): ratio, ratio_per_token, question_ratio,
             answer_ratio, conditional_ratio, tuned_likelihood, tuned_loss, base_likelihood, base_loss, length,
@@ -147,8 +152,8 @@ def likelihood_ratio_ood(
             token, log_likelihood_base, log_likelihood_tuned, ratio (nats).
 
     Raises:
-        InputError: models or tokenizers that cannot be compared, a set of fewer than 2 rows, rows that are
-            both in and out of distribution, likelihoods that are not finite.
+        InputError: models that are no causal language models, a set of fewer than 2 rows, rows that are both
+            in and out of distribution, likelihoods that are not finite.
 
     Example:
         >>> from diagnostics.audit.demo import BUNDLED
@@ -166,7 +171,7 @@ def likelihood_ratio_ood(
     )
     refuse_overlap(roles, sets)
     text_options = TextOptions(
-        windows=windows, approximate=approximate, answers=answers, longest_answer=longest_answer,
+        windows=windows, in_bytes=approximate, answers=answers, longest_answer=longest_answer,
         **options.of_rows,
     )  # fmt: skip
     with RunnablePair(pair, **options.of_models) as runnable:
@@ -205,11 +210,29 @@ def likelihood_ratio_ood(
         notes.append(
             f"{len(inside)} task rows calibrate the p-values; fewer than {CALIBRATED_FROM} leave them coarse"
         )
+    notes += gate_notes(metrics)
     shown = rows.assign(text=rows["text"].str.slice(0, SHOWN))
     tables = {"detection": detection, "sets": gains, "rows": shown}
-    if not approximate:
+    if not reading.in_bytes:
         tables["tokens"] = tokens_of(reading, rows, tokenizer, examples)
     return Result(metrics=metrics, tables=tables, notes=(*reading.notes, *notes))
+
+
+def gate_notes(metrics: Mapping[str, float | int]) -> list[str]:
+    """The note on which ratio to gate with, where one surely separates better."""
+    if metrics["per_token_gain_low"] > 0:
+        better, worse, bound = "ratio per token", "summed ratio", metrics["per_token_gain_low"]
+        setting = "per_token=True, `tunescope detect --per-token`"
+    elif metrics["per_token_gain_high"] < 0:
+        better, worse, bound = "summed ratio", "ratio per token", -metrics["per_token_gain_high"]
+        setting = "per_token=False, the default"
+    else:
+        return []
+    lead = abs(metrics["per_token_gain"])
+    return [
+        f"gate with the {better}: its AUROC is {lead:.3f} above that of the {worse} (at least {bound:.3f}); "
+        f"for the detector that is {setting}"
+    ]
 
 
 def refuse_overlap(roles: Mapping[str, str], sets: Mapping[str, Task]) -> None:
@@ -227,17 +250,22 @@ def metrics_of(
     """The metrics of the ratio, all OOD sets pooled, and of the scores that it must beat."""
     ungrouped = detection[detection["group"].isna()]
     pooled = ungrouped[ungrouped["ood"] == ALL].set_index("score")
-    ratio, likelihood, length = (pooled.loc[score] for score in ("ratio", "tuned_likelihood", "length"))
+    ratio, likelihood, per_token = (
+        pooled.loc[score] for score in ("ratio", "tuned_likelihood", "ratio_per_token")
+    )
+    length, lead = over_length(inside, outside)
     of_sets = ungrouped[(ungrouped["score"] == "ratio") & (ungrouped["ood"] != ALL)]
     metrics: dict[str, Any] = {
         "auroc": ratio["auroc"], "auroc_low": ratio["low"], "auroc_high": ratio["high"],
         "auroc_worst_set": min(of_sets["auroc"], default=ratio["auroc"]), "fpr95": ratio["fpr95"],
         "ood_missed_at_95_id_kept": ratio["ood_missed_at_95_id_kept"], "aupr_ood": ratio["aupr"],
         "aupr_id": ratio["aupr_id"], "prevalence": ratio["prevalence"],
-        "auroc_per_token": pooled.loc["ratio_per_token", "auroc"],
-        "auroc_tuned_likelihood": likelihood["auroc"], "auroc_length": length["auroc"],
+        "auroc_per_token": per_token["auroc"], "auroc_tuned_likelihood": likelihood["auroc"],
+        "auroc_length": length,
         "over_likelihood": likelihood["ratio_gain"], "over_likelihood_low": likelihood["ratio_gain_low"],
-        "over_length": length["ratio_gain"], "over_length_low": length["ratio_gain_low"],
+        "over_length": lead.value, "over_length_low": lead.low, "per_token_gain": 0 - per_token["ratio_gain"],
+        "per_token_gain_low": 0 - per_token["ratio_gain_high"],
+        "per_token_gain_high": 0 - per_token["ratio_gain_low"],
         "threshold_95_id_kept_nats": ratio["threshold_95_id_kept"],
         "threshold_95_ood_caught_nats": ratio["threshold_95_ood_caught"],
         "flagged_ood": outside["flagged"].mean(),

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,14 @@ from diagnostics.analyses.ood.tables import token_ratios
 from diagnostics.core.analysis import plain
 from diagnostics.core.inputs import task_from
 from diagnostics.evaluation.paired_texts import PairedText, TextOptions, read_sets
+from diagnostics.evaluation.tokenizers import same_rules
 from diagnostics.numerics import detection_metrics
 from diagnostics.store.files import replacing, to_json
 from probes import CheckpointPair
 from probes.errors import InputError
 from probes.models.config_changes import function_changes
 from probes.models.runnable import RunnablePair
-from probes.text.rows import Task
+from probes.text.rows import Task, task_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -78,6 +80,7 @@ class LikelihoodRatioDetector:
         )
         self.device, self.dtype, self.trust_remote_code = device, dtype, trust_remote_code
         self._models: RunnablePair | None = None
+        self._other_rules: bool | None = None
 
     @classmethod
     def fit(cls, pair: Any, task: Any, **parameters: Any) -> "LikelihoodRatioDetector":
@@ -87,7 +90,7 @@ class LikelihoodRatioDetector:
             InputError: fewer than 2 rows have a token to score, or the models cannot be compared.
         """
         detector = cls(pair, **parameters)
-        rows = detector._task(task).at_least(2, "calibrating a detector")
+        rows = detector._task(task, files=True).at_least(2, "calibrating a detector")
         scores = detector.score(rows)
         scored = scores[~np.isnan(scores)]
         if len(scored) < 2:
@@ -140,7 +143,8 @@ class LikelihoodRatioDetector:
                 record |= {"log_likelihood_base": base, "log_likelihood_tuned": tuned, "ratio": base - tuned}
                 record |= {"score": score, "p_value": p_value}
             if tokens:
-                record["by_token"] = token_ratios(text, self._runnable().tokenizer)
+                tokenizer = self._runnable().tokenizer
+                record["by_token"] = None if self._in_bytes else token_ratios(text, tokenizer)
             records.append(record)
         return records
 
@@ -148,6 +152,8 @@ class LikelihoodRatioDetector:
         """Each token of a text with its log-likelihoods and their difference, which shows unusual words."""
         import pandas as pd
 
+        if self._in_bytes:
+            raise InputError("the tokenizers of base and tuned differ, so that a token has no ratio")
         (read,) = self._read([text])
         columns = ["position", "token", "log_likelihood_base", "log_likelihood_tuned", "ratio"]
         return pd.DataFrame(token_ratios(read, self._runnable().tokenizer), columns=columns)
@@ -231,18 +237,30 @@ class LikelihoodRatioDetector:
             )
         return self._models
 
+    @property
+    def _in_bytes(self) -> bool:
+        """Whether lengths are bytes: the same of all texts, however the two tokenizers split them."""
+        runnable = self._runnable()
+        if self._other_rules is None:
+            self._other_rules = not same_rules(runnable.base_tokenizer, runnable.tokenizer)
+        return self._other_rules
+
     def _read(self, X: Any) -> Sequence[PairedText]:
-        reading = read_sets(self._runnable(), {"rows": self._task(X)}, self.text_options)
+        options = replace(self.text_options, in_bytes=self._in_bytes)
+        reading = read_sets(self._runnable(), {"rows": self._task(X)}, options)
         for note in reading.notes:
             log.warning("%s", note)
         return reading.sets["rows"]
 
     @staticmethod
-    def _task(X: Any) -> Task:
+    def _task(X: Any, *, files: bool = False) -> Task:
+        """The rows of a task, a file, or a list; in a list of `files` a string may name one."""
         if not (isinstance(X, str | Path | Mapping) or hasattr(X, "rows")):
             if not isinstance(X, Iterable):
                 raise InputError(f"texts must be a list, and this is {type(X).__name__}")
             X = [text.item() if isinstance(text, np.generic) else text for text in X]
+            # Texts to be judged may come from anyone: none of them opens a file.
+            return task_from(X, "rows") if files else task_of(X, ref="rows")
         return task_from(X, "rows")
 
     def _scores(self, texts: Sequence[PairedText]) -> Float[np.ndarray, " rows"]:

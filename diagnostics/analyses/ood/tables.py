@@ -1,5 +1,6 @@
 """The tables of likelihood-ratio OOD: every score of every row, and how well each detects the OOD rows."""
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +9,7 @@ from jaxtyping import Float
 
 from diagnostics.evaluation.paired_texts import PairedText, PairedTexts
 from diagnostics.numerics import detection_metrics, vector_distances
-from diagnostics.numerics.estimates import combined
+from diagnostics.numerics.estimates import Estimate, combined
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -180,6 +181,29 @@ def detection_of(inside: "pd.DataFrame", outside: "pd.DataFrame", *, draws: int,
     table = pd.DataFrame(rows)
     first = ["ood", "group", "score", "auroc", "low", "high", "aupr", "aupr_id", "prevalence", "fpr95"]
     return table[[*first, *(column for column in table if column not in first)]]
+
+
+def over_length(inside: "pd.DataFrame", outside: "pd.DataFrame") -> tuple[float, Estimate]:
+    """AUROC of the length, and AUROC of the ratio minus it, for the OOD set where the ratio leads by least.
+
+    A text may be given away by being shorter as well as longer: the length counts in the direction in which
+    it separates the set. Pooled sets could hide that, where some are shorter and others longer.
+    """
+    sets = [part for _, part in outside.groupby("set", sort=False) if len(part) > 1]
+    controls = []
+    for part in sets or [outside]:
+        ratio, length = (
+            detection_metrics.DetectionScores(inside[score], part[score]) for score in ("ratio", "length")
+        )
+        if detection_metrics.auroc(*length) < 0.5:
+            length = detection_metrics.DetectionScores(-inside["length"], -part["length"])
+        gain = detection_metrics.auroc_difference(ratio, length)
+        areas = [detection_metrics.auroc_interval(*scores) for scores in (ratio, length)]
+        if not gain.error:  # both are perfect, in this sample
+            below = math.hypot(areas[0].value - areas[0].low, areas[1].high - areas[1].value)
+            gain = gain._replace(low=min(gain.low, gain.value - below))
+        controls.append((areas[1].value, gain))
+    return max(area for area, _ in controls), min((gain for _, gain in controls), key=lambda gain: gain.low)
 
 
 def gains_of(rows: "pd.DataFrame") -> "pd.DataFrame":

@@ -20,6 +20,7 @@ from diagnostics.evaluation.interpolation import PathEvaluator, path_rows, poole
 from diagnostics.evaluation.one_function import refuse_two_functions
 from diagnostics.evaluation.pair_notes import model_notes, pinned_note
 from diagnostics.evaluation.sets import SetKey, encode_sets, load_sets, set_notes
+from diagnostics.evaluation.tokenizers import refuse_other_splits
 from probes import CheckpointPair
 from probes.models.interpolated import InterpolatedModel
 from probes.models.two_sided import TwoSidedModel
@@ -144,6 +145,7 @@ def interpolation_path(
     with TwoSidedModel(pair, **options.of_models) as two_sided:
         interpolated = InterpolatedModel(two_sided)
         loaded = load_sets({"task": task, "keep": keep, "ood": ood}, least=2, purpose="a path")
+        refuse_other_splits(pair, loaded.values(), options)
         sets = encode_sets(two_sided.editable, loaded, **options.of_rows)
         notes = model_notes(pair, two_sided.model)
         evaluator = PathEvaluator(interpolated, sets, progress)

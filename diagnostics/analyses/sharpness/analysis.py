@@ -38,6 +38,7 @@ from diagnostics.evaluation.interpolation import ALPHAS, PathEvaluator, check_al
 from diagnostics.evaluation.one_function import refuse_two_functions
 from diagnostics.evaluation.pair_notes import HALF_DTYPES, is_half, model_notes, pinned_note
 from diagnostics.evaluation.sets import SetKey, encode_sets, load_sets, set_notes
+from diagnostics.evaluation.tokenizers import refuse_other_splits
 from probes import CheckpointPair
 from probes.errors import InputError
 from probes.models.interpolated import InterpolatedModel, Layer
@@ -228,6 +229,7 @@ def layer_sharpness(
             )
         sources = {"task": task, "keep": keep, "ood": ood}
         loaded = load_sets(sources, least=2, purpose="sharpness", rows=rows, seed=seed)
+        refuse_other_splits(pair, loaded.values(), options)
         sets = encode_sets(two_sided.editable, loaded, **options.of_rows)
         evaluator = PathEvaluator(interpolated, sets, progress)
         evaluator.measure(grid)

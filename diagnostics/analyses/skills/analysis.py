@@ -25,6 +25,7 @@ from diagnostics.core.inputs import tasks
 from diagnostics.core.row_options import RowOptions
 from diagnostics.evaluation.one_function import refuse_two_functions
 from diagnostics.evaluation.row_losses import EncodedTask, encoded
+from diagnostics.evaluation.tokenizers import refuse_other_splits
 from probes import CheckpointPair
 from probes.checkpoints.mask_file import Patch
 from probes.errors import InputError
@@ -215,6 +216,7 @@ def skill_localization(
         if source is not None
         for name, set_rows in tasks(source, role).items()
     }
+    refuse_other_splits(pair, (*by_task.values(), *others.values()), options)
     with TwoSidedModel(pair, **options.of_models) as two_sided:
 
         def encode(unencoded: Task) -> EncodedTask:

@@ -28,6 +28,7 @@ from diagnostics.core.analysis import DeviceTest, Result, analysis
 from diagnostics.core.inputs import tasks
 from diagnostics.core.row_options import RowOptions
 from diagnostics.evaluation.row_losses import encoded
+from diagnostics.evaluation.tokenizers import refuse_other_splits
 from probes import CheckpointPair
 from probes.checkpoints.mask_file import Patch
 from probes.checkpoints.pair import Side
@@ -236,6 +237,8 @@ def essential_sparsity(
     }
     roles = {role: settings.metric_of(role, sets) for role in dict.fromkeys(role for role, _ in sets)}
     training, sets = split_training(sets, finetune_share, seed) if finetune_steps else (None, sets)
+    rows_read = sets.values() if training is None else (*sets.values(), training)
+    refuse_other_splits(pair, rows_read, options)
     with TwoSidedModel(pair, **options.of_models, apart=True) as two_sided:
         encoded_sets = {
             key: encoded(two_sided.editable, rows, **options.of_rows) for key, rows in sets.items()

@@ -176,11 +176,7 @@ def weight_path(
     except InputError as error:  # scores do not need it
         notes.append(f"The path through the weights is not measured: {error}.")
         return []
-    if common.left_out:
-        notes.append(
-            f"The path leaves out {len(common.left_out)} tensors that some checkpoint lacks in that shape: "
-            f"{', '.join(common.left_out[:5])}{' …' if len(common.left_out) > 5 else ''}."
-        )
+    notes += common.notes("The path")
     return weight_distances.path_rows(squares, len(series))
 
 

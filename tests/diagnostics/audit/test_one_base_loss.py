@@ -276,6 +276,25 @@ def test_each_side_answers_in_the_order_of_its_own_classes(tmp_path):
         d.interpolation_path(pair, rows)
 
 
+def test_numbers_of_classes_in_two_orders_are_asked_about_and_stars_are_what_they_can_be(tmp_path):
+    make_case("label_orders", tmp_path)
+    numbered = tmp_path / "numbered.jsonl"
+    rows = [json.loads(line) for line in (tmp_path / "nli.jsonl").read_text().splitlines()]
+    names = sorted({row["label"] for row in rows})
+    numbers = [row | {"label": names.index(row["label"])} for row in rows]
+    numbered.write_text("".join(json.dumps(row) + "\n" for row in numbers))
+    pair = CheckpointPair(tmp_path / "base", tmp_path / "tuned")
+    with pytest.raises(
+        InputError, match="its labels are numbers, and the models number their classes differently"
+    ):
+        d.judged_mitigation(pair, numbered, numbered, scales=(0.5,), draws=100)
+    stars = CheckpointPair(tmp_path / "stars-base", tmp_path / "stars-tuned")
+    for file in ("stars-ids.jsonl", "stars-names.jsonl"):
+        sets = d.interpolation_path(stars, tmp_path / file, alphas=(0.5,)).tables["sets"]
+        assert sets["accuracy_base"].tolist() == [1.0]
+        assert sets["accuracy_tuned"].item() > 0.8
+
+
 def test_without_a_control_the_modes_are_shown_and_none_is_recommended(tmp_path):
     pair = write_pair(tmp_path, *TWO_FUNCTIONS["rms_norm_eps"])
     rows = tmp_path / "task.jsonl", tmp_path / "keep.jsonl"

@@ -89,6 +89,42 @@ def test_a_role_called_from_python_may_be_a_task_a_file_texts_or_several_by_name
         tasks({}, "ood")
 
 
+@pytest.mark.parametrize("kind", [Path, str])
+def test_a_list_of_paths_is_read_as_files_and_never_as_texts(tmp_path, kind):
+    first = write(tmp_path, "first.jsonl")
+    second = write(tmp_path, "second.jsonl", '{"text": "c"}\n')
+    given_files = [kind(first), kind(second)]
+    read = tasks(given_files, "task")
+    assert {name: [row.text for row in task.rows] for name, task in read.items()} == {
+        "first": ["a", "b"], "second": ["c"],
+    }  # fmt: skip
+    assert list(tasks(iter(given_files), "task")) == ["first", "second"]
+    assert tasks({"both": given_files[:1]}, "task")["both"].ref == first
+    with pytest.raises(InputError, match="both: is a list of 2 files; give each a name of its own"):
+        tasks({"both": given_files}, "task")
+    # A file that is not there is no text either.
+    with pytest.raises(InputError, match=r"gone\.jsonl: there is no such file"):
+        tasks([kind(tmp_path / "gone.jsonl")], "task")
+    with pytest.raises(InputError, match=r"'.*first\.jsonl' is a file and 'some text' is none; give a list"):
+        tasks([kind(first), "some text"], "task")
+    other = tmp_path / "other"
+    other.mkdir()
+    with pytest.raises(InputError, match="task: two files are called 'first'"):
+        tasks([kind(first), kind(write(other, "first.jsonl"))], "task")
+
+
+def test_texts_that_speak_of_files_stay_texts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    texts = ["Open rows.csv", "x" * 10000, "", "~", "a\nb.jsonl", "docs", "NUL\0byte", "~nobody/x"]
+    (tmp_path / "docs").mkdir()
+    assert [row.text for row in tasks(texts, "task")["task"].rows] == texts
+
+
+def test_what_is_no_source_of_rows_is_named_by_its_type():
+    with pytest.raises(InputError, match="rows are a int; give a file, a list of texts or a task"):
+        tasks(3, "task")
+
+
 # --- inputs of another type ---
 
 

@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from diagnostics.edits.interpolate import interpolate
 from probes import CheckpointPair, open_model
+from probes.checkpoints.blend import write_blend
 from probes.checkpoints.mask_file import Patch, write_graft
 from probes.errors import InputError, NotApplicableError
 from probes.models.two_sided import TwoSidedModel
+from tests.probes import zoo
 from tests.probes.runnable import make, transformers
 
 TEXT = {
@@ -127,7 +129,49 @@ def test_two_sides_of_one_running_model_are_those_of_transformers(tmp_path):
             assert torch.equal(two_sided.model(ids).logits, logits[base])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+def test_a_file_with_the_models_own_names_aligns_with_one_that_transformers_saved(family, tmp_path):
+    torch.manual_seed(0)
+    model = zoo.model_of(family)
+    model.save_pretrained(tmp_path / "saved")
+    shutil.copytree(tmp_path / "saved", tmp_path / "own")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    own = {name: state[name].contiguous() for name in state.keys() - model.all_tied_weights_keys.keys()}
+    save_file(own, tmp_path / "own" / "model.safetensors", {"format": "pt"})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "tuned")
+    pair = CheckpointPair(tmp_path / "own", tmp_path / "tuned")
+    assert pair.unmatched == []
+    assert pair.compared == 1.0
+    interpolate(tmp_path / "own", tmp_path / "tuned", 0.0, tmp_path / "out")
+    written = type(model).from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(written[name], tensor) for name, tensor in state.items())
+
+
 # ------------------------------------------------------------------------------------------- tied heads
+
+
+@pytest.mark.parametrize("stored", [("bias",), ("decoder.bias",), ("bias", "decoder.bias")])
+def test_a_tied_bias_is_one_tensor_too(stored, tmp_path):
+    for seed, side in enumerate(("base", "tuned")):
+        model = make("bert", seed)
+        with torch.no_grad():
+            model.cls.predictions.bias.normal_()
+        model.save_pretrained(tmp_path / side)
+    file = tmp_path / "base" / "model.safetensors"
+    state = load_file(file)
+    bias = state.pop("cls.predictions.bias")
+    state |= {f"cls.predictions.{name}": bias.clone() for name in stored}
+    save_file(state, file, {"format": "pt"})
+    for base, tuned in (("base", "tuned"), ("tuned", "base")):
+        pair = CheckpointPair(tmp_path / base, tmp_path / tuned)
+        assert pair.unmatched == []
+        interpolate(tmp_path / base, tmp_path / tuned, 0.0, tmp_path / f"from-{base}")
+        written, expected = (parameters(type(model), tmp_path / name) for name in (f"from-{base}", base))
+        assert all(torch.equal(written[name], value) for name, value in expected.items())
 
 
 @pytest.mark.parametrize("stored", ["embedding", "head", "both"])
@@ -172,8 +216,9 @@ def test_a_head_that_base_ties_is_its_embedding_where_tuned_has_its_own(tmp_path
 def test_a_head_that_only_tuned_ties_leaves_no_model_between(tmp_path):
     make("llama", 0).save_pretrained(tmp_path / "base")
     make("llama", 1, tie_word_embeddings=True).save_pretrained(tmp_path / "tuned")
+    pair = CheckpointPair(tmp_path / "base", tmp_path / "tuned")
     with pytest.raises(NotApplicableError, match=r"1 tensor of base that tuned lacks, .*lm_head\.weight"):
-        interpolate(tmp_path / "base", tmp_path / "tuned", 0.0, tmp_path / "out")
+        write_blend(pair, tmp_path / "out", 0.0)
 
 
 # ------------------------------------------------------------------------------- tensors of other shapes
@@ -210,11 +255,12 @@ def test_nothing_stands_in_for_tensors_that_base_has_otherwise_or_not_at_all(cas
     assert "\n" not in problem
     patch = Patch.of(pair, {})
     for attempt in (
-        lambda: interpolate(base, tuned, 0.0, tmp_path / "out"),
+        lambda: write_blend(pair, tmp_path / "out", 0.0),
         lambda: write_graft(pair, patch, tmp_path / "out"),
         lambda: TwoSidedModel(pair),
     ):
-        with pytest.raises(NotApplicableError, match="no model lies between the two"):
+        # Where it would run, the configurations are compared first, and these differ too.
+        with pytest.raises(InputError, match=r"no model lies between the two|differ in .* does not run"):
             attempt()
     assert not (tmp_path / "out").exists()
 
@@ -259,7 +305,10 @@ def test_an_audit_skips_what_needs_a_model_between_and_says_why(tmp_path):
 
     base = saved(tmp_path / "base", "llama")
     tuned = saved(tmp_path / "tuned", "llama", 1, intermediate_size=32)
-    with pytest.raises(NotApplicableError, match=r"6 tensors of another shape, such as .*16x28 in base"):
+    problem = CheckpointPair(base, tuned).between_problem()
+    assert problem is not None
+    assert re.search(r"6 tensors of another shape, such as .*16x28 in base, 16x32 in tuned", problem)
+    with pytest.raises(NotApplicableError, match=r"differ in (?:more than values|intermediate_size)"):
         interpolation_path(CheckpointPair(base, tuned), task_of(["a text", "another"]))
 
 

@@ -107,6 +107,21 @@ def test_exactly_the_changed_tensors_change(sharded, tmp_path, data):
     assert {name for name in pair.matrices if not pair.identical(name)} == chosen & set(pair.matrices)
 
 
+def test_both_copies_of_a_tied_weight_are_written_in_another_dtype(llama, tmp_path):
+    model = llama(tie_word_embeddings=True).bfloat16()
+    model.save_pretrained(tmp_path / "base")
+    embedding = model.get_input_embeddings().weight.detach()
+    tensors = load_file(tmp_path / "base/model.safetensors") | {"lm_head.weight": embedding.clone()}
+    save_file(tensors, tmp_path / "base/model.safetensors", {"format": "pt"})
+    source = open_checkpoint(tmp_path / "base")
+    write_checkpoint(source, tmp_path / "out", dtypes={"model.embed_tokens.weight": torch.float32})
+    written = load_file(tmp_path / "out/model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert written[name].dtype == torch.float32
+        assert torch.equal(written[name], embedding.float())
+    assert load(tmp_path / "out").dtype == torch.float32
+
+
 def test_a_change_made_in_single_precision_is_stored_in_the_dtype_of_the_file(llama, tmp_path):
     llama().bfloat16().save_pretrained(tmp_path / "base")
     source = open_checkpoint(tmp_path / "base")

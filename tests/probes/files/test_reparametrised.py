@@ -15,6 +15,7 @@ from torch.nn.utils import weight_norm as old_weight_norm
 from probes import CheckpointPair, open_checkpoint, open_model
 from probes.checkpoints.save import write_checkpoint
 from probes.errors import InputError
+from probes.models.editable import Editable
 from tests.probes.runnable import make
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
@@ -148,6 +149,21 @@ def test_intruders_are_those_of_the_weights_and_not_of_masks(pruned, tmp_path):
     results = [intruder_dimensions(CheckpointPair(tmp_path / "base", side), k=2) for side in pruned]
     assert results[0].metrics == results[1].metrics
     assert results[0].tables["vectors"].equals(results[1].tables["vectors"])
+
+
+def test_a_pruned_model_in_memory_runs_as_it_is_and_is_not_edited():
+    model = make("llama", 0)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for name in names:
+        prune.l1_unstructured(model.get_submodule(name), "weight", 0.5)
+    checkpoint = open_checkpoint(model)
+    for name in names:
+        assert torch.equal(checkpoint.tensor(f"{name}.weight"), model.get_submodule(name).weight)
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        assert torch.equal(open_model(model).model(ids).logits, model.eval()(ids).logits)
+    with pytest.raises(InputError, match=r"reparametrised weights, which cannot be edited; .*prune\.remove"):
+        Editable(checkpoint)
 
 
 def test_a_damaged_mask_is_named():

@@ -192,6 +192,15 @@ def test_a_tied_embedding_is_trained_apart_wherever_peft_trains_it_apart(kind, w
     assert (tuned.config != tuned.base.config) == apart
 
 
+def test_trained_tokens_of_a_head_with_a_bias_are_refused_because_peft_leaves_the_bias_out(tmp_path):
+    peft = save(tmp_path, "bert", target_modules=["query"], trainable_token_indices=[7, 2])
+    with torch.no_grad():
+        peft.get_base_model().cls.predictions.decoder.original_module.bias += 100
+    assert logits(peft).abs().max() < 50
+    with pytest.raises(ValueError, match=r"PEFT runs a head with trained tokens without its bias.*merge it"):
+        open_checkpoint(tmp_path / "adapter", base=tmp_path / "base")
+
+
 @pytest.mark.parametrize("way", ways("tied llama"))
 def test_a_peft_model_in_memory_is_run_and_merged_as_it_is(way, tmp_path):
     peft = save(tmp_path, "tied llama", **ways("tied llama")[way])

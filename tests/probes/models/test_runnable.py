@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from probes import open_checkpoint
 from probes.checkpoints.pair import CheckpointPair
+from probes.errors import InputError
 from probes.models.runnable import RunnablePair, open_model
 from probes.passes import scores as forward
 from probes.passes.activations import capture
@@ -176,6 +177,24 @@ def test_a_checkpoint_of_a_model_in_memory_is_pickled_without_it():
     checkpoint = open_checkpoint(make("llama"))
     assert checkpoint.module is not None
     assert pickle.loads(pickle.dumps(checkpoint)).module is None
+
+
+def test_a_vision_language_model_runs_on_text_unless_it_needs_an_image(tmp_path):
+    import transformers
+
+    sizes = {"hidden_size": 16, "intermediate_size": 28, "num_hidden_layers": 1, "num_attention_heads": 4}
+    vision, text = sizes | {"image_size": 8, "patch_size": 4}, sizes | {"vocab_size": VOCABULARY}
+    llava = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**vision), text_config=transformers.LlamaConfig(**text)
+    )
+    model = transformers.LlavaForConditionalGeneration(llava).eval()
+    runnable = open_model(saved(model, tmp_path / "llava"))
+    assert runnable.kind == "causal"
+    assert torch.equal(logits(runnable.model), logits(model))
+    blip = transformers.BlipConfig(vision_config=vision, text_config=text)
+    path = saved(transformers.BlipForConditionalGeneration(blip), tmp_path / "blip")
+    with pytest.raises(InputError, match="is BlipForConditionalGeneration, which runs on no text without an"):
+        open_model(path)
 
 
 @pytest.mark.parametrize(
@@ -552,3 +571,13 @@ def test_an_adapter_on_an_adapter_takes_turns_with_what_it_was_trained_on(base, 
         torch.testing.assert_close(logits(side), logits(open_model(merged).model), atol=1e-4, rtol=1e-4)
     with pair.tuned() as side:
         torch.testing.assert_close(logits(side), logits(second_model), atol=1e-4, rtol=1e-4)
+
+
+def test_classes_that_only_label2id_names_are_called_so(tmp_path):
+    make("bert_classes").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["label2id"] = {"neutral": 1, "entailment": 0, "contradiction": 2}
+    del config["id2label"]
+    for more in ({}, {"id2label": None}):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **more}))
+        assert open_model(tmp_path).labels == ("entailment", "neutral", "contradiction")

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diagnostics.cli.options import run_options
+from probes.errors import InputError
 from probes.text.rows import ALLOWED, SHAPES, Row, class_ids, read_task, task_of
 
 ROWS = {
@@ -321,14 +322,77 @@ def test_rows_are_named_by_file_and_line(write):
 # --- labels ------------------------------------------------------------------------------------------------
 
 
-def test_labels_are_names_of_classes_or_their_numbers():
-    labels = [{"text": "a", "label": label} for label in ("bad", 1, "good", 0)]
-    assert class_ids(task_of(labels), ["bad", "good"]) == [0, 1, 1, 0]
+def labelled(*labels):
+    return task_of([{"text": "a", "label": label} for label in labels], ref="task.jsonl")
+
+
+STARS = ["1", "2", "3", "4", "5"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "classes"),
+    [
+        (["bad", "good", "bad"], ["bad", "good"], [0, 1, 0]),
+        ([1, 0, 1], ["bad", "good"], [1, 0, 1]),
+        ([1, 0], ["LABEL_0", "LABEL_1"], [1, 0]),
+        (["LABEL_1", "LABEL_0"], ["LABEL_0", "LABEL_1"], [1, 0]),
+        # A number is a number, if it can be one; none has the number 5.
+        ([0, 3, 4], STARS, [0, 3, 4]),
+        ([4, 3], STARS, [4, 3]),
+        ([1, 3, 5], STARS, [0, 2, 4]),
+        # A text is no number.
+        (["1", "2"], STARS, [0, 1]),
+        # Both readings are the same.
+        ([0, 2, 1], ["0", "1", "2"], [0, 2, 1]),
+        (["Good ", "BAD"], ["bad", "good"], [1, 0]),
+        # Two names that differ in case alone.
+        (["a", "A"], ["A", "a"], [1, 0]),
+    ],
+)
+def test_labels_of_a_file_are_all_names_or_all_numbers(labels, names, classes):
+    assert class_ids(labelled(*labels), names) == classes
 
 
 def test_a_label_that_is_the_name_of_a_class_is_not_its_number():
     # A model whose classes are called "1" and "0", in this order.
-    assert class_ids(task_of([{"text": "a", "label": 1}, {"text": "b", "label": "0"}]), ["1", "0"]) == [0, 1]
+    assert class_ids(labelled(1, "0"), ["1", "0"]) == [0, 1]
+
+
+@pytest.mark.parametrize(("labels", "line"), [((1, 2, 3, 4), 1), ((4, 1), 1), ((1,), 1)])
+def test_labels_that_can_be_read_both_ways_are_asked_about(labels, line):
+    message = rf"task\.jsonl:{line}: \"label\" is {labels[0]}: the class called '{labels[0]}', or class"
+    with pytest.raises(InputError, match=message):
+        class_ids(labelled(*labels), STARS)
+
+
+def test_names_and_numbers_in_one_file_are_refused():
+    with pytest.raises(InputError, match=r"task\.jsonl:2: \"label\" is 1, the number of a class"):
+        class_ids(labelled("bad", 1, "good"), ["bad", "good"])
+    with pytest.raises(InputError, match=r"task\.jsonl:3: \"label\" is 'bad', the name of a class"):
+        class_ids(labelled(0, 1, "bad"), ["bad", "good"])
+
+
+@given(st.data())
+def test_labels_are_read_as_the_brute_force_reads_them(data):
+    names = data.draw(
+        st.permutations(
+            [str(name) for name in range(data.draw(st.integers(0, 1)), data.draw(st.integers(2, 5)))]
+        )
+    )
+    labels = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=5))
+    readings = [
+        [ids.get(label) for label in labels]
+        for ids in ({int(name): i for i, name in enumerate(names)}, {i: i for i in range(len(names))})
+    ]
+    possible = [reading for reading in readings if None not in reading]
+    asked = len(possible) == 2 and possible[0] != possible[1] and not {0, 1}.isdisjoint(labels)
+    try:
+        classes = class_ids(labelled(*labels), names)
+    except InputError:
+        assert asked or not possible
+    else:
+        assert not asked
+        assert classes == possible[-1]
 
 
 @pytest.mark.parametrize("label", ["ugly", 2, -1, "1"])

@@ -7,12 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diagnostics.analyses.drift.analysis import metrics_of, representation_drift
+from diagnostics.analyses.drift.analysis import _local_residuals, metrics_of, representation_drift
 from diagnostics.analyses.drift.similarity import cka, class_shift, displacement, procrustes, rsa, unit
 from diagnostics.audit.run import audit
 from diagnostics.store.audit_store import load
 from probes import CheckpointPair
 from tests.diagnostics.chains import save_llama, save_tokenizer
+from tests.probes.runnable import make, rows_of
 
 LETTERS = "abcdefghij "
 TASK = ["abc", "bcd", "cab", "dab c", "ade", "bad", "cede", "abcde"]
@@ -177,6 +178,41 @@ def test_it_compares_the_hidden_states_that_transformers_gives(places, skip):
     assert any("captured through bridge" in note for note in result.notes)
 
 
+@pytest.mark.parametrize("no_padding_id", [False, True])
+@pytest.mark.parametrize(
+    "family",
+    ["gpt2", "gpt2_classes", "llama", "llama_classes", "bert", "bert_classes", "roberta_classes", "opt"],
+)
+def test_a_row_has_the_same_residuals_in_any_batch(family, no_padding_id):
+    if no_padding_id and "bert" in family:
+        pytest.skip("positions of this family are counted from the padding id")
+    model = make(family, **{"pad_token_id": None} if no_padding_id else {})
+    examples = rows_of(3, 20, 7, 11, 5, 28)
+    together, alone = (_local_residuals(model, examples, tokens=tokens, skip=1)[0] for tokens in (10**4, 1))
+    assert all(np.abs(together[layer] - alone[layer]).max() < 1e-4 for layer in alone)
+
+
+def test_classifiers_without_a_padding_id_are_compared_as_transformers_runs_them(tmp_path):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    places, states = [], {}
+    for seed, side in enumerate(("base", "tuned")):
+        make("gpt2_classes", seed=seed).save_pretrained(tmp_path / side)
+        save_tokenizer(tmp_path / side, LETTERS)
+        places.append(tmp_path / side)
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / side).eval()
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / side)
+        with torch.no_grad():
+            outputs = [
+                model(**tokenizer(text, return_tensors="pt"), output_hidden_states=True) for text in TASK
+            ]
+        rows = [output.hidden_states[1][0, 1:].double().mean(dim=0) for output in outputs]
+        states[side] = torch.stack(rows).numpy()
+    rows = [{"text": text, "label": index % 3} for index, text in enumerate(TASK)]
+    layers = representation_drift(CheckpointPair(*places), rows).tables["layers"].set_index("layer")
+    assert layers.loc[0, "rsa"] == pytest.approx(rsa(states["base"], states["tuned"]), abs=1e-4)
+
+
 def test_rows_are_drawn_once_for_both_models(places):
     result = representation_drift(CheckpointPair(places[0], places[0]), TASK, rows=5, seed=3)
     assert result.metrics["rows_task"] == 5
@@ -192,7 +228,7 @@ def test_too_few_rows_and_other_tokenizers_are_refused(places, tmp_path):
     with pytest.raises(ValueError, match="rows is 3 and skip 1; they are at least 4 and 0"):
         representation_drift(CheckpointPair(*places), TASK, rows=3)
     other = save_llama(tmp_path / "other", seed=1, characters=LETTERS[::-1])
-    with pytest.raises(ValueError, match=r"tokenizers of base and tuned differ.*not of the same tokens"):
+    with pytest.raises(ValueError, match=r"split 8 of 8 rows differently.*not of the same tokens"):
         representation_drift(CheckpointPair(places[0], other), TASK)
 
 

@@ -413,3 +413,19 @@ def test_every_picture_is_titled_and_shows_what_the_tables_hold(result):
     layers = result.tables["layers"].pivot_table(index="layer", columns="step", values="share")
     assert figures["complexity"].data[0].z == pytest.approx(layers.to_numpy())
     assert list(figures["nlm"].data[0].y) == ["0", "1", "embed", "lm_head"]
+
+
+def test_checkpoints_that_read_other_tokens_are_not_compared_output_by_output(tmp_path):
+    run = []
+    for index in range(3):
+        run.append(
+            save_llama(tmp_path / f"step{index}", seed=1, characters=LETTERS, shift=0.02 * index, rows=8)
+        )
+        save_tokenizer(run[-1], LETTERS, words=["ab"], merged=index < 2)
+    result = training_dynamics(run, TASK, **QUICK)
+    steps = result.tables["steps"].set_index("step")
+    for column in ("kernel_cka", "linearity_gap"):
+        assert not math.isnan(steps[column][1])
+        assert math.isnan(steps[column][2])
+    assert any("splits rows into other tokens than the first checkpoint" in note for note in result.notes)
+    assert any("in nats per byte" in note for note in result.notes)

@@ -9,16 +9,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diagnostics.analyses.ood.analysis import METRICS, likelihood_ratio_ood
-from diagnostics.analyses.ood.tables import SCORES, ratio_scores
+from diagnostics import LikelihoodRatioDetector
+from diagnostics.analyses.ood.analysis import METRICS, gate_notes, likelihood_ratio_ood
+from diagnostics.analyses.ood.tables import SCORES, over_length, ratio_scores
 from diagnostics.audit.run import audit
 from diagnostics.evaluation.paired_texts import TextOptions, read_sets
 from diagnostics.numerics import detection_metrics
 from diagnostics.store.audit_store import load
 from probes import CheckpointPair
+from probes.errors import InputError
 from probes.models.runnable import RunnablePair
 from probes.text.batches import windows
 from probes.text.rows import task_of
+from tests.cases import make_case
 from tests.diagnostics.chains import constant, save_chain, save_llama, save_tokenizer
 
 LETTERS = "abcdefghij "
@@ -587,26 +590,107 @@ def test_texts_in_both_sets_are_said(pair):
     assert any("1 texts are in both the task and the OOD rows" in note for note in result.notes)
 
 
+# --- what the length alone gives away ---
+
+
+def scored_rows(**columns):
+    return pd.DataFrame(
+        {"set": "a", "group": None, **{name: np.array(v, float) for name, v in columns.items()}}
+    )
+
+
+@pytest.mark.parametrize("longer", [True, False])
+def test_the_length_counts_in_the_direction_in_which_it_separates(longer):
+    generator = np.random.default_rng(0)
+    inside = scored_rows(ratio=generator.normal(size=40), length=generator.integers(10, 20, 40))
+    # The ratio separates perfectly, and so does the length.
+    lengths = generator.integers(30, 40, 40) if longer else generator.integers(1, 9, 40)
+    outside = scored_rows(ratio=10 + generator.normal(size=40), length=lengths)
+    area, lead = over_length(inside, outside)
+    assert (area, lead.value) == (1, 0)
+    assert lead.low < 0
+
+
+def test_sets_that_differ_in_opposite_directions_do_not_hide_each_other():
+    inside = scored_rows(ratio=np.linspace(0, 1, 30), length=np.full(30, 10) + np.arange(30) % 3)
+    short, long = (
+        scored_rows(ratio=np.linspace(0.5, 1.5, 30), length=size + np.arange(30) % 2) for size in (3, 20)
+    )
+    outside = pd.concat([short.assign(set="short"), long.assign(set="long")])
+    area, lead = over_length(inside, outside)
+    assert area == 1
+    assert lead.value == pytest.approx(detection_metrics.auroc(inside["ratio"], short["ratio"]) - 1)
+
+
+def test_rows_that_are_all_shorter_are_found_to_be_separated_by_length(pair):
+    long, short = texts(30, LETTERS, 0), ["ab", "cj", "d", "ge", "hh", "ij"]
+    result = likelihood_ratio_ood(pair, [text + "abcdefghij" for text in long], short, draws=2)
+    assert result.metrics["auroc_length"] == 1
+    assert "over_length_low" in {finding.metric for finding in result.findings()}
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+def test_a_ratio_that_surely_separates_better_is_the_one_to_gate_with(per_token):
+    sign = 1 if per_token else -1
+    gains = {"per_token_gain": 0.3 * sign, "per_token_gain_low": 0.3 * sign - 0.1}
+    (note,) = gate_notes({**gains, "per_token_gain_high": 0.3 * sign + 0.1})
+    assert note.startswith(
+        f"gate with the {'ratio per token' if per_token else 'summed ratio'}: its AUROC is 0.300"
+    )
+    assert "(at least 0.200)" in note
+    assert f"per_token={per_token}" in note
+    assert not gate_notes({"per_token_gain": 0.1, "per_token_gain_low": -0.1, "per_token_gain_high": 0.3})
+
+
+def test_the_two_ratios_are_compared_on_the_same_rows(result):
+    rows = result.tables["rows"]
+    inside, outside = (rows[rows["role"] == role] for role in ("task", "ood"))
+    areas = [detection_metrics.auroc(inside[score], outside[score]) for score in ("ratio_per_token", "ratio")]
+    m = result.metrics
+    assert m["per_token_gain"] == pytest.approx(areas[0] - areas[1])
+    assert m["per_token_gain_low"] <= m["per_token_gain"] <= m["per_token_gain_high"]
+
+
 # --- tokenizers that differ ---
 
 
-def test_extra_tokens_are_masked_and_their_probability_shared_out(places, tmp_path):
-    more = save_llama(tmp_path / "more", seed=1, characters=LETTERS + "!?", shift=0.1)
-    pair = CheckpointPair(places["base"], more)
-    result = likelihood_ratio_ood(pair, ["ab", "cd"], ["ij", "hh"], draws=2)
-    assert any("tuned has 2 more tokens" in note for note in result.notes)
+def with_transformers(place, texts):
+    """The log-likelihood of each text, by transformers alone."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(more).eval()
-    ids = AutoTokenizer.from_pretrained(more)("ab", return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        log = model(ids).logits[0, :-1, : len(LETTERS) + 1].double().log_softmax(dim=-1)
-    expected = float(log.gather(1, ids[0, 1:, None]).sum())
-    assert result.tables["rows"]["log_likelihood_tuned"][0] == pytest.approx(expected, abs=1e-5)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(place),
+        AutoTokenizer.from_pretrained(place),
+    )
+    scores = []
+    for text in texts:
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            log = model.double().eval()(ids).logits[0, :-1].log_softmax(dim=-1)
+        scores.append(float(log.gather(1, ids[0, 1:, None]).sum()))
+    return scores
+
+
+def columns(result):
+    rows = result.tables["rows"]
+    return rows["log_likelihood_base"].tolist(), rows["log_likelihood_tuned"].tolist()
+
+
+FOUR = ["ab", "cd", "ij", "hh"]
+
+
+def test_tokens_that_only_one_side_has_keep_the_probability_that_the_model_gives_them(places, tmp_path):
+    more = save_llama(tmp_path / "more", seed=1, characters=LETTERS + "!?", shift=0.1)
+    result = likelihood_ratio_ood(CheckpointPair(places["base"], more), FOUR[:2], FOUR[2:], draws=2)
+    for column, place in zip(columns(result), (places["base"], more), strict=True):
+        assert column == pytest.approx(with_transformers(place, FOUR), abs=1e-5)
+    assert result.tables["rows"]["tokens"].tolist() == [2, 2, 2, 2]
+    assert "tokens" in result.tables
+    assert not any("tokenizer" in note for note in result.notes)
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
-def test_rows_that_only_an_adapter_has_get_no_probability(places, tmp_path):
+def test_rows_that_only_an_adapter_has_take_part_as_in_the_model_that_was_trained(places, tmp_path):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -616,34 +700,99 @@ def test_rows_that_only_an_adapter_has_get_no_probability(places, tmp_path):
     model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
     model.save_pretrained(tmp_path / "adapter")
     result = likelihood_ratio_ood(
-        CheckpointPair(places["base"], tmp_path / "adapter"), ["ab", "cd"], ["ij", "hh"], draws=2
+        CheckpointPair(places["base"], tmp_path / "adapter"), FOUR[:2], FOUR[2:], draws=2
     )
     ids = AutoTokenizer.from_pretrained(places["base"])("ab", return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        logits = model(ids).logits[0, :-1].double()
-    restricted, every = (
-        float(columns.log_softmax(dim=-1).gather(1, ids[0, 1:, None]).sum())
-        for columns in (logits[:, : len(LETTERS) + 1], logits)
+        log = model(ids).logits[0, :-1].double().log_softmax(dim=-1)
+    expected = float(log.gather(1, ids[0, 1:, None]).sum())
+    assert columns(result)[1][0] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.fixture
+def split_pair(tmp_path):
+    """Two models with one vocabulary; only base's tokenizer merges "ab" and "ij"."""
+    places = [
+        save_llama(tmp_path / name, seed=1, characters=LETTERS, shift=shift, rows=14)
+        for name, shift in (("base", 0.0), ("tuned", 0.1))
+    ]
+    for place, merged in zip(places, (True, False), strict=True):
+        save_tokenizer(place, LETTERS, words=["ab", "ij"], merged=merged)
+    return places
+
+
+def test_each_side_reads_with_its_own_tokenizer_in_nats_per_byte(split_pair):
+    result = likelihood_ratio_ood(CheckpointPair(*split_pair), FOUR[:2], FOUR[2:], draws=2)
+    for column, place in zip(columns(result), split_pair, strict=True):
+        assert column == pytest.approx(with_transformers(place, FOUR), abs=1e-5)
+    assert result.tables["rows"]["tokens"].tolist() == [2, 2, 2, 2]
+    assert "tokens" not in result.tables
+    (note,) = (note for note in result.notes if "own tokenizer" in note)
+    assert note.startswith(
+        "base and tuned split 2 of 4 rows differently, the first at task:1 ('ab' in base, 'a'"
     )
-    assert restricted - every > 0.1
-    assert result.tables["rows"]["log_likelihood_tuned"][0] == pytest.approx(restricted, abs=1e-5)
+    sets = result.tables["sets"].set_index("set")
+    assert sets.loc["task", "loss_base"] == pytest.approx(-sum(columns(result)[0][:2]) / 4)
 
 
-def test_other_tokenizers_are_refused_unless_an_approximation_is_asked_for(places, tmp_path):
+def test_tokenizers_that_split_the_given_rows_alike_are_one(split_pair):
+    rows = ["cd", "efg", "hh", "jic"]
+    result = likelihood_ratio_ood(CheckpointPair(*split_pair), rows[:2], rows[2:], draws=2)
+    assert result.tables["rows"]["tokens"].tolist() == [2, 3, 2, 3]
+    assert "tokens" in result.tables
+    assert not any("tokenizer" in note for note in result.notes)
+    in_bytes = likelihood_ratio_ood(
+        CheckpointPair(*split_pair), ["çd", "efg"], rows[2:], approximate=True, draws=2
+    )
+    assert "tokens" not in in_bytes.tables
+
+
+def test_other_vocabularies_are_each_read_as_they_are(places, tmp_path):
     other = save_llama(tmp_path / "other", seed=1, characters=LETTERS[::-1], shift=0.1)
     pair = CheckpointPair(places["base"], other)
-    with pytest.raises(
-        ValueError, match=r"token 'a' is 1 in base and 11 in tuned.*with --approximate compares"
-    ):
-        likelihood_ratio_ood(pair, ["ab", "cd"], ["ij", "hh"])
-    result = likelihood_ratio_ood(pair, ["ab", "cd ef"], ["ij", "hh"], approximate=True, draws=2)
+    result = likelihood_ratio_ood(pair, ["ab", "cd ef"], ["ij", "hh"], draws=2)
     assert result.tables["rows"]["tokens"].tolist() == [2, 5, 2, 2]
-    assert "tokens" not in result.tables
-    assert any("approximate" in note for note in result.notes)
+    texts = ["ab", "cd ef", "ij", "hh"]
+    for column, place in zip(columns(result), (places["base"], other), strict=True):
+        assert column == pytest.approx(with_transformers(place, texts), abs=1e-5)
+    (note,) = (note for note in result.notes if "own tokenizer" in note)
+    assert "('a' = 1 'b' = 2 in base, 'a' = 11 'b' = 10 in tuned)" in note
     assert not any("BOS" in note or "the first token" in note for note in result.notes)
     save_tokenizer(other, LETTERS[::-1], bos=False)
-    result = likelihood_ratio_ood(pair, ["ab", "cd ef"], ["ij", "hh"], approximate=True, draws=2)
+    result = likelihood_ratio_ood(pair, ["ab", "cd ef"], ["ij", "hh"], draws=2)
     assert any("only base scores the first token of each text" in note for note in result.notes)
+
+
+def test_a_base_without_a_chat_template_reads_the_messages_that_tuned_was_given(split_pair, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(split_pair[1])
+    tokenizer.chat_template = "<s>c{{ messages[0].content }}d"
+    tokenizer.save_pretrained(split_pair[1])
+    pair = CheckpointPair(*split_pair)
+    result = likelihood_ratio_ood(pair, ["ef", "gh"], ["hh", "ge"], chat_template=True, draws=2)
+    assert result.tables["rows"]["tokens"].tolist() == [2, 2, 2, 2]
+    given = likelihood_ratio_ood(pair, ["abe", "gh"], ["hh", "ge"], chat_template=True, draws=2)
+    assert any("split 1 of 4 rows differently" in note for note in given.notes)
+
+
+def test_the_detector_counts_bytes_of_every_text_where_tokenizers_are_written_differently(split_pair):
+    detector = LikelihoodRatioDetector.fit(split_pair, ["abc", "cd", "efg", "hij"], per_token=True)
+    texts = ["cd", "abij"]
+    base, tuned = (np.array(with_transformers(place, texts)) for place in split_pair)
+    assert detector.score(texts) == pytest.approx((base - tuned) / [2, 4], abs=1e-5)
+    assert detector.records(["cd"], tokens=True)[0]["by_token"] is None
+    with pytest.raises(InputError, match="a token has no ratio"):
+        detector.explain("cd")
+
+
+def test_the_case_of_one_vocabulary_and_other_splits(tmp_path):
+    case = make_case("same_vocabulary_other_splits", tmp_path)
+    result = likelihood_ratio_ood(
+        CheckpointPair(case / "base", case / "tuned"), [case / "task.jsonl"], [case / "ood.jsonl"], draws=2
+    )
+    rows = result.tables["rows"].query("role == 'task'")
+    assert -rows["log_likelihood_base"].mean() == pytest.approx(12.2, abs=0.05)
 
 
 # --- refusals ---

@@ -11,7 +11,9 @@ from diagnostics.analyses.trajectory.analysis import training_trajectory
 from diagnostics.analyses.trajectory.troughs import rank_correlation
 from probes.checkpoints.opening import open_checkpoint
 from probes.checkpoints.series import CheckpointSeries, RecordedSeries, TooShortError
-from tests.diagnostics.chains import constant, save_chain
+from probes.errors import InputError
+from tests.diagnostics.chains import constant, save_chain, save_llama, save_tokenizer
+from tests.probes.runnable import make
 
 # Chance of the letter a at each checkpoint; b and c share the rest. Keep rows hold no a.
 CHANCES = (0.3, 0.5, 0.9, 0.88, 0.86, 0.84, 0.82, 0.8, 0.78, 0.76, 0.74, 0.7)
@@ -281,3 +283,56 @@ def test_every_picture_is_titled_and_shows_what_the_tables_hold(result):
     shade = figures["loss"].layout.shapes[0]
     assert (shade.x0, shade.x1) == (0, 110)  # never recovered: shaded to the end
     assert list(figures["angles"].data[0].x) == list(STEPS[1:])
+
+
+# --- checkpoints that read the same rows in another way ---
+
+
+def test_checkpoints_with_other_tokenizers_each_read_with_their_own_in_nats_per_byte(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    rows, losses, run = ["abab", "çab", "ba", "bbb"], [], []
+    for step in range(4):
+        place = save_llama(tmp_path / f"checkpoint-{step}", seed=1, characters="abç", shift=0.1, rows=5)
+        save_tokenizer(place, "abç", words=["ab"], merged=step < 2)
+        model, tokenizer = (auto.from_pretrained(place) for auto in (AutoModelForCausalLM, AutoTokenizer))
+        nats = 0.0
+        for row in rows:
+            ids = tokenizer(row, return_tensors="pt")["input_ids"]
+            with torch.no_grad():
+                log = model(ids).logits[0, :-1].double().log_softmax(dim=-1)
+            nats -= float(log.gather(1, ids[0, 1:, None]).sum())
+        losses.append(nats / (4 + 4 + 2 + 3))  # ç is two bytes
+        run.append(place)
+    result = training_trajectory(run, rows)
+    assert result.tables["steps"]["loss"].tolist() == pytest.approx(losses, abs=1e-5)
+    assert set(result.tables["steps"]["unit"]) == {"byte"}
+    assert sum("each reads with its own tokenizer" in note for note in result.notes) == 1
+    alike = training_trajectory(run, ["bb", "ba", "aa"])
+    assert set(alike.tables["steps"]["unit"]) == {"token"}
+
+
+def test_every_checkpoint_finds_the_name_of_a_class_in_its_own_order(tmp_path):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    names = ["contradiction", "neutral", "entailment"]
+    run, texts = [], ["ab", "ba", "aab", "abb", "bba", "b", "a", "aaab"]
+    for step in range(4):
+        model = make("bert_classes")
+        model.config.id2label = dict(enumerate(names if step == 0 else names[::-1]))
+        model.config.label2id = {name: index for index, name in model.config.id2label.items()}
+        with torch.no_grad():
+            for parameter in model.classifier.parameters():
+                parameter.copy_(parameter if step == 0 else parameter.flip(0))
+        run.append(tmp_path / f"checkpoint-{step}")
+        model.save_pretrained(run[-1])
+        save_tokenizer(run[-1], "ab")
+    model = AutoModelForSequenceClassification.from_pretrained(run[0]).eval()
+    tokenizer = AutoTokenizer.from_pretrained(run[0])
+    with torch.no_grad():
+        answers = [int(model(**tokenizer(text, return_tensors="pt")).logits.argmax()) for text in texts]
+    named = [{"text": text, "label": names[i]} for text, i in zip(texts, answers, strict=True)]
+    assert training_trajectory(run, named).tables["steps"]["metric"].tolist() == [1, 1, 1, 1]
+    numbered = [{"text": text, "label": i} for text, i in zip(texts, answers, strict=True)]
+    with pytest.raises(InputError, match="number their classes differently"):
+        training_trajectory(run, numbered)
