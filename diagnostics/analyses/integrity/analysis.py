@@ -217,7 +217,7 @@ def _counts_by_kind(differences: list[Change]) -> dict[str, int]:
 
 def _merge(measured: Measured) -> dict[str, float | int]:
     """The metrics of the merge check."""
-    fits = [row.fit for row in measured.merges if row.fit is not None and row.fit.verdict != "no delta"]
+    fits = [row.fit for row in measured.merges if row.fit is not None]
     counts = dict.fromkeys(dict.fromkeys(MERGE_METRICS.values()), 0)
     for fit in fits:
         counts[MERGE_METRICS[fit.verdict]] += 1

@@ -23,7 +23,7 @@ def draw_factors(merge: pd.DataFrame) -> "go.Figure | None":
     fitted = merge[merge["factor"].notna()]
     if fitted.empty:
         return None
-    wrong = int((~fitted["verdict"].isin(["merged", "no delta"])).sum())
+    wrong = int((fitted["verdict"] != "merged").sum())
     title = "Every matrix holds the adapter's delta once"
     if wrong:
         title = f"{wrong} of {len(fitted)} matrices do not hold the adapter's delta just once"

@@ -13,6 +13,7 @@ from diagnostics.analyses.integrity.quantised import scheme
 from diagnostics.analyses.integrity.rounding import changed_entries
 from probes import CheckpointPair
 from probes.adapters.adapter import Adapter
+from probes.checkpoints.alignment import align_checkpoints, shared_tensors
 from probes.checkpoints.checkpoint import Checkpoint
 from probes.files.layout import Matrix
 
@@ -78,6 +79,12 @@ class PairReader:
         for name in pair.matrices:
             self._split.setdefault(pair.counterpart(name).tensor, []).append(name)
         self._of_tensor = [_by_tensor(side) for side in (pair.base, pair.tuned)]
+        # The adapter as it runs may have a tensor that its base shares with another: a head of its own.
+        self._adapted: dict[str, str] = {}
+        self._of_adapter: dict[str, list[Matrix]] = {}
+        if adapter is not None:
+            self._adapted = shared_tensors(adapter, pair.tuned, align_checkpoints(adapter, pair.tuned))
+            self._of_adapter = _by_tensor(adapter)
         self._read: set[str] = set()  # tensors of base
         self._recent: dict[str, Tensor] = {}  # of base: parts of one tensor follow each other
 
@@ -96,7 +103,8 @@ class PairReader:
         if progress:
             progress(total, total, "")
         if self.adapter is not None and isinstance(self.adapter.source, Adapter):
-            aligned = set(pair.tensors.values()) | {pair.base.matrices[name].tensor for name in pair.matrices}
+            aligned = set(self._adapted.values())
+            aligned |= {pair.base.matrices[name].tensor for name in pair.matrices}
             changed = filter(self.adapter.source.changes, self.adapter.headers)
             self.measured.unread += [name for name in changed if name not in aligned]
         return self.measured
@@ -126,7 +134,7 @@ class PairReader:
                 base, part = base[:rows], tuned[:rows]
             row.compared = base.numel()
             row.changed = 0 if part is base else self._changed(name, base, part)
-            self._merge(ours, base, part, row.changed)
+            self._merge(self._adapted.get(name, ours), base, part, row.changed)
             return
         for other in self._split.get(name, ()):  # stored differently
             of_base, of_tuned = pair.base.matrices[other], pair.counterpart(other)
@@ -177,10 +185,10 @@ class PairReader:
     # --- the merge check ---
 
     def _merge(self, name: str, base: Tensor, tuned: Tensor, changed: int) -> None:
-        """The merge of a stored tensor of base, or of its first rows, matrix by matrix."""
+        """The merge of a stored tensor of the adapter, or of its first rows, matrix by matrix."""
         if self.adapter is None:
             return
-        matrices = self._of_tensor[0].get(name, ())
+        matrices = self._of_adapter.get(name, ())
         if len(matrices) == 1 and not matrices[0].transposed and base.ndim == 2:
             self._merge_matrix(matrices[0], base, tuned, changed)
             return
@@ -193,6 +201,8 @@ class PairReader:
         if isinstance(source, Adapter) and source.changes(name):  # norms and biases
             delta = self.adapter.tensor(name).float() - base.float()
             fit = fit_merge(*(values.reshape(1, -1) for values in (base, tuned, delta)))
+        if fit is not None and fit.verdict == "no delta":
+            fit = None
         if fit is not None or changed:
             self.measured.merges.append(Merged(name=name, matrix=None, fit=fit, changed=changed))
 
@@ -200,15 +210,16 @@ class PairReader:
         adapter = self.adapter
         if adapter is None:
             return
-        if not adapter.touched(matrix.name):
-            if changed:
-                levels = scheme(tuned, torch.zeros(()).expand(tuned.shape))
-                row = Merged(name=matrix.name, matrix=matrix, fit=None, changed=changed, scheme=levels)
-                self.measured.merges.append(row)
-            return
-        rows = sampled(matrix)
-        fit = fit_merge(base[rows], tuned[rows], delta_of(adapter, matrix.name, base, rows))
-        self.measured.merges.append(Merged(name=matrix.name, matrix=matrix, fit=fit, changed=changed))
+        fit = None
+        if adapter.touched(matrix.name):
+            rows = sampled(matrix)
+            fit = fit_merge(base[rows], tuned[rows], delta_of(adapter, matrix.name, base, rows))
+        if fit is not None and fit.verdict != "no delta":
+            self.measured.merges.append(Merged(name=matrix.name, matrix=matrix, fit=fit, changed=changed))
+        elif changed:
+            levels = scheme(tuned, torch.zeros(()).expand(tuned.shape))
+            row = Merged(name=matrix.name, matrix=matrix, fit=None, changed=changed, scheme=levels)
+            self.measured.merges.append(row)
 
 
 def sampled(matrix: Matrix) -> slice:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from collections import Counter
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from diagnostics import checkpoint_integrity
 from diagnostics.analyses.integrity.merge import fit_merge
 from diagnostics.audit.demo import BUNDLED
+from diagnostics.edits.interpolate import interpolate
 from probes import CheckpointPair
 from probes.errors import InputError
 from probes.files.sources import SafetensorsSource
@@ -181,6 +183,36 @@ def test_a_matrix_that_changed_outside_the_adapter_is_named(tmp_path):
     assert found(result) == {"outside": "warn"}
     table = result.tables["merge"].set_index("matrix")
     assert table.loc["model.embed_tokens.weight", "verdict"] == "outside"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_that_an_adapter_takes_off_a_tied_embedding_is_judged_by_itself(tied, tmp_path):
+    import peft
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.05, tie_word_embeddings=tied,
+    )  # fmt: skip
+    model = transformers.Qwen2ForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"]))
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(std=0.02)
+        adapted.save_pretrained(tmp_path / "adapter")
+    for alpha, verdict in ((1.0, "merged"), (0.5, "scaled")):
+        out = tmp_path / str(alpha)
+        interpolate(tmp_path / "base", tmp_path / "adapter", alpha, out)
+        table = integrity(tmp_path / "base", out, tmp_path / "adapter").tables["merge"]
+        assert table.set_index("matrix")["verdict"].to_dict() == {
+            "model.layers.0.self_attn.q_proj.weight": verdict,
+            "model.layers.1.self_attn.q_proj.weight": verdict,
+            "lm_head.weight": verdict,
+        }
 
 
 def test_full_weights_are_no_adapter():
