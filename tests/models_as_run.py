@@ -269,10 +269,13 @@ def logits(model: Any) -> torch.Tensor:
 Outcomes = dict[str, float | str]
 
 
-def outcomes(cases: Cases, case: Case, out: Path) -> Outcomes:
+def outcomes(cases: Cases, case: Case, out: Path, *, every: bool = True) -> Outcomes:
     """What each operation gives: how far its logits are from the right ones, or why it is refused.
 
     Differences are shares of the largest logit.
+
+    Args:
+        every: graft and mitigate too.
     """
     out.mkdir(parents=True)
     base, tuned = case.base_logits, case.tuned_logits
@@ -318,13 +321,16 @@ def outcomes(cases: Cases, case: Case, out: Path) -> Outcomes:
         "path 1": (tuned, lambda: at(1.0)),
         "interpolate 0": (base, lambda: interpolated(0.0)),
         "interpolate 1": (tuned, lambda: interpolated(1.0)),
+    }
+    more: dict[str, tuple[torch.Tensor, Callable[[], torch.Tensor]]] = {
         "graft all": (tuned, lambda: grafted(full=True)),
         "graft none": (base, lambda: grafted(full=False)),
         "graft without": (base, lambda: grafted(full=True, without=True)),
         "mitigate": (tuned, mitigated),
     }
     if (case.tuned / "adapter_config.json").exists():
-        operations["mitigate full"] = tuned, lambda: mitigated(full=True)
+        more["mitigate full"] = tuned, lambda: mitigated(full=True)
+    operations |= more if every else {}
     results: Outcomes = {}
     for operation, (expected, run) in operations.items():
         try:
@@ -335,10 +341,10 @@ def outcomes(cases: Cases, case: Case, out: Path) -> Outcomes:
 
 
 def cell(cases: Cases, variant: str, out: Path) -> Outcomes:
-    """The outcomes of all pairs of a cell: the largest differences, and the refusals."""
+    """The outcomes of all pairs of a cell, the first in full: the largest differences, and the refusals."""
     worst: Outcomes = {}
     for number, case in enumerate(VARIANTS[variant](cases)):
-        for operation, value in outcomes(cases, case, out / str(number)).items():
+        for operation, value in outcomes(cases, case, out / str(number), every=not number).items():
             before = worst.get(operation, 0.0)
             both_right = isinstance(value, float) and isinstance(before, float)
             worst[operation] = (

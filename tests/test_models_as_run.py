@@ -100,7 +100,7 @@ def draw_adapter(architecture: tables.Architecture) -> st.SearchStrategy[dict[st
     )
 
 
-@settings(max_examples=25, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=15, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(data=st.data(), name=st.sampled_from(["Llama", "GPT-2", "BERT"]), tied=st.booleans())
 def test_alpha_1_of_any_adapter_is_the_adapter_as_trained(data, name, tied, cases, tmp_path_factory):
     config = data.draw(draw_adapter(ARCHITECTURES[name]))
@@ -119,7 +119,7 @@ def test_alpha_1_of_any_adapter_is_the_adapter_as_trained(data, name, tied, case
         assert float(difference) <= ROUND_OFF * scale, (alpha, config)
 
 
-@settings(max_examples=10, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=6, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(
     name=st.sampled_from(["Llama", "GPT-2", "OLMoE", "Qwen2-VL"]),
     tied=st.booleans(),
