@@ -56,6 +56,14 @@ def test_no_cell_of_the_table_is_off():
     assert {cell.partition(":")[0] for cell in cells.values()} <= {"=", "= · no path 0, path 1"}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", tables.FURTHER)
+def test_further_architectures_are_right_in_every_variant(name, tmp_path):
+    for variant in VARIANTS:
+        cases = Cases(name, tmp_path / variant)
+        assert tables.summary(tables.cell(cases, variant, tmp_path / variant / "out")) == "=", variant
+
+
 def test_a_tied_weight_that_a_half_precision_file_holds_twice_is_widened_twice(cases, tmp_path):
     base, half = (cases("Llama").tuned(tied=True, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     tensors = weights(half)
