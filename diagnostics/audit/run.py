@@ -134,7 +134,7 @@ def audit(
                 *run_notes,
                 *plan.notes,
                 *unread_role_notes(rows, [*plan.parameters, *plan.lacking]),
-                *adapter_notes(pair.base, pair.tuned),
+                *adapter_notes(pair.base, pair.tuned, *given.values()),
             ),
         )
 

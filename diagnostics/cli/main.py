@@ -52,7 +52,8 @@ def run_audit(
 @main.command("check")
 def run_check(
     base: opt.Base, tuned: opt.Tuned, adapter: opt.Adapter = None,
-    policy: opt.PolicyFile = None, fresh: opt.Fresh = False, out: opt.Out = Path("check"),
+    policy: opt.PolicyFile = None, fresh: opt.Fresh = False, replace: opt.Replace = False,
+    out: opt.Out = Path("check"),
     as_json: opt.Json = False, quiet: opt.Quiet = False, verbose: opt.Verbose = False,
 ) -> None:  # fmt: skip
     """Check in seconds, without data, that TUNED is what it seems: tuned, merged, complete, finite."""
@@ -61,7 +62,7 @@ def run_check(
     names = [name for name, record in installed_analyses().items() if record.preflight]
     run_and_print(
         out, as_json, quiet, verbose, notes=True, base=base, tuned=tuned, adapter=adapter, only=names,
-        policy=policy, fresh=fresh,
+        policy=policy, fresh=fresh, replace=replace,
     )  # fmt: skip
 
 

@@ -95,15 +95,15 @@ class Section:
 
 
 def leading_metrics(metrics: list[Metric]) -> tuple[list[Metric], list[Metric]]:
-    """The first metrics and those not passed, and the others; a few more are not worth a fold."""
+    """The first metrics and those with a threshold, and the others; a few more are not worth a fold.
+
+    Where there are many thresholds, those that are passed fold too.
+    """
     if len(metrics) <= LEADING + 4:
         return metrics, []
-    passed = {"", "pass"}
-    first = [
-        metric
-        for i, metric in enumerate(metrics)
-        if i < LEADING or metric.verdict not in passed or (metric.threshold and not metric.verdict)
-    ]
+    many = sum(bool(metric.threshold) for metric in metrics) > LEADING
+    shown = [metric for metric in metrics if metric.threshold and not (many and metric.verdict == "pass")]
+    first = [metric for i, metric in enumerate(metrics) if i < LEADING or metric in shown]
     return first, [metric for metric in metrics if metric not in first]
 
 

@@ -14,7 +14,7 @@ WEIGHTLESS = {
     "CARTRIDGE",
 }  # fmt: skip
 # What they add depends on the input: no weights compute the same.
-ROUTED = {"XLORA", "POLY", "SHADOW"}
+ROUTED = {"XLORA", "POLY", "SHADOW", "LILY"}
 # Fields of LoraConfig that give the factors another meaning, and whether PEFT can merge them.
 VARIANTS = {
     "layer_replication": ("it repeats layers of its base", False),

@@ -49,6 +49,7 @@ def open_checkpoint(
 
         with one_line("the checkpoint"):
             ref = open_memory(ref)
+            refuse_empty(ref)
     return ref if tokenizer is None else ref.with_tokenizer(tokenizer)
 
 

@@ -19,7 +19,6 @@ from probes.adapters.adapter import Adapter
 from probes.checkpoints.checkpoint import Checkpoint
 from probes.errors import InputError, library_error
 from probes.files.layout import Header
-from probes.files.locate import SHARD
 from probes.files.untrusted import plain
 from probes.naming.align import natural_key, without_wrappers
 
@@ -46,7 +45,7 @@ def problems(checkpoint: Checkpoint) -> tuple[Problem, ...]:
     """What makes a checkpoint unusable: tensors missing, of size 0, or of another shape than its config says.
 
     Reads headers alone. What is required is what transformers would report when it loads the checkpoint; of
-    architectures that it does not know, only tensors of size 0 and missing shards are seen.
+    architectures that it does not know, and of models in memory, only tensors of size 0 are seen.
 
     >>> from diagnostics.audit.demo import BUNDLED
     >>> from probes import open_checkpoint
@@ -57,11 +56,8 @@ def problems(checkpoint: Checkpoint) -> tuple[Problem, ...]:
     if isinstance(checkpoint.source, Adapter):
         assert checkpoint.base is not None
         return problems(checkpoint.base)  # an adapter with tensors of size 0 is not opened
-    shards = tuple(_missing_shards(checkpoint))
-    if checkpoint.module is not None:  # it is loaded
-        return (*shards, *_empty(checkpoint.headers))
-    loaded = _loaded(checkpoint)
-    return (*shards, *(_empty(checkpoint.headers) if loaded is None else loaded))
+    loaded = _loaded(checkpoint) if checkpoint.module is None else None
+    return tuple(_empty(checkpoint.headers) if loaded is None else loaded)
 
 
 def refuse_empty(checkpoint: Checkpoint) -> None:
@@ -95,9 +91,8 @@ def not_finite(checkpoint: Checkpoint) -> tuple[Problem, ...]:
         tensor = stored.read(name)
         if tensor.numel() == 0 or not tensor.is_floating_point():
             return False
-        # A NaN becomes both extremes, an infinity one of them; torch compares no floats of one byte.
-        extremes = torch.aminmax(tensor.float() if tensor.itemsize == 1 else tensor)
-        return not all(extreme.isfinite() for extreme in extremes)
+        # A NaN becomes both extremes, an infinity one of them.
+        return not all(extreme.isfinite() for extreme in torch.aminmax(tensor))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         flags = pool.map(holds_some, stored.headers)
@@ -126,14 +121,6 @@ def in_a_line(unusable: Sequence[Problem]) -> str:
 def _empty(headers: Mapping[str, Header]) -> list[Problem]:
     empty = [name for name, h in headers.items() if h.entries == 0 and h.dtype.is_floating_point]
     return [Problem(name, "of size 0") for name in sorted(empty, key=natural_key)]
-
-
-def _missing_shards(checkpoint: Checkpoint) -> Iterator[Problem]:
-    paths = getattr(checkpoint.source, "paths", ())
-    counts = {int(match["count"]) for path in paths if (match := SHARD.fullmatch(path.name))}
-    if len(counts) == 1 and (count := counts.pop()) > len(paths):
-        have = "one is" if len(paths) == 1 else f"{len(paths)} are"
-        yield Problem(None, f"of {count} shards {have} here")
 
 
 def _loaded(checkpoint: Checkpoint) -> list[Problem] | None:

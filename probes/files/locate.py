@@ -95,6 +95,12 @@ def open_files(path: Path) -> Source:
     if path.name.endswith(".index.json"):
         return _indexed(path.parent, path)
     if path.is_file():
+        shard = SHARD.fullmatch(path.name)
+        if shard and int(shard["count"]) > 1:
+            index = f"{shard['stem']}{shard['kind']}.index.json"
+            raise InputError(
+                f"{path}: is one of {int(shard['count'])} shards; give their directory, or {index}"
+            )
         return _open([path])
     if not path.is_dir():
         raise InputError(f"{path}: neither a file nor a directory")

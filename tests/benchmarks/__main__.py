@@ -65,7 +65,7 @@ QUICK: dict[str, dict[str, Any]] = {
         "ROWS": 20,
         "SHARPNESS": {"rows": 8, "batches": 1, "batch_rows": 4, "steps": 2, "pairs": 0},
     },
-    "integrity": {"WIDTH": 256, "LAYERS": 2, "RUNS": 1},
+    "integrity": {"WIDTH": 512, "LAYERS": 2},
     "masks": {"WIDTH": 64, "DEPTH": 2, "LEVELS": [0.3, 0.6, 0.9]},
     "memory": {
         "SIZE": 1024,

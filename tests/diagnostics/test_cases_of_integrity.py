@@ -11,6 +11,7 @@ import pytest
 
 from diagnostics import checkpoint_integrity
 from probes import CheckpointPair
+from probes.errors import InputError
 
 CASES = Path(__file__).parents[3] / "shared" / "cases"
 
@@ -59,13 +60,16 @@ def test_entries_that_moved_are_counted_without_those_that_were_rounded(made):
     assert result.findings() == []
 
 
-@pytest.mark.parametrize(
-    ("tuned", "metric"),
-    [("nan-head", "nonfinite_tuned"), ("embed-empty", "unusable_tuned"), ("mlp-empty", "unusable_tuned")],
-)
-def test_an_unusable_model_never_passes(made, tuned, metric):
+def test_a_head_of_nan_fails(made):
     case = made("unusable")
-    assert findings(CheckpointPair(case / "base", case / tuned)).get(metric) == "fail"
+    assert findings(CheckpointPair(case / "base", case / "nan-head")) == {"nonfinite_tuned": "fail"}
+
+
+@pytest.mark.parametrize("tuned", ["all-empty", "embed-empty", "mlp-empty", "adapter-empty"])
+def test_weights_of_size_0_are_refused_before_anything_is_measured(made, tuned):
+    case = made("unusable")
+    with pytest.raises(InputError, match="of size 0"):
+        CheckpointPair(case / "base", case / tuned)
 
 
 def test_a_changed_function_is_a_warning(made):

@@ -52,7 +52,7 @@ METRICS = {
     "other_delta": "of these, that base and this adapter do not explain: another adapter, or more than it",
     "lost": "of these, where the rounding of the merge took most of the delta",
     "factor": "how often the delta was added, over all matrices that base and adapter explain",
-    "factor_low": "lower end of its interval (four standard errors)",
+    "factor_low": "lower end of its interval (five standard errors)",
     "factor_high": "upper end of its interval",
     "factor_off": "by how much the interval misses 1; 0 where it holds 1",
     "outside": "matrices that changed although the adapter leaves them alone",

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from diagnostics.analyses.integrity.model_files import ModelFiles
+from diagnostics.analyses.integrity.model_files import ModelFiles, mapping
 from probes import CheckpointPair
 from probes.models.config_changes import config_changes
 
@@ -125,9 +125,7 @@ def _labels(base: ModelFiles, tuned: ModelFiles) -> Iterator[Change]:
 
 
 def _label_names(side: ModelFiles) -> list[str]:
-    labels = side.config.get("id2label") or {}
-    if not isinstance(labels, Mapping):
-        return []
+    labels = mapping(side.config.get("id2label"))
     return [str(labels[key]) for key in sorted(labels, key=lambda key: (len(str(key)), str(key)))]
 
 
@@ -183,11 +181,12 @@ def _vocabulary(base: Mapping[str, int], tuned: Mapping[str, int]) -> Iterator[C
 
 def _pipeline(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> Iterator[Change]:
     parts: dict[str, tuple[Any, Any]] = {part: (base.get(part), tuned.get(part)) for part in PIPELINE}
-    models = [dict(side.get("model") or {}, vocab=None) for side in (base, tuned)]
+    models = [dict(mapping(side.get("model")), vocab=None) for side in (base, tuned)]
     # Merges are pairs in one version of the library and joined by a space in another.
     for model in models:
-        merges = model.get("merges") or []
-        model["merges"] = [" ".join(merge) if isinstance(merge, list) else merge for merge in merges]
+        merges = model.get("merges")
+        if isinstance(merges, list):
+            model["merges"] = [" ".join(map(str, m)) if isinstance(m, list) else m for m in merges]
     parts["model"] = models[0], models[1]
     for part, (ours, theirs) in parts.items():
         if ours != theirs:
@@ -298,10 +297,8 @@ def _damaged(base: ModelFiles, tuned: ModelFiles) -> Iterator[Change]:
 
 def _field(side: ModelFiles, name: str, default: Any = None) -> Any:
     """A field of config.json, or of the text model in it."""
-    text = side.config.get("text_config")
-    inner = text.get(name) if isinstance(text, Mapping) else None
-    value = side.config.get(name)
-    return next((item for item in (value, inner) if item is not None), default)
+    inner = mapping(side.config.get("text_config")).get(name)
+    return next((item for item in (side.config.get(name), inner) if item is not None), default)
 
 
 def _token(side: ModelFiles, index: int) -> str:

@@ -3,7 +3,7 @@
 The factor c in T = round(B + c·D) is estimated by least squares, ĉ = ⟨D, T − B⟩ / ⟨D, D⟩. Rounding to a
 coarse dtype swallows the small entries of D, so that ĉ of a faultless merge is below 1. Hence the same is
 estimated of simulated merges, h(c) of round(B + c·D), and the factor is where h(c) = ĉ (indirect inference;
-Gouriéroux et al. 1993). Its interval reaches four standard errors to either side; these are those of the
+Gouriéroux et al. 1993). Its interval reaches five standard errors to either side; these are those of the
 residuals, and so cover rounding and whatever else differs. Source: ours; the merge is PEFT's
 `merge_and_unload`.
 """
@@ -33,11 +33,12 @@ NAMED: dict[float, Verdict] = {
 }
 
 CHUNK = 2**18  # entries that are widened to float64 together
-DEVIATIONS = 4.0  # standard errors on either side: two-sided 6e-5 for each of hundreds of matrices
+DEVIATIONS = 5.0  # standard errors on either side: two-sided 6e-7 for each of hundreds of matrices
 FLOOR = 2e-4  # half of the narrowest interval: other kernels take products and sums in another order
 STEPS = 5  # of the secant method; the first is exact where nothing is rounded away
 FLATTEST = 0.05  # slope of h that is trusted
-OUTSIDE = 0.01  # share of entries that rounding may leave unexplained
+# Share of entries that rounding may leave unexplained, and their number in a small matrix.
+OUTSIDE, FEW = 0.01, 3
 LOST = 0.5  # less than this share of the delta survived the rounding of a faultless merge
 
 
@@ -71,11 +72,17 @@ class _Sums:
     dt: float  # D (T − B)
     ds: float  # D (round(B + c D) − B)
     dede: float  # D² (T − B − c D)²
+    dvdv: float  # D² times the variance of rounding
     ee: float
     bb: float
     outside: int
     exact: float  # share
     entries: int
+
+    @property
+    def explained(self) -> bool:
+        """Whether rounding explains what base and delta leave."""
+        return self.outside <= max(FEW, OUTSIDE * self.entries)
 
 
 def fit_merge(
@@ -106,10 +113,11 @@ def _fit(base: Tensor, tuned: Tensor, delta: Tensor, dtype: torch.dtype) -> tupl
     kept = at_one.ds / at_one.dd
     if kept < LOST:
         at_none = _sums(base, tuned, delta, 0.0, dtype)
-        if max(at_one.outside, at_none.outside) <= OUTSIDE * at_one.entries:
+        if at_one.explained and at_none.explained:
             return MergeFit(verdict="lost", kept=kept, residual=_residual(at_one)), at_one.exact
     factor, sums, slope = _solved(base, tuned, delta, at_one, dtype)
-    error = math.sqrt(sums.dede) / sums.dd / slope
+    # Of a few entries the residuals may all be small by chance: what rounding leaves counts in any case.
+    error = math.sqrt(max(sums.dede, sums.dvdv)) / sums.dd / slope
     room = DEVIATIONS * error + FLOOR * max(1.0, abs(factor))
     low, high = factor - room, factor + room
     named = next((times for times in NAMED if low <= times <= high), None)
@@ -120,7 +128,7 @@ def _fit(base: Tensor, tuned: Tensor, delta: Tensor, dtype: torch.dtype) -> tupl
         "factor": factor, "low": low, "high": high, "kept": kept,
         "residual": _residual(sums), "outside": sums.outside / sums.entries,
     }  # fmt: skip
-    if facts["outside"] > OUTSIDE:
+    if not sums.explained:
         for times, verdict in NAMED.items():
             if name := scheme(tuned, times * delta):
                 return MergeFit(verdict=verdict, scheme=name, **facts), sums.exact
@@ -155,7 +163,7 @@ def _sums(
     rows = max(1, CHUNK // max(1, base[0].numel() if base.ndim else 1))
     # Factors in half precision round their product too.
     product = 4 * torch.finfo(dtype).eps
-    total = torch.zeros(8, dtype=torch.float64)
+    total = torch.zeros(9, dtype=torch.float64)
     scale = float(delta.double().square().mean().sqrt())
     for B, T, D in zip(base.split(rows), tuned.split(rows), delta.split(rows), strict=True):
         B, T, D = B.double(), T.double(), D.double()
@@ -163,7 +171,8 @@ def _sums(
         merged = aim.to(dtype).double()
         residual = T - aim
         # One unit, not half: a merge in half precision, saved in another, rounds twice.
-        slack = ulp(torch.maximum(T.abs(), aim.abs()), dtype) + abs(factor) * product * (D.abs() + scale)
+        unit = ulp(torch.maximum(T.abs(), aim.abs()), dtype)
+        slack = unit + abs(factor) * product * (D.abs() + scale)
         slack += off * D.abs()
         squares = D.square()
         total += torch.stack(
@@ -172,15 +181,16 @@ def _sums(
                 (D * (T - B)).sum(),
                 (D * (merged - B)).sum(),
                 (squares * residual.square()).sum(),
+                (squares * (unit.square() + (product * factor * D).square()) / 12).sum(),
                 residual.square().sum(),
                 B.square().sum(),
                 (residual.abs() > slack).sum().double(),
                 (merged == T).sum().double(),
             ]
         )
-    dd, dt, ds, dede, ee, bb, outside, exact = total.tolist()
+    dd, dt, ds, dede, dvdv, ee, bb, outside, exact = total.tolist()
     return _Sums(
-        dd=dd, dt=dt, ds=ds, dede=dede, ee=ee, bb=bb, outside=int(outside), entries=base.numel(),
+        dd=dd, dt=dt, ds=ds, dede=dede, dvdv=dvdv, ee=ee, bb=bb, outside=int(outside), entries=base.numel(),
         exact=exact / base.numel(),
     )  # fmt: skip
 

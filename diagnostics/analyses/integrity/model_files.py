@@ -83,19 +83,24 @@ class ModelFiles:
     @cached_property
     def vocabulary(self) -> dict[str, int]:
         """Token -> id, added tokens included; {} without a tokenizer.json."""
-        vocabulary = (self.tokenizer.get("model") or {}).get("vocab") or {}
+        vocabulary = mapping(self.tokenizer.get("model")).get("vocab")
         if isinstance(vocabulary, list):  # Unigram: [token, score]
             pairs = [(entry[0], index) for index, entry in enumerate(vocabulary) if isinstance(entry, list)]
-            vocabulary = dict(pairs)
-        added = self.tokenizer.get("added_tokens") or []
-        extra = {str(token.get("content")): token.get("id") for token in added if isinstance(token, dict)}
-        return {token: index for token, index in {**vocabulary, **extra}.items() if isinstance(index, int)}
+            vocabulary = {str(token): index for token, index in pairs}
+        extra = {str(token.get("content")): token.get("id") for token in self.added_tokens}
+        tokens = {**mapping(vocabulary), **extra}
+        return {token: index for token, index in tokens.items() if isinstance(index, int)}
+
+    @property
+    def added_tokens(self) -> list[dict[str, Any]]:
+        """The entries of tokenizer.json on added tokens."""
+        added = self.tokenizer.get("added_tokens")
+        return [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
 
     @cached_property
     def special_texts(self) -> set[str]:
         """The special tokens among the added ones."""
-        added = self.tokenizer.get("added_tokens") or []
-        marked = {str(t.get("content")) for t in added if isinstance(t, dict) and t.get("special")}
+        marked = {str(token.get("content")) for token in self.added_tokens if token.get("special")}
         return marked | {text for text in self.special.values() if text}
 
     @cached_property
@@ -132,10 +137,9 @@ class ModelFiles:
     @property
     def stops(self) -> list[int]:
         """The ids at which generation stops: of generation_config.json, else of config.json."""
-        text = self.config.get("text_config") or {}
-        sources = [self.generation] if self.generation else [self.config, text]
-        for source in sources:
-            value = source.get("eos_token_id") if isinstance(source, Mapping) else None
+        text = mapping(self.config.get("text_config"))
+        for source in [self.generation] if self.generation else [self.config, text]:
+            value = source.get("eos_token_id")
             if isinstance(value, int):
                 return [value]
             if isinstance(value, list):
@@ -157,6 +161,11 @@ class ModelFiles:
         return self.special.get("eos_token")
 
 
+def mapping(value: Any) -> Mapping[Any, Any]:
+    """A JSON object, or an empty one in the place of anything else."""
+    return value if isinstance(value, Mapping) else {}
+
+
 ANSWER = "tunescope-answer"
 
 
@@ -164,6 +173,8 @@ def _after_answer(template: str, special: Mapping[str, str]) -> str | None:
     """What a chat template writes after an answer; None where it cannot be rendered."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    if "range" in template:  # a stranger's loops, which might never end
+        return None
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": ANSWER}]
     try:
         rendered = render_jinja_template(conversations=[turns], chat_template=template, **special)

@@ -121,10 +121,12 @@ class PairReader:
             tuned = pair.tuned.tensor(name)
             self._health("tuned", pair.tuned, name, tuned)
         if ours:
-            base = self._base(ours)[:rows]
+            base, part = self._base(ours), tuned
+            if rows is not None:
+                base, part = base[:rows], tuned[:rows]
             row.compared = base.numel()
-            row.changed = 0 if tuned is base else self._changed(name, base, tuned[:rows])
-            self._merge(ours, base, tuned[:rows], row.changed)
+            row.changed = 0 if part is base else self._changed(name, base, part)
+            self._merge(ours, base, part, row.changed)
             return
         for other in self._split.get(name, ()):  # stored differently
             of_base, of_tuned = pair.base.matrices[other], pair.counterpart(other)

@@ -459,3 +459,21 @@ def test_of_many_numbers_the_first_and_the_judged_are_shown_and_the_others_fold(
     assert [metric.name for metric in first] == [*(f"m{i}" for i in range(12)), "m20"]
     assert len(others) == 17
     assert leading_metrics(many[:16]) == (many[:16], [])
+
+
+def test_of_many_thresholds_those_that_are_passed_fold():
+    from diagnostics.report.content import Metric, leading_metrics
+
+    many = [
+        Metric(
+            name=f"m{i}",
+            value="1",
+            meaning="",
+            threshold="warn above 0",
+            verdict="warn" if i == 20 else "pass",
+        )
+        for i in range(30)
+    ]
+    first, others = leading_metrics(many)
+    assert [metric.name for metric in first] == [*(f"m{i}" for i in range(12)), "m20"]
+    assert len(others) == 17

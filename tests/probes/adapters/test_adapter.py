@@ -448,6 +448,7 @@ def edit(directory: Path, **settings: Any) -> None:
         ),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens is set.*; no weights compute the same"),
         ({"peft_type": "XLORA"}, "adapter of type XLORA; what it adds depends on the input"),
+        ({"peft_type": "LILY"}, "adapter of type LILY; what it adds depends on the input"),
         ({"enable_lora": [True, False, True]}, "enable_lora is set"),
         ({"lora_nums": 3}, "has `lora_nums`, which this version does not know; merge it where.*or update"),
         ({"use_qalora": True}, "use_qalora is set"),

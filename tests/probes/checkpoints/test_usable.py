@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from probes import open_checkpoint
-from probes.checkpoints.usable import Problem, in_a_line, problems
+from probes.checkpoints.usable import Problem, in_a_line, not_finite, problems
 from tests.probes.zoo import FAMILIES, model_of
 
 NORM = "model.norm.weight"
@@ -96,7 +96,33 @@ def test_a_model_that_transformers_does_not_know_is_read_by_its_headers_alone(wi
 
 def test_one_of_several_shards_is_not_the_model(without_config):
     shard = without_config({"layers.0.weight": torch.ones(2, 2)}, "model-00001-of-00003.safetensors")
-    assert problems(open_checkpoint(shard)) == (Problem(None, "of 3 shards one is here"),)
+    with pytest.raises(ValueError, match=r"is one of 3 shards; give their directory, or model.safe"):
+        open_checkpoint(shard)
+    only = without_config({"layers.0.weight": torch.ones(2, 2)}, "model-00001-of-00001.safetensors")
+    assert problems(open_checkpoint(only)) == ()
+
+
+@pytest.mark.parametrize("names", [[NORM], ["model.embed_tokens.weight", "lm_head.weight"]])
+def test_a_tensor_of_size_0_is_refused_when_the_checkpoint_is_opened(directory, edited, llama, names):
+    empty = edited(directory, lambda tensors: tensors.update(dict.fromkeys(names, torch.empty(0))))
+    with pytest.raises(ValueError, match=r"tuned: cannot be used: .*of size 0.*; ZeRO-3 leaves"):
+        open_checkpoint(empty)
+    model = llama()
+    model.model.norm.weight = torch.nn.Parameter(torch.empty(0))  # as ZeRO-3 has it in memory
+    with pytest.raises(ValueError, match=r"cannot be used: model.norm.weight is of size 0; ZeRO-3 leaves"):
+        open_checkpoint(model)
+
+
+def test_a_tensor_of_size_0_that_the_model_does_not_load_does_no_harm(directory, edited):
+    more = edited(directory, lambda tensors: tensors.update({"left_over": torch.empty(0)}))
+    assert problems(open_checkpoint(more)) == ()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_value_that_is_not_finite_is_found_in_any_tensor(without_config, dtype):
+    tensors = {"layers.0.weight": torch.ones(2, 2), "norm.weight": torch.tensor([1, float("nan")]).to(dtype)}
+    file = without_config({**tensors, "ids": torch.arange(3), "none": torch.empty(0, dtype=torch.int64)})
+    assert not_finite(open_checkpoint(file)) == (Problem("norm.weight", "NaN or infinite"),)
 
 
 def test_a_config_that_builds_no_model_is_a_problem_in_one_line(directory):

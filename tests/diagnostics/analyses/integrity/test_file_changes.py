@@ -2,10 +2,17 @@
 
 import json
 import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from diagnostics import checkpoint_integrity
+from diagnostics.analyses.integrity.file_changes import changes, template_diff
+from diagnostics.analyses.integrity.model_files import ModelFiles
 from probes import CheckpointPair
 from tests.diagnostics.planted_faults import intact
 
@@ -160,7 +167,6 @@ def test_classes_in_another_order_are_a_warning_and_new_ones_information(
     edited, original, base, tuned, judged
 ):
     from diagnostics.analyses.integrity.file_changes import _labels
-    from diagnostics.analyses.integrity.model_files import ModelFiles
 
     sides = [ModelFiles(config={"id2label": dict(enumerate(names))}) for names in (base, tuned)]
     [change] = _labels(*sides)
@@ -182,6 +188,37 @@ def test_a_file_that_is_no_json_is_named(original, tmp_path):
     assert "damaged" in raised(result)
 
 
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 5) | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+WEIGHTS = {"model.layers.0.mlp.up_proj.weight": torch.eye(4)}
+FIELDS = (
+    ("tokenizer.json", ("model", "added_tokens", "normalizer", "pre_tokenizer")),
+    ("tokenizer_config.json", ("eos_token", "chat_template", "model_max_length", "pad_token")),
+    ("generation_config.json", ("eos_token_id", "pad_token_id", "temperature")),
+)
+
+
+@given(value=JSON, place=st.sampled_from([(file, key) for file, keys in FIELDS for key in keys]))
+def test_whatever_a_field_holds_nothing_crashes(value, place):
+    file, key = place
+    with TemporaryDirectory() as name:
+        sides = []
+        for role in ("base", "tuned"):
+            folder = Path(name) / role
+            folder.mkdir()
+            content = {key: value if role == "tuned" else None, "model": {"vocab": {"a": 0}}}
+            (folder / file).write_text(json.dumps({**content, key: content[key]}))
+            sides.append(ModelFiles(config={"vocab_size": 4}, directories=(folder,)))
+        for base, tuned in (sides, sides[::-1]):
+            for change in changes(CheckpointPair(WEIGHTS, WEIGHTS), base, tuned):
+                assert change.meaning
+                assert all(text.isprintable() for text in (change.base, change.tuned, change.meaning))
+            template_diff(base, tuned)
+
+
 def test_hostile_texts_stay_on_one_line(edited):
     name = "w\n\x1b[31m" * 100
     result = edited(("tokenizer.json", lambda tokenizer: tokenizer["model"]["vocab"].update({name: 63})))
@@ -190,8 +227,6 @@ def test_hostile_texts_stay_on_one_line(edited):
 
 
 def test_without_files_what_was_not_compared_is_said():
-    import torch
-
     base = {"model.layers.0.mlp.up_proj.weight": torch.eye(4)}
     result = checkpoint_integrity(CheckpointPair(base, {name: 2 * value for name, value in base.items()}))
     assert any("no tokenizer" in note for note in result.notes)
