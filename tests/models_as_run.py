@@ -24,6 +24,7 @@ from probes.checkpoints.mask_file import Patch
 from probes.errors import InputError
 from probes.models.interpolated import InterpolatedModel
 from probes.models.two_sided import TwoSidedModel
+from tests.probes.runnable import FAMILIES
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -142,6 +143,51 @@ ARCHITECTURES = {
 }  # fmt: skip
 
 
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+CLIP, SIGLIP = (
+    SIZES | {"image_size": 8, "patch_size": 4, "model_type": f"{name}_vision_model"}
+    for name in ("clip", "siglip")
+)
+LONGER = {"vocab_size": VOCABULARY}
+
+
+def _seeing(model: str, vision: dict[str, Any], text: dict[str, Any], **more: Any) -> Architecture:
+    parts = {"vision_config": vision, "text_config": DECODER | text, "image_token_id": 44}
+    return Architecture(model, TOKENS | parts | more, auto="AutoModelForImageTextToText")
+
+
+def _masked(family: str, head: str, targets: tuple[str, ...]) -> Architecture:
+    model, config = FAMILIES[family]
+    return Architecture(model, config | LONGER, targets, head, auto="AutoModelForMaskedLM", task=None)
+
+
+def _causal(family: str, *targets: str) -> Architecture:
+    model, config = FAMILIES[family]
+    return Architecture(model, config | LONGER, targets or ("q_proj", "down_proj"))
+
+
+# Not in the table: the rest of what was tried.
+FURTHER = {
+    "OPT": _causal("opt", "q_proj", "fc1"),
+    "BLOOM": _causal("bloom", "query_key_value", "dense_h_to_4h"),
+    "Gemma 2": _causal("gemma2"),
+    "GPT": _causal("openai-gpt", "c_attn", "c_fc"),
+    "GPT-OSS": _causal("gpt_oss", "q_proj"),
+    "DeepSeek-V3": _causal("deepseek_v3", "o_proj"),
+    "Mamba 2": _causal("mamba2", "in_proj"),
+    "RoBERTa": _masked("roberta", "lm_head.decoder", ("query", "output.dense")),
+    "ALBERT": _masked("albert", "predictions.decoder", ("query", "ffn")),
+    "LLaVA": _seeing("LlavaForConditionalGeneration", CLIP, {"model_type": "llama"}),
+    "Gemma 3": _seeing(
+        "Gemma3ForConditionalGeneration", SIGLIP, {"model_type": "gemma3_text"}, mm_tokens_per_image=4
+    ),
+    "PaliGemma": _seeing(
+        "PaliGemmaForConditionalGeneration", SIGLIP | {"projection_dim": 32, "vision_use_head": False},
+        {"model_type": "gemma"}, projection_dim=32,
+    ),
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Case:
     """A pair on the disk, and the logits of each side as its user has them, in float32."""
@@ -156,7 +202,7 @@ class Cases:
     """Makes the pairs of an architecture in a directory; each model is made once."""
 
     def __init__(self, name: str, root: Path):
-        self.architecture, self.root = ARCHITECTURES[name], root
+        self.architecture, self.root = (ARCHITECTURES | FURTHER)[name], root
 
     def base(self, *, tied: bool) -> Path:
         """A saved base, every parameter random, so that nothing agrees by being zero."""
@@ -269,10 +315,13 @@ def logits(model: Any) -> torch.Tensor:
 Outcomes = dict[str, float | str]
 
 
-def outcomes(cases: Cases, case: Case, out: Path) -> Outcomes:
+def outcomes(cases: Cases, case: Case, out: Path, *, every: bool = True) -> Outcomes:
     """What each operation gives: how far its logits are from the right ones, or why it is refused.
 
     Differences are shares of the largest logit.
+
+    Args:
+        every: graft and mitigate too.
     """
     out.mkdir(parents=True)
     base, tuned = case.base_logits, case.tuned_logits
@@ -318,13 +367,16 @@ def outcomes(cases: Cases, case: Case, out: Path) -> Outcomes:
         "path 1": (tuned, lambda: at(1.0)),
         "interpolate 0": (base, lambda: interpolated(0.0)),
         "interpolate 1": (tuned, lambda: interpolated(1.0)),
+    }
+    more: dict[str, tuple[torch.Tensor, Callable[[], torch.Tensor]]] = {
         "graft all": (tuned, lambda: grafted(full=True)),
         "graft none": (base, lambda: grafted(full=False)),
         "graft without": (base, lambda: grafted(full=True, without=True)),
         "mitigate": (tuned, mitigated),
     }
     if (case.tuned / "adapter_config.json").exists():
-        operations["mitigate full"] = tuned, lambda: mitigated(full=True)
+        more["mitigate full"] = tuned, lambda: mitigated(full=True)
+    operations |= more if every else {}
     results: Outcomes = {}
     for operation, (expected, run) in operations.items():
         try:
@@ -335,10 +387,10 @@ def outcomes(cases: Cases, case: Case, out: Path) -> Outcomes:
 
 
 def cell(cases: Cases, variant: str, out: Path) -> Outcomes:
-    """The outcomes of all pairs of a cell: the largest differences, and the refusals."""
+    """The outcomes of all pairs of a cell, the first in full: the largest differences, and the refusals."""
     worst: Outcomes = {}
     for number, case in enumerate(VARIANTS[variant](cases)):
-        for operation, value in outcomes(cases, case, out / str(number)).items():
+        for operation, value in outcomes(cases, case, out / str(number), every=not number).items():
             before = worst.get(operation, 0.0)
             both_right = isinstance(value, float) and isinstance(before, float)
             worst[operation] = (
