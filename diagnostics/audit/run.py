@@ -102,7 +102,7 @@ def audit(
     store = Store(out)
     from diagnostics.store.factor_cache import FactorCache
     from probes import CheckpointPair, open_checkpoint
-    from probes.checkpoints.lineage import adapter_notes
+    from probes.checkpoints.lineage import adapter_notes, rounding_notes
     from probes.checkpoints.series import CheckpointSeries
 
     pair = CheckpointPair(base, tuned)
@@ -135,6 +135,7 @@ def audit(
                 *plan.notes,
                 *unread_role_notes(rows, [*plan.parameters, *plan.lacking]),
                 *adapter_notes(pair.base, pair.tuned, *given.values()),
+                *(rounding_notes(pair.base, pair.tuned) if rows else ()),
             ),
         )
 

@@ -60,6 +60,22 @@ def adapter_notes(*checkpoints: Checkpoint) -> tuple[str, ...]:
     return tuple(dict.fromkeys(notes))
 
 
+def rounding_notes(*checkpoints: Checkpoint) -> tuple[str, ...]:
+    """That an adapter on a base in half precision is rounded where it runs merged; empty for all others.
+
+    >>> from diagnostics.audit.demo import BUNDLED
+    >>> rounding_notes(open_checkpoint(BUNDLED / "base"))
+    ()
+    """
+    return tuple(
+        f"{checkpoint.ref}: analyses that change weights run the adapter merged and rounded to the base's "
+        f"{checkpoint.base.dtype}; those that only read the model run it unmerged, as PEFT does. The "
+        "losses of tuned differ by this rounding."
+        for checkpoint in checkpoints
+        if checkpoint.base is not None and checkpoint.base.dtype in ("bfloat16", "float16")
+    )
+
+
 def _same_weights(named: Path, base: Checkpoint) -> bool | None:
     """Whether a directory holds the weights of a base; None if it holds none that can be read."""
     try:

@@ -20,7 +20,7 @@ from diagnostics.edits.graft import graft
 from diagnostics.edits.interpolate import interpolate
 from diagnostics.edits.mitigate import mitigate
 from probes import CheckpointPair
-from probes.checkpoints.lineage import adapter_notes, other_base
+from probes.checkpoints.lineage import adapter_notes, other_base, rounding_notes
 from probes.checkpoints.mask_file import Patch
 from probes.checkpoints.opening import open_checkpoint
 
@@ -93,6 +93,16 @@ def test_full_weights_and_an_adapter_on_its_own_base_say_nothing(adapter, tmp_pa
     assert other_base(open_checkpoint(base)) is None
     assert other_base(open_checkpoint(adapter(str(base)))) is None
     assert adapter_notes(open_checkpoint(base), open_checkpoint(adapter(str(base)))) == ()
+
+
+def test_only_an_adapter_on_a_base_in_half_precision_is_rounded_where_it_is_merged(tmp_path):
+    tensors = load_file(BUNDLED / "base" / "model.safetensors")
+    for dtype, count in ((torch.float32, 0), (torch.bfloat16, 1), (torch.float16, 1)):
+        base = based(tmp_path / str(dtype))
+        cast = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        save_file(cast, base / "model.safetensors", {"format": "pt"})
+        adapted = open_checkpoint(BUNDLED / "lora-r1", base=base)
+        assert len(rounding_notes(open_checkpoint(base), adapted)) == count
 
 
 def test_a_base_in_memory_has_the_name_that_it_was_loaded_by(adapter, tmp_path):
