@@ -1,6 +1,7 @@
 """What lies where weights were looked for, and how its own framework makes readable weights of it."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -100,10 +101,21 @@ def explained(path: Path) -> str | None:
     if PART.match(path.name) and (reason := explained(path.parent)):
         return reason
     for form in FORMATS:
-        globs = [islice(path.glob(pattern), SHOWN + 1) for pattern in form.patterns]
+        globs = [islice(_glob(path, pattern), SHOWN + 1) for pattern in form.patterns]
         if matches := sorted({match for matches in globs for match in matches}):
             return _text(form, path, matches)
     return _in_subdirectories(path)
+
+
+def _glob(path: Path, pattern: str) -> Iterator[Path]:
+    """The matches in a directory; a link to another directory is not entered, as it may lead outside."""
+    first, _, rest = pattern.partition("/")
+    if not rest:
+        yield from path.glob(first)
+        return
+    for directory in path.glob(first):
+        if directory.is_dir() and not directory.is_symlink():
+            yield from _glob(directory, rest)
 
 
 def _text(form: Format, directory: Path, matches: list[Path]) -> str:
@@ -117,7 +129,7 @@ def _in_subdirectories(path: Path) -> str | None:
     """Adapters or models one level deeper."""
     kinds = {"adapters": "adapter_config.json", "models": "config.json"}
     for what, file in kinds.items():
-        names = sorted(config.parent.name for config in islice(path.glob(f"*/{file}"), 100))
+        names = sorted(config.parent.name for config in islice(_glob(path, f"*/{file}"), 100))
         if names:
             listed = ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
             return plain(f"holds {what} in directories of their own ({listed}); name one, {path / names[0]}")

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from probes.errors import InputError, UnknownNameError
+from probes.errors import IncompleteError, InputError, NotApplicableError, UnknownNameError
 
 # Seconds of processor time for one input; wall clock says little on a machine that does other work.
 LONGEST = 1.0
@@ -118,7 +118,7 @@ class Watch:
 def unclear(error: BaseException) -> str:
     """What is wrong with an error as the answer to a malformed file; empty if nothing is."""
     # A library's own ValueError or KeyError is a crash: no reader checked for its cause.
-    if type(error) not in (InputError, UnknownNameError):
+    if type(error) not in (InputError, IncompleteError, NotApplicableError, UnknownNameError):
         return "an error that no reader documents"
     text = str(error)
     if not text.isprintable():

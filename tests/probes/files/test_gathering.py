@@ -67,3 +67,13 @@ def test_a_file_of_another_format_is_named_too(tmp_path):
 def test_weights_that_are_read_come_before_all_that_lies_beside_them(directory):
     written(directory, ["global_step9/x", "model.onnx", "sql/adapter_config.json", "model.gguf"])
     assert open_checkpoint(directory).kind == "full"
+
+
+def test_a_link_out_of_the_directory_is_not_entered(tmp_path):
+    (tmp_path / "outside" / "adapter").mkdir(parents=True)
+    (tmp_path / "outside" / "adapter_config.json").write_text("{}")
+    (tmp_path / "outside" / "__0_0.distcp").touch()
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "inside" / "pytorch_model_fsdp_0").symlink_to(tmp_path / "outside")
+    with pytest.raises(ValueError, match="no weights"):
+        open_checkpoint(tmp_path / "inside")
