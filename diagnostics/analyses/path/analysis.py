@@ -32,6 +32,7 @@ METRICS = {
     "best_alpha": "the α to take: no worse than tuned on the task, best on the other rows; 1 is tuned",
     "kept_nats": "loss of tuned minus that of best_alpha on the keep rows",
     "task_cost_nats": "loss of best_alpha minus that of tuned on the task rows",
+    "task_lost_nats": "by how much tuned is worse than base on the task rows, less two standard errors",
     "strong_failures": "OOD sets with an α that is significantly worse than both ends",
     "successes": "OOD sets with an α that is significantly better than both ends",
     **{
@@ -232,6 +233,8 @@ def metrics_of(
 ) -> dict[str, float | int]:
     """The metrics of all curves together."""
     metrics: dict[str, float | int | None] = {"dominated": int(any(row["dominates"] for row in choices))}
+    base = next(row for row in choices if row["alpha"] == 0)
+    metrics["task_lost_nats"] = max(0.0, -base["task_cost_nats"] - 2 * base["task_cost_error"])
     for role in ROLES:
         metrics |= {
             f"{name}_{role}_nats": pooled(rows, role, name, "max") for name in ("bump", "dip", "barrier")

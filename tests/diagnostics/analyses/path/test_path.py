@@ -110,6 +110,21 @@ def test_confidence_is_the_chance_of_the_likeliest_letter(result):
     assert values(result, "task", "accuracy")[1.0] == pytest.approx(0.8)
 
 
+def test_ends_the_wrong_way_round_are_asked_about(pair, result):
+    """Of a task that tuned has learned, base's loss is the greater, unless the two are swapped."""
+    learned = ["a" * 10] * 12
+    right, swapped = (
+        interpolation_path(ends, learned, alphas=GRID)
+        for ends in (pair, CheckpointPair(pair.tuned, pair.base))
+    )
+    assert (right.metrics["task_lost_nats"], result.metrics["task_lost_nats"]) == (0, 0)
+    assert swapped.metrics["task_lost_nats"] == pytest.approx(math.log(0.98 / (1 / 3)), abs=1e-4)
+    assert not [finding for finding in right.findings() if "swapped" in finding.message]
+    assert [finding.metric for finding in swapped.findings() if "swapped" in finding.message] == [
+        "task_lost_nats"
+    ]
+
+
 def test_swapped_ends_mirror_alpha(pair, result):
     mirrored = interpolation_path(CheckpointPair(pair.tuned, pair.base), TASK, alphas=GRID)
     losses, mirrored_losses = values(result, "task", "loss"), values(mirrored, "task", "loss")
