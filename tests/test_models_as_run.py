@@ -80,9 +80,9 @@ def test_an_adapter_merged_into_half_precision_says_what_is_rounded_off(cases, t
     llama = cases("Llama")
     case = llama.adapter("for-half", tied=True)
     llama.load(case.base).to(torch.bfloat16).save_pretrained(tmp_path / "half")
-    whole = interpolate(case.base, case.tuned, 1.0, tmp_path / "whole")
+    written = interpolate(case.base, case.tuned, 1.0, tmp_path / "whole")
     rounded = interpolate(tmp_path / "half", case.tuned, 1.0, tmp_path / "rounded")
-    assert not any("rounded" in note for note in whole.notes)
+    assert not any("rounded" in note for note in written.notes)
     (note,) = (note for note in rounded.notes if "rounded" in note)
     assert re.match(r"Merged weights are rounded to bfloat16, by a norm of 0\.\d+; PEFT, which runs", note)
 

@@ -241,8 +241,8 @@ def print_series(finished: "AuditSeries", out: Path, *, verbose: bool = False) -
             ]
             table.add_row(printable(row.label), styled(row.verdict), *numbers)
         print_lines(table)
-    said = [note for audit in finished.audits for note in audit.notes if "was trained on" in note]
-    print_lines(*(entry("note: ", note, style="dim") for note in dict.fromkeys(said)))
+    base_notes = [note for audit in finished.audits for note in audit.notes if "was trained on" in note]
+    print_lines(*(entry("note: ", note, style="dim") for note in dict.fromkeys(base_notes)))
     print_lines(*(entry("left out: ", reason) for reason in finished.left_out.values()))
     run = finished.run
     if run is not None:

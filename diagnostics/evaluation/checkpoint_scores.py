@@ -151,8 +151,8 @@ def curves(measurements: Sequence[Mapping[str, np.ndarray]], sets: Mapping[SetKe
             refuse_numbers(task, first, labels)
         per_byte = split_differently(measurements, index) and task.shape in ("text", "completion")
         if per_byte:
-            whole = ((np.isnan(units) | (units > 0)) & (size > 0)).all(axis=0)
-            units = np.where(np.isnan(units), np.nan, size * whole)
+            complete = ((np.isnan(units) | (units > 0)) & (size > 0)).all(axis=0)
+            units = np.where(np.isnan(units), np.nan, size * complete)
         scored = np.nan_to_num(units).max(axis=0) > 0
         if not scored.any():
             raise InputError(f"{task.ref}: none of its rows can be scored at any checkpoint")

@@ -317,7 +317,7 @@ class TargetSearch:
         self, update: AdapterUpdate, parameters: list[str], exchanged: bool
     ) -> dict[str, list[AdapterUpdate]]:
         """The changes by the parameters that they may be of, if lora_A and lora_B are exchanged or not."""
-        return {name: found for name in parameters if (found := self._stack(update, name, exchanged))}
+        return {name: updates for name in parameters if (updates := self._stack(update, name, exchanged))}
 
     def _stack(self, update: AdapterUpdate, parameter: str, exchanged: bool) -> list[AdapterUpdate]:
         """The places of `update` if it is for this parameter; nothing if its shape says otherwise."""

@@ -86,12 +86,14 @@ class Ties:
         vocabulary = (*self.names.embeddings, *self.names.heads, *self.names.tied)
         if stored not in vocabulary and re.search(r"\.\d+\.", name):
             return None  # in a block
-        members = {own: merged for group in self._groups for own, merged in group.members.items()}
+        members = {module: merged for group in self._groups for module, merged in group.members.items()}
         if name in members:
             return members[name]
-        alike = [m for own, m in members.items() if own.endswith(f".{name}") or name.endswith(f".{own}")]
+        alike = [
+            m for module, m in members.items() if module.endswith(f".{name}") or name.endswith(f".{module}")
+        ]
         if not alike and is_head(name):
-            alike = [merged for own, merged in members.items() if is_head(own)]
+            alike = [merged for module, merged in members.items() if is_head(module)]
         return alike[0] if len(alike) == 1 else None
 
     def of(self, name: str) -> str:
@@ -135,7 +137,7 @@ class Ties:
     def with_bias(self, name: str) -> bool:
         """Whether the module of a weight has a bias, in the file or tied to one in it."""
         bias = f"{name.removesuffix('.weight')}.bias"
-        members = (own for group in self._groups for pair in group.members.items() for own in pair)
+        members = (module for group in self._groups for pair in group.members.items() for module in pair)
         return self.names.find(bias) is not None or bias in members
 
     def _follow(self, group: Group, targets: Targets) -> None:

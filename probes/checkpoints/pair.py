@@ -311,8 +311,8 @@ class CheckpointPair:
             stack = re.sub(r"\d+$", "", name[: block.end(1)])
             return any(other.startswith(stack) for other in self._tensors)
         # `model.norm.weight` is beside `model.layers`; a tower at `model.visual` is left out as a whole.
-        beside = ".".join(name.split(".")[:-2])
-        return any(other.startswith(f"{beside}." if beside else "") for other in self._tensors)
+        parent = ".".join(name.split(".")[:-2])
+        return any(other.startswith(f"{parent}." if parent else "") for other in self._tensors)
 
     @cached_property
     def _covered(self) -> Counter[str]:

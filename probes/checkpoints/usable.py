@@ -183,8 +183,8 @@ def _model_class(stored: Mapping[str, Any], config: Any) -> Any:
 def _misshapen(shape: Sequence[int], expected: Sequence[int]) -> str:
     if 0 in shape:
         return "of size 0"
-    stored, said = ("x".join(map(str, axes)) or "a scalar" for axes in (shape, expected))
-    return f"{stored}, and {said} by its config.json"
+    stored, wanted = ("x".join(map(str, axes)) or "a scalar" for axes in (shape, expected))
+    return f"{stored}, and {wanted} by its config.json"
 
 
 @contextmanager

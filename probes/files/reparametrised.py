@@ -73,7 +73,7 @@ def spectral_normed(original: Tensor, u: Tensor, v: Tensor) -> Tensor:
 
 
 def resolve(
-    source: Source, where: str, own: Callable[[Collection[str]], Collection[str]] = lambda names: ()
+    source: Source, where: str, stored: Callable[[Collection[str]], Collection[str]] = lambda names: ()
 ) -> Source:
     """A source whose reparametrised weights are those that the model uses; itself, if it has none.
 
@@ -88,7 +88,7 @@ def resolve(
     groups = _groups(source.headers)
     if not groups:
         return source
-    architecture = set(own([part for parts in groups.values() for part in parts.values()]))
+    architecture = set(stored([part for parts in groups.values() for part in parts.values()]))
     groups = {name: parts for name, parts in groups.items() if architecture.isdisjoint(parts.values())}
     recipes = [_recipe(name, parts, source.headers, where) for name, parts in groups.items()]
     return Resolved(source, recipes) if recipes else source
@@ -115,8 +115,8 @@ def _groups(headers: Mapping[str, Header]) -> dict[str, dict[str, str]]:
 
 def _are_norms(g: tuple[int, ...], v: tuple[int, ...]) -> bool:
     """Whether tensors of these shapes could be norms along an axis, and what they are the norms of."""
-    along = [(norms, length) for norms, length in zip(g, v, strict=False) if norms > 1]
-    return not g or (len(g) == len(v) and len(along) <= 1 and all(norms == length for norms, length in along))
+    axes = [(norms, length) for norms, length in zip(g, v, strict=False) if norms > 1]
+    return not g or (len(g) == len(v) and len(axes) <= 1 and all(norms == length for norms, length in axes))
 
 
 def _recipe(name: str, parts: Mapping[str, str], headers: Mapping[str, Header], where: str) -> Recipe:
@@ -140,16 +140,16 @@ def _recipe(name: str, parts: Mapping[str, str], headers: Mapping[str, Header], 
 
 def _misfit(compute: Callable[..., Tensor], parts: list[Header]) -> str:
     """Why parts of these shapes give no weight; empty if they do."""
-    whole, *others = (header.shape for header in parts)
+    first, *others = (header.shape for header in parts)
     if compute is masked:
-        return "" if whole == others[0] else f"its mask is {others[0]}, and what it masks {whole}"
+        return "" if first == others[0] else f"its mask is {others[0]}, and what it masks {first}"
     if compute is weight_normed:
         return (
-            "" if _are_norms(others[0], whole) else f"its norms are {others[0]}, and what they scale {whole}"
+            "" if _are_norms(others[0], first) else f"its norms are {others[0]}, and what they scale {first}"
         )
     lengths = [shape[0] for shape in others if len(shape) == 1]
-    fits = len(whole) > 1 and len(lengths) == 2 and lengths[0] in whole and prod(lengths) == prod(whole)
-    return "" if fits else f"its singular vectors are {others[0]} and {others[1]}, and the weight {whole}"
+    fits = len(first) > 1 and len(lengths) == 2 and lengths[0] in first and prod(lengths) == prod(first)
+    return "" if fits else f"its singular vectors are {others[0]} and {others[1]}, and the weight {first}"
 
 
 class Resolved:

@@ -21,7 +21,7 @@ from probes.adapters.adapter import Adapter
 from probes.adapters.rewriting import rewritten
 from probes.adapters.targets import canonical
 from probes.checkpoints.checkpoint import Checkpoint
-from probes.checkpoints.usable import in_a_line, problems
+from probes.checkpoints.usable import in_a_line, problems, silent_transformers
 from probes.errors import InputError
 from probes.files.layout import Header
 from probes.files.locate import MODEL_FILES
@@ -167,7 +167,7 @@ class Loading:
         more = {"num_labels": min(heads)} if heads else {}
         if stored["model_type"] in transformers.CONFIG_MAPPING:
             what = f"{checkpoint.ref}: its config.json is none of a {stored['model_type']} model"
-            with _silence(), _blaming(what, CONFIG, config=stored):
+            with silent_transformers(), _blaming(what, CONFIG, config=stored):
                 return transformers.CONFIG_MAPPING[stored["model_type"]].from_dict(stored, **more)
         if not self.trust_remote_code or "auto_map" not in stored:
             reason = (
@@ -201,7 +201,10 @@ class Loading:
         options = {"config": config, "device_map": self.device_map, "output_loading_info": True}
         dtype = self.dtype or "auto"
         problem = partial(_unusable, checkpoint)
-        with _silence(), _blaming(f"{ref}: does not load as a model", CONFIG, config=stored, problem=problem):
+        with (
+            silent_transformers(),
+            _blaming(f"{ref}: does not load as a model", CONFIG, config=stored, problem=problem),
+        ):
             if own_code:
                 options |= _repository(checkpoint) | {"trust_remote_code": True}
                 model, info = auto.from_pretrained(dtype=dtype, **options)
@@ -411,13 +414,13 @@ def inject(model: Any, checkpoint: Checkpoint, *, name: str = "tuned") -> Any:
     assert isinstance(adapter, Adapter)
     assert checkpoint.directory is not None
     # PEFT ignores fields that it does not know; here they were all read or found to be harmless.
-    known = peft.LoraConfig.__dataclass_fields__
-    fields = {field: value for field, value in adapter.config.items() if field in known}
+    lora_fields = peft.LoraConfig.__dataclass_fields__
+    fields = {field: value for field, value in adapter.config.items() if field in lora_fields}
     transposed = any(getattr(module, "is_transposed", False) for module in model.modules())
     what = f"{checkpoint.ref}: the adapter does not load"
     with ExitStack() as stack:
         stack.enter_context(_blaming(what))
-        stack.enter_context(_silence())
+        stack.enter_context(silent_transformers())
         stack.enter_context(warnings.catch_warnings())
         # What PEFT remarks on was read and found to be right, or is refused.
         warnings.simplefilter("ignore")
@@ -499,22 +502,6 @@ def _reason(error: BaseException, config: Mapping[str, Any]) -> str:
     if fields:
         return f"{fields[0]} is {text!r}, which is not known"
     return text if " " in text else f"it lacks {text!r}"
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Without transformers' progress bars and reports; our own errors name missing weights."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def device_of(device: str | torch.device | None) -> torch.device | None:

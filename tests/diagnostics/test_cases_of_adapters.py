@@ -28,7 +28,7 @@ MAKERS = Path(__file__).parents[3] / "shared" / "cases"
 IDS = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
-def made(name: str, out: Path, *arguments: str) -> tuple[Path, str]:
+def run_maker(name: str, out: Path, *arguments: str) -> tuple[Path, str]:
     """Run a maker; its directory, and what it prints. Skips where the makers are not at hand."""
     script = MAKERS / f"{name}.py"
     if not script.is_file():
@@ -48,7 +48,7 @@ def made(name: str, out: Path, *arguments: str) -> tuple[Path, str]:
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory) -> tuple[Path, dict[str, tuple[float, float]]]:
     """The directory of the tied pairs, and PEFT's and transformers' losses of tuned and base by adapter."""
-    out, printed = made("tied_embeddings", tmp_path_factory.mktemp("tied"))
+    out, printed = run_maker("tied_embeddings", tmp_path_factory.mktemp("tied"))
     losses = {}
     for line in printed.splitlines():
         name, *_, tuned, _, _, base = line.replace(",", "").split()
@@ -108,7 +108,7 @@ def test_a_head_that_was_not_saved_is_said_in_one_line(name, tied):
 
 @pytest.mark.parametrize("inner", ["128", "96"])
 def test_factors_of_experts_that_three_writers_pack_are_one_delta(inner, tmp_path):
-    directory, _ = made("expert_lora_packings", tmp_path, inner)
+    directory, _ = run_maker("expert_lora_packings", tmp_path, inner)
     base = transformers.AutoModelForCausalLM.from_pretrained(directory / "base")
     expected = run(PeftModel.from_pretrained(base, directory / "peft021").eval())
     first = CheckpointPair(directory / "base", directory / "peft021")

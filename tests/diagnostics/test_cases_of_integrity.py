@@ -3,34 +3,22 @@
 The makers lie in `shared/cases` beside the repository, with what is right.
 """
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from diagnostics import checkpoint_integrity
 from probes import CheckpointPair
 from probes.errors import InputError
-
-CASES = Path(__file__).parents[3] / "shared" / "cases"
+from tests.cases import make_case
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """Makes a case: `made("no_update")` gives its directory."""
-    if not CASES.is_dir():
-        pytest.skip(f"NO CASES IN {CASES}, so none of the filed pairs was tried")
+def case_of(tmp_path_factory):
+    """Makes a case: `case_of("no_update")` gives its directory."""
     folder = tmp_path_factory.mktemp("cases")
 
     def make(name):
         out = folder / name
-        if not out.exists():
-            out.mkdir()
-            subprocess.run(
-                [sys.executable, CASES / f"{name}.py", out], check=True, capture_output=True, cwd=folder
-            )
-        return out
+        return out if out.exists() else make_case(name, out)
 
     return make
 
@@ -41,18 +29,18 @@ def findings(pair):
 
 
 @pytest.mark.parametrize("tuned", ["same", "zeros"])
-def test_a_model_without_an_update_was_not_tuned(made, tuned):
-    case = made("no_update")
+def test_a_model_without_an_update_was_not_tuned(case_of, tuned):
+    case = case_of("no_update")
     assert findings(CheckpointPair(case / "base", case / tuned)) == {"nothing_tuned": "fail"}
 
 
-def test_rounding_alone_is_no_update(made):
-    case = made("rounded")
+def test_rounding_alone_is_no_update(case_of):
+    case = case_of("rounded")
     assert findings(CheckpointPair(case / "base", case / "cast")) == {"nothing_tuned": "fail"}
 
 
-def test_entries_that_moved_are_counted_without_those_that_were_rounded(made):
-    case = made("rounded")
+def test_entries_that_moved_are_counted_without_those_that_were_rounded(case_of):
+    case = case_of("rounded")
     result = checkpoint_integrity(CheckpointPair(case / "base", case / "tuned"))
     table = result.tables["compared"]
     assert 2300 < table["changed"].sum() < 2460  # a step below a half unit of bfloat16 cannot be seen
@@ -60,18 +48,18 @@ def test_entries_that_moved_are_counted_without_those_that_were_rounded(made):
     assert result.findings() == []
 
 
-def test_a_head_of_nan_fails(made):
-    case = made("unusable")
+def test_a_head_of_nan_fails(case_of):
+    case = case_of("unusable")
     assert findings(CheckpointPair(case / "base", case / "nan-head")) == {"nonfinite_tuned": "fail"}
 
 
 @pytest.mark.parametrize("tuned", ["all-empty", "embed-empty", "mlp-empty", "adapter-empty"])
-def test_weights_of_size_0_are_refused_before_anything_is_measured(made, tuned):
-    case = made("unusable")
+def test_weights_of_size_0_are_refused_before_anything_is_measured(case_of, tuned):
+    case = case_of("unusable")
     with pytest.raises(InputError, match="of size 0"):
         CheckpointPair(case / "base", case / tuned)
 
 
-def test_a_changed_function_is_a_warning(made):
-    case = made("config_rope")
+def test_a_changed_function_is_a_warning(case_of):
+    case = case_of("config_rope")
     assert findings(CheckpointPair(case / "base", case / "tuned")) == {"function_changes": "warn"}

@@ -50,11 +50,11 @@ class Change:
 
 def changes(pair: CheckpointPair, base: ModelFiles, tuned: ModelFiles) -> list[Change]:
     """Every difference outside the weights, the most severe first."""
-    found = [
+    differences = [
         *_config(pair), *_lengths(base, tuned), *_labels(base, tuned), *_tokenizer(base, tuned),
         *_template(base, tuned), *_generation(base, tuned), *_stops(base, tuned), *_damaged(base, tuned),
     ]  # fmt: skip
-    return sorted(found, key=lambda change: ("fail", "warn", "info").index(change.judged))
+    return sorted(differences, key=lambda change: ("fail", "warn", "info").index(change.judged))
 
 
 def template_diff(base: ModelFiles, tuned: ModelFiles) -> list[str]:
@@ -254,11 +254,11 @@ def _stops(base: ModelFiles, tuned: ModelFiles) -> Iterator[Change]:
     ]
     inherited = misses[0] and ids[0] == ids[1] and ends[0] == ends[1]
     if misses[1]:
-        known = "as in base" if inherited else "a reply runs on until its length is exhausted"
+        consequence = "as in base" if inherited else "a reply runs on until its length is exhausted"
         yield Change(
             where="generation", what="eos_token_id", base=texts[0], tuned=texts[1],
             judged="info" if inherited else "warn", kind="" if inherited else "lost_stops",
-            meaning=f"a turn ends with {ends[1]!r}, at which generation does not stop: {known}",
+            meaning=f"a turn ends with {ends[1]!r}, at which generation does not stop: {consequence}",
         )  # fmt: skip
     elif ids[0] != ids[1]:
         lost = [index for index in ids[0] if index not in ids[1]]

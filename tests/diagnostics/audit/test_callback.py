@@ -169,11 +169,11 @@ def rows(path):
 def test_as_the_readme_has_it_a_dense_model_passes_and_what_needs_experts_is_left_out(tmp_path, caplog):
     files = {"task": [rows(tmp_path / "held-out.jsonl")], "train": [rows(tmp_path / "train.jsonl")]}
     trainer(tmp_path, AuditCallback(tmp_path / "audit", **files, every=2)).train()
-    made = load(tmp_path / "audit")
-    assert made.verdict != "fail"
-    assert not made.failed
-    assert "trajectory" in made.results
-    pathways = made.analyses["pathways"]
+    recorded = load(tmp_path / "audit")
+    assert recorded.verdict != "fail"
+    assert not recorded.failed
+    assert "trajectory" in recorded.results
+    pathways = recorded.analyses["pathways"]
     assert pathways.status == "skipped"
     assert "is a dense model, and pathways need experts" in pathways.reason
     assert pathways.question
@@ -210,10 +210,10 @@ def test_a_measurement_that_fails_is_logged_when_it_does_and_later_steps_go_on_w
     callback = AuditCallback(tmp_path / "audit", every=2)
     trainer(tmp_path, callback).train()
     assert caplog.messages.count("tunescope: step 2: shaky failed (holds a NaN)") == 1
-    made = load(tmp_path / "audit")
-    assert made.results["shaky"].metrics["steps"] == 3  # 0, 4 and 6
-    assert "shaky failed at step 2, which it leaves out" in made.notes
-    assert made.results["norm"].tables["steps"]["step"].tolist() == [0, 2, 4, 6]
+    recorded = load(tmp_path / "audit")
+    assert recorded.results["shaky"].metrics["steps"] == 3  # 0, 4 and 6
+    assert "shaky failed at step 2, which it leaves out" in recorded.notes
+    assert recorded.results["norm"].tables["steps"]["step"].tolist() == [0, 2, 4, 6]
 
 
 def test_what_cannot_be_recorded_is_said_before_anything_trains(norm, registry, tmp_path):

@@ -60,9 +60,9 @@ def write_pair(out: Path, model_type: str, fields: dict[str, Any], other: dict[s
     """Base, and tuned a little away from it under a configuration with other fields."""
     torch.manual_seed(0)
     config_class = transformers.CONFIG_MAPPING[model_type]
-    known = {name: value for name, value in fields.items() if name in config_class.__dataclass_fields__}
-    base = transformers.AutoModelForCausalLM.from_config(config_class(**known)).eval()
-    tuned = transformers.AutoModelForCausalLM.from_config(config_class.from_dict(known | other)).eval()
+    chosen = {name: value for name, value in fields.items() if name in config_class.__dataclass_fields__}
+    base = transformers.AutoModelForCausalLM.from_config(config_class(**chosen)).eval()
+    tuned = transformers.AutoModelForCausalLM.from_config(config_class.from_dict(chosen | other)).eval()
     tuned.load_state_dict(base.state_dict())
     for parameter in tuned.parameters():
         parameter.data.add_(0.05 * torch.randn_like(parameter))
@@ -178,9 +178,9 @@ def test_nothing_is_written_between_two_functions_but_an_edit_of_tuned_is(at, tm
         ("mitigate", *pair, "--mode", "update", "--scale", at, "--out", out),
     ):
         assert shell(monkeypatch, *command) == 2
-        said = capsys.readouterr().err
-        assert named in said
-        assert "Traceback" not in said
+        error = capsys.readouterr().err
+        assert named in error
+        assert "Traceback" not in error
         assert not out.exists()
     assert shell(monkeypatch, "mitigate", *pair, "--scale", 1, "--epsilon", "0.999", "--out", out) == 0
     assert own_loss(out, tmp_path / "task.jsonl") == own_loss(pair[1], tmp_path / "task.jsonl")

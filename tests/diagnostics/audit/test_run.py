@@ -389,10 +389,10 @@ def test_a_tensor_that_no_analysis_reads_must_be_finite_too(norms, checkpoints, 
     file = Path(checkpoints[side], "model.safetensors")
     save_file({**load_file(file), "lm_head.weight": torch.tensor([[1.0, value]])}, file)
     for count in (1, 1):  # the second time from the first
-        made = audit(*checkpoints, out=out)
-        assert (made.verdict, made.exit_code, len(norms)) == ("fail", 2, count)
-        assert made.results["norms"].metrics["matrices"] == 4
-        reason = made.analyses["integrity"].reason
+        audited = audit(*checkpoints, out=out)
+        assert (audited.verdict, audited.exit_code, len(norms)) == ("fail", 2, count)
+        assert audited.results["norms"].metrics["matrices"] == 4
+        reason = audited.analyses["integrity"].reason
         assert (
             f"{('base', 'tuned')[side]} {checkpoints[side]}: lm_head.weight is NaN or infinite: the "
             in reason

@@ -136,8 +136,8 @@ def test_a_checkpoint_that_is_being_written_is_named_and_the_others_run(norms, t
     names = ("base", "run/checkpoint-1", "run/checkpoint-2")
     refs = [save_model(tmp_path / name, weights(0)) for name in names]
     (refs[2] / "model.safetensors").unlink()
-    made = series([refs[0], tmp_path / "run"], out=tmp_path / "out")
-    assert [row.label for row in made.rows] == ["1"]
+    audited = series([refs[0], tmp_path / "run"], out=tmp_path / "out")
+    assert [row.label for row in audited.rows] == ["1"]
     record = json.loads((tmp_path / "out/series.json").read_text())
     assert list(record["left_out"]) == [str(refs[2])]
     assert "no weights" in record["left_out"][str(refs[2])]

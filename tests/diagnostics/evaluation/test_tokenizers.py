@@ -96,9 +96,9 @@ def split_pair(tmp_path_factory):
     """Two models with one vocabulary; only base's tokenizer merges "ab"."""
     places = []
     for name, merged in (("base", True), ("tuned", False)):
-        place = tmp_path_factory.mktemp("models") / name
-        places.append(save_llama(place, seed=1, characters=LETTERS, shift=0.1 * (not merged), rows=13))
-        save_tokenizer(place, LETTERS, words=["ab"], merged=merged)
+        directory = tmp_path_factory.mktemp("models") / name
+        places.append(save_llama(directory, seed=1, characters=LETTERS, shift=0.1 * (not merged), rows=13))
+        save_tokenizer(directory, LETTERS, words=["ab"], merged=merged)
     return CheckpointPair(*places)
 
 

@@ -475,8 +475,8 @@ def test_fields_that_change_no_weight_are_accepted(tmp_path):
 
 
 def test_every_field_that_peft_writes_is_read_harmless_or_refused():
-    known = READ | HARMLESS | VARIANTS.keys()
-    assert set(LoraConfig.__dataclass_fields__) <= known
+    judged = READ | HARMLESS | VARIANTS.keys()
+    assert set(LoraConfig.__dataclass_fields__) <= judged
     assert not READ & HARMLESS
     assert not (READ | HARMLESS) & VARIANTS.keys()
 

@@ -137,8 +137,8 @@ def test_a_file_with_the_models_own_names_aligns_with_one_that_transformers_save
     model.save_pretrained(tmp_path / "saved")
     shutil.copytree(tmp_path / "saved", tmp_path / "own")
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    own = {name: state[name].contiguous() for name in state.keys() - model.all_tied_weights_keys.keys()}
-    save_file(own, tmp_path / "own" / "model.safetensors", {"format": "pt"})
+    untied = {name: state[name].contiguous() for name in state.keys() - model.all_tied_weights_keys.keys()}
+    save_file(untied, tmp_path / "own" / "model.safetensors", {"format": "pt"})
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter))

@@ -144,7 +144,7 @@ def test_the_base_comes_first_whatever_step_it_tells(tmp_path, trained):
     others = [saved(tmp_path / "run" / f"checkpoint-{step}") for step in (25, 50)]
     for refs in ([base, *others], [base, *reversed(others)], [base, tmp_path / "run"]):
         series = CheckpointSeries(refs)
-        assert [each.ref for each in series.checkpoints] == [base, *others]
+        assert [checkpoint.ref for checkpoint in series.checkpoints] == [base, *others]
         assert (series.labels, series.stepped) == (("0", "25", "50"), True)
 
 
@@ -158,7 +158,7 @@ def test_a_base_of_an_earlier_run_is_at_0_and_one_of_the_same_run_at_its_step(tm
 def test_in_one_directory_the_first_is_the_base_unless_a_shell_put_it_there(tmp_path):
     refs = {step: saved(tmp_path / f"checkpoint-{step}") for step in (25, 50, 500, 1000)}
     written = [refs[500], refs[25], refs[50]]
-    assert [each.ref for each in CheckpointSeries(written).checkpoints] == written
+    assert [checkpoint.ref for checkpoint in CheckpointSeries(written).checkpoints] == written
     globbed = sorted(refs.values())
     assert globbed[0] == refs[1000]  # before 25
     assert CheckpointSeries(globbed).labels == ("25", "50", "500", "1000")

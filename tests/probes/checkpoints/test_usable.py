@@ -90,8 +90,8 @@ def test_an_adapter_is_as_usable_as_its_base(directory, edited, tmp_path):
 
 
 def test_a_model_that_transformers_does_not_know_is_read_by_its_headers_alone(without_config):
-    whole = without_config({"layers.0.weight": torch.ones(2, 2)})
-    assert problems(open_checkpoint(whole)) == ()
+    complete = without_config({"layers.0.weight": torch.ones(2, 2)})
+    assert problems(open_checkpoint(complete)) == ()
 
 
 def test_one_of_several_shards_is_not_the_model(without_config):

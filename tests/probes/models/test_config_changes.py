@@ -203,13 +203,13 @@ def test_a_learned_table_of_positions_depends_on_its_length():
 def test_the_text_part_of_a_larger_model_is_compared_with_the_same_saved_alone():
     text = transformers.Qwen2VLTextConfig(hidden_size=32, rope_parameters=ROPE | {"mrope_section": [2, 1, 1]})
     both = transformers.Qwen2VLConfig(text_config=text.to_dict())
-    whole, alone = (json.loads(config.to_json_string(use_diff=False)) for config in (both, text))
-    assert function_changes(under(whole), under(alone)) == ()
+    multimodal, alone = (json.loads(config.to_json_string(use_diff=False)) for config in (both, text))
+    assert function_changes(under(multimodal), under(alone)) == ()
     alone["rope_parameters"]["rope_theta"] = 7.0
-    (change,) = function_changes(under(whole), under(alone))
+    (change,) = function_changes(under(multimodal), under(alone))
     assert (change.field, change.base, change.tuned) == ("rope_parameters.rope_theta", 100.0, 7.0)
-    whole["text_config"] = alone
-    both_changed = changed_fields(json.loads(both.to_json_string(use_diff=False)), whole)
+    multimodal["text_config"] = alone
+    both_changed = changed_fields(json.loads(both.to_json_string(use_diff=False)), multimodal)
     assert both_changed["text_config.rope_parameters.rope_theta"]
 
 

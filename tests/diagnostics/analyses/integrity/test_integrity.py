@@ -23,7 +23,7 @@ def integrity(base, tuned, adapter=None):
     return checkpoint_integrity(CheckpointPair(base, tuned), adapter)
 
 
-def found(result):
+def findings_of(result):
     return {finding.metric: finding.severity for finding in result.findings()}
 
 
@@ -51,7 +51,7 @@ def test_a_base_against_itself_in_any_dtype_was_not_tuned(stored, dtype):
     base = {name: value.to(stored) for name, value in weights(0).items()}
     result = integrity(base, {name: value.to(dtype) for name, value in base.items()})
     assert (result.metrics["nothing_tuned"], result.metrics["changed_share"]) == (1, 0)
-    assert found(result)["nothing_tuned"] == "fail"
+    assert findings_of(result)["nothing_tuned"] == "fail"
 
 
 def test_a_detour_through_half_precision_is_no_tuning():
@@ -101,7 +101,7 @@ def test_parts_of_tuned_without_a_counterpart_cannot_pass():
     # 4 matrices of 8 x 8 in both; 12 more in tuned alone
     result = integrity(weights(0), experts(12))
     assert result.metrics["compared_share"] == pytest.approx(4 / 16)
-    assert found(result)["compared_share"] == "fail"
+    assert findings_of(result)["compared_share"] == "fail"
 
 
 # --- numerical health ---
@@ -115,7 +115,7 @@ def test_nan_and_infinity_in_any_tensor_of_either_side_fail(bundled):
     damaged = bundled(damage)
     result = integrity(BUNDLED / "base", damaged)
     assert (result.metrics["nonfinite_tuned"], result.metrics["nonfinite_base"]) == (4, 0)
-    assert found(result) == {"nonfinite_tuned": "fail"}
+    assert findings_of(result) == {"nonfinite_tuned": "fail"}
     swapped = integrity(damaged, BUNDLED / "base")
     assert (swapped.metrics["nonfinite_tuned"], swapped.metrics["nonfinite_base"]) == (0, 4)
     first = result.tables["health"].iloc[0]
@@ -128,7 +128,7 @@ def test_outputs_that_went_dead_are_counted_and_those_of_base_are_not(bundled):
 
     result = integrity(BUNDLED / "base", bundled(damage))
     assert result.metrics["dead_rows"] == 2
-    assert found(result) == {"dead_rows": "warn"}
+    assert findings_of(result) == {"dead_rows": "warn"}
     assert integrity(BUNDLED / "full", BUNDLED / "base").metrics["dead_rows"] == 0
 
 
@@ -138,13 +138,13 @@ def test_weights_that_overflow_in_the_dtype_of_the_config_fail(bundled):
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
     result = integrity(BUNDLED / "base", folder)
     assert result.metrics["overflow_tuned"] == 2
-    assert found(result)["overflow_tuned"] == "fail"
+    assert findings_of(result)["overflow_tuned"] == "fail"
 
 
 def test_a_required_tensor_that_is_missing_fails(bundled):
     result = integrity(BUNDLED / "base", bundled(lambda tensors: tensors.pop("model.norm.weight")))
     assert (result.metrics["unusable_tuned"], result.metrics["unusable_base"]) == (1, 0)
-    assert found(result) == {"unusable_tuned": "fail"}
+    assert findings_of(result) == {"unusable_tuned": "fail"}
     assert any("model.norm.weight" in note for note in result.notes)
 
 
@@ -156,19 +156,19 @@ def test_an_adapter_is_merged_once_in_itself():
     metrics = result.metrics
     assert metrics["merged"] == metrics["adapted"] == 28
     assert metrics["factor"] == pytest.approx(1, abs=1e-6)
-    assert found(result) == {}
+    assert findings_of(result) == {}
 
 
 def test_a_full_fine_tune_is_no_merge_of_an_adapter():
     result = integrity(BUNDLED / "base", BUNDLED / "full", BUNDLED / "lora-r8")
     assert result.metrics["other_delta"] == result.metrics["adapted"] == 28
-    assert found(result)["other_delta"] == "fail"
+    assert findings_of(result)["other_delta"] == "fail"
 
 
 def test_base_against_an_adapter_that_was_never_merged():
     result = integrity(BUNDLED / "base", BUNDLED / "base", BUNDLED / "lora-r8")
     assert result.metrics["unmerged"] == 28
-    assert set(found(result)) == {"nothing_tuned", "unmerged"}
+    assert set(findings_of(result)) == {"nothing_tuned", "unmerged"}
 
 
 def test_a_matrix_that_changed_outside_the_adapter_is_named(tmp_path):
@@ -180,7 +180,7 @@ def test_a_matrix_that_changed_outside_the_adapter_is_named(tmp_path):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     result = integrity(BUNDLED / "base", folder, BUNDLED / "lora-r8")
     assert (result.metrics["outside"], result.metrics["merged"]) == (1, 28)
-    assert found(result) == {"outside": "warn"}
+    assert findings_of(result) == {"outside": "warn"}
     table = result.tables["merge"].set_index("matrix")
     assert table.loc["model.embed_tokens.weight", "verdict"] == "outside"
 
@@ -271,7 +271,7 @@ def test_progress_ends_at_its_total():
 def test_the_bundled_pairs_are_what_they_seem():
     for name in ("full", "lora-r1", "lora-r8"):
         result = integrity(BUNDLED / "base", BUNDLED / name)
-        assert found(result) == {}, name
+        assert findings_of(result) == {}, name
         assert result.metrics["compared_share"] == 1
 
 

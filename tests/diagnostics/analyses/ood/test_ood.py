@@ -654,13 +654,13 @@ def test_the_two_ratios_are_compared_on_the_same_rows(result):
 # --- tokenizers that differ ---
 
 
-def with_transformers(place, texts):
+def with_transformers(directory, texts):
     """The log-likelihood of each text, by transformers alone."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(place),
-        AutoTokenizer.from_pretrained(place),
+        AutoModelForCausalLM.from_pretrained(directory),
+        AutoTokenizer.from_pretrained(directory),
     )
     scores = []
     for text in texts:
@@ -682,8 +682,8 @@ FOUR = ["ab", "cd", "ij", "hh"]
 def test_tokens_that_only_one_side_has_keep_the_probability_that_the_model_gives_them(places, tmp_path):
     more = save_llama(tmp_path / "more", seed=1, characters=LETTERS + "!?", shift=0.1)
     result = likelihood_ratio_ood(CheckpointPair(places["base"], more), FOUR[:2], FOUR[2:], draws=2)
-    for column, place in zip(columns(result), (places["base"], more), strict=True):
-        assert column == pytest.approx(with_transformers(place, FOUR), abs=1e-5)
+    for column, directory in zip(columns(result), (places["base"], more), strict=True):
+        assert column == pytest.approx(with_transformers(directory, FOUR), abs=1e-5)
     assert result.tables["rows"]["tokens"].tolist() == [2, 2, 2, 2]
     assert "tokens" in result.tables
     assert not any("tokenizer" in note for note in result.notes)
@@ -716,15 +716,15 @@ def split_pair(tmp_path):
         save_llama(tmp_path / name, seed=1, characters=LETTERS, shift=shift, rows=14)
         for name, shift in (("base", 0.0), ("tuned", 0.1))
     ]
-    for place, merged in zip(places, (True, False), strict=True):
-        save_tokenizer(place, LETTERS, words=["ab", "ij"], merged=merged)
+    for directory, merged in zip(places, (True, False), strict=True):
+        save_tokenizer(directory, LETTERS, words=["ab", "ij"], merged=merged)
     return places
 
 
 def test_each_side_reads_with_its_own_tokenizer_in_nats_per_byte(split_pair):
     result = likelihood_ratio_ood(CheckpointPair(*split_pair), FOUR[:2], FOUR[2:], draws=2)
-    for column, place in zip(columns(result), split_pair, strict=True):
-        assert column == pytest.approx(with_transformers(place, FOUR), abs=1e-5)
+    for column, directory in zip(columns(result), split_pair, strict=True):
+        assert column == pytest.approx(with_transformers(directory, FOUR), abs=1e-5)
     assert result.tables["rows"]["tokens"].tolist() == [2, 2, 2, 2]
     assert "tokens" not in result.tables
     (note,) = (note for note in result.notes if "own tokenizer" in note)
@@ -753,8 +753,8 @@ def test_other_vocabularies_are_each_read_as_they_are(places, tmp_path):
     result = likelihood_ratio_ood(pair, ["ab", "cd ef"], ["ij", "hh"], draws=2)
     assert result.tables["rows"]["tokens"].tolist() == [2, 5, 2, 2]
     texts = ["ab", "cd ef", "ij", "hh"]
-    for column, place in zip(columns(result), (places["base"], other), strict=True):
-        assert column == pytest.approx(with_transformers(place, texts), abs=1e-5)
+    for column, directory in zip(columns(result), (places["base"], other), strict=True):
+        assert column == pytest.approx(with_transformers(directory, texts), abs=1e-5)
     (note,) = (note for note in result.notes if "own tokenizer" in note)
     assert "('a' = 1 'b' = 2 in base, 'a' = 11 'b' = 10 in tuned)" in note
     assert not any("BOS" in note or "the first token" in note for note in result.notes)
@@ -779,7 +779,7 @@ def test_a_base_without_a_chat_template_reads_the_messages_that_tuned_was_given(
 def test_the_detector_counts_bytes_of_every_text_where_tokenizers_are_written_differently(split_pair):
     detector = LikelihoodRatioDetector.fit(split_pair, ["abc", "cd", "efg", "hij"], per_token=True)
     texts = ["cd", "abij"]
-    base, tuned = (np.array(with_transformers(place, texts)) for place in split_pair)
+    base, tuned = (np.array(with_transformers(directory, texts)) for directory in split_pair)
     assert detector.score(texts) == pytest.approx((base - tuned) / [2, 4], abs=1e-5)
     assert detector.records(["cd"], tokens=True)[0]["by_token"] is None
     with pytest.raises(InputError, match="a token has no ratio"):

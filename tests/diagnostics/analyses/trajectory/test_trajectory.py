@@ -293,9 +293,9 @@ def test_checkpoints_with_other_tokenizers_each_read_with_their_own_in_nats_per_
 
     rows, losses, run = ["abab", "çab", "ba", "bbb"], [], []
     for step in range(4):
-        place = save_llama(tmp_path / f"checkpoint-{step}", seed=1, characters="abç", shift=0.1, rows=5)
-        save_tokenizer(place, "abç", words=["ab"], merged=step < 2)
-        model, tokenizer = (auto.from_pretrained(place) for auto in (AutoModelForCausalLM, AutoTokenizer))
+        directory = save_llama(tmp_path / f"checkpoint-{step}", seed=1, characters="abç", shift=0.1, rows=5)
+        save_tokenizer(directory, "abç", words=["ab"], merged=step < 2)
+        model, tokenizer = (auto.from_pretrained(directory) for auto in (AutoModelForCausalLM, AutoTokenizer))
         nats = 0.0
         for row in rows:
             ids = tokenizer(row, return_tensors="pt")["input_ids"]
@@ -303,7 +303,7 @@ def test_checkpoints_with_other_tokenizers_each_read_with_their_own_in_nats_per_
                 log = model(ids).logits[0, :-1].double().log_softmax(dim=-1)
             nats -= float(log.gather(1, ids[0, 1:, None]).sum())
         losses.append(nats / (4 + 4 + 2 + 3))  # ç is two bytes
-        run.append(place)
+        run.append(directory)
     result = training_trajectory(run, rows)
     assert result.tables["steps"]["loss"].tolist() == pytest.approx(losses, abs=1e-5)
     assert set(result.tables["steps"]["unit"]) == {"byte"}
